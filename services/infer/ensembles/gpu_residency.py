@@ -44,7 +44,7 @@ def _stream(step: PlannedStep) -> GpuStream | None:
     if step.step.each or version.response_cache is not None or version.loaded.sequences is not None:
         return None
     session = version.loaded.session
-    return session.lane if session is not None else None
+    return session.gpu_stream if session is not None else None
 
 
 def _are_dense(steps: Sequence[PlannedStep], users: Sequence[int], maker: int, slot: int) -> bool:

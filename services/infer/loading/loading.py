@@ -90,9 +90,9 @@ def load(
     options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
-        says_batch = model_config.says_max_batch_size(text)
-        config = session.completed(config, says_batch=says_batch)
-        says_batch = says_batch or session.says_batch
+        sets_max_batch_size = model_config.says_max_batch_size(text)
+        config = session.completed(config, sets_max_batch_size=sets_max_batch_size)
+        sets_max_batch_size = sets_max_batch_size or session.sets_max_batch_size
         model_config.check(config, runtime)
         if (reshapes := reshapes_of(as_json(config))) and not session.reshapes:
             session = ReshapedSession(session, reshapes)
@@ -103,13 +103,13 @@ def load(
             clients(session.outputs, hidden),
             runtime=runtime,
             text=session.text,
-            batch_is_given=says_batch,
+            batch_is_given=sets_max_batch_size,
             labels=labels,
             gpus=session.gpus,
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
-        made_up = session.is_tried
+        made_up = session.allows_trial_run
         sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
         tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
         model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
@@ -144,7 +144,7 @@ def _hidden(config: pb.ModelConfig) -> frozenset[str]:
 def _inputs(session: Session, config: pb.ModelConfig) -> tuple[TensorSpec, ...]:
     """Return all inputs that the model accepts."""
     inputs = (*session.inputs, *session.optional_inputs)
-    if not session.sees_missing:
+    if not session.handles_missing_inputs:
         return inputs
     optional = {given.name for given in config.input if given.optional}
     return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in inputs)

@@ -204,7 +204,7 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
             yield f"'{tensor.name}': dims {written(tensor.dims)}: expected 1 or more, or -1 for any"
         if tensor.data_type not in BY_NUMBER:
             yield f"'{tensor.name}': data_type is missing"
-        yield from reshape.wrong("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
+        yield from reshape.reshape_errors("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
     for given in config.input:
         if given.format != pb.ModelInput.FORMAT_NONE and len(given.dims) != 3:
             name = enumerated(pb.ModelInput.Format.DESCRIPTOR, given.format)

@@ -80,7 +80,7 @@ def run(
     for sample in model.config.model_warmup:
         model = _with_sample_run(name, sample, model, session, folder)
     if first is not None and batched > 1:
-        for part in session.parts():
+        for part in session.device_sessions():
             _batches(name, model, part, first, clock, cost if cost is not None else CostCurve())
     return model
 

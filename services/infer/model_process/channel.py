@@ -1,13 +1,13 @@
-"""Frames between the server and a model process, over a connected unix socket.
+"""Channel of frames between the server and a model process, over a connected unix socket.
 
-    frame    u32 bytes of header, u32 bytes of tensors behind it, u64 bytes of tensors in a memory segment
+    frame    u32 bytes of header, u32 bytes of inline tensors, u64 bytes of tensors in a memory segment
     header   JSON, padded with spaces; "t" describes the tensors (see `payload`)
-    tensors  small ones follow the header; larger ones lie in an anonymous memory segment (memfd_create(2)) whose file
-             descriptor comes with the frame
+    tensors  small ones follow the header; larger ones are in an anonymous memory segment (memfd_create(2)) whose file
+             descriptor is passed with the frame
 
-A segment belongs to one frame and then to its receiver alone, who may write to it: nothing is shared in time, so no
-acknowledgement is needed, and it is gone with the last array that views it, however either side ends. Its size is
-sealed, or a peer could shrink it and so kill the one that reads.
+A segment belongs to one frame and then to its receiver alone, who may write to it. The two sides never use a segment at
+the same time, so no acknowledgement is needed. The kernel frees it with the last array that views it, however either
+side ends. The segment's size is sealed: a peer that shrank it could crash the reader.
 """
 
 from __future__ import annotations
@@ -30,37 +30,38 @@ from services.infer.model_process import payload
 from services.infer.model_process.payload import Tensor, TensorPart
 
 INLINE_BYTES = 1 << 16
-"""Tensors up to this go through the socket: below, that is cheaper than a segment, whose making costs some 30 us."""
+"""Tensors up to this size go through the socket: that is cheaper than a segment, which takes some 30 us to create."""
 
 _PREFIX = struct.Struct("<IIQ")
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_SEGMENT_BYTES = 1 << 36
-_MAX_IOVECS = 512  # The kernel's own bound is 1024.
+# The kernel's own bound is 1024.
+_MAX_IOVECS = 512
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _NO_PADDING = bytes(payload.ALIGNMENT)
 _FDS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 
 
 class ChannelClosed(Exception):
-    """The other end is gone, or has sent what is no frame."""
+    """The other end has closed the channel, or has sent an invalid frame."""
 
     def __init__(self, message: str, *, is_unread: bool = False) -> None:
-        """`is_unread`: the other end went without having read all that was sent to it: the kernel tells."""
+        """`is_unread`: the other end closed with unread frames in its socket, as the kernel reports."""
         super().__init__(message)
         self.is_unread = is_unread
 
 
 @dataclass(frozen=True)
 class Message:
-    """One frame that came."""
+    """One received frame."""
 
     header: dict[str, Any]
     tensors: list[tuple[str, str, Tensor]]
-    """Name, datatype and array, which is writable and the receiver's own."""
+    """Name, datatype and array of each tensor; the receiver owns the arrays and may write to them."""
 
     @property
     def op(self) -> str:
-        """What it is about."""
+        """The operation that the frame requests or answers."""
         return str(self.header.get("op", ""))
 
     def arrays(self) -> dict[str, Tensor]:
@@ -68,10 +69,10 @@ class Message:
 
 
 class Channel:
-    """One end. Any thread may send; one at a time receives. Everything blocks."""
+    """One end of a channel. Any thread may send; one thread at a time receives. All calls block."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """Owns `sock`, which is connected and blocking."""
+        """Own `sock`, which is connected and blocking."""
         self._socket = sock
         self._sending = threading.Lock()
         self._fds: deque[int] = deque()
@@ -82,13 +83,13 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
-        """Sends one frame.
+        """Send one frame. Sets "t" in `header`.
 
         Raises:
-            ChannelClosed: the other end is gone.
+            ChannelClosed: the other end is closed.
             OSError: there is no memory for the tensors.
         """
-        starts, size = payload.laid_out(part.size_bytes for part in parts)
+        starts, size = payload.layout(part.size_bytes for part in parts)
         header["t"] = [part.entry() for part in parts]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + _PREFIX.size) % payload.ALIGNMENT)
@@ -110,39 +111,39 @@ class Channel:
                 if sent < len(data):
                     self._socket.sendall(memoryview(data)[sent:])
         except OSError as err:
-            raise ChannelClosed(f"the other end is gone: {err.strerror}", is_unread=True) from err
+            raise ChannelClosed(f"the other end is closed: {err.strerror}", is_unread=True) from err
 
     def receive(self, timeout_s: float | None = None) -> Message | None:
-        """The next frame; None when none has begun to come within `timeout_s`.
+        """Return the next frame; None when no frame has begun to arrive within `timeout_s`.
 
         Raises:
-            ChannelClosed: there will be no more.
+            ChannelClosed: no more frames will arrive.
         """
         if timeout_s is not None and not self._poll.poll(max(timeout_s * 1000, 0)):
             return None
         try:
             return self._receive()
         except ConnectionResetError as err:
-            raise ChannelClosed("the other end is gone", is_unread=True) from err
+            raise ChannelClosed("the other end is closed", is_unread=True) from err
         except (OSError, ValueError, TypeError, RecursionError) as err:
-            raise ChannelClosed(f"the other end sent what is no frame: {err}") from err
+            raise ChannelClosed(f"the other end sent an invalid frame: {err}") from err
 
     def _receive(self) -> Message:
         text_bytes, inline_bytes, segment_bytes = _PREFIX.unpack(self._prefix())
         if text_bytes > _MAX_HEADER_BYTES or inline_bytes > INLINE_BYTES or segment_bytes > _MAX_SEGMENT_BYTES:
-            raise ValueError("a frame is over its bounds")
+            raise ValueError("the frame is too large")
         memory = memoryview(bytearray(text_bytes + inline_bytes))
         self._fill(memory)
         header = json.loads(bytes(memory[:text_bytes]))
         if not isinstance(header, dict):
-            raise ValueError("a header is no object")
+            raise ValueError("the header is not a JSON object")
         tensors = self._mapped(segment_bytes) if segment_bytes else memory[text_bytes:]
         return Message(header, payload.read(header.get("t"), tensors))
 
     def _prefix(self) -> bytes:
         data = b""
         while len(data) < _PREFIX.size:
-            # File descriptors come with the first byte of their frame.
+            # File descriptors arrive with the first byte of their frame.
             more, ancillary, _, _ = self._socket.recvmsg(_PREFIX.size - len(data), _FDS, socket.MSG_CMSG_CLOEXEC)
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -150,7 +151,7 @@ class Channel:
                     numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
                     self._fds.extend(numbers)
             if not more:
-                raise ChannelClosed("the other end is gone")
+                raise ChannelClosed("the other end is closed")
             data += more
         return data
 
@@ -159,29 +160,29 @@ class Channel:
         while at < len(memory):
             got = self._socket.recv_into(memory[at:])
             if not got:
-                raise ChannelClosed("the other end is gone")
+                raise ChannelClosed("the other end is closed")
             at += got
 
     def _mapped(self, size: int) -> memoryview:
         if not self._fds:
-            raise ValueError("a frame has no segment")
+            raise ValueError("the frame has no segment")
         fd = self._fds.popleft()
         try:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(fd).st_size != size:
-                raise ValueError("a segment is not sealed, or of another size")
+                raise ValueError("the segment is not sealed, or has another size")
             return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
         finally:
             os.close(fd)
 
     def shut(self) -> None:
-        """Ends both directions: whoever waits on either end hears of it. From any thread."""
+        """Shut down both directions, from any thread: threads that wait on either end wake up."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
 
     def close(self) -> None:
-        """Gives everything back. Nobody uses it any more."""
+        """Close the socket and unclaimed descriptors. No thread may use the channel after that."""
         self._socket.close()
         while self._fds:
             os.close(self._fds.popleft())
@@ -197,7 +198,8 @@ def _chunks(parts: Sequence[TensorPart], starts: Sequence[int]) -> Iterator[Any]
 
 
 def _segment(parts: Sequence[TensorPart], starts: Sequence[int], size: int) -> int:
-    """A file descriptor of memory that holds the tensors. Written, not mapped: that spares faults of fresh pages."""
+    """Return a file descriptor of a memory segment with the tensors."""
+    # Written rather than mapped: that avoids a page fault for each fresh page.
     fd = os.memfd_create("shoal-tensors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         for part, start in zip(parts, starts, strict=True):

@@ -1,4 +1,4 @@
-"""Whether what a model gave is what it said it would give. A model in a process of its own is not taken at its word."""
+"""Check of a model's outputs against its declaration: a model process is not trusted."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 
 
-def check_outputs(call: InferenceRequest, outputs: Sequence[Tensor], rows: int | None = None) -> None:
-    """`rows`: how many the first dimension must have; None: it is not known, or no batch.
+def check_outputs(request: InferenceRequest, outputs: Sequence[Tensor], rows: int | None = None) -> None:
+    """Compare number, datatype and shape of `outputs` with the requested outputs.
+
+    Args:
+        rows: the size that the first dimension must have; None: unknown, or there is no batch dimension.
 
     Raises:
-        ModelFailed: names the output, what was expected and what came.
+        ModelFailed: names the output, the expected and the received value.
     """
-    if len(outputs) != len(call.outputs):
-        raise ModelFailed(f"the model process sent {len(outputs)} outputs, expected {len(call.outputs)}")
-    for wanted, output in zip(call.outputs, outputs, strict=True):
-        spec = wanted.spec
+    if len(outputs) != len(request.outputs):
+        raise ModelFailed(f"the model process sent {len(outputs)} outputs, expected {len(request.outputs)}")
+    for requested, output in zip(request.outputs, outputs, strict=True):
+        spec = requested.spec
         if output.dtype != spec.datatype.dtype:
             raise ModelFailed(f"output '{spec.name}' is {output.dtype}, expected {spec.datatype.name}")
         if rows is not None and output.shape[:1] != (rows,):

@@ -1,4 +1,4 @@
-"""What a model process hosts: a model behind one small interface, whatever it is made of."""
+"""Interface of a hosted model: the model inside a model process, be it ONNX or Python."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from services.infer.model_process.payload import Tensor, TensorPart
 
 
 class LoadFailed(Exception):
-    """The model cannot be served; the message tells its owner why."""
+    """The model cannot be loaded; the message gives the author of the model the reason."""
 
 
 class RunFailed(Exception):
-    """The model cannot process this; the message tells the caller."""
+    """The model cannot process a request; the message is sent to the caller."""
 
     def __init__(self, message: str, code: str = "INTERNAL", *, is_own: bool = False) -> None:
-        """`code` is the name of a status. `is_own`: the model itself answers so, in words for its callers."""
+        """`code` is the name of a status. `is_own`: the model itself returned this error, worded for its callers."""
         super().__init__(message)
         self.code = code
         self.is_own = is_own
@@ -26,7 +26,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What to load."""
+    """Load request of a model process."""
 
     kind: str
     """`python` or `onnx`."""
@@ -36,14 +36,15 @@ class Load:
     folder: Path
     """The model's folder, with the folders of its versions in it."""
     instance: str
+    """The instance's name, for the model: `NAME_NUMBER`."""
     config: Mapping[str, Any]
     """The model's configuration, in Triton's JSON form."""
     options: Mapping[str, Any]
-    """Of the runtime: threads and entries."""
+    """Options of ONNX Runtime: the fields of SessionOptions. Empty for Python models."""
     module: str = "model"
-    """What a Python module is called once it is imported."""
+    """The name under which a Python model's module is imported."""
     runs: int = 1
-    """Executions that it takes at a time: more than one, where several infer processes share it."""
+    """Concurrent executions: more than one only where several infer processes share the model process."""
 
 
 @dataclass(frozen=True)
@@ -51,98 +52,101 @@ class Batch:
     """The requests of one execution."""
 
     inputs: Mapping[str, tuple[str, Tensor]]
-    """Datatype and array; the rows of all requests, one behind the other."""
+    """Datatype and array of each input; the array holds the rows of all requests, one after the other."""
     outputs: Sequence[str]
-    """The names that are wanted."""
+    """Names of the requested outputs."""
     rows: Sequence[int]
-    """Of each request. Empty: there is one request, and no batch dimension."""
+    """Number of rows of each request. Empty: there is one request, and no batch dimension."""
     details: Sequence[Mapping[str, Any]]
-    """What each request says about itself; empty unless the model wants requests."""
+    """Each request's id, parameters and flags (`request_info`); empty unless the model `wants_requests`."""
 
     is_cancelled: Callable[[], bool] = bool
-    """Whether nobody waits for any of them any more."""
+    """Returns True when no caller waits for any of the requests any more."""
 
     def arrays(self) -> dict[str, Tensor]:
         return {name: array for name, (_, array) in self.inputs.items()}
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the model gave for a batch."""
+class BatchResult:
+    """The outputs of one batch."""
 
     parts: Sequence[TensorPart]
-    """Rows of all requests; or, with `responses`, the outputs of each request, one after the other."""
+    """Outputs with the rows of all requests; or, with `responses`, the outputs of each request, one after the other."""
     responses: Sequence[Mapping[str, Any]] | None = None
-    """For each request `{"outputs": how many of the parts are its}` or `{"error": text, "code": status}`."""
+    """For each request `{"outputs": its number of parts}` or `{"error": text, "code": status}`."""
 
 
 class Sender(Protocol):
-    """Where the responses of one request go, for a model that gives any number of them. Any thread may use it."""
+    """Response stream of one request of a decoupled model. Any thread may use it."""
 
     def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
-        """Sends one response; waits while the client reads too slowly.
+        """Send one response; blocks while the client reads too slowly.
 
         Raises:
-            RunFailed: nobody wants it any more; or the last one was sent.
+            RunFailed: the request is cancelled, or its last response was sent already.
         """
 
     def fail(self, error: RunFailed, *, final: bool) -> None:
-        """Sends an error in place of a response. Raises nothing: an error that nobody wants is dropped."""
+        """Send an error in place of a response. Raises nothing: the error of a cancelled request is dropped."""
 
     def end(self) -> None:
-        """There are no more responses. Raises nothing."""
+        """End the stream. Raises nothing."""
 
     def abandon(self) -> None:
-        """The model has dropped it: there are no more responses. For finalizers: takes no lock."""
+        """End the stream of a sender that the model has dropped. For finalizers: takes no lock."""
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for responses any more."""
+        """Return True when the caller waits for no more responses."""
 
 
-Call = Callable[[Mapping[str, Any], Sequence[TensorPart]], "tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]"]
-"""Calls another model of the server: a header and tensors there, a header and tensors back."""
+MakeInnerCall = Callable[
+    [Mapping[str, Any], Sequence[TensorPart]], "tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]"
+]
+"""Makes an inner call (of another model): takes a header and tensors, returns a header and tensors."""
 
 
 @dataclass
 class HostedModelInfo:
-    """What is known of a model once it is loaded."""
+    """Inputs, outputs and properties of a loaded model."""
 
     inputs: Sequence[tuple[str, str, Sequence[int]]] = ()
     """Name, datatype, and whole shape, with the batch dimension."""
     outputs: Sequence[tuple[str, str, Sequence[int]]] = ()
     optional_inputs: Sequence[tuple[str, str, Sequence[int]]] = ()
-    """Those that a request may leave out, where the model itself knows."""
+    """Inputs that have a default in the model itself, so that a request may omit them."""
     text: bool = False
     """BYTES elements must be UTF-8."""
     config: Mapping[str, Any] | None = None
-    """The configuration as the model itself completed it."""
+    """The configuration as completed by the model; None when the model completes nothing."""
     wants_requests: bool = False
-    """It is given each request with what it says about itself, not only rows."""
-    sees_missing: bool = True
-    """It sees for itself which inputs came."""
+    """The model receives each request with its id, parameters and flags, not only rows."""
+    handles_missing_inputs: bool = True
+    """The model handles requests that omit inputs."""
     is_decoupled: bool = False
-    """It gives any number of responses to a request."""
-    is_tried: bool = True
-    """Made-up inputs may be tried on it."""
-    says_batch: bool = False
-    """The `max_batch_size` of its `config` is meant, even 0."""
+    """The model returns any number of responses to a request."""
+    allows_trial_run: bool = True
+    """The model may be run once with made-up inputs after loading."""
+    sets_max_batch_size: bool = False
+    """The `max_batch_size` in `config` was set on purpose, even if it is 0."""
     gpus: Sequence[int] = ()
-    """Those that it runs on."""
+    """Numbers of the GPUs that the model runs on."""
 
 
 class Hosted(Protocol):
     """A loaded model. One thread uses it."""
 
-    facts: HostedModelInfo
+    model_info: HostedModelInfo
 
-    def run(self, batch: Batch) -> Given:
-        """Raises RunFailed when the model cannot process the batch."""
+    def run(self, batch: Batch) -> BatchResult:
+        """Run one batch. Raises RunFailed when the model cannot process the batch."""
 
     def start(self, batch: Batch, sender: Sender) -> Iterator[None] | None:
-        """Begins with one request of a decoupled model.
+        """Start one request of a decoupled model.
 
-        An iterator is stepped until its end: each step sends one response at most. None: the model sends on its own.
+        The caller steps a returned iterator to its end; each step sends one response at most. None: the model sends its
+        responses by itself.
         """
 
     def close(self) -> None:
-        """The model's own good-bye. May raise anything."""
+        """Run the model's clean-up code. May raise anything."""

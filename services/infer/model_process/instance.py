@@ -1,9 +1,9 @@
-"""One instance of a model: a process that is started again whenever it ends.
+"""One instance of a model: a model process that is restarted whenever it ends.
 
     STARTING ──loaded──> RUNNING ──ends──> WAITING (backoff) ──> STARTING ...      close() ──> CLOSED
         └── not loaded, the first time: FAILED
 
-A thread, the keeper, does all of this. Others wait for a running process, use it, and may kill it.
+One supervisor thread makes all these transitions. Other threads wait for a running process, use it, and may kill it.
 """
 
 from __future__ import annotations
@@ -18,73 +18,79 @@ from mesh.process.backoff import Backoff
 from services.infer.model_process.channel import ChannelClosed
 from services.infer.model_process.model_runner import NotLoaded
 from services.infer.model_process.process import Process
-from services.infer.model_process.shared.shared import Shared
+from services.infer.model_process.shared.shared_process import SharedProcess
 from services.infer.model_process.thread_runner import ThreadRunner
 from shoal.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
 
 _RESTART_FIRST_S, _RESTART_MAX_S = 0.05, 30.0
+# A process that has run for so long did not fail at its start: the backoff begins again.
 _STEADY_S = 10.0
-# A process that has run for so long has not failed at its start: the next wait is a first one.
+# Time for a model's clean-up code before the process is killed.
 _GRACE_S = 5.0
-# For a model's own good-bye.
-_LOOK_S = 0.1
-# How often somebody who waits for loading looks whether that is still wanted.
+# Interval at which a waiter for the load checks whether loading was given up.
+_POLL_S = 0.1
 _MIN_RETRY_MS, _MAX_RETRY_MS = 50, 10_000
 
 
-Running: TypeAlias = Process | ThreadRunner | Shared
-"""What runs a model: a process, or something that looks like one."""
+Runner: TypeAlias = Process | ThreadRunner | SharedProcess
+"""Any model runner: a process of its own, a thread, or a shared process."""
 
 
 class Instance:
-    """Keeps one model process."""
+    """Supervisor of one model process."""
 
     def __init__(
-        self, begin: Callable[[str], Running], title: str, load: Mapping[str, Any], *, load_timeout_s: float
+        self, start_runner: Callable[[str], Runner], title: str, load: Mapping[str, Any], *, load_timeout_s: float
     ) -> None:
-        """`begin` starts a process, given the model's name for the log, `title`; `load` is what it is to load."""
-        self._begin, self._title = begin, title
+        """Store the arguments; `start` starts the thread.
+
+        Args:
+            start_runner: starts a runner; its argument is `title`.
+            title: the model's name in the log.
+            load: the fields of `hosted.Load`.
+        """
+        self._start_runner, self._title = start_runner, title
         self._load, self._load_timeout_s = load, load_timeout_s
         self._changed = threading.Condition()
-        self._process: Running | None = None
+        self._process: Runner | None = None
         self._why = ""
         self._next_start = 0.0
         self._is_failed = self._is_closed = False
         self._must_close = threading.Event()
-        self._starting: Running | None = None
+        self._starting: Runner | None = None
         self._was_running = False
         self.restarts = 0
-        self.on_running: Callable[[Running], None] | None = None
-        """Called by the keeper with each process that runs, before anybody else gets it."""
-        self._keeper = threading.Thread(target=self._keep, name=f"keeper of {title}", daemon=True)
+        self.on_running: Callable[[Runner], None] | None = None
+        """Called on the supervisor thread with each loaded process, before `running` returns that process."""
+        self._supervisor = threading.Thread(target=self._supervise, name=f"supervisor of {title}", daemon=True)
 
     def start(self) -> None:
-        """Begins to load it."""
-        self._keeper.start()
+        """Start the supervisor thread, which loads the model."""
+        self._supervisor.start()
 
     def wait_loaded(self, is_given_up: Callable[[], bool] = bool) -> Mapping[str, Any]:
-        """Waits until it runs; the facts that the model told. Raises FailedPrecondition when it cannot be loaded."""
+        """Wait until the model is loaded and return its `model_info`. Raises FailedPrecondition when loading fails."""
         with self._changed:
             while not (self._process is not None or self._is_failed or self._is_closed or is_given_up()):
-                self._changed.wait(_LOOK_S)
+                self._changed.wait(_POLL_S)
             if self._process is None:
-                raise FailedPrecondition(self._why or "it was unloaded while it was loading")
-            return self._process.facts
+                raise FailedPrecondition(self._why or "the model was unloaded while it was loading")
+            return self._process.model_info
 
     def is_running(self) -> bool:
         return self._alive() is not None
 
-    def _alive(self) -> Running | None:
+    def _alive(self) -> Runner | None:
         process = self._process
         return process if process is not None and not process.died.is_set() else None
 
-    def running(self, patience_s: float = 0.0) -> Running:
-        """Its process. Waits for one that is being started again, for `patience_s` at most.
+    def running(self, patience_s: float = 0.0) -> Runner:
+        """Return the running process. Waits `patience_s` at most for a process that is restarting.
 
         Raises:
-            Unavailable: there is none; it says when to come back.
+            Unavailable: no process is running; `retry_after_ms` is set.
         """
         process = self._alive()
         if process is not None:
@@ -98,50 +104,51 @@ class Instance:
             wait_ms = int((self._next_start - time.monotonic()) * 1000)
             retry_ms = min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS)
             raise Unavailable(
-                f"the process of model {self._title} is being started again ({why}); retry after {retry_ms} ms",
+                f"the process of model {self._title} is restarting ({why}); retry after {retry_ms} ms",
                 retry_after_ms=retry_ms,
             )
 
     def close(self) -> None:
-        """Ends it: with its own good-bye, if that does not take long."""
+        """End the process and the supervisor thread. The model's clean-up code has a few seconds to run."""
         self._must_close.set()
         with self._changed:
             process = self._process
         if process is not None:
             try:
-                process.say_goodbye()
+                process.request_close()
             except (ChannelClosed, OSError):
                 pass
             if not process.died.wait(_GRACE_S):
-                log.warning("model %s: its process did not end within %.0f s, and is killed", self._title, _GRACE_S)
+                log.warning("model %s: its process did not end within %.0f s: it is killed", self._title, _GRACE_S)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if self._keeper.ident is not None:
-            self._end_keeper()
+        if self._supervisor.ident is not None:
+            self._end_supervisor()
 
-    def _end_keeper(self) -> None:
-        while self._keeper.is_alive():
+    def _end_supervisor(self) -> None:
+        while self._supervisor.is_alive():
             starting = self._starting
             if starting is not None:
-                starting.leave("the model is unloaded")
-            self._keeper.join(0.05)
+                starting.release("the model is unloaded")
+            self._supervisor.join(0.05)
 
-    def _keep(self) -> None:
+    def _supervise(self) -> None:
         backoff = Backoff(_RESTART_FIRST_S, _RESTART_MAX_S)
         while not self._must_close.is_set():
             started = time.monotonic()
             try:
                 why = self._run_once()
-            except Exception:  # A fault of ours: whoever waits must hear, and the next try may work.
-                log.exception("model %s: its process could not be kept", self._title)
+            # An internal error: waiters must learn of it, and the next attempt may succeed.
+            except Exception:
+                log.exception("model %s: internal error while its process was supervised", self._title)
                 why = "internal error: the log of the service has the cause"
             if self._must_close.is_set():
                 break
             if time.monotonic() - started > _STEADY_S:
                 backoff.reset()
             wait_s = backoff.next_s()
-            log.warning("model %s: its process ended (%s); the next one in %.2f s", self._title, why, wait_s)
+            log.warning("model %s: its process ended (%s); restart in %.2f s", self._title, why, wait_s)
             with self._changed:
                 self._why, self._next_start = why, time.monotonic() + wait_s
                 if not self.restarts and not self._was_running:
@@ -153,9 +160,9 @@ class Instance:
             self._must_close.wait(wait_s)
 
     def _run_once(self) -> str:
-        """Runs a process to its end; says how it ended."""
+        """Run one process to its end and return the reason of the end."""
         try:
-            process = self._begin(self._title)
+            process = self._start_runner(self._title)
         except OSError as err:
             return f"cannot start a process: {err.strerror}: {err.filename}"
         self._starting = process
@@ -166,7 +173,7 @@ class Instance:
             process.reap()
             process.channel.close()
             return process.end
-        if not process.facts:
+        if not process.model_info:
             process.reap()
             process.channel.close()
             return f"the model process ended while it loaded the model ({process.end})"
@@ -175,9 +182,10 @@ class Instance:
         with self._changed:
             self._process, self._was_running = process, True
             self._changed.notify_all()
-        process.attend()
+        process.watch()
         with self._changed:
             self._process, self._why, self._next_start = None, process.end, time.monotonic()
-        with process.using:  # Whoever is in a call of its channel hears of the end, and lets go.
+        # `reap` has shut the channel: a thread that holds `using` wakes up and releases the lock.
+        with process.using:
             process.channel.close()
         return process.end

@@ -1,7 +1,7 @@
-"""Which Python runs a model process, and with what environment.
+"""The Python interpreter that runs a model process, and the environment of that process.
 
-The server may itself run inside another program that embeds Python: then `sys.executable` is that program, and to start
-that again would be wrong. Ways that are tried, in order:
+Another program may embed the Python of the server. `sys.executable` is that program then, and must not be started
+again. Candidates, in order:
 
     SHOAL_PYTHON   ──>  sys.executable, sys._base_executable  ──>  bin/ of sys.prefix, sys.base_prefix  ──>  PATH
 """
@@ -20,16 +20,16 @@ from shoal.errors import FailedPrecondition
 VARIABLE = "SHOAL_PYTHON"
 
 _NAME = re.compile(r"python(3(\.\d+)?)?")
+# LD_PRELOAD names a library for the embedding program. PYTHONHOME may be of another Python than the child's.
 _DROPPED = ("LD_PRELOAD", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT")
-# LD_PRELOAD: the library that an embedding program needs. PYTHONHOME: its Python's, which may not be the child's.
 
 
-def interpreter(environ: Mapping[str, str]) -> str:
-    """The path of a Python of our own version. Raises FailedPrecondition when there is none."""
-    if said := environ.get(VARIABLE):
-        if not os.access(said, os.X_OK) or os.path.isdir(said):
-            raise FailedPrecondition(f"{VARIABLE} is '{said}', which cannot be run: give the path of a Python")
-        return said
+def find_interpreter(environ: Mapping[str, str]) -> str:
+    """Return the path of a Python of the server's version. Raises FailedPrecondition when there is none."""
+    if configured := environ.get(VARIABLE):
+        if not os.access(configured, os.X_OK) or os.path.isdir(configured):
+            raise FailedPrecondition(f"{VARIABLE} is '{configured}', which cannot be run: give the path of a Python")
+        return configured
     for path in _candidates(environ):
         if path and _NAME.fullmatch(Path(path).name) and os.access(path, os.X_OK):
             return path
@@ -44,7 +44,7 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[str]:
     for prefix in (sys.prefix, sys.base_prefix):
         for name in (f"python{_version()}", "python3", "python"):
             yield str(Path(prefix, "bin", name))
-    # Another version could not import the compiled packages that it is to be shown: only our own is taken from PATH.
+    # Another version cannot import the server's compiled packages, so PATH is searched for the server's version only.
     yield shutil.which(f"python{_version()}", path=environ.get("PATH")) or ""
 
 
@@ -53,11 +53,12 @@ def _version() -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a model process gets to see: our environment, and our packages wherever its Python was found."""
+    """Return the environment of a model process: the server's own, with the server's packages in PYTHONPATH."""
     kept = {key: value for key, value in environ.items() if key not in _DROPPED}
     packages = [str(Path(entry).absolute()) for entry in sys.path if entry and os.path.exists(entry)]
     ours = str(Path(__file__).resolve().parents[3])
     kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ours, *packages]))
     kept["PYTHONUNBUFFERED"] = "1"
-    kept["PYTHONDONTWRITEBYTECODE"] = "1"  # A model's folder may be a cache of ours, whose files are what they are.
+    # A model's folder may be in the server's model cache, whose files must not change.
+    kept["PYTHONDONTWRITEBYTECODE"] = "1"
     return kept

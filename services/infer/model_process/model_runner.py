@@ -1,8 +1,8 @@
-"""What an instance knows of whatever runs its model, from its start to its end.
+"""Base classes of model runners: whatever runs the model of one instance, from its start to its end.
 
-process.Process         a process for one instance alone            Signalled, OwnProcess
-inside.Inside           a thread of the server that looks like it   OwnProcess
-sharing.shared.Shared   a process that several servers use          Signalled
+process.Process                        a process for one instance                  SignalledProcess, ExclusiveRunner
+thread_runner.ThreadRunner             a thread of the server                      ExclusiveRunner
+shared.shared_process.SharedProcess    a process that several infer processes use  SignalledProcess
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class NotLoaded(Exception):
 
 
 class ModelRunner:
-    """Base of all. Any thread may use `channel`, `kill`, `died` and `end`."""
+    """Base class of all runners. Any thread may use `channel`, `kill`, `died` and `end`."""
 
     channel: Channel
 
@@ -29,23 +29,26 @@ class ModelRunner:
         """`title` names the model in the log."""
         self.title = title
         self.died = threading.Event()
-        """Set once it is reaped, and `end` says how it ended."""
+        """Set once the runner is reaped; `end` has the reason then."""
         self.end = ""
         self.using = threading.Lock()
-        """Held by the one that is in a call of the channel."""
-        self.facts: Mapping[str, Any] = {}
-        """What is known of the model; empty until it is loaded."""
+        """Held by the thread that is in a call of the channel."""
+        self.model_info: Mapping[str, Any] = {}
+        """The fields of HostedModelInfo; empty until the model is loaded."""
         self._killed_for = ""
 
-    def learn(self, message: Message) -> None:
-        """Takes the first word of what was to load the model: its facts. Raises NotLoaded: it could not."""
+    def accept_loaded(self, message: Message) -> None:
+        """Read the reply to the load request and set `model_info`. Raises NotLoaded when loading failed."""
         if message.op != "loaded":
-            raise NotLoaded(str(message.header.get("error", "the model process did not say how loading went")))
-        self.facts = message.header
+            raise NotLoaded(str(message.header.get("error", "loading failed without a message from the model process")))
+        self.model_info = message.header
 
 
-class Signalled(ModelRunner):
-    """A process. Whoever reaps it holds `_signalling`, so that no signal goes to another with its number."""
+class SignalledProcess(ModelRunner):
+    """A runner that is a process and can be killed.
+
+    `_signalling` is held while the process is reaped: no signal may reach another process that reuses its id.
+    """
 
     _pidfd: int
 
@@ -54,7 +57,7 @@ class Signalled(ModelRunner):
         self._signalling = threading.Lock()
 
     def kill(self, reason: str) -> None:
-        """Ends it at once, for everybody who uses it; `reason` is what is told of its end."""
+        """Kill the process immediately, for all of its users; `end` will be `reason`."""
         with self._signalling:
             if not self.died.is_set():
                 self._killed_for = self._killed_for or reason
@@ -62,31 +65,31 @@ class Signalled(ModelRunner):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
-class OwnProcess(ModelRunner):
-    """What works for one instance of one server alone."""
+class ExclusiveRunner(ModelRunner):
+    """A runner that works for one instance of one server only."""
 
     def kill(self, reason: str) -> None: ...
 
-    def leave(self, reason: str) -> None:
-        """Uses it no more: without anybody who does, it ends."""
+    def release(self, reason: str) -> None:
+        """Stop using the runner: with its only user gone, the runner ends."""
         self.kill(reason)
 
-    def say_goodbye(self) -> None:
-        """Asks it to end in order. Raises ChannelClosed or OSError when it is gone."""
+    def request_close(self) -> None:
+        """Ask the runner to close the model and end. Raises ChannelClosed or OSError when the channel is closed."""
         self.channel.send({"op": "close"})
 
-    def has_begun(self) -> bool:
-        """Whether what it was sent is being executed, or was when it died."""
+    def has_started(self) -> bool:
+        """Return True when the last batch sent is in execution, or was when the runner ended."""
         return True
 
-    def runs_s(self, sent: float, now: float) -> float:
-        """For how long what it was sent at `sent` has been executed."""
+    def running_s(self, sent: float, now: float) -> float:
+        """Return for how many seconds a batch sent at `sent` has been in execution."""
         return now - sent
 
     def is_alone(self) -> bool:
-        """Whether nobody else's work was executed at the same time."""
+        """Return True when no batch of another user was executed at the same time."""
         return True
 
-    def is_own_doing(self) -> bool:
-        """Whether it died of its work: the kernel may have ended it for want of memory, or a person."""
+    def is_own_crash(self) -> bool:
+        """Return True when the process crashed by itself: no out-of-memory killer, and no person, ended it."""
         return not any(name in self.end for name in ("SIGKILL", "SIGTERM"))

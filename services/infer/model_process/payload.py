@@ -1,8 +1,8 @@
-"""Tensors between two processes of one machine: described in a header, laid out one behind the other.
+"""Memory layout of tensors between two processes of one machine; a header has their descriptions.
 
-A tensor may come as several arrays with the same row shape: they are written behind each other, and arrive as one.
-Every tensor starts at a multiple of 64 bytes. BYTES elements are a 4-byte little-endian length and that many bytes, as
-on the wire; they arrive as `bytes`. BF16 is carried as 16-bit patterns.
+The sender may give a tensor as several arrays with the same row shape; the receiver gets one array. Every tensor starts
+at a multiple of 64 bytes. A BYTES element is a 4-byte little-endian length and that many bytes, as on the wire; the
+receiver gets `bytes`. BF16 is carried as 16-bit patterns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shoal.oip.tensors import object_array, pack_bytes, split_bytes
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 ALIGNMENT = 64
-"""A cache line: no kernel of NumPy wants more."""
+"""One cache line: no kernel of NumPy needs more."""
 
 _MAX_DIMS = 64
 
@@ -33,16 +33,16 @@ class TensorPart:
     datatype: str
     shape: tuple[int, ...]
     chunks: Sequence[Any]
-    """Its bytes, in pieces."""
+    """The tensor's bytes, in one or several buffers."""
     size_bytes: int
 
     def entry(self) -> list[Any]:
-        """As the header has it."""
+        """Return the description of the tensor for the header."""
         return [self.name, self.datatype, self.shape, self.size_bytes]
 
 
 def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> TensorPart:
-    """The tensor made of `arrays`, one behind the other.
+    """Return the tensor that concatenates `arrays` by rows.
 
     Raises:
         TypeError: an element of a BYTES tensor is neither bytes nor text.
@@ -59,12 +59,12 @@ def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> TensorPart:
 def _plain(array: Tensor, dtype: np.dtype[Any]) -> Tensor:
     if array.dtype.name == "bfloat16":
         array = array.view(np.uint16)
-    # A view as bytes: a buffer of any other format is refused by some calls, and one without dimensions by others.
+    # A flat view as bytes: some calls reject buffers of another format, others reject buffers without dimensions.
     return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
 
 
-def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Where tensors of these sizes start, and where the last one ends."""
+def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Return the start of each tensor, given the sizes of the tensors, and the end of the last one."""
     starts, at = [], 0
     for size in sizes:
         at = -(-at // ALIGNMENT) * ALIGNMENT
@@ -74,16 +74,16 @@ def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
 
 
 def read(entries: Any, memory: memoryview) -> list[tuple[str, str, Tensor]]:
-    """Name, datatype and array of each tensor that the `entries` of a header describe: views of `memory`, or BYTES.
+    """Return name, datatype and array of each tensor in `entries`. The arrays are views of `memory`, except for BYTES.
 
     Raises:
-        ValueError: they do not describe what `memory` holds.
+        ValueError: the entries do not match `memory`.
     """
     if not isinstance(entries, list):
-        raise ValueError("the list of tensors is none")
+        raise ValueError("the header has no list of tensors")
     for entry in entries:
         _check(entry)
-    starts, end = laid_out(entry[3] for entry in entries)
+    starts, end = layout(entry[3] for entry in entries)
     if end != len(memory):
         raise ValueError(f"{len(memory)} bytes hold tensors of {end} bytes")
     return [

@@ -1,10 +1,11 @@
-"""Requests that end their model's process, remembered by what they are, so that they do it no more.
+"""Poison requests: requests that crash their model's process, recorded by content and rejected afterwards.
 
-    alone when its process died    ──> refused from now on, for a while that doubles each time it does it again
-    one of several, or killed from outside (SIGKILL may be the kernel's for want of memory, or a person's): suspected;
-    refused when that has happened several times
+    confirmed: alone in a process that crashed by itself
+        ──> rejected for a time that doubles with each further crash
+    ambiguous: one of several requests, or the process was killed (out-of-memory killer, a person)
+        ──> rejected after MAX_AMBIGUOUS_CRASHES
 
-Memory is bounded; what has run out is forgotten.
+The table has a bounded size, and its records expire.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ from services.infer.requests.tensors import Tensor
 from shoal.oip.tensors import pack_bytes
 
 FIRST_S, LONGEST_S = 60.0, 3600.0
-SUSPICIONS = 3
-_KEPT = 1024
+MAX_AMBIGUOUS_CRASHES = 3
+_MAX_RECORDS = 1024
 
 
 @dataclass
 class _Record:
-    suspicions: int = 0
-    deaths: int = 0
-    until: float = 0.0
-    """Refused before this."""
-    forgotten: float = 0.0
-    """From then on, nothing is known of it."""
+    crashes: int = 0
+    rejections: int = 0
+    """Number of rejection periods so far."""
+    rejected_until: float = 0.0
+    expires_at: float = 0.0
 
 
-class Poison:
-    """Of one model. Any thread may use it."""
+class PoisonTable:
+    """Poison requests of one model. Any thread may use it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -42,43 +42,47 @@ class Poison:
         self._records: dict[bytes, _Record] = {}
 
     def __bool__(self) -> bool:
-        """Whether anything is remembered: if not, nobody needs to be looked at."""
+        """Return True when the table has records: without any, no request needs a fingerprint."""
         return bool(self._records)
 
-    def blame(self, calls: Sequence[InferenceRequest], *, is_sure: bool) -> None:
-        """These were executed together when their process died. `is_sure`: it was their doing, and nobody else's."""
-        for call in calls:
-            mark = fingerprint(call)
+    def record_crash(self, requests: Sequence[InferenceRequest], *, is_confirmed: bool) -> None:
+        """Record that a process died while it executed `requests`.
+
+        Args:
+            is_confirmed: the process crashed by itself, and executed no other requests.
+        """
+        for request in requests:
+            key = fingerprint(request)
             with self._lock:
-                record = self._records.pop(mark, None) or _Record()
-                record.suspicions += 1
-                if (is_sure and len(calls) == 1) or record.suspicions >= SUSPICIONS:
-                    record.deaths += 1
-                    record.until = self._clock() + min(FIRST_S * 2.0 ** (record.deaths - 1), LONGEST_S)
-                record.forgotten = max(record.until, self._clock()) + LONGEST_S
-                self._records[mark] = record
-                while len(self._records) > _KEPT:
+                record = self._records.pop(key, None) or _Record()
+                record.crashes += 1
+                if (is_confirmed and len(requests) == 1) or record.crashes >= MAX_AMBIGUOUS_CRASHES:
+                    record.rejections += 1
+                    record.rejected_until = self._clock() + min(FIRST_S * 2.0 ** (record.rejections - 1), LONGEST_S)
+                record.expires_at = max(record.rejected_until, self._clock()) + LONGEST_S
+                self._records[key] = record
+                while len(self._records) > _MAX_RECORDS:
                     del self._records[next(iter(self._records))]
 
-    def refused_for_s(self, call: InferenceRequest) -> float:
-        """How long this call is still refused; 0: it may run."""
+    def rejected_for_s(self, request: InferenceRequest) -> float:
+        """Return for how many seconds `request` is still rejected; 0: it may run."""
         now = self._clock()
         with self._lock:
-            for mark in [mark for mark, record in self._records.items() if now >= record.forgotten]:
-                del self._records[mark]
+            for key in [key for key, record in self._records.items() if now >= record.expires_at]:
+                del self._records[key]
             if not self._records:
                 return 0.0
-        record = self._records.get(fingerprint(call))
-        return max(record.until - now, 0.0) if record is not None else 0.0
+        record = self._records.get(fingerprint(request))
+        return max(record.rejected_until - now, 0.0) if record is not None else 0.0
 
 
-def fingerprint(call: InferenceRequest) -> bytes:
-    """What the model sees of a call: equal for equal inputs and wanted outputs."""
+def fingerprint(request: InferenceRequest) -> bytes:
+    """Return a digest of the inputs and the names of the requested outputs: all that the model sees of a request."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(call.tensors.items()):
+    for name, array in sorted(request.tensors.items()):
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         digest.update(_content(array))
-    digest.update("\0".join(output.spec.name for output in call.outputs).encode())
+    digest.update("\0".join(output.spec.name for output in request.outputs).encode())
     return digest.digest()
 
 

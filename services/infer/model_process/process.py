@@ -1,8 +1,8 @@
-"""One run of a model process, from its start to its end. Owned by one thread, its keeper's.
+"""One run of a model process, from its start to its end. One thread owns the run: the supervisor of its instance.
 
-    spawn ──> handshake: "load" there, "loaded" | "failed" back ──> log lines, until it ends ──> reaped, with the reason
+    spawn ──> handshake: "load" sent, "loaded" | "failed" received ──> output logged until exit ──> reaped, with reason
 
-The kernel ends the process when the thread that started it ends: the keeper lives as long as the process.
+The kernel ends the process when the thread that started it ends, so the supervisor lives as long as the process.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
-from services.infer.model_process.model_runner import NotLoaded, OwnProcess, Signalled
+from services.infer.model_process.model_runner import ExclusiveRunner, NotLoaded, SignalledProcess
 
 log = logging.getLogger(__name__)
 
+# A longer line is split: a model may write output without line breaks.
 _LINE_BYTES = 8192
-# A longer line is cut into several: a model may write without ever ending a line.
 _PIPE_BYTES = 1 << 16
+# A process that has closed its channel is killed when it has not exited after this.
 _END_S = 2.0
-# What has closed its channel should end: it is given so long.
-_LAST_WORDS_S = 0.2
-# How long the output of a process that has ended is still read: one that it started may hold the pipe for ever.
+# Output is read for this long after the process has exited: a process that it started may hold the pipe open for ever.
+_LAST_OUTPUT_S = 0.2
 
 
 @dataclass(frozen=True)
 class Program:
-    """How a model process is started."""
+    """Command line, environment and working directory of a model process."""
 
     argv: Sequence[str]
-    """Up to the numbers of its socket and its server, which follow."""
+    """The socket's file descriptor and the server's process id are appended."""
     environment: Mapping[str, str]
     folder: str
     """Its working directory."""
 
 
-class Process(Signalled, OwnProcess):
+class Process(SignalledProcess, ExclusiveRunner):
     """A model process that runs, or has run."""
 
     def __init__(self, program: Program, title: str) -> None:
-        """Starts it. `title` names the model in the log. Raises OSError."""
+        """Start the process. `title` names the model in the log. Raises OSError."""
         super().__init__(title)
         self._rest = b""
         ours, theirs = socket.socketpair()
@@ -63,7 +63,7 @@ class Process(Signalled, OwnProcess):
                 env=dict(program.environment),
                 cwd=program.folder,
                 pass_fds=(theirs.fileno(),),
-                # A group of its own: Ctrl-C is the server's, and what it starts in turn can be ended with it.
+                # A process group of its own: Ctrl-C reaches the server only, and `reap` can kill the whole group.
                 start_new_session=True,
             )
         except BaseException:
@@ -80,29 +80,31 @@ class Process(Signalled, OwnProcess):
         self._pidfd = os.pidfd_open(self.pid)
 
     def load(self, header: dict[str, Any], timeout_s: float) -> None:
-        """Has it load its model; `facts` says what is known then.
+        """Send the load request and wait until the model is loaded; sets `model_info`.
+
+        `model_info` stays empty when the process ends meanwhile.
 
         Raises:
-            NotLoaded: it could not, or took too long, or ended. It is to be reaped all the same.
+            NotLoaded: loading failed, or took longer than `timeout_s`. The process must be reaped all the same.
         """
         deadline = time.monotonic() + timeout_s
         try:
             self.channel.send(header)
-            message = self._first_word(deadline)
+            message = self._first_message(deadline)
         except ChannelClosed as err:
-            self._end_soon(f"it broke off while it loaded the model: {err}")
+            self._wait_exit_or_kill(f"it closed its channel while it loaded the model: {err}")
             message = None
-        if message is None:
-            return  # It has ended: `reap` knows how.
-        self.learn(message)
+        # Without a message the process has ended: `reap` finds out how.
+        if message is not None:
+            self.accept_loaded(message)
 
-    def _end_soon(self, reason: str) -> None:
+    def _wait_exit_or_kill(self, reason: str) -> None:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if not poll.poll(_END_S * 1000):
             self.kill(reason)
 
-    def _first_word(self, deadline: float) -> Message | None:
+    def _first_message(self, deadline: float) -> Message | None:
         poll = self._polling(with_channel=True)
         while True:
             left = deadline - time.monotonic()
@@ -116,8 +118,8 @@ class Process(Signalled, OwnProcess):
             if self._pidfd in ready:
                 return None
 
-    def attend(self) -> None:
-        """Passes on what it writes, until it ends. Then reaps it."""
+    def watch(self) -> None:
+        """Log the output of the process until it exits, then reap the process."""
         poll = self._polling(with_channel=False)
         while True:
             ready = {fd for fd, _ in poll.poll()}
@@ -134,7 +136,7 @@ class Process(Signalled, OwnProcess):
         return poll
 
     def _drain(self) -> bool:
-        """Logs what has been written; False when there will be no more."""
+        """Log the output that is ready; return False at the end of the output."""
         try:
             data = os.read(self._out, _PIPE_BYTES)
         except BlockingIOError:
@@ -151,28 +153,30 @@ class Process(Signalled, OwnProcess):
         return bool(data)
 
     def reap(self) -> None:
-        """Waits for its end, and gives back everything that was held for it."""
-        with suppress(ChildProcessError):  # The program that embeds us may have all children reaped by the kernel.
+        """Wait for the exit of the process, set `end` and `died`, and close its descriptors."""
+        # A program that embeds the server may let the kernel reap all children.
+        with suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with self._signalling:
-            # Before it is reaped, while its number cannot be another's: what it has started goes with it.
+            # Kills the processes that the model started, before the reaping frees the process id for reuse.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             code = self._popen.wait()
-            self.end = self._killed_for or how(code)
+            self.end = self._killed_for or exit_text(code)
             self.died.set()
         poll = select.poll()
         poll.register(self._out, select.POLLIN)
-        until = time.monotonic() + _LAST_WORDS_S
+        until = time.monotonic() + _LAST_OUTPUT_S
         while poll.poll(max(until - time.monotonic(), 0) * 1000) and self._drain():
             pass
         os.close(self._out)
         os.close(self._pidfd)
-        self.channel.shut()  # A thread may be waiting in it, and something that was started may hold the other end.
+        # A thread may wait in the channel, and a process that the model started may hold the other end.
+        self.channel.shut()
 
 
-def how(code: int) -> str:
-    """An exit status, or minus a signal, in words."""
+def exit_text(code: int) -> str:
+    """Return text for an exit status, or for minus a signal's number."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -185,6 +189,7 @@ CHILD, OWNER = "services.infer.model_process.child.main", "services.infer.model_
 
 
 def program(python: str, environment: Mapping[str, str], folder: str, module: str = CHILD) -> Program:
-    """The one that runs a model. `-P`: the working directory is not searched for modules."""
+    """Return the program that runs `module` with the interpreter `python`."""
+    # -P: the working directory is not searched for modules.
     safe = ("-P",) if sys.version_info >= (3, 11) else ()
     return Program((python, *safe, "-m", module), environment, folder)

@@ -1,12 +1,12 @@
-"""Models written in Python (`model.py`), as a `Runtime`: each instance in a process of its own.
+"""Runtimes that run models in model processes: PythonRuntime for `model.py`, IsolatedOnnxRuntime for .onnx files.
 
-Of its `parameters`, a model's configuration may say:
+Keys in the `parameters` of a model's configuration:
 
-    isolation              process (the default); shared: once for all infer processes of a server; or none: in the
-                           server's own process, on a thread
-    execution_timeout_ms   a run that takes longer is ended, and its process with it; unset: no bound
+    isolation              process (the default): one for each instance; shared: one for all infer processes of a
+                           server; none: a thread in the server's own process
+    execution_timeout_ms   a process whose run takes longer is killed; unset: no limit
     load_timeout_ms        the same for loading; 600000 when unset
-    max_streams            requests that one instance of a decoupled model works on at a time; 64 when unset
+    max_streams            concurrent requests of one instance of a decoupled model; 64 when unset
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from typing import Any
 
 from services.infer.model_files.config_json import as_json
 from services.infer.model_process import interpreter
-from services.infer.model_process.instance import Instance, Running
+from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.process import OWNER, Process, program
-from services.infer.model_process.session import InnerCall, Limits, ProcessSession
+from services.infer.model_process.session import Limits, ProcessSession, RunInnerCall
 from services.infer.model_process.shared.owners import Owners, key_of
-from services.infer.model_process.shared.shared import Shared
+from services.infer.model_process.shared.shared_process import SharedProcess
 from services.infer.model_process.thread_runner import ThreadRunner
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import devices
 from services.infer.runtimes.parameters import number, texts
-from services.infer.runtimes.runtime import About, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import About, ExecutionPlacement, SessionOptions
 from shoal.errors import FailedPrecondition
 
 _LOAD_TIMEOUT_MS = 600_000
 _MAX_STREAMS = 64
+# Each Python model in the server's own process is imported under a module name of its own.
 _MODULES = itertools.count(1)
-# Models in the server's process are modules side by side: each has a name of its own.
 
 
 class PythonRuntime:
-    """Loads `model.py` files."""
+    """Runtime of `model.py` files."""
 
     platform = "python"
     backend = "python"
@@ -52,16 +52,17 @@ class PythonRuntime:
     def __init__(
         self,
         environ: Mapping[str, str] | None = None,
-        call: InnerCall | None = None,
+        call: RunInnerCall | None = None,
         owners: Owners | None = None,
         isolation: str = "process",
     ) -> None:
-        """Makes sessions of model processes.
+        """Store the arguments.
 
         Args:
-            call: runs the calls that models make of other models; without it they are refused.
-            owners: of the models that are shared; without it they are shared with nobody.
-            isolation: what holds for models that do not say.
+            environ: the environment of model processes; None: the server's own.
+            call: runs the calls that models make of other models; None: such calls are rejected.
+            owners: registry of shared model processes; None: they are shared within this infer process only.
+            isolation: the default of the parameter `isolation`.
         """
         self._environ = dict(os.environ if environ is None else environ)
         self._call = call
@@ -82,7 +83,7 @@ class PythonRuntime:
         headers = self._load_headers(file, options, about, values)
         instances = [
             Instance(
-                self._beginning(file, values, about, header),
+                self._starter(file, values, about, header),
                 title if len(headers) == 1 else f"{title} instance {n}",
                 header,
                 load_timeout_s=limits.load_s,
@@ -102,25 +103,28 @@ class PythonRuntime:
                 f"parameter isolation '{values['isolation']}': expected {' or '.join(map(repr, self.isolations))}"
             )
         if values.get("isolation") == "none" and values.get("execution_timeout_ms"):
-            raise FailedPrecondition("parameter execution_timeout_ms needs isolation 'process': a thread goes on")
+            raise FailedPrecondition(
+                "parameter execution_timeout_ms needs isolation 'process': threads cannot be killed"
+            )
 
-    def _beginning(
+    def _starter(
         self, file: Path, values: Mapping[str, str], about: About, header: Mapping[str, Any]
-    ) -> Callable[[str], Running]:
+    ) -> Callable[[str], Runner]:
+        """Return the function that starts a runner for one instance."""
         if values.get("isolation") == "none":
             return ThreadRunner
-        python = interpreter.interpreter(self._environ)
+        python = interpreter.find_interpreter(self._environ)
         environment, folder = interpreter.environment(self._environ), str(file.parent)
         if values.get("isolation") == "shared":
             owner, key = program(python, environment, folder, OWNER), key_of(header, about.digest)
-            return lambda title: Shared(self._owners, key, owner, title)
-        started = program(python, environment, folder)
-        return lambda title: Process(started, title)
+            return lambda title: SharedProcess(self._owners, key, owner, title)
+        child = program(python, environment, folder)
+        return lambda title: Process(child, title)
 
     def _load_headers(
         self, file: Path, options: SessionOptions, about: About, values: Mapping[str, str]
     ) -> list[dict[str, Any]]:
-        """What each instance is to load."""
+        """Return the load request of each instance: the fields of `hosted.Load`."""
         return [self._load_header(file, options, about, n, values) for n in range(about.instances)]
 
     def _load_header(
@@ -143,7 +147,7 @@ class PythonRuntime:
 
 
 class IsolatedOnnxRuntime(PythonRuntime):
-    """Loads .onnx files into processes of their own."""
+    """Runtime of .onnx files in model processes."""
 
     platform = "onnxruntime_onnx"
     backend = "onnxruntime"
@@ -154,31 +158,36 @@ class IsolatedOnnxRuntime(PythonRuntime):
     def _load_headers(
         self, file: Path, options: SessionOptions, about: About, values: Mapping[str, str]
     ) -> list[dict[str, Any]]:
-        where = devices(options)
+        placed = devices(options)
         if values["isolation"] == "shared":
-            # One session for all, which takes so many executions at a time.
-            runs = sum(count for _, count in where)
+            # All instances share one session, which runs so many executions concurrently.
+            runs = sum(count for _, count in placed)
             return [{**self._load_header(file, options, about, 0, values), "runs": runs}] * runs
-        alone = each_alone(options, where)
-        return [self._load_header(file, each, about, n, values) for n, each in enumerate(alone)]
+        per_process = per_process_options(options, placed)
+        return [self._load_header(file, each, about, n, values) for n, each in enumerate(per_process)]
 
     def _options(self, options: SessionOptions, values: Mapping[str, str]) -> dict[str, Any]:
-        given = {each.name: getattr(options, each.name) for each in fields(options)}
-        lists = ("places", "gpu_providers", "cpu_providers")
-        return {key: [list(each) for each in given[key]] for key in lists} | {
+        """Return the fields of `options` as JSON values."""
+        values_by_name = {each.name: getattr(options, each.name) for each in fields(options)}
+        lists = ("placements", "gpu_providers", "cpu_providers")
+        return {key: [list(each) for each in values_by_name[key]] for key in lists} | {
             name: dict(value) if isinstance(value, Mapping) else value
-            for name, value in given.items()
+            for name, value in values_by_name.items()
             if isinstance(value, int | str | Mapping)
         }
 
 
-def each_alone(options: SessionOptions, where: Sequence[tuple[Device, int]]) -> list[SessionOptions]:
-    """The options of each execution, where each has a process of its own: its device, and what suits that."""
-    on_cpu = replace(options, places=(TensorPlacement("cpu"),), gpu_providers=())
+def per_process_options(options: SessionOptions, placed: Sequence[tuple[Device, int]]) -> list[SessionOptions]:
+    """Return the options of each model process: its one device, and only the providers for that device.
+
+    Args:
+        placed: each device with its number of concurrent executions; each execution gets a process.
+    """
+    on_cpu = replace(options, placements=(ExecutionPlacement("cpu"),), gpu_providers=())
     on_gpu = replace(options, cpu_providers=())
     return [
-        on_cpu if device.gpu is None else replace(on_gpu, places=(TensorPlacement("gpu", device.gpu),))
-        for device, count in where
+        on_cpu if device.gpu is None else replace(on_gpu, placements=(ExecutionPlacement("gpu", device.gpu),))
+        for device, count in placed
         for _ in range(count)
     ]
 

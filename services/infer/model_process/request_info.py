@@ -1,4 +1,4 @@
-"""What a request says about itself besides its tensors, for models that want to know."""
+"""Request metadata for models that want it: id, timeout, parameters, sequence id and flags."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ SEQUENCE_START, SEQUENCE_END = 1, 2
 """Flags of a request, as Triton numbers them."""
 
 
-def of(call: InferenceRequest, model: str, version: int) -> dict[str, Any]:
-    """As it travels to the model's process."""
-    asked = call.source
-    said: dict[str, Any] = {"model_name": model, "model_version": version}
-    if asked is None:
-        return said
-    said["request_id"] = asked.id
-    if asked.parameters:
-        given = asked.parameters
-        said["timeout_us"] = call.parameters.timeout_us
-        said["parameters"] = {
-            name: value for name in given if name not in parameters.KNOWN and (value := _value(given[name])) is not None
+def of(request: InferenceRequest, model: str, version: int) -> dict[str, Any]:
+    """Return the metadata of `request` as JSON values, which are sent to the model process."""
+    message = request.source
+    info: dict[str, Any] = {"model_name": model, "model_version": version}
+    if message is None:
+        return info
+    info["request_id"] = message.id
+    if message.parameters:
+        raw = message.parameters
+        info["timeout_us"] = request.parameters.timeout_us
+        info["parameters"] = {
+            name: value for name in raw if name not in parameters.KNOWN and (value := _value(raw[name])) is not None
         }
-        said["correlation_id"] = call.parameters.sequence_id
-        said["flags"] = _flag(given, "sequence_start", SEQUENCE_START) | _flag(given, "sequence_end", SEQUENCE_END)
-    return said
+        info["correlation_id"] = request.parameters.sequence_id
+        info["flags"] = _flag(raw, "sequence_start", SEQUENCE_START) | _flag(raw, "sequence_end", SEQUENCE_END)
+    return info
 
 
-def _flag(given: Any, name: str, flag: int) -> int:
-    return flag if name in given and given[name].bool_param else 0
+def _flag(raw: Any, name: str, flag: int) -> int:
+    return flag if name in raw and raw[name].bool_param else 0
 
 
 def _value(parameter: pb.InferParameter) -> Any:

@@ -1,6 +1,6 @@
-"""A model in processes of its own, as a `Session`: one process for each instance, each running one batch at a time.
+"""Session of a model in model processes: one process for each instance, each running one batch at a time.
 
-calls ──> a process that is free ──"run"──> ──"result"──> arrays          a death on the way: ModelDied
+batch ──> a free process ──"run"──> ──"result"──> arrays          ModelDied when the process dies meanwhile
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from services.infer.model_files.config_json import from_json
 from services.infer.model_process import payload
 from services.infer.model_process.channel import ChannelClosed, Message
-from services.infer.model_process.decoupled_link import DecoupledStreams
-from services.infer.model_process.instance import Instance, Running
+from services.infer.model_process.decoupled_streams import DecoupledStreams
+from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.payload import TensorPart
-from services.infer.model_process.poison import Poison
+from services.infer.model_process.poison import PoisonTable
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -35,47 +35,55 @@ from shoal.oip.datatypes import BY_NAME
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.05
-# While a model runs, how often it is asked whether anybody still waits for it.
-_UNWANTED_S = 30.0
-# A run that nobody has waited for since then is given up, and its process with it: it may never end.
+# Interval at which a running batch is checked for callers that still wait.
+_POLL_S = 0.05
+# The process is killed when no caller has waited for its run for so long: the run may never end.
+_ABANDONED_S = 30.0
+# A process that has closed its channel is killed when it has not exited after this.
 _REAPED_S = 5.0
+# Longest wait for a free instance.
 _FREE_S = 60.0
+# Longest wait of `run` for a process that is restarting.
 _RESTARTED_S = 30.0
-_TEXT = 1000
-# Characters of an error: a status message travels in a header.
+# An error becomes a status message, which travels in a header of limited size.
+_MAX_ERROR_CHARACTERS = 1000
+# Retries of a batch on the next process, when a process died before it had read the batch.
 _UNREAD_TRIES = 3
-# A request that a dying process has not read is taken to the next one, so often.
 
 
 class ModelDied(ModelFailed):
-    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it. `is_unread`: it had not read
-    the batch yet."""
+    """The model's process ended while it ran a batch."""
 
-    def __init__(self, message: str, *, is_sure: bool, is_unread: bool = False, is_alone: bool = True) -> None:
-        """`is_alone`: nobody else's work was executed by it."""
+    def __init__(self, message: str, *, is_confirmed: bool, is_unread: bool = False, is_alone: bool = True) -> None:
+        """Store the circumstances.
+
+        Args:
+            is_confirmed: the process crashed by itself; it was not killed from outside.
+            is_unread: the process had not read the batch yet.
+            is_alone: the process executed no batch of another user at the same time.
+        """
         super().__init__(message)
-        self.is_sure, self.is_unread, self.is_alone = is_sure, is_unread, is_alone
+        self.is_confirmed, self.is_unread, self.is_alone = is_confirmed, is_unread, is_alone
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a model's runs."""
+    """Time and concurrency limits of one model."""
 
     execution_s: float = math.inf
-    """A run that takes longer is ended, and its process with it."""
+    """A process whose run takes longer is killed."""
     load_s: float = 600.0
     """The same for loading."""
     streams: int = 64
-    """Requests that one instance of a decoupled model works on at a time."""
+    """Concurrent requests of one instance of a decoupled model."""
 
 
-InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
-"""Runs a call that a model makes of another one; gives the answer to the function, later and from any thread."""
+RunInnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
+"""Runs an inner call (of another model); passes the answer to the function, later and from any thread."""
 
 
 class ProcessSession(Session):
-    """One model in one or several processes. Any thread may run it."""
+    """One model in one or several model processes. Any thread may run it."""
 
     reshapes = True
 
@@ -85,82 +93,90 @@ class ProcessSession(Session):
         title: str,
         instances: Sequence[Instance],
         limits: Limits,
-        call: InnerCall | None = None,
+        call: RunInnerCall | None = None,
         clock: Callable[[], float] = time.monotonic,
         is_given_up: Callable[[], bool] = bool,
     ) -> None:
-        """Owns the instances, which are started here. Loading ends early when `is_given_up`.
+        """Start the instances and wait until all are loaded. The session owns the instances.
 
         Args:
-            name: of the model, as callers know it; `title` is how the log calls it.
-            call: runs the calls that it makes of other models.
+            name: the model's name, for callers.
+            title: the model's name in the log.
+            call: runs the calls that the model makes of other models; None: such calls are rejected.
+            is_given_up: loading ends early when this returns True.
 
         Raises:
-            FailedPrecondition: one could not be loaded.
+            FailedPrecondition: an instance could not be loaded.
         """
         self.name, self.title, self.limits, self._call = name, title, limits, call
         self.instances = instances
-        self._links: dict[Instance, DecoupledStreams] = {}
+        self._streams: dict[Instance, DecoupledStreams] = {}
         self._numbers = itertools.count(1)
-        self.on_link: Callable[[], None] = lambda: None
-        """Called on a keeper's thread when an instance of a decoupled model is there (again)."""
+        self.on_streams_started: Callable[[], None] = lambda: None
+        """Called on a supervisor thread when an instance of a decoupled model has started or restarted."""
         for instance in instances:
-            instance.on_running = partial(self._began, instance)
+            instance.on_running = partial(self._start_streams, instance)
         try:
             for instance in instances:
                 instance.start()
-            facts = [instance.wait_loaded(is_given_up) for instance in instances]
-            self.facts = facts[0]
-            self.inputs, self.outputs = _specs(self.facts, "inputs"), _specs(self.facts, "outputs")
-            self.optional_inputs = _specs(self.facts, "optional_inputs", is_optional=True)
+            model_info = [instance.wait_loaded(is_given_up) for instance in instances]
+            self.model_info = model_info[0]
+            self.inputs, self.outputs = _specs(self.model_info, "inputs"), _specs(self.model_info, "outputs")
+            self.optional_inputs = _specs(self.model_info, "optional_inputs", is_optional=True)
         except BaseException:
             self.close()
             raise
-        self.text = bool(self.facts.get("text"))
-        self.wants_requests = bool(self.facts.get("wants_requests"))
-        self.sees_missing = bool(self.facts.get("sees_missing"))
-        self.is_decoupled = bool(self.facts.get("is_decoupled"))
-        self.is_tried = bool(self.facts.get("is_tried"))
-        self.poison = Poison(clock)
-        self.says_batch = bool(self.facts.get("says_batch"))
-        self.gpus = tuple(sorted({gpu for each in facts for gpu in each.get("gpus", ())}))
+        self.text = bool(self.model_info.get("text"))
+        self.wants_requests = bool(self.model_info.get("wants_requests"))
+        self.handles_missing_inputs = bool(self.model_info.get("handles_missing_inputs"))
+        self.is_decoupled = bool(self.model_info.get("is_decoupled"))
+        self.allows_trial_run = bool(self.model_info.get("allows_trial_run"))
+        self.poison = PoisonTable(clock)
+        self.sets_max_batch_size = bool(self.model_info.get("sets_max_batch_size"))
+        self.gpus = tuple(sorted({gpu for each in model_info for gpu in each.get("gpus", ())}))
         self.datatypes = {spec.name: spec.datatype.name for spec in (*self.inputs, *self.optional_inputs)}
         self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
         for instance in instances:
             self._free.put(instance)
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
-        """The configuration as the model itself completed it; `config` when it did not. Raises FailedPrecondition."""
-        said = self.facts.get("config")
-        if said is None:
+    def completed(self, config: pb.ModelConfig, *, sets_max_batch_size: bool) -> pb.ModelConfig:
+        """Return the configuration as completed by the model; `config` when the model completes nothing.
+
+        Raises:
+            FailedPrecondition: the completed configuration is invalid.
+        """
+        completed_json = self.model_info.get("config")
+        if completed_json is None:
             return config
-        completed = from_json(said)
+        completed = from_json(completed_json)
         completed.name = config.name
         return completed
 
-    def _began(self, instance: Instance, process: Running) -> None:
-        if process.facts.get("is_decoupled"):
-            self._links[instance] = DecoupledStreams(process, self._call_from_stream)
-            self.on_link()
+    def _start_streams(self, instance: Instance, process: Runner) -> None:
+        if process.model_info.get("is_decoupled"):
+            self._streams[instance] = DecoupledStreams(process, self._call_from_stream)
+            self.on_streams_started()
 
-    def links(self) -> list[DecoupledStreams]:
-        """Of the instances of a decoupled model that run."""
-        return [link for link in list(self._links.values()) if not link.is_over and not link.process.died.is_set()]
+    def streams(self) -> list[DecoupledStreams]:
+        """Return the streams of each running instance of a decoupled model."""
+        return [each for each in list(self._streams.values()) if not each.is_over and not each.process.died.is_set()]
 
     def check_running(self) -> None:
-        """Raises Unavailable when no instance runs; it says when to come back."""
+        """Raise Unavailable, with `retry_after_ms`, when no instance is running."""
         if not any(instance.is_running() for instance in self.instances):
             self.instances[0].running()
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
         details: list[dict[str, Any]] = [{}] if self.wants_requests else []
-        given = {name: [array] for name, array in inputs.items()}
-        results = self.run_requests(given, outputs, rows, details, patience_s=_RESTARTED_S)
-        got = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for one request")
-        if isinstance(got, Exception):
-            raise ModelFailed(got.message if isinstance(got, ShoalError) else str(got)) from got
-        return got
+        arrays = {name: [array] for name, array in inputs.items()}
+        results = self.run_requests(arrays, outputs, rows, details, patience_s=_RESTARTED_S)
+        result = (
+            results[0] if len(results) == 1 else ModelFailed(f"the model sent {len(results)} answers to one request")
+        )
+        if isinstance(result, Exception):
+            raise ModelFailed(result.message if isinstance(result, ShoalError) else str(result)) from result
+        return result
 
     def _has_rows(self, inputs: Mapping[str, Tensor]) -> bool:
         return all(array.ndim for array in inputs.values()) and all(spec.shape[:1] == (-1,) for spec in self.inputs)
@@ -174,28 +190,29 @@ class ProcessSession(Session):
         *,
         is_wanted: Callable[[], bool] = lambda: True,
         patience_s: float = 0.0,
-        on: Running | None = None,
+        on: Runner | None = None,
         most_rows: int = 0,
         on_waited: Callable[[int], None] = lambda waited_ns: None,
     ) -> list[list[Tensor] | Exception]:
-        """Runs the requests of one batch.
+        """Run the requests of one batch.
 
         Args:
             inputs: for each input, the array of each request.
-            rows: of each request; empty for one request without a batch dimension.
-            details: what each says of itself, for a model that wants to know.
-            is_wanted: whether anybody waits for the answer.
-            patience_s: how long to wait for a process that is being started again.
-            on: the process that must run it, whatever comes. Else it is one that is free.
-            most_rows: so many may be executed together with those of others, where others use the process; 0: none.
-            on_waited: told how long it waited there for others, in nanoseconds.
+            rows: number of rows of each request; empty for one request without a batch dimension.
+            details: metadata of each request (`request_info`), for a model that `wants_requests`.
+            is_wanted: returns True while a caller waits for the answer.
+            patience_s: longest wait for a process that is restarting.
+            on: the process that must run the batch, without retries elsewhere; None: a free process.
+            most_rows: largest batch after a shared process has stacked rows of other infer processes; 0: no stacking.
+            on_waited: called with the nanoseconds that the batch waited inside a shared process.
 
         Returns:
-            One result for each request that the model answered one by one; else one for all of them, rows stacked.
+            One result for each request, when the model answers request by request; else one result with all rows.
 
         Raises:
-            ModelFailed: the model cannot process the batch. ModelDied: its process ended.
-            Unavailable: there is no process just now.
+            ModelFailed: the model cannot process the batch.
+            ModelDied: the model's process ended.
+            Unavailable: no process is running.
         """
         parts = [payload.part(name, self.datatypes[name], arrays) for name, arrays in inputs.items()]
         header = {"op": "run", "id": next(self._numbers), "outputs": list(outputs), "rows": list(rows)}
@@ -204,91 +221,96 @@ class ProcessSession(Session):
         elif most_rows:
             header["most"] = most_rows
         if on is not None:
-            return self._results(self._exchanged_on(on, header, parts, is_wanted), outputs)
-        with self._instance() as instance:
+            return self._results(self._exchange_on(on, header, parts, is_wanted), outputs)
+        with self._free_instance() as instance:
             for is_last in (*(False,) * _UNREAD_TRIES, True):
                 process = instance.running(patience_s)
                 with process.using:
-                    answer = self._exchanged(process, header, parts, is_wanted, is_last) if _is_there(process) else None
+                    answer = self._exchange(process, header, parts, is_wanted, is_last) if _is_alive(process) else None
                 if answer is not None:
                     on_waited(int(answer.header.get("waited_ns", 0)))
                     return self._results(answer, outputs)
-        raise ModelDied("the model's process dies as soon as it is started", is_sure=False)
+        raise ModelDied("the model's process dies right after each start", is_confirmed=False)
 
     @contextmanager
-    def _instance(self) -> Iterator[Instance]:
-        """One that is free, for the block; one that runs, if there is one."""
-        taken: list[Instance] = []
+    def _free_instance(self) -> Iterator[Instance]:
+        """Reserve a free instance for the block; one with a running process is preferred."""
+        reserved: list[Instance] = []
         try:
-            taken.append(self._free.get(timeout=_FREE_S))
-            while not taken[-1].is_running() and len(taken) < len(self.instances):
-                taken.append(self._free.get_nowait())
+            reserved.append(self._free.get(timeout=_FREE_S))
+            while not reserved[-1].is_running() and len(reserved) < len(self.instances):
+                reserved.append(self._free.get_nowait())
         except queue.Empty:
-            if not taken:
+            if not reserved:
                 raise Internal(f"no process of model {self.title} was free for {_FREE_S:.0f} s") from None
-        found = next((each for each in taken if each.is_running()), taken[-1])
-        for each in taken:
-            if each is not found:
+        chosen = next((each for each in reserved if each.is_running()), reserved[-1])
+        for each in reserved:
+            if each is not chosen:
                 self._free.put(each)
         try:
-            yield found
+            yield chosen
         finally:
-            self._free.put(found)
+            self._free.put(chosen)
 
-    def _exchanged_on(
-        self, process: Running, header: dict[str, Any], parts: Sequence[TensorPart], is_wanted: Callable[[], bool]
+    def _exchange_on(
+        self, process: Runner, header: dict[str, Any], parts: Sequence[TensorPart], is_wanted: Callable[[], bool]
     ) -> Message:
         with process.using:
-            answer = self._exchanged(process, header, parts, is_wanted, False) if _is_there(process) else None
+            answer = self._exchange(process, header, parts, is_wanted, False) if _is_alive(process) else None
         if answer is None:
-            raise ModelDied(f"the model's process died ({process.end})", is_sure=False, is_unread=True)
+            raise ModelDied(f"the model's process died ({process.end})", is_confirmed=False, is_unread=True)
         return answer
 
     def declare(self, datatypes: Mapping[str, str]) -> None:
-        """Inputs, and their datatypes, that the server fills in and the model has not declared."""
+        """Add inputs, with their datatypes, that the server fills in and the model has not declared."""
         self.datatypes = {**datatypes, **self.datatypes}
 
-    def _exchanged(
+    def _exchange(
         self,
-        process: Running,
+        process: Runner,
         header: dict[str, Any],
         parts: Sequence[TensorPart],
         is_wanted: Callable[[], bool],
         is_last: bool,
     ) -> Message | None:
-        """The answer; None when the process died before it had read the request, unless this is the last try."""
+        """Send the batch and return the answer.
+
+        Returns None when the process died before it had read the batch, unless this is the last try.
+        """
         exchange = _Exchange(self, process, header["id"], is_wanted)
         try:
             process.channel.send(header, parts)
             return exchange.answer()
         except ChannelClosed as err:
-            _reaped(process, err)
-            is_unread = err.is_unread or not process.has_begun()
-            if is_unread and not exchange.has_said_more and not is_last:
+            _wait_reaped(process, err)
+            is_unread = err.is_unread or not process.has_started()
+            if is_unread and not exchange.has_sent_more and not is_last:
                 return None
-            said = f"the model's process died ({process.end})"
-            raise ModelDied(said, is_sure=process.is_own_doing(), is_alone=process.is_alone()) from err
+            text = f"the model's process died ({process.end})"
+            raise ModelDied(text, is_confirmed=process.is_own_crash(), is_alone=process.is_alone()) from err
 
-    def refusal(self, name: str, after_s: float) -> Internal:
-        """Why a call is not run that has ended a process of the model before."""
+    def rejection(self, name: str, after_s: float) -> Internal:
+        """Return the error for a poison request."""
         return Internal(
-            f"Failed to process the request(s) for model '{name}': this request has ended the model's process before; "
-            f"it is refused for {after_s:.0f} s"
+            f"Failed to process the request(s) for model '{name}': this request has crashed the model's process "
+            f"before; it is rejected for {after_s:.0f} s"
         )
 
-    def call_other(self, process: Running, message: Message) -> None:
+    def call_other(self, process: Runner, message: Message) -> None:
+        """Run a call that the model makes of another model, and send the answer to `process`."""
+
         def send(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             try:
                 process.channel.send(header, parts)
             except (ChannelClosed, OSError) as err:
-                log.info("model %s: the answer to its own call is lost: %s", self.title, err)
+                log.info("model %s: the answer to its inner call could not be sent: %s", self.title, err)
 
-        self._call_answered(message, send)
+        self._run_inner_call(message, send)
 
-    def _call_from_stream(self, message: Message, link: DecoupledStreams) -> None:
-        self._call_answered(message, link.reply)
+    def _call_from_stream(self, message: Message, streams: DecoupledStreams) -> None:
+        self._run_inner_call(message, streams.reply)
 
-    def _call_answered(self, message: Message, send: Callable[[dict[str, Any], Sequence[TensorPart]], None]) -> None:
+    def _run_inner_call(self, message: Message, send: Callable[[dict[str, Any], Sequence[TensorPart]], None]) -> None:
         number = message.header.get("id")
 
         def reply(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
@@ -301,24 +323,25 @@ class ProcessSession(Session):
 
     def _results(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         if answer.op == "error":
-            raise ModelFailed(str(answer.header.get("error"))[:_TEXT])
+            raise ModelFailed(str(answer.header.get("error"))[:_MAX_ERROR_CHARACTERS])
         try:
-            return self._given(answer, outputs)
-        except (AttributeError, KeyError, TypeError, ValueError) as err:  # It is not taken at its word.
-            raise ModelFailed("the model process sent what is no answer") from err
+            return self._split(answer, outputs)
+        # A model process is not trusted: its header may have any content.
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise ModelFailed("the model process sent an invalid answer") from err
 
-    def _given(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
+    def _split(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         arrays = iter([self.textual(array) for _, _, array in answer.tensors])
         responses = answer.header.get("responses")
         if responses is None:
             return [[_next(arrays) for _ in outputs]]
         return [
-            error_of(said, self.name) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
-            for said in responses
+            error_of(entry, self.name) if "error" in entry else [_next(arrays) for _ in range(entry.get("outputs", 0))]
+            for entry in responses
         ]
 
     def textual(self, array: Tensor) -> Tensor:
-        """An array as this session gives it: BYTES as `str` when they are text."""
+        """Return `array` with its BYTES elements as `str`, if this session's elements are text."""
         if not self.text or array.dtype != object:
             return array
         text: Tensor = np.empty(array.size, object)
@@ -326,94 +349,99 @@ class ProcessSession(Session):
         return text.reshape(array.shape)
 
     def close(self) -> None:
-        with ThreadPoolExecutor(len(self.instances)) as threads:  # Each may take a while for its good-bye.
+        # In parallel: the clean-up code of each may take a while.
+        with ThreadPoolExecutor(len(self.instances)) as threads:
             list(threads.map(Instance.close, self.instances))
 
 
 class _Exchange:
-    """One run in a process: waits for its answer, as long as that makes sense."""
+    """One run in a process: waits for the answer, kills a process that exceeds its limits."""
 
-    def __init__(self, session: ProcessSession, process: Running, number: int, is_wanted: Callable[[], bool]) -> None:
+    def __init__(self, session: ProcessSession, process: Runner, number: int, is_wanted: Callable[[], bool]) -> None:
         self._session, self._process = session, process
         self._number, self._is_wanted = number, is_wanted
-        self.has_said_more = False
-        """The process was sent more than the request."""
-        self._is_told = False
+        self.has_sent_more = False
+        """True once the process was sent anything after the request."""
+        self._is_cancel_sent = False
 
     def answer(self) -> Message:
-        """Raises ChannelClosed."""
-        start = wanted = time.monotonic()
+        """Wait for the answer; run the model's inner calls meanwhile. Raises ChannelClosed."""
+        start = last_wanted = time.monotonic()
         while True:
-            message = self._process.channel.receive(_LOOK_S)
+            message = self._process.channel.receive(_POLL_S)
             if message is not None:
                 if message.op == "call":
-                    self.has_said_more = True
+                    self.has_sent_more = True
                     self._session.call_other(self._process, message)
                     continue
                 if message.op not in ("result", "error") or message.header.get("id") != self._number:
-                    self._process.kill("killed: it answered what was not asked")
-                    # What it was asked before is no fault of the request that it is asked now.
-                    raise ChannelClosed("it answers something else", is_unread=True)
+                    self._process.kill("killed: it sent an answer that does not match the request")
+                    # An earlier request caused this: the current one may be retried as if it were unread.
+                    raise ChannelClosed("the answer does not match the request", is_unread=True)
                 return message
             now = time.monotonic()
-            wanted = now if self._is_wanted() else wanted
-            self._check_time(self._process.runs_s(start, now), now - wanted)
+            last_wanted = now if self._is_wanted() else last_wanted
+            self._check_time(self._process.running_s(start, now), now - last_wanted)
 
-    def _check_time(self, runs_s: float, is_unwanted_s: float) -> None:
+    def _check_time(self, running_s: float, abandoned_s: float) -> None:
         limit_s = self._session.limits.execution_s
-        if runs_s > limit_s:
+        if running_s > limit_s:
             self._process.kill(f"killed: a run took longer than execution_timeout_ms, {limit_s * 1000:.0f}")
-            raise ChannelClosed("it takes too long")
-        if is_unwanted_s > _UNWANTED_S and runs_s:
-            self._process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
-            raise ChannelClosed("nobody waits")
-        if is_unwanted_s and not self._is_told:
-            self.has_said_more = self._is_told = True
+            raise ChannelClosed("the run took too long")
+        if abandoned_s > _ABANDONED_S and running_s:
+            self._process.kill(f"killed: the run did not end within {_ABANDONED_S:.0f} s after its last caller left")
+            raise ChannelClosed("no caller waits")
+        if abandoned_s and not self._is_cancel_sent:
+            self.has_sent_more = self._is_cancel_sent = True
             self._process.channel.send({"op": "cancel", "id": self._number})
 
 
-def _is_there(process: Running) -> bool:
-    """Whether it lives: one that died while it was idle is nobody's fault."""
+def _is_alive(process: Runner) -> bool:
+    """Return True when the process lives. A death while the process was idle is detected here and blames no request."""
     if process.died.is_set():
         return False
     try:
         if process.channel.receive(0) is None:
             return True
     except ChannelClosed as err:
-        _reaped(process, err)
+        _wait_reaped(process, err)
     else:
-        _reaped(process, ChannelClosed("it spoke out of turn"), within_s=0.0)
+        _wait_reaped(process, ChannelClosed("it sent a message while it was idle"), within_s=0.0)
     return False
 
 
-def _reaped(process: Running, error: ChannelClosed, within_s: float = _REAPED_S) -> None:
-    """Waits for the end of a process whose channel is closed; it is killed if it does not come."""
+def _wait_reaped(process: Runner, error: ChannelClosed, within_s: float = _REAPED_S) -> None:
+    """Wait for the end of a process whose channel failed; kill the process when it does not end by itself."""
     if not process.died.wait(within_s):
-        process.kill(f"it broke off: {error}")
+        process.kill(f"its channel failed: {error}")
         process.died.wait()
 
 
 def _next(arrays: Iterator[Tensor]) -> Tensor:
     array = next(arrays, None)
     if array is None:
-        raise ModelFailed("the model process sent fewer outputs than it said")
+        raise ModelFailed("the model process sent fewer outputs than its header declares")
     return array
 
 
-def error_of(said: Mapping[str, Any], model: str) -> ShoalError:
-    """The error that `model` gave for one request: its own words, with the status that it chose; or ours about it."""
-    if not said.get("own"):
-        return Internal(f"Failed to process the request(s) for model '{model}': {str(said['error'])[:_TEXT]}")
-    code = Code.__members__.get(str(said.get("code")), Code.INTERNAL)
-    return BY_CODE.get(code, Internal)(str(said["error"])[:_TEXT])
+def error_of(response: Mapping[str, Any], model: str) -> ShoalError:
+    """Return the error of one request.
+
+    An error that the model itself returned keeps its text and status. All others are INTERNAL and name the model.
+    """
+    text = str(response["error"])[:_MAX_ERROR_CHARACTERS]
+    if not response.get("own"):
+        return Internal(f"Failed to process the request(s) for model '{model}': {text}")
+    code = Code.__members__.get(str(response.get("code")), Code.INTERNAL)
+    return BY_CODE.get(code, Internal)(text)
 
 
-def _specs(facts: Mapping[str, Any], role: str, *, is_optional: bool = False) -> tuple[TensorSpec, ...]:
+def _specs(model_info: Mapping[str, Any], role: str, *, is_optional: bool = False) -> tuple[TensorSpec, ...]:
     specs = []
     names = set()
-    for name, datatype, shape in facts.get(role, ()):
+    for name, datatype, shape in model_info.get(role, ()):
         if datatype not in BY_NAME:
-            raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' is of an unknown datatype, {datatype}")
+            raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' has an unknown datatype, {datatype}")
         if name in names:
             raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' is declared twice")
         names.add(name)

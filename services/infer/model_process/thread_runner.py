@@ -1,7 +1,7 @@
-"""A model that runs in the server's own process, on a thread, when its configuration asks for that.
+"""A model that runs on a thread of the server's own process (parameter `isolation` is `none`).
 
-It looks like a process to everybody else, and talks as one. But nothing protects the server from it: a crash is the
-server's, a loop that does not end keeps its thread, and what it holds is given back as Python sees fit.
+The thread speaks the protocol of a model process, so callers see no difference. But nothing protects the server: the
+model's crash is the server's crash, an endless loop keeps its thread, and Python alone decides when memory is freed.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any
 
 from services.infer.model_process.channel import Channel, ChannelClosed
 from services.infer.model_process.child.main import serve_one
-from services.infer.model_process.model_runner import NotLoaded, OwnProcess
+from services.infer.model_process.model_runner import ExclusiveRunner, NotLoaded
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
 
 
-class ThreadRunner(OwnProcess):
+class ThreadRunner(ExclusiveRunner):
     """A model on a thread; see `process.Process`."""
 
     def __init__(self, title: str) -> None:
-        """Starts its thread. `title` names the model in the log."""
+        """Start the thread. `title` names the model in the log."""
         super().__init__(title)
         self.pid = os.getpid()
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
-        self._thread = threading.Thread(target=self._work, args=(Channel(theirs),), name=title, daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(Channel(theirs),), name=title, daemon=True)
         self._thread.start()
 
-    def _work(self, channel: Channel) -> None:
+    def _serve(self, channel: Channel) -> None:
         try:
             serve_one(channel)
         except ChannelClosed:
@@ -45,7 +45,7 @@ class ThreadRunner(OwnProcess):
             channel.close()
 
     def load(self, header: dict[str, Any], timeout_s: float) -> None:
-        """Raises NotLoaded."""
+        """Send the load request and wait until the model is loaded. Raises NotLoaded."""
         try:
             self.channel.send(header)
             message = self.channel.receive(timeout_s)
@@ -53,25 +53,25 @@ class ThreadRunner(OwnProcess):
             return
         if message is None:
             raise NotLoaded("loading took too long: see parameter load_timeout_ms")
-        self.learn(message)
+        self.accept_loaded(message)
 
-    def attend(self) -> None:
-        """Waits for its end."""
+    def watch(self) -> None:
+        """Wait for the end of the thread."""
         self._thread.join()
         self.reap()
 
     def kill(self, reason: str) -> None:
-        """Talks to it no more. A thread cannot be ended."""
+        """Shut the channel: Python cannot kill a thread."""
         self._killed_for = self._killed_for or reason
         self.channel.shut()
 
     def reap(self) -> None:
-        """Waits a little for its end."""
+        """Wait for the end of the thread, for a few seconds at most."""
         self.channel.shut()
         self._thread.join(_GRACE_S)
         if self._thread.is_alive():
             log.warning(
-                "model %s: its thread goes on; it runs in the server's process, and cannot be ended", self.title
+                "model %s: its thread is still running; it is in the server's process and cannot be killed", self.title
             )
         self.end = self._killed_for or "its thread ended"
         self.died.set()

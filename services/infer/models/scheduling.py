@@ -84,7 +84,7 @@ def _execution(name: str, number: int, loaded: Loaded, means: LoadContext) -> Ex
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
     elif session.takes_rows:
         made = RowsExecution(name, session, signature, means.clock)
-    elif session.lane is not None:
+    elif session.gpu_stream is not None:
         made = PartsExecution(name, session, signature, means.clock)
     else:
         made = Execution(name, session, signature, means.clock)

@@ -52,8 +52,8 @@ class RemoteSession(Session):
     """One model of one server. Owns the connection. `run` works on any thread, `execute` on one event loop."""
 
     text = False
-    sees_missing = True
-    is_tried = False
+    handles_missing_inputs = True
+    allows_trial_run = False
     """No trial: generated inputs are not sent to a server that others use, too."""
 
     def __init__(
@@ -82,7 +82,7 @@ class RemoteSession(Session):
                 f"the remote server at {settings.address.url} reports no inputs and outputs of the model: "
                 "write input and output into config.pbtxt"
             )
-        self.says_batch = self._info.max_batch_size is not None
+        self.sets_max_batch_size = self._info.max_batch_size is not None
         self._inputs_by_name = {spec.name: spec for spec in self.inputs}
         self._outputs_by_name = {spec.name: spec for spec in self.outputs}
         self._change = ""
@@ -111,7 +111,7 @@ class RemoteSession(Session):
         timeout_s = min(self._settings.timeout_s, _METADATA_TIMEOUT_S)
         return self._connection.start(call.method, call.message.SerializeToString(), timeout_s)
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, sets_max_batch_size: bool) -> pb.ModelConfig:
         """Return the configuration, completed with the server's metadata.
 
         Raises:
@@ -125,7 +125,7 @@ class RemoteSession(Session):
                 f"max_batch_size {config.max_batch_size}: protocol '{self._settings.protocol}' carries one row in a "
                 "request, and its server batches by itself: set it to 0"
             )
-        if rows is not None and not says_batch:
+        if rows is not None and not sets_max_batch_size:
             done.max_batch_size = rows
         if rows and done.max_batch_size > rows:
             raise FailedPrecondition(f"max_batch_size {done.max_batch_size}: the remote model takes {rows} at most")

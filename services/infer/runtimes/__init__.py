@@ -1,1 +1,1 @@
-"""What runs a model: files in, sessions out. `runtime` is the interface, `choice` picks one for a model."""
+"""Runtimes load model files into sessions. `runtime` has the interface, `choice` picks the runtime of a model."""

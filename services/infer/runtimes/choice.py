@@ -1,4 +1,4 @@
-"""The runtimes there are, and which one a model is for."""
+"""Choice of a model's runtime among the available ones."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from shoal.inference.v2 import model_config_pb2 as pb
 ISOLATION = "isolation"
 """The parameter that gives an ONNX model a process of its own, or one that several infer processes share."""
 
-_OF_PROCESSES = ("execution_timeout_ms", "load_timeout_ms")
+_PROCESS_PARAMETERS = ("execution_timeout_ms", "load_timeout_ms")
 
 
 class Runtimes:
-    """By what a model's configuration says, or else by which file there is. The first one is for all that say nothing.
-
-    Args:
-        isolated: runs the models of the first one in processes of their own.
-        for_gpus: runs those that would run on a GPU, and do not say where: once for several infer processes.
-    """
+    """The available runtimes; chooses by a model's configuration, else by its file. The first one is the default."""
 
     def __init__(
         self, runtimes: Sequence[Runtime], isolated: Runtime | None = None, for_gpus: Runtime | None = None
     ) -> None:
+        """Store the runtimes.
+
+        Args:
+            isolated: runs models of the first runtime whose parameter `isolation` asks for a process.
+            for_gpus: runs models of the first runtime that use a GPU and have no parameter `isolation`, in one process
+                for several infer processes.
+        """
         self._runtimes = tuple(runtimes)
         self._for_gpus = for_gpus
         self._isolated = isolated
 
     def of(self, config: pb.ModelConfig, version_folder: Path, bare_file: str = "") -> Runtime:
-        """The runtime for a model. One that no runtime is for gets the first, whose check refuses it by name.
+        """Return the runtime of a model. An unknown backend gets the first runtime, whose check rejects it by name.
 
         Raises:
-            FailedPrecondition: a parameter that is for models in processes of their own only.
+            FailedPrecondition: a parameter of model processes is set, and the model does not run in one.
         """
         first = self._runtimes[0]
-        found = self._named(config) or self._by_file(config, version_folder, bare_file) or first
+        found = self._by_name(config) or self._by_file(config, version_folder, bare_file) or first
         if found is not first or self._isolated is None:
             return found
-        said = config.parameters[ISOLATION].string_value if ISOLATION in config.parameters else ""
-        if said in ("", "none"):
-            for key in _OF_PROCESSES:
+        isolation = config.parameters[ISOLATION].string_value if ISOLATION in config.parameters else ""
+        if isolation in ("", "none"):
+            for key in _PROCESS_PARAMETERS:
                 if key in config.parameters:
                     raise FailedPrecondition(f"parameter {key} needs parameter {ISOLATION} 'process' or 'shared'")
-            return self._for_gpus if self._for_gpus and not said and _is_for_gpus(config) else found
+            return self._for_gpus if self._for_gpus and not isolation and _is_for_gpus(config) else found
         return self._isolated
 
-    def _named(self, config: pb.ModelConfig) -> Runtime | None:
-        said = config.backend or config.platform or config.runtime
-        return next((each for each in self._runtimes if said and said in (each.backend, each.platform)), None)
+    def _by_name(self, config: pb.ModelConfig) -> Runtime | None:
+        name = config.backend or config.platform or config.runtime
+        return next((each for each in self._runtimes if name and name in (each.backend, each.platform)), None)
 
     def _by_file(self, config: pb.ModelConfig, version_folder: Path, bare_file: str) -> Runtime | None:
         with_file = [each for each in self._runtimes if each.model_file]
@@ -63,11 +65,12 @@ class Runtimes:
 
 
 def _is_for_gpus(config: pb.ModelConfig) -> bool:
-    """Whether an ONNX model with this configuration would run on a GPU of this machine, and can be shared there."""
+    """Return True when an ONNX model with this configuration would use a GPU of this machine and can be shared."""
     if config.HasField("sequence_batching"):
         return False
     try:
         options = onnx_settings.session_options(config, 1)
         return any(device.gpu is not None for device, _ in devices(options))
-    except FailedPrecondition:  # Whoever loads it says so.
+    # Loading the model reports the error.
+    except FailedPrecondition:
         return False

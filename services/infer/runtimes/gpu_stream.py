@@ -1,12 +1,12 @@
-"""One GPU as this process uses it: its memory, and the one stream that all of its work is put on.
+"""One GPU of this process: its memory, and the one CUDA stream on which all work is enqueued.
 
-    operations, copies, ONNX Runtime ──> stream ──> GPU ──event──> whoever waits for a result
+    operators, copies, ONNX Runtime ──> stream ──> GPU ──event──> threads that wait for results
 
-One stream for all models of the process: what a step leaves is there before the next one reads it, and memory that is
-given back is used again only behind whoever read it, with no event between steps. What it costs: models on one GPU run
-one after the other. Any thread may put work there; each waits for its own.
+All models of the process share the stream. So a step's output is complete before the next step reads it, and freed
+memory is reused only after its last reader, without events between steps. The price: models on one GPU run one after
+the other. Any thread may enqueue work; each waits for its own.
 
-Never run on a GPU so far: tests run it on the host's memory, where every call is the same.
+Not yet run on a GPU: the tests use host memory with the same calls.
 """
 
 from __future__ import annotations
@@ -28,46 +28,47 @@ _ALIGNMENT = 16
 
 
 class GpuStream:
-    """A `resident.Keeper`."""
+    """Memory and stream of one GPU; a `resident.ResidentPool`."""
 
     def __init__(self, gpu: int, memory: Memory) -> None:
         self.gpu, self.memory = gpu, memory
         self.stream = memory.stream()
 
     def using(self) -> AbstractContextManager[Any]:
-        """Around all that is put there, on the thread that does it."""
+        """Return the context in which a thread enqueues work on the stream."""
         return self.memory.using(self.stream)
 
     def uploaded(self, array: Tensor) -> Any:
-        """A copy there, of memory that may be written again at once."""
+        """Return a copy of `array` on the GPU; the caller may overwrite `array` immediately."""
         host = np.ascontiguousarray(array)
         with self.using():
-            there = self.memory.empty(host.shape, host.dtype)
+            copy = self.memory.empty(host.shape, host.dtype)
             if host.size:
-                self.memory.copy_in(host, there, self.stream)
-        return there
+                self.memory.copy_in(host, copy, self.stream)
+        return copy
 
     def joined(self, arrays: Sequence[Any]) -> Any:
+        """Return one array on the GPU with the rows of all `arrays`."""
         with self.using():
             return self.memory.join(arrays)
 
     def fetched(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """All of them in one pinned buffer, and one wait."""
+        """Return copies of `arrays` in host memory. One pinned buffer holds all of them; blocks once for all copies."""
         sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
         pinned = self.memory.pinned(max(sum(sizes), 1))
-        found, at = [], 0
+        copies, at = [], 0
         with self.using():
             for array, size in zip(arrays, sizes, strict=True):
                 host = pinned[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
                 if array.nbytes:
                     self.memory.copy_out(self.memory.contiguous(array), host, self.stream)
-                found.append(host)
+                copies.append(host)
                 at += size
         self.wait()
-        return found
+        return copies
 
     def wait(self) -> None:
-        """Until all that was put there so far is done. Sleeps; not for an event loop."""
+        """Block until all work enqueued so far is done. Not for an event loop."""
         with self.using():
             event = self.memory.event()
             event.record(self.stream)
@@ -75,7 +76,7 @@ class GpuStream:
 
 
 class GpuStreams:
-    """The lanes of this process, each made when it is first asked for."""
+    """The GPU streams of this process; each is created on first use."""
 
     def __init__(
         self,
@@ -83,23 +84,25 @@ class GpuStreams:
         memory: Callable[[int], Memory] = CudaMemory,
         is_usable: Callable[[], bool] = device_available,
     ) -> None:
-        """
+        """Store the arguments.
+
         Args:
-            count: how many GPUs there are.
-            memory: of one of them.
-            is_usable: whether CuPy is there and sees them.
+            count: returns the number of GPUs.
+            memory: returns the memory of one GPU.
+            is_usable: returns True when CuPy is installed and finds a GPU.
         """
         self.count, self._memory, self._is_usable = count, memory, is_usable
-        self._made: dict[int, GpuStream] = {}
+        self._streams: dict[int, GpuStream] = {}
         self._lock = threading.Lock()
 
     def of(self, gpu: int) -> GpuStream:
-        """The lane of GPU number `gpu`. Raises FailedPrecondition when it is not there, or CuPy is not."""
-        there = self.count()
-        if not 0 <= gpu < there or not self._is_usable():
+        """Return the stream of GPU number `gpu`. Raises FailedPrecondition when the GPU or CuPy is missing."""
+        available = self.count()
+        if not 0 <= gpu < available or not self._is_usable():
             why = "" if self._is_usable() else f", and {why_no_device()}"
-            raise FailedPrecondition(f"GPU {gpu} is not there: this process may use {there} GPUs{why}")
-        with self._lock:  # Models are loaded side by side.
-            if gpu not in self._made:
-                self._made[gpu] = GpuStream(gpu, self._memory(gpu))
-            return self._made[gpu]
+            raise FailedPrecondition(f"GPU {gpu} does not exist: this process may use {available} GPUs{why}")
+        # Several threads load models at the same time.
+        with self._lock:
+            if gpu not in self._streams:
+                self._streams[gpu] = GpuStream(gpu, self._memory(gpu))
+            return self._streams[gpu]

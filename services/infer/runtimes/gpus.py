@@ -1,4 +1,4 @@
-"""How many GPUs this process may use."""
+"""Number of GPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 
 @cache
 def count() -> int:
-    """GPUs that CUDA's driver shows to this process (CUDA_VISIBLE_DEVICES counts); 0 without a driver."""
+    """Return the number of GPUs that CUDA's driver reports (it obeys CUDA_VISIBLE_DEVICES); 0 without a driver."""
     number = ctypes.c_int(0)
     with suppress(OSError, AttributeError):
         driver = ctypes.CDLL("libcuda.so.1")

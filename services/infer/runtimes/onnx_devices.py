@@ -1,11 +1,11 @@
-"""From the places where a configuration wants its model run to the devices that this machine has: a pure function."""
+"""Mapping of a configuration's placements to the devices of this machine, as a pure function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.runtimes.runtime import Provider, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, Provider, SessionOptions
 from shoal.errors import FailedPrecondition
 
 CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
@@ -14,14 +14,19 @@ _CPU = "CPUExecutionProvider"
 
 @dataclass(frozen=True)
 class Device:
-    """Where one session runs, and with what."""
+    """Device of one session: the CPU or one GPU, with its execution providers."""
 
     providers: Sequence[tuple[str, Mapping[str, str]]]
-    """As ONNX Runtime takes them: the first is preferred, the CPU is last."""
+    """In ONNX Runtime's form and order: the first is preferred, the CPU is last."""
     gpu: int | None = None
+    """The GPU's number; None: the CPU."""
 
     def with_option(self, provider: str, key: str, value: str) -> Device:
-        """The same with one more option of one provider. Raises FailedPrecondition when that is not the preferred."""
+        """Return the device with one more option of `provider`.
+
+        Raises:
+            FailedPrecondition: `provider` is not the preferred one.
+        """
         (first, options), *others = self.providers
         if first != provider:
             raise FailedPrecondition(f"parameter gpu_stream 'shared' is for {provider}, not for {first}: use 'own'")
@@ -32,17 +37,17 @@ class Device:
         return frozenset(name for name, _ in self.providers)
 
 
-def resolved(
+def resolve_devices(
     options: SessionOptions, available: Collection[str], count_gpus: Callable[[], int]
 ) -> list[tuple[Device, int]]:
-    """The devices, each once, with the number of executions that may run there at the same time.
+    """Return the devices, each once, with its number of concurrent executions.
 
     Args:
         available: the providers of this build of ONNX Runtime.
-        count_gpus: asked only when it matters.
+        count_gpus: returns the number of GPUs; called only for placements that may use one.
 
     Raises:
-        FailedPrecondition: what is wanted is not there; the message names it.
+        FailedPrecondition: a requested provider or GPU is missing; the message names it.
     """
     for provider in (*options.gpu_providers, *options.cpu_providers):
         if provider.provider not in available:
@@ -51,16 +56,18 @@ def resolved(
                 f"and it has {_listed(available)}"
             )
     counts: dict[int | None, int] = {}
-    for place in options.places:
-        for gpu in _gpus(place, available, count_gpus):
-            counts[gpu] = counts.get(gpu, 0) + place.runs
+    for placement in options.placements:
+        for gpu in _gpus(placement, available, count_gpus):
+            counts[gpu] = counts.get(gpu, 0) + placement.runs
     _check_use(options, counts)
     return [(_device(options, gpu), count) for gpu, count in counts.items()]
 
 
-def _gpus(place: TensorPlacement, available: Collection[str], count_gpus: Callable[[], int]) -> Iterator[int | None]:
-    """The GPUs of a place; None for the CPU."""
-    if place.kind == "cpu" or (place.kind == "auto" and (CUDA not in available or not count_gpus())):
+def _gpus(
+    placement: ExecutionPlacement, available: Collection[str], count_gpus: Callable[[], int]
+) -> Iterator[int | None]:
+    """Yield the GPUs of a placement; None for the CPU."""
+    if placement.kind == "cpu" or (placement.kind == "auto" and (CUDA not in available or not count_gpus())):
         yield None
         return
     if CUDA not in available:
@@ -68,11 +75,11 @@ def _gpus(place: TensorPlacement, available: Collection[str], count_gpus: Callab
             f"instance_group: KIND_GPU is not supported by this ONNX Runtime: it needs {CUDA}, and it has "
             f"{_listed(available)}; use KIND_CPU, or a build for GPUs"
         )
-    there = count_gpus()
-    if not there or (place.gpu is not None and not 0 <= place.gpu < there):
-        which = "KIND_GPU" if place.gpu is None else f"GPU {place.gpu}"
-        raise FailedPrecondition(f"instance_group: {which} is not there: this process may use {there} GPUs")
-    yield from range(there) if place.gpu is None else (place.gpu,)
+    count = count_gpus()
+    if not count or (placement.gpu is not None and not 0 <= placement.gpu < count):
+        problem = "KIND_GPU needs a GPU" if placement.gpu is None else f"GPU {placement.gpu} does not exist"
+        raise FailedPrecondition(f"instance_group: {problem}: this process may use {count} GPUs")
+    yield from range(count) if placement.gpu is None else (placement.gpu,)
 
 
 def _check_use(options: SessionOptions, counts: Collection[int | None]) -> None:
@@ -86,8 +93,8 @@ def _check_use(options: SessionOptions, counts: Collection[int | None]) -> None:
 def _device(options: SessionOptions, gpu: int | None) -> Device:
     if gpu is None:
         return Device([*((p.provider, p.options) for p in options.cpu_providers), (_CPU, {})])
-    given = options.gpu_providers or (Provider("cuda", CUDA, {}),)
-    return Device([*((p.provider, {**p.options, "device_id": str(gpu)}) for p in given), (_CPU, {})], gpu)
+    providers = options.gpu_providers or (Provider("cuda", CUDA, {}),)
+    return Device([*((p.provider, {**p.options, "device_id": str(gpu)}) for p in providers), (_CPU, {})], gpu)
 
 
 def _listed(available: Collection[str]) -> str:

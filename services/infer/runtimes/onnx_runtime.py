@@ -1,5 +1,4 @@
-"""ONNX Runtime, as a `Runtime`: from a file and the options of its configuration to sessions (`onnx_session`), one for
-each device."""
+"""Runtime of .onnx files: makes one session (`onnx_session`) for each device of a model."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_devices
 from services.infer.runtimes.gpu_stream import GpuStreams
+from services.infer.runtimes.multi_device import MultiDeviceSession
 from services.infer.runtimes.onnx_devices import CUDA, Device
-from services.infer.runtimes.onnx_gpu_session import LaneSession
+from services.infer.runtimes.onnx_gpu_session import GpuStreamSession
 from services.infer.runtimes.onnx_session import OnnxSession, plain
 from services.infer.runtimes.runtime import Session, SessionOptions
-from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 
-# What it reports of its use to its makers is not ours to give away.
+# Usage data of Shoal's users is not sent to the authors of ONNX Runtime.
 onnxruntime.disable_telemetry_events()
 
 _LEVELS = {
@@ -27,21 +26,22 @@ _LEVELS = {
     2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
 
-_NOTHING = 4  # Severity FATAL: what goes wrong is raised, and logged by us, in our format.
+# FATAL: ONNX Runtime raises its errors, and Shoal logs them in its own format.
+_LOG_SEVERITY = 4
 
 
 class OnnxRuntime:
-    """Loads .onnx files."""
+    """Runtime of .onnx files in this process."""
 
     platform = "onnxruntime_onnx"
     backend = "onnxruntime"
     model_file = "model.onnx"
     can_decouple = False
 
-    def __init__(self, lanes: GpuStreams | None = None) -> None:
-        """`lanes`: of the GPUs, for models that ask for it (parameter `gpu_stream`)."""
-        self._lanes = lanes or GpuStreams()
-        onnxruntime.set_default_logger_severity(_NOTHING)
+    def __init__(self, gpu_streams: GpuStreams | None = None) -> None:
+        """`gpu_streams`: for models with the parameter `gpu_stream: shared`."""
+        self._gpu_streams = gpu_streams or GpuStreams()
+        onnxruntime.set_default_logger_severity(_LOG_SEVERITY)
 
     def load(self, file: Path, options: SessionOptions) -> Session:
         sessions: list[tuple[OnnxSession, int]] = []
@@ -52,32 +52,38 @@ class OnnxRuntime:
             for session, _ in sessions:
                 session.close()
             raise
-        return sessions[0][0] if len(sessions) == 1 else SpreadSession(sessions)
+        return sessions[0][0] if len(sessions) == 1 else MultiDeviceSession(sessions)
 
     def devices(self, options: SessionOptions) -> list[tuple[Device, int]]:
-        """Where it will run, with the executions at a time. Raises FailedPrecondition."""
+        """Return the devices of a model with `options`, each with its concurrent executions."""
         return devices(options)
 
     def _on(self, device: Device, file: Path, options: SessionOptions, runs: int) -> OnnxSession:
         if device.gpu is None or not options.shares_stream:
             return OnnxSession(_session(file, options, device), options.run_entries, device.gpu)
-        lane = self._lanes.of(device.gpu)
-        if lane.memory.name == "cuda":
-            device = device.with_option(CUDA, "user_compute_stream", str(lane.stream.ptr))
-        return LaneSession(_session(file, options, device), options.run_entries, lane, runs)
+        gpu_stream = self._gpu_streams.of(device.gpu)
+        if gpu_stream.memory.name == "cuda":
+            device = device.with_option(CUDA, "user_compute_stream", str(gpu_stream.stream.ptr))
+        return GpuStreamSession(_session(file, options, device), options.run_entries, gpu_stream, runs)
 
 
 def devices(options: SessionOptions) -> list[tuple[Device, int]]:
-    """Where a model will run on this machine, with the executions at a time. Raises FailedPrecondition."""
-    return onnx_devices.resolved(options, onnxruntime.get_available_providers(), gpus.count)
+    """Return the devices of this machine for `options`, each with its concurrent executions.
+
+    Raises:
+        FailedPrecondition: a requested device or provider is missing.
+    """
+    return onnx_devices.resolve_devices(options, onnxruntime.get_available_providers(), gpus.count)
 
 
 def _session(file: Path, options: SessionOptions, device: Device) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(file), _settings(options), providers=[*device.providers])
-    except Exception as err:  # It raises a class of its own for each code, RuntimeError, and more.
+    # ONNX Runtime raises one class for each error code, RuntimeError, and more.
+    except Exception as err:
         raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {plain(err, file)}") from err
-    if missing := device.names - set(session.get_providers()):  # It goes on without, and says so only in its log.
+    # ONNX Runtime continues without a provider that fails to start, and reports that in its log only.
+    if missing := device.names - set(session.get_providers()):
         raise FailedPrecondition(
             f"ONNX Runtime cannot start {', '.join(sorted(missing))}: a library or device is missing"
         )
@@ -86,7 +92,7 @@ def _session(file: Path, options: SessionOptions, device: Device) -> Any:
 
 def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = _NOTHING
+    settings.log_severity_level = _LOG_SEVERITY
     settings.intra_op_num_threads = options.intra_op_threads
     settings.inter_op_num_threads = options.inter_op_threads
     settings.enable_cpu_mem_arena = options.has_arena
@@ -94,7 +100,7 @@ def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
     settings.graph_optimization_level = _LEVELS[options.graph_level]
     if options.is_parallel:
         settings.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    # Threads that spin while they wait for work would take the cores of the models and processes beside them.
+    # Threads that spin while they wait for work would take CPU time from other models and processes.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
     for key, value in options.entries.items():

@@ -1,8 +1,8 @@
-"""One model in ONNX Runtime, as a `Session`.
+"""Session of one model in ONNX Runtime.
 
-numbers   NumPy arrays go in and come out without a copy
+numbers   NumPy arrays, passed without a copy
 BYTES     ONNX strings are UTF-8 text: `str` in memory
-BF16      NumPy has no such type: 16-bit patterns go in and come out by way of OrtValue
+BF16      NumPy has no such type: 16-bit patterns, converted from and to OrtValue
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _DATATYPES = {
     "tensor(string)": BY_NAME["BYTES"],
 }
 
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16 of onnx.proto.
+# TensorProto.BFLOAT16 of onnx.proto.
+_ONNX_BFLOAT16 = 16
 
 
 class OnnxSession(Session):
@@ -50,19 +51,28 @@ class OnnxSession(Session):
     text = True
 
     def __init__(self, session: Any, run_entries: Mapping[str, str] | None = None, gpu: int | None = None) -> None:
-        """Raises FailedPrecondition when an input or output is no tensor of a known datatype."""
+        """Read the signature of `session`.
+
+        Args:
+            run_entries: ONNX Runtime's settings for each run.
+            gpu: number of the session's GPU; None: the CPU.
+
+        Raises:
+            FailedPrecondition: an input or output is not a tensor of a known datatype.
+        """
         self.gpus = () if gpu is None else (gpu,)
-        self.only_computes = gpu is None  # On a GPU, a thread that runs it waits.
+        # A thread that runs the model on a GPU waits for the GPU.
+        self.only_computes = gpu is None
         self._run_options = _run_options(run_entries or {})
-        # Initializers that the file lists among its inputs are their own default: a configuration may name them.
+        # Initializers among the file's inputs have themselves as default: a configuration may declare them as inputs.
         self.optional_inputs = tuple(
             replace(_spec(arg, "input"), is_optional=True) for arg in session.get_overridable_initializers()
         )
         self.inputs = tuple(_spec(arg, "input") for arg in session.get_inputs())
         self.outputs = tuple(_spec(arg, "output") for arg in session.get_outputs())
         self._session = session
-        # Beneath ONNX Runtime's own Python, whose checks of each call cost a quarter of a small model's run: requests
-        # are checked already.
+        # Bypasses ONNX Runtime's Python class, whose checks cost a quarter of a small model's run: requests are checked
+        # already.
         self._run = getattr(session, "_sess", session).run
         self.specs = (*self.outputs, *self.inputs, *self.optional_inputs)
         self._needs_ort_values = any(spec.datatype.name == "BF16" for spec in self.specs)
@@ -76,11 +86,12 @@ class OnnxSession(Session):
             results: list[Tensor] = self._run(
                 outputs if isinstance(outputs, list) else list(outputs), feed, self._run_options
             )
-        except Exception as err:  # It has no common class.
+        # ONNX Runtime's exceptions have no common class.
+        except Exception as err:
             raise ModelFailed(plain(err)) from err
         for n, result in enumerate(results):
             for array in feed.values():
-                # An output that is an input's memory would change when the buffer of a batch is used again.
+                # An output that shares an input's memory would change when the batch's buffer is reused.
                 if np.may_share_memory(result, array):
                     results[n] = result.copy()
         return results
@@ -134,8 +145,9 @@ _SOURCE = re.compile(r"/\S+\.(?:h|cc|cpp|hpp|cu|cuh):\d+ (?:[^()]*\([^()]*\) (?:
 
 
 def plain(error: Exception, file: Path | None = None) -> str:
-    """ONNX Runtime's message without its codes, source files and our folders."""
-    message = _STATUS.sub("", str(error)).removeprefix("Error in execution: ")  # The latter: of bound runs.
+    """Return ONNX Runtime's message without error codes, its source files and the server's folders."""
+    # Runs with IOBinding add the prefix "Error in execution: ".
+    message = _STATUS.sub("", str(error)).removeprefix("Error in execution: ")
     if file is not None:
         message = message.replace(str(file), file.name).replace(str(file.parent), ".")
     node = _NODE.match(message)
@@ -145,6 +157,6 @@ def plain(error: Exception, file: Path | None = None) -> str:
 
 
 def _return_freed_memory() -> None:
-    # glibc keeps what was freed for itself; a model that was unloaded should be seen to leave.
+    # glibc keeps freed memory for reuse: without the trim, unloading a model would not shrink the process.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

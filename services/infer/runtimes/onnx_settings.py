@@ -1,13 +1,13 @@
-"""What a configuration says to ONNX Runtime, in the words of Triton's backend for it.
+"""Reader of a configuration's settings for ONNX Runtime, with the names of Triton's backend.
 
     optimization.graph.level             0 all of it, -1 basic, 1 basic and extended, 2 none
     parameters                           intra_op_thread_count, inter_op_thread_count, execution_mode, enable_mem_arena,
                                          enable_mem_pattern, memory.enable_memory_arena_shrinkage, session.<its own>
-                                         gpu_stream (`lane`): own, or shared with operations and other models
+                                         gpu_stream (`gpu_stream`): own, or shared with operators and other models
     optimization.execution_accelerators  tensorrt, cuda (on GPUs), openvino (on the CPU), with their parameters
     instance_group                       KIND_CPU; KIND_GPU on its gpus, or on all; KIND_AUTO: on GPUs if there are any
 
-Whether this build of ONNX Runtime can do it, and whether there are such GPUs, is found out when a model is loaded.
+Loading a model checks that this build of ONNX Runtime supports the settings, and that the GPUs exist.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from services.infer.error_text import enumerated, quoted
 from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT
 from services.infer.runtimes.parameters import number, texts
-from services.infer.runtimes.runtime import Provider, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, Provider, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
 THREADS = "intra_op_thread_count"
-"""The parameter that says how many threads one execution has."""
+"""The parameter for the number of threads of one execution."""
 
 _MAX_THREADS = 1024
 _LEVELS = (-1, 0, 1, 2)
@@ -35,7 +35,7 @@ _CUDA_PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
     "do_copy_in_default_stream": {},
 }
-"""Options of CUDA that older configurations have among the model's parameters, and the words for their numbers."""
+"""CUDA options that older configurations have among the model's parameters, with ONNX Runtime's names for numbers."""
 
 _TENSORRT_PARAMETERS = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
@@ -56,10 +56,10 @@ _KINDS = {
 
 
 def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
-    """How the configuration wants its model run; `threads` where it does not say.
+    """Return the options of a configuration; `threads` is the default number of threads.
 
     Raises:
-        FailedPrecondition: a value is none, or out of range; the message names the setting.
+        FailedPrecondition: a value is invalid or out of range; the message names the setting.
     """
     values = texts(config)
     level = config.optimization.graph.level
@@ -68,7 +68,7 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
             f"optimization.graph.level {level}: expected 0 (all), -1 (basic), 1 (extended), 2 (none)"
         )
     inter_op = number(values, "inter_op_thread_count", 0, 0, _MAX_THREADS)
-    # Threads between operators are of use in the parallel mode only: to ask for some is to ask for it.
+    # Threads between operators work in the parallel mode only, so a number above 1 turns that mode on.
     is_parallel = _flag(values, "execution_mode", inter_op > 1)
     return SessionOptions(
         intra_op_threads=number(values, THREADS, 0, 0, _MAX_THREADS) or threads,
@@ -80,20 +80,20 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
         entries={key: value for key, value in values.items() if key.startswith("session.")},
         run_entries={_SHRINKAGE: values[_SHRINKAGE]} if values.get(_SHRINKAGE) else {},
         shares_stream=_shares_stream(values),
-        places=tuple(_places(config.instance_group)),
+        placements=tuple(_placements(config.instance_group)),
         gpu_providers=_gpu_providers(config, values),
         cpu_providers=_cpu_providers(config),
     )
 
 
 def _shares_stream(values: Mapping[str, str]) -> bool:
-    said = values.get("gpu_stream", "own").strip()
-    if said not in ("own", "shared"):
-        raise FailedPrecondition(f"parameter gpu_stream {quoted(said)}: expected 'own' or 'shared'")
-    return said == "shared"
+    value = values.get("gpu_stream", "own").strip()
+    if value not in ("own", "shared"):
+        raise FailedPrecondition(f"parameter gpu_stream {quoted(value)}: expected 'own' or 'shared'")
+    return value == "shared"
 
 
-def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[TensorPlacement]:
+def _placements(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[ExecutionPlacement]:
     for group in list(groups) or [pb.ModelInstanceGroup()]:
         kind, count = _KINDS.get(group.kind), group.count or 1
         if kind is None:
@@ -102,21 +102,21 @@ def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[TensorPlacement
         if group.gpus and kind == "cpu":
             raise FailedPrecondition(f"instance_group: KIND_CPU with gpus {list(group.gpus)}: expected KIND_GPU")
         for gpu in group.gpus or (None,):
-            yield TensorPlacement("gpu" if group.gpus else kind, gpu, count)
+            yield ExecutionPlacement("gpu" if group.gpus else kind, gpu, count)
 
 
 def _gpu_providers(config: pb.ModelConfig, values: Mapping[str, str]) -> tuple[Provider, ...]:
-    cuda = {key: words.get(values[key], values[key]) for key, words in _CUDA_PARAMETERS.items() if key in values}
-    asked = list(config.optimization.execution_accelerators.gpu_execution_accelerator)
+    cuda = {key: names.get(values[key], values[key]) for key, names in _CUDA_PARAMETERS.items() if key in values}
+    accelerators = list(config.optimization.execution_accelerators.gpu_execution_accelerator)
     providers = []
-    for accelerator in asked:
+    for accelerator in accelerators:
         if accelerator.name == "tensorrt":
             providers.append(Provider("tensorrt", TENSORRT, _tensorrt(accelerator.parameters)))
         elif accelerator.name == "cuda":
             cuda |= dict(accelerator.parameters)
         else:
-            raise _unknown("gpu_execution_accelerator", accelerator.name, "'tensorrt' or 'cuda'")
-    is_cuda_named = cuda or any(accelerator.name == "cuda" for accelerator in asked)
+            raise _unsupported("gpu_execution_accelerator", accelerator.name, "'tensorrt' or 'cuda'")
+    is_cuda_named = cuda or any(accelerator.name == "cuda" for accelerator in accelerators)
     return (*providers, Provider("cuda", CUDA, cuda)) if providers or is_cuda_named else ()
 
 
@@ -138,13 +138,13 @@ def _cpu_providers(config: pb.ModelConfig) -> tuple[Provider, ...]:
     providers = []
     for accelerator in config.optimization.execution_accelerators.cpu_execution_accelerator:
         if accelerator.name != "openvino":
-            raise _unknown("cpu_execution_accelerator", accelerator.name, "'openvino'")
+            raise _unsupported("cpu_execution_accelerator", accelerator.name, "'openvino'")
         providers.append(Provider("openvino", OPENVINO, dict(accelerator.parameters)))
     return tuple(providers)
 
 
-def _unknown(where: str, name: str, known: str) -> FailedPrecondition:
-    return FailedPrecondition(f"{where} {quoted(name)} is not supported: expected {known}")
+def _unsupported(setting: str, name: str, supported: str) -> FailedPrecondition:
+    return FailedPrecondition(f"{setting} {quoted(name)} is not supported: expected {supported}")
 
 
 def _flag(values: Mapping[str, str], key: str, default: bool) -> bool:

@@ -1,10 +1,10 @@
-"""`reshape` of a configuration: the shape that the model sees, where it differs from the one that clients send.
+"""Reshape of inputs and outputs (`reshape` in a configuration): a model's shape may differ from the clients' shape.
 
     clients: dims [4]  ──>  model: reshape [2, 2]          with a batch: [n, 4] ──> [n, 2, 2]
     clients: dims [1]  ──>  model: reshape [], a scalar    with a batch: [n, 1] ──> [n]
 
-A -1 of `dims` becomes the -1 of the same order in `reshape`. The session is wrapped when the model is loaded, so models
-without reshape pay nothing. Model processes import this module: it needs no protobuf.
+The n-th -1 of `dims` becomes the n-th -1 of `reshape`. Loading wraps the session of a model with reshape, so models
+without reshape have no overhead. Model processes import this module, which therefore imports no protobuf.
 """
 
 from __future__ import annotations
@@ -24,47 +24,48 @@ if TYPE_CHECKING:
     from shoal.inference.v2 import model_config_pb2 as pb
 
 
-def wrong(what: str, tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[str]:
-    """What is wrong with the reshape of `tensor`."""
+def reshape_errors(role: str, tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[str]:
+    """Yield the errors in the reshape of `tensor`; `role` is `input` or `output`."""
     if not tensor.HasField("reshape"):
         return
     dims, shape = list(tensor.dims), list(tensor.reshape.shape)
-    text = f"{what} '{tensor.name}': reshape {written(shape)} of dims {written(dims)}"
+    text = f"{role} '{tensor.name}': reshape {written(shape)} of dims {written(dims)}"
     if any(dim < -1 or dim == 0 for dim in shape):
         yield f"{text}: expected 1 or more, or -1 for any"
     elif dims.count(-1) != shape.count(-1):
         yield f"{text}: expected as many -1 in both"
-    elif [math.prod(part) for part in _between(dims)] != [math.prod(part) for part in _between(shape)]:
+    elif [math.prod(run) for run in _fixed_runs(dims)] != [math.prod(run) for run in _fixed_runs(shape)]:
         yield f"{text}: expected the same number of elements, also between the -1"
 
 
-def _between(dims: Sequence[int]) -> Iterator[list[int]]:
-    part: list[int] = []
+def _fixed_runs(dims: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the runs of fixed dimensions before, between and after the -1."""
+    run: list[int] = []
     for dim in dims:
         if dim == -1:
-            yield part
-            part = []
+            yield run
+            run = []
         else:
-            part.append(dim)
-    yield part
+            run.append(dim)
+    yield run
 
 
 @dataclass(frozen=True)
 class Reshape:
-    """From one shape to another, for the dimensions after the batch's."""
+    """Change of shape from `source` to `target`, for the dimensions after the batch dimension."""
 
-    given: tuple[int, ...]
-    made: tuple[int, ...]
+    source: tuple[int, ...]
+    target: tuple[int, ...]
     skip: int
-    """Dimensions at the front that stay as they are: 1 with a batch, else 0."""
+    """Leading dimensions that do not change: 1 with a batch dimension, else 0."""
 
     def __call__(self, name: str, array: Tensor) -> Tensor:
-        """The same elements, another shape. Raises ModelFailed when `array` is not of the given shape."""
+        """Return `array` with the target shape. Raises ModelFailed when `array` does not have the source shape."""
         shape = array.shape[self.skip :]
-        if len(array.shape) < self.skip or not fits(shape, self.given):
-            raise ModelFailed(f"'{name}' has shape {written(array.shape)}, reshape expects {written(self.given)}")
-        free = iter([size for size, dim in zip(shape, self.given, strict=True) if dim == -1])
-        return array.reshape((*array.shape[: self.skip], *(next(free) if dim == -1 else dim for dim in self.made)))
+        if len(array.shape) < self.skip or not fits(shape, self.source):
+            raise ModelFailed(f"'{name}' has shape {written(array.shape)}, reshape expects {written(self.source)}")
+        free = iter([size for size, dim in zip(shape, self.source, strict=True) if dim == -1])
+        return array.reshape((*array.shape[: self.skip], *(next(free) if dim == -1 else dim for dim in self.target)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Reshapes:
 
 
 def reshapes_of(config: Mapping[str, Any]) -> Reshapes:
-    """Return the reshapes of a configuration in its JSON form (`config_json`), in which `wrong` has found nothing."""
+    """Return the reshapes of a configuration in its JSON form (`config_json`), which `reshape_errors` has checked."""
     skip = 1 if config["max_batch_size"] else 0
     inputs, outputs = (
         {
@@ -96,12 +97,12 @@ def reshapes_of(config: Mapping[str, Any]) -> Reshapes:
 
 
 class ReshapedSession(Session):
-    """A session whose inputs and outputs have the shapes of the configuration. Closing it closes the other."""
+    """Session that gives the inputs and outputs of `session` the shapes of the configuration. Owns `session`."""
 
     reshapes = True
 
     def __init__(self, session: Session, reshapes: Reshapes) -> None:
-        """Raises FailedPrecondition when the model has other shapes."""
+        """Wrap `session`. Raises FailedPrecondition when the model's shapes do not match the reshapes."""
         self._session = session
         self._inputs, self._outputs = reshapes.inputs, reshapes.outputs
         self.inputs = tuple(_seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.inputs)
@@ -110,35 +111,41 @@ class ReshapedSession(Session):
             _seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.optional_inputs
         )
         self.text, self.gpus, self.only_computes = session.text, session.gpus, session.only_computes
-        self._parts = [self if part is session else ReshapedSession(part, reshapes) for part in session.parts()]
+        self._device_sessions = [
+            self if each is session else ReshapedSession(each, reshapes) for each in session.device_sessions()
+        ]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        given = {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
-        results = self._session.run(given, outputs)
+        reshaped = {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
+        results = self._session.run(reshaped, outputs)
         return [self._reshaped(self._outputs, name, array) for name, array in zip(outputs, results, strict=True)]
 
     @staticmethod
     def _reshaped(reshapes: Mapping[str, Reshape], name: str, array: Tensor) -> Tensor:
         return reshapes[name](name, array) if name in reshapes else array
 
-    def parts(self) -> Sequence[Session]:
-        return self._parts
+    def device_sessions(self) -> Sequence[Session]:
+        return self._device_sessions
 
     def close(self) -> None:
         self._session.close()
 
 
 def _seen(spec: TensorSpec, reshape: Reshape | None, *, is_input: bool) -> TensorSpec:
-    """The tensor as clients see it. Raises FailedPrecondition when the model's own shape is not the reshape's."""
+    """Return the tensor's spec with the clients' shape.
+
+    Raises:
+        FailedPrecondition: the model's own shape does not match the reshape.
+    """
     if reshape is None:
         return spec
     front, inner = spec.shape[: reshape.skip], spec.shape[reshape.skip :]
-    clients, models = (reshape.given, reshape.made) if is_input else (reshape.made, reshape.given)
-    # The runtime says () of a scalar, and of a tensor of which the file says nothing: then the configuration does.
-    if spec.shape and not fits(models, inner):
+    client_shape, model_shape = (reshape.source, reshape.target) if is_input else (reshape.target, reshape.source)
+    # A shape of () is a scalar, or a tensor without a shape in the file: then the configuration's shape is used.
+    if spec.shape and not fits(model_shape, inner):
         batch = " after the batch dimension" if reshape.skip else ""
         raise FailedPrecondition(
-            f"{'input' if is_input else 'output'} '{spec.name}': reshape says {written(models)}{batch}, "
+            f"{'input' if is_input else 'output'} '{spec.name}': reshape says {written(model_shape)}{batch}, "
             f"the model {written(spec.shape)}"
         )
-    return replace(spec, shape=(*(front or (-1,) * reshape.skip), *clients))
+    return replace(spec, shape=(*(front or (-1,) * reshape.skip), *client_shape))

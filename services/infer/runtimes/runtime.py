@@ -1,8 +1,8 @@
-"""What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
+"""Interfaces of runtimes and sessions: a runtime loads a model's files, the session maps input arrays to output arrays.
 
-Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`), Python
-(`python_runtime`), operations (`kernels_runtime`) and other servers (`remote_runtime`); `choice` says which one a model
-is for.
+Both block and are called on worker threads only. The runtimes are ONNX Runtime (`onnx_runtime`), Python
+(`model_process.python_runtime`), operators (`operators.kernels_runtime`) and other servers (`remote.remote_runtime`);
+`choice` picks the runtime of a model.
 """
 
 from __future__ import annotations
@@ -30,182 +30,191 @@ def _empty_config() -> pb.ModelConfig:
 
 
 class ModelFailed(Exception):
-    """The model raised. The message is the model's own, without the insides of the runtime: callers see it."""
+    """The model failed. Callers see the message: the model's own, without internals of the runtime."""
 
 
 @dataclass(frozen=True)
 class About:
-    """Whose file is loaded."""
+    """The model whose file is loaded."""
 
     name: str
     version: int = 1
     folder: Path | None = None
     """The model's folder; None for a bare file."""
     config: pb.ModelConfig = field(default_factory=_empty_config)
-    """As it was written: not completed yet."""
+    """The configuration before its completion."""
     instances: int = 1
-    """How many executions may run at the same time."""
+    """Number of concurrent executions."""
     is_given_up: Callable[[], bool] = bool
-    """Nobody wants it any more: loading may end."""
+    """Returns True when the model is not desired any more: loading may end early."""
     digest: str = ""
-    """What its content is: another one is another model. Empty: nobody said."""
+    """Digest of the model's content; empty: unknown."""
 
 
-class TensorPlacement(NamedTuple):
-    """Where some executions of a model run."""
+class ExecutionPlacement(NamedTuple):
+    """Device kind and number of executions: one `instance_group` of a configuration."""
 
     kind: str = "auto"
     """`cpu`, `gpu`, or `auto`: on GPUs when there are any."""
     gpu: int | None = None
-    """Its number; None: on each GPU that there is."""
+    """The GPU's number; None: every GPU of this machine."""
     runs: int = 1
-    """How many at the same time; on each GPU."""
+    """Concurrent executions, on each GPU."""
 
 
 class Provider(NamedTuple):
-    """What ONNX Runtime runs a model with."""
+    """Execution provider of ONNX Runtime."""
 
     name: str
-    """As configurations call it: `tensorrt`."""
+    """The name in configurations: `tensorrt`."""
     provider: str
-    """As ONNX Runtime calls it: `TensorrtExecutionProvider`."""
+    """ONNX Runtime's name: `TensorrtExecutionProvider`."""
     options: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How to run a model."""
+    """Options of a session."""
 
     intra_op_threads: int
     inter_op_threads: int = 1
     graph_level: int = 0
-    """How far the graph is optimised, in Triton's numbers. 0: as far as can be, -1: basic, 1: extended, 2: not."""
+    """Level of graph optimisation, in Triton's numbers. 0: all, -1: basic, 1: extended, 2: none."""
     is_parallel: bool = False
-    """Operators that do not need each other run at the same time."""
+    """Operators that do not depend on each other run at the same time."""
     has_arena: bool = True
-    """Memory that a run is done with is kept for the next."""
+    """A memory arena keeps the memory of a run for the next run."""
     has_pattern: bool = True
-    """The memory that runs with the same shapes need is planned once."""
+    """Memory of runs with the same shapes is planned once."""
     entries: Mapping[str, str] = field(default_factory=dict)
-    """The runtime's own settings, by its own names."""
+    """The runtime's own settings of a session, by the runtime's names."""
     run_entries: Mapping[str, str] = field(default_factory=dict)
-    """The same, for each run."""
+    """The runtime's own settings of each run, by the runtime's names."""
     shares_stream: bool = False
-    """On a GPU, what all models that say so put their work on, with operations; else the session has its own."""
-    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),)
+    """On a GPU, the session uses the stream that operators and other models share; else a stream of its own."""
+    placements: Sequence[ExecutionPlacement] = (ExecutionPlacement("cpu"),)
     gpu_providers: Sequence[Provider] = ()
-    """Preferred to the plain ones on GPUs, the first most."""
+    """Providers for GPUs, in order of preference; empty: CUDA."""
     cpu_providers: Sequence[Provider] = ()
-    """The same on the CPU."""
+    """Providers for the CPU, in order of preference, before ONNX Runtime's own."""
     about: About | None = None
-    """For a runtime that wants to know."""
+    """The model, for runtimes that need more than its file."""
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """What came of the rows of one execution."""
+    """Results of one execution by rows."""
 
     values: Sequence[Value]
-    """The outputs that were asked for, in order: a row for each that came."""
+    """The requested outputs, in order, each with one row for each input row."""
     unfit: Mapping[int, str]
-    """What is wrong with the rows that could not be processed, by their number: theirs mean nothing."""
+    """Errors of the rows that could not be processed, by row number; the values of these rows are meaningless."""
 
 
 class Session(ABC):
-    """One loaded model. Safe to run on several threads at the same time.
+    """One loaded model. Several threads may run it at the same time.
 
-    What only some of them can is a member too, and what it is for those that cannot stands here: a session says it by
-    deriving from this class, and what stands around a session passes on what it is asked for.
+    The class has the members for all optional abilities, with defaults for sessions that lack the ability. A session
+    that wraps another one forwards the members that it supports.
     """
 
     inputs: tuple[TensorSpec, ...]
-    """As the file says; a shape of () may also mean that the file says nothing of it."""
+    """The inputs in the model's file; a shape of () may also mean that the file has no shape."""
     outputs: tuple[TensorSpec, ...]
     text: bool
-    """BYTES elements must be `str`, and come as `str`; else they are `bytes`."""
+    """BYTES elements are `str` in inputs and outputs; else they are `bytes`."""
 
     optional_inputs: tuple[TensorSpec, ...] = ()
-    """More inputs: the model has a value for each that is not given."""
-    sees_missing: bool = False
-    """It sees for itself which inputs came: the configuration may call any of them optional."""
+    """Further inputs, which have a default in the model."""
+    handles_missing_inputs: bool = False
+    """The model handles requests that omit inputs: the configuration may declare any input as optional."""
     wants_requests: bool = False
-    """It is given each request with what that says of itself, not only rows."""
+    """The model receives each request with its id, parameters and flags, not only rows."""
     takes_rows: bool = False
-    """`run_rows`: its inputs and outputs may be ragged, and it tells rows that it cannot process from the others."""
+    """`run_rows` is supported: inputs and outputs may be ragged, and each row may fail by itself."""
     reshapes: bool = False
-    """A `reshape` of the configuration is its own doing: it already has the shapes that clients see."""
+    """The session applies the `reshape` of the configuration itself: its shapes are those of the clients."""
     only_computes: bool = False
-    """It waits for nobody, and its time is that of its arithmetic: a short run may be made on the event loop."""
+    """A run computes and never waits: a short run may be made on the event loop."""
     gpus: tuple[int, ...] = ()
-    """Those that it runs on; none: on the CPU, or nobody knows."""
-    lane: GpuStream | None = None
-    """The one GPU that it takes tensors on, and can leave them on; none: tensors are on the host."""
-    is_tried: bool = True
-    """Made-up inputs may be tried on it."""
-    says_batch: bool = False
-    """Whether the `max_batch_size` of what it completed is meant, even 0."""
+    """Numbers of the GPUs that the model runs on; empty: the CPU, or unknown."""
+    gpu_stream: GpuStream | None = None
+    """The one GPU stream on which inputs and outputs may be `Resident`; None: all tensors are on the host."""
+    allows_trial_run: bool = True
+    """The model may be run once with made-up inputs after loading."""
+    sets_max_batch_size: bool = False
+    """The `max_batch_size` of the completed configuration was set on purpose, even if it is 0."""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        """The outputs of these names. They do not share memory with the inputs.
+        """Return the outputs with the names `outputs`. The arrays do not share memory with the inputs.
 
         Raises:
             ModelFailed: the model cannot process these inputs.
         """
 
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()) -> RowResults:
-        """As `run`, with `Rows` for each input that is ragged. Only where it `takes_rows`.
+        """Run the model row by row; ragged inputs are `Rows`. Only with `takes_rows`.
 
-        `stay`: outputs that may come as `Resident`. With a lane, inputs may be such, too.
+        Args:
+            inputs: with a `gpu_stream`, inputs may be `Resident`.
+            stay: names of the outputs that may be returned as `Resident`.
         """
-        raise NotImplementedError("this session takes no rows")
+        raise NotImplementedError("this session does not support run_rows")
 
     def run_parts(
         self, inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str], stay: Collection[str] = ()
     ) -> list[Any]:
-        """As `run`, with each input as the tensors of several calls, all on the host or all `Resident`; the outputs are
-        those of all rows. Only where there is a lane, and it does not take rows. `stay` as in `run_rows`."""
-        raise NotImplementedError("this session takes no parts")
+        """Run the model on the tensors of several requests. Only with a `gpu_stream` and without `takes_rows`.
+
+        Args:
+            inputs: for each input, the tensors of all requests: all on the host, or all `Resident`.
+            stay: names of the outputs that are returned as `Resident`.
+
+        Returns:
+            The outputs, each with the rows of all requests.
+        """
+        raise NotImplementedError("this session does not support run_parts")
 
     def close(self) -> None:
-        """Gives its memory back. It is not run after that."""
+        """Free the model's memory. The session must not be run after that."""
         return
 
-    def parts(self) -> Sequence[Session]:
-        """The same model on each device that it runs on: what is warmed up one by one."""
+    def device_sessions(self) -> Sequence[Session]:
+        """Return one session for each device of the model; warm-up runs each of them."""
         return (self,)
 
     def declare(self, datatypes: Mapping[str, str]) -> None:
-        """Tells it of inputs, by their datatypes, that the server fills in and the model may not have declared."""
+        """Add inputs, with their datatypes, that the server fills in and the model may not have declared."""
         return
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
-        """The configuration with what the model says of itself; as it is where the model says nothing.
+    def completed(self, config: pb.ModelConfig, *, sets_max_batch_size: bool) -> pb.ModelConfig:
+        """Return `config` completed by the model's own declarations; `config` itself when the model has none.
 
         Args:
-            says_batch: `config` has a `max_batch_size` that is meant, even 0.
+            sets_max_batch_size: the `max_batch_size` of `config` was set on purpose, even if it is 0.
 
         Raises:
-            FailedPrecondition: the two contradict each other.
+            FailedPrecondition: the configuration contradicts the model.
         """
         return config
 
 
 class Runtime(Protocol):
-    """Loads models of one kind of file."""
+    """Loader of models of one kind of file."""
 
     platform: str
-    """The name in a model's configuration: `onnxruntime_onnx`."""
+    """The `platform` in a model's configuration: `onnxruntime_onnx`."""
     backend: str
-    """The other name there: `onnxruntime`."""
+    """The `backend` in a model's configuration: `onnxruntime`."""
     model_file: str
-    """What a model's file is called when nobody says otherwise: `model.onnx`; empty: there is none."""
+    """Default name of a model's file: `model.onnx`; empty: models have no file."""
     can_decouple: bool
-    """Whether its models may give any number of responses to a request."""
+    """Models may return any number of responses to a request."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        """Loads a model. Without a `model_file`, `file` is the version's folder.
+        """Load a model. For a runtime without `model_file`, `file` is the version's folder.
 
         Raises:
-            FailedPrecondition: the file is no model, or one that this runtime cannot run; the message says why.
+            FailedPrecondition: the file is not a model, or this runtime cannot run it; the message says why.
         """

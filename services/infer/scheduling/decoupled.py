@@ -21,7 +21,7 @@ from typing import Any
 from services.infer.model_process import payload, request_info
 from services.infer.model_process.channel import Message
 from services.infer.model_process.checks import check_outputs
-from services.infer.model_process.decoupled_link import DecoupledStreams
+from services.infer.model_process.decoupled_streams import DecoupledStreams
 from services.infer.model_process.session import ProcessSession, error_of
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.requests.request import InferenceRequest
@@ -95,7 +95,7 @@ class DecoupledScheduler:
 
     async def __aenter__(self) -> DecoupledScheduler:
         self._loop = asyncio.get_running_loop()
-        self._session.on_link = lambda: self._from_thread(self._seat)
+        self._session.on_streams_started = lambda: self._from_thread(self._seat)
         return self
 
     async def __aexit__(
@@ -134,11 +134,11 @@ class DecoupledScheduler:
                     break
                 taken += 1
                 if taken % (CREDIT // 2) == 0:
-                    place.link.tell(place.number, "credit", more=CREDIT // 2)
+                    place.link.send_control(place.number, "credit", more=CREDIT // 2)
         finally:
             place.is_left = True
             if place in self._places:
-                place.link.tell(place.number, "cancel")
+                place.link.send_control(place.number, "cancel")
                 place.timers.append(self._loop.call_later(_UNWANTED_S, self._is_stuck, place))
         self._count(call, arrived, started)
 
@@ -198,12 +198,12 @@ class DecoupledScheduler:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
     def _check_poison(self, call: InferenceRequest) -> None:
-        after_s = self._session.poison.refused_for_s(call) if self._session.poison else 0.0
+        after_s = self._session.poison.rejected_for_s(call) if self._session.poison else 0.0
         if after_s:
-            raise self._session.refusal(self._name, after_s)
+            raise self._session.rejection(self._name, after_s)
 
     def _free_link(self) -> DecoupledStreams | None:
-        at_work: dict[DecoupledStreams, int] = dict.fromkeys(self._session.links(), 0)
+        at_work: dict[DecoupledStreams, int] = dict.fromkeys(self._session.streams(), 0)
         for place in self._places:
             if place.link in at_work:
                 at_work[place.link] += 1
@@ -221,7 +221,7 @@ class DecoupledScheduler:
             waiter = self._waiting.popleft()
             if not waiter.place.done():
                 waiter.place.set_result(self._taken(link, waiter.call))
-        if self._waiting and not self._session.links():
+        if self._waiting and not self._session.streams():
             try:
                 self._session.check_running()
             except ShoalError as err:
@@ -273,11 +273,11 @@ class DecoupledScheduler:
 
     def _blame(self, link: DecoupledStreams) -> None:
         """Once for each link that breaks: whoever it was at work for may have been the cause."""
-        if link.is_blamed or self._is_closing:
+        if link.is_crash_recorded or self._is_closing:
             return
-        link.is_blamed = True
+        link.is_crash_recorded = True
         calls = [place.call for place in self._places if place.link is link]
-        self._session.poison.blame(calls, is_sure=link.process.is_own_doing())
+        self._session.poison.record_crash(calls, is_confirmed=link.process.is_own_crash())
 
     def _takes_too_long(self, place: _Place) -> None:
         ms = self._session.limits.execution_s * 1000

@@ -67,10 +67,10 @@ class ProcessExecution(Execution):
         poison = self._processes.poison
         if not poison:
             return self._answers(calls, start)
-        refused = {id(call): after_s for call in calls if (after_s := poison.refused_for_s(call))}
+        refused = {id(call): after_s for call in calls if (after_s := poison.rejected_for_s(call))}
         answers = iter(self._answers([call for call in calls if id(call) not in refused], start))
         return [
-            self._processes.refusal(self._name, refused[id(call)]) if id(call) in refused else next(answers)
+            self._processes.rejection(self._name, refused[id(call)]) if id(call) in refused else next(answers)
             for call in calls
         ]
 
@@ -81,7 +81,7 @@ class ProcessExecution(Execution):
         try:
             results = self._executed(calls)
         except ModelDied as err:
-            self._processes.poison.blame(calls, is_sure=err.is_sure)
+            self._processes.poison.record_crash(calls, is_confirmed=err.is_confirmed)
             if len(calls) == 1 and (err.is_alone or self._is_apart):
                 raise
             return self._apart(calls, err)

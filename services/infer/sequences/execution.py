@@ -13,7 +13,7 @@ from typing import cast
 
 from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
-from services.infer.model_process.instance import Instance, Running
+from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.signature import Signature
@@ -109,7 +109,7 @@ class ProcessSequenceExecution(SequenceExecution):
         self._version = version
         self._processes = session
         self._instance: Instance = session.instances[number]
-        self._process: Running | None = None
+        self._process: Runner | None = None
         self._batch: Sequence[SequenceStep] = ()
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
@@ -147,8 +147,8 @@ class ProcessSequenceExecution(SequenceExecution):
                     found[id(step)] = self._not_run(step)
         poison = self._processes.poison
         for step in alive:
-            if poison and (after_s := poison.refused_for_s(step.call)):
-                found[id(step)] = self._processes.refusal(self._name, after_s)
+            if poison and (after_s := poison.rejected_for_s(step.call)):
+                found[id(step)] = self._processes.rejection(self._name, after_s)
         return found
 
     def _stepped(self, left: Sequence[SequenceStep]) -> list[Outcome]:
@@ -161,7 +161,7 @@ class ProcessSequenceExecution(SequenceExecution):
                 step.is_lost = True
             if err.is_unread:
                 return [self._not_run(step) for step in left]
-            self._processes.poison.blame([step.call for step in left], is_sure=err.is_sure)
+            self._processes.poison.record_crash([step.call for step in left], is_confirmed=err.is_confirmed)
             raise
 
     def _not_run(self, step: SequenceStep) -> ShoalError:

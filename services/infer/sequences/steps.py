@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from services.infer.error_text import written
-from services.infer.model_process.instance import Running
+from services.infer.model_process.instance import Runner
 from services.infer.model_process.session import ProcessSession
 from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
@@ -106,7 +106,7 @@ class ProcessSteps:
     def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._form = _Form(settings, batched=batched, text=session.text)
-        self.on: Running | None = None
+        self.on: Runner | None = None
         """The process; None: whichever is free."""
         self.is_wanted: Callable[[], bool] = lambda: True
 

@@ -29,7 +29,7 @@ class TrialSession(Session):
         self.text = session.text
         self._parts = [
             self if part is session else TrialSession(part, settings, first, batched=batched)
-            for part in session.parts()
+            for part in session.device_sessions()
         ]
         self._first, self._batched = first, batched
         self._steps = steps.of(session, settings, batched=batched)
@@ -50,7 +50,7 @@ class TrialSession(Session):
         # Both flags, so that a model that remembers sequences forgets this one.
         return Row(own, True, True, n + 1, self._first, {"correlation_id": n + 1, "flags": 3})
 
-    def parts(self) -> Sequence[Session]:
+    def device_sessions(self) -> Sequence[Session]:
         return self._parts
 
     def close(self) -> None: ...

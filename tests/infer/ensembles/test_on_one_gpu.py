@@ -16,7 +16,7 @@ from services.infer.scheduling.queue import QueueLimits
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request, serving
 from tests.infer.ensembles.conftest import EnsembleRepository, parameter, step
-from tests.infer.runtimes.simulated_gpu import LaneOnnx, SimulatedMemory, lanes_of
+from tests.infer.runtimes.simulated_gpu import SimulatedGpuOnnx, SimulatedMemory, gpu_streams_of
 
 ON_GPU = "instance_group { kind: KIND_GPU gpus: [0] }\n"
 SHARED = ON_GPU + parameter("gpu_stream", "shared")
@@ -69,8 +69,8 @@ def memory() -> SimulatedMemory:
 
 @pytest.fixture
 def runtimes(memory: SimulatedMemory) -> Runtimes:
-    lanes = lanes_of(memory)
-    return Runtimes([LaneOnnx(lanes), KernelsRuntime(lanes=lanes)])
+    lanes = gpu_streams_of(memory)
+    return Runtimes([SimulatedGpuOnnx(lanes), KernelsRuntime(lanes=lanes)])
 
 
 def over(folder: EnsembleRepository, run_dir, runtimes: Runtimes):

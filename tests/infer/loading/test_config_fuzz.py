@@ -19,7 +19,7 @@ from services.infer.loading import model_config
 from services.infer.models import override
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes import onnx_settings
-from services.infer.runtimes.onnx_devices import resolved
+from services.infer.runtimes.onnx_devices import resolve_devices
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling import rules
 from services.infer.sources.repository import look, scan
@@ -79,7 +79,7 @@ def all_the_way(config: model_config_pb2.ModelConfig, *, batch_is_given: bool) -
     try:
         model_config.check(config, RUNTIME)
         options = onnx_settings.session_options(config, 2)
-        assert resolved(options, ["CUDAExecutionProvider", "CPUExecutionProvider"], lambda: 2)
+        assert resolve_devices(options, ["CUDAExecutionProvider", "CPUExecutionProvider"], lambda: 2)
         done = model_config.complete(
             config, [X], [Y], runtime=RUNTIME, text=True, batch_is_given=batch_is_given, labels={}
         )

@@ -73,13 +73,13 @@ def test_bytes(ends, times):
         part("x", "BYTES", [np.array([1], object)])
 
 
-def test_more_arrays_than_the_kernel_takes_at_once(ends):
+def test_more_arrays_than_one_system_call_takes(ends):
     rows = [np.full((1, 40), n, np.float64) for n in range(1500)]
     ((_, _, got),) = crossed(ends, part("x", "FP64", rows)).tensors
     np.testing.assert_array_equal(got, np.concatenate(rows))
 
 
-def test_a_large_tensor_is_memory_and_is_gone_with_its_array(ends):
+def test_the_segment_of_a_large_tensor_is_freed_with_its_array(ends):
     before = len(os.listdir("/proc/self/fd"))
     message = crossed(ends, part("x", "UINT8", [np.full(32 << 20, 7, np.uint8)]))
     assert message.tensors[0][2].sum() == 7 * (32 << 20)
@@ -87,7 +87,7 @@ def test_a_large_tensor_is_memory_and_is_gone_with_its_array(ends):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_waiting_has_an_end_and_so_has_the_channel(ends):
+def test_receive_times_out_and_reports_a_closed_channel(ends):
     assert ends[1].receive(0) is None
     assert ends[1].receive(0.01) is None
     ends[0].shut()
@@ -127,7 +127,7 @@ def frame(header: object, inline: bytes = b"", segment: int = 0) -> bytes:
         frame({"t": [["x", "UINT8", [100000], 100000]]}, segment=100_000),
     ],
 )
-def test_what_is_no_frame_ends_the_channel(raw, data):
+def test_an_invalid_frame_closes_the_channel(raw, data):
     sock, channel = raw
     sock.sendall(data)
     sock.shutdown(socket.SHUT_WR)
@@ -136,7 +136,7 @@ def test_what_is_no_frame_ends_the_channel(raw, data):
 
 
 @pytest.mark.parametrize(("size", "seals"), [(100_000, 0), (50_000, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)])
-def test_a_segment_that_could_be_cut_under_the_reader_is_refused(raw, size, seals):
+def test_a_segment_that_is_not_sealed_against_shrinking_is_rejected(raw, size, seals):
     sock, channel = raw
     fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)

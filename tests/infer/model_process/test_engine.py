@@ -11,7 +11,7 @@ import pytest
 from services.infer.model_process.channel import Channel
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Batch, Given, HostedModelInfo
+from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo
 from services.infer.model_process.payload import part
 
 PATIENCE_S = 30
@@ -20,28 +20,28 @@ PATIENCE_S = 30
 class Doubling:
     """y = 2x, when it is let."""
 
-    def __init__(self, facts: HostedModelInfo) -> None:
-        self.facts = facts
+    def __init__(self, model_info: HostedModelInfo) -> None:
+        self.model_info = model_info
         self.entered, self.go = threading.Event(), threading.Event()
 
-    def run(self, batch: Batch) -> Given:
+    def run(self, batch: Batch) -> BatchResult:
         self.entered.set()
         assert self.go.wait(PATIENCE_S)
-        return Given([part("y", "FP32", [2 * batch.arrays()["x"]])])
+        return BatchResult([part("y", "FP32", [2 * batch.arrays()["x"]])])
 
     def close(self) -> None: ...
 
 
-def facts(*, wants_requests: bool) -> HostedModelInfo:
+def model_info(*, wants_requests: bool) -> HostedModelInfo:
     spec = (("x", "FP32", (-1,)),)
     return HostedModelInfo(inputs=spec, outputs=spec, wants_requests=wants_requests)
 
 
 @pytest.mark.parametrize("wants_requests", [False, True])
-def test_a_cancellation_that_comes_too_late_ends_no_process(wants_requests: bool) -> None:
+def test_a_late_cancellation_does_not_end_the_process(wants_requests: bool) -> None:
     one, other = socket.socketpair()
     server, channel = Channel(one), Channel(other)
-    model = Doubling(facts(wants_requests=wants_requests))
+    model = Doubling(model_info(wants_requests=wants_requests))
     worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), model), daemon=True)
     worker.start()
     for number in (1, 2):

@@ -11,33 +11,33 @@ from services.infer.model_process import interpreter
 from shoal.errors import FailedPrecondition
 
 
-def test_our_own_when_it_is_one():
-    assert interpreter.interpreter({}) == sys.executable
+def test_the_servers_own_interpreter_is_the_default():
+    assert interpreter.find_interpreter({}) == sys.executable
 
 
-def test_what_is_said_comes_first_and_must_be_there(tmp_path):
-    assert interpreter.interpreter({"SHOAL_PYTHON": sys.executable}) == sys.executable
+def test_shoal_python_has_precedence_and_must_be_executable(tmp_path):
+    assert interpreter.find_interpreter({"SHOAL_PYTHON": sys.executable}) == sys.executable
     for wrong in (str(tmp_path), str(tmp_path / "none"), __file__):
         with pytest.raises(FailedPrecondition, match=f"SHOAL_PYTHON is '{wrong}'"):
-            interpreter.interpreter({"SHOAL_PYTHON": wrong})
+            interpreter.find_interpreter({"SHOAL_PYTHON": wrong})
 
 
-def test_inside_another_program_the_prefix_tells(monkeypatch, tmp_path):
+def test_an_embedding_program_is_skipped_for_the_prefix(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/usr/bin/true")
     monkeypatch.setattr(sys, "_base_executable", "/usr/bin/true")
-    assert interpreter.interpreter({}).startswith(f"{sys.prefix}/bin/python3")
+    assert interpreter.find_interpreter({}).startswith(f"{sys.prefix}/bin/python3")
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    assert interpreter.interpreter({}).startswith(f"{sys.base_prefix}/bin/python3")
+    assert interpreter.find_interpreter({}).startswith(f"{sys.base_prefix}/bin/python3")
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     with pytest.raises(FailedPrecondition, match="set SHOAL_PYTHON"):
-        interpreter.interpreter({"PATH": str(tmp_path)})
+        interpreter.find_interpreter({"PATH": str(tmp_path)})
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     (tmp_path / "bin" / version).symlink_to(os.path.realpath(f"/proc/{os.getpid()}/exe"))
-    assert interpreter.interpreter({"PATH": str(tmp_path / "bin")}) == str(tmp_path / "bin" / version)
+    assert interpreter.find_interpreter({"PATH": str(tmp_path / "bin")}) == str(tmp_path / "bin" / version)
 
 
-def test_the_environment_of_an_embedding_program_is_left_behind():
+def test_variables_of_an_embedding_program_are_dropped():
     given = {"LD_PRELOAD": "/lib/libpython.so", "PYTHONHOME": "/x", "PYTHONPATH": "/y", "HOME": "/home/me"}
     made = interpreter.environment(given)
     assert "LD_PRELOAD" not in made

@@ -88,12 +88,12 @@ DEATHS = {
     "kill -9 of itself": ("os.kill(os.getpid(), signal.SIGKILL)", r"process died \(signal 9, SIGKILL\)"),
     "closed socket": ("os.closerange(3, 100)", "process died"),
     "no frame": ("[os.write(fd, b'x' * 64) for fd in range(3, 300) if os.path.exists(f'/proc/self/fd/{fd}') and "
-                 "'socket' in os.readlink(f'/proc/self/fd/{fd}')]", "process died .it broke off: the other end sent"),
+                 "'socket' in os.readlink(f'/proc/self/fd/{fd}')]", "process died .its channel failed: the other"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_death_is_told_and_the_next_call_has_a_new_process(load, death):
+def test_a_crash_is_reported_and_the_next_request_uses_a_new_process(load, death):
     what, told = DEATHS[death]
     session = load(model(f"if x[0, 0] == 13: {what}"))
     (before,) = pids(session)
@@ -105,7 +105,7 @@ def test_a_death_is_told_and_the_next_call_has_a_new_process(load, death):
     assert not is_alive(before)
 
 
-def test_a_process_that_is_killed_from_outside_while_idle_harms_no_call(load):
+def test_a_process_killed_while_idle_restarts_without_a_failed_request(load):
     session = load(model(""))
     for _ in range(3):
         (pid,) = pids(session)
@@ -114,7 +114,7 @@ def test_a_process_that_is_killed_from_outside_while_idle_harms_no_call(load):
     assert not session.poison
 
 
-def test_while_it_is_started_again_calls_are_told_when_to_come_back(load, tmp_path):
+def test_requests_during_a_restart_get_unavailable_with_a_retry_delay(load, tmp_path):
     session = load(
         model("if x[0, 0] == 13: os._exit(1)", load="while os.path.exists(f'{folder}/wait'): time.sleep(0.01)")
     )
@@ -122,14 +122,14 @@ def test_while_it_is_started_again_calls_are_told_when_to_come_back(load, tmp_pa
     gate.touch()
     with pytest.raises(ModelDied):
         run(session, X * 0 + 13)
-    with pytest.raises(Unavailable, match=r"started again \(exit code 1\); retry after \d+ ms") as err:
+    with pytest.raises(Unavailable, match=r"restarting \(exit code 1\); retry after \d+ ms") as err:
         session.run_requests({"x": [X]}, ["y"], [1], [])
     assert err.value.retry_after_ms
     gate.unlink()
     assert run(session) == [[2, 4]]
 
 
-def test_a_model_that_does_not_load_again_is_tried_again_until_it_does(load, tmp_path):
+def test_a_restart_that_fails_to_load_is_retried(load, tmp_path):
     session = load(model("if x[0, 0] == 13: os._exit(1)"))
     file = tmp_path / "m" / "1" / "model.py"
     good = file.read_text()
@@ -149,7 +149,7 @@ def wait_until(is_so) -> None:
 
 
 @pytest.mark.parametrize("loop", ["while True: pass", "time.sleep(1000)", "ctypes.CDLL(None).sleep(1000)"])
-def test_an_execution_that_does_not_end_is_ended(load, loop):
+def test_an_execution_beyond_its_timeout_is_killed(load, loop):
     session = load(model(f"if x[0, 0] == 13:\n    {loop}"), execution_timeout_ms="300")
     with pytest.raises(ModelDied, match="a run took longer than execution_timeout_ms, 300"):
         run(session, X * 0 + 13)
@@ -157,13 +157,13 @@ def test_an_execution_that_does_not_end_is_ended(load, loop):
 
 
 @pytest.mark.parametrize("then", ["time.sleep(1000)", "pass"])
-def test_a_model_that_closes_everything_while_it_loads_is_told(load, monkeypatch, then):
+def test_a_model_that_closes_its_channel_while_loading_fails_to_load(load, monkeypatch, then):
     monkeypatch.setattr("services.infer.model_process.process._END_S", 0.2)
     with pytest.raises(FailedPrecondition, match="ended while it loaded the model"):
         load(model("", load=f"os.closerange(3, 100); {then}"))
 
 
-def test_loading_that_does_not_end_is_ended(load):
+def test_loading_beyond_its_timeout_fails(load):
     with pytest.raises(FailedPrecondition, match="loading took too long: see parameter load_timeout_ms"):
         load(model("", load="while True: pass"), load_timeout_ms="700")
     given_up = threading.Event()
@@ -178,17 +178,17 @@ def test_loading_that_does_not_end_is_ended(load):
         ("raise ValueError('no such number')", r"ValueError: no such number \(model.py, line \d+\)"),
         ("raise SystemExit(5)", r"called sys.exit\(5\)"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("return {'z': x}", "gave no output 'y': it gave 'z'"),
+        ("return {'z': x}", "returned no output 'y': it returned 'z'"),
         ("return [x]", "predict returned a list, expected a dict"),
         ("return None", "predict returned a NoneType"),
         ("return {'y': x.astype(np.float64)}", "output 'y' is FP64, expected FP32"),
         ("return {'y': x.astype(complex)}", "output 'y' is complex64, expected FP32|complex128"),
         ("return {'y': np.array([object()])}", "output 'y' is BYTES, expected FP32|object"),
-        ("return {'y': [[1], [2, 3]]}", "output 'y' is no array"),
+        ("return {'y': [[1], [2, 3]]}", "output 'y' is not an array"),
         ("return (i for i in range(3))", "predict returned a generator"),
     ],
 )
-def test_what_the_model_does_wrong_is_named(load, predict, told):
+def test_errors_of_predict_are_reported(load, predict, told):
     session = load(model(f"if x[0, 0] == 13: {predict}"))
     (before,) = pids(session)
     with pytest.raises(ModelFailed, match=told):
@@ -216,7 +216,7 @@ def test_what_the_model_does_wrong_is_named(load, predict, told):
         {"op": "response", "final": True},
     ],
 )
-def test_a_process_that_forges_answers_harms_only_itself(load, forged):
+def test_forged_answers_affect_only_their_own_model(load, forged):
     head = """
 import socket
 from services.infer.model_process.channel import Channel
@@ -239,7 +239,7 @@ FORGED = """ + repr(forged)
     assert run(session) == [[2, 4]]
 
 
-def test_what_it_writes_is_in_the_log(load, caplog):
+def test_output_of_the_process_is_logged(load, caplog):
     caplog.set_level(logging.INFO)
     noise = "print('out ' + 'é' * 10); print('err', file=sys.stderr); os.write(1, b'\\xff raw\\n')"
     session = load(model(noise + "; os.write(2, b'a' * 99999)"))
@@ -252,11 +252,11 @@ def test_what_it_writes_is_in_the_log(load, caplog):
     assert max(map(len, lines)) < 10_000
 
 
-def test_a_model_that_writes_without_end_while_it_loads_does_load(load):
+def test_a_model_that_writes_endless_output_while_loading_loads(load):
     assert run(load(model("", load="for _ in range(3000): print('x' * 100)"))) == [[2, 4]]
 
 
-def test_it_may_keep_and_change_what_it_was_given(load):
+def test_a_model_may_keep_and_modify_its_inputs(load):
     session = load(model("self.kept = getattr(self, 'kept', x); x += 1; x = self.kept"))
     big = np.ones((1, 1 << 20), np.float32)
     first = session.run({"x": big}, ["y"])[0]
@@ -265,7 +265,7 @@ def test_it_may_keep_and_change_what_it_was_given(load):
     assert big.max() == 1
 
 
-def test_unloading_gives_its_memory_back_and_says_good_bye(load, tmp_path):
+def test_unloading_frees_the_memory_and_runs_the_clean_up(load, tmp_path):
     session = load(
         model(
             "",
@@ -284,14 +284,14 @@ def test_unloading_gives_its_memory_back_and_says_good_bye(load, tmp_path):
 
 
 @pytest.mark.parametrize("unload", ["while True: pass", "raise RuntimeError", "os._exit(1)"])
-def test_a_bad_good_bye_ends_too(load, unload):
+def test_a_failing_clean_up_does_not_block_unloading(load, unload):
     session = load(model("", unload=unload))
     (pid,) = pids(session)
     session.close()
     assert not is_alive(pid)
 
 
-def test_what_the_model_started_ends_with_it(load, tmp_path):
+def test_processes_started_by_the_model_end_with_its_process(load, tmp_path):
     session = load(
         model(
             "",
@@ -305,7 +305,7 @@ def test_what_the_model_started_ends_with_it(load, tmp_path):
     wait_until(lambda: not is_alive(started))
 
 
-def test_instances_are_processes_that_run_side_by_side(load):
+def test_instances_run_concurrently(load):
     session = load(model("time.sleep(0.5); x = x * 0 + os.getpid() / 2"), instances=3)
     answers: list[float] = []
     threads = [threading.Thread(target=lambda: answers.append(run(session)[0][0])) for _ in range(3)]
@@ -318,7 +318,7 @@ def test_instances_are_processes_that_run_side_by_side(load):
     assert time.monotonic() - start < PATIENCE_S
 
 
-def test_a_death_does_not_take_the_other_instances_along(load):
+def test_a_crash_does_not_affect_other_instances(load):
     session = load(model("if x[0, 0] == 13: os._exit(1)", load="time.sleep(0.3)"), instances=2)
     with pytest.raises(ModelDied):
         run(session, X * 0 + 13)
@@ -341,7 +341,7 @@ def test_an_onnx_model_in_a_process(tmp_path):
         session.close()
 
 
-def test_a_model_in_the_servers_process_when_asked(load):
+def test_isolation_none_runs_the_model_in_the_server(load):
     session = load(model("x = x * 0 + os.getpid() / 2"), isolation="none", instances=2)
     assert int(run(session)[0][0]) == os.getpid()
     assert not [module for module in ("model",) if module in sys.modules]
@@ -362,7 +362,7 @@ def test_a_model_in_the_servers_process_when_asked(load):
         ("isolation", "thread", "parameter isolation 'thread': expected"),
     ],
 )
-def test_a_parameter_that_makes_no_sense_is_named(load, key, value, told):
+def test_an_invalid_parameter_is_named(load, key, value, told):
     with pytest.raises(FailedPrecondition) as err:
         load(model(""), **{key: value})
     assert told in err.value.message

@@ -10,7 +10,7 @@ import numpy as np
 from services.infer.operators.kernels_runtime import KernelsRuntime, OperationSession
 from services.infer.requests import ragged
 from services.infer.runtimes.gpu_stream import GpuStreams
-from services.infer.runtimes.runtime import About, RowResults, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import About, ExecutionPlacement, RowResults, SessionOptions
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
@@ -18,7 +18,7 @@ def session(
     folder: Path,
     operation: str,
     /,
-    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),),
+    placements: Sequence[ExecutionPlacement] = (ExecutionPlacement("cpu"),),
     lanes: GpuStreams | None = None,
     **parameters: str,
 ) -> OperationSession:
@@ -26,7 +26,9 @@ def session(
     said = {"operation": operation, **parameters}
     config = pb.ModelConfig(parameters={key: {"string_value": value} for key, value in said.items()})
     about = About("m", folder=folder, config=config)
-    return KernelsRuntime(lanes=lanes).load(folder, SessionOptions(intra_op_threads=2, places=places, about=about))
+    return KernelsRuntime(lanes=lanes).load(
+        folder, SessionOptions(intra_op_threads=2, placements=placements, about=about)
+    )
 
 
 def run(made: OperationSession, **inputs: ragged.Value) -> dict[str, ragged.Value]:

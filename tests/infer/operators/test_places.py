@@ -9,11 +9,11 @@ import pytest
 
 from services.infer.operators.table import OPERATIONS
 from services.infer.requests.resident import Resident, fetched
-from services.infer.runtimes.runtime import TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 from tests.infer.operators.images import pixels
-from tests.infer.runtimes.simulated_gpu import SimulatedMemory, lanes_of
+from tests.infer.runtimes.simulated_gpu import SimulatedMemory, gpu_streams_of
 
 RNG = np.random.default_rng(0)
 
@@ -50,7 +50,7 @@ def test_all_that_can_run_on_gpus_is_held_against_the_cpu():
 @pytest.mark.parametrize("operation", ON_GPUS)
 def test_a_gpu_gives_what_the_cpu_gives(folder, operation):
     parameters, inputs = ON_GPUS[operation]
-    on_gpu = making.session(folder, operation, places=(TensorPlacement("gpu", 0),), **parameters)
+    on_gpu = making.session(folder, operation, placements=(ExecutionPlacement("gpu", 0),), **parameters)
     assert on_gpu.gpus == (0,)
     there = making.run(on_gpu, **inputs)
     here = making.run(making.session(folder, operation, **parameters), **inputs)
@@ -65,9 +65,9 @@ def test_tensors_are_taken_and_left_on_a_gpu(folder, operation):
     parameters, inputs = ON_GPUS[operation]
     memory = SimulatedMemory()
     session = making.session(
-        folder, operation, places=(TensorPlacement("gpu", 0),), lanes=lanes_of(memory), **parameters
+        folder, operation, placements=(ExecutionPlacement("gpu", 0),), lanes=gpu_streams_of(memory), **parameters
     )
-    lane = session.lane
+    lane = session.gpu_stream
     assert (session.gpus, session.only_computes) == ((0,), False)
     there = {
         spec.name: Resident(lane.uploaded(inputs[spec.name]), lane) if not spec.is_ragged else inputs[spec.name]
@@ -91,16 +91,16 @@ def test_tensors_are_taken_and_left_on_a_gpu(folder, operation):
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - ON_GPUS))
 def test_without_a_version_for_gpus_one_is_refused(folder, operation):
     with pytest.raises(FailedPrecondition, match=f"operation {operation} has no version for GPUs: use KIND_CPU"):
-        making.session(folder, operation, places=(TensorPlacement("gpu"),), **NEEDED.get(operation, {}))
+        making.session(folder, operation, placements=(ExecutionPlacement("gpu"),), **NEEDED.get(operation, {}))
 
 
 @pytest.mark.parametrize("operation", sorted(ON_GPUS))
 def test_a_gpu_that_is_not_there_is_refused(folder, operation):
     with pytest.raises(
-        FailedPrecondition, match=r"instance_group: KIND_GPU: GPU 99 is not there: this process may use \d+ GPUs"
+        FailedPrecondition, match=r"instance_group: KIND_GPU: GPU 99 does not exist: this process may use \d+ GPUs"
     ):
-        making.session(folder, operation, places=(TensorPlacement("gpu", 99),), **ON_GPUS[operation][0])
+        making.session(folder, operation, placements=(ExecutionPlacement("gpu", 99),), **ON_GPUS[operation][0])
 
 
 def test_left_open_it_is_the_cpu(folder):
-    assert making.session(folder, "nms", places=(TensorPlacement("auto"),)).gpus == ()
+    assert making.session(folder, "nms", placements=(ExecutionPlacement("auto"),)).gpus == ()

@@ -72,7 +72,7 @@ class OnnxModels:
         return model.SerializeToString()
 
 
-class OwnModels:
+class ShoalModels:
     """As sources of `model.py`, in Shoal's own interface."""
 
     def add(self) -> bytes:
@@ -123,7 +123,7 @@ class OwnModels:
         return textwrap.dedent(source).encode()
 
 
-class TritonModels(OwnModels):
+class TritonModels(ShoalModels):
     """As sources of `model.py`, in Triton's interface."""
 
     def _model(self, inputs: str, outputs: str, predict: str) -> bytes:

@@ -17,7 +17,7 @@ from kernels.memory import Event, HostMemory
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.runtime import Session, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, Session, SessionOptions
 
 POISON = 0xA5
 
@@ -73,28 +73,28 @@ class _Mark:
         self._memory.finish(self._recorded)
 
 
-def lanes_of(memory: SimulatedMemory) -> GpuStreams:
+def gpu_streams_of(memory: SimulatedMemory) -> GpuStreams:
     return GpuStreams(lambda: 1, lambda gpu: memory, lambda: True)
 
 
-class LaneOnnx(OnnxRuntime):
+class SimulatedGpuOnnx(OnnxRuntime):
     """ONNX Runtime on the CPU, as on GPU 0 where a configuration asks for KIND_GPU; `always`: whatever it asks for."""
 
-    def __init__(self, lanes: GpuStreams, always: bool = False) -> None:
-        super().__init__(lanes)
+    def __init__(self, gpu_streams: GpuStreams, always: bool = False) -> None:
+        super().__init__(gpu_streams)
         self._always = always
 
     def load(self, file: Path, options: SessionOptions) -> Session:
         if self._always:
             options = SessionOptions(
-                1, shares_stream=True, places=(TensorPlacement("gpu", 0, 2),), entries=options.entries
+                1, shares_stream=True, placements=(ExecutionPlacement("gpu", 0, 2),), entries=options.entries
             )
         return super().load(file, options)
 
     def devices(self, options: SessionOptions) -> list[tuple[Device, int]]:
         cpu = [("CPUExecutionProvider", {})]
-        return [(Device(cpu, 0 if place.kind == "gpu" else None), place.runs) for place in options.places]
+        return [(Device(cpu, 0 if place.kind == "gpu" else None), place.runs) for place in options.placements]
 
 
-def on_simulated_gpu() -> LaneOnnx:
-    return LaneOnnx(lanes_of(SimulatedMemory()), always=True)
+def on_simulated_gpu() -> SimulatedGpuOnnx:
+    return SimulatedGpuOnnx(gpu_streams_of(SimulatedMemory()), always=True)

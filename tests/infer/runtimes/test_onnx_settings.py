@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from services.infer.loading import model_config
-from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
+from services.infer.runtimes.multi_device import MultiDeviceSession
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolve_devices
 from services.infer.runtimes.onnx_settings import session_options
-from services.infer.runtimes.runtime import Provider, Session, SessionOptions, TensorPlacement
-from services.infer.runtimes.spread import SpreadSession
+from services.infer.runtimes.runtime import ExecutionPlacement, Provider, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -31,15 +31,15 @@ def parameter(key: str, value: str) -> str:
 
 
 def devices(text: str, available=ALL, gpus: int = 2) -> list[tuple[int | None, tuple[str, ...], int]]:
-    found = resolved(options(text), available, lambda: gpus)
+    found = resolve_devices(options(text), available, lambda: gpus)
     return [(device.gpu, tuple(name for name, _ in device.providers), count) for device, count in found]
 
 
-def test_nothing_said():
-    assert options("") == SessionOptions(2, places=(TensorPlacement("auto"),))
+def test_the_defaults():
+    assert options("") == SessionOptions(2, placements=(ExecutionPlacement("auto"),))
 
 
-def test_what_is_said_is_done():
+def test_all_settings_are_applied():
     said = options(
         parameter("intra_op_thread_count", "3")
         + parameter("inter_op_thread_count", "4")
@@ -86,7 +86,7 @@ def test_what_is_said_is_done():
         ),
     ],
 )
-def test_what_is_wrong_is_named(text, named):
+def test_an_invalid_value_is_named(text, named):
     with pytest.raises(FailedPrecondition, match=named):
         options(text)
 
@@ -105,7 +105,7 @@ def test_accelerators():
     trt = {"trt_fp16_enable": "1", "trt_max_workspace_size": "1000", "trt_dla_core": "1"}
     cuda = {"cudnn_conv_algo_search": "HEURISTIC", "gpu_mem_limit": "7", "use_tf32": "0"}
     assert asked.gpu_providers == (Provider("tensorrt", TENSORRT, trt), Provider("cuda", CUDA, cuda))
-    found = resolved(asked, ALL, lambda: 1)
+    found = resolve_devices(asked, ALL, lambda: 1)
     assert found == [
         (Device([(TENSORRT, {**trt, "device_id": "0"}), (CUDA, {**cuda, "device_id": "0"}), (CPU, {})], 0), 1)
     ]
@@ -130,11 +130,11 @@ def test_accelerators():
         ),
     ],
 )
-def test_places(text, expected):
+def test_instance_groups_are_resolved_to_devices(text, expected):
     assert devices(text) == expected
 
 
-def test_auto_is_the_cpu_where_there_is_no_gpu():
+def test_kind_auto_is_the_cpu_without_a_gpu():
     assert devices("", (CPU,)) == [(None, (CPU,), 1)]
     assert devices("", ALL, 0) == [(None, (CPU,), 1)]
 
@@ -143,9 +143,9 @@ def test_auto_is_the_cpu_where_there_is_no_gpu():
     ("text", "available", "gpus", "named"),
     [
         ("instance_group [{ kind: KIND_GPU }]", (CPU,), 0, "KIND_GPU is not supported by this ONNX Runtime"),
-        ("instance_group [{ kind: KIND_GPU }]", ALL, 0, "KIND_GPU is not there"),
-        ("instance_group [{ kind: KIND_GPU gpus: [2] }]", ALL, 2, "GPU 2 is not there: this process may use 2"),
-        ("instance_group [{ kind: KIND_GPU gpus: [-1] }]", ALL, 2, "GPU -1 is not there"),
+        ("instance_group [{ kind: KIND_GPU }]", ALL, 0, "KIND_GPU needs a GPU"),
+        ("instance_group [{ kind: KIND_GPU gpus: [2] }]", ALL, 2, "GPU 2 does not exist: this process may use 2"),
+        ("instance_group [{ kind: KIND_GPU gpus: [-1] }]", ALL, 2, "GPU -1 does not exist"),
         (ACCELERATED, (CPU,), 0, "accelerator 'tensorrt' is not supported by this ONNX Runtime: it needs Tensorrt"),
         (ACCELERATED, (TENSORRT, CPU), 0, "accelerator 'cuda' is not supported"),
         (ACCELERATED + "instance_group [{ kind: KIND_CPU }]", ALL, 2, "'tensorrt' and 'cuda' is for GPUs"),
@@ -164,7 +164,7 @@ def test_auto_is_the_cpu_where_there_is_no_gpu():
         ),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(text, available, gpus, named):
+def test_a_missing_gpu_or_provider_is_rejected_by_name(text, available, gpus, named):
     with pytest.raises(FailedPrecondition, match=named):
         devices(text, available, gpus)
 
@@ -189,7 +189,7 @@ REFUSED = {
 }
 
 
-async def test_a_server_does_it_or_says_why_not(serve, models_folder: Repository):
+async def test_a_server_applies_the_settings_or_reports_why_not(serve, models_folder: Repository):
     for name, text in SETTINGS.items():
         models_folder.put(name, onnx_files.scale(2), config=text)
     for name, (text, _) in REFUSED.items():
@@ -230,9 +230,9 @@ class Counting(Session):
         self.is_closed = True
 
 
-def test_runs_are_spread_over_the_devices():
+def test_runs_are_distributed_over_the_devices():
     first, second = Counting(), Counting()
-    spread = SpreadSession([(first, 1), (second, 3)])
+    spread = MultiDeviceSession([(first, 1), (second, 3)])
     assert [spread.run({}, [])[0] for _ in range(4)] == [first, second, second, second]
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(lambda _: spread.run({}, []), range(400)))

@@ -36,7 +36,7 @@ def test_shapes(given, made, skip, shape, expected):
     np.testing.assert_array_equal(got.reshape(-1), array.reshape(-1))
 
 
-def test_another_shape_is_the_models_fault():
+def test_an_array_of_another_shape_is_an_error_of_the_model():
     with pytest.raises(ModelFailed, match=r"'x' has shape \[3\]"):
         Reshape((4,), (2, 2), 0)("x", np.zeros(3))
 
@@ -51,9 +51,9 @@ def test_another_shape_is_the_models_fault():
         ([], [2], "same number"),
     ],
 )
-def test_what_is_wrong_is_named(dims, shape, named):
+def test_an_invalid_value_is_named(dims, shape, named):
     tensor = model_config.parse(f'input {{ name: "x" dims: {dims} reshape {{ shape: {shape} }} }}').input[0]
-    (wrong,) = reshape.wrong("input", tensor)
+    (wrong,) = reshape.reshape_errors("input", tensor)
     assert named in wrong
 
 
@@ -105,7 +105,7 @@ async def test_scalars_of_a_model_without_a_batch(serve, models_folder: Reposito
     assert output(answer, "y").tolist() == [[15.0]]
 
 
-async def test_a_shape_that_the_model_has_not(serve, models_folder: Repository):
+async def test_a_reshape_that_contradicts_the_model_is_rejected(serve, models_folder: Repository):
     models_folder.put("m", sums(), config=BATCHED.replace("[2, 2]", "[4, 1]"))
     served = await serve(models_folder.root)
     (row,) = served.models.index()

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.remote.remote_runtime import RemoteRuntime
+from services.infer.runtimes.multi_device import MultiDeviceSession
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.reshape import ReshapedSession, Reshapes
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
-from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, DTYPES
@@ -30,8 +30,8 @@ from tests.infer.runtimes.runtime_models import (
     OPERATIONS,
     OnnxModels,
     OperationModels,
-    OwnModels,
     RemoteModels,
+    ShoalModels,
     TritonModels,
 )
 from tests.infer.runtimes.simulated_gpu import on_simulated_gpu
@@ -50,33 +50,33 @@ class Spreading(OnnxRuntime):
     """As on two devices."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        return SpreadSession([(super(Spreading, self).load(file, options), 2) for _ in range(2)])
+        return MultiDeviceSession([(super(Spreading, self).load(file, options), 2) for _ in range(2)])
 
 
 RUNTIMES = {
     "onnx": (OnnxRuntime, OnnxModels()),
     "onnx reshaped": (Reshaping, OnnxModels()),
     "onnx on two devices": (Spreading, OnnxModels()),
-    "onnx on a lane": (on_simulated_gpu, OnnxModels()),
+    "onnx on a GPU stream": (on_simulated_gpu, OnnxModels()),
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
     "onnx shared": (partial(IsolatedOnnxRuntime, isolation="shared"), OnnxModels()),
-    "python": (PythonRuntime, OwnModels()),
-    "python shared": (partial(PythonRuntime, isolation="shared"), OwnModels()),
+    "python": (PythonRuntime, ShoalModels()),
+    "python shared": (partial(PythonRuntime, isolation="shared"), ShoalModels()),
     "triton's python shared": (partial(PythonRuntime, isolation="shared"), TritonModels()),
     "triton's python": (PythonRuntime, TritonModels()),
-    "python on a thread": (PythonRuntime, OwnModels()),
+    "python on a thread": (PythonRuntime, ShoalModels()),
     "triton's python on a thread": (PythonRuntime, TritonModels()),
     "kernels": (partial(KernelsRuntime, OPERATIONS), OperationModels()),
-    "remote": (RemoteRuntime, OwnModels()),
+    "remote": (RemoteRuntime, ShoalModels()),
 }
-IN_A_PROCESS = {"sees_missing", "reshapes"}
+IN_A_PROCESS = {"handles_missing_inputs", "reshapes"}
 SAYS = {
-    "onnx": {"only_computes", "is_tried"},
-    "onnx reshaped": {"only_computes", "is_tried", "reshapes"},
-    "onnx on two devices": {"is_tried"},
-    "onnx on a lane": {"is_tried"},
-    "onnx in a process": {"is_tried", "reshapes"},
-    "onnx shared": {"is_tried", "reshapes"},
+    "onnx": {"only_computes", "allows_trial_run"},
+    "onnx reshaped": {"only_computes", "allows_trial_run", "reshapes"},
+    "onnx on two devices": {"allows_trial_run"},
+    "onnx on a GPU stream": {"allows_trial_run"},
+    "onnx in a process": {"allows_trial_run", "reshapes"},
+    "onnx shared": {"allows_trial_run", "reshapes"},
     "python": IN_A_PROCESS,
     "python shared": IN_A_PROCESS,
     "python on a thread": IN_A_PROCESS,
@@ -84,10 +84,10 @@ SAYS = {
     "triton's python shared": {*IN_A_PROCESS, "wants_requests"},
     "triton's python on a thread": {*IN_A_PROCESS, "wants_requests"},
     "kernels": {"takes_rows", "only_computes"},
-    "remote": {"sees_missing"},
+    "remote": {"handles_missing_inputs"},
 }
 WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
-ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx on a lane", "onnx in a process", "onnx shared"]
+ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx on a GPU stream", "onnx in a process", "onnx shared"]
 
 
 ACROSS_A_BORDER = {"onnx in a process", "onnx shared", "python", "triton's python", "remote"}
@@ -108,7 +108,7 @@ def runtime(kind: str) -> Runtime:
 
 
 @pytest.fixture(scope="module")
-def models(kind: str) -> OnnxModels | OwnModels:
+def models(kind: str) -> OnnxModels | ShoalModels:
     return RUNTIMES[kind][1]
 
 
@@ -151,7 +151,7 @@ def load(kind: str, runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, 
         yield load
 
 
-def test_a_session_knows_its_inputs_and_outputs(load, models):
+def test_a_session_has_its_inputs_and_outputs(load, models):
     session = load(models.add())
     assert [(s.name, s.datatype.name, s.shape) for s in session.inputs] == [
         ("a", "FP32", (-1, -1)),
@@ -160,7 +160,7 @@ def test_a_session_knows_its_inputs_and_outputs(load, models):
     assert [s.name for s in session.outputs] == ["sum", "difference"]
 
 
-def test_it_gives_the_outputs_that_are_asked_for(load, models):
+def test_run_returns_the_requested_outputs(load, models):
     session = load(models.add())
     a, b = np.array([[1, 2]], np.float32), np.array([[10, 20]], np.float32)
     difference, total = session.run({"b": b, "a": a}, ["difference", "sum"])
@@ -168,7 +168,7 @@ def test_it_gives_the_outputs_that_are_asked_for(load, models):
     assert len(session.run({"a": a, "b": b}, ["sum"])) == 1
 
 
-def test_read_only_inputs_and_outputs_of_their_own(load, models):
+def test_outputs_do_not_share_memory_with_read_only_inputs(load, models):
     session = load(models.identity())
     given = np.ones((2, 4), np.float32)
     given.flags.writeable = False
@@ -176,7 +176,7 @@ def test_read_only_inputs_and_outputs_of_their_own(load, models):
     assert not np.shares_memory(given, got)
 
 
-def test_every_kind_of_number_comes_back_as_it_went(kind, load, models):
+def test_every_numeric_datatype_is_preserved(kind, load, models):
     names = [name for name in DTYPES if name != "BF16"]
     given = {name: np.array([[0, 1, 1], [1, 0, 1]], DTYPES[name]) for name in names}
     if kind == "kernels":
@@ -194,8 +194,10 @@ def test_every_kind_of_number_comes_back_as_it_went(kind, load, models):
 
 
 def test_strings(kind, load, models):
-    if kind == "onnx on a lane":
-        with pytest.raises(FailedPrecondition, match="gpu_stream 'shared': tensor 'y' is none of numbers: use 'own'"):
+    if kind == "onnx on a GPU stream":
+        with pytest.raises(
+            FailedPrecondition, match=r"gpu_stream 'shared': tensor 'y' is \w+, only numbers are supported"
+        ):
             load(models.identity("BYTES", ("n",)))
         return
     session = load(models.identity("BYTES", ("n",)))
@@ -206,7 +208,7 @@ def test_strings(kind, load, models):
 def test_bit_patterns(kind, load, models):
     if kind.startswith("triton's python"):
         pytest.skip("its interface has no BF16")
-    if kind == "onnx on a lane":
+    if kind == "onnx on a GPU stream":
         pytest.skip("it has none, and says so")
     bits = load(models.identity("BF16", ("n",)))
     given = np.array([0x3FC0, 0xFF80, 0], np.uint16)
@@ -228,7 +230,7 @@ def test_a_hundred_megabytes_there_and_back(kind, load, models):
         ("reshaping", {"x": np.ones(4, np.float32), "shape": np.array([3, 3])}),
     ],
 )
-def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs):
+def test_an_error_of_the_model_keeps_its_own_text(load, models, name, inputs):
     session = load(getattr(models, name)())
     for _ in range(2):
         with pytest.raises(ModelFailed) as err:
@@ -241,13 +243,13 @@ def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs
 
 @of_kinds([kind for kind in WITH_FILES if kind != "remote"])
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
-def test_a_file_that_is_no_model_is_refused(load, runtime, data):
+def test_an_invalid_model_file_is_rejected(load, runtime, data):
     with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):
         load(data)
 
 
 @of_kinds(ONNX)
-def test_what_is_no_tensor_is_refused_by_name(load):
+def test_an_input_that_is_not_a_tensor_is_rejected_by_name(load):
     value = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     model = onnx_files.identity()
     del model.graph.node[:], model.graph.output[:]
@@ -277,46 +279,53 @@ def test_many_threads_may_run_one_session(load, models):
 
 
 @of_kinds(["kernels"])
-def test_without_a_file_it_is_the_configuration_that_is_refused(load):
+def test_a_runtime_without_files_rejects_an_invalid_configuration(load):
     with pytest.raises(FailedPrecondition, match="operation 'nothing' is unknown: there are 'add', 'identity'"):
         load(OperationModels()._config("nothing"))
     with pytest.raises(FailedPrecondition, match="operation add: parameter 'size' is unknown: it has none"):
         load(OperationModels()._config("add", size="3"))
 
 
-def test_what_it_can_do_is_said_by_its_members(kind, load, models):
+def test_optional_abilities_are_declared_by_members(kind, load, models):
     session = load(models.scale())
     assert isinstance(session, Session)
     assert {
         name
-        for name in ("sees_missing", "wants_requests", "takes_rows", "reshapes", "only_computes", "is_tried")
+        for name in (
+            "handles_missing_inputs",
+            "wants_requests",
+            "takes_rows",
+            "reshapes",
+            "only_computes",
+            "allows_trial_run",
+        )
         if getattr(session, name)
     } == SAYS[kind]
-    assert (session.gpus, session.optional_inputs) == ((0,) if kind == "onnx on a lane" else (), ())
-    assert (session.lane is not None) == (kind == "onnx on a lane")
+    assert (session.gpus, session.optional_inputs) == ((0,) if kind == "onnx on a GPU stream" else (), ())
+    assert (session.gpu_stream is not None) == (kind == "onnx on a GPU stream")
 
 
-def test_its_parts_are_the_whole_on_each_device(kind, load, models):
+def test_device_sessions_run_the_whole_model_on_each_device(kind, load, models):
     session = load(models.scale())
-    assert len(session.parts()) == (2 if kind == "onnx on two devices" else 1)
-    for part in session.parts():
+    assert len(session.device_sessions()) == (2 if kind == "onnx on two devices" else 1)
+    for part in session.device_sessions():
         assert isinstance(part, Session)
         assert (part.inputs, part.outputs, part.text) == (session.inputs, session.outputs, session.text)
         assert part.run({"x": np.ones((3, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4] * 3
 
 
-def test_what_the_configuration_says_is_left(load, models):
+def test_completion_does_not_change_its_argument(load, models):
     session = load(models.scale(), ONE_THREAD)  # It is changed below.
     config = text_format.Parse('parameters { key: "k" value { string_value: "v" } }', pb.ModelConfig())
     before = config.SerializeToString(deterministic=True)
-    completed = session.completed(config, says_batch=False)
+    completed = session.completed(config, sets_max_batch_size=False)
     assert completed.parameters["k"].string_value == "v" or session.wants_requests  # It completed what it was given.
     assert config.SerializeToString(deterministic=True) == before
     session.declare({"x": "FP32"})
     assert session.run({"x": np.ones((1, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4]
 
 
-def test_only_who_takes_rows_is_given_rows(load, models):
+def test_run_rows_is_supported_only_with_takes_rows(load, models):
     session = load(models.scale())
     given = {"x": np.ones((2, 4), np.float32)}
     if session.takes_rows:
@@ -328,7 +337,7 @@ def test_only_who_takes_rows_is_given_rows(load, models):
 
 
 @of_kinds(ONNX)
-def test_what_the_file_has_a_value_for_may_be_left_out(load):
+def test_an_input_with_a_default_in_the_file_is_optional(load):
     session = load(with_default().SerializeToString())
     assert [(spec.name, spec.is_optional) for spec in session.optional_inputs] == [("b", True)]
     x = np.ones((1, 4), np.float32)

@@ -1,7 +1,7 @@
-"""The work of a model process: takes requests from its mailbox, has the hosted model run them, sends what it gave.
+"""Main loop of a model process: takes requests from the mailbox, runs them on the hosted model, sends the outputs.
 
-run    ──> result | error                          a model that gives one response to each request
-start  ──> response, response, ... ──> end         a decoupled one: as many as it likes, while it has credit
+run    ──> result | error                          a model that returns one response to each request
+start  ──> response, response, ... ──> end         a decoupled model: any number of responses, while it has credit
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.child.mailbox import WAKE, Abandoned, Hearer
+from services.infer.model_process.child.mailbox import WAKE, Abandoned, RequestListener
 from services.infer.model_process.hosted import Batch, Hosted, RunFailed
 from services.infer.model_process.payload import TensorPart
 
-_TEXT = 1000
-# Characters of an error that are sent: a status message travels in a header.
+# Errors are cut to this length: a status message travels in a header of limited size.
+_MAX_ERROR_CHARACTERS = 1000
 
 
-class Sends(Protocol):
-    """Where answers go: a `channel.Channel`, or something that looks like one."""
+class MessageSink(Protocol):
+    """Sink of answers: a `channel.Channel`, or an owner's Multiplexer."""
 
     def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None: ...
 
 
-class Letters(Protocol):
-    """Where work comes from: a `mailbox.Mailbox`, or something that looks like one."""
+class MessageSource(Protocol):
+    """Source of requests: a `mailbox.Mailbox`, or an owner's Multiplexer."""
 
-    hearers: dict[int, Hearer]
+    listeners: dict[int, RequestListener]
 
     def listen(self) -> None: ...
 
@@ -40,28 +40,28 @@ class Letters(Protocol):
     def put(self, thing: object) -> None: ...
 
 
-def serve(channel: Sends, mailbox: Letters, hosted: Hosted) -> None:
-    """Works until it is told to close. Raises ChannelClosed when the server is gone."""
-    if hosted.facts.is_decoupled:
+def serve(channel: MessageSink, mailbox: MessageSource, hosted: Hosted) -> None:
+    """Serve requests until a "close" arrives. Raises ChannelClosed when the server has closed the channel."""
+    if hosted.model_info.is_decoupled:
         mailbox.listen()
         _Streams(channel, mailbox, hosted).serve()
         return
-    if hosted.facts.wants_requests:
+    if hosted.model_info.wants_requests:
         mailbox.listen()
     while (message := _next(mailbox)).op != "close":
         _run(channel, mailbox, hosted, message)
 
 
-def _next(mailbox: Letters) -> Message:
-    """The next run, or the end. A cancellation, and its wake-up, are over once what they were for has ended."""
+def _next(mailbox: MessageSource) -> Message:
+    """Return the next "run" or "close". Other items, such as a late WAKE, belong to a run that has ended."""
     while True:
-        found = mailbox.next()
-        if isinstance(found, Message) and found.op in ("run", "close"):
-            return found
+        item = mailbox.next()
+        if isinstance(item, Message) and item.op in ("run", "close"):
+            return item
 
 
 class _Cancellable:
-    """The hearer of a running batch."""
+    """Listener of a running batch, which can be cancelled."""
 
     def __init__(self) -> None:
         self.is_cancelled = False
@@ -72,51 +72,52 @@ class _Cancellable:
     def credit(self, more: int) -> None: ...
 
 
-def _run(channel: Sends, mailbox: Letters, hosted: Hosted, message: Message) -> None:
-    number, hearer = message.header["id"], _Cancellable()
-    mailbox.hearers[number] = hearer
+def _run(channel: MessageSink, mailbox: MessageSource, hosted: Hosted, message: Message) -> None:
+    number, listener = message.header["id"], _Cancellable()
+    mailbox.listeners[number] = listener
     try:
-        given = hosted.run(_batch(message, hearer))
+        result = hosted.run(_batch(message, listener))
         header = {"op": "result", "id": number}
-        if given.responses is not None:
-            header["responses"] = given.responses
-        parts: Sequence[TensorPart] = given.parts
+        if result.responses is not None:
+            header["responses"] = result.responses
+        parts: Sequence[TensorPart] = result.parts
     except RunFailed as err:
-        header, parts = {"op": "error", "id": number, "error": str(err)[:_TEXT], "code": err.code}, ()
+        text = str(err)[:_MAX_ERROR_CHARACTERS]
+        header, parts = {"op": "error", "id": number, "error": text, "code": err.code}, ()
     finally:
-        del mailbox.hearers[number]
+        del mailbox.listeners[number]
     channel.send(header, parts)
 
 
-def _batch(message: Message, hearer: _Cancellable | None = None) -> Batch:
+def _batch(message: Message, listener: _Cancellable | None = None) -> Batch:
     header = message.header
     inputs = {name: (datatype, array) for name, datatype, array in message.tensors}
-    batch_cancelled = (lambda: hearer.is_cancelled) if hearer is not None else bool
+    batch_cancelled = (lambda: listener.is_cancelled) if listener is not None else bool
     return Batch(inputs, header["outputs"], header["rows"], header.get("details", ()), batch_cancelled)
 
 
 class _Stream:
-    """The Sender of one request of a decoupled model."""
+    """`hosted.Sender` of one request of a decoupled model."""
 
-    def __init__(self, number: int, channel: Sends, mailbox: Letters, credit: int) -> None:
+    def __init__(self, number: int, channel: MessageSink, mailbox: MessageSource, credit: int) -> None:
         self._number, self._channel, self._mailbox = number, channel, mailbox
         self._credit = credit
         self._changed = threading.Condition()
         self._is_cancelled = self.is_ended = False
 
     def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
-        self._pay(final=final)
+        self._use_credit(final=final)
         self._channel.send({"op": "response", "id": self._number, "final": final}, parts)
         if final:
             self._mailbox.put(WAKE)
 
     def fail(self, error: RunFailed, *, final: bool) -> None:
         try:
-            self._pay(final=final)
+            self._use_credit(final=final)
         except RunFailed:
             return
-        said = {"error": str(error)[:_TEXT], "code": error.code, "own": error.is_own}
-        self._channel.send({"op": "response", "id": self._number, "final": final, **said})
+        fields = {"error": str(error)[:_MAX_ERROR_CHARACTERS], "code": error.code, "own": error.is_own}
+        self._channel.send({"op": "response", "id": self._number, "final": final, **fields})
         if final:
             self._mailbox.put(WAKE)
 
@@ -131,13 +132,14 @@ class _Stream:
     def abandon(self) -> None:
         self._mailbox.put(Abandoned(self._number))
 
-    def _pay(self, *, final: bool) -> None:
+    def _use_credit(self, *, final: bool) -> None:
+        """Wait for credit for one response. Raises RunFailed when the stream has ended or is cancelled."""
         with self._changed:
             self._changed.wait_for(lambda: self._credit > 0 or self._is_cancelled or self.is_ended)
             if self.is_ended:
                 raise RunFailed("the last response was sent already")
             if self._is_cancelled:
-                raise RunFailed("the request was cancelled: nobody waits for responses", "CANCELLED")
+                raise RunFailed("the request was cancelled: its caller waits for no more responses", "CANCELLED")
             self._credit -= 1
             self.is_ended = final
 
@@ -159,31 +161,31 @@ class _Stream:
 
 
 class _Streams:
-    """All requests of a decoupled model that are under way; generators are stepped in turn."""
+    """All running requests of a decoupled model; generators are stepped round-robin."""
 
-    def __init__(self, channel: Sends, mailbox: Letters, hosted: Hosted) -> None:
+    def __init__(self, channel: MessageSink, mailbox: MessageSource, hosted: Hosted) -> None:
         self._channel, self._mailbox, self._hosted = channel, mailbox, hosted
         self._streams: dict[int, _Stream] = {}
         self._steps: dict[int, Iterator[None]] = {}
 
     def serve(self) -> None:
         while True:
-            found = self._mailbox.poll() if self._has_work() else self._mailbox.next()
-            if isinstance(found, Message):
-                if found.op == "close":
+            item = self._mailbox.poll() if self._can_step() else self._mailbox.next()
+            if isinstance(item, Message):
+                if item.op == "close":
                     return
-                self._start(found)
-            elif isinstance(found, Abandoned) and found.id in self._streams:
-                self._streams[found.id].end()
+                self._start(item)
+            elif isinstance(item, Abandoned) and item.id in self._streams:
+                self._streams[item.id].end()
             self._step()
 
-    def _has_work(self) -> bool:
+    def _can_step(self) -> bool:
         return any(self._streams[n].may_send() or self._streams[n].is_cancelled() for n in self._steps)
 
     def _start(self, message: Message) -> None:
         number = message.header["id"]
         stream = _Stream(number, self._channel, self._mailbox, message.header["credit"])
-        self._streams[number] = self._mailbox.hearers[number] = stream
+        self._streams[number] = self._mailbox.listeners[number] = stream
         batch = _batch(message)
         steps = self._hosted.start(Batch(batch.inputs, batch.outputs, (), batch.details, stream.is_cancelled), stream)
         if steps is not None:
@@ -198,11 +200,12 @@ class _Streams:
             elif stream.may_send() and next(steps, WAKE) is WAKE:
                 stream.end()
         for number in [number for number, stream in self._streams.items() if stream.is_ended]:
-            del self._streams[number], self._mailbox.hearers[number]
+            del self._streams[number], self._mailbox.listeners[number]
             self._steps.pop(number, None)
 
     def _close(self, steps: Any) -> None:
         try:
             steps.close()
-        except BaseException:  # The model's own generator, on its way out: it is dropped, whatever it says.
+        # The model's generator may raise while it is closed: the request is cancelled, so nothing receives the error.
+        except BaseException:
             traceback.print_exc()

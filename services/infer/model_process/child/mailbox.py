@@ -1,7 +1,7 @@
-"""What comes to a model process: read where it is wanted, or by a thread while the model is at work.
+"""Mailbox of a model process: receives messages on the main thread, or on a thread of its own while the model runs.
 
-A model that runs without a word to anybody reads its requests itself: that spares a thread the hop. One that can be
-cancelled, is paid in credit, or calls other models has a thread that hears of these things meanwhile.
+A model that needs no messages during a run reads its requests on the main thread, which saves a thread hand-off. Models
+that can be cancelled, use credit or call other models need a reader thread for these messages.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from services.infer.model_process.payload import Tensor, TensorPart
 
 @dataclass(frozen=True)
 class Abandoned:
-    """A request's sender was dropped by the model."""
+    """Mailbox item: the model has dropped the sender of the request `id`."""
 
     id: int
 
 
-class Hearer(Protocol):
-    """What is told of a running request."""
+class RequestListener(Protocol):
+    """Receiver of the control messages for one running request."""
 
     def cancel(self) -> None: ...
 
@@ -35,11 +35,11 @@ class Hearer(Protocol):
 
 
 WAKE = object()
-"""Something has changed: look again."""
+"""Mailbox item without content: the state of a request has changed, so the engine checks all requests again."""
 
 
 class Mailbox:
-    """The receiving side of a model process's channel."""
+    """Receiving side of a model process's channel."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -47,35 +47,35 @@ class Mailbox:
         self._is_listening = False
         self._calls: dict[int, Future[Message]] = {}
         self._numbers = itertools.count(1)
-        self.hearers: dict[int, Hearer] = {}
-        """By the id of their request; changed by the main thread only."""
+        self.listeners: dict[int, RequestListener] = {}
+        """Listener of each running request, by request id; only the main thread changes the dict."""
 
     def listen(self) -> None:
-        """From now on a thread reads."""
+        """Start the reader thread."""
         self._is_listening = True
         threading.Thread(target=self._listen, name="mailbox", daemon=True).start()
 
     def next(self) -> Any:
-        """Waits for the next Message, Abandoned or WAKE. Raises ChannelClosed when the server is gone."""
+        """Wait for the next Message, Abandoned or WAKE. Raises ChannelClosed when the server has closed the channel."""
         if not self._is_listening:
             return self._channel.receive()
-        found = self._queue.get()
-        if isinstance(found, ChannelClosed):
-            raise found
-        return found
+        item = self._queue.get()
+        if isinstance(item, ChannelClosed):
+            raise item
+        return item
 
     def poll(self) -> Any:
-        """As `next`, without waiting; None when there is nothing. Only while a thread listens."""
+        """Return the next item, or None when the mailbox is empty. Needs the reader thread."""
         return None if self._queue.empty() else self.next()
 
-    def put(self, thing: object) -> None:
-        """From any thread, and from finalizers."""
-        self._queue.put(thing)
+    def put(self, item: object) -> None:
+        """Add an item, from any thread or from a finalizer."""
+        self._queue.put(item)
 
     def call(
         self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
-        """Calls another model of the server, from any thread. Raises RunFailed."""
+        """Call another model of the server and wait for the answer, on any thread. Raises RunFailed."""
         if not self._is_listening:
             raise RunFailed("other models can be called only while a request is executed")
         number, answer = next(self._numbers), Future[Message]()
@@ -84,7 +84,7 @@ class Mailbox:
             self._channel.send({**header, "op": "call", "id": number}, parts)
             message = answer.result()
         except ChannelClosed as err:
-            raise RunFailed("the server is gone") from err
+            raise RunFailed("the server has closed the channel") from err
         finally:
             self._calls.pop(number, None)
         return message.header, message.tensors
@@ -92,25 +92,25 @@ class Mailbox:
     def _listen(self) -> None:
         try:
             while (message := self._channel.receive()) is not None:
-                self._take(message)
+                self._dispatch(message)
         except ChannelClosed as err:
             self._end(err)
 
-    def _take(self, message: Message) -> None:
+    def _dispatch(self, message: Message) -> None:
         number = int(message.header.get("id", 0))
         if message.op == "answer":
             if (answer := self._calls.get(number)) is not None:
                 answer.set_result(message)
         elif message.op in ("cancel", "credit"):
-            if (hearer := self.hearers.get(number)) is not None:
-                hearer.cancel() if message.op == "cancel" else hearer.credit(int(message.header.get("more", 0)))
+            if (listener := self.listeners.get(number)) is not None:
+                listener.cancel() if message.op == "cancel" else listener.credit(int(message.header.get("more", 0)))
                 self._queue.put(WAKE)
         else:
             self._queue.put(message)
 
     def _end(self, error: ChannelClosed) -> None:
-        for hearer in list(self.hearers.values()):
-            hearer.cancel()
+        for listener in list(self.listeners.values()):
+            listener.cancel()
         for answer in list(self._calls.values()):
             answer.set_exception(error)
         self._queue.put(error)

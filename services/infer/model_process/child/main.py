@@ -1,9 +1,9 @@
-"""The main of a model process: `python -m services.infer.model_process.child.main FD SERVER_PID`.
+"""Main module of a model process: `python -m services.infer.model_process.child.main FD SERVER_PID`.
 
-    the server's "load" ──> import and load ──> "loaded" | "failed" ──> serve ──> "close" ──> the model's good-bye, exit
+    the server's "load" ──> import and load ──> "loaded" | "failed" ──> serve ──> "close" ──> model's clean-up, exit
 
-It dies with the server, however that dies: by the kernel's signal, or when its channel ends. What it writes to standard
-output and error goes to the server's log.
+The process ends with the server, however the server dies: by a signal of the kernel, or when the channel closes. The
+server logs its standard output and standard error.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from typing import NoReturn
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Call, Hosted, Load, LoadFailed
+from services.infer.model_process.hosted import Hosted, Load, LoadFailed, MakeInnerCall
 
 _PR_SET_PDEATHSIG = 1
-TEXT = 2000
-"""Characters of what is told of a failure."""
+MAX_LOAD_ERROR_CHARACTERS = 2000
+"""Longest text of a load error, in characters."""
 
 
 def main(fd: int, server: int) -> NoReturn:
-    """Serves one model, then exits."""
+    """Serve one model, then exit."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The server may have died before the signal was set up.
     if os.getppid() != server:
-        os._exit(1)  # It died before the leash was on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets calls under way finish.
+        os._exit(1)
+    # Ctrl-C is for the server, which drains running requests first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd))
     try:
         serve_one(channel)
@@ -45,21 +47,20 @@ def main(fd: int, server: int) -> NoReturn:
 
 
 def serve_one(channel: Channel) -> None:
-    """Loads the model that the server names, and serves it until it is told to close.
+    """Load the model that the server's load request names, and serve that model until a "close" arrives.
 
     Raises:
-        ChannelClosed: the server is gone.
+        ChannelClosed: the server has closed the channel.
     """
     mailbox = Mailbox(channel)
     message = channel.receive()
-    assert message is not None, "it waits without a bound"
+    assert message is not None, "receive() without a timeout returns a message"
     try:
-        hosted = hosted_of(message, mailbox.call)
+        hosted = load_hosted(message, mailbox.call)
     except LoadFailed as err:
-        channel.send({"op": "failed", "error": str(err)[:TEXT]})
+        channel.send({"op": "failed", "error": str(err)[:MAX_LOAD_ERROR_CHARACTERS]})
         return
-    facts = hosted.facts
-    channel.send({"op": "loaded", **vars(facts)})
+    channel.send({"op": "loaded", **vars(hosted.model_info)})
     try:
         serve(channel, mailbox, hosted)
     finally:
@@ -69,11 +70,11 @@ def serve_one(channel: Channel) -> None:
             traceback.print_exc()
 
 
-def hosted_of(message: Message, call: Call) -> Hosted:
-    """The model that a "load" names; `call` runs the calls that it makes of others. Raises LoadFailed."""
-    said = message.header["load"]
-    load = Load(**{**said, "file": Path(said["file"]), "folder": Path(said["folder"])})
-    # Each brings its own libraries: only what is needed is imported.
+def load_hosted(message: Message, call: MakeInnerCall) -> Hosted:
+    """Load and return the model of a load request; `call` runs calls of other models. Raises LoadFailed."""
+    fields = message.header["load"]
+    load = Load(**{**fields, "file": Path(fields["file"]), "folder": Path(fields["folder"])})
+    # Each kind needs other libraries: only the needed ones are imported.
     if load.kind == "onnx":
         from services.infer.model_process.child.onnx_host import OnnxModel
 
@@ -84,7 +85,7 @@ def hosted_of(message: Message, call: Call) -> Hosted:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Threads that a model left behind do not keep the process."""
+    """Flush the output and exit, without waiting for threads that the model has left running."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
 from services.infer.model_process.payload import Tensor
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
-from services.infer.runtimes.runtime import ModelFailed, Provider, Session, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, ModelFailed, Provider, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 
 
 class OnnxModel:
-    """One model in ONNX Runtime."""
+    """`hosted.Hosted` for one ONNX model."""
 
     def __init__(self, load: Load) -> None:
-        """Raises LoadFailed."""
+        """Load the model. Raises LoadFailed."""
         try:
             self._session: Session = OnnxRuntime().load(load.file, _options(load.options))
             if reshapes := reshapes_of(load.config):
@@ -29,16 +29,16 @@ class OnnxModel:
         except FailedPrecondition as err:
             raise LoadFailed(err.message) from err
         self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}
-        self.facts = HostedModelInfo(
-            _told(self._session.inputs),
-            _told(self._session.outputs),
-            _told(self._session.optional_inputs),
+        self.model_info = HostedModelInfo(
+            _specs_header(self._session.inputs),
+            _specs_header(self._session.outputs),
+            _specs_header(self._session.optional_inputs),
             text=self._session.text,
-            sees_missing=self._session.sees_missing,
+            handles_missing_inputs=self._session.handles_missing_inputs,
             gpus=self._session.gpus,
         )
 
-    def run(self, batch: Batch) -> Given:
+    def run(self, batch: Batch) -> BatchResult:
         try:
             inputs = {
                 name: _as_text(array) if datatype == "BYTES" else array
@@ -47,7 +47,9 @@ class OnnxModel:
             results = self._session.run(inputs, batch.outputs)
         except ModelFailed as err:
             raise RunFailed(str(err)) from err
-        return Given([payload.part(n, self._datatypes[n], [r]) for n, r in zip(batch.outputs, results, strict=True)])
+        return BatchResult(
+            [payload.part(n, self._datatypes[n], [r]) for n, r in zip(batch.outputs, results, strict=True)]
+        )
 
     def start(self, batch: Batch, sender: Sender) -> Iterator[None] | None:
         raise AssertionError("an ONNX model is not decoupled")
@@ -56,13 +58,14 @@ class OnnxModel:
         self._session.close()
 
 
-def _options(given: Mapping[str, Any]) -> SessionOptions:
-    lists = {"places": TensorPlacement, "gpu_providers": Provider, "cpu_providers": Provider}
-    made = {key: tuple(kind(*each) for each in given[key]) for key, kind in lists.items() if key in given}
-    return SessionOptions(**{**given, **made})
+def _options(fields: Mapping[str, Any]) -> SessionOptions:
+    """Return the options whose fields are JSON values here (see `IsolatedOnnxRuntime`)."""
+    lists = {"placements": ExecutionPlacement, "gpu_providers": Provider, "cpu_providers": Provider}
+    tuples = {key: tuple(kind(*each) for each in fields[key]) for key, kind in lists.items() if key in fields}
+    return SessionOptions(**{**fields, **tuples})
 
 
-def _told(specs: Sequence[TensorSpec]) -> list[tuple[str, str, Sequence[int]]]:
+def _specs_header(specs: Sequence[TensorSpec]) -> list[tuple[str, str, Sequence[int]]]:
     return [(spec.name, spec.datatype.name, spec.shape) for spec in specs]
 
 

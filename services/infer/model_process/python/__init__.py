@@ -1,1 +1,1 @@
-"""Models written in Python, as they are hosted inside a model process: Shoal's own interface, and Triton's."""
+"""Python models inside a model process: Shoal's own interface (`Model`) and Triton's (`TritonPythonModel`)."""

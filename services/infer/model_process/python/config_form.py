@@ -1,4 +1,4 @@
-"""A model's configuration in Triton's JSON form, read where protobuf is not at hand."""
+"""Reader of a model's configuration in Triton's JSON form, for model processes, which do not import protobuf."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def datatype_name(data_type: str) -> str:
-    """`TYPE_FP32` as the protocol calls it: `FP32`."""
+    """Return the protocol's name of a configuration's data type: `FP32` for `TYPE_FP32`."""
     name = data_type.removeprefix("TYPE_")
     return "BYTES" if name == "STRING" else name
 
 
 def specs(config: Mapping[str, Any], role: str) -> list[tuple[str, str, Sequence[int]]]:
-    """Name, datatype and whole shape of each `input` or `output` (the role) of the configuration."""
+    """Return name, datatype and whole shape of each tensor of the configuration; `role` is `input` or `output`."""
     batch = [-1] if config.get("max_batch_size") else []
     return [
-        (given["name"], datatype_name(given["data_type"]), [*batch, *(int(dim) for dim in given.get("dims", ()))])
-        for given in config.get(role, ())
+        (tensor["name"], datatype_name(tensor["data_type"]), [*batch, *(int(dim) for dim in tensor.get("dims", ()))])
+        for tensor in config.get(role, ())
     ]

@@ -1,7 +1,7 @@
 """Shoal's own interface of `model.py`.
 
     class Model:
-        inputs = {"x": ("FP32", [-1, 4])}         optional, when config.pbtxt says it: whole shapes, rows first
+        inputs = {"x": ("FP32", [-1, 4])}         optional if config.pbtxt has the inputs: whole shapes, rows first
         outputs = {"y": ("FP32", [-1, 4])}
         max_batch_size = 8                         optional
         def load(self, folder, config): ...        optional; the version's folder, and the configuration as a dict
@@ -9,7 +9,7 @@
             return {"y": 2 * batch["x"]}
         def unload(self): ...                      optional
 
-A `predict` that yields gives one response with each dict, to one request at a time: a decoupled model.
+A `predict` that yields makes the model decoupled: each dict is one response, and each call of `predict` one request.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
-from services.infer.model_process.python.source import told
+from services.infer.model_process.python.source import error_line
 from shoal.oip.datatypes import BY_NAME, of_array
 
 Spec = tuple[str, str, Sequence[int]]
 
 
-class OwnModel:
-    """A class with `predict`, loaded."""
+class ShoalModel:
+    """`hosted.Hosted` for a class with Shoal's interface."""
 
     def __init__(self, kind: type[Any], load: Load) -> None:
-        """Raises LoadFailed when the class does not have the interface's methods, or its `load` raises."""
+        """Create and load the model. Raises LoadFailed when a method is missing or invalid, or `load` raises."""
         self._file = load.file
         _check_methods(kind, load.file)
         declared = load.config.get("model_transaction_policy", {}).get("decoupled", False)
-        self.facts = _facts(kind, load, is_decoupled=declared or inspect.isgeneratorfunction(kind.predict))
-        self._datatypes = {name: datatype for name, datatype, _ in self.facts.outputs}
+        self.model_info = _facts(kind, load, is_decoupled=declared or inspect.isgeneratorfunction(kind.predict))
+        self._datatypes = {name: datatype for name, datatype, _ in self.model_info.outputs}
         try:
             self._model = kind()
             if hasattr(self._model, "load"):
                 self._model.load(load.file.parent, dict(load.config))
         except BaseException as err:
             traceback.print_exc()
-            raise LoadFailed(f"the model's load failed: {told(err, load.file)}") from err
+            raise LoadFailed(f"the model's load failed: {error_line(err, load.file)}") from err
 
-    def run(self, batch: Batch) -> Given:
+    def run(self, batch: Batch) -> BatchResult:
         try:
             result = self._model.predict(batch.arrays())
         except BaseException as err:
             traceback.print_exc()
-            raise RunFailed(told(err, self._file)) from err
-        return Given(self._parts(result, batch.outputs))
+            raise RunFailed(error_line(err, self._file)) from err
+        return BatchResult(self._parts(result, batch.outputs))
 
     def start(self, batch: Batch, sender: Sender) -> Iterator[None]:
         try:
@@ -64,7 +64,7 @@ class OwnModel:
             responses = iter([result] if isinstance(result, Mapping) else result)
         except BaseException as err:
             traceback.print_exc()
-            sender.fail(RunFailed(told(err, self._file)), final=True)
+            sender.fail(RunFailed(error_line(err, self._file)), final=True)
             return
         yield from self._responses(responses, batch.outputs, sender)
 
@@ -79,11 +79,12 @@ class OwnModel:
             raise
         except BaseException as err:
             traceback.print_exc()
-            sender.fail(RunFailed(told(err, self._file)), final=True)
+            sender.fail(RunFailed(error_line(err, self._file)), final=True)
         finally:
             close = getattr(responses, "close", None)
+            # The model's generator receives GeneratorExit at its yield.
             if close is not None:
-                close()  # The model's generator sees GeneratorExit at its yield.
+                close()
 
     def _parts(self, result: Any, outputs: Sequence[str]) -> list[TensorPart]:
         if not isinstance(result, Mapping):
@@ -96,19 +97,20 @@ class OwnModel:
 
     def _part(self, name: str, result: Mapping[str, Any]) -> TensorPart:
         if name not in result:
-            raise RunFailed(f"predict gave no output '{name}': it gave {', '.join(map(repr, list(result)[:32]))}")
+            names = ", ".join(map(repr, list(result)[:32]))
+            raise RunFailed(f"predict returned no output '{name}': it returned {names}")
         try:
             array = np.asarray(result[name])
         except Exception as err:
-            raise RunFailed(f"output '{name}' is no array: {err}") from err
-        found, wanted = of_array(array), self._datatypes.get(name)
+            raise RunFailed(f"output '{name}' is not an array: {err}") from err
+        found, declared = of_array(array), self._datatypes.get(name)
         datatype = found.name if found is not None else None
-        if array.dtype == object and wanted == "BYTES":
-            datatype = wanted
-        if wanted == "BF16" and datatype == "UINT16":
-            datatype = wanted
-        if datatype is None or (wanted is not None and datatype != wanted):
-            raise RunFailed(f"output '{name}' is {datatype or array.dtype}, expected {wanted or 'a known datatype'}")
+        if array.dtype == object and declared == "BYTES":
+            datatype = declared
+        if declared == "BF16" and datatype == "UINT16":
+            datatype = declared
+        if datatype is None or (declared is not None and datatype != declared):
+            raise RunFailed(f"output '{name}' is {datatype or array.dtype}, expected {declared or 'a known datatype'}")
         try:
             return payload.part(name, datatype, [array])
         except TypeError as err:
@@ -121,34 +123,41 @@ class OwnModel:
 
 def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> HostedModelInfo:
     completed = dict(load.config)
-    most = getattr(kind, "max_batch_size", None)
-    if most is not None:
-        if type(most) is not int or most < 0:
-            raise LoadFailed(f"{kind.__name__}.max_batch_size is {most!r}: expected a number of rows, 0 or more")
-        completed["max_batch_size"] = completed.get("max_batch_size") or most
+    max_batch_size = getattr(kind, "max_batch_size", None)
+    if max_batch_size is not None:
+        if type(max_batch_size) is not int or max_batch_size < 0:
+            raise LoadFailed(
+                f"{kind.__name__}.max_batch_size is {max_batch_size!r}: expected a number of rows, 0 or more"
+            )
+        completed["max_batch_size"] = completed.get("max_batch_size") or max_batch_size
     if is_decoupled:
         completed["model_transaction_policy"] = {"decoupled": True}
     inputs, outputs = _declared(kind, "inputs", completed), _declared(kind, "outputs", completed)
-    changed = completed if most is not None or is_decoupled else None
+    changed = completed if max_batch_size is not None or is_decoupled else None
     return HostedModelInfo(
-        inputs, outputs, config=changed, says_batch=most is not None, is_decoupled=is_decoupled, is_tried=False
+        inputs,
+        outputs,
+        config=changed,
+        sets_max_batch_size=max_batch_size is not None,
+        is_decoupled=is_decoupled,
+        allows_trial_run=False,
     )
 
 
 def _declared(kind: type[Any], role: str, config: Mapping[str, Any]) -> list[Spec]:
-    """What the class says, or else the configuration."""
-    said = getattr(kind, role, None)
-    if said is None:
-        given = specs(config, role.removesuffix("s"))
-        if not given:
+    """Return the inputs or outputs (`role`) that the class declares, or else those of the configuration."""
+    declared = getattr(kind, role, None)
+    if declared is None:
+        configured = specs(config, role.removesuffix("s"))
+        if not configured:
             raise LoadFailed(
-                f"nobody says what the {role} are: write them into config.pbtxt, or as {kind.__name__}.{role} = "
+                f"the {role} are not declared: write them into config.pbtxt, or as {kind.__name__}.{role} = "
                 '{"name": ("FP32", [-1, 4])}'
             )
-        return given
-    if not isinstance(said, Mapping) or not said:
+        return configured
+    if not isinstance(declared, Mapping) or not declared:
         raise LoadFailed(f'{kind.__name__}.{role}: expected a dict like {{"name": ("FP32", [-1, 4])}}')
-    return [_spec(f"{kind.__name__}.{role}", name, value) for name, value in said.items()]
+    return [_spec(f"{kind.__name__}.{role}", name, value) for name, value in declared.items()]
 
 
 def _spec(where: str, name: Any, value: Any) -> Spec:
@@ -158,7 +167,7 @@ def _spec(where: str, name: Any, value: Any) -> Spec:
     except (TypeError, ValueError):
         raise LoadFailed(f'{where}[{name!r}] is {value!r}: expected ("FP32", [-1, 4])') from None
     if not isinstance(name, str) or not name:
-        raise LoadFailed(f"{where}: {name!r} is no name")
+        raise LoadFailed(f"{where}: {name!r} is not a name: expected a string of 1 character or more")
     if datatype not in BY_NAME:
         raise LoadFailed(f"{where}[{name!r}]: unknown datatype {datatype!r}: expected one of {', '.join(BY_NAME)}")
     if any(dim < -1 or dim == 0 for dim in dims):
@@ -167,8 +176,8 @@ def _spec(where: str, name: Any, value: Any) -> Spec:
 
 
 def _check_methods(kind: type[Any], file: Path) -> None:
-    wanted = {"predict": ("batch",), "load": ("folder", "config"), "unload": ()}
-    for method, arguments in wanted.items():
+    methods = {"predict": ("batch",), "load": ("folder", "config"), "unload": ()}
+    for method, arguments in methods.items():
         function = getattr(kind, method, None)
         if function is None and method != "predict":
             continue
@@ -183,5 +192,6 @@ def _check_methods(kind: type[Any], file: Path) -> None:
             raise LoadFailed(
                 f"{file.name}: {kind.__name__}.{method}{inspect.signature(function)} cannot be called as {signature}"
             ) from None
+        # A function written in C may have no signature.
         except ValueError:
-            continue  # A function in C tells no signature.
+            continue

@@ -1,4 +1,4 @@
-"""From a file `model.py` to the class in it, with errors that tell its author what to do."""
+"""Import of a file `model.py` and choice of the model class in it; errors tell the author what to do."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TRITON_CLASS = "TritonPythonModel"
 _OWN_CLASS = "Model"
 
 
-def imported(file: Path, name: str) -> ModuleType:
-    """The module in `file`, imported as `name`; the folder of the file is searched for what it imports.
+def import_module(file: Path, name: str) -> ModuleType:
+    """Import `file` as the module `name`. The file's folder is added to `sys.path`.
 
     Raises:
-        LoadFailed: it cannot be imported.
+        LoadFailed: the file cannot be imported.
     """
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise LoadFailed(f"{file.name} is no Python file")
+        raise LoadFailed(f"{file.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -37,15 +37,15 @@ def imported(file: Path, name: str) -> ModuleType:
         raise LoadFailed(f"{file.name} called sys.exit({err.code!r}) while it was imported") from err
     except BaseException as err:
         traceback.print_exc()
-        raise LoadFailed(f"{file.name} cannot be imported: {told(err, file)}") from err
+        raise LoadFailed(f"{file.name} cannot be imported: {error_line(err, file)}") from err
     return module
 
 
 def model_class(module: ModuleType, file: Path) -> type[Any]:
-    """The model's class: `TritonPythonModel`, `Model`, or the only one with a method `predict`.
+    """Return the model's class: `TritonPythonModel`, `Model`, or the only class with a method `predict`.
 
     Raises:
-        LoadFailed: there is none, or there are several.
+        LoadFailed: the module has no such class, or several.
     """
     for name in (TRITON_CLASS, _OWN_CLASS):
         found = getattr(module, name, None)
@@ -67,8 +67,8 @@ def model_class(module: ModuleType, file: Path) -> type[Any]:
     )
 
 
-def told(error: BaseException, file: Path) -> str:
-    """An error as one line: its kind, what it says, and where in the model's own file it was raised."""
+def error_line(error: BaseException, file: Path) -> str:
+    """Return an error as one line: its class, its message, and the line of the model's file that raised it."""
     if isinstance(error, SystemExit):
         text = f"it called sys.exit({error.code!r})"
     else:

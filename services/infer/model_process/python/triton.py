@@ -1,7 +1,7 @@
 """Triton's interface of `model.py`, unchanged: `TritonPythonModel` with initialize, execute and finalize.
 
-`execute` gets the requests of one batch, each with its own rows, and gives a response for each. A model may also answer
-through a request's response sender; a decoupled one does so always, any number of times.
+`execute` takes the requests of one batch, each with its own rows, and returns a response for each. A model may also
+send the response through a request's response sender. A decoupled model always does, any number of times.
 """
 
 from __future__ import annotations
@@ -14,41 +14,42 @@ import traceback
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
-from services.infer.model_process.python.source import TRITON_CLASS, told
+from services.infer.model_process.python.source import TRITON_CLASS, error_line
 from services.infer.model_process.python.triton_config import ModelConfig
 from services.infer.model_process.python.triton_request import InferenceRequest, InferenceResponse, ResponseSender
 from services.infer.model_process.python.triton_tensor import TritonTensor
 
 
 class TritonModel:
-    """A `TritonPythonModel`, initialized."""
+    """`hosted.Hosted` for a `TritonPythonModel`."""
 
     def __init__(self, kind: type[Any], load: Load) -> None:
-        """Raises LoadFailed when it has not the interface's methods, or one of them raises."""
+        """Create and initialize the model. Raises LoadFailed when a method is missing or raises."""
         self._file = load.file
         self._loop: asyncio.AbstractEventLoop | None = None
         _check_execute(kind, load)
         config = _completed(kind, load)
-        self.facts = _facts(config)
+        self.model_info = _facts(config)
         try:
             self._model = kind()
             if hasattr(self._model, "initialize"):
                 self._model.initialize(_arguments(load, config))
         except BaseException as err:
             traceback.print_exc()
-            raise LoadFailed(f"initialize failed: {told(err, load.file)}") from err
+            raise LoadFailed(f"initialize failed: {error_line(err, load.file)}") from err
 
-    def run(self, batch: Batch) -> Given:
+    def run(self, batch: Batch) -> BatchResult:
         senders = [_OneResponse() for _ in batch.details]
         requests = [
             _bound(r, ResponseSender(s, batch.outputs), batch) for r, s in zip(_requests(batch), senders, strict=True)
         ]
         count = len(requests)
-        responses = self._executed(requests)
-        del requests  # With them go senders that the model did not take.
+        responses = self._execute(requests)
+        # Deletes response senders that the model has not taken: their finalizers end their requests.
+        del requests
         if responses is None:
             responses = [None] * count
         if not isinstance(responses, Sequence) or isinstance(responses, str | bytes):
@@ -56,35 +57,36 @@ class TritonModel:
         if len(responses) != count:
             raise RunFailed(f"execute returned {len(responses)} responses for {count} requests")
         parts: list[TensorPart] = []
-        told_of = [_taken(r, s, batch.outputs, parts) for r, s in zip(responses, senders, strict=True)]
-        return Given(parts, told_of)
+        entries = [_response_entry(r, s, batch.outputs, parts) for r, s in zip(responses, senders, strict=True)]
+        return BatchResult(parts, entries)
 
     def start(self, batch: Batch, sender: Sender) -> Iterator[None] | None:
         response_sender = ResponseSender(sender, batch.outputs)
         requests = [_bound(request, response_sender, batch) for request in _requests(batch)]
         try:
-            responses = self._executed(requests)
+            responses = self._execute(requests)
         except RunFailed as err:
             sender.fail(err, final=True)
             return None
         if responses:
-            what = "execute of a decoupled model returned responses: expected None, and responses through the sender"
-            sender.fail(RunFailed(what), final=True)
+            text = "execute of a decoupled model returned responses: expected None, and responses through the sender"
+            sender.fail(RunFailed(text), final=True)
         return None
 
-    def _executed(self, requests: list[InferenceRequest]) -> Any:
+    def _execute(self, requests: list[InferenceRequest]) -> Any:
         try:
             result = self._model.execute(requests)
-            return self._awaited(result) if inspect.iscoroutine(result) else result
+            return self._run_coroutine(result) if inspect.iscoroutine(result) else result
         except BaseException as err:
             traceback.print_exc()
-            message = told(err, self._file)
-        raise RunFailed(message)  # Outside: the trace holds the requests, and with them their senders.
+            message = error_line(err, self._file)
+        # Raised outside of `except`: as a cause, the model's error would keep the requests and their senders alive.
+        raise RunFailed(message)
 
-    def _awaited(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-        return self._loop.run_until_complete(work)
+        return self._loop.run_until_complete(coroutine)
 
     def close(self) -> None:
         if hasattr(self._model, "finalize"):
@@ -92,7 +94,7 @@ class TritonModel:
 
 
 class _OneResponse:
-    """The Sender of a request whose model answers once."""
+    """`hosted.Sender` of one request of a model that is not decoupled."""
 
     def __init__(self) -> None:
         self._responses: queue.SimpleQueue[Sequence[TensorPart] | RunFailed | None] = queue.SimpleQueue()
@@ -100,7 +102,7 @@ class _OneResponse:
 
     def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
         if self._sent:
-            raise RunFailed("a model that is not decoupled gives one response to a request")
+            raise RunFailed("a model that is not decoupled sends one response to a request")
         self._sent += 1
         self._responses.put(parts)
 
@@ -119,17 +121,19 @@ class _OneResponse:
         return False
 
     def response(self) -> Sequence[TensorPart]:
-        """Waits for it. Raises RunFailed when it is an error, or when there will be none."""
-        got = self._responses.get()
-        if isinstance(got, RunFailed):
-            raise got
-        if got is None:
-            raise RunFailed("execute gave no response to this request")
-        return got
+        """Wait for the response. Raises RunFailed when the response is an error, or when the model sends none."""
+        response = self._responses.get()
+        if isinstance(response, RunFailed):
+            raise response
+        if response is None:
+            raise RunFailed("execute sent no response to this request")
+        return response
 
 
-def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[TensorPart]) -> dict[str, Any]:
-    """What the reply says of one response; its tensors go to `parts`."""
+def _response_entry(
+    response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[TensorPart]
+) -> dict[str, Any]:
+    """Append a response's tensors to `parts` and return the response's entry for `BatchResult.responses`."""
     try:
         if response is None:
             found = list(sender.response())
@@ -144,9 +148,9 @@ def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: l
 
 
 def _requests(batch: Batch) -> Iterator[InferenceRequest]:
-    """One request each, with views of its own rows."""
+    """Yield the requests of a batch; the inputs of each are views of its own rows."""
     at = 0
-    for n, said in enumerate(batch.details):
+    for n, info in enumerate(batch.details):
         rows = batch.rows[n] if batch.rows else 0
         inputs = [
             TritonTensor(name, array[at : at + rows] if batch.rows else array, datatype)
@@ -154,15 +158,15 @@ def _requests(batch: Batch) -> Iterator[InferenceRequest]:
         ]
         at += rows
         yield InferenceRequest(
-            said.get("request_id", ""),
-            said.get("correlation_id", 0),
+            info.get("request_id", ""),
+            info.get("correlation_id", 0),
             inputs,
             batch.outputs,
-            said.get("model_name", ""),
-            said.get("model_version", 1),
-            said.get("flags", 0),
-            said.get("timeout_us", 0),
-            parameters=json.dumps(said["parameters"], separators=(",", ":")) if said.get("parameters") else "",
+            info.get("model_name", ""),
+            info.get("model_version", 1),
+            info.get("flags", 0),
+            info.get("timeout_us", 0),
+            parameters=json.dumps(info["parameters"], separators=(",", ":")) if info.get("parameters") else "",
         )
 
 
@@ -186,17 +190,17 @@ def _check_execute(kind: type[Any], load: Load) -> None:
 
 def _completed(kind: type[Any], load: Load) -> dict[str, Any]:
     complete = getattr(kind, "auto_complete_config", None)
-    given = ModelConfig(load.config)
+    config = ModelConfig(load.config)
     if complete is None:
-        return given.as_dict()
+        return config.as_dict()
     try:
-        result = complete(given)
+        result = complete(config)
     except BaseException as err:
         traceback.print_exc()
-        raise LoadFailed(f"auto_complete_config failed: {told(err, load.file)}") from err
+        raise LoadFailed(f"auto_complete_config failed: {error_line(err, load.file)}") from err
     if not isinstance(result, ModelConfig):
         raise LoadFailed(
-            f"auto_complete_config returned a {type(result).__name__}: expected the ModelConfig it was given"
+            f"auto_complete_config returned a {type(result).__name__}: expected the ModelConfig of its argument"
         )
     return result.as_dict()
 
@@ -205,7 +209,7 @@ def _facts(config: dict[str, Any]) -> HostedModelInfo:
     try:
         inputs, outputs = specs(config, "input"), specs(config, "output")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise LoadFailed(f"the completed configuration has an input or output that is none: {err}") from err
+        raise LoadFailed(f"the completed configuration has an invalid input or output: {err}") from err
     for role, found in (("input", inputs), ("output", outputs)):
         if not found:
             raise LoadFailed(f"there is no {role}: write it into config.pbtxt, or add it in auto_complete_config")
@@ -214,10 +218,10 @@ def _facts(config: dict[str, Any]) -> HostedModelInfo:
         inputs,
         outputs,
         config=config,
-        says_batch=True,
+        sets_max_batch_size=True,
         wants_requests=True,
         is_decoupled=decoupled,
-        is_tried=False,
+        allows_trial_run=False,
     )
 
 

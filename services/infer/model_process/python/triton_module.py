@@ -1,4 +1,4 @@
-"""The module `triton_python_backend_utils` that models import, put together."""
+"""Builder of the module `triton_python_backend_utils`, which Triton's Python models import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from services.infer.model_process.hosted import Call
+from services.infer.model_process.hosted import MakeInnerCall
 from services.infer.model_process.python import triton_types
 from services.infer.model_process.python.triton_config import ModelConfig
 from services.infer.model_process.python.triton_request import (
@@ -39,7 +39,7 @@ _NOT_DONE = {
 
 
 class Logger:
-    """Writes to the server's log, by way of the process's standard error."""
+    """`pb_utils.Logger`: writes to standard error, which the server logs."""
 
     INFO, WARNING, ERROR, VERBOSE = range(4)
 
@@ -62,11 +62,11 @@ class Logger:
 
     @staticmethod
     def log_verbose(msg: str) -> None:
-        """Dropped, as Triton does unless it is told to be verbose."""
+        """Drop the message, as Triton does unless verbose logging is on."""
 
 
 class LogLevel:
-    """Of `Logger.log`."""
+    """Levels of `Logger.log`."""
 
     INFO, WARNING, ERROR, VERBOSE = range(4)
 
@@ -80,20 +80,20 @@ def get_output_tensor_by_name(inference_response: InferenceResponse, name: str) 
 
 
 def get_input_config_by_name(model_config: Mapping[str, Any], name: str) -> Any:
-    return next((given for given in model_config.get("input", ()) if given["name"] == name), None)
+    return next((tensor for tensor in model_config.get("input", ()) if tensor["name"] == name), None)
 
 
 def get_output_config_by_name(model_config: Mapping[str, Any], name: str) -> Any:
-    return next((given for given in model_config.get("output", ()) if given["name"] == name), None)
+    return next((tensor for tensor in model_config.get("output", ()) if tensor["name"] == name), None)
 
 
 def using_decoupled_model_transaction_policy(model_config: Mapping[str, Any]) -> bool:
     return bool(model_config.get("model_transaction_policy", {}).get("decoupled", False))
 
 
-def provide(version_folder: Path, call: Call | None) -> ModuleType:
-    """Makes the module importable. `call` runs another model of the server; None: that is refused."""
-    module = ModuleType(NAME, "What Triton gives to its Python models.")
+def provide(version_folder: Path, call: MakeInnerCall | None) -> ModuleType:
+    """Make the module importable. `call` runs calls of other models; None: such calls are rejected."""
+    module = ModuleType(NAME, "Triton's utilities for Python models.")
     contents: dict[str, Any] = {
         "Tensor": TritonTensor,
         "InferenceRequest": type(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.infer.model_process.hosted import Call, RunFailed, Sender
+from services.infer.model_process.hosted import MakeInnerCall, RunFailed, Sender
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.triton_tensor import TritonTensor
 from services.infer.model_process.python.triton_types import CODE_OF, STATUS_OF, TritonError, TritonModelException
@@ -18,14 +18,14 @@ MEMORY_CPU, MEMORY_CPU_PINNED, MEMORY_GPU, MEMORY_DEFAULT = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class PreferredMemory:
-    """Where a response should lie: it lies on the CPU."""
+    """`pb_utils.PreferredMemory`: accepted and ignored, responses are always in CPU memory."""
 
     preferred_memory: int = MEMORY_DEFAULT
     device_id: int = 0
 
 
 class InferenceResponse:
-    """What a model answers to one request: tensors, or an error."""
+    """`pb_utils.InferenceResponse`: the answer of a model to one request, tensors or an error."""
 
     def __init__(self, output_tensors: Sequence[TritonTensor] = (), error: Any = None, parameters: Any = None) -> None:
         self._tensors = list(output_tensors or ())
@@ -47,35 +47,36 @@ class InferenceResponse:
     def parameters(self) -> Any:
         return self._parameters
 
-    def parts(self, wanted: Sequence[str]) -> list[TensorPart]:
-        """The wanted outputs as they go to the server.
+    def parts(self, requested: Sequence[str]) -> list[TensorPart]:
+        """Return the requested outputs in the form in which the server receives them.
 
         Raises:
-            RunFailed: it is an error; or an output is missing, or cannot be sent.
+            RunFailed: the response is an error, or an output is missing or cannot be sent.
         """
         if self._error is not None:
             code = STATUS_OF.get(self._error.code(), "INTERNAL")
             raise RunFailed(self._error.message(), code, is_own=True)
         by_name = {tensor.name(): tensor for tensor in self._tensors}
-        if missing := [name for name in wanted if name not in by_name]:
+        if missing := [name for name in requested if name not in by_name]:
             raise RunFailed(
                 f"the response has no output '{missing[0]}': it has {', '.join(map(repr, by_name)) or 'none'}"
             )
         try:
-            return [by_name[name].part() for name in wanted]
+            return [by_name[name].part() for name in requested]
         except TypeError as err:
             raise RunFailed(f"the response cannot be sent: {err}") from err
 
 
 class ResponseSender:
-    """Sends the responses of one request, from any thread."""
+    """`pb_utils.InferenceResponseSender`: sends the responses of one request. Any thread may use it."""
 
-    def __init__(self, sender: Sender, wanted: Sequence[str]) -> None:
-        self._sender, self._wanted = sender, wanted
+    def __init__(self, sender: Sender, requested: Sequence[str]) -> None:
+        """`requested`: names of the requested outputs."""
+        self._sender, self._requested = sender, requested
         self._is_closed = False
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
-        """Sends a response, or with FINAL alone says that there are no more. Raises TritonModelException."""
+        """Send a response; without one, the FINAL flag ends the stream. Raises TritonModelException."""
         if self._is_closed:
             raise TritonModelException("Unable to send response. Response sender has been closed.")
         if flags not in (0, RESPONSE_COMPLETE_FINAL):
@@ -90,7 +91,7 @@ class ResponseSender:
         if not isinstance(response, InferenceResponse):
             raise TritonModelException(f"expected a pb_utils.InferenceResponse, got a {type(response).__name__}")
         try:
-            parts = response.parts(self._wanted)
+            parts = response.parts(self._requested)
         except RunFailed as err:
             self._sender.fail(err, final=is_final)
             return
@@ -103,15 +104,15 @@ class ResponseSender:
         return self._sender.is_cancelled()
 
     def __del__(self) -> None:
-        # A model that drops its sender has said its last word, whether it knew to say so or not.
+        # A model that drops its sender can send no more responses: the request ends.
         if not self._is_closed:
             self._sender.abandon()
 
 
 class InferenceRequest:
-    """One request: given to a model, or made by it for another model of this server."""
+    """`pb_utils.InferenceRequest`: a request to a model, or a model's own request to another model of this server."""
 
-    _call: Call | None = None
+    _call: MakeInnerCall | None = None
     _why_no_call = "only a model can call another one"
 
     def __init__(
@@ -141,7 +142,7 @@ class InferenceRequest:
         self._cancelled: Callable[[], bool] = bool
 
     def bind(self, sender: ResponseSender, is_cancelled: Callable[[], bool]) -> None:
-        """Ties it to the caller who waits for its answer."""
+        """Attach the response sender and the cancellation check of the caller."""
         self._sender, self._cancelled = sender, is_cancelled
 
     def inputs(self) -> list[TritonTensor]:
@@ -194,7 +195,7 @@ class InferenceRequest:
         raise TritonModelException("rescheduling of requests (set_release_flags) is not supported")
 
     def exec(self, decoupled: bool = False) -> InferenceResponse:
-        """Runs it on the model that it names, and waits. What goes wrong there is the response's error."""
+        """Run the request on the model `model_name` and wait for the response, which has any error of that model."""
         call = type(self)._call
         if call is None:
             raise TritonModelException(f"InferenceRequest.exec is not supported here: {self._why_no_call}")
@@ -207,7 +208,7 @@ class InferenceRequest:
         return InferenceResponse([TritonTensor(name, array, datatype) for name, datatype, array in tensors])
 
     async def async_exec(self, decoupled: bool = False) -> InferenceResponse:
-        """As `exec`, without holding up the event loop."""
+        """Run `exec` on a thread, so that the model's event loop is not blocked."""
         return await asyncio.to_thread(self.exec, decoupled)
 
     def _header(self) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from shoal.oip.datatypes import BY_NAME, of_array
 
 
 class TritonTensor:
-    """On the CPU, always."""
+    """`pb_utils.Tensor`: a named array, always in CPU memory."""
 
     def __init__(self, name: str, array: Any, datatype: str = "") -> None:
-        """`datatype`: the protocol's name, where the array does not say it (BF16)."""
+        """`datatype`: the protocol's name, for arrays whose NumPy type is ambiguous (BF16)."""
         if not isinstance(array, np.ndarray | np.generic):
             raise TritonModelException(f"tensor '{name}' is a {type(array).__name__}: expected a NumPy array")
         self._name, self._array = str(name), np.asarray(array)
         found = BY_NAME.get(datatype) or of_array(self._array)
         if found is None:
-            raise TritonModelException(f"tensor '{name}' is {self._array.dtype}, which is no datatype of the protocol")
+            raise TritonModelException(f"tensor '{name}' is {self._array.dtype}, which the protocol does not support")
         self._datatype = found
 
     def name(self) -> str:
@@ -41,7 +41,7 @@ class TritonTensor:
         return True
 
     def to_dlpack(self) -> Any:
-        """A DLPack capsule."""
+        """Return a DLPack capsule."""
         return self._array.__dlpack__()
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -52,21 +52,25 @@ class TritonTensor:
 
     @staticmethod
     def from_dlpack(name: str, tensor: Any) -> TritonTensor:
-        """From anything that speaks DLPack, or a capsule of it."""
+        """Return a tensor made from an object with `__dlpack__`, or from a DLPack capsule."""
         if not hasattr(tensor, "__dlpack__"):
             tensor = _Capsule(tensor)
         try:
             return TritonTensor(name, np.from_dlpack(tensor))
         except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as err:
-            raise TritonModelException(f"tensor '{name}' cannot be had from DLPack: {err}") from err
+            raise TritonModelException(f"tensor '{name}' cannot be read from DLPack: {err}") from err
 
     def part(self) -> TensorPart:
-        """As it goes to the server. Raises TypeError when an element of BYTES is neither bytes nor text."""
+        """Return the tensor in the form in which the server receives it.
+
+        Raises:
+            TypeError: an element of a BYTES tensor is neither bytes nor text.
+        """
         return payload.part(self._name, self._datatype.name, [self._array])
 
 
 class _Capsule:
-    """A bare capsule, behind the method that NumPy asks for."""
+    """A DLPack capsule with the methods that NumPy needs."""
 
     def __init__(self, capsule: Any) -> None:
         self._capsule = capsule
@@ -75,4 +79,5 @@ class _Capsule:
         return self._capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0  # kDLCPU, device 0.
+        # kDLCPU, device 0.
+        return 1, 0

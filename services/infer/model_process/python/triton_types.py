@@ -1,4 +1,4 @@
-"""The datatypes of `triton_python_backend_utils`: by number, by configuration name, by NumPy type."""
+"""Datatypes of `triton_python_backend_utils` by number, configuration name and NumPy type; its error classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def triton_string_to_numpy(triton_type_string: str) -> Any:
 
 
 def serialize_byte_tensor(input_tensor: Any) -> Any:
-    """The elements with a 4-byte length before each; `()` when there are none."""
+    """Return the elements, each after its 4-byte length; `()` when there are no elements."""
     array = np.asarray(input_tensor)
     if array.size == 0:
         return ()
@@ -44,7 +44,7 @@ def serialize_byte_tensor(input_tensor: Any) -> Any:
 
 
 def deserialize_bytes_tensor(encoded_tensor: Any) -> Any:
-    """What `serialize_byte_tensor` gave, as a flat array of bytes."""
+    """Return a flat array of the byte strings that `serialize_byte_tensor` has serialized."""
     data, at, elements = bytes(encoded_tensor), 0, []
     while at < len(data):
         (length,) = struct.unpack_from("<I", data, at)
@@ -54,11 +54,11 @@ def deserialize_bytes_tensor(encoded_tensor: Any) -> Any:
 
 
 class TritonModelException(Exception):
-    """An error that a model or this interface raises."""
+    """`pb_utils.TritonModelException`: an exception raised by a model or by this interface."""
 
 
 class TritonError:
-    """An error that takes the place of a response."""
+    """`pb_utils.TritonError`: an error that takes the place of a response."""
 
     UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
 
@@ -83,6 +83,6 @@ STATUS_OF = {
     TritonError.ALREADY_EXISTS: "ALREADY_EXISTS",
     TritonError.CANCELLED: "CANCELLED",
 }
-"""The status that a caller gets."""
+"""The status that a caller receives."""
 
 CODE_OF = {status: code for code, status in STATUS_OF.items()}

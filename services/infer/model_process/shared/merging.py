@@ -1,6 +1,6 @@
-"""Batches that several infer processes have waiting, as one; and its answer, parted again.
+"""Stacking of batches from several infer processes into one batch, and splitting of its answer.
 
-Only rows of numbers: what else there is runs as it came.
+Only batches with rows of numbers are stacked.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from services.infer.model_process.payload import TensorPart
 
 
 def rows_of(message: Message) -> int:
-    """Of all requests of a batch; 0 when it has no batch dimension."""
+    """Return the number of rows of a batch; 0 when the batch has no batch dimension."""
     return sum(message.header.get("rows", ()))
 
 
 def most_rows(message: Message) -> int:
-    """How many rows may run together with it; 0 when none."""
+    """Return the largest number of rows that the batch may be stacked to; 0 when it cannot be stacked."""
     most = message.header.get("most", 0)
     return most if rows_of(message) and all(datatype != "BYTES" for _, datatype, _ in message.tensors) else 0
 
 
 def can_stack(first: Message, other: Message) -> bool:
-    """Whether both can be one batch, apart from its size."""
+    """Return True when `other` can be stacked with `first`, apart from the number of rows."""
     return (
         bool(most_rows(other))
         and first.header["outputs"] == other.header["outputs"]
@@ -39,8 +39,8 @@ def _kind(name: str, datatype: str, array: Any) -> tuple[str, str, tuple[int, ..
     return name, datatype, array.shape[1:]
 
 
-def stacked(messages: Sequence[Message]) -> Message:
-    """One batch of all of them."""
+def stack(messages: Sequence[Message]) -> Message:
+    """Return one batch with the rows of all `messages`, in order."""
     first = messages[0]
     header = {**first.header, "rows": [rows for message in messages for rows in message.header["rows"]]}
     columns = zip(*[message.tensors for message in messages], strict=True)
@@ -48,14 +48,16 @@ def stacked(messages: Sequence[Message]) -> Message:
     return Message(header, tensors)
 
 
-def parted(header: Mapping[str, Any], parts: Sequence[TensorPart], counts: Sequence[int]) -> list[list[TensorPart]]:
-    """The answer's rows for each of the batches, which have `counts` of them.
+def split_answer(
+    header: Mapping[str, Any], parts: Sequence[TensorPart], counts: Sequence[int]
+) -> list[list[TensorPart]]:
+    """Return the parts of the answer for each of the stacked batches; batch n has `counts[n]` rows.
 
     Raises:
-        ValueError: it has not one row for each of theirs, or what a row is cannot be told.
+        ValueError: the answer does not have one row of fixed size for each row of the batches.
     """
     if header.get("responses") is not None:
-        raise ValueError("there is an answer for each request")
+        raise ValueError("the model answered request by request")
     columns = [_rows(part, counts) for part in parts]
     return [list(each) for each in zip(*columns, strict=True)] if columns else [[] for _ in counts]
 

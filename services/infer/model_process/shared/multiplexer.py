@@ -1,10 +1,10 @@
-"""Many connections as one mailbox and one channel: the engine of an owner works as if it had a single server.
+"""Multiplexer: presents many connections to the engine of an owner as one mailbox and one channel.
 
-connection ──> its infer process's turns ─┐                    ┌──> result ──> the connection that asked
-connection ──> its infer process's turns ─┴─> in turn ──> engine ──> "call" ──> one whose request is executed
+connection ──> queue of its infer process ─┐                         ┌──> result ──> the requesting connection
+connection ──> queue of its infer process ─┴─> round-robin ──> engine ──> "call" ──> a connection with a running batch
 
-Infer processes take turns, whatever each has waiting. Batches that wait and can be stacked run as one, up to the
-model's max_batch_size. What is under way is marked where the death of this process does not reach (`mark`).
+The queues are served round-robin, whatever their lengths. Queued batches that can be stacked run as one, up to the
+model's max_batch_size. A progress mark in shared memory records which batches run, for the case that the owner dies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.child.mailbox import WAKE, Hearer
+from services.infer.model_process.child.mailbox import WAKE, RequestListener
 from services.infer.model_process.hosted import RunFailed
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.shared import merging
@@ -30,139 +30,147 @@ from services.infer.model_process.shared.connection import Connection
 
 log = logging.getLogger(__name__)
 
-_UNWANTED_S = 30.0
-# What is executed for an infer process that is gone is ended after this, and the owner with it: it may never end.
+# The owner kills itself when a run does not end within this time after its infer process has disconnected.
+_ABANDONED_S = 30.0
 
 
 @dataclass(eq=False)
 class ForwardedBatch:
-    """Something that an infer process wants executed."""
+    """A batch, or a request of a decoupled model, that an infer process has sent."""
 
     connection: Connection
     number: int
-    """As its infer process calls it."""
+    """The id that the infer process has given to the batch."""
     message: Message
-    is_apart: bool = False
-    """It was part of a batch that failed: it runs alone now."""
+    runs_alone: bool = False
+    """True after a stacked batch with this batch in it has failed: this batch runs alone then."""
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     waited_ns: int = 0
 
 
 class Multiplexer:
-    """A mailbox and a channel (`isolation.engine.Letters`, `isolation.engine.Sends`). Any thread may use it."""
+    """Mailbox and channel of the engine (`engine.MessageSource`, `engine.MessageSink`). Any thread may use it."""
 
     def __init__(self) -> None:
-        # Re-entrant: a finalizer of the model's may put something while its thread is in here.
+        # Re-entrant: a finalizer of the model may call `put` while its thread holds the lock.
         self._changed = threading.Condition(threading.RLock())
-        self._turns: dict[int, deque[ForwardedBatch]] = {}
-        self._notes: deque[object] = deque()
+        self._queues: dict[int, deque[ForwardedBatch]] = {}
+        """Queued batches by infer process; the order of the dict is the round-robin order."""
+        self._engine_items: deque[object] = deque()
         self._running: dict[int, list[ForwardedBatch]] = {}
+        """By the engine's number: one batch, or several that are stacked."""
         self._numbers = itertools.count(1)
         self._calls: dict[int, tuple[Connection, Future[Message]]] = {}
         self._is_over = False
-        self.hearers: dict[int, Hearer] = {}
+        self.listeners: dict[int, RequestListener] = {}
 
     def listen(self) -> None:
-        """Every connection has a thread that does."""
+        """Do nothing: every connection has a reader thread already."""
 
     def next(self) -> Any:
-        """What is to be done next; a message "close" when it is over."""
+        """Wait for the next item or batch; after `close`, return a "close" message."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_over or self._notes or self._turns)
+            self._changed.wait_for(lambda: self._is_over or self._engine_items or self._queues)
             if self._is_over:
                 return Message({"op": "close"}, [])
-            if self._notes:
-                return self._notes.popleft()
-            number, jobs = self._begun(self._taken())
-        # Copies rows: others may come and go meanwhile.
-        message = jobs[0].message if len(jobs) == 1 else merging.stacked([job.message for job in jobs])
+            if self._engine_items:
+                return self._engine_items.popleft()
+            batches = self._pop_batches()
+            number = self._begin(batches)
+        # Stacking copies rows: it runs without the lock.
+        message = batches[0].message if len(batches) == 1 else merging.stack([batch.message for batch in batches])
         return Message({**message.header, "id": number}, message.tensors)
 
     def poll(self) -> Any:
-        """As `next`, without waiting; None when there is nothing."""
+        """Return the next item or batch, or None when there is none."""
         with self._changed:
-            return self.next() if self._is_over or self._notes or self._turns else None
+            return self.next() if self._is_over or self._engine_items or self._queues else None
 
-    def put(self, thing: object) -> None:
-        """Something for the engine itself."""
+    def put(self, item: object) -> None:
+        """Add an item for the engine itself."""
         with self._changed:
-            self._notes.append(thing)
+            self._engine_items.append(item)
             self._changed.notify()
 
     def close(self) -> None:
-        """Nobody is left to work for."""
+        """Make `next` return "close": no connection is left."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
 
-    # What comes from connections.
+    # Messages from connections.
 
-    def take(self, connection: Connection, message: Message) -> None:
-        """Something that came."""
+    def receive(self, connection: Connection, message: Message) -> None:
+        """Process a message that has arrived on `connection`."""
         number = int(message.header.get("id", 0))
         if message.op in ("run", "start"):
             self._enqueue(ForwardedBatch(connection, number, message))
         elif message.op == "cancel":
             self._cancel(connection, number)
         elif message.op == "credit":
-            for local in self._locals(connection, number):
-                if (hearer := self.hearers.get(local)) is not None:
-                    hearer.credit(int(message.header.get("more", 0)))
+            for local in self._local_numbers(connection, number):
+                if (listener := self.listeners.get(local)) is not None:
+                    listener.credit(int(message.header.get("more", 0)))
                     self.put(WAKE)
         elif message.op == "answer":
-            asked, answer = self._calls.get(number, (None, None))
-            if asked is connection and answer is not None:
+            callee, answer = self._calls.get(number, (None, None))
+            if callee is connection and answer is not None:
                 answer.set_result(message)
 
-    def leave(self, connection: Connection) -> None:
-        """It is gone. What it waits for is dropped; what is executed for nobody else is told."""
+    def disconnect(self, connection: Connection) -> None:
+        """Drop the queued batches of a closed connection; cancel running batches that no other connection waits for."""
         with self._changed:
-            connection.is_gone = True
-            for job in [job for job in self._turns.get(connection.worker, ()) if job.connection is connection]:
-                self._drop(job)
+            connection.is_disconnected = True
+            queue = self._queues.get(connection.worker, ())
+            for batch in [batch for batch in queue if batch.connection is connection]:
+                self._drop(batch)
             numbers = [
                 number
-                for number, jobs in self._running.items()
-                if any(job.connection is connection for job in jobs) and all(job.connection.is_gone for job in jobs)
+                for number, batches in self._running.items()
+                if any(batch.connection is connection for batch in batches)
+                and all(batch.connection.is_disconnected for batch in batches)
             ]
-            calls = [answer for asked, answer in self._calls.values() if asked is connection]
+            calls = [answer for callee, answer in self._calls.values() if callee is connection]
         for number in numbers:
-            if (hearer := self.hearers.get(number)) is not None:
-                hearer.cancel()
+            if (listener := self.listeners.get(number)) is not None:
+                listener.cancel()
                 self.put(WAKE)
-            watch = threading.Timer(_UNWANTED_S, self._give_up, (number,))
-            watch.daemon = True
-            watch.start()
+            timer = threading.Timer(_ABANDONED_S, self._kill_if_running, (number,))
+            timer.daemon = True
+            timer.start()
         for answer in calls:
-            answer.set_exception(RunFailed("the server that wanted it is gone"))
+            answer.set_exception(RunFailed("the infer process that ran the inner call has disconnected"))
 
-    def _enqueue(self, job: ForwardedBatch) -> None:
+    def _enqueue(self, batch: ForwardedBatch) -> None:
         with self._changed:
-            self._turns.setdefault(job.connection.worker, deque()).append(job)
+            self._queues.setdefault(batch.connection.worker, deque()).append(batch)
             self._changed.notify()
 
     def _cancel(self, connection: Connection, number: int) -> None:
         with self._changed:
-            turns = self._turns.get(connection.worker, ())
-            waiting = next((job for job in turns if job.connection is connection and job.number == number), None)
-            if waiting is not None:
-                self._drop(waiting)
-        if waiting is not None:
-            op = "error" if waiting.message.op == "run" else "end"
-            connection.send({"op": op, "id": number, "error": "nobody waits for it", "code": "CANCELLED"})
-        for local in self._locals(connection, number):
-            if (hearer := self.hearers.get(local)) is not None:
-                hearer.cancel()
+            queue = self._queues.get(connection.worker, ())
+            queued = next((each for each in queue if each.connection is connection and each.number == number), None)
+            if queued is not None:
+                self._drop(queued)
+        if queued is not None:
+            op = "error" if queued.message.op == "run" else "end"
+            connection.send({"op": op, "id": number, "error": "the request was cancelled", "code": "CANCELLED"})
+        for local in self._local_numbers(connection, number):
+            if (listener := self.listeners.get(local)) is not None:
+                listener.cancel()
                 self.put(WAKE)
 
-    def _drop(self, job: ForwardedBatch) -> None:
-        turns = self._turns[job.connection.worker]
-        turns.remove(job)
-        if not turns:
-            del self._turns[job.connection.worker]
+    def _drop(self, batch: ForwardedBatch) -> None:
+        queue = self._queues[batch.connection.worker]
+        queue.remove(batch)
+        if not queue:
+            del self._queues[batch.connection.worker]
 
-    def _locals(self, connection: Connection, number: int) -> list[int]:
-        """What this is called here while it is executed by itself: what is stacked with others' is not cancelled."""
+    def _local_numbers(self, connection: Connection, number: int) -> list[int]:
+        """Return the engine's number of a running batch; empty when it is not running or is stacked with others.
+
+        So a control message never reaches a stacked batch, which contains rows of other connections.
+        """
         with self._changed:
             return [
                 local
@@ -170,84 +178,91 @@ class Multiplexer:
                 if not others and first.connection is connection and first.number == number
             ]
 
-    def _give_up(self, number: int) -> None:
+    def _kill_if_running(self, number: int) -> None:
         with self._changed:
             if number not in self._running:
                 return
-        log.warning("it went on for %.0f s after the server that wanted it was gone: this process ends", _UNWANTED_S)
+        log.warning("a run did not end within %.0f s after its infer process disconnected: exiting", _ABANDONED_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    # What goes to the engine.
+    # Batches for the engine.
 
-    def _taken(self) -> list[ForwardedBatch]:
-        worker = next(iter(self._turns))
-        first = self._next_of(worker)
-        jobs, rows, most = [first], merging.rows_of(first.message), merging.most_rows(first.message)
-        if first.is_apart or not most:
-            return jobs
-        for other in [turns[0] for turns in self._turns.values()]:
+    def _pop_batches(self) -> list[ForwardedBatch]:
+        """Remove the next batch from its queue, with the first batches of other queues that can be stacked with it."""
+        worker = next(iter(self._queues))
+        first = self._pop_first(worker)
+        batches, rows, most = [first], merging.rows_of(first.message), merging.most_rows(first.message)
+        if first.runs_alone or not most:
+            return batches
+        for other in [queue[0] for queue in self._queues.values()]:
             more = merging.rows_of(other.message)
-            if not other.is_apart and rows + more <= most and merging.can_stack(first.message, other.message):
+            if not other.runs_alone and rows + more <= most and merging.can_stack(first.message, other.message):
                 self._drop(other)
-                jobs.append(other)
+                batches.append(other)
                 rows += more
-        return jobs
+        return batches
 
-    def _next_of(self, worker: int) -> ForwardedBatch:
-        turns = self._turns.pop(worker)
-        job = turns.popleft()
-        if turns:
-            self._turns[worker] = turns  # At the end: the others come first.
-        return job
+    def _pop_first(self, worker: int) -> ForwardedBatch:
+        queue = self._queues.pop(worker)
+        batch = queue.popleft()
+        # Reinserted last: the queues of the other infer processes are next.
+        if queue:
+            self._queues[worker] = queue
+        return batch
 
-    def _begun(self, jobs: list[ForwardedBatch]) -> tuple[int, list[ForwardedBatch]]:
+    def _begin(self, batches: list[ForwardedBatch]) -> int:
+        """Record that `batches` run, as one, and return the engine's number for them."""
         number, now_ns = next(self._numbers), time.monotonic_ns()
-        others = {job.connection for running in self._running.values() for job in running} - {jobs[0].connection}
-        for job in jobs:
-            job.waited_ns = now_ns - job.arrived_ns
-            job.connection.begin(now_ns, is_together=bool(others) or len(jobs) > 1)
+        others = {batch.connection for running in self._running.values() for batch in running}
+        others -= {batches[0].connection}
+        for batch in batches:
+            batch.waited_ns = now_ns - batch.arrived_ns
+            batch.connection.begin(now_ns, is_together=bool(others) or len(batches) > 1)
         for connection in others:
             connection.accompany()
-        self._running[number] = jobs
-        return number, jobs
+        self._running[number] = batches
+        return number
 
-    # What comes from the engine.
+    # Answers of the engine.
 
     def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
-        """To the connection that asked for it."""
+        """Send an answer of the engine to the connection that requested it."""
         number = header["id"]
         if header["op"] == "response" and not header.get("final"):
-            job = self._running[number][0]
-            job.connection.send({**header, "id": job.number}, parts)
+            batch = self._running[number][0]
+            batch.connection.send({**header, "id": batch.number}, parts)
             return
         with self._changed:
-            jobs = self._running.pop(number)
-            for job in jobs:
-                job.connection.end()
-        if len(jobs) == 1:
-            jobs[0].connection.send({**header, "id": jobs[0].number, "waited_ns": jobs[0].waited_ns}, parts)
+            batches = self._running.pop(number)
+            for batch in batches:
+                batch.connection.end()
+        if len(batches) == 1:
+            batches[0].connection.send({**header, "id": batches[0].number, "waited_ns": batches[0].waited_ns}, parts)
         else:
-            self._part(jobs, header, parts)
+            self._send_split(batches, header, parts)
 
-    def _part(self, jobs: Sequence[ForwardedBatch], header: Mapping[str, Any], parts: Sequence[TensorPart]) -> None:
+    def _send_split(
+        self, batches: Sequence[ForwardedBatch], header: Mapping[str, Any], parts: Sequence[TensorPart]
+    ) -> None:
+        """Send each connection its rows of the answer; if that fails, queue each batch again to run alone."""
         try:
             if header["op"] != "result":
-                raise ValueError("one of them fails")
-            answers = merging.parted(header, parts, [merging.rows_of(job.message) for job in jobs])
-        except ValueError:  # Each for itself: what is wrong with one is no other's fault.
+                raise ValueError("the stacked batch failed")
+            answers = merging.split_answer(header, parts, [merging.rows_of(batch.message) for batch in batches])
+        except ValueError:
             with self._changed:
-                for job in [job for job in jobs if not job.connection.is_gone]:
-                    job.is_apart = True
-                    self._turns.setdefault(job.connection.worker, deque()).appendleft(job)
+                for batch in [batch for batch in batches if not batch.connection.is_disconnected]:
+                    batch.runs_alone = True
+                    self._queues.setdefault(batch.connection.worker, deque()).appendleft(batch)
                 self._changed.notify_all()
             return
-        for job, answer in zip(jobs, answers, strict=True):
-            job.connection.send({**header, "id": job.number, "waited_ns": job.waited_ns}, answer)
+        for batch, answer in zip(batches, answers, strict=True):
+            batch.connection.send({**header, "id": batch.number, "waited_ns": batch.waited_ns}, answer)
 
     def call(
         self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
-        """Calls another model, of the server whose request is executed. Raises RunFailed."""
+        """Call another model, on an infer process whose batch is running, and wait for the answer. Raises RunFailed."""
         answer = Future[Message]()
         with self._changed:
             if not self._running:
@@ -259,6 +274,7 @@ class Multiplexer:
             connection.send({**header, "op": "call", "id": number}, parts)
             message = answer.result()
         finally:
-            with self._changed:  # `leave` goes through them.
+            # Under the lock: `disconnect` iterates over `_calls`.
+            with self._changed:
                 self._calls.pop(number, None)
         return message.header, message.tensors

@@ -1,11 +1,11 @@
-"""The owners of a server's models, found and started by the infer processes that share them. A private folder:
+"""Registry of the owners of shared models: infer processes find owners in a private folder, or start them.
 
     alive         a pipe that every infer process holds open: when none does, the kernel ends all owners
-    KEY.lock      held while an owner is looked for, started, or about to leave: so nobody meets one that is leaving
-    KEY.sock      where it listens; KEY.pid says its number
-    KEY.end       how the last one ended, written by the infer process that started it
+    KEY.lock      held while an owner is looked up, started or exits, so that no process joins an exiting owner
+    KEY.sock      the owner's listening socket; KEY.pid has its process id
+    KEY.end       exit status of the last owner, written by the infer process that started it
 
-KEY stands for a model, its version, its content and how it is to be run: other content is another owner.
+KEY is a digest of a model's load request and content: changed content gets another owner.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from shoal.errors import FailedPrecondition
 ALIVE = "alive"
 
 _BACKLOG = 4096
+# The path of a unix socket has at most 107 bytes: a short name leaves more of them to the folder.
 _KEY_BYTES = 6
-# A socket's path ends at 107 bytes: a short name leaves more of them to the folder.
-_TOLD_S = 0.5
-# How long it may take until is written how an owner has ended.
+# Longest wait for the file with an owner's exit status.
+_END_FILE_S = 0.5
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A connection to an owner."""
+class OwnerConnection:
+    """An open connection to an owner. The receiver closes `sock` and `pidfd`."""
 
     sock: socket.socket
     pidfd: int
     pid: int
     is_new: bool
-    """It was started for this connection."""
+    """True when the owner was started for this connection."""
 
 
 class Owners:
-    """Finds owners, or starts them. Any thread may use it. Use as `with`, or let it end with the process."""
+    """Registry of owners. Any thread may use it. A context manager; without `with` it ends with the process."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder` is shared with other infer processes; without one, models are shared with nobody.
+        """Check `folder`, which infer processes share. None: a temporary folder of this infer process only.
 
         Raises:
-            FailedPrecondition: others than this user may write to the folder, or there is none.
+            FailedPrecondition: the folder does not exist, or users other than this one have access to it.
         """
         if folder is not None:
             _check(folder)
@@ -76,25 +76,25 @@ class Owners:
         if self._own is not None:
             self._own.cleanup()
 
-    def join(self, key: str, program: Program) -> Joined:
-        """A connection to the owner that `key` stands for, which `program` starts if there is none. Raises OSError."""
-        folder = self._opened()
+    def join(self, key: str, program: Program) -> OwnerConnection:
+        """Connect to the owner with this `key`; start `program` as the owner when there is none. Raises OSError."""
+        folder = self._open_folder()
         with locked(folder / f"{key}.lock"):
-            return _found(folder, key) or _started(folder, key, program)
+            return _connect(folder, key) or _start(folder, key, program)
 
     def ending(self, key: str, pid: int) -> int | None:
-        """How the owner `pid` ended: its exit status, or minus the signal; None when nobody says."""
-        until = time.monotonic() + _TOLD_S
+        """Return the exit status of the owner `pid`, or minus the signal; None when the status is unknown."""
+        until = time.monotonic() + _END_FILE_S
         while True:
             with contextlib.suppress(OSError, ValueError):
-                ended, code = (self._opened() / f"{key}.end").read_text().split()
+                ended, code = (self._open_folder() / f"{key}.end").read_text().split()
                 if int(ended) == pid:
                     return int(code)
             if time.monotonic() > until:
                 return None
             time.sleep(0.005)
 
-    def _opened(self) -> Path:
+    def _open_folder(self) -> Path:
         with self._opening:
             if self._folder is None:
                 self._own = tempfile.TemporaryDirectory(prefix="shoal-")
@@ -102,15 +102,19 @@ class Owners:
             if self._alive is None:
                 with contextlib.suppress(FileExistsError):
                     os.mkfifo(self._folder / ALIVE, 0o600)
-                # For both directions: to open it for writing alone, somebody would have to read it.
+                # Read and write: a pipe opens for writing alone only when it has a reader.
                 self._alive = os.open(self._folder / ALIVE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             return self._folder
 
 
 def key_of(load: Mapping[str, Any], digest: str) -> str:
-    """What stands for what is loaded: its header, and `digest`, of its content; without one, what the file is now."""
+    """Return the key of an owner: a digest of the load request and of the model's content.
+
+    Args:
+        digest: of the content; empty: the file's device, inode, size and modification time are used.
+    """
     if digest:
-        # Where it lies does not matter: each infer process of a node has links of its own to the files.
+        # The paths are left out: each infer process of a node has links of its own to the files.
         load = {**load, "file": Path(load["file"]).name, "folder": ""}
     else:
         file = os.stat(load["file"])
@@ -121,7 +125,7 @@ def key_of(load: Mapping[str, Any], digest: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock `path`, which the kernel gives back if the process dies."""
+    """Hold the lock file `path`; the kernel releases the lock when the process dies."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -136,30 +140,32 @@ def _check(folder: Path) -> None:
     except OSError as err:
         raise FailedPrecondition(f"shared_dir {folder}: {err.strerror}") from err
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        raise FailedPrecondition(f"shared_dir {folder}: expected a folder of this user's that no other can use (0700)")
+        raise FailedPrecondition(f"shared_dir {folder}: expected a folder that belongs to this user, with mode 0700")
 
 
-def _found(folder: Path, key: str) -> Joined | None:
+def _connect(folder: Path, key: str) -> OwnerConnection | None:
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.connect(str(folder / f"{key}.sock"))
         pid = int((folder / f"{key}.pid").read_text())
-        return Joined(sock, os.pidfd_open(pid), pid, is_new=False)
-    except (OSError, ValueError):  # Nobody listens; or it has just died.
+        return OwnerConnection(sock, os.pidfd_open(pid), pid, is_new=False)
+    # There is no owner, or it has just died.
+    except (OSError, ValueError):
         sock.close()
         return None
 
 
-def _started(folder: Path, key: str, program: Program) -> Joined:
+def _start(folder: Path, key: str, program: Program) -> OwnerConnection:
     path = folder / f"{key}.sock"
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
-        listening.listen(_BACKLOG)  # From now on it can be joined, though it only starts.
+        # The socket accepts connections before the owner has started.
+        listening.listen(_BACKLOG)
         popen = subprocess.Popen(
             [*program.argv, str(listening.fileno()), str(folder), key],
             stdin=subprocess.DEVNULL,
-            # It outlives this process: what it says goes where this process says things, not through it.
+            # The owner may outlive this process, so it inherits standard error rather than a pipe to this process.
             stdout=2,
             stderr=2,
             env=dict(program.environment),
@@ -178,12 +184,13 @@ def _started(folder: Path, key: str, program: Program) -> Joined:
         os.close(pidfd)
         popen.kill()
         raise
-    return Joined(sock, pidfd, popen.pid, is_new=True)
+    return OwnerConnection(sock, pidfd, popen.pid, is_new=True)
 
 
-def _reap(popen: subprocess.Popen[bytes], told: Path) -> None:
+def _reap(popen: subprocess.Popen[bytes], end_file: Path) -> None:
     code = popen.wait()
-    fresh = told.with_suffix(f".end.{popen.pid}")
-    with contextlib.suppress(OSError):  # The server is on its way out, and the folder gone.
-        fresh.write_text(f"{popen.pid} {code}")
-        fresh.replace(told)
+    temporary = end_file.with_suffix(f".end.{popen.pid}")
+    # The folder is deleted when the server shuts down.
+    with contextlib.suppress(OSError):
+        temporary.write_text(f"{popen.pid} {code}")
+        temporary.replace(end_file)

@@ -1,6 +1,7 @@
-"""What an owner is doing for one connection, in memory that outlives it: whose batch ran when it died, and since when.
+"""Progress mark: shared memory in which an owner records the batch that runs for one connection, and since when.
 
-Both sides map it: no message says so, which would cost one for each batch. The owner writes, the infer process reads.
+The memory outlives the owner, so an infer process can tell after a crash whether its batch was running. Both sides map
+it, which saves a message for each batch. The owner writes; the infer process reads.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class ProgressMark:
-    """Of one connection."""
+    """Progress mark of one connection."""
 
     def __init__(self, fd: int) -> None:
-        """Owns `fd`, which is of the memory."""
+        """Map the memory segment `fd` and close `fd`."""
         try:
             self._memory = mmap.mmap(fd, _BYTES)
         finally:
@@ -29,7 +30,7 @@ class ProgressMark:
 
     @classmethod
     def sent(cls, sock: socket.socket) -> ProgressMark:
-        """A new one, given to the owner at the other end of `sock`, before anything else. Raises OSError."""
+        """Create a mark and send its memory to the owner, as the first message on `sock`. Raises OSError."""
         fd = os.memfd_create("shoal-mark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _BYTES)
@@ -42,32 +43,32 @@ class ProgressMark:
 
     @classmethod
     def received(cls, sock: socket.socket) -> ProgressMark:
-        """The one that the other end has sent. Raises OSError or ValueError when there is none."""
+        """Receive the mark that the peer has sent. Raises OSError or ValueError when the peer sent none."""
         _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not fds:
-            raise ValueError("a connection begins with its mark")
+            raise ValueError("the peer did not send a progress mark first")
         return cls(fds[0])
 
     def begin(self, now_ns: int, *, is_together: bool) -> None:
-        """A batch of this connection is executed from `now_ns` on, of the monotonic clock."""
+        """Record that a batch of this connection runs from `now_ns` on (monotonic clock)."""
         self._memory[_TOGETHER] = is_together
         self._memory[: _STARTED.size] = _STARTED.pack(now_ns)
 
     def accompany(self) -> None:
-        """Another one's batch is executed beside it."""
+        """Record that a batch of another connection runs at the same time."""
         self._memory[_TOGETHER] = 1
 
     def end(self) -> None:
-        """Nothing of this connection is executed any more."""
+        """Record that no batch of this connection is running."""
         self._memory[: _STARTED.size] = bytes(_STARTED.size)
 
     @property
     def started_ns(self) -> int:
-        """When the batch that is executed began; 0: none is, or was when the owner died."""
+        """Start time of the running batch; 0: no batch is running, or none was when the owner died."""
         started: int = _STARTED.unpack_from(self._memory)[0]
         return started
 
     @property
     def is_together(self) -> bool:
-        """Whether what others sent was executed at the same time."""
+        """True when batches of other connections run, or ran, at the same time."""
         return bool(self._memory[_TOGETHER])

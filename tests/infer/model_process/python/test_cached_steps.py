@@ -18,7 +18,7 @@ def ensemble(repo, name: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("more", ["", KEPT])
-async def test_a_request_is_read_whole_where_a_step_wants_it(repo, serve, more):
+async def test_a_step_that_wants_requests_gets_the_whole_request(repo, serve, more):
     repo.python("wants", MODEL, CONFIG + more)
     repo.put("computes", onnx_files.scale(), config=more)
     ensemble(repo, "of_wants", "wants")

@@ -152,7 +152,7 @@ async def test_each_yield_is_a_response(repo, serve):
     assert (stats.inference_stats.success.count, stats.inference_stats.fail.count) == (3, 0)
 
 
-async def test_unary_calls_are_told_what_they_are(repo, serve):
+async def test_a_unary_call_of_a_decoupled_model_is_rejected(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
     with pytest.raises(grpc.aio.AioRpcError) as err:
@@ -173,7 +173,7 @@ async def test_an_error_ends_its_request_and_not_the_stream(repo, serve):
     assert texts["g"] == ""
 
 
-async def test_tritons_repeat_interleaves_and_goes_on_after_an_error(repo, serve):
+async def test_tritons_repeat_model_interleaves_responses_and_continues_after_an_error(repo, serve):
     repo.python("repeat", REPEAT, 'backend: "python"')
     serving = await serve()
     answers = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 300], "slow"), repeat([7, 8], [0, 0], "fast"))
@@ -202,7 +202,7 @@ async def test_a_model_faster_than_its_caller_is_paused(repo, serve):
     await until(lambda: "closed" in journal(repo))
 
 
-async def test_a_client_that_goes_away_closes_the_generator(repo, serve):
+async def test_a_client_that_disconnects_closes_the_generator(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
     call = serving.stub.ModelStreamInfer(sent(count(500)))
@@ -224,14 +224,14 @@ async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
     await until(lambda: not scheduler._places)
 
 
-async def test_the_death_of_the_process_is_told_and_the_request_not_carried_on(repo, serve):
+async def test_a_crash_is_reported_and_the_request_is_not_retried(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
     answers = await collected(serving.stub, count(701, "k"))
     assert len(answers) == 702 or len(answers) > 600
     assert "process died (exit code 7)" in answers[-1].error_message
     (answer,) = await collected(serving.stub, count(701, "k"))
-    assert "it is refused for" in answer.error_message
+    assert "it is rejected for" in answer.error_message
 
     async def is_back() -> bool:
         return [a.error_message for a in await collected(serving.stub, count(2))] == ["", ""]
@@ -240,7 +240,7 @@ async def test_the_death_of_the_process_is_told_and_the_request_not_carried_on(r
 
 
 @pytest.mark.parametrize("most", [1, 2])
-async def test_more_than_max_streams_wait_their_turn(repo, serve, most):
+async def test_requests_beyond_max_streams_are_queued(repo, serve, most):
     config = COUNT_CONFIG + f'parameters {{ key: "max_streams" value {{ string_value: "{most}" }} }}'
     repo.python("count", COUNT, config)
     serving = await serve()
@@ -260,7 +260,7 @@ async def test_more_than_max_streams_wait_their_turn(repo, serve, most):
         await responses.aclose()
 
 
-async def test_what_is_not_what_was_declared_is_an_error(repo, serve):
+async def test_a_response_that_contradicts_the_declaration_is_an_error(repo, serve):
     repo.python("count", COUNT.replace("np.array([i], np.int32)", "np.zeros((2, 2), np.int32)"), COUNT_CONFIG)
     serving = await serve()
     answers = await collected(serving.stub, count(1))

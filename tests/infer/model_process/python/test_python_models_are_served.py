@@ -6,13 +6,13 @@ from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.breakable import until
 from tests.infer.conftest import floats, output, request
-from tests.infer.model_process.python.test_python_model_lives import PID, is_alive
+from tests.infer.model_process.python.test_python_model_lifecycle import PID, is_alive
 from tests.infer.test_infer_process import Infer
 
 SMALL = PID.replace("200 << 20", "1")
 
 
-async def test_it_is_served_and_ends_with_the_server(repo, python, tmp_path):
+async def test_a_python_model_is_served_and_its_process_ends_with_the_server(repo, python, tmp_path):
     repo.python("m", SMALL)
     repo.python("stream", SMALL.replace("return {", "yield {"))
     with Infer(python, tmp_path / "log", repository=str(repo.root)) as infer:

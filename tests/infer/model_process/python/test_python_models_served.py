@@ -82,7 +82,7 @@ async def test_tritons_add_sub_as_it_is_published(repo, serve):
     assert output(response, "OUTPUT1").tolist() == [-10, -9, -8, -7]
 
 
-async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serve):
+async def test_requests_share_an_execution_and_only_the_failing_one_fails(repo, serve):
     repo.python(
         "m",
         """
@@ -132,7 +132,7 @@ async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serv
     # What killed the process is not carried to the next one.
     code, details = await ask(15)
     assert code == Code.INTERNAL
-    assert "it is refused for" in details
+    assert "it is rejected for" in details
 
     async def is_back() -> bool:  # Until then, calls are told when to come back.
         return await ask(16) == [[32]]
@@ -186,7 +186,7 @@ async def test_a_model_calls_another_one(repo, serve):
         ("class Model:\n  pass", "class Model has no method predict(self, batch)"),
         ("class Model:\n  def predict(self): pass", "Model.predict(self) cannot be called as predict(self, batch)"),
         ("class Model:\n  async def predict(self, batch): pass", "Model.predict is async: expected def"),
-        ("class Model:\n  def predict(self, batch): pass", "nobody says what the inputs are"),
+        ("class Model:\n  def predict(self, batch): pass", "the inputs are not declared"),
         (OWN.replace("FP32", "FP33", 1), "unknown datatype 'FP33'"),
         (OWN + "        def load(self, folder, config): raise RuntimeError('no weights')", "RuntimeError: no weights"),
         ("class TritonPythonModel: pass", "TritonPythonModel has no method execute(self, requests)"),
@@ -196,7 +196,7 @@ async def test_a_model_calls_another_one(repo, serve):
         ),
     ],
 )
-async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
+async def test_an_invalid_model_file_is_reported_with_the_reason(repo, serve, source, reason):
     repo.python("m", source)
     repo.python("good", OWN)
     serving = await serve()
@@ -206,7 +206,7 @@ async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
     assert index["good"].state == "READY"
 
 
-async def test_nothing_is_made_up_for_a_model_that_does_not_ask_for_it(repo, serve):
+async def test_a_python_model_gets_no_trial_run(repo, serve):
     fussy = OWN.replace("return", "assert batch['x'].all(), 'no zeros please'\n            return")
     repo.python("guessed", fussy)
     repo.python("told", fussy.replace("def predict", "max_batch_size = 4\n        def predict"))

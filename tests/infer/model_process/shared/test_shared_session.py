@@ -18,7 +18,7 @@ import pytest
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.model_process.shared.owners import Owners
-from services.infer.runtimes.runtime import About, ModelFailed, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import About, ExecutionPlacement, ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.breakable import PATIENCE_S
@@ -56,7 +56,7 @@ def load(folder: Path, tmp_path: Path) -> Iterator[Load]:
         yield load
 
 
-def test_two_sessions_have_one_process_and_it_ends_with_the_last(load):
+def test_two_sessions_share_one_process_which_ends_with_the_last_session(load):
     one, two = load(model("")), load(model(""))
     (pid,) = pids(one)
     assert pids(two) == [pid]
@@ -71,7 +71,7 @@ def test_two_sessions_have_one_process_and_it_ends_with_the_last(load):
     assert run(three) == [[2, 4]]
 
 
-def test_other_content_has_another_process_and_either_ends_alone(load):
+def test_changed_content_gets_a_separate_process(load):
     one, two = load(model(""), digest="a"), load(model(""), digest="b")
     (first,), (second,) = pids(one), pids(two)
     assert first != second
@@ -80,13 +80,13 @@ def test_other_content_has_another_process_and_either_ends_alone(load):
     assert run(two) == [[2, 4]]
 
 
-def test_each_instance_of_a_python_model_is_a_process_for_all(load):
+def test_each_instance_of_a_python_model_is_one_shared_process(load):
     one, two = load(model(""), instances=2), load(model(""), instances=2)
     assert len(set(pids(one))) == 2
     assert pids(one) == pids(two)
 
 
-def test_both_get_their_own_answers_under_load(load):
+def test_each_session_gets_its_own_answers_under_load(load):
     sessions = [load(model("")), load(model(""))]
 
     def ask(n: int) -> None:
@@ -98,7 +98,7 @@ def test_both_get_their_own_answers_under_load(load):
         list(threads.map(ask, range(6)))
 
 
-def test_killed_while_idle_it_is_started_again_for_both_and_harms_no_call(load):
+def test_a_shared_process_killed_while_idle_restarts_without_a_failed_request(load):
     one, two = load(model("")), load(model(""))
     (pid,) = pids(one)
     os.kill(pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_killed_while_idle_it_is_started_again_for_both_and_harms_no_call(load):
     assert not two.poison
 
 
-def test_who_only_waits_when_it_dies_is_run_again_and_not_blamed(load, tmp_path):
+def test_a_batch_that_was_waiting_at_the_crash_is_retried_and_not_recorded_as_poison(load, tmp_path):
     gate = tmp_path / "gate"
     source = model(f"if x[0, 0] == 13:\n    open({str(gate)!r}, 'w').close()\n    time.sleep(0.3)\n    os._exit(3)")
     one, two = load(source), load(source)
@@ -118,11 +118,11 @@ def test_who_only_waits_when_it_dies_is_run_again_and_not_blamed(load, tmp_path)
         innocent = threads.submit(run, two)
         with pytest.raises(ModelDied, match="exit code 3") as err:
             guilty.result(PATIENCE_S)
-        assert (err.value.is_sure, err.value.is_alone) == (True, True)
+        assert (err.value.is_confirmed, err.value.is_alone) == (True, True)
         assert innocent.result(PATIENCE_S) == [[2, 4]]
 
 
-def test_a_run_that_takes_too_long_is_ended_and_waiting_for_it_is_not_running(load, tmp_path):
+def test_waiting_for_another_run_does_not_count_towards_the_execution_timeout(load, tmp_path):
     gate = tmp_path / "gate"
     source = model(f"if x[0, 0] == 13:\n    open({str(gate)!r}, 'w').close()\n    time.sleep(600)")
     one, two = (load(source, execution_timeout_ms="1500") for _ in range(2))
@@ -135,25 +135,27 @@ def test_a_run_that_takes_too_long_is_ended_and_waiting_for_it_is_not_running(lo
         assert waits.result(PATIENCE_S) == [[2, 4]]
 
 
-def test_what_cannot_be_loaded_says_why_to_each(load):
+def test_a_load_error_is_reported_to_each_session(load):
     broken = model("", load="raise ValueError('no such weights')")
     for _ in range(2):
         with pytest.raises(FailedPrecondition, match="no such weights"):
             load(broken)
 
 
-def test_an_error_of_the_model_is_told_to_who_asked(load):
+def test_an_error_of_the_model_is_reported_to_the_requesting_session(load):
     one, two = (load(model("if x[0, 0] == 13: raise ValueError('thirteen')")) for _ in range(2))
     with pytest.raises(ModelFailed, match="thirteen"):
         run(one, np.array([[13, 0]], np.float32))
     assert run(two) == [[2, 4]]
 
 
-def test_an_onnx_model_is_one_session_that_takes_several_runs_at_a_time(folder: Path, tmp_path: Path):
+def test_a_shared_onnx_model_is_one_session_with_concurrent_runs(folder: Path, tmp_path: Path):
     file = tmp_path / "model.onnx"
     file.write_bytes(onnx_files.scale().SerializeToString())
     config = pb.ModelConfig(name="m", parameters={"isolation": {"string_value": "shared"}})
-    options = SessionOptions(1, places=(TensorPlacement("cpu", None, 3),), about=About("m", config=config, instances=3))
+    options = SessionOptions(
+        1, placements=(ExecutionPlacement("cpu", None, 3),), about=About("m", config=config, instances=3)
+    )
     with ExitStack() as stack:
         sessions = []
         for _ in range(2):
@@ -174,9 +176,9 @@ def test_an_onnx_model_is_one_session_that_takes_several_runs_at_a_time(folder: 
             list(threads.map(ask, range(6)))
 
 
-def test_a_folder_that_others_can_use_is_refused(tmp_path: Path):
+def test_a_shared_folder_with_access_for_others_is_rejected(tmp_path: Path):
     tmp_path.chmod(0o755)
-    with pytest.raises(FailedPrecondition, match="no other can use"):
+    with pytest.raises(FailedPrecondition, match="belongs to this user, with mode 0700"):
         Owners(tmp_path)
     with pytest.raises(FailedPrecondition, match="No such file"):
         Owners(tmp_path / "nowhere")
@@ -198,7 +200,7 @@ HOLDS = textwrap.dedent("""
 """)
 
 
-def test_nothing_outlives_the_infer_processes_even_in_the_middle_of_native_code(folder, tmp_path, python):
+def test_an_owner_dies_with_the_infer_processes_even_in_native_code(folder, tmp_path, python):
     """The model holds Python's lock in a call that does not end: none of its threads can see to anything."""
     file = tmp_path / "model.py"
     file.write_text(model("ctypes.PyDLL(None).sleep(600)"))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from services.infer.loading import model_config
-from services.infer.model_process.python_runtime import each_alone
-from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, resolved
+from services.infer.model_process.python_runtime import per_process_options
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, resolve_devices
 from services.infer.runtimes.onnx_settings import session_options
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import floats, output, request
@@ -34,7 +34,7 @@ async def test_shapes_are_those_of_the_configuration(repo, serve, isolation):
     np.testing.assert_array_equal(output(answer, "f"), x)
 
 
-async def test_a_shape_that_the_model_has_not_is_named(repo, serve, isolation):
+async def test_a_reshape_that_contradicts_the_model_is_named(repo, serve, isolation):
     repo.put("m", sums(), config=BATCHED.replace("[2, 2]", "[4, 1]") + APART % isolation)
     served = await serve()
     (row,) = served.models.index()
@@ -77,16 +77,16 @@ async def test_an_input_may_be_left_out(repo, serve, isolation):
         ),
     ],
 )
-def test_each_process_has_one_place(text, expected):
+def test_each_process_has_one_device(text, expected):
     options = session_options(model_config.parse(text), 1)
     everything = (CUDA, TENSORRT, OPENVINO)
-    alone = each_alone(options, resolved(options, everything, lambda: 2))
+    alone = per_process_options(options, resolve_devices(options, everything, lambda: 2))
     assert [
         (place.kind, place.gpu, tuple(p.name for p in each.gpu_providers), tuple(p.name for p in each.cpu_providers))
         for each in alone
-        for place in each.places
+        for place in each.placements
     ] == expected
     # The process itself, which sees the same devices, finds that one place again, with nothing that does not suit it.
-    assert [[(device.gpu, n) for device, n in resolved(each, everything, lambda: 2)] for each in alone] == [
+    assert [[(device.gpu, n) for device, n in resolve_devices(each, everything, lambda: 2)] for each in alone] == [
         [(gpu, 1)] for _, gpu, _, _ in expected
     ]

@@ -1,6 +1,6 @@
-"""One model on several devices, as one session: a run takes a device that is free.
+"""Session of one model on several devices: each run uses a free device.
 
-run ──> free ──> session on GPU 0 | session on GPU 1 | ... ──> free
+run ──> free queue ──> session on GPU 0 | session on GPU 1 | ... ──> free queue
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import Session
 
 
-class SpreadSession(Session):
-    """Has the sessions, all of the same model, and closes them. A run may wait: it is none for the event loop."""
+class MultiDeviceSession(Session):
+    """Sessions of the same model as one session, which owns them. `run` may wait: not for an event loop."""
 
     def __init__(self, sessions: Sequence[tuple[Session, int]]) -> None:
-        """Each session with the number of runs that it may have at the same time; a run beyond all of them waits."""
+        """`sessions`: each with its number of concurrent runs. A run waits while all are in use."""
         first = sessions[0][0]
         self.inputs, self.outputs, self.text = first.inputs, first.outputs, first.text
         self.optional_inputs = first.optional_inputs
         self.gpus = tuple(gpu for session, _ in sessions for gpu in session.gpus)
-        self._parts = tuple(session for session, _ in sessions)
+        self._sessions = tuple(session for session, _ in sessions)
         self._free: queue.SimpleQueue[Session] = queue.SimpleQueue()
-        # One place on each device before a second one on any: the first runs go to different devices.
+        # One entry for each device before a second one for any: the first runs go to different devices.
         for round_ in range(max(count for _, count in sessions)):
             for session, count in sessions:
                 if round_ < count:
@@ -36,9 +36,9 @@ class SpreadSession(Session):
         finally:
             self._free.put(session)
 
-    def parts(self) -> Sequence[Session]:
-        return self._parts
+    def device_sessions(self) -> Sequence[Session]:
+        return self._sessions
 
     def close(self) -> None:
-        for session in self._parts:
+        for session in self._sessions:
             session.close()

@@ -52,7 +52,7 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_unloading_ends_the_process_and_with_it_its_memory(repo, serve):
+async def test_unloading_ends_the_process(repo, serve):
     repo.python("m", PID)
     serving = await serve()
     pid = await pid_of(serving.stub)
@@ -62,7 +62,7 @@ async def test_unloading_ends_the_process_and_with_it_its_memory(repo, serve):
     await until(lambda: not is_alive(pid))
 
 
-async def test_a_new_version_takes_over_without_a_failed_call(repo, serve):
+async def test_a_new_version_replaces_the_old_one_without_a_failed_request(repo, serve):
     repo.python("m", PID)
     serving = await serve()
     before = await pid_of(serving.stub)
@@ -80,8 +80,8 @@ async def test_a_new_version_takes_over_without_a_failed_call(repo, serve):
     assert await pid_of(serving.stub) in seen
 
 
-async def test_a_model_that_hangs_is_unloaded_once_nobody_waits_for_it(repo, serve, monkeypatch):
-    monkeypatch.setattr("services.infer.model_process.session._UNWANTED_S", 0.5)
+async def test_a_hanging_model_is_unloaded_once_no_caller_waits(repo, serve, monkeypatch):
+    monkeypatch.setattr("services.infer.model_process.session._ABANDONED_S", 0.5)
     repo.python("m", PID)
     serving = await serve()
     pid = await pid_of(serving.stub)
@@ -92,7 +92,7 @@ async def test_a_model_that_hangs_is_unloaded_once_nobody_waits_for_it(repo, ser
     await until(lambda: not is_alive(pid))
 
 
-async def test_a_model_that_never_loads_is_given_up_when_it_is_not_wanted_any_more(repo, serve, tmp_path):
+async def test_an_endless_load_ends_when_the_model_is_not_desired_any_more(repo, serve, tmp_path):
     repo.python("good", PID)
     serving = await serve()
     never = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)"
@@ -106,7 +106,7 @@ async def test_a_model_that_never_loads_is_given_up_when_it_is_not_wanted_any_mo
     await serving.models.__aenter__()
 
 
-async def test_an_onnx_model_apart(repo, serve):
+async def test_an_isolated_onnx_model(repo, serve):
     apart = 'parameters { key: "isolation" value { string_value: "process" } }'
     repo.put("apart", onnx_files.scale(), config=apart)
     repo.put("here", onnx_files.scale())
@@ -119,7 +119,7 @@ async def test_an_onnx_model_apart(repo, serve):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_nothing_outlives_the_server(repo, python, tmp_path, number):
+async def test_model_processes_end_with_the_server(repo, python, tmp_path, number):
     repo.python("m", PID.replace("200 << 20", "1"))
     repo.python("stream", PID.replace("return {", "yield {").replace("200 << 20", "1"))
     with Infer(python, tmp_path / "log", repository=str(repo.root)) as infer:
@@ -190,8 +190,8 @@ GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"
     ("execute", "told"),
     [
         ("return []", "execute returned 0 responses for 1 requests"),
-        ("return None", "execute gave no response to this request"),
-        ("return [None]", "execute gave no response to this request"),
+        ("return None", "execute sent no response to this request"),
+        ("return [None]", "execute sent no response to this request"),
         ("return [5]", "execute returned a int in its list"),
         ("return 5", "execute returned a int"),
         ("return [pb_utils.InferenceResponse([])]", "the response has no output 'y'"),
@@ -202,10 +202,10 @@ GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"
         ("raise pb_utils.TritonModelException('mine')", "TritonModelException: mine"),
         ("requests[0].set_release_flags(2)", "set_release_flags) is not supported"),
         ("pb_utils.MetricFamily()", "custom metrics from a Python model are not supported by Shoal"),
-        ("requests[0].get_response_sender().send(flags=1)", "execute gave no response"),
+        ("requests[0].get_response_sender().send(flags=1)", "execute sent no response"),
     ],
 )  # fmt: skip
-async def test_what_execute_does_wrong_is_named(repo, serve, execute, told):
+async def test_errors_of_execute_are_reported(repo, serve, execute, told):
     source = f"""
     import numpy as np
     import triton_python_backend_utils as pb_utils
@@ -222,7 +222,7 @@ async def test_what_execute_does_wrong_is_named(repo, serve, execute, told):
     assert told in err.value.message
 
 
-async def test_a_sender_may_answer_in_place_of_a_return(repo, serve):
+async def test_a_response_sender_may_replace_the_return_value(repo, serve):
     repo.python(
         "m",
         """
@@ -243,7 +243,7 @@ async def test_a_sender_may_answer_in_place_of_a_return(repo, serve):
     assert output(await serving.stub.ModelInfer(request("m", x=floats([1, 2, 3, 4]))), "y").tolist() == [[2, 3, 4, 5]]
 
 
-async def test_settings_that_do_not_go_together_are_named(repo, serve):
+async def test_contradictory_settings_are_named(repo, serve):
     source = "class Model:\n  def predict(self, batch):\n    yield {'y': batch['x']}"
     tensors = (
         """input { name: "x" data_type: TYPE_FP32 dims: [ 4 ] } output { name: "y" data_type: TYPE_FP32 dims: [ 4 ] }"""
