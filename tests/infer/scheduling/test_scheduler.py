@@ -332,7 +332,7 @@ def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
     outcomes = execution.run(jobs)
     assert bench.model.runs == [[13, 2, 3, 4], [13, 2], [13], [2]]
     assert [type(outcome).__name__ for outcome in outcomes] == [
-        *("Internal", "Answer", "DeadlineExceeded", "DeadlineExceeded")
+        *("Internal", "InferenceResult", "DeadlineExceeded", "DeadlineExceeded")
     ]
     assert execution.tally.expired_rows == 0
     assert execution.tally.bisections == 2
@@ -348,7 +348,7 @@ def test_batch_mates_of_a_fault_of_ours_are_spared_too():
 
     bench.model.answer = answer
     outcomes = bench.execution().run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
-    assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "MemoryError", "Answer"]
+    assert [type(outcome).__name__ for outcome in outcomes] == ["InferenceResult", "MemoryError", "InferenceResult"]
 
 
 def test_a_goal_beside_static_settings_is_said_to_do_nothing(caplog):
