@@ -18,12 +18,13 @@ from services.infer.error_text import quoted
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
-from services.infer.requests import answer, parameters
+from services.infer.requests import parameters
+from services.infer.requests import response as answer
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest, is_long_read, read, read_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.scheduling.crash_guard import CrashGuard
-from services.infer.scheduling.submitted import Waiter
+from services.infer.scheduling.submit import Waiter
 from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented

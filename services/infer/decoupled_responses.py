@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from services.infer.models.version import Version
-from services.infer.requests import answer
+from services.infer.requests import response as answer
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.decoupled import Response

@@ -18,7 +18,7 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submitted import submitted
+from services.infer.scheduling.submit import submitted
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000

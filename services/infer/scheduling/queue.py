@@ -24,10 +24,10 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.expiry import Expiry
+from services.infer.scheduling.deadline_heap import Expiry
 from services.infer.scheduling.fairness import Share, Shares
-from services.infer.scheduling.lane import Member, StackGroup, behind
 from services.infer.scheduling.rules import Rules
+from services.infer.scheduling.stack_group import Member, StackGroup, behind
 from shoal.errors import ResourceExhausted
 
 _ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")

@@ -27,7 +27,7 @@ from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submitted import submitted
+from services.infer.scheduling.submit import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.infer.error_text import quoted
 from services.infer.requests.request import InferenceRequest
-from services.infer.sequences import wording
+from services.infer.sequences import rejections
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import Datatype
 
@@ -23,9 +23,9 @@ def check(model: str, call: InferenceRequest, told_as: Datatype | None) -> None:
     """
     id = call.parameters.sequence_id
     if not id:
-        raise wording.without_id(model)
+        raise rejections.without_id(model)
     if call.rows > 1:
-        raise wording.too_many_rows(model, call.rows)
+        raise rejections.too_many_rows(model, call.rows)
     if isinstance(id, str) and len(id.encode()) > _MAX_ID_BYTES:
         raise InvalidArgument(
             f"sequence_id for model '{model}': expected at most {_MAX_ID_BYTES} bytes, got {quoted(id)}"

@@ -20,11 +20,11 @@ from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.execution import Execution, ExecutionItem, expired
-from services.infer.sequences import steps, wording
+from services.infer.sequences import rejections, step_runners
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import SequenceSettings
 from services.infer.sequences.step import SequenceStep
-from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
+from services.infer.sequences.step_runners import ProcessSteps, Results, SessionSteps, Stepped
 from shoal.errors import ShoalError, Unavailable
 
 _RETRY_MS = 100
@@ -46,7 +46,7 @@ class SequenceExecution(Execution):
         """`first`: the states that a sequence begins with."""
         super().__init__(name, session, signature, clock)
         self._settings, self._first = settings, first
-        self._steps: SessionSteps | ProcessSteps = steps.of(session, settings, batched=self._batched)
+        self._steps: SessionSteps | ProcessSteps = step_runners.of(session, settings, batched=self._batched)
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         alive = cast("Sequence[SequenceStep]", self._alive(batch, self._clock()))
@@ -167,7 +167,7 @@ class ProcessSequenceExecution(SequenceExecution):
     def _not_run(self, step: SequenceStep) -> ShoalError:
         """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
         if not step.starts:
-            return wording.unknown(self._name, step.id, self._settings.idle_s)
+            return rejections.unknown(self._name, step.id, self._settings.idle_s)
         return Unavailable(
             f"the process of model '{self._name}' is being started again; retry after {_RETRY_MS} ms",
             retry_after_ms=_RETRY_MS,

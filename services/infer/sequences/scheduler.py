@@ -22,9 +22,9 @@ from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submitted import submitted
+from services.infer.scheduling.submit import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
-from services.infer.sequences import admission, direct, oldest, wording
+from services.infer.sequences import admission, direct, oldest, rejections
 from services.infer.sequences.oldest import Chosen
 from services.infer.sequences.sequence_table import SequenceTable, Unknown
 from services.infer.sequences.settings import CORRID, SequenceSettings
@@ -127,7 +127,7 @@ class SequenceScheduler:
         try:
             self.book.add(step, tenant)
         except Unknown:
-            raise wording.unknown(self._name, step.id, self._settings.idle_s) from None
+            raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
         if self._unanswered is not None:
             self._unanswered.append(step)
         self._set_timer(step.expires, now)
@@ -266,7 +266,7 @@ class SequenceScheduler:
 
     def _refuse(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:
-            self._settle(step, wording.unknown(self._name, step.id, self._settings.idle_s))
+            self._settle(step, rejections.unknown(self._name, step.id, self._settings.idle_s))
 
     def _drop(self, step: SequenceStep) -> None:
         self._refuse(self.book.drop(step, self._clock()))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.expiry import Expiry
+from services.infer.scheduling.deadline_heap import Expiry
 from services.infer.sequences.rows import SequenceId
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 

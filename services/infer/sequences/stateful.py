@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import Session
-from services.infer.sequences import initial, settings
+from services.infer.sequences import initial_states, settings
 from services.infer.sequences.settings import SequenceSettings
 from services.infer.sequences.trial import TrialSession
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -43,5 +43,5 @@ def of(config: pb.ModelConfig, session: Session, folder: Path | None) -> Statefu
     found = settings.agreed(found, session, batched=batched, declares=not session.wants_requests)
     states = {state.input: state.datatype.name for state in found.states}
     session.declare({**states, **{control.name: control.datatype.name for control in found.controls}})
-    first = initial.states(found, folder, batched=batched, text=session.text)
+    first = initial_states.states(found, folder, batched=batched, text=session.text)
     return Stateful(found, first, config.max_batch_size)

@@ -6,7 +6,7 @@ import asyncio
 
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.runs_calls import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler
 
 
 class Waiter:
