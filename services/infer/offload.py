@@ -9,6 +9,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def aside(work: Callable[[], T], is_long: bool) -> T:
+async def offload_if_long(work: Callable[[], T], is_long: bool) -> T:
     """Does `work`: here when it is short, else on a thread."""
     return await asyncio.to_thread(work) if is_long else work()

@@ -13,7 +13,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def done(steps: Generator[Q, A, R], do: Callable[[Q], A]) -> R:
+def run_sync(steps: Generator[Q, A, R], do: Callable[[Q], A]) -> R:
     """What `steps` returns. Raises what it raises."""
     try:
         wanted = next(steps)
@@ -28,7 +28,7 @@ def done(steps: Generator[Q, A, R], do: Callable[[Q], A]) -> R:
         return cast("R", end.value)
 
 
-async def awaited(steps: Generator[Q, A, R], do: Callable[[Q], Awaitable[A]]) -> R:
+async def run_async(steps: Generator[Q, A, R], do: Callable[[Q], Awaitable[A]]) -> R:
     """The same, where what is wanted is awaited."""
     try:
         wanted = next(steps)

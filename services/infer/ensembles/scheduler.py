@@ -18,7 +18,7 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submit import submitted
+from services.infer.scheduling.submit import submit_and_wait
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
@@ -77,7 +77,7 @@ class EnsembleScheduler:
 
     async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """Runs one call. Raises what its steps do, with the name of the step; and as `RunsCalls.submit` does."""
-        return await submitted(self, call, deadline, tenant)
+        return await submit_and_wait(self, call, deadline, tenant)
 
     def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Run:
         """As `RunsCalls.start`."""

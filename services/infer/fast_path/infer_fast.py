@@ -17,7 +17,7 @@ from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import malformed
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
-from services.infer.fast_path.template import ID, NAME, VERSION, Named, Template
+from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
 from services.infer.requests import request
@@ -36,7 +36,7 @@ _MOST_NAMED = 1024
 # Names and versions as clients write them: hostile ones are never learnt, since they name no model.
 
 
-class Caller(Protocol):
+class Exchange(Protocol):
     """Who asked: the exchange of a call, or an entry of a bulk (`bulk.Entry`)."""
 
     deadline: float
@@ -64,10 +64,10 @@ class FastInfer:
     def __init__(self, server: InferenceServer, models: Models) -> None:
         self._server = server
         self._models = models
-        self._named: dict[bytes, Named] = {}
+        self._named: dict[bytes, ModelTemplates] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __call__(self, body: bytes, exchange: Caller) -> None:
+    def __call__(self, body: bytes, exchange: Exchange) -> None:
         is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
         if is_retry or not self._quick(body, exchange):
             task = asyncio.create_task(self._long(body, exchange, is_retry))
@@ -75,7 +75,7 @@ class FastInfer:
             task.add_done_callback(self._tasks.discard)
             exchange.on_end = task.cancel  # type: ignore[assignment]
 
-    def _quick(self, body: bytes, exchange: Caller) -> bool:
+    def _quick(self, body: bytes, exchange: Exchange) -> bool:
         """Whether there is a template: then the call is on its way. Raises what the core would."""
         try:
             at = PREFIX_BYTES + 2 + body[PREFIX_BYTES + 1]
@@ -108,7 +108,7 @@ class FastInfer:
         _Flight(exchange, version, named.prefix, found, id_field).start(call)
         return True
 
-    async def _long(self, body: bytes, exchange: Caller, is_retry: bool) -> None:
+    async def _long(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
             asked = _parsed(body)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
@@ -134,7 +134,7 @@ class FastInfer:
         if named is None or named.version is not version:
             if len(self._named) >= _MOST_NAMED:
                 self._named.clear()
-            named = self._named[before] = template.named(version, asked)
+            named = self._named[before] = template.model_templates(version, asked)
         named.add(head, found)
 
 
@@ -143,7 +143,7 @@ class _Flight:
 
     __slots__ = ("_exchange", "_id", "_pending", "_prefix", "_template", "_version")
 
-    def __init__(self, exchange: Caller, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
+    def __init__(self, exchange: Exchange, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
         self._exchange = exchange
         self._version = version
         self._prefix = prefix

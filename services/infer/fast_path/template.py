@@ -98,7 +98,7 @@ class Template:
 
 
 @dataclass(slots=True, eq=False)
-class Named:
+class ModelTemplates:
     """What is known of one model under one name and version, as a request writes them."""
 
     name: str
@@ -118,9 +118,9 @@ class Named:
         self.lengths = tuple(dict.fromkeys(map(len, reversed(self.templates))))
 
 
-def named(version: Version, asked: pb.ModelInferRequest) -> Named:
+def model_templates(version: Version, asked: pb.ModelInferRequest) -> ModelTemplates:
     answer = pb.ModelInferResponse(model_name=version.name, model_version=str(version.number))
-    return Named(asked.model_name, asked.model_version, version, answer.SerializeToString())
+    return ModelTemplates(asked.model_name, asked.model_version, version, answer.SerializeToString())
 
 
 def learn(body: bytes, asked: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:

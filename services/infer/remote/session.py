@@ -92,7 +92,7 @@ class RemoteSession(Session):
 
     def _first_facts(self, is_given_up: Callable[[], bool]) -> RemoteModelInfo:
         try:
-            return sans_io.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
+            return sans_io.run_sync(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
         except NotServable:
             raise
         except (NotToBlame, ModelFailed, ShoalError) as err:
@@ -237,7 +237,7 @@ class RemoteSession(Session):
 
     async def _look(self) -> None:
         try:
-            change = changes(self._facts, await sans_io.awaited(self._dialect.facts(), self._awaited))
+            change = changes(self._facts, await sans_io.run_async(self._dialect.facts(), self._awaited))
         except NotServable as err:
             change = err.message
         except (NotToBlame, ModelFailed, ShoalError) as err:

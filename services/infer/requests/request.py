@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from services.infer.error_text import listed, quoted, written
-from services.infer.offload import aside
+from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
@@ -85,7 +85,7 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> InferenceReques
 
 async def read_async(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
     """Read a request as `read` does, on a thread when reading would block the event loop."""
-    return await aside(lambda: read(request, signature), is_long_read(request))
+    return await offload_if_long(lambda: read(request, signature), is_long_read(request))
 
 
 def is_long_read(request: pb.ModelInferRequest) -> bool:

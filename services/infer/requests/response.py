@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from services.infer.offload import aside
+from services.infer.offload import offload_if_long
 from services.infer.requests import ragged
 from services.infer.requests.classification import classify
 from services.infer.requests.outcome import InferenceResult, StepTimes
@@ -38,7 +38,7 @@ async def write_async(
     answer: InferenceResult, call: InferenceRequest, *, model: str, version: int, id: str, batched: bool
 ) -> pb.ModelInferResponse:
     """Write a response as `write` does, on a thread when writing would block the event loop."""
-    return await aside(
+    return await offload_if_long(
         lambda: write(answer, call, model=model, version=version, id=id, batched=batched),
         _is_long_write(answer, call),
     )

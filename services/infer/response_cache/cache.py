@@ -25,7 +25,7 @@ from typing import Protocol
 from weakref import WeakSet
 
 from mesh.process.tasks import end
-from services.infer.offload import aside
+from services.infer.offload import offload_if_long
 from services.infer.requests import ragged
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.ragged import Value
@@ -63,7 +63,7 @@ class CacheState(StrEnum):
     """It was computed for another call, which asked the same at the same time."""
 
 
-class RunsRequest(Protocol):
+class RequestRunner(Protocol):
     """Runs calls: a Scheduler."""
 
     async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult: ...
@@ -95,7 +95,7 @@ class ResponseCache:
     def __init__(
         self,
         keys: ResponseKeys,
-        runs: RunsRequest,
+        runs: RequestRunner,
         store: ResponseStore,
         statistics: Statistics,
         *,
@@ -140,7 +140,7 @@ class ResponseCache:
         Raises what `Scheduler.submit` does.
         """
         arrived, began = self._clock(), time.perf_counter_ns()
-        key = await aside(lambda: self._keys.key(call, parameters), _is_long(call.size_bytes, call.inputs.values()))
+        key = await offload_if_long(lambda: self._keys.key(call, parameters), _is_long(call.size_bytes, call.inputs.values()))
         outputs = self._store.get(self._owner, key, self._clock())
         looked_ns = time.perf_counter_ns() - began
         if outputs is not None:
@@ -207,7 +207,7 @@ class ResponseCache:
             began = time.perf_counter_ns()
             size = sum(array.nbytes for output in got.outputs for array in ragged.arrays(output))
             if size <= self._store.largest_bytes:
-                outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
+                outputs = await offload_if_long(lambda: frozen(got.outputs), _is_long(size, got.outputs))
                 answer = InferenceResult(outputs, got.times, got.queue_ns, got.fired)
                 self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began

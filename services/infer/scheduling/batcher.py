@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 
-class Waiting(Protocol):
+class BatchCandidate(Protocol):
     """What the policies see of a waiting call."""
 
     @property
@@ -72,7 +72,7 @@ Decision: TypeAlias = Run | Wait
 NOTHING = Wait(None)
 
 
-def decide(front: Sequence[Waiting], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool) -> Decision:
+def decide(front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool) -> Decision:
     """What to do with the calls that make the next batch, with a static policy.
 
     Args:

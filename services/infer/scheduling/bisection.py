@@ -31,11 +31,11 @@ class Bisection(Generic[J, R]):
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
         """One result for each job, in order. `batch`, of more than one, has just failed."""
-        return sans_io.done(self._search(batch), run)
+        return sans_io.run_sync(self._search(batch), run)
 
     async def awaited(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
         """As `outcomes`, where a run is awaited."""
-        return await sans_io.awaited(self._search(batch), run)
+        return await sans_io.run_async(self._search(batch), run)
 
     def _search(self, batch: Sequence[J]) -> Search[J, R]:
         """Yields what to run, takes what came of it."""

@@ -11,17 +11,17 @@ from typing import Generic, Protocol, TypeVar
 _SPARE = 64
 
 
-class Waiter(Protocol):
+class Expiring(Protocol):
     """What may run out."""
 
     @property
     def is_waiting(self) -> bool: ...
 
 
-W = TypeVar("W", bound=Waiter)
+W = TypeVar("W", bound=Expiring)
 
 
-class Expiry(Generic[W]):
+class DeadlineHeap(Generic[W]):
     """Who runs out when. Those that do not wait any more are forgotten in passing."""
 
     def __init__(self) -> None:

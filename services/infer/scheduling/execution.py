@@ -211,7 +211,7 @@ class Execution:
                 )
 
 
-def staying(call: InferenceRequest) -> frozenset[str]:
+def gpu_resident_outputs(call: InferenceRequest) -> frozenset[str]:
     """The outputs that may stay on a GPU."""
     return frozenset([output.spec.name for output in call.outputs if output.stays])
 

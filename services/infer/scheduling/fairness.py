@@ -20,7 +20,7 @@ _TIDY = 64
 # So many are kept before those that no longer matter are looked for.
 
 
-class Share:
+class TenantQueue:
     """What one tenant has in the queue, and how far it is. Compared by identity."""
 
     __slots__ = ("calls", "order", "rows", "tag", "tenant", "weight")
@@ -36,7 +36,7 @@ class Share:
         """Its calls in order of arrival. Those that have left are forgotten in passing."""
 
 
-class Shares:
+class TenantQueues:
     """The tenants of one level of priority."""
 
     __slots__ = ("_behind", "_by_tenant", "_news", "_now", "_numbers", "_tidy_at", "_weights")
@@ -44,17 +44,17 @@ class Shares:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
         self._now = 0.0
-        self._by_tenant: dict[str, Share] = {}
+        self._by_tenant: dict[str, TenantQueue] = {}
         self._tidy_at = _TIDY
         self._news = 0
         self._numbers = count()
-        self._behind: list[tuple[float, int, Share]] = []
+        self._behind: list[tuple[float, int, TenantQueue]] = []
         # A heap of those that wait, by their clocks; entries that do not hold any more are skipped. Not kept for one.
 
     def __len__(self) -> int:
         return len(self._by_tenant)
 
-    def of(self, tenant: str) -> Share:
+    def of(self, tenant: str) -> TenantQueue:
         """The share that a call of `tenant` is to be counted in, brought up to the common clock when it was away."""
         share = self._by_tenant.get(tenant)
         if share is None:
@@ -63,11 +63,11 @@ class Shares:
             share.tag = self._now
         return share
 
-    def waiting(self) -> list[Share]:
+    def waiting(self) -> list[TenantQueue]:
         """Those that have calls in the queue."""
         return [share for share in self._by_tenant.values() if share.calls]
 
-    def first(self) -> Share | None:
+    def first(self) -> TenantQueue | None:
         """The one that is furthest behind, of those that have calls in the queue."""
         if len(self._by_tenant) == 1:
             (only,) = self._by_tenant.values()
@@ -80,7 +80,7 @@ class Shares:
             heapq.heappop(behind)
         return None
 
-    def moved(self, share: Share) -> None:
+    def moved(self, share: TenantQueue) -> None:
         """The clock of a share that has calls in the queue has changed, or it has calls again."""
         if len(self._by_tenant) == 1:
             return
@@ -88,7 +88,7 @@ class Shares:
         if len(self._behind) > 4 * len(self._by_tenant) + _TIDY:
             self._line_up()
 
-    def serving(self, first: Share) -> None:
+    def serving(self, first: TenantQueue) -> None:
         """A batch begins with a call of `first`: the common clock is there now."""
         self._now = max(self._now, first.tag)
 
@@ -96,14 +96,14 @@ class Shares:
         self._behind = [(share.tag, next(self._numbers), share) for share in self.waiting()]
         heapq.heapify(self._behind)
 
-    def _new(self, tenant: str) -> Share:
+    def _new(self, tenant: str) -> TenantQueue:
         self._news += 1
         # At the bound it is not worth looking each time: mostly, all of them wait.
         if len(self._by_tenant) >= self._tidy_at and (len(self._by_tenant) < MOST or self._news % _TIDY == 0):
             self._tidy()
         if len(self._by_tenant) >= MOST and tenant:
             return self.of("")
-        share = self._by_tenant[tenant] = Share(tenant, self._weights.get(tenant, 1.0), self._now)
+        share = self._by_tenant[tenant] = TenantQueue(tenant, self._weights.get(tenant, 1.0), self._now)
         if len(self._by_tenant) == 2:
             self._line_up()
         return share

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.execution import Execution, staying
+from services.infer.scheduling.execution import Execution, gpu_resident_outputs
 
 
 class PartsExecution(Execution):
@@ -20,4 +20,4 @@ class PartsExecution(Execution):
         return parts, sum([call.rows for call in calls])
 
     def _ran(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
-        return self._session.run_parts(inputs, names, staying(like))
+        return self._session.run_parts(inputs, names, gpu_resident_outputs(like))

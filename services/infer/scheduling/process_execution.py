@@ -24,7 +24,7 @@ from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 30.0
+_RESTART_WAIT_S = 30.0
 # How long the batch-mates of a call that killed the process wait for the next one.
 
 
@@ -119,7 +119,7 @@ class ProcessExecution(Execution):
         """Each call alone. Halving, as for a model that only fails, would have more processes die."""
         log.info("model %s: %d calls run alone, since their %s", self._name, len(calls), str(err).removeprefix("the "))
         self.tally.bisections += 1
-        self._patient_until = self._clock() + _PATIENCE_S
+        self._patient_until = self._clock() + _RESTART_WAIT_S
         self._is_apart = True
         return [self._alone(call) for call in calls]
 

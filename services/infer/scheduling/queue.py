@@ -24,14 +24,14 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.deadline_heap import Expiry
-from services.infer.scheduling.fairness import Share, Shares
+from services.infer.scheduling.deadline_heap import DeadlineHeap
+from services.infer.scheduling.fairness import TenantQueue, TenantQueues
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.stack_group import Member, StackGroup, behind
 from shoal.errors import ResourceExhausted
 
 _ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")
-NOBODY = Share("", 1.0, 0.0)
+NOBODY = TenantQueue("", 1.0, 0.0)
 
 
 class Receiver(Protocol):
@@ -131,15 +131,15 @@ class Queue:
         self._bands = self._bands_each * len(rules.levels)
         self._most = tuple(level.calls or limits.calls for level in rules.levels)
         self._waiting = [0] * len(rules.levels)
-        self._shares = tuple(Shares(rules.weights) for _ in range(self._bands))
+        self._shares = tuple(TenantQueues(rules.weights) for _ in range(self._bands))
         self._lanes: dict[Hashable, StackGroup] = {}
         self._calls = 0
         self.rows = 0
         self.size_bytes = 0
         self.arrivals = slo.Arrivals()
         self._last_due = -math.inf
-        self._expiry: Expiry[QueuedRequest] = Expiry()
-        self._yielding: Expiry[QueuedRequest] = Expiry()
+        self._expiry: DeadlineHeap[QueuedRequest] = DeadlineHeap()
+        self._yielding: DeadlineHeap[QueuedRequest] = DeadlineHeap()
 
     def __len__(self) -> int:
         return self._calls
@@ -426,7 +426,7 @@ class Queue:
                     left -= 1 / share.weight
                     yield victim
 
-    def _newest(self, band: int, share: Share) -> list[QueuedRequest]:
+    def _newest(self, band: int, share: TenantQueue) -> list[QueuedRequest]:
         calls: Iterable[Member] = (call for lane in self._lanes.values() for call in lane.of(band, share))
         return cast("list[QueuedRequest]", sorted(calls, key=_ARRIVED)[::-1])
 
@@ -441,7 +441,7 @@ _MANY_LANES = 16
 _SPARE = 64
 
 
-def _head(shares: Shares) -> QueuedRequest | None:
+def _head(shares: TenantQueues) -> QueuedRequest | None:
     """The next call of one band: the first of the tenant that is furthest behind."""
     share = shares.first()
     if share is None:

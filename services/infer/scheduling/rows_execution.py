@@ -16,7 +16,7 @@ from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Out
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Execution, staying
+from services.infer.scheduling.execution import Execution, gpu_resident_outputs
 from shoal.errors import InvalidArgument
 
 
@@ -39,7 +39,7 @@ class RowsExecution(Execution):
     ) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
-        results = self._rows_session.run_rows(inputs, names, staying(calls[0]))
+        results = self._rows_session.run_rows(inputs, names, gpu_resident_outputs(calls[0]))
         computed = perf_counter_ns()
         times = ExecutionTimes(rows, gathered - start, computed - gathered, 0)
         if not self._batched:

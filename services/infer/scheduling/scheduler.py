@@ -27,7 +27,7 @@ from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submit import submitted
+from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
@@ -169,7 +169,7 @@ class Scheduler:
             Internal: the model cannot process this call.
             Unavailable: the model is being unloaded.
         """
-        return await submitted(self, call, deadline, tenant)
+        return await submit_and_wait(self, call, deadline, tenant)
 
     def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> QueuedRequest:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""

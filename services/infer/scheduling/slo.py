@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from services.infer.scheduling.batcher import BatchPolicy, Decision, Run, Wait, Waiting
+from services.infer.scheduling.batcher import BatchCandidate, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
 
 _HANDOVER_S = 0.0005
@@ -60,7 +60,7 @@ class Arrivals:
 
 
 def decide(
-    front: Sequence[Waiting], now: float, policy: BatchPolicy, cost: CostCurve, *, rate: float, instances: int
+    front: Sequence[BatchCandidate], now: float, policy: BatchPolicy, cost: CostCurve, *, rate: float, instances: int
 ) -> Decision:
     """What to do with the calls that make the next batch.
 
@@ -90,7 +90,7 @@ def _waiting_pays(rows: int, seconds: float, policy: BatchPolicy, cost: CostCurv
     return more >= 1 and each_s > _GAIN * cost.expected(rows + more) / (rows + more)
 
 
-def _fitting(front: Sequence[Waiting], now: float, cost: CostCurve) -> tuple[int, int, float]:
+def _fitting(front: Sequence[BatchCandidate], now: float, cost: CostCurve) -> tuple[int, int, float]:
     """How many calls can run together with none of them late that need not be; their rows, and the earliest due."""
     rows: list[int] = []
     due: list[float] = []

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Protocol, TypeAlias, TypeVar
 
-from services.infer.scheduling.fairness import Share
+from services.infer.scheduling.fairness import TenantQueue
 
 
 class Member(Protocol):
@@ -27,11 +27,11 @@ class Member(Protocol):
     due: float
     rank: float
     band: int
-    share: Share
+    share: TenantQueue
 
 
 M = TypeVar("M", bound=Member)
-Flows: TypeAlias = dict[Share, deque[M]]
+Flows: TypeAlias = dict[TenantQueue, deque[M]]
 
 _DUE, _RANK = attrgetter("due"), attrgetter("rank")
 
@@ -104,7 +104,7 @@ class StackGroup:
             if flows:
                 yield min((flow[0] for flow in flows.values()), key=behind)
 
-    def of(self, band: int, share: Share) -> Iterable[Member]:
+    def of(self, band: int, share: TenantQueue) -> Iterable[Member]:
         """The calls of one tenant in one band."""
         return self._bands[band].get(share, ())
 

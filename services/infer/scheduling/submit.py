@@ -27,7 +27,7 @@ class Waiter:
             self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
-async def submitted(to: RequestScheduler, call: InferenceRequest, deadline: float, tenant: str) -> InferenceResult:
+async def submit_and_wait(to: RequestScheduler, call: InferenceRequest, deadline: float, tenant: str) -> InferenceResult:
     """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
     future: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
     ticket = to.start(call, deadline, tenant, Waiter(future))

@@ -16,14 +16,14 @@ _TICK_S = 0.001
 # The loop's timers count milliseconds: one that is a little early would only be set again.
 
 
-class Delivery(ExecutionItem, Protocol):
+class AbandonableItem(ExecutionItem, Protocol):
     """A job that tells when nobody waits for it any more."""
 
     on_abandoned: Callable[[], None] | None
     """Called on the loop, while it is run."""
 
 
-class Awaits(Executor, Protocol):
+class AsyncExecutor(Executor, Protocol):
     """Runs batches that are awaited, one at a time."""
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
@@ -33,7 +33,7 @@ class Awaits(Executor, Protocol):
 class TaskWorker:
     """A worker.Worker. A batch for which nobody waits any more is ended."""
 
-    def __init__(self, execution: Awaits, loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(self, execution: AsyncExecutor, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution: Executor = execution
         self._awaits = execution
         self._loop, self._name = loop, name
@@ -44,7 +44,7 @@ class TaskWorker:
         self._stay()
         self._task = self._loop.create_task(self._awaits.outcomes(jobs), name=self._name)
         self._task.add_done_callback(partial(self._ended, jobs, done))
-        for job in cast("Sequence[Delivery]", jobs):  # As the Scheduler's are: others do not run on this worker.
+        for job in cast("Sequence[AbandonableItem]", jobs):  # As the Scheduler's are: others do not run on this worker.
             job.on_abandoned = partial(self._abandoned, jobs)
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class TaskWorker:
             self._end()
 
     def _ended(self, jobs: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
-        for job in cast("Sequence[Delivery]", jobs):
+        for job in cast("Sequence[AbandonableItem]", jobs):
             job.on_abandoned = None
         self._task = None
         # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.

@@ -24,7 +24,7 @@ from services.infer.sequences import rejections, step_runners
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import SequenceSettings
 from services.infer.sequences.step import SequenceStep
-from services.infer.sequences.step_runners import ProcessSteps, Results, SessionSteps, Stepped
+from services.infer.sequences.step_runners import ProcessSteps, Results, SessionSteps, StepResult
 from shoal.errors import ShoalError, Unavailable
 
 _RETRY_MS = 100
@@ -46,7 +46,7 @@ class SequenceExecution(Execution):
         """`first`: the states that a sequence begins with."""
         super().__init__(name, session, signature, clock)
         self._settings, self._first = settings, first
-        self._steps: SessionSteps | ProcessSteps = step_runners.of(session, settings, batched=self._batched)
+        self._steps: SessionSteps | ProcessSteps = step_runners.runner_of(session, settings, batched=self._batched)
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         alive = cast("Sequence[SequenceStep]", self._alive(batch, self._clock()))
@@ -65,7 +65,7 @@ class SequenceExecution(Execution):
     def _outcomes(self, alive: Sequence[SequenceStep], results: Results, times: ExecutionTimes) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for step, result in zip(alive, results, strict=True):
-            if isinstance(result, Stepped):
+            if isinstance(result, StepResult):
                 step.after = result.states
                 outcomes.append(InferenceResult(result.outputs, times))
             else:

@@ -38,7 +38,7 @@ def decide(
     return decision if isinstance(decision, Wait) else Chosen(front[: decision.count], decision.fired)
 
 
-def at_once(
+def choose_now(
     heads: Several[SequenceStep], settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
 ) -> Chosen | Wait:
     """The same, without waiting: nothing more will come."""

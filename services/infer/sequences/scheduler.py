@@ -22,11 +22,11 @@ from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submit import submitted
+from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences import admission, direct, oldest, rejections
 from services.infer.sequences.oldest import Chosen
-from services.infer.sequences.sequence_table import SequenceTable, Unknown
+from services.infer.sequences.sequence_table import SequenceTable, UnknownSequence
 from services.infer.sequences.settings import CORRID, SequenceSettings
 from services.infer.sequences.step import SequenceStep
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
@@ -111,7 +111,7 @@ class SequenceScheduler:
 
     async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """As `RunsCalls` has it. Raises InvalidArgument, too: the call is no step of a sequence that is known here."""
-        return await submitted(self, call, deadline, tenant)
+        return await submit_and_wait(self, call, deadline, tenant)
 
     def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> SequenceStep:
         if self._is_closing:
@@ -126,7 +126,7 @@ class SequenceScheduler:
         self._check_room(call)
         try:
             self.book.add(step, tenant)
-        except Unknown:
+        except UnknownSequence:
             raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
         if self._unanswered is not None:
             self._unanswered.append(step)
@@ -186,7 +186,7 @@ class SequenceScheduler:
     def _decide(self, instance: int, now: float) -> Chosen | Wait:
         heads = self.book.heads(instance)
         if self._is_closing:
-            return oldest.at_once(heads, self._settings, self.book.key)
+            return oldest.choose_now(heads, self._settings, self.book.key)
         decide = direct.decide if self._settings.is_direct else oldest.decide
         return decide(heads, now, self._settings, self.book.key)
 

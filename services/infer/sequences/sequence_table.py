@@ -16,12 +16,12 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.deadline_heap import Expiry
+from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.sequences.rows import SequenceId
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 
 
-class Unknown(Exception):
+class UnknownSequence(Exception):
     """A step without START, of a sequence that is not known (any more)."""
 
 
@@ -50,7 +50,7 @@ class SequenceTable:
         self._backlog: dict[Sequence, None] = {}
         self._idle: dict[Sequence, float] = {}  # In the order of their times: all may be idle for equally long.
         self._held: dict[str, int] = {}
-        self._expiry: Expiry[SequenceStep] = Expiry()
+        self._expiry: DeadlineHeap[SequenceStep] = DeadlineHeap()
         self.waiting = 0
         """Steps that wait."""
         self.waiting_bytes = 0
@@ -62,7 +62,7 @@ class SequenceTable:
         """Puts a step behind those of its sequence. Raises Unknown."""
         sequence = self._known.get(step.id)
         if not step.starts and (sequence is None or not sequence.is_open):
-            raise Unknown
+            raise UnknownSequence
         if sequence is None:
             sequence = self._known[step.id] = Sequence(step.id, tenant)
         step.sequence = sequence

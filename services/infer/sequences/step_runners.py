@@ -22,7 +22,7 @@ from services.infer.sequences.settings import SequenceSettings
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What a step gave."""
 
     outputs: Sequence[Tensor]
@@ -31,7 +31,7 @@ class Stepped:
     """For the next step, by the names of the model's inputs."""
 
 
-Results: TypeAlias = "list[Stepped | Exception]"
+Results: TypeAlias = "list[StepResult | Exception]"
 """One for each row that is somebody's, in order."""
 
 
@@ -48,7 +48,7 @@ class _Form:
         """What is asked of the model: what the client wants, and what the next step needs."""
         return list(dict.fromkeys((*outputs, *(state.output for state in self.settings.states))))
 
-    def stepped(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> Stepped:
+    def stepped(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> StepResult:
         """One row's. Raises ModelFailed when a state is not as the configuration says."""
         states = {}
         for state in self.settings.states:
@@ -61,7 +61,7 @@ class _Form:
                 )
             # A copy: a view would keep the states of the whole batch for as long as one of its sequences is idle.
             states[state.input] = array.copy()
-        return Stepped([results[name] for name in outputs], states)
+        return StepResult([results[name] for name in outputs], states)
 
     def apart(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
         """Stacked results, cut apart."""
@@ -131,7 +131,7 @@ class ProcessSteps:
 
     def _one(
         self, outputs: Sequence[str], names: Sequence[str], answer: list[Tensor] | Exception
-    ) -> Stepped | Exception:
+    ) -> StepResult | Exception:
         if isinstance(answer, Exception):
             return answer
         try:
@@ -142,7 +142,7 @@ class ProcessSteps:
             return err
 
 
-def of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
+def runner_of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
     """The steps of a session."""
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)

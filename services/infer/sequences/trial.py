@@ -32,7 +32,7 @@ class TrialSession(Session):
             for part in session.parts()
         ]
         self._first, self._batched = first, batched
-        self._steps = step_runners.of(session, settings, batched=batched)
+        self._steps = step_runners.runner_of(session, settings, batched=batched)
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         rows = len(next(iter(inputs.values()))) if self._batched and inputs else 1
@@ -40,7 +40,7 @@ class TrialSession(Session):
         for result in results:
             if isinstance(result, Exception):
                 raise ModelFailed(result.message if isinstance(result, ShoalError) else str(result)) from result
-        found = [result.outputs for result in results if isinstance(result, step_runners.Stepped)]
+        found = [result.outputs for result in results if isinstance(result, step_runners.StepResult)]
         if rows == 1:
             return list(found[0])
         return [np.concatenate(column) for column in zip(*found, strict=True)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.fairness import MOST, Shares
+from services.infer.scheduling.fairness import MOST, TenantQueues
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import ResourceExhausted
@@ -197,7 +197,7 @@ def test_tenants_are_remembered_only_as_far_as_it_matters():
 
 
 def test_shares_of_nobody_cost_nothing():
-    shares = Shares({})
+    shares = TenantQueues({})
     assert shares.of("") is shares.of("")
     assert shares.waiting() == []
 
