@@ -135,7 +135,7 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
         cache = options.data_dir / "cache" / "models"
         # Of several, those on a GPU would each bring the weights there.
         shared = {"SHARED_DIR": str(layout.run_dir)} if options.replicas["infer"] > 1 else {}
-        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.flights_of(instance)), **shared}
+        return {"CACHE_DIR": str(cache), "CRASH_JOURNAL": str(layout.flights_of(instance)), **shared}
     return {}
 
 

@@ -486,7 +486,7 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
             return await served.core.infer(asked)
 
     infer = Infer()
-    answers = model_stream_infer.answers(asked(), infer)
+    answers = model_stream_infer.stream_responses(asked(), infer)
     assert (await anext(answers)).infer_response.id == "0"
     await asyncio.sleep(0)
     assert sent <= model_stream_infer.AHEAD + 1

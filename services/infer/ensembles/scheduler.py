@@ -75,24 +75,24 @@ class EnsembleScheduler:
         """Looks its steps up again. Raises Unavailable, with a step's name."""
         self._plan = self._renew(self._plan)
 
-    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
+    async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """Runs one call. Raises what its steps do, with the name of the step; and as `RunsCalls.submit` does."""
-        return await submit_and_wait(self, call, deadline, tenant)
+        return await submit_and_wait(self, request, deadline, tenant)
 
-    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Run:
+    def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Run:
         """As `RunsCalls.start`."""
         if self._is_closing:
             raise Unavailable(f"model '{self._name}' is being unloaded")
         self.refresh()
-        now, timeout_us = self._clock(), call.parameters.timeout_us
+        now, timeout_us = self._clock(), request.parameters.timeout_us
         expires = min(deadline, now + timeout_us / 1e6) if timeout_us else deadline
         if expires <= now:
             self._statistics.expired += 1
             raise DeadlineExceeded(f"Request timeout expired before ensemble '{self._name}' began: it was not executed")
-        self._admit(call)
-        run = Run(self, self._plan, call, receiver, arrived=now, expires=expires, tenant=tenant)
+        self._admit(request)
+        run = Run(self, self._plan, request, receiver, arrived=now, expires=expires, tenant=tenant)
         self._runs[run] = None
-        self._size_bytes += call.size_bytes
+        self._size_bytes += request.size_bytes
         for version in run.plan.versions:
             version.__enter__()
         run.begin()
@@ -106,12 +106,12 @@ class EnsembleScheduler:
         ticket.abandon()
         self.forget(ticket)
 
-    def is_waiting(self, call: InferenceRequest) -> bool:
+    def is_waiting(self, request: InferenceRequest) -> bool:
         """As `RunsCalls.is_waiting`."""
-        return any(run.call is call and run.is_waiting for run in self._runs)
+        return any(run.call is request and run.is_waiting for run in self._runs)
 
-    def _admit(self, call: InferenceRequest) -> None:
-        size = self._size_bytes + call.size_bytes
+    def _admit(self, request: InferenceRequest) -> None:
+        size = self._size_bytes + request.size_bytes
         if len(self._runs) < self._most_calls and (size <= self._most_bytes or not self._runs):
             return
         self._statistics.shed += 1

@@ -52,36 +52,36 @@ NONE = Parameters()
 """What most requests say."""
 
 
-def read(given: Mapping[str, InferParameter]) -> Parameters:
+def read(parameters: Mapping[str, InferParameter]) -> Parameters:
     """The parameters of a whole request.
 
     Raises:
         InvalidArgument: a reserved name, a type that is not the parameter's, or a negative number.
     """
-    for name, value in given.items():
+    for name, value in parameters.items():
         if name in _TYPES:
-            _must_be(name, value, _TYPES[name], "the request")
+            _check_type(name, value, _TYPES[name], "the request")
         elif name.startswith("triton_"):
             raise InvalidArgument(f"parameter {quoted(name)}: names that start with 'triton_' are reserved")
         for number in ("timeout", "priority"):
             if name == number and value.int64_param < 0:
                 raise InvalidArgument(f"parameter '{name}': expected 0 or more, got {value.int64_param}")
-    if not given:
+    if not parameters:
         return NONE
-    timeout, priority, explain = given.get("timeout"), given.get("priority"), given.get("explain")
+    timeout, priority, explain = parameters.get("timeout"), parameters.get("priority"), parameters.get("explain")
     return Parameters(
         timeout_us=timeout.int64_param if timeout else 0,
         priority=(priority.uint64_param or priority.int64_param) if priority else 0,
         explain=explain.bool_param if explain else False,
-        sequence_id=sequence_id(given),
-        sequence_start="sequence_start" in given and given["sequence_start"].bool_param,
-        sequence_end="sequence_end" in given and given["sequence_end"].bool_param,
+        sequence_id=sequence_id(parameters),
+        sequence_start="sequence_start" in parameters and parameters["sequence_start"].bool_param,
+        sequence_end="sequence_end" in parameters and parameters["sequence_end"].bool_param,
     )
 
 
-def sequence_id(given: Mapping[str, InferParameter]) -> int | str:
+def sequence_id(parameters: Mapping[str, InferParameter]) -> int | str:
     """The sequence that a request is a step of. As in Triton, int64 and uint64 of the same bits mean the same one."""
-    value = given.get("sequence_id")
+    value = parameters.get("sequence_id")
     if value is None:
         return 0
     if value.WhichOneof("parameter_choice") == "string_param":
@@ -89,31 +89,31 @@ def sequence_id(given: Mapping[str, InferParameter]) -> int | str:
     return value.uint64_param or value.int64_param % (1 << 64)
 
 
-def check_input(given: Mapping[str, InferParameter], what: str) -> None:
+def check_input(parameters: Mapping[str, InferParameter], what: str) -> None:
     """Raises Unimplemented when an input's data should come from shared memory."""
-    for name in given:
+    for name in parameters:
         if name.startswith(_SHARED_MEMORY):
             raise Unimplemented(f"{what}: parameter {quoted(name)}: shared memory is not supported: send the data")
 
 
-def classes(given: Mapping[str, InferParameter], what: str) -> int:
+def classes(parameters: Mapping[str, InferParameter], what: str) -> int:
     """How many classes an output should be turned into; 0: the output itself.
 
     Raises:
         InvalidArgument: `classification` of another type, or less than 1.
         Unimplemented: the output should go to shared memory.
     """
-    check_input(given, what)
-    if "classification" not in given:
+    check_input(parameters, what)
+    if "classification" not in parameters:
         return 0
-    value = given["classification"]
-    _must_be("classification", value, ("int64_param",), what)
+    value = parameters["classification"]
+    _check_type("classification", value, ("int64_param",), what)
     if value.int64_param < 1:
         raise InvalidArgument(f"{what}: parameter 'classification': expected 1 or more, got {value.int64_param}")
     return value.int64_param
 
 
-def _must_be(name: str, value: InferParameter, types: tuple[str, ...], what: str) -> None:
+def _check_type(name: str, value: InferParameter, types: tuple[str, ...], what: str) -> None:
     got = value.WhichOneof("parameter_choice")
     if got not in types:
         raise InvalidArgument(

@@ -29,10 +29,10 @@ class ResidentPool(Protocol):
 class Resident:
     """An array, and where it is. Nobody writes to it."""
 
-    __slots__ = ("array", "keeper")
+    __slots__ = ("array", "gpu")
 
-    def __init__(self, array: Any, keeper: ResidentPool) -> None:
-        self.array, self.keeper = array, keeper
+    def __init__(self, array: Any, gpu: ResidentPool) -> None:
+        self.array, self.gpu = array, gpu
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class Resident:
         """Some of its rows: nothing is copied."""
         if not isinstance(rows, slice):
             raise TypeError("a tensor on a GPU can be cut by rows, and no number of it be read")
-        return Resident(self.array[rows], self.keeper)
+        return Resident(self.array[rows], self.gpu)
 
     def __array__(self, *_: Any, **__: Any) -> Tensor:
         raise TypeError("this tensor is on a GPU: whoever wants its numbers must fetch it")
@@ -71,14 +71,14 @@ def is_resident(value: object) -> bool:
 
 def joined(parts: Sequence[Resident]) -> Resident:
     """The rows of all of them, in order. They are in one place."""
-    keeper = parts[0].keeper
-    return Resident(keeper.joined([part.array for part in parts]), keeper)
+    gpu = parts[0].gpu
+    return Resident(gpu.joined([part.array for part in parts]), gpu)
 
 
 def fetched(values: Sequence[Any]) -> list[Any]:
     """The same values, those on a GPU as copies on the host: they are waited for once."""
-    there = [value for value in values if isinstance(value, Resident)]
-    if not there:
+    on_gpu = [value for value in values if isinstance(value, Resident)]
+    if not on_gpu:
         return list(values)
-    copies = iter(there[0].keeper.fetched([value.array for value in there]))
+    copies = iter(on_gpu[0].gpu.fetched([value.array for value in on_gpu]))
     return [next(copies) if isinstance(value, Resident) else value for value in values]

@@ -22,7 +22,7 @@ class TensorSpec:
     is_optional: bool = False
     """An input that a request may leave out."""
     is_ragged: bool = False
-    """Its rows may differ in shape (`ragged`): for an input, calls that differ in it may share an execution."""
+    """Its rows may differ in shape (`ragged`): for an input, requests that differ in it may share an execution."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which calls run together, when, and for whom (docs/scheduling.md).
+"""Which requests run together, when, and for whom (docs/scheduling.md).
 
-queue, lane, fairness, slo, batcher, cost and rules decide; scheduler and decoupled wait; worker and execution run.
+queue, group, fairness, slo, batcher, cost and rules decide; scheduler and decoupled wait; worker and execution run.
 """

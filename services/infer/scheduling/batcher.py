@@ -1,7 +1,7 @@
-"""Whether calls that can be run together should be run now: pure functions of what waits, and of the time.
+"""Whether requests that can be run together should be run now: pure functions of what waits, and of the time.
 
 delay 0 (the default)    run what is there: an idle server never waits, a busy one finds its batches in the queue
-delay > 0                wait until the batch is full, has a preferred size, or its first call has waited that long
+delay > 0                wait until the batch is full, has a preferred size, or its first request has waited that long
 a goal (`slo_ms`)        `slo`: as late as the goal allows, where waiting pays
 """
 
@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 
 
 class BatchCandidate(Protocol):
-    """What the policies see of a waiting call."""
+    """What the policies see of a waiting request."""
 
     @property
     def rows(self) -> int: ...
@@ -30,15 +30,15 @@ class BatchPolicy:
     """How a model is batched."""
 
     max_rows: int
-    """Rows at most in one execution; a call with more runs alone. 1: calls run one by one."""
+    """Rows at most in one execution; a request with more runs alone. 1: requests run one by one."""
     max_bytes: int
-    """Bytes of inputs at most in one execution; a call with more runs alone."""
+    """Bytes of inputs at most in one execution; a request with more runs alone."""
     delay_s: float = 0.0
-    """How long the first call of a batch may wait for company."""
+    """How long the first request of a batch may wait for company."""
     preferred: frozenset[int] = frozenset()
     """Sizes in rows that are not worth waiting beyond."""
     slo_s: float = math.inf
-    """Within how long calls should be answered. It forms the batches unless delay or preferred sizes are given."""
+    """Within how long requests should be answered. It forms the batches unless delay or preferred sizes are given."""
 
     @property
     def is_static(self) -> bool:
@@ -53,7 +53,7 @@ class BatchPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run the first `count` calls now."""
+    """Run the first `count` requests now."""
 
     count: int
     fired: str
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing is due before `until`; None: nothing at all until another call comes."""
+    """Nothing is due before `until`; None: nothing at all until another request comes."""
 
     until: float | None
 
@@ -72,18 +72,20 @@ Decision: TypeAlias = Run | Wait
 NOTHING = Wait(None)
 
 
-def decide(front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool) -> Decision:
-    """What to do with the calls that make the next batch, with a static policy.
+def decide(
+    front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool
+) -> Decision:
+    """What to do with the requests that make the next batch, with a static policy.
 
     Args:
-        front: at least one call, and no more than may run together.
+        front: at least one request, and no more than may run together.
         oldest: when the first of those that wait came.
         is_cut: more wait, and do not fit in.
     """
     rows = 0
     preferred = 0
-    for count, call in enumerate(front, 1):
-        rows += call.rows
+    for count, request in enumerate(front, 1):
+        rows += request.rows
         if rows in policy.preferred:
             preferred = count
     if rows >= policy.max_rows:

@@ -20,44 +20,44 @@ Search: TypeAlias = Generator[Sequence[J], list[R], list[R]]
 
 
 class Bisection(Generic[J, R]):
-    """For one batch that failed as a whole. Runs give a result for each job, or raise for all of them."""
+    """For one batch that failed as a whole. Runs give a result for each item, or raise for all of them."""
 
-    def __init__(self, excused: Callable[[Exception], R]) -> None:
-        """`excused` is the result of a guilty one."""
-        self._excused = excused
-        self._patience = 0
+    def __init__(self, outcome_of_error: Callable[[Exception], R]) -> None:
+        """`outcome_of_error` is the result of a guilty one."""
+        self._outcome_of_error = outcome_of_error
+        self._failures_left = 0
         self.cuts = 0
         """How often a batch was cut in two."""
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
-        """One result for each job, in order. `batch`, of more than one, has just failed."""
+        """One result for each item, in order. `batch`, of more than one, has just failed."""
         return sans_io.run_sync(self._search(batch), run)
 
-    async def awaited(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
+    async def outcomes_async(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
         """As `outcomes`, where a run is awaited."""
         return await sans_io.run_async(self._search(batch), run)
 
     def _search(self, batch: Sequence[J]) -> Search[J, R]:
         """Yields what to run, takes what came of it."""
-        self._patience = 2 * len(batch).bit_length()
+        self._failures_left = 2 * len(batch).bit_length()
         return self._halves(batch)
 
     def _halves(self, batch: Sequence[J]) -> Search[J, R]:
-        if self._patience <= 0:
+        if self._failures_left <= 0:
             results: list[R] = []
-            for job in batch:
-                results += yield from self._part([job])
+            for item in batch:
+                results += yield from self._run_part([item])
             return results
         self.cuts += 1
         middle = len(batch) // 2
-        first = yield from self._part(batch[:middle])
-        return first + (yield from self._part(batch[middle:]))
+        first = yield from self._run_part(batch[:middle])
+        return first + (yield from self._run_part(batch[middle:]))
 
-    def _part(self, batch: Sequence[J]) -> Search[J, R]:
+    def _run_part(self, batch: Sequence[J]) -> Search[J, R]:
         try:
             return (yield batch)
         except Exception as err:
             if len(batch) == 1:
-                return [self._excused(err)]
-            self._patience -= 1
+                return [self._outcome_of_error(err)]
+            self._failures_left -= 1
         return (yield from self._halves(batch))

@@ -16,11 +16,11 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
-_NEWEST = 0.1
+_NEWEST_WEIGHT = 0.1
 # Weight of the newest sample in a running mean: the last twenty or so count.
 
-_OUTLIER = 3.0
-_KNOWN = 8
+_OUTLIER_FACTOR = 3.0
+_ENOUGH_SAMPLES = 8
 # Executions before anybody should be refused, or made to wait, because of what was learned. Of a model whose warm-up
 # tried most sizes, the first two.
 
@@ -34,8 +34,8 @@ class _Bucket:
 
     def add(self, rows: int, seconds: float) -> None:
         self.count += 1
-        weight = max(1 / self.count, _NEWEST)
-        seconds = min(seconds, self.mean * _OUTLIER)
+        weight = max(1 / self.count, _NEWEST_WEIGHT)
+        seconds = min(seconds, self.mean * _OUTLIER_FACTOR)
         self.deviation += (abs(seconds - self.mean) - self.deviation) * weight
         self.mean += (seconds - self.mean) * weight
         self.rows += (rows - self.rows) * weight
@@ -64,7 +64,7 @@ class CostCurve:
     @property
     def is_known(self) -> bool:
         """Whether it has seen enough to be acted upon."""
-        return self.samples >= (_KNOWN if self._trials < _KNOWN - 2 else 2)
+        return self.samples >= (_ENOUGH_SAMPLES if self._trials < _ENOUGH_SAMPLES - 2 else 2)
 
     def add(self, rows: int, seconds: float) -> None:
         """One execution of `rows` that took `seconds`."""
@@ -125,7 +125,7 @@ class CostCurve:
             fitted.append(_Point(bucket.rows, bucket.mean, worst, min(bucket.count, 20)))
             # More rows never cost less: neighbours that say so are taken together (isotonic regression).
             while len(fitted) > 1 and fitted[-2].mean >= fitted[-1].mean:
-                fitted[-2:] = [_together(*fitted[-2:])]
+                fitted[-2:] = [_merged(*fitted[-2:])]
         for left, right in pairwise(fitted):
             right.worst = max(right.worst, left.worst)
         self._points, self._rows = fitted, [point.rows for point in fitted]
@@ -146,7 +146,7 @@ class Backlog:
     @property
     def is_known(self) -> bool:
         """Whether it has seen enough to be acted upon."""
-        return self._batches >= _KNOWN
+        return self._batches >= _ENOUGH_SAMPLES
 
     @property
     def row_s(self) -> float:
@@ -161,15 +161,15 @@ class Backlog:
     def add(self, rows: int, seconds: float) -> None:
         """One batch that left rows in the queue."""
         self._batches += 1
-        weight = max(1 / self._batches, _NEWEST)
+        weight = max(1 / self._batches, _NEWEST_WEIGHT)
         if self._batches > 1:
-            seconds = min(seconds, self.batch_s * _OUTLIER)
+            seconds = min(seconds, self.batch_s * _OUTLIER_FACTOR)
             self._deviation_s += (abs(seconds - self.batch_s) - self._deviation_s) * weight
         self.batch_s += (seconds - self.batch_s) * weight
         self._rows += (rows - self._rows) * weight
 
 
-def _together(a: _Point, b: _Point) -> _Point:
+def _merged(a: _Point, b: _Point) -> _Point:
     weight = a.weight + b.weight
 
     def mean(x: float, y: float) -> float:

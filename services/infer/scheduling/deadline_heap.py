@@ -1,4 +1,4 @@
-"""The times at which waiting calls run out, earliest first: one heap, and so one timer, for all of them."""
+"""The times at which waiting requests run out, earliest first: one heap, and so one timer, for all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-_SPARE = 64
+_SLACK = 64
 
 
 class Expiring(Protocol):
@@ -27,12 +27,12 @@ class DeadlineHeap(Generic[W]):
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, W]] = []
         self._numbers = count()
-        self._tidy_at = _SPARE
+        self._compact_at = _SLACK
 
-    def add(self, at: float, waiter: W) -> None:
-        if len(self._heap) >= self._tidy_at:
-            self._tidy()
-        heapq.heappush(self._heap, (at, next(self._numbers), waiter))
+    def add(self, at: float, entry: W) -> None:
+        if len(self._heap) >= self._compact_at:
+            self._compact()
+        heapq.heappush(self._heap, (at, next(self._numbers), entry))
 
     def next(self) -> float:
         """When the next one runs out; infinite when nobody does."""
@@ -50,8 +50,8 @@ class DeadlineHeap(Generic[W]):
         while self.next() <= now:
             yield heapq.heappop(self._heap)[2]
 
-    def _tidy(self) -> None:
-        # Most calls are answered long before their time: without this, they would be held until then.
+    def _compact(self) -> None:
+        # Most requests are answered long before their time: without this, they would be held until then.
         self._heap = [entry for entry in self._heap if entry[2].is_waiting]
         heapq.heapify(self._heap)
-        self._tidy_at = 2 * len(self._heap) + _SPARE
+        self._compact_at = 2 * len(self._heap) + _SLACK

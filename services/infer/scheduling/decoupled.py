@@ -35,7 +35,7 @@ CREDIT = 16
 """Responses of one request that may be on their way: enough to hide the hops, few enough to hold little memory."""
 
 _RETRY_MS = 100
-_UNWANTED_S = 30.0
+_CANCEL_GRACE_S = 30.0
 # A request that the model has not let go of for so long after its caller has gone: the process is ended, unless others
 # are being served by it.
 
@@ -52,22 +52,22 @@ class Response:
 
 
 @dataclass(eq=False)
-class _Place:
+class _ActiveStream:
     """What a request holds until the model has let go of it."""
 
     link: DecoupledStreams
-    call: InferenceRequest
+    request: InferenceRequest
     events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)  # Bounded by the credit.
     number: int = 0
-    is_left: bool = False
+    is_abandoned: bool = False
     """Its caller has gone."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Waiter:
-    call: InferenceRequest
-    place: asyncio.Future[_Place]
+    request: InferenceRequest
+    active: asyncio.Future[_ActiveStream]
 
 
 class DecoupledScheduler:
@@ -90,25 +90,25 @@ class DecoupledScheduler:
         self._default_timeout_s = default_timeout_s
         self._statistics, self._clock = statistics, clock
         self._waiting: deque[_Waiter] = deque()
-        self._places: set[_Place] = set()
+        self._active: set[_ActiveStream] = set()
         self._is_closing = False
 
     async def __aenter__(self) -> DecoupledScheduler:
         self._loop = asyncio.get_running_loop()
-        self._session.on_link = lambda: self._from_thread(self._seat)
+        self._session.on_link = lambda: self._from_thread(self._admit_waiting)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._is_closing = True
-        self._turn_away(self._unloading())
-        for place in list(self._places):
-            place.events.put_nowait(self._unloading())
-            self._leave(place)
+        self._reject_waiting(self._unloading_error())
+        for active in list(self._active):
+            active.events.put_nowait(self._unloading_error())
+            self._release(active)
 
     async def stream(
-        self, call: InferenceRequest, deadline: float = math.inf, tenant: str = ""
+        self, request: InferenceRequest, deadline: float = math.inf, tenant: str = ""
     ) -> AsyncGenerator[Response, None]:
         """Runs one request; the last response is final. Closing the generator cancels the request in the model.
 
@@ -122,53 +122,53 @@ class DecoupledScheduler:
             Internal: the model's process died. What the model itself fails with is a response.
         """
         arrived = self._clock()
-        place = await self._admitted(call, arrived, deadline)
+        active = await self._admit(request, arrived, deadline)
         started = self._clock()
-        self._begin(place, deadline)
+        self._start(active, deadline)
         try:
-            taken = 0
+            read_count = 0
             while True:
-                response = self._response(await place.events.get(), call)
+                response = self._response(await active.events.get(), request)
                 yield response
                 if response.is_final:
                     break
-                taken += 1
-                if taken % (CREDIT // 2) == 0:
-                    place.link.tell(place.number, "credit", more=CREDIT // 2)
+                read_count += 1
+                if read_count % (CREDIT // 2) == 0:
+                    active.link.tell(active.number, "credit", more=CREDIT // 2)
         finally:
-            place.is_left = True
-            if place in self._places:
-                place.link.tell(place.number, "cancel")
-                place.timers.append(self._loop.call_later(_UNWANTED_S, self._is_stuck, place))
-        self._count(call, arrived, started)
+            active.is_abandoned = True
+            if active in self._active:
+                active.link.tell(active.number, "cancel")
+                active.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, active))
+        self._count(request, arrived, started)
 
-    def _unloading(self) -> Unavailable:
+    def _unloading_error(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
 
-    async def _admitted(self, call: InferenceRequest, now: float, deadline: float) -> _Place:
+    async def _admit(self, request: InferenceRequest, now: float, deadline: float) -> _ActiveStream:
         if self._is_closing:
-            raise self._unloading()
-        self._check_poison(call)
-        timeout_us = call.parameters.timeout_us
+            raise self._unloading_error()
+        self._check_poison(request)
+        timeout_us = request.parameters.timeout_us
         expires = min(deadline, now + self._default_timeout_s, now + timeout_us / 1e6 if timeout_us else math.inf)
         if expires <= now:
             self._statistics.expired += 1
-            raise self._too_late()
+            raise self._expired_error()
         self._session.check_running()
         if not self._waiting and (link := self._free_link()) is not None:
-            return self._taken(link, call)
-        return await self._waited(call, expires - now)
+            return self._occupy(link, request)
+        return await self._wait_for_slot(request, expires - now)
 
-    async def _waited(self, call: InferenceRequest, at_most_s: float) -> _Place:
-        self._check_room(call)
-        waiter = _Waiter(call, self._loop.create_future())
+    async def _wait_for_slot(self, request: InferenceRequest, at_most_s: float) -> _ActiveStream:
+        self._check_capacity(request)
+        waiter = _Waiter(request, self._loop.create_future())
         self._waiting.append(waiter)
         timer = self._loop.call_later(at_most_s, self._expire, waiter) if at_most_s != math.inf else None
         try:
-            return await waiter.place
+            return await waiter.active
         except asyncio.CancelledError:
-            if waiter.place.done() and not waiter.place.cancelled() and waiter.place.exception() is None:
-                self._leave(waiter.place.result())  # It was given a place just now.
+            if waiter.active.done() and not waiter.active.cancelled() and waiter.active.exception() is None:
+                self._release(waiter.active.result())  # It was given a place just now.
             raise
         finally:
             if timer is not None:
@@ -176,10 +176,10 @@ class DecoupledScheduler:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
 
-    def _check_room(self, call: InferenceRequest) -> None:
-        waiting = sum(waiter.call.size_bytes for waiter in self._waiting)
+    def _check_capacity(self, request: InferenceRequest) -> None:
+        waiting = sum(waiter.request.size_bytes for waiter in self._waiting)
         if len(self._waiting) >= self._limits.calls or (
-            self._waiting and waiting + call.size_bytes > self._limits.size_bytes
+            self._waiting and waiting + request.size_bytes > self._limits.size_bytes
         ):
             self._statistics.shed += 1
             raise ResourceExhausted(
@@ -190,108 +190,110 @@ class DecoupledScheduler:
             )
 
     def _expire(self, waiter: _Waiter) -> None:
-        if not waiter.place.done():
+        if not waiter.active.done():
             self._statistics.expired += 1
-            waiter.place.set_exception(self._too_late())
+            waiter.active.set_exception(self._expired_error())
 
-    def _too_late(self) -> DeadlineExceeded:
+    def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
-    def _check_poison(self, call: InferenceRequest) -> None:
-        after_s = self._session.poison.refused_for_s(call) if self._session.poison else 0.0
+    def _check_poison(self, request: InferenceRequest) -> None:
+        after_s = self._session.poison.refused_for_s(request) if self._session.poison else 0.0
         if after_s:
             raise self._session.refusal(self._name, after_s)
 
     def _free_link(self) -> DecoupledStreams | None:
         at_work: dict[DecoupledStreams, int] = dict.fromkeys(self._session.links(), 0)
-        for place in self._places:
-            if place.link in at_work:
-                at_work[place.link] += 1
+        for active in self._active:
+            if active.link in at_work:
+                at_work[active.link] += 1
         free = min(at_work, key=lambda link: at_work[link], default=None)
         return free if free is not None and at_work[free] < self._session.limits.streams else None
 
-    def _taken(self, link: DecoupledStreams, call: InferenceRequest) -> _Place:
-        place = _Place(link, call)
-        self._places.add(place)
-        return place
+    def _occupy(self, link: DecoupledStreams, request: InferenceRequest) -> _ActiveStream:
+        active = _ActiveStream(link, request)
+        self._active.add(active)
+        return active
 
-    def _seat(self) -> None:
+    def _admit_waiting(self) -> None:
         """Gives free places to those that wait."""
         while self._waiting and (link := self._free_link()) is not None:
             waiter = self._waiting.popleft()
-            if not waiter.place.done():
-                waiter.place.set_result(self._taken(link, waiter.call))
+            if not waiter.active.done():
+                waiter.active.set_result(self._occupy(link, waiter.request))
         if self._waiting and not self._session.links():
             try:
                 self._session.check_running()
             except ShoalError as err:
-                self._turn_away(err)
+                self._reject_waiting(err)
 
-    def _turn_away(self, error: ShoalError) -> None:
+    def _reject_waiting(self, error: ShoalError) -> None:
         while self._waiting:
             waiter = self._waiting.popleft()
-            if not waiter.place.done():
-                waiter.place.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
+            if not waiter.active.done():
+                waiter.active.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
 
-    def _begin(self, place: _Place, deadline: float) -> None:
-        call, session = place.call, self._session
-        parts = [payload.part(name, session.datatypes[name], [array]) for name, array in call.tensors.items()]
-        header: dict[str, Any] = {"outputs": [wanted.spec.name for wanted in call.outputs], "rows": []}
+    def _start(self, active: _ActiveStream, deadline: float) -> None:
+        request, session = active.request, self._session
+        parts = [payload.part(name, session.datatypes[name], [array]) for name, array in request.tensors.items()]
+        header: dict[str, Any] = {"outputs": [requested.spec.name for requested in request.outputs], "rows": []}
         header["credit"] = CREDIT
         if session.wants_requests:
-            header["details"] = [request_info.of(call, self._name, self._version)]
-        place.number = place.link.start(header, parts, lambda message: self._from_thread(self._arrived, place, message))
+            header["details"] = [request_info.of(request, self._name, self._version)]
+        active.number = active.link.start(
+            header, parts, lambda message: self._from_thread(self._on_message, active, message)
+        )
         if deadline != math.inf:
             late = DeadlineExceeded("Deadline Exceeded: the responses did not end in time")
-            place.timers.append(self._loop.call_later(deadline - self._clock(), place.events.put_nowait, late))
+            active.timers.append(self._loop.call_later(deadline - self._clock(), active.events.put_nowait, late))
         if session.limits.execution_s != math.inf:
-            place.timers.append(self._loop.call_later(session.limits.execution_s, self._takes_too_long, place))
+            active.timers.append(self._loop.call_later(session.limits.execution_s, self._kill_overdue, active))
 
-    def _from_thread(self, call: Callable[..., None], *args: Any) -> None:
+    def _from_thread(self, callback: Callable[..., None], *args: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(call, *args)
+            self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
             pass  # The loop is gone, and so is everybody who waited.
 
-    def _arrived(self, place: _Place, message: Message | None) -> None:
+    def _on_message(self, active: _ActiveStream, message: Message | None) -> None:
         if message is None:
-            self._blame(place.link)
-            end = place.link.process.end
-            place.events.put_nowait(
+            self._blame(active.link)
+            end = active.link.process.end
+            active.events.put_nowait(
                 Internal(f"Failed to process the request(s) for model '{self._name}': the model's process died ({end})")
             )
-        elif not place.is_left:
-            place.events.put_nowait(message)
+        elif not active.is_abandoned:
+            active.events.put_nowait(message)
         if message is None or message.op == "end" or message.header.get("final") is True:
-            self._leave(place)
+            self._release(active)
 
-    def _leave(self, place: _Place) -> None:
-        self._places.discard(place)
-        for timer in place.timers:
+    def _release(self, active: _ActiveStream) -> None:
+        self._active.discard(active)
+        for timer in active.timers:
             timer.cancel()
-        self._seat()
+        self._admit_waiting()
 
     def _blame(self, link: DecoupledStreams) -> None:
         """Once for each link that breaks: whoever it was at work for may have been the cause."""
         if link.is_blamed or self._is_closing:
             return
         link.is_blamed = True
-        calls = [place.call for place in self._places if place.link is link]
-        self._session.poison.blame(calls, is_sure=link.process.is_own_doing())
+        requests = [active.request for active in self._active if active.link is link]
+        self._session.poison.blame(requests, is_sure=link.process.is_own_doing())
 
-    def _takes_too_long(self, place: _Place) -> None:
+    def _kill_overdue(self, active: _ActiveStream) -> None:
         ms = self._session.limits.execution_s * 1000
-        place.link.process.kill(f"killed: a request took longer than execution_timeout_ms, {ms:.0f}")
+        active.link.process.kill(f"killed: a request took longer than execution_timeout_ms, {ms:.0f}")
 
-    def _is_stuck(self, place: _Place) -> None:
-        if place not in self._places:
+    def _kill_if_stuck(self, active: _ActiveStream) -> None:
+        if active not in self._active:
             return
-        if all(other.is_left for other in self._places if other.link is place.link):
-            place.link.process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
+        if all(other.is_abandoned for other in self._active if other.link is active.link):
+            active.link.process.kill(f"killed: it went on for {_CANCEL_GRACE_S:.0f} s after everybody had gone")
         else:
-            place.timers.append(self._loop.call_later(_UNWANTED_S, self._is_stuck, place))
+            active.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, active))
 
-    def _response(self, event: Message | ShoalError, call: InferenceRequest) -> Response:
+    def _response(self, event: Message | ShoalError, request: InferenceRequest) -> Response:
         if isinstance(event, ShoalError):
             raise event
         if event.op == "end":
@@ -301,14 +303,14 @@ class DecoupledScheduler:
             return Response(error=error_of(event.header, self._name), is_final=is_final)
         outputs = [self._session.textual(array) for _, _, array in event.tensors]
         try:
-            check_outputs(call, outputs)
+            check_outputs(request, outputs)
         except ModelFailed as err:
             error = Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
             return Response(error=error, is_final=is_final)
         return Response(outputs, is_final=is_final)
 
-    def _count(self, call: InferenceRequest, arrived: float, started: float) -> None:
+    def _count(self, request: InferenceRequest, arrived: float, started: float) -> None:
         now = self._clock()
-        times = ExecutionTimes(call.rows, 0, int((now - started) * 1e9), 0)
+        times = ExecutionTimes(request.rows, 0, int((now - started) * 1e9), 0)
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         self._statistics.answered(times, queue_ns=int((started - arrived) * 1e9), total_ns=int((now - arrived) * 1e9))

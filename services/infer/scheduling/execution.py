@@ -1,9 +1,9 @@
-"""One execution: rows of several calls gathered, the model run once, the answers cut apart. It blocks.
+"""One execution: rows of several requests gathered, the model run once, the answers cut apart. It blocks.
 
-    inputs of each call ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each call
+    inputs of each request ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each request
 
-A call that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
-fails it is cut in halves (`bisection`), so that only the guilty calls fail.
+A request that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
+fails it is cut in halves (`bisection`), so that only the guilty requests fail.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _KEPT_BYTES = 16 << 20
 
 
 class ExecutionItem(Protocol):
-    """What an execution needs of a waiting call."""
+    """What an execution needs of a waiting request."""
 
     @property
-    def call(self) -> InferenceRequest: ...
+    def request(self) -> InferenceRequest: ...
 
     @property
     def expires(self) -> float: ...
@@ -67,7 +67,7 @@ class Executor(Protocol):
     may_run_on_loop: bool
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Never raises."""
+        """One outcome for each item, in order. Never raises."""
 
 
 class Execution:
@@ -85,13 +85,13 @@ class Execution:
         """Whether the model only computes: then a run that is short enough holds up nobody."""
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Never raises."""
+        """One outcome for each item, in order. Never raises."""
         outcomes: list[Outcome] = []
         try:
             try:
                 outcomes = self._run(batch)
             except Exception as err:
-                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._excused(err)]
+                outcomes = self._bisect(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
             if len(outcomes) != len(batch):
                 raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
         except Exception as err:
@@ -99,21 +99,21 @@ class Execution:
         except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
             outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
         if self._staging:
-            self._give_back()
+            self._free_large_buffers()
         return outcomes
 
-    def _run_apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
+    def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
         log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
-        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._excused)
+        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts
         return outcomes
 
-    def _excused(self, err: Exception) -> Outcome:
+    def _outcome_of_error(self, err: Exception) -> Outcome:
         # What the model says is for the caller; of any other fault the log is told everything, and the caller little.
-        return self._failed(err) if isinstance(err, ModelFailed) else err
+        return self._model_error(err) if isinstance(err, ModelFailed) else err
 
-    def _failed(self, err: ModelFailed) -> Internal:
+    def _model_error(self, err: ModelFailed) -> Internal:
         return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
@@ -121,70 +121,72 @@ class Execution:
         alive = self._alive(batch, self._clock())
         while alive:
             start = perf_counter_ns()
-            calls = [job.call for job in alive]
-            inputs, rows = self._gathered(calls)
+            requests = [item.request for item in alive]
+            inputs, rows = self._gather(requests)
             # Gathering large inputs takes a while: whoever ran out in it is left out too.
             now = self._clock()
             still = self._alive(alive, now)
             if len(still) < len(alive):
                 alive = still
                 continue
-            self._check_alive(alive, now)
-            answers = self._computed(calls, inputs, rows, start)
+            self._count_expired(alive, now)
+            answers = self._compute_outcomes(requests, inputs, rows, start)
             if len(alive) == len(batch):
                 return answers
             found = dict(zip(map(id, alive), answers, strict=True))
-            return [found[id(job)] if id(job) in found else expired() for job in batch]
+            return [found[id(item)] if id(item) in found else expired() for item in batch]
         return [expired() for _ in batch]
 
     def _alive(self, batch: Sequence[ExecutionItem], now: float) -> Sequence[ExecutionItem]:
-        if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
-            return [job for job in batch if not job.is_abandoned and now < job.expires]
+        if any(item.is_abandoned for item in batch) or min([item.expires for item in batch]) <= now:
+            return [item for item in batch if not item.is_abandoned and now < item.expires]
         return batch
 
-    def _check_alive(self, batch: Sequence[ExecutionItem], now: float) -> None:
+    def _count_expired(self, batch: Sequence[ExecutionItem], now: float) -> None:
         """Counts what must not be: whoever changes the above should see it."""
-        if min([job.expires for job in batch]) <= now:
-            self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
+        if min([item.expires for item in batch]) <= now:
+            self.tally.expired_rows += sum(item.request.rows for item in batch if item.expires <= now)
 
-    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
+    def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         """What the model is given, and how many rows that is."""
-        if len(calls) == 1:
-            return calls[0].tensors, calls[0].rows
-        return self._stacked(calls, calls[0].inputs)
+        if len(requests) == 1:
+            return requests[0].tensors, requests[0].rows
+        return self._stack(requests, requests[0].inputs)
 
-    def _stacked(self, calls: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
-        """These inputs of all calls, each in one buffer; of a single call as they are."""
-        if len(calls) == 1:
-            return {name: calls[0].tensors[name] for name in names}, calls[0].rows
+    def _stack(self, requests: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+        """These inputs of all requests, each in one buffer; of a single request as they are."""
+        if len(requests) == 1:
+            return {name: requests[0].tensors[name] for name in names}, requests[0].rows
         inputs: dict[str, Any] = {}
-        rows = sum([call.rows for call in calls])
+        rows = sum([request.rows for request in requests])
         for name in names:
-            parts = [call.tensors[name] for call in calls]
+            parts = [request.tensors[name] for request in requests]
             if is_resident(parts[0]):  # Then all are, and where they are they are joined.
                 inputs[name] = joined(cast("list[Any]", parts))
                 continue
             inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
         return inputs, rows
 
-    def _computed(
-        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    def _compute_outcomes(
+        self, requests: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
     ) -> list[Outcome]:
         gathered = perf_counter_ns()
-        names = [output.spec.name for output in calls[0].outputs]
-        results = self._ran(calls[0], inputs, names)
+        names = [output.spec.name for output in requests[0].outputs]
+        results = self._run_session(requests[0], inputs, names)
         computed = perf_counter_ns()
         if self._batched:
             self._check_rows(names, results, rows)
-        if len(calls) == 1:
+        if len(requests) == 1:
             return [InferenceResult(results, ExecutionTimes(rows, gathered - start, computed - gathered, 0))]
-        counts = [call.rows for call in calls]
-        parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
+        counts = [request.rows for request in requests]
+        parts = (
+            zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(requests)
+        )
         times = ExecutionTimes(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
         return [InferenceResult(outputs, times) for outputs in parts]
 
-    def _ran(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
-        """The outputs of the model; `like` is any of the calls."""
+    def _run_session(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        """The outputs of the model; `like` is any of the requests."""
         return self._session.run(inputs, names)
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
@@ -198,7 +200,7 @@ class Execution:
             memory = self._staging[name] = np.empty(1 << max(size - 1, 1).bit_length(), np.uint8)
         return memory[:size].view(like.dtype).reshape(shape)
 
-    def _give_back(self) -> None:
+    def _free_large_buffers(self) -> None:
         for name in [name for name, memory in self._staging.items() if memory.nbytes > _KEPT_BYTES]:
             del self._staging[name]
 
@@ -211,11 +213,11 @@ class Execution:
                 )
 
 
-def gpu_resident_outputs(call: InferenceRequest) -> frozenset[str]:
+def gpu_resident_outputs(request: InferenceRequest) -> frozenset[str]:
     """The outputs that may stay on a GPU."""
-    return frozenset([output.spec.name for output in call.outputs if output.stays])
+    return frozenset([output.spec.name for output in request.outputs if output.stays])
 
 
 def expired() -> DeadlineExceeded:
-    """The outcome of a call that is left out."""
+    """The outcome of a request that is left out."""
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

@@ -10,7 +10,7 @@ many are of use when an instance turns to them. In time are then, for each secon
 
 Large batches are cheap by the row, and too large ones leave no time to wait for them. The least b that reaches nearly
 the most is taken: what is left to spare is worth more than a hundredth of throughput. But where all that comes can be
-done with ease, it is the largest b with which that is so: calls that came together are not kept waiting for each other.
+done with ease, it is the largest b with which that is so: requests that came together are not kept waiting for each other.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from services.infer.scheduling.slo import Arrivals
 SPARE = 0.9
 """The part of a budget that plans may use up: clocks, networks and forecasts err."""
 
-_AMPLE = 0.6
-_ENOUGH = 3
+_BACKLOG_SPARE = 0.6
+_BACKLOG_BATCHES = 3
 # The part that is used up where so many batches wait already: they keep the instances busy, and what would come in at
 # the last moment is better refused.
 
-_EASILY = 1.1
+_HEADROOM = 1.1
 # So many times the rows that are offered.
 
-_NEARLY = 0.98
-_NEWEST = 0.02
-# Weight of the newest call in the mean of the budgets.
+_NEAR_BEST = 0.98
+_NEWEST_WEIGHT = 0.02
+# Weight of the newest request in the mean of the budgets.
 
-_AGAIN_S = 0.05
+_RECOMPUTE_S = 0.05
 # So often a new size is looked for.
 
 _SIZES = (1, *(size for power in range(1, 13) for size in (1 << power, 3 << (power - 1))))
@@ -43,47 +43,47 @@ _SIZES = (1, *(size for power in range(1, 13) for size in (1 << power, 3 << (pow
 
 
 def spare_of(ahead_s: float, batch_s: float) -> float:
-    """The part of its time that a call may be planned to take, when `ahead_s` of work in batches waits before it."""
-    return _AMPLE if ahead_s > _ENOUGH * batch_s else SPARE
+    """The part of its time that a request may be planned to take, when `ahead_s` of work in batches waits before it."""
+    return _BACKLOG_SPARE if ahead_s > _BACKLOG_BATCHES * batch_s else SPARE
 
 
 class Pressure:
     """What is asked of a model while none of its instances is free."""
 
-    __slots__ = ("_arrivals", "_hurry", "_least_s", "_rows", "_until", "is_overloaded")
+    __slots__ = ("_arrivals", "_mean_inverse_budget", "_row_s", "_rows", "_until", "is_overloaded")
 
     def __init__(self) -> None:
         self._arrivals = Arrivals()
-        self._hurry = 0.0  # Mean of 1 / budget: calls without a deadline count as in no hurry at all.
-        self._least_s = 0.0  # One row takes so long: who has less cannot be helped, and says nothing of the others.
+        self._mean_inverse_budget = 0.0  # Mean of 1 / budget: requests without a deadline count as in no hurry at all.
+        self._row_s = 0.0  # One row takes so long: who has less cannot be helped, and says nothing of the others.
         self._rows = 0
         self._until = -math.inf
         self.is_overloaded = False
         """More came, when `max_rows` last looked, than can be done in batches of so many rows."""
 
     def add(self, rows: int, budget_s: float) -> None:
-        """A call that came, whether it was taken or not; `budget_s`: until its deadline."""
+        """A request that came, whether it was taken or not; `budget_s`: until its deadline."""
         self._arrivals.add(rows)
-        if budget_s > self._least_s:
-            self._hurry += (1 / max(budget_s, 1e-4) - self._hurry) * _NEWEST
+        if budget_s > self._row_s:
+            self._mean_inverse_budget += (1 / max(budget_s, 1e-4) - self._mean_inverse_budget) * _NEWEST_WEIGHT
 
     @property
     def budget_s(self) -> float:
-        """How long calls have, by and large."""
-        return 1 / self._hurry if self._hurry > 1e-9 else math.inf
+        """How long requests have, by and large."""
+        return 1 / self._mean_inverse_budget if self._mean_inverse_budget > 1e-9 else math.inf
 
     def max_rows(self, now: float, cost: CostCurve, most: int, instances: int) -> int:
-        """Rows for one batch: `most`, unless less gets more calls answered in time."""
+        """Rows for one batch: `most`, unless less gets more requests answered in time."""
         if now >= self._until:
-            self._look(now, cost, most, instances)
+            self._recompute(now, cost, most, instances)
         return self._rows
 
-    def _look(self, now: float, cost: CostCurve, most: int, instances: int) -> None:
-        self._until = now + _AGAIN_S
+    def _recompute(self, now: float, cost: CostCurve, most: int, instances: int) -> None:
+        self._until = now + _RECOMPUTE_S
         rate = self._arrivals.per_second(now) / instances
         self._rows, self.is_overloaded = most, False
         if cost.is_known:
-            self._least_s = cost.expected(1)
+            self._row_s = cost.expected(1)
             self._rows = best_rows(cost, most, rate, SPARE * self.budget_s)
             self.is_overloaded = rate * cost.expected(self._rows) > self._rows
 
@@ -102,9 +102,9 @@ def best_rows(cost: CostCurve, most: int, rate: float, budget_s: float) -> int:
     sizes = [size for size in _SIZES if size < most] + [most]
     in_time = [_in_time(size, cost, rate, budget_s) for size in sizes]
     found = list(zip(sizes, in_time, strict=True))
-    if max(in_time) >= _EASILY * rate:
-        return next(size for size, rows in reversed(found) if rows >= _EASILY * rate)
-    return next(size for size, rows in found if rows >= _NEARLY * max(in_time))
+    if max(in_time) >= _HEADROOM * rate:
+        return next(size for size, rows in reversed(found) if rows >= _HEADROOM * rate)
+    return next(size for size, rows in found if rows >= _NEAR_BEST * max(in_time))
 
 
 def _in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:

@@ -1,7 +1,7 @@
-"""What brings the calls of one model version to execution, as those see it who have calls: core, short way, cache.
+"""What brings the requests of one model version to execution, as those see it who have requests: core, short way, cache.
 
 There are several kinds; `models.scheduling` says which one a model gets. One kind keeps all promises of the others:
-what was cancelled or is too late does not begin, the statistics count each call once, a full queue refuses at once.
+what was cancelled or is too late does not begin, the statistics count each request once, a full queue refuses at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ticket: TypeAlias = Any
 
 
 class RequestScheduler(Protocol):
-    """Runs calls that have one answer each. Use as `async with`: leaving runs what still waits, then stops.
+    """Runs requests that have one answer each. Use as `async with`: leaving runs what still waits, then stops.
 
     Only the event loop's thread touches it.
     """
@@ -30,25 +30,25 @@ class RequestScheduler(Protocol):
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None: ...
 
-    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
-        """Runs one call. Cancelled, it abandons it.
+    async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
+        """Runs one request. Cancelled, it abandons it.
 
         Args:
-            deadline: on the server's clock; the call is not started at or after it, nor after its own `timeout`.
-            tenant: whose call it is.
+            deadline: on the server's clock; the request is not started at or after it, nor after its own `timeout`.
+            tenant: whose request it is.
 
         Raises:
-            ResourceExhausted: the queue is full, or too long for the call to be done in time.
+            ResourceExhausted: the queue is full, or too long for the request to be done in time.
             DeadlineExceeded: it could not be started in time, and was not.
-            Internal: the model cannot process this call.
+            Internal: the model cannot process this request.
             Unavailable: the model is being unloaded.
         """
 
-    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
+    def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
         """As `submit`, without waiting: `receiver` is told, maybe before this returns. Raises what is clear at once."""
 
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
 
-    def is_waiting(self, call: InferenceRequest) -> bool:
-        """Whether the execution of `call`, which was started here and is not answered yet, has not begun."""
+    def is_waiting(self, request: InferenceRequest) -> bool:
+        """Whether the execution of `request`, which was started here and is not answered yet, has not begun."""

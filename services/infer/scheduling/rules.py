@@ -24,17 +24,17 @@ _MAX_WEIGHT = 1_000_000
 _MAX_WEIGHTS = 1024
 
 _AGING_MS = 1000.0
-# Far longer than a healthy queue: levels are strict for calls of about the same age, and nobody waits for ever.
+# Far longer than a healthy queue: levels are strict for requests of about the same age, and nobody waits for ever.
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How calls of one priority wait."""
+    """How requests of one priority wait."""
 
     timeout_s: float = math.inf
-    """How long a call may wait in the queue."""
+    """How long a request may wait in the queue."""
     delays: bool = False
     """What has waited so long is run after the others of its level, instead of refused."""
     allows_override: bool = True
@@ -45,14 +45,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Rules:
-    """How the calls of one model wait."""
+    """How the requests of one model wait."""
 
     levels: tuple[Level, ...] = (Level(),)
     """The first goes first."""
     default_level: int = 0
     """Index of the level of requests that name none."""
     aging_s: float = _AGING_MS / 1000
-    """A call that has waited this much longer stands beside those of the next better level; infinite: never."""
+    """A request that has waited this much longer stands beside those of the next better level; infinite: never."""
     preserves_order: bool = False
     """Answers are given in the order of arrival."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def of(config: pb.ModelConfig) -> Rules:
 
 
 def slo_s(config: pb.ModelConfig) -> float:
-    """Within how many seconds calls should be answered; infinite when nothing is stated."""
+    """Within how many seconds requests should be answered; infinite when nothing is stated."""
     value = _value(config, SLO)
     return math.inf if value is None else float(value) / 1000
 

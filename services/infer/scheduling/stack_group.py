@@ -1,8 +1,8 @@
-"""Calls that can be run as one (same inputs, row shapes and outputs), in the order in which they should be.
+"""Requests that can be run as one (same inputs, row shapes and outputs), in the order in which they should be.
 
-    lane ──> bands, best first ──> one flow for each tenant ──> calls: in order of arrival, or of due time
+    group ──> bands, best first ──> one flow for each tenant ──> requests: in order of arrival, or of due time
 
-Among bands the call that has waited longest by its rank goes first, among tenants the one that is furthest behind
+Among bands the request that has waited longest by its rank goes first, among tenants the one that is furthest behind
 (`fairness`). With one band and one tenant, which is nearly always, the order is that of the one flow.
 """
 
@@ -19,7 +19,7 @@ from services.infer.scheduling.fairness import TenantQueue
 
 
 class Member(Protocol):
-    """What a lane needs of a call."""
+    """What a group needs of a request."""
 
     rows: int
     size_bytes: int
@@ -27,7 +27,7 @@ class Member(Protocol):
     due: float
     rank: float
     band: int
-    share: TenantQueue
+    tenant_queue: TenantQueue
 
 
 M = TypeVar("M", bound=Member)
@@ -37,86 +37,86 @@ _DUE, _RANK = attrgetter("due"), attrgetter("rank")
 
 
 class StackGroup:
-    """Calls with one key. What is taken out must be a front of `order`."""
+    """Requests with one key. What is taken out must be a front of `order`."""
 
-    __slots__ = ("_bands", "_by_due", "calls", "rows", "size_bytes")
+    __slots__ = ("_bands", "_by_due", "count", "rows", "size_bytes")
 
     def __init__(self, bands: int, *, by_due: bool) -> None:
         self._bands: tuple[Flows[Member], ...] = tuple({} for _ in range(bands))
         self._by_due = by_due
-        self.calls = self.rows = self.size_bytes = 0
+        self.count = self.rows = self.size_bytes = 0
 
-    def add(self, call: Member) -> None:
-        flows = self._bands[call.band]
-        flow = flows.get(call.share)
+    def add(self, request: Member) -> None:
+        flows = self._bands[request.band]
+        flow = flows.get(request.tenant_queue)
         if flow is None:
-            flows[call.share] = deque((call,))
-        elif self._by_due and call.due < flow[-1].due:
-            flow.insert(bisect_right(flow, call.due, key=_DUE), call)
+            flows[request.tenant_queue] = deque((request,))
+        elif self._by_due and request.due < flow[-1].due:
+            flow.insert(bisect_right(flow, request.due, key=_DUE), request)
         else:
-            flow.append(call)
-        self.calls += 1
-        self.rows += call.rows
-        self.size_bytes += call.size_bytes
+            flow.append(request)
+        self.count += 1
+        self.rows += request.rows
+        self.size_bytes += request.size_bytes
 
-    def remove(self, call: Member) -> bool:
-        """Takes one call out of the middle; False when it is not in."""
-        flows = self._bands[call.band]
-        flow = flows.get(call.share)
-        if flow is None or call not in flow:
+    def remove(self, request: Member) -> bool:
+        """Takes one request out of the middle; False when it is not in."""
+        flows = self._bands[request.band]
+        flow = flows.get(request.tenant_queue)
+        if flow is None or request not in flow:
             return False
-        flow.remove(call)
-        self._left(call, flows, flow)
+        flow.remove(request)
+        self._count_removed(request, flows, flow)
         return True
 
-    def take(self, calls: Sequence[Member]) -> None:
-        """Takes out the first calls of `order`."""
-        if len(calls) == self.calls:
+    def take(self, requests: Sequence[Member]) -> None:
+        """Takes out the first requests of `order`."""
+        if len(requests) == self.count:
             for flows in self._bands:
                 flows.clear()
-            self.calls = self.rows = self.size_bytes = 0
+            self.count = self.rows = self.size_bytes = 0
             return
-        for call in calls:
-            flows = self._bands[call.band]
-            flow = flows[call.share]
+        for request in requests:
+            flows = self._bands[request.band]
+            flow = flows[request.tenant_queue]
             flow.popleft()
-            self._left(call, flows, flow)
+            self._count_removed(request, flows, flow)
 
-    def _left(self, call: Member, flows: Flows[Member], flow: deque[Member]) -> None:
+    def _count_removed(self, request: Member, flows: Flows[Member], flow: deque[Member]) -> None:
         if not flow:
-            del flows[call.share]
-        self.calls -= 1
-        self.rows -= call.rows
-        self.size_bytes -= call.size_bytes
+            del flows[request.tenant_queue]
+        self.count -= 1
+        self.rows -= request.rows
+        self.size_bytes -= request.size_bytes
 
     def oldest(self) -> float:
-        """When the first of its calls came. The lane is not empty."""
+        """When the first of its requests came. The group is not empty."""
         # In order of due time the first to come may be anywhere; then nobody asks.
         return min(flow[0].arrived for flows in self._bands for flow in flows.values())
 
     def soonest(self) -> float:
-        """The earliest due time among its calls, when they are in that order. The lane is not empty."""
+        """The earliest due time among its requests, when they are in that order. The group is not empty."""
         return min(flow[0].due for flows in self._bands for flow in flows.values())
 
     def heads(self) -> Iterator[Member]:
-        """The next call of each band."""
+        """The next request of each band."""
         for flows in self._bands:
             if flows:
-                yield min((flow[0] for flow in flows.values()), key=behind)
+                yield min((flow[0] for flow in flows.values()), key=fair_order_key)
 
-    def of(self, band: int, share: TenantQueue) -> Iterable[Member]:
-        """The calls of one tenant in one band."""
-        return self._bands[band].get(share, ())
+    def of(self, band: int, tenant_queue: TenantQueue) -> Iterable[Member]:
+        """The requests of one tenant in one band."""
+        return self._bands[band].get(tenant_queue, ())
 
     def order(self) -> Iterator[Member]:
-        """All calls, in the order in which they should run."""
+        """All requests, in the order in which they should run."""
         bands = [flows for flows in self._bands if flows]
         if len(bands) > 1:
-            return heapq.merge(*(_fairly(flows) for flows in bands), key=_RANK)
-        return _fairly(bands[0]) if bands else iter(())
+            return heapq.merge(*(_fair_order(flows) for flows in bands), key=_RANK)
+        return _fair_order(bands[0]) if bands else iter(())
 
     def front(self, max_rows: int, max_bytes: int) -> tuple[list[Member], bool]:
-        """The first calls, as many as may run together, and at least one; and whether others are left for that."""
+        """The first requests, as many as may run together, and at least one; and whether others are left for that."""
         if self.rows <= max_rows and self.size_bytes <= max_bytes:
             flows = self._bands[0]
             if len(self._bands) == len(flows) == 1:
@@ -124,36 +124,38 @@ class StackGroup:
             return list(self.order()), False
         rows = size = 0
         front: list[Member] = []
-        for call in self.order():
-            rows += call.rows
-            size += call.size_bytes
+        for request in self.order():
+            rows += request.rows
+            size += request.size_bytes
             if front and (rows > max_rows or size > max_bytes):
                 break
-            front.append(call)
+            front.append(request)
         return front, True
 
 
-def behind(call: Member) -> tuple[float, float, float]:
-    """Whose turn it is among the calls of one band: the least."""
-    return call.share.tag, call.due, call.arrived
+def fair_order_key(request: Member) -> tuple[float, float, float]:
+    """Whose turn it is among the requests of one band: the least."""
+    return request.tenant_queue.virtual_time, request.due, request.arrived
 
 
-def _fairly(flows: Flows[Member]) -> Iterator[Member]:
-    """The calls of all tenants, always one of the tenant that is furthest behind."""
+def _fair_order(flows: Flows[Member]) -> Iterator[Member]:
+    """The requests of all tenants, always one of the tenant that is furthest behind."""
     if len(flows) == 1:
         return iter(*flows.values())
     return _interleaved(flows)
 
 
 def _interleaved(flows: Flows[Member]) -> Iterator[Member]:
-    waiting = [(*behind(flow[0]), n, share, flow, 0) for n, (share, flow) in enumerate(flows.items())]
+    waiting = [
+        (*fair_order_key(flow[0]), n, tenant_queue, flow, 0) for n, (tenant_queue, flow) in enumerate(flows.items())
+    ]
     heapq.heapify(waiting)
     while waiting:
-        tag, _, _, n, share, flow, at = waiting[0]
-        call = flow[at]
-        yield call
+        virtual_time, _, _, n, tenant_queue, flow, at = waiting[0]
+        request = flow[at]
+        yield request
         if at + 1 < len(flow):
-            tag, after = tag + call.rows / share.weight, flow[at + 1]
-            heapq.heapreplace(waiting, (tag, after.due, after.arrived, n, share, flow, at + 1))
+            virtual_time, after = virtual_time + request.rows / tenant_queue.weight, flow[at + 1]
+            heapq.heapreplace(waiting, (virtual_time, after.due, after.arrived, n, tenant_queue, flow, at + 1))
         else:
             heapq.heappop(waiting)

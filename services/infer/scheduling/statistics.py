@@ -59,16 +59,16 @@ class Statistics:
     """Answered without an execution: looking it up."""
     cache_miss: Duration = field(default_factory=Duration)
     """Executed although there is a response cache: looking it up, and keeping the answer."""
-    calls: BatchTimes = field(default_factory=BatchTimes)
-    """By call: each counts the whole of the execution that it was part of."""
+    by_request: BatchTimes = field(default_factory=BatchTimes)
+    """By request: each counts the whole of the execution that it was part of."""
     by_rows: dict[int, BatchTimes] = field(default_factory=dict)
     """By execution."""
     expired: int = 0
-    """Calls whose time was over before they were run."""
+    """Requests whose time was over before they were run."""
     cancelled: int = 0
-    """Calls that nobody waited for any more before they were answered."""
+    """Requests that nobody waited for any more before they were answered."""
     shed: int = 0
-    """Calls that were refused, or sent away, because too many wait to be done in time."""
+    """Requests that were refused, or sent away, because too many wait to be done in time."""
     expired_executed: int = 0
     """Rows that were run although their time was over: 0, or there is a fault."""
     bisections: int = 0
@@ -84,11 +84,11 @@ class Statistics:
             of_size = self.by_rows[times.rows] = BatchTimes()
         of_size.add(times)
 
-    def answered(self, times: ExecutionTimes, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
-        """Calls that one execution answered: how long they waited, and were here, all together."""
-        self.success.add(total_ns, calls)
-        self.queue.add(queue_ns, calls)
-        self.calls.add(times, calls)
+    def answered(self, times: ExecutionTimes, count: int = 1, *, queue_ns: int, total_ns: int) -> None:
+        """Requests that one execution answered: how long they waited, and were here, all together."""
+        self.success.add(total_ns, count)
+        self.queue.add(queue_ns, count)
+        self.by_request.add(times, count)
 
     def tally(self, tally: Tally) -> None:
         """Takes over, and clears, what an execution has counted."""
@@ -97,17 +97,17 @@ class Statistics:
         tally.bisections = tally.expired_rows = 0
 
     def hit(self, lookup_ns: int, total_ns: int) -> None:
-        """One call that was answered by the response cache: kept before, or computed for another call."""
+        """One request that was answered by the response cache: kept before, or computed for another request."""
         self.success.add(total_ns)
         self.queue.add(0)
         self.cache_hit.add(lookup_ns)
 
     def missed(self, ns: int) -> None:
-        """One call that the response cache had no answer for, and that was `answered` by an execution."""
+        """One request that the response cache had no answer for, and that was `answered` by an execution."""
         self.cache_miss.add(ns)
 
     def failed(self, total_ns: int) -> None:
-        """One call that was refused, expired or failed."""
+        """One request that was refused, expired or failed."""
         self.fail.add(total_ns)
 
     def message(self, name: str, version: int) -> pb.ModelStatistics:
@@ -122,9 +122,9 @@ class Statistics:
                 success=self.success.message(),
                 fail=self.fail.message(),
                 queue=self.queue.message(),
-                compute_input=self.calls.message(self.calls.gather_ns),
-                compute_infer=self.calls.message(self.calls.compute_ns),
-                compute_output=self.calls.message(self.calls.scatter_ns),
+                compute_input=self.by_request.message(self.by_request.gather_ns),
+                compute_infer=self.by_request.message(self.by_request.compute_ns),
+                compute_output=self.by_request.message(self.by_request.scatter_ns),
                 cache_hit=self.cache_hit.message(),
                 cache_miss=self.cache_miss.message(),
             ),

@@ -1,4 +1,4 @@
-"""A call that is awaited: what has `start` and `abandon` gets `submit` of this."""
+"""A request that is awaited: what has `start` and `abandon` gets `submit` of this."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ class Waiter:
             self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
-async def submit_and_wait(to: RequestScheduler, call: InferenceRequest, deadline: float, tenant: str) -> InferenceResult:
-    """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
+async def submit_and_wait(
+    to: RequestScheduler, request: InferenceRequest, deadline: float, tenant: str
+) -> InferenceResult:
+    """Starts `request` and waits for its answer; cancelled, abandons it. Raises what the request fails with."""
     future: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
-    ticket = to.start(call, deadline, tenant, Waiter(future))
+    ticket = to.start(request, deadline, tenant, Waiter(future))
     try:
         return await future
     except asyncio.CancelledError:
         to.abandon(ticket)
         raise
     finally:
-        del future, ticket  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+        del future, ticket  # They hold an error whose trace holds this frame: a circle, and in it the whole request.

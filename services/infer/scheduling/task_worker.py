@@ -17,7 +17,7 @@ _TICK_S = 0.001
 
 
 class AbandonableItem(ExecutionItem, Protocol):
-    """A job that tells when nobody waits for it any more."""
+    """A item that tells when nobody waits for it any more."""
 
     on_abandoned: Callable[[], None] | None
     """Called on the loop, while it is run."""
@@ -27,7 +27,7 @@ class AsyncExecutor(Executor, Protocol):
     """Runs batches that are awaited, one at a time."""
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Raises nothing but cancellation, which ends what it waits for."""
+        """One outcome for each item, in order. Raises nothing but cancellation, which ends what it waits for."""
 
 
 class TaskWorker:
@@ -38,42 +38,44 @@ class TaskWorker:
         self._awaits = execution
         self._loop, self._name = loop, name
         self._task: asyncio.Task[list[Outcome]] | None = None
-        self._waking: asyncio.TimerHandle | None = None
+        self._wake_timer: asyncio.TimerHandle | None = None
 
-    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
-        self._stay()
-        self._task = self._loop.create_task(self._awaits.outcomes(jobs), name=self._name)
-        self._task.add_done_callback(partial(self._ended, jobs, done))
-        for job in cast("Sequence[AbandonableItem]", jobs):  # As the Scheduler's are: others do not run on this worker.
-            job.on_abandoned = partial(self._abandoned, jobs)
+    def run(self, items: Sequence[ExecutionItem], done: Done) -> None:
+        self._cancel_wake()
+        self._task = self._loop.create_task(self._awaits.outcomes(items), name=self._name)
+        self._task.add_done_callback(partial(self._on_done, items, done))
+        for item in cast(
+            "Sequence[AbandonableItem]", items
+        ):  # As the Scheduler's are: others do not run on this worker.
+            item.on_abandoned = partial(self._abandoned, items)
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
-        self._stay()
-        self._waking = self._loop.call_later(max(seconds, _TICK_S), wake)
+        self._cancel_wake()
+        self._wake_timer = self._loop.call_later(max(seconds, _TICK_S), wake)
 
     def close(self) -> None:
-        self._stay()
-        self._end()
+        self._cancel_wake()
+        self._cancel_task()
 
-    def _stay(self) -> None:
-        if self._waking is not None:
-            self._waking.cancel()
-            self._waking = None
+    def _cancel_wake(self) -> None:
+        if self._wake_timer is not None:
+            self._wake_timer.cancel()
+            self._wake_timer = None
 
-    def _end(self) -> None:
+    def _cancel_task(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    def _abandoned(self, jobs: Sequence[ExecutionItem]) -> None:
-        if all(job.is_abandoned for job in jobs):
-            self._end()
+    def _abandoned(self, items: Sequence[ExecutionItem]) -> None:
+        if all(item.is_abandoned for item in items):
+            self._cancel_task()
 
-    def _ended(self, jobs: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
-        for job in cast("Sequence[AbandonableItem]", jobs):
-            job.on_abandoned = None
+    def _on_done(self, items: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
+        for item in cast("Sequence[AbandonableItem]", items):
+            item.on_abandoned = None
         self._task = None
         # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.
-        ended: list[Outcome] = [Unavailable("the model is being unloaded")] * len(jobs)
-        outcomes = ended if task.cancelled() else task.result()
+        unloaded: list[Outcome] = [Unavailable("the model is being unloaded")] * len(items)
+        outcomes = unloaded if task.cancelled() else task.result()
         # What is waited for costs this process nothing.
         done(outcomes, 0.0)

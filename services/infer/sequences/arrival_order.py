@@ -20,7 +20,7 @@ class ArrivalOrder:
         return id not in self._locks
 
     @asynccontextmanager
-    async def turn(self, id: SequenceId) -> AsyncIterator[None]:
+    async def in_order(self, id: SequenceId) -> AsyncIterator[None]:
         """Waits until all that came before are through; first come, first served."""
         lock, users = self._locks.get(id) or (asyncio.Lock(), 0)
         self._locks[id] = (lock, users + 1)

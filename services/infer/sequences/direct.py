@@ -22,10 +22,10 @@ def decide(
         return NOTHING
     first = min(heads, key=lambda step: step.arrived)
     fired = "slots"
-    if settings.policy.delay_s and settings.utilization and len(heads) < settings.utilization * settings.places:
+    if settings.policy.delay_s and settings.utilization and len(heads) < settings.utilization * settings.slots:
         due = first.arrived + settings.policy.delay_s
         if now < due:
             return Wait(due)
         fired = "delay"
-    alike = key(first)
-    return Chosen([step for step in heads if key(step) == alike], fired)
+    group_key = key(first)
+    return Chosen([step for step in heads if key(step) == group_key], fired)

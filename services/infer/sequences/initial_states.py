@@ -25,11 +25,11 @@ def states(settings: SequenceSettings, folder: Path | None, *, batched: bool, te
     Raises:
         FailedPrecondition: a file is missing, or is not what its state is.
     """
-    return {state.input: _first(state, folder, batched=batched, text=text) for state in settings.states}
+    return {state.input: _initial_state(state, folder, batched=batched, text=text) for state in settings.states}
 
 
-def _first(state: State, folder: Path | None, *, batched: bool, text: bool) -> Tensor:
-    shape = (1, *state.first_dims) if batched else state.first_dims
+def _initial_state(state: State, folder: Path | None, *, batched: bool, text: bool) -> Tensor:
+    shape = (1, *state.initial_dims) if batched else state.initial_dims
     what = f"sequence_batching.state '{state.input}'"
     if state.file:
         if folder is None:
@@ -41,6 +41,6 @@ def _first(state: State, folder: Path | None, *, batched: bool, text: bool) -> T
             raise FailedPrecondition(err.message) from err
     if state.datatype.is_bytes:
         return np.full(shape, "" if text else b"", object)
-    made: Tensor = np.zeros(shape, state.datatype.dtype)
-    made.flags.writeable = False
-    return made
+    zeros: Tensor = np.zeros(shape, state.datatype.dtype)
+    zeros.flags.writeable = False
+    return zeros

@@ -28,8 +28,8 @@ def decide(
     if not heads:
         return NOTHING
     in_order = sorted(heads, key=lambda step: step.arrived)
-    alike = key(in_order[0])
-    front = [step for step in in_order if key(step) == alike]
+    group_key = key(in_order[0])
+    front = [step for step in in_order if key(step) == group_key]
     most = settings.policy.max_rows
     if not settings.policy.is_static:
         return Chosen(front[:most], "full" if len(front) >= most else "idle")

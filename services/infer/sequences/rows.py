@@ -28,7 +28,7 @@ class Row:
     id: SequenceId
     states: Mapping[str, Tensor]
     """By the names of the model's inputs."""
-    said: Mapping[str, Any] = field(default_factory=dict)
+    request_info: Mapping[str, Any] = field(default_factory=dict)
     """What the request says of itself, for models that want to know."""
 
 
@@ -37,15 +37,15 @@ def columns(
 ) -> dict[str, list[Tensor]]:
     """Each input of the model, row by row. At least one row is somebody's; `text`: BYTES are `str`."""
     like = next(row for row in rows if row is not None)
-    given = {**like.inputs, **like.states}
-    nobodys = {name: _zeros(array, text) for name, array in given.items()} if None in rows else {}
-    found = {name: [nobodys[name] if row is None else _of(row, name) for row in rows] for name in given}
+    sample = {**like.inputs, **like.states}
+    empty_rows = {name: _zeros(array, text) for name, array in sample.items()} if None in rows else {}
+    found = {name: [empty_rows[name] if row is None else _row_tensor(row, name) for row in rows] for name in sample}
     for control in settings.controls:
         found[control.name] = [_control(control, row, batched=batched, text=text) for row in rows]
     return found
 
 
-def _of(row: Row, name: str) -> Tensor:
+def _row_tensor(row: Row, name: str) -> Tensor:
     return row.inputs[name] if name in row.inputs else row.states[name]
 
 
@@ -65,8 +65,8 @@ def _control(control: Control, row: Row | None, *, batched: bool, text: bool) ->
 
 def _corrid(control: Control, id: SequenceId, shape: tuple[int, ...], text: bool) -> Tensor:
     if control.datatype.is_bytes:
-        said = str(id or "")
-        return np.full(shape, said if text else said.encode(), object)
+        request_info = str(id or "")
+        return np.full(shape, request_info if text else request_info.encode(), object)
     assert isinstance(id, int), "checked when the request came"
     # A signed tensor gets the same bits.
     bits = control.datatype.dtype.itemsize * 8

@@ -55,7 +55,7 @@ class State:
     datatype: Datatype
     dims: tuple[int, ...]
     """Without the batch dimension; -1 where it varies."""
-    first_dims: tuple[int, ...]
+    initial_dims: tuple[int, ...]
     """What the first step gets: -1 nowhere."""
     file: str = ""
     """Where the first step's data lies, in the folder `initial_state` of the model; empty: zeros."""
@@ -69,7 +69,7 @@ class SequenceSettings:
     states: tuple[State, ...]
     is_direct: bool
     """A sequence keeps its row of the batch; else the steps that came first are batched, whosesoever they are."""
-    places: int
+    slots: int
     """Sequences at a time in one instance."""
     policy: BatchPolicy
     """How steps are put together; for `direct`, only its delay counts."""
@@ -100,7 +100,7 @@ def of(config: pb.ModelConfig) -> SequenceSettings:
         controls=tuple(_control(each.name, each.control[0]) for each in given.control_input),
         states=tuple(_state(each) for each in given.state),
         is_direct=is_direct,
-        places=rows if is_direct else oldest.max_candidate_sequences,
+        slots=rows if is_direct else oldest.max_candidate_sequences,
         policy=BatchPolicy(rows, 1 << 62, delay_us / 1e6, frozenset(oldest.preferred_batch_size)),
         utilization=direct.minimum_slot_utilization,
         preserves_order=oldest.preserve_ordering,
@@ -117,19 +117,21 @@ def _control(name: str, given: pb.ModelSequenceBatching.Control) -> Control:
 
 
 def _state(given: pb.ModelSequenceBatching.State) -> State:
-    first = given.initial_state[0] if given.initial_state else None
-    dims = first.dims if first is not None else given.dims
+    initial = given.initial_state[0] if given.initial_state else None
+    dims = initial.dims if initial is not None else given.dims
     return State(
         given.input_name,
         given.output_name,
         BY_NUMBER[given.data_type],
         tuple(given.dims),
         tuple(1 if dim == -1 else dim for dim in dims),  # As Triton has it, where nobody says.
-        first.data_file if first is not None else "",
+        initial.data_file if initial is not None else "",
     )
 
 
-def agreed(settings: SequenceSettings, session: Session, *, batched: bool, declares: bool) -> SequenceSettings:
+def matched_to_model(
+    settings: SequenceSettings, session: Session, *, batched: bool, declares: bool
+) -> SequenceSettings:
     """The settings as the model's own file has them.
 
     Args:
@@ -178,9 +180,9 @@ def _checked(what: str, name: str, datatype: Datatype, specs: dict[str, TensorSp
 
 
 def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched: bool) -> None:
-    wanted = ((-1,) if batched else ()) + tuple(dims)
+    expected = ((-1,) if batched else ()) + tuple(dims)
     # Either may leave a dimension open.
-    agree = len(wanted) == len(shape) and all(a == b or -1 in (a, b) for a, b in zip(wanted, shape, strict=True))
+    agree = len(expected) == len(shape) and all(a == b or -1 in (a, b) for a, b in zip(expected, shape, strict=True))
     if shape and not agree:
         batch = " with a batch dimension" if batched else ""
         raise FailedPrecondition(
@@ -188,6 +190,6 @@ def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched
         )
 
 
-def clients(specs: Iterable[TensorSpec], hidden: frozenset[str]) -> tuple[TensorSpec, ...]:
+def client_tensors(specs: Iterable[TensorSpec], hidden: frozenset[str]) -> tuple[TensorSpec, ...]:
     """Those of a model's tensors that clients know of."""
     return tuple(spec for spec in specs if spec.name not in hidden)

@@ -40,7 +40,7 @@ def of(config: pb.ModelConfig, session: Session, folder: Path | None) -> Statefu
     batched = config.max_batch_size > 0
     found = settings.of(config)
     # Triton's model.py does not say what it takes: the configuration is all there is.
-    found = settings.agreed(found, session, batched=batched, declares=not session.wants_requests)
+    found = settings.matched_to_model(found, session, batched=batched, declares=not session.wants_requests)
     states = {state.input: state.datatype.name for state in found.states}
     session.declare({**states, **{control.name: control.datatype.name for control in found.controls}})
     first = initial_states.states(found, folder, batched=batched, text=session.text)

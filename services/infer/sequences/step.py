@@ -1,6 +1,6 @@
 """One request of a sequence, from its arrival to its answer; and the sequence that it is a step of.
 
-Sequence    backlog ──a place is free──> placed: waiting, running, idle ──END, idle too long, lost──> over
+Sequence    backlog ──a slot is free──> placed: waiting, running, idle ──END, idle too long, lost──> over
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class SequenceStep:
     __slots__ = (
         "after",
         "arrived",
-        "call",
         "deadline",
         "ends",
         "expires",
@@ -42,21 +41,22 @@ class SequenceStep:
         "is_waiting",
         "outcome",
         "receiver",
+        "request",
         "sequence",
         "slot",
         "starts",
     )
 
-    def __init__(self, call: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
-        self.call = call
+    def __init__(self, request: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
+        self.request = request
         self.receiver = receiver
         self.arrived = arrived
         """Seconds, on the scheduler's clock."""
         self.deadline = deadline
-        timeout_us = call.parameters.timeout_us
+        timeout_us = request.parameters.timeout_us
         self.expires = min(deadline, arrived + timeout_us / 1e6) if timeout_us else deadline
         """It is not started at or after that."""
-        self.starts, self.ends = call.parameters.sequence_start, call.parameters.sequence_end
+        self.starts, self.ends = request.parameters.sequence_start, request.parameters.sequence_end
         self.sequence: Sequence
         self.slot = 0
         self.is_waiting = False
@@ -73,7 +73,7 @@ class SequenceStep:
 
     @property
     def id(self) -> SequenceId:
-        return self.call.parameters.sequence_id
+        return self.request.parameters.sequence_id
 
     rows = 1
     """For the policies: a step has one row, and no time of its own to be done in."""
@@ -88,7 +88,7 @@ class Sequence:
     tenant: str
     waiting: deque[SequenceStep] = field(default_factory=deque)
     running: SequenceStep | None = None
-    place: SequenceSlot | None = None
+    position: SequenceSlot | None = None
     has_begun: bool = False
     """Its first step was run, and its last was not."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
@@ -105,4 +105,4 @@ class Sequence:
     @property
     def head(self) -> SequenceStep | None:
         """The step that may run now."""
-        return self.waiting[0] if self.waiting and self.running is None and self.place is not None else None
+        return self.waiting[0] if self.waiting and self.running is None and self.position is not None else None

@@ -35,7 +35,7 @@ Results: TypeAlias = "list[StepResult | Exception]"
 """One for each row that is somebody's, in order."""
 
 
-class _Form:
+class _RowFormat:
     """What a model's rows look like, whatever runs them."""
 
     def __init__(self, settings: SequenceSettings, *, batched: bool, text: bool) -> None:
@@ -44,11 +44,11 @@ class _Form:
     def columns(self, rows: Sequence[Row | None]) -> dict[str, list[Tensor]]:
         return columns(rows, self.settings, batched=self.batched, text=self.text)
 
-    def names(self, outputs: Sequence[str]) -> list[str]:
+    def output_names(self, outputs: Sequence[str]) -> list[str]:
         """What is asked of the model: what the client wants, and what the next step needs."""
         return list(dict.fromkeys((*outputs, *(state.output for state in self.settings.states))))
 
-    def stepped(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> StepResult:
+    def result_of_row(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> StepResult:
         """One row's. Raises ModelFailed when a state is not as the configuration says."""
         states = {}
         for state in self.settings.states:
@@ -63,10 +63,10 @@ class _Form:
             states[state.input] = array.copy()
         return StepResult([results[name] for name in outputs], states)
 
-    def apart(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
+    def split(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
         """Stacked results, cut apart."""
         if not self.batched:
-            return [self.stepped(outputs, results)]
+            return [self.result_of_row(outputs, results)]
         for name, array in results.items():
             if array.shape[:1] != (len(rows),):
                 raise ModelFailed(
@@ -74,7 +74,7 @@ class _Form:
                     "no batch; set max_batch_size to 0 in the model's configuration"
                 )
         return [
-            self.stepped(outputs, {name: array[n : n + 1] for name, array in results.items()})
+            self.result_of_row(outputs, {name: array[n : n + 1] for name, array in results.items()})
             for n, row in enumerate(rows)
             if row is not None
         ]
@@ -85,7 +85,7 @@ class SessionSteps:
 
     def __init__(self, session: Session, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
-        self._form = _Form(settings, batched=batched, text=session.text)
+        self._format = _RowFormat(settings, batched=batched, text=session.text)
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
         """Run rows that can be stacked, at least one of which belongs to a sequence.
@@ -93,11 +93,11 @@ class SessionSteps:
         Raises:
             ModelFailed: the model cannot process them.
         """
-        columns = self._form.columns(rows)
+        columns = self._format.columns(rows)
         inputs = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in columns.items()}
-        names = self._form.names(outputs)
-        results = dict(zip(names, self._session.run(inputs, names), strict=True))
-        return self._form.apart(rows, outputs, results)
+        output_names = self._format.output_names(outputs)
+        results = dict(zip(output_names, self._session.run(inputs, output_names), strict=True))
+        return self._format.split(rows, outputs, results)
 
 
 class ProcessSteps:
@@ -105,39 +105,39 @@ class ProcessSteps:
 
     def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
-        self._form = _Form(settings, batched=batched, text=session.text)
+        self._format = _RowFormat(settings, batched=batched, text=session.text)
         self.on: Running | None = None
         """The process; None: whichever is free."""
         self.is_wanted: Callable[[], bool] = lambda: True
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
         """Raises ModelDied, too: the process ended, and with it whatever the model remembered."""
-        names = self._form.names(outputs)
+        output_names = self._format.output_names(outputs)
         answers = self._session.run_requests(
-            self._form.columns(rows),
-            names,
-            [1] * len(rows) if self._form.batched else (),
-            [row.said if row is not None else {} for row in rows] if self._session.wants_requests else (),
+            self._format.columns(rows),
+            output_names,
+            [1] * len(rows) if self._format.batched else (),
+            [row.request_info if row is not None else {} for row in rows] if self._session.wants_requests else (),
             is_wanted=self.is_wanted,
             on=self.on,
         )
         if len(answers) == len(rows):
             pairs = zip(rows, answers, strict=True)
-            return [self._one(outputs, names, answer) for row, answer in pairs if row is not None]
+            return [self._result_of_answer(outputs, output_names, answer) for row, answer in pairs if row is not None]
         stacked = answers[0] if len(answers) == 1 else ModelFailed(f"{len(answers)} answers for {len(rows)} requests")
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
-        return self._form.apart(rows, outputs, dict(zip(names, stacked, strict=True)))
+        return self._format.split(rows, outputs, dict(zip(output_names, stacked, strict=True)))
 
-    def _one(
-        self, outputs: Sequence[str], names: Sequence[str], answer: list[Tensor] | Exception
+    def _result_of_answer(
+        self, outputs: Sequence[str], output_names: Sequence[str], answer: list[Tensor] | Exception
     ) -> StepResult | Exception:
         if isinstance(answer, Exception):
             return answer
         try:
-            if len(answer) != len(names):
-                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(names)}")
-            return self._form.stepped(outputs, dict(zip(names, answer, strict=True)))
+            if len(answer) != len(output_names):
+                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(output_names)}")
+            return self._format.result_of_row(outputs, dict(zip(output_names, answer, strict=True)))
         except ModelFailed as err:
             return err
 

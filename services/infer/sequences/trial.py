@@ -13,7 +13,7 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences import step_runners
 from services.infer.sequences.rows import Row
-from services.infer.sequences.settings import SequenceSettings, clients
+from services.infer.sequences.settings import SequenceSettings, client_tensors
 from shoal.errors import ShoalError
 
 
@@ -24,7 +24,7 @@ class TrialSession(Session):
         self, session: Session, settings: SequenceSettings, first: Mapping[str, Tensor], *, batched: bool
     ) -> None:
         """`first`: the states that a sequence begins with."""
-        self.inputs = clients(session.inputs, settings.inputs)
+        self.inputs = client_tensors(session.inputs, settings.inputs)
         self.outputs = session.outputs
         self.text = session.text
         self._parts = [

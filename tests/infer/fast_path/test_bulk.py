@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.fast_path.bulk import MOST_ENTRIES, Bulk, Entry
+from services.infer.fast_path.bulk import MAX_ENTRIES, Bulk, Entry
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import InvalidArgument, ResourceExhausted
 from shoal.inference.v2 import bulk_pb2 as pb
@@ -70,7 +70,7 @@ async def test_each_entry_is_answered_as_a_call_would_be(served: Serving) -> Non
         (pb.InferBulkRequest(), "1 to 4096 of them in the first message, got 0"),
         (pb.InferBulkRequest(given_up=[1]), "got 0"),
         (pb.InferBulkRequest(entries=[{"number": 1}, {"number": 1}]), r"entries\[1\].number: 1 is another entry's"),
-        (pb.InferBulkRequest(entries=[{"number": n} for n in range(MOST_ENTRIES + 1)]), "got 4097"),
+        (pb.InferBulkRequest(entries=[{"number": n} for n in range(MAX_ENTRIES + 1)]), "got 4097"),
     ],
     ids=["empty", "nothing-to-give-up", "same-number", "too-many"],
 )
@@ -123,7 +123,7 @@ class Requests:
 
 
 def bulk(core: Core, requests: Requests):
-    return aclosing(Bulk(core, "local/infer-0").answers(aiter(requests)))  # type: ignore[arg-type]
+    return aclosing(Bulk(core, "local/infer-0").responses(aiter(requests)))  # type: ignore[arg-type]
 
 
 async def test_answers_leave_together_and_say_once_who_gives_them() -> None:

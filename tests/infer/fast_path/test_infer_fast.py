@@ -288,7 +288,7 @@ def test_numbers_are_views_of_the_request(folder):
         await server.agree(body)
         (named,) = server.short._named.values()
         ((head, template),) = named.templates.items()
-        call = template.call(framed, framed.index(head) + len(head))
+        call = template.request(framed, framed.index(head) + len(head))
         memory = np.frombuffer(framed, np.uint8)
         assert all(np.may_share_memory(array, memory) for array in call.inputs.values())
 

@@ -179,7 +179,7 @@ class Flights(RuleBasedStateMachine):
         return runs[n % len(runs)]
 
     def value(self, run: Run) -> int:
-        return len(run.call.inputs["x"]) - 1
+        return len(run.request.inputs["x"]) - 1
 
     def was_refused(self, value: int) -> bool:
         ends = [run.end for run in self.bench.runs.all if self.value(run) == value and run.end.done()]

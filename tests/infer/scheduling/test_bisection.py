@@ -53,7 +53,7 @@ def test_runs_that_are_awaited_are_the_same_runs(size, guilty):
         return other.run(batch)
 
     batch = list(range(size))
-    awaited = asyncio.run(Bisection(lambda err: "guilty").awaited(batch, run))
+    awaited = asyncio.run(Bisection(lambda err: "guilty").outcomes_async(batch, run))
     assert awaited == Bisection(lambda err: "guilty").outcomes(batch, model.run)
     assert other.runs == model.runs
 

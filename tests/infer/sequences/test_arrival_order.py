@@ -62,17 +62,17 @@ async def test_first_come_first_served():
     line, seen = ArrivalOrder(), []
 
     async def one(n: int) -> None:
-        async with line.turn(7):
+        async with line.in_order(7):
             await asyncio.sleep(0)
             seen.append(n)
 
-    async with line.turn(8):
+    async with line.in_order(8):
         await asyncio.gather(*(one(n) for n in range(5)))
         assert not line.is_free(8)
     assert seen == list(range(5))
     assert line.is_free(7)
     assert line.is_free(8)
     with pytest.raises(ZeroDivisionError):
-        async with line.turn(9):
+        async with line.in_order(9):
             raise ZeroDivisionError
     assert line.is_free(9)

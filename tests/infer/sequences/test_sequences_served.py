@@ -134,7 +134,7 @@ async def test_an_idle_sequence_ends_and_its_place_is_free(served):
     # Both places are taken: the third waits until one has been idle for too long.
     assert numbers(await infer(step("brief", 3, start=True, end=True), timeout=20)) == (1, 2)
     version = served.models.find("brief", "")
-    await until(lambda: len(version.scheduler.book) == 0, "all sequences are over")
+    await until(lambda: len(version.scheduler.table) == 0, "all sequences are over")
     code, message = await refused(infer(step("brief", 1)))
     assert (code, START_IT in message) == ("INVALID_ARGUMENT", True)
 
