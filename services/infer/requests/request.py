@@ -1,4 +1,4 @@
-"""A request, read against the model's signature: what comes out of here can be run, and stacked with its like."""
+"""Inference request: a message read against the model's signature, ready to run and to be stacked with others."""
 
 from __future__ import annotations
 
@@ -30,46 +30,46 @@ _MOST_DIMS = 32
 
 @dataclass(frozen=True)
 class WantedOutput:
-    """One output that the caller asked for."""
+    """One requested output."""
 
     spec: TensorSpec
     classes: int = 0
-    """The k best as text instead of the output itself; 0: the output itself."""
+    """Number of best classes as text instead of the output itself; 0: the output itself."""
     stays: bool = False
-    """It may stay on the GPU that it is made on, as a `Resident`: only steps there want it."""
+    """True when the output may stay on its GPU as a `Resident`: only steps there use it."""
 
 
 @dataclass(slots=True, eq=False)
 class InferenceRequest:
-    """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
+    """One request that fits its model. Treated as immutable; not frozen, because that would triple its cost."""
 
     inputs: Mapping[str, Value]
-    """Tensors, as a request has them; between the steps of an ensemble, an input that is ragged may be `Rows`."""
+    """Tensors; between the steps of an ensemble, a ragged input may be `Rows`."""
     outputs: tuple[WantedOutput, ...]
     rows: int
     """Size of the batch dimension; 1 for a model that has none."""
     size_bytes: int
-    """What its inputs weigh in a queue."""
+    """Size of the inputs in a queue."""
     key: Hashable
-    """Calls with equal keys can be run as one: same inputs, row shapes (but for what is ragged) and outputs."""
+    """Stack key: requests with equal keys can run as one. Inputs, row shapes (unless ragged) and outputs agree."""
     parameters: Parameters
     source: pb.ModelInferRequest | None = None
-    """What it was read from, for models that want to know; None when it came the short way."""
+    """Message of the request, for models that use it; None on the fast path."""
     check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None = None
-    """Of a retry, whose last instance may have died of it: an ensemble asks this of each step, by its model's name."""
+    """Crash guard of a retry: an ensemble checks the request of each step, by its model's name."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The inputs, for a model that has no ragged ones."""
+        """The inputs of a model without ragged inputs."""
         return cast("Mapping[str, Tensor]", self.inputs)
 
 
 def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
-    """Reads a request for a model with this signature.
+    """Return the request in `message`, for a model with this signature.
 
     Raises:
-        InvalidArgument: names the tensor or parameter, what was expected and what came.
-        Unimplemented: it asks for shared memory.
+        InvalidArgument: names the tensor or parameter, what was expected and what was sent.
+        Unimplemented: the message refers to shared memory.
     """
     model = message.model_name
     given = parameters.read(message.parameters)
@@ -84,12 +84,12 @@ def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceReques
 
 
 async def read_async(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
-    """Read a request as `read` does, on a thread when reading would block the event loop."""
+    """Read a message as `read` does, on a thread when reading would block the event loop."""
     return await offload_if_long(lambda: read(message, signature), is_long_read(message))
 
 
 def is_long_read(message: pb.ModelInferRequest) -> bool:
-    """True when reading a request would block the event loop: decided from its shapes, which are cheap to read."""
+    """Return True when reading would block the event loop; decided from the shapes, which are cheap to read."""
     if len(message.inputs) > _MANY_INPUTS:
         return True
     by_element = not message.raw_input_contents
@@ -102,7 +102,7 @@ def is_long_read(message: pb.ModelInferRequest) -> bool:
 
 
 def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
-    """What requests that can be run as one have in common. An input that is ragged keeps nobody apart."""
+    """Return the stack key of a request. Ragged inputs of different shapes have equal keys."""
     skip = 1 if signature.max_batch_size else 0
     ragged = signature.ragged
     shapes = tuple(
@@ -160,7 +160,8 @@ def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], max_rows: int, mode
             )
     if not 1 <= rows <= max_rows:
         raise InvalidArgument(
-            f"{_input(specs[0].name, model)}: inference request batch-size must be <= {max_rows} and at least 1, got {rows}"
+            f"{_input(specs[0].name, model)}: inference request batch-size must be <= {max_rows} and at least 1, "
+            f"got {rows}"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""From what the model gave to the message that the caller gets."""
+"""Response messages: from an inference result to the message that the client receives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FEW_ELEMENTS = 1 << 13
 def write_response(
     result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
 ) -> pb.ModelInferResponse:
-    """The response: outputs in the order of the request, all of them raw.
+    """Return the response message: outputs in the order of the request, all raw.
 
     Raises:
         InvalidArgument: the rows of a ragged output differ in shape, so that no tensor can carry them.
@@ -61,9 +61,9 @@ def _add(response: pb.ModelInferResponse, requested: WantedOutput, value: Value,
 
 
 def explain(response: pb.ModelInferResponse, result: InferenceResult, replica: str, cache: str) -> None:
-    """Adds who answered and whence, how long that took part by part, and with how many rows and why then it was run.
+    """Add to the response: replica and version, use of the cache, batch size and trigger, and the times of each stage.
 
-    The times are those of the execution that the outputs come from: all zero when they were kept in the cache.
+    The times are those of the execution that computed the outputs; all zero for outputs from the cache.
     """
     times = result.times
     explained = response.parameters

@@ -1,14 +1,14 @@
-"""The response cache of one model version: what was asked before is answered at once, and asked twice is run once.
+"""Response cache of one model version: a repeated request is answered from the store, concurrent equal ones run once.
 
-    request ──key──> kept?  ──yes──> hit
-                    │no
-                  in flight?  ──yes──> wait for it: shared          (joined by any number of callers)
-                    │no
-                  take off: a task of its own submits the request ──> result copied, kept, given to all who wait
+    request ──key──> stored?  ──yes──> hit
+                     │no
+                   in flight?  ──yes──> wait for that flight: shared     (joined by any number of callers)
+                     │no
+                   start a flight: a task submits the request ──> outputs copied, stored, given to all who wait
 
-A flight belongs to nobody: whoever leaves (cancelled, out of time) leaves the others theirs, and only when nobody is
-left it is called off. When it fails for a cause that is not the request's own (its leader's time was over, the queue
-was full), those who only joined it try again: one of them leads the next flight.
+A flight (single-flight execution) has no owner: a caller that leaves (cancelled, expired) does not end it for the
+others, and it is cancelled when none is left. When a flight fails for a cause other than the request itself (its
+leader expired, the queue was full), the callers that joined it retry: one of them leads the next flight.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2 import InferParameter
 
 TTL_KEY = "response_cache_ttl_ms"
-"""Parameter of a model's configuration: how long an result is good."""
+"""Parameter of a model's configuration: lifetime of a stored response."""
 
+# Errors that the model gives to this request: running it again would fail again.
 _REQUEST_ERRORS = (InvalidArgument, Internal)
-# The model's result to this request, as an output would be: running it again would fail again.
 
+# Flights that a request joins before it runs alone: repeated failures of flights cannot delay it further.
 _MAX_JOINS = 2
-# Who has joined so many flights that failed runs alone: then a row of failures cannot hold anybody up.
 
+# Beyond these bounds, a digest or a copy takes longer than a handoff to a thread.
 _LONG_BYTES = 256 << 10
 _LONG_ELEMENTS = 1 << 12
-# Beyond these a digest or a copy takes longer than a hop to a thread.
 
 
 class CacheState(StrEnum):
-    """Where an result comes from, as `explain` says it."""
+    """Source of a result, as `explain` reports it."""
 
     OFF = "off"
     HIT = "hit"
-    """It was kept."""
+    """From the store."""
     MISS = "miss"
-    """It was computed for this request."""
+    """Computed for this request."""
     SHARED = "shared"
-    """It was computed for another request, which asked the same at the same time."""
+    """Computed for an equal request of another caller at the same time."""
 
 
 class RequestRunner(Protocol):
-    """Runs requests: a Scheduler."""
+    """A scheduler as the cache uses it."""
 
     async def submit(
         self, request: InferenceRequest, deadline: float = math.inf, tenant: str = ""
     ) -> InferenceResult: ...
 
     def is_waiting(self, request: InferenceRequest) -> bool:
-        """Whether its execution has not begun."""
+        """Return True while the request's execution has not begun."""
 
 
 @dataclass(eq=False, slots=True)
@@ -79,19 +79,19 @@ class _Flight:
     request: InferenceRequest
     task: asyncio.Task[InferenceResult]
     waiter_count: int = 0
-    """How many wait for it."""
+    """Callers that wait for it."""
     has_leader: bool = True
-    """Somebody results for its execution: who took off, or who took over."""
+    """True while a caller counts the execution as its own: the one that started it, or took it over."""
     store_ns: int = 0
 
 
 class ResponseCache:
-    """Answers requests of one model version. Use as `async with`: leaving forgets what was kept.
+    """Answers requests of one model version. Use as `async with`: leaving drops the stored outputs.
 
     Args:
-        store: where results are kept, shared by all models.
-        ttl_s: how long an result is good; infinite for as long as the version is loaded.
-        clock: seconds; the one that deadlines are on.
+        store: table of outputs, shared by all models.
+        ttl_s: lifetime of outputs; infinite for as long as the version is loaded.
+        clock: seconds; deadlines are on this clock.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ResponseCache:
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
-        self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()  # In flight, and forgotten.
+        self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()  # In flight, but detached.
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -124,7 +124,7 @@ class ResponseCache:
         await end(*(flight.task for flight in self._flights.values()), *self._detached_tasks)
 
     def forget(self) -> None:
-        """What was kept, and what is in flight, is of no use to requests from now on: the model results otherwise."""
+        """Drop the stored outputs and detach the flights, because the model has changed."""
         self._store.drop(self._owner)
         self._owner = self._store.owner()
         self._detached_tasks.update(flight.task for flight in self._flights.values())
@@ -137,9 +137,9 @@ class ResponseCache:
         deadline: float = math.inf,
         tenant: str = "",
     ) -> tuple[InferenceResult, CacheState]:
-        """The result to `request`, and where it comes from; `parameters` are those of its request.
+        """Return the result of `request` and its source; `parameters` are those of the request's message.
 
-        Raises what `Scheduler.submit` does.
+        Raises as `Scheduler.submit` does.
         """
         arrived, began = self._clock(), time.perf_counter_ns()
         key = await offload_if_long(
@@ -156,14 +156,16 @@ class ResponseCache:
             flight = self._flights.get(key)
             if flight is None:
                 return await self._lead(key, request, expires, tenant, lookup_ns), CacheState.MISS
-            if expires <= self._clock():  # Perhaps while it waited for a flight that failed.
+            # Expired, perhaps while it waited for a flight that failed.
+            if expires <= self._clock():
                 raise _expired_error()
             result = await self._join(key, flight, expires)
             if result is not None:
                 if flight.has_leader:
                     self._statistics.hit(lookup_ns, time.perf_counter_ns() - began)
                     return result, CacheState.SHARED
-                flight.has_leader = True  # Its leader has left: this request takes its place in the counts.
+                # The leader has left: this request is counted in its place.
+                flight.has_leader = True
                 self._statistics.missed(lookup_ns + flight.store_ns)
                 return result, CacheState.MISS
         result = await self._runner.submit(request, expires, tenant)
@@ -184,10 +186,14 @@ class ResponseCache:
             self._statistics.missed(lookup_ns + flight.store_ns)
             return result
         finally:
-            del flight  # It holds an error whose trace holds this frame: a circle, and in it the whole request.
+            # Its error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
+            del flight
 
     async def _join(self, key: bytes, flight: _Flight, expires: float) -> InferenceResult | None:
-        """The flight's result; None when it failed, and not because of the request. Raises the request's own error."""
+        """Return the flight's result; None when it failed for a cause other than the request.
+
+        Raises the request's own error.
+        """
         await self._wait_for(key, flight, expires)
         if flight.task.cancelled():
             return None
@@ -221,14 +227,14 @@ class ResponseCache:
             del flight
 
     async def _wait_for(self, key: bytes, flight: _Flight, expires: float) -> None:
-        """Raises DeadlineExceeded when `expires` comes before the execution has begun."""
+        """Wait for the flight's end. Raises DeadlineExceeded when `expires` passes before the execution has begun."""
         flight.waiter_count += 1
         try:
             while not flight.task.done():
                 left = expires - self._clock()
                 if left <= 0 and self._runner.is_waiting(flight.request):
                     raise _expired_error()
-                # Once it runs, its result comes as soon as it can, as that of a request of one's own would.
+                # A running execution is awaited beyond `expires`, as one of the request's own would be.
                 await asyncio.wait((flight.task,), timeout=left if 0 < left < math.inf else None)
         finally:
             flight.waiter_count -= 1
@@ -242,10 +248,10 @@ class ResponseCache:
 
 
 def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
-    """How long results of this model are good, in seconds; None when its configuration asks for no response cache.
+    """Return the lifetime of a model's responses in seconds; None when the configuration enables no response cache.
 
     Raises:
-        FailedPrecondition: the model is of a kind whose results cannot be kept, or the time is no number.
+        FailedPrecondition: the model is of a kind that cannot be cached, or the lifetime is not a number.
     """
     ttl_text = config.parameters[TTL_KEY].string_value.strip() if TTL_KEY in config.parameters else ""
     if ttl_text and (not re.fullmatch(r"[0-9]{1,12}", ttl_text) or not int(ttl_text)):
@@ -273,13 +279,14 @@ def _expired_error() -> DeadlineExceeded:
 
 
 def _copy_of_error(error: ShoalError) -> ShoalError:
-    """The same for another caller: an exception that is raised twice collects the traces of both."""
+    """Return a copy for another caller: an exception that is raised twice collects both tracebacks."""
     return type(error)(error.message, retry_after_ms=error.retry_after_ms)
 
 
 def _retrieve_exception(task: asyncio.Task[InferenceResult]) -> None:
     if not task.cancelled():
-        task.exception()  # Nobody may be left to look at it, which is no news for the log.
+        # Without a remaining caller, asyncio would log the error as never retrieved.
+        task.exception()
 
 
 def _is_long(size_bytes: int, values: Iterable[Value]) -> bool:

@@ -1,7 +1,8 @@
 """Crash guard: rejects a poison request, one of which another process died, instead of executing it again.
 
-Executions record the fingerprints of their requests in the crash journal (mesh.process.crash_journal), 8 bytes a request.
-When an instance dies, Envoy retries its requests elsewhere and counts the attempts in a header. Only retries are checked.
+Executions record the fingerprints of their requests in the crash journal (mesh.process.crash_journal), 8 bytes each.
+When an instance dies, Envoy retries its requests elsewhere and counts the attempts in a header. Only retries are
+checked.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SAMPLED_ELEMENTS = 16
 
 
 class JournaledExecution:
-    """An `execution.Runs` that records its requests in a slot of the crash journal while they run."""
+    """An Executor that records the requests of `execution` in a slot of the crash journal while they run."""
 
     def __init__(self, execution: Execution, slot: Slot, model: int) -> None:
         """Wrap `execution`; `model` is the `digest_of` the model's name."""

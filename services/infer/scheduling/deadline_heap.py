@@ -1,4 +1,4 @@
-"""The times at which waiting requests run out, earliest first: one heap, and so one timer, for all of them."""
+"""Deadline heap of queued entries: one heap, and so one timer, for all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SLACK = 64
 
 
 class Expiring(Protocol):
-    """What may run out."""
+    """An entry that may expire while it waits."""
 
     @property
     def is_waiting(self) -> bool: ...
@@ -22,7 +22,7 @@ W = TypeVar("W", bound=Expiring)
 
 
 class DeadlineHeap(Generic[W]):
-    """Who runs out when. Those that do not wait any more are forgotten in passing."""
+    """Deadline heap; entries that no longer wait are dropped lazily."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, W]] = []
@@ -35,23 +35,23 @@ class DeadlineHeap(Generic[W]):
         heapq.heappush(self._heap, (at, next(self._numbers), entry))
 
     def next(self) -> float:
-        """When the next one runs out; infinite when nobody does."""
+        """Return the earliest deadline; infinite when no entry waits."""
         heap = self._heap
         while heap and not heap[0][2].is_waiting:
             heapq.heappop(heap)
         return heap[0][0] if heap else math.inf
 
     def first(self) -> W | None:
-        """Who runs out next."""
+        """Return the entry with the earliest deadline, if any."""
         return self._heap[0][2] if self.next() != math.inf else None
 
     def until(self, now: float) -> Iterator[W]:
-        """Takes out those that run out at or before `now`, in order."""
+        """Remove and yield the entries whose deadline is at or before `now`, in order."""
         while self.next() <= now:
             yield heapq.heappop(self._heap)[2]
 
     def _compact(self) -> None:
-        # Most requests are answered long before their time: without this, they would be held until then.
+        # Most requests are answered long before their deadline: without this, they would be held until then.
         self._heap = [entry for entry in self._heap if entry[2].is_waiting]
         heapq.heapify(self._heap)
         self._compact_at = 2 * len(self._heap) + _SLACK

@@ -1,10 +1,10 @@
-"""Runs requests of decoupled models: each by itself, any number of responses, no faster than its caller reads them.
+"""Scheduler of decoupled models: each request runs alone, gives any number of responses, and is paced by its caller.
 
     stream ──> admission (bounded, first come first served) ──> link of an instance ──responses──> caller
                                                                       ^──credit, cancel──┘
 
-A response costs credit, which comes back as the caller takes it: a model that is faster than its caller is paused. A
-caller that goes away cancels its request inside the model; its place is free when the model has let go of it.
+A response costs credit, which is returned when the caller reads it: a model that is faster than its caller is paused.
+When a caller leaves, its request is cancelled in the model; the slot is free once the model has ended the request.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
 
 CREDIT = 16
-"""Responses of one request that may be on their way: enough to hide the hops, few enough to hold little memory."""
+"""Responses of one request that may be in flight: enough to hide the handoffs, few enough to hold little memory."""
 
+# A request that still runs so long after its caller left: its process is killed, unless it serves other requests.
 _RETRY_MS = 100
 _CANCEL_GRACE_S = 30.0
-# A request that the model has not let go of for so long after its caller has gone: the process is ended, unless others
-# are being served by it.
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,19 @@ class Response:
     error: ShoalError | None = None
     is_final: bool = False
     is_empty: bool = False
-    """It carries nothing: it only says that there are no more."""
+    """True for a response without outputs, which only ends the request."""
 
 
 @dataclass(eq=False)
 class _ActiveStream:
-    """What a request holds until the model has let go of it."""
+    """A request in its slot, until the model has ended it."""
 
     link: DecoupledStreams
     request: InferenceRequest
     events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)  # Bounded by the credit.
     number: int = 0
     is_abandoned: bool = False
-    """Its caller has gone."""
+    """True once the caller has left."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
@@ -84,7 +83,7 @@ class DecoupledScheduler:
         statistics: Statistics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds; it is the one that deadlines are on."""
+        """Schedule requests to the processes of `session`; `clock` gives seconds, and deadlines are on it."""
         self._name, self._version = name, version
         self._session, self._limits = session, limits
         self._default_timeout_s = default_timeout_s
@@ -110,16 +109,16 @@ class DecoupledScheduler:
     async def stream(
         self, request: InferenceRequest, deadline: float = math.inf, tenant: str = ""
     ) -> AsyncGenerator[Response, None]:
-        """Runs one request; the last response is final. Closing the generator cancels the request in the model.
+        """Run one request; the last response is final. Closing the generator cancels the request in the model.
 
         Args:
-            deadline: on this scheduler's clock; it is not started at or after it, nor after its own `timeout`, and
-                ends at it.
+            deadline: on this scheduler's clock; the request never starts at or after it, nor after its own `timeout`,
+                and ends at the deadline.
 
         Raises:
-            ResourceExhausted: too many wait. DeadlineExceeded: its time was over.
-            Unavailable: the model is being unloaded, or its process started again.
-            Internal: the model's process died. What the model itself fails with is a response.
+            ResourceExhausted: the queue is full. DeadlineExceeded: the request expired.
+            Unavailable: the model is being unloaded, or its process restarted.
+            Internal: the model's process died. An error of the model itself is a response.
         """
         arrived = self._clock()
         active = await self._admit(request, arrived, deadline)
@@ -216,7 +215,7 @@ class DecoupledScheduler:
         return active
 
     def _admit_waiting(self) -> None:
-        """Gives free places to those that wait."""
+        """Assign free slots to waiting requests."""
         while self._waiting and (link := self._free_link()) is not None:
             waiter = self._waiting.popleft()
             if not waiter.active.done():
@@ -253,7 +252,7 @@ class DecoupledScheduler:
         try:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
-            pass  # The loop is gone, and so is everybody who waited.
+            pass  # The loop is closed: no caller waits.
 
     def _on_message(self, active: _ActiveStream, message: Message | None) -> None:
         if message is None:
@@ -274,7 +273,7 @@ class DecoupledScheduler:
         self._admit_waiting()
 
     def _blame(self, link: DecoupledStreams) -> None:
-        """Once for each link that breaks: whoever it was at work for may have been the cause."""
+        """Report the active requests of a broken link as possible poison requests, once for each link."""
         if link.is_blamed or self._is_closing:
             return
         link.is_blamed = True
@@ -289,7 +288,7 @@ class DecoupledScheduler:
         if active not in self._active:
             return
         if all(other.is_abandoned for other in self._active if other.link is active.link):
-            active.link.process.kill(f"killed: it went on for {_CANCEL_GRACE_S:.0f} s after everybody had gone")
+            active.link.process.kill(f"killed: it still ran {_CANCEL_GRACE_S:.0f} s after all callers had left")
         else:
             active.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, active))
 

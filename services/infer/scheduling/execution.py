@@ -1,9 +1,9 @@
-"""One execution: rows of several requests gathered, the model run once, the answers cut apart. It blocks.
+"""Execution of one batch: rows of several requests gathered, the model run once, the outputs split. Blocks.
 
-    inputs of each request ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each request
+    inputs of each request ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views for each request
 
-A request that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
-fails it is cut in halves (`bisection`), so that only the guilty requests fail.
+Abandoned and expired requests are left out up to the moment of the run. A batch that fails is bisected
+(`bisection`), so that only the requests that cause the failure fail.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from shoal.errors import DeadlineExceeded, Internal
 
 log = logging.getLogger(__name__)
 
+# A staging buffer beyond this is freed after its batch: one huge batch should not hold memory for ever.
 _KEPT_BYTES = 16 << 20
-# A staging buffer beyond this is given back after its batch: one huge batch should not cost memory for ever.
 
 
 class ExecutionItem(Protocol):
-    """What an execution needs of a waiting request."""
+    """A queued request as an execution sees it."""
 
     @property
     def request(self) -> InferenceRequest: ...
@@ -52,29 +52,29 @@ class ExecutionItem(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """What an execution did besides answering, since somebody last looked."""
+    """Counts of an execution since they were last read."""
 
     bisections: int = 0
-    """Batches that failed and were cut in two."""
+    """Failed batches that were split in two."""
     expired_rows: int = 0
-    """Rows that were run although their time was over: always 0, or there is a fault in here."""
+    """Rows executed after their deadline: always 0, unless this module has a bug."""
 
 
 class Executor(Protocol):
-    """Runs batches, one at a time: an Execution, or what stands around one."""
+    """Runs batches, one at a time: an Execution, or a wrapper of one."""
 
     tally: Tally
     may_run_on_loop: bool
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each item, in order. Never raises."""
+        """Return one outcome for each item, in order. Never raises."""
 
 
 class Execution:
-    """Runs batches of one model version, one at a time: it owns the buffers that rows are gathered in."""
+    """Runs batches of one model version, one at a time; owns the staging buffers."""
 
     def __init__(self, name: str, session: Session, signature: Signature, clock: Callable[[], float]) -> None:
-        """`clock` is the one that expiry is measured on."""
+        """Run batches in `session`; expiry is measured on `clock`."""
         self._name = name
         self._session = session
         self._batched = signature.max_batch_size > 0
@@ -82,10 +82,10 @@ class Execution:
         self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
         self.tally = Tally()
         self.may_run_on_loop = session.only_computes
-        """Whether the model only computes: then a run that is short enough holds up nobody."""
+        """True when the model only computes: a short run may block the event loop."""
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each item, in order. Never raises."""
+        """Return one outcome for each item, in order. Never raises."""
         outcomes: list[Outcome] = []
         try:
             try:
@@ -93,37 +93,38 @@ class Execution:
             except Exception as err:
                 outcomes = self._bisect(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
             if len(outcomes) != len(batch):
-                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
+                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} requests")
         except Exception as err:
             outcomes = [err] * len(batch)
-        except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
+        # For example a model that calls exit(): its callers get an error, and its worker goes on.
+        except BaseException as err:
             outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
         if self._staging:
             self._free_large_buffers()
         return outcomes
 
     def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
+        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
         bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts
         return outcomes
 
     def _outcome_of_error(self, err: Exception) -> Outcome:
-        # What the model says is for the caller; of any other fault the log is told everything, and the caller little.
+        # The caller gets the model's own error. Any other error is logged in full, and the caller gets a fixed text.
         return self._model_error(err) if isinstance(err, ModelFailed) else err
 
     def _model_error(self, err: ModelFailed) -> Internal:
         return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """Runs those that are alive as one. Raises what the model raises."""
+        """Run the items that are not expired or abandoned as one. Raises what the model raises."""
         alive = self._alive(batch, self._clock())
         while alive:
             start = perf_counter_ns()
             requests = [item.request for item in alive]
             inputs, rows = self._gather(requests)
-            # Gathering large inputs takes a while: whoever ran out in it is left out too.
+            # Gathering large inputs takes a while: requests that expired meanwhile are left out, too.
             now = self._clock()
             still = self._alive(alive, now)
             if len(still) < len(alive):
@@ -143,25 +144,26 @@ class Execution:
         return batch
 
     def _count_expired(self, batch: Sequence[ExecutionItem], now: float) -> None:
-        """Counts what must not be: whoever changes the above should see it."""
+        """Count expired rows that are about to run: a check of `_run`."""
         if min([item.expires for item in batch]) <= now:
             self.tally.expired_rows += sum(item.request.rows for item in batch if item.expires <= now)
 
     def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
-        """What the model is given, and how many rows that is."""
+        """Return the model's inputs and the number of rows."""
         if len(requests) == 1:
             return requests[0].tensors, requests[0].rows
         return self._stack(requests, requests[0].inputs)
 
     def _stack(self, requests: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
-        """These inputs of all requests, each in one buffer; of a single request as they are."""
+        """Return the named inputs of all requests, each stacked in one buffer; those of a single request unchanged."""
         if len(requests) == 1:
             return {name: requests[0].tensors[name] for name in names}, requests[0].rows
         inputs: dict[str, Any] = {}
         rows = sum([request.rows for request in requests])
         for name in names:
             parts = [request.tensors[name] for request in requests]
-            if is_resident(parts[0]):  # Then all are, and where they are they are joined.
+            # Requests with one key have all or none of an input on the GPU: there the parts are joined.
+            if is_resident(parts[0]):
                 inputs[name] = joined(cast("list[Any]", parts))
                 continue
             inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
@@ -186,7 +188,7 @@ class Execution:
         return [InferenceResult(outputs, times) for outputs in parts]
 
     def _run_session(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
-        """The outputs of the model; `like` is any of the requests."""
+        """Return the model's outputs; `like` is any of the requests."""
         return self._session.run(inputs, names)
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
@@ -196,7 +198,7 @@ class Execution:
         size = math.prod(shape) * like.dtype.itemsize
         memory = self._staging.get(name)
         if memory is None or memory.nbytes < size:
-            # Grown to a power of two, so that batches of changing size soon find it large enough.
+            # Grown to a power of two, so that batches of changing size soon fit.
             memory = self._staging[name] = np.empty(1 << max(size - 1, 1).bit_length(), np.uint8)
         return memory[:size].view(like.dtype).reshape(shape)
 
@@ -214,10 +216,10 @@ class Execution:
 
 
 def gpu_resident_outputs(request: InferenceRequest) -> frozenset[str]:
-    """The outputs that may stay on a GPU."""
+    """Return the names of the outputs that may stay on a GPU."""
     return frozenset([output.spec.name for output in request.outputs if output.stays])
 
 
 def expired() -> DeadlineExceeded:
-    """The outcome of a request that is left out."""
+    """Return the outcome of a request that expired before its run."""
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

@@ -1,8 +1,8 @@
-"""Who is next among tenants that wait together: weighted fair queueing by rows.
+"""Weighted fair queueing by rows: the order of tenants that wait together.
 
-Each tenant has a clock of its own, which advances by rows / weight whenever its rows are run; the one that is furthest
-behind goes next. A tenant that comes (back) starts at the common clock: it neither saves up while it is away, nor pays
-for what it used when nobody else wanted it. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
+Each tenant has a virtual time, which advances by rows / weight whenever its rows run; the tenant with the least goes
+next. A tenant that (again) has requests starts at the common virtual time: it saves nothing up while it has none, and
+pays nothing for capacity that no other tenant needed. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from itertools import count
 from typing import Any
 
 MAX_TENANTS = 1024
-"""Tenants that are told apart at a time. Beyond, newcomers share one place: whatever names come, memory is bounded."""
+"""Tenants that are distinguished at a time. Further tenants share one queue, so that memory is bounded."""
 
+# Number of tenants from which idle ones are dropped.
 _TIDY_AT = 64
-# So many are kept before those that no longer matter are looked for.
 
 
 class TenantQueue:
-    """What one tenant has in the queue, and how far it is. Compared by identity."""
+    """Queued requests of one tenant in one band, with its virtual time. Compared by identity."""
 
     __slots__ = ("count", "order", "rows", "tenant", "virtual_time", "weight")
 
@@ -29,15 +29,15 @@ class TenantQueue:
         self.tenant = tenant
         self.weight = weight
         self.virtual_time = virtual_time
-        """The tenant's clock: rows run, by weight."""
+        """Rows run, divided by the weight."""
         self.count = 0
         self.rows = 0
         self.order: deque[Any] = deque()
-        """Its requests in order of arrival. Those that have left are forgotten in passing."""
+        """Requests in order of arrival. Those that left the queue are dropped lazily."""
 
 
 class TenantQueues:
-    """The tenants of one level of priority."""
+    """The tenants of one band."""
 
     __slots__ = (
         "_by_tenant",
@@ -63,7 +63,7 @@ class TenantQueues:
         return len(self._by_tenant)
 
     def of(self, tenant: str) -> TenantQueue:
-        """The share that a request of `tenant` is to be counted in, brought up to the common clock when it was away."""
+        """Return the queue that counts a request of `tenant`; an empty queue is advanced to the common virtual time."""
         tenant_queue = self._by_tenant.get(tenant)
         if tenant_queue is None:
             tenant_queue = self._new(tenant)
@@ -72,11 +72,11 @@ class TenantQueues:
         return tenant_queue
 
     def waiting(self) -> list[TenantQueue]:
-        """Those that have requests in the queue."""
+        """Return the tenants that have queued requests."""
         return [tenant_queue for tenant_queue in self._by_tenant.values() if tenant_queue.count]
 
     def first(self) -> TenantQueue | None:
-        """The one that is furthest behind, of those that have requests in the queue."""
+        """Return the tenant with the least virtual time among those that have queued requests."""
         if len(self._by_tenant) == 1:
             (only,) = self._by_tenant.values()
             return only if only.count else None
@@ -89,7 +89,7 @@ class TenantQueues:
         return None
 
     def advanced(self, tenant_queue: TenantQueue) -> None:
-        """The clock of a share that has requests in the queue has changed, or it has requests again."""
+        """Update the order after a tenant's virtual time changed, or its queue became non-empty."""
         if len(self._by_tenant) == 1:
             return
         heapq.heappush(self._by_virtual_time, (tenant_queue.virtual_time, next(self._numbers), tenant_queue))
@@ -97,7 +97,7 @@ class TenantQueues:
             self._rebuild_heap()
 
     def serving(self, first: TenantQueue) -> None:
-        """A batch begins with a request of `first`: the common clock is there now."""
+        """Advance the common virtual time to that of `first`, whose request begins a batch."""
         self._common_time = max(self._common_time, first.virtual_time)
 
     def _rebuild_heap(self) -> None:
@@ -108,7 +108,7 @@ class TenantQueues:
 
     def _new(self, tenant: str) -> TenantQueue:
         self._new_count += 1
-        # At the bound it is not worth looking each time: mostly, all of them wait.
+        # At the bound, dropping idle tenants each time would be wasted work: mostly, all of them wait.
         if len(self._by_tenant) >= self._drop_idle_at and (
             len(self._by_tenant) < MAX_TENANTS or self._new_count % _TIDY_AT == 0
         ):
@@ -121,7 +121,7 @@ class TenantQueues:
         return tenant_queue
 
     def _drop_idle(self) -> None:
-        # Whoever is not ahead of the common clock would start there anyway.
+        # A tenant that is not ahead of the common virtual time would start there anyway.
         kept = {name: s for name, s in self._by_tenant.items() if s.count or s.virtual_time > self._common_time}
         if len(kept) >= MAX_TENANTS:
             kept = {name: s for name, s in kept.items() if s.count}

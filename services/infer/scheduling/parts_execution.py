@@ -1,6 +1,6 @@
-"""An Execution of a session on a GPU, which takes the tensors of all requests as they are and puts them together itself.
+"""Execution of a session on a GPU that stacks the tensors of the requests itself.
 
-tensors of each request ──run_parts: written once, into pinned memory, or joined on the GPU──> outputs ──slices──> answers
+tensors of each request ──run_parts: written once, to pinned memory, or joined on the GPU──> outputs ──slices──> results
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from services.infer.scheduling.execution import Execution, gpu_resident_outputs
 
 
 class PartsExecution(Execution):
-    """Runs batches of a session that has a group, and takes no rows."""
+    """Runs batches of a session with `run_parts`, on one GPU stream."""
 
     def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         parts = {name: [request.tensors[name] for request in requests] for name in requests[0].inputs}

@@ -1,6 +1,6 @@
-"""An Execution whose model is in another process: rows are laid behind each other on their way there, not before.
+"""Execution of a model in another process: rows are stacked while they are written to its memory.
 
-refused (it killed its process before) <── requests ──> one message ──> answers, one by one or stacked ──> checked
+rejected poison requests <── requests ──> one message ──> outputs, one by one or stacked ──> checked
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)
 
+# Longest wait of a dead batch's requests for the next process.
 _RESTART_WAIT_S = 30.0
-# How long the batch-mates of a request that killed the process wait for the next one.
 
 
 class ProcessExecution(Execution):
@@ -53,7 +53,7 @@ class ProcessExecution(Execution):
             self._runs_one_by_one = False
 
     def _has_waiting_caller(self, request: InferenceRequest | None = None) -> bool:
-        """Whether somebody waits: for this request, or for any of the batch."""
+        """Return True while a caller waits: that of `request`, or any of the batch."""
         now = self._clock()
         items = self._items if request is None else [item for item in self._items if item.request is request]
         return any(not item.is_abandoned and now < item.expires for item in items)
@@ -122,9 +122,12 @@ class ProcessExecution(Execution):
         self._waited_ns = waited_ns
 
     def _run_one_by_one(self, requests: Sequence[InferenceRequest], err: ModelDied) -> list[Outcome]:
-        """Each request alone. Halving, as for a model that only fails, would have more processes die."""
+        """Run each request alone. Bisection would have more processes die."""
         log.info(
-            "model %s: %d calls run alone, since their %s", self._name, len(requests), str(err).removeprefix("the ")
+            "model %s: %d requests run one by one after a crash: their %s",
+            self._name,
+            len(requests),
+            str(err).removeprefix("the "),
         )
         self.tally.bisections += 1
         self._restart_deadline = self._clock() + _RESTART_WAIT_S

@@ -1,12 +1,12 @@
-"""The requests that wait for one model version: bounded, in groups of requests that can be stacked.
+"""Queue of one model version: bounded, in groups of requests that can be stacked.
 
 WAITING ──take──> RUNNING ──> answered
-   ├──expire, discard──> gone: it is never executed
+   ├──expire, discard──> removed: never executed
    └──expire, where the model delays──> WAITING, behind the others of its level
 
-Bounds: requests by level of priority, bytes over all. When one is reached, a request is refused; but where several tenants
-wait, the one that holds the most gives up its newest, so that nobody is kept out by a flood of somebody else's. For
-memory, requests of worse levels give way too.
+Bounds: requests by priority level, bytes over all levels. At a bound, a request is rejected; but when several tenants
+wait, the tenant with the most queued requests loses its newest, so that no tenant can fill the queue alone. For memory,
+requests of worse levels are evicted, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_TENANT = TenantQueue("", 1.0, 0.0)
 
 
 class Receiver(Protocol):
-    """Who gets what became of one request: exactly one of these is called, on the loop, once."""
+    """Receives the outcome of one request: exactly one method is called, once, on the event loop."""
 
     def answered(self, answer: InferenceResult) -> None: ...
 
@@ -43,7 +43,7 @@ class Receiver(Protocol):
 
 
 class QueuedRequest:
-    """One request from its arrival to its answer. The loop's thread writes; a worker thread only reads."""
+    """One request from its arrival to its outcome. The loop's thread writes; a worker thread only reads."""
 
     __slots__ = (
         "arrived",
@@ -71,23 +71,23 @@ class QueuedRequest:
         self.rows = request.rows
         self.size_bytes = request.size_bytes
         self.arrived = self.rank = arrived
-        """Seconds, on the scheduler's clock."""
+        """Seconds, on the scheduler's clock. `rank` is the time by which priority bands are merged."""
         self.deadline = self.expires = deadline
-        """Of no use to the caller at or after its deadline, and not to be started at or after it expires."""
+        """Useless to the caller at or after `deadline`; never started at or after `expires`."""
         self.yields_at = math.inf
-        """It stands back behind the others of its level from then on."""
+        """From then on the request waits behind the others of its level."""
         self.due = math.inf
-        """When the model's goal wants it answered."""
+        """Time by which the model's goal wants the request answered."""
         self.level = self.band = 0
         self.tenant_queue = NO_TENANT
         self.outcome: Outcome | None = None
-        """For a model whose answers wait for each other."""
+        """Set for a model that preserves order, until it is delivered."""
         self.is_waiting = False
-        """It is in a queue."""
+        """True while the request is in a queue."""
         self.is_abandoned = False
-        """Nobody waits for the answer any more."""
+        """True once no outcome is to be delivered any more."""
         self.on_abandoned: Callable[[], None] | None = None
-        """Set by what runs it, and wants to hear of that."""
+        """Set by a worker that ends its batch when all callers have left."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class QueueLimits:
     """Bounds of one model version's queue."""
 
     calls: int = 2048
-    """About a second of what one process answers at its fastest: what would wait longer is better off elsewhere."""
+    """About a second of one process at its fastest: a request that would wait longer is better sent elsewhere."""
     size_bytes: int = 256 << 20
-    """Inputs that wait are memory held: two of the largest requests, or many small ones."""
+    """Memory of queued inputs: two of the largest requests, or many small ones."""
 
 
 class Batch:
-    """Requests that are run as one."""
+    """Requests that run as one."""
 
     __slots__ = ("fired", "leaves_rows", "requests", "rows")
 
@@ -109,13 +109,13 @@ class Batch:
         self.requests = requests
         self.rows = rows
         self.fired = fired
-        """Why it was run when it was, in a word."""
+        """Reason for running the batch now, in one word."""
         self.leaves_rows = leaves_rows
-        """There was more than fits: the model is behind."""
+        """True when requests remain in the queue: the model has a backlog."""
 
 
 class Queue:
-    """Adds at the back, takes batches from the front. Knows no event loop, and no clock but the times it is told."""
+    """Adds at the back, takes batches from the front. Pure: no event loop, and no clock but the times passed in."""
 
     def __init__(self, model: str, limits: QueueLimits, policy: BatchPolicy, rules: Rules, cost: CostCurve) -> None:
         self._model = model
@@ -128,7 +128,7 @@ class Queue:
         self._spare_group: StackGroup | None = (
             None  # The last that was emptied: most often, the next request has its key.
         )
-        # Where a level delays what ran out, the band behind each level's own is for that.
+        # Where a level delays timed-out requests, a second band behind the level's own holds them.
         self._bands_each = 2 if any(level.delays for level in rules.levels) else 1
         self._bands = self._bands_each * len(rules.levels)
         self._max_requests = tuple(level.calls or limits.calls for level in rules.levels)
@@ -147,15 +147,15 @@ class Queue:
         return self._count
 
     def holds(self, request: InferenceRequest) -> bool:
-        """Whether this very request waits here."""
+        """Return True when exactly this request waits here."""
         group = self._groups.get(request.key)
         return group is not None and any(cast("QueuedRequest", member).request is request for member in group.order())
 
     def add(self, queued: QueuedRequest, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[QueuedRequest]:
-        """Puts a request at the back; returns those that had to give up their place for it.
+        """Add a request at the back; return the requests that are evicted for it.
 
         Raises:
-            ResourceExhausted: the queue is full, and may have room in `retry_after_ms()`. An empty one takes any request.
+            ResourceExhausted: the queue is full; retry after `retry_after_ms()`. An empty queue accepts any request.
         """
         level = queued.level
         queued.band = level * self._bands_each
@@ -183,7 +183,7 @@ class Queue:
         return evicted
 
     def discard(self, queued: QueuedRequest) -> bool:
-        """Takes one request out; False when it was not in (any more)."""
+        """Remove one request; return False when it is not (or no longer) queued."""
         if not queued.is_waiting:
             return False
         self._unlink(queued)
@@ -194,11 +194,11 @@ class Queue:
         return True
 
     def next_expiry(self) -> float:
-        """When a request runs out, or has to stand back; infinite when none does."""
+        """Return the next time at which a request expires or yields; infinite when none does."""
         return min(self._expiry.next(), self._yielding.next())
 
     def expire(self, now: float) -> list[QueuedRequest]:
-        """Takes out those whose time is over, and has those stand back whose level wants that."""
+        """Remove and return the expired requests, and move those that yield behind the others of their level."""
         for queued in self._yielding.until(now):
             self._unlink(queued)
             queued.band += 1
@@ -210,7 +210,7 @@ class Queue:
         return expired
 
     def shed(self, horizon: float) -> list[QueuedRequest]:
-        """Takes out those that are of no use at `horizon`, which is when the next batch would be done."""
+        """Remove and return the requests that are useless at `horizon`, the end of the next batch."""
         shed: list[QueuedRequest] = []
         while (queued := self._expiry.first()) is not None and queued.deadline <= horizon:
             self.discard(queued)
@@ -218,9 +218,10 @@ class Queue:
         return shed
 
     def rows_ahead(self, queued: QueuedRequest, tenant: str) -> float:
-        """Rows that are run before a request that would be added now: an estimate, and rather too few."""
+        """Return the rows that would run before a request added now: a low estimate."""
         if queued.due < self._last_due:
-            return 0  # It goes before some of those that wait: who knows how many.
+            # The request goes before an unknown number of queued ones.
+            return 0
         band = queued.level * self._bands_each
         rows = sum(
             tenant_queue.rows
@@ -231,7 +232,7 @@ class Queue:
         same_level = next((tenant_queue for tenant_queue in same if tenant_queue.tenant == tenant), None)
         if same_level is None:
             return rows
-        # While its own tenant's rows are run, others have their shares of the instances.
+        # While rows of the tenant run, other tenants get their shares of the instances.
         return rows + sum(
             min(tenant_queue.rows, same_level.rows * tenant_queue.weight / same_level.weight) for tenant_queue in same
         )
@@ -239,13 +240,13 @@ class Queue:
     def take(
         self, now: float, *, max_rows: int = 0, instances: int = 1, is_idle: bool = True, is_late: bool = False
     ) -> Batch | Wait:
-        """The next batch; or how long to wait for one. Nothing in the queue may have expired: see `expire`.
+        """Remove and return the next batch, or return how long to wait for one. Call `expire` first.
 
         Args:
-            max_rows: no more rows than that, where the policy is to run what is there; 0: as many as it allows.
+            max_rows: bound of rows where the policy runs what is queued; 0: the policy's own bound.
             instances: executions that may run at the same time.
-            is_idle: the requests found an instance that was free, and did not wait for one.
-            is_late: nothing is worth waiting for.
+            is_idle: the requests found an idle instance, and did not wait for one.
+            is_late: never wait for a better batch.
         """
         if not self._groups:
             return NOTHING
@@ -282,7 +283,7 @@ class Queue:
         requests, fired = runs[key]
         if soonest and self._has_goal:
             until, waiting, front = soonest
-            # What waits for company must not be made late by what does not.
+            # A group that waits for more rows must not become late through one that does not wait.
             if until < now + self._cost.expected(sum(request.rows for request in requests)):
                 return self._pop(waiting, front, "slo")
         return self._pop(key, requests, fired)
@@ -299,14 +300,14 @@ class Queue:
         return cast("list[QueuedRequest]", front), is_cut
 
     def _next_key(self) -> Hashable:
-        """The key of the group that the next batch is of, whatever policy there is."""
+        """Return the key of the group whose turn is next, without a policy."""
         if len(self._groups) == 1:
             return next(iter(self._groups))
         heads = [head for tenant_queues in self._tenant_queues if (head := _band_head(tenant_queues)) is not None]
         return min(heads, key=_RANK).request.key
 
     def _candidates(self) -> dict[Hashable, StackGroup]:
-        """The groups that are worth a decision: all, unless they are very many."""
+        """Return the groups that are considered: all, unless there are very many."""
         if len(self._groups) <= _MAX_DECIDED_GROUPS or not self._has_goal:
             return self._groups
         urgent = heapq.nsmallest(_MAX_DECIDED_GROUPS, self._groups.items(), key=lambda item: item[1].soonest())
@@ -314,7 +315,7 @@ class Queue:
         return {key: self._groups[key], **dict(urgent)}
 
     def _first_key(self, groups: dict[Hashable, StackGroup]) -> Hashable:
-        """The key of the group whose turn it is."""
+        """Return the key of the group whose turn is next."""
         if len(groups) == 1:
             return next(iter(groups))
         best: dict[int, tuple[Member, Hashable]] = {}
@@ -361,7 +362,7 @@ class Queue:
             group = self._spare_group or StackGroup(self._bands, by_due=self._has_goal)
             self._groups[queued.request.key], self._spare_group = group, None
         if self._bands > 1:
-            # Levels are this far apart in time: who waits long enough overtakes whoever comes later (`Rules.aging_s`).
+            # Distance of levels in time: a request that waits long enough overtakes later ones (`Rules.aging_s`).
             gap_s = min(self._rules.aging_s, _MAX_LEVEL_GAP_S)
             queued.rank = arrived + queued.band * gap_s
         group.add(queued)
@@ -396,7 +397,7 @@ class Queue:
         )
 
     def _choose_victims(self, queued: QueuedRequest) -> list[QueuedRequest]:
-        """Whom to send away so that `queued` can stay; none: nobody has to, it is `queued` that is too much."""
+        """Return the requests to evict for `queued`; none when `queued` itself is to be rejected."""
         requests = self._waiting[queued.level] + 1 - self._max_requests[queued.level]
         size = self.size_bytes + queued.size_bytes - self._limits.size_bytes
         victims: list[QueuedRequest] = []
@@ -409,7 +410,7 @@ class Queue:
         return victims if requests <= 0 and size <= 0 else []
 
     def _eviction_candidates(self, queued: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
-        """Requests that have less claim to a place than `queued`, the least first."""
+        """Yield the requests with a weaker claim to capacity than `queued`, the weakest first."""
         bands = range(self._bands - 1, -1, -1)
         if is_short_of_bytes:
             for band in bands:
@@ -432,7 +433,7 @@ class Queue:
                 if tenant_queue.tenant != most:
                     continue
                 for victim in self._newest_first(band, tenant_queue):
-                    # Only while it holds more than `queued`'s tenant will: else they would push each other out.
+                    # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
                     if left <= held.get(queued.tenant_queue.tenant, 0.0) + 1 / queued.tenant_queue.weight:
                         return
                     left -= 1 / tenant_queue.weight
@@ -445,18 +446,19 @@ class Queue:
         return cast("list[QueuedRequest]", sorted(requests, key=_ARRIVED)[::-1])
 
 
+# Longest distance of levels: 30 years, and still exact to a microsecond when added to a clock.
 _MAX_LEVEL_GAP_S = 1e9
-# As a distance between levels: a generation, and still exact to a microsecond when added to a clock.
 
 
+# Deciding for hundreds of shapes each time would take longer than many a model runs: only the groups with the earliest
+# goals are considered.
 _MAX_DECIDED_GROUPS = 16
-# To decide for hundreds of shapes each time would take longer than many a model. Those with the earliest goals count.
 
 _ORDER_SLACK = 64
 
 
 def _band_head(tenant_queues: TenantQueues) -> QueuedRequest | None:
-    """The next request of one band: the first of the tenant that is furthest behind."""
+    """Return the next request of one band: the first of the tenant with the least virtual time."""
     tenant_queue = tenant_queues.first()
     if tenant_queue is None:
         return None

@@ -1,4 +1,4 @@
-"""An Execution whose model is on another server: the rows of its requests become one request, which is awaited."""
+"""Execution of a model on another server: the rows of the requests become one remote request, which is awaited."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ log = logging.getLogger(__name__)
 
 
 class RemoteExecution(Execution):
-    """A task_worker.Awaits. Nothing is gathered here: the request is what the rows are copied to."""
+    """A task_worker.AsyncExecutor. Rows are copied into the remote request, without a staging buffer."""
 
     def __init__(self, name: str, session: RemoteSession, signature: Signature, clock: Callable[[], float]) -> None:
         super().__init__(name, session, signature, clock)
         self._remote = session
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each item, in order. Raises nothing but cancellation, which ends the remote request."""
+        """Return one outcome for each item, in order. Raises only CancelledError, which cancels the remote request."""
         try:
             return await self._attempt(batch)
         except Exception as err:
             return await self._bisect_async(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
 
     async def _bisect_async(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
+        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
         bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = await bisection.outcomes_async(batch, self._attempt)
         self.tally.bisections += bisection.cuts
         return outcomes
 
     async def _attempt(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """Runs those that are alive as one. Raises what is the fault of one of them."""
+        """Run the items that are not expired or abandoned as one. Raises an error that one of them may have caused."""
         alive = self._alive(batch, self._clock())
         if not alive:
             return [expired() for _ in batch]

@@ -1,7 +1,7 @@
-"""What brings the requests of one model version to execution, as those see it who have requests: core, short way, cache.
+"""Interface of the schedulers of one model version, as core, fast path and response cache use it.
 
-There are several kinds; `models.scheduling` says which one a model gets. One kind keeps all promises of the others:
-what was cancelled or is too late does not begin, the statistics count each request once, a full queue refuses at once.
+There are several kinds; `models.scheduling` chooses one for each model. All keep the same promises: a cancelled or
+expired request does not begin, the statistics count each request once, and a full queue rejects immediately.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import Receiver
 
 Ticket: TypeAlias = Any
-"""What `start` gives for `abandon`: each kind's own."""
+"""Result of `start`, for `abandon`; its type is the scheduler's own."""
 
 
 class RequestScheduler(Protocol):
-    """Runs requests that have one answer each. Use as `async with`: leaving runs what still waits, then stops.
+    """Runs requests that have one result each. Use as `async with`: leaving runs the queued requests, then stops.
 
-    Only the event loop's thread touches it.
+    Only the event loop's thread uses a scheduler.
     """
 
     async def __aenter__(self) -> object: ...
@@ -31,24 +31,27 @@ class RequestScheduler(Protocol):
     ) -> None: ...
 
     async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
-        """Runs one request. Cancelled, it abandons it.
+        """Run one request and return its result. Cancelled, it abandons the request.
 
         Args:
-            deadline: on the server's clock; the request is not started at or after it, nor after its own `timeout`.
-            tenant: whose request it is.
+            deadline: on the server's clock; the request never starts at or after it, nor after its own `timeout`.
+            tenant: the request's tenant.
 
         Raises:
-            ResourceExhausted: the queue is full, or too long for the request to be done in time.
-            DeadlineExceeded: it could not be started in time, and was not.
+            ResourceExhausted: the queue is full, or too long for the request's deadline.
+            DeadlineExceeded: the request could not be started in time, and was not.
             Internal: the model cannot process this request.
             Unavailable: the model is being unloaded.
         """
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
-        """As `submit`, without waiting: `receiver` is told, maybe before this returns. Raises what is clear at once."""
+        """Enqueue a request without waiting; `receiver` may be called before `start` returns.
+
+        Raises the errors that are known immediately.
+        """
 
     def abandon(self, ticket: Ticket) -> None:
-        """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
+        """Drop a request whose caller has left: its receiver is not called. No effect once the outcome is delivered."""
 
     def is_waiting(self, request: InferenceRequest) -> bool:
-        """Whether the execution of `request`, which was started here and is not answered yet, has not begun."""
+        """Return True while the execution of `request` has not begun; `request` was started here and is unanswered."""

@@ -1,7 +1,7 @@
-"""An Execution of a session that takes rows of any shapes, and says which of them it cannot process.
+"""Execution of a session that takes rows of any shapes, and reports the rows that it cannot process.
 
-inputs of each request ──stacked; a list of rows where they are ragged──> run_rows ──> values, parted by requests
-                                                                              └──> unfit rows: their requests fail
+inputs of each request ──stacked; a list of rows where ragged──> run_rows ──> values, split by requests
+                                                                        └──> unfit rows: their requests fail
 """
 
 from __future__ import annotations

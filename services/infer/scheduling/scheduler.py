@@ -1,10 +1,10 @@
-"""Brings requests to execution: a queue, and one worker for each instance of the model.
+"""Scheduler of one model version: a queue, and one worker for each instance of the model.
 
-    start ──> queue ──take──> batch ──> on the loop, when it is shorter than a hop          ──> answers
-                                   └──> worker thread: one hop there, and one back ──┘
+    start ──> queue ──take──> batch ──> on the loop, when shorter than a thread handoff     ──> results
+                                   └──> worker thread: a handoff there, and one back ─┘
 
-The decisions are the queue's and the policies'; this shell only waits, hands over and counts. What is done per request is
-kept small: no task, no timer, no lock; one pass over the batch when it is taken, run, and answered.
+The queue and the policies decide; this shell waits, dispatches and counts. The cost per request is small: no task, no
+timer, no lock; one pass over the batch when it is taken, run, and delivered.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ __all__ = ["InferenceResult", "Receiver", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
+# A rejected client should return soon enough to use freed capacity, and not so soon that it is rejected again.
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
-# A refused caller comes back soon enough to use what was freed, and not so soon that it only asks again.
 
+# A batch's handoff to a thread and back takes about this long, twice that when both want the interpreter's lock.
+# A shorter batch runs on the loop.
 _THREAD_HANDOFF_S = 150e-6
-# Handing a batch to a thread and back takes about so long, twice that when both want the interpreter's lock: what is
-# done sooner is run on the loop.
 
+# The same for a lone request: both threads sleep by then, and waking them takes 0.3 to 1.1 ms on an idle machine.
+# Running on the loop then delays only the few requests of other models.
 _LONE_HANDOFF_S = 500e-6
-# The same for a request that comes alone: both threads sleep by then, and are woken. 0.3 to 1.1 ms on a machine that idles
-# otherwise, and what is held up meanwhile is requests of other models, which are few.
 
+# Python work of an execution per request. It holds the interpreter's lock, so that a thread would not spare the loop.
 _REQUEST_S = 2e-6
-# What an execution does for each request holds the interpreter's lock: on a thread, the loop would wait for it as well.
 
+# After this many such gaps between an outcome and the next request, requests arrive one at a time.
+# A client that sends its next request on an outcome leaves a shorter gap.
 _IDLE_GAP_S, _IDLE_GAPS = 100e-6, 8
-# A request that comes so long after the last answer, and the ones before it too, was not in the same round of the loop as
-# others: callers that ask again at once do so sooner.
 
+# Executions until a goal that cannot be met is logged.
 _GOAL_CHECK_AFTER = 50
-# Executions until a goal that cannot be met is reported.
 
+# The event loop's timers count milliseconds: an idle worker waits for the last part of a wait.
 _FINE_TIMER_S = 0.005
-# The event loop's timers count milliseconds: the end of a wait is waited for by an idle worker.
 
+# Longest timer: event loops differ in the range of their clocks.
 _MAX_TIMER_S = 3600.0
-# No timer is set for longer: loops differ in how far they can count.
 
 
 class Scheduler:
-    """Runs the requests of one model version. Use as `async with`: leaving runs what still waits, then stops.
+    """Runs the requests of one model version. Use as `async with`: leaving runs the queued requests, then stops.
 
     Args:
-        execution: makes what runs the batches of one worker; called once for each.
-        instances: how many executions may run at the same time.
-        cost: what is known of it from trials.
-        clock: seconds; the one that deadlines and the executions' expiry are on.
-        worker: makes what runs an instance's batches.
+        execution: makes the executor of one worker; called once for each instance.
+        instances: number of executions that may run at the same time.
+        cost: execution costs known from warm-up.
+        clock: seconds; deadlines and the executions' expiry are on this clock.
+        worker: makes the worker of one instance.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class Scheduler:
         self._policy = policy
         self._rules = rules or Rules()
         self.cost = cost if cost is not None else CostCurve()
-        self._compute = CostCurve()  # Of the model alone: what a run on the loop would take.
+        # Processor time of the model alone: the cost of a run on the loop.
+        self._compute = CostCurve()
         self._queue = Queue(name, limits, policy, self._rules, self.cost)
         self._execution = execution
         self._instances = instances
@@ -101,7 +102,9 @@ class Scheduler:
         self._make_worker = worker
         self._goal_s = policy.slo_s if policy.has_goal else math.inf
         if policy.slo_s != math.inf and policy.is_static:
-            log.warning("model %s: slo_ms does nothing beside a queue delay or preferred sizes, which win", name)
+            log.warning(
+                "model %s: slo_ms has no effect: a queue delay or preferred sizes are set, and take precedence", name
+            )
         self._waits = policy.is_static or policy.has_goal
         self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
         self._backlog = Backlog()
@@ -146,7 +149,7 @@ class Scheduler:
             for timer in (self._timer, self._wake_timer):
                 if timer is not None:
                     timer.cancel()
-            # Nobody drained when leaving was cut short: what still waits is told so.
+            # Leaving was cancelled before the queue was drained: fail the requests that are still queued.
             while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
                 for queued in batch.requests:
                     self._settle(queued, self._unloading_error())
@@ -157,22 +160,22 @@ class Scheduler:
             worker.close()
 
     async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
-        """Runs one request with whatever it can share an execution with.
+        """Run one request, batched with others where possible, and return its result.
 
         Args:
-            deadline: on this scheduler's clock; the request is not started at or after it, nor after its own `timeout`.
-            tenant: whose request it is: those who wait together have their shares of the model.
+            deadline: on this scheduler's clock; the request never starts at or after it, nor after its own `timeout`.
+            tenant: the request's tenant, for a fair share of the model.
 
         Raises:
-            ResourceExhausted: the queue is full, or too long for the request to be done in time.
-            DeadlineExceeded: it could not be started in time, and was not.
+            ResourceExhausted: the queue is full, or too long for the request's deadline.
+            DeadlineExceeded: the request could not be started in time, and was not.
             Internal: the model cannot process this request.
             Unavailable: the model is being unloaded.
         """
         return await submit_and_wait(self, request, deadline, tenant)
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> QueuedRequest:
-        """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""
+        """Enqueue a request without waiting; `receiver` is called with its outcome. Raises errors known immediately."""
         if self._is_closing:
             raise self._unloading_error()
         now = self._clock()
@@ -206,16 +209,16 @@ class Scheduler:
         return queued
 
     def _is_lone(self, now: float) -> bool:
-        """Whether requests come one at a time, of late: then there is no company to wait a round of the loop for."""
+        """Return True while requests arrive one at a time: dispatching now costs no batch-mates."""
         self._idle_gaps = self._idle_gaps + 1 if now - self._answered_at > _IDLE_GAP_S else 0
         return self._idle_gaps > _IDLE_GAPS
 
     def is_waiting(self, request: InferenceRequest) -> bool:
-        """Whether `request` is in the queue: its execution has not begun."""
+        """Return True while `request` is queued: its execution has not begun."""
         return self._queue.holds(request)
 
     def abandon(self, queued: QueuedRequest) -> None:
-        """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
+        """Drop a request whose caller has left: its receiver is not called. No effect once the outcome is delivered."""
         if queued.is_abandoned:
             return
         queued.is_abandoned = True
@@ -242,7 +245,7 @@ class Scheduler:
     # Forecasts
 
     def _admit(self, queued: QueuedRequest, tenant: str, now: float) -> None:
-        """Raises ResourceExhausted when `queued` cannot make it: what waits before it takes too long already."""
+        """Raise ResourceExhausted when the backlog is too long for `queued` to be done in time."""
         bound = min(queued.expires, queued.due)
         if bound == math.inf:
             return
@@ -256,7 +259,8 @@ class Scheduler:
         spare = spare_of(ahead_s, batch_s / self._instances)
         if ahead_s + batch_s < spare * (bound - now):
             return
-        start_s = free_s + self._queue.rows_ahead(queued, tenant) // most * most * row_s  # Whole batches go before it.
+        # Whole batches run before this request.
+        start_s = free_s + self._queue.rows_ahead(queued, tenant) // most * most * row_s
         end = now + (start_s + batch_s) / spare
         meets_goal = end < queued.due or not self._can_reach_goal()
         if meets_goal and now + start_s < queued.expires and end < queued.deadline:
@@ -270,7 +274,7 @@ class Scheduler:
         )
 
     def _max_rows(self, now: float) -> int:
-        """Rows for the next batch: less than may be run together, where that gets more requests answered in time."""
+        """Return the rows of the next batch: fewer than the policy allows where that answers more requests in time."""
         if self._waits:
             return self._policy.max_rows
         return self._pressure.max_rows(now, self.cost, self._policy.max_rows, self._instances)
@@ -280,7 +284,7 @@ class Scheduler:
         return self._backlog.is_known or self.cost.is_known
 
     def _row_and_batch_s(self, rows: int) -> tuple[float, float]:
-        """Seconds for each row, and for a batch, while more waits than fits into a batch of so many rows."""
+        """Return the seconds of a row and of a batch of `rows`, while the backlog is longer than a batch."""
         if self._waits or not self.cost.is_known:
             return self._backlog.row_s, self._backlog.batch_s
         batch_s = self.cost.expected(rows)
@@ -290,7 +294,7 @@ class Scheduler:
         return self._backlog.batch_s < self._goal_s
 
     def _retry_after_ms(self) -> int:
-        """When what waits now will be done, roughly."""
+        """Return the time until the present backlog is done, an estimate."""
         row_s = self._backlog.row_s or self.cost.expected(1)
         backlog_s = self._queue.rows * row_s / self._instances
         return int(min(max(backlog_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
@@ -303,7 +307,7 @@ class Scheduler:
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Gives what waits to the instances that are free."""
+        """Start batches of queued requests on idle workers."""
         self._will_dispatch = False
         now = self._clock()
         if self._queue.next_expiry() <= now:
@@ -341,12 +345,13 @@ class Scheduler:
     def _run_on_loop(self, worker: Worker, batch: Batch, now: float) -> None:
         start, cpu = time.perf_counter_ns(), time.thread_time_ns()
         outcomes = worker.execution.run(batch.requests)
-        # As a thread's worker counts it: its turn on a core is no cost of the model's.
+        # As in ThreadWorker: waiting for a core is not a cost of the model.
         seconds = min(time.perf_counter_ns() - start, time.thread_time_ns() - cpu) / 1e9
         self._idle.append(worker)
         if self._queue:
             self._was_busy = True
-            self._dispatch_soon()  # And not now: what has come meanwhile should join.
+            # Not now: requests that arrived during the run should join the batch.
+            self._dispatch_soon()
         self._deliver_outcomes(worker, batch, outcomes, now, seconds)
 
     def _run_on_worker(self, worker: Worker, batch: Batch, now: float) -> None:
@@ -360,7 +365,7 @@ class Scheduler:
         if not self._is_ended:
             self._idle.append(worker)
         if self._queue:
-            # The model goes on while answers are written.
+            # The model runs the next batch while responses are written.
             self._was_busy = True
             self._dispatch()
         self._deliver_outcomes(worker, batch, outcomes, started, seconds)
@@ -372,7 +377,7 @@ class Scheduler:
             self._is_drained.set()
 
     def _wake_at(self, until: float, now: float) -> None:
-        """Looks again at `until`, if nothing comes before."""
+        """Dispatch again at `until`, unless another event dispatches earlier."""
         if until == self._wake_timer_at:
             return
         self._wake_timer_at = until
@@ -429,7 +434,8 @@ class Scheduler:
             self._release()
 
     def _deliver(self, queued: QueuedRequest, outcome: Outcome) -> None:
-        queued.is_abandoned = True  # From here on, it is over.
+        # From here on, `abandon` has no effect.
+        queued.is_abandoned = True
         try:
             if isinstance(outcome, InferenceResult):
                 queued.receiver.answered(outcome)
@@ -437,13 +443,14 @@ class Scheduler:
                 if isinstance(outcome, DeadlineExceeded):
                     self._statistics.expired += 1
                 queued.receiver.failed(outcome)
-        except Exception:  # One caller's trouble is no other's.
-            log.exception("model %s: an answer could not be given", self._name)
+        # An error of one receiver must not affect the others.
+        except Exception:
+            log.exception("model %s: the receiver of an outcome failed", self._name)
 
     def _release(self) -> None:
-        """Gives what is next in the order of arrival, and ready."""
+        """Deliver the outcomes that are next in order of arrival."""
         unanswered = self._unanswered
-        assert unanswered is not None, "only asked where order is preserved"
+        assert unanswered is not None, "only called where order is preserved"
         while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
             queued = unanswered.popleft()
             if not queued.is_abandoned and queued.outcome is not None:
@@ -483,8 +490,8 @@ class Scheduler:
             self._settle(queued, self._expired_error())
 
     def _shed(self, now: float, rows: int) -> None:
-        """Sends away those that would be answered too late even if they were run next: others can still make it."""
-        # The doubt goes against them: what is run in vain is capacity that others could have.
+        """Reject the requests that would miss their deadline even in the next batch: others can still be in time."""
+        # In doubt a request is rejected: a run in vain takes capacity from the others.
         for queued in self._queue.shed(now + self._cautious_batch_s(rows)):
             self._reject(
                 queued,
@@ -493,7 +500,7 @@ class Scheduler:
             )
 
     def _cautious_batch_s(self, rows: int) -> float:
-        """Seconds of a batch of `rows`, and rather more; but not so many that nothing could be done in time at all."""
+        """Return an upper estimate of a batch's seconds, unless no request could meet it: then the expected seconds."""
         if self._waits or not self.cost.is_known:
             return self._backlog.worst_s
         worst_s = self.cost.worst(rows)
@@ -503,8 +510,8 @@ class Scheduler:
         for queued in queued_requests:
             self._reject(
                 queued,
-                f"Exceeds maximum queue size of model '{self._name}': this request gave up its place, since others "
-                "of its tenant or priority hold more than their share",
+                f"Exceeds maximum queue size of model '{self._name}': this request was evicted, since its tenant or "
+                "priority holds more than its share of the queue",
             )
 
     def _reject(self, queued: QueuedRequest, why: str) -> None:
@@ -516,7 +523,7 @@ class Scheduler:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        # A loop's timer may be a little early; then nothing has expired yet, and a moment later it is asked again.
+        # A loop's timer may fire a little early: then nothing has expired yet, and the timer is set again.
         self._timer = self._loop.call_later(min(max(at - now, 0.0005), _MAX_TIMER_S), self._on_timer)
 
     def _on_timer(self) -> None:

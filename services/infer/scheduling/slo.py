@@ -2,13 +2,13 @@
 
     now            latest feasible start                 due (of the earliest)
      |------ wait ------|<------- cost of the batch ------->|
-            more rows come, if they are worth it
+            more rows arrive, if they are worth it
 
-What waits is ordered by due time. A batch is the longest front whose cost still fits before the earliest due time in
-it. It waits for company only where that pays: other work already keeps the instances busy, rows are likely to come
-before the latest feasible start, and the cost curve says that they make each row cheaper. A lone request on an idle server
-therefore runs at once. Requests that can be in time no more do not make others late: they neither shorten a batch nor
-hasten it.
+Queued requests are ordered by due time. A batch is the longest front whose cost still fits before the earliest due time
+in it. The batch waits for more rows only where that pays: other work keeps the instances busy, rows are likely to
+arrive before the latest feasible start, and the cost curve says that they make each row cheaper. A lone request on an
+idle server therefore runs immediately. Requests that can no longer be in time do not delay others: they neither
+shorten a batch nor hasten it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from collections.abc import Sequence
 from services.infer.scheduling.batcher import BatchCandidate, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
 
+# From the decision to the model's first step, and from its last step to the response.
 _HANDOVER_S = 0.0005
-# From the decision to the model's first step, and from its last to the answer.
 
+# Instances that are busy less than this part of the time can serve batches of any size.
 _MIN_LOAD = 0.5
-# Instances that are busy less than this of the time serve what comes, whatever the size of their batches.
 
-_MIN_GAIN = 1.05
 # A row must become at least this much cheaper to be worth waiting for.
+_MIN_GAIN = 1.05
 
+# Time constant of the arrival rate.
 _WINDOW_S = 0.1
-# How far back the rate of arrivals looks.
 
 _SLICE_S = 0.005
 
 
 class Arrivals:
-    """How many rows come in a second, of late."""
+    """Recent rate of arriving rows."""
 
     __slots__ = ("_arrived_rows", "_since", "rate")
 
@@ -48,7 +48,7 @@ class Arrivals:
         self._arrived_rows += rows
 
     def per_second(self, now: float) -> float:
-        """The rate, brought up to `now`."""
+        """Return the rate, updated to `now`."""
         passed = now - self._since
         if passed == math.inf:
             self._since, self._arrived_rows = now, 0
@@ -62,11 +62,11 @@ class Arrivals:
 def decide(
     front: Sequence[BatchCandidate], now: float, policy: BatchPolicy, cost: CostCurve, *, rate: float, instances: int
 ) -> Decision:
-    """What to do with the requests that make the next batch.
+    """Decide about the requests of the next batch.
 
     Args:
         front: at least one request, and no more than may run together; earliest due first.
-        rate: rows that come in a second.
+        rate: rows that arrive in a second.
         instances: executions that may run at the same time.
     """
     if not cost.is_known:
@@ -91,7 +91,7 @@ def _waiting_pays(rows: int, seconds: float, policy: BatchPolicy, cost: CostCurv
 
 
 def _fitting_prefix(front: Sequence[BatchCandidate], now: float, cost: CostCurve) -> tuple[int, int, float]:
-    """How many requests can run together with none of them late that need not be; their rows, and the earliest due."""
+    """Return the number of requests that can run together in time, their rows, and the earliest due time."""
     rows: list[int] = []
     due: list[float] = []
     total, earliest = 0, math.inf

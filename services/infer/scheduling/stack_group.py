@@ -1,9 +1,10 @@
-"""Requests that can be run as one (same inputs, row shapes and outputs), in the order in which they should be.
+"""Stack group: queued requests that can run as one (same inputs, row shapes and outputs), in execution order.
 
-    group ──> bands, best first ──> one flow for each tenant ──> requests: in order of arrival, or of due time
+    group ──> bands, best first ──> one flow for each tenant ──> requests in order of arrival, or of due time
 
-Among bands the request that has waited longest by its rank goes first, among tenants the one that is furthest behind
-(`fairness`). With one band and one tenant, which is nearly always, the order is that of the one flow.
+A band holds the requests of one priority level, or those of a level that yielded. Among bands, the request with the
+least rank goes first, among tenants the one with the least virtual time (`fairness`). With one band and one tenant,
+nearly always, the order is that of the one flow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from services.infer.scheduling.fairness import TenantQueue
 
 
 class Member(Protocol):
-    """What a group needs of a request."""
+    """A queued request as a group sees it."""
 
     rows: int
     size_bytes: int
@@ -37,7 +38,7 @@ _DUE, _RANK = attrgetter("due"), attrgetter("rank")
 
 
 class StackGroup:
-    """Requests with one key. What is taken out must be a front of `order`."""
+    """Requests with one key. `take` removes only a front of `order`."""
 
     __slots__ = ("_bands", "_by_due", "count", "rows", "size_bytes")
 
@@ -60,7 +61,7 @@ class StackGroup:
         self.size_bytes += request.size_bytes
 
     def remove(self, request: Member) -> bool:
-        """Takes one request out of the middle; False when it is not in."""
+        """Remove one request from any position; return False when it is not in the group."""
         flows = self._bands[request.band]
         flow = flows.get(request.tenant_queue)
         if flow is None or request not in flow:
@@ -70,7 +71,7 @@ class StackGroup:
         return True
 
     def take(self, requests: Sequence[Member]) -> None:
-        """Takes out the first requests of `order`."""
+        """Remove the first requests of `order`."""
         if len(requests) == self.count:
             for flows in self._bands:
                 flows.clear()
@@ -90,33 +91,33 @@ class StackGroup:
         self.size_bytes -= request.size_bytes
 
     def oldest(self) -> float:
-        """When the first of its requests came. The group is not empty."""
+        """Return the earliest arrival. The group is not empty, and in order of arrival."""
         # In order of due time the first to come may be anywhere; then nobody asks.
         return min(flow[0].arrived for flows in self._bands for flow in flows.values())
 
     def soonest(self) -> float:
-        """The earliest due time among its requests, when they are in that order. The group is not empty."""
+        """Return the earliest due time. The group is not empty, and in order of due time."""
         return min(flow[0].due for flows in self._bands for flow in flows.values())
 
     def heads(self) -> Iterator[Member]:
-        """The next request of each band."""
+        """Yield the next request of each band."""
         for flows in self._bands:
             if flows:
                 yield min((flow[0] for flow in flows.values()), key=fair_order_key)
 
     def of(self, band: int, tenant_queue: TenantQueue) -> Iterable[Member]:
-        """The requests of one tenant in one band."""
+        """Return the requests of one tenant in one band."""
         return self._bands[band].get(tenant_queue, ())
 
     def order(self) -> Iterator[Member]:
-        """All requests, in the order in which they should run."""
+        """Yield all requests in execution order."""
         bands = [flows for flows in self._bands if flows]
         if len(bands) > 1:
             return heapq.merge(*(_fair_order(flows) for flows in bands), key=_RANK)
         return _fair_order(bands[0]) if bands else iter(())
 
     def front(self, max_rows: int, max_bytes: int) -> tuple[list[Member], bool]:
-        """The first requests, as many as may run together, and at least one; and whether others are left for that."""
+        """Return the first requests that may run together, at least one, and True when others remain."""
         if self.rows <= max_rows and self.size_bytes <= max_bytes:
             flows = self._bands[0]
             if len(self._bands) == len(flows) == 1:
@@ -134,12 +135,12 @@ class StackGroup:
 
 
 def fair_order_key(request: Member) -> tuple[float, float, float]:
-    """Whose turn it is among the requests of one band: the least."""
+    """Return the sort key of a request within its band; the least runs first."""
     return request.tenant_queue.virtual_time, request.due, request.arrived
 
 
 def _fair_order(flows: Flows[Member]) -> Iterator[Member]:
-    """The requests of all tenants, always one of the tenant that is furthest behind."""
+    """Yield the requests of all tenants, each time one of the tenant with the least virtual time."""
     if len(flows) == 1:
         return iter(*flows.values())
     return _interleaved(flows)

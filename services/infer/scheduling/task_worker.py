@@ -1,4 +1,4 @@
-"""One instance of a model that computes elsewhere: its batches are tasks of the event loop, and take no thread."""
+"""Worker of a model that computes on another server: its batches are tasks of the event loop, without a thread."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from services.infer.scheduling.execution import ExecutionItem, Executor
 from services.infer.scheduling.worker import Done
 from shoal.errors import Unavailable
 
+# The loop's timers count milliseconds: one that fires early would only be set again.
 _TICK_S = 0.001
-# The loop's timers count milliseconds: one that is a little early would only be set again.
 
 
 class AbandonableItem(ExecutionItem, Protocol):
-    """A item that tells when nobody waits for it any more."""
+    """An item that reports when its caller has left."""
 
     on_abandoned: Callable[[], None] | None
-    """Called on the loop, while it is run."""
+    """Called on the loop, while the item is executed."""
 
 
 class AsyncExecutor(Executor, Protocol):
-    """Runs batches that are awaited, one at a time."""
+    """Runs awaited batches, one at a time."""
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each item, in order. Raises nothing but cancellation, which ends what it waits for."""
+        """Return one outcome for each item, in order. Raises only CancelledError, which cancels what it awaits."""
 
 
 class TaskWorker:
-    """A worker.Worker. A batch for which nobody waits any more is ended."""
+    """A worker.Worker. A batch whose callers have all left is cancelled."""
 
     def __init__(self, execution: AsyncExecutor, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution: Executor = execution
@@ -44,9 +44,7 @@ class TaskWorker:
         self._cancel_wake()
         self._task = self._loop.create_task(self._awaits.outcomes(items), name=self._name)
         self._task.add_done_callback(partial(self._on_done, items, done))
-        for item in cast(
-            "Sequence[AbandonableItem]", items
-        ):  # As the Scheduler's are: others do not run on this worker.
+        for item in cast("Sequence[AbandonableItem]", items):  # The Scheduler's items are.
             item.on_abandoned = partial(self._abandoned, items)
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
@@ -74,8 +72,8 @@ class TaskWorker:
         for item in cast("Sequence[AbandonableItem]", items):
             item.on_abandoned = None
         self._task = None
-        # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.
+        # Cancelled by this worker: all callers have left, or the model is unloaded without draining.
         unloaded: list[Outcome] = [Unavailable("the model is being unloaded")] * len(items)
         outcomes = unloaded if task.cancelled() else task.result()
-        # What is waited for costs this process nothing.
+        # Waiting takes no processor time.
         done(outcomes, 0.0)

@@ -1,4 +1,4 @@
-"""Whether a request can be a step of a sequence at all."""
+"""Admission check of sequence steps."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from services.infer.sequences import rejections
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import Datatype
 
+# Longest id that is a text, as in Triton.
 _MAX_ID_BYTES = 128
-# Of an id that is a text, as in Triton.
 
+# Ids that a control of 32 bits can carry. A control of 64 bits carries every id, if need be as a negative number.
 _RANGES = {"INT32": (-(1 << 31), (1 << 31) - 1), "UINT32": (0, (1 << 32) - 1)}
-# Ids that a control of 32 bits can carry. One of 64 bits carries them all, if need be as a negative number.
 
 
 def check(model: str, request: InferenceRequest, id_datatype: Datatype | None) -> None:
-    """`id_datatype`: the datatype of the control that tells the model the id, if there is one.
+    """Check that a request can be a step of a sequence; `id_datatype` is that of the model's CORRID control, if any.
 
     Raises:
-        InvalidArgument: no id, several rows, or an id that the model cannot be told.
+        InvalidArgument: no id, several rows, or an id that the control cannot carry.
     """
     id = request.parameters.sequence_id
     if not id:
@@ -34,7 +34,8 @@ def check(model: str, request: InferenceRequest, id_datatype: Datatype | None) -
         return
     least, most = _RANGES.get(id_datatype.name, (-(1 << 63), (1 << 64) - 1))
     if isinstance(id, int) and least < 0 and id >> 63:
-        id -= 1 << 64  # As the client wrote it.
+        # Signed, as the client wrote the id.
+        id -= 1 << 64
     if isinstance(id, str) or not least <= id <= most:
         raise InvalidArgument(
             f"sequence_id {quoted(str(id))} for model '{model}': its CONTROL_SEQUENCE_CORRID is {id_datatype.name}: "

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration's `sequence_batching`, each with the name that it has there."""
+"""Checks of a configuration's `sequence_batching`; each finding names the setting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Batching = pb.ModelSequenceBatching
 
 
 def wrong(config: pb.ModelConfig) -> Iterator[str]:
-    """Every setting that Shoal does not do, or that is none."""
+    """Yield every setting that is unsupported or invalid."""
     if not config.HasField("sequence_batching"):
         return
     given = config.sequence_batching

@@ -1,7 +1,7 @@
-"""One execution of steps: an `execution.Runs` whose items are steps of several sequences. It blocks.
+"""Execution of a batch of steps: an `execution.Executor` whose items are steps of several sequences. Blocks.
 
-A step that fails leaves its sequence as it was. Where the model only computes, a failed batch is cut in halves, as
-ever; a model that may remember what it has seen (a process of its own) is not given the same step twice: then all of
+A step that fails leaves its sequence as it was. Where the model only computes, a failed batch is bisected, as without
+sequences. A model in its own process may remember what it has seen, and is not given the same step twice: then all of
 the batch fail.
 """
 
@@ -27,8 +27,8 @@ from services.infer.sequences.step import SequenceStep
 from services.infer.sequences.step_runners import ProcessSteps, Results, SessionSteps, StepResult
 from shoal.errors import ShoalError, Unavailable
 
+# A process is restarted after about this time.
 _RETRY_MS = 100
-# A process is there again after about so long.
 
 
 class SequenceExecution(Execution):
@@ -43,7 +43,7 @@ class SequenceExecution(Execution):
         initial: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
-        """`initial`: the states that a sequence begins with."""
+        """Run steps in `session`; `initial` are the states that a sequence begins with."""
         super().__init__(name, session, signature, clock)
         self._settings, self._initial = settings, initial
         self._steps: SessionSteps | ProcessSteps = step_runners.runner_of(session, settings, batched=self._batched)
@@ -73,7 +73,7 @@ class SequenceExecution(Execution):
         return outcomes
 
     def _rows_in_slots(self, alive: Sequence[SequenceStep]) -> list[Row | None]:
-        """Rows as the model is given them: in `direct` each in its slot, and nobody's rows between them."""
+        """Return the rows as the model is given them: with `direct`, each in its slot, with None between them."""
         if not self._settings.is_direct:
             return [self._row(step) for step in alive]
         rows: list[Row | None] = [None] * (max(step.slot for step in alive) + 1)
@@ -87,10 +87,10 @@ class SequenceExecution(Execution):
 
 
 class ProcessSequenceExecution(SequenceExecution):
-    """Runs the steps of one instance of a model in a process of its own: always the same process.
+    """Runs the steps of one instance of a model in its own process: always the same process.
 
-    When the process ends, what the model remembered is gone: its steps are marked as lost, and only those that start a
-    sequence run in the next one.
+    When the process ends, the model's sequences are lost with it: their steps are marked, and only those that start a
+    sequence run in the next process.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ProcessSequenceExecution(SequenceExecution):
         initial: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
-        """`number`: of the instance."""
+        """Run steps in instance `number` of `session`."""
         super().__init__(name, session, signature, settings, initial, clock)
         self._version = version
         self._processes = session
@@ -165,7 +165,7 @@ class ProcessSequenceExecution(SequenceExecution):
             raise
 
     def _not_run_error(self, step: SequenceStep) -> ShoalError:
-        """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
+        """Return the error of a step whose process ended: only a step that starts a sequence may be sent again."""
         if not step.starts:
             return rejections.unknown(self._name, step.id, self._settings.idle_s)
         return Unavailable(

@@ -1,6 +1,6 @@
-"""The rows of one execution: for each sequence what its step sends, what the last one left, and its controls.
+"""Rows of one execution: for each sequence its step's inputs, its states and its controls.
 
-row 0: step of sequence 7      row 1: nobody's (READY is false, zeros everywhere)      row 2: step of sequence 9
+row 0: step of sequence 7      row 1: empty (READY is false, zeros everywhere)      row 2: step of sequence 9
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class Row:
     """One step."""
 
     inputs: Mapping[str, Tensor]
-    """What the client sent: one row each; whole tensors for a model without a batch dimension."""
+    """The client's inputs: one row each; whole tensors for a model without a batch dimension."""
     starts: bool
     ends: bool
     id: SequenceId
     states: Mapping[str, Tensor]
-    """By the names of the model's inputs."""
+    """States by the names of the model's inputs."""
     request_info: Mapping[str, Any] = field(default_factory=dict)
-    """What the request says of itself, for models that want to know."""
+    """Fields of the request, for models that use them."""
 
 
 def columns(
     rows: Sequence[Row | None], settings: SequenceSettings, *, batched: bool, text: bool
 ) -> dict[str, list[Tensor]]:
-    """Each input of the model, row by row. At least one row is somebody's; `text`: BYTES are `str`."""
+    """Return each input of the model, row by row. At least one row holds a step; `text`: BYTES are `str`."""
     like = next(row for row in rows if row is not None)
     sample = {**like.inputs, **like.states}
     empty_rows = {name: _zeros(array, text) for name, array in sample.items()} if None in rows else {}
@@ -67,7 +67,7 @@ def _corrid(control: Control, id: SequenceId, shape: tuple[int, ...], text: bool
     if control.datatype.is_bytes:
         request_info = str(id or "")
         return np.full(shape, request_info if text else request_info.encode(), object)
-    assert isinstance(id, int), "checked when the request came"
+    assert isinstance(id, int), "checked on admission"
     # A signed tensor gets the same bits.
     bits = control.datatype.dtype.itemsize * 8
     return np.full(shape, id % (1 << bits), f"<u{bits // 8}").view(control.datatype.dtype)

@@ -1,8 +1,8 @@
-"""Brings the steps of sequences to execution: a `runs_calls.RunsCalls`. The decisions are the table's and the policies'.
+"""Scheduler of sequence steps: a `request_scheduler.RequestScheduler`. The table and the strategies decide.
 
-    start ──> table ──heads of an instance──> direct | oldest ──> worker thread ──> answers, new states
+    start ──> table ──heads of an instance──> direct | oldest ──> worker thread ──> results, new states
 
-Each instance has a worker, which runs one batch at a time. This shell waits, hands over and counts.
+Each instance has a worker, which runs one batch at a time. This shell waits, dispatches and counts.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)
 
+# A rejected client returns when a few steps may have run.
 _RETRY_MS = 100
-# A refused caller comes back when a few steps may have been taken.
 
+# Longest timer: event loops differ in the range of their clocks.
 _MAX_TIMER_S = 3600.0
-# No timer is set for longer: loops differ in how far they can count.
 
 
 class SequenceScheduler:
-    """Runs the requests of one version of a stateful model. Use as `async with`: leaving runs what still waits."""
+    """Runs the requests of one version of a stateful model. Use as `async with`: leaving runs the queued steps."""
 
     def __init__(
         self,
@@ -57,13 +57,14 @@ class SequenceScheduler:
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
-        """
+        """Prepare the schedule; workers start on entering.
+
         Args:
-            execution: makes what runs the batches of the instance with this number; called once for each.
-            limits: of what waits.
-            weights: shares of tenants whose sequences wait for a slot; 1 for those that are not named.
-            first_shapes: of the states that a sequence begins with.
-            clock: seconds; the one that deadlines and the executions' expiry are on.
+            execution: makes the executor of the instance with this number; called once for each.
+            limits: bounds of queued steps.
+            weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
+            first_shapes: shapes of the initial states.
+            clock: seconds; deadlines and the executions' expiry are on this clock.
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
@@ -100,7 +101,7 @@ class SequenceScheduler:
             self._close_workers()
             if self._timer is not None:
                 self._timer.cancel()
-            # Nobody drained when leaving was cut short: what still waits is told so.
+            # Leaving was cancelled before the table was drained: fail the steps that are still queued.
             for step in self.table.waiting_steps():
                 self._settle(step, self._unloading_error())
 
@@ -110,7 +111,7 @@ class SequenceScheduler:
             worker.close()
 
     async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
-        """As `RunsCalls` has it. Raises InvalidArgument, too: the request is no step of a sequence that is known here."""
+        """Run one step, as `RequestScheduler.submit`. Raises InvalidArgument for a step of an unknown sequence."""
         return await submit_and_wait(self, request, deadline, tenant)
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> SequenceStep:
@@ -119,7 +120,8 @@ class SequenceScheduler:
         admission.check(self._name, request, self._id_datatype)
         now = self._clock()
         step = SequenceStep(request, now, deadline, receiver)
-        self._expire(now)  # First of all: what this step belongs to may be over.
+        # First of all, because the step's sequence may be closed by it.
+        self._expire(now)
         if step.expires <= now:
             self._statistics.expired += 1
             raise self._expired_error()
@@ -159,13 +161,13 @@ class SequenceScheduler:
     # Batches
 
     def _dispatch_soon(self) -> None:
-        # Not now: what comes in this round of the loop should join.
+        # Not now: steps that arrive in this iteration of the loop should join the batch.
         if not self._will_dispatch:
             self._will_dispatch = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Gives what may run to the instances that are free."""
+        """Start batches of steps that may run on idle workers."""
         self._will_dispatch = False
         now = self._clock()
         self._expire(now)
@@ -209,13 +211,13 @@ class SequenceScheduler:
             if is_success and step.starts and not step.ends:
                 started_sequences.add(step.sequence)
         if any(step.is_lost for step in steps):
-            log.warning("model %s: the process of instance %d ended, and its sequences with it", self._name, instance)
+            log.warning("model %s: the process of instance %d ended, and its sequences are lost", self._name, instance)
             self._reject_unknown(self.table.lose_instance(instance, started_sequences))
         self._count_answered(steps, outcomes, fired, started, now)
         tally = self._workers[instance].execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        # Before answers are given: whoever gets one may send its next step at once.
+        # Before outcomes are delivered: a client may send its next step immediately.
         self._dispatch()
         for step, outcome in zip(steps, outcomes, strict=True):
             self._settle(step, outcome)
@@ -245,7 +247,7 @@ class SequenceScheduler:
             self._release()
 
     def _release(self) -> None:
-        """Where order is preserved: gives what is next in the order of arrival, and ready."""
+        """Deliver the outcomes that are next in order of arrival, for a model that preserves order."""
         unanswered = self._unanswered
         while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
             self._deliver(unanswered.popleft())
@@ -253,7 +255,8 @@ class SequenceScheduler:
     def _deliver(self, step: SequenceStep) -> None:
         if step.is_abandoned or step.outcome is None:
             return
-        step.is_abandoned = True  # From here on, it is over.
+        # From here on, `abandon` has no effect.
+        step.is_abandoned = True
         try:
             if isinstance(step.outcome, InferenceResult):
                 step.receiver.answered(step.outcome)
@@ -261,8 +264,9 @@ class SequenceScheduler:
                 if isinstance(step.outcome, DeadlineExceeded):
                     self._statistics.expired += 1
                 step.receiver.failed(step.outcome)
-        except Exception:  # One caller's trouble is no other's.
-            log.exception("model %s: an answer could not be given", self._name)
+        # An error of one receiver must not affect the others.
+        except Exception:
+            log.exception("model %s: the receiver of an outcome failed", self._name)
 
     def _reject_unknown(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:
@@ -275,15 +279,16 @@ class SequenceScheduler:
     # Time
 
     def _expire(self, now: float) -> None:
-        """Sends away what is too late, and ends what was idle for too long."""
+        """Fail the steps that have expired, and close the sequences that were idle for too long."""
         expired, idle = list(self.table.expire(now)), self.table.close_idle(now, all_idle=self._is_closing)
         for step in expired:
             self._reject_unknown(self.table.drop(step, now))
             self._settle(step, self._expired_error())
         for sequence in idle:
-            log.debug("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
+            log.debug("model %s: sequence %r was idle for too long and is closed", self._name, sequence.id)
         if expired or idle:
-            self._dispatch_soon()  # Places are free.
+            # Slots are free.
+            self._dispatch_soon()
 
     def _unloading_error(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
@@ -292,13 +297,13 @@ class SequenceScheduler:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
     def _set_timer(self, at: float, now: float) -> None:
-        """Looks again at `at`, if not earlier."""
+        """Dispatch again at `at`, unless a timer is set for an earlier time."""
         if at >= self._timer_at:
             return
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        # A loop's timer may be a little early; then nothing is due yet, and a moment later it is asked again.
+        # A loop's timer may fire a little early: then nothing is due yet, and the timer is set again.
         self._timer = self._loop.call_later(min(max(at - now, 0.0005), _MAX_TIMER_S), self._on_timer)
 
     def _on_timer(self) -> None:

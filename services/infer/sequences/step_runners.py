@@ -1,6 +1,6 @@
-"""Runs one step of several sequences in a session: rows there, outputs and new states back, row by row. It blocks.
+"""Runners of one step of several sequences: rows into a session, outputs and new states back, row by row. Block.
 
-rows ──columns──> inputs, states, controls ──session──> outputs, states ──cut apart──> Stepped, one for each step
+rows ──columns──> inputs, states, controls ──session──> outputs, states ──split──> StepResult, one for each step
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from services.infer.sequences.settings import SequenceSettings
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave."""
+    """Outputs and new states of one step."""
 
     outputs: Sequence[Tensor]
-    """In the order that they were asked for."""
+    """In the order of the requested outputs."""
     states: Mapping[str, Tensor]
     """For the next step, by the names of the model's inputs."""
 
 
 Results: TypeAlias = "list[StepResult | Exception]"
-"""One for each row that is somebody's, in order."""
+"""One for each row with a step, in order."""
 
 
 class _RowFormat:
-    """What a model's rows look like, whatever runs them."""
+    """Conversion of rows to tensors and back, common to all runners."""
 
     def __init__(self, settings: SequenceSettings, *, batched: bool, text: bool) -> None:
         self.settings, self.batched, self.text = settings, batched, text
@@ -45,11 +45,11 @@ class _RowFormat:
         return columns(rows, self.settings, batched=self.batched, text=self.text)
 
     def output_names(self, outputs: Sequence[str]) -> list[str]:
-        """What is asked of the model: what the client wants, and what the next step needs."""
+        """Return the outputs to request from the model: those of the client and the states."""
         return list(dict.fromkeys((*outputs, *(state.output for state in self.settings.states))))
 
     def result_of_row(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> StepResult:
-        """One row's. Raises ModelFailed when a state is not as the configuration says."""
+        """Return the result of one row. Raises ModelFailed when a state does not match the configuration."""
         states = {}
         for state in self.settings.states:
             array = results[state.output]
@@ -59,12 +59,12 @@ class _RowFormat:
                     f"state '{state.output}' is {array.dtype} {written(dims)}, "
                     f"expected {state.datatype.name} {written(state.dims)}"
                 )
-            # A copy: a view would keep the states of the whole batch for as long as one of its sequences is idle.
+            # A copy: a view would keep the whole batch in memory for as long as one of its sequences is idle.
             states[state.input] = array.copy()
         return StepResult([results[name] for name in outputs], states)
 
     def split(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
-        """Stacked results, cut apart."""
+        """Return the result of each row with a step, from stacked outputs."""
         if not self.batched:
             return [self.result_of_row(outputs, results)]
         for name, array in results.items():
@@ -81,7 +81,7 @@ class _RowFormat:
 
 
 class SessionSteps:
-    """Steps in a session of this process."""
+    """Runs steps in a session of this process."""
 
     def __init__(self, session: Session, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
@@ -101,17 +101,22 @@ class SessionSteps:
 
 
 class ProcessSteps:
-    """Steps in a model's own process."""
+    """Runs steps in the model's own process."""
 
     def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._format = _RowFormat(settings, batched=batched, text=session.text)
         self.on: Running | None = None
-        """The process; None: whichever is free."""
+        """The process; None: any free one."""
         self.is_wanted: Callable[[], bool] = lambda: True
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
-        """Raises ModelDied, too: the process ended, and with it whatever the model remembered."""
+        """Run rows as `SessionSteps.run` does.
+
+        Raises:
+            ModelDied: the process ended, and the model's memory with it.
+            ModelFailed: the model cannot process the rows.
+        """
         output_names = self._format.output_names(outputs)
         answers = self._session.run_requests(
             self._format.columns(rows),
@@ -143,7 +148,7 @@ class ProcessSteps:
 
 
 def runner_of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
-    """The steps of a session."""
+    """Return the runner of a session's steps."""
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)
     return SessionSteps(session, settings, batched=batched)

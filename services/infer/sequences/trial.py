@@ -1,6 +1,6 @@
-"""A stateful model as a session without states and controls: each row is a sequence of its own, of one step.
+"""A stateful model as a session without states and controls: each row is a sequence of one step.
 
-It is what warm-up and canary run: they need not know of sequences.
+Warm-up and canary run this session, and need not know sequences.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from shoal.errors import ShoalError
 
 
 class TrialSession(Session):
-    """Runs single steps, for a `services.infer.loading.warmup`. Closing it is the session's owner's."""
+    """Runs single steps for `services.infer.loading.warmup`. The owner of the wrapped session closes it."""
 
     def __init__(
         self, session: Session, settings: SequenceSettings, first: Mapping[str, Tensor], *, batched: bool
     ) -> None:
-        """`first`: the states that a sequence begins with."""
+        """Wrap `session`; `first` are the states that a sequence begins with."""
         self.inputs = client_tensors(session.inputs, settings.inputs)
         self.outputs = session.outputs
         self.text = session.text

@@ -205,7 +205,7 @@ def test_what_was_learnt_is_used_and_gives_each_its_own_answer(folder):
             end = await server.agree(asked.SerializeToString())
             assert end.id == str(value)
             assert np.frombuffer(end.raw_output_contents[0], np.float32).tolist() == [2.0 * value] * 4
-        named = server.short._named
+        named = server.short._by_name
         assert len(named) == 1
         assert sum(len(one.templates) for one in named.values()) == 1
 
@@ -242,8 +242,8 @@ def test_many_shapes_and_names_fill_no_memory(folder):
             await server.short_end(request("two", inputs=("a", "b"), width=width).SerializeToString())
         for number in range(3000):
             await server.short_end(request(f"no-{number}").SerializeToString())
-        assert len(server.short._named) <= 3
-        assert all(len(named.templates) <= 64 for named in server.short._named.values())
+        assert len(server.short._by_name) <= 3
+        assert all(len(named.templates) <= 64 for named in server.short._by_name.values())
 
     both_ways(folder, work)
 
@@ -286,7 +286,7 @@ def test_numbers_are_views_of_the_request(folder):
         body = asked.SerializeToString()
         framed = struct.pack(">BI", 0, len(body)) + body
         await server.agree(body)
-        (named,) = server.short._named.values()
+        (named,) = server.short._by_name.values()
         ((head, template),) = named.templates.items()
         call = template.request(framed, framed.index(head) + len(head))
         memory = np.frombuffer(framed, np.uint8)

@@ -56,7 +56,7 @@ class Model(Session):
 
 @dataclass
 class Job:
-    call: InferenceRequest
+    request: InferenceRequest
     expires: float = math.inf
     is_abandoned: bool = False
 

@@ -113,4 +113,4 @@ class occupied:
 
     async def __aexit__(self, *_: object) -> None:
         self.scheduler._idle = self.idle
-        self.scheduler._soon()
+        self.scheduler._dispatch_soon()
