@@ -112,7 +112,7 @@ class ResponseCache:
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
-        self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()  # In flight, but detached.
+        self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -231,11 +231,11 @@ class ResponseCache:
         flight.waiter_count += 1
         try:
             while not flight.task.done():
-                left = expires - self._clock()
-                if left <= 0 and self._runner.is_waiting(flight.request):
+                remaining_s = expires - self._clock()
+                if remaining_s <= 0 and self._runner.is_waiting(flight.request):
                     raise _expired_error()
                 # A running execution is awaited beyond `expires`, as one of the request's own would be.
-                await asyncio.wait((flight.task,), timeout=left if 0 < left < math.inf else None)
+                await asyncio.wait((flight.task,), timeout=remaining_s if 0 < remaining_s < math.inf else None)
         finally:
             flight.waiter_count -= 1
             if not flight.waiter_count and not flight.task.done():

@@ -84,8 +84,8 @@ def decide(
     """
     rows = 0
     preferred = 0
-    for count, request in enumerate(front, 1):
-        rows += request.rows
+    for count, queued in enumerate(front, 1):
+        rows += queued.rows
         if rows in policy.preferred:
             preferred = count
     if rows >= policy.max_rows:

@@ -34,8 +34,9 @@ from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalErr
 CREDIT = 16
 """Responses of one request that may be in flight: enough to hide the handoffs, few enough to hold little memory."""
 
-# A request that still runs so long after its caller left: its process is killed, unless it serves other requests.
 _RETRY_MS = 100
+
+# Time for a request to end after its caller left. Then its process is killed, unless it serves other requests.
 _CANCEL_GRACE_S = 30.0
 
 
@@ -56,7 +57,8 @@ class _ActiveStream:
 
     link: DecoupledStreams
     request: InferenceRequest
-    events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)  # Bounded by the credit.
+    # Bounded by the credit.
+    events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)
     number: int = 0
     is_abandoned: bool = False
     """True once the caller has left."""
@@ -66,7 +68,7 @@ class _ActiveStream:
 @dataclass(eq=False)
 class _Waiter:
     request: InferenceRequest
-    active: asyncio.Future[_ActiveStream]
+    admitted: asyncio.Future[_ActiveStream]
 
 
 class DecoupledScheduler:
@@ -89,7 +91,7 @@ class DecoupledScheduler:
         self._default_timeout_s = default_timeout_s
         self._statistics, self._clock = statistics, clock
         self._waiting: deque[_Waiter] = deque()
-        self._active: set[_ActiveStream] = set()
+        self._streams: set[_ActiveStream] = set()
         self._is_closing = False
 
     async def __aenter__(self) -> DecoupledScheduler:
@@ -102,9 +104,9 @@ class DecoupledScheduler:
     ) -> None:
         self._is_closing = True
         self._reject_waiting(self._unloading_error())
-        for active in list(self._active):
-            active.events.put_nowait(self._unloading_error())
-            self._release(active)
+        for stream in list(self._streams):
+            stream.events.put_nowait(self._unloading_error())
+            self._release(stream)
 
     async def stream(
         self, request: InferenceRequest, deadline: float = math.inf, tenant: str = ""
@@ -121,24 +123,24 @@ class DecoupledScheduler:
             Internal: the model's process died. An error of the model itself is a response.
         """
         arrived = self._clock()
-        active = await self._admit(request, arrived, deadline)
+        stream = await self._admit(request, arrived, deadline)
         started = self._clock()
-        self._start(active, deadline)
+        self._start(stream, deadline)
         try:
             read_count = 0
             while True:
-                response = self._response(await active.events.get(), request)
+                response = self._response(await stream.events.get(), request)
                 yield response
                 if response.is_final:
                     break
                 read_count += 1
                 if read_count % (CREDIT // 2) == 0:
-                    active.link.tell(active.number, "credit", more=CREDIT // 2)
+                    stream.link.tell(stream.number, "credit", more=CREDIT // 2)
         finally:
-            active.is_abandoned = True
-            if active in self._active:
-                active.link.tell(active.number, "cancel")
-                active.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, active))
+            stream.is_abandoned = True
+            if stream in self._streams:
+                stream.link.tell(stream.number, "cancel")
+                stream.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, stream))
         self._count(request, arrived, started)
 
     def _unloading_error(self) -> Unavailable:
@@ -164,10 +166,11 @@ class DecoupledScheduler:
         self._waiting.append(waiter)
         timer = self._loop.call_later(at_most_s, self._expire, waiter) if at_most_s != math.inf else None
         try:
-            return await waiter.active
+            return await waiter.admitted
         except asyncio.CancelledError:
-            if waiter.active.done() and not waiter.active.cancelled() and waiter.active.exception() is None:
-                self._release(waiter.active.result())  # It was given a place just now.
+            if waiter.admitted.done() and not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
+                # A slot was assigned at the same time.
+                self._release(waiter.admitted.result())
             raise
         finally:
             if timer is not None:
@@ -189,9 +192,9 @@ class DecoupledScheduler:
             )
 
     def _expire(self, waiter: _Waiter) -> None:
-        if not waiter.active.done():
+        if not waiter.admitted.done():
             self._statistics.expired += 1
-            waiter.active.set_exception(self._expired_error())
+            waiter.admitted.set_exception(self._expired_error())
 
     def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
@@ -202,24 +205,24 @@ class DecoupledScheduler:
             raise self._session.refusal(self._name, after_s)
 
     def _free_link(self) -> DecoupledStreams | None:
-        at_work: dict[DecoupledStreams, int] = dict.fromkeys(self._session.links(), 0)
-        for active in self._active:
-            if active.link in at_work:
-                at_work[active.link] += 1
-        free = min(at_work, key=lambda link: at_work[link], default=None)
-        return free if free is not None and at_work[free] < self._session.limits.streams else None
+        in_flight: dict[DecoupledStreams, int] = dict.fromkeys(self._session.links(), 0)
+        for stream in self._streams:
+            if stream.link in in_flight:
+                in_flight[stream.link] += 1
+        free = min(in_flight, key=lambda link: in_flight[link], default=None)
+        return free if free is not None and in_flight[free] < self._session.limits.streams else None
 
     def _occupy(self, link: DecoupledStreams, request: InferenceRequest) -> _ActiveStream:
-        active = _ActiveStream(link, request)
-        self._active.add(active)
-        return active
+        stream = _ActiveStream(link, request)
+        self._streams.add(stream)
+        return stream
 
     def _admit_waiting(self) -> None:
         """Assign free slots to waiting requests."""
         while self._waiting and (link := self._free_link()) is not None:
             waiter = self._waiting.popleft()
-            if not waiter.active.done():
-                waiter.active.set_result(self._occupy(link, waiter.request))
+            if not waiter.admitted.done():
+                waiter.admitted.set_result(self._occupy(link, waiter.request))
         if self._waiting and not self._session.links():
             try:
                 self._session.check_running()
@@ -229,24 +232,24 @@ class DecoupledScheduler:
     def _reject_waiting(self, error: ShoalError) -> None:
         while self._waiting:
             waiter = self._waiting.popleft()
-            if not waiter.active.done():
-                waiter.active.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
+            if not waiter.admitted.done():
+                waiter.admitted.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
 
-    def _start(self, active: _ActiveStream, deadline: float) -> None:
-        request, session = active.request, self._session
+    def _start(self, stream: _ActiveStream, deadline: float) -> None:
+        request, session = stream.request, self._session
         parts = [payload.part(name, session.datatypes[name], [array]) for name, array in request.tensors.items()]
         header: dict[str, Any] = {"outputs": [requested.spec.name for requested in request.outputs], "rows": []}
         header["credit"] = CREDIT
         if session.wants_requests:
             header["details"] = [request_info.of(request, self._name, self._version)]
-        active.number = active.link.start(
-            header, parts, lambda message: self._from_thread(self._on_message, active, message)
+        stream.number = stream.link.start(
+            header, parts, lambda message: self._from_thread(self._on_message, stream, message)
         )
         if deadline != math.inf:
             late = DeadlineExceeded("Deadline Exceeded: the responses did not end in time")
-            active.timers.append(self._loop.call_later(deadline - self._clock(), active.events.put_nowait, late))
+            stream.timers.append(self._loop.call_later(deadline - self._clock(), stream.events.put_nowait, late))
         if session.limits.execution_s != math.inf:
-            active.timers.append(self._loop.call_later(session.limits.execution_s, self._kill_overdue, active))
+            stream.timers.append(self._loop.call_later(session.limits.execution_s, self._kill_overdue, stream))
 
     def _from_thread(self, callback: Callable[..., None], *args: Any) -> None:
         try:
@@ -254,21 +257,21 @@ class DecoupledScheduler:
         except RuntimeError:
             pass  # The loop is closed: no caller waits.
 
-    def _on_message(self, active: _ActiveStream, message: Message | None) -> None:
+    def _on_message(self, stream: _ActiveStream, message: Message | None) -> None:
         if message is None:
-            self._blame(active.link)
-            end = active.link.process.end
-            active.events.put_nowait(
+            self._blame(stream.link)
+            end = stream.link.process.end
+            stream.events.put_nowait(
                 Internal(f"Failed to process the request(s) for model '{self._name}': the model's process died ({end})")
             )
-        elif not active.is_abandoned:
-            active.events.put_nowait(message)
+        elif not stream.is_abandoned:
+            stream.events.put_nowait(message)
         if message is None or message.op == "end" or message.header.get("final") is True:
-            self._release(active)
+            self._release(stream)
 
-    def _release(self, active: _ActiveStream) -> None:
-        self._active.discard(active)
-        for timer in active.timers:
+    def _release(self, stream: _ActiveStream) -> None:
+        self._streams.discard(stream)
+        for timer in stream.timers:
             timer.cancel()
         self._admit_waiting()
 
@@ -277,20 +280,20 @@ class DecoupledScheduler:
         if link.is_blamed or self._is_closing:
             return
         link.is_blamed = True
-        requests = [active.request for active in self._active if active.link is link]
+        requests = [stream.request for stream in self._streams if stream.link is link]
         self._session.poison.blame(requests, is_sure=link.process.is_own_doing())
 
-    def _kill_overdue(self, active: _ActiveStream) -> None:
+    def _kill_overdue(self, stream: _ActiveStream) -> None:
         ms = self._session.limits.execution_s * 1000
-        active.link.process.kill(f"killed: a request took longer than execution_timeout_ms, {ms:.0f}")
+        stream.link.process.kill(f"killed: a request took longer than execution_timeout_ms, {ms:.0f}")
 
-    def _kill_if_stuck(self, active: _ActiveStream) -> None:
-        if active not in self._active:
+    def _kill_if_stuck(self, stream: _ActiveStream) -> None:
+        if stream not in self._streams:
             return
-        if all(other.is_abandoned for other in self._active if other.link is active.link):
-            active.link.process.kill(f"killed: it still ran {_CANCEL_GRACE_S:.0f} s after all callers had left")
+        if all(other.is_abandoned for other in self._streams if other.link is stream.link):
+            stream.link.process.kill(f"killed: it still ran {_CANCEL_GRACE_S:.0f} s after all callers had left")
         else:
-            active.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, active))
+            stream.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, stream))
 
     def _response(self, event: Message | ShoalError, request: InferenceRequest) -> Response:
         if isinstance(event, ShoalError):

@@ -126,9 +126,9 @@ class Execution:
             inputs, rows = self._gather(requests)
             # Gathering large inputs takes a while: requests that expired meanwhile are left out, too.
             now = self._clock()
-            still = self._alive(alive, now)
-            if len(still) < len(alive):
-                alive = still
+            still_alive = self._alive(alive, now)
+            if len(still_alive) < len(alive):
+                alive = still_alive
                 continue
             self._count_expired(alive, now)
             answers = self._compute_outcomes(requests, inputs, rows, start)

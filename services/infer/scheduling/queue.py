@@ -125,9 +125,8 @@ class Queue:
         self._cost = cost
         self._has_goal = policy.has_goal
         self._waits = policy.is_static or policy.has_goal
-        self._spare_group: StackGroup | None = (
-            None  # The last that was emptied: most often, the next request has its key.
-        )
+        # The last emptied group, for reuse by the next new key.
+        self._spare_group: StackGroup | None = None
         # Where a level delays timed-out requests, a second band behind the level's own holds them.
         self._bands_each = 2 if any(level.delays for level in rules.levels) else 1
         self._bands = self._bands_each * len(rules.levels)
@@ -228,13 +227,13 @@ class Queue:
             for tenant_queues in self._tenant_queues[:band]
             for tenant_queue in tenant_queues.waiting()
         )
-        same = self._tenant_queues[band].waiting()
-        same_level = next((tenant_queue for tenant_queue in same if tenant_queue.tenant == tenant), None)
-        if same_level is None:
+        same_band = self._tenant_queues[band].waiting()
+        own = next((tenant_queue for tenant_queue in same_band if tenant_queue.tenant == tenant), None)
+        if own is None:
             return rows
         # While rows of the tenant run, other tenants get their shares of the instances.
         return rows + sum(
-            min(tenant_queue.rows, same_level.rows * tenant_queue.weight / same_level.weight) for tenant_queue in same
+            min(tenant_queue.rows, own.rows * tenant_queue.weight / own.weight) for tenant_queue in same_band
         )
 
     def take(
@@ -284,7 +283,7 @@ class Queue:
         if soonest and self._has_goal:
             until, waiting, front = soonest
             # A group that waits for more rows must not become late through one that does not wait.
-            if until < now + self._cost.expected(sum(request.rows for request in requests)):
+            if until < now + self._cost.expected(sum(queued.rows for queued in requests)):
                 return self._pop(waiting, front, "slo")
         return self._pop(key, requests, fired)
 
@@ -335,17 +334,17 @@ class Queue:
         self._tenant_queues[first.band].serving(first.tenant_queue)
         advanced_queues = {first.tenant_queue: first.band}
         rows = size = 0
-        for request in requests:
-            request.is_waiting = False
-            tenant_queue = request.tenant_queue
+        for queued in requests:
+            queued.is_waiting = False
+            tenant_queue = queued.tenant_queue
             if tenant_queue is not first.tenant_queue:
-                advanced_queues[tenant_queue] = request.band
+                advanced_queues[tenant_queue] = queued.band
             tenant_queue.count -= 1
-            tenant_queue.rows -= request.rows
-            tenant_queue.virtual_time += request.rows / tenant_queue.weight
-            rows += request.rows
-            size += request.size_bytes
-            self._waiting[request.level] -= 1
+            tenant_queue.rows -= queued.rows
+            tenant_queue.virtual_time += queued.rows / tenant_queue.weight
+            rows += queued.rows
+            size += queued.size_bytes
+            self._waiting[queued.level] -= 1
         self._count -= len(requests)
         self.rows -= rows
         self.size_bytes -= size
@@ -375,7 +374,7 @@ class Queue:
             self._tenant_queues[queued.band].advanced(tenant_queue)
         elif len(tenant_queue.order) > 2 * tenant_queue.count + _ORDER_SLACK:
             tenant_queue.order = deque(
-                request for request in tenant_queue.order if request.is_waiting and request.tenant_queue is tenant_queue
+                other for other in tenant_queue.order if other.is_waiting and other.tenant_queue is tenant_queue
             )
 
     def _unlink(self, queued: QueuedRequest) -> None:
@@ -398,16 +397,16 @@ class Queue:
 
     def _choose_victims(self, queued: QueuedRequest) -> list[QueuedRequest]:
         """Return the requests to evict for `queued`; none when `queued` itself is to be rejected."""
-        requests = self._waiting[queued.level] + 1 - self._max_requests[queued.level]
-        size = self.size_bytes + queued.size_bytes - self._limits.size_bytes
+        excess = self._waiting[queued.level] + 1 - self._max_requests[queued.level]
+        excess_bytes = self.size_bytes + queued.size_bytes - self._limits.size_bytes
         victims: list[QueuedRequest] = []
-        for victim in self._eviction_candidates(queued, is_short_of_bytes=size > 0):
-            if requests <= 0 and size <= 0:
+        for victim in self._eviction_candidates(queued, is_short_of_bytes=excess_bytes > 0):
+            if excess <= 0 and excess_bytes <= 0:
                 break
             victims.append(victim)
-            requests -= victim.level == queued.level
-            size -= victim.size_bytes
-        return victims if requests <= 0 and size <= 0 else []
+            excess -= victim.level == queued.level
+            excess_bytes -= victim.size_bytes
+        return victims if excess <= 0 and excess_bytes <= 0 else []
 
     def _eviction_candidates(self, queued: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
         """Yield the requests with a weaker claim to capacity than `queued`, the weakest first."""
@@ -417,9 +416,9 @@ class Queue:
                 if band // self._bands_each > queued.level:
                     for tenant_queue in self._tenant_queues[band].waiting():
                         yield from self._newest_first(band, tenant_queue)
-        same_level = [band for band in bands if band // self._bands_each == queued.level]
+        bands_of_level = [band for band in bands if band // self._bands_each == queued.level]
         held: dict[str, float] = {}
-        for band in same_level:
+        for band in bands_of_level:
             for tenant_queue in self._tenant_queues[band].waiting():
                 held[tenant_queue.tenant] = (
                     held.get(tenant_queue.tenant, 0.0) + tenant_queue.count / tenant_queue.weight
@@ -427,23 +426,23 @@ class Queue:
         if len(held) < (1 if queued.tenant_queue.tenant not in held else 2):
             return
         most = max(held, key=lambda tenant: held[tenant])
-        left = held[most]
-        for band in same_level:
+        load = held[most]
+        for band in bands_of_level:
             for tenant_queue in self._tenant_queues[band].waiting():
                 if tenant_queue.tenant != most:
                     continue
                 for victim in self._newest_first(band, tenant_queue):
                     # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
-                    if left <= held.get(queued.tenant_queue.tenant, 0.0) + 1 / queued.tenant_queue.weight:
+                    if load <= held.get(queued.tenant_queue.tenant, 0.0) + 1 / queued.tenant_queue.weight:
                         return
-                    left -= 1 / tenant_queue.weight
+                    load -= 1 / tenant_queue.weight
                     yield victim
 
     def _newest_first(self, band: int, tenant_queue: TenantQueue) -> list[QueuedRequest]:
-        requests: Iterable[Member] = (
-            request for group in self._groups.values() for request in group.of(band, tenant_queue)
+        members: Iterable[Member] = (
+            member for group in self._groups.values() for member in group.of(band, tenant_queue)
         )
-        return cast("list[QueuedRequest]", sorted(requests, key=_ARRIVED)[::-1])
+        return cast("list[QueuedRequest]", sorted(members, key=_ARRIVED)[::-1])
 
 
 # Longest distance of levels: 30 years, and still exact to a microsecond when added to a clock.

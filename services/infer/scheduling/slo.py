@@ -96,12 +96,12 @@ def _fitting_prefix(front: Sequence[BatchCandidate], now: float, cost: CostCurve
     due: list[float] = []
     total, earliest = 0, math.inf
     alone: dict[int, float] = {}
-    for request in front:
-        if request.rows not in alone:
-            alone[request.rows] = now + cost.worst(request.rows)
-        if alone[request.rows] <= request.due < earliest:
-            earliest = request.due
-        total += request.rows
+    for queued in front:
+        if queued.rows not in alone:
+            alone[queued.rows] = now + cost.worst(queued.rows)
+        if alone[queued.rows] <= queued.due < earliest:
+            earliest = queued.due
+        total += queued.rows
         rows.append(total)
         due.append(earliest)
     # A longer front takes longer and is due earlier: what fits is a prefix.

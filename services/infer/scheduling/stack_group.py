@@ -47,27 +47,27 @@ class StackGroup:
         self._by_due = by_due
         self.count = self.rows = self.size_bytes = 0
 
-    def add(self, request: Member) -> None:
-        flows = self._bands[request.band]
-        flow = flows.get(request.tenant_queue)
+    def add(self, queued: Member) -> None:
+        flows = self._bands[queued.band]
+        flow = flows.get(queued.tenant_queue)
         if flow is None:
-            flows[request.tenant_queue] = deque((request,))
-        elif self._by_due and request.due < flow[-1].due:
-            flow.insert(bisect_right(flow, request.due, key=_DUE), request)
+            flows[queued.tenant_queue] = deque((queued,))
+        elif self._by_due and queued.due < flow[-1].due:
+            flow.insert(bisect_right(flow, queued.due, key=_DUE), queued)
         else:
-            flow.append(request)
+            flow.append(queued)
         self.count += 1
-        self.rows += request.rows
-        self.size_bytes += request.size_bytes
+        self.rows += queued.rows
+        self.size_bytes += queued.size_bytes
 
-    def remove(self, request: Member) -> bool:
+    def remove(self, queued: Member) -> bool:
         """Remove one request from any position; return False when it is not in the group."""
-        flows = self._bands[request.band]
-        flow = flows.get(request.tenant_queue)
-        if flow is None or request not in flow:
+        flows = self._bands[queued.band]
+        flow = flows.get(queued.tenant_queue)
+        if flow is None or queued not in flow:
             return False
-        flow.remove(request)
-        self._count_removed(request, flows, flow)
+        flow.remove(queued)
+        self._count_removed(queued, flows, flow)
         return True
 
     def take(self, requests: Sequence[Member]) -> None:
@@ -77,18 +77,18 @@ class StackGroup:
                 flows.clear()
             self.count = self.rows = self.size_bytes = 0
             return
-        for request in requests:
-            flows = self._bands[request.band]
-            flow = flows[request.tenant_queue]
+        for queued in requests:
+            flows = self._bands[queued.band]
+            flow = flows[queued.tenant_queue]
             flow.popleft()
-            self._count_removed(request, flows, flow)
+            self._count_removed(queued, flows, flow)
 
-    def _count_removed(self, request: Member, flows: Flows[Member], flow: deque[Member]) -> None:
+    def _count_removed(self, queued: Member, flows: Flows[Member], flow: deque[Member]) -> None:
         if not flow:
-            del flows[request.tenant_queue]
+            del flows[queued.tenant_queue]
         self.count -= 1
-        self.rows -= request.rows
-        self.size_bytes -= request.size_bytes
+        self.rows -= queued.rows
+        self.size_bytes -= queued.size_bytes
 
     def oldest(self) -> float:
         """Return the earliest arrival. The group is not empty, and in order of arrival."""
@@ -125,18 +125,18 @@ class StackGroup:
             return list(self.order()), False
         rows = size = 0
         front: list[Member] = []
-        for request in self.order():
-            rows += request.rows
-            size += request.size_bytes
+        for queued in self.order():
+            rows += queued.rows
+            size += queued.size_bytes
             if front and (rows > max_rows or size > max_bytes):
                 break
-            front.append(request)
+            front.append(queued)
         return front, True
 
 
-def fair_order_key(request: Member) -> tuple[float, float, float]:
+def fair_order_key(queued: Member) -> tuple[float, float, float]:
     """Return the sort key of a request within its band; the least runs first."""
-    return request.tenant_queue.virtual_time, request.due, request.arrived
+    return queued.tenant_queue.virtual_time, queued.due, queued.arrived
 
 
 def _fair_order(flows: Flows[Member]) -> Iterator[Member]:
@@ -153,10 +153,10 @@ def _interleaved(flows: Flows[Member]) -> Iterator[Member]:
     heapq.heapify(waiting)
     while waiting:
         virtual_time, _, _, n, tenant_queue, flow, at = waiting[0]
-        request = flow[at]
-        yield request
+        queued = flow[at]
+        yield queued
         if at + 1 < len(flow):
-            virtual_time, after = virtual_time + request.rows / tenant_queue.weight, flow[at + 1]
+            virtual_time, after = virtual_time + queued.rows / tenant_queue.weight, flow[at + 1]
             heapq.heapreplace(waiting, (virtual_time, after.due, after.arrived, n, tenant_queue, flow, at + 1))
         else:
             heapq.heappop(waiting)

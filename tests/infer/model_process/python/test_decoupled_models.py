@@ -221,7 +221,7 @@ async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
         async for _ in each(serving.core, repeat([1] * 100, [30] * 100), loop.time() + 0.2):
             pass
     scheduler = serving.models.find("repeat", "").decoupled
-    await until(lambda: not scheduler._active)
+    await until(lambda: not scheduler._streams)
 
 
 async def test_the_death_of_the_process_is_told_and_the_request_not_carried_on(repo, serve):
