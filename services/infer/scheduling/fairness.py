@@ -56,8 +56,8 @@ class TenantQueues:
         self._drop_idle_at = _TIDY_AT
         self._new_count = 0
         self._numbers = count()
+        # Heap of the waiting tenants; stale entries are skipped. Unused while there is only one tenant.
         self._by_virtual_time: list[tuple[float, int, TenantQueue]] = []
-        # A heap of those that wait, by their clocks; entries that do not hold any more are skipped. Not kept for one.
 
     def __len__(self) -> int:
         return len(self._by_tenant)

@@ -122,7 +122,7 @@ class ProcessSequenceExecution(SequenceExecution):
     def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
         return [self._outcome_of_error(err) for _ in batch]
 
-    def _is_wanted(self) -> bool:
+    def _has_waiting_caller(self) -> bool:
         now = self._clock()
         return any(not step.is_abandoned and now < step.expires for step in self._batch)
 
@@ -153,7 +153,7 @@ class ProcessSequenceExecution(SequenceExecution):
 
     def _run_in_process(self, to_run: Sequence[SequenceStep]) -> list[Outcome]:
         assert isinstance(self._steps, ProcessSteps), "made for a ProcessSession"
-        self._steps.on, self._steps.is_wanted = self._process, self._is_wanted
+        self._steps.on, self._steps.is_wanted = self._process, self._has_waiting_caller
         try:
             return super()._execute(to_run)
         except ModelDied as err:

@@ -65,8 +65,8 @@ def _control(control: Control, row: Row | None, *, batched: bool, text: bool) ->
 
 def _corrid(control: Control, id: SequenceId, shape: tuple[int, ...], text: bool) -> Tensor:
     if control.datatype.is_bytes:
-        request_info = str(id or "")
-        return np.full(shape, request_info if text else request_info.encode(), object)
+        id_text = str(id or "")
+        return np.full(shape, id_text if text else id_text.encode(), object)
     assert isinstance(id, int), "checked on admission"
     # A signed tensor gets the same bits.
     bits = control.datatype.dtype.itemsize * 8

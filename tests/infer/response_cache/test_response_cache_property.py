@@ -186,7 +186,7 @@ class Flights(RuleBasedStateMachine):
         return any(not e.cancelled() and isinstance(e.exception(), ResourceExhausted | DeadlineExceeded) for e in ends)
 
 
-def test_who_ran_out_while_a_flight_failed_does_not_wait_for_the_next():
+def test_a_request_that_expired_while_a_flight_failed_joins_no_other():
     state = Flights()
     state.start(limit=0)
     for patience in (5.0, 1.0, math.inf):

@@ -86,7 +86,7 @@ def pendings(of: Queue, tenant: str) -> list[QueuedRequest]:
     return [p for lane in of._groups.values() for p in lane.order() if p.tenant_queue.tenant == tenant]
 
 
-def test_a_tenant_that_comes_late_is_not_owed_the_past():
+def test_a_late_tenant_gets_no_credit_for_the_past():
     to = queue(max_rows=1)
     for _ in range(50):
         add(to, "old")
@@ -98,7 +98,7 @@ def test_a_tenant_that_comes_late_is_not_owed_the_past():
     assert tenants.count("new") == 5
 
 
-def test_tenants_with_different_shapes_are_served_in_turn():
+def test_tenants_with_different_shapes_alternate():
     to = queue(max_rows=4)
     for _ in range(40):
         add(to, "flood", key="a")
@@ -122,7 +122,7 @@ def test_one_tenant_cannot_fill_the_queue_for_others():
     assert len(to) == 10
 
 
-def test_for_memory_worse_levels_give_way():
+def test_requests_of_worse_levels_are_evicted_for_memory():
     to = queue(rules=Rules(levels=(Level(), Level())), size_bytes=80)
     low = [add(to, level=1) for _ in range(10)]
     high = add(to, level=0, rows=3)
@@ -169,7 +169,7 @@ def test_without_aging_levels_are_strict():
     assert low.is_waiting
 
 
-def test_what_stands_back_runs_after_its_level_and_before_the_next():
+def test_a_delayed_request_runs_after_its_level_and_before_the_next():
     levels = (Level(timeout_s=1.0, delays=True), Level())
     to = queue(max_rows=1, rules=Rules(levels=levels, aging_s=math.inf))
     early = add(to)
@@ -182,7 +182,7 @@ def test_what_stands_back_runs_after_its_level_and_before_the_next():
     assert [take(to, 1.0).requests[0] for _ in range(3)] == [fresh, early, below]
 
 
-def test_tenants_are_remembered_only_as_far_as_it_matters():
+def test_idle_tenants_are_dropped():
     to = queue(max_rows=1, calls=10_000)
     for n in range(5 * MAX_TENANTS):
         add(to, f"t{n}")
@@ -196,7 +196,7 @@ def test_tenants_are_remembered_only_as_far_as_it_matters():
         take(to)
 
 
-def test_shares_of_nobody_cost_nothing():
+def test_a_tenant_without_requests_does_not_wait():
     shares = TenantQueues({})
     assert shares.of("") is shares.of("")
     assert shares.waiting() == []
@@ -211,7 +211,7 @@ def test_shares_of_nobody_cost_nothing():
     goal=st.sampled_from([math.inf, 5.0]),
     calls=st.sampled_from([4, 2048]),
 )
-def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
+def test_the_queues_counts_hold_under_any_operations(steps, goal, calls):
     rules = Rules(levels=(Level(), Level(timeout_s=3.0, delays=True)), aging_s=2.0, weights={"t0": 3.0})
     to = Queue("m", QueueLimits(calls, 1 << 20), BatchPolicy(4, 100, slo_s=goal), rules, CostCurve())
     here: list[QueuedRequest] = []

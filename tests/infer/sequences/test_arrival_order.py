@@ -44,7 +44,7 @@ async def test_a_small_step_does_not_overtake_a_large_one(serve, models_folder: 
     ]
 
 
-async def test_who_gives_up_in_line_holds_nobody_up(serve, models_folder: Repository):
+async def test_a_cancelled_waiter_does_not_block_later_steps(serve, models_folder: Repository):
     models_folder.put("m", summing(), config=CONFIG)
     served = await serve(models_folder.root)
     await served.core.infer(step(1, 1, start=True))

@@ -57,7 +57,7 @@ def test_direct_waits_for_its_share_of_the_rows():
     run(scene())
 
 
-def test_oldest_batches_what_came_first():
+def test_oldest_batches_the_first_arrivals():
     async def scene() -> None:
         bench = Bench(settings(direct=False, slots=8, rows=2))
         async with bench.scheduler:
@@ -89,7 +89,7 @@ def test_the_backlog_waits_for_an_end():
     run(scene())
 
 
-def test_a_loop_of_one_id_does_not_keep_others_out():
+def test_one_id_in_a_loop_does_not_starve_others():
     async def scene() -> None:
         bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:
@@ -101,7 +101,7 @@ def test_a_loop_of_one_id_does_not_keep_others_out():
     run(scene())
 
 
-def test_tenants_get_their_shares_of_places():
+def test_tenants_get_their_shares_of_slots():
     async def scene() -> None:
         bench = Bench(settings(slots=4, rows=4), weights={"gold": 2.0})
         async with bench.scheduler:
@@ -136,7 +136,7 @@ def test_a_full_queue_refuses():
     run(scene())
 
 
-def test_what_is_too_late_is_not_run_and_the_sequence_goes_on():
+def test_an_expired_step_is_not_run_and_the_sequence_goes_on():
     async def scene() -> None:
         bench = Bench(settings())
         async with bench.scheduler:
@@ -217,7 +217,7 @@ def test_an_end_that_is_not_run_ends_all_the_same(how):
     run(scene())
 
 
-def test_what_cannot_be_stacked_runs_apart():
+def test_steps_that_cannot_be_stacked_run_separately():
     async def scene() -> None:
         bench = Bench(settings(slots=4, rows=4))
         async with bench.scheduler:
@@ -227,7 +227,7 @@ def test_what_cannot_be_stacked_runs_apart():
     run(scene())
 
 
-def test_order_is_preserved_where_it_is_asked_for():
+def test_order_is_preserved_with_preserve_ordering():
     async def scene() -> None:
         bench = Bench(settings(direct=False, slots=4, rows=1, preserves_order=True), instances=2)
         done: list[int] = []
@@ -246,7 +246,7 @@ def test_order_is_preserved_where_it_is_asked_for():
     run(scene())
 
 
-def test_leaving_runs_what_waits():
+def test_closing_runs_the_queued_steps():
     async def scene() -> None:
         bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:

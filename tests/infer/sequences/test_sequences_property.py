@@ -179,7 +179,7 @@ def may_be_idle(entry: Told, told: Sequence[Told], log: Sequence[Ran]) -> bool:
     delay_s=st.sampled_from([0.0, 0.03]),
     preserves_order=st.booleans(),
 )
-def test_any_traffic(script, direct, slots, instances, delay_s, preserves_order):
+def test_any_sequence_traffic_matches_the_reference(script, direct, slots, instances, delay_s, preserves_order):
     async def scene() -> tuple[list[Told], Bench]:
         given = simulated.settings(
             direct=direct,
