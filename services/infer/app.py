@@ -1,7 +1,7 @@
-"""The parts of an infer process, in the order of their start. What started last stops first.
+"""Wiring of an infer process, in start order; what started last stops first.
 
-models <── core <── server <── registration      what is ready is told to the membership
-  ^── control: what operators say of  <── a repository, read once or polled; or the registry, followed through the mesh
+models <── core <── server <── registration      ready models are published in the membership
+  ^── control: desired models  <── a repository folder, read once or polled; or the registry, watched through the mesh
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ def rpcs_of(config: InferConfig, core: InferenceServer) -> list[Rpc]:
 
 
 async def run(config: InferConfig) -> None:
-    """Serves until the process is told to stop."""
+    """Serve until the process receives a stop signal."""
     async with AsyncExitStack() as stack:
-        stopped = await stack.enter_async_context(_running(until_stopped()))
-        calls = InnerCalls()
-        journal = stack.enter_context(CrashJournal(config.flights)) if config.flights else None
+        stopped = await stack.enter_async_context(_background(until_stopped()))
+        inner_calls = InnerCalls()
+        journal = stack.enter_context(CrashJournal(config.crash_journal)) if config.crash_journal else None
         owners = stack.enter_context(Owners(config.shared_dir))
-        means = LoadContext.of(
-            _runtimes(config, calls, owners),
+        context = LoadContext.of(
+            _runtimes(config, inner_calls, owners),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
             around=partial(journaled, journal) if journal else identity,
         )
-        models = await stack.enter_async_context(Models(means))
+        models = await stack.enter_async_context(Models(context))
         control = await stack.enter_async_context(_control(config, models))
-        guard = CrashGuard(config.flights.parent) if config.flights else None
-        # A load or unload reaches one of the processes that share a port, and would split them.
+        guard = CrashGuard(config.crash_journal.parent) if config.crash_journal else None
+        # Of processes that share a port, only one would receive a load or unload: their models would differ.
         on_request = None if config.share_port else control
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
-        calls.bind(core)
+        inner_calls.bind(core)
         server = Server(
             config.listen,
             rpcs_of(config, core),
@@ -77,32 +77,33 @@ async def run(config: InferConfig) -> None:
         if not config.share_port:
             await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
-        await stack.enter_async_context(_running(_tell(models, registration)))
+        await stack.enter_async_context(_background(_publish_ready_models(models, registration)))
         if config.repository is not None:
             await stack.enter_async_context(_folder(config, config.repository, control))
             first_attempts = models.settled()
         else:
             registry = await stack.enter_async_context(_registry(config, control))
             first_attempts = _first_attempts(registry, models)
-        starting = await stack.enter_async_context(_running(first_attempts))
+        starting = await stack.enter_async_context(_background(first_attempts))
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
-            if config.share_port:  # Who listens gets calls, though others at the port could answer them: so not before.
+            # A process that listens receives connections. With a shared port, others can answer until models are ready.
+            if config.share_port:
                 await stack.enter_async_context(server)
             await server.serve()
             await registration.update(state=State.READY)
         await stopped
 
 
-def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtimes:
-    """Where several infer processes share models, those on a GPU are: each would bring its weights there again."""
-    lanes = GpuStreams()
+def _runtimes(config: InferConfig, inner_calls: InnerCalls, owners: Owners) -> Runtimes:
+    """Return the runtimes. Processes that share models share those on a GPU, so that weights are there only once."""
+    gpu_streams = GpuStreams()
     return Runtimes(
         [
-            OnnxRuntime(lanes),
-            PythonRuntime(call=calls, owners=owners),
-            KernelsRuntime(lanes=lanes),
+            OnnxRuntime(gpu_streams),
+            PythonRuntime(call=inner_calls, owners=owners),
+            KernelsRuntime(lanes=gpu_streams),
             RemoteRuntime(),
         ],
         IsolatedOnnxRuntime(owners=owners),
@@ -111,8 +112,8 @@ def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtime
 
 
 def _control(config: InferConfig, models: Models) -> Control:
-    look = partial(repository.look, config.repository) if config.repository is not None else None
-    return Control(models, look, initially=config.load_models if config.model_control == "explicit" else None)
+    read_model = partial(repository.look, config.repository) if config.repository is not None else None
+    return Control(models, read_model, initially=config.load_models if config.model_control == "explicit" else None)
 
 
 @asynccontextmanager
@@ -135,25 +136,25 @@ async def _registry(config: InferConfig, control: Control) -> AsyncIterator[Regi
         cache = Cache(config.cache_dir or Path(), config.instance, store)
         cache.start()
         registry = Registry(store, cache, control.offer)
-        async with _running(registry.follow()):
+        async with _background(registry.follow()):
             yield registry
 
 
 async def _first_attempts(registry: Registry, models: Models) -> None:
     await registry.is_tried.wait()
-    # Otherwise the store is unavailable and no registry was saved: serve as soon as the first snapshot arrives.
+    # Without desired models (the store is unavailable and nothing is cached) the process starts with none.
     if models.has_desired:
         await models.settled()
 
 
-async def _tell(models: Models, registration: Registration) -> None:
+async def _publish_ready_models(models: Models, registration: Registration) -> None:
     async for ready in models.ready_set.follow():
         await registration.update(models=[ReadyModel(*model) for model in ready])
 
 
 @asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
-    """Runs `work` beside the block, and no longer than that."""
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Run `work` as a task, and cancel the task at the end of the block."""
     task = asyncio.create_task(work)
     try:
         yield task

@@ -1,4 +1,4 @@
-"""What the infer service is told: SHOAL_INFER_..."""
+"""Configuration of the infer service: the SHOAL_INFER_... variables."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from shoal.errors import FailedPrecondition
 _DEFAULT = QueueLimits()
 
 
-def _names(given: object) -> object:
-    return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+def _names(value: object) -> object:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
 class InferConfig(ServiceConfig):
-    """Models come from the store, through the mesh, into `cache_dir`; or from the folder `repository`."""
+    """Settings of one infer process. Models are fetched from the store into `cache_dir`, or read from `repository`."""
 
     instance: Annotated[str, Field(pattern=r"^[a-z]+-\d+$")] = "infer-0"
     cache_dir: Path | None = None
-    """Where models from the store are kept; all instances of a node may share it. Needs `mesh`."""
+    """Folder for models from the store; all instances of a node may share it. Needs `mesh`."""
     repository: Path | None = None
     """A folder of models in the usual layout, or of bare .onnx files."""
     model_control: Literal["none", "explicit", "poll"] = "none"
-    """What is served unasked: all models; only `load_models`; all, and what changes in the folder meanwhile."""
+    """Models to serve. none: all, read once; explicit: only `load_models`; poll: all, and the folder is re-read."""
     load_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
-    """With `model_control` explicit: the models to serve at start, with commas between them; `*`: all."""
+    """With `model_control` explicit: the models to serve at start, separated by commas; `*`: all."""
     poll_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 15_000
-    """With `model_control` poll: how often the folder is looked at."""
+    """With `model_control` poll: interval at which the folder is re-read."""
     share_port: bool = False
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
-    flights: Path | None = None
-    """A file, `<instance>.flights` in the folder of the node's: says what is being executed, should it end of that."""
+    crash_journal: Path | None = None
+    """File of this instance's crash journal, `<instance>.flights`, in the folder of the node's journals."""
     shared_dir: Path | None = None
-    """A private folder of the infer processes that share models: each such model runs once, in a process of its own."""
+    """Private folder of the infer processes that share models: each shared model runs once, in its own process."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """For one execution of a model that does not say; 0: as many as this process may use cores."""
+    """Threads of one execution, unless the model's configuration sets them; 0: one per core of this process."""
     queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls
-    """Calls that may wait for one model version, where its configuration does not say."""
+    """Requests that may wait for one model version, unless its configuration sets a bound."""
     queue_bytes: Annotated[int, Field(ge=1)] = _DEFAULT.size_bytes
     """Bytes of inputs that may wait for one model version."""
     response_cache_bytes: Annotated[int, Field(ge=0)] = DEFAULT_BYTES
-    """Answers kept in memory for all models that have a response cache; 0: none is kept."""
+    """Size of the response cache, shared by all models that use it; 0: no response is cached."""
 
     @model_validator(mode="after")
     def _one_source(self) -> InferConfig:

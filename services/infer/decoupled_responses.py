@@ -1,4 +1,4 @@
-"""The responses of a decoupled model, as the protocol has them: each says whether it is the last one."""
+"""Response messages of a decoupled model; each states in a parameter whether it is the last one."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from services.infer.models.version import Version
-from services.infer.requests import answer
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.request import InferenceRequest
+from services.infer.requests.response import write_response
 from services.infer.scheduling.decoupled import Response
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 
 FINAL = "triton_final_response"
-"""Parameter of a response: there are no more."""
+"""Parameter of a response: True for the last response of a request."""
 WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
-"""Parameter of a request: a last response that carries nothing is sent, too."""
+"""Parameter of a request: send the last response even when it carries no outputs."""
 
 
 async def responses(
-    version: Version, call: InferenceRequest, asked: pb.ModelInferRequest, deadline: float, tenant: str
+    version: Version, request: InferenceRequest, message: pb.ModelInferRequest, deadline: float, tenant: str
 ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
-    """Raises what `DecoupledScheduler.stream` does; errors of the model's own are responses."""
-    assert version.decoupled is not None, "only a decoupled version is asked"
-    wants_empty = WANTS_EMPTY_FINAL in asked.parameters and asked.parameters[WANTS_EMPTY_FINAL].bool_param
-    async with aclosing(version.decoupled.stream(call, deadline, tenant)) as found:
+    """Yield the response messages of one request; the model's own errors are yielded, too.
+
+    Raises as `DecoupledScheduler.stream` does.
+    """
+    assert version.decoupled is not None, "callers check that the version is decoupled"
+    wants_empty = WANTS_EMPTY_FINAL in message.parameters and message.parameters[WANTS_EMPTY_FINAL].bool_param
+    async with aclosing(version.decoupled.stream(request, deadline, tenant)) as found:
         async for response in found:
             if response.error is not None:
                 yield response.error
             elif wants_empty or not response.is_empty:
-                yield _written(response, version, call, asked.id)
+                yield _response_message(response, version, request, message.id)
 
 
-def _written(response: Response, version: Version, call: InferenceRequest, id: str) -> pb.ModelInferResponse:
-    batched = version.loaded.model.signature.max_batch_size > 0
-    made = InferenceResult(response.outputs, ExecutionTimes())
+def _response_message(
+    response: Response, version: Version, request: InferenceRequest, id: str
+) -> pb.ModelInferResponse:
     if response.is_empty:
-        written = pb.ModelInferResponse(model_name=version.name, id=id)  # As Triton has it: no version.
+        # As in Triton, an empty response has no version.
+        message = pb.ModelInferResponse(model_name=version.name, id=id)
     else:
-        written = answer.write(made, call, model=version.name, version=version.number, id=id, batched=batched)
-    written.parameters[FINAL].bool_param = response.is_final
-    return written
+        batched = version.loaded.model.signature.max_batch_size > 0
+        result = InferenceResult(response.outputs, ExecutionTimes())
+        message = write_response(result, request, model=version.name, version=version.number, id=id, batched=batched)
+    message.parameters[FINAL].bool_param = response.is_final
+    return message

@@ -1,6 +1,6 @@
-"""How messages write what came from outside: readable, and short whatever was sent.
+"""Text of client-supplied values in error messages: readable, and short whatever the client sent.
 
-A status message travels in a header, and a header that is too long breaks the call.
+A gRPC status message is sent in a header, and a header that is too long breaks the call.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NAMES = 32
 
 
 def quoted(name: str) -> str:
-    """A name in single quotes: its first 128 characters."""
+    """Return a name in single quotes, cut after 128 characters."""
     return f"'{name}'" if len(name) <= _NAME_LENGTH else f"'{name[:_NAME_LENGTH]}...' ({len(name)} characters)"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names, quoted, with commas; the first 32 of them."""
+    """Return the first 32 names, quoted and separated by commas."""
     shown = [quoted(name) for name in islice(names, _NAMES + 1)]
     return ", ".join(shown[:_NAMES] + ["..."] * (len(shown) > _NAMES))
 
@@ -34,6 +34,6 @@ written = shape_text
 
 
 def enumerated(kind: EnumDescriptor, value: int) -> str:
-    """The name of a value of a protobuf enum; its number when it has none, as a message from outside may hold."""
+    """Return the name of a protobuf enum's value, or the number when the enum has no such value."""
     known = kind.values_by_number.get(value)
     return known.name if known is not None else str(value)

@@ -1,11 +1,11 @@
-"""Inferences on one stream: they run side by side, and an error ends only its own.
+"""ModelStreamInfer: the inferences of one stream run concurrently, and an error fails only its own request.
 
-                           ┌──> one answer each, in the order of asking ──┐
-    requests ──read ahead──┤                                              ├──> answers
-                           └──> decoupled: any number, as they come ──────┘
+                           ┌──> one response each, in request order ──────┐
+    requests ──read ahead──┤                                              ├──> responses
+                           └──> decoupled: any number, as they arrive ────┘
 
-At most AHEAD requests are in work at a time. What is not read by the client is not produced either: a decoupled request
-waits with its next response until there is room.
+At most AHEAD requests run at a time. A client that does not read slows its stream down: a decoupled request pauses
+while 32 responses wait for the client.
 """
 
 from __future__ import annotations
@@ -23,60 +23,62 @@ from shoal.inference.v2 import inference_pb2 as pb
 log = logging.getLogger(__name__)
 
 AHEAD = 64
-"""Requests of one stream that are in work at a time: enough to fill a batch. Beyond, the stream is not read, so a
+"""Requests of one stream that run at a time: enough to fill a batch. Beyond AHEAD the stream is not read, so that a
 client that sends faster than it reads is slowed down and not buffered."""
 
+# Responses of decoupled requests that wait for the client; each request may add one more.
 _UNREAD = 32
-# Responses of decoupled requests that wait for the client: each request may add one more.
 
 Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
 
 Respond = Callable[[pb.ModelInferRequest], "AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None"]
-"""The responses of a decoupled model's request, errors among them; None for a model that gives one."""
+"""Returns the responses and errors of a request to a decoupled model; None for any other model."""
 
 
-async def answers(
+async def stream_responses(
     requests: AsyncIterator[pb.ModelInferRequest], infer: Infer, respond: Respond = lambda request: None
 ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-    """The answers to requests: in order, but for those of decoupled models. A failed one carries `error_message` and
-    its request's id.
+    """Yield the responses to `requests`: in request order, except those of decoupled models.
 
-    Raises whatever reading `requests` raises, after the answers to those read before.
+    The response to a failed request carries `error_message` and the request's id.
+
+    Raises what reading `requests` raises, after the responses to the requests read before.
     """
     stream = _Stream(infer, respond)
     try:
-        async for answer in stream.answers(requests):
-            yield answer
+        async for response in stream.responses(requests):
+            yield response
     finally:
         await stream.close()
 
 
 class _Stream:
-    """One stream of one client."""
+    """State of one client's stream."""
 
     def __init__(self, infer: Infer, respond: Respond) -> None:
         self._infer, self._respond = infer, respond
-        self._room = asyncio.Semaphore(AHEAD)
+        self._capacity = asyncio.Semaphore(AHEAD)
         self._in_order: deque[asyncio.Task[pb.ModelStreamInferResponse]] = deque()
         self._tasks: set[asyncio.Task[object]] = set()
-        self._out: deque[tuple[pb.ModelStreamInferResponse, bool]] = deque()  # Bounded by `_room` and `_may_add`.
-        # An answer that is not read yet still takes its request's place: else a client that never reads fills memory.
+        # Responses that the client has not read, each with True when reading it ends its request.
+        # Bounded by `_capacity` and `_may_add`: an unread response still counts as a running request.
+        self._out: deque[tuple[pb.ModelStreamInferResponse, bool]] = deque()
         self._may_add = asyncio.Event()
         self._may_add.set()
         self._is_new = asyncio.Event()
 
-    async def answers(
+    async def responses(
         self, requests: AsyncIterator[pb.ModelInferRequest]
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         reader = self._task(self._read(requests))
         while True:
             while self._out:
-                answer, makes_room = self._out.popleft()
-                if makes_room:
-                    self._room.release()
+                response, ends_request = self._out.popleft()
+                if ends_request:
+                    self._capacity.release()
                 if len(self._out) < _UNREAD:
                     self._may_add.set()
-                yield answer
+                yield response
             if not self._tasks:
                 break
             self._is_new.clear()
@@ -97,66 +99,66 @@ class _Stream:
         self._is_new.set()
 
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
-        await self._room.acquire()
+        await self._capacity.acquire()
         async for request in requests:
-            responses = self._responses(request)
+            responses = self._decoupled_responses(request)
             if responses is None:
-                task = asyncio.create_task(self._answer(request))
+                task = asyncio.create_task(self._infer_one(request))
                 self._in_order.append(task)
                 self._tasks.add(task)
                 task.add_done_callback(self._done)
             else:
-                self._task(self._pass_on(request, responses))
-            await self._room.acquire()
+                self._task(self._forward(request, responses))
+            await self._capacity.acquire()
 
-    def _responses(
+    def _decoupled_responses(
         self, request: pb.ModelInferRequest
     ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None:
         try:
             return self._respond(request)
         except ShoalError:
-            return None  # There is no such model: its one answer says so.
+            return None  # The model is not served: its inference reports the error.
 
-    async def _answer(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+    async def _infer_one(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
         try:
-            answer = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
         except Exception as err:
-            return _refusal(request, err)
-        # Clients of streams count on it whatever the model, as Triton says it of each.
-        answer.infer_response.parameters[FINAL].bool_param = True
-        return answer
+            return _error_response(request, err)
+        # Stream clients rely on this parameter for every model, as Triton sets it.
+        response.infer_response.parameters[FINAL].bool_param = True
+        return response
 
-    async def _pass_on(
+    async def _forward(
         self, request: pb.ModelInferRequest, responses: AsyncGenerator[pb.ModelInferResponse | ShoalError, None]
     ) -> None:
         try:
             async with aclosing(responses):
                 async for response in responses:
                     if isinstance(response, ShoalError):
-                        await self._add(_refusal(request, response))
+                        await self._add(_error_response(request, response))
                     else:
                         await self._add(pb.ModelStreamInferResponse(infer_response=response))
         except Exception as err:
-            await self._add(_refusal(request, err))
+            await self._add(_error_response(request, err))
         finally:
-            self._room.release()
+            self._capacity.release()
 
-    async def _add(self, answer: pb.ModelStreamInferResponse) -> None:
-        self._out.append((answer, False))
+    async def _add(self, response: pb.ModelStreamInferResponse) -> None:
+        self._out.append((response, False))
         self._is_new.set()
         if len(self._out) >= _UNREAD:
             self._may_add.clear()
             await self._may_add.wait()
 
     async def close(self) -> None:
-        """Ends what is still in work."""
-        left = list(self._tasks)
-        for task in left:
+        """Cancel the requests that still run."""
+        running = list(self._tasks)
+        for task in running:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
 
-def _refusal(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
+def _error_response(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
     if isinstance(error, ShoalError):
         message = error.message
     else:

@@ -1,4 +1,4 @@
-"""Work that is mostly short, and sometimes would hold up the event loop."""
+"""Offload of work that is usually short, but sometimes would block the event loop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def aside(work: Callable[[], T], is_long: bool) -> T:
-    """Does `work`: here when it is short, else on a thread."""
+async def offload_if_long(work: Callable[[], T], is_long: bool) -> T:
+    """Return the result of `work`, run on a thread when it is long, else directly."""
     return await asyncio.to_thread(work) if is_long else work()

@@ -25,7 +25,7 @@ from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
-    """Serves an InferenceServer."""
+    """gRPC servicer of an InferenceServer."""
 
     def __init__(self, server: InferenceServer) -> None:
         self._server = server
@@ -62,14 +62,14 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         server, deadline, tenant = self._server, _deadline(context), _tenant(context)
         is_retry = _is_retry(context)
-        answers = model_stream_infer.answers(
+        responses = model_stream_infer.stream_responses(
             request_iterator,
-            lambda request: server.infer(request, deadline, tenant, is_retry=is_retry),
-            lambda request: server.responses(request, deadline, tenant) if server.is_decoupled(request) else None,
+            lambda message: server.infer(message, deadline, tenant, is_retry=is_retry),
+            lambda message: server.responses(message, deadline, tenant) if server.is_decoupled(message) else None,
         )
-        async with aclosing(answers):
-            async for answer in answers:
-                yield answer
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
@@ -106,14 +106,14 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         _no_shared_memory("CudaSharedMemoryUnregister")
 
     async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context) -> NoReturn:
-        _not_done("TraceSetting", "tracing is set by the OTEL_* variables of the process")
+        _unsupported("TraceSetting", "tracing is set by the OTEL_* variables of the process")
 
     async def LogSettings(self, request: pb.LogSettingsRequest, context: Context) -> NoReturn:
-        _not_done("LogSettings", "the log level is set by SHOAL_INFER_LOG_LEVEL")
+        _unsupported("LogSettings", "the log level is set by SHOAL_INFER_LOG_LEVEL")
 
 
 def inference_rpc(server: InferenceServer) -> Rpc:
-    """The gRPC service of `server`."""
+    """Return the gRPC service of `server`."""
 
     def add(to: grpc.aio.Server) -> None:
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server), to)
@@ -122,7 +122,7 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 
 
 class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
-    """Serves bulks by the fast path of an InferenceServer."""
+    """gRPC servicer of bulks, on the fast path of an InferenceServer."""
 
     def __init__(self, server: InferenceServer) -> None:
         self._replica = server.replica
@@ -131,13 +131,13 @@ class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
     ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
-        async with aclosing(Bulk(self._infer, self._replica).answers(request_iterator)) as answers:
-            async for answer in answers:
-                yield answer
+        async with aclosing(Bulk(self._infer, self._replica).responses(request_iterator)) as responses:
+            async for response in responses:
+                yield response
 
 
 def bulk_rpc(server: InferenceServer) -> Rpc:
-    """The bulk door to `server`, for the services of its mesh."""
+    """Return the gRPC service of bulks, an endpoint of `server` for the services of its mesh."""
 
     def add(to: grpc.aio.Server) -> None:
         bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server), to)
@@ -146,31 +146,31 @@ def bulk_rpc(server: InferenceServer) -> Rpc:
 
 
 def _deadline(context: Context) -> float:
-    left = context.time_remaining()
-    return math.inf if left is None else time.monotonic() + left
+    remaining_s = context.time_remaining()
+    return math.inf if remaining_s is None else time.monotonic() + remaining_s
 
 
 def _is_retry(context: Context) -> bool:
-    """Whether the mesh has sent the call to another instance before."""
+    """Return True when the mesh has sent the request to another instance before."""
     return any(key == ATTEMPT and value != "1" for key, value in context.invocation_metadata() or ())
 
 
 def _tenant(context: Context) -> str:
-    """Who asks, as far as the caller says; empty for nobody in particular."""
+    """Return the tenant that the caller names; empty without one."""
     for key, value in context.invocation_metadata() or ():
         if key == TENANT:
             return value if isinstance(value, str) else ""
     return ""
 
 
-def _not_done(method: str, instead: str) -> NoReturn:
+def _unsupported(method: str, instead: str) -> NoReturn:
     raise Unimplemented(f"{method} is not supported: {instead}")
 
 
 def _no_shared_memory(method: str) -> NoReturn:
-    _not_done(method, "send tensors in the request")
+    _unsupported(method, "send tensors in the request")
 
 
 def fast_methods(server: InferenceServer) -> dict[str, FastHandler]:
-    """Return the handlers of the methods that a server calls on its fast path."""
+    """Return the handlers of the methods that a server serves on its fast path."""
     return {"/inference.GRPCInferenceService/ModelInfer": FastInfer(server, server.models)}

@@ -1,6 +1,6 @@
-"""Thoughts that ask for something to be done between their steps: written once, for those who wait and those who block.
+"""Sans-I/O generators: one piece of logic that runs blocking (`run_sync`) or awaited (`run_async`).
 
-A generator yields what it wants, and is sent what came of it, or thrown what went wrong; in the end it returns.
+A generator yields an operation. The runner performs it, and sends its result or throws its error into the generator.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def done(steps: Generator[Q, A, R], do: Callable[[Q], A]) -> R:
-    """What `steps` returns. Raises what it raises."""
+def run_sync(steps: Generator[Q, A, R], perform: Callable[[Q], A]) -> R:
+    """Run a generator with blocking operations. Returns and raises as the generator does."""
     try:
-        wanted = next(steps)
+        operation = next(steps)
         while True:
             try:
-                came = do(wanted)
+                result = perform(operation)
             except Exception as err:
-                wanted = steps.throw(err)
+                operation = steps.throw(err)
             else:
-                wanted = steps.send(came)
+                operation = steps.send(result)
     except StopIteration as end:
         return cast("R", end.value)
 
 
-async def awaited(steps: Generator[Q, A, R], do: Callable[[Q], Awaitable[A]]) -> R:
-    """The same, where what is wanted is awaited."""
+async def run_async(steps: Generator[Q, A, R], perform: Callable[[Q], Awaitable[A]]) -> R:
+    """Run a generator with awaited operations. Returns and raises as the generator does."""
     try:
-        wanted = next(steps)
+        operation = next(steps)
         while True:
             try:
-                came = await do(wanted)
+                result = await perform(operation)
             except Exception as err:
-                wanted = steps.throw(err)
+                operation = steps.throw(err)
             else:
-                wanted = steps.send(came)
+                operation = steps.send(result)
     except StopIteration as end:
         return cast("R", end.value)

@@ -137,7 +137,7 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
         cache = options.data_dir / "cache" / "models"
         # Several instances share models on a GPU: otherwise each would load the weights there.
         shared = {"SHARED_DIR": str(layout.run_dir)} if options.replicas["infer"] > 1 else {}
-        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.crash_journal_of(instance)), **shared}
+        return {"CACHE_DIR": str(cache), "CRASH_JOURNAL": str(layout.crash_journal_of(instance)), **shared}
     return {}
 
 

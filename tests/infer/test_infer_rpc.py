@@ -74,7 +74,7 @@ async def test_config_is_completed(served):
     assert [(o.name, list(o.dims)) for o in config.output] == [("sum", [-1]), ("difference", [-1])]
 
 
-async def test_index_says_what_is_wrong(served):
+async def test_the_index_gives_the_reason_of_a_failure(served):
     rows = (await served.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
     states = {(row.name, row.version): row.state for row in rows}
     assert states["triple", "1"] == states["triple", "2"] == "READY"
@@ -97,7 +97,7 @@ async def test_infer_and_choice_of_version(served):
     np.testing.assert_array_equal(output(named, "y"), 3 * x)
 
 
-async def test_outputs_come_as_they_were_asked_for(served):
+async def test_outputs_come_in_the_requested_order(served):
     a, b = floats([1, 2, 3]), floats([10, 20, 30])
     asked = request("add", a=a, b=b)
     for name in ("difference", "sum"):
@@ -331,7 +331,7 @@ NOT_DONE = {
 
 
 @pytest.mark.parametrize("method", NOT_DONE)
-async def test_what_is_not_done_says_so(served, method):
+async def test_unsupported_methods_name_the_alternative(served, method):
     code, text = await refused(getattr(served.stub, method)(NOT_DONE[method]))
     assert code == "UNIMPLEMENTED"
     assert text.startswith(f"{method} is not supported: ")
@@ -383,7 +383,7 @@ async def test_zero_sized_rows(served):
     assert output(await served.stub.ModelInfer(request("add", a=a, b=a)), "sum").shape == (2, 0)
 
 
-async def test_a_guilty_call_does_not_take_its_batch_along(served):
+async def test_a_failing_request_does_not_fail_its_batch(served):
     async def call(n: int):
         asked = request("lookup", i=np.array([[99 if n % 10 == 0 else n % 3]]))
         try:
@@ -431,7 +431,7 @@ dynamic_batching { default_queue_policy { max_queue_size: 2 } }
 """
 
 
-async def test_overload_is_refused_early_and_says_when_to_come_back(serve, models_folder: Repository):
+async def test_overload_is_rejected_early_with_a_retry_time(serve, models_folder: Repository):
     models_folder.put("slow", onnx_files.slow(), config=BUSY_CONFIG)
     served = await serve(models_folder.root)
 
@@ -447,7 +447,7 @@ async def test_overload_is_refused_early_and_says_when_to_come_back(serve, model
     assert (await served.stub.ModelInfer(request("slow", x=X))).outputs
 
 
-async def test_a_stream_that_is_cancelled_leaves_nothing_behind(served):
+async def test_a_cancelled_stream_leaves_no_requests_behind(served):
     sent = asyncio.Event()
 
     async def asked():
@@ -486,7 +486,7 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
             return await served.core.infer(asked)
 
     infer = Infer()
-    answers = model_stream_infer.answers(asked(), infer)
+    answers = model_stream_infer.stream_responses(asked(), infer)
     assert (await anext(answers)).infer_response.id == "0"
     await asyncio.sleep(0)
     assert sent <= model_stream_infer.AHEAD + 1

@@ -10,7 +10,7 @@ from services.infer.ensembles.graph import Graph
 from services.infer.loading.loading import Loaded
 from services.infer.response_cache.cache import ResponseCache
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.runs_calls import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.arrival_order import ArrivalOrder
 

@@ -18,7 +18,7 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submitted import submitted
+from services.infer.scheduling.submit import submit_and_wait
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
@@ -81,7 +81,7 @@ class EnsembleScheduler:
         Raises:
             ShoalError: as `RequestScheduler.submit`; an error of a step names that step.
         """
-        return await submitted(self, request, deadline, tenant)
+        return await submit_and_wait(self, request, deadline, tenant)
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> EnsembleRun:
         """Start one request, as `RequestScheduler.start`."""

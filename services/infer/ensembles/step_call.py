@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from services.infer.ensembles.other_models import StepVersion
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.runs_calls import Ticket
+from services.infer.scheduling.request_scheduler import Ticket
 from shoal.errors import ShoalError
 
 Check: TypeAlias = Callable[[str, InferenceRequest], Awaitable[InferenceRequest]]

@@ -15,7 +15,7 @@ from services.infer.requests.parameters import NONE
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import InferenceRequest, WantedOutput, key_of
 from services.infer.requests.tensors import Tensor
-from services.infer.scheduling.runs_calls import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler
 from shoal.errors import FailedPrecondition, ShoalError
 
 

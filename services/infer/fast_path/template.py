@@ -1,12 +1,12 @@
-"""Requests like one that was read before: their bytes are compared, not parsed.
+"""Message templates: a message with the form of an earlier one is compared by its bytes, not parsed.
 
-A client sends the same message again and again with other numbers in it. What stays the same, the head, is looked up:
+A client sends the same message again and again with other numbers in it. The constant part, the head, is looked up:
 
     | 1 model_name | 2 model_version | 3 id | 5 inputs ..., 6 outputs ... | 7 raw_input_contents ... |
-      named: a key                     any    head: a key                   where the head says, and as long
+      name bytes: a key                any    head: a key                   at the head's offsets and sizes
 
-Whatever is not exactly so is parsed, as ever. A template is made of a request that was parsed and fits its model, so a
-request that matches one fits too. Format: protobuf's wire format, fields in the order of their numbers, as all known
+Any other message is parsed. A template is made from a parsed message that fits its model, so that every message that
+matches the template fits, too. Format: protobuf's wire format, fields in the order of their numbers, as all known
 libraries write them.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 
 from mesh.rpc.framing import PREFIX_BYTES
 from services.infer.models.version import Version
-from services.infer.requests import parameters, request
-from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests import parameters
+from services.infer.requests.request import InferenceRequest, WantedOutput, read
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
@@ -29,14 +29,15 @@ from shoal.inference.v2 import inference_pb2 as pb
 NAME, VERSION, ID, RAW_INPUT, RAW_OUTPUT = 0x0A, 0x12, 0x1A, 0x3A, 0x32
 """Tags: the field's number and wire type 2 (length-delimited)."""
 
-_MOST_TEMPLATES = 64
-_MOST_SHAPES = 256
-# Of one model: clients that send any number of rows have as many heads. Beyond that they are parsed.
+# Bounds of one model: a client that varies the number of rows sends one head for each number.
+# A message beyond the bounds is parsed.
+_MAX_TEMPLATES = 64
+_MAX_SHAPES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one input's numbers are, after the head."""
+    """Position of one input's numbers after the head."""
 
     name: str
     dtype: np.dtype[Any]
@@ -50,18 +51,18 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """All of an answer but its id and its numbers, for outputs of given shapes."""
+    """A response without its id and numbers, for outputs of certain shapes."""
 
     outputs: bytes
     raw: tuple[bytes, ...]
     """Before each output's numbers: tag and length."""
     size: int
-    """Bytes of the answer without its id."""
+    """Bytes of the response without its id."""
 
 
 @dataclass(slots=True, eq=False)
 class Template:
-    """One head, read."""
+    """The request that a head describes."""
 
     slots: tuple[Slot, ...]
     outputs: tuple[WantedOutput, ...]
@@ -71,8 +72,8 @@ class Template:
     openings: dict[Any, Opening] = field(default_factory=dict)
     """By the shapes of the outputs."""
 
-    def call(self, body: bytes, at: int) -> InferenceRequest | None:
-        """The call whose numbers begin at `at` of `body`; None when they are not as the head says. Copies nothing."""
+    def request(self, body: bytes, at: int) -> InferenceRequest | None:
+        """Return the request whose numbers begin at `at` of `body`, or None when they do not match. Copies nothing."""
         inputs: dict[str, Tensor] = {}
         for slot in self.slots:
             start = at + len(slot.opening)
@@ -87,103 +88,111 @@ class Template:
         return InferenceRequest(inputs, self.outputs, self.rows, self.size_bytes, self.key, parameters.NONE)
 
     def opening(self, prefix: bytes, outputs: Sequence[Tensor]) -> Opening:
-        """The opening of an answer with these outputs; `prefix` is its model and version."""
+        """Return the opening of a response with `outputs`; `prefix` is its model and version."""
         shapes = outputs[0].shape if len(outputs) == 1 else tuple([output.shape for output in outputs])
         known = self.openings.get(shapes)
         if known is None:
-            if len(self.openings) >= _MOST_SHAPES:
+            if len(self.openings) >= _MAX_SHAPES:
                 self.openings.clear()
             known = self.openings[shapes] = _opening(prefix, self.outputs, outputs)
         return known
 
 
 @dataclass(slots=True, eq=False)
-class Named:
-    """What is known of one model under one name and version, as a request writes them."""
+class ModelTemplates:
+    """Templates of one model under one name and version, as messages write them."""
 
     name: str
     number: str
-    """As the request has it: may be empty."""
+    """Version as the message has it: may be empty."""
     version: Version
     prefix: bytes
-    """The answer's model_name and model_version."""
+    """The response's model_name and model_version."""
     templates: dict[bytes, Template] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
-    """Of the heads in `templates`."""
+    """Lengths of the heads in `templates`."""
 
     def add(self, head: bytes, template: Template) -> None:
-        if len(self.templates) >= _MOST_TEMPLATES:
+        if len(self.templates) >= _MAX_TEMPLATES:
             del self.templates[next(iter(self.templates))]
         self.templates[head] = template
         self.lengths = tuple(dict.fromkeys(map(len, reversed(self.templates))))
 
 
-def named(version: Version, asked: pb.ModelInferRequest) -> Named:
+def model_templates(version: Version, message: pb.ModelInferRequest) -> ModelTemplates:
     answer = pb.ModelInferResponse(model_name=version.name, model_version=str(version.number))
-    return Named(asked.model_name, asked.model_version, version, answer.SerializeToString())
+    return ModelTemplates(message.model_name, message.model_version, version, answer.SerializeToString())
 
 
-def learn(body: bytes, asked: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:
-    """The named part, the head and the template of a request that was answered; None when it has no such form."""
-    # First of all what is cheap to see: texts would be read a second time, on the event loop, and in vain.
-    if asked.parameters or not _has_numbers_only(asked):
+def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:
+    """Return the name bytes, the head and the template of an answered message; None when it cannot have a template."""
+    # The cheap checks first: reading BYTES inputs again would block the event loop for nothing.
+    if message.parameters or not _has_numbers_only(message):
         return None
-    call = request.read(asked, signature)
-    slots = _slots(asked, call)
+    request = read(message, signature)
+    slots = _slots(message, request)
     if slots is None:
         return None
     raw_at = len(body) - sum(len(slot.opening) + slot.size for slot in slots)
-    before = pb.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version).SerializeToString()
-    id_bytes = len(asked.id.encode())
-    head_at = PREFIX_BYTES + len(before) + (2 + id_bytes if id_bytes else 0)
+    name_bytes = pb.ModelInferRequest(
+        model_name=message.model_name, model_version=message.model_version
+    ).SerializeToString()
+    id_bytes = len(message.id.encode())
+    head_at = PREFIX_BYTES + len(name_bytes) + (2 + id_bytes if id_bytes else 0)
     head = body[head_at:raw_at]
-    if id_bytes > 127 or not body.startswith(before, PREFIX_BYTES) or not head:
+    if id_bytes > 127 or not body.startswith(name_bytes, PREFIX_BYTES) or not head:
         return None
-    if not _is_head_of(head, asked) or Template(slots, (), 0, 0, None).call(body, raw_at) is None:
+    if not _is_head(head, message) or Template(slots, (), 0, 0, None).request(body, raw_at) is None:
         return None
-    return before, head, Template(slots, call.outputs, call.rows, call.size_bytes, call.key)
+    return name_bytes, head, Template(slots, request.outputs, request.rows, request.size_bytes, request.key)
 
 
-def _has_numbers_only(asked: pb.ModelInferRequest) -> bool:
-    """Whether its inputs are raw bytes of which nothing has to be looked at."""
-    if len(asked.raw_input_contents) != len(asked.inputs):
+def _has_numbers_only(message: pb.ModelInferRequest) -> bool:
+    """Return True when all inputs are raw numbers, which need no check."""
+    if len(message.raw_input_contents) != len(message.inputs):
         return False
-    return not any(given.datatype in ("BYTES", "BOOL") for given in asked.inputs)
+    return not any(tensor.datatype in ("BYTES", "BOOL") for tensor in message.inputs)
 
 
-def _slots(asked: pb.ModelInferRequest, call: InferenceRequest) -> tuple[Slot, ...] | None:
-    if any(wanted.classes or wanted.spec.datatype.is_bytes or wanted.spec.is_ragged for wanted in call.outputs):
+def _slots(message: pb.ModelInferRequest, request: InferenceRequest) -> tuple[Slot, ...] | None:
+    if any(
+        requested.classes or requested.spec.datatype.is_bytes or requested.spec.is_ragged
+        for requested in request.outputs
+    ):
         return None
     slots = []
-    for given in asked.inputs:
-        array = call.tensors[given.name]
-        opening = _opened(RAW_INPUT, array.nbytes)
-        slots.append(Slot(given.name, array.dtype, array.size, array.shape, opening, array.nbytes))
+    for tensor in message.inputs:
+        array = request.tensors[tensor.name]
+        opening = _tag_and_length(RAW_INPUT, array.nbytes)
+        slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, opening, array.nbytes))
     return tuple(slots)
 
 
-def _is_head_of(head: bytes, asked: pb.ModelInferRequest) -> bool:
-    """Whether `head` is all of the inputs and outputs, and nothing else."""
+def _is_head(head: bytes, message: pb.ModelInferRequest) -> bool:
+    """Return True when `head` holds exactly the message's inputs and outputs."""
     try:
-        read = pb.ModelInferRequest.FromString(head)
-    except Exception:  # DecodeError: the bytes are cut at another place than we thought.
+        parsed = pb.ModelInferRequest.FromString(head)
+    # DecodeError: the bytes are not cut between two fields.
+    except Exception:
         return False
-    same = pb.ModelInferRequest(inputs=asked.inputs, outputs=asked.outputs)
-    return read == same
+    same = pb.ModelInferRequest(inputs=message.inputs, outputs=message.outputs)
+    return parsed == same
 
 
-def _opening(prefix: bytes, wanted: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> Opening:
+def _opening(prefix: bytes, requested: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> Opening:
     answer = pb.ModelInferResponse()
-    for want, output in zip(wanted, outputs, strict=True):
-        answer.outputs.add(name=want.spec.name, datatype=want.spec.datatype.name, shape=output.shape)
+    for requested_output, output in zip(requested, outputs, strict=True):
+        answer.outputs.add(
+            name=requested_output.spec.name, datatype=requested_output.spec.datatype.name, shape=output.shape
+        )
     heads = answer.SerializeToString()
-    raw = tuple(_opened(RAW_OUTPUT, output.nbytes) for output in outputs)
+    raw = tuple(_tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
     size = len(prefix) + len(heads) + sum(map(len, raw)) + sum(output.nbytes for output in outputs)
     return Opening(heads, raw, size)
 
 
-def _opened(tag: int, size: int) -> bytes:
-    """Tag and length of a field of `size` bytes."""
+def _tag_and_length(tag: int, size: int) -> bytes:
+    """Return the tag and length of a field of `size` bytes."""
     out = bytearray([tag])
     while size > 127:
         out.append(size & 127 | 128)

@@ -20,7 +20,7 @@ from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
 from services.infer.sequences import stateful
-from services.infer.sequences.settings import clients
+from services.infer.sequences.settings import client_tensors
 from services.infer.sequences.stateful import Stateful
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -99,8 +99,8 @@ def load(
         hidden = _hidden(config)
         model = model_config.complete(
             config,
-            clients(_inputs(session, config), hidden),
-            clients(session.outputs, hidden),
+            client_tensors(_inputs(session, config), hidden),
+            client_tensors(session.outputs, hidden),
             runtime=runtime,
             text=session.text,
             batch_is_given=sets_max_batch_size,

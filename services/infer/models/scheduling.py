@@ -24,8 +24,8 @@ from services.infer.scheduling.parts_execution import PartsExecution
 from services.infer.scheduling.process_execution import ProcessExecution
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.remote_execution import RemoteExecution
+from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.rows_execution import RowsExecution
-from services.infer.scheduling.runs_calls import RequestScheduler
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.task_worker import TaskWorker

@@ -28,7 +28,7 @@ from services.infer.models.scheduling import scheduler_of
 from services.infer.response_cache.cache import ResponseCache, ttl_s
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.runs_calls import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented

@@ -91,7 +91,7 @@ class RemoteSession(Session):
 
     def _load_info(self, is_given_up: Callable[[], bool]) -> RemoteModelInfo:
         try:
-            return sans_io.done(self._dialect.model_info(), lambda call: self._call_blocking(call, is_given_up))
+            return sans_io.run_sync(self._dialect.model_info(), lambda call: self._call_blocking(call, is_given_up))
         except NotServable:
             raise
         except (BatchFailed, ModelFailed, ShoalError) as err:
@@ -246,7 +246,7 @@ class RemoteSession(Session):
 
     async def _compare_model(self) -> None:
         try:
-            change = changes(self._info, await sans_io.awaited(self._dialect.model_info(), self._call_async))
+            change = changes(self._info, await sans_io.run_async(self._dialect.model_info(), self._call_async))
         except NotServable as err:
             change = err.message
         except (BatchFailed, ModelFailed, ShoalError) as err:

@@ -1,1 +1,1 @@
-"""A call as the protocol has it, and as arrays: reading requests, writing answers. Knows no model that is loaded."""
+"""Inference requests as messages and as arrays: reading messages, writing responses. Independent of loaded models."""

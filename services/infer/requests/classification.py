@@ -1,7 +1,7 @@
-"""The classification extension: an output's k best as text, "value:index" or "value:index:label".
+"""Classification extension: the k best values of an output as text, "value:index" or "value:index:label".
 
-Values are written as the protocol's clients know them: integers as they are, floats with six decimals. Order and ties
-are those of `kernels.top_k`.
+Values are formatted as the protocol's clients expect: integers unchanged, floats with six decimals. Order and ties are
+those of `kernels.top_k`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from shoal.oip import bfloat16
 
 
 def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -> Tensor:
-    """The best classes of `output`, best first.
+    """Return the best classes of `output`, best first.
 
     Args:
-        output: numbers, [rows, ...] when `batched`, else one row of any shape; everything but the rows is one list of
-            classes.
-        classes: how many; more than there are means all.
+        output: numbers, [rows, ...] when `batched`, else one row of any shape; each row is one list of classes.
+        classes: number of classes to return; more than there are means all.
 
     Returns:
         `str` objects, [rows, k] when `batched`, else [k].

@@ -11,47 +11,47 @@ from services.infer.requests.ragged import Value
 
 @dataclass(frozen=True, slots=True)
 class ExecutionTimes:
-    """How long the parts of an execution took, in nanoseconds; and how many rows it had."""
+    """Times of one execution in nanoseconds, and its number of rows."""
 
     rows: int = 0
     gather_ns: int = 0
     compute_ns: int = 0
     scatter_ns: int = 0
     waited_ns: int = 0
-    """In the model's process, while it executed what others sent: not computing, but waiting in line."""
+    """Wait in the model's process while it executed the requests of others."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """What one step of an ensemble took; where its model was called for each row, the longest of its calls."""
+    """Times of one step of an ensemble; for a step with a call per row, those of the longest call."""
 
     model: str
     version: int
     calls: int = 0
-    """0: it was skipped, or there were no rows to call its model with."""
+    """Calls of the step's model; 0: the step was skipped, or had no rows."""
     rows: int = 0
-    """In the execution; the most."""
+    """Rows of the execution; the most of any call."""
     queue_ns: int = 0
     compute_ns: int = 0
     fired: str = ""
 
 
 class InferenceResult:
-    """What came back for one call."""
+    """Result of one request."""
 
     __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
 
     def __init__(self, outputs: Sequence[Value], times: ExecutionTimes, queue_ns: int = 0, fired: str = "") -> None:
         self.outputs = outputs
-        """In the order that the call asks for them; `Rows` only for an output that is ragged."""
+        """In the order that the request names them; `Rows` only for a ragged output."""
         self.times = times
         self.queue_ns = queue_ns
-        """How long it waited before its execution."""
+        """Wait before the execution."""
         self.fired = fired
-        """Why its batch was run when it was: idle, queued, full, preferred, delay, slots, slo, alone, closing."""
+        """Reason for running the batch: idle, queued, full, preferred, delay, slots, slo, alone, closing."""
         self.steps: Sequence[StepTimes] = ()
-        """Of an ensemble, when its request wants to know."""
+        """Times of an ensemble's steps, when the request asks for an explanation."""
 
 
 Outcome: TypeAlias = InferenceResult | Exception
-"""What became of one call."""
+"""Result or error of one request."""

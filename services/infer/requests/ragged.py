@@ -1,10 +1,10 @@
-"""Values whose rows differ in shape: images of several sizes, token lists of several lengths.
+"""Ragged values: rows that differ in shape, such as images of several sizes or token lists of several lengths.
 
     Tensor         [rows, ...]        every row has the same shape
     Rows           [row, row, ...]    a list with one array for each row, none of which has a batch dimension
 
 A `Value` is one or the other. Only an input or output that is declared ragged (`TensorSpec.is_ragged`) may be `Rows`;
-it may be a Tensor as well. On the wire there are tensors only: `dense` makes one, where the rows allow it.
+it may be a Tensor as well. A message holds tensors only: `dense` makes one, where the rows allow it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Value: TypeAlias = "Tensor | Rows"
 
 
 def rows(value: Value) -> Rows:
-    """One array for each row: views of a tensor, or the rows as they are."""
+    """Return one array for each row: views of a tensor, or the rows themselves."""
     # With the dots, a row of one element is an array as well.
     return value if isinstance(value, list) else [value[n, ...] for n in range(len(value))]
 
 
 def joined(values: Iterable[Value]) -> Rows:
-    """The rows of several values, one after the other."""
+    """Return the rows of several values, one after the other."""
     return [row for value in values for row in rows(value)]
 
 
 def parted(value: Value, counts: Sequence[int]) -> list[Value]:
-    """The opposite: values with so many rows each. Nothing is copied. Raises ValueError when they do not add up."""
+    """Split a value into values with `counts` rows each, without copies. Raises ValueError for a wrong total."""
     if len(value) != sum(counts):
         raise ValueError(f"{len(value)} rows are not {sum(counts)}")
     parts: list[Value] = []
@@ -48,15 +48,15 @@ def parted(value: Value, counts: Sequence[int]) -> list[Value]:
 
 
 def is_even(value: Value) -> bool:
-    """Whether all rows have one shape: then it can be a tensor."""
+    """Return True when all rows have one shape, so that the value can be a tensor."""
     return not isinstance(value, list) or all(row.shape == value[0].shape for row in value)
 
 
 def dense(value: Value, spec: TensorSpec, what: str) -> Tensor:
-    """The tensor that `value` is; `what` opens the message of an error.
+    """Return `value` as a tensor; `what` opens the text of an error.
 
     Raises:
-        InvalidArgument: its rows differ in shape. Only a step of an ensemble can be given such a value.
+        InvalidArgument: the rows differ in shape. Only a step of an ensemble can take such a value.
     """
     if not isinstance(value, list):
         return value
@@ -73,10 +73,10 @@ def dense(value: Value, spec: TensorSpec, what: str) -> Tensor:
 
 
 def arrays(value: Value) -> Rows:
-    """The arrays that it consists of: the tensor, or its rows."""
+    """Return the arrays of a value: the tensor, or the rows."""
     return value if isinstance(value, list) else [value]
 
 
 def size_bytes(value: Value) -> int:
-    """What it weighs in a queue."""
+    """Return the size of a value in a queue."""
     return sum(map(tensors.size_bytes, arrays(value)))

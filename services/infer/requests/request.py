@@ -1,4 +1,4 @@
-"""A request, read against the model's signature: what comes out of here can be run, and stacked with its like."""
+"""Inference request: a message read against the model's signature, ready to run and to be stacked with others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from services.infer.error_text import listed, quoted, written
-from services.infer.offload import aside
+from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
@@ -30,70 +30,70 @@ _MOST_DIMS = 32
 
 @dataclass(frozen=True)
 class WantedOutput:
-    """One output that the caller asked for."""
+    """One requested output."""
 
     spec: TensorSpec
     classes: int = 0
-    """The k best as text instead of the output itself; 0: the output itself."""
+    """Number of best classes as text instead of the output itself; 0: the output itself."""
     stays: bool = False
-    """It may stay on the GPU that it is made on, as a `Resident`: only steps there want it."""
+    """True when the output may stay on its GPU as a `Resident`: only steps there use it."""
 
 
 @dataclass(slots=True, eq=False)
 class InferenceRequest:
-    """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
+    """One request that fits its model. Treated as immutable; not frozen, because that would triple its cost."""
 
     inputs: Mapping[str, Value]
-    """Tensors, as a request has them; between the steps of an ensemble, an input that is ragged may be `Rows`."""
+    """Tensors; between the steps of an ensemble, a ragged input may be `Rows`."""
     outputs: tuple[WantedOutput, ...]
     rows: int
     """Size of the batch dimension; 1 for a model that has none."""
     size_bytes: int
-    """What its inputs weigh in a queue."""
+    """Size of the inputs in a queue."""
     key: Hashable
-    """Calls with equal keys can be run as one: same inputs, row shapes (but for what is ragged) and outputs."""
+    """Stack key: requests with equal keys can run as one. Inputs, row shapes (unless ragged) and outputs agree."""
     parameters: Parameters
     source: pb.ModelInferRequest | None = None
-    """What it was read from, for models that want to know; None when it came the short way."""
+    """Message of the request, for models that use it; None on the fast path."""
     check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None = None
-    """Of a retry, whose last instance may have died of it: an ensemble asks this of each step, by its model's name."""
+    """Crash guard of a retry: an ensemble checks the request of each step, by its model's name."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The inputs, for a model that has no ragged ones."""
+        """The inputs of a model without ragged inputs."""
         return cast("Mapping[str, Tensor]", self.inputs)
 
 
-def read(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
-    """Reads a request for a model with this signature.
+def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
+    """Return the request in `message`, for a model with this signature.
 
     Raises:
-        InvalidArgument: names the tensor or parameter, what was expected and what came.
-        Unimplemented: it asks for shared memory.
+        InvalidArgument: names the tensor or parameter, what was expected and what was sent.
+        Unimplemented: the message refers to shared memory.
     """
-    model = request.model_name
-    given = parameters.read(request.parameters)
-    specs = [_spec(tensor, signature, model) for tensor in request.inputs]
+    model = message.model_name
+    given = parameters.read(message.parameters)
+    specs = [_spec(tensor, signature, model) for tensor in message.inputs]
     _check_complete([spec.name for spec in specs], signature, model)
-    rows = _rows(request.inputs, specs, signature.max_batch_size, model)
-    inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
-    outputs = _outputs(request.outputs, signature, model)
+    rows = _rows(message.inputs, specs, signature.max_batch_size, model)
+    inputs = dict(zip((spec.name for spec in specs), _data(message, specs, signature.text), strict=True))
+    outputs = _outputs(message.outputs, signature, model)
     size = sum(tensors.size_bytes(t) for t in inputs.values())
     key = key_of(inputs, outputs, signature)
-    return InferenceRequest(inputs, outputs, rows, size, key, given, request)
+    return InferenceRequest(inputs, outputs, rows, size, key, given, message)
 
 
-async def read_async(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
-    """Read a request as `read` does, on a thread when reading would block the event loop."""
-    return await aside(lambda: read(request, signature), is_long_read(request))
+async def read_async(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
+    """Read a message as `read` does, on a thread when reading would block the event loop."""
+    return await offload_if_long(lambda: read(message, signature), is_long_read(message))
 
 
-def is_long_read(request: pb.ModelInferRequest) -> bool:
-    """True when reading a request would block the event loop: decided from its shapes, which are cheap to read."""
-    if len(request.inputs) > _MANY_INPUTS:
+def is_long_read(message: pb.ModelInferRequest) -> bool:
+    """Return True when reading would block the event loop; decided from the shapes, which are cheap to read."""
+    if len(message.inputs) > _MANY_INPUTS:
         return True
-    by_element = not request.raw_input_contents
-    for tensor in request.inputs:
+    by_element = not message.raw_input_contents
+    for tensor in message.inputs:
         limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
         # No tensor has so many dimensions, and their product would be a number of any length.
         if len(tensor.shape) <= _MOST_DIMS and math.prod(tensor.shape) > limit:
@@ -102,7 +102,7 @@ def is_long_read(request: pb.ModelInferRequest) -> bool:
 
 
 def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
-    """What calls that can be run as one have in common. An input that is ragged keeps nobody apart."""
+    """Return the stack key of a request. Ragged inputs of different shapes have equal keys."""
     skip = 1 if signature.max_batch_size else 0
     ragged = signature.ragged
     shapes = tuple(
@@ -148,8 +148,8 @@ def _check_complete(names: Sequence[str], signature: Signature, model: str) -> N
         raise InvalidArgument(f"{_input(twice, model)} is given more than once")
 
 
-def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], most: int, model: str) -> int:
-    if not most or not given:
+def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], max_rows: int, model: str) -> int:
+    if not max_rows or not given:
         return 1
     rows = int(given[0].shape[0])
     for tensor, spec in zip(given, specs, strict=True):
@@ -158,17 +158,18 @@ def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], most: int, model: s
                 f"{_input(spec.name, model)}: expected {rows} rows as input '{specs[0].name}' has, "
                 f"got {tensor.shape[0]}: all inputs of a request have one batch size"
             )
-    if not 1 <= rows <= most:
+    if not 1 <= rows <= max_rows:
         raise InvalidArgument(
-            f"{_input(specs[0].name, model)}: inference request batch-size must be <= {most} and at least 1, got {rows}"
+            f"{_input(specs[0].name, model)}: inference request batch-size must be <= {max_rows} and at least 1, "
+            f"got {rows}"
         )
     return rows
 
 
-def _data(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> list[Tensor]:
-    raw, model = request.raw_input_contents, request.model_name
+def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> list[Tensor]:
+    raw, model = message.raw_input_contents, message.model_name
     if raw:
-        for tensor in request.inputs:
+        for tensor in message.inputs:
             if tensor.HasField("contents") and tensor.contents.ListFields():
                 raise InvalidArgument(
                     f"{_input(tensor.name, model)} has both contents and raw_input_contents: expected one of them"
@@ -180,9 +181,9 @@ def _data(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool
             )
         return [
             tensors.from_raw(data, spec.datatype, tensor.shape, _input(spec.name, model), text=text)
-            for data, spec, tensor in zip(raw, specs, request.inputs, strict=True)
+            for data, spec, tensor in zip(raw, specs, message.inputs, strict=True)
         ]
-    return [_typed(tensor, spec, model, text) for tensor, spec in zip(request.inputs, specs, strict=True)]
+    return [_typed(tensor, spec, model, text) for tensor, spec in zip(message.inputs, specs, strict=True)]
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: str, text: bool) -> Tensor:
@@ -192,11 +193,11 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, mode
     return tensors.from_contents(tensor.contents, spec.datatype, tensor.shape, what, text=text)
 
 
-def _outputs(wanted: Sequence[Any], signature: Signature, model: str) -> tuple[WantedOutput, ...]:
-    if not wanted:
+def _outputs(requested: Sequence[Any], signature: Signature, model: str) -> tuple[WantedOutput, ...]:
+    if not requested:
         return tuple(WantedOutput(spec) for spec in signature.outputs)
     outputs: dict[str, WantedOutput] = {}
-    for output in wanted:
+    for output in requested:
         what = f"inference output {quoted(output.name)} for model '{model}'"
         spec = signature.outputs_by_name.get(output.name)
         if spec is None:

@@ -1,9 +1,9 @@
-"""A tensor that stays on a GPU between two steps of an ensemble.
+"""Resident tensors: tensors that stay on a GPU between two steps of an ensemble.
 
-    step on GPU 0 ──Resident──> step on GPU 0        its rows are cut and joined there; nobody on the way can read it
+    step on GPU 0 ──Resident──> step on GPU 0        its rows are cut and joined there; never read on the way
 
-Those on the way see its shape, datatype and size, as of any tensor. What would read its numbers on the host is an
-error, and no copy behind anybody's back.
+Code between the steps sees shape, datatype and size, as of any tensor. Reading the numbers on the host is an error, so
+that no copy is made by accident.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from services.infer.requests.tensors import Tensor
 
 
 class ResidentPool(Protocol):
-    """A runtimes.lane.Lane: where the array is."""
+    """Memory of one GPU, a runtimes GpuStream."""
 
     def joined(self, arrays: Sequence[Any]) -> Any:
-        """The rows of several arrays there, one behind the other, in one array there."""
+        """Return the rows of several arrays there in one array there, in order."""
 
     def fetched(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Copies on the host; waits for them."""
+        """Return copies on the host; waits for them."""
 
 
 class Resident:
-    """An array, and where it is. Nobody writes to it."""
+    """An array with the GPU that holds it. Read-only."""
 
-    __slots__ = ("array", "keeper")
+    __slots__ = ("array", "gpu")
 
-    def __init__(self, array: Any, keeper: ResidentPool) -> None:
-        self.array, self.keeper = array, keeper
+    def __init__(self, array: Any, gpu: ResidentPool) -> None:
+        self.array, self.gpu = array, gpu
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,30 +55,30 @@ class Resident:
         return int(self.array.shape[0])
 
     def __getitem__(self, rows: slice) -> Resident:
-        """Some of its rows: nothing is copied."""
+        """Return some of the rows; copies nothing."""
         if not isinstance(rows, slice):
-            raise TypeError("a tensor on a GPU can be cut by rows, and no number of it be read")
-        return Resident(self.array[rows], self.keeper)
+            raise TypeError("a tensor on a GPU supports slices of rows only: its numbers cannot be read")
+        return Resident(self.array[rows], self.gpu)
 
     def __array__(self, *_: Any, **__: Any) -> Tensor:
-        raise TypeError("this tensor is on a GPU: whoever wants its numbers must fetch it")
+        raise TypeError("this tensor is on a GPU: call `fetched` to read its numbers on the host")
 
 
 def is_resident(value: object) -> bool:
-    """Whether it is one. To type checkers and to all that pass it on, a Resident is a tensor."""
+    """Return True for a Resident. To type checkers and to code that forwards it, a Resident is a tensor."""
     return isinstance(value, Resident)
 
 
 def joined(parts: Sequence[Resident]) -> Resident:
-    """The rows of all of them, in order. They are in one place."""
-    keeper = parts[0].keeper
-    return Resident(keeper.joined([part.array for part in parts]), keeper)
+    """Return the rows of all parts in order; all are on one GPU."""
+    gpu = parts[0].gpu
+    return Resident(gpu.joined([part.array for part in parts]), gpu)
 
 
 def fetched(values: Sequence[Any]) -> list[Any]:
-    """The same values, those on a GPU as copies on the host: they are waited for once."""
-    there = [value for value in values if isinstance(value, Resident)]
-    if not there:
+    """Return the same values, with copies on the host of those on a GPU; waits for the GPU once."""
+    on_gpu = [value for value in values if isinstance(value, Resident)]
+    if not on_gpu:
         return list(values)
-    copies = iter(there[0].keeper.fetched([value.array for value in there]))
+    copies = iter(on_gpu[0].gpu.fetched([value.array for value in on_gpu]))
     return [next(copies) if isinstance(value, Resident) else value for value in values]

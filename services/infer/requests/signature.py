@@ -1,4 +1,4 @@
-"""What a model takes and gives."""
+"""Signature of a model: the names, datatypes and shapes of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TensorSpec:
     labels: tuple[str, ...] = ()
     """Names of an output's classes, by index."""
     is_optional: bool = False
-    """An input that a request may leave out."""
+    """True for an input that a request may leave out."""
     is_ragged: bool = False
-    """Its rows may differ in shape (`ragged`): for an input, calls that differ in it may share an execution."""
+    """True when rows may differ in shape (`ragged`): requests that differ in such an input may share an execution."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int = 0
-    """Rows at most in one execution; 0: the first dimension is no batch dimension."""
+    """Bound of rows in one execution; 0: the first dimension is no batch dimension."""
     text: bool = field(default=False)
-    """BYTES elements must be UTF-8, and are `str` in memory."""
+    """True: BYTES elements must be UTF-8, and are `str` in memory."""
 
     @cached_property
     def inputs_by_name(self) -> Mapping[str, TensorSpec]:
@@ -42,12 +42,12 @@ class Signature:
 
     @cached_property
     def required(self) -> frozenset[str]:
-        """Inputs that every request has."""
+        """Names of the inputs that every request has."""
         return frozenset(spec.name for spec in self.inputs if not spec.is_optional)
 
     @cached_property
     def ragged(self) -> frozenset[str]:
-        """Inputs whose rows may differ in shape."""
+        """Names of the inputs whose rows may differ in shape."""
         return frozenset(spec.name for spec in self.inputs if spec.is_ragged)
 
     @cached_property
@@ -56,5 +56,5 @@ class Signature:
 
 
 def fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
-    """True when a tensor of `shape` is one that `spec` (with -1 for any) describes."""
+    """Return True when a tensor of `shape` matches `spec`, in which -1 matches any size."""
     return len(shape) == len(spec) and all(want in (-1, got) for got, want in zip(shape, spec, strict=True))

@@ -1,4 +1,4 @@
-"""Tensors of a request: read by the codec of `shoal.oip`, then checked as the server wants BOOL and text."""
+"""Tensors of a request: read by the codec of `shoal.oip`, then checked by the server's rules for BOOL and text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The response cache: answers that are kept, what they are kept under, and where (docs/requests.md)."""
+"""The response cache: results that are kept, what they are kept under, and where (docs/requests.md)."""

@@ -1,14 +1,14 @@
-"""The response cache of one model version: what was asked before is answered at once, and asked twice is run once.
+"""Response cache of one model version: a repeated request is answered from the store, concurrent equal ones run once.
 
-    call ──key──> kept?  ──yes──> hit
-                    │no
-                  in flight?  ──yes──> wait for it: shared          (joined by any number of callers)
-                    │no
-                  take off: a task of its own submits the call ──> answer copied, kept, given to all who wait
+    request ──key──> stored?  ──yes──> hit
+                     │no
+                   in flight?  ──yes──> wait for that flight: shared     (joined by any number of callers)
+                     │no
+                   start a flight: a task submits the request ──> outputs copied, stored, given to all who wait
 
-A flight belongs to nobody: whoever leaves (cancelled, out of time) leaves the others theirs, and only when nobody is
-left it is called off. When it fails for a cause that is not the request's own (its leader's time was over, the queue
-was full), those who only joined it try again: one of them leads the next flight.
+A flight (single-flight execution) has no owner: a caller that leaves (cancelled, expired) does not end it for the
+others, and it is cancelled when none is left. When a flight fails for a cause other than the request itself (its
+leader expired, the queue was full), the callers that joined it retry: one of them leads the next flight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Protocol
 from weakref import WeakSet
 
 from mesh.process.tasks import end
-from services.infer.offload import aside
+from services.infer.offload import offload_if_long
 from services.infer.requests import ragged
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.ragged import Value
@@ -38,64 +38,66 @@ from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2 import InferParameter
 
 TTL_KEY = "response_cache_ttl_ms"
-"""Parameter of a model's configuration: how long an answer is good."""
+"""Parameter of a model's configuration: lifetime of a stored response."""
 
-_OF_THE_REQUEST = (InvalidArgument, Internal)
-# The model's answer to this request, as an output would be: running it again would fail again.
+# Errors that the model gives to this request: running it again would fail again.
+_REQUEST_ERRORS = (InvalidArgument, Internal)
 
-_JOINS = 2
-# Who has joined so many flights that failed runs alone: then a row of failures cannot hold anybody up.
+# Flights that a request joins before it runs alone: repeated failures of flights cannot delay it further.
+_MAX_JOINS = 2
 
+# Beyond these bounds, a digest or a copy takes longer than a handoff to a thread.
 _LONG_BYTES = 256 << 10
 _LONG_ELEMENTS = 1 << 12
-# Beyond these a digest or a copy takes longer than a hop to a thread.
 
 
 class CacheState(StrEnum):
-    """Where an answer comes from, as `explain` says it."""
+    """Source of a result, as `explain` reports it."""
 
     OFF = "off"
     HIT = "hit"
-    """It was kept."""
+    """From the store."""
     MISS = "miss"
-    """It was computed for this call."""
+    """Computed for this request."""
     SHARED = "shared"
-    """It was computed for another call, which asked the same at the same time."""
+    """Computed for an equal request of another caller at the same time."""
 
 
-class RunsRequest(Protocol):
-    """Runs calls: a Scheduler."""
+class RequestRunner(Protocol):
+    """A scheduler as the cache uses it."""
 
-    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult: ...
+    async def submit(
+        self, request: InferenceRequest, deadline: float = math.inf, tenant: str = ""
+    ) -> InferenceResult: ...
 
-    def is_waiting(self, call: InferenceRequest) -> bool:
-        """Whether its execution has not begun."""
+    def is_waiting(self, request: InferenceRequest) -> bool:
+        """Return True while the request's execution has not begun."""
 
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    call: InferenceRequest
+    request: InferenceRequest
     task: asyncio.Task[InferenceResult]
-    waiting: int = 0
-    """How many wait for it."""
-    is_led: bool = True
-    """Somebody answers for its execution: who took off, or who took over."""
-    kept_ns: int = 0
+    waiter_count: int = 0
+    """Callers that wait for it."""
+    has_leader: bool = True
+    """True while a caller counts the execution as its own: the one that started it, or took it over."""
+    store_ns: int = 0
 
 
 class ResponseCache:
-    """Answers calls of one model version. Use as `async with`: leaving forgets what was kept.
+    """Answers requests of one model version. Use as `async with`: leaving drops the stored outputs.
 
     Args:
-        store: where answers are kept, shared by all models.
-        ttl_s: how long an answer is good; infinite for as long as the version is loaded.
-        clock: seconds; the one that deadlines are on.
+        store: table of outputs, shared by all models.
+        ttl_s: lifetime of outputs; infinite for as long as the version is loaded.
+        clock: seconds; deadlines are on this clock.
     """
 
     def __init__(
         self,
         keys: ResponseKeys,
-        runs: RunsRequest,
+        runner: RequestRunner,
         store: ResponseStore,
         statistics: Statistics,
         *,
@@ -103,14 +105,14 @@ class ResponseCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
-        self._runs = runs
+        self._runner = runner
         self._store = store
         self._statistics = statistics
         self._ttl_s = ttl_s
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
-        self._old: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()  # In flight, and forgotten.
+        self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -119,133 +121,143 @@ class ResponseCache:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._store.drop(self._owner)
-        await end(*(flight.task for flight in self._flights.values()), *self._old)
+        await end(*(flight.task for flight in self._flights.values()), *self._detached_tasks)
 
     def forget(self) -> None:
-        """What was kept, and what is in flight, is of no use to calls from now on: the model answers otherwise."""
+        """Drop the stored outputs and detach the flights, because the model has changed."""
         self._store.drop(self._owner)
         self._owner = self._store.owner()
-        self._old.update(flight.task for flight in self._flights.values())
+        self._detached_tasks.update(flight.task for flight in self._flights.values())
         self._flights.clear()
 
     async def answer(
         self,
-        call: InferenceRequest,
+        request: InferenceRequest,
         parameters: Mapping[str, InferParameter],
         deadline: float = math.inf,
         tenant: str = "",
     ) -> tuple[InferenceResult, CacheState]:
-        """The answer to `call`, and where it comes from; `parameters` are those of its request.
+        """Return the result of `request` and its source; `parameters` are those of the request's message.
 
-        Raises what `Scheduler.submit` does.
+        Raises as `Scheduler.submit` does.
         """
         arrived, began = self._clock(), time.perf_counter_ns()
-        key = await aside(lambda: self._keys.key(call, parameters), _is_long(call.size_bytes, call.inputs.values()))
+        key = await offload_if_long(
+            lambda: self._keys.key(request, parameters), _is_long(request.size_bytes, request.inputs.values())
+        )
         outputs = self._store.get(self._owner, key, self._clock())
-        looked_ns = time.perf_counter_ns() - began
+        lookup_ns = time.perf_counter_ns() - began
         if outputs is not None:
-            self._statistics.hit(looked_ns, looked_ns)
+            self._statistics.hit(lookup_ns, lookup_ns)
             return InferenceResult(outputs, ExecutionTimes(), 0, "cache"), CacheState.HIT
-        timeout_us = call.parameters.timeout_us
+        timeout_us = request.parameters.timeout_us
         expires = min(deadline, arrived + timeout_us / 1e6) if timeout_us else deadline
-        for _ in range(_JOINS):
+        for _ in range(_MAX_JOINS):
             flight = self._flights.get(key)
             if flight is None:
-                return await self._lead(key, call, expires, tenant, looked_ns), CacheState.MISS
-            if expires <= self._clock():  # Perhaps while it waited for a flight that failed.
-                raise _too_late()
-            answer = await self._join(key, flight, expires)
-            if answer is not None:
-                if flight.is_led:
-                    self._statistics.hit(looked_ns, time.perf_counter_ns() - began)
-                    return answer, CacheState.SHARED
-                flight.is_led = True  # Its leader has left: this call takes its place in the counts.
-                self._statistics.missed(looked_ns + flight.kept_ns)
-                return answer, CacheState.MISS
-        answer = await self._runs.submit(call, expires, tenant)
-        self._statistics.missed(looked_ns)
-        return answer, CacheState.MISS
+                return await self._lead(key, request, expires, tenant, lookup_ns), CacheState.MISS
+            # Expired, perhaps while it waited for a flight that failed.
+            if expires <= self._clock():
+                raise _expired_error()
+            result = await self._join(key, flight, expires)
+            if result is not None:
+                if flight.has_leader:
+                    self._statistics.hit(lookup_ns, time.perf_counter_ns() - began)
+                    return result, CacheState.SHARED
+                # The leader has left: this request is counted in its place.
+                flight.has_leader = True
+                self._statistics.missed(lookup_ns + flight.store_ns)
+                return result, CacheState.MISS
+        result = await self._runner.submit(request, expires, tenant)
+        self._statistics.missed(lookup_ns)
+        return result, CacheState.MISS
 
     async def _lead(
-        self, key: bytes, call: InferenceRequest, expires: float, tenant: str, looked_ns: int
+        self, key: bytes, request: InferenceRequest, expires: float, tenant: str, lookup_ns: int
     ) -> InferenceResult:
-        flight = self._take_off(key, call, expires, tenant)
+        flight = self._start_flight(key, request, expires, tenant)
         try:
-            await self._until_landed(key, flight, math.inf)
+            await self._wait_for(key, flight, math.inf)
         except asyncio.CancelledError:
-            flight.is_led = False
+            flight.has_leader = False
             raise
         try:
-            answer = flight.task.result()
-            self._statistics.missed(looked_ns + flight.kept_ns)
-            return answer
+            result = flight.task.result()
+            self._statistics.missed(lookup_ns + flight.store_ns)
+            return result
         finally:
-            del flight  # It holds an error whose trace holds this frame: a circle, and in it the whole request.
+            # Its error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
+            del flight
 
     async def _join(self, key: bytes, flight: _Flight, expires: float) -> InferenceResult | None:
-        """The flight's answer; None when it failed, and not because of the request. Raises the request's own error."""
-        await self._until_landed(key, flight, expires)
+        """Return the flight's result; None when it failed for a cause other than the request.
+
+        Raises the request's own error.
+        """
+        await self._wait_for(key, flight, expires)
         if flight.task.cancelled():
             return None
         error = flight.task.exception()
         if error is None:
             return flight.task.result()
-        if isinstance(error, _OF_THE_REQUEST):
-            raise _again(error) from error
+        if isinstance(error, _REQUEST_ERRORS):
+            raise _copy_of_error(error) from error
         return None
 
-    def _take_off(self, key: bytes, call: InferenceRequest, expires: float, tenant: str) -> _Flight:
-        task = asyncio.create_task(self._fly(key, call, expires, tenant), name="cached-call")
-        task.add_done_callback(_look)
-        flight = self._flights[key] = _Flight(call, task)
+    def _start_flight(self, key: bytes, request: InferenceRequest, expires: float, tenant: str) -> _Flight:
+        task = asyncio.create_task(self._execute(key, request, expires, tenant), name="cached-call")
+        task.add_done_callback(_retrieve_exception)
+        flight = self._flights[key] = _Flight(request, task)
         return flight
 
-    async def _fly(self, key: bytes, call: InferenceRequest, expires: float, tenant: str) -> InferenceResult:
+    async def _execute(self, key: bytes, request: InferenceRequest, expires: float, tenant: str) -> InferenceResult:
         flight, owner = self._flights[key], self._owner
         try:
-            answer = got = await self._runs.submit(call, expires, tenant)
+            result = computed = await self._runner.submit(request, expires, tenant)
             began = time.perf_counter_ns()
-            size = sum(array.nbytes for output in got.outputs for array in ragged.arrays(output))
+            size = sum(array.nbytes for output in computed.outputs for array in ragged.arrays(output))
             if size <= self._store.largest_bytes:
-                outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
-                answer = InferenceResult(outputs, got.times, got.queue_ns, got.fired)
+                outputs = await offload_if_long(lambda: frozen(computed.outputs), _is_long(size, computed.outputs))
+                result = InferenceResult(outputs, computed.times, computed.queue_ns, computed.fired)
                 self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
-            flight.kept_ns = time.perf_counter_ns() - began
-            return answer
+            flight.store_ns = time.perf_counter_ns() - began
+            return result
         finally:
-            self._forget(key, flight)
+            self._remove_flight(key, flight)
             del flight
 
-    async def _until_landed(self, key: bytes, flight: _Flight, expires: float) -> None:
-        """Raises DeadlineExceeded when `expires` comes before the execution has begun."""
-        flight.waiting += 1
+    async def _wait_for(self, key: bytes, flight: _Flight, expires: float) -> None:
+        """Wait for the flight's end. Raises DeadlineExceeded when `expires` passes before the execution has begun."""
+        flight.waiter_count += 1
         try:
             while not flight.task.done():
-                left = expires - self._clock()
-                if left <= 0 and self._runs.is_waiting(flight.call):
-                    raise _too_late()
-                # Once it runs, its answer comes as soon as it can, as that of a call of one's own would.
-                await asyncio.wait((flight.task,), timeout=left if 0 < left < math.inf else None)
+                remaining_s = expires - self._clock()
+                if remaining_s <= 0 and self._runner.is_waiting(flight.request):
+                    raise _expired_error()
+                # A running execution is awaited beyond `expires`, as one of the request's own would be.
+                await asyncio.wait((flight.task,), timeout=remaining_s if 0 < remaining_s < math.inf else None)
         finally:
-            flight.waiting -= 1
-            if not flight.waiting and not flight.task.done():
-                self._forget(key, flight)
+            flight.waiter_count -= 1
+            if not flight.waiter_count and not flight.task.done():
+                self._remove_flight(key, flight)
                 flight.task.cancel()
 
-    def _forget(self, key: bytes, flight: _Flight) -> None:
+    def _remove_flight(self, key: bytes, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
 
 def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
-    """How long answers of this model are good, in seconds; None when its configuration asks for no response cache.
+    """Return the lifetime of a model's responses in seconds; None when the configuration enables no response cache.
 
     Raises:
-        FailedPrecondition: the model is of a kind whose answers cannot be kept, or the time is no number.
+        FailedPrecondition: the model is of a kind that cannot be cached, or the lifetime is not a number.
     """
-    written = config.parameters[TTL_KEY].string_value.strip() if TTL_KEY in config.parameters else ""
-    if written and (not re.fullmatch(r"[0-9]{1,12}", written) or not int(written)):
-        raise FailedPrecondition(f"parameter {TTL_KEY} '{written}': expected a whole number of milliseconds, 1 or more")
+    ttl_text = config.parameters[TTL_KEY].string_value.strip() if TTL_KEY in config.parameters else ""
+    if ttl_text and (not re.fullmatch(r"[0-9]{1,12}", ttl_text) or not int(ttl_text)):
+        raise FailedPrecondition(
+            f"parameter {TTL_KEY} '{ttl_text}': expected a whole number of milliseconds, 1 or more"
+        )
     if not config.response_cache.enable:
         return None
     if config.HasField("sequence_batching"):
@@ -257,23 +269,24 @@ def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
             "response_cache.enable with model_transaction_policy.decoupled is not supported: "
             "a request has any number of answers"
         )
-    return int(written) / 1000 if written else math.inf
+    return int(ttl_text) / 1000 if ttl_text else math.inf
 
 
-def _too_late() -> DeadlineExceeded:
+def _expired_error() -> DeadlineExceeded:
     return DeadlineExceeded(
         "Request timeout expired while the same request of another caller waited: it was not executed"
     )
 
 
-def _again(error: ShoalError) -> ShoalError:
-    """The same for another caller: an exception that is raised twice collects the traces of both."""
+def _copy_of_error(error: ShoalError) -> ShoalError:
+    """Return a copy for another caller: an exception that is raised twice collects both tracebacks."""
     return type(error)(error.message, retry_after_ms=error.retry_after_ms)
 
 
-def _look(task: asyncio.Task[InferenceResult]) -> None:
+def _retrieve_exception(task: asyncio.Task[InferenceResult]) -> None:
     if not task.cancelled():
-        task.exception()  # Nobody may be left to look at it, which is no news for the log.
+        # Without a remaining caller, asyncio would log the error as never retrieved.
+        task.exception()
 
 
 def _is_long(size_bytes: int, values: Iterable[Value]) -> bool:

@@ -1,4 +1,4 @@
-"""Answers that are kept, for all models of a process: least recently used first out, bounded by their bytes."""
+"""Table of cached outputs for all models of a process: LRU, bounded in bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from services.infer.requests.tensors import Tensor
 
 DEFAULT_BYTES = 64 << 20
 
-_SHARE = 8
-# One answer may take an eighth of the room: a larger one would push out many that are worth more.
+# One entry may take an eighth of the capacity: a larger one would evict many that are worth more.
+_LARGEST_SHARE = 8
 
+# Python's overhead for an entry (key, dictionary slots, tuple) and for an array beside its data, rounded up.
 _ENTRY_BYTES = 600
 _ARRAY_BYTES = 200
-# What Python needs for an entry (key, dictionary slots, tuple) and for an array beside its data, rounded up.
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +33,33 @@ class _Entry:
 
 
 class ResponseStore:
-    """Keeps answers under keys. Only the event loop's thread touches it."""
+    """LRU table of outputs by key. Not thread-safe: only the event loop's thread uses a store."""
 
     def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
-        """Keeps no more than `limit_bytes` in all; 0: nothing."""
+        """Bound the total size to `limit_bytes`; 0: no outputs are stored."""
         self._limit = limit_bytes
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._owners: dict[int, set[bytes]] = {}
         self._last_owner = 0
         self.size_bytes = 0
-        """What the kept answers weigh."""
+        """Size of all stored outputs."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @property
     def largest_bytes(self) -> int:
-        """A larger answer is not kept."""
-        return self._limit // _SHARE
+        """Largest size that is stored."""
+        return self._limit // _LARGEST_SHARE
 
     def owner(self) -> int:
-        """A new owner of answers, which nobody else's keys can reach."""
+        """Return a new owner id; the outputs of an owner are visible only under its id."""
         self._last_owner += 1
         self._owners[self._last_owner] = set()
         return self._last_owner
 
     def get(self, owner: int, key: bytes, now: float) -> tuple[Value, ...] | None:
-        """The answer under `key`, or None when there is none that is still good."""
+        """Return the owner's outputs under `key`, or None when there are none or they have expired."""
         entry = self._entries.get(key)
         if entry is None or entry.owner != owner:
             return None
@@ -70,8 +70,8 @@ class ResponseStore:
         return entry.outputs
 
     def put(self, owner: int, key: bytes, outputs: Sequence[Value], *, expires: float = math.inf) -> bool:
-        """Keeps an answer of the caller's that nobody changes any more (`frozen`). False when it is too large."""
-        if owner not in self._owners:  # Dropped while the answer was on its way.
+        """Store immutable outputs (see `frozen`); return False when they are too large or the owner was dropped."""
+        if owner not in self._owners:  # Dropped while the result was on its way.
             return False
         size = size_bytes(outputs)
         if size > self.largest_bytes:
@@ -86,7 +86,7 @@ class ResponseStore:
         return True
 
     def drop(self, owner: int) -> None:
-        """Forgets the owner and all of its answers."""
+        """Remove the owner and all of its outputs."""
         for key in list(self._owners.get(owner, ())):
             self._remove(key)
         self._owners.pop(owner, None)
@@ -98,7 +98,7 @@ class ResponseStore:
 
 
 def size_bytes(outputs: Sequence[Value]) -> int:
-    """What keeping `outputs` costs in memory, all of Python's own needs included."""
+    """Return the memory that stored `outputs` take, Python's overhead included."""
     size = _ENTRY_BYTES + _ARRAY_BYTES * sum(len(ragged.arrays(output)) for output in outputs)
     for array in (array for output in outputs for array in ragged.arrays(output)):
         size += array.nbytes
@@ -108,7 +108,7 @@ def size_bytes(outputs: Sequence[Value]) -> int:
 
 
 def frozen(outputs: Sequence[Value]) -> tuple[Value, ...]:
-    """Copies that nobody changes, and that hold nothing else alive: outputs are views of a whole batch's."""
+    """Return read-only copies of `outputs`. Outputs are views of a whole batch, which a view would keep in memory."""
     return tuple(list(map(_frozen, out)) if isinstance(out, list) else _frozen(out) for out in outputs)
 
 
@@ -117,7 +117,8 @@ def _frozen(output: Tensor) -> Tensor:
     if copy.dtype == object:
         flat = copy.reshape(-1)
         for index, element in enumerate(flat):
-            if not isinstance(element, str | bytes):  # A bytearray can be changed.
+            # A bytearray is mutable.
+            if not isinstance(element, str | bytes):
                 flat[index] = bytes(element)
     copy.flags.writeable = False
     return copy

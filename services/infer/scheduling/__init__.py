@@ -1,4 +1,5 @@
-"""Which calls run together, when, and for whom (docs/scheduling.md).
+"""Scheduling of requests: batching, order and execution (docs/scheduling.md).
 
-queue, lane, fairness, slo, batcher, cost and rules decide; scheduler and decoupled wait; worker and execution run.
+queue, stack_group, fairness, slo, batcher, cost and rules decide; scheduler and decoupled wait; workers and executions
+run.
 """

@@ -1,7 +1,7 @@
-"""Whether calls that can be run together should be run now: pure functions of what waits, and of the time.
+"""Batch policies: pure functions of the queued requests and the time that decide whether to run a batch now.
 
-delay 0 (the default)    run what is there: an idle server never waits, a busy one finds its batches in the queue
-delay > 0                wait until the batch is full, has a preferred size, or its first call has waited that long
+delay 0 (the default)    run what is queued: an idle server never waits, a busy one finds its batches in the queue
+delay > 0                wait until the batch is full, has a preferred size, or its first request has waited that long
 a goal (`slo_ms`)        `slo`: as late as the goal allows, where waiting pays
 """
 
@@ -13,56 +13,56 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 
-class Waiting(Protocol):
-    """What the policies see of a waiting call."""
+class BatchCandidate(Protocol):
+    """A queued request as the policies see it."""
 
     @property
     def rows(self) -> int: ...
 
     @property
     def due(self) -> float:
-        """When it should have been answered, in seconds on the clock that `now` is of; infinite for no goal."""
+        """Time by which the goal wants the request answered, in seconds on the clock of `now`; infinite: no goal."""
         ...
 
 
 @dataclass(frozen=True)
 class BatchPolicy:
-    """How a model is batched."""
+    """Batching settings of a model."""
 
     max_rows: int
-    """Rows at most in one execution; a call with more runs alone. 1: calls run one by one."""
+    """Bound of rows in one execution; a larger request runs alone. 1: no batching."""
     max_bytes: int
-    """Bytes of inputs at most in one execution; a call with more runs alone."""
+    """Bound of input bytes in one execution; a larger request runs alone."""
     delay_s: float = 0.0
-    """How long the first call of a batch may wait for company."""
+    """Longest wait of a batch's first request for others."""
     preferred: frozenset[int] = frozenset()
-    """Sizes in rows that are not worth waiting beyond."""
+    """Sizes in rows at which a batch stops waiting."""
     slo_s: float = math.inf
-    """Within how long calls should be answered. It forms the batches unless delay or preferred sizes are given."""
+    """Time within which requests should be answered. Shapes the batches, unless a delay or preferred sizes are set."""
 
     @property
     def is_static(self) -> bool:
-        """Whether the operator has said how to wait."""
+        """True when the configuration sets a delay or preferred sizes."""
         return self.delay_s > 0 or bool(self.preferred)
 
     @property
     def has_goal(self) -> bool:
-        """Whether batches are formed so that `slo_s` is met."""
+        """True when batches are formed to meet `slo_s`."""
         return self.slo_s != math.inf and not self.is_static
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run the first `count` calls now."""
+    """Run the first `count` requests now."""
 
     count: int
     fired: str
-    """Why now."""
+    """Reason for running now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing is due before `until`; None: nothing at all until another call comes."""
+    """Run nothing before `until`; None: nothing until another request arrives."""
 
     until: float | None
 
@@ -72,18 +72,20 @@ Decision: TypeAlias = Run | Wait
 NOTHING = Wait(None)
 
 
-def decide(front: Sequence[Waiting], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool) -> Decision:
-    """What to do with the calls that make the next batch, with a static policy.
+def decide(
+    front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool
+) -> Decision:
+    """Decide about the requests of the next batch, with a static policy.
 
     Args:
-        front: at least one call, and no more than may run together.
-        oldest: when the first of those that wait came.
-        is_cut: more wait, and do not fit in.
+        front: at least one request, and no more than may run together.
+        oldest: arrival of the oldest queued request.
+        is_cut: True when more requests are queued than fit.
     """
     rows = 0
     preferred = 0
-    for count, call in enumerate(front, 1):
-        rows += call.rows
+    for count, queued in enumerate(front, 1):
+        rows += queued.rows
         if rows in policy.preferred:
             preferred = count
     if rows >= policy.max_rows:

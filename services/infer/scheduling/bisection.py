@@ -1,9 +1,9 @@
-"""Finding the guilty in a batch that fails: halves of halves, so that one of n costs about 2 log2 n runs.
+"""Bisection of a failed batch: halves of halves, so that finding 1 failing item among n takes about 2 log2 n runs.
 
     [a b c d e f g h] fails ──> [a b c d] is fine, [e f g h] fails ──> [e f] is fine, [g h] fails ──> g, h alone
 
-When many are guilty, halving only adds runs that fail: after a few too many of them, the rest is run one by one. So a
-batch of n in which all fail costs at most n + 4 log2 n + 8 runs more.
+When many items fail, halving only adds runs that fail: after a few too many of them, the rest run one by one. A batch
+of n in which all fail takes at most n + 4 log2 n + 8 further runs.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ Search: TypeAlias = Generator[Sequence[J], list[R], list[R]]
 
 
 class Bisection(Generic[J, R]):
-    """For one batch that failed as a whole. Runs give a result for each job, or raise for all of them."""
+    """Search for the failing items of one batch. A run gives a result for each item, or raises for all of them."""
 
-    def __init__(self, excused: Callable[[Exception], R]) -> None:
-        """`excused` is the result of a guilty one."""
-        self._excused = excused
-        self._patience = 0
+    def __init__(self, outcome_of_error: Callable[[Exception], R]) -> None:
+        """Set the result of an item that fails alone: `outcome_of_error` of its error."""
+        self._outcome_of_error = outcome_of_error
+        self._failures_left = 0
         self.cuts = 0
-        """How often a batch was cut in two."""
+        """Number of batches that were split in two."""
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
-        """One result for each job, in order. `batch`, of more than one, has just failed."""
-        return sans_io.done(self._search(batch), run)
+        """Return one result for each item, in order. `batch`, of more than one item, has just failed."""
+        return sans_io.run_sync(self._search(batch), run)
 
-    async def awaited(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
-        """As `outcomes`, where a run is awaited."""
-        return await sans_io.awaited(self._search(batch), run)
+    async def outcomes_async(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
+        """Return the same as `outcomes`, with an awaited run."""
+        return await sans_io.run_async(self._search(batch), run)
 
     def _search(self, batch: Sequence[J]) -> Search[J, R]:
-        """Yields what to run, takes what came of it."""
-        self._patience = 2 * len(batch).bit_length()
+        """Yield batches to run; each is sent its results."""
+        self._failures_left = 2 * len(batch).bit_length()
         return self._halves(batch)
 
     def _halves(self, batch: Sequence[J]) -> Search[J, R]:
-        if self._patience <= 0:
+        if self._failures_left <= 0:
             results: list[R] = []
-            for job in batch:
-                results += yield from self._part([job])
+            for item in batch:
+                results += yield from self._run_part([item])
             return results
         self.cuts += 1
         middle = len(batch) // 2
-        first = yield from self._part(batch[:middle])
-        return first + (yield from self._part(batch[middle:]))
+        first = yield from self._run_part(batch[:middle])
+        return first + (yield from self._run_part(batch[middle:]))
 
-    def _part(self, batch: Sequence[J]) -> Search[J, R]:
+    def _run_part(self, batch: Sequence[J]) -> Search[J, R]:
         try:
             return (yield batch)
         except Exception as err:
             if len(batch) == 1:
-                return [self._excused(err)]
-            self._patience -= 1
+                return [self._outcome_of_error(err)]
+            self._failures_left -= 1
         return (yield from self._halves(batch))

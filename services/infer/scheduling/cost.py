@@ -1,4 +1,4 @@
-"""What an execution costs, by its rows: learned while serving.
+"""Execution costs of a model by rows, learned while serving.
 
     seconds
        |                 x          a point for each bucket of rows: running mean of rows and of seconds
@@ -6,8 +6,8 @@
        |   x                        before the first: as the first; beyond the last: in proportion
        +------------------- rows
 
-One outlier moves nothing much: a sample counts for at most three times what was expected. A model that has really
-become slower is believed within a dozen executions.
+One outlier changes little: a sample counts for at most three times the expected seconds. A model that has really become
+slower is believed within a dozen executions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
-_NEWEST = 0.1
 # Weight of the newest sample in a running mean: the last twenty or so count.
+_NEWEST_WEIGHT = 0.1
 
-_OUTLIER = 3.0
-_KNOWN = 8
-# Executions before anybody should be refused, or made to wait, because of what was learned. Of a model whose warm-up
-# tried most sizes, the first two.
+_OUTLIER_FACTOR = 3.0
+
+# Executions before requests are rejected or delayed because of learned costs. Two suffice for a model whose warm-up
+# tried most sizes.
+_ENOUGH_SAMPLES = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +35,8 @@ class _Bucket:
 
     def add(self, rows: int, seconds: float) -> None:
         self.count += 1
-        weight = max(1 / self.count, _NEWEST)
-        seconds = min(seconds, self.mean * _OUTLIER)
+        weight = max(1 / self.count, _NEWEST_WEIGHT)
+        seconds = min(seconds, self.mean * _OUTLIER_FACTOR)
         self.deviation += (abs(seconds - self.mean) - self.deviation) * weight
         self.mean += (seconds - self.mean) * weight
         self.rows += (rows - self.rows) * weight
@@ -63,16 +64,16 @@ class CostCurve:
 
     @property
     def is_known(self) -> bool:
-        """Whether it has seen enough to be acted upon."""
-        return self.samples >= (_KNOWN if self._trials < _KNOWN - 2 else 2)
+        """True once there are enough samples for decisions."""
+        return self.samples >= (_ENOUGH_SAMPLES if self._trials < _ENOUGH_SAMPLES - 2 else 2)
 
     def add(self, rows: int, seconds: float) -> None:
-        """One execution of `rows` that took `seconds`."""
+        """Add one execution of `rows` that took `seconds`."""
         self.samples += 1
         self._put(rows, seconds)
 
     def add_trial(self, rows: int, seconds: float) -> None:
-        """The same, before it served: nothing to act upon by itself."""
+        """Add one execution of the warm-up, which alone is not enough for decisions."""
         self._trials += 1
         self._put(rows, seconds)
 
@@ -86,16 +87,16 @@ class CostCurve:
             bucket.add(rows, seconds)
 
     def mean_of(self, rows: int) -> float | None:
-        """What executions of about this size took; None when there was none."""
+        """Return the mean seconds of executions of about this size; None without a sample."""
         bucket = self._buckets.get(_bucket(rows))
         return None if bucket is None else bucket.mean
 
     def expected(self, rows: int) -> float:
-        """Seconds to expect; 0 when nothing is known."""
+        """Return the expected seconds; 0 without samples."""
         return self._at(rows, "mean")
 
     def worst(self, rows: int) -> float:
-        """Seconds that are hardly ever exceeded: two mean deviations more, at most twice what is expected."""
+        """Return seconds that are rarely exceeded: the mean and two mean deviations, at most twice the mean."""
         return self._at(rows, "worst")
 
     def _at(self, rows: int, what: str) -> float:
@@ -109,7 +110,7 @@ class CostCurve:
             first: float = getattr(points[0], what)
             return first
         if n == len(points):
-            # At most in proportion: whoever asks for more than was ever seen is told the most that it may cost.
+            # Beyond the largest sample, cost grows at most in proportion: return that bound.
             last: float = getattr(points[-1], what)
             return last * rows / points[-1].rows
         left, right = points[n - 1], points[n]
@@ -123,53 +124,53 @@ class CostCurve:
         for bucket in sorted(self._buckets.values(), key=lambda bucket: bucket.rows):
             worst = bucket.mean + min(2 * bucket.deviation, bucket.mean)
             fitted.append(_Point(bucket.rows, bucket.mean, worst, min(bucket.count, 20)))
-            # More rows never cost less: neighbours that say so are taken together (isotonic regression).
+            # More rows never cost less: neighbours that contradict are merged (isotonic regression).
             while len(fitted) > 1 and fitted[-2].mean >= fitted[-1].mean:
-                fitted[-2:] = [_together(*fitted[-2:])]
+                fitted[-2:] = [_merged(*fitted[-2:])]
         for left, right in pairwise(fitted):
             right.worst = max(right.worst, left.worst)
         self._points, self._rows = fitted, [point.rows for point in fitted]
 
 
 class Backlog:
-    """How fast a model is when more waits than fits into a batch: whatever its batches are cut by."""
+    """Speed of a model while more rows wait than fit into a batch, whatever bounds its batches."""
 
     __slots__ = ("_batches", "_deviation_s", "_rows", "batch_s")
 
     def __init__(self) -> None:
         self.batch_s = 0.0
-        """Seconds of one such batch."""
+        """Seconds of one batch."""
         self._deviation_s = 0.0
         self._rows = 0.0
         self._batches = 0
 
     @property
     def is_known(self) -> bool:
-        """Whether it has seen enough to be acted upon."""
-        return self._batches >= _KNOWN
+        """True once there are enough samples for decisions."""
+        return self._batches >= _ENOUGH_SAMPLES
 
     @property
     def row_s(self) -> float:
-        """Seconds for each row; 0 when nothing is known."""
+        """Seconds of one row; 0 without samples."""
         return self.batch_s / self._rows if self._rows else 0.0
 
     @property
     def worst_s(self) -> float:
-        """Seconds of one such batch that are hardly ever exceeded."""
+        """Seconds of one batch that are rarely exceeded."""
         return self.batch_s + min(2 * self._deviation_s, self.batch_s)
 
     def add(self, rows: int, seconds: float) -> None:
-        """One batch that left rows in the queue."""
+        """Add one batch that left rows in the queue."""
         self._batches += 1
-        weight = max(1 / self._batches, _NEWEST)
+        weight = max(1 / self._batches, _NEWEST_WEIGHT)
         if self._batches > 1:
-            seconds = min(seconds, self.batch_s * _OUTLIER)
+            seconds = min(seconds, self.batch_s * _OUTLIER_FACTOR)
             self._deviation_s += (abs(seconds - self.batch_s) - self._deviation_s) * weight
         self.batch_s += (seconds - self.batch_s) * weight
         self._rows += (rows - self._rows) * weight
 
 
-def _together(a: _Point, b: _Point) -> _Point:
+def _merged(a: _Point, b: _Point) -> _Point:
     weight = a.weight + b.weight
 
     def mean(x: float, y: float) -> float:
@@ -179,7 +180,7 @@ def _together(a: _Point, b: _Point) -> _Point:
 
 
 def _bucket(rows: int) -> int:
-    """Up to 8 rows each its own; then four for each doubling."""
+    """Return the bucket of a size: its own up to 8 rows, then four for each doubling."""
     if rows <= 8:
         return rows
     shift = rows.bit_length() - 3

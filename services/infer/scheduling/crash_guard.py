@@ -1,7 +1,8 @@
 """Crash guard: rejects a poison request, one of which another process died, instead of executing it again.
 
-Executions record the fingerprints of their calls in the crash journal (mesh.process.crash_journal), 8 bytes a call.
-When an instance dies, Envoy retries its calls elsewhere and counts the attempts in a header. Only retries are checked.
+Executions record the fingerprints of their requests in the crash journal (mesh.process.crash_journal), 8 bytes each.
+When an instance dies, Envoy retries its requests elsewhere and counts the attempts in a header. Only retries are
+checked.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shoal.errors import Internal
 log = logging.getLogger(__name__)
 
 ATTEMPT = "x-envoy-attempt-count"
-"""Header in which Envoy counts the attempts of a call, from 1."""
+"""Header in which Envoy counts the attempts of a request, from 1."""
 
 # Bytes at the beginning and at the end of an input that enter its fingerprint: they tell requests apart at little cost.
 _SAMPLED_BYTES = 1024
@@ -33,7 +34,7 @@ _SAMPLED_ELEMENTS = 16
 
 
 class JournaledExecution:
-    """An `execution.Runs` that records its calls in a slot of the crash journal while they run."""
+    """An Executor that records the requests of `execution` in a slot of the crash journal while they run."""
 
     def __init__(self, execution: Execution, slot: Slot, model: int) -> None:
         """Wrap `execution`; `model` is the `digest_of` the model's name."""
@@ -45,7 +46,7 @@ class JournaledExecution:
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         model = self._model
-        self._slot.begin([fingerprint(model, job.call) for job in batch])
+        self._slot.begin([fingerprint(model, item.request) for item in batch])
         outcomes = self._execution.run(batch)
         self._slot.end()
         return outcomes
@@ -63,13 +64,13 @@ class CrashGuard:
     def __init__(self, folder: Path) -> None:
         self._crashes = Crashes(folder)
 
-    async def checked(self, model: str, call: InferenceRequest) -> InferenceRequest:
-        """Return the retried call as it may be executed; a suspect is given a batch of its own.
+    async def checked(self, model: str, request: InferenceRequest) -> InferenceRequest:
+        """Return the retried request as it may be executed; a suspect is given a batch of its own.
 
         Raises:
             Internal: an instance died of this request.
         """
-        match await self._crashes.verdict(fingerprint(digest_of(model), call)):
+        match await self._crashes.verdict(fingerprint(digest_of(model), request)):
             case Verdict.CONFIRMED:
                 log.error("model %s: rejected a poison request: another instance died while it ran it", model)
                 raise Internal(
@@ -77,14 +78,14 @@ class CrashGuard:
                     "send another request"
                 )
             case Verdict.AMBIGUOUS:
-                return replace(call, key=(call.key, object()))
-        return call
+                return replace(request, key=(request.key, object()))
+        return request
 
 
-def fingerprint(model: int, call: InferenceRequest) -> int:
+def fingerprint(model: int, request: InferenceRequest) -> int:
     """Return an 8-byte digest of a request, independent of the order of its inputs; `model` is a `digest_of`."""
     digest, size = model, 0
-    for array in (array for value in call.inputs.values() for array in ragged.arrays(value)):
+    for array in (array for value in request.inputs.values() for array in ragged.arrays(value)):
         size += array.nbytes
         if array.dtype == object:
             digest ^= _crc(

@@ -1,9 +1,9 @@
-"""One execution: rows of several calls gathered, the model run once, the answers cut apart. It blocks.
+"""Execution of one batch: rows of several requests gathered, the model run once, the outputs split. Blocks.
 
-    inputs of each call ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each call
+    inputs of each request ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views for each request
 
-A call that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
-fails it is cut in halves (`bisection`), so that only the guilty calls fail.
+Abandoned and expired requests are left out up to the moment of the run. A batch that fails is bisected
+(`bisection`), so that only the requests that cause the failure fail.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from shoal.errors import DeadlineExceeded, Internal
 
 log = logging.getLogger(__name__)
 
+# A staging buffer beyond this is freed after its batch: one huge batch should not hold memory for ever.
 _KEPT_BYTES = 16 << 20
-# A staging buffer beyond this is given back after its batch: one huge batch should not cost memory for ever.
 
 
 class ExecutionItem(Protocol):
-    """What an execution needs of a waiting call."""
+    """A queued request as an execution sees it."""
 
     @property
-    def call(self) -> InferenceRequest: ...
+    def request(self) -> InferenceRequest: ...
 
     @property
     def expires(self) -> float: ...
@@ -52,29 +52,29 @@ class ExecutionItem(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """What an execution did besides answering, since somebody last looked."""
+    """Counts of an execution since they were last read."""
 
     bisections: int = 0
-    """Batches that failed and were cut in two."""
+    """Failed batches that were split in two."""
     expired_rows: int = 0
-    """Rows that were run although their time was over: always 0, or there is a fault in here."""
+    """Rows executed after their deadline: always 0, unless this module has a bug."""
 
 
 class Executor(Protocol):
-    """Runs batches, one at a time: an Execution, or what stands around one."""
+    """Runs batches, one at a time: an Execution, or a wrapper of one."""
 
     tally: Tally
     may_run_on_loop: bool
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Never raises."""
+        """Return one outcome for each item, in order. Never raises."""
 
 
 class Execution:
-    """Runs batches of one model version, one at a time: it owns the buffers that rows are gathered in."""
+    """Runs batches of one model version, one at a time; owns the staging buffers."""
 
     def __init__(self, name: str, session: Session, signature: Signature, clock: Callable[[], float]) -> None:
-        """`clock` is the one that expiry is measured on."""
+        """Run batches in `session`; expiry is measured on `clock`."""
         self._name = name
         self._session = session
         self._batched = signature.max_batch_size > 0
@@ -82,109 +82,113 @@ class Execution:
         self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
         self.tally = Tally()
         self.may_run_on_loop = session.only_computes
-        """Whether the model only computes: then a run that is short enough holds up nobody."""
+        """True when the model only computes: a short run may block the event loop."""
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Never raises."""
+        """Return one outcome for each item, in order. Never raises."""
         outcomes: list[Outcome] = []
         try:
             try:
                 outcomes = self._run(batch)
             except Exception as err:
-                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._excused(err)]
+                outcomes = self._bisect(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
             if len(outcomes) != len(batch):
-                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
+                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} requests")
         except Exception as err:
             outcomes = [err] * len(batch)
-        except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
+        # For example a model that calls exit(): its callers get an error, and its worker goes on.
+        except BaseException as err:
             outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
         if self._staging:
-            self._give_back()
+            self._free_large_buffers()
         return outcomes
 
-    def _run_apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
-        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._excused)
+    def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
+        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
+        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts
         return outcomes
 
-    def _excused(self, err: Exception) -> Outcome:
-        # What the model says is for the caller; of any other fault the log is told everything, and the caller little.
-        return self._failed(err) if isinstance(err, ModelFailed) else err
+    def _outcome_of_error(self, err: Exception) -> Outcome:
+        # The caller gets the model's own error. Any other error is logged in full, and the caller gets a fixed text.
+        return self._model_error(err) if isinstance(err, ModelFailed) else err
 
-    def _failed(self, err: ModelFailed) -> Internal:
+    def _model_error(self, err: ModelFailed) -> Internal:
         return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """Runs those that are alive as one. Raises what the model raises."""
+        """Run the items that are not expired or abandoned as one. Raises what the model raises."""
         alive = self._alive(batch, self._clock())
         while alive:
             start = perf_counter_ns()
-            calls = [job.call for job in alive]
-            inputs, rows = self._gathered(calls)
-            # Gathering large inputs takes a while: whoever ran out in it is left out too.
+            requests = [item.request for item in alive]
+            inputs, rows = self._gather(requests)
+            # Gathering large inputs takes a while: requests that expired meanwhile are left out, too.
             now = self._clock()
-            still = self._alive(alive, now)
-            if len(still) < len(alive):
-                alive = still
+            still_alive = self._alive(alive, now)
+            if len(still_alive) < len(alive):
+                alive = still_alive
                 continue
-            self._check_alive(alive, now)
-            answers = self._computed(calls, inputs, rows, start)
+            self._count_expired(alive, now)
+            answers = self._compute_outcomes(requests, inputs, rows, start)
             if len(alive) == len(batch):
                 return answers
             found = dict(zip(map(id, alive), answers, strict=True))
-            return [found[id(job)] if id(job) in found else expired() for job in batch]
+            return [found[id(item)] if id(item) in found else expired() for item in batch]
         return [expired() for _ in batch]
 
     def _alive(self, batch: Sequence[ExecutionItem], now: float) -> Sequence[ExecutionItem]:
-        if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
-            return [job for job in batch if not job.is_abandoned and now < job.expires]
+        if any(item.is_abandoned for item in batch) or min([item.expires for item in batch]) <= now:
+            return [item for item in batch if not item.is_abandoned and now < item.expires]
         return batch
 
-    def _check_alive(self, batch: Sequence[ExecutionItem], now: float) -> None:
-        """Counts what must not be: whoever changes the above should see it."""
-        if min([job.expires for job in batch]) <= now:
-            self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
+    def _count_expired(self, batch: Sequence[ExecutionItem], now: float) -> None:
+        """Count expired rows that are about to run: a check of `_run`."""
+        if min([item.expires for item in batch]) <= now:
+            self.tally.expired_rows += sum(item.request.rows for item in batch if item.expires <= now)
 
-    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
-        """What the model is given, and how many rows that is."""
-        if len(calls) == 1:
-            return calls[0].tensors, calls[0].rows
-        return self._stacked(calls, calls[0].inputs)
+    def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
+        """Return the model's inputs and the number of rows."""
+        if len(requests) == 1:
+            return requests[0].tensors, requests[0].rows
+        return self._stack(requests, requests[0].inputs)
 
-    def _stacked(self, calls: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
-        """These inputs of all calls, each in one buffer; of a single call as they are."""
-        if len(calls) == 1:
-            return {name: calls[0].tensors[name] for name in names}, calls[0].rows
+    def _stack(self, requests: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+        """Return the named inputs of all requests, each stacked in one buffer; those of a single request unchanged."""
+        if len(requests) == 1:
+            return {name: requests[0].tensors[name] for name in names}, requests[0].rows
         inputs: dict[str, Any] = {}
-        rows = sum([call.rows for call in calls])
+        rows = sum([request.rows for request in requests])
         for name in names:
-            parts = [call.tensors[name] for call in calls]
-            if is_resident(parts[0]):  # Then all are, and where they are they are joined.
+            parts = [request.tensors[name] for request in requests]
+            # Requests with one key have all or none of an input on the GPU: there the parts are joined.
+            if is_resident(parts[0]):
                 inputs[name] = joined(cast("list[Any]", parts))
                 continue
             inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
         return inputs, rows
 
-    def _computed(
-        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    def _compute_outcomes(
+        self, requests: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
     ) -> list[Outcome]:
         gathered = perf_counter_ns()
-        names = [output.spec.name for output in calls[0].outputs]
-        results = self._ran(calls[0], inputs, names)
+        names = [output.spec.name for output in requests[0].outputs]
+        results = self._run_session(requests[0], inputs, names)
         computed = perf_counter_ns()
         if self._batched:
             self._check_rows(names, results, rows)
-        if len(calls) == 1:
+        if len(requests) == 1:
             return [InferenceResult(results, ExecutionTimes(rows, gathered - start, computed - gathered, 0))]
-        counts = [call.rows for call in calls]
-        parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
+        counts = [request.rows for request in requests]
+        parts = (
+            zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(requests)
+        )
         times = ExecutionTimes(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
         return [InferenceResult(outputs, times) for outputs in parts]
 
-    def _ran(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
-        """The outputs of the model; `like` is any of the calls."""
+    def _run_session(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        """Return the model's outputs; `like` is any of the requests."""
         return self._session.run(inputs, names)
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
@@ -194,11 +198,11 @@ class Execution:
         size = math.prod(shape) * like.dtype.itemsize
         memory = self._staging.get(name)
         if memory is None or memory.nbytes < size:
-            # Grown to a power of two, so that batches of changing size soon find it large enough.
+            # Grown to a power of two, so that batches of changing size soon fit.
             memory = self._staging[name] = np.empty(1 << max(size - 1, 1).bit_length(), np.uint8)
         return memory[:size].view(like.dtype).reshape(shape)
 
-    def _give_back(self) -> None:
+    def _free_large_buffers(self) -> None:
         for name in [name for name, memory in self._staging.items() if memory.nbytes > _KEPT_BYTES]:
             del self._staging[name]
 
@@ -211,11 +215,11 @@ class Execution:
                 )
 
 
-def staying(call: InferenceRequest) -> frozenset[str]:
-    """The outputs that may stay on a GPU."""
-    return frozenset([output.spec.name for output in call.outputs if output.stays])
+def gpu_resident_outputs(request: InferenceRequest) -> frozenset[str]:
+    """Return the names of the outputs that may stay on a GPU."""
+    return frozenset([output.spec.name for output in request.outputs if output.stays])
 
 
 def expired() -> DeadlineExceeded:
-    """The outcome of a call that is left out."""
+    """Return the outcome of a request that expired before its run."""
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

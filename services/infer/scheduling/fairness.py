@@ -1,8 +1,8 @@
-"""Who is next among tenants that wait together: weighted fair queueing by rows.
+"""Weighted fair queueing by rows: the order of tenants that wait together.
 
-Each tenant has a clock of its own, which advances by rows / weight whenever its rows are run; the one that is furthest
-behind goes next. A tenant that comes (back) starts at the common clock: it neither saves up while it is away, nor pays
-for what it used when nobody else wanted it. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
+Each tenant has a virtual time, which advances by rows / weight whenever its rows run; the tenant with the least goes
+next. A tenant that (again) has requests starts at the common virtual time: it saves nothing up while it has none, and
+pays nothing for capacity that no other tenant needed. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
 """
 
 from __future__ import annotations
@@ -13,106 +13,118 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-MOST = 1024
-"""Tenants that are told apart at a time. Beyond, newcomers share one place: whatever names come, memory is bounded."""
+MAX_TENANTS = 1024
+"""Tenants that are distinguished at a time. Further tenants share one queue, so that memory is bounded."""
 
-_TIDY = 64
-# So many are kept before those that no longer matter are looked for.
+# Number of tenants from which idle ones are dropped.
+_TIDY_AT = 64
 
 
-class Share:
-    """What one tenant has in the queue, and how far it is. Compared by identity."""
+class TenantQueue:
+    """Queued requests of one tenant in one band, with its virtual time. Compared by identity."""
 
-    __slots__ = ("calls", "order", "rows", "tag", "tenant", "weight")
+    __slots__ = ("count", "order", "rows", "tenant", "virtual_time", "weight")
 
-    def __init__(self, tenant: str, weight: float, tag: float) -> None:
+    def __init__(self, tenant: str, weight: float, virtual_time: float) -> None:
         self.tenant = tenant
         self.weight = weight
-        self.tag = tag
-        """The tenant's clock: rows run, by weight."""
-        self.calls = 0
+        self.virtual_time = virtual_time
+        """Rows run, divided by the weight."""
+        self.count = 0
         self.rows = 0
         self.order: deque[Any] = deque()
-        """Its calls in order of arrival. Those that have left are forgotten in passing."""
+        """Requests in order of arrival. Those that left the queue are dropped lazily."""
 
 
-class Shares:
-    """The tenants of one level of priority."""
+class TenantQueues:
+    """The tenants of one band."""
 
-    __slots__ = ("_behind", "_by_tenant", "_news", "_now", "_numbers", "_tidy_at", "_weights")
+    __slots__ = (
+        "_by_tenant",
+        "_by_virtual_time",
+        "_common_time",
+        "_drop_idle_at",
+        "_new_count",
+        "_numbers",
+        "_weights",
+    )
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
-        self._now = 0.0
-        self._by_tenant: dict[str, Share] = {}
-        self._tidy_at = _TIDY
-        self._news = 0
+        self._common_time = 0.0
+        self._by_tenant: dict[str, TenantQueue] = {}
+        self._drop_idle_at = _TIDY_AT
+        self._new_count = 0
         self._numbers = count()
-        self._behind: list[tuple[float, int, Share]] = []
-        # A heap of those that wait, by their clocks; entries that do not hold any more are skipped. Not kept for one.
+        # Heap of the waiting tenants; stale entries are skipped. Unused while there is only one tenant.
+        self._by_virtual_time: list[tuple[float, int, TenantQueue]] = []
 
     def __len__(self) -> int:
         return len(self._by_tenant)
 
-    def of(self, tenant: str) -> Share:
-        """The share that a call of `tenant` is to be counted in, brought up to the common clock when it was away."""
-        share = self._by_tenant.get(tenant)
-        if share is None:
-            share = self._new(tenant)
-        if not share.calls and share.tag < self._now:
-            share.tag = self._now
-        return share
+    def of(self, tenant: str) -> TenantQueue:
+        """Return the queue that counts a request of `tenant`; an empty queue is advanced to the common virtual time."""
+        tenant_queue = self._by_tenant.get(tenant)
+        if tenant_queue is None:
+            tenant_queue = self._new(tenant)
+        if not tenant_queue.count and tenant_queue.virtual_time < self._common_time:
+            tenant_queue.virtual_time = self._common_time
+        return tenant_queue
 
-    def waiting(self) -> list[Share]:
-        """Those that have calls in the queue."""
-        return [share for share in self._by_tenant.values() if share.calls]
+    def waiting(self) -> list[TenantQueue]:
+        """Return the tenants that have queued requests."""
+        return [tenant_queue for tenant_queue in self._by_tenant.values() if tenant_queue.count]
 
-    def first(self) -> Share | None:
-        """The one that is furthest behind, of those that have calls in the queue."""
+    def first(self) -> TenantQueue | None:
+        """Return the tenant with the least virtual time among those that have queued requests."""
         if len(self._by_tenant) == 1:
             (only,) = self._by_tenant.values()
-            return only if only.calls else None
-        behind = self._behind
-        while behind:
-            tag, _, share = behind[0]
-            if share.calls and share.tag == tag:
-                return share
-            heapq.heappop(behind)
+            return only if only.count else None
+        heap = self._by_virtual_time
+        while heap:
+            virtual_time, _, tenant_queue = heap[0]
+            if tenant_queue.count and tenant_queue.virtual_time == virtual_time:
+                return tenant_queue
+            heapq.heappop(heap)
         return None
 
-    def moved(self, share: Share) -> None:
-        """The clock of a share that has calls in the queue has changed, or it has calls again."""
+    def advanced(self, tenant_queue: TenantQueue) -> None:
+        """Update the order after a tenant's virtual time changed, or its queue became non-empty."""
         if len(self._by_tenant) == 1:
             return
-        heapq.heappush(self._behind, (share.tag, next(self._numbers), share))
-        if len(self._behind) > 4 * len(self._by_tenant) + _TIDY:
-            self._line_up()
+        heapq.heappush(self._by_virtual_time, (tenant_queue.virtual_time, next(self._numbers), tenant_queue))
+        if len(self._by_virtual_time) > 4 * len(self._by_tenant) + _TIDY_AT:
+            self._rebuild_heap()
 
-    def serving(self, first: Share) -> None:
-        """A batch begins with a call of `first`: the common clock is there now."""
-        self._now = max(self._now, first.tag)
+    def serving(self, first: TenantQueue) -> None:
+        """Advance the common virtual time to that of `first`, whose request begins a batch."""
+        self._common_time = max(self._common_time, first.virtual_time)
 
-    def _line_up(self) -> None:
-        self._behind = [(share.tag, next(self._numbers), share) for share in self.waiting()]
-        heapq.heapify(self._behind)
+    def _rebuild_heap(self) -> None:
+        self._by_virtual_time = [
+            (tenant_queue.virtual_time, next(self._numbers), tenant_queue) for tenant_queue in self.waiting()
+        ]
+        heapq.heapify(self._by_virtual_time)
 
-    def _new(self, tenant: str) -> Share:
-        self._news += 1
-        # At the bound it is not worth looking each time: mostly, all of them wait.
-        if len(self._by_tenant) >= self._tidy_at and (len(self._by_tenant) < MOST or self._news % _TIDY == 0):
-            self._tidy()
-        if len(self._by_tenant) >= MOST and tenant:
+    def _new(self, tenant: str) -> TenantQueue:
+        self._new_count += 1
+        # At the bound, dropping idle tenants each time would be wasted work: mostly, all of them wait.
+        if len(self._by_tenant) >= self._drop_idle_at and (
+            len(self._by_tenant) < MAX_TENANTS or self._new_count % _TIDY_AT == 0
+        ):
+            self._drop_idle()
+        if len(self._by_tenant) >= MAX_TENANTS and tenant:
             return self.of("")
-        share = self._by_tenant[tenant] = Share(tenant, self._weights.get(tenant, 1.0), self._now)
+        tenant_queue = self._by_tenant[tenant] = TenantQueue(tenant, self._weights.get(tenant, 1.0), self._common_time)
         if len(self._by_tenant) == 2:
-            self._line_up()
-        return share
+            self._rebuild_heap()
+        return tenant_queue
 
-    def _tidy(self) -> None:
-        # Whoever is not ahead of the common clock would start there anyway.
-        kept = {name: s for name, s in self._by_tenant.items() if s.calls or s.tag > self._now}
-        if len(kept) >= MOST:
-            kept = {name: s for name, s in kept.items() if s.calls}
+    def _drop_idle(self) -> None:
+        # A tenant that is not ahead of the common virtual time would start there anyway.
+        kept = {name: s for name, s in self._by_tenant.items() if s.count or s.virtual_time > self._common_time}
+        if len(kept) >= MAX_TENANTS:
+            kept = {name: s for name, s in kept.items() if s.count}
         self._by_tenant = kept
-        self._tidy_at = min(max(2 * len(kept), _TIDY), MOST)
-        self._line_up()
+        self._drop_idle_at = min(max(2 * len(kept), _TIDY_AT), MAX_TENANTS)
+        self._rebuild_heap()

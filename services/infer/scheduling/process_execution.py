@@ -1,6 +1,6 @@
-"""An Execution whose model is in another process: rows are laid behind each other on their way there, not before.
+"""Execution of a model in another process: rows are stacked while they are written to its memory.
 
-refused (it killed its process before) <── calls ──> one message ──> answers, one by one or stacked ──> checked
+rejected poison requests <── requests ──> one message ──> outputs, one by one or stacked ──> checked
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 30.0
-# How long the batch-mates of a call that killed the process wait for the next one.
+# Longest wait of a dead batch's requests for the next process.
+_RESTART_WAIT_S = 30.0
 
 
 class ProcessExecution(Execution):
@@ -38,106 +38,117 @@ class ProcessExecution(Execution):
         self._version = version
         self._processes = session
         self._most_rows = signature.max_batch_size
-        self._jobs: Sequence[ExecutionItem] = ()
-        self._patient_until = 0.0
-        self._is_apart = False
+        self._items: Sequence[ExecutionItem] = ()
+        self._restart_deadline = 0.0
+        self._runs_one_by_one = False
         self._waited_ns = 0
 
     def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        self._jobs = batch
+        self._items = batch
         try:
             return super().run(batch)
         finally:
-            self._jobs = ()
-            self._patient_until = 0.0
-            self._is_apart = False
+            self._items = ()
+            self._restart_deadline = 0.0
+            self._runs_one_by_one = False
 
-    def _is_wanted(self, call: InferenceRequest | None = None) -> bool:
-        """Whether somebody waits: for this call, or for any of the batch."""
+    def _has_waiting_caller(self, request: InferenceRequest | None = None) -> bool:
+        """Return True while a caller waits: that of `request`, or any of the batch."""
         now = self._clock()
-        jobs = self._jobs if call is None else [job for job in self._jobs if job.call is call]
-        return any(not job.is_abandoned and now < job.expires for job in jobs)
+        items = self._items if request is None else [item for item in self._items if item.request is request]
+        return any(not item.is_abandoned and now < item.expires for item in items)
 
-    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
-        return {}, sum(call.rows for call in calls)
+    def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
+        return {}, sum(request.rows for request in requests)
 
-    def _computed(
-        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    def _compute_outcomes(
+        self, requests: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
     ) -> list[Outcome]:
         poison = self._processes.poison
         if not poison:
-            return self._answers(calls, start)
-        refused = {id(call): after_s for call in calls if (after_s := poison.rejected_for_s(call))}
-        answers = iter(self._answers([call for call in calls if id(call) not in refused], start))
+            return self._execute(requests, start)
+        rejected = {id(request): after_s for request in requests if (after_s := poison.rejected_for_s(request))}
+        answers = iter(self._execute([request for request in requests if id(request) not in rejected], start))
         return [
-            self._processes.rejection(self._name, refused[id(call)]) if id(call) in refused else next(answers)
-            for call in calls
+            self._processes.rejection(self._name, rejected[id(request)]) if id(request) in rejected else next(answers)
+            for request in requests
         ]
 
-    def _answers(self, calls: Sequence[InferenceRequest], start: int) -> list[Outcome]:
-        if not calls:
+    def _execute(self, requests: Sequence[InferenceRequest], start: int) -> list[Outcome]:
+        if not requests:
             return []
         gathered = perf_counter_ns()
         try:
-            results = self._executed(calls)
+            results = self._call_process(requests)
         except ModelDied as err:
-            self._processes.poison.record_crash(calls, is_confirmed=err.is_confirmed)
-            if len(calls) == 1 and (err.is_alone or self._is_apart):
+            self._processes.poison.record_crash(requests, is_confirmed=err.is_confirmed)
+            if len(requests) == 1 and (err.is_alone or self._runs_one_by_one):
                 raise
-            return self._apart(calls, err)
+            return self._run_one_by_one(requests, err)
         computed = perf_counter_ns()
-        counts = [call.rows for call in calls]
+        counts = [request.rows for request in requests]
         waited = min(self._waited_ns, computed - gathered)
         times = ExecutionTimes(sum(counts), gathered - start, computed - gathered - waited, 0, waited)
-        if len(results) == len(calls):
-            return [self._checked(call, result, times) for call, result in zip(calls, results, strict=True)]
-        stacked = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(calls)} requests")
+        if len(results) == len(requests):
+            return [self._checked(request, result, times) for request, result in zip(requests, results, strict=True)]
+        stacked = (
+            results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(requests)} requests")
+        )
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
-        check_outputs(calls[0], stacked, sum(counts) if self._batched else None)
+        check_outputs(requests[0], stacked, sum(counts) if self._batched else None)
         parts = zip(*[split_rows(array, counts) for array in stacked], strict=True)
         return [InferenceResult(outputs, times) for outputs in parts]
 
-    def _executed(self, calls: Sequence[InferenceRequest]) -> list[list[Tensor] | Exception]:
-        session, first = self._processes, calls[0]
-        said = [request_info.of(call, self._name, self._version) for call in calls] if session.wants_requests else ()
+    def _call_process(self, requests: Sequence[InferenceRequest]) -> list[list[Tensor] | Exception]:
+        session, first = self._processes, requests[0]
+        request_infos = (
+            [request_info.of(request, self._name, self._version) for request in requests]
+            if session.wants_requests
+            else ()
+        )
         return session.run_requests(
-            {name: [call.tensors[name] for call in calls] for name in first.inputs},
+            {name: [request.tensors[name] for request in requests] for name in first.inputs},
             [output.spec.name for output in first.outputs],
-            [call.rows for call in calls] if self._batched else (),
-            said,
-            is_wanted=self._is_wanted,
-            patience_s=max(self._patient_until - self._clock(), 0.0),
-            most_rows=self._most_rows if self._batched and not self._is_apart else 0,
-            on_waited=self._waited,
+            [request.rows for request in requests] if self._batched else (),
+            request_infos,
+            is_wanted=self._has_waiting_caller,
+            patience_s=max(self._restart_deadline - self._clock(), 0.0),
+            most_rows=self._most_rows if self._batched and not self._runs_one_by_one else 0,
+            on_waited=self._record_wait,
         )
 
-    def _waited(self, waited_ns: int) -> None:
+    def _record_wait(self, waited_ns: int) -> None:
         self._waited_ns = waited_ns
 
-    def _apart(self, calls: Sequence[InferenceRequest], err: ModelDied) -> list[Outcome]:
-        """Each call alone. Halving, as for a model that only fails, would have more processes die."""
-        log.info("model %s: %d calls run alone, since their %s", self._name, len(calls), str(err).removeprefix("the "))
+    def _run_one_by_one(self, requests: Sequence[InferenceRequest], err: ModelDied) -> list[Outcome]:
+        """Run each request alone. Bisection would have more processes die."""
+        log.info(
+            "model %s: %d requests run one by one after a crash: their %s",
+            self._name,
+            len(requests),
+            str(err).removeprefix("the "),
+        )
         self.tally.bisections += 1
-        self._patient_until = self._clock() + _PATIENCE_S
-        self._is_apart = True
-        return [self._alone(call) for call in calls]
+        self._restart_deadline = self._clock() + _RESTART_WAIT_S
+        self._runs_one_by_one = True
+        return [self._run_alone(request) for request in requests]
 
-    def _alone(self, call: InferenceRequest) -> Outcome:
-        if not self._is_wanted(call):
+    def _run_alone(self, request: InferenceRequest) -> Outcome:
+        if not self._has_waiting_caller(request):
             return DeadlineExceeded("Request timeout expired: its batch failed, and there was no time for another run")
         try:
-            return self._answers([call], perf_counter_ns())[0]
+            return self._execute([request], perf_counter_ns())[0]
         except ModelFailed as err:
-            return self._failed(err)
+            return self._model_error(err)
         except ShoalError as err:
             return err
 
-    def _checked(self, call: InferenceRequest, result: list[Tensor] | Exception, times: ExecutionTimes) -> Outcome:
+    def _checked(self, request: InferenceRequest, result: list[Tensor] | Exception, times: ExecutionTimes) -> Outcome:
         if isinstance(result, Exception):
             return result
         try:
-            check_outputs(call, result, call.rows if self._batched else None)
+            check_outputs(request, result, request.rows if self._batched else None)
         except ModelFailed as err:
-            return self._failed(err)
+            return self._model_error(err)
         return InferenceResult(result, times)

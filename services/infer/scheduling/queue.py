@@ -1,12 +1,12 @@
-"""The calls that wait for one model version: bounded, in lanes of calls that can be stacked.
+"""Queue of one model version: bounded, in groups of requests that can be stacked.
 
 WAITING ──take──> RUNNING ──> answered
-   ├──expire, discard──> gone: it is never executed
+   ├──expire, discard──> removed: never executed
    └──expire, where the model delays──> WAITING, behind the others of its level
 
-Bounds: calls by level of priority, bytes over all. When one is reached, a call is refused; but where several tenants
-wait, the one that holds the most gives up its newest, so that nobody is kept out by a flood of somebody else's. For
-memory, calls of worse levels give way too.
+Bounds: requests by priority level, bytes over all levels. At a bound, a request is rejected; but when several tenants
+wait, the tenant with the most queued requests loses its newest, so that no tenant can fill the queue alone. For memory,
+requests of worse levels are evicted, too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.expiry import Expiry
-from services.infer.scheduling.fairness import Share, Shares
-from services.infer.scheduling.lane import Member, StackGroup, behind
+from services.infer.scheduling.deadline_heap import DeadlineHeap
+from services.infer.scheduling.fairness import TenantQueue, TenantQueues
 from services.infer.scheduling.rules import Rules
+from services.infer.scheduling.stack_group import Member, StackGroup, fair_order_key
 from shoal.errors import ResourceExhausted
 
 _ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")
-NOBODY = Share("", 1.0, 0.0)
+NO_TENANT = TenantQueue("", 1.0, 0.0)
 
 
 class Receiver(Protocol):
-    """Who gets what became of one call: exactly one of these is called, on the loop, once."""
+    """Receives the outcome of one request: exactly one method is called, once, on the event loop."""
 
     def answered(self, answer: InferenceResult) -> None: ...
 
@@ -43,12 +43,11 @@ class Receiver(Protocol):
 
 
 class QueuedRequest:
-    """One call from its arrival to its answer. The loop's thread writes; a worker thread only reads."""
+    """One request from its arrival to its outcome. The loop's thread writes; a worker thread only reads."""
 
     __slots__ = (
         "arrived",
         "band",
-        "call",
         "deadline",
         "due",
         "expires",
@@ -59,35 +58,36 @@ class QueuedRequest:
         "outcome",
         "rank",
         "receiver",
+        "request",
         "rows",
-        "share",
         "size_bytes",
+        "tenant_queue",
         "yields_at",
     )
 
-    def __init__(self, call: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
-        self.call = call
+    def __init__(self, request: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
+        self.request = request
         self.receiver = receiver
-        self.rows = call.rows
-        self.size_bytes = call.size_bytes
+        self.rows = request.rows
+        self.size_bytes = request.size_bytes
         self.arrived = self.rank = arrived
-        """Seconds, on the scheduler's clock."""
+        """Seconds, on the scheduler's clock. `rank` is the time by which priority bands are merged."""
         self.deadline = self.expires = deadline
-        """Of no use to the caller at or after its deadline, and not to be started at or after it expires."""
+        """Useless to the caller at or after `deadline`; never started at or after `expires`."""
         self.yields_at = math.inf
-        """It stands back behind the others of its level from then on."""
+        """From then on the request waits behind the others of its level."""
         self.due = math.inf
-        """When the model's goal wants it answered."""
+        """Time by which the model's goal wants the request answered."""
         self.level = self.band = 0
-        self.share = NOBODY
+        self.tenant_queue = NO_TENANT
         self.outcome: Outcome | None = None
-        """For a model whose answers wait for each other."""
+        """Set for a model that preserves order, until it is delivered."""
         self.is_waiting = False
-        """It is in a queue."""
+        """True while the request is in a queue."""
         self.is_abandoned = False
-        """Nobody waits for the answer any more."""
+        """True once no outcome is to be delivered any more."""
         self.on_abandoned: Callable[[], None] | None = None
-        """Set by what runs it, and wants to hear of that."""
+        """Set by a worker that ends its batch when all callers have left."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,27 @@ class QueueLimits:
     """Bounds of one model version's queue."""
 
     calls: int = 2048
-    """About a second of what one process answers at its fastest: what would wait longer is better off elsewhere."""
+    """About a second of one process at its fastest: a request that would wait longer is better sent elsewhere."""
     size_bytes: int = 256 << 20
-    """Inputs that wait are memory held: two of the largest requests, or many small ones."""
+    """Memory of queued inputs: two of the largest requests, or many small ones."""
 
 
 class Batch:
-    """Calls that are run as one."""
+    """Requests that run as one."""
 
-    __slots__ = ("calls", "fired", "leaves_rows", "rows")
+    __slots__ = ("fired", "leaves_rows", "requests", "rows")
 
-    def __init__(self, calls: Sequence[QueuedRequest], rows: int, fired: str, *, leaves_rows: bool) -> None:
-        self.calls = calls
+    def __init__(self, requests: Sequence[QueuedRequest], rows: int, fired: str, *, leaves_rows: bool) -> None:
+        self.requests = requests
         self.rows = rows
         self.fired = fired
-        """Why it was run when it was, in a word."""
+        """Reason for running the batch now, in one word."""
         self.leaves_rows = leaves_rows
-        """There was more than fits: the model is behind."""
+        """True when requests remain in the queue: the model has a backlog."""
 
 
 class Queue:
-    """Adds at the back, takes batches from the front. Knows no event loop, and no clock but the times it is told."""
+    """Adds at the back, takes batches from the front. Pure: no event loop, and no clock but the times passed in."""
 
     def __init__(self, model: str, limits: QueueLimits, policy: BatchPolicy, rules: Rules, cost: CostCurve) -> None:
         self._model = model
@@ -125,329 +125,344 @@ class Queue:
         self._cost = cost
         self._has_goal = policy.has_goal
         self._waits = policy.is_static or policy.has_goal
-        self._spare: StackGroup | None = None  # The last that was emptied: most often, the next call has its key.
-        # Where a level delays what ran out, the band behind each level's own is for that.
+        # The last emptied group, for reuse by the next new key.
+        self._spare_group: StackGroup | None = None
+        # Where a level delays timed-out requests, a second band behind the level's own holds them.
         self._bands_each = 2 if any(level.delays for level in rules.levels) else 1
         self._bands = self._bands_each * len(rules.levels)
-        self._most = tuple(level.calls or limits.calls for level in rules.levels)
+        self._max_requests = tuple(level.calls or limits.calls for level in rules.levels)
         self._waiting = [0] * len(rules.levels)
-        self._shares = tuple(Shares(rules.weights) for _ in range(self._bands))
-        self._lanes: dict[Hashable, StackGroup] = {}
-        self._calls = 0
+        self._tenant_queues = tuple(TenantQueues(rules.weights) for _ in range(self._bands))
+        self._groups: dict[Hashable, StackGroup] = {}
+        self._count = 0
         self.rows = 0
         self.size_bytes = 0
         self.arrivals = slo.Arrivals()
         self._last_due = -math.inf
-        self._expiry: Expiry[QueuedRequest] = Expiry()
-        self._yielding: Expiry[QueuedRequest] = Expiry()
+        self._expiry: DeadlineHeap[QueuedRequest] = DeadlineHeap()
+        self._yielding: DeadlineHeap[QueuedRequest] = DeadlineHeap()
 
     def __len__(self) -> int:
-        return self._calls
+        return self._count
 
-    def holds(self, call: InferenceRequest) -> bool:
-        """Whether this very call waits here."""
-        lane = self._lanes.get(call.key)
-        return lane is not None and any(cast("QueuedRequest", member).call is call for member in lane.order())
+    def holds(self, request: InferenceRequest) -> bool:
+        """Return True when exactly this request waits here."""
+        group = self._groups.get(request.key)
+        return group is not None and any(cast("QueuedRequest", member).request is request for member in group.order())
 
-    def add(self, pending: QueuedRequest, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[QueuedRequest]:
-        """Puts a call at the back; returns those that had to give up their place for it.
+    def add(self, queued: QueuedRequest, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[QueuedRequest]:
+        """Add a request at the back; return the requests that are evicted for it.
 
         Raises:
-            ResourceExhausted: the queue is full, and may have room in `retry_after_ms()`. An empty one takes any call.
+            ResourceExhausted: the queue is full; retry after `retry_after_ms()`. An empty queue accepts any request.
         """
-        level = pending.level
-        pending.band = level * self._bands_each
-        pending.share = self._shares[pending.band].of(tenant)
+        level = queued.level
+        queued.band = level * self._bands_each
+        queued.tenant_queue = self._tenant_queues[queued.band].of(tenant)
         evicted: Sequence[QueuedRequest] = ()
-        size = self.size_bytes + pending.size_bytes
-        if self._waiting[level] >= self._most[level] or (size > self._limits.size_bytes and self._calls):
-            evicted = self._make_room(pending)
+        size = self.size_bytes + queued.size_bytes
+        if self._waiting[level] >= self._max_requests[level] or (size > self._limits.size_bytes and self._count):
+            evicted = self._choose_victims(queued)
             if not evicted:
-                raise self._full(level, retry_after_ms())
+                raise self._full_error(level, retry_after_ms())
             for victim in evicted:
                 self.discard(victim)
-        self._insert(pending, pending.arrived)
-        self._calls += 1
+        self._insert(queued, queued.arrived)
+        self._count += 1
         self._waiting[level] += 1
-        self.rows += pending.rows
-        self.size_bytes += pending.size_bytes
+        self.rows += queued.rows
+        self.size_bytes += queued.size_bytes
         if self._has_goal:
-            self.arrivals.add(pending.rows)
-            self._last_due = max(self._last_due, pending.due)
-        if pending.expires != math.inf:
-            self._expiry.add(pending.expires, pending)
-        if pending.yields_at != math.inf:
-            self._yielding.add(pending.yields_at, pending)
+            self.arrivals.add(queued.rows)
+            self._last_due = max(self._last_due, queued.due)
+        if queued.expires != math.inf:
+            self._expiry.add(queued.expires, queued)
+        if queued.yields_at != math.inf:
+            self._yielding.add(queued.yields_at, queued)
         return evicted
 
-    def discard(self, pending: QueuedRequest) -> bool:
-        """Takes one call out; False when it was not in (any more)."""
-        if not pending.is_waiting:
+    def discard(self, queued: QueuedRequest) -> bool:
+        """Remove one request; return False when it is not (or no longer) queued."""
+        if not queued.is_waiting:
             return False
-        self._remove(pending)
-        self._calls -= 1
-        self._waiting[pending.level] -= 1
-        self.rows -= pending.rows
-        self.size_bytes -= pending.size_bytes
+        self._unlink(queued)
+        self._count -= 1
+        self._waiting[queued.level] -= 1
+        self.rows -= queued.rows
+        self.size_bytes -= queued.size_bytes
         return True
 
     def next_expiry(self) -> float:
-        """When a call runs out, or has to stand back; infinite when none does."""
+        """Return the next time at which a request expires or yields; infinite when none does."""
         return min(self._expiry.next(), self._yielding.next())
 
     def expire(self, now: float) -> list[QueuedRequest]:
-        """Takes out those whose time is over, and has those stand back whose level wants that."""
-        for pending in self._yielding.until(now):
-            self._remove(pending)
-            pending.band += 1
-            pending.share = self._shares[pending.band].of(pending.share.tenant)
-            self._insert(pending, now)
+        """Remove and return the expired requests, and move those that yield behind the others of their level."""
+        for queued in self._yielding.until(now):
+            self._unlink(queued)
+            queued.band += 1
+            queued.tenant_queue = self._tenant_queues[queued.band].of(queued.tenant_queue.tenant)
+            self._insert(queued, now)
         expired = list(self._expiry.until(now))
-        for pending in expired:
-            self.discard(pending)
+        for queued in expired:
+            self.discard(queued)
         return expired
 
     def shed(self, horizon: float) -> list[QueuedRequest]:
-        """Takes out those that are of no use at `horizon`, which is when the next batch would be done."""
+        """Remove and return the requests that are useless at `horizon`, the end of the next batch."""
         shed: list[QueuedRequest] = []
-        while (pending := self._expiry.first()) is not None and pending.deadline <= horizon:
-            self.discard(pending)
-            shed.append(pending)
+        while (queued := self._expiry.first()) is not None and queued.deadline <= horizon:
+            self.discard(queued)
+            shed.append(queued)
         return shed
 
-    def ahead(self, pending: QueuedRequest, tenant: str) -> float:
-        """Rows that are run before a call that would be added now: an estimate, and rather too few."""
-        if pending.due < self._last_due:
-            return 0  # It goes before some of those that wait: who knows how many.
-        band = pending.level * self._bands_each
-        rows = sum(share.rows for shares in self._shares[:band] for share in shares.waiting())
-        same = self._shares[band].waiting()
-        own = next((share for share in same if share.tenant == tenant), None)
+    def rows_ahead(self, queued: QueuedRequest, tenant: str) -> float:
+        """Return the rows that would run before a request added now: a low estimate."""
+        if queued.due < self._last_due:
+            # The request goes before an unknown number of queued ones.
+            return 0
+        band = queued.level * self._bands_each
+        rows = sum(
+            tenant_queue.rows
+            for tenant_queues in self._tenant_queues[:band]
+            for tenant_queue in tenant_queues.waiting()
+        )
+        same_band = self._tenant_queues[band].waiting()
+        own = next((tenant_queue for tenant_queue in same_band if tenant_queue.tenant == tenant), None)
         if own is None:
             return rows
-        # While its own tenant's rows are run, others have their shares of the instances.
-        return rows + sum(min(share.rows, own.rows * share.weight / own.weight) for share in same)
+        # While rows of the tenant run, other tenants get their shares of the instances.
+        return rows + sum(
+            min(tenant_queue.rows, own.rows * tenant_queue.weight / own.weight) for tenant_queue in same_band
+        )
 
     def take(
         self, now: float, *, max_rows: int = 0, instances: int = 1, is_idle: bool = True, is_late: bool = False
     ) -> Batch | Wait:
-        """The next batch; or how long to wait for one. Nothing in the queue may have expired: see `expire`.
+        """Remove and return the next batch, or return how long to wait for one. Call `expire` first.
 
         Args:
-            max_rows: no more rows than that, where the policy is to run what is there; 0: as many as it allows.
+            max_rows: bound of rows where the policy runs what is queued; 0: the policy's own bound.
             instances: executions that may run at the same time.
-            is_idle: the calls found an instance that was free, and did not wait for one.
-            is_late: nothing is worth waiting for.
+            is_idle: the requests found an idle instance, and did not wait for one.
+            is_late: never wait for a better batch.
         """
-        if not self._lanes:
+        if not self._groups:
             return NOTHING
         if self._waits and not is_late:
-            return self._when_due(now, instances)
-        key = self._next()
-        lane = self._lanes[key]
-        front, is_cut = self._front(lane, max_rows)
+            return self._take_when_due(now, instances)
+        key = self._next_key()
+        group = self._groups[key]
+        front, is_cut = self._front(group, max_rows)
         if is_late:
             fired = "closing"
         elif self._policy.max_rows == 1:
             fired = "alone"
-        elif is_cut or lane.rows >= self._policy.max_rows:
+        elif is_cut or group.rows >= self._policy.max_rows:
             fired = "full"
         else:
             fired = "idle" if is_idle else "queued"
-        return self._taken(key, front, fired)
+        return self._pop(key, front, fired)
 
-    def _when_due(self, now: float, instances: int) -> Batch | Wait:
+    def _take_when_due(self, now: float, instances: int) -> Batch | Wait:
         ready: dict[Hashable, StackGroup] = {}
         runs: dict[Hashable, tuple[list[QueuedRequest], str]] = {}
         soonest: tuple[float, Hashable, list[QueuedRequest]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
-        for key, lane in self._candidates().items():
-            front, is_cut = self._front(lane)
-            decision = self._decide(lane, front, is_cut, now, rate, instances)
+        for key, group in self._candidates().items():
+            front, is_cut = self._front(group)
+            decision = self._decide(group, front, is_cut, now, rate, instances)
             if isinstance(decision, Run):
-                ready[key], runs[key] = lane, (front[: decision.count], decision.fired)
+                ready[key], runs[key] = group, (front[: decision.count], decision.fired)
             elif decision.until is not None and (soonest is None or decision.until < soonest[0]):
                 soonest = decision.until, key, front
         if not ready:
             return Wait(soonest[0]) if soonest else NOTHING
-        key = self._first_of(ready)
-        calls, fired = runs[key]
+        key = self._first_key(ready)
+        requests, fired = runs[key]
         if soonest and self._has_goal:
             until, waiting, front = soonest
-            # What waits for company must not be made late by what does not.
-            if until < now + self._cost.expected(sum(call.rows for call in calls)):
-                return self._taken(waiting, front, "slo")
-        return self._taken(key, calls, fired)
+            # A group that waits for more rows must not become late through one that does not wait.
+            if until < now + self._cost.expected(sum(queued.rows for queued in requests)):
+                return self._pop(waiting, front, "slo")
+        return self._pop(key, requests, fired)
 
     def _decide(
-        self, lane: StackGroup, front: list[QueuedRequest], is_cut: bool, now: float, rate: float, instances: int
+        self, group: StackGroup, front: list[QueuedRequest], is_cut: bool, now: float, rate: float, instances: int
     ) -> Decision:
         if self._has_goal:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
-        return batcher.decide(front, lane.oldest(), now, self._policy, is_cut=is_cut)
+        return batcher.decide(front, group.oldest(), now, self._policy, is_cut=is_cut)
 
-    def _front(self, lane: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
-        front, is_cut = lane.front(max_rows or self._policy.max_rows, self._policy.max_bytes)
+    def _front(self, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
+        front, is_cut = group.front(max_rows or self._policy.max_rows, self._policy.max_bytes)
         return cast("list[QueuedRequest]", front), is_cut
 
-    def _next(self) -> Hashable:
-        """The key of the lane that the next batch is of, whatever policy there is."""
-        if len(self._lanes) == 1:
-            return next(iter(self._lanes))
-        heads = [head for shares in self._shares if (head := _head(shares)) is not None]
-        return min(heads, key=_RANK).call.key
+    def _next_key(self) -> Hashable:
+        """Return the key of the group whose turn is next, without a policy."""
+        if len(self._groups) == 1:
+            return next(iter(self._groups))
+        heads = [head for tenant_queues in self._tenant_queues if (head := _band_head(tenant_queues)) is not None]
+        return min(heads, key=_RANK).request.key
 
     def _candidates(self) -> dict[Hashable, StackGroup]:
-        """The lanes that are worth a decision: all, unless they are very many."""
-        if len(self._lanes) <= _MANY_LANES or not self._has_goal:
-            return self._lanes
-        urgent = heapq.nsmallest(_MANY_LANES, self._lanes.items(), key=lambda item: item[1].soonest())
-        key = self._next()
-        return {key: self._lanes[key], **dict(urgent)}
+        """Return the groups that are considered: all, unless there are very many."""
+        if len(self._groups) <= _MAX_DECIDED_GROUPS or not self._has_goal:
+            return self._groups
+        urgent = heapq.nsmallest(_MAX_DECIDED_GROUPS, self._groups.items(), key=lambda item: item[1].soonest())
+        key = self._next_key()
+        return {key: self._groups[key], **dict(urgent)}
 
-    def _first_of(self, lanes: dict[Hashable, StackGroup]) -> Hashable:
-        """The key of the lane whose turn it is."""
-        if len(lanes) == 1:
-            return next(iter(lanes))
+    def _first_key(self, groups: dict[Hashable, StackGroup]) -> Hashable:
+        """Return the key of the group whose turn is next."""
+        if len(groups) == 1:
+            return next(iter(groups))
         best: dict[int, tuple[Member, Hashable]] = {}
-        for key, lane in lanes.items():
-            for head in lane.heads():
+        for key, group in groups.items():
+            for head in group.heads():
                 known = best.get(head.band)
-                if known is None or behind(head) < behind(known[0]):
+                if known is None or fair_order_key(head) < fair_order_key(known[0]):
                     best[head.band] = head, key
         return min(best.values(), key=_rank_of_first)[1]
 
-    def _taken(self, key: Hashable, calls: list[QueuedRequest], fired: str) -> Batch:
-        lane = self._lanes[key]
-        lane.take(calls)
-        if not lane.calls:
-            self._spare = self._lanes.pop(key)
-        first = calls[0]
-        self._shares[first.band].serving(first.share)
-        touched = {first.share: first.band}
+    def _pop(self, key: Hashable, requests: list[QueuedRequest], fired: str) -> Batch:
+        group = self._groups[key]
+        group.take(requests)
+        if not group.count:
+            self._spare_group = self._groups.pop(key)
+        first = requests[0]
+        self._tenant_queues[first.band].serving(first.tenant_queue)
+        advanced_queues = {first.tenant_queue: first.band}
         rows = size = 0
-        for call in calls:
-            call.is_waiting = False
-            share = call.share
-            if share is not first.share:
-                touched[share] = call.band
-            share.calls -= 1
-            share.rows -= call.rows
-            share.tag += call.rows / share.weight
-            rows += call.rows
-            size += call.size_bytes
-            self._waiting[call.level] -= 1
-        self._calls -= len(calls)
+        for queued in requests:
+            queued.is_waiting = False
+            tenant_queue = queued.tenant_queue
+            if tenant_queue is not first.tenant_queue:
+                advanced_queues[tenant_queue] = queued.band
+            tenant_queue.count -= 1
+            tenant_queue.rows -= queued.rows
+            tenant_queue.virtual_time += queued.rows / tenant_queue.weight
+            rows += queued.rows
+            size += queued.size_bytes
+            self._waiting[queued.level] -= 1
+        self._count -= len(requests)
         self.rows -= rows
         self.size_bytes -= size
-        for share, band in touched.items():
-            if share.calls:
-                self._shares[band].moved(share)
+        for tenant_queue, band in advanced_queues.items():
+            if tenant_queue.count:
+                self._tenant_queues[band].advanced(tenant_queue)
             else:
-                share.order.clear()
-        return Batch(calls, rows, fired, leaves_rows=self._calls > 0)
+                tenant_queue.order.clear()
+        return Batch(requests, rows, fired, leaves_rows=self._count > 0)
 
-    def _insert(self, pending: QueuedRequest, came: float) -> None:
-        lane = self._lanes.get(pending.call.key)
-        if lane is None:
-            lane = self._spare or StackGroup(self._bands, by_due=self._has_goal)
-            self._lanes[pending.call.key], self._spare = lane, None
+    def _insert(self, queued: QueuedRequest, arrived: float) -> None:
+        group = self._groups.get(queued.request.key)
+        if group is None:
+            group = self._spare_group or StackGroup(self._bands, by_due=self._has_goal)
+            self._groups[queued.request.key], self._spare_group = group, None
         if self._bands > 1:
-            # Levels are this far apart in time: who waits long enough overtakes whoever comes later (`Rules.aging_s`).
-            far = min(self._rules.aging_s, _FOR_EVER_S)
-            pending.rank = came + pending.band * far
-        lane.add(pending)
-        pending.is_waiting = True
-        share = pending.share
-        share.calls += 1
-        share.rows += pending.rows
-        share.order.append(pending)
-        if share.calls == 1:
-            self._shares[pending.band].moved(share)
-        elif len(share.order) > 2 * share.calls + _SPARE:
-            share.order = deque(call for call in share.order if call.is_waiting and call.share is share)
+            # Distance of levels in time: a request that waits long enough overtakes later ones (`Rules.aging_s`).
+            gap_s = min(self._rules.aging_s, _MAX_LEVEL_GAP_S)
+            queued.rank = arrived + queued.band * gap_s
+        group.add(queued)
+        queued.is_waiting = True
+        tenant_queue = queued.tenant_queue
+        tenant_queue.count += 1
+        tenant_queue.rows += queued.rows
+        tenant_queue.order.append(queued)
+        if tenant_queue.count == 1:
+            self._tenant_queues[queued.band].advanced(tenant_queue)
+        elif len(tenant_queue.order) > 2 * tenant_queue.count + _ORDER_SLACK:
+            tenant_queue.order = deque(
+                other for other in tenant_queue.order if other.is_waiting and other.tenant_queue is tenant_queue
+            )
 
-    def _remove(self, pending: QueuedRequest) -> None:
-        lane = self._lanes[pending.call.key]
-        lane.remove(pending)
-        if not lane.calls:
-            del self._lanes[pending.call.key]
-        pending.is_waiting = False
-        pending.share.calls -= 1
-        pending.share.rows -= pending.rows
-        pending.share.order.remove(pending)
+    def _unlink(self, queued: QueuedRequest) -> None:
+        group = self._groups[queued.request.key]
+        group.remove(queued)
+        if not group.count:
+            del self._groups[queued.request.key]
+        queued.is_waiting = False
+        queued.tenant_queue.count -= 1
+        queued.tenant_queue.rows -= queued.rows
+        queued.tenant_queue.order.remove(queued)
 
-    def _full(self, level: int, after_ms: int) -> ResourceExhausted:
+    def _full_error(self, level: int, after_ms: int) -> ResourceExhausted:
         return ResourceExhausted(
             f"Exceeds maximum queue size of model '{self._model}': {self._waiting[level]} requests wait, "
-            f"{self.size_bytes} bytes in all; at most {self._most[level]} and {self._limits.size_bytes} may; "
+            f"{self.size_bytes} bytes in all; at most {self._max_requests[level]} and {self._limits.size_bytes} may; "
             f"retry after {after_ms} ms",
             retry_after_ms=after_ms,
         )
 
-    def _make_room(self, pending: QueuedRequest) -> list[QueuedRequest]:
-        """Whom to send away so that `pending` can stay; none: nobody has to, it is `pending` that is too much."""
-        calls = self._waiting[pending.level] + 1 - self._most[pending.level]
-        size = self.size_bytes + pending.size_bytes - self._limits.size_bytes
+    def _choose_victims(self, queued: QueuedRequest) -> list[QueuedRequest]:
+        """Return the requests to evict for `queued`; none when `queued` itself is to be rejected."""
+        excess = self._waiting[queued.level] + 1 - self._max_requests[queued.level]
+        excess_bytes = self.size_bytes + queued.size_bytes - self._limits.size_bytes
         victims: list[QueuedRequest] = []
-        for victim in self._victims(pending, is_short_of_bytes=size > 0):
-            if calls <= 0 and size <= 0:
+        for victim in self._eviction_candidates(queued, is_short_of_bytes=excess_bytes > 0):
+            if excess <= 0 and excess_bytes <= 0:
                 break
             victims.append(victim)
-            calls -= victim.level == pending.level
-            size -= victim.size_bytes
-        return victims if calls <= 0 and size <= 0 else []
+            excess -= victim.level == queued.level
+            excess_bytes -= victim.size_bytes
+        return victims if excess <= 0 and excess_bytes <= 0 else []
 
-    def _victims(self, pending: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
-        """Calls that have less claim to a place than `pending`, the least first."""
+    def _eviction_candidates(self, queued: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
+        """Yield the requests with a weaker claim to capacity than `queued`, the weakest first."""
         bands = range(self._bands - 1, -1, -1)
         if is_short_of_bytes:
             for band in bands:
-                if band // self._bands_each > pending.level:
-                    for share in self._shares[band].waiting():
-                        yield from self._newest(band, share)
-        own = [band for band in bands if band // self._bands_each == pending.level]
+                if band // self._bands_each > queued.level:
+                    for tenant_queue in self._tenant_queues[band].waiting():
+                        yield from self._newest_first(band, tenant_queue)
+        bands_of_level = [band for band in bands if band // self._bands_each == queued.level]
         held: dict[str, float] = {}
-        for band in own:
-            for share in self._shares[band].waiting():
-                held[share.tenant] = held.get(share.tenant, 0.0) + share.calls / share.weight
-        if len(held) < (1 if pending.share.tenant not in held else 2):
+        for band in bands_of_level:
+            for tenant_queue in self._tenant_queues[band].waiting():
+                held[tenant_queue.tenant] = (
+                    held.get(tenant_queue.tenant, 0.0) + tenant_queue.count / tenant_queue.weight
+                )
+        if len(held) < (1 if queued.tenant_queue.tenant not in held else 2):
             return
         most = max(held, key=lambda tenant: held[tenant])
-        left = held[most]
-        for band in own:
-            for share in self._shares[band].waiting():
-                if share.tenant != most:
+        load = held[most]
+        for band in bands_of_level:
+            for tenant_queue in self._tenant_queues[band].waiting():
+                if tenant_queue.tenant != most:
                     continue
-                for victim in self._newest(band, share):
-                    # Only while it holds more than `pending`'s tenant will: else they would push each other out.
-                    if left <= held.get(pending.share.tenant, 0.0) + 1 / pending.share.weight:
+                for victim in self._newest_first(band, tenant_queue):
+                    # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
+                    if load <= held.get(queued.tenant_queue.tenant, 0.0) + 1 / queued.tenant_queue.weight:
                         return
-                    left -= 1 / share.weight
+                    load -= 1 / tenant_queue.weight
                     yield victim
 
-    def _newest(self, band: int, share: Share) -> list[QueuedRequest]:
-        calls: Iterable[Member] = (call for lane in self._lanes.values() for call in lane.of(band, share))
-        return cast("list[QueuedRequest]", sorted(calls, key=_ARRIVED)[::-1])
+    def _newest_first(self, band: int, tenant_queue: TenantQueue) -> list[QueuedRequest]:
+        members: Iterable[Member] = (
+            member for group in self._groups.values() for member in group.of(band, tenant_queue)
+        )
+        return cast("list[QueuedRequest]", sorted(members, key=_ARRIVED)[::-1])
 
 
-_FOR_EVER_S = 1e9
-# As a distance between levels: a generation, and still exact to a microsecond when added to a clock.
+# Longest distance of levels: 30 years, and still exact to a microsecond when added to a clock.
+_MAX_LEVEL_GAP_S = 1e9
 
 
-_MANY_LANES = 16
-# To decide for hundreds of shapes each time would take longer than many a model. Those with the earliest goals count.
+# Deciding for hundreds of shapes each time would take longer than many a model runs: only the groups with the earliest
+# goals are considered.
+_MAX_DECIDED_GROUPS = 16
 
-_SPARE = 64
+_ORDER_SLACK = 64
 
 
-def _head(shares: Shares) -> QueuedRequest | None:
-    """The next call of one band: the first of the tenant that is furthest behind."""
-    share = shares.first()
-    if share is None:
+def _band_head(tenant_queues: TenantQueues) -> QueuedRequest | None:
+    """Return the next request of one band: the first of the tenant with the least virtual time."""
+    tenant_queue = tenant_queues.first()
+    if tenant_queue is None:
         return None
-    order: deque[QueuedRequest] = share.order
-    while not (order[0].is_waiting and order[0].share is share):
+    order: deque[QueuedRequest] = tenant_queue.order
+    while not (order[0].is_waiting and order[0].tenant_queue is tenant_queue):
         order.popleft()
     return order[0]
 

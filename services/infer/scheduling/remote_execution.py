@@ -1,4 +1,4 @@
-"""An Execution whose model is on another server: the rows of its calls become one request, which is awaited."""
+"""Execution of a model on another server: the rows of the requests become one remote request, which is awaited."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ log = logging.getLogger(__name__)
 
 
 class RemoteExecution(Execution):
-    """A task_worker.Awaits. Nothing is gathered here: the request is what the rows are copied to."""
+    """A task_worker.AsyncExecutor. Rows are copied into the remote request, without a staging buffer."""
 
     def __init__(self, name: str, session: RemoteSession, signature: Signature, clock: Callable[[], float]) -> None:
         super().__init__(name, session, signature, clock)
         self._remote = session
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Raises nothing but cancellation, which ends the remote call."""
+        """Return one outcome for each item, in order. Raises only CancelledError, which cancels the remote request."""
         try:
             return await self._attempt(batch)
         except Exception as err:
-            return await self._apart(batch, err) if len(batch) > 1 else [self._excused(err)]
+            return await self._bisect_async(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
 
-    async def _apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
-        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._excused)
-        outcomes = await bisection.awaited(batch, self._attempt)
+    async def _bisect_async(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
+        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
+        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
+        outcomes = await bisection.outcomes_async(batch, self._attempt)
         self.tally.bisections += bisection.cuts
         return outcomes
 
     async def _attempt(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """Runs those that are alive as one. Raises what is the fault of one of them."""
+        """Run the items that are not expired or abandoned as one. Raises an error that one of them may have caused."""
         alive = self._alive(batch, self._clock())
         if not alive:
             return [expired() for _ in batch]
@@ -52,25 +52,25 @@ class RemoteExecution(Execution):
         except BatchFailed as err:
             answers = [err.error] * len(alive)
         found = dict(zip(map(id, alive), answers, strict=True))
-        return [found[id(job)] if id(job) in found else expired() for job in batch]
+        return [found[id(item)] if id(item) in found else expired() for item in batch]
 
     async def _answers(self, alive: Sequence[ExecutionItem]) -> list[Outcome]:
         start = perf_counter_ns()
-        calls = [job.call for job in alive]
-        asked = RemoteBatch(
-            {name: [cast("Tensor", call.inputs[name]) for call in calls] for name in calls[0].inputs},
-            [output.spec.name for output in calls[0].outputs],
+        requests = [item.request for item in alive]
+        remote_request = RemoteBatch(
+            {name: [cast("Tensor", request.inputs[name]) for request in requests] for name in requests[0].inputs},
+            [output.spec.name for output in requests[0].outputs],
         )
-        results = await self._remote.execute(asked, max(job.deadline for job in alive))
-        return self._cut(calls, results, start, perf_counter_ns())
+        results = await self._remote.execute(remote_request, max(item.deadline for item in alive))
+        return self._split(requests, results, start, perf_counter_ns())
 
-    def _cut(
-        self, calls: Sequence[InferenceRequest], results: Sequence[Tensor], start: int, computed: int
+    def _split(
+        self, requests: Sequence[InferenceRequest], results: Sequence[Tensor], start: int, computed: int
     ) -> list[Outcome]:
-        counts = [call.rows for call in calls]
+        counts = [request.rows for request in requests]
         rows = sum(counts)
-        check_outputs(calls[0], results, rows if self._batched else None)
-        if len(calls) == 1:
+        check_outputs(requests[0], results, rows if self._batched else None)
+        if len(requests) == 1:
             return [InferenceResult(results, ExecutionTimes(rows, 0, computed - start, 0))]
         parts = zip(*[split_rows(result, counts) for result in results], strict=True)
         times = ExecutionTimes(rows, 0, computed - start, perf_counter_ns() - computed)

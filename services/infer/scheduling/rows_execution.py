@@ -1,7 +1,7 @@
-"""An Execution of a session that takes rows of any shapes, and says which of them it cannot process.
+"""Execution of a session that takes rows of any shapes, and reports the rows that it cannot process.
 
-inputs of each call ──stacked; a list of rows where they are ragged──> run_rows ──> values, parted by calls
-                                                                              └──> unfit rows: their calls fail
+inputs of each request ──stacked; a list of rows where ragged──> run_rows ──> values, split by requests
+                                                                        └──> unfit rows: their requests fail
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Out
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Execution, staying
+from services.infer.scheduling.execution import Execution, gpu_resident_outputs
 from shoal.errors import InvalidArgument
 
 
@@ -28,43 +28,43 @@ class RowsExecution(Execution):
         self._rows_session = session
         self._ragged = signature.ragged
 
-    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
-        names = calls[0].inputs.keys()
-        stacked, rows = self._stacked(calls, names - self._ragged)
-        joined = {name: ragged.joined(call.inputs[name] for call in calls) for name in names & self._ragged}
+    def _gather(self, requests: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
+        names = requests[0].inputs.keys()
+        stacked, rows = self._stack(requests, names - self._ragged)
+        joined = {name: ragged.joined(request.inputs[name] for request in requests) for name in names & self._ragged}
         return {**stacked, **joined}, rows
 
-    def _computed(
-        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    def _compute_outcomes(
+        self, requests: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
     ) -> list[Outcome]:
         gathered = perf_counter_ns()
-        names = [output.spec.name for output in calls[0].outputs]
-        results = self._rows_session.run_rows(inputs, names, staying(calls[0]))
+        names = [output.spec.name for output in requests[0].outputs]
+        results = self._rows_session.run_rows(inputs, names, gpu_resident_outputs(requests[0]))
         computed = perf_counter_ns()
         times = ExecutionTimes(rows, gathered - start, computed - gathered, 0)
         if not self._batched:
-            return [self._outcome(calls[0], list(results.values), times, results.unfit, 0)]
+            return [self._outcome(requests[0], list(results.values), times, results.unfit, 0)]
         for name, value in zip(names, results.values, strict=True):
             if len(value) != rows:
                 raise ModelFailed(f"output '{name}' has {len(value)} rows for {rows}")
-        counts = [call.rows for call in calls]
+        counts = [request.rows for request in requests]
         parts = zip(*[ragged.parted(value, counts) for value in results.values], strict=True)
         starts = [0, *accumulate(counts)]
         return [
-            self._outcome(call, outputs, times, results.unfit, start)
-            for call, outputs, start in zip(calls, parts, starts, strict=False)
+            self._outcome(request, outputs, times, results.unfit, start)
+            for request, outputs, start in zip(requests, parts, starts, strict=False)
         ]
 
     def _outcome(
         self,
-        call: InferenceRequest,
+        request: InferenceRequest,
         outputs: Sequence[ragged.Value],
         times: ExecutionTimes,
         unfit: Mapping[int, str],
         start: int,
     ) -> Outcome:
-        wrong = next((n for n in range(start, start + call.rows) if n in unfit), None) if unfit else None
+        wrong = next((n for n in range(start, start + request.rows) if n in unfit), None) if unfit else None
         if wrong is None:
             return InferenceResult(outputs, times)
-        row = f", row {wrong - start}" if call.rows > 1 else ""
+        row = f", row {wrong - start}" if request.rows > 1 else ""
         return InvalidArgument(f"model '{self._name}'{row}: {unfit[wrong]}")

@@ -1,9 +1,9 @@
-"""What a model's configuration says about its queue: levels of priority, timeouts, bounds, tenants, its goal.
+"""Queue rules of a model's configuration: priority levels, timeouts, bounds, tenants, goal.
 
 dynamic_batching                 Triton's, with Triton's meaning: `model_config.proto`
 parameters, ours                 slo_ms             answer within so many milliseconds, at the highest throughput
                                  tenant_weights     "gold=4,free=1": shares of tenants that wait together; others have 1
-                                 priority_aging_ms  waiting so long makes up for one level of priority; 0: nothing does
+                                 priority_aging_ms  wait that makes up for one priority level; 0: none does
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ from dataclasses import dataclass, field
 from shoal.inference.v2 import model_config_pb2 as pb
 
 SLO, WEIGHTS, AGING = PARAMETERS = ("slo_ms", "tenant_weights", "priority_aging_ms")
-"""The parameters of a configuration that are read here."""
+"""Parameters of a configuration that this module reads."""
 
 _MAX_LEVELS = 256
 _MAX_MS = 3_600_000
 _MAX_WEIGHT = 1_000_000
 _MAX_WEIGHTS = 1024
 
+# Far longer than a healthy queue: levels are strict for requests of about the same age, and none waits for ever.
 _AGING_MS = 1000.0
-# Far longer than a healthy queue: levels are strict for calls of about the same age, and nobody waits for ever.
 
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How calls of one priority wait."""
+    """Queue rules of one priority level."""
 
     timeout_s: float = math.inf
-    """How long a call may wait in the queue."""
+    """Longest wait in the queue."""
     delays: bool = False
-    """What has waited so long is run after the others of its level, instead of refused."""
+    """True: a request that times out is run after the others of its level, instead of rejected."""
     allows_override: bool = True
-    """A request's own `timeout` counts when it is shorter."""
+    """True: a request's own `timeout` counts when it is shorter."""
     calls: int = 0
-    """How many may wait; 0: the server's own bound."""
+    """Requests that may wait; 0: the server's own bound."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How the calls of one model wait."""
+    """Queue rules of one model."""
 
     levels: tuple[Level, ...] = (Level(),)
-    """The first goes first."""
+    """The first runs first."""
     default_level: int = 0
     """Index of the level of requests that name none."""
     aging_s: float = _AGING_MS / 1000
-    """A call that has waited this much longer stands beside those of the next better level; infinite: never."""
+    """A request that has waited this much longer ranks as one of the next better level; infinite: never."""
     preserves_order: bool = False
-    """Answers are given in the order of arrival."""
+    """True: outcomes are delivered in order of arrival."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Shares by tenant; 1 for those that are not named."""
+    """Weights by tenant; 1 for tenants without an entry."""
 
     def level(self, priority: int) -> int:
-        """The index of a request's level. As in Triton, 0 and what is beyond the levels mean the default."""
+        """Return the index of a request's level. As in Triton, 0 and unknown levels mean the default."""
         return priority - 1 if 0 < priority <= len(self.levels) else self.default_level
 
 
 def of(config: pb.ModelConfig) -> Rules:
-    """The rules in a configuration that `wrong` found nothing in."""
+    """Return the rules of a configuration without findings of `wrong`."""
     batching = config.dynamic_batching
     own = batching.priority_queue_policy
     numbers = range(1, batching.priority_levels + 1) or (1,)
@@ -79,7 +79,7 @@ def of(config: pb.ModelConfig) -> Rules:
 
 
 def slo_s(config: pb.ModelConfig) -> float:
-    """Within how many seconds calls should be answered; infinite when nothing is stated."""
+    """Return the seconds within which requests should be answered; infinite without a goal."""
     value = _value(config, SLO)
     return math.inf if value is None else float(value) / 1000
 
@@ -96,7 +96,7 @@ def _level(policy: pb.ModelQueuePolicy) -> Level:
 
 
 def wrong(config: pb.ModelConfig) -> Iterator[str]:
-    """Everything about the queue that contradicts itself or is out of range, by name."""
+    """Yield every contradiction or range error of the queue's settings, by name."""
     yield from _wrong_levels(config.dynamic_batching)
     yield from _wrong_order(config.dynamic_batching)
     yield from _wrong_parameters(config)

@@ -1,4 +1,4 @@
-"""Counts and times of one model version, as ModelStatistics tells them."""
+"""Counts and times of one model version, as reported by ModelStatistics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shoal.inference.v2 import inference_pb2 as pb
 
 @dataclass(slots=True)
 class Duration:
-    """How often something took place, and how long it took in all."""
+    """Count and total time of an event."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int, count: int = 1) -> None:
-        """`count` of them, that took `ns` all together."""
+        """Add `count` events that took `ns` together."""
         self.count += count
         self.ns += ns
 
@@ -27,7 +27,7 @@ class Duration:
 
 @dataclass(slots=True)
 class BatchTimes:
-    """Executions of one size."""
+    """Times of executions of one size."""
 
     count: int = 0
     gather_ns: int = 0
@@ -46,7 +46,7 @@ class BatchTimes:
 
 @dataclass
 class Statistics:
-    """Of one model version, since it was loaded. Only the event loop's thread touches it."""
+    """Statistics of one model version since it was loaded. Only the event loop's thread uses them."""
 
     last_inference_ms: int = 0
     """Milliseconds since 1970."""
@@ -56,26 +56,26 @@ class Statistics:
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
     cache_hit: Duration = field(default_factory=Duration)
-    """Answered without an execution: looking it up."""
+    """Requests answered without an execution: time of the lookup."""
     cache_miss: Duration = field(default_factory=Duration)
-    """Executed although there is a response cache: looking it up, and keeping the answer."""
-    calls: BatchTimes = field(default_factory=BatchTimes)
-    """By call: each counts the whole of the execution that it was part of."""
+    """Requests executed in spite of a response cache: time of the lookup and of storing the outputs."""
+    by_request: BatchTimes = field(default_factory=BatchTimes)
+    """By request: each counts the whole execution that it was part of."""
     by_rows: dict[int, BatchTimes] = field(default_factory=dict)
     """By execution."""
     expired: int = 0
-    """Calls whose time was over before they were run."""
+    """Requests that expired before they were executed."""
     cancelled: int = 0
-    """Calls that nobody waited for any more before they were answered."""
+    """Requests whose caller left before they were answered."""
     shed: int = 0
-    """Calls that were refused, or sent away, because too many wait to be done in time."""
+    """Requests that were rejected or evicted because the queue was full or too long."""
     expired_executed: int = 0
-    """Rows that were run although their time was over: 0, or there is a fault."""
+    """Rows executed after their deadline: always 0, unless there is a bug."""
     bisections: int = 0
-    """Failed batches that were cut in two to find the guilty."""
+    """Failed batches that were split in two to find the failing requests."""
 
     def executed(self, times: ExecutionTimes, now_ms: int) -> None:
-        """One execution that came to an answer."""
+        """Count one successful execution."""
         self.last_inference_ms = now_ms
         self.executions += 1
         self.rows += times.rows
@@ -84,34 +84,34 @@ class Statistics:
             of_size = self.by_rows[times.rows] = BatchTimes()
         of_size.add(times)
 
-    def answered(self, times: ExecutionTimes, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
-        """Calls that one execution answered: how long they waited, and were here, all together."""
-        self.success.add(total_ns, calls)
-        self.queue.add(queue_ns, calls)
-        self.calls.add(times, calls)
+    def answered(self, times: ExecutionTimes, count: int = 1, *, queue_ns: int, total_ns: int) -> None:
+        """Count the requests that one execution answered; `queue_ns` and `total_ns` are their sums."""
+        self.success.add(total_ns, count)
+        self.queue.add(queue_ns, count)
+        self.by_request.add(times, count)
 
     def tally(self, tally: Tally) -> None:
-        """Takes over, and clears, what an execution has counted."""
+        """Add and clear the counts of an execution."""
         self.bisections += tally.bisections
         self.expired_executed += tally.expired_rows
         tally.bisections = tally.expired_rows = 0
 
     def hit(self, lookup_ns: int, total_ns: int) -> None:
-        """One call that was answered by the response cache: kept before, or computed for another call."""
+        """Count one request answered by the response cache: from the store, or with another request's execution."""
         self.success.add(total_ns)
         self.queue.add(0)
         self.cache_hit.add(lookup_ns)
 
     def missed(self, ns: int) -> None:
-        """One call that the response cache had no answer for, and that was `answered` by an execution."""
+        """Count one request that the response cache could not answer, and that an execution `answered`."""
         self.cache_miss.add(ns)
 
     def failed(self, total_ns: int) -> None:
-        """One call that was refused, expired or failed."""
+        """Count one request that was rejected, expired or failed."""
         self.fail.add(total_ns)
 
     def message(self, name: str, version: int) -> pb.ModelStatistics:
-        """As the protocol has it."""
+        """Return the statistics as the protocol's message."""
         return pb.ModelStatistics(
             name=name,
             version=str(version),
@@ -122,9 +122,9 @@ class Statistics:
                 success=self.success.message(),
                 fail=self.fail.message(),
                 queue=self.queue.message(),
-                compute_input=self.calls.message(self.calls.gather_ns),
-                compute_infer=self.calls.message(self.calls.compute_ns),
-                compute_output=self.calls.message(self.calls.scatter_ns),
+                compute_input=self.by_request.message(self.by_request.gather_ns),
+                compute_infer=self.by_request.message(self.by_request.compute_ns),
+                compute_output=self.by_request.message(self.by_request.scatter_ns),
                 cache_hit=self.cache_hit.message(),
                 cache_miss=self.cache_miss.message(),
             ),

@@ -1,4 +1,4 @@
-"""One instance of a model that computes elsewhere: its batches are tasks of the event loop, and take no thread."""
+"""Worker of a model that computes on another server: its batches are tasks of the event loop, without a thread."""
 
 from __future__ import annotations
 
@@ -12,68 +12,68 @@ from services.infer.scheduling.execution import ExecutionItem, Executor
 from services.infer.scheduling.worker import Done
 from shoal.errors import Unavailable
 
+# The loop's timers count milliseconds: one that fires early would only be set again.
 _TICK_S = 0.001
-# The loop's timers count milliseconds: one that is a little early would only be set again.
 
 
-class Delivery(ExecutionItem, Protocol):
-    """A job that tells when nobody waits for it any more."""
+class AbandonableItem(ExecutionItem, Protocol):
+    """An item that reports when its caller has left."""
 
     on_abandoned: Callable[[], None] | None
-    """Called on the loop, while it is run."""
+    """Called on the loop, while the item is executed."""
 
 
-class Awaits(Executor, Protocol):
-    """Runs batches that are awaited, one at a time."""
+class AsyncExecutor(Executor, Protocol):
+    """Runs awaited batches, one at a time."""
 
     async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
-        """One outcome for each job, in order. Raises nothing but cancellation, which ends what it waits for."""
+        """Return one outcome for each item, in order. Raises only CancelledError, which cancels what it awaits."""
 
 
 class TaskWorker:
-    """A worker.Worker. A batch for which nobody waits any more is ended."""
+    """A worker.Worker. A batch whose callers have all left is cancelled."""
 
-    def __init__(self, execution: Awaits, loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(self, execution: AsyncExecutor, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution: Executor = execution
         self._awaits = execution
         self._loop, self._name = loop, name
         self._task: asyncio.Task[list[Outcome]] | None = None
-        self._waking: asyncio.TimerHandle | None = None
+        self._wake_timer: asyncio.TimerHandle | None = None
 
-    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
-        self._stay()
-        self._task = self._loop.create_task(self._awaits.outcomes(jobs), name=self._name)
-        self._task.add_done_callback(partial(self._ended, jobs, done))
-        for job in cast("Sequence[Delivery]", jobs):  # As the Scheduler's are: others do not run on this worker.
-            job.on_abandoned = partial(self._abandoned, jobs)
+    def run(self, items: Sequence[ExecutionItem], done: Done) -> None:
+        self._cancel_wake()
+        self._task = self._loop.create_task(self._awaits.outcomes(items), name=self._name)
+        self._task.add_done_callback(partial(self._on_done, items, done))
+        for item in cast("Sequence[AbandonableItem]", items):  # The Scheduler's items are.
+            item.on_abandoned = partial(self._abandoned, items)
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
-        self._stay()
-        self._waking = self._loop.call_later(max(seconds, _TICK_S), wake)
+        self._cancel_wake()
+        self._wake_timer = self._loop.call_later(max(seconds, _TICK_S), wake)
 
     def close(self) -> None:
-        self._stay()
-        self._end()
+        self._cancel_wake()
+        self._cancel_task()
 
-    def _stay(self) -> None:
-        if self._waking is not None:
-            self._waking.cancel()
-            self._waking = None
+    def _cancel_wake(self) -> None:
+        if self._wake_timer is not None:
+            self._wake_timer.cancel()
+            self._wake_timer = None
 
-    def _end(self) -> None:
+    def _cancel_task(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    def _abandoned(self, jobs: Sequence[ExecutionItem]) -> None:
-        if all(job.is_abandoned for job in jobs):
-            self._end()
+    def _abandoned(self, items: Sequence[ExecutionItem]) -> None:
+        if all(item.is_abandoned for item in items):
+            self._cancel_task()
 
-    def _ended(self, jobs: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
-        for job in cast("Sequence[Delivery]", jobs):
-            job.on_abandoned = None
+    def _on_done(self, items: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
+        for item in cast("Sequence[AbandonableItem]", items):
+            item.on_abandoned = None
         self._task = None
-        # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.
-        ended: list[Outcome] = [Unavailable("the model is being unloaded")] * len(jobs)
-        outcomes = ended if task.cancelled() else task.result()
-        # What is waited for costs this process nothing.
+        # Cancelled by this worker: all callers have left, or the model is unloaded without draining.
+        unloaded: list[Outcome] = [Unavailable("the model is being unloaded")] * len(items)
+        outcomes = unloaded if task.cancelled() else task.result()
+        # Waiting takes no processor time.
         done(outcomes, 0.0)

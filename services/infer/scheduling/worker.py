@@ -1,4 +1,4 @@
-"""One instance of a model: what runs its batches beside the event loop, one at a time."""
+"""Worker of one instance of a model: runs its batches beside the event loop, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.infer.requests.outcome import Outcome
 from services.infer.scheduling.execution import ExecutionItem, Executor
 
 Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
-"""Called on the loop with one outcome for each job, and the seconds of processor that the run took."""
+"""Called on the loop with one outcome for each item, and the processor seconds of the run."""
 
 
 class Worker(Protocol):
@@ -23,18 +23,18 @@ class Worker(Protocol):
 
     execution: Executor
 
-    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
-        """Runs a batch. Not before the last one is done."""
+    def run(self, items: Sequence[ExecutionItem], done: Done) -> None:
+        """Run a batch; the previous one must be done."""
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
-        """Calls `wake` on the loop after `seconds`, unless something else is asked of it before. Only while idle."""
+        """Call `wake` on the loop after `seconds`, unless the worker is used before. Only while idle."""
 
     def close(self) -> None:
-        """Ends it. It is idle."""
+        """Stop the worker, which is idle."""
 
 
 class ThreadWorker:
-    """A thread with an inbox: a batch crosses to it once, and its outcomes once back."""
+    """A thread with an inbox: a batch is handed to it once, and its outcomes are handed back once."""
 
     def __init__(self, execution: Executor, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution = execution
@@ -42,12 +42,12 @@ class ThreadWorker:
         self._inbox: SimpleQueue[tuple[Sequence[ExecutionItem], Done] | tuple[float, Callable[[], None]] | None] = (
             SimpleQueue()
         )
-        # A process that has to end does not wait for a model; one that ends in order has closed its workers.
+        # A daemon thread: a process that is killed does not wait for a model. An orderly stop closes the workers.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
-        self._inbox.put((jobs, done))
+    def run(self, items: Sequence[ExecutionItem], done: Done) -> None:
+        self._inbox.put((items, done))
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
         # The loop's own timers count milliseconds; waiting for the inbox is exact to some fifty microseconds.
@@ -61,12 +61,12 @@ class ThreadWorker:
         while task is not None:
             what, then = task
             if isinstance(what, float):
-                task = self._waited(what, then)  # type: ignore[arg-type]
+                task = self._wait_or_wake(what, then)  # type: ignore[arg-type]
                 continue
             self._on_loop(partial(then, *self._run(what)))  # type: ignore[call-arg]
             task = self._inbox.get()
 
-    def _waited(
+    def _wait_or_wake(
         self, seconds: float, wake: Callable[[], None]
     ) -> tuple[Sequence[ExecutionItem], Done] | tuple[float, Callable[[], None]] | None:
         try:
@@ -75,12 +75,12 @@ class ThreadWorker:
             self._on_loop(wake)
             return self._inbox.get()
 
-    def _run(self, jobs: Sequence[ExecutionItem]) -> tuple[Sequence[Outcome], float]:
+    def _run(self, items: Sequence[ExecutionItem]) -> tuple[Sequence[Outcome], float]:
         start, cpu = perf_counter_ns(), thread_time_ns()
-        outcomes = self.execution.run(jobs)
-        # What this thread waited for (the interpreter's lock, its turn on a core) is no cost of the model's.
+        outcomes = self.execution.run(items)
+        # Time this thread waited for (the interpreter's lock, a core) is not a cost of the model.
         return outcomes, min(perf_counter_ns() - start, thread_time_ns() - cpu) / 1e9
 
-    def _on_loop(self, call: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # The loop is gone, and so is everybody who waited.
-            self._loop.call_soon_threadsafe(call)
+    def _on_loop(self, callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # The loop is closed: no caller waits.
+            self._loop.call_soon_threadsafe(callback)

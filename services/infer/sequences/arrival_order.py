@@ -1,4 +1,4 @@
-"""Keeps the steps of a sequence in the order of their arrival while they are read, which large ones are on a thread."""
+"""Arrival order of a sequence's steps while they are read; large ones are read on a thread."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from services.infer.sequences.rows import SequenceId
 
 
 class ArrivalOrder:
-    """One line for each sequence. Nobody's step overtakes an earlier one of its own."""
+    """A fair lock for each sequence: no step overtakes an earlier one of its sequence."""
 
     def __init__(self) -> None:
         self._locks: dict[SequenceId, tuple[asyncio.Lock, int]] = {}
 
     def is_free(self, id: SequenceId) -> bool:
-        """Whether no step of the sequence is being read: then one that is read at once overtakes none."""
+        """Return True when no step of the sequence is being read: one that is read immediately overtakes none."""
         return id not in self._locks
 
     @asynccontextmanager
-    async def turn(self, id: SequenceId) -> AsyncIterator[None]:
-        """Waits until all that came before are through; first come, first served."""
+    async def in_order(self, id: SequenceId) -> AsyncIterator[None]:
+        """Wait until all earlier steps of the sequence have left the block; first come, first served."""
         lock, users = self._locks.get(id) or (asyncio.Lock(), 0)
         self._locks[id] = (lock, users + 1)
         try:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration's `sequence_batching`, each with the name that it has there."""
+"""Checks of a configuration's `sequence_batching`; each finding names the setting."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shoal.oip.datatypes import BY_NUMBER
 
 _MOST_CANDIDATES = 1 << 16
 _CORRID_TYPES = (pb.TYPE_UINT64, pb.TYPE_INT64, pb.TYPE_UINT32, pb.TYPE_INT32, pb.TYPE_STRING)
-_NOT_HERE = (rules.SLO, rules.AGING)
+_UNSUPPORTED = (rules.SLO, rules.AGING)
 # Parameters of queues that sequences do not have.
 _Batching = pb.ModelSequenceBatching
 
 
 def wrong(config: pb.ModelConfig) -> Iterator[str]:
-    """Every setting that Shoal does not do, or that is none."""
+    """Yield every setting that is unsupported or invalid."""
     if not config.HasField("sequence_batching"):
         return
     given = config.sequence_batching
@@ -33,7 +33,7 @@ def wrong(config: pb.ModelConfig) -> Iterator[str]:
             "sequence_batching.iterative_sequence (generative sequences, whose requests are scheduled again) "
             "is not supported"
         )
-    for name in _NOT_HERE:
+    for name in _UNSUPPORTED:
         if name in config.parameters:
             yield f"parameter {name} does nothing beside sequence_batching: leave it out"
     yield from _strategy(config)
@@ -103,21 +103,21 @@ def _state(given: pb.ModelSequenceBatching.State) -> Iterator[str]:
         yield f"dims {written(given.dims)}: expected 1 or more, or -1 for any"
     if len(given.initial_state) > 1:
         yield f"expected one initial_state, got {len(given.initial_state)}"
-    for first in given.initial_state:
-        yield from (f"initial_state: {what}" for what in _initial(first, given))
+    for initial in given.initial_state:
+        yield from (f"initial_state: {what}" for what in _initial(initial, given))
 
 
-def _initial(first: pb.ModelSequenceBatching.InitialState, state: pb.ModelSequenceBatching.State) -> Iterator[str]:
-    if first.data_type != state.data_type:
-        got, wanted = (enumerated(pb.DataType.DESCRIPTOR, each.data_type) for each in (first, state))
-        yield f"data_type {got}: the state is {wanted}"
-    if any(dim < 1 for dim in first.dims) or not fits(first.dims, state.dims):
-        yield f"dims {written(first.dims)}: expected dims of the state, {written(state.dims)}, each 1 or more"
-    match first.WhichOneof("state_data"):
+def _initial(initial: pb.ModelSequenceBatching.InitialState, state: pb.ModelSequenceBatching.State) -> Iterator[str]:
+    if initial.data_type != state.data_type:
+        got, expected = (enumerated(pb.DataType.DESCRIPTOR, each.data_type) for each in (initial, state))
+        yield f"data_type {got}: the state is {expected}"
+    if any(dim < 1 for dim in initial.dims) or not fits(initial.dims, state.dims):
+        yield f"dims {written(initial.dims)}: expected dims of the state, {written(state.dims)}, each 1 or more"
+    match initial.WhichOneof("state_data"):
         case None:
             yield "expected zero_data or data_file"
-        case "data_file" if Path(first.data_file).name != first.data_file or first.data_file in ("", ".", ".."):
-            yield f"data_file '{first.data_file}': expected a name without folders, of a file in initial_state/"
+        case "data_file" if Path(initial.data_file).name != initial.data_file or initial.data_file in ("", ".", ".."):
+            yield f"data_file '{initial.data_file}': expected a name without folders, of a file in initial_state/"
 
 
 def _names(config: pb.ModelConfig) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""One execution of steps: an `execution.Runs` whose jobs are steps of several sequences. It blocks.
+"""Execution of a batch of steps: an `execution.Executor` whose items are steps of several sequences. Blocks.
 
-A step that fails leaves its sequence as it was. Where the model only computes, a failed batch is cut in halves, as
-ever; a model that may remember what it has seen (a process of its own) is not given the same step twice: then all of
+A step that fails leaves its sequence as it was. Where the model only computes, a failed batch is bisected, as without
+sequences. A model in its own process may remember what it has seen, and is not given the same step twice: then all of
 the batch fail.
 """
 
@@ -20,15 +20,15 @@ from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.execution import Execution, ExecutionItem, expired
-from services.infer.sequences import steps, wording
+from services.infer.sequences import rejections, step_runners
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import SequenceSettings
 from services.infer.sequences.step import SequenceStep
-from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
+from services.infer.sequences.step_runners import ProcessSteps, Results, SessionSteps, StepResult
 from shoal.errors import ShoalError, Unavailable
 
+# A process is restarted after about this time.
 _RETRY_MS = 100
-# A process is there again after about so long.
 
 
 class SequenceExecution(Execution):
@@ -40,23 +40,23 @@ class SequenceExecution(Execution):
         session: Session,
         signature: Signature,
         settings: SequenceSettings,
-        first: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
-        """`first`: the states that a sequence begins with."""
+        """Run steps in `session`; `initial` are the states that a sequence begins with."""
         super().__init__(name, session, signature, clock)
-        self._settings, self._first = settings, first
-        self._steps: SessionSteps | ProcessSteps = steps.of(session, settings, batched=self._batched)
+        self._settings, self._initial = settings, initial
+        self._steps: SessionSteps | ProcessSteps = step_runners.runner_of(session, settings, batched=self._batched)
 
     def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         alive = cast("Sequence[SequenceStep]", self._alive(batch, self._clock()))
-        found = dict(zip(map(id, alive), self._answered(alive), strict=True)) if alive else {}
-        return [found[id(job)] if id(job) in found else expired() for job in batch]
+        found = dict(zip(map(id, alive), self._execute(alive), strict=True)) if alive else {}
+        return [found[id(item)] if id(item) in found else expired() for item in batch]
 
-    def _answered(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
+    def _execute(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
         start = perf_counter_ns()
-        self._check_alive(alive, self._clock())
-        rows, outputs = self._laid_out(alive), [output.spec.name for output in alive[0].call.outputs]
+        self._count_expired(alive, self._clock())
+        rows, outputs = self._rows_in_slots(alive), [output.spec.name for output in alive[0].request.outputs]
         gathered = perf_counter_ns()
         results = self._steps.run(rows, outputs)
         times = ExecutionTimes(len(alive), gathered - start, perf_counter_ns() - gathered, 0)
@@ -65,15 +65,15 @@ class SequenceExecution(Execution):
     def _outcomes(self, alive: Sequence[SequenceStep], results: Results, times: ExecutionTimes) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for step, result in zip(alive, results, strict=True):
-            if isinstance(result, Stepped):
+            if isinstance(result, StepResult):
                 step.after = result.states
                 outcomes.append(InferenceResult(result.outputs, times))
             else:
-                outcomes.append(self._excused(result))
+                outcomes.append(self._outcome_of_error(result))
         return outcomes
 
-    def _laid_out(self, alive: Sequence[SequenceStep]) -> list[Row | None]:
-        """Rows as the model is given them: in `direct` each in its slot, and nobody's rows between them."""
+    def _rows_in_slots(self, alive: Sequence[SequenceStep]) -> list[Row | None]:
+        """Return the rows as the model is given them: with `direct`, each in its slot, with None between them."""
         if not self._settings.is_direct:
             return [self._row(step) for step in alive]
         rows: list[Row | None] = [None] * (max(step.slot for step in alive) + 1)
@@ -82,15 +82,15 @@ class SequenceExecution(Execution):
         return rows
 
     def _row(self, step: SequenceStep) -> Row:
-        states = self._first if step.starts else step.sequence.states
-        return Row(step.call.tensors, step.starts, step.ends, step.id, states)
+        states = self._initial if step.starts else step.sequence.states
+        return Row(step.request.tensors, step.starts, step.ends, step.id, states)
 
 
 class ProcessSequenceExecution(SequenceExecution):
-    """Runs the steps of one instance of a model in a process of its own: always the same process.
+    """Runs the steps of one instance of a model in its own process: always the same process.
 
-    When the process ends, what the model remembered is gone: its steps are marked as lost, and only those that start a
-    sequence run in the next one.
+    When the process ends, the model's sequences are lost with it: their steps are marked, and only those that start a
+    sequence run in the next process.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class ProcessSequenceExecution(SequenceExecution):
         number: int,
         signature: Signature,
         settings: SequenceSettings,
-        first: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
-        """`number`: of the instance."""
-        super().__init__(name, session, signature, settings, first, clock)
+        """Run steps in instance `number` of `session`."""
+        super().__init__(name, session, signature, settings, initial, clock)
         self._version = version
         self._processes = session
         self._instance: Instance = session.instances[number]
@@ -119,55 +119,55 @@ class ProcessSequenceExecution(SequenceExecution):
         finally:
             self._batch = ()
 
-    def _run_apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        return [self._excused(err) for _ in batch]
+    def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
+        return [self._outcome_of_error(err) for _ in batch]
 
-    def _is_wanted(self) -> bool:
+    def _has_waiting_caller(self) -> bool:
         now = self._clock()
         return any(not step.is_abandoned and now < step.expires for step in self._batch)
 
-    def _answered(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
-        found = self._not_to_run(alive)
-        left = [step for step in alive if id(step) not in found]
-        if left:
-            found.update(zip(map(id, left), self._stepped(left), strict=True))
+    def _execute(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
+        found = self._outcomes_without_run(alive)
+        to_run = [step for step in alive if id(step) not in found]
+        if to_run:
+            found.update(zip(map(id, to_run), self._run_in_process(to_run), strict=True))
         return [found[id(step)] for step in alive]
 
-    def _not_to_run(self, alive: Sequence[SequenceStep]) -> dict[int, Outcome]:
+    def _outcomes_without_run(self, alive: Sequence[SequenceStep]) -> dict[int, Outcome]:
         found: dict[int, Outcome] = {}
-        before, is_gone = self._process, False
+        before, is_down = self._process, False
         try:
             self._process = self._instance.running()
         except Unavailable:
-            is_gone = True
-        if is_gone or (before is not None and before is not self._process):
+            is_down = True
+        if is_down or (before is not None and before is not self._process):
             for step in alive:
                 step.is_lost = True
-                if is_gone or not step.starts:
-                    found[id(step)] = self._not_run(step)
+                if is_down or not step.starts:
+                    found[id(step)] = self._not_run_error(step)
         poison = self._processes.poison
         for step in alive:
-            if poison and (after_s := poison.rejected_for_s(step.call)):
+            if poison and (after_s := poison.rejected_for_s(step.request)):
                 found[id(step)] = self._processes.rejection(self._name, after_s)
         return found
 
-    def _stepped(self, left: Sequence[SequenceStep]) -> list[Outcome]:
+    def _run_in_process(self, to_run: Sequence[SequenceStep]) -> list[Outcome]:
         assert isinstance(self._steps, ProcessSteps), "made for a ProcessSession"
-        self._steps.on, self._steps.is_wanted = self._process, self._is_wanted
+        self._steps.on, self._steps.is_wanted = self._process, self._has_waiting_caller
         try:
-            return super()._answered(left)
+            return super()._execute(to_run)
         except ModelDied as err:
             for step in self._batch:
                 step.is_lost = True
             if err.is_unread:
-                return [self._not_run(step) for step in left]
-            self._processes.poison.record_crash([step.call for step in left], is_confirmed=err.is_confirmed)
+                return [self._not_run_error(step) for step in to_run]
+            self._processes.poison.record_crash([step.request for step in to_run], is_confirmed=err.is_confirmed)
             raise
 
-    def _not_run(self, step: SequenceStep) -> ShoalError:
-        """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
+    def _not_run_error(self, step: SequenceStep) -> ShoalError:
+        """Return the error of a step whose process ended: only a step that starts a sequence may be sent again."""
         if not step.starts:
-            return wording.unknown(self._name, step.id, self._settings.idle_s)
+            return rejections.unknown(self._name, step.id, self._settings.idle_s)
         return Unavailable(
             f"the process of model '{self._name}' is being started again; retry after {_RETRY_MS} ms",
             retry_after_ms=_RETRY_MS,
@@ -180,13 +180,13 @@ class ProcessSequenceExecution(SequenceExecution):
 
     def _checked(self, step: SequenceStep, answer: InferenceResult) -> Outcome:
         try:
-            check_outputs(step.call, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
+            check_outputs(step.request, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
         except ModelFailed as err:
-            return self._failed(err)
+            return self._model_error(err)
         return answer
 
     def _row(self, step: SequenceStep) -> Row:
         row = super()._row(step)
         if self._processes.wants_requests:
-            row.said = request_info.of(step.call, self._name, self._version)
+            row.request_info = request_info.of(step.request, self._name, self._version)
         return row

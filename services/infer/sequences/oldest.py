@@ -1,4 +1,4 @@
-"""`oldest`: whether steps of an instance's sequences should be run now, those first that came first. Pure."""
+"""`oldest` strategy: decides whether steps of an instance's sequences run now, the oldest first. Pure."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from services.infer.sequences.step import SequenceStep
 
 @dataclass(frozen=True)
 class Chosen:
-    """Steps to be run as one, now."""
+    """Steps to run as one, now."""
 
     steps: list[SequenceStep]
     fired: str
-    """Why now, in a word."""
+    """Reason for running now, in one word."""
 
 
 def decide(
     heads: Several[SequenceStep], now: float, settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
 ) -> Chosen | Wait:
-    """What to do with the steps that may run: as a model's batches without sequences."""
+    """Decide about the steps that may run, as for a model's batches without sequences."""
     if not heads:
         return NOTHING
     in_order = sorted(heads, key=lambda step: step.arrived)
-    alike = key(in_order[0])
-    front = [step for step in in_order if key(step) == alike]
+    group_key = key(in_order[0])
+    front = [step for step in in_order if key(step) == group_key]
     most = settings.policy.max_rows
     if not settings.policy.is_static:
         return Chosen(front[:most], "full" if len(front) >= most else "idle")
@@ -38,10 +38,10 @@ def decide(
     return decision if isinstance(decision, Wait) else Chosen(front[: decision.count], decision.fired)
 
 
-def at_once(
+def choose_now(
     heads: Several[SequenceStep], settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
 ) -> Chosen | Wait:
-    """The same, without waiting: nothing more will come."""
+    """Return the same without waiting, when no further step will arrive."""
     if not heads:
         return NOTHING
     in_order = sorted(heads, key=lambda step: step.arrived)

@@ -1,6 +1,6 @@
-"""The rows of one execution: for each sequence what its step sends, what the last one left, and its controls.
+"""Rows of one execution: for each sequence its step's inputs, its states and its controls.
 
-row 0: step of sequence 7      row 1: nobody's (READY is false, zeros everywhere)      row 2: step of sequence 9
+row 0: step of sequence 7      row 1: empty (READY is false, zeros everywhere)      row 2: step of sequence 9
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ class Row:
     """One step."""
 
     inputs: Mapping[str, Tensor]
-    """What the client sent: one row each; whole tensors for a model without a batch dimension."""
+    """The client's inputs: one row each; whole tensors for a model without a batch dimension."""
     starts: bool
     ends: bool
     id: SequenceId
     states: Mapping[str, Tensor]
-    """By the names of the model's inputs."""
-    said: Mapping[str, Any] = field(default_factory=dict)
-    """What the request says of itself, for models that want to know."""
+    """States by the names of the model's inputs."""
+    request_info: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the request, for models that use them."""
 
 
 def columns(
     rows: Sequence[Row | None], settings: SequenceSettings, *, batched: bool, text: bool
 ) -> dict[str, list[Tensor]]:
-    """Each input of the model, row by row. At least one row is somebody's; `text`: BYTES are `str`."""
+    """Return each input of the model, row by row. At least one row holds a step; `text`: BYTES are `str`."""
     like = next(row for row in rows if row is not None)
-    given = {**like.inputs, **like.states}
-    nobodys = {name: _zeros(array, text) for name, array in given.items()} if None in rows else {}
-    found = {name: [nobodys[name] if row is None else _of(row, name) for row in rows] for name in given}
+    sample = {**like.inputs, **like.states}
+    empty_rows = {name: _zeros(array, text) for name, array in sample.items()} if None in rows else {}
+    found = {name: [empty_rows[name] if row is None else _row_tensor(row, name) for row in rows] for name in sample}
     for control in settings.controls:
         found[control.name] = [_control(control, row, batched=batched, text=text) for row in rows]
     return found
 
 
-def _of(row: Row, name: str) -> Tensor:
+def _row_tensor(row: Row, name: str) -> Tensor:
     return row.inputs[name] if name in row.inputs else row.states[name]
 
 
@@ -65,9 +65,9 @@ def _control(control: Control, row: Row | None, *, batched: bool, text: bool) ->
 
 def _corrid(control: Control, id: SequenceId, shape: tuple[int, ...], text: bool) -> Tensor:
     if control.datatype.is_bytes:
-        said = str(id or "")
-        return np.full(shape, said if text else said.encode(), object)
-    assert isinstance(id, int), "checked when the request came"
+        id_text = str(id or "")
+        return np.full(shape, id_text if text else id_text.encode(), object)
+    assert isinstance(id, int), "checked on admission"
     # A signed tensor gets the same bits.
     bits = control.datatype.dtype.itemsize * 8
     return np.full(shape, id % (1 << bits), f"<u{bits // 8}").view(control.datatype.dtype)

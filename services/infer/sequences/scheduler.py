@@ -1,8 +1,8 @@
-"""Brings the steps of sequences to execution: a `runs_calls.RunsCalls`. The decisions are the book's and the policies'.
+"""Scheduler of sequence steps: a `request_scheduler.RequestScheduler`. The table and the strategies decide.
 
-    start ──> book ──heads of an instance──> direct | oldest ──> worker thread ──> answers, new states
+    start ──> table ──heads of an instance──> direct | oldest ──> worker thread ──> results, new states
 
-Each instance has a worker, which runs one batch at a time. This shell waits, hands over and counts.
+Each instance has a worker, which runs one batch at a time. This shell waits, dispatches and counts.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.submitted import submitted
+from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
-from services.infer.sequences import admission, direct, oldest, wording
+from services.infer.sequences import admission, direct, oldest, rejections
 from services.infer.sequences.oldest import Chosen
-from services.infer.sequences.sequence_table import SequenceTable, Unknown
+from services.infer.sequences.sequence_table import SequenceTable, UnknownSequence
 from services.infer.sequences.settings import CORRID, SequenceSettings
 from services.infer.sequences.step import SequenceStep
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)
 
+# A rejected client returns when a few steps may have run.
 _RETRY_MS = 100
-# A refused caller comes back when a few steps may have been taken.
 
-_LONGEST_S = 3600.0
-# No timer is set for longer: loops differ in how far they can count.
+# Longest timer: event loops differ in the range of their clocks.
+_MAX_TIMER_S = 3600.0
 
 
 class SequenceScheduler:
-    """Runs the calls of one version of a stateful model. Use as `async with`: leaving runs what still waits."""
+    """Runs the requests of one version of a stateful model. Use as `async with`: leaving runs the queued steps."""
 
     def __init__(
         self,
@@ -57,21 +57,22 @@ class SequenceScheduler:
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
-        """
+        """Prepare the schedule; workers start on entering.
+
         Args:
-            execution: makes what runs the batches of the instance with this number; called once for each.
-            limits: of what waits.
-            weights: shares of tenants whose sequences wait for a place; 1 for those that are not named.
-            first_shapes: of the states that a sequence begins with.
-            clock: seconds; the one that deadlines and the executions' expiry are on.
+            execution: makes the executor of the instance with this number; called once for each.
+            limits: bounds of queued steps.
+            weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
+            first_shapes: shapes of the initial states.
+            clock: seconds; deadlines and the executions' expiry are on this clock.
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
-        self.book = SequenceTable(instances, settings.places, settings.idle_s, weights, first_shapes)
+        self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
         self._instances = instances
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
-        self._ids = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
+        self._id_datatype = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
         self._unanswered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
         self._will_dispatch = self._is_closing = self._is_ended = False
         self._timer: asyncio.TimerHandle | None = None
@@ -84,7 +85,7 @@ class SequenceScheduler:
             for n in range(self._instances):
                 self._workers.append(self._make_worker(self._execution(n), self._loop, f"{self._name}-{n}"))
         except BaseException:
-            self._end_workers()
+            self._close_workers()
             raise
         self._idle = set(range(self._instances))
         return self
@@ -93,49 +94,50 @@ class SequenceScheduler:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._is_closing = True
-        self._soon()
+        self._dispatch_soon()
         try:
             await self._is_drained.wait()
         finally:
-            self._end_workers()
+            self._close_workers()
             if self._timer is not None:
                 self._timer.cancel()
-            # Nobody drained when leaving was cut short: what still waits is told so.
-            for step in self.book.left():
-                self._settle(step, self._unloading())
+            # Leaving was cancelled before the table was drained: fail the steps that are still queued.
+            for step in self.table.waiting_steps():
+                self._settle(step, self._unloading_error())
 
-    def _end_workers(self) -> None:
+    def _close_workers(self) -> None:
         self._idle, self._is_ended = set(), True
         for worker in self._workers:
             worker.close()
 
-    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
-        """As `RunsCalls` has it. Raises InvalidArgument, too: the call is no step of a sequence that is known here."""
-        return await submitted(self, call, deadline, tenant)
+    async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
+        """Run one step, as `RequestScheduler.submit`. Raises InvalidArgument for a step of an unknown sequence."""
+        return await submit_and_wait(self, request, deadline, tenant)
 
-    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> SequenceStep:
+    def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> SequenceStep:
         if self._is_closing:
-            raise self._unloading()
-        admission.check(self._name, call, self._ids)
+            raise self._unloading_error()
+        admission.check(self._name, request, self._id_datatype)
         now = self._clock()
-        step = SequenceStep(call, now, deadline, receiver)
-        self._tidy(now)  # First of all: what this step belongs to may be over.
+        step = SequenceStep(request, now, deadline, receiver)
+        # First of all, because the step's sequence may be closed by it.
+        self._expire(now)
         if step.expires <= now:
             self._statistics.expired += 1
-            raise self._too_late()
-        self._check_room(call)
+            raise self._expired_error()
+        self._check_capacity(request)
         try:
-            self.book.add(step, tenant)
-        except Unknown:
-            raise wording.unknown(self._name, step.id, self._settings.idle_s) from None
+            self.table.add(step, tenant)
+        except UnknownSequence:
+            raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
         if self._unanswered is not None:
             self._unanswered.append(step)
         self._set_timer(step.expires, now)
-        self._soon()
+        self._dispatch_soon()
         return step
 
-    def is_waiting(self, call: InferenceRequest) -> bool:
-        return self.book.holds(call)
+    def is_waiting(self, request: InferenceRequest) -> bool:
+        return self.table.holds(request)
 
     def abandon(self, step: SequenceStep) -> None:
         if step.is_abandoned:
@@ -145,10 +147,10 @@ class SequenceScheduler:
         self._drop(step)
         self._release()
 
-    def _check_room(self, call: InferenceRequest) -> None:
-        count, size = self.book.waiting, self.book.waiting_bytes
+    def _check_capacity(self, request: InferenceRequest) -> None:
+        count, size = self.table.waiting, self.table.waiting_bytes
         limits = self._limits
-        if count >= limits.calls or (count and size + call.size_bytes > limits.size_bytes):
+        if count >= limits.calls or (count and size + request.size_bytes > limits.size_bytes):
             self._statistics.shed += 1
             raise ResourceExhausted(
                 f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
@@ -158,17 +160,17 @@ class SequenceScheduler:
 
     # Batches
 
-    def _soon(self) -> None:
-        # Not now: what comes in this round of the loop should join.
+    def _dispatch_soon(self) -> None:
+        # Not now: steps that arrive in this iteration of the loop should join the batch.
         if not self._will_dispatch:
             self._will_dispatch = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Gives what may run to the instances that are free."""
+        """Start batches of steps that may run on idle workers."""
         self._will_dispatch = False
         now = self._clock()
-        self._tidy(now)
+        self._expire(now)
         for instance in sorted(self._idle):
             chosen = self._decide(instance, now)
             if isinstance(chosen, Wait):
@@ -176,21 +178,21 @@ class SequenceScheduler:
                     self._set_timer(chosen.until, now)
                 continue
             self._idle.discard(instance)
-            self.book.take(chosen.steps)
+            self.table.take(chosen.steps)
             steps = sorted(chosen.steps, key=lambda step: step.slot) if self._settings.is_direct else chosen.steps
-            self._workers[instance].run(steps, partial(self._ran, instance, steps, chosen.fired, now))
-        self._set_timer(self.book.next_expiry(), now)
-        if self._is_closing and not self.book.waiting and len(self._idle) == len(self._workers):
+            self._workers[instance].run(steps, partial(self._on_batch_done, instance, steps, chosen.fired, now))
+        self._set_timer(self.table.next_expiry(), now)
+        if self._is_closing and not self.table.waiting and len(self._idle) == len(self._workers):
             self._is_drained.set()
 
     def _decide(self, instance: int, now: float) -> Chosen | Wait:
-        heads = self.book.heads(instance)
+        heads = self.table.heads(instance)
         if self._is_closing:
-            return oldest.at_once(heads, self._settings, self.book.key)
+            return oldest.choose_now(heads, self._settings, self.table.key)
         decide = direct.decide if self._settings.is_direct else oldest.decide
-        return decide(heads, now, self._settings, self.book.key)
+        return decide(heads, now, self._settings, self.table.key)
 
-    def _ran(
+    def _on_batch_done(
         self,
         instance: int,
         steps: Sequence[SequenceStep],
@@ -202,25 +204,25 @@ class SequenceScheduler:
         now = self._clock()
         if not self._is_ended:
             self._idle.add(instance)
-        begun = set()
+        started_sequences = set()
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, InferenceResult)
-            self._refuse(self.book.ran(step, now, is_success=is_success))
+            self._reject_unknown(self.table.ran(step, now, is_success=is_success))
             if is_success and step.starts and not step.ends:
-                begun.add(step.sequence)
+                started_sequences.add(step.sequence)
         if any(step.is_lost for step in steps):
-            log.warning("model %s: the process of instance %d ended, and its sequences with it", self._name, instance)
-            self._refuse(self.book.lose(instance, begun))
-        self._count(steps, outcomes, fired, started, now)
+            log.warning("model %s: the process of instance %d ended, and its sequences are lost", self._name, instance)
+            self._reject_unknown(self.table.lose_instance(instance, started_sequences))
+        self._count_answered(steps, outcomes, fired, started, now)
         tally = self._workers[instance].execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        # Before answers are given: whoever gets one may send its next step at once.
+        # Before outcomes are delivered: a client may send its next step immediately.
         self._dispatch()
         for step, outcome in zip(steps, outcomes, strict=True):
             self._settle(step, outcome)
 
-    def _count(
+    def _count_answered(
         self, steps: Sequence[SequenceStep], outcomes: Sequence[Outcome], fired: str, started: float, now: float
     ) -> None:
         executions: set[int] = set()
@@ -240,20 +242,21 @@ class SequenceScheduler:
     def _settle(self, step: SequenceStep, outcome: Outcome) -> None:
         step.outcome = outcome
         if self._unanswered is None:
-            self._tell(step)
+            self._deliver(step)
         else:
             self._release()
 
     def _release(self) -> None:
-        """Where order is preserved: gives what is next in the order of arrival, and ready."""
-        line = self._unanswered
-        while line and (line[0].is_abandoned or line[0].outcome is not None):
-            self._tell(line.popleft())
+        """Deliver the outcomes that are next in order of arrival, for a model that preserves order."""
+        unanswered = self._unanswered
+        while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
+            self._deliver(unanswered.popleft())
 
-    def _tell(self, step: SequenceStep) -> None:
+    def _deliver(self, step: SequenceStep) -> None:
         if step.is_abandoned or step.outcome is None:
             return
-        step.is_abandoned = True  # From here on, it is over.
+        # From here on, `abandon` has no effect.
+        step.is_abandoned = True
         try:
             if isinstance(step.outcome, InferenceResult):
                 step.receiver.answered(step.outcome)
@@ -261,45 +264,47 @@ class SequenceScheduler:
                 if isinstance(step.outcome, DeadlineExceeded):
                     self._statistics.expired += 1
                 step.receiver.failed(step.outcome)
-        except Exception:  # One caller's trouble is no other's.
-            log.exception("model %s: an answer could not be given", self._name)
+        # An error of one receiver must not affect the others.
+        except Exception:
+            log.exception("model %s: the receiver of an outcome failed", self._name)
 
-    def _refuse(self, steps: Sequence[SequenceStep]) -> None:
+    def _reject_unknown(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:
-            self._settle(step, wording.unknown(self._name, step.id, self._settings.idle_s))
+            self._settle(step, rejections.unknown(self._name, step.id, self._settings.idle_s))
 
     def _drop(self, step: SequenceStep) -> None:
-        self._refuse(self.book.drop(step, self._clock()))
-        self._soon()
+        self._reject_unknown(self.table.drop(step, self._clock()))
+        self._dispatch_soon()
 
     # Time
 
-    def _tidy(self, now: float) -> None:
-        """Sends away what is too late, and ends what was idle for too long."""
-        late, over = list(self.book.expire(now)), self.book.forget_idle(now, at_once=self._is_closing)
-        for step in late:
-            self._refuse(self.book.drop(step, now))
-            self._settle(step, self._too_late())
-        for sequence in over:
-            log.debug("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
-        if late or over:
-            self._soon()  # Places are free.
+    def _expire(self, now: float) -> None:
+        """Fail the steps that have expired, and close the sequences that were idle for too long."""
+        expired, idle = list(self.table.expire(now)), self.table.close_idle(now, all_idle=self._is_closing)
+        for step in expired:
+            self._reject_unknown(self.table.drop(step, now))
+            self._settle(step, self._expired_error())
+        for sequence in idle:
+            log.debug("model %s: sequence %r was idle for too long and is closed", self._name, sequence.id)
+        if expired or idle:
+            # Slots are free.
+            self._dispatch_soon()
 
-    def _unloading(self) -> Unavailable:
+    def _unloading_error(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
 
-    def _too_late(self) -> DeadlineExceeded:
+    def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
     def _set_timer(self, at: float, now: float) -> None:
-        """Looks again at `at`, if not earlier."""
+        """Dispatch again at `at`, unless a timer is set for an earlier time."""
         if at >= self._timer_at:
             return
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        # A loop's timer may be a little early; then nothing is due yet, and a moment later it is asked again.
-        self._timer = self._loop.call_later(min(max(at - now, 0.0005), _LONGEST_S), self._on_timer)
+        # A loop's timer may fire a little early: then nothing is due yet, and the timer is set again.
+        self._timer = self._loop.call_later(min(max(at - now, 0.0005), _MAX_TIMER_S), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, math.inf

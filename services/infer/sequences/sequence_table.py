@@ -1,12 +1,11 @@
-"""Which sequences there are, who has a place, and what may run: pure, told the time, and of no event loop.
+"""Table of a model's sequences: which of them hold a slot, and which steps may run. Pure: no clock and no event loop.
 
-    add ──> known? ──> its place, behind its own steps            free place ──> backlog's next, fairly among tenants
-              └── START: a new one ──> a free place | backlog
+    add ──> known? ──> its slot, behind its own steps             free slot ──> next of the backlog, fair among tenants
+              └── START: a new sequence ──> a free slot | backlog
 
-A sequence has begun when a step with START was run, and it lives until a step with END was taken up, until it was idle
-for too long, or until its instance lost it. Steps of one sequence run one at a time, in the order of their arrival. A
-START that does not come to an answer begins nothing, and what was sent behind it is refused: no step ever finds
-another state than the one before it left.
+A sequence begins when a step with START has run. It ends when a step with END has run, when it was idle for too long,
+or when its instance lost it. Steps of one sequence run one at a time, in order of arrival. A START that fails begins
+nothing, and the steps behind it are rejected: no step ever finds another state than its predecessor left.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.expiry import Expiry
+from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.sequences.rows import SequenceId
 from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 
 
-class Unknown(Exception):
-    """A step without START, of a sequence that is not known (any more)."""
+class UnknownSequence(Exception):
+    """A step without START belongs to a sequence that is not (or no longer) known."""
 
 
 class SequenceTable:
@@ -31,87 +30,94 @@ class SequenceTable:
     def __init__(
         self,
         instances: int,
-        places: int,
+        slots: int,
         idle_s: float,
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
     ) -> None:
-        """`places` in each of the instances; `weights`: shares by tenant, of those that wait for one; `first_shapes`:
-        of the states that a sequence begins with."""
-        self.placed: list[dict[Sequence, None]] = [{} for _ in range(instances)]
-        """By instance: the sequences that have a place in it."""
+        """Start without sequences.
+
+        Args:
+            slots: sequences at a time in one instance.
+            weights: shares by tenant, of sequences that wait for a slot.
+            first_shapes: shapes of the initial states.
+        """
+        self.assigned: list[dict[Sequence, None]] = [{} for _ in range(instances)]
+        """By instance: the sequences that hold a slot in it."""
+        # The assigned sequences with a step that may run: thousands may hold a slot and wait for their clients.
         self._ready: list[dict[Sequence, None]] = [{} for _ in range(instances)]
-        # Those of them with a step that may run: thousands may have a place and wait for their clients.
-        self._free_slots = [list(range(places)) for _ in range(instances)]  # Heaps: batches stay dense.
+        # Heaps of free slots: the lowest is assigned first, so that batches stay dense.
+        self._free_slots = [list(range(slots)) for _ in range(instances)]
         self._idle_s = idle_s
         self._first_shapes = first_shapes
         self._weights = weights or {}
         self._known: dict[SequenceId, Sequence] = {}
         self._backlog: dict[Sequence, None] = {}
-        self._idle: dict[Sequence, float] = {}  # In the order of their times: all may be idle for equally long.
-        self._held: dict[str, int] = {}
-        self._expiry: Expiry[SequenceStep] = Expiry()
+        # In order of time, since all sequences may be idle for equally long.
+        self._idle: dict[Sequence, float] = {}
+        self._held_by_tenant: dict[str, int] = {}
+        self._expiry: DeadlineHeap[SequenceStep] = DeadlineHeap()
         self.waiting = 0
-        """Steps that wait."""
+        """Number of queued steps."""
         self.waiting_bytes = 0
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, step: SequenceStep, tenant: str) -> None:
-        """Puts a step behind those of its sequence. Raises Unknown."""
+        """Add a step behind those of its sequence. Raises UnknownSequence."""
         sequence = self._known.get(step.id)
         if not step.starts and (sequence is None or not sequence.is_open):
-            raise Unknown
+            raise UnknownSequence
         if sequence is None:
             sequence = self._known[step.id] = Sequence(step.id, tenant)
         step.sequence = sequence
         sequence.waiting.append(step)
         step.is_waiting = True
         self.waiting += 1
-        self.waiting_bytes += step.call.size_bytes
+        self.waiting_bytes += step.request.size_bytes
         self._idle.pop(sequence, None)
         if step.expires != math.inf:
             self._expiry.add(step.expires, step)
-        if sequence.place is None:
+        if sequence.position is None:
             self._backlog.setdefault(sequence)
-            self._assign()
+            self._assign_slots()
         else:
-            self._look(sequence)
+            self._update_ready(sequence)
 
-    def holds(self, call: InferenceRequest) -> bool:
-        """Whether a step with this very call waits here."""
-        return any(step.call is call for sequence in self._known.values() for step in sequence.waiting)
+    def holds(self, request: InferenceRequest) -> bool:
+        """Return True when a step with exactly this request waits here."""
+        return any(step.request is request for sequence in self._known.values() for step in sequence.waiting)
 
-    def left(self) -> list[SequenceStep]:
-        """All steps that wait."""
+    def waiting_steps(self) -> list[SequenceStep]:
+        """Return all queued steps."""
         return [step for sequence in self._known.values() for step in sequence.waiting if step.is_waiting]
 
     # Running
 
     def heads(self, instance: int) -> list[SequenceStep]:
-        """The steps of an instance that may run now: of each sequence with a step that waits, the first."""
+        """Return the steps of an instance that may run now: the first of each sequence with queued steps."""
         return [sequence.waiting[0] for sequence in self._ready[instance]]
 
     def key(self, step: SequenceStep) -> Hashable:
-        """Heads with equal keys can be stacked."""
-        return step.call.key, self._first_shapes if step.starts else step.sequence.shapes
+        """Return the stack key of a head: heads with equal keys can be stacked."""
+        return step.request.key, self._first_shapes if step.starts else step.sequence.shapes
 
     def take(self, steps: list[SequenceStep]) -> None:
-        """These heads are being run."""
+        """Mark these heads as running."""
         for step in steps:
             sequence = step.sequence
-            assert sequence.place is not None, "only heads are taken"
-            self._leave_line(sequence.waiting.popleft())
+            assert sequence.position is not None, "only heads are taken"
+            self._dequeue(sequence.waiting.popleft())
             sequence.running = step
-            self._look(sequence)
-            step.slot = sequence.place.slot
+            self._update_ready(sequence)
+            step.slot = sequence.position.slot
             if step.starts:
                 sequence.has_begun = False
                 sequence.states, sequence.shapes = {}, ()
 
     def ran(self, step: SequenceStep, now: float, *, is_success: bool) -> list[SequenceStep]:
-        """A step came to its end. Returns those behind it that are refused, because their sequence never began."""
+        """Record the end of a step. Returns the steps behind it that are rejected: their sequence never began."""
         sequence = step.sequence
         sequence.running = None
         if is_success:
@@ -119,145 +125,150 @@ class SequenceTable:
             sequence.states = step.after
             sequence.shapes = tuple(array.shape for array in step.after.values())
         if step.ends:
-            self._end(sequence)
+            self._close(sequence)
             return []
         if step.starts and not is_success:
-            refused = self._refuse_followers(sequence)
-            self._end(sequence)
-            return refused
-        self._rest(sequence, now)
+            rejected = self._reject_followers(sequence)
+            self._close(sequence)
+            return rejected
+        self._after_step(sequence, now)
         return []
 
-    def lose(self, instance: int, but: Collection[Sequence] = ()) -> list[SequenceStep]:
-        """An instance forgot its sequences, `but` these; none of their steps is running. Returns those refused."""
-        refused: list[SequenceStep] = []
-        for sequence in [each for each in self.placed[instance] if each not in but]:
-            refused += self._refuse_followers(sequence)
-            self._end(sequence)
-        return refused
+    def lose_instance(self, instance: int, kept: Collection[Sequence] = ()) -> list[SequenceStep]:
+        """Close the sequences of an instance that lost them, except `kept`; none is running.
+
+        Returns the rejected steps.
+        """
+        rejected: list[SequenceStep] = []
+        for sequence in [each for each in self.assigned[instance] if each not in kept]:
+            rejected += self._reject_followers(sequence)
+            self._close(sequence)
+        return rejected
 
     # Ends without a run
 
     def drop(self, step: SequenceStep, now: float) -> list[SequenceStep]:
-        """Takes a waiting step out of the line. Returns those that are refused with it: they were behind a START."""
+        """Remove a queued step. Returns the steps that are rejected with it: those behind a START."""
         if not step.is_waiting:
             return []
         sequence = step.sequence
         if not (step.starts or step.ends):
             sequence.waiting.remove(step)
-            self._leave_line(step)
-            self._rest(sequence, now)
+            self._dequeue(step)
+            self._after_step(sequence, now)
             return []
-        self._leave_line(step)
+        self._dequeue(step)
         step.is_dropped = True
-        refused = [] if step.ends else self._refuse_followers(sequence, behind=step)
+        rejected = [] if step.ends else self._reject_followers(sequence, behind=step)
         step.ends = True
         if sequence.running is None and sequence.waiting[0] is step:
-            self._end(sequence)
-        return refused
+            self._close(sequence)
+        return rejected
 
     def expire(self, now: float) -> Iterator[SequenceStep]:
-        """The steps whose time is over. Whoever asks drops them."""
+        """Yield the steps that have expired; the caller drops them."""
         yield from self._expiry.until(now)
 
     def next_expiry(self) -> float:
-        """When a step runs out, or a sequence has been idle for too long; infinite when none does."""
+        """Return the next time at which a step expires or a sequence was idle for too long; infinite without one."""
         idle = next(iter(self._idle.values()), math.inf) + self._idle_s
         return min(self._expiry.next(), idle)
 
-    def forget_idle(self, now: float, *, at_once: bool = False) -> list[Sequence]:
-        """Ends the sequences that have been idle for too long, and returns them; `at_once`: all that are idle."""
-        over = []
+    def close_idle(self, now: float, *, all_idle: bool = False) -> list[Sequence]:
+        """Close and return the sequences that have been idle for too long; `all_idle`: all that are idle."""
+        idle = []
         for sequence, since in self._idle.items():
-            if not at_once and since + self._idle_s > now:
-                break  # The others were heard of later. Every call asks: there may be thousands.
-            over.append(sequence)
-        for sequence in over:
-            self._end(sequence)
-        return over
+            if not all_idle and since + self._idle_s > now:
+                break  # In order of time: the others were used later. Runs for every request, with thousands idle.
+            idle.append(sequence)
+        for sequence in idle:
+            self._close(sequence)
+        return idle
 
-    def _refuse_followers(self, sequence: Sequence, behind: SequenceStep | None = None) -> list[SequenceStep]:
-        """Takes out what follows `behind` (or all), up to the next START."""
-        line = list(sequence.waiting)
-        first = line.index(behind) + 1 if behind is not None else 0
-        refused = []
-        for step in line[first:]:
+    def _reject_followers(self, sequence: Sequence, behind: SequenceStep | None = None) -> list[SequenceStep]:
+        """Remove and return the steps behind `behind` (or all), up to the next START."""
+        waiting = list(sequence.waiting)
+        first = waiting.index(behind) + 1 if behind is not None else 0
+        rejected = []
+        for step in waiting[first:]:
             if step.starts:
                 break
-            refused.append(step)
-        for step in refused:
+            rejected.append(step)
+        for step in rejected:
             sequence.waiting.remove(step)
             if step.is_waiting:
-                self._leave_line(step)
-        return [step for step in refused if not step.is_dropped]
+                self._dequeue(step)
+        return [step for step in rejected if not step.is_dropped]
 
-    def _leave_line(self, step: SequenceStep) -> None:
+    def _dequeue(self, step: SequenceStep) -> None:
         step.is_waiting = False
         self.waiting -= 1
-        self.waiting_bytes -= step.call.size_bytes
+        self.waiting_bytes -= step.request.size_bytes
 
-    def _end(self, sequence: Sequence) -> None:
-        """The sequence is over; a next one with its id may wait already. No step of it is running."""
+    def _close(self, sequence: Sequence) -> None:
+        """Close a sequence; a new one with its id may wait already. No step of it is running."""
         sequence.has_begun = False
         sequence.states, sequence.shapes = {}, ()
         self._idle.pop(sequence, None)
         while sequence.waiting and sequence.waiting[0].is_dropped:
             sequence.waiting.popleft()
-        self._free(sequence)
+        self._free_slot(sequence)
         if sequence.waiting:
-            self._backlog[sequence] = None  # Behind the others: it had its turn.
+            # Behind the others, since it has just held a slot.
+            self._backlog[sequence] = None
         else:
             self._backlog.pop(sequence, None)
             del self._known[sequence.id]
-        self._assign()
+        self._assign_slots()
 
-    def _rest(self, sequence: Sequence, now: float) -> None:
-        """A step is gone: what is next may be an end, or nothing."""
+    def _after_step(self, sequence: Sequence, now: float) -> None:
+        """Update a sequence after a step was removed: it may be idle, or at its end."""
         if sequence.running is not None:
             return
         if not sequence.waiting:
             self._idle[sequence] = now
         elif sequence.waiting[0].is_dropped:
-            self._end(sequence)
-        self._look(sequence)
+            self._close(sequence)
+        self._update_ready(sequence)
 
-    def _look(self, sequence: Sequence) -> None:
-        """Something has become of a sequence's steps: it is among those that are ready, or not."""
-        if sequence.place is None:
+    def _update_ready(self, sequence: Sequence) -> None:
+        """Add the sequence to those that are ready, or remove it, after its steps changed."""
+        if sequence.position is None:
             return
-        ready = self._ready[sequence.place.instance]
+        ready = self._ready[sequence.position.instance]
         if sequence.head is None:
             ready.pop(sequence, None)
         else:
             ready.setdefault(sequence)
 
-    # Places
+    # Slots
 
-    def _free(self, sequence: Sequence) -> None:
-        place = sequence.place
-        if place is None:
+    def _free_slot(self, sequence: Sequence) -> None:
+        position = sequence.position
+        if position is None:
             return
-        del self.placed[place.instance][sequence]
-        self._ready[place.instance].pop(sequence, None)
-        heapq.heappush(self._free_slots[place.instance], place.slot)
-        sequence.place = None
-        self._held[sequence.tenant] -= 1
-        if not self._held[sequence.tenant]:
-            del self._held[sequence.tenant]
+        del self.assigned[position.instance][sequence]
+        self._ready[position.instance].pop(sequence, None)
+        heapq.heappush(self._free_slots[position.instance], position.slot)
+        sequence.position = None
+        self._held_by_tenant[sequence.tenant] -= 1
+        if not self._held_by_tenant[sequence.tenant]:
+            del self._held_by_tenant[sequence.tenant]
 
-    def _assign(self) -> None:
-        """Gives free places to those that wait for one: in the instance with the most of them, the first there."""
+    def _assign_slots(self) -> None:
+        """Assign free slots to waiting sequences, in the instance with the most free slots, the lowest slot first."""
         while self._backlog:
             instance = max(range(len(self._free_slots)), key=lambda n: len(self._free_slots[n]))
             if not self._free_slots[instance]:
                 return
-            sequence = min(self._backlog, key=self._behind)  # Among equals the first: it has waited longest.
+            # Among equals, the first has waited longest.
+            sequence = min(self._backlog, key=self._tenant_load)
             del self._backlog[sequence]
-            sequence.place = SequenceSlot(instance, heapq.heappop(self._free_slots[instance]))
-            self.placed[instance][sequence] = None
-            self._look(sequence)
-            self._held[sequence.tenant] = self._held.get(sequence.tenant, 0) + 1
+            sequence.position = SequenceSlot(instance, heapq.heappop(self._free_slots[instance]))
+            self.assigned[instance][sequence] = None
+            self._update_ready(sequence)
+            self._held_by_tenant[sequence.tenant] = self._held_by_tenant.get(sequence.tenant, 0) + 1
 
-    def _behind(self, sequence: Sequence) -> float:
-        """How much of its share its tenant would have with it: who has least goes first."""
-        return (self._held.get(sequence.tenant, 0) + 1) / self._weights.get(sequence.tenant, 1.0)
+    def _tenant_load(self, sequence: Sequence) -> float:
+        """Return the load of the sequence's tenant if it got a slot, by its weight; the least goes first."""
+        return (self._held_by_tenant.get(sequence.tenant, 0) + 1) / self._weights.get(sequence.tenant, 1.0)

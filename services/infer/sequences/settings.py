@@ -1,6 +1,6 @@
-"""What a configuration's `sequence_batching` says: the controls and states of the model, and how sequences share it.
+"""Settings of a configuration's `sequence_batching`: controls, states, and how sequences share the model.
 
-Format: Triton's `model_config.proto`, ModelSequenceBatching. `wrong` (module `checks`) says what of it is not so.
+Format: Triton's `model_config.proto`, ModelSequenceBatching. Module `checks` validates it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ START, END, READY, CORRID = (
 )
 
 DEFAULT_IDLE_US = 1_000_000
-"""Triton's: a sequence of which nothing was heard for a second is over."""
+"""Triton's default: a sequence without a step for a second is over."""
 
 FALSE_TRUE = {"int32_false_true": "INT32", "fp32_false_true": "FP32", "bool_false_true": "BOOL"}
-"""Where a control's two values stand, and of which datatype its tensor is then."""
+"""Field of a control's two values, and the datatype of its tensor."""
 
 
 @dataclass(frozen=True)
@@ -41,57 +41,57 @@ class Control:
     datatype: Datatype
     no: float = 0
     yes: float = 1
-    """What it holds where the thing is so, and where it is not. Of no meaning for CORRID."""
+    """Values for true and false; unused for CORRID."""
     is_flat: bool = False
-    """The model wants one value for each row, without a dimension of their own."""
+    """True: the model takes one value for each row, without a dimension of its own."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a step leaves for the next one: an output that is the next step's input."""
+    """A state: an output of a step that is an input of the next one."""
 
     input: str
     output: str
     datatype: Datatype
     dims: tuple[int, ...]
     """Without the batch dimension; -1 where it varies."""
-    first_dims: tuple[int, ...]
-    """What the first step gets: -1 nowhere."""
+    initial_dims: tuple[int, ...]
+    """Dimensions for the first step, without -1."""
     file: str = ""
-    """Where the first step's data lies, in the folder `initial_state` of the model; empty: zeros."""
+    """File with the first step's data, in the folder `initial_state` of the model; empty: zeros."""
 
 
 @dataclass(frozen=True)
 class SequenceSettings:
-    """How the sequences of one model run."""
+    """Sequence settings of one model."""
 
     controls: tuple[Control, ...]
     states: tuple[State, ...]
     is_direct: bool
-    """A sequence keeps its row of the batch; else the steps that came first are batched, whosesoever they are."""
-    places: int
+    """True: a sequence keeps its row of the batch; False: the oldest steps are batched, of any sequence."""
+    slots: int
     """Sequences at a time in one instance."""
     policy: BatchPolicy
-    """How steps are put together; for `direct`, only its delay counts."""
+    """Batching of steps; with `direct`, only its delay counts."""
     utilization: float = 0.0
-    """`direct`: the share of rows that need no waiting."""
+    """`direct`: the part of the rows that is enough to run without waiting."""
     preserves_order: bool = False
-    """Answers are given in the order of arrival."""
+    """True: outcomes are delivered in order of arrival."""
     idle_s: float = DEFAULT_IDLE_US / 1e6
 
     @property
     def inputs(self) -> frozenset[str]:
-        """Inputs of the model that no client sends."""
+        """Names of the model's inputs that no client sends."""
         return frozenset((*(control.name for control in self.controls), *(state.input for state in self.states)))
 
     @property
     def outputs(self) -> frozenset[str]:
-        """Outputs that are kept for the next step."""
+        """Names of the outputs that are states for the next step."""
         return frozenset(state.output for state in self.states)
 
 
 def of(config: pb.ModelConfig) -> SequenceSettings:
-    """The settings in a configuration that `wrong` found nothing in, and that has `sequence_batching`."""
+    """Return the settings of a configuration with `sequence_batching` and without findings of `checks.wrong`."""
     given, rows = config.sequence_batching, max(config.max_batch_size, 1)
     oldest, direct = given.oldest, given.direct
     is_direct = given.WhichOneof("strategy_choice") != "oldest"
@@ -100,7 +100,7 @@ def of(config: pb.ModelConfig) -> SequenceSettings:
         controls=tuple(_control(each.name, each.control[0]) for each in given.control_input),
         states=tuple(_state(each) for each in given.state),
         is_direct=is_direct,
-        places=rows if is_direct else oldest.max_candidate_sequences,
+        slots=rows if is_direct else oldest.max_candidate_sequences,
         policy=BatchPolicy(rows, 1 << 62, delay_us / 1e6, frozenset(oldest.preferred_batch_size)),
         utilization=direct.minimum_slot_utilization,
         preserves_order=oldest.preserve_ordering,
@@ -117,26 +117,28 @@ def _control(name: str, given: pb.ModelSequenceBatching.Control) -> Control:
 
 
 def _state(given: pb.ModelSequenceBatching.State) -> State:
-    first = given.initial_state[0] if given.initial_state else None
-    dims = first.dims if first is not None else given.dims
+    initial = given.initial_state[0] if given.initial_state else None
+    dims = initial.dims if initial is not None else given.dims
     return State(
         given.input_name,
         given.output_name,
         BY_NUMBER[given.data_type],
         tuple(given.dims),
-        tuple(1 if dim == -1 else dim for dim in dims),  # As Triton has it, where nobody says.
-        first.data_file if first is not None else "",
+        tuple(1 if dim == -1 else dim for dim in dims),  # As in Triton, where no size is given.
+        initial.data_file if initial is not None else "",
     )
 
 
-def agreed(settings: SequenceSettings, session: Session, *, batched: bool, declares: bool) -> SequenceSettings:
-    """The settings as the model's own file has them.
+def matched_to_model(
+    settings: SequenceSettings, session: Session, *, batched: bool, declares: bool
+) -> SequenceSettings:
+    """Return the settings, matched to the inputs and outputs of the model's file.
 
     Args:
-        declares: the model says itself which inputs and outputs it has.
+        declares: True when the model itself declares its inputs and outputs.
 
     Raises:
-        FailedPrecondition: the model has not the controls and states that the configuration speaks of.
+        FailedPrecondition: the model lacks a configured control or state.
     """
     if not declares:
         return settings
@@ -149,9 +151,9 @@ def agreed(settings: SequenceSettings, session: Session, *, batched: bool, decla
         if len(inner) > 1 or not set(inner) <= {1, -1}:
             raise FailedPrecondition(
                 f"sequence_batching: control_input '{control.name}' has one value for each request, "
-                f"the model wants {written(spec.shape)}"
+                f"the model expects {written(spec.shape)}"
             )
-        # The runtime says () of a scalar, and of a tensor of which the file says nothing.
+        # The runtime reports () for a scalar, and for a tensor without a shape in the file.
         controls.append(Control(*_fields(control), is_flat=bool(spec.shape) and not inner))
     for state in settings.states:
         for role, name, specs in (("input_name", state.input, known), ("output_name", state.output, outputs)):
@@ -178,9 +180,9 @@ def _checked(what: str, name: str, datatype: Datatype, specs: dict[str, TensorSp
 
 
 def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched: bool) -> None:
-    wanted = ((-1,) if batched else ()) + tuple(dims)
+    expected = ((-1,) if batched else ()) + tuple(dims)
     # Either may leave a dimension open.
-    agree = len(wanted) == len(shape) and all(a == b or -1 in (a, b) for a, b in zip(wanted, shape, strict=True))
+    agree = len(expected) == len(shape) and all(a == b or -1 in (a, b) for a, b in zip(expected, shape, strict=True))
     if shape and not agree:
         batch = " with a batch dimension" if batched else ""
         raise FailedPrecondition(
@@ -188,6 +190,6 @@ def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched
         )
 
 
-def clients(specs: Iterable[TensorSpec], hidden: frozenset[str]) -> tuple[TensorSpec, ...]:
-    """Those of a model's tensors that clients know of."""
+def client_tensors(specs: Iterable[TensorSpec], hidden: frozenset[str]) -> tuple[TensorSpec, ...]:
+    """Return the tensors of a model that clients send or receive."""
     return tuple(spec for spec in specs if spec.name not in hidden)

@@ -1,6 +1,6 @@
-"""One request of a sequence, from its arrival to its answer; and the sequence that it is a step of.
+"""One request of a sequence, from its arrival to its outcome; and the sequence that it is a step of.
 
-Sequence    backlog ──a place is free──> placed: waiting, running, idle ──END, idle too long, lost──> over
+Sequence    backlog ──a slot is free──> assigned: waiting, running, idle ──END, idle too long, lost──> closed
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from services.infer.sequences.rows import SequenceId
 
 @dataclass(frozen=True)
 class SequenceSlot:
-    """Where a sequence runs."""
+    """Instance and slot in which a sequence runs."""
 
     instance: int
     slot: int
-    """Its row, in an instance of a `direct` model."""
+    """Row of the sequence, in an instance of a `direct` model."""
 
 
 class SequenceStep:
-    """One request. The loop's thread writes; a worker thread only reads, but for `after` and `is_lost`."""
+    """One request of a sequence. The loop's thread writes; a worker thread writes only `after` and `is_lost`."""
 
     __slots__ = (
         "after",
         "arrived",
-        "call",
         "deadline",
         "ends",
         "expires",
@@ -42,67 +41,68 @@ class SequenceStep:
         "is_waiting",
         "outcome",
         "receiver",
+        "request",
         "sequence",
         "slot",
         "starts",
     )
 
-    def __init__(self, call: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
-        self.call = call
+    def __init__(self, request: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
+        self.request = request
         self.receiver = receiver
         self.arrived = arrived
         """Seconds, on the scheduler's clock."""
         self.deadline = deadline
-        timeout_us = call.parameters.timeout_us
+        timeout_us = request.parameters.timeout_us
         self.expires = min(deadline, arrived + timeout_us / 1e6) if timeout_us else deadline
-        """It is not started at or after that."""
-        self.starts, self.ends = call.parameters.sequence_start, call.parameters.sequence_end
+        """The step never starts at or after this time."""
+        self.starts, self.ends = request.parameters.sequence_start, request.parameters.sequence_end
         self.sequence: Sequence
         self.slot = 0
         self.is_waiting = False
         self.is_abandoned = False
-        """Nobody waits for the answer any more."""
+        """True once no outcome is to be delivered any more."""
         self.is_dropped = False
-        """It is not run any more. It stays in line only to end its sequence in its turn."""
+        """True: the step will not run, and stays queued only to end its sequence in order."""
         self.outcome: Outcome | None = None
-        """For a model whose answers wait for each other."""
+        """Set for a model that preserves order, until it is delivered."""
         self.after: Mapping[str, Tensor] = {}
-        """The states that it left, when it was run."""
+        """States after the step, once it has run."""
         self.is_lost = False
-        """What the model remembered of its sequences is gone."""
+        """True when the model's memory of its sequences is lost."""
 
     @property
     def id(self) -> SequenceId:
-        return self.call.parameters.sequence_id
+        return self.request.parameters.sequence_id
 
     rows = 1
-    """For the policies: a step has one row, and no time of its own to be done in."""
+    """For the policies: a step has one row, and no due time."""
     due = math.inf
 
 
 @dataclass(eq=False)
 class Sequence:
-    """The steps of one sequence id that are not answered yet, and what the last one left."""
+    """The unanswered steps of one sequence id, and the states that the last one left."""
 
     id: SequenceId
     tenant: str
     waiting: deque[SequenceStep] = field(default_factory=deque)
     running: SequenceStep | None = None
-    place: SequenceSlot | None = None
+    position: SequenceSlot | None = None
     has_begun: bool = False
-    """Its first step was run, and its last was not."""
+    """True after the first step has run, until the last one has."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the last successful step left."""
+    """States after the last successful step."""
     shapes: Hashable = ()
-    """Of the states: steps can be stacked when theirs are equal."""
+    """Shapes of the states: steps with equal shapes can be stacked."""
 
     @property
     def is_open(self) -> bool:
-        """Whether a step without the START flag is one of it."""
+        """True when a step without the START flag belongs to this sequence."""
         last = self.waiting[-1] if self.waiting else self.running
         return self.has_begun if last is None else not last.ends
 
     @property
     def head(self) -> SequenceStep | None:
         """The step that may run now."""
-        return self.waiting[0] if self.waiting and self.running is None and self.place is not None else None
+        return self.waiting[0] if self.waiting and self.running is None and self.position is not None else None

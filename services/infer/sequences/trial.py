@@ -1,6 +1,6 @@
-"""A stateful model as a session without states and controls: each row is a sequence of its own, of one step.
+"""A stateful model as a session without states and controls: each row is a sequence of one step.
 
-It is what warm-up and canary run: they need not know of sequences.
+Warm-up and canary run this session, and need not know sequences.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import numpy as np
 
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.sequences import steps
+from services.infer.sequences import step_runners
 from services.infer.sequences.rows import Row
-from services.infer.sequences.settings import SequenceSettings, clients
+from services.infer.sequences.settings import SequenceSettings, client_tensors
 from shoal.errors import ShoalError
 
 
 class TrialSession(Session):
-    """Runs single steps, for a `services.infer.loading.warmup`. Closing it is the session's owner's."""
+    """Runs single steps for `services.infer.loading.warmup`. The owner of the wrapped session closes it."""
 
     def __init__(
         self, session: Session, settings: SequenceSettings, first: Mapping[str, Tensor], *, batched: bool
     ) -> None:
-        """`first`: the states that a sequence begins with."""
-        self.inputs = clients(session.inputs, settings.inputs)
+        """Wrap `session`; `first` are the states that a sequence begins with."""
+        self.inputs = client_tensors(session.inputs, settings.inputs)
         self.outputs = session.outputs
         self.text = session.text
         self._parts = [
@@ -32,7 +32,7 @@ class TrialSession(Session):
             for part in session.device_sessions()
         ]
         self._first, self._batched = first, batched
-        self._steps = steps.of(session, settings, batched=batched)
+        self._steps = step_runners.runner_of(session, settings, batched=batched)
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         rows = len(next(iter(inputs.values()))) if self._batched and inputs else 1
@@ -40,7 +40,7 @@ class TrialSession(Session):
         for result in results:
             if isinstance(result, Exception):
                 raise ModelFailed(result.message if isinstance(result, ShoalError) else str(result)) from result
-        found = [result.outputs for result in results if isinstance(result, steps.Stepped)]
+        found = [result.outputs for result in results if isinstance(result, step_runners.StepResult)]
         if rows == 1:
             return list(found[0])
         return [np.concatenate(column) for column in zip(*found, strict=True)]

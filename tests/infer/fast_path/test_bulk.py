@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.fast_path.bulk import MOST_ENTRIES, Bulk, Entry
+from services.infer.fast_path.bulk import MAX_ENTRIES, Bulk, Entry
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import InvalidArgument, ResourceExhausted
 from shoal.inference.v2 import bulk_pb2 as pb
@@ -70,7 +70,7 @@ async def test_each_entry_is_answered_as_a_call_would_be(served: Serving) -> Non
         (pb.InferBulkRequest(), "1 to 4096 of them in the first message, got 0"),
         (pb.InferBulkRequest(given_up=[1]), "got 0"),
         (pb.InferBulkRequest(entries=[{"number": 1}, {"number": 1}]), r"entries\[1\].number: 1 is another entry's"),
-        (pb.InferBulkRequest(entries=[{"number": n} for n in range(MOST_ENTRIES + 1)]), "got 4097"),
+        (pb.InferBulkRequest(entries=[{"number": n} for n in range(MAX_ENTRIES + 1)]), "got 4097"),
     ],
     ids=["empty", "nothing-to-give-up", "same-number", "too-many"],
 )
@@ -123,10 +123,10 @@ class Requests:
 
 
 def bulk(core: Core, requests: Requests):
-    return aclosing(Bulk(core, "local/infer-0").answers(aiter(requests)))  # type: ignore[arg-type]
+    return aclosing(Bulk(core, "local/infer-0").responses(aiter(requests)))  # type: ignore[arg-type]
 
 
-async def test_answers_leave_together_and_say_once_who_gives_them() -> None:
+async def test_answers_share_a_message_and_name_the_instance_once() -> None:
     core = Core()
     requests = Requests(*(entry(n, name) for n, name in enumerate([b"at once", b"raises", b"breaks", b"a", b"b"])))
     async with bulk(core, requests) as answers:
@@ -149,7 +149,7 @@ async def test_answers_leave_together_and_say_once_who_gives_them() -> None:
         assert await anext(answers, None) is None
 
 
-async def test_what_is_given_up_or_left_is_not_waited_for() -> None:
+async def test_cancelled_entries_are_abandoned() -> None:
     core = Core()
     requests = Requests(entry(1, b"a"), entry(2, b"b"), entry(3, b"c"))
     async with bulk(core, requests) as answers:
@@ -162,7 +162,7 @@ async def test_what_is_given_up_or_left_is_not_waited_for() -> None:
     assert core.ended == [b"b", b"c"]  # The caller went away.
 
 
-async def test_all_given_up_is_the_end() -> None:
+async def test_a_bulk_ends_when_all_entries_are_cancelled() -> None:
     core = Core()
     requests = Requests(entry(1, b"a"))
     async with bulk(core, requests) as answers:
@@ -191,7 +191,7 @@ async def _first(
             yield answer
 
 
-async def test_a_retry_and_a_tenant_are_told_as_a_calls_headers_tell_them() -> None:
+async def test_retry_and_tenant_of_an_entry_act_like_headers() -> None:
     core = Core()
     async with bulk(core, Requests(entry(1, b"a", is_retry=True, tenant="t"), entry(2, b"b"))) as answers:
         waiting = asyncio.ensure_future(anext(answers))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from services.infer.core import InferenceServer
+from services.infer.fast_path import template
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
@@ -164,7 +165,7 @@ REQUESTS = st.one_of(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=12))
-def test_both_ways_agree_before_and_after_learning(folder, requests):
+def test_fast_and_slow_path_agree_before_and_after_learning(folder, requests):
     async def work(server):
         for asked in [*requests, *requests]:
             await server.agree(asked.SerializeToString())
@@ -174,7 +175,7 @@ def test_both_ways_agree_before_and_after_learning(folder, requests):
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
-def test_both_ways_agree_about_bytes_that_are_nearly_a_known_request(folder, data):
+def test_fast_and_slow_path_agree_about_bytes_close_to_a_known_message(folder, data):
     async def work(server):
         known = [request(id="i"), request(rows=3), request("two", 2, inputs=("a", "b"), width=200)]
         bodies = [asked.SerializeToString() for asked in known]
@@ -198,21 +199,21 @@ def test_both_ways_agree_about_bytes_that_are_nearly_a_known_request(folder, dat
     both_ways(folder, work)
 
 
-def test_what_was_learnt_is_used_and_gives_each_its_own_answer(folder):
+def test_a_learnt_template_is_used_and_each_request_gets_its_own_response(folder):
     async def work(server):
         for value in range(40):
             asked = request(id=str(value), value=float(value))
             end = await server.agree(asked.SerializeToString())
             assert end.id == str(value)
             assert np.frombuffer(end.raw_output_contents[0], np.float32).tolist() == [2.0 * value] * 4
-        named = server.short._named
+        named = server.short._by_name
         assert len(named) == 1
         assert sum(len(one.templates) for one in named.values()) == 1
 
     both_ways(folder, work)
 
 
-def test_texts_are_read_once_though_they_come_again_and_again(folder, monkeypatch):
+def test_each_text_message_is_read_once(folder, monkeypatch):
     seen = []
 
     def read(asked, signature):
@@ -221,6 +222,7 @@ def test_texts_are_read_once_though_they_come_again_and_again(folder, monkeypatc
 
     whole = reading.read
     monkeypatch.setattr(reading, "read", read)
+    monkeypatch.setattr(template, "read", read)
 
     async def work(server):
         for n in range(3):
@@ -242,8 +244,8 @@ def test_many_shapes_and_names_fill_no_memory(folder):
             await server.short_end(request("two", inputs=("a", "b"), width=width).SerializeToString())
         for number in range(3000):
             await server.short_end(request(f"no-{number}").SerializeToString())
-        assert len(server.short._named) <= 3
-        assert all(len(named.templates) <= 64 for named in server.short._named.values())
+        assert len(server.short._by_name) <= 3
+        assert all(len(named.templates) <= 64 for named in server.short._by_name.values())
 
     both_ways(folder, work)
 
@@ -251,7 +253,7 @@ def test_many_shapes_and_names_fill_no_memory(folder):
 @pytest.mark.parametrize(
     "body", [b"", b"\x0a", b"\x0a\xff", b"\x0a\x06double\x1a", b"\x0a\x06double\x12", b"\x0a\x06double"]
 )
-def test_a_request_that_ends_early_is_no_fault(folder, body):
+def test_a_malformed_message_is_rejected_as_on_the_slow_path(folder, body):
     async def work(server):
         await server.agree(request().SerializeToString())
         assert isinstance(await server.agree(body), ShoalError)
@@ -259,7 +261,7 @@ def test_a_request_that_ends_early_is_no_fault(folder, body):
     both_ways(folder, work)
 
 
-def test_a_model_that_is_gone_or_replaced_is_not_asked(folder):
+def test_an_unloaded_or_replaced_model_is_not_used(folder):
     async def work(server):
         body = request().SerializeToString()
         await server.agree(body)
@@ -286,9 +288,9 @@ def test_numbers_are_views_of_the_request(folder):
         body = asked.SerializeToString()
         framed = struct.pack(">BI", 0, len(body)) + body
         await server.agree(body)
-        (named,) = server.short._named.values()
+        (named,) = server.short._by_name.values()
         ((head, template),) = named.templates.items()
-        call = template.call(framed, framed.index(head) + len(head))
+        call = template.request(framed, framed.index(head) + len(head))
         memory = np.frombuffer(framed, np.uint8)
         assert all(np.may_share_memory(array, memory) for array in call.inputs.values())
 

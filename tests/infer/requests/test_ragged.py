@@ -24,7 +24,7 @@ def test_rows_of_a_tensor_are_views_and_arrays():
     assert all(isinstance(each, np.ndarray) for each in ragged.rows(np.arange(3)))
 
 
-def test_what_is_joined_can_be_parted():
+def test_joined_rows_can_be_split_again():
     values = [np.zeros((2, 4)), [np.zeros(3), np.zeros(5)], np.zeros((0, 9)), []]
     joined = ragged.joined(values)
     assert [each.shape for each in joined] == [(4,), (4,), (3,), (5,)]
@@ -42,7 +42,7 @@ def test_even_rows_are_a_tensor():
     assert ragged.dense(tensor, SPEC, "output") is tensor
 
 
-def test_uneven_rows_are_refused_with_what_they_are():
+def test_uneven_rows_are_rejected_with_their_shapes():
     uneven = [row(2, 3), row(4, 5), row(2, 3)]
     assert not ragged.is_even(uneven)
     with pytest.raises(InvalidArgument) as err:

@@ -42,7 +42,7 @@ class Clock:
 class Run:
     """One execution, from its submission to its end."""
 
-    call: InferenceRequest
+    request: InferenceRequest
     deadline: float
     end: asyncio.Future[None]
     is_waiting: bool = True
@@ -60,10 +60,10 @@ class Runs:
     def open(self) -> list[Run]:
         return [run for run in self.all if not run.end.done()]
 
-    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
+    async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         if self.clock() >= deadline:
             raise DeadlineExceeded("too late")
-        run = Run(call, deadline, asyncio.get_running_loop().create_future())
+        run = Run(request, deadline, asyncio.get_running_loop().create_future())
         self.all.append(run)
         if deadline != math.inf:
             asyncio.get_running_loop().call_later(deadline - self.clock(), self._expire, run)
@@ -72,7 +72,7 @@ class Runs:
         except asyncio.CancelledError:
             run.is_abandoned = True
             raise
-        x = next(iter(call.inputs.values()))
+        x = next(iter(request.inputs.values()))
         batch = np.concatenate([x, x]) if x.dtype == object else np.concatenate([-x, x])
         return InferenceResult([batch[: len(x)]], ExecutionTimes(len(x)), 0, "idle")
 
@@ -80,8 +80,8 @@ class Runs:
         if run.is_waiting and self.clock() >= run.deadline and not run.end.done():
             self.finish(run, DeadlineExceeded("in the queue"))
 
-    def is_waiting(self, call: InferenceRequest) -> bool:
-        return any(run.call is call and run.is_waiting for run in self.open)
+    def is_waiting(self, request: InferenceRequest) -> bool:
+        return any(run.request is request and run.is_waiting for run in self.open)
 
     def finish(self, run: Run | None = None, error: Exception | None = None) -> None:
         """Ends one run, by default the oldest."""
@@ -103,8 +103,8 @@ class Bench:
         self.cache = ResponseCache(keys, self.runs, self.store, self.statistics, ttl_s=ttl_s, clock=self.clock)
 
     def ask(self, asked: pb.ModelInferRequest, deadline: float = math.inf) -> asyncio.Task:
-        call = read(asked)
-        return asyncio.create_task(self.cache.answer(call, asked.parameters, deadline))
+        request = read(asked)
+        return asyncio.create_task(self.cache.answer(request, asked.parameters, deadline))
 
 
 def read(asked: pb.ModelInferRequest) -> InferenceRequest:

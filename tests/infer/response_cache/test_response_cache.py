@@ -65,11 +65,11 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("requests", DIFFERENT.values(), ids=DIFFERENT)
-def test_what_differs_is_another_request(requests):
+def test_any_difference_gives_another_key(requests):
     assert len({key(asked) for asked in requests}) == len(requests)
 
 
-def test_what_says_how_to_serve_is_no_difference():
+def test_scheduling_parameters_do_not_change_the_key():
     same = [floats(2, 2), floats(2, 2, timeout=5), floats(2, 2, priority=3), floats(2, 2, explain=True)]
     typed = pb.ModelInferRequest(model_name="m", id="another")
     typed.inputs.add(name="x", datatype="FP32", shape=[2, 2]).contents.fp32_contents.extend([1] * 4)
@@ -85,7 +85,7 @@ def test_every_model_version_and_configuration_has_its_own_keys():
     assert len({key(floats(1, 1), keys) for keys in made}) == 4
 
 
-async def test_asked_again_is_answered_at_once():
+async def test_a_repeated_request_is_a_hit():
     bench = Bench()
     first = bench.ask(floats(2, 3))
     await settle()
@@ -118,7 +118,7 @@ async def test_identical_requests_in_flight_run_once():
     assert (told.cache_hit.count, told.cache_miss.count) == (19, 1)
 
 
-async def test_who_leaves_harms_nobody():
+async def test_a_caller_that_leaves_does_not_affect_the_others():
     bench = Bench()
     leader, *others = (bench.ask(floats(1, 4)) for _ in range(4))
     await settle()
@@ -133,7 +133,7 @@ async def test_who_leaves_harms_nobody():
     assert (await bench.ask(floats(1, 4)))[1] is HIT
 
 
-async def test_when_nobody_is_left_it_is_called_off():
+async def test_a_flight_without_callers_is_cancelled():
     bench = Bench()
     asked = [bench.ask(floats(1, 4)) for _ in range(3)]
     await settle()
@@ -148,7 +148,7 @@ async def test_when_nobody_is_left_it_is_called_off():
     assert (await late)[1] is MISS
 
 
-async def test_a_leader_whose_time_was_over_does_not_end_the_others():
+async def test_an_expired_leader_does_not_fail_the_others():
     bench = Bench()
     leader, *others = (bench.ask(floats(1, 4)) for _ in range(3))
     await settle()
@@ -161,7 +161,7 @@ async def test_a_leader_whose_time_was_over_does_not_end_the_others():
     assert sorted(state for _, state in await asyncio.gather(*others)) == [MISS, SHARED]
 
 
-async def test_the_requests_own_error_is_for_all_and_is_not_kept():
+async def test_the_requests_own_error_reaches_all_callers_and_is_not_stored():
     bench = Bench()
     asked = [bench.ask(floats(1, 4)) for _ in range(3)]
     await settle()
@@ -176,7 +176,7 @@ async def test_the_requests_own_error_is_for_all_and_is_not_kept():
     assert (await again)[1] is MISS
 
 
-async def test_failures_in_a_row_hold_nobody_up():
+async def test_repeated_failures_of_flights_do_not_delay_a_request_further():
     bench = Bench()
     asked = [bench.ask(floats(1, 4)) for _ in range(6)]
     for _ in range(2):
@@ -191,7 +191,7 @@ async def test_failures_in_a_row_hold_nobody_up():
     assert [type(answer) for answer in answers].count(ResourceExhausted) == 2
 
 
-async def test_a_follower_waits_no_longer_than_it_may_for_the_start():
+async def test_a_follower_expires_before_the_execution_has_begun():
     bench = Bench()
     leader = bench.ask(floats(1, 4))
     await settle()
@@ -210,7 +210,7 @@ async def test_a_follower_waits_no_longer_than_it_may_for_the_start():
     assert [(await task)[1] for task in (leader, patient)] == [MISS, SHARED]
 
 
-async def test_an_answer_is_good_for_its_time():
+async def test_a_response_expires_after_its_ttl():
     bench = Bench(ttl_s=10)
     first = bench.ask(floats(1, 4))
     await settle()
@@ -227,7 +227,7 @@ async def test_an_answer_is_good_for_its_time():
     assert (await late)[1] is MISS
 
 
-async def test_what_is_kept_cannot_be_changed_and_holds_no_batch():
+async def test_stored_outputs_are_read_only_and_hold_no_batch():
     bench = Bench()
     asked = bench.ask(floats(1, 4))
     await settle()
@@ -258,14 +258,14 @@ def test_elements_that_can_be_changed_are_copied():
     assert kept.tolist() == [b"abc", "text"]
 
 
-def test_text_weighs_what_it_weighs():
+def test_the_size_of_text_includes_its_elements():
     words = np.array(["x" * 1000, "é" * 1000, "🐟" * 1000, b"y" * 1000], object)
     assert size_bytes([words]) > 4 * 8 + 1000 + 2 * 1000 + 4 * 1000 + 1000
     few, many = np.array([b""] * 10, object), np.array([b""] * 1000, object)
     assert size_bytes([many]) - size_bytes([few]) >= 990 * (8 + 33)
 
 
-def test_an_answer_larger_than_its_share_is_not_kept():
+def test_outputs_larger_than_their_share_are_not_stored():
     store = ResponseStore(80_000)
     owner = store.owner()
     assert store.put(owner, b"small", [np.zeros(1000)])
@@ -274,7 +274,7 @@ def test_an_answer_larger_than_its_share_is_not_kept():
     assert not ResponseStore(0).put(1, b"k", [np.zeros(1)])
 
 
-async def test_a_large_answer_is_given_though_it_is_not_kept():
+async def test_a_large_response_is_returned_but_not_stored():
     bench = Bench(limit_bytes=10_000)
     asked = [bench.ask(floats(100, 100)) for _ in range(2)]
     await settle()
@@ -283,7 +283,7 @@ async def test_a_large_answer_is_given_though_it_is_not_kept():
     assert len(bench.store) == 0
 
 
-async def test_leaving_drops_its_answers_and_no_others():
+async def test_closing_drops_its_own_outputs_only():
     bench = Bench()
     stranger = bench.store.owner()
     assert bench.store.put(stranger, b"k", [np.zeros(1)])
@@ -297,7 +297,7 @@ async def test_leaving_drops_its_answers_and_no_others():
     assert bench.store.get(stranger, b"k", 0.0) is not None
 
 
-def test_an_answer_that_comes_after_its_model_has_gone_is_not_kept():
+def test_a_result_after_the_unload_is_not_stored():
     store = ResponseStore()
     owner = store.owner()
     store.drop(owner)
@@ -324,7 +324,7 @@ def test_a_wrong_time_to_live_is_named(ttl):
         ttl_s(config(ttl))
 
 
-def test_models_whose_answers_cannot_be_kept_are_refused_by_name():
+def test_models_that_cannot_be_cached_are_rejected_by_name():
     with pytest.raises(FailedPrecondition, match=r"response_cache\.enable with sequence_batching"):
         ttl_s(config(sequence_batching={}))
     with pytest.raises(FailedPrecondition, match=r"response_cache\.enable with .*decoupled"):

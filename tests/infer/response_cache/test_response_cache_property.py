@@ -179,14 +179,14 @@ class Flights(RuleBasedStateMachine):
         return runs[n % len(runs)]
 
     def value(self, run: Run) -> int:
-        return len(run.call.inputs["x"]) - 1
+        return len(run.request.inputs["x"]) - 1
 
     def was_refused(self, value: int) -> bool:
         ends = [run.end for run in self.bench.runs.all if self.value(run) == value and run.end.done()]
         return any(not e.cancelled() and isinstance(e.exception(), ResourceExhausted | DeadlineExceeded) for e in ends)
 
 
-def test_who_ran_out_while_a_flight_failed_does_not_wait_for_the_next():
+def test_a_request_that_expired_while_a_flight_failed_joins_no_other():
     state = Flights()
     state.start(limit=0)
     for patience in (5.0, 1.0, math.inf):

@@ -89,7 +89,7 @@ async def test_classification_is_another_request(served):
     np.testing.assert_array_equal(output(await served.stub.ModelInfer(request("double", x=X)), "y"), 2 * X)
 
 
-async def test_an_error_is_not_kept(served):
+async def test_an_error_is_not_stored(served):
     asked = request("lookup", i=np.array([[7]]))
     for _ in range(2):
         with pytest.raises(Exception, match="Failed to process"):
@@ -98,7 +98,7 @@ async def test_an_error_is_not_kept(served):
     assert (stats.fail.count, stats.success.count, stats.cache_hit.count, stats.cache_miss.count) == (2, 0, 0, 0)
 
 
-async def test_many_at_once_run_once_and_a_leader_that_leaves_harms_none(served):
+async def test_concurrent_equal_requests_run_once_even_when_the_leader_leaves(served):
     asked = explained(request("slow", x=X))
     leader = served.stub.ModelInfer(asked)
     version = served.models.find("slow", "")
@@ -115,7 +115,7 @@ async def test_many_at_once_run_once_and_a_leader_that_leaves_harms_none(served)
     assert told.execution_count <= 2
 
 
-async def test_a_stream_is_told_as_well(served):
+async def test_explain_reports_the_cache_on_a_stream(served):
     async def requests():
         for n in range(3):
             yield explained(request("double", id=str(n), x=X))
@@ -151,7 +151,7 @@ async def test_unloading_gives_the_memory_back(served, models_folder):
     await until(lambda: (len(store), store.size_bytes) == (0, 0))
 
 
-async def test_a_wrong_setting_is_a_reason_to_be_unavailable(serve, models_folder):
+async def test_a_wrong_setting_makes_the_model_unavailable(serve, models_folder):
     ttl = 'parameters { key: "response_cache_ttl_ms" value { string_value: "soon" } }'
     models_folder.put("soon", onnx_files.scale(), config=CACHED + ttl)
     served = await serve(models_folder.root)

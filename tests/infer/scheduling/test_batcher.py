@@ -60,7 +60,7 @@ def test_examples(calls, is_cut, now, policy, expected):
     delay=st.sampled_from([0.0, 0.5, 5.0]),
     preferred=st.frozensets(st.integers(1, 8), max_size=3),
 )
-def test_what_always_holds(calls, is_cut, oldest, waited, delay, preferred):
+def test_any_decision_keeps_the_policys_bounds(calls, is_cut, oldest, waited, delay, preferred):
     policy = BatchPolicy(max_rows=8, max_bytes=1000, delay_s=delay, preferred=preferred)
     now = oldest + waited
     decision = decide(calls, oldest, now, policy, is_cut=is_cut)

@@ -29,7 +29,7 @@ class Model:
 
 
 @given(size=st.integers(2, 300), guilty=st.sets(st.integers(0, 299)))
-def test_only_the_guilty_fail_at_a_bounded_price(size, guilty):
+def test_only_failing_items_fail_in_a_bounded_number_of_runs(size, guilty):
     model = Model(guilty)
     outcomes = Bisection(lambda err: "guilty").outcomes(list(range(size)), model.run)
     assert outcomes == ["guilty" if number in guilty else 2 * number for number in range(size)]
@@ -37,7 +37,7 @@ def test_only_the_guilty_fail_at_a_bounded_price(size, guilty):
 
 
 @given(size=st.integers(2, 1024), guilty=st.integers(0, 1023))
-def test_one_of_many_is_found_in_about_two_log_n_runs(size, guilty):
+def test_one_failing_item_of_many_is_found_in_about_two_log_n_runs(size, guilty):
     model = Model({guilty % size})
     search = Bisection(lambda err: "guilty")
     search.outcomes(list(range(size)), model.run)
@@ -46,19 +46,19 @@ def test_one_of_many_is_found_in_about_two_log_n_runs(size, guilty):
 
 
 @given(size=st.integers(2, 100), guilty=st.sets(st.integers(0, 99)))
-def test_runs_that_are_awaited_are_the_same_runs(size, guilty):
+def test_awaited_runs_are_the_same_as_blocking_runs(size, guilty):
     model, other = Model(guilty), Model(guilty)
 
     async def run(batch: list[int]) -> list[object]:
         return other.run(batch)
 
     batch = list(range(size))
-    awaited = asyncio.run(Bisection(lambda err: "guilty").awaited(batch, run))
+    awaited = asyncio.run(Bisection(lambda err: "guilty").outcomes_async(batch, run))
     assert awaited == Bisection(lambda err: "guilty").outcomes(batch, model.run)
     assert other.runs == model.runs
 
 
-def test_what_stops_an_iteration_is_a_failure_like_any_other():
+def test_stop_iteration_is_a_failure_like_any_other():
     def run(batch: list[int]) -> list[object]:
         raise StopIteration
 

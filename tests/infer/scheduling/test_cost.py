@@ -19,7 +19,7 @@ def learnt(*samples: tuple[int, float], times: int = 20) -> CostCurve:
     return curve
 
 
-def test_between_what_was_seen_it_is_a_line_and_beyond_it_is_in_proportion():
+def test_cost_is_linear_between_samples_and_proportional_beyond():
     curve = learnt((1, 0.001), (8, 0.002), (32, 0.005))
     assert curve.expected(1) == pytest.approx(0.001)
     assert curve.expected(20) == pytest.approx(0.0035)
@@ -28,13 +28,13 @@ def test_between_what_was_seen_it_is_a_line_and_beyond_it_is_in_proportion():
     assert curve.mean_of(2) is None
 
 
-def test_nothing_is_known_at_first():
+def test_costs_are_unknown_at_first():
     curve = CostCurve()
     assert not curve.is_known
     assert curve.expected(5) == curve.worst(5) == 0.0
 
 
-def test_one_outlier_moves_little_and_a_change_is_believed_soon():
+def test_one_outlier_changes_little_and_a_lasting_change_is_learned_soon():
     curve = learnt((4, 0.001))
     curve.add(4, 10.0)
     assert curve.expected(4) < 0.0013
@@ -44,7 +44,7 @@ def test_one_outlier_moves_little_and_a_change_is_believed_soon():
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(1e-6, 10.0)), min_size=1, max_size=60))
-def test_it_never_falls_and_the_worst_is_no_better_than_what_is_expected(samples):
+def test_cost_never_falls_and_worst_is_at_least_expected(samples):
     curve = CostCurve()
     for rows, seconds in samples:
         curve.add(rows, seconds)
@@ -61,7 +61,7 @@ def test_buckets_are_few_and_in_order():
     assert len(set(buckets)) < 64
 
 
-def test_a_backlog_tells_the_pace():
+def test_a_backlog_measures_the_seconds_of_rows_and_batches():
     backlog = Backlog()
     assert backlog.row_s == 0.0
     for _ in range(8):

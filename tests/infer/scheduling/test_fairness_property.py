@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.fairness import MOST, Shares
+from services.infer.scheduling.fairness import MAX_TENANTS, TenantQueues
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import ResourceExhausted
@@ -70,8 +70,8 @@ def test_tenants_that_all_wait_get_rows_by_weight(sizes, weights, max_rows, late
     served = dict.fromkeys(sizes, 0.0)
     left = {tenant: sum(p.rows for p in pendings(to, tenant)) for tenant in sizes}
     while min(left.values()) > 0:
-        for pending in take(to).calls:
-            tenant = pending.share.tenant
+        for pending in take(to).requests:
+            tenant = pending.tenant_queue.tenant
             served[tenant] += pending.rows / weight[tenant]
             left[tenant] -= pending.rows
     # The bound of start-time fair queueing: one call of each of two tenants. Whoever was there before may also be ahead
@@ -83,10 +83,10 @@ def test_tenants_that_all_wait_get_rows_by_weight(sizes, weights, max_rows, late
 
 
 def pendings(of: Queue, tenant: str) -> list[QueuedRequest]:
-    return [p for lane in of._lanes.values() for p in lane.order() if p.share.tenant == tenant]
+    return [p for lane in of._groups.values() for p in lane.order() if p.tenant_queue.tenant == tenant]
 
 
-def test_a_tenant_that_comes_late_is_not_owed_the_past():
+def test_a_late_tenant_gets_no_credit_for_the_past():
     to = queue(max_rows=1)
     for _ in range(50):
         add(to, "old")
@@ -94,17 +94,17 @@ def test_a_tenant_that_comes_late_is_not_owed_the_past():
         take(to)
     for _ in range(10):
         add(to, "new")
-    tenants = [take(to).calls[0].share.tenant for _ in range(10)]
+    tenants = [take(to).requests[0].tenant_queue.tenant for _ in range(10)]
     assert tenants.count("new") == 5
 
 
-def test_tenants_with_different_shapes_are_served_in_turn():
+def test_tenants_with_different_shapes_alternate():
     to = queue(max_rows=4)
     for _ in range(40):
         add(to, "flood", key="a")
     add(to, "late", at=1.0, key="b")
     first, second = take(to, 1.0), take(to, 1.0)
-    assert "late" in {call.share.tenant for batch in (first, second) for call in batch.calls}
+    assert "late" in {call.tenant_queue.tenant for batch in (first, second) for call in batch.requests}
 
 
 def test_one_tenant_cannot_fill_the_queue_for_others():
@@ -122,7 +122,7 @@ def test_one_tenant_cannot_fill_the_queue_for_others():
     assert len(to) == 10
 
 
-def test_for_memory_worse_levels_give_way():
+def test_requests_of_worse_levels_are_evicted_for_memory():
     to = queue(rules=Rules(levels=(Level(), Level())), size_bytes=80)
     low = [add(to, level=1) for _ in range(10)]
     high = add(to, level=0, rows=3)
@@ -145,7 +145,7 @@ def test_levels_go_in_order_and_share_batches():
     to = queue(max_rows=2, rules=Rules(levels=(Level(), Level(), Level())))
     low, middle, high = (add(to, level=level) for level in (2, 1, 0))
     other = add(to, level=0)
-    assert [list(take(to).calls), list(take(to).calls)] == [[high, other], [middle, low]]
+    assert [list(take(to).requests), list(take(to).requests)] == [[high, other], [middle, low]]
 
 
 @given(aging_s=st.sampled_from([0.5, 1.0, 4.0]), levels=st.integers(2, 5), step_s=st.sampled_from([0.1, 0.25]))
@@ -169,7 +169,7 @@ def test_without_aging_levels_are_strict():
     assert low.is_waiting
 
 
-def test_what_stands_back_runs_after_its_level_and_before_the_next():
+def test_a_delayed_request_runs_after_its_level_and_before_the_next():
     levels = (Level(timeout_s=1.0, delays=True), Level())
     to = queue(max_rows=1, rules=Rules(levels=levels, aging_s=math.inf))
     early = add(to)
@@ -179,25 +179,25 @@ def test_what_stands_back_runs_after_its_level_and_before_the_next():
     fresh = add(to, at=0.9)
     assert to.next_expiry() == 1.0
     assert to.expire(1.0) == []
-    assert [take(to, 1.0).calls[0] for _ in range(3)] == [fresh, early, below]
+    assert [take(to, 1.0).requests[0] for _ in range(3)] == [fresh, early, below]
 
 
-def test_tenants_are_remembered_only_as_far_as_it_matters():
+def test_idle_tenants_are_dropped():
     to = queue(max_rows=1, calls=10_000)
-    for n in range(5 * MOST):
+    for n in range(5 * MAX_TENANTS):
         add(to, f"t{n}")
         take(to)
-    assert len(to._shares[0]) <= MOST
-    for n in range(2 * MOST):
+    assert len(to._tenant_queues[0]) <= MAX_TENANTS
+    for n in range(2 * MAX_TENANTS):
         add(to, f"w{n}")
-    assert len(to._shares[0]) <= MOST
-    assert len(to) == 2 * MOST
+    assert len(to._tenant_queues[0]) <= MAX_TENANTS
+    assert len(to) == 2 * MAX_TENANTS
     while len(to):
         take(to)
 
 
-def test_shares_of_nobody_cost_nothing():
-    shares = Shares({})
+def test_a_tenant_without_requests_does_not_wait():
+    shares = TenantQueues({})
     assert shares.of("") is shares.of("")
     assert shares.waiting() == []
 
@@ -211,7 +211,7 @@ def test_shares_of_nobody_cost_nothing():
     goal=st.sampled_from([math.inf, 5.0]),
     calls=st.sampled_from([4, 2048]),
 )
-def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
+def test_the_queues_counts_hold_under_any_operations(steps, goal, calls):
     rules = Rules(levels=(Level(), Level(timeout_s=3.0, delays=True)), aging_s=2.0, weights={"t0": 3.0})
     to = Queue("m", QueueLimits(calls, 1 << 20), BatchPolicy(4, 100, slo_s=goal), rules, CostCurve())
     here: list[QueuedRequest] = []
@@ -230,8 +230,8 @@ def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
         elif step == "take":
             batch = to.take(at, is_late=True)
             if isinstance(batch, Batch):
-                assert all(other in here for other in batch.calls)
-                here = [other for other in here if other not in batch.calls]
+                assert all(other in here for other in batch.requests)
+                here = [other for other in here if other not in batch.requests]
         elif step == "discard" and here:
             assert to.discard(here.pop(dice % len(here)))
         elif step == "expire":
@@ -245,16 +245,16 @@ def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
 def check(of: Queue, here: list[QueuedRequest]) -> None:
     assert len(of) == len(here)
     assert (of.rows, of.size_bytes) == (sum(p.rows for p in here), sum(p.size_bytes for p in here))
-    assert {id(p) for lane in of._lanes.values() for p in lane.order()} == {id(p) for p in here}
-    assert all(lane.rows == sum(p.rows for p in lane.order()) > 0 for lane in of._lanes.values())
-    for band, shares in enumerate(of._shares):
+    assert {id(p) for lane in of._groups.values() for p in lane.order()} == {id(p) for p in here}
+    assert all(lane.rows == sum(p.rows for p in lane.order()) > 0 for lane in of._groups.values())
+    for band, shares in enumerate(of._tenant_queues):
         waiting = shares.waiting()
         first = shares.first()
         assert (first is None) == (not waiting)
         if first is not None:
-            assert first.tag == min(share.tag for share in waiting)
+            assert first.virtual_time == min(share.virtual_time for share in waiting)
         for share in waiting:
-            own = [p for p in here if p.share is share]
-            assert (share.calls, share.rows) == (len(own), sum(p.rows for p in own))
+            own = [p for p in here if p.tenant_queue is share]
+            assert (share.count, share.rows) == (len(own), sum(p.rows for p in own))
             assert {id(p) for p in own} <= {id(p) for p in share.order}
             assert all(p.band == band for p in own)

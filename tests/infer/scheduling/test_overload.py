@@ -91,7 +91,7 @@ async def at_once(bench: Bench, count: int) -> list[InferenceResult]:
     return list(await asyncio.gather(*[bench.scheduler.submit(call(n), deadline) for n in range(count)]))
 
 
-def test_calls_that_come_together_are_run_together_once_the_rush_is_over():
+def test_requests_that_arrive_together_run_together_after_the_overload():
     def cost(rows: int) -> float:
         return 0.001 + rows * 0.0001
 
@@ -113,7 +113,7 @@ def test_calls_that_come_together_are_run_together_once_the_rush_is_over():
     assert run(main()) == [[16] * 16] * 3
 
 
-def test_calls_without_deadlines_are_batched_as_large_as_can_be():
+def test_requests_without_deadlines_get_the_largest_batches():
     pressure = Pressure()
     for n in range(1000):
         pressure.add(1, math.inf)
@@ -121,7 +121,7 @@ def test_calls_without_deadlines_are_batched_as_large_as_can_be():
     assert pressure.budget_s == math.inf
 
 
-def test_a_few_calls_in_a_hurry_do_not_make_small_batches_of_all():
+def test_a_few_short_deadlines_do_not_shrink_all_batches():
     cost, pressure = curve(0.001, 0.0006), Pressure()
     for n in range(5000):
         pressure.add(1, 0.05 if n % 50 == 0 else math.inf)
@@ -131,7 +131,7 @@ def test_a_few_calls_in_a_hurry_do_not_make_small_batches_of_all():
     assert pressure.max_rows(2.0, cost, 64, 1) < 40
 
 
-def test_calls_that_cannot_be_done_at_all_cut_nobody_elses_batches():
+def test_hopeless_deadlines_do_not_shrink_batches():
     """A caller whose deadlines are shorter than one row takes is refused, and that is all."""
     cost, pressure = curve(0.001, 0.0001), Pressure()
     sizes = []
@@ -160,13 +160,13 @@ def test_no_other_size_gets_many_more_answered_in_time(fixed_s, row_s, rate, bud
         assert in_time(best, cost, rate, budget_s) >= 0.97 * most
 
 
-def test_before_anything_is_known_nothing_is_cut():
+def test_batches_are_not_shrunk_before_costs_are_known():
     pressure = Pressure()
     pressure.add(1, 0.01)
     assert pressure.max_rows(0.0, CostCurve(), 48, 1) == 48
 
 
-def test_an_expired_call_is_never_counted_as_run():
+def test_an_expired_request_is_never_counted_as_run():
     results, bench, _ = served(0.0004, 0.00065, 0.002, 3.0, JITTER)
     assert sum(isinstance(answer, DeadlineExceeded | ResourceExhausted) for _, answer in results) > 0
     assert bench.statistics.expired_executed == 0

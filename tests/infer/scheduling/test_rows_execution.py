@@ -56,7 +56,7 @@ class Model(Session):
 
 @dataclass
 class Job:
-    call: InferenceRequest
+    request: InferenceRequest
     expires: float = math.inf
     is_abandoned: bool = False
 
@@ -81,7 +81,7 @@ def execution(model) -> RowsExecution:
     return RowsExecution("m", model, SIGNATURE, lambda: 0.0)
 
 
-def test_calls_of_any_shapes_have_one_key_and_run_once(execution, model):
+def test_ragged_requests_have_one_key_and_run_once(execution, model):
     calls = [call(images(2, 3, 4)), call(images(1, 7, 2)), call([images(1, 2, 2)[0], images(1, 5, 1)[0]])]
     assert len({each.key for each in calls}) == 1
     outcomes = execution.run([Job(each) for each in calls])
@@ -93,7 +93,7 @@ def test_calls_of_any_shapes_have_one_key_and_run_once(execution, model):
             np.testing.assert_array_equal(got, image * 2)
 
 
-def test_shapes_of_what_is_not_ragged_still_part_calls():
+def test_shapes_of_inputs_that_are_not_ragged_still_separate_requests():
     wide = Signature((TensorSpec("image", FP64, (-1, -1, -1)),), (TIMES,), 64)
     keys = {key_of({"image": images(1, *shape)}, (), wide) for shape in ((2, 2), (2, 3))}
     assert len(keys) == 2
@@ -109,7 +109,7 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(1, 4))
         st.tuples(SHAPES, st.integers(-3, 3), st.sampled_from(["fine"] * 6 + ["unfit", "fatal"])), min_size=1
     )
 )
-def test_every_call_gets_what_it_would_get_alone(calls):
+def test_each_request_gets_the_result_it_would_get_alone(calls):
     model = Model()
     execution = RowsExecution("m", model, SIGNATURE, lambda: 0.0)
     jobs = []
@@ -130,7 +130,7 @@ def test_every_call_gets_what_it_would_get_alone(calls):
             assert str(alone) == str(outcome)
 
 
-def test_bad_rows_fail_their_calls_and_nothing_runs_twice(execution, model):
+def test_bad_rows_fail_their_requests_and_nothing_runs_twice(execution, model):
     bad = images(3, 2, 2)
     bad[1, 0, 0] = POISON
     outcomes = execution.run([Job(call(images(2, 3, 3))), Job(call(bad)), Job(call(images(1, 1, 1)))])
@@ -141,14 +141,14 @@ def test_bad_rows_fail_their_calls_and_nothing_runs_twice(execution, model):
     assert str(alone[0]) == "model 'm': minus one"
 
 
-def test_a_model_that_fails_is_cut_apart_as_any_other(execution, model):
+def test_a_failing_batch_of_rows_is_bisected(execution, model):
     bad = images(1, 2, 2)
     bad[0, 0, 0] = FATAL
     outcomes = execution.run([Job(call(images(2, 3, 3))), Job(call(bad)), Job(call(images(1, 1, 1)))])
     assert [type(outcome) for outcome in outcomes] == [InferenceResult, Internal, InferenceResult]
 
 
-def test_who_is_gone_is_left_out(execution, model):
+def test_abandoned_requests_are_left_out(execution, model):
     jobs = [
         Job(call(images(2, 3, 3)), is_abandoned=True),
         Job(call(images(1, 1, 1))),

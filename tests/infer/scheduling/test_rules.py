@@ -63,12 +63,12 @@ def read(text: str) -> Rules:
     return rules.of(config)
 
 
-def test_nothing_said():
+def test_rules_of_an_empty_configuration():
     assert read("") == read("max_batch_size: 8 dynamic_batching {}") == Rules()
     assert rules.slo_s(model_config.parse("")) == math.inf
 
 
-def test_all_that_can_be_said():
+def test_rules_of_a_full_configuration():
     got = read(
         """max_batch_size: 8
         dynamic_batching {
@@ -98,7 +98,7 @@ def test_a_timeout_of_the_request_counts_unless_the_model_has_one_of_its_own():
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_or_refused(text):
+def test_any_text_is_read_or_rejected(text):
     config = model_config.parse("")
     for key in ("slo_ms", "tenant_weights", "priority_aging_ms"):
         config.parameters[key].string_value = text

@@ -114,7 +114,7 @@ def values(answer) -> list[float]:
     return answer.outputs[0][:, 0].tolist()
 
 
-async def test_what_waits_is_run_together_and_cut_apart():
+async def test_queued_requests_run_together_and_their_outputs_are_split():
     bench = Bench()
     async with bench.scheduler:
         first = await bench.occupied()
@@ -127,7 +127,7 @@ async def test_what_waits_is_run_together_and_cut_apart():
     assert sorted(bench.statistics.by_rows) == [1, 4]
 
 
-async def test_answers_stay_what_they_are_when_the_next_batch_runs():
+async def test_results_do_not_change_when_the_next_batch_runs():
     bench = Bench()
     async with bench.scheduler:
         answers = []
@@ -140,7 +140,7 @@ async def test_answers_stay_what_they_are_when_the_next_batch_runs():
         assert [values(answer) for answer in answers] == [[2], [4], [202], [204]]
 
 
-async def test_calls_that_differ_are_not_stacked():
+async def test_requests_of_different_shapes_are_not_stacked():
     bench = Bench()
     async with bench.scheduler:
         first = await bench.occupied()
@@ -150,7 +150,7 @@ async def test_calls_that_differ_are_not_stacked():
     assert bench.model.runs == [[-1], [1, 3], [2]]
 
 
-async def test_a_guilty_call_fails_alone():
+async def test_a_failing_request_fails_alone():
     bench = Bench()
     async with bench.scheduler:
         first = await bench.occupied()
@@ -164,7 +164,7 @@ async def test_a_guilty_call_fails_alone():
         assert values(await bench.scheduler.submit(call(5))) == [10]
 
 
-async def test_a_model_that_is_no_batch_model_is_told_so():
+async def test_outputs_without_a_batch_dimension_are_reported():
     bench = Bench()
     bench.model.answer = lambda x: np.zeros((1, 1), np.float32)
     async with bench.scheduler:
@@ -172,7 +172,7 @@ async def test_a_model_that_is_no_batch_model_is_told_so():
             await bench.scheduler.submit(call(1, 2))
 
 
-async def test_a_fault_of_ours_reaches_all_and_ends_nothing():
+async def test_an_internal_error_fails_the_batch_and_the_worker_goes_on():
     bench = Bench()
     bench.model.answer = lambda x: 1 / 0
     async with bench.scheduler:
@@ -182,7 +182,7 @@ async def test_a_fault_of_ours_reaches_all_and_ends_nothing():
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
-async def test_a_cancelled_call_is_never_executed():
+async def test_a_cancelled_request_is_never_executed():
     bench = Bench()
     async with bench.scheduler:
         first = await bench.occupied()
@@ -194,7 +194,7 @@ async def test_a_cancelled_call_is_never_executed():
     assert bench.model.executed == [-1, 2]
 
 
-def test_a_call_that_is_cancelled_after_it_was_taken_is_not_executed():
+def test_a_request_that_is_cancelled_after_take_is_not_executed():
     bench = Bench()
     gone, here = (QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 2))
     gone.is_abandoned = True
@@ -205,7 +205,7 @@ def test_a_call_that_is_cancelled_after_it_was_taken_is_not_executed():
     assert bench.model.executed == [2]
 
 
-async def test_an_expired_call_is_refused_at_the_door():
+async def test_an_expired_request_is_rejected_on_arrival():
     bench = Bench()
     async with bench.scheduler:
         with pytest.raises(DeadlineExceeded, match="Request timeout expired"):
@@ -214,7 +214,7 @@ async def test_an_expired_call_is_refused_at_the_door():
 
 
 @pytest.mark.parametrize("how", ["deadline", "timeout", "default"])
-async def test_a_call_that_expires_in_the_queue_is_never_executed(how):
+async def test_a_request_that_expires_in_the_queue_is_never_executed(how):
     bench = Bench(rules=Rules((Level(timeout_s=0.01 if how == "default" else math.inf),)))
     async with bench.scheduler:
         bench.model.gate.clear()
@@ -231,7 +231,7 @@ async def test_a_call_that_expires_in_the_queue_is_never_executed(how):
     assert bench.model.executed == [-1]
 
 
-async def test_what_expires_between_queue_and_thread_is_left_out_of_the_batch():
+async def test_a_request_that_expires_before_its_run_is_left_out_of_the_batch():
     bench = Bench()
     async with bench.scheduler:
         first = await bench.occupied()
@@ -257,7 +257,7 @@ async def test_a_timeout_bounds_the_queue_and_not_the_execution():
 
 
 @pytest.mark.parametrize("limits", [QueueLimits(calls=2), QueueLimits(size_bytes=8)])
-async def test_a_full_queue_refuses_and_says_when_to_come_back(limits):
+async def test_a_full_queue_rejects_with_a_retry_time(limits):
     bench = Bench(limits=limits)
     async with bench.scheduler:
         first = await bench.occupied()
@@ -273,13 +273,13 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(limits):
     assert bench.model.executed == [-1, 2, 4]
 
 
-async def test_an_empty_queue_takes_a_call_of_any_size():
+async def test_an_empty_queue_accepts_a_request_of_any_size():
     bench = Bench(limits=QueueLimits(size_bytes=1))
     async with bench.scheduler:
         assert values(await bench.scheduler.submit(call(1, 2, 3))) == [2, 4, 6]
 
 
-async def test_instances_run_side_by_side():
+async def test_instances_run_concurrently():
     bench = Bench(instances=2, policy=BatchPolicy(1, 1 << 20))
     async with bench.scheduler:
         bench.model.gate.clear()
@@ -290,7 +290,7 @@ async def test_instances_run_side_by_side():
     assert sorted(bench.model.executed) == [1, 2, 3]
 
 
-async def test_with_a_delay_a_lone_call_waits_for_company_but_not_for_ever():
+async def test_with_a_delay_a_lone_request_waits_for_others_at_most_that_long():
     bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=10.0))
     async with bench.scheduler:
         (task,) = await bench.queued(call(1))
@@ -303,7 +303,7 @@ async def test_with_a_delay_a_lone_call_waits_for_company_but_not_for_ever():
 
 
 @pytest.mark.parametrize("fault", [StopIteration("over"), SystemExit(1), KeyboardInterrupt()])
-async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_lives_on(fault):
+async def test_any_exception_of_the_model_reaches_its_caller_and_the_worker_goes_on(fault):
     def throw(x):
         raise fault
 
@@ -316,7 +316,7 @@ async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_l
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
-def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
+def test_a_request_that_expires_during_bisection_is_not_run():
     bench = Bench()
     execution = bench.execution()
     jobs = [QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (13, 2, 3, 4)]
@@ -332,13 +332,13 @@ def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
     outcomes = execution.run(jobs)
     assert bench.model.runs == [[13, 2, 3, 4], [13, 2], [13], [2]]
     assert [type(outcome).__name__ for outcome in outcomes] == [
-        *("Internal", "Answer", "DeadlineExceeded", "DeadlineExceeded")
+        *("Internal", "InferenceResult", "DeadlineExceeded", "DeadlineExceeded")
     ]
     assert execution.tally.expired_rows == 0
     assert execution.tally.bisections == 2
 
 
-def test_batch_mates_of_a_fault_of_ours_are_spared_too():
+def test_batch_mates_of_an_internal_error_succeed():
     bench = Bench()
 
     def answer(x):
@@ -348,23 +348,23 @@ def test_batch_mates_of_a_fault_of_ours_are_spared_too():
 
     bench.model.answer = answer
     outcomes = bench.execution().run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
-    assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "MemoryError", "Answer"]
+    assert [type(outcome).__name__ for outcome in outcomes] == ["InferenceResult", "MemoryError", "InferenceResult"]
 
 
-def test_a_goal_beside_static_settings_is_said_to_do_nothing(caplog):
+def test_a_goal_beside_static_settings_logs_a_warning(caplog):
     Bench(policy=BatchPolicy(8, 1 << 20, delay_s=0.1, slo_s=0.05))
-    assert "slo_ms does nothing" in caplog.text
+    assert "slo_ms has no effect" in caplog.text
 
 
-async def test_outcomes_that_are_too_few_are_a_fault_and_hang_nobody():
+async def test_too_few_outcomes_fail_the_batch():
     bench = Bench()
     execution = bench.execution()
-    execution._computed = lambda *args: []
+    execution._compute_outcomes = lambda *args: []
     outcomes = execution.run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 2)])
     assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 2
 
 
-async def test_leaving_that_is_cut_short_tells_those_who_wait():
+async def test_a_cancelled_shutdown_fails_the_queued_requests():
     bench = Bench()
 
     async def serve() -> None:
@@ -389,7 +389,7 @@ async def test_leaving_that_is_cut_short_tells_those_who_wait():
     assert bench.model.executed == [-1]
 
 
-async def test_a_receiver_that_raises_harms_no_batch_mate(caplog):
+async def test_a_receiver_that_raises_does_not_affect_its_batch_mates(caplog):
     class Clumsy(Nobody):
         def answered(self, answer) -> None:
             raise ValueError("clumsy")
@@ -405,7 +405,7 @@ async def test_a_receiver_that_raises_harms_no_batch_mate(caplog):
     assert "clumsy" in caplog.text
 
 
-async def test_calls_that_come_one_by_one_are_run_without_a_round_of_the_loop():
+async def test_requests_that_arrive_one_by_one_run_without_a_loop_iteration():
     bench = Bench()
     bench.model.only_computes = True
 
@@ -432,7 +432,7 @@ async def test_calls_that_come_one_by_one_are_run_without_a_round_of_the_loop():
 
 
 @pytest.mark.parametrize(("compute_ms", "alone_on_loop"), [(0.05, True), (0.3, True), (5.0, False)])
-async def test_what_takes_longer_is_run_on_the_loop_only_for_a_call_that_comes_alone(compute_ms, alone_on_loop):
+async def test_a_longer_batch_runs_on_the_loop_only_for_a_lone_request(compute_ms, alone_on_loop):
     bench = Bench()
     bench.model.only_computes = True
     threads = []
@@ -458,7 +458,7 @@ async def test_what_takes_longer_is_run_on_the_loop_only_for_a_call_that_comes_a
         assert threads == [False] * len(threads)
 
 
-async def test_calls_that_come_in_bursts_are_run_together():
+async def test_requests_that_arrive_in_bursts_run_together():
     bench = Bench()
     async with bench.scheduler:
         for _ in range(20):
@@ -467,7 +467,7 @@ async def test_calls_that_come_in_bursts_are_run_together():
     assert bench.model.runs == [[1, 2, 3]] * 20
 
 
-async def test_leaving_runs_what_waits_and_takes_nothing_more():
+async def test_closing_runs_the_queue_and_accepts_no_more():
     bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=1000.0))
     async with bench.scheduler:
         (task,) = await bench.queued(call(1))

@@ -185,7 +185,7 @@ async def play(story: list[Arrival], bench: Bench, rules: Rules) -> list[Told]:
     each_s=times(0.0001, 0.001),
     fixed_s=times(0.0, 0.002),
 )
-def test_whatever_comes(story, policy, rules, instances, calls, each_s, fixed_s):
+def test_any_traffic_keeps_the_schedulers_promises(story, policy, rules, instances, calls, each_s, fixed_s):
     async def main():
         limits = QueueLimits(calls=calls)
         bench = Bench(lambda rows: fixed_s + rows * each_s, policy, limits, rules, instances=instances)

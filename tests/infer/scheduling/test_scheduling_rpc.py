@@ -45,7 +45,7 @@ async def served(serve, models_folder):
 
 @pytest.mark.parametrize("model", ["plain", "levels", "ordered", "goal", "tenants"])
 @pytest.mark.parametrize("priority", [0, 1, 3, 2**64 - 1])
-async def test_many_calls_are_answered_each_its_own(served, model, priority):
+async def test_many_requests_get_their_own_results(served, model, priority):
     async def one(n: int) -> None:
         asked = request(model, x=floats([n, n, n, n]), id=str(n))
         if priority:
@@ -58,7 +58,7 @@ async def test_many_calls_are_answered_each_its_own(served, model, priority):
     await asyncio.gather(*(one(n) for n in range(100)))
 
 
-async def test_what_is_wrong_is_named_in_the_index(served):
+async def test_configuration_errors_are_named_in_the_index(served):
     index = await served.stub.RepositoryIndex(pb.RepositoryIndexRequest())
     (row,) = [row for row in index.models if row.name == "hasty"]
     assert row.state == "UNAVAILABLE"
@@ -113,4 +113,4 @@ class occupied:
 
     async def __aexit__(self, *_: object) -> None:
         self.scheduler._idle = self.idle
-        self.scheduler._soon()
+        self.scheduler._dispatch_soon()

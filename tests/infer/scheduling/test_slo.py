@@ -42,7 +42,7 @@ def decide(calls, now, cost, *, rate=0.0, instances=1):
     return slo.decide(calls, now, GOAL, cost, rate=rate, instances=instances)
 
 
-def test_a_lone_call_on_an_idle_server_runs_at_once():
+def test_a_lone_request_on_an_idle_server_runs_immediately():
     assert decide([Call(1, 0.05)], 0.0, curve(5 * MS, 1e-5)) == Run(1, "idle")
 
 
@@ -71,12 +71,12 @@ def test_the_earliest_goal_goes_first():
     assert run(main()) == [2, 3, 0, 1]
 
 
-def test_it_does_not_wait_where_company_gains_nothing():
+def test_it_does_not_wait_where_more_rows_gain_nothing():
     # In proportion to rows: a batch is no cheaper than its calls.
     assert decide([Call(1, 0.05)], 0.0, curve(0.0, 5 * MS), rate=1000.0) == Run(1, "idle")
 
 
-def test_it_does_not_wait_before_it_knows_what_things_cost():
+def test_it_does_not_wait_before_costs_are_known():
     assert isinstance(decide([Call(1, 0.05)], 0.0, curve(1.0, 1.0, most=3), rate=1e6), Run)
 
 
@@ -85,7 +85,7 @@ def test_a_batch_is_as_large_as_its_earliest_goal_allows():
     assert decide(calls, 0.0, curve(0.0, 1 * MS)) == Run(8, "slo")
 
 
-def test_what_is_late_anyway_makes_no_other_late():
+def test_a_request_that_is_late_anyway_delays_no_other():
     # The first can be in time no more: it neither hastens nor shortens the batch.
     calls = [Call(1, -1.0)] + [Call(1, 0.05)] * 30
     assert decide(calls, 0.0, curve(0.0, 1 * MS)) == Run(31, "idle")
@@ -98,7 +98,7 @@ def test_what_is_late_anyway_makes_no_other_late():
     rate=st.sampled_from([0.0, 100.0, 10_000.0]),
     instances=st.integers(1, 4),
 )
-def test_no_decision_makes_late_what_need_not_be(dues, fixed, each, rate, instances):
+def test_no_decision_makes_a_feasible_request_late(dues, fixed, each, rate, instances):
     cost = curve(fixed, each)
     calls = [Call(rows, due) for rows, due in sorted(dues, key=lambda one: one[1])]
     decision = decide(calls, 0.0, cost, rate=rate, instances=instances)
@@ -149,7 +149,7 @@ def warm(bench: Bench, cost) -> None:
     slack=st.sampled_from([2.5, 5.0]),
     instances=st.integers(1, 2),
 )
-def test_what_is_feasible_is_in_time(seed, load, fixed_s, row_s, slack, instances):
+def test_feasible_requests_are_in_time(seed, load, fixed_s, row_s, slack, instances):
     dice = random.Random(seed)
 
     def cost(rows: int) -> float:
@@ -189,7 +189,7 @@ def test_waiting_pays_in_fewer_runs():
 
 
 @pytest.mark.parametrize("slo_s", [0.05, 0.002])
-def test_whoever_comes_alone_never_waits(slo_s):
+def test_a_lone_request_never_waits(slo_s):
     async def main():
         bench = Bench(lambda rows: 0.003, BatchPolicy(64, 1 << 30, slo_s=slo_s), QueueLimits())
         return await offered(bench, [0.005] * 100)
@@ -197,7 +197,7 @@ def test_whoever_comes_alone_never_waits(slo_s):
     assert all(seconds == pytest.approx(0.003) for seconds, _ in run(main()))
 
 
-def test_an_idle_server_refuses_nobody_whatever_it_has_learnt():
+def test_an_idle_server_rejects_no_request_whatever_the_learned_costs():
     async def main():
         bench = Bench(lambda rows: 1.0, BatchPolicy(1, 1 << 30), QueueLimits())
         for _ in range(20):
@@ -209,7 +209,7 @@ def test_an_idle_server_refuses_nobody_whatever_it_has_learnt():
     assert not isinstance(answer, Exception)
 
 
-def test_a_goal_that_cannot_be_met_refuses_nobody():
+def test_a_goal_that_cannot_be_met_rejects_no_request():
     async def main():
         bench = Bench(lambda rows: 0.1, BatchPolicy(1, 1 << 30, slo_s=0.01), QueueLimits())
         return await offered(bench, [0.0] * 50)
@@ -217,7 +217,7 @@ def test_a_goal_that_cannot_be_met_refuses_nobody():
     assert not any(isinstance(answer, Exception) for _, answer in run(main()))
 
 
-def test_answers_keep_the_order_of_arrival_where_the_model_wants_that():
+def test_results_keep_the_order_of_arrival_with_preserve_ordering():
     async def main():
         slow = iter([0.5, 0.1, 0.1, 0.1])
         rules = Rules(preserves_order=True)

@@ -59,7 +59,7 @@ async def test_a_batch_is_answered():
     assert [job.on_abandoned for job in jobs] == [None, None]
 
 
-async def test_it_ends_when_the_last_one_has_gone():
+async def test_a_batch_is_cancelled_when_its_last_caller_has_left():
     bench = Bench()
     jobs = [Waiting(), Waiting()]
     bench.run(*jobs)
@@ -72,7 +72,7 @@ async def test_it_ends_when_the_last_one_has_gone():
     assert bench.execution.was_cancelled
 
 
-async def test_one_that_goes_before_the_first_step_frees_the_worker_too():
+async def test_a_batch_cancelled_before_it_starts_frees_the_worker():
     bench = Bench()
     job = Waiting()
     bench.run(job)
@@ -80,7 +80,7 @@ async def test_one_that_goes_before_the_first_step_frees_the_worker_too():
     assert [type(outcome) for outcome in await bench.outcomes] == [Unavailable]
 
 
-async def test_closing_ends_what_runs():
+async def test_closing_cancels_the_running_batch():
     bench = Bench()
     bench.run(Waiting())
     await asyncio.sleep(0)
@@ -88,7 +88,7 @@ async def test_closing_ends_what_runs():
     assert [type(outcome) for outcome in await bench.outcomes] == [Unavailable]
 
 
-async def test_it_wakes_once_and_not_when_there_is_something_to_do():
+async def test_it_wakes_once_and_not_while_it_runs():
     bench = Bench()
     woken: list[str] = []
     is_woken = asyncio.Event()

@@ -96,7 +96,7 @@ class SimulatedWorker:
         self._sleep_on()
         self.is_running = True
         outcomes = self.execution.run(jobs)
-        seconds = self._cost(sum(job.call.rows for job in jobs))
+        seconds = self._cost(sum(job.request.rows for job in jobs))
 
         def finished() -> None:
             self.is_running = False

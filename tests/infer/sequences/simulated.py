@@ -33,10 +33,10 @@ FIRST = {"total_in": np.zeros((1, 1))}
 
 
 def settings(
-    *, direct: bool = True, places: int = 2, rows: int = 2, idle_s: float = 60.0, delay_s: float = 0.0, **more: Any
+    *, direct: bool = True, slots: int = 2, rows: int = 2, idle_s: float = 60.0, delay_s: float = 0.0, **more: Any
 ) -> SequenceSettings:
     return SequenceSettings(
-        CONTROLS, (STATE,), direct, places, BatchPolicy(rows, 1 << 60, delay_s), idle_s=idle_s, **more
+        CONTROLS, (STATE,), direct, slots, BatchPolicy(rows, 1 << 60, delay_s), idle_s=idle_s, **more
     )
 
 

@@ -44,7 +44,7 @@ async def test_a_small_step_does_not_overtake_a_large_one(serve, models_folder: 
     ]
 
 
-async def test_who_gives_up_in_line_holds_nobody_up(serve, models_folder: Repository):
+async def test_a_cancelled_waiter_does_not_block_later_steps(serve, models_folder: Repository):
     models_folder.put("m", summing(), config=CONFIG)
     served = await serve(models_folder.root)
     await served.core.infer(step(1, 1, start=True))
@@ -62,17 +62,17 @@ async def test_first_come_first_served():
     line, seen = ArrivalOrder(), []
 
     async def one(n: int) -> None:
-        async with line.turn(7):
+        async with line.in_order(7):
             await asyncio.sleep(0)
             seen.append(n)
 
-    async with line.turn(8):
+    async with line.in_order(8):
         await asyncio.gather(*(one(n) for n in range(5)))
         assert not line.is_free(8)
     assert seen == list(range(5))
     assert line.is_free(7)
     assert line.is_free(8)
     with pytest.raises(ZeroDivisionError):
-        async with line.turn(9):
+        async with line.in_order(9):
             raise ZeroDivisionError
     assert line.is_free(9)

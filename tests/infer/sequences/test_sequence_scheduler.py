@@ -26,7 +26,7 @@ def later(call: Awaitable[float]) -> asyncio.Future[float]:
 
 def test_direct_keeps_the_row_and_fills_gaps():
     async def scene() -> None:
-        bench = Bench(settings(places=4, rows=4))
+        bench = Bench(settings(slots=4, rows=4))
         async with bench.scheduler:
             await asyncio.gather(*(bench.total(step(n, start=True)) for n in (1, 2, 3)))
             await asyncio.gather(bench.total(step(3)), bench.total(step(1)))
@@ -44,7 +44,7 @@ def test_direct_keeps_the_row_and_fills_gaps():
 
 def test_direct_waits_for_its_share_of_the_rows():
     async def scene() -> None:
-        bench = Bench(settings(places=4, rows=4, delay_s=0.5, utilization=0.5))
+        bench = Bench(settings(slots=4, rows=4, delay_s=0.5, utilization=0.5))
         clock = asyncio.get_running_loop().time
         async with bench.scheduler:
             first = later(bench.total(step(1, start=True)))
@@ -57,9 +57,9 @@ def test_direct_waits_for_its_share_of_the_rows():
     run(scene())
 
 
-def test_oldest_batches_what_came_first():
+def test_oldest_batches_the_first_arrivals():
     async def scene() -> None:
-        bench = Bench(settings(direct=False, places=8, rows=2))
+        bench = Bench(settings(direct=False, slots=8, rows=2))
         async with bench.scheduler:
             await asyncio.gather(*(bench.total(step(n, start=True)) for n in (5, 4, 3, 2, 1)))
             assert [(ran.run, ran.row, ran.id) for ran in bench.log] == [
@@ -73,7 +73,7 @@ def test_oldest_batches_what_came_first():
 
 def test_the_backlog_waits_for_an_end():
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1))
+        bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:
             await bench.total(step(1, start=True))
             waiting = [later(bench.total(step(2, n, start=n == 1))) for n in (1, 2)]
@@ -89,9 +89,9 @@ def test_the_backlog_waits_for_an_end():
     run(scene())
 
 
-def test_a_loop_of_one_id_does_not_keep_others_out():
+def test_one_id_in_a_loop_does_not_starve_others():
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1))
+        bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:
             mine = [later(bench.total(step(1, n, start=True, end=True))) for n in (1, 2, 3)]
             other = later(bench.total(step(2, 9, start=True, end=True)))
@@ -101,9 +101,9 @@ def test_a_loop_of_one_id_does_not_keep_others_out():
     run(scene())
 
 
-def test_tenants_get_their_shares_of_places():
+def test_tenants_get_their_shares_of_slots():
     async def scene() -> None:
-        bench = Bench(settings(places=4, rows=4), weights={"gold": 2.0})
+        bench = Bench(settings(slots=4, rows=4), weights={"gold": 2.0})
         async with bench.scheduler:
             await bench.total(step(1, start=True), tenant="flood")
             flood = [later(bench.total(step(n, start=True), tenant="flood")) for n in range(2, 10)]
@@ -112,8 +112,8 @@ def test_tenants_get_their_shares_of_places():
             for n in (1, 2, 3, 4):
                 await bench.total(step(n, end=True), tenant="flood")
             await asyncio.sleep(1)
-            placed = [sequence.tenant for sequence in bench.scheduler.book.placed[0]]
-            assert sorted(placed) == ["flood", "gold", "gold", "gold"]
+            assigned = [sequence.tenant for sequence in bench.scheduler.table.assigned[0]]
+            assert sorted(assigned) == ["flood", "gold", "gold", "gold"]
             for task in (*flood, *gold):
                 task.cancel()
 
@@ -122,7 +122,7 @@ def test_tenants_get_their_shares_of_places():
 
 def test_a_full_queue_refuses():
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1), limits=QueueLimits(calls=3))
+        bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(calls=3))
         async with bench.scheduler:
             await bench.total(step(1, start=True))
             waiting = [later(bench.total(step(2, start=n == 0))) for n in range(3)]
@@ -136,7 +136,7 @@ def test_a_full_queue_refuses():
     run(scene())
 
 
-def test_what_is_too_late_is_not_run_and_the_sequence_goes_on():
+def test_an_expired_step_is_not_run_and_the_sequence_goes_on():
     async def scene() -> None:
         bench = Bench(settings())
         async with bench.scheduler:
@@ -173,7 +173,7 @@ def test_a_cancelled_step_is_left_out_and_one_that_runs_counts():
 @pytest.mark.parametrize("how", ["cancelled", "late", "failed"])
 def test_a_start_that_is_not_run_starts_nothing(how):
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1))
+        bench = Bench(settings(slots=1, rows=1))
         bench.poison.add(66.0)
         async with bench.scheduler:
             blocker = later(bench.total(step(9, start=True, end=True)))
@@ -199,7 +199,7 @@ def test_a_start_that_is_not_run_starts_nothing(how):
 @pytest.mark.parametrize("how", ["cancelled", "late"])
 def test_an_end_that_is_not_run_ends_all_the_same(how):
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1))
+        bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:
             await bench.total(step(1, start=True))
             running = later(bench.total(step(1)))
@@ -217,9 +217,9 @@ def test_an_end_that_is_not_run_ends_all_the_same(how):
     run(scene())
 
 
-def test_what_cannot_be_stacked_runs_apart():
+def test_steps_that_cannot_be_stacked_run_separately():
     async def scene() -> None:
-        bench = Bench(settings(places=4, rows=4))
+        bench = Bench(settings(slots=4, rows=4))
         async with bench.scheduler:
             await asyncio.gather(*(bench.total(step(n, start=True, key=n % 2)) for n in (1, 2, 3, 4)))
             assert [(ran.run, ran.row) for ran in bench.log] == [(1, 0), (1, 2), (2, 1), (2, 3)]
@@ -227,9 +227,9 @@ def test_what_cannot_be_stacked_runs_apart():
     run(scene())
 
 
-def test_order_is_preserved_where_it_is_asked_for():
+def test_order_is_preserved_with_preserve_ordering():
     async def scene() -> None:
-        bench = Bench(settings(direct=False, places=4, rows=1, preserves_order=True), instances=2)
+        bench = Bench(settings(direct=False, slots=4, rows=1, preserves_order=True), instances=2)
         done: list[int] = []
 
         async def one(id: int) -> None:
@@ -246,9 +246,9 @@ def test_order_is_preserved_where_it_is_asked_for():
     run(scene())
 
 
-def test_leaving_runs_what_waits():
+def test_closing_runs_the_queued_steps():
     async def scene() -> None:
-        bench = Bench(settings(places=1, rows=1))
+        bench = Bench(settings(slots=1, rows=1))
         async with bench.scheduler:
             await bench.total(step(1, start=True))
             waiting = [later(bench.total(step(n, start=True))) for n in (2, 3)]
@@ -270,10 +270,10 @@ def test_an_execution_looks_only_at_sequences_with_a_step(monkeypatch):
 
     async def scene() -> None:
         nonlocal looks
-        bench = Bench(settings(direct=False, places=3000, rows=4), limits=QueueLimits(calls=3000))
+        bench = Bench(settings(direct=False, slots=3000, rows=4), limits=QueueLimits(calls=3000))
         async with bench.scheduler:
             await asyncio.gather(*(bench.total(step(n, start=True)) for n in range(1, 3001)))
-            assert len(bench.scheduler.book.placed[0]) == 3000
+            assert len(bench.scheduler.table.assigned[0]) == 3000
             monkeypatch.setattr(Sequence, "head", property(counted))
             runs, looks = len(bench.log), 0
             assert await asyncio.gather(*(bench.total(step(n)) for n in (7, 2999, 40))) == [2, 2, 2]

@@ -67,7 +67,7 @@ def test_refused_by_name(text):
         ('parameters { key: "slo_ms" value { string_value: "5" } }', "parameter slo_ms does nothing beside"),
     ],
 )
-def test_what_does_not_go_with_sequences(more, said):
+def test_settings_that_exclude_sequences_are_rejected(more, said):
     with pytest.raises(FailedPrecondition, match=said):
         model_config.check(model_config.parse(f"sequence_batching {{ }} {more}"), OnnxRuntime())
 
@@ -101,7 +101,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("what", [what for what, (_, _, said) in MISFITS.items() if said])
-async def test_what_does_not_fit_the_model(serve, models_folder: Repository, what):
+async def test_settings_that_do_not_match_the_model_are_rejected(serve, models_folder: Repository, what):
     controls, states, said = MISFITS[what]
     put(models_folder, "m", config("", controls=controls).replace(STATES, states))
     served = await serve(models_folder.root)

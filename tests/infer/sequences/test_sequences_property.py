@@ -94,18 +94,18 @@ async def traffic(bench: Bench, script: Sequence[Sent]) -> list[Told]:
         told.append(Told(n, sent, clock()))
         tasks.append(asyncio.create_task(one(told[-1])))
         await asyncio.sleep(0)  # It arrives.
-        check_heads(bench.scheduler.book)
+        check_heads(bench.scheduler.table)
         if sent.cancel_s is not None:
             asyncio.get_running_loop().call_later(sent.cancel_s, tasks[-1].cancel)
     await asyncio.wait(tasks)
     return told
 
 
-def check_heads(book: SequenceTable) -> None:
+def check_heads(table: SequenceTable) -> None:
     """What is remembered of who has a step to run is what looking at each sequence would find."""
-    for instance, placed in enumerate(book.placed):
-        found = {head for sequence in placed if (head := sequence.head) is not None}
-        heads = book.heads(instance)
+    for instance, assigned in enumerate(table.assigned):
+        found = {head for sequence in assigned if (head := sequence.head) is not None}
+        heads = table.heads(instance)
         assert set(heads) == found
         assert len(heads) == len(found)
 
@@ -174,17 +174,17 @@ def may_be_idle(entry: Told, told: Sequence[Told], log: Sequence[Ran]) -> bool:
 @given(
     script=st.lists(SENT, min_size=1, max_size=40) | st.integers(0, 2**32).map(crowded),
     direct=st.booleans(),
-    places=st.integers(1, 4),
+    slots=st.integers(1, 4),
     instances=st.integers(1, 2),
     delay_s=st.sampled_from([0.0, 0.03]),
     preserves_order=st.booleans(),
 )
-def test_any_traffic(script, direct, places, instances, delay_s, preserves_order):
+def test_any_sequence_traffic_matches_the_reference(script, direct, slots, instances, delay_s, preserves_order):
     async def scene() -> tuple[list[Told], Bench]:
         given = simulated.settings(
             direct=direct,
-            places=places,
-            rows=places if direct else 2,
+            slots=slots,
+            rows=slots if direct else 2,
             idle_s=IDLE_S,
             delay_s=delay_s,
             utilization=0.75 if direct else 0.0,
@@ -194,8 +194,8 @@ def test_any_traffic(script, direct, places, instances, delay_s, preserves_order
         async with bench.scheduler:
             told = await traffic(bench, script)
             await asyncio.sleep(IDLE_S + 1)
-            assert len(bench.scheduler.book) == 0, "a sequence was left"
-            assert bench.scheduler.book.waiting == bench.scheduler.book.waiting_bytes == 0
+            assert len(bench.scheduler.table) == 0, "a sequence was left"
+            assert bench.scheduler.table.waiting == bench.scheduler.table.waiting_bytes == 0
         return told, bench
 
     told, bench = run(scene())
@@ -203,7 +203,7 @@ def test_any_traffic(script, direct, places, instances, delay_s, preserves_order
     assert bench.statistics.expired_executed == 0
     if not any(sent.is_poison for sent in script):
         assert bench.statistics.bisections == 0, "a batch failed"
-    check_runs(bench.log, places if direct else 2)
+    check_runs(bench.log, slots if direct else 2)
     if direct:
         check_rows(bench.log)
     for id in {entry.sent.id for entry in told}:

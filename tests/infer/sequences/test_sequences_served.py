@@ -36,7 +36,7 @@ def numbers(response: pb.ModelInferResponse) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("model", ["direct", "oldest", "single"])
-async def test_each_step_finds_what_the_last_one_left(served, model):
+async def test_each_step_gets_the_states_of_the_last_one(served, model):
     infer = served.stub.ModelInfer
     first = await infer(step(model, 7, 1, start=True))
     assert numbers(first) == (1, 2)
@@ -118,7 +118,7 @@ async def test_a_step_that_fails_leaves_the_sequence_as_it_was(served):
     assert START_IT in (await refused(infer(step("direct", 1, 1))))[1]
 
 
-async def test_only_the_guilty_of_a_batch_fail(served):
+async def test_only_failing_steps_of_a_batch_fail(served):
     infer = served.stub.ModelInfer
     await asyncio.gather(*(infer(step("direct", n, n, start=True)) for n in (1, 2, 3, 4)))
     calls = [infer(step("direct", n, 2000 if n == 3 else 1)) for n in (1, 2, 3, 4)]
@@ -128,18 +128,18 @@ async def test_only_the_guilty_of_a_batch_fail(served):
     assert totals == [3, 4, 4, 6]
 
 
-async def test_an_idle_sequence_ends_and_its_place_is_free(served):
+async def test_an_idle_sequence_ends_and_frees_its_slot(served):
     infer = served.stub.ModelInfer
     await asyncio.gather(infer(step("brief", 1, start=True)), infer(step("brief", 2, start=True)))
     # Both places are taken: the third waits until one has been idle for too long.
     assert numbers(await infer(step("brief", 3, start=True, end=True), timeout=20)) == (1, 2)
     version = served.models.find("brief", "")
-    await until(lambda: len(version.scheduler.book) == 0, "all sequences are over")
+    await until(lambda: len(version.scheduler.table) == 0, "all sequences are over")
     code, message = await refused(infer(step("brief", 1)))
     assert (code, START_IT in message) == ("INVALID_ARGUMENT", True)
 
 
-async def test_steps_of_one_sequence_run_in_order_whatever_they_weigh(served):
+async def test_steps_of_one_sequence_run_in_order_whatever_their_size(served):
     """Sent at once on one stream: the answers show the order, and none is lost."""
 
     async def sent():

@@ -221,7 +221,7 @@ async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
         async for _ in each(serving.core, repeat([1] * 100, [30] * 100), loop.time() + 0.2):
             pass
     scheduler = serving.models.find("repeat", "").decoupled
-    await until(lambda: not scheduler._places)
+    await until(lambda: not scheduler._streams)
 
 
 async def test_a_crash_is_reported_and_the_request_is_not_retried(repo, serve):

@@ -1,4 +1,4 @@
-"""What the first step of a sequence finds as its state: zeros, or the data of a file of the model."""
+"""Initial states of a sequence: zeros, or the data of a file of the model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from services.infer.sequences.settings import SequenceSettings, State
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 FOLDER = "initial_state"
-"""Of the model's folder: where files of states lie."""
+"""Folder inside the model's folder that holds the files of initial states."""
 
 _MOST_BYTES = 256 << 20
 
 
 def states(settings: SequenceSettings, folder: Path | None, *, batched: bool, text: bool) -> Mapping[str, Tensor]:
-    """The first states by the names of the model's inputs, one row each. Nobody writes to them.
+    """Return the initial states by the names of the model's inputs, one row each and read-only.
 
     Raises:
-        FailedPrecondition: a file is missing, or is not what its state is.
+        FailedPrecondition: a file is missing, or does not match its state.
     """
-    return {state.input: _first(state, folder, batched=batched, text=text) for state in settings.states}
+    return {state.input: _initial_state(state, folder, batched=batched, text=text) for state in settings.states}
 
 
-def _first(state: State, folder: Path | None, *, batched: bool, text: bool) -> Tensor:
-    shape = (1, *state.first_dims) if batched else state.first_dims
+def _initial_state(state: State, folder: Path | None, *, batched: bool, text: bool) -> Tensor:
+    shape = (1, *state.initial_dims) if batched else state.initial_dims
     what = f"sequence_batching.state '{state.input}'"
     if state.file:
         if folder is None:
@@ -41,6 +41,6 @@ def _first(state: State, folder: Path | None, *, batched: bool, text: bool) -> T
             raise FailedPrecondition(err.message) from err
     if state.datatype.is_bytes:
         return np.full(shape, "" if text else b"", object)
-    made: Tensor = np.zeros(shape, state.datatype.dtype)
-    made.flags.writeable = False
-    return made
+    zeros: Tensor = np.zeros(shape, state.datatype.dtype)
+    zeros.flags.writeable = False
+    return zeros

@@ -1,4 +1,4 @@
-"""A call that is awaited: what has `start` and `abandon` gets `submit` of this."""
+"""Awaited submission of a request, on top of a scheduler's `start` and `abandon`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.runs_calls import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler
 
 
 class Waiter:
-    """A receiver that can be awaited."""
+    """A receiver with a future."""
 
     __slots__ = ("future",)
 
@@ -23,18 +23,21 @@ class Waiter:
 
     def failed(self, error: BaseException) -> None:
         if not self.future.done():
-            # A future does not take StopIteration, which would end whoever awaits it.
+            # A future rejects StopIteration, which would end the awaiting coroutine.
             self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
-async def submitted(to: RequestScheduler, call: InferenceRequest, deadline: float, tenant: str) -> InferenceResult:
-    """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
+async def submit_and_wait(
+    to: RequestScheduler, request: InferenceRequest, deadline: float, tenant: str
+) -> InferenceResult:
+    """Start `request` and return its result; when cancelled, abandon it. Raises the request's error."""
     future: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
-    ticket = to.start(call, deadline, tenant, Waiter(future))
+    ticket = to.start(request, deadline, tenant, Waiter(future))
     try:
         return await future
     except asyncio.CancelledError:
         to.abandon(ticket)
         raise
     finally:
-        del future, ticket  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+        # Their error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
+        del future, ticket

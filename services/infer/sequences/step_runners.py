@@ -1,6 +1,6 @@
-"""Runs one step of several sequences in a session: rows there, outputs and new states back, row by row. It blocks.
+"""Runners of one step of several sequences: rows into a session, outputs and new states back, row by row. Block.
 
-rows ──columns──> inputs, states, controls ──session──> outputs, states ──cut apart──> Stepped, one for each step
+rows ──columns──> inputs, states, controls ──session──> outputs, states ──split──> StepResult, one for each step
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from services.infer.sequences.settings import SequenceSettings
 
 
 @dataclass(frozen=True)
-class Stepped:
-    """What a step gave."""
+class StepResult:
+    """Outputs and new states of one step."""
 
     outputs: Sequence[Tensor]
-    """In the order that they were asked for."""
+    """In the order of the requested outputs."""
     states: Mapping[str, Tensor]
     """For the next step, by the names of the model's inputs."""
 
 
-Results: TypeAlias = "list[Stepped | Exception]"
-"""One for each row that is somebody's, in order."""
+Results: TypeAlias = "list[StepResult | Exception]"
+"""One for each row with a step, in order."""
 
 
-class _Form:
-    """What a model's rows look like, whatever runs them."""
+class _RowFormat:
+    """Conversion of rows to tensors and back, common to all runners."""
 
     def __init__(self, settings: SequenceSettings, *, batched: bool, text: bool) -> None:
         self.settings, self.batched, self.text = settings, batched, text
@@ -44,12 +44,12 @@ class _Form:
     def columns(self, rows: Sequence[Row | None]) -> dict[str, list[Tensor]]:
         return columns(rows, self.settings, batched=self.batched, text=self.text)
 
-    def names(self, outputs: Sequence[str]) -> list[str]:
-        """What is asked of the model: what the client wants, and what the next step needs."""
+    def output_names(self, outputs: Sequence[str]) -> list[str]:
+        """Return the outputs to request from the model: those of the client and the states."""
         return list(dict.fromkeys((*outputs, *(state.output for state in self.settings.states))))
 
-    def stepped(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> Stepped:
-        """One row's. Raises ModelFailed when a state is not as the configuration says."""
+    def result_of_row(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> StepResult:
+        """Return the result of one row. Raises ModelFailed when a state does not match the configuration."""
         states = {}
         for state in self.settings.states:
             array = results[state.output]
@@ -59,14 +59,14 @@ class _Form:
                     f"state '{state.output}' is {array.dtype} {written(dims)}, "
                     f"expected {state.datatype.name} {written(state.dims)}"
                 )
-            # A copy: a view would keep the states of the whole batch for as long as one of its sequences is idle.
+            # A copy: a view would keep the whole batch in memory for as long as one of its sequences is idle.
             states[state.input] = array.copy()
-        return Stepped([results[name] for name in outputs], states)
+        return StepResult([results[name] for name in outputs], states)
 
-    def apart(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
-        """Stacked results, cut apart."""
+    def split(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
+        """Return the result of each row with a step, from stacked outputs."""
         if not self.batched:
-            return [self.stepped(outputs, results)]
+            return [self.result_of_row(outputs, results)]
         for name, array in results.items():
             if array.shape[:1] != (len(rows),):
                 raise ModelFailed(
@@ -74,18 +74,18 @@ class _Form:
                     "no batch; set max_batch_size to 0 in the model's configuration"
                 )
         return [
-            self.stepped(outputs, {name: array[n : n + 1] for name, array in results.items()})
+            self.result_of_row(outputs, {name: array[n : n + 1] for name, array in results.items()})
             for n, row in enumerate(rows)
             if row is not None
         ]
 
 
 class SessionSteps:
-    """Steps in a session of this process."""
+    """Runs steps in a session of this process."""
 
     def __init__(self, session: Session, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
-        self._form = _Form(settings, batched=batched, text=session.text)
+        self._format = _RowFormat(settings, batched=batched, text=session.text)
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
         """Run rows that can be stacked, at least one of which belongs to a sequence.
@@ -93,57 +93,62 @@ class SessionSteps:
         Raises:
             ModelFailed: the model cannot process them.
         """
-        columns = self._form.columns(rows)
+        columns = self._format.columns(rows)
         inputs = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in columns.items()}
-        names = self._form.names(outputs)
-        results = dict(zip(names, self._session.run(inputs, names), strict=True))
-        return self._form.apart(rows, outputs, results)
+        output_names = self._format.output_names(outputs)
+        results = dict(zip(output_names, self._session.run(inputs, output_names), strict=True))
+        return self._format.split(rows, outputs, results)
 
 
 class ProcessSteps:
-    """Steps in a model's own process."""
+    """Runs steps in the model's own process."""
 
     def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
-        self._form = _Form(settings, batched=batched, text=session.text)
+        self._format = _RowFormat(settings, batched=batched, text=session.text)
         self.on: Runner | None = None
-        """The process; None: whichever is free."""
+        """The process; None: any free one."""
         self.is_wanted: Callable[[], bool] = lambda: True
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
-        """Raises ModelDied, too: the process ended, and with it whatever the model remembered."""
-        names = self._form.names(outputs)
+        """Run rows as `SessionSteps.run` does.
+
+        Raises:
+            ModelDied: the process ended, and the model's memory with it.
+            ModelFailed: the model cannot process the rows.
+        """
+        output_names = self._format.output_names(outputs)
         answers = self._session.run_requests(
-            self._form.columns(rows),
-            names,
-            [1] * len(rows) if self._form.batched else (),
-            [row.said if row is not None else {} for row in rows] if self._session.wants_requests else (),
+            self._format.columns(rows),
+            output_names,
+            [1] * len(rows) if self._format.batched else (),
+            [row.request_info if row is not None else {} for row in rows] if self._session.wants_requests else (),
             is_wanted=self.is_wanted,
             on=self.on,
         )
         if len(answers) == len(rows):
             pairs = zip(rows, answers, strict=True)
-            return [self._one(outputs, names, answer) for row, answer in pairs if row is not None]
+            return [self._result_of_answer(outputs, output_names, answer) for row, answer in pairs if row is not None]
         stacked = answers[0] if len(answers) == 1 else ModelFailed(f"{len(answers)} answers for {len(rows)} requests")
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
-        return self._form.apart(rows, outputs, dict(zip(names, stacked, strict=True)))
+        return self._format.split(rows, outputs, dict(zip(output_names, stacked, strict=True)))
 
-    def _one(
-        self, outputs: Sequence[str], names: Sequence[str], answer: list[Tensor] | Exception
-    ) -> Stepped | Exception:
+    def _result_of_answer(
+        self, outputs: Sequence[str], output_names: Sequence[str], answer: list[Tensor] | Exception
+    ) -> StepResult | Exception:
         if isinstance(answer, Exception):
             return answer
         try:
-            if len(answer) != len(names):
-                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(names)}")
-            return self._form.stepped(outputs, dict(zip(names, answer, strict=True)))
+            if len(answer) != len(output_names):
+                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(output_names)}")
+            return self._format.result_of_row(outputs, dict(zip(output_names, answer, strict=True)))
         except ModelFailed as err:
             return err
 
 
-def of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
-    """The steps of a session."""
+def runner_of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
+    """Return the runner of a session's steps."""
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)
     return SessionSteps(session, settings, batched=batched)

@@ -1,4 +1,4 @@
-"""The refusals of steps, in Triton's words."""
+"""Rejections of sequence steps, in Triton's words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shoal.errors import InvalidArgument
 
 
 def unknown(model: str, id: SequenceId, idle_s: float) -> InvalidArgument:
-    """A step that should be the first, and does not say so."""
+    """Return the error of a step of an unknown sequence, without the START flag."""
     which = quoted(id) if isinstance(id, str) else str(id)
     return InvalidArgument(
         f"inference request for sequence {which} to model '{model}' must specify the START flag on the first request "
@@ -18,12 +18,12 @@ def unknown(model: str, id: SequenceId, idle_s: float) -> InvalidArgument:
 
 
 def without_id(model: str) -> InvalidArgument:
-    """A request that is no step of any sequence."""
+    """Return the error of a request without a sequence id."""
     return InvalidArgument(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
 
 
 def too_many_rows(model: str, rows: int) -> InvalidArgument:
-    """A step with several rows."""
+    """Return the error of a step with several rows."""
     return InvalidArgument(
         f"inference request to model '{model}' must specify batch-size 1 due to requirements of sequence batcher, "
         f"got {rows}"

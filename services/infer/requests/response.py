@@ -1,0 +1,90 @@
+"""Response messages: from an inference result to the message that the client receives."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+from services.infer.offload import offload_if_long
+from services.infer.requests import ragged
+from services.infer.requests.classification import classify
+from services.infer.requests.outcome import InferenceResult, StepTimes
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import to_raw
+
+# Beyond these, writing a response takes about a millisecond, and is offloaded to a thread.
+_LARGE_BYTES = 4 << 20
+# BYTES and classes: Python objects, one by one.
+_FEW_ELEMENTS = 1 << 13
+
+
+def write_response(
+    result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
+) -> pb.ModelInferResponse:
+    """Return the response message: outputs in the order of the request, all raw.
+
+    Raises:
+        InvalidArgument: the rows of a ragged output differ in shape, so that no tensor can carry them.
+    """
+    response = pb.ModelInferResponse(model_name=model, model_version=str(version), id=id)
+    for requested, output in zip(request.outputs, result.outputs, strict=True):
+        _add(response, requested, output, batched=batched)
+    return response
+
+
+async def write_response_async(
+    result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
+) -> pb.ModelInferResponse:
+    """Write a response as `write_response` does, on a thread when writing would block the event loop."""
+    return await offload_if_long(
+        lambda: write_response(result, request, model=model, version=version, id=id, batched=batched),
+        _is_long_write(result, request),
+    )
+
+
+def _is_long_write(result: InferenceResult, request: InferenceRequest) -> bool:
+    arrays = [array for output in result.outputs for array in ragged.arrays(output)]
+    by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
+    classes = sum(requested.classes for requested in request.outputs) * request.rows
+    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES
+
+
+def _add(response: pb.ModelInferResponse, requested: WantedOutput, value: Value, *, batched: bool) -> None:
+    datatype = requested.spec.datatype
+    output = ragged.dense(value, requested.spec, "inference output")
+    if requested.classes:
+        output, datatype = classify(output, requested.spec, requested.classes, batched=batched), BY_NAME["BYTES"]
+    response.outputs.add(name=requested.spec.name, datatype=datatype.name, shape=output.shape)
+    response.raw_output_contents.append(to_raw(output, datatype))
+
+
+def explain(response: pb.ModelInferResponse, result: InferenceResult, replica: str, cache: str) -> None:
+    """Add to the response: replica and version, use of the cache, batch size and trigger, and the times of each stage.
+
+    The times are those of the execution that computed the outputs; all zero for outputs from the cache.
+    """
+    times = result.times
+    explained = response.parameters
+    explained["replica"].string_param = replica
+    explained["version"].string_param = response.model_version
+    explained["cache"].string_param = cache
+    explained["batch_size"].int64_param = times.rows
+    explained["fired"].string_param = result.fired
+    explained["queue_us"].int64_param = result.queue_ns // 1000
+    explained["gather_us"].int64_param = times.gather_ns // 1000
+    explained["compute_us"].int64_param = times.compute_ns // 1000
+    explained["scatter_us"].int64_param = times.scatter_ns // 1000
+    for n, step in enumerate(result.steps):
+        _explain_step(explained, f"step_{n}_", step)
+
+
+def _explain_step(explained: MutableMapping[str, pb.InferParameter], prefix: str, step: StepTimes) -> None:
+    explained[f"{prefix}model"].string_param = step.model
+    explained[f"{prefix}version"].string_param = str(step.version)
+    explained[f"{prefix}calls"].int64_param = step.calls
+    explained[f"{prefix}batch_size"].int64_param = step.rows
+    explained[f"{prefix}fired"].string_param = step.fired
+    explained[f"{prefix}queue_us"].int64_param = step.queue_ns // 1000
+    explained[f"{prefix}compute_us"].int64_param = step.compute_ns // 1000
