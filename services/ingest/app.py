@@ -34,14 +34,14 @@ from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
-from services.ingest.retention.book import JOB_RETENTION
-from services.ingest.retention.book import VALIDATOR as RETENTION_VALIDATOR
+from services.ingest.fast_submit import SUBMIT, FastSubmit
+from services.ingest.retention.retention_repository import JOB_RETENTION
+from services.ingest.retention.retention_repository import VALIDATOR as RETENTION_VALIDATOR
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
-from services.ingest.short import SUBMIT, FastSubmit
-from services.ingest.tenants.reading import TenantStatuses
+from services.ingest.tenants.tenant_status import TenantStatuses
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:

@@ -50,20 +50,20 @@ from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
-from services.ingest.reading.answers import StoredAnswers
-from services.ingest.reading.endings import Endings
-from services.ingest.reading.jobs import Jobs
-from services.ingest.reading.watch import Changes, Watch
-from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
+from services.ingest.queries.completions import Endings
+from services.ingest.queries.jobs import Jobs
+from services.ingest.queries.stored_results import StoredAnswers
+from services.ingest.queries.watch import Changes, Watch
+from services.ingest.queries.watch_many import WatchMany
+from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.sweep import Sweep
-from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.firing import Firing
+from services.ingest.schedules.schedule_repository import Schedules
 from services.ingest.tenants.admission import Admission
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.ulid import Ulids
 
 if TYPE_CHECKING:

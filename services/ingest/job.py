@@ -41,7 +41,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 from typing import Any, TypedDict, Unpack
 
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 from shoal.errors import Code
 
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
 from services.ingest.job import End, Job, Lease, State
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 from shoal.errors import AlreadyExists, ShoalError
 
 Key: TypeAlias = tuple[str, str]

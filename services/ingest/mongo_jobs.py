@@ -44,7 +44,7 @@ from services.ingest.job_store import (
     Waiting,
     Written,
 )
-from services.ingest.lane import TenantQueueKey, lane_of
+from services.ingest.tenant_queue import TenantQueueKey, lane_of
 from shoal.errors import DataLoss, ShoalError
 
 _DUPLICATE_KEY = 11000

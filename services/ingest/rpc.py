@@ -18,17 +18,17 @@ from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
-from services.ingest.reading.jobs import Filter, Jobs
-from services.ingest.reading.wanted import checked
-from services.ingest.reading.watch import Watch
-from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.queries.filters import checked
+from services.ingest.queries.jobs import Filter, Jobs
+from services.ingest.queries.watch import Watch
+from services.ingest.queries.watch_many import WatchMany
+from services.ingest.retention.retention_repository import RetentionRepository
 from services.ingest.retention.rpc import JobRetentionRpc
-from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
-from services.ingest.tenants.book import TenantRepository
-from services.ingest.tenants.reading import TenantStatuses
+from services.ingest.schedules.schedule_repository import Schedules
 from services.ingest.tenants.rpc import TenantsRpc
+from services.ingest.tenants.tenant_repository import TenantRepository
+from services.ingest.tenants.tenant_status import TenantStatuses
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc

@@ -29,9 +29,9 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
-from services.ingest.lane import range_of
 from services.ingest.mongo_jobs import MongoJobs
-from services.ingest.reading.jobs import Filter
+from services.ingest.queries.jobs import Filter
+from services.ingest.tenant_queue import range_of
 from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, TestClock, instance, job
 

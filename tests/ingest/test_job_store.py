@@ -25,8 +25,8 @@ from services.ingest.job import (
     try_again,
 )
 from services.ingest.job_store import Claimed, DeadFilter, Inserted, JobStore, KeyTaken, Standing, Unknown, Written
-from services.ingest.lane import Lane
 from services.ingest.mongo_jobs import MongoJobs
+from services.ingest.tenant_queue import Lane
 from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, job
 

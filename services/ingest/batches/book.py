@@ -17,7 +17,7 @@ from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock, earliest, milliseconds
 from services.ingest.documents import EVER
-from services.ingest.reading.jobs import Filter
+from services.ingest.queries.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.ingest.dead_letters.wanted import DeadLetterFilter
+from services.ingest.dead_letters.filters import DeadLetterFilter
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import DEAD_LETTERS, Job, requeue
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import DeadFilter, JobStore
 from services.ingest.limits import REASON_CHARS
-from services.ingest.reading.jobs import Jobs, Page
+from services.ingest.queries.jobs import Jobs, Page
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mesh.rpc.interceptors import Context
 from services.ingest.dead_letters.dead_letters import DeadLetters, Done
-from services.ingest.dead_letters.wanted import DeadLetterFilter, checked_filter, wanted
+from services.ingest.dead_letters.filters import DeadLetterFilter, checked_filter, wanted
 from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
 from shoal.ingest.v1 import ingest_pb2 as pb

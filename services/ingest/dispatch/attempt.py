@@ -20,7 +20,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
-from services.ingest.dispatch.bulks import is_suspect
+from services.ingest.dispatch.bulk_calls import is_suspect
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
 from services.ingest.dispatch.remote import AttemptAnswer, BulkDoorClosed, BulkEntry, GivenUp

@@ -10,8 +10,8 @@ from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.job import Job, ended_from_outside
 from services.ingest.limits import REASON_CHARS
-from services.ingest.reading.jobs import Jobs
-from services.ingest.reading.watch import Watch
+from services.ingest.queries.jobs import Jobs
+from services.ingest.queries.watch import Watch
 from shoal.errors import InvalidArgument, ResourceExhausted
 
 WAIT_S = 3.0

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 from mesh.process.tasks import Background
-from services.ingest.dependencies.standings import standings
+from services.ingest.dependencies.dependency_states import standings
 from services.ingest.dependencies.waiting import Known, after_look, unmet
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher

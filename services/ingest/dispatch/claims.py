@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from services.ingest.clock import earliest, latest
-from services.ingest.dispatch.lanes import TenantQueues
+from services.ingest.dispatch.tenant_queues import TenantQueues
 from services.ingest.documents import EVER
 from services.ingest.instance import Instance
 from services.ingest.job import Job, Lease

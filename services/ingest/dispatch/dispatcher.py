@@ -33,7 +33,7 @@ from typing import Any
 
 from mesh.process.tasks import end
 from services.ingest.dispatch.attempt import Attempts, Decision
-from services.ingest.dispatch.bulks import FIRST, ConcurrencyLimit, next_bulk
+from services.ingest.dispatch.bulk_calls import FIRST, ConcurrencyLimit, next_bulk
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mesh.process.tasks import end
+from services.ingest.dependencies.dependency_states import standings
 from services.ingest.dependencies.references import by_key, words
-from services.ingest.dependencies.standings import standings
 from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
 from services.ingest.intake.budget import Budget

@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 
 from services.ingest.dependencies.references import references_of
 from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
-from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from services.ingest.limits import (
     EXPLAIN,
     KEY_CHARS,
@@ -30,6 +29,7 @@ from services.ingest.limits import (
     ms_of,
 )
 from services.ingest.messages import moment_of
+from services.ingest.tenant_queue import LEAST_PRIORITY, MOST_PRIORITY
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 

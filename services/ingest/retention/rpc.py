@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.rpc.interceptors import Context
 from services.ingest.limits import ms_of
 from services.ingest.messages import STATES, state_of
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.retention.retention_repository import RetentionRepository
 from services.ingest.retention.rules import BATCHES, LONGEST, Keep, Rules, What, checked
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument

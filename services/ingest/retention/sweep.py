@@ -26,7 +26,7 @@ from services.ingest.dependencies.references import by_key
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import FINAL, Job, State
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.retention.retention_repository import RetentionRepository
 from services.ingest.retention.rules import Rules
 from services.ingest.ulid import floor
 

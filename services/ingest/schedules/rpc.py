@@ -7,9 +7,9 @@ from datetime import datetime
 from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
 from services.ingest.schedules import cron
-from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
-from services.ingest.schedules.wanted import checked_name, schedule_of
+from services.ingest.schedules.schedule_repository import Schedules
+from services.ingest.schedules.validation import checked_name, schedule_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 _UPCOMING = 5

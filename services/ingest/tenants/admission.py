@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import ResourceExhausted, ShoalError
 
 PATIENCE_S = 30.0

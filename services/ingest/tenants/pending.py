@@ -14,7 +14,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.documents import WAITING
-from services.ingest.lane import range_of
+from services.ingest.tenant_queue import range_of
 from shoal.errors import ResourceExhausted
 
 _SHORTEST_S = 0.2

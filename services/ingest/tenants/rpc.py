@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
-from services.ingest.tenants.book import TenantRepository
-from services.ingest.tenants.reading import TenantStatus, TenantStatuses
 from services.ingest.tenants.settings import NAMES, Limits, TenantSettings, checked, checked_name
+from services.ingest.tenants.tenant_repository import TenantRepository
+from services.ingest.tenants.tenant_status import TenantStatus, TenantStatuses
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 

@@ -13,7 +13,7 @@ from pymongo import AsyncMongoClient
 
 from services.ingest.documents import JOBS, document_of
 from services.ingest.job import Job, Policy, State
-from services.ingest.reading.endings import Endings
+from services.ingest.queries.completions import Endings
 from shoal.errors import Code, DataLoss, NotFound, PermissionDenied, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.breakable import until

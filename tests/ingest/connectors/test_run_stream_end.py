@@ -11,7 +11,7 @@ import pytest
 
 from services.ingest.connectors import run_stream
 from services.ingest.connectors.run_stream import RunStreams
-from services.ingest.reading.endings import Ended
+from services.ingest.queries.completions import Ended
 from shoal.errors import Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until

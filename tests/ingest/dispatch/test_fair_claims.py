@@ -17,8 +17,8 @@ from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import Job
-from services.ingest.lane import TenantQueueKey, lane_of, range_of
 from services.ingest.mongo_jobs import MongoJobs
+from services.ingest.tenant_queue import TenantQueueKey, lane_of, range_of
 from tests.ingest.making import START, TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]

@@ -15,8 +15,8 @@ from services.ingest.clock import milliseconds
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
-from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
-from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
+from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
+from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import Keep, Rule, What
 from services.ingest.retention.sweep import Sweep
 from services.ingest.tenants.settings import EVERYONE
@@ -109,7 +109,7 @@ async def test_tenants_have_their_own_word(world: World) -> None:
 async def test_rules_that_there_are_can_be_changed_when_there_may_be_no_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.ingest.retention.book.MOST", 1)
+    monkeypatch.setattr("services.ingest.retention.retention_repository.MOST", 1)
     await world.book.set(Rule("a", State.DEAD, None))
     with pytest.raises(ResourceExhausted, match="there are 1 rules, the most there may be: have some tenants inherit"):
         await world.book.set(Rule("b", State.DEAD, None))

@@ -14,11 +14,11 @@ from pymongo.asynchronous.database import AsyncDatabase
 from mesh.mongo import connect, ensure_collection
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.tenants.admission import Admission
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import HELD_S, Buckets
 from services.ingest.tenants.pending import PendingCounts
-from services.ingest.tenants.reading import COUNTED_MOST, TenantStatuses
 from services.ingest.tenants.settings import Limits, TenantSettings
+from services.ingest.tenants.tenant_repository import TenantRepository
+from services.ingest.tenants.tenant_status import COUNTED_MOST, TenantStatuses
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from tests.breakable import until
 from tests.ingest.making import START, Seconds, job
@@ -166,7 +166,7 @@ async def test_only_what_has_changed_is_read(database: Database, book: TenantRep
 
 
 async def test_there_are_not_endlessly_many(book: TenantRepository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ingest.tenants.book.MOST", 2)
+    monkeypatch.setattr("services.ingest.tenants.tenant_repository.MOST", 2)
     await book.change("a", TenantSettings(weight=1), ())
     await book.change("b", TenantSettings(weight=1), ())
     with pytest.raises(FailedPrecondition, match="2 tenants have settings already"):
@@ -202,7 +202,7 @@ async def test_tenants_are_listed_with_what_waits(database: Database, book: Tena
 async def test_a_long_queue_is_not_counted_to_its_end(
     database: Database, book: TenantRepository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.ingest.tenants.reading.COUNTED_MOST", 20)
+    monkeypatch.setattr("services.ingest.tenants.tenant_status.COUNTED_MOST", 20)
     jobs = database[JOBS]
     await jobs.insert_many([document_of(job(tenant="t")) for _ in range(30)])
     standing = await TenantStatuses(jobs, book, PendingCounts(jobs, time.monotonic)).of("t")

@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 from mesh.mongo import Document, next_change, translate
 from mesh.process.tasks import Background, end
 from services.ingest.job import Job, generations
-from services.ingest.reading.jobs import Jobs
+from services.ingest.queries.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.bulks import BULK_BYTES, BULK_JOBS, LONE_BYTES, ConcurrencyLimit, goes_alone, next_bulk
+from services.ingest.dispatch.bulk_calls import (
+    BULK_BYTES,
+    BULK_JOBS,
+    LONE_BYTES,
+    ConcurrencyLimit,
+    goes_alone,
+    next_bulk,
+)
 from services.ingest.job import Job
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as oip

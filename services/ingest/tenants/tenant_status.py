@@ -12,10 +12,10 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.documents import EACH_LANE, WAITING
-from services.ingest.lane import lane_of
-from services.ingest.tenants.book import TenantRepository
+from services.ingest.tenant_queue import lane_of
 from services.ingest.tenants.pending import PendingCounts
 from services.ingest.tenants.settings import Limits, TenantSettings
+from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import InvalidArgument
 
 COUNTED_MOST = 10_000

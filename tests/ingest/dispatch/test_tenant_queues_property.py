@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.lanes import LANES_PER_CLAIM, TenantQueues
+from services.ingest.dispatch.tenant_queues import LANES_PER_CLAIM, TenantQueues
 from services.ingest.job_store import Waiting
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 from tests.ingest.making import START, TestClock
 
 AGEING = timedelta(seconds=60)

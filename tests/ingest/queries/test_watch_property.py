@@ -24,8 +24,8 @@ from services.ingest.documents import (
     requeueing,
 )
 from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, claim, end, requeue, try_again
-from services.ingest.reading.wanted import JobFilter
-from services.ingest.reading.watch_many import ReportedStates, WatchMany
+from services.ingest.queries.filters import JobFilter
+from services.ingest.queries.watch_many import ReportedStates, WatchMany
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
 from tests.ingest.making import START, job

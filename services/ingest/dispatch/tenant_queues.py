@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 
 from services.ingest.dispatch.fairness import Clocks
 from services.ingest.job_store import Waiting
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 
 LANES_PER_CLAIM = 64
 """Lanes that one claim reads: a tenth of a millisecond each. With more tenants waiting, each claim serves the 64 that

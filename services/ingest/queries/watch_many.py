@@ -28,8 +28,8 @@ from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.job import Job
-from services.ingest.reading.wanted import JobFilter
-from services.ingest.reading.watch import as_of
+from services.ingest.queries.filters import JobFilter
+from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
 
