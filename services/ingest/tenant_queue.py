@@ -1,10 +1,11 @@
-"""Lanes: the queue is a bundle of them, one for each tenant, model and priority, and each is in order of its due times.
+"""Tenant queues: the job queue consists of one queue for each tenant, model and priority, each ordered by due time.
 
-    lane ["acme","digits",0]    due 12:00:01  12:00:01  12:00:02 ...   a million
-    lane ["zeta","digits",0]    due 12:03:07                           one
+    ["acme","digits",0]    due 12:00:01  12:00:01  12:00:02 ...   a million jobs
+    ["zeta","digits",0]    due 12:03:07                           one job
 
-A job carries its lane as one text, because MongoDB skips from one value of a *single* field to the next
-(DISTINCT_SCAN): finding which lanes have jobs costs one step a lane, however many jobs wait in each.
+A job's document holds the key of its tenant queue as one string (field `lane`), because MongoDB skips from one value of
+a *single* field to the next (DISTINCT_SCAN). Finding the queues that have jobs costs one step per queue, however many
+jobs wait in each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MOST_PRIORITY = 9
 
 
 class TenantQueueKey(NamedTuple):
-    """Whose jobs, for which model, how urgent."""
+    """Key of a tenant queue."""
 
     tenant: str
     model: str
@@ -27,28 +28,29 @@ class TenantQueueKey(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As a job carries it. JSON, so that no name can pass for two."""
+        """The key as one string. JSON, so that different keys never have equal strings."""
         return _text(self)
 
     def age(self, due_at: datetime, ageing: timedelta) -> datetime:
-        """Since when a job of this lane counts as waiting: each level of priority is worth `ageing` of waiting.
+        """Return the effective start of a job's wait: each priority level is worth `ageing` of waiting.
 
-        So urgent jobs go first, and still no job waits for ever: whatever is `ageing` older goes before the next level.
+        So urgent jobs run first, yet no job starves: a job that is `ageing` older runs before the next level.
         """
         return due_at - self.priority * ageing
 
 
 @lru_cache(4_096)
-def _text(lane: TenantQueueKey) -> str:
-    return json.dumps(lane, separators=(",", ":"))
+def _text(queue: TenantQueueKey) -> str:
+    return json.dumps(queue, separators=(",", ":"))
 
 
-def lane_of(text: str) -> TenantQueueKey:
-    """The lane of a text that `TenantQueueKey.text` made."""
+def tenant_queue_of(text: str) -> TenantQueueKey:
+    """Return the key whose `TenantQueueKey.text` is `text`."""
     return TenantQueueKey(*json.loads(text))
 
 
 def range_of(tenant: str) -> dict[str, str]:
-    """What the texts of a tenant's lanes are compared with to be found by an index."""
+    """Return the range condition on the strings of a tenant's queues, which an index can answer."""
     name = json.dumps([tenant])[:-1]
-    return {"$gte": f"{name},", "$lt": f"{name}-"}  # "-" comes after ",", and a quote within a name is escaped.
+    # "-" is the character after ",", and a quote within a name is escaped.
+    return {"$gte": f"{name},", "$lt": f"{name}-"}

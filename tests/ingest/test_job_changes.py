@@ -27,7 +27,7 @@ def test_it_takes_the_fields_of_a_job_and_no_others() -> None:
 
 def test_it_gives_what_replace_gives() -> None:
     one = job()
-    assert one.but(state=State.DEAD, attempts=3) == replace(one, state=State.DEAD, attempts=3)
+    assert one.replaced(state=State.DEAD, attempts=3) == replace(one, state=State.DEAD, attempts=3)
     assert one.state is State.QUEUED
 
 

@@ -46,7 +46,7 @@ def test_all_that_may_be_asked_for() -> None:
     )
     assert job.policy == Policy(100, 5, 1_000)
     assert job.deadline == START + timedelta(seconds=90, milliseconds=1)
-    assert job.lane == ("t" * 64, "echo", -9)
+    assert job.tenant_queue == ("t" * 64, "echo", -9)
     assert len(job.labels) == 64
     assert len(job.digest) == 32
 

@@ -61,7 +61,7 @@ class Batches:
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
-        places = InputLocations(config.batch_places)
+        places = InputLocations(config.batch_url_prefixes)
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")

@@ -16,7 +16,7 @@ from services.ingest.batches.documents import batch_document, batch_of, step_doc
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock, earliest, milliseconds
-from services.ingest.documents import EVER
+from services.ingest.documents import EPOCH
 from services.ingest.queries.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
@@ -108,7 +108,7 @@ class BatchRepository:
     async def take_duty(self, batch_id: str) -> Batch | None:
         """Takes up the duty of a batch; None: somebody has it. Counts the try."""
         lease = self._ledger.lease()
-        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
+        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EPOCH}}
         update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
         with translated("taking up a batch"):
             found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
@@ -206,7 +206,7 @@ class BatchRepository:
         lease = self._ledger.lease()
         left = {
             "is_active": True,
-            "free_at": {"$gt": EVER},
+            "free_at": {"$gt": EPOCH},
             "lease.owner": lease.owner,
             "lease.process": {"$ne": lease.process},
         }

@@ -64,7 +64,11 @@ class DeadLetters:
         if letters:
             await self._store.requeue([(one, again[one.id]) for one in letters])
         found = await self._store.read(again)
-        done = [job_id for job_id, job in again.items() if job_id in found and found[job_id].steps >= job.steps]
+        done = [
+            job_id
+            for job_id, job in again.items()
+            if job_id in found and found[job_id].transition_count >= job.transition_count
+        ]
         refused |= {job_id: _gone(job_id) for job_id in again if job_id not in found}
         self._events.due_again([again[job_id] for job_id in done])
         return Done(done, refused, wanted.filter is not None and len(letters) == wanted.limit)

@@ -34,7 +34,7 @@ def checked_filter(state: State | None, model_name: str, tenant: str, code: int,
     return DeadFilter(state, model_name, tenant, code, before)
 
 
-def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLetterFilter:
+def selected(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLetterFilter:
     """Ids or a filter, whichever is given.
 
     Raises:

@@ -8,7 +8,7 @@ from services.ingest.dependencies.references import by_key, key_of
 from services.ingest.job_store import DependencyState, JobStore
 
 
-async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, DependencyState]:
+async def dependency_states(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, DependencyState]:
     """Return the states of the jobs of `tenant` that `references` mean; those that there are.
 
     Raises:
@@ -18,9 +18,9 @@ async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> 
     keys = [key for reference in references if (key := key_of(reference)) is not None]
     ids = [reference for reference in references if key_of(reference) is None]
     found: dict[str, DependencyState] = {}
-    for standing in await store.standings(tenant, ids, keys):
-        if standing.id in references:
-            found[standing.id] = standing
-        if standing.key and (reference := by_key(standing.key)) in references:
-            found[reference] = standing
+    for dependency in await store.dependency_states(tenant, ids, keys):
+        if dependency.id in references:
+            found[dependency.id] = dependency
+        if dependency.key and (reference := by_key(dependency.key)) in references:
+            found[reference] = dependency
     return found

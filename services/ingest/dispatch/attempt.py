@@ -26,7 +26,7 @@ from services.ingest.dispatch.recorder import result_of
 from services.ingest.dispatch.remote import AttemptAnswer, BulkDoorClosed, BulkEntry, GivenUp
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.job import BackToQueue, End, Failure, Job, Outcome, after_failure, imposed_end
 from services.ingest.limits import EXPLAIN, REQUEST_BYTES
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
@@ -45,7 +45,7 @@ _EXPLANATIONS = frozenset(
 _STEP_EXPLANATION = re.compile(r"step_\d+_[a-z_]+")
 # What infer says when it is asked to explain; of an ensemble, also of each step.
 
-Decision: TypeAlias = store_pb2.Result | Again | End
+Decision: TypeAlias = store_pb2.Result | BackToQueue | End
 """What becomes of a job after an attempt: its answer, another attempt, or its end."""
 
 
@@ -94,7 +94,7 @@ class Attempts:
     async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         """Runs claimed jobs of one model once: what becomes of each, several at a time, as it is known."""
         now = self._clock()
-        ended = [(job, how) for job in jobs if (how := ended_from_outside(job, now)) is not None]
+        ended = [(job, how) for job in jobs if (how := imposed_end(job, now)) is not None]
         if ended:
             yield [*ended]
             gone = {job.id for job, _ in ended}
@@ -172,7 +172,7 @@ class Attempts:
         self._gate.passed(job.model_name)
         return _answered(result, answer.instance)
 
-    def _failed(self, job: Job, failure: Failure) -> Again | End:
+    def _failed(self, job: Job, failure: Failure) -> BackToQueue | End:
         now = self._clock()
         if failure.is_reached:
             self._gate.passed(job.model_name)

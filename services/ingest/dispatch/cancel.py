@@ -8,7 +8,7 @@ from contextlib import suppress
 from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.job import Job, ended_from_outside
+from services.ingest.job import Job, imposed_end
 from services.ingest.limits import REASON_CHARS
 from services.ingest.queries.jobs import Jobs
 from services.ingest.queries.watch import Watch
@@ -18,7 +18,7 @@ WAIT_S = 3.0
 """How long the answer waits for the job's end. It is a few milliseconds, unless the store is away."""
 
 
-class Cancelling:
+class JobCanceller:
     """Cancels jobs."""
 
     def __init__(self, jobs: Jobs, claims: Claims, dispatcher: Dispatcher, watch: Watch, clock: Clock) -> None:
@@ -40,7 +40,7 @@ class Cancelling:
         if job.is_final:
             return job
         taken = await self._claims.take_to_cancel(job_id, reason)
-        if taken is not None and (how := ended_from_outside(taken, self._clock())) is not None:
+        if taken is not None and (how := imposed_end(taken, self._clock())) is not None:
             self._dispatcher.end(taken, how)
         with suppress(TimeoutError, ResourceExhausted):  # Too many watch: it ends all the same.
             async with asyncio.timeout(WAIT_S):

@@ -19,8 +19,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 from mesh.process.tasks import Background
-from services.ingest.dependencies.dependency_states import standings
-from services.ingest.dependencies.waiting import Known, after_look, unmet
+from services.ingest.dependencies.dependency_states import dependency_states
+from services.ingest.dependencies.waiting import DependencyStates, decide, unmet
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.instance import Instance
@@ -121,20 +121,20 @@ class Cascade(Background):
         for first in range(0, len(jobs), _LOOK_JOBS):
             some = jobs[first : first + _LOOK_JOBS]
             known, now = await self._known(some), self._clock()
-            decided = {job.id: after_look(job, known[job.tenant], self._instance, now) for job in some}
+            decided = {job.id: decide(job, known[job.tenant], self._instance, now) for job in some}
             await self._go_on([(job, after) for job in some if isinstance(after := decided[job.id], Job)])
             await self._end(
                 [(job, how, unmet(job, known[job.tenant])) for job in some if isinstance(how := decided[job.id], End)]
             )
 
-    async def _known(self, jobs: Sequence[Job]) -> dict[str, Known]:
+    async def _known(self, jobs: Sequence[Job]) -> dict[str, DependencyStates]:
         """How all that `jobs` wait for stand, by tenant and reference. Others' jobs are nobody's dependencies."""
         wanted: dict[str, set[str]] = {}
         for job in jobs:
             wanted.setdefault(job.tenant, set()).update(job.waits_for)
-        known: dict[str, Known] = {}
+        known: dict[str, DependencyStates] = {}
         for tenant, references in wanted.items():
-            known[tenant] = await standings(self._store, tenant, references)
+            known[tenant] = await dependency_states(self._store, tenant, references)
         return known
 
     async def _go_on(self, changes: Sequence[Change]) -> None:
@@ -149,9 +149,9 @@ class Cascade(Background):
         dooms = dooms[: self._dispatcher.room]  # The others wait for the next sweep.
         if not dooms:
             return
-        for job in await self._store.doom(dooms, self._claims.lease()):
-            if job.doom is not None:
-                self._dispatcher.end(job, job.doom)
+        for job in await self._store.take_to_end(dooms, self._claims.lease()):
+            if job.decided_end is not None:
+                self._dispatcher.end(job, job.decided_end)
 
 
 def _taken(heard: deque[str]) -> list[str]:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from services.ingest.clock import earliest, latest
 from services.ingest.dispatch.tenant_queues import TenantQueues
-from services.ingest.documents import EVER
+from services.ingest.documents import EPOCH
 from services.ingest.instance import Instance
 from services.ingest.job import Job, Lease
 from services.ingest.job_store import Claimed, JobStore, Unknown
@@ -56,7 +56,7 @@ class Claims:
         self._lease_for = timedelta(milliseconds=lease_ms)
         self._spread = 1
         self._lanes = TenantQueues(weight_of, ageing)
-        self._listed_at = EVER
+        self._listed_at = EPOCH
         self._list_again = timedelta()
         self._listed_to = ""
         self._unclear: deque[tuple[Lease, Sequence[str]]] = deque(maxlen=_UNCLEAR)
@@ -71,7 +71,7 @@ class Claims:
         """Hears of jobs that were just put into the queue: their lanes need not be listed to be found."""
         for job in jobs:
             if job.due_at is not None:
-                self._lanes.noticed(job.lane, job.due_at)
+                self._lanes.noticed(job.tenant_queue, job.due_at)
 
     async def claim_due(self, limit: int, closed_models: Sequence[str]) -> tuple[list[Job], bool]:
         """Claims up to `limit` jobs that are due, with their requests: fairly among tenants, the longest waiting first.
@@ -98,7 +98,7 @@ class Claims:
         asks = self._lanes.asks(limit, now, closed, spread)
         if not asks:
             return []
-        seen = await self._store.heads([(lane, ask.limit(spread)) for ask in asks for lane in ask.lanes], now)
+        seen = await self._store.heads([(queue, ask.limit(spread)) for ask in asks for queue in ask.lanes], now)
         ids = self._lanes.pick(asks, seen, spread)
         mine = await self._claim(ids, now) if ids else []
         for tenant, jobs in Counter(job.tenant for job in mine).items():
@@ -135,16 +135,16 @@ class Claims:
 
     async def _list(self) -> None:
         started = time.monotonic()
-        found = await self._store.lanes(self._listed_to, _LISTED_MOST)
+        found = await self._store.tenant_queues(self._listed_to, _LISTED_MOST)
         self._lanes.listed(found)
         self._listed_to = found[-1][0].text if len(found) == _LISTED_MOST else ""
         self._listed_at = self._clock()
         self._list_again = max(_SHORTEST_REST, _LIST_REST * timedelta(seconds=time.monotonic() - started))
 
-    async def claim_fresh(self, jobs: Sequence[Job]) -> list[Job]:
+    async def claim_accepted(self, jobs: Sequence[Job]) -> list[Job]:
         """Claims jobs that this instance has just accepted and still has in memory: one write, and mostly no read."""
         lease = self.lease()
-        outcome = await self._store.claim_fresh(jobs, lease, self._clock())
+        outcome = await self._store.claim_accepted(jobs, lease, self._clock())
         return [*self._known(outcome, lease, [job.id for job in jobs]).jobs]
 
     async def renew(self, held: Mapping[str, Lease]) -> set[str]:
@@ -173,10 +173,10 @@ class Claims:
         """Takes one job over, waiting or running, to end it as cancelled. None: it has ended, or is being cancelled."""
         return await self._store.take_to_cancel(job_id, reason, self.lease())
 
-    async def inherit(self) -> int:
+    async def expire_inherited(self) -> int:
         """Lets the leases lapse that earlier processes of this instance's name left behind. Says how many."""
-        return await self._store.lapse(self._instance.name, self._instance.process, earliest(self._clock))
+        return await self._store.expire_leases(self._instance.name, self._instance.process, earliest(self._clock))
 
-    async def line_up(self) -> int:
+    async def add_tenant_queues(self) -> int:
         """Gives lanes to jobs that were put into the queue before there were any. Says how many."""
-        return await self._store.line_up()
+        return await self._store.add_tenant_queues()

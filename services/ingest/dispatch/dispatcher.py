@@ -40,7 +40,7 @@ from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.instance import Instance
 from services.ingest.intake.backlog import Backlog
-from services.ingest.job import Again, End, Job, Lease, claim, released
+from services.ingest.job import BackToQueue, End, Job, Lease, after_stop, claim
 from services.ingest.job_store import Inserted, Unknown
 from shoal.errors import ShoalError
 
@@ -190,8 +190,8 @@ class Dispatcher:
             return
         # Those that are there go back to the queue. A submit that is repeated with its key then finds a job that will
         # run, with all its attempts.
-        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
-        self._settle([(self._hold(job.but(request=None)), again) for job in claimed])
+        again = BackToQueue(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
+        self._settle([(self._hold(job.replaced(request=None)), again) for job in claimed])
 
     def _accept(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -199,7 +199,7 @@ class Dispatcher:
         now = self._clock()
         self._backlog.added(sum(job.due_at is not None for job in jobs))
         self._claims.notice(jobs)
-        light = [job.but(request=None) if job.is_apart else job for job in jobs]
+        light = [job.replaced(request=None) if job.is_apart else job for job in jobs]
         self._take([job for job in light if job.lease is not None])
         waiting = [job for job in light if job.due_at is not None]
         for job in waiting:
@@ -243,7 +243,7 @@ class Dispatcher:
         work = self._recorder.end_as([(job, standing)], is_held, self._letting_go(is_held))
         self._spawn(work, "end of a job", [holding])
 
-    def put_back(self, job: Job, again: Again) -> None:
+    def put_back(self, job: Job, again: BackToQueue) -> None:
         """Sees to it that a job that was taken over goes back to the queue."""
         self._settle([(self._hold(job), again)])
 
@@ -295,7 +295,7 @@ class Dispatcher:
             fresh = [self._fresh.popleft() for _ in range(min(room, len(self._fresh)))]
             self._behind.update(job.model_name for job in fresh if job.model_name in closed)
             fresh = [job for job in fresh if job.model_name not in closed]
-            jobs = await self._claims.claim_fresh(fresh) if fresh else []
+            jobs = await self._claims.claim_accepted(fresh) if fresh else []
         else:
             self._next_read = now + self._poll_s
             self._fresh.clear()  # They are in the queue, which is read now.
@@ -364,7 +364,7 @@ class Dispatcher:
             holding.call = None
             if job.request is not None and len(job.request) > _LARGE_BYTES:
                 self._bytes -= len(job.request)
-                holding.job = job.but(request=None)  # Not kept in memory while it is recorded.
+                holding.job = job.replaced(request=None)  # Not kept in memory while it is recorded.
             known.append((holding, decision))
         now = asyncio.get_running_loop().time()
         call.line.calls -= len(known)
@@ -386,7 +386,7 @@ class Dispatcher:
 
     def _settle(self, decided: Sequence[tuple[Holding, Decision]]) -> None:
         """Has decisions recorded, in a task for all of them."""
-        ending = [(holding, how) for holding, how in decided if not isinstance(how, Again)]
+        ending = [(holding, how) for holding, how in decided if not isinstance(how, BackToQueue)]
         if ending:
             holdings = [holding for holding, _ in ending]
             endings = [
@@ -396,13 +396,13 @@ class Dispatcher:
             is_held = self._is_held(holdings)
             work = self._recorder.end(endings, is_held, self._letting_go(is_held))
             self._spawn(work, f"end of {len(endings)} jobs", holdings)
-        back = [(holding, again) for holding, again in decided if isinstance(again, Again)]
+        back = [(holding, again) for holding, again in decided if isinstance(again, BackToQueue)]
         if back:
             holdings = [holding for holding, _ in back]
             work = self._put_all_back([(holding.job, again) for holding, again in back], self._is_held(holdings))
             self._spawn(work, f"return of {len(back)} jobs", holdings)
 
-    async def _put_all_back(self, back: Sequence[tuple[Job, Again]], is_held: Callable[[Job], bool]) -> None:
+    async def _put_all_back(self, back: Sequence[tuple[Job, BackToQueue]], is_held: Callable[[Job], bool]) -> None:
         due = {job.id: again.due_at for job, again in back}
 
         let_go = self._letting_go(is_held)
@@ -465,7 +465,7 @@ class Dispatcher:
         leaving = [holding for holding in self._held.values() if which(holding)]
         for holding in leaving:
             self._let_go(holding)
-        again = released(self._clock(), self._instance)
+        again = after_stop(self._clock(), self._instance)
         self._settle([(self._hold(holding.job), again) for holding in leaving])
 
     def _spawn(

@@ -19,7 +19,7 @@ from services.ingest.dispatch.recorder import Results
 from services.ingest.instance import Instance
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
+from services.ingest.job import End, Job, Lease, after_lapse, imposed_end
 from services.ingest.job_store import JobStore
 from shoal.errors import ShoalError
 
@@ -94,7 +94,7 @@ class LeaseKeeper:
         limit = min(CARE_JOBS, self._dispatcher.room)
         expired = await self._claims.take_expired(limit) if limit else []
         for job in expired:
-            if (how := ended_from_outside(job, self._clock())) is not None:
+            if (how := imposed_end(job, self._clock())) is not None:
                 self._dispatcher.end(job, how)
         return 0.0 if len(expired) == CARE_JOBS else CARE_S * random.uniform(0.5, 1)
 

@@ -22,7 +22,7 @@ from mesh.rpc.limits import MESSAGE_BYTES
 from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
+from services.ingest.job import MESSAGE_CHARS, BackToQueue, End, Job, Outcome, end, return_to_queue
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import Change, JobStore, Unknown
 from services.ingest.messages import timestamp_of
@@ -130,10 +130,10 @@ class Recorder:
         now = self._clock()
         await self._settle([(job, end(job, how, self._instance, now)) for job, how in stand], is_held, on_ended)
 
-    async def put_back(self, back: Sequence[tuple[Job, Again]], is_held: IsHeld, on_back: OnSettled) -> None:
+    async def put_back(self, back: Sequence[tuple[Job, BackToQueue]], is_held: IsHeld, on_back: OnSettled) -> None:
         """Lets go of jobs that this instance holds: back to the queue."""
         now = self._clock()
-        changes = [(job, try_again(job, again, self._instance, now)) for job, again in back]
+        changes = [(job, return_to_queue(job, again, self._instance, now)) for job, again in back]
         await self._settle(changes, is_held, on_back)
 
     async def _record(self, endings: Sequence[Ending]) -> tuple[list[tuple[Job, End]], list[Ending]]:

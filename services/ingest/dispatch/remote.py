@@ -18,7 +18,7 @@ from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.errors import Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -248,7 +248,7 @@ class RemoteResults:
             ShoalError: none is known to be recorded; to repeat it is safe.
         """
         request = store_pb2.PutResultsRequest(results=results)
-        with self._span(traceparents), asking_store("recording results"):
+        with self._span(traceparents), store_errors("recording results"):
             response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
         if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:
             raise Internal("the store's answer does not fit the results that were sent")
@@ -267,7 +267,7 @@ class RemoteResults:
             request = store_pb2.QueryResultsRequest(
                 job_ids=some, omit_response=True, page_size=len(some), include_removed=True
             )
-            with asking_store("looking for results"):
+            with store_errors("looking for results"):
                 response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})
         return found

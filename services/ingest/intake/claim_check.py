@@ -22,7 +22,7 @@ import grpc
 
 from mesh.rpc.channel import AnyChannel
 from mesh.rpc.interceptors import translate
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.errors import DataLoss, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
@@ -88,7 +88,7 @@ class ClaimCheck:
         """
         found = bytearray()
         try:
-            with asking_store(f"fetching the request of job {job_id}"):
+            with store_errors(f"fetching the request of job {job_id}"):
                 async for part in self._stub.GetArtifact(pb.GetArtifactRequest(sha256=sha256), timeout=_GET_S):
                     found += part.chunk
         except (NotFound, DataLoss) as err:
@@ -105,7 +105,7 @@ class ClaimCheck:
         """
         for first in range(0, len(job_ids), _RELEASED_AT_ONCE):
             names = [self._prefix + job_id for job_id in job_ids[first : first + _RELEASED_AT_ONCE]]
-            with asking_store("releasing requests of jobs"):
+            with store_errors("releasing requests of jobs"):
                 await self._stub.ReleaseArtifacts(pb.ReleaseArtifactsRequest(references=names), timeout=_ASK_S)
 
     async def handed_in(self, before: str) -> AsyncIterator[list[str]]:
@@ -119,7 +119,7 @@ class ClaimCheck:
             page = pb.ListReferencesRequest(
                 prefix=self._prefix, after=after, before=self._prefix + before, page_size=_LISTED_AT_ONCE
             )
-            with asking_store("looking for requests of jobs"):
+            with store_errors("looking for requests of jobs"):
                 answer = await self._stub.ListReferences(page, timeout=_ASK_S)
             if not answer.references:
                 return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mesh.process.tasks import end
-from services.ingest.dependencies.dependency_states import standings
+from services.ingest.dependencies.dependency_states import dependency_states
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
@@ -91,10 +91,10 @@ class Intake:
             max_bytes=GROUP_BYTES,
             size=_size,
             limit_s=_WAIT_S,
-            on_left=self._left,
+            on_removed=self._left,
             writes=_WRITES,
             # What it depends on may come just before it, and must be found; and of two with one key the first has it.
-            follows=lambda job: bool(job.depends_on) or job.id in self._repeats,
+            must_follow=lambda job: bool(job.depends_on) or job.id in self._repeats,
         )
         self._keys: Counter[tuple[str, str]] = Counter()
         self._repeats: set[str] = set()
@@ -252,7 +252,7 @@ class Intake:
         known: set[tuple[str, str]] = set()
         for tenant in {job.tenant for job in dependents}:
             asked = {reference for job in dependents if job.tenant == tenant for reference in job.depends_on}
-            known |= {(tenant, reference) for reference in await standings(self._store, tenant, asked)}
+            known |= {(tenant, reference) for reference in await dependency_states(self._store, tenant, asked)}
         errors: dict[str, ShoalError] = {}
         for job in jobs:
             missing = [reference for reference in job.depends_on if (job.tenant, reference) not in known]

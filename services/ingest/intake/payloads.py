@@ -23,7 +23,7 @@ from mesh.mongo import Document, translated
 from mesh.process.tasks import together
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
-from services.ingest.job import DONE_WITH, Job
+from services.ingest.job import PAYLOAD_DROPPABLE, Job
 from services.ingest.ulid import floor
 from shoal.errors import ShoalError
 
@@ -141,7 +141,7 @@ class Payloads:
 
     async def _unneeded(self, ids: Sequence[str]) -> list[str]:
         with translated("looking for the jobs of payloads"):
-            needed_by = {"$or": [{"state": {"$nin": sorted(map(str, DONE_WITH))}}, {"is_kept": True}]}
+            needed_by = {"$or": [{"state": {"$nin": sorted(map(str, PAYLOAD_DROPPABLE))}}, {"is_kept": True}]}
             cursor = self._jobs.find({"_id": {"$in": list(ids)}, **needed_by}, {"_id": 1})
             needed = {document["_id"] async for document in cursor}
         return [job_id for job_id in ids if job_id not in needed]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from mesh.process.tasks import Background, for_ever
 from mesh.rpc.channel import AnyChannel
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.errors import ResourceExhausted
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -67,7 +67,7 @@ class Storage(Background):
         token = ""
         while True:
             request = store_pb2.ListUsageRequest(over_quota=True, page_token=token)
-            with asking_store("looking for quotas of storage"):
+            with store_errors("looking for quotas of storage"):
                 answer = await self._store.ListUsage(request, timeout=_TIMEOUT_S)
             found.update({usage.tenant: usage for usage in answer.usages})
             token = answer.next_page_token

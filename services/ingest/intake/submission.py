@@ -84,7 +84,7 @@ def job_of(
         depends_on=depends_on,
         waits_for=depends_on,
         not_before=due_at if depends_on and due_at > now else None,
-        fails_with_them=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
+        fails_on_dependency=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
         traceparent=traceparent,
         transitions=acceptance(now, instance, due_at, len(depends_on)),
     )

@@ -1,1 +1,1 @@
-"""Jobs as clients read and watch them."""
+"""Queries, watches and completions of jobs, for clients."""

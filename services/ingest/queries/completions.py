@@ -69,7 +69,7 @@ class Ended:
         return state_of(End(Outcome(self.result.outcome), self.result.code), self.policy)
 
 
-class Endings(Background):
+class Completions(Background):
     """Tells when jobs have ended, and how. Used as `async with`."""
 
     def __init__(self, jobs: AsyncCollection[Document], answers: Answers, *, ready: asyncio.Event) -> None:

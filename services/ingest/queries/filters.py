@@ -88,14 +88,14 @@ def checked(
     return JobFilter(tuple(dict.fromkeys(ids)), states, model_name, tenant, tuple(sorted(labels.items())))
 
 
-def _matching(wanted: JobFilter, prefix: str) -> dict[str, Any]:
+def _matching(filter_: JobFilter, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if wanted.ids:
-        found[f"{prefix}_id"] = {"$in": list(wanted.ids)}
-    if wanted.model_name:
-        found[f"{prefix}model_name"] = wanted.model_name
-    if wanted.tenant:
-        found[f"{prefix}tenant"] = wanted.tenant
-    if wanted.labels:
-        found[f"{prefix}labels"] = {"$all": [{"$elemMatch": {"$eq": list(pair)}} for pair in wanted.labels]}
+    if filter_.ids:
+        found[f"{prefix}_id"] = {"$in": list(filter_.ids)}
+    if filter_.model_name:
+        found[f"{prefix}model_name"] = filter_.model_name
+    if filter_.tenant:
+        found[f"{prefix}tenant"] = filter_.tenant
+    if filter_.labels:
+        found[f"{prefix}labels"] = {"$all": [{"$elemMatch": {"$eq": list(pair)}} for pair in filter_.labels]}
     return found

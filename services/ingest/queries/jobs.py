@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.documents import LIGHT, job_of
+from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
 from services.ingest.ulid import is_ulid
@@ -74,7 +74,7 @@ class Jobs:
         if not is_ulid(job_id):
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
         with translated("reading a job"):
-            document = await self._jobs.find_one({"_id": job_id}, LIGHT)
+            document = await self._jobs.find_one({"_id": job_id}, WITHOUT_REQUEST)
         if document is None:
             raise NotFound(f"no job {job_id!r}")
         return job_of(document)
@@ -101,7 +101,7 @@ class Jobs:
             )
         return bytes(request)
 
-    async def page(self, wanted: Query, size: int, token: str) -> Page:
+    async def page(self, query_: Query, size: int, token: str) -> Page:
         """A page of jobs, newest first. `size` 0 means 100.
 
         Raises:
@@ -109,16 +109,16 @@ class Jobs:
         """
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
-        query = wanted.query()
+        query = query_.query()
         if token:
-            query["_id"] = {"$lt": _read_token(token, wanted.query())}
+            query["_id"] = {"$lt": _read_token(token, query_.query())}
         size = size or PAGE_DEFAULT
         found: list[Job] = []
         nbytes = 0
         with translated("listing jobs"):
-            async for document in self._jobs.find(query, LIGHT).sort("_id", -1).limit(size + 1):
+            async for document in self._jobs.find(query, WITHOUT_REQUEST).sort("_id", -1).limit(size + 1):
                 if len(found) == size or (found and nbytes > PAGE_BYTES):
-                    return Page(found, _token(found[-1].id, wanted.query()))
+                    return Page(found, _token(found[-1].id, query_.query()))
                 found.append(job_of(document))
                 nbytes += _weight(found[-1])
         return Page(found, "")

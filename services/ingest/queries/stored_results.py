@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesh.rpc.channel import AnyChannel
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 _TIMEOUT_S = 20.0
@@ -29,7 +29,7 @@ class StoredAnswers:
         found: dict[str, store_pb2.Result] = {}
         request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)
         while True:
-            with asking_store("reading results"):
+            with store_errors("reading results"):
                 page: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
             found.update({result.job_id: result for result in page.results})
             if not page.next_page_token:

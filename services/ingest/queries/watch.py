@@ -43,7 +43,7 @@ _STEPS_TOLD = 16
 # A watcher that missed more transitions than this is told the newest state only; the job carries the others.
 
 
-class Changes(Background):
+class ChangeFeed(Background):
     """Tells who is interested that a job has changed. Used as `async with`."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Changes(Background):
             if not self._count:
                 self._first_came.clear()
 
-    def poke(self, job_id: str) -> None:
+    def notify(self, job_id: str) -> None:
         """The job has changed."""
         for event in self._watchers.get(job_id, ()):
             event.set()
@@ -93,7 +93,7 @@ class Changes(Background):
     def due_again(self, jobs: Sequence[Job]) -> None:
         """Wake the watchers of jobs that are in the queue again."""
         for job in jobs:
-            self.poke(job.id)
+            self.notify(job.id)
 
     async def _run(self) -> None:
         await self._ready.wait()
@@ -140,7 +140,7 @@ class Changes(Background):
                 job_id = change["documentKey"]["_id"]
                 if (taken_by := change.get("taken_by")) is not None:
                     self._on_taken(job_id, taken_by)
-                self.poke(job_id)
+                self.notify(job_id)
 
 
 def pipeline_of(is_wide: bool) -> list[Document]:
@@ -167,7 +167,7 @@ def pipeline_of(is_wide: bool) -> list[Document]:
 class Watch:
     """Follows jobs for clients."""
 
-    def __init__(self, jobs: Jobs, changes: Changes) -> None:
+    def __init__(self, jobs: Jobs, changes: ChangeFeed) -> None:
         self._jobs = jobs
         self._changes = changes
 
@@ -225,6 +225,6 @@ def as_of(job: Job, index: int) -> Job:
         last_code=0,
         last_message="",
         transitions=job.transitions[: index + 1],
-        steps=job.steps - (len(job.transitions) - 1 - index),
+        transition_count=job.transition_count - (len(job.transitions) - 1 - index),
         generation=generations(job)[index],
     )

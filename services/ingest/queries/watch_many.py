@@ -26,7 +26,7 @@ from pymongo.errors import OperationFailure
 
 from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
-from services.ingest.documents import LIGHT, job_of
+from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
 from services.ingest.queries.filters import JobFilter
 from services.ingest.queries.watch import as_of
@@ -70,7 +70,7 @@ class WatchMany:
         self._max_watches = max_watches
         self._open = 0
 
-    async def follow(self, wanted: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[ReportedStates, None]:
+    async def follow(self, filter_: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[ReportedStates, None]:
         """First that the watch stands, then the jobs that are there (when `existing`, and no token says that they were
         told), then each transition. Never ends by itself.
 
@@ -80,63 +80,65 @@ class WatchMany:
             ResourceExhausted: too many watches.
             Unavailable: MongoDB went away: go on with the last token.
         """
-        place = _place(token, wanted) if token else None
+        place = _place(token, filter_) if token else None
         if self._open >= self._max_watches:
             raise ResourceExhausted(f"{self._open} watches are open, the most there may be", retry_after_ms=1_000)
         self._open += 1
         try:
             with translated("watching jobs"):
-                async for told in self._told(wanted, place, existing):
+                async for told in self._told(filter_, place, existing):
                     yield told
         finally:
             self._open -= 1
 
     async def _told(
-        self, wanted: JobFilter, place: StreamPosition | None, existing: bool
+        self, filter_: JobFilter, place: StreamPosition | None, existing: bool
     ) -> AsyncGenerator[ReportedStates, None]:
         if place is None:
-            async with await self._stream(wanted, None) as stream:
+            async with await self._stream(filter_, None) as stream:
                 place = StreamPosition(_token_of(stream), "" if existing else None)
-        yield ReportedStates(_written(place, wanted))
+        yield ReportedStates(_written(place, filter_))
         if place.listed is not None:
-            async for told in self._listed(wanted, place):
+            async for told in self._listed(filter_, place):
                 yield told
-        async for told in self._changed(wanted, place):
+        async for told in self._changed(filter_, place):
             yield told
 
-    async def _listed(self, wanted: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
+    async def _listed(self, filter_: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
         after = place.listed or ""
         while True:
-            query = {"$and": [wanted.query(), {"_id": {"$gt": after}}]}
-            found = await self._jobs.find(query, LIGHT).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+            query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
+            found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
             for document in found:
                 after = document["_id"]
-                yield ReportedStates(_written(replace(place, listed=after), wanted), job_of(document), is_existing=True)
+                yield ReportedStates(
+                    _written(replace(place, listed=after), filter_), job_of(document), is_existing=True
+                )
             if len(found) < _LISTED_AT_ONCE:
                 return
 
-    async def _changed(self, wanted: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
+    async def _changed(self, filter_: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
         loop = asyncio.get_running_loop()
         told_at, told, skipped = loop.time(), place.log, place.told
-        async with await self._stream(wanted, told) as stream:
+        async with await self._stream(filter_, told) as stream:
             while stream.alive:
                 change = await _next(stream)
-                if change is not None and (views := _views(change, wanted)):
+                if change is not None and (views := _views(change, filter_)):
                     for number, view in enumerate(views[skipped:], skipped + 1):
                         here = (
                             StreamPosition(told, told=number) if number < len(views) else StreamPosition(change["_id"])
                         )
-                        yield ReportedStates(_written(here, wanted), view)
+                        yield ReportedStates(_written(here, filter_), view)
                     told_at, told, skipped = loop.time(), change["_id"], 0
                 elif change is None and loop.time() >= told_at + _HEARTBEAT_S and _token_of(stream) != told:
                     told_at, told = loop.time(), _token_of(stream)
-                    yield ReportedStates(_written(StreamPosition(told, told=skipped), wanted))
+                    yield ReportedStates(_written(StreamPosition(told, told=skipped), filter_))
         raise Unavailable("the watch was ended by MongoDB: watch again")
 
-    async def _stream(self, wanted: JobFilter, after: Document | None) -> AsyncChangeStream[Document]:
+    async def _stream(self, filter_: JobFilter, after: Document | None) -> AsyncChangeStream[Document]:
         try:
             return await self._jobs.watch(
-                wanted.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
+                filter_.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
             )
         except OperationFailure as err:
             raise change_tokens.explained(err) from err
@@ -149,18 +151,19 @@ async def _next(stream: AsyncChangeStream[Document]) -> Document | None:
         raise change_tokens.explained(err) from err
 
 
-def _views(change: Document, wanted: JobFilter) -> list[Job]:
-    """The job as of each transition that `change` is about and that is into a wanted state."""
+def _views(change: Document, filter_: JobFilter) -> list[Job]:
+    """Return the job as of each transition in `change` whose new state passes the filter."""
     job = job_of(change["fullDocument"])
     last = len(job.transitions) - 1
-    if change["operationType"] == "insert":  # As it was made: all that it has.
-        about = range(last + 1)
+    # An insert stands for all transitions of the new job.
+    if change["operationType"] == "insert":
+        indexes = range(last + 1)
     else:
-        # So many may have followed that this one is not kept any more: what is left of the history tells.
-        at = max(0, last - (job.steps - change["step"]))
-        about = range(at, at + 1)
-    views = [job if index == last else as_of(job, index) for index in about]
-    return [view for view in views if wanted.includes(view)]
+        # After very many later transitions this one is not kept any more: then the oldest that is kept.
+        at = max(0, last - (job.transition_count - change["step"]))
+        indexes = range(at, at + 1)
+    views = [job if index == last else as_of(job, index) for index in indexes]
+    return [view for view in views if filter_.includes(view)]
 
 
 def _token_of(stream: AsyncChangeStream[Document]) -> Document:
@@ -169,8 +172,8 @@ def _token_of(stream: AsyncChangeStream[Document]) -> Document:
     return token
 
 
-def _written(place: StreamPosition, wanted: JobFilter) -> str:
-    document: Document = {"log": place.log, "of": wanted.digest}
+def _written(place: StreamPosition, filter_: JobFilter) -> str:
+    document: Document = {"log": place.log, "of": filter_.digest}
     if place.listed is not None:
         document["listed"] = place.listed
     if place.told:
@@ -178,12 +181,12 @@ def _written(place: StreamPosition, wanted: JobFilter) -> str:
     return change_tokens.written(document)
 
 
-def _place(token: str, wanted: JobFilter) -> StreamPosition:
+def _place(token: str, filter_: JobFilter) -> StreamPosition:
     document = change_tokens.read(token)
     log, listed, told = change_tokens.checked(document.get("log")), document.get("listed"), document.get("told", 0)
     is_listed = listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))
     if not is_listed or type(told) is not int or not 0 <= told <= _MOST_AT_ONCE:
         raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")
-    if document.get("of") != wanted.digest:
+    if document.get("of") != filter_.digest:
         raise InvalidArgument("resume_token: it belongs to another filter: go on with the filter it came from")
     return StreamPosition(log, listed, told)

@@ -23,7 +23,7 @@ from mesh.mongo import Document, translated
 from mesh.process.tasks import Background, for_ever
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.dependencies.references import by_key
-from services.ingest.documents import LIGHT, job_of
+from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention.retention_repository import RetentionRepository
@@ -46,7 +46,7 @@ class Sweep(Background):
         self,
         jobs: AsyncCollection[Document],
         payloads: Payloads,
-        book: RetentionRepository,
+        repository: RetentionRepository,
         *,
         leads: Callable[[], bool],
         clock: Clock,
@@ -55,7 +55,7 @@ class Sweep(Background):
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
-        self._book = book
+        self._repository = repository
         self._leads = leads
         self._clock = clock
         self._ready = ready
@@ -80,7 +80,7 @@ class Sweep(Background):
             ShoalError: MongoDB is away.
         """
         now = self._clock()
-        rules = await self._book.read()
+        rules = await self._repository.read()
         if self._began_at is None or now - self._began_at >= _AGAIN or rules != self._rules:
             self._began_at, self._rules = now, rules
             self._come_to.clear()
@@ -102,7 +102,9 @@ class Sweep(Background):
             return False, 0
         span = {"$gt": self._come_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
         with translated("looking for jobs that have stayed long enough"):
-            cursor = self._jobs.find({"state": str(state), "_id": span}, LIGHT).sort("_id", 1).limit(PAGE_JOBS)
+            cursor = (
+                self._jobs.find({"state": str(state), "_id": span}, WITHOUT_REQUEST).sort("_id", 1).limit(PAGE_JOBS)
+            )
             jobs = [job_of(document) async for document in cursor]
         over = await self._not_awaited([job for job in jobs if rules.is_over(job, now)])
         if over:

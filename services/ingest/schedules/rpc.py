@@ -8,7 +8,7 @@ from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
 from services.ingest.schedules import cron
 from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
-from services.ingest.schedules.schedule_repository import Schedules
+from services.ingest.schedules.schedule_repository import ScheduleRepository
 from services.ingest.schedules.validation import checked_name, schedule_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -20,12 +20,12 @@ OVERLAPS = {each: f"OVERLAP_POLICY_{each.name}" for each in Overlap}
 class SchedulesRpc:
     """A part of the servicer."""
 
-    def __init__(self, schedules: Schedules) -> None:
+    def __init__(self, schedules: ScheduleRepository) -> None:
         self._schedules = schedules
 
     async def PutSchedule(self, request: pb.PutScheduleRequest, context: Context) -> pb.PutScheduleResponse:
-        wanted = schedule_of(request.schedule, self._schedules.now())
-        schedule = await self._schedules.put(wanted, replaces=request.replace)
+        requested = schedule_of(request.schedule, self._schedules.now())
+        schedule = await self._schedules.put(requested, replaces=request.replace)
         return pb.PutScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: Context) -> pb.GetScheduleResponse:

@@ -21,7 +21,7 @@ _LIGHT = {"template": 0}
 _DONE = ("last_at", "last_job", "last_skip", "fired", "skipped")
 
 
-class Schedules:
+class ScheduleRepository:
     """Keeps schedules."""
 
     def __init__(self, schedules: AsyncCollection[Document], clock: Clock) -> None:
@@ -32,7 +32,7 @@ class Schedules:
         """The time."""
         return self._clock()
 
-    async def put(self, wanted: Schedule, *, replaces: bool) -> Schedule:
+    async def put(self, requested: Schedule, *, replaces: bool) -> Schedule:
         """Makes a schedule, or (when `replaces`) changes the one of its name, which keeps its history.
 
         Raises:
@@ -40,12 +40,14 @@ class Schedules:
             at the same time. Unavailable: MongoDB is away.
         """
         with translated("storing a schedule"):
-            before = await self._schedules.find_one({"_id": id_of(wanted.tenant, wanted.name)})
+            before = await self._schedules.find_one({"_id": id_of(requested.tenant, requested.name)})
             if before is None:
-                return await self._make(wanted)
+                return await self._make(requested)
             if not replaces:
-                raise AlreadyExists(f"there is a schedule {wanted.name!r} already: change it, or choose another name")
-            return await self._change(schedule_of(before), wanted)
+                raise AlreadyExists(
+                    f"there is a schedule {requested.name!r} already: change it, or choose another name"
+                )
+            return await self._change(schedule_of(before), requested)
 
     async def get(self, tenant: str, name: str) -> Schedule:
         """One schedule.
@@ -89,23 +91,23 @@ class Schedules:
             document = await self._schedules.find_one_and_delete({"_id": id_of(tenant, name)})
         return schedule_of(_found(document, name))
 
-    async def _make(self, wanted: Schedule) -> Schedule:
+    async def _make(self, requested: Schedule) -> Schedule:
         if await self._schedules.estimated_document_count() >= MOST:
             raise ResourceExhausted(f"there are {MOST} schedules, the most there may be: remove some")
         try:
-            await self._schedules.insert_one(document_of(wanted))
+            await self._schedules.insert_one(document_of(requested))
         except DuplicateKeyError:
-            raise Aborted(f"schedule {wanted.name!r} was made at the same time: try again") from None
-        return wanted
+            raise Aborted(f"schedule {requested.name!r} was made at the same time: try again") from None
+        return requested
 
-    async def _change(self, before: Schedule, wanted: Schedule) -> Schedule:
+    async def _change(self, before: Schedule, requested: Schedule) -> Schedule:
         """Writes `wanted` over `before`. What the leader writes is left alone, so the two do not disturb each other."""
         after = replace(
-            wanted,
+            requested,
             created_at=before.created_at,
             updated_at=self._clock(),
             revision=before.revision + 1,
-            next_at=None if wanted.is_paused else wanted.next_at,
+            next_at=None if requested.is_paused else requested.next_at,
         )
         document = document_of(after)
         fields = {name: value for name, value in document.items() if name not in (*_DONE, "_id", "fence")}

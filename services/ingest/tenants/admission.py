@@ -27,9 +27,13 @@ class Admission:
     """Lets jobs in. `gates` refuse for the whole node: they return, or raise ResourceExhausted."""
 
     def __init__(
-        self, book: TenantRepository, pending: PendingCounts, buckets: Buckets, gates: Sequence[Callable[[], None]]
+        self,
+        repository: TenantRepository,
+        pending: PendingCounts,
+        buckets: Buckets,
+        gates: Sequence[Callable[[], None]],
     ) -> None:
-        self._book = book
+        self._repository = repository
         self._pending = pending
         self._buckets = buckets
         self._gates = gates
@@ -42,7 +46,7 @@ class Admission:
         """
         for gate in self._gates:
             gate()
-        limits = self._book.limits(tenant)
+        limits = self._repository.limits(tenant)
         if not (limits.max_pending or limits.rate):
             return True
         if limits.max_pending and not self._pending.has_room_at_hand(tenant, limits.max_pending):
@@ -63,7 +67,7 @@ class Admission:
         """
         for gate in self._gates:
             gate()
-        limits = self._book.limits(tenant)
+        limits = self._repository.limits(tenant)
         if limits.max_pending:
             await self._pending.admit(tenant, limits.max_pending)
         if limits.rate:

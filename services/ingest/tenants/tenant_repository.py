@@ -18,7 +18,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
 from mesh.process.tasks import Background, for_ever
-from services.ingest.documents import EVER
+from services.ingest.documents import EPOCH
 from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Tenant, TenantSettings, in_force
 from shoal.errors import FailedPrecondition
 
@@ -51,7 +51,7 @@ class TenantRepository(Background):
         self._known: dict[str, Tenant] = {}
         self._limits: dict[str, Limits] = {}
         self._others = Limits()
-        self._read_to: datetime = EVER
+        self._read_to: datetime = EPOCH
         self._is_open = asyncio.Event()
 
     async def open(self) -> None:

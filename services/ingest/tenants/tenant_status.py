@@ -11,8 +11,8 @@ from datetime import datetime
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.documents import EACH_LANE, WAITING
-from services.ingest.tenant_queue import lane_of
+from services.ingest.documents import EACH_TENANT_QUEUE, WAITING
+from services.ingest.tenant_queue import tenant_queue_of
 from services.ingest.tenants.pending import PendingCounts
 from services.ingest.tenants.settings import Limits, TenantSettings
 from services.ingest.tenants.tenant_repository import TenantRepository
@@ -41,9 +41,9 @@ class TenantStatus:
 class TenantStatuses:
     """Reads how tenants stand."""
 
-    def __init__(self, jobs: AsyncCollection[Document], book: TenantRepository, pending: PendingCounts) -> None:
+    def __init__(self, jobs: AsyncCollection[Document], repository: TenantRepository, pending: PendingCounts) -> None:
         self._jobs = jobs
-        self._book = book
+        self._repository = repository
         self._pending = pending
 
     async def of(self, name: str) -> TenantStatus:
@@ -53,11 +53,11 @@ class TenantStatuses:
             Unavailable: MongoDB is away.
         """
         counted = await self._pending.count(name, COUNTED_MOST + 1)
-        known = self._book.get(name)
+        known = self._repository.get(name)
         return TenantStatus(
             name,
             known.settings if known else TenantSettings(),
-            self._book.limits(name),
+            self._repository.limits(name),
             min(counted, COUNTED_MOST),
             counted > COUNTED_MOST,
             known.updated_at if known else None,
@@ -72,17 +72,19 @@ class TenantStatuses:
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
         after = _read_token(token) if token else None
-        names = sorted(name for name in {*self._book.names(), *await self._waiting()} if after is None or name > after)
+        names = sorted(
+            name for name in {*self._repository.names(), *await self._waiting()} if after is None or name > after
+        )
         page = names[: size or PAGE_DEFAULT]
-        standings = [await self.of(name) for name in page]
-        return standings, _token(page[-1]) if len(names) > len(page) else ""
+        statuses = [await self.of(name) for name in page]
+        return statuses, _token(page[-1]) if len(names) > len(page) else ""
 
     async def _waiting(self) -> Sequence[str]:
         """The tenants that have jobs that wait: one step a lane."""
-        lanes: list[Document] = [{"$match": WAITING}, *EACH_LANE, {"$limit": _LANES_MOST}]
+        lanes: list[Document] = [{"$match": WAITING}, *EACH_TENANT_QUEUE, {"$limit": _LANES_MOST}]
         with translated("looking for tenants that wait"):
             found = await self._jobs.aggregate(lanes, hint="lanes")
-            return [lane_of(document["_id"]).tenant async for document in found]
+            return [tenant_queue_of(document["_id"]).tenant async for document in found]
 
 
 def _token(after: str) -> str:

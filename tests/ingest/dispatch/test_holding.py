@@ -20,7 +20,7 @@ from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import document_of, job_of
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Again, End, Job, Lease, Outcome, Policy, State, claim
+from services.ingest.job import BackToQueue, End, Job, Lease, Outcome, Policy, State, claim
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
 from shoal.store.v1 import store_pb2
@@ -54,7 +54,7 @@ class Fails:
     async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         self.began += [one.attempts for one in jobs]
         if jobs[0].attempts <= self._failures:
-            yield [(one, Again(utc_now(), True, "failed")) for one in jobs]
+            yield [(one, BackToQueue(utc_now(), True, "failed")) for one in jobs]
             return
         await self.may.wait()
         yield [(one, result_of(one, End(Outcome.SUCCEEDED))) for one in jobs]
