@@ -231,7 +231,9 @@ async def build_queries(
         mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
     )
     jobs = Jobs(shared.jobs, shared.payloads)
-    changes = ChangeFeed(shared.jobs, ready=ready, on_taken=dispatch.dispatcher.taken, max_watches=config.max_watches)
+    changes = ChangeFeed(
+        shared.jobs, ready=ready, on_taken=dispatch.dispatcher.taken_over, max_watches=config.max_watches
+    )
     return QueriesArea(
         jobs,
         changes,

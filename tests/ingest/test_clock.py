@@ -24,7 +24,7 @@ from tests.ingest.making import instance, job
 
 NS = 10**9
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LEASE_S, RENEW_S, CARE_S, SYNC_S = 5.0, 5 / 3, 0.5, 10.0
+LEASE_S, RENEW_S, RECOVERY_S, SYNC_S = 5.0, 5 / 3, 0.5, 10.0
 
 
 class Primary:
@@ -161,7 +161,7 @@ async def test_no_living_holder_is_taken_for_dead(
         ("holder looks", SYNC_S, phases[0]),
         ("other looks", SYNC_S, phases[1]),
         ("renew", RENEW_S, 0.3),
-        ("care", CARE_S, 0.1),
+        ("care", RECOVERY_S, 0.1),
     ):
         events += [(phase + n * every, name, 0.0) for n in range(int(130 / every))]
     for at, what, by in sorted(events):

@@ -91,6 +91,6 @@ async def test_the_backlog_is_counted_now_and_then_and_kept_up_in_between() -> N
     with pytest.raises(ResourceExhausted, match="10 jobs are queued already and the limit is 10") as refused:
         backlog.admit()
     assert refused.value.retry_after_ms
-    backlog.taken(100)
+    backlog.removed(100)
     backlog.admit()
     assert backlog.estimate == 0

@@ -1,11 +1,11 @@
-"""Which jobs are claimed next: of the tenants furthest behind, the longest waiting, priorities counted in.
+"""Selection of the next jobs to claim: of the tenants furthest behind, the longest waiting, weighted by priority.
 
-    heads (lane -> its earliest due job) ──asks(room)──> so many of these lanes ──read──> pick ──claim──> claimed
-      ^ listed now and then, noticed on submit                                                    │
-      └──────────────────────── heads move on, clocks advance <───────────────────────────────────┘
+    heads (tenant queue -> earliest due time) ──plan(capacity)──> shares ──read──> pick ──claim──> charge
+      ^ set by listings, added on submit                                                    │
+      └──────────────────────── heads and clocks advance <──────────────────────────────────┘
 
-Plain decisions; `claims.py` asks and claims. What is known of the heads may be old: a claim that finds less than it
-expected forgets the lane until it is listed again, and jobs that turned up meanwhile are seen with the next listing.
+Pure decisions; `claims.py` reads and claims. The heads may be stale. A claim that finds fewer jobs than expected drops
+the queue until the next listing, which also finds jobs that other instances have added.
 """
 
 from __future__ import annotations
@@ -15,109 +15,114 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from services.ingest.dispatch.fairness import Clocks
+from services.ingest.dispatch.fairness import TenantClocks
 from services.ingest.job_store import Waiting
 from services.ingest.tenant_queue import TenantQueueKey
 
-LANES_PER_CLAIM = 64
-"""Lanes that one claim reads: a tenth of a millisecond each. With more tenants waiting, each claim serves the 64 that
-are furthest behind, with more jobs each."""
-_LANES_PER_TENANT = 8
-# Of one tenant's lanes the longest waiting; more models and priorities take turns as these advance.
+QUEUES_PER_CLAIM = 64
+"""Maximum tenant queues that one claim reads, a tenth of a millisecond each. With more tenants waiting, each claim
+serves the 64 that are furthest behind, with more jobs each."""
+# The longest waiting queues of one tenant; further models and priorities follow as these advance.
+_QUEUES_PER_TENANT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Up to `jobs` of `tenant` are wanted, from whichever of `lanes` has waited longest."""
+class QueueShare:
+    """Share of one tenant in a claim: up to `jobs`, the longest waiting in `queues`."""
 
     tenant: str
     jobs: int
-    lanes: tuple[TenantQueueKey, ...]
+    queues: tuple[TenantQueueKey, ...]
 
     def limit(self, spread: int) -> int:
-        """How many jobs of each lane are looked at: one more than may be taken, which will be the lane's next head."""
+        """Return the number of jobs to read from each queue: one more than may be claimed, the queue's next head."""
         return self.jobs * spread + 1
 
 
 class TenantQueues:
-    """What is known of the lanes that have jobs, and the order among them."""
+    """Known tenant queues that have jobs, and the order among them."""
 
     def __init__(self, weight_of: Callable[[str], float], ageing: timedelta) -> None:
-        self._clocks = Clocks(weight_of)
+        self._clocks = TenantClocks(weight_of)
         self._ageing = ageing
         self._heads: dict[str, dict[TenantQueueKey, datetime]] = {}
-        self._news: set[TenantQueueKey] = set()
-        # Noticed since the last `asks`: what that claim read is older than these.
+        # Queues added since the last `plan`, whose reads are older.
+        self._recent: set[TenantQueueKey] = set()
 
-    def listed(self, heads: Iterable[tuple[TenantQueueKey, datetime]]) -> None:
-        """These are all lanes that have jobs, with the earliest due time of each."""
+    def set_heads(self, heads: Iterable[tuple[TenantQueueKey, datetime]]) -> None:
+        """Replace the known queues by `heads`: all queues that have jobs, with their earliest due times."""
         self._heads = {}
-        for lane, due_at in heads:
-            self._heads.setdefault(lane.tenant, {})[lane] = due_at
+        for queue, due_at in heads:
+            self._heads.setdefault(queue.tenant, {})[queue] = due_at
 
-    def noticed(self, lane: TenantQueueKey, due_at: datetime) -> None:
-        """A job was put into `lane`."""
-        lanes = self._heads.setdefault(lane.tenant, {})
-        lanes[lane] = min(due_at, lanes.get(lane, due_at))
-        self._news.add(lane)
+    def add_head(self, queue: TenantQueueKey, due_at: datetime) -> None:
+        """Note a new job in `queue`."""
+        queues = self._heads.setdefault(queue.tenant, {})
+        queues[queue] = min(due_at, queues.get(queue, due_at))
+        self._recent.add(queue)
 
     def has_due(self, now: datetime, closed: Collection[str]) -> bool:
-        """Whether a job may be due whose model is not among `closed`."""
-        return any(True for lanes in self._heads.values() for _ in self._due(lanes, now, closed))
+        """Return True when a job may be due whose model is not in `closed`."""
+        return any(True for queues in self._heads.values() for _ in self._due(queues, now, closed))
 
     def due_models(self, now: datetime) -> set[str]:
-        """The models that a job may be due of."""
-        return {lane.model for lanes in self._heads.values() for lane, due_at in lanes.items() if due_at <= now}
+        """Return the models of jobs that may be due."""
+        return {queue.model for queues in self._heads.values() for queue, due_at in queues.items() if due_at <= now}
 
-    def asks(self, room: int, now: datetime, closed: Collection[str], spread: int = 1) -> list[Ask]:
-        """What to look for, to claim up to `room` jobs.
+    def plan(self, capacity: int, now: datetime, closed: Collection[str], spread: int = 1) -> list[QueueShare]:
+        """Return the shares of tenants in a claim of up to `capacity` jobs.
 
-        With a `spread` above 1, others claim at the same time: not all take the first in line.
+        A `spread` above 1 is for concurrent claimers: the claim then picks randomly among more jobs.
         """
-        self._news.clear()
-        due = {tenant: lanes for tenant, known in self._heads.items() if (lanes := list(self._due(known, now, closed)))}
-        most = min(room, LANES_PER_CLAIM)
-        line = self._clocks.behind(due, most * spread)
-        if len(line) > most:
-            line = random.sample(line, most)
-        each = min(_LANES_PER_TENANT, max(1, LANES_PER_CLAIM // len(line))) if line else 0
-        shares = self._clocks.allot(line, room)
-        return [Ask(tenant, jobs, self._oldest(tenant, due[tenant])[:each]) for tenant, jobs in shares.items()]
+        self._recent.clear()
+        due = {
+            tenant: queues for tenant, known in self._heads.items() if (queues := list(self._due(known, now, closed)))
+        }
+        most = min(capacity, QUEUES_PER_CLAIM)
+        tenants = self._clocks.furthest_behind(due, most * spread)
+        if len(tenants) > most:
+            tenants = random.sample(tenants, most)
+        each = min(_QUEUES_PER_TENANT, max(1, QUEUES_PER_CLAIM // len(tenants))) if tenants else 0
+        shares = self._clocks.allot(tenants, capacity)
+        return [QueueShare(tenant, jobs, self._oldest(tenant, due[tenant])[:each]) for tenant, jobs in shares.items()]
 
-    def pick(self, asks: Sequence[Ask], seen: Mapping[TenantQueueKey, Sequence[Waiting]], spread: int = 1) -> list[str]:
-        """The ids to claim. `seen` is the beginning of each lane, `Ask.limit` long unless it has less."""
+    def pick(
+        self, shares: Sequence[QueueShare], seen: Mapping[TenantQueueKey, Sequence[Waiting]], spread: int = 1
+    ) -> list[str]:
+        """Return the ids to claim. `seen` has the first jobs of each queue, `QueueShare.limit` of them if there are."""
         picked: list[str] = []
-        for ask in asks:
-            lanes = {lane: seen.get(lane, ()) for lane in ask.lanes}
-            ordered = sorted((lane.age(due, self._ageing), id_) for lane, jobs in lanes.items() for due, id_ in jobs)
-            first = [id_ for _, id_ in ordered[: ask.jobs * spread]]
-            taken = random.sample(first, ask.jobs) if len(first) > ask.jobs else first
-            picked += taken
-            for lane, jobs in lanes.items():
-                self._advance(lane, jobs, frozenset(taken))
+        for share in shares:
+            queues = {queue: seen.get(queue, ()) for queue in share.queues}
+            ordered = sorted((queue.age(due, self._ageing), id_) for queue, jobs in queues.items() for due, id_ in jobs)
+            first = [id_ for _, id_ in ordered[: share.jobs * spread]]
+            picked_here = random.sample(first, share.jobs) if len(first) > share.jobs else first
+            picked += picked_here
+            for queue, jobs in queues.items():
+                self._advance(queue, jobs, frozenset(picked_here))
         return picked
 
-    def claimed(self, tenant: str, jobs: int) -> None:
-        """So many jobs of `tenant` were claimed."""
+    def charge(self, tenant: str, jobs: int) -> None:
+        """Charge `tenant` for claimed jobs."""
         self._clocks.charge(tenant, jobs)
 
     def _due(
-        self, lanes: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[str]
+        self, queues: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[str]
     ) -> Iterable[TenantQueueKey]:
-        return (lane for lane, due_at in lanes.items() if due_at <= now and lane.model not in closed)
+        return (queue for queue, due_at in queues.items() if due_at <= now and queue.model not in closed)
 
-    def _oldest(self, tenant: str, lanes: list[TenantQueueKey]) -> tuple[TenantQueueKey, ...]:
-        if len(lanes) > 1:
+    def _oldest(self, tenant: str, queues: list[TenantQueueKey]) -> tuple[TenantQueueKey, ...]:
+        if len(queues) > 1:
             heads = self._heads[tenant]
-            lanes.sort(key=lambda lane: lane.age(heads[lane], self._ageing))
-        return tuple(lanes)
+            queues.sort(key=lambda queue: queue.age(heads[queue], self._ageing))
+        return tuple(queues)
 
-    def _advance(self, lane: TenantQueueKey, seen: Sequence[Waiting], taken: Collection[str]) -> None:
-        lanes = self._heads.setdefault(lane.tenant, {})
-        left = next((due_at for due_at, id_ in seen if id_ not in taken), None)
+    def _advance(self, queue: TenantQueueKey, seen: Sequence[Waiting], picked_here: Collection[str]) -> None:
+        queues = self._heads.setdefault(queue.tenant, {})
+        left = next((due_at for due_at, id_ in seen if id_ not in picked_here), None)
         if left is not None:
-            lanes[lane] = left
-        elif lane not in self._news:  # One more than is taken was asked for: that was all of it.
-            lanes.pop(lane, None)
-        if not lanes:
-            del self._heads[lane.tenant]
+            queues[queue] = left
+        # The read asked for one job more than the claim takes, so the queue is empty now.
+        elif queue not in self._recent:
+            queues.pop(queue, None)
+        if not queues:
+            del self._heads[queue.tenant]

@@ -43,7 +43,7 @@ class Backlog:
     def added(self, jobs: int) -> None:
         self._estimate += jobs
 
-    def taken(self, jobs: int) -> None:
+    def removed(self, jobs: int) -> None:
         self._estimate = max(0, self._estimate - jobs)
 
     async def recount(self, count: Callable[[int], Awaitable[int]]) -> float:

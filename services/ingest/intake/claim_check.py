@@ -34,7 +34,7 @@ _PUT_S = 3.0
 # Longest that a submit waits for the store before its request goes to MongoDB instead. 12 MiB take 0.1 s.
 _GET_S = 20.0
 _ASK_S = 10.0
-_AWAY_S = 5.0
+_UNAVAILABLE_WAIT_S = 5.0
 # So long no other submit finds out for itself that the store does not answer.
 _RELEASED_AT_ONCE = 1_000
 _LISTED_AT_ONCE = 1_000
@@ -73,7 +73,7 @@ class ClaimCheck:
             answer = await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
         except grpc.RpcError as err:
             log.warning("large requests go to MongoDB for now: the store does not take them: %s", translate(err))
-            self._away_until = self._monotonic() + _AWAY_S
+            self._away_until = self._monotonic() + _UNAVAILABLE_WAIT_S
             return None
         if answer.HasField("over_quota"):
             self._on_over(answer.over_quota)

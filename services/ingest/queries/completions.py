@@ -41,7 +41,7 @@ _ASKED_AT_ONCE = 1_000
 _LOOK_S = 0.25
 _REST = 10
 # Looking at all takes at most a tenth of the time: with very many waiting, other instances' ends are seen later.
-_AWAY_S = 0.5
+_UNAVAILABLE_WAIT_S = 0.5
 _RESULTS_AT_ONCE = 100
 _AT_HAND_BYTES = 16 << 20
 # Of results that wait to be fetched by those who waited for them; the rest are read back from the store.
@@ -179,10 +179,10 @@ class Completions(Background):
                     next_look = time.monotonic() + max(_LOOK_S, _REST * (time.monotonic() - began))
             except ShoalError as err:
                 log.warning("cannot see which jobs have ended, for now: %s", err)
-                await asyncio.sleep(_AWAY_S)
+                await asyncio.sleep(_UNAVAILABLE_WAIT_S)
             except Exception:
                 log.exception("looking for jobs that have ended")
-                await asyncio.sleep(_AWAY_S)
+                await asyncio.sleep(_UNAVAILABLE_WAIT_S)
 
     async def _settle(self, job_ids: list[str]) -> None:
         """Lets go those who wait for one of these that has ended."""

@@ -36,7 +36,7 @@ PAGE_JOBS = 500
 """Read and removed at once: a few dozen milliseconds of MongoDB's time."""
 ROUND_S = 30.0
 _AGAIN = timedelta(days=1)
-_AWAY_S = 5.0
+_UNAVAILABLE_WAIT_S = 5.0
 
 
 class Sweep(Background):
@@ -66,7 +66,7 @@ class Sweep(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("remove jobs that have stayed long enough", self._turn, away_s=_AWAY_S, log=log)
+        await for_ever("remove jobs that have stayed long enough", self._turn, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _turn(self) -> float:
         if self._leads():

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 """How often the leader looks: a time is fired so late at most, when nothing holds it up."""
 _DUE_AT_ONCE = 100
-_AWAY_S = 1.0
+_UNAVAILABLE_WAIT_S = 1.0
 NAME_LABEL = "schedule"
 TIME_LABEL = "scheduled_for"
 
@@ -69,7 +69,7 @@ class Firing(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("fire schedules", self._tick, away_s=_AWAY_S, log=log)
+        await for_ever("fire schedules", self._tick, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _tick(self) -> float:
         await self.fire_due()

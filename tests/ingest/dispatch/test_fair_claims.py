@@ -105,7 +105,7 @@ async def test_a_noticed_job_needs_no_listing(jobs: Collection, clock: TestClock
     assert await worker.claim_due(10, []) == ([], False)
     one = job(tenant="new")
     await put(jobs, one)
-    worker.notice([one])
+    worker.note_queued([one])
     assert [taken.id for taken in (await worker.claim_due(10, []))[0]] == [one.id]
 
 

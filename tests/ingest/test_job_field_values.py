@@ -1,4 +1,4 @@
-"""What `Job.but` takes: the job's own fields, and mypy knows them."""
+"""Arguments of `Job.replaced`: the fields of a job, which mypy checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
-from services.ingest.job import Changes, Job, State
+from services.ingest.job import Job, JobFieldValues, State
 from tests.ingest.making import job
 from tests.typed import mypy_says
 
@@ -14,15 +14,15 @@ CHANGES = """
 from services.ingest.job import Job, State
 
 def changed(job: Job) -> None:
-    job.but(state=State.DEAD, attempts=1, lease=None)
-    job.but(atempts=1)
-    job.but(attempts="1")
-    job.but(state=None)
+    job.replaced(state=State.DEAD, attempts=1, lease=None)
+    job.replaced(atempts=1)
+    job.replaced(attempts="1")
+    job.replaced(state=None)
 """
 
 
 def test_it_takes_the_fields_of_a_job_and_no_others() -> None:
-    assert get_type_hints(Changes) == {name: get_type_hints(Job)[name] for name in Job.__dataclass_fields__}
+    assert get_type_hints(JobFieldValues) == {name: get_type_hints(Job)[name] for name in Job.__dataclass_fields__}
 
 
 def test_it_gives_what_replace_gives() -> None:
@@ -34,9 +34,9 @@ def test_it_gives_what_replace_gives() -> None:
 def test_mypy_finds_a_change_that_is_wrong(tmp_path: Path, repository_root: Path) -> None:
     seen = mypy_says(CHANGES, tmp_path, repository_root)
     for words in (
-        'Unexpected keyword argument "atempts" for "but" of "Job"',
-        '"attempts" to "but" of "Job" has incompatible type "str"; expected "int"',
-        '"state" to "but" of "Job" has incompatible type "None"; expected "State"',
+        'Unexpected keyword argument "atempts" for "replaced" of "Job"',
+        '"attempts" to "replaced" of "Job" has incompatible type "str"; expected "int"',
+        '"state" to "replaced" of "Job" has incompatible type "None"; expected "State"',
     ):
         assert words in seen, seen
     assert seen.count("error:") == 3, seen
