@@ -44,15 +44,15 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.durable_insert import DurableInsert
-from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake, Limits
+from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake, IntakeLimits
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
-from services.ingest.intake.storage import Storage
+from services.ingest.intake.storage import StorageQuotas
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.queries.completions import Completions
 from services.ingest.queries.jobs import Jobs
-from services.ingest.queries.stored_results import StoredAnswers
+from services.ingest.queries.stored_results import StoredResults
 from services.ingest.queries.watch import ChangeFeed, Watch
 from services.ingest.queries.watch_many import WatchMany
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
@@ -80,7 +80,7 @@ class SharedComponents:
     clock: DatabaseClock
     jobs: AsyncCollection[Document]
     store: MongoJobs
-    storage: Storage
+    storage: StorageQuotas
     payloads: Payloads
     events: JobEvents
 
@@ -159,7 +159,7 @@ async def build_shared(config: IngestConfig, stack: AsyncExitStack) -> SharedCom
     database = client[config.database]
     clock = await stack.enter_async_context(DatabaseClock(database))
     ulids = Ulids(lambda: milliseconds(clock()))
-    storage = await stack.enter_async_context(Storage(channel))
+    storage = await stack.enter_async_context(StorageQuotas(channel))
     return SharedComponents(
         instance=Instance(f"{config.node}/{config.instance}", ulids.new(), clock, ulids.new, asyncio.Event()),
         channel=channel,
@@ -168,7 +168,7 @@ async def build_shared(config: IngestConfig, stack: AsyncExitStack) -> SharedCom
         jobs=database[JOBS],
         store=MongoJobs(database[JOBS]),
         storage=storage,
-        payloads=Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.heard)),
+        payloads=Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.mark_over_quota)),
         events=JobEvents(),
     )
 
@@ -239,7 +239,7 @@ async def build_queries(
         changes,
         Watch(jobs, changes),
         WatchMany(watching[config.database][JOBS], config.max_filter_watches),
-        Completions(shared.jobs, StoredAnswers(shared.channel), ready=ready),
+        Completions(shared.jobs, StoredResults(shared.channel), ready=ready),
     )
 
 
@@ -254,7 +254,7 @@ def build_intake(
         group_bytes=GROUP_BYTES,
         clock=time.monotonic,
     )
-    limits = Limits(
+    limits = IntakeLimits(
         storage=shared.storage,
         admission=Admission(
             tenants.repository,

@@ -195,7 +195,11 @@ class BatchRepository:
                 page = await found.limit(_REMOVED_AT_ONCE).to_list()
                 if not page:
                     return removed
-                over = [one["_id"] for one in page if rules.has_stayed(one["tenant"], BATCHES, one["updated_at"], now)]
+                over = [
+                    one["_id"]
+                    for one in page
+                    if rules.is_past_retention(one["tenant"], BATCHES, one["updated_at"], now)
+                ]
                 if over:
                     gone = await self._batches.delete_many({"_id": {"$in": over}, "state": str(state)})
                     removed += gone.deleted_count

@@ -23,7 +23,7 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalErr
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class DeadLetterOutcome:
     """What was done: to which jobs, to which not and why, and whether more may match."""
 
     ids: list[str]
@@ -50,7 +50,7 @@ class DeadLetters:
         """
         return await self._jobs.page(among, size, token)
 
-    async def requeue(self, wanted: DeadLetterFilter, reason: str) -> Done:
+    async def requeue(self, selected: DeadLetterFilter, reason: str) -> DeadLetterOutcome:
         """Puts dead letters back into the queue. One that somebody else requeued meanwhile counts as done.
 
         Raises:
@@ -58,7 +58,7 @@ class DeadLetters:
         """
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
-        letters, refused = await self._letters(wanted)
+        letters, refused = await self._letters(selected)
         now = self._clock()
         again = {letter.id: requeue(letter, reason, self._instance, now) for letter in letters}
         if letters:
@@ -71,15 +71,15 @@ class DeadLetters:
         ]
         refused |= {job_id: _gone(job_id) for job_id in again if job_id not in found}
         self._events.due_again([again[job_id] for job_id in done])
-        return Done(done, refused, wanted.filter is not None and len(letters) == wanted.limit)
+        return DeadLetterOutcome(done, refused, selected.filter is not None and len(letters) == selected.limit)
 
-    async def purge(self, wanted: DeadLetterFilter) -> Done:
+    async def purge(self, selected: DeadLetterFilter) -> DeadLetterOutcome:
         """Removes dead letters with their requests, for good.
 
         Raises:
             Unavailable: MongoDB is away; some may be removed: repeat it.
         """
-        letters, refused = await self._letters(wanted)
+        letters, refused = await self._letters(selected)
         ids = [letter.id for letter in letters]
         if ids:
             await self._store.purge(letters)
@@ -87,15 +87,15 @@ class DeadLetters:
         await self._payloads.drop([letter.id for letter in letters if letter.is_apart and letter.id not in left])
         refused |= {job_id: _no_letter(job) for job_id, job in left.items()}
         done = [job_id for job_id in ids if job_id not in left]
-        return Done(done, refused, wanted.filter is not None and len(letters) == wanted.limit)
+        return DeadLetterOutcome(done, refused, selected.filter is not None and len(letters) == selected.limit)
 
-    async def _letters(self, wanted: DeadLetterFilter) -> tuple[list[Job], dict[str, ShoalError]]:
+    async def _letters(self, selected: DeadLetterFilter) -> tuple[list[Job], dict[str, ShoalError]]:
         """The dead letters that are meant, and why other jobs that are named are none."""
-        if wanted.filter is not None:
-            return await self._store.dead_letters(wanted.filter, wanted.limit), {}
-        found = await self._store.read(wanted.ids)
+        if selected.filter is not None:
+            return await self._store.dead_letters(selected.filter, selected.limit), {}
+        found = await self._store.read(selected.ids)
         letters = [job for job in found.values() if job.state in DEAD_LETTERS]
-        refused: dict[str, ShoalError] = {job_id: _gone(job_id) for job_id in wanted.ids if job_id not in found}
+        refused: dict[str, ShoalError] = {job_id: _gone(job_id) for job_id in selected.ids if job_id not in found}
         refused |= {job.id: _no_letter(job) for job in found.values() if job.state not in DEAD_LETTERS}
         return letters, refused
 

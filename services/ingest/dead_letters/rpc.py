@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesh.rpc.interceptors import Context
-from services.ingest.dead_letters.dead_letters import DeadLetters, Done
+from services.ingest.dead_letters.dead_letters import DeadLetterOutcome, DeadLetters
 from services.ingest.dead_letters.filters import DeadLetterFilter, checked_filter, selected
 from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
@@ -45,7 +45,7 @@ def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest
     return selected(request.ids, among, request.limit)
 
 
-def _refused(done: Done) -> Sequence[pb.DeadLetterRefusal]:
+def _refused(done: DeadLetterOutcome) -> Sequence[pb.DeadLetterRefusal]:
     return [
         pb.DeadLetterRefusal(id=job_id, code=error.code, message=error.message)
         for job_id, error in done.refused.items()

@@ -63,14 +63,14 @@ class Rules:
             every.append(general)
         return min(every, default=None)
 
-    def has_stayed(self, tenant: str, what: What, ended_at: datetime, now: datetime) -> bool:
+    def is_past_retention(self, tenant: str, what: What, ended_at: datetime, now: datetime) -> bool:
         """Whether what ended then is to go."""
         keep = self.keep(tenant, what)
         return keep is not None and now - ended_at > keep
 
-    def is_over(self, job: Job, now: datetime) -> bool:
+    def is_expired(self, job: Job, now: datetime) -> bool:
         """Whether a job that has ended is to go."""
-        return job.is_final and self.has_stayed(job.tenant, job.state, job.updated_at, now)
+        return job.is_final and self.is_past_retention(job.tenant, job.state, job.updated_at, now)
 
 
 def checked(tenant: str, what: What | None, keep: Keep) -> Rule:

@@ -60,15 +60,15 @@ class Sweep(Background):
         self._clock = clock
         self._ready = ready
         self._round_s = round_s
-        self._come_to: dict[State, str] = {}
+        self._swept_to: dict[State, str] = {}
         self._began_at: datetime | None = None
         self._rules: Rules | None = None
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("remove jobs that have stayed long enough", self._turn, away_s=_UNAVAILABLE_WAIT_S, log=log)
+        await for_ever("remove jobs that have stayed long enough", self._run_round, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
-    async def _turn(self) -> float:
+    async def _run_round(self) -> float:
         if self._leads():
             await self.round()
         return self._round_s
@@ -83,7 +83,7 @@ class Sweep(Background):
         rules = await self._repository.read()
         if self._began_at is None or now - self._began_at >= _AGAIN or rules != self._rules:
             self._began_at, self._rules = now, rules
-            self._come_to.clear()
+            self._swept_to.clear()
         removed = 0
         for state in sorted(FINAL):
             while self._leads():
@@ -100,20 +100,20 @@ class Sweep(Background):
         shortest = rules.shortest(state)
         if shortest is None:
             return False, 0
-        span = {"$gt": self._come_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
+        span = {"$gt": self._swept_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
         with translated("looking for jobs that have stayed long enough"):
             cursor = (
                 self._jobs.find({"state": str(state), "_id": span}, WITHOUT_REQUEST).sort("_id", 1).limit(PAGE_JOBS)
             )
             jobs = [job_of(document) async for document in cursor]
-        over = await self._not_awaited([job for job in jobs if rules.is_over(job, now)])
-        if over:
-            await self._remove(over, state, now - shortest)
+        expired = await self._without_dependents([job for job in jobs if rules.is_expired(job, now)])
+        if expired:
+            await self._remove(expired, state, now - shortest)
         if jobs:
-            self._come_to[state] = jobs[-1].id
-        return len(jobs) == PAGE_JOBS, len(over)
+            self._swept_to[state] = jobs[-1].id
+        return len(jobs) == PAGE_JOBS, len(expired)
 
-    async def _not_awaited(self, jobs: Sequence[Job]) -> list[Job]:
+    async def _without_dependents(self, jobs: Sequence[Job]) -> list[Job]:
         """Those that no other job waits for any more, or would if it were requeued."""
         names = [*(job.id for job in jobs), *(by_key(job.key) for job in jobs if job.key)]
         awaited: set[tuple[str, str]] = set()
@@ -123,9 +123,9 @@ class Sweep(Background):
                 awaited |= {(one["tenant"], reference) async for one in cursor for reference in one[field]}
         return [job for job in jobs if not awaited & {(job.tenant, job.id), (job.tenant, by_key(job.key))}]
 
-    async def _remove(self, over: Sequence[Job], state: State, before: datetime) -> None:
-        ids = [job.id for job in over]
+    async def _remove(self, expired: Sequence[Job], state: State, before: datetime) -> None:
+        ids = [job.id for job in expired]
         with translated("removing jobs that have stayed long enough"):
             await self._jobs.delete_many({"_id": {"$in": ids}, "state": str(state), "updated_at": {"$lt": before}})
             left = {document["_id"] async for document in self._jobs.find({"_id": {"$in": ids}}, {"_id": 1})}
-        await self._payloads.drop([job.id for job in over if job.is_apart and job.id not in left])
+        await self._payloads.drop([job.id for job in expired if job.is_apart and job.id not in left])

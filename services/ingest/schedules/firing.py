@@ -112,7 +112,7 @@ class Firing(Background):
 
     async def _job_of(self, schedule: Schedule, time: datetime) -> tuple[str, str]:
         """The job of a time, or why there is none."""
-        if schedule.overlap is not Overlap.ALLOW and schedule.last_job and await self._goes_on(schedule.last_job):
+        if schedule.overlap is not Overlap.ALLOW and schedule.last_job and await self._is_running(schedule.last_job):
             if schedule.overlap is Overlap.SKIP:
                 return "", f"job {schedule.last_job} had not ended at {label_of(time)}"
             await self._cancel(schedule.last_job, f"schedule {schedule.name} has its next time")
@@ -126,7 +126,7 @@ class Firing(Background):
             log.error("schedule %s of tenant %r makes no job: %s", schedule.name, schedule.tenant, err)
             return "", f"no job could be made of it: {err.message}"
 
-    async def _goes_on(self, job_id: str) -> bool:
+    async def _is_running(self, job_id: str) -> bool:
         try:
             return not (await self._read(job_id)).is_final
         except NotFound:

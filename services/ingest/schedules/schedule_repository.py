@@ -18,7 +18,7 @@ from shoal.errors import Aborted, AlreadyExists, NotFound, ResourceExhausted
 MOST = 10_000
 """Schedules in all: each that is due takes its turn with one leader."""
 _LIGHT = {"template": 0}
-_DONE = ("last_at", "last_job", "last_skip", "fired", "skipped")
+_LEADER_FIELDS = ("last_at", "last_job", "last_skip", "fired", "skipped")
 
 
 class ScheduleRepository:
@@ -110,7 +110,7 @@ class ScheduleRepository:
             next_at=None if requested.is_paused else requested.next_at,
         )
         document = document_of(after)
-        fields = {name: value for name, value in document.items() if name not in (*_DONE, "_id", "fence")}
+        fields = {name: value for name, value in document.items() if name not in (*_LEADER_FIELDS, "_id", "fence")}
         update: Document = {"$set": fields}
         if after.next_at is None:
             update["$unset"] = {"next_at": ""}

@@ -38,7 +38,7 @@ class Admission:
         self._buckets = buckets
         self._gates = gates
 
-    def admit_at_hand(self, tenant: str) -> bool:
+    def try_admit(self, tenant: str) -> bool:
         """Lets a job of `tenant` in when nothing has to be asked for that. False: `admit` says.
 
         Raises:
@@ -49,12 +49,12 @@ class Admission:
         limits = self._repository.limits(tenant)
         if not (limits.max_pending or limits.rate):
             return True
-        if limits.max_pending and not self._pending.has_room_at_hand(tenant, limits.max_pending):
+        if limits.max_pending and not self._pending.has_known_capacity(tenant, limits.max_pending):
             return False
         if limits.rate:
-            if not self._buckets.has_at_hand(tenant):
+            if not self._buckets.has_tokens(tenant):
                 return False
-            self._buckets.take_at_hand(tenant)
+            self._buckets.take_held(tenant)
         if limits.max_pending:
             self._pending.added(tenant, 1)
         return True
@@ -87,7 +87,7 @@ class Admission:
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
-                if not self.admit_at_hand(tenant):
+                if not self.try_admit(tenant):
                     await self.admit(tenant)
                 return
             except ResourceExhausted as err:

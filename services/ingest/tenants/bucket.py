@@ -20,7 +20,7 @@ from pymongo import ASCENDING, IndexModel, ReturnDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
-from services.ingest.tenants.settings import Limits
+from services.ingest.tenants.settings import TenantLimits
 from shoal.errors import ResourceExhausted
 
 BUCKETS = "tenant_rates"
@@ -28,14 +28,14 @@ HELD_S = 1.0
 _AHEAD_S = 0.1
 _FORGOTTEN_S = 3_600
 # A bucket that was not touched for an hour is full: a burst is at most an hour's worth.
-_HANDS_TIDY = 1_000
+_PRUNE_AT = 1_000
 
 _VALIDATOR: dict[str, Any] = {"$jsonSchema": {"bsonType": "object", "required": ["_id", "level", "at"]}}
 _INDEXES = [IndexModel([("at", ASCENDING)], name="forgotten", expireAfterSeconds=_FORGOTTEN_S)]
 
 
 @dataclass(slots=True)
-class _Hand:
+class _HeldTokens:
     """What this instance has taken for one tenant."""
 
     tokens: int = 0
@@ -46,7 +46,7 @@ class _Hand:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     empty_until: float = float("-inf")
     """The bucket has none before then: it need not be asked."""
-    asked_under: Limits | None = None
+    refilled_under: TenantLimits | None = None
     """What held then; under another rate the bucket fills sooner."""
 
 
@@ -57,7 +57,7 @@ class Buckets:
         self._database = database
         self._buckets = database[BUCKETS]
         self._clock = clock
-        self._hands: dict[str, _Hand] = {}
+        self._held: dict[str, _HeldTokens] = {}
 
     async def open(self) -> None:
         """Makes the collection.
@@ -67,64 +67,64 @@ class Buckets:
         """
         await ensure_collection(self._database, BUCKETS, validator=_VALIDATOR, indexes=_INDEXES)
 
-    def has_at_hand(self, tenant: str) -> bool:
+    def has_tokens(self, tenant: str) -> bool:
         """Whether there is one that `take_at_hand` may take; else `take` has to be asked."""
-        hand = self._hands.get(tenant)
-        return hand is not None and hand.tokens > 0 and self._clock() - hand.taken_at <= HELD_S
+        held = self._held.get(tenant)
+        return held is not None and held.tokens > 0 and self._clock() - held.taken_at <= HELD_S
 
-    def take_at_hand(self, tenant: str) -> None:
+    def take_held(self, tenant: str) -> None:
         """Takes one that is at hand."""
-        hand = self._hands[tenant]
-        hand.tokens -= 1
-        hand.used += 1
+        held = self._held[tenant]
+        held.tokens -= 1
+        held.used += 1
 
-    async def take(self, tenant: str, limits: Limits) -> None:
+    async def take(self, tenant: str, limits: TenantLimits) -> None:
         """Takes one.
 
         Raises:
             ResourceExhausted: the rate is used up; says when there is one again.
             Unavailable: MongoDB is away.
         """
-        hand = self._hand(tenant)
-        hand.waiting += 1
+        held = self._held_of(tenant)
+        held.waiting += 1
         try:
-            async with hand.lock:  # One asks for all that wait.
-                if not self.has_at_hand(tenant) and (self._clock() >= hand.empty_until or limits != hand.asked_under):
-                    await self._refill(tenant, hand, limits)
-                if not self.has_at_hand(tenant):
+            async with held.lock:  # One asks for all that wait.
+                if not self.has_tokens(tenant) and (self._clock() >= held.empty_until or limits != held.refilled_under):
+                    await self._refill(tenant, held, limits)
+                if not self.has_tokens(tenant):
                     raise ResourceExhausted(
                         f"tenant {tenant!r} submits more than its {limits.rate:g} jobs a second: slow down",
-                        retry_after_ms=max(1, math.ceil((hand.empty_until - self._clock()) * 1000)),
+                        retry_after_ms=max(1, math.ceil((held.empty_until - self._clock()) * 1000)),
                     )
-                self.take_at_hand(tenant)
+                self.take_held(tenant)
         finally:
-            hand.waiting -= 1
+            held.waiting -= 1
 
-    async def _refill(self, tenant: str, hand: _Hand, limits: Limits) -> None:
-        ask = max(hand.waiting, min(hand.used, int(limits.rate * _AHEAD_S)))
+    async def _refill(self, tenant: str, held: _HeldTokens, limits: TenantLimits) -> None:
+        requested = max(held.waiting, min(held.used, int(limits.rate * _AHEAD_S)))
         with translated("taking from a tenant's rate"):
             bucket = await self._buckets.find_one_and_update(
-                {"_id": tenant}, taking(limits, ask), upsert=True, return_document=ReturnDocument.AFTER
+                {"_id": tenant}, taking(limits, requested), upsert=True, return_document=ReturnDocument.AFTER
             )
         assert bucket is not None  # It was upserted.
-        hand.tokens, hand.taken_at, hand.used = int(bucket["granted"]), self._clock(), 0
-        hand.empty_until, hand.asked_under = hand.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
+        held.tokens, held.taken_at, held.used = int(bucket["granted"]), self._clock(), 0
+        held.empty_until, held.refilled_under = held.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
 
-    def _hand(self, tenant: str) -> _Hand:
-        if len(self._hands) >= _HANDS_TIDY and tenant not in self._hands:
+    def _held_of(self, tenant: str) -> _HeldTokens:
+        if len(self._held) >= _PRUNE_AT and tenant not in self._held:
             now = self._clock()
-            self._hands = {
-                name: hand for name, hand in self._hands.items() if hand.waiting or now - hand.taken_at <= HELD_S
+            self._held = {
+                name: held for name, held in self._held.items() if held.waiting or now - held.taken_at <= HELD_S
             }
-        return self._hands.setdefault(tenant, _Hand())
+        return self._held.setdefault(tenant, _HeldTokens())
 
 
-def taking(limits: Limits, ask: int) -> list[Document]:
+def taking(limits: TenantLimits, requested: int) -> list[Document]:
     """An update that fills a bucket up to now, by the database's clock, and takes up to `ask` whole tokens from it."""
     passed_ms = {"$max": [0, {"$subtract": ["$$NOW", {"$ifNull": ["$at", "$$NOW"]}]}]}
     filled = {"$add": [{"$ifNull": ["$level", limits.burst]}, {"$multiply": [passed_ms, limits.rate / 1000]}]}
     return [
         {"$set": {"level": {"$min": [limits.burst, filled]}, "at": {"$max": ["$at", "$$NOW"]}}},
-        {"$set": {"granted": {"$floor": {"$min": ["$level", ask]}}}},
+        {"$set": {"granted": {"$floor": {"$min": ["$level", requested]}}}},
         {"$set": {"level": {"$subtract": ["$level", "$granted"]}}},
     ]

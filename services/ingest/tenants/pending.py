@@ -19,7 +19,7 @@ from shoal.errors import ResourceExhausted
 
 _SHORTEST_S = 0.2
 _REST = 20
-_KNOWN_TIDY = 1_000
+_PRUNE_AT = 1_000
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class PendingCounts:
         self._clock = clock
         self._counts: dict[str, _Count] = {}
 
-    def has_room_at_hand(self, tenant: str, most: int) -> bool:
+    def has_known_capacity(self, tenant: str, most: int) -> bool:
         """Whether a count that is at hand lets a job of `tenant` in; else `admit` has to be asked."""
         count = self._counts.get(tenant)
         return count is not None and count.jobs < most and self._clock() < count.stale_at
@@ -82,7 +82,7 @@ class PendingCounts:
         return found
 
     def _count(self, tenant: str) -> _Count:
-        if len(self._counts) >= _KNOWN_TIDY and tenant not in self._counts:
+        if len(self._counts) >= _PRUNE_AT and tenant not in self._counts:
             now = self._clock()
             self._counts = {
                 name: count for name, count in self._counts.items() if count.lock.locked() or count.stale_at > now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
-from services.ingest.tenants.settings import NAMES, Limits, TenantSettings, checked, checked_name
+from services.ingest.tenants.settings import NAMES, TenantLimits, TenantSettings, checked, checked_name
 from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.tenants.tenant_status import TenantStatus, TenantStatuses
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -35,7 +35,7 @@ def _settings(message: pb.TenantSettings) -> TenantSettings:
     return TenantSettings(**{name: getattr(message, name) for name in NAMES if message.HasField(name)})
 
 
-def _settings_message(values: TenantSettings | Limits) -> pb.TenantSettings:
+def _settings_message(values: TenantSettings | TenantLimits) -> pb.TenantSettings:
     return pb.TenantSettings(weight=values.weight, max_pending=values.max_pending, rate=values.rate, burst=values.burst)
 
 

@@ -27,7 +27,7 @@ class TenantSettings:
     rate: float | None = None
     burst: float | None = None
 
-    def given(self) -> dict[str, float]:
+    def set_values(self) -> dict[str, float]:
         """Those that were given, by name."""
         return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
 
@@ -36,7 +36,7 @@ NAMES = tuple(field.name for field in fields(TenantSettings))
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TenantLimits:
     """What is in force for a tenant. 0 is no limit."""
 
     weight: float = 1.0
@@ -56,12 +56,12 @@ class Tenant:
     updated_at: datetime
 
 
-def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> Limits:
+def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> TenantLimits:
     """What holds for a tenant with settings `own`."""
-    found = {**(everyone.given() if everyone else {}), **(own.given() if own else {})}
+    found = {**(everyone.set_values() if everyone else {}), **(own.set_values() if own else {})}
     rate = found.get("rate", 0.0)
     burst = min(found.get("burst", 0.0) or rate, rate * _HOUR_S)
-    return Limits(
+    return TenantLimits(
         weight=found.get("weight", 1.0),
         max_pending=int(found.get("max_pending", 0)),
         rate=rate,
@@ -95,7 +95,7 @@ def checked(settings: TenantSettings, inherit: Collection[str] = ()) -> TenantSe
     Raises:
         InvalidArgument: names the field, what was expected and what came.
     """
-    for name, value in settings.given().items():
+    for name, value in settings.set_values().items():
         least, most, has_zero = _RANGES[name]
         if not math.isfinite(value) or not (least <= value <= most or (has_zero and value == 0)):
             none = "0 (none), or " if has_zero else ""
@@ -103,8 +103,8 @@ def checked(settings: TenantSettings, inherit: Collection[str] = ()) -> TenantSe
     for name in inherit:
         if name not in NAMES:
             raise InvalidArgument(f"inherit: {name[:40]!r} is none of {', '.join(NAMES)}")
-        if name in settings.given():
+        if name in settings.set_values():
             raise InvalidArgument(f"inherit: {name} is set in the same request")
-    if not settings.given() and not inherit:
+    if not settings.set_values() and not inherit:
         raise InvalidArgument(f"settings: set at least one of {', '.join(NAMES)}")
     return settings

@@ -19,7 +19,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 from mesh.mongo import Document, ensure_collection, translated
 from mesh.process.tasks import Background, for_ever
 from services.ingest.documents import EPOCH
-from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Tenant, TenantSettings, in_force
+from services.ingest.tenants.settings import EVERYONE, NAMES, Tenant, TenantLimits, TenantSettings, in_force
 from shoal.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ class TenantRepository(Background):
         self._tenants = database[TENANTS]
         self._read_s = read_s
         self._known: dict[str, Tenant] = {}
-        self._limits: dict[str, Limits] = {}
-        self._others = Limits()
+        self._limits: dict[str, TenantLimits] = {}
+        self._others = TenantLimits()
         self._read_to: datetime = EPOCH
         self._is_open = asyncio.Event()
 
@@ -64,7 +64,7 @@ class TenantRepository(Background):
         await self.read()
         self._is_open.set()
 
-    def limits(self, tenant: str) -> Limits:
+    def limits(self, tenant: str) -> TenantLimits:
         """What is in force for `tenant`."""
         return self._limits.get(tenant, self._others)
 
@@ -89,8 +89,8 @@ class TenantRepository(Background):
         if name not in self._known and len(self._known) >= MOST:
             raise FailedPrecondition(f"{MOST} tenants have settings already: let others have what {EVERYONE!r} says")
         update: dict[str, Any] = {"$currentDate": {"updated_at": True}}
-        if given := settings.given():
-            update["$set"] = given
+        if set_values := settings.set_values():
+            update["$set"] = set_values
         if inherit:
             update["$unset"] = dict.fromkeys(inherit, "")
         with translated("changing a tenant's settings"):
@@ -99,7 +99,7 @@ class TenantRepository(Background):
             )
         assert document is not None  # It was upserted.
         tenant = _tenant(document)
-        self._learn([tenant])
+        self._update([tenant])
         return tenant
 
     async def read(self) -> None:
@@ -113,10 +113,10 @@ class TenantRepository(Background):
             found = [_tenant(document) async for document in changed]
         if found:
             self._read_to = max(self._read_to, max(tenant.updated_at for tenant in found) - _OVERLAP)
-            self._learn(found)
+            self._update(found)
 
-    def _learn(self, tenants: Collection[Tenant]) -> None:
-        changed = [tenant for tenant in tenants if self._is_news(tenant)]
+    def _update(self, tenants: Collection[Tenant]) -> None:
+        changed = [tenant for tenant in tenants if self._is_newer(tenant)]
         if not changed:
             return
         self._known.update((tenant.name, tenant) for tenant in changed)
@@ -125,16 +125,16 @@ class TenantRepository(Background):
         self._others = in_force(None, common)
         self._limits = {name: in_force(tenant.settings, common) for name, tenant in self._known.items()}
 
-    def _is_news(self, tenant: Tenant) -> bool:
+    def _is_newer(self, tenant: Tenant) -> bool:
         known = self._known.get(tenant.name)
         return known is None or (known != tenant and known.updated_at <= tenant.updated_at)
 
     async def _run(self) -> None:
         await self._is_open.wait()
         await asyncio.sleep(self._read_s)
-        await for_ever("read the tenants", self._turn, away_s=self._read_s, log=log, level=logging.INFO)
+        await for_ever("read the tenants", self._read_once, away_s=self._read_s, log=log, level=logging.INFO)
 
-    async def _turn(self) -> float:
+    async def _read_once(self) -> float:
         await self.read()
         return self._read_s
 

@@ -14,7 +14,7 @@ from mesh.mongo import Document, translated
 from services.ingest.documents import EACH_TENANT_QUEUE, WAITING
 from services.ingest.tenant_queue import tenant_queue_of
 from services.ingest.tenants.pending import PendingCounts
-from services.ingest.tenants.settings import Limits, TenantSettings
+from services.ingest.tenants.settings import TenantLimits, TenantSettings
 from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import InvalidArgument
 
@@ -32,7 +32,7 @@ class TenantStatus:
 
     name: str
     settings: TenantSettings
-    in_force: Limits
+    in_force: TenantLimits
     pending: int
     pending_is_more: bool
     updated_at: datetime | None

@@ -31,7 +31,7 @@ class Answers:
         self.error: ShoalError | None = None
         self.sizes: list[int] = []
 
-    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
         self.sizes.append(len(job_ids))
         if self.error is not None:
             raise self.error

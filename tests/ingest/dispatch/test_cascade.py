@@ -168,7 +168,7 @@ async def test_not_before_counts_beside_dependencies(client: Client, mesh: FakeM
 async def test_what_is_not_there_cannot_be_depended_on(client: Client, mesh: FakeMesh) -> None:
     others = (await client.submit(tenant="other", idempotency_key=(key := uuid.uuid4().hex))).job
     for reference in (NOWHERE, others.id, f"+{key}", "+nope"):
-        with pytest.raises(grpc.aio.AioRpcError, match="depends_on: there is no job") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="depends_on: this tenant has no job") as caught:
             await client.submit(depends_on=after(reference))
         assert caught.value.code() is S.NOT_FOUND
 

@@ -85,14 +85,14 @@ def test_after_an_outage_one_is_let_in_and_the_rest_follow(pressure: Pressure, c
 def test_a_disk_that_is_short_stays_so_until_there_is_more() -> None:
     disk = Disk(None, 100 << 20)  # type: ignore[arg-type] # Not asked here.
     disk.admit()
-    disk.seen(101 << 20)
+    disk.observe(101 << 20)
     disk.admit()
-    disk.seen(99 << 20)
+    disk.observe(99 << 20)
     with pytest.raises(ResourceExhausted, match="MongoDB's disk has 99 MiB left, and 100 MiB are kept") as refused:
         disk.admit()
     assert refused.value.retry_after_ms
-    disk.seen(110 << 20)
+    disk.observe(110 << 20)
     with pytest.raises(ResourceExhausted, match="has 110 MiB left"):
         disk.admit()
-    disk.seen(125 << 20)
+    disk.observe(125 << 20)
     disk.admit()

@@ -37,7 +37,7 @@ from services.ingest.job import (
     return_to_queue,
 )
 from services.ingest.queries.filters import JobFilter
-from services.ingest.queries.watch_many import ReportedStates, WatchMany
+from services.ingest.queries.watch_many import WatchMany, WatchUpdate
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
 from tests.ingest.making import START, job
@@ -68,7 +68,7 @@ class Watcher:
         self.existing = existing
         self.token = ""
         self.told: list[Job] = []
-        self.stream: AsyncGenerator[ReportedStates, None] | None = None
+        self.stream: AsyncGenerator[WatchUpdate, None] | None = None
 
     async def stand(self) -> None:
         self.stream = self.watch.follow(self.wanted, existing=self.existing, token=self.token)

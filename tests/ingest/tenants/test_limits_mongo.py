@@ -16,7 +16,7 @@ from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.bucket import HELD_S, Buckets
 from services.ingest.tenants.pending import PendingCounts
-from services.ingest.tenants.settings import Limits, TenantSettings
+from services.ingest.tenants.settings import TenantLimits, TenantSettings
 from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.tenants.tenant_status import COUNTED_MOST, TenantStatuses
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
@@ -24,7 +24,7 @@ from tests.breakable import until
 from tests.ingest.making import START, Seconds, job
 
 Database = AsyncDatabase[dict[str, Any]]
-NEVER_AGAIN = Limits(rate=0.001, burst=20)
+NEVER_AGAIN = TenantLimits(rate=0.001, burst=20)
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ async def database(mongo_uri: str, mongo_database: str) -> AsyncIterator[Databas
         yield client[mongo_database]
 
 
-async def taken(buckets: Buckets, limits: Limits, submits: int) -> int:
+async def taken(buckets: Buckets, limits: TenantLimits, submits: int) -> int:
     """How many of so many submits at once are let in."""
 
     async def one() -> bool:
-        if buckets.has_at_hand("t"):
-            buckets.take_at_hand("t")
+        if buckets.has_tokens("t"):
+            buckets.take_held("t")
             return True
         with suppress(ResourceExhausted):
             await buckets.take("t", limits)
@@ -61,7 +61,7 @@ async def test_instances_together_hand_out_no_more_than_the_burst(database: Data
 
 
 async def test_a_rate_is_kept_over_time(database: Database) -> None:
-    limits = Limits(rate=200, burst=10)
+    limits = TenantLimits(rate=200, burst=10)
     instances = [Buckets(database, time.monotonic) for _ in range(3)]
     started = time.monotonic()
     accepted = 0
@@ -88,7 +88,7 @@ async def test_a_refused_tenant_costs_the_database_nothing(database: Database) -
 async def test_a_higher_rate_counts_at_once(database: Database) -> None:
     buckets = Buckets(database, Seconds())
     assert await taken(buckets, NEVER_AGAIN, 21) == 20
-    fast = Limits(rate=1_000_000, burst=20)
+    fast = TenantLimits(rate=1_000_000, burst=20)
 
     async def let_in() -> bool:
         return await taken(buckets, fast, 1) == 1
@@ -99,11 +99,11 @@ async def test_a_higher_rate_counts_at_once(database: Database) -> None:
 async def test_what_is_in_hand_is_not_kept_for_long(database: Database) -> None:
     clock = Seconds()
     buckets = Buckets(database, clock)
-    assert await taken(buckets, Limits(rate=50, burst=20), 10) == 10
-    await buckets.take("t", Limits(rate=50, burst=20))  # And some more ahead, as it used ten of the last.
-    assert buckets.has_at_hand("t")
+    assert await taken(buckets, TenantLimits(rate=50, burst=20), 10) == 10
+    await buckets.take("t", TenantLimits(rate=50, burst=20))  # And some more ahead, as it used ten of the last.
+    assert buckets.has_tokens("t")
     clock.now += HELD_S + 0.1
-    assert not buckets.has_at_hand("t")
+    assert not buckets.has_tokens("t")
 
 
 async def test_a_quota_holds_on_one_instance_and_nearly_so_on_several(database: Database) -> None:
@@ -132,7 +132,7 @@ async def test_a_quota_holds_on_one_instance_and_nearly_so_on_several(database: 
     assert refused.value.retry_after_ms
     await jobs.delete_many({"tenant": "t"})
     clock.now += 60
-    assert not one.has_room_at_hand("t", 10)
+    assert not one.has_known_capacity("t", 10)
     assert await admitted(one, 12) == 10
 
 
@@ -148,14 +148,14 @@ async def test_every_instance_hears_of_a_change(database: Database, repository: 
         await other.open()
         await repository.change("gold", TenantSettings(weight=4, rate=10), ())
         await repository.change("*", TenantSettings(max_pending=5), ())
-        assert repository.limits("gold") == Limits(4, 5, 10, 10)
-        await until(lambda: other.limits("gold") == Limits(4, 5, 10, 10), "the other instance hears")
-        assert other.limits("nobody") == Limits(max_pending=5)
+        assert repository.limits("gold") == TenantLimits(4, 5, 10, 10)
+        await until(lambda: other.limits("gold") == TenantLimits(4, 5, 10, 10), "the other instance hears")
+        assert other.limits("nobody") == TenantLimits(max_pending=5)
         await other.change("gold", TenantSettings(max_pending=0), ("weight", "rate"))
-        await until(lambda: repository.limits("gold") == Limits(), "the first instance hears")
+        await until(lambda: repository.limits("gold") == TenantLimits(), "the first instance hears")
     late = TenantRepository(database)
     await late.open()
-    assert late.limits("gold") == Limits()
+    assert late.limits("gold") == TenantLimits()
     assert late.weight("nobody") == 1
 
 
@@ -213,9 +213,9 @@ async def test_a_long_queue_is_not_counted_to_its_end(
 async def test_what_is_at_hand_is_decided_without_a_wait(database: Database, repository: TenantRepository) -> None:
     pending, buckets = PendingCounts(database[JOBS], time.monotonic), Buckets(database, time.monotonic)
     admission = Admission(repository, pending, buckets, gates=[])
-    assert admission.admit_at_hand("t")
+    assert admission.try_admit("t")
     await repository.change("t", TenantSettings(max_pending=3, rate=0.001, burst=2), ())
-    assert not admission.admit_at_hand("t")
+    assert not admission.try_admit("t")
     await admission.admit("t")
     await admission.admit("t")
     for _ in range(3):  # That the rate refuses it does not fill the quota.
