@@ -153,7 +153,7 @@ class JobStore(Protocol):
     async def read(self, ids: Collection[str]) -> dict[str, Job]:
         """Return the existing jobs among `ids`, by id."""
 
-    async def dead_letters(self, among: DeadFilter, limit: int) -> list[Job]:
+    async def dead_letters(self, filter_: DeadFilter, limit: int) -> list[Job]:
         """Return up to `limit` dead letters, oldest first."""
 
     async def requeue(self, changes: Sequence[Change]) -> None:

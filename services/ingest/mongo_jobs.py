@@ -226,9 +226,9 @@ class MongoJobs:
             cursor = self._jobs.find({"_id": {"$in": list(ids)}}, WITHOUT_REQUEST)
             return {document["_id"]: job_of(document) async for document in cursor}
 
-    async def dead_letters(self, among: DeadFilter, limit: int) -> list[Job]:
+    async def dead_letters(self, filter_: DeadFilter, limit: int) -> list[Job]:
         with translated("finding dead letters"):
-            cursor = self._jobs.find(among.query(), WITHOUT_REQUEST).sort("_id", 1).limit(limit)
+            cursor = self._jobs.find(filter_.query(), WITHOUT_REQUEST).sort("_id", 1).limit(limit)
             return [job_of(document) async for document in cursor]
 
     async def requeue(self, changes: Sequence[Change]) -> None:

@@ -1,4 +1,4 @@
-"""The calls about dead letters: translates between messages and what this room thinks in."""
+"""RPC methods for dead letters: translation between messages and `DeadLetters`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from mesh.rpc.interceptors import Context
 from services.ingest.dead_letters.dead_letters import DeadLetterOutcome, DeadLetters
-from services.ingest.dead_letters.filters import DeadLetterFilter, checked_filter, selected
+from services.ingest.dead_letters.filters import DeadLetterSelection, checked_filter, checked_selection
 from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class DeadLettersRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for dead letters."""
 
     def __init__(self, letters: DeadLetters) -> None:
         self._letters = letters
@@ -40,9 +40,9 @@ def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
     return checked_filter(state_of(message.state), message.model_name, message.tenant, message.code, before)
 
 
-def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterFilter:
-    among = _filter(request.filter) if request.HasField("filter") else None
-    return selected(request.ids, among, request.limit)
+def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterSelection:
+    filter_ = _filter(request.filter) if request.HasField("filter") else None
+    return checked_selection(request.ids, filter_, request.limit)
 
 
 def _refused(done: DeadLetterOutcome) -> Sequence[pb.DeadLetterRefusal]:

@@ -1,4 +1,4 @@
-"""States of the jobs that others depend on, by reference: one question by id, one by key."""
+"""States of dependencies, by reference: one query by id, one by key."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from services.ingest.job_store import DependencyState, JobStore
 
 
 async def dependency_states(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, DependencyState]:
-    """Return the states of the jobs of `tenant` that `references` mean; those that there are.
+    """Return the states of the jobs of `tenant` that `references` name; missing jobs are left out.
 
     Raises:
-        Unavailable: MongoDB is away.
+        Unavailable: MongoDB is unavailable.
     """
     references = set(references)
     keys = [key for reference in references if (key := key_of(reference)) is not None]

@@ -1,10 +1,10 @@
-"""When a job that waits for others may run, and how it ends when one of them did not succeed. Plain decisions.
+"""Decision about a job with dependencies: still waiting, due, or ended because a dependency did not succeed.
 
-    waits for a, b ──a succeeded──> waits for b ──b succeeded──> due (not before its own time)
-                   └──one ended otherwise, or is gone──> CANCELLED or FAILED, by its own choice
+    waits for a, b ──a succeeded──> waits for b ──b succeeded──> due (not before its own `not_before`)
+                   └──one ended otherwise, or was removed──> CANCELLED or FAILED, as its submit chose
                    └──its deadline passed──> EXPIRED
 
-What it waits for is looked up whole each time, so nothing depends on having seen the moment at which a job ended.
+Each decision reads the states of all dependencies, so no decision depends on an event that could be missed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _REASON_CHARS = 500
 
 
 DependencyStates: TypeAlias = Mapping[str, DependencyState]
-"""By reference. One that is missing refers to no job (any more)."""
+"""States by reference. A missing reference names a job that never existed or was removed."""
 
 
 def decide(job: Job, known: DependencyStates, instance: str, now: datetime) -> Job | End:
-    """What becomes of a job that waits: how it ends, or how it goes on (which may be as it was)."""
+    """Return the end of a waiting job, or the job as it continues, which may be unchanged."""
     if (ended := imposed_end(job, now)) is not None:
         return ended
     for reference in job.waits_for:
@@ -36,12 +36,15 @@ def decide(job: Job, known: DependencyStates, instance: str, now: datetime) -> J
     left = [known[reference] for reference in job.waits_for if known[reference].state is not State.SUCCEEDED]
     if not left:
         return unblocked(job, instance, now)
-    # By id from now on: that is what is looked for when one of them ends.
+    # By id from now on, by which the cascade finds the dependents of an ended job.
     return job.replaced(waits_for=tuple(dict.fromkeys(dependency.id for dependency in left)))
 
 
 def unmet(job: Job, known: DependencyStates) -> tuple[str, ...]:
-    """What it waits for that has not succeeded, as it named it: a key may be another job's when it is requeued."""
+    """Return the references to dependencies that have not succeeded, in the form of `depends_on`.
+
+    A reference by key stays one: at a requeue, another job may have the key.
+    """
     left: list[str] = []
     for reference in job.waits_for:
         dependency = known.get(reference)
@@ -58,7 +61,7 @@ _FAILED = FINAL - {State.SUCCEEDED}
 
 def _failed_end(job: Job, reference: str, dependency: DependencyState | None) -> End:
     if dependency is None:
-        reason = f"it depends on a job {words(reference)} that is not there any more"
+        reason = f"it depends on a job {words(reference)} that no longer exists"
     else:
         reason = f"it depends on job {dependency.id}, which is {dependency.state}"
         reason += f": {dependency.message}" if dependency.message else ""

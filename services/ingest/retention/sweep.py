@@ -1,13 +1,13 @@
-"""The leader's duty: jobs that have stayed long enough are removed, with their requests.
+"""Sweep of the leader: removes jobs past their retention, with their requests.
 
-    each final state ──by id, a page at a time──> whose time is over? ──> removed, as they were read
-                         └─ from where the round before ended; once a day from the beginning
+    each final state ──by id, a page at a time──> past retention? ──> removed, if unchanged
+                         └─ from the end of the previous round; once a day from the beginning
 
-Ids rise with the time of submission, so what was submitted too late to be over needs no look. A job that was still
-young when its page was read (it took long, or its tenant keeps it longer) is looked at again a day later. Two leaders
-at once would do no harm: a removal demands that the job has ended so, so long ago. A dead letter that was requeued has
-not. What another job still waits for stays too: that one is to see how it ended, however long nobody was there to look.
-So does what a dead letter has waited for in vain, and would wait for again.
+Ids rise with the time of submission, so recently submitted jobs need no check. A job that was within its retention when
+its page was read (it ran long, or its tenant keeps it longer) is checked again a day later. Two concurrent leaders do
+no harm: a removal applies only to a job that ended in this state, this long ago, which excludes a requeued dead letter.
+A job that another job waits for stays: the other job must be able to read its end, after any outage. So does an unmet
+dependency of a dead letter, which a requeue would wait for again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from services.ingest.ulid import floor
 log = logging.getLogger(__name__)
 
 PAGE_JOBS = 500
-"""Read and removed at once: a few dozen milliseconds of MongoDB's time."""
+"""Jobs of one read and removal: a few dozen milliseconds of MongoDB's time."""
 ROUND_S = 30.0
 _AGAIN = timedelta(days=1)
 _UNAVAILABLE_WAIT_S = 5.0
 
 
 class Sweep(Background):
-    """Removes jobs while `leads()`, beside an `async with` block."""
+    """Background removal of jobs while `leads()` returns True. Used as `async with`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Sweep(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("remove jobs that have stayed long enough", self._run_round, away_s=_UNAVAILABLE_WAIT_S, log=log)
+        await for_ever("remove jobs past their retention", self._run_round, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _run_round(self) -> float:
         if self._leads():
@@ -74,10 +74,10 @@ class Sweep(Background):
         return self._round_s
 
     async def round(self) -> int:
-        """Removes what is over, for as long as this instance leads. Says how many.
+        """Remove expired jobs while this instance leads; return their number.
 
         Raises:
-            ShoalError: MongoDB is away.
+            ShoalError: MongoDB is unavailable.
         """
         now = self._clock()
         rules = await self._repository.read()
@@ -92,16 +92,16 @@ class Sweep(Background):
                 if not page:
                     break
         if removed:
-            log.info("removed %d jobs that had stayed long enough", removed)
+            log.info("removed %d jobs past their retention", removed)
         return removed
 
     async def _page(self, state: State, rules: Rules, now: datetime) -> tuple[bool, int]:
-        """Whether there may be more to look at, and how many were removed."""
+        """Remove the expired jobs of the next page; return True when there may be more, and the number removed."""
         shortest = rules.shortest(state)
         if shortest is None:
             return False, 0
         span = {"$gt": self._swept_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
-        with translated("looking for jobs that have stayed long enough"):
+        with translated("finding jobs past their retention"):
             cursor = (
                 self._jobs.find({"state": str(state), "_id": span}, WITHOUT_REQUEST).sort("_id", 1).limit(PAGE_JOBS)
             )
@@ -114,10 +114,10 @@ class Sweep(Background):
         return len(jobs) == PAGE_JOBS, len(expired)
 
     async def _without_dependents(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those that no other job waits for any more, or would if it were requeued."""
+        """Return the jobs that no other job waits for, or would wait for after a requeue."""
         names = [*(job.id for job in jobs), *(by_key(job.key) for job in jobs if job.key)]
         awaited: set[tuple[str, str]] = set()
-        with translated("looking for jobs that wait for others"):
+        with translated("finding jobs that wait for dependencies"):
             for field in ("waits_for", "unmet"):
                 cursor = self._jobs.find({field: {"$in": names}}, {"tenant": 1, field: 1})
                 awaited |= {(one["tenant"], reference) async for one in cursor for reference in one[field]}
@@ -125,7 +125,7 @@ class Sweep(Background):
 
     async def _remove(self, expired: Sequence[Job], state: State, before: datetime) -> None:
         ids = [job.id for job in expired]
-        with translated("removing jobs that have stayed long enough"):
+        with translated("removing jobs past their retention"):
             await self._jobs.delete_many({"_id": {"$in": ids}, "state": str(state), "updated_at": {"$lt": before}})
             left = {document["_id"] async for document in self._jobs.find({"_id": {"$in": ids}}, {"_id": 1})}
         await self._payloads.drop([job.id for job in expired if job.is_apart and job.id not in left])

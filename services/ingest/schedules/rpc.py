@@ -1,4 +1,4 @@
-"""The calls about schedules: translates between messages and what this room thinks in."""
+"""RPC methods for schedules: translation between messages and `ScheduleRepository`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OVERLAPS = {each: f"OVERLAP_POLICY_{each.name}" for each in Overlap}
 
 
 class SchedulesRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for schedules."""
 
     def __init__(self, schedules: ScheduleRepository) -> None:
         self._schedules = schedules
@@ -48,7 +48,7 @@ class SchedulesRpc:
 
 
 def message_of(schedule: Schedule, now: datetime, upcoming: int = _UPCOMING) -> pb.Schedule:
-    """The message of a schedule."""
+    """Return the message of a schedule, with up to `upcoming` next times."""
     message = pb.Schedule(
         name=schedule.name,
         tenant=schedule.tenant,

@@ -1,11 +1,11 @@
-"""A rate for a tenant, over all instances: one token bucket in MongoDB, of which each instance takes a few at a time.
+"""Rate limit of a tenant over all instances: one token bucket in MongoDB, from which instances take tokens in advance.
 
-    bucket (level, at) ──take up to n──> in hand here ──one a submit──> ...
+    bucket (level, at) ──take up to n──> tokens held by this instance ──one per submit──> ...
 
-The database keeps the time and the level, so that however many instances take, no more is handed out than the rate
-allows. What is in hand and not used within a second is thrown away: in any time t, all instances together accept no
-more than `burst + rate * (t + 1 s)`. An instance takes what waits, or about as much as it used of the last, a tenth of
-a second's worth, so little is thrown away.
+The database keeps the time and the level, so all instances together never get more tokens than the rate allows. Held
+tokens expire after a second: in any time t, all instances together accept at most `burst + rate * (t + 1 s)` submits.
+An instance takes as many tokens as submits wait, or about as many as it last used, at most a tenth of a second's worth,
+so few tokens expire.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from shoal.errors import ResourceExhausted
 BUCKETS = "tenant_rates"
 HELD_S = 1.0
 _AHEAD_S = 0.1
+# A bucket without changes for an hour is full, because a burst is at most an hour's worth: its document expires.
 _FORGOTTEN_S = 3_600
-# A bucket that was not touched for an hour is full: a burst is at most an hour's worth.
 _PRUNE_AT = 1_000
 
 _VALIDATOR: dict[str, Any] = {"$jsonSchema": {"bsonType": "object", "required": ["_id", "level", "at"]}}
@@ -36,22 +36,22 @@ _INDEXES = [IndexModel([("at", ASCENDING)], name="forgotten", expireAfterSeconds
 
 @dataclass(slots=True)
 class _HeldTokens:
-    """What this instance has taken for one tenant."""
+    """Tokens of one tenant that this instance holds."""
 
     tokens: int = 0
     taken_at: float = 0.0
     used: int = 0
-    """Since the last time that some were taken."""
+    """Tokens used since the last refill."""
     waiting: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     empty_until: float = float("-inf")
-    """The bucket has none before then: it need not be asked."""
+    """Time before which the bucket is empty, and a refill is useless."""
     refilled_under: TenantLimits | None = None
-    """What held then; under another rate the bucket fills sooner."""
+    """Limits at the last refill; under other limits the bucket may fill sooner."""
 
 
 class Buckets:
-    """The rates of tenants. `clock` is monotonic, in seconds."""
+    """Token buckets of tenants. `clock` is monotonic, in seconds."""
 
     def __init__(self, database: AsyncDatabase[Document], clock: Callable[[], float]) -> None:
         self._database = database
@@ -60,35 +60,36 @@ class Buckets:
         self._held: dict[str, _HeldTokens] = {}
 
     async def open(self) -> None:
-        """Makes the collection.
+        """Create the collection.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         await ensure_collection(self._database, BUCKETS, validator=_VALIDATOR, indexes=_INDEXES)
 
     def has_tokens(self, tenant: str) -> bool:
-        """Whether there is one that `take_at_hand` may take; else `take` has to be asked."""
+        """Return True when this instance holds a token for `take_held`; otherwise call `take`."""
         held = self._held.get(tenant)
         return held is not None and held.tokens > 0 and self._clock() - held.taken_at <= HELD_S
 
     def take_held(self, tenant: str) -> None:
-        """Takes one that is at hand."""
+        """Use a held token."""
         held = self._held[tenant]
         held.tokens -= 1
         held.used += 1
 
     async def take(self, tenant: str, limits: TenantLimits) -> None:
-        """Takes one.
+        """Use a token, refilling the held ones if necessary.
 
         Raises:
-            ResourceExhausted: the rate is used up; says when there is one again.
-            Unavailable: MongoDB is away.
+            ResourceExhausted: the rate is used up; its retry-after is the time of the next token.
+            Unavailable: MongoDB is unavailable.
         """
         held = self._held_of(tenant)
         held.waiting += 1
         try:
-            async with held.lock:  # One asks for all that wait.
+            # One caller refills for all concurrent ones.
+            async with held.lock:
                 if not self.has_tokens(tenant) and (self._clock() >= held.empty_until or limits != held.refilled_under):
                     await self._refill(tenant, held, limits)
                 if not self.has_tokens(tenant):
@@ -106,7 +107,8 @@ class Buckets:
             bucket = await self._buckets.find_one_and_update(
                 {"_id": tenant}, taking(limits, requested), upsert=True, return_document=ReturnDocument.AFTER
             )
-        assert bucket is not None  # It was upserted.
+        # An upsert returns a document.
+        assert bucket is not None
         held.tokens, held.taken_at, held.used = int(bucket["granted"]), self._clock(), 0
         held.empty_until, held.refilled_under = held.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
 
@@ -120,7 +122,7 @@ class Buckets:
 
 
 def taking(limits: TenantLimits, requested: int) -> list[Document]:
-    """An update that fills a bucket up to now, by the database's clock, and takes up to `ask` whole tokens from it."""
+    """Return the update that fills a bucket by the database's clock, and takes up to `requested` whole tokens."""
     passed_ms = {"$max": [0, {"$subtract": ["$$NOW", {"$ifNull": ["$at", "$$NOW"]}]}]}
     filled = {"$add": [{"$ifNull": ["$level", limits.burst]}, {"$multiply": [passed_ms, limits.rate / 1000]}]}
     return [

@@ -1,4 +1,4 @@
-"""The calls about tenants: translates between messages and what this room thinks in."""
+"""RPC methods for tenants: translation between messages and `TenantRepository`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class TenantsRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for tenants."""
 
     def __init__(self, repository: TenantRepository, statuses: TenantStatuses) -> None:
         self._repository = repository

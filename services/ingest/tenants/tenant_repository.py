@@ -1,8 +1,8 @@
-"""The settings of tenants, in MongoDB and at hand: who decides for each submit and claim cannot ask the database.
+"""Settings of tenants in MongoDB, with a copy in memory, because submits and claims cannot query the database each time.
 
-    SetTenant ──> tenants (one document each) ──every second, what has changed──> Book ──> limits of a tenant, at once
+    SetTenant ──> tenants (one document each) ──changes, every second──> TenantRepository ──> limits, from memory
 
-An instance hears of a change within about a second. Settings are never removed: one that is empty says the same.
+An instance applies a change within about a second. Settings are never removed: an empty document has the same effect.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 TENANTS = "tenants"
 MOST = 10_000
-"""Tenants with settings: all of them are kept in memory."""
+"""Maximum number of tenants with settings: all of them are kept in memory."""
 READ_S = 1.0
+# A change has the database's time at its begin, and may become visible to readers this much later.
 _OVERLAP = timedelta(seconds=10)
-# Times are the database's, given when a change begins, and it may show itself to readers this much later.
 
 _VALIDATOR = {
     "$jsonSchema": {
@@ -42,7 +42,7 @@ _INDEXES = [IndexModel([("updated_at", ASCENDING)], name="changed")]
 
 
 class TenantRepository(Background):
-    """Knows the tenants. Used as `async with`, which reads what changes once `open` was called."""
+    """Settings of tenants. Used as `async with`, which reads changes in the background after `open`."""
 
     def __init__(self, database: AsyncDatabase[Document], *, read_s: float = READ_S) -> None:
         self._database = database
@@ -55,39 +55,39 @@ class TenantRepository(Background):
         self._is_open = asyncio.Event()
 
     async def open(self) -> None:
-        """Makes the collection and reads it; from then on it is followed.
+        """Create the collection, read it, and begin to follow its changes.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         await ensure_collection(self._database, TENANTS, validator=_VALIDATOR, indexes=_INDEXES)
         await self.read()
         self._is_open.set()
 
     def limits(self, tenant: str) -> TenantLimits:
-        """What is in force for `tenant`."""
+        """Return the limits that apply to `tenant`."""
         return self._limits.get(tenant, self._others)
 
     def weight(self, tenant: str) -> float:
-        """Its share."""
+        """Return the fair-queueing weight of `tenant`."""
         return self.limits(tenant).weight
 
     def get(self, name: str) -> Tenant | None:
-        """The settings of a tenant as this instance knows them; None when nobody has set any."""
+        """Return the settings of a tenant, as this instance knows them; None when there are none."""
         return self._known.get(name)
 
     def names(self) -> Collection[str]:
-        """The tenants that somebody has set."""
+        """Return the names of the tenants with settings."""
         return self._known.keys()
 
     async def change(self, name: str, settings: TenantSettings, inherit: Collection[str]) -> Tenant:
-        """Writes what is given of `settings`, and lets go of those named in `inherit`.
+        """Write the set fields of `settings`, and remove the fields named in `inherit`.
 
         Raises:
-            FailedPrecondition: there are too many tenants. Unavailable: MongoDB is away.
+            FailedPrecondition: too many tenants. Unavailable: MongoDB is unavailable.
         """
         if name not in self._known and len(self._known) >= MOST:
-            raise FailedPrecondition(f"{MOST} tenants have settings already: let others have what {EVERYONE!r} says")
+            raise FailedPrecondition(f"{MOST} tenants have settings already: let others inherit from {EVERYONE!r}")
         update: dict[str, Any] = {"$currentDate": {"updated_at": True}}
         if set_values := settings.set_values():
             update["$set"] = set_values
@@ -97,16 +97,17 @@ class TenantRepository(Background):
             document = await self._tenants.find_one_and_update(
                 {"_id": name}, update, upsert=True, return_document=ReturnDocument.AFTER
             )
-        assert document is not None  # It was upserted.
+        # An upsert returns a document.
+        assert document is not None
         tenant = _tenant(document)
         self._update([tenant])
         return tenant
 
     async def read(self) -> None:
-        """Reads what has changed.
+        """Read the changes.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         with translated("reading the tenants"):
             changed = self._tenants.find({"updated_at": {"$gt": self._read_to}})

@@ -1,4 +1,4 @@
-"""Tenants as operators see them: what is set, what is in force, what waits."""
+"""Status of tenants for operators: settings, limits in force, queued jobs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import InvalidArgument
 
 COUNTED_MOST = 10_000
-"""A tenant's jobs are counted so far: about ten milliseconds."""
+"""Bound of the count of a tenant's jobs, which takes about ten milliseconds."""
 PAGE_DEFAULT = 50
 PAGE_MOST = 200
-_LANES_MOST = 100_000
-# Lanes looked through for tenants that nobody has set: as many as fit in half a second.
+# Maximum tenant queues searched for tenants without settings: as many as fit in half a second.
+_QUEUES_MOST = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class TenantStatus:
-    """How a tenant stands."""
+    """Settings, limits and queued jobs of a tenant."""
 
     name: str
     settings: TenantSettings
@@ -39,7 +39,7 @@ class TenantStatus:
 
 
 class TenantStatuses:
-    """Reads how tenants stand."""
+    """Reader of the status of tenants."""
 
     def __init__(self, jobs: AsyncCollection[Document], repository: TenantRepository, pending: PendingCounts) -> None:
         self._jobs = jobs
@@ -47,10 +47,10 @@ class TenantStatuses:
         self._pending = pending
 
     async def of(self, name: str) -> TenantStatus:
-        """How one stands, also one that nobody has set.
+        """Return the status of a tenant, with or without settings.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         counted = await self._pending.count(name, COUNTED_MOST + 1)
         known = self._repository.get(name)
@@ -64,10 +64,10 @@ class TenantStatuses:
         )
 
     async def page(self, size: int, token: str) -> tuple[list[TenantStatus], str]:
-        """Those that are set, or have jobs that wait, by name; and the token of the next page. `size` 0 means 50.
+        """Return a page of tenants with settings or queued jobs, by name, and the next page's token. `size` 0 means 50.
 
         Raises:
-            InvalidArgument: a bad size or token. Unavailable: MongoDB is away.
+            InvalidArgument: a bad size or token. Unavailable: MongoDB is unavailable.
         """
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
@@ -80,10 +80,10 @@ class TenantStatuses:
         return statuses, _token(page[-1]) if len(names) > len(page) else ""
 
     async def _waiting(self) -> Sequence[str]:
-        """The tenants that have jobs that wait: one step a lane."""
-        lanes: list[Document] = [{"$match": WAITING}, *EACH_TENANT_QUEUE, {"$limit": _LANES_MOST}]
-        with translated("looking for tenants that wait"):
-            found = await self._jobs.aggregate(lanes, hint="lanes")
+        """Return the tenants with queued jobs, at the cost of one step per tenant queue."""
+        pipeline: list[Document] = [{"$match": WAITING}, *EACH_TENANT_QUEUE, {"$limit": _QUEUES_MOST}]
+        with translated("listing tenants with queued jobs"):
+            found = await self._jobs.aggregate(pipeline, hint="lanes")
             return [tenant_queue_of(document["_id"]).tenant async for document in found]
 
 

@@ -83,7 +83,7 @@ def test_what_is_gone_did_not_succeed() -> None:
     for reference, words in ((A, A), (by_key("k"), "with the key 'k'")):
         how = look(waiting(reference))
         assert isinstance(how, End)
-        assert how.message == f"cancelled: it depends on a job {words} that is not there any more"
+        assert how.message == f"cancelled: it depends on a job {words} that no longer exists"
 
 
 def test_its_deadline_counts_while_it_waits() -> None:

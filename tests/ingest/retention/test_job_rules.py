@@ -64,8 +64,8 @@ def test_nothing_goes_sooner_than_the_shortest(own: dict[tuple[str, What], Keep]
     ("tenant", "state", "keep", "says"),
     [
         ("t" * 65, State.DEAD, WEEK, "tenant: at most 64"),
-        ("", None, WEEK, "state: expected one that jobs end in"),
-        ("", State.RUNNING, WEEK, "state: expected one that jobs end in .*, got running"),
+        ("", None, WEEK, "state: expected a final state"),
+        ("", State.RUNNING, WEEK, "state: expected a final state .*, got running"),
         ("", State.DEAD, timedelta(seconds=59), "keep: from 0:01:00 to 36500 days"),
         ("", State.DEAD, timedelta(days=36_501), "keep: from"),
     ],

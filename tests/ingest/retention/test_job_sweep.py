@@ -111,7 +111,7 @@ async def test_rules_that_there_are_can_be_changed_when_there_may_be_no_more(
 ) -> None:
     monkeypatch.setattr("services.ingest.retention.retention_repository.MOST", 1)
     await world.repository.set(Rule("a", State.DEAD, None))
-    with pytest.raises(ResourceExhausted, match="there are 1 rules, the most there may be: have some tenants inherit"):
+    with pytest.raises(ResourceExhausted, match="there are 1 rules, which is the limit: let some tenants inherit"):
         await world.repository.set(Rule("b", State.DEAD, None))
     await world.repository.set(Rule("a", State.DEAD, timedelta(hours=1)))
     assert (await world.repository.read()).own == {("a", State.DEAD): timedelta(hours=1)}
