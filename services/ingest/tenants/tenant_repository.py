@@ -1,4 +1,4 @@
-"""Settings of tenants in MongoDB, with a copy in memory, because submits and claims cannot query the database each time.
+"""Settings of tenants in MongoDB, with a copy in memory: submits and claims cannot query the database each time.
 
     SetTenant ──> tenants (one document each) ──changes, every second──> TenantRepository ──> limits, from memory
 
