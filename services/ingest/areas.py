@@ -39,14 +39,14 @@ from services.ingest.dispatch.recorder import Recorder
 from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import JOBS
 from services.ingest.instance import Instance
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.durable_insert import DurableInsert
 from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake, IntakeLimits
 from services.ingest.intake.payloads import Payloads
-from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.pressure import WritePressure
 from services.ingest.intake.storage import StorageQuotas
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
@@ -56,7 +56,7 @@ from services.ingest.queries.stored_results import StoredResults
 from services.ingest.queries.watch import ChangeFeed, Watch
 from services.ingest.queries.watch_many import WatchMany
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
-from services.ingest.retention.sweep import Sweep
+from services.ingest.retention.sweep import JobSweep
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.firing import Firing
 from services.ingest.schedules.schedule_repository import ScheduleRepository
@@ -99,7 +99,7 @@ class DispatchArea:
     """Claims, attempts, results, leases and dependencies of jobs."""
 
     model: RemoteModel
-    backlog: Backlog
+    backlog: JobBacklog
     claims: Claims
     recorder: Recorder
     dispatcher: Dispatcher
@@ -140,7 +140,7 @@ class RetentionArea:
     """Retention rules of jobs and batches, and the sweep of jobs."""
 
     repository: RetentionRepository
-    sweep: Sweep
+    sweep: JobSweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ def build_dispatch(config: IngestConfig, shared: SharedComponents, tenants: Tena
     """Return the dispatch area."""
     instance, store, payloads = shared.instance, shared.store, shared.payloads
     model, results = RemoteModel(shared.channel), RemoteResults(shared.channel)
-    gate, backlog = ModelGate(), Backlog(config.max_backlog)
+    gate, backlog = ModelGate(), JobBacklog(config.max_backlog)
     claims = Claims(
         store,
         instance,
@@ -248,7 +248,7 @@ def build_intake(
 ) -> IntakeArea:
     """Return the intake area."""
     disk = Disk(shared.database, config.min_free_disk_bytes)
-    pressure = Pressure(
+    pressure = WritePressure(
         config.max_write_wait_ms / 1000,
         group_items=GROUP_ITEMS,
         group_bytes=GROUP_BYTES,
@@ -300,7 +300,7 @@ def build_retention(config: IngestConfig, shared: SharedComponents, schedules: S
     """Return the retention area."""
     repository = RetentionRepository(shared.database[JOB_RETENTION], config.retention)
     lease = schedules.lease
-    sweep = Sweep(
+    sweep = JobSweep(
         shared.jobs,
         shared.payloads,
         repository,

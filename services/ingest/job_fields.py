@@ -30,7 +30,7 @@ class Codec:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class FieldStorage:
     """Storage of one field beyond what its type and default determine."""
 
     name: str = ""
@@ -125,36 +125,36 @@ _CODECS: Mapping[Any, Codec] = {
 
 _REFERENCES: Mapping[str, Any] = {"minItems": 1, "items": {"bsonType": "string"}}
 
-_STORED: Mapping[str, Stored] = {
-    "id": Stored("_id", schema={"minLength": 26, "maxLength": 26}),
-    "model_name": Stored(schema={"minLength": 1}),
-    "submitted_at": Stored(schema={}),
-    "state": Stored(is_always_stored=True, schema={"enum": [str(state) for state in State]}),
-    "key": Stored(schema={"minLength": 1}),
-    "due_at": Stored(schema={}),
-    "deadline": Stored(schema={}),
-    "depends_on": Stored(schema=_REFERENCES),
-    "waits_for": Stored(schema=_REFERENCES),
-    "unmet": Stored(schema=_REFERENCES),
-    "began_at": Stored(schema={}),
-    "lapses": Stored(schema={"minimum": 0}),
-    "decided_end": Stored("doom"),
-    "fails_on_dependency": Stored("fails_with_them"),
-    "lease": Stored(schema={"required": ["id", "owner", "expires_at"]}),
-    "cancel_reason": Stored(
+_STORED: Mapping[str, FieldStorage] = {
+    "id": FieldStorage("_id", schema={"minLength": 26, "maxLength": 26}),
+    "model_name": FieldStorage(schema={"minLength": 1}),
+    "submitted_at": FieldStorage(schema={}),
+    "state": FieldStorage(is_always_stored=True, schema={"enum": [str(state) for state in State]}),
+    "key": FieldStorage(schema={"minLength": 1}),
+    "due_at": FieldStorage(schema={}),
+    "deadline": FieldStorage(schema={}),
+    "depends_on": FieldStorage(schema=_REFERENCES),
+    "waits_for": FieldStorage(schema=_REFERENCES),
+    "unmet": FieldStorage(schema=_REFERENCES),
+    "began_at": FieldStorage(schema={}),
+    "lapses": FieldStorage(schema={"minimum": 0}),
+    "decided_end": FieldStorage("doom"),
+    "fails_on_dependency": FieldStorage("fails_with_them"),
+    "lease": FieldStorage(schema={"required": ["id", "owner", "expires_at"]}),
+    "cancel_reason": FieldStorage(
         "cancel", Codec("object", lambda reason: {"reason": reason}, lambda cancel: cancel["reason"])
     ),
     # Earlier versions require the following fields.
-    "model_version": Stored(is_always_stored=True),
-    "tenant": Stored(is_always_stored=True, schema={}),
-    "policy": Stored(is_always_stored=True),
-    "generation": Stored(is_always_stored=True, schema={"minimum": 1}),
-    "attempts": Stored(is_always_stored=True, schema={"minimum": 0}),
-    "refusals": Stored(is_always_stored=True),
-    "labels": Stored(is_always_stored=True),
-    TRANSITIONS: Stored(is_always_stored=True, schema={"minItems": 1}),
-    "transition_count": Stored("steps", is_always_stored=True, schema={"minimum": 1}),
-    "traceparent": Stored(is_always_stored=True),
+    "model_version": FieldStorage(is_always_stored=True),
+    "tenant": FieldStorage(is_always_stored=True, schema={}),
+    "policy": FieldStorage(is_always_stored=True),
+    "generation": FieldStorage(is_always_stored=True, schema={"minimum": 1}),
+    "attempts": FieldStorage(is_always_stored=True, schema={"minimum": 0}),
+    "refusals": FieldStorage(is_always_stored=True),
+    "labels": FieldStorage(is_always_stored=True),
+    TRANSITIONS: FieldStorage(is_always_stored=True, schema={"minItems": 1}),
+    "transition_count": FieldStorage("steps", is_always_stored=True, schema={"minimum": 1}),
+    "traceparent": FieldStorage(is_always_stored=True),
 }
 
 
@@ -171,7 +171,7 @@ def _table() -> tuple[Field, ...]:
     types = get_type_hints(Job)
     rows = []
     for field in fields(Job):
-        stored = _STORED.get(field.name, Stored())
+        stored = _STORED.get(field.name, FieldStorage())
         rows.append(
             Field(
                 field.name,

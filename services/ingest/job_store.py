@@ -3,9 +3,9 @@
     insert ──> claim ──renew──> write_states (ended, or back in the queue)
                  └──lapsed, cancelled, expired: take_*──> a new holder
 
-A write is made, is not made, or has an unknown outcome (`Unknown`): it may take effect now or later. Each write about a
-job applies only while the job is unchanged since it was read, so repeating a write is safe. Reads and repeatable writes
-raise ShoalError when they fail.
+A write is made, is not made, or has an unknown outcome (`UnknownOutcome`): it may take effect now or later. Each write
+about a job applies only while the job is unchanged since it was read, so repeating a write is safe. Reads and
+repeatable writes raise ShoalError when they fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Change: TypeAlias = tuple[Job, Job]
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class UnknownOutcome:
     """Outcome of a write that may or may not take effect; `error` is for the caller."""
 
     error: ShoalError
@@ -54,7 +54,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class StatesWritten:
     """Outcome of state changes: the number that was made. The other jobs have another holder."""
 
     count: int
@@ -93,7 +93,7 @@ class DeadFilter:
 class JobStore(Protocol):
     """Durable jobs. Methods return jobs without their requests and raise ShoalError, except where noted."""
 
-    async def insert(self, jobs: Sequence[Job]) -> Inserted | Unknown:
+    async def insert(self, jobs: Sequence[Job]) -> Inserted | UnknownOutcome:
         """Insert new jobs independently of each other: queued, or claimed already (`Job.lease`).
 
         A job whose idempotency key is in use is refused with KeyTaken.
@@ -118,10 +118,10 @@ class JobStore(Protocol):
     ) -> dict[TenantQueueKey, list[Waiting]]:
         """Return the first due jobs of each of these tenant queues, up to its limit, by due time."""
 
-    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | Unknown:
+    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
         """Claim the jobs among `ids` that are due and unclaimed; return them with their requests."""
 
-    async def claim_accepted(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | Unknown:
+    async def claim_accepted(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
         """Claim the given jobs that are unchanged since their insert; return them with their requests."""
 
     async def claimed_under(self, lease: Lease, ids: Sequence[str]) -> list[Job]:
@@ -147,7 +147,7 @@ class JobStore(Protocol):
     async def add_tenant_queues(self) -> int:
         """Set the tenant queue of queued jobs that an earlier version wrote; return the number of jobs."""
 
-    async def write_states(self, changes: Sequence[Change]) -> Written | Unknown:
+    async def write_states(self, changes: Sequence[Change]) -> StatesWritten | UnknownOutcome:
         """Write each change whose job is still held by the lease, and in the attempt, of its `before`."""
 
     async def read(self, ids: Collection[str]) -> dict[str, Job]:

@@ -40,9 +40,9 @@ from services.ingest.job_store import (
     Inserted,
     Key,
     KeyTaken,
-    Unknown,
+    StatesWritten,
+    UnknownOutcome,
     Waiting,
-    Written,
 )
 from services.ingest.tenant_queue import TenantQueueKey, tenant_queue_of
 from shoal.errors import DataLoss, ShoalError
@@ -60,7 +60,7 @@ class MongoJobs:
     def __init__(self, jobs: AsyncCollection[Document]) -> None:
         self._jobs = jobs
 
-    async def insert(self, jobs: Sequence[Job]) -> Inserted | Unknown:
+    async def insert(self, jobs: Sequence[Job]) -> Inserted | UnknownOutcome:
         try:
             with translated("storing submitted jobs"):
                 try:
@@ -72,7 +72,7 @@ class MongoJobs:
                     refused = {jobs[entry["index"]].id: _refusal(entry) for entry in err.details["writeErrors"]}
                     return Inserted([job for job in jobs if job.id not in refused], refused)
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
         return Inserted(jobs)
 
     async def by_key(self, keys: Collection[Key]) -> dict[Key, Job]:
@@ -123,16 +123,16 @@ class MongoJobs:
                 seen.setdefault(tenant_queue_of(found["lane"]), []).append((found["due_at"], found["_id"]))
         return seen
 
-    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | Unknown:
+    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
         due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EPOCH}}
         try:
             with translated("claiming jobs"):
                 won = await self._jobs.update_many(due, claiming(lease, now))
                 return Claimed(await self._held_by(lease, ids) if won.modified_count else [])
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
 
-    async def claim_accepted(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | Unknown:
+    async def claim_accepted(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
         ids = [job.id for job in jobs]
         untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EPOCH}, "steps": 1}
         try:
@@ -142,7 +142,7 @@ class MongoJobs:
                     return Claimed([claim(job, lease, now) for job in jobs])
                 return Claimed(await self._held_by(lease, ids) if won.modified_count else [])
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
 
     async def claimed_under(self, lease: Lease, ids: Sequence[str]) -> list[Job]:
         with translated("reading the jobs of an earlier claim"):
@@ -212,14 +212,14 @@ class MongoJobs:
                 migrated += len(found)
         return migrated
 
-    async def write_states(self, changes: Sequence[Change]) -> Written | Unknown:
+    async def write_states(self, changes: Sequence[Change]) -> StatesWritten | UnknownOutcome:
         updates = fenced_updates(changes)
         try:
             with translated("writing the states of jobs"):
                 written = await self._jobs.bulk_write(updates, ordered=False)
         except ShoalError as err:
-            return Unknown(err)
-        return Written(written.matched_count)
+            return UnknownOutcome(err)
+        return StatesWritten(written.matched_count)
 
     async def read(self, ids: Collection[str]) -> dict[str, Job]:
         with translated("reading dead letters"):

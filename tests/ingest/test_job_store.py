@@ -31,8 +31,8 @@ from services.ingest.job_store import (
     Inserted,
     JobStore,
     KeyTaken,
-    Unknown,
-    Written,
+    StatesWritten,
+    UnknownOutcome,
 )
 from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.tenant_queue import TenantQueueKey
@@ -139,7 +139,7 @@ async def test_a_fresh_claim_wins_what_nobody_has_touched(store: JobStore) -> No
     mine = claim(touched, lease("other"), START)
     assert await store.claim([touched.id], lease("other"), START) == Claimed([mine])
     back = return_to_queue(mine, BackToQueue(START, True, "again"), "i", START)
-    assert await store.write_states([(mine, back)]) == Written(1)
+    assert await store.write_states([(mine, back)]) == StatesWritten(1)
     assert await store.claim_accepted([fresh, touched], lease("l"), START) == Claimed([claim(fresh, lease("l"), START)])
     assert (await read(store, touched)) == [light(back)]
 
@@ -194,17 +194,17 @@ async def test_states_are_written_by_the_holder_in_its_attempt_only(store: JobSt
     mine, other = await held(store, "l"), await held(store, "other")
     ended = end(mine, End(Outcome.SUCCEEDED), "i", LATER)
     not_mine = other.replaced(lease=lease("l"))
-    assert await store.write_states([(mine, ended), (not_mine, end(not_mine, DEAD, "i", LATER))]) == Written(1)
+    assert await store.write_states([(mine, ended), (not_mine, end(not_mine, DEAD, "i", LATER))]) == StatesWritten(1)
     assert await read(store, mine, other) == [light(ended), light(other)]
     stale = other.replaced(attempts=9)
-    assert await store.write_states([(stale, end(stale, DEAD, "i", LATER))]) == Written(0)
+    assert await store.write_states([(stale, end(stale, DEAD, "i", LATER))]) == StatesWritten(0)
 
 
 async def dead(store: JobStore, name: str, **fields: Any) -> Job:
     """Insert a dead letter."""
     mine = await held(store, name, **fields)
     letter = end(mine, DEAD, "i", START)
-    assert await store.write_states([(mine, letter)]) == Written(1)
+    assert await store.write_states([(mine, letter)]) == StatesWritten(1)
     return light(letter)
 
 
@@ -297,5 +297,5 @@ async def test_the_outcome_of_a_write_that_is_not_answered_is_unknown(jobs: Asyn
     assert await sure.claimed_under(lease("l"), [made.id]) == [mine], "the first two writes were made"
     outcomes.append(await unsure.write_states([(mine, end(mine, DEAD, "i", START))]))
     for outcome in outcomes:
-        assert isinstance(outcome, Unknown)
+        assert isinstance(outcome, UnknownOutcome)
         assert isinstance(outcome.error, Unavailable)

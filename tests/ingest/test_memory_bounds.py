@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.stream import Window
 from shoal.errors import ResourceExhausted
@@ -78,7 +78,7 @@ async def test_a_full_window_stops_its_reader() -> None:
 
 
 async def test_the_backlog_is_counted_now_and_then_and_kept_up_in_between() -> None:
-    backlog = Backlog(10)
+    backlog = JobBacklog(10)
 
     async def count(limit: int) -> int:
         assert limit == 11

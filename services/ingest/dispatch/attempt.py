@@ -49,7 +49,7 @@ Decision: TypeAlias = store_pb2.Result | BackToQueue | End
 """Decision about a job after an attempt: its result, another attempt, or its end."""
 
 
-class Model(Protocol):
+class ModelClient(Protocol):
     """Client of infer."""
 
     async def infer(
@@ -72,7 +72,7 @@ class Attempts:
 
     def __init__(
         self,
-        model: Model,
+        model: ModelClient,
         payloads: Payloads,
         *,
         gate: ModelGate,

@@ -18,7 +18,7 @@ from services.ingest.dispatch.tenant_queues import TenantQueues
 from services.ingest.documents import EPOCH
 from services.ingest.instance import Instance
 from services.ingest.job import Job, Lease
-from services.ingest.job_store import Claimed, JobStore, Unknown
+from services.ingest.job_store import Claimed, JobStore, UnknownOutcome
 
 # Concurrent claimers that read the same head of a queue win a third of the jobs they try. With heads four times as long
 # and a random pick, two or three claimers rarely collide.
@@ -113,9 +113,9 @@ class Claims:
         self._spread = _CROWDED_SPREAD if len(claimed.jobs) * 2 < len(ids) else 1
         return [*claimed.jobs]
 
-    def _checked(self, outcome: Claimed | Unknown, lease: Lease, ids: Sequence[str]) -> Claimed:
+    def _checked(self, outcome: Claimed | UnknownOutcome, lease: Lease, ids: Sequence[str]) -> Claimed:
         """Return the claim. When its outcome is unknown, remember it and raise its error."""
-        if isinstance(outcome, Unknown):
+        if isinstance(outcome, UnknownOutcome):
             self._unknown_claims.append((lease, ids))
             raise outcome.error
         return outcome

@@ -39,9 +39,9 @@ from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import EndingJob, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.instance import Instance
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.job import BackToQueue, End, Job, Lease, after_stop, claim
-from services.ingest.job_store import Inserted, Unknown
+from services.ingest.job_store import Inserted, UnknownOutcome
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Dispatcher:
         *,
         instance: Instance,
         gate: ModelGate,
-        backlog: Backlog,
+        backlog: JobBacklog,
         max_in_flight: int,
         poll_ms: int,
         drain_ms: int,
@@ -183,7 +183,7 @@ class Dispatcher:
             made.append(job)
         return made
 
-    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | Unknown) -> None:
+    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | UnknownOutcome) -> None:
         """Accept the inserted jobs among `jobs`, which `claim_in_write` returned."""
         claimed = [job for job in jobs if job.lease is not None]
         self._in_writes -= len(claimed)

@@ -15,9 +15,9 @@ from types import TracebackType
 from mesh.process.tasks import end, for_ever
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.recorder import Results
+from services.ingest.dispatch.recorder import ResultStore
 from services.ingest.instance import Instance
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import End, Job, Lease, after_lapse, imposed_end
 from services.ingest.job_store import JobStore
@@ -42,9 +42,9 @@ class LeaseKeeper:
         store: JobStore,
         claims: Claims,
         dispatcher: Dispatcher,
-        results: Results,
+        results: ResultStore,
         payloads: Payloads,
-        backlog: Backlog,
+        backlog: JobBacklog,
         instance: Instance,
         *,
         renew_ms: int,

@@ -24,7 +24,7 @@ from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, BackToQueue, End, Job, Outcome, end, return_to_queue
 from services.ingest.job_events import JobEvents
-from services.ingest.job_store import Change, JobStore, Unknown
+from services.ingest.job_store import Change, JobStore, UnknownOutcome
 from services.ingest.messages import timestamp_of
 from shoal.errors import Code, OutOfRange, ShoalError
 from shoal.store.v1 import store_pb2
@@ -46,7 +46,7 @@ _MAYBE_ONE_RESULT = frozenset({Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS, Code
 _REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.OUT_OF_RANGE})
 
 
-class Results(Protocol):
+class ResultStore(Protocol):
     """Results in the store."""
 
     async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End | None]:
@@ -83,7 +83,7 @@ class Recorder:
     def __init__(
         self,
         store: JobStore,
-        results: Results,
+        results: ResultStore,
         payloads: Payloads,
         events: JobEvents,
         instance: Instance,
@@ -195,7 +195,7 @@ class Recorder:
 
     async def _write(self, changes: list[Change]) -> Sequence[None]:
         outcome = await self._store.write_states(changes)
-        if isinstance(outcome, Unknown):
+        if isinstance(outcome, UnknownOutcome):
             log.warning("cannot write the states of %d jobs for now: %s", len(changes), outcome.error)
             raise outcome.error
         if fenced := len(changes) - outcome.count:

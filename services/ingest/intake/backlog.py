@@ -13,7 +13,7 @@ _SHORTEST_S = 1.0
 RETRY_AFTER_MS = 1_000
 
 
-class Backlog:
+class JobBacklog:
     """Estimated number of queued jobs, of all instances together.
 
     Between counts, the estimate follows only the jobs of this instance. So several instances may exceed the limit by

@@ -23,12 +23,12 @@ from services.ingest.instance import Instance
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.durable_insert import DurableInsert
 from services.ingest.intake.payloads import Payloads
-from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.pressure import WritePressure
 from services.ingest.intake.storage import StorageQuotas
 from services.ingest.intake.submission import check_not_reserved
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
-from services.ingest.job_store import JobStore, Key, KeyTaken, Unknown
+from services.ingest.job_store import JobStore, Key, KeyTaken, UnknownOutcome
 from services.ingest.tenants.admission import Admission
 from services.ingest.tracing import traceparent_of
 from shoal.errors import AlreadyExists, NotFound, ShoalError, Unavailable
@@ -63,7 +63,7 @@ class IntakeLimits:
     admission: Admission
     budget: Budget
     """Memory for requests that wait for their write."""
-    pressure: Pressure
+    pressure: WritePressure
 
 
 class Intake:
@@ -234,7 +234,7 @@ class Intake:
         written: dict[str, Job] = {}
         if known:
             outcome = await self._insert(known)
-            if isinstance(outcome, Unknown):
+            if isinstance(outcome, UnknownOutcome):
                 raise outcome.error
             written = {job.id: job for job in outcome.written}
             errors |= outcome.refused

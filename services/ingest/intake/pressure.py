@@ -17,7 +17,7 @@ _NEWEST = 0.3
 _LONGEST_RETRY_S = 10.0
 
 
-class Pressure:
+class WritePressure:
     """Estimate of the wait for a write. `clock` is monotonic, in seconds.
 
     Args:

@@ -39,7 +39,7 @@ _AGAIN = timedelta(days=1)
 _UNAVAILABLE_WAIT_S = 5.0
 
 
-class Sweep(Background):
+class JobSweep(Background):
     """Background removal of jobs while `leads()` returns True. Used as `async with`."""
 
     def __init__(

@@ -18,7 +18,7 @@ from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.documents import document_of, job_of
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import BackToQueue, End, Job, Lease, Outcome, Policy, State, claim
 from services.ingest.job_events import JobEvents
@@ -96,7 +96,7 @@ class Instance:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        payloads, backlog, events = cast(Payloads, NoPayloads()), Backlog(1_000), JobEvents()
+        payloads, backlog, events = cast(Payloads, NoPayloads()), JobBacklog(1_000), JobEvents()
         events.changed.subscribe(self.changed.append)
         here = replace(instance(self.clock), ready=self.ready)
         claims = Claims(MongoJobs(self.jobs), here, lease_ms=self.lease_ms)

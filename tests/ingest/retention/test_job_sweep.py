@@ -18,7 +18,7 @@ from services.ingest.retention import sweep as sweeping
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import Keep, Rule, What
-from services.ingest.retention.sweep import Sweep
+from services.ingest.retention.sweep import JobSweep
 from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
 from shoal.errors import ResourceExhausted
@@ -49,7 +49,7 @@ class World:
         self.payloads = Payloads()
         self.leads = True
         self.ulids = Ulids(lambda: milliseconds(self.clock.now))
-        self.sweep = Sweep(
+        self.sweep = JobSweep(
             jobs,
             self.payloads,  # type: ignore[arg-type]
             self.repository,
