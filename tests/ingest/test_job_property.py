@@ -250,7 +250,7 @@ class World(RuleBasedStateMachine):
                 if isinstance(after, Job):
                     self.jobs[before.id] = after
                 else:
-                    self.decide(self.take(worker, replace(take_over(before, lease), doom=after)), after)
+                    self.decide(self.take(worker, replace(take_over(before, lease), decided_end=after)), after)
 
     @precondition(lambda self: any(not job.is_final for job in self.jobs.values()))
     @rule(data=st.data(), n=st.integers(0, WORKERS - 1))
