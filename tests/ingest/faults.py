@@ -138,7 +138,7 @@ class FakeStore:
             standing.CopyFrom(self.results[result.job_id])
             standing.ClearField("response")
             entries.append(
-                store_pb2.PutResultsResponse.Entry(job_id=result.job_id, recorded=recorded, recorded_ends=standing)
+                store_pb2.PutResultsResponse.Entry(job_id=result.job_id, recorded=recorded, standing=standing)
             )
         return store_pb2.PutResultsResponse(entries=entries)
 

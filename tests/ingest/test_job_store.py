@@ -259,7 +259,7 @@ async def test_a_dependent_is_released_or_doomed_unless_it_has_changed_since_it_
     taken = await store.take_to_cancel(changed.id, "", lease("other"))
     await store.release_dependents([(light(changed), unblocked(light(changed), "i", LATER))])
     mine = await store.take_to_end([(doomed, DEAD, (a.id,)), (changed, DEAD, ()), (released, DEAD, ())], lease("n"))
-    assert mine == [light(doomed).replaced(lease=lease("n"), take_to_end=DEAD)]
+    assert mine == [light(doomed).replaced(lease=lease("n"), decided_end=DEAD)]
     assert await read(store, changed) == [taken]
 
 

@@ -66,24 +66,24 @@ class Claimer:
         self.queues = TenantQueues(lambda tenant: weights.get(tenant, 1.0), AGEING)
         self._listed_at = START - timedelta(days=1)
 
-    def claim(self, room: int, closed: frozenset[str] = frozenset()) -> list[tuple[TenantQueueKey, Waiting]]:
+    def claim(self, capacity: int, closed: frozenset[str] = frozenset()) -> list[tuple[TenantQueueKey, Waiting]]:
         is_listed = self._clock.now - self._listed_at >= LISTS_EVERY
         if is_listed:
             self._list()
-        taken = self._claim_known(room, closed)
+        taken = self._claim_known(capacity, closed)
         if not taken and not is_listed:
             self._list()
-            taken = self._claim_known(room, closed)
+            taken = self._claim_known(capacity, closed)
         return taken
 
-    def _claim_known(self, room: int, closed: frozenset[str]) -> list[tuple[TenantQueueKey, Waiting]]:
+    def _claim_known(self, capacity: int, closed: frozenset[str]) -> list[tuple[TenantQueueKey, Waiting]]:
         now = self._clock.now
-        shares = self.queues.plan(room, now, closed)
+        shares = self.queues.plan(capacity, now, closed)
         assert sum(len(share.queues) for share in shares) <= QUEUES_PER_CLAIM
-        assert sum(share.jobs for share in shares) == (room if shares else 0)
+        assert sum(share.jobs for share in shares) == (capacity if shares else 0)
         seen = {lane: self._queue.head(lane, now, share.limit(1)) for share in shares for lane in share.queues}
         ids = self.queues.pick(shares, seen)
-        assert len(ids) == len(set(ids)) <= room
+        assert len(ids) == len(set(ids)) <= capacity
         taken = self._queue.take(ids)
         for tenant, jobs in Counter(lane.tenant for lane, _ in taken).items():
             self.queues.charge(tenant, jobs)
@@ -111,10 +111,10 @@ def test_tenants_that_wait_together_share_by_weight(weights: list[float], rooms:
         queue.put(lane(tenant), jobs=1_250)  # More than all claims take: all of them wait all the time.
     workers = [Claimer(queue, clock, shares) for _ in range(claimers)]
     served: Counter[str] = Counter()
-    for room in rooms:
+    for capacity in rooms:
         for worker in workers:
-            taken = worker.claim(room)
-            assert len(taken) == room
+            taken = worker.claim(capacity)
+            assert len(taken) == capacity
             served.update(one.tenant for one, _ in taken)
         for a, b in itertools.combinations(shares, 2):
             apart = abs(served[a] / shares[a] - served[b] / shares[b])
@@ -130,23 +130,23 @@ def test_tenants_that_wait_together_share_by_weight(weights: list[float], rooms:
 )
 @settings(max_examples=30)
 def test_ten_jobs_do_not_wait_for_anybodys_backlog(
-    backlog: int, before: int, room: int, weight: float, others: int
+    backlog: int, before: int, capacity: int, weight: float, others: int
 ) -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {"small": weight})
     for n in range(others):
         queue.put(lane(f"big{n}"), START - timedelta(hours=1), jobs=backlog)
     for _ in range(before):
-        worker.claim(room)
+        worker.claim(capacity)
     clock.advance(seconds=1)
     ten = set(queue.put(lane("small"), clock.now, jobs=10))
     claimed = 0
     while ten:
-        taken = worker.claim(room)
+        taken = worker.claim(capacity)
         claimed += len(taken)
         ten -= {job[1] for _, job in taken}
     # Its share of what is claimed, and the last claim in full: whatever waits besides.
-    assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + room
+    assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + capacity
 
 
 def test_with_more_tenants_than_a_claim_reads_each_has_its_turn() -> None:
@@ -169,7 +169,7 @@ jobs_of_one = st.lists(
 @given(jobs=jobs_of_one, capacity=st.integers(1, 20), step_s=st.integers(0, 30))
 @settings(max_examples=60)
 def test_a_tenants_jobs_go_by_age_and_priority_and_none_is_left(
-    jobs: list[tuple[str, int, int]], room: int, step_s: int
+    jobs: list[tuple[str, int, int]], capacity: int, step_s: int
 ) -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {})
@@ -177,14 +177,14 @@ def test_a_tenants_jobs_go_by_age_and_priority_and_none_is_left(
         queue.put(lane("t", model, priority), START + timedelta(seconds=due_s))
     while queue.queues:
         order = sorted((one.age(job[0], AGEING), job[1]) for one, job in queue.due(clock.now))
-        taken = {job[1] for _, job in worker.claim(room)}
-        assert taken == {id_ for _, id_ in order[:room]}
+        taken = {job[1] for _, job in worker.claim(capacity)}
+        assert taken == {id_ for _, id_ in order[:capacity]}
         clock.advance(seconds=step_s if order else 100)
 
 
 @given(data=st.data(), capacity=st.integers(1, 30))
 @settings(max_examples=30)
-def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: st.DataObject, room: int) -> None:
+def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: st.DataObject, capacity: int) -> None:
     """A claim comes back with nothing only when nothing is there, and never with what is closed or not due."""
     queue, clock = Queue(), TestClock()
     workers = [Claimer(queue, clock, {"a": 3}) for _ in range(2)]
@@ -196,7 +196,7 @@ def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: s
             queue.put(one, clock.now + timedelta(seconds=after_s), jobs)
         closed = data.draw(st.sampled_from([frozenset(), frozenset("m"), frozenset("mn")]))
         due = queue.due(clock.now, closed)
-        taken = data.draw(st.sampled_from(workers)).claim(room, closed)
+        taken = data.draw(st.sampled_from(workers)).claim(capacity, closed)
         assert all(job in due for job in taken)
         assert bool(taken) == bool(due)
         clock.advance(milliseconds=data.draw(st.sampled_from([0, 30, 1_000])))
