@@ -48,7 +48,7 @@ class Handed:
         for job_id in job_ids:
             self.requests.pop(job_id, None)
 
-    async def handed_in(self, before: str) -> AsyncIterator[list[str]]:
+    async def list_uploaded(self, before: str) -> AsyncIterator[list[str]]:
         for job_id in sorted(job_id for job_id in self.requests if job_id < before):
             yield [job_id]
 
