@@ -130,5 +130,5 @@ async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> 
             await failing(context, S.UNIMPLEMENTED, "")
 
         mesh.store.before = no_route
-        with pytest.raises(Unavailable, match="recording results: the mesh has no way to the store yet"):
+        with pytest.raises(Unavailable, match="recording results: the mesh has no route to the store yet"):
             await results.put([store_pb2.Result(job_id="b")], [""])
