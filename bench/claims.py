@@ -117,7 +117,7 @@ async def claim_new_tenant(jobs: Collection, bulk: int) -> tuple[int, float]:
     now = utc_now()
     ten = [job("newcomer", now) for _ in range(10)]
     await jobs.insert_many([document_of(one) for one in ten])
-    claims.notice(ten)
+    claims.note_queued(ten)
     left, calls, started = {one.id for one in ten}, 0, time.perf_counter()
     while left:
         some, _ = await claims.claim_due(bulk, [])

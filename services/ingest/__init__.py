@@ -1,1 +1,1 @@
-"""ingest: takes work that should not be lost, runs it through the mesh, and sees that each job ends with one result."""
+"""ingest: accepts durable jobs, runs them through the mesh, and gives each job exactly one result."""

@@ -1,8 +1,8 @@
-"""The areas of an ingest instance: the parts of each, and one builder that wires them. `app.py` starts and stops them.
+"""Areas of an ingest instance: the components of each, and one builder per area. `app.py` starts and stops them.
 
-    ground ──> tenants ──> dispatch ──> reading ──> intake ──> schedules ──> retention, streams, batches
+    shared ──> tenants ──> dispatch ──> queries ──> intake ──> schedules ──> retention, streams, batches
 
-A builder takes only what was built before it. What must be heard the other way goes through `JobEvents`.
+A builder depends only on areas built before it. Notifications in the other direction go through `JobEvents`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from services.ingest.connectors.connectors import ConnectorContext, Connectors
 from services.ingest.connectors.reports import CONNECTORS, Reports
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dispatch.attempt import Attempts
-from services.ingest.dispatch.cancel import Cancelling
+from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.dispatch.cascade import Cascade
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
@@ -39,31 +39,31 @@ from services.ingest.dispatch.recorder import Recorder
 from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import JOBS
 from services.ingest.instance import Instance
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.durable_insert import DurableInsert
-from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake, Limits
+from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake, IntakeLimits
 from services.ingest.intake.payloads import Payloads
-from services.ingest.intake.pressure import Pressure
-from services.ingest.intake.storage import Storage
+from services.ingest.intake.pressure import WritePressure
+from services.ingest.intake.storage import StorageQuotas
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
-from services.ingest.reading.answers import StoredAnswers
-from services.ingest.reading.endings import Endings
-from services.ingest.reading.jobs import Jobs
-from services.ingest.reading.watch import Changes, Watch
-from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
-from services.ingest.retention.sweep import Sweep
-from services.ingest.schedules.book import Schedules
+from services.ingest.queries.completions import Completions
+from services.ingest.queries.jobs import Jobs
+from services.ingest.queries.stored_results import StoredResults
+from services.ingest.queries.watch import ChangeFeed, Watch
+from services.ingest.queries.watch_many import WatchMany
+from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
+from services.ingest.retention.sweep import JobSweep
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.firing import Firing
+from services.ingest.schedules.schedule_repository import ScheduleRepository
 from services.ingest.tenants.admission import Admission
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.ulid import Ulids
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """Parts that the areas share."""
+class SharedComponents:
+    """Components that the areas share."""
 
     instance: Instance
     channel: Channel
@@ -80,47 +80,47 @@ class Ground:
     clock: DatabaseClock
     jobs: AsyncCollection[Document]
     store: MongoJobs
-    storage: Storage
+    storage: StorageQuotas
     payloads: Payloads
     events: JobEvents
 
 
 @dataclass(frozen=True, slots=True)
 class TenantsArea:
-    """Tenants: settings, quotas and rates."""
+    """Settings, quotas and rates of tenants."""
 
-    book: TenantRepository
+    repository: TenantRepository
     pending: PendingCounts
     buckets: Buckets
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchArea:
-    """Dispatch: claims, attempts, records, leases and dependencies."""
+    """Claims, attempts, results, leases and dependencies of jobs."""
 
     model: RemoteModel
-    backlog: Backlog
+    backlog: JobBacklog
     claims: Claims
     recorder: Recorder
     dispatcher: Dispatcher
-    keeper: LeaseKeeper
+    lease_keeper: LeaseKeeper
     cascade: Cascade
 
 
 @dataclass(frozen=True, slots=True)
-class ReadingArea:
-    """Reading: jobs, watches and endings."""
+class QueriesArea:
+    """Queries, watches and completions of jobs."""
 
     jobs: Jobs
-    changes: Changes
+    changes: ChangeFeed
     watch: Watch
     watch_many: WatchMany
-    endings: Endings
+    completions: Completions
 
 
 @dataclass(frozen=True, slots=True)
 class IntakeArea:
-    """Intake, with the limits that work by themselves."""
+    """Intake of jobs, and the disk check that runs in the background."""
 
     disk: Disk
     intake: Intake
@@ -128,39 +128,39 @@ class IntakeArea:
 
 @dataclass(frozen=True, slots=True)
 class SchedulesArea:
-    """Schedules, and the lease under which they are fired."""
+    """Schedules, and the leader lease under which they fire."""
 
     lease: LeaderLease
-    book: Schedules
+    repository: ScheduleRepository
     firing: Firing
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionArea:
-    """Retention of jobs and batches."""
+    """Retention rules of jobs and batches, and the sweep of jobs."""
 
-    book: RetentionRepository
-    sweep: Sweep
+    repository: RetentionRepository
+    sweep: JobSweep
 
 
 @dataclass(frozen=True, slots=True)
 class StreamsArea:
-    """Connectors and clients' streams."""
+    """Connectors, and RunStream calls of clients."""
 
     connectors: Connectors
     reports: Reports
     run_streams: RunStreams
 
 
-async def build_ground(config: IngestConfig, stack: AsyncExitStack) -> Ground:
-    """Return the parts that the areas share, started."""
+async def build_shared(config: IngestConfig, stack: AsyncExitStack) -> SharedComponents:
+    """Return the components that the areas share, already started."""
     client = await stack.enter_async_context(mongo.connect(config.mongo))
     channel = await stack.enter_async_context(Channel(config.mesh))
     database = client[config.database]
     clock = await stack.enter_async_context(DatabaseClock(database))
     ulids = Ulids(lambda: milliseconds(clock()))
-    storage = await stack.enter_async_context(Storage(channel))
-    return Ground(
+    storage = await stack.enter_async_context(StorageQuotas(channel))
+    return SharedComponents(
         instance=Instance(f"{config.node}/{config.instance}", ulids.new(), clock, ulids.new, asyncio.Event()),
         channel=channel,
         database=database,
@@ -168,30 +168,30 @@ async def build_ground(config: IngestConfig, stack: AsyncExitStack) -> Ground:
         jobs=database[JOBS],
         store=MongoJobs(database[JOBS]),
         storage=storage,
-        payloads=Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.heard)),
+        payloads=Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.mark_over_quota)),
         events=JobEvents(),
     )
 
 
-def build_tenants(ground: Ground) -> TenantsArea:
-    """Return the tenants."""
+def build_tenants(shared: SharedComponents) -> TenantsArea:
+    """Return the tenants area."""
     return TenantsArea(
-        TenantRepository(ground.database),
-        PendingCounts(ground.jobs, time.monotonic),
-        Buckets(ground.database, time.monotonic),
+        TenantRepository(shared.database),
+        PendingCounts(shared.jobs, time.monotonic),
+        Buckets(shared.database, time.monotonic),
     )
 
 
-def build_dispatch(config: IngestConfig, ground: Ground, tenants: TenantsArea) -> DispatchArea:
-    """Return the dispatch."""
-    instance, store, payloads = ground.instance, ground.store, ground.payloads
-    model, results = RemoteModel(ground.channel), RemoteResults(ground.channel)
-    gate, backlog = ModelGate(), Backlog(config.max_backlog)
+def build_dispatch(config: IngestConfig, shared: SharedComponents, tenants: TenantsArea) -> DispatchArea:
+    """Return the dispatch area."""
+    instance, store, payloads = shared.instance, shared.store, shared.payloads
+    model, results = RemoteModel(shared.channel), RemoteResults(shared.channel)
+    gate, backlog = ModelGate(), JobBacklog(config.max_backlog)
     claims = Claims(
         store,
         instance,
         lease_ms=config.lease_ms,
-        weight_of=tenants.book.weight,
+        weight_of=tenants.repository.weight,
         ageing=timedelta(milliseconds=config.ageing_ms),
     )
     attempts = Attempts(
@@ -202,7 +202,7 @@ def build_dispatch(config: IngestConfig, ground: Ground, tenants: TenantsArea) -
         clock=instance.clock,
         timeout_ms=config.attempt_timeout_ms,
     )
-    recorder = Recorder(store, results, payloads, ground.events, instance)
+    recorder = Recorder(store, results, payloads, shared.events, instance)
     dispatcher = Dispatcher(
         claims,
         attempts,
@@ -214,44 +214,50 @@ def build_dispatch(config: IngestConfig, ground: Ground, tenants: TenantsArea) -
         poll_ms=config.poll_ms,
         drain_ms=config.drain_ms,
     )
-    keeper = LeaseKeeper(store, claims, dispatcher, results, payloads, backlog, instance, renew_ms=config.renew_ms)
-    cascade = Cascade(store, claims, dispatcher, ground.events, instance)
-    return DispatchArea(model, backlog, claims, recorder, dispatcher, keeper, cascade)
+    lease_keeper = LeaseKeeper(
+        store, claims, dispatcher, results, payloads, backlog, instance, renew_ms=config.renew_ms
+    )
+    cascade = Cascade(store, claims, dispatcher, shared.events, instance)
+    return DispatchArea(model, backlog, claims, recorder, dispatcher, lease_keeper, cascade)
 
 
-async def build_reading(
-    config: IngestConfig, ground: Ground, dispatch: DispatchArea, stack: AsyncExitStack
-) -> ReadingArea:
-    """Return the reading, with the MongoDB client of its watches started."""
-    ready = ground.instance.ready
-    # Each watch with a filter holds a connection: a client of their own keeps them from those that jobs need.
+async def build_queries(
+    config: IngestConfig, shared: SharedComponents, dispatch: DispatchArea, stack: AsyncExitStack
+) -> QueriesArea:
+    """Return the queries area, with the MongoDB client of its watches started."""
+    ready = shared.instance.ready
+    # Each filtered watch holds a connection. Their own client keeps the other pool free for jobs.
     watching = await stack.enter_async_context(
         mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
     )
-    jobs = Jobs(ground.jobs, ground.payloads)
-    changes = Changes(ground.jobs, ready=ready, on_taken=dispatch.dispatcher.taken, max_watches=config.max_watches)
-    return ReadingArea(
+    jobs = Jobs(shared.jobs, shared.payloads)
+    changes = ChangeFeed(
+        shared.jobs, ready=ready, on_taken=dispatch.dispatcher.taken_over, max_watches=config.max_watches
+    )
+    return QueriesArea(
         jobs,
         changes,
         Watch(jobs, changes),
         WatchMany(watching[config.database][JOBS], config.max_filter_watches),
-        Endings(ground.jobs, StoredAnswers(ground.channel), ready=ready),
+        Completions(shared.jobs, StoredResults(shared.channel), ready=ready),
     )
 
 
-def build_intake(config: IngestConfig, ground: Ground, tenants: TenantsArea, dispatch: DispatchArea) -> IntakeArea:
-    """Return the intake."""
-    disk = Disk(ground.database, config.min_free_disk_bytes)
-    pressure = Pressure(
+def build_intake(
+    config: IngestConfig, shared: SharedComponents, tenants: TenantsArea, dispatch: DispatchArea
+) -> IntakeArea:
+    """Return the intake area."""
+    disk = Disk(shared.database, config.min_free_disk_bytes)
+    pressure = WritePressure(
         config.max_write_wait_ms / 1000,
         group_items=GROUP_ITEMS,
         group_bytes=GROUP_BYTES,
         clock=time.monotonic,
     )
-    limits = Limits(
-        storage=ground.storage,
+    limits = IntakeLimits(
+        storage=shared.storage,
         admission=Admission(
-            tenants.book,
+            tenants.repository,
             tenants.pending,
             tenants.buckets,
             gates=[disk.admit, pressure.admit, dispatch.backlog.admit],
@@ -259,18 +265,18 @@ def build_intake(config: IngestConfig, ground: Ground, tenants: TenantsArea, dis
         budget=Budget(config.pending_bytes, "submitted requests"),
         pressure=pressure,
     )
-    insert = DurableInsert(ground.store, dispatch.dispatcher, ground.events)
-    intake = Intake(ground.store, ground.payloads, insert, limits, ground.instance, inline_bytes=config.inline_bytes)
+    insert = DurableInsert(shared.store, dispatch.dispatcher, shared.events)
+    intake = Intake(shared.store, shared.payloads, insert, limits, shared.instance, inline_bytes=config.inline_bytes)
     return IntakeArea(disk, intake)
 
 
 def build_schedules(
-    config: IngestConfig, ground: Ground, intake: IntakeArea, reading: ReadingArea, cancelling: Cancelling
+    config: IngestConfig, shared: SharedComponents, intake: IntakeArea, queries: QueriesArea, canceller: JobCanceller
 ) -> SchedulesArea:
-    """Return the schedules."""
-    instance = ground.instance
+    """Return the schedules area."""
+    instance = shared.instance
     lease = LeaderLease(
-        ground.database[LEASES],
+        shared.database[LEASES],
         "ingest",
         f"{instance.name} {instance.new_id()}",
         ready=instance.ready,
@@ -278,42 +284,44 @@ def build_schedules(
         renew_ms=config.renew_ms,
     )
     firing = Firing(
-        ground.database[SCHEDULES],
+        shared.database[SCHEDULES],
         lease,
         submit=intake.intake.submit_scheduled,
         find=intake.intake.by_key,
-        read=reading.jobs.get,
-        cancel=cancelling.cancel,
+        read=queries.jobs.get,
+        cancel=canceller.cancel,
         clock=instance.clock,
         ready=instance.ready,
     )
-    return SchedulesArea(lease, Schedules(ground.database[SCHEDULES], instance.clock), firing)
+    return SchedulesArea(lease, ScheduleRepository(shared.database[SCHEDULES], instance.clock), firing)
 
 
-def build_retention(config: IngestConfig, ground: Ground, schedules: SchedulesArea) -> RetentionArea:
-    """Return the retention."""
-    book = RetentionRepository(ground.database[JOB_RETENTION], config.retention)
+def build_retention(config: IngestConfig, shared: SharedComponents, schedules: SchedulesArea) -> RetentionArea:
+    """Return the retention area."""
+    repository = RetentionRepository(shared.database[JOB_RETENTION], config.retention)
     lease = schedules.lease
-    sweep = Sweep(
-        ground.jobs,
-        ground.payloads,
-        book,
+    sweep = JobSweep(
+        shared.jobs,
+        shared.payloads,
+        repository,
         leads=lambda: lease.is_held,
-        clock=ground.clock,
-        ready=ground.instance.ready,
+        clock=shared.clock,
+        ready=shared.instance.ready,
         round_s=config.retention_round_ms / 1_000,
     )
-    return RetentionArea(book, sweep)
+    return RetentionArea(repository, sweep)
 
 
-def build_streams(config: IngestConfig, ground: Ground, intake: IntakeArea, reading: ReadingArea) -> StreamsArea:
-    """Return the connectors and the clients' streams."""
-    instance = ground.instance
+def build_streams(
+    config: IngestConfig, shared: SharedComponents, intake: IntakeArea, queries: QueriesArea
+) -> StreamsArea:
+    """Return the streams area."""
+    instance = shared.instance
     configured = settings.read(config.connectors) if config.connectors is not None else {}
-    place = ConnectorContext(instance.name, instance.clock, ground.database)
-    connectors = Connectors(configured, intake.intake, reading.endings, place, ready=instance.ready)
+    context = ConnectorContext(instance.name, instance.clock, shared.database)
+    connectors = Connectors(configured, intake.intake, queries.completions, context, ready=instance.ready)
     reports = Reports(
-        ground.database[CONNECTORS],
+        shared.database[CONNECTORS],
         connectors.own,
         instance=instance.name,
         clock=instance.clock,
@@ -321,7 +329,7 @@ def build_streams(config: IngestConfig, ground: Ground, intake: IntakeArea, read
     )
     run_streams = RunStreams(
         intake.intake,
-        reading.endings,
+        queries.completions,
         most=config.max_streams,
         items=config.run_items,
         all_items=config.run_items_together,
@@ -330,29 +338,29 @@ def build_streams(config: IngestConfig, ground: Ground, intake: IntakeArea, read
 
 
 def build_batches(
-    config: IngestConfig, ground: Ground, dispatch: DispatchArea, retention: RetentionArea
+    config: IngestConfig, shared: SharedComponents, dispatch: DispatchArea, retention: RetentionArea
 ) -> Batches | None:
-    """Return the batches; None where Arrow, which they need, is not installed."""
+    """Return the batches; None without Arrow, which they require."""
     if find_spec("pyarrow") is None:
         return None
     from services.ingest.batches.app import Batches
 
-    instance = ground.instance
+    instance = shared.instance
     return Batches(
         config,
-        ground.database,
-        ground.channel,
+        shared.database,
+        shared.channel,
         dispatch.model,
-        retention.book,
+        retention.repository,
         clock=instance.clock,
         new_id=instance.new_id,
         ready=instance.ready,
     )
 
 
-def subscribe(events: JobEvents, dispatch: DispatchArea, reading: ReadingArea) -> None:
-    """Connect those that write jobs with those that act on it; all that hear of an event, in their order."""
-    events.changed.subscribe(reading.changes.poke, reading.endings.poke, dispatch.cascade.changed)
-    events.recorded.subscribe(reading.endings.recorded)
+def subscribe(events: JobEvents, dispatch: DispatchArea, queries: QueriesArea) -> None:
+    """Subscribe to the events about jobs; subscribers of one event are called in this order."""
+    events.changed.subscribe(queries.changes.notify, queries.completions.poke, dispatch.cascade.changed)
+    events.recorded.subscribe(queries.completions.recorded)
     events.accepted.subscribe(dispatch.cascade.accepted)
-    events.due_again.subscribe(dispatch.dispatcher.due_again, reading.changes.due_again, dispatch.cascade.accepted)
+    events.due_again.subscribe(dispatch.dispatcher.due_again, queries.changes.due_again, dispatch.cascade.accepted)

@@ -1,12 +1,12 @@
-"""The time, as jobs record it: MongoDB's, which all instances share, whatever the clocks of their machines say.
+"""Clock of jobs: the time of MongoDB's primary, which all instances share, independent of their machines' clocks.
 
-    primary's clock ──hello, every 10 s──> between which two moments of ours? ──> the offset moves into these bounds
+    primary's clock ──hello, every 10 s──> bounds of the offset ──> the offset moves into these bounds
     steady clock of the machine + offset = now
 
-On one machine the offset never moves. Where clocks differ, all instances go by the primary's to within a round trip.
-That of a new primary may be another one: instances hear of it one after the other. Until all must have heard, leases
-are given by whichever time is later, and lapse by whichever is earlier (`latest`, `earliest`), so that no living holder
-is taken for dead.
+On one machine the offset never moves. Where clocks differ, all instances follow the primary's clock to within a round
+trip. A new primary may have another time, which instances learn one after the other. Until all instances have
+synchronized, leases start at the later time and lapse by the earlier one (`latest`, `earliest`), so that no live holder
+loses its lease.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from mesh.process.tasks import Background, for_ever
 log = logging.getLogger(__name__)
 
 Clock: TypeAlias = Callable[[], datetime]
-"""Gives the time in UTC, in whole milliseconds: what MongoDB can hold, so a job that is read equals the job written."""
+"""Returns the time in UTC, in whole milliseconds. MongoDB holds no finer time, so a job read equals the job written."""
 
-LOOK_S = 10.0
-"""How often MongoDB is asked for the time."""
+SYNC_S = 10.0
+"""Interval at which the clock reads MongoDB's time."""
+# Three intervals and the longest response: an instance that can still renew a lease has synchronized by then.
 _SETTLED_NS = 35 * 10**9
-# Three looks and the longest answer: whoever can still renew a lease has heard the time by then.
+# A smaller change is a gradual adjustment: a tenth of a lease.
 _JUMP_NS = 500_000_000
-# A smaller move is a clock that is being adjusted: a tenth of a lease.
-_FURTHEST_NS = 60 * 10**9
-# Leases are not given for longer than so much, however far a clock was put back: their holders may die.
-_TOLD_NS = 1_000_000_000
+# Bound of a lease's start in the future after a clock was set back: its holder may die, and the lease must lapse.
+_MAX_AHEAD_NS = 60 * 10**9
+# A difference to the machine's clock is logged when it changes by so much.
+_REPORTED_NS = 1_000_000_000
+# A response this fast bounds the offset well enough; slower ones are repeated.
 _QUICK_NS = 5_000_000
 _TRIES = 3
 _MS = 1_000_000
@@ -43,22 +45,22 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def utc_now() -> datetime:
-    """This machine's wall clock."""
+    """Return the time of this machine's wall clock."""
     return _moment(time.time_ns())
 
 
 def milliseconds(moment: datetime) -> int:
-    """Since 1970."""
+    """Return the milliseconds since 1970."""
     return int(moment.timestamp() * 1000 + 0.5)
 
 
 def _steady_ns() -> int:
-    """Never put forward or back, and goes on while the machine sleeps, where the system has such a clock."""
+    """Return the time of a clock that is never set, and that counts while the machine sleeps where that exists."""
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class DatabaseClock(Background):
-    """A Clock: the time of MongoDB's primary, and the machine's own until the first `look`."""
+    """Clock of MongoDB's primary; the machine's own time until the first `synchronize`."""
 
     def __init__(
         self,
@@ -70,89 +72,92 @@ class DatabaseClock(Background):
         self._database = database
         self._wall_ns = wall_ns
         self._steady_ns = steady_ns
+        # Nanoseconds since 1970 at the zero of the steady clock: now, and before the last jump.
         self._offset = self._before = wall_ns() - steady_ns()
-        # Nanoseconds since 1970 when the steady clock was at 0: now, and before the last jump.
         self._settled_at = 0
-        self._has_looked = False
-        self._told = 0
+        self._is_synchronized = False
+        self._reported_ns = 0
 
     def __call__(self) -> datetime:
         return _moment(self._offset + self._steady_ns())
 
     def earliest(self) -> datetime:
-        """The earliest that it may be by any instance's clock: what has lapsed by this has lapsed for all."""
+        """Return the earliest time of any instance's clock: a lease that has lapsed by it has lapsed for all."""
         steady = self._steady_ns()
         return _moment(steady + (min(self._offset, self._before) if steady < self._settled_at else self._offset))
 
     def latest(self) -> datetime:
-        """The latest that it may be by any instance's clock, a minute ahead at most: from here on leases are given."""
+        """Return the latest time of any instance's clock, at most a minute ahead: the start of new leases."""
         steady = self._steady_ns()
         if steady < self._settled_at:
-            return _moment(steady + max(self._offset, min(self._before, self._offset + _FURTHEST_NS)))
+            return _moment(steady + max(self._offset, min(self._before, self._offset + _MAX_AHEAD_NS)))
         return _moment(steady + self._offset)
 
-    async def look(self) -> None:
-        """Asks MongoDB for its time.
+    async def synchronize(self) -> None:
+        """Move the offset into the bounds of MongoDB's time.
 
         Raises:
-            ShoalError: it does not answer; the time goes on as it was.
+            ShoalError: MongoDB is unavailable; the clock continues with its present offset.
         """
-        low, high = await self._asked()
+        low, high = await self._offset_bounds()
         for _ in range(_TRIES - 1):
             if high - low < _QUICK_NS or low <= self._offset <= high:
                 break
-            next_low, next_high = await self._asked()
+            next_low, next_high = await self._offset_bounds()
             low, high = max(low, next_low), min(high, next_high)
-        if low <= high:  # Else it was put forward or back meanwhile: the next look tells.
-            self._hear(low, high)
+        # Otherwise the primary's clock was set between the reads: the next call finds the new time.
+        if low <= high:
+            self._adjust(low, high)
 
     async def _run(self) -> None:
-        await for_ever("ask MongoDB for the time", self._look_and_rest, away_s=LOOK_S, log=log, level=logging.INFO)
+        await for_ever(
+            "ask MongoDB for the time", self._synchronize_and_wait, away_s=SYNC_S, log=log, level=logging.INFO
+        )
 
-    async def _look_and_rest(self) -> float:
-        if self._has_looked:
-            await self.look()
-        return LOOK_S
+    async def _synchronize_and_wait(self) -> float:
+        if self._is_synchronized:
+            await self.synchronize()
+        return SYNC_S
 
-    async def _asked(self) -> tuple[int, int]:
-        """Between which two the offset lies."""
+    async def _offset_bounds(self) -> tuple[int, int]:
+        """Read MongoDB's time, and return the lowest and the highest possible offset."""
         before = self._steady_ns()
-        with translated("asking MongoDB for the time"):
-            told = await self._database.client.admin.command("hello")
+        with translated("reading MongoDB's time"):
+            reply = await self._database.client.admin.command("hello")
         after = self._steady_ns()
-        theirs = milliseconds(told["localTime"]) * _MS  # Rounded down by it.
-        return theirs - after, theirs + _MS - 1 - before
+        # MongoDB rounds down to milliseconds.
+        primary_ns = milliseconds(reply["localTime"]) * _MS
+        return primary_ns - after, primary_ns + _MS - 1 - before
 
-    def _hear(self, low: int, high: int) -> None:
+    def _adjust(self, low: int, high: int) -> None:
         offset, steady = min(max(self._offset, low), high), self._steady_ns()
         moved = offset - self._offset
-        if self._has_looked and abs(moved) >= _JUMP_NS:
+        if self._is_synchronized and abs(moved) >= _JUMP_NS:
             candidates = (self._offset, self._before) if steady < self._settled_at else (self._offset,)
             self._before = max(candidates, key=lambda before: abs(offset - before))
             self._settled_at = steady + _SETTLED_NS
-            log.warning("MongoDB's clock was put %s by %.1f s", "forward" if moved > 0 else "back", abs(moved) / 1e9)
-        self._offset, self._has_looked = offset, True
+            log.warning("MongoDB's clock was set %s by %.1f s", "forward" if moved > 0 else "back", abs(moved) / 1e9)
+        self._offset, self._is_synchronized = offset, True
         ahead = self._wall_ns() - (offset + steady)
-        if abs(ahead - self._told) >= _TOLD_NS:
-            self._told = ahead
-            if abs(ahead) < _TOLD_NS:
+        if abs(ahead - self._reported_ns) >= _REPORTED_NS:
+            self._reported_ns = ahead
+            if abs(ahead) < _REPORTED_NS:
                 log.info("this machine's clock and MongoDB's agree again")
             else:
-                where = "ahead of" if ahead > 0 else "behind"
                 log.warning(
-                    "this machine's clock is %.1f s %s MongoDB's, by which jobs go: set it right",
+                    "this machine's clock is %.1f s %s MongoDB's, which jobs use: correct this machine's clock",
                     abs(ahead) / 1e9,
-                    where,
+                    "ahead of" if ahead > 0 else "behind",
                 )
 
 
 def earliest(clock: Clock) -> datetime:
-    """By `clock`: the earliest that it may be by any instance's."""
+    """Return the earliest time of any instance's clock, as `clock` knows it."""
     return clock.earliest() if isinstance(clock, DatabaseClock) else clock()
 
 
 def latest(clock: Clock) -> datetime:
-    """By `clock`: the latest that it may be by any instance's."""
+    """Return the latest time of any instance's clock, as `clock` knows it."""
     return clock.latest() if isinstance(clock, DatabaseClock) else clock()
 
 

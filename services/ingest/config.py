@@ -1,4 +1,4 @@
-"""What an ingest instance is told (SHOAL_INGEST_*)."""
+"""Configuration of an ingest instance (SHOAL_INGEST_*)."""
 
 from __future__ import annotations
 
@@ -15,79 +15,81 @@ from services.ingest.retention.rules import BATCHES, SHORTEST, Keep, What
 
 
 class IngestConfig(ServiceConfig):
-    """See each field."""
+    """Configuration; each field has its environment variable."""
 
     mesh: Address
-    """Required here: every job goes through it, to infer and to store."""
+    """Address of the mesh, through which all calls to infer and the store go. Required."""
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://")]
-    """Where jobs are kept: a replica set (a set of one will do), for its majority writes and change streams."""
+    """MongoDB URI of the job database: a replica set (one member is enough) for majority writes and change streams."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
-    """The database there."""
+    """Name of the job database in MongoDB."""
     lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000
-    """A claimed job whose instance is not heard of for so long goes to another, and so does the lead."""
+    """Duration of a lease on a job or on leadership. Without a renewal for so long, another instance takes it over."""
     renew_ms: Annotated[int, Field(ge=100, le=100_000)] = 1_500
-    """How often leases are renewed: two renewals may be lost before a lease lapses."""
+    """Interval between lease renewals: two renewals may be lost before a lease lapses."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
-    """Jobs of one model that may be in calls to infer at once; of all models together, four times as many are held.
-    infer batches what comes together, so this also bounds its batches."""
+    """Maximum jobs of one model in concurrent calls to infer; an instance holds four times as many of all models.
+    infer batches concurrent requests, so this also bounds its batches."""
     attempt_timeout_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
-    """Longest a single attempt may take."""
+    """Timeout of one attempt."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
-    """How soon an idle instance notices jobs that others submitted, or left."""
+    """Interval at which an idle instance polls for jobs of other instances."""
     ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
-    """What one level of priority is worth: a job goes before one that waits so much longer at the next lower level."""
+    """Waiting time that one priority level is worth: a job runs before lower-priority jobs that wait less than so much
+    longer."""
     inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 256 << 10
-    """Requests above this are kept in the store, and the job refers to them: claims and scans stay light."""
+    """Maximum size of a request in the job's document. Larger requests go to the store, which keeps claims fast."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
-    """Queued jobs, of all instances together, beyond which submits are refused."""
+    """Maximum number of queued jobs, of all instances together; submits beyond it are rejected."""
     max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000
-    """Submits that would wait longer for MongoDB are refused at once: half of what they may wait in all."""
+    """Maximum expected wait for a write to MongoDB; submits beyond it are rejected. Half of a submit's timeout."""
     min_free_disk_bytes: Annotated[int, Field(ge=0)] = 512 << 20
-    """While less is free on MongoDB's disk, submits are refused, so that what was accepted can end. 0: never."""
+    """Minimum free space on MongoDB's disk; below it submits are rejected, so that queued jobs can end. 0: no limit."""
     stream_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
-    """Unacknowledged items of one SubmitStream beyond which it is not read further."""
+    """Maximum unacknowledged items of one SubmitStream; at the maximum, reading pauses."""
     stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
-    """The same in bytes; a single larger item passes alone."""
+    """Maximum unacknowledged bytes of one SubmitStream; a single larger item passes alone."""
     pending_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
-    """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
+    """Maximum bytes of requests in memory that wait for their write. Beyond it Submit is rejected, and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
-    """WatchJob streams at once."""
+    """Maximum number of concurrent WatchJob streams."""
     batch_urls: Annotated[str, Field(pattern=r"^((file|s3|gs|az)://[^,\s]*(,\s*|$))*$")] = "s3://,gs://,az://"
-    """What batches may read and write, as beginnings of URLs with commas between them: `file:///data,s3://bucket/x`.
-    Whoever may submit a batch reaches these places with the rights of this process. Empty: nothing."""
+    """URL prefixes that batches may read and write, separated by commas: `file:///data,s3://bucket/x`. Every client
+    that may submit a batch accesses these URLs with the rights of this process. Empty: none."""
     batch_chunks: Annotated[int, Field(ge=1, le=64)] = 2
-    """Chunks of batches that this instance runs at once: while one is read and written, the other keeps models busy."""
+    """Chunks of batches that this instance runs concurrently: models stay busy while another chunk is read or
+    written."""
     batch_calls: Annotated[int, Field(ge=1, le=1_000)] = 16
-    """Calls to infer at once for batches, each of as many rows as the model takes."""
+    """Maximum concurrent calls to infer for batches, each with as many rows as the model accepts."""
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
-    """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
+    """Maximum number of concurrent WatchJobs streams. Each is a change stream, for which MongoDB reads its log."""
     run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
-    """Jobs of one RunStream without a result beyond which it is not read further."""
+    """Maximum jobs without a result of one RunStream; at the maximum, reading pauses."""
     run_items_together: Annotated[int, Field(ge=1)] = 100_000
-    """The same of all such streams together; each may have one beyond it. About 2 KiB of memory each."""
+    """Maximum jobs without a result of all RunStreams together; each stream may have one more. About 2 KiB each."""
     max_streams: Annotated[int, Field(ge=1)] = 10_000
-    """RunStreams at once."""
+    """Maximum number of concurrent RunStreams."""
     connectors: Path | None = None
-    """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
+    """TOML file of connectors: streams of Kafka and other brokers that this instance serves."""
     keep_ended_ms: Annotated[int, Field(ge=0)] = 7 * 86_400_000
-    """Jobs that succeeded, were cancelled or expired stay so long after their end, unless a rule says otherwise
-    (SetJobRetention); their idempotency keys are known for as long. 0: for ever. Else a minute at least."""
+    """Retention of jobs that succeeded, were cancelled or expired, and of their idempotency keys, from the job's end;
+    rules (SetJobRetention) override it. 0: for ever; otherwise at least a minute."""
     keep_dead_ms: Annotated[int, Field(ge=0)] = 30 * 86_400_000
-    """The same of dead letters: jobs that are dead or failed."""
+    """Retention of dead letters: jobs that are dead or failed. Otherwise like `keep_ended_ms`."""
     keep_batches_ms: Annotated[int, Field(ge=0, le=36_500 * 86_400_000)] = 30 * 86_400_000
-    """Batches stay so long after their end, and their idempotency keys are known for as long; what they wrote is not
-    touched. 0: for ever. Else a minute at least."""
+    """Retention of batches and their idempotency keys, from the batch's end; their output files stay. 0: for ever;
+    otherwise at least a minute."""
     retention_round_ms: Annotated[int, Field(ge=10, le=86_400_000)] = 30_000
-    """How often the leader looks for jobs that have stayed long enough."""
+    """Interval at which the leader removes jobs past their retention."""
 
     @property
-    def batch_places(self) -> tuple[str, ...]:
-        """`batch_urls`, one by one."""
+    def batch_url_prefixes(self) -> tuple[str, ...]:
+        """The URL prefixes of `batch_urls`."""
         return tuple(url.strip() for url in self.batch_urls.split(",") if url.strip())
 
     @property
     def retention(self) -> dict[What, Keep]:
-        """How long jobs and batches stay when no rule says otherwise."""
+        """Default retention of jobs and batches, which rules override."""
         spans: dict[What, int] = {
             state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL
         }

@@ -1,14 +1,14 @@
-"""How a job lies in MongoDB: its document, the updates between two of its states, the indexes, the validator.
+"""Jobs in MongoDB: the document of a job, the updates between two of its states, the indexes, the validator.
 
-Collection `jobs`: one document a job. Three optional fields say who cares for it, and each has a sparse index, so that
-the millions that have ended weigh nothing:
+Collection `jobs`: one document per job. Two optional fields, each with a sparse index, distinguish live jobs, so that
+millions of ended jobs cost nothing:
 
-    due_at    it waits in its lane (`lane.py`): whoever claims it first after then has it
-    lease     somebody works on it, until lease.expires_at
-    neither   it has ended
+    due_at    the job waits in its tenant queue (`tenant_queue.py`) and may be claimed after that time
+    lease     an instance works on the job, until lease.expires_at
+    neither   the job has ended, or waits for other jobs (`waits_for`)
 
-Collection `payloads`: where requests are that are too large to be scanned along (`intake/payloads.py`), written before
-their job.
+Collection `payloads`: references to requests that are too large for the job's document (`intake/payloads.py`). A
+payload is written before its job.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from services.ingest.job_fields import FIELDS, REQUEST, TRANSITIONS, encode_end,
 JOBS = "jobs"
 PAYLOADS = "payloads"
 RESTORES = "restores"
-"""The store's: has a document while a backup is being restored into this database, jobs last."""
+"""Collection of the store service: has a document while a backup is being restored here, which writes jobs last."""
 
-EVER = datetime(1970, 1, 1, tzinfo=UTC)
-"""Before everything: `{"$gt": EVER}` asks that a time is set, in a way that an index can answer."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""Time before all others: `{"$gt": EPOCH}` matches documents in which a time is set, and can use an index."""
 
-WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EVER}}
-"""The jobs that wait, as the index `lanes` has them: with both, it answers alone."""
+WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EPOCH}}
+"""Query for the queued jobs. With both conditions the index `lanes` covers it."""
 
-EACH_LANE: Sequence[Document] = (
+EACH_TENANT_QUEUE: Sequence[Document] = (
     {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
     {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
 )
-"""After a `$match` of some of these, with the index `lanes` as the hint: each lane (`_id`) with its earliest due time.
-Written so, MongoDB skips from lane to lane, however many jobs wait in each."""
+"""Pipeline stages after a `$match` on WAITING, with the index `lanes` as hint: each tenant queue (`_id`) with its
+earliest due time. In this form MongoDB skips from queue to queue, however many jobs wait in each."""
 
-LIGHT: Mapping[str, int] = {"request": 0}
-"""Projection for everything but running a job."""
+WITHOUT_REQUEST: Mapping[str, int] = {"request": 0}
+"""Projection without the request, for everything except running a job."""
 
 _IS_DEAD_LETTER = {"state": {"$in": sorted(map(str, DEAD_LETTERS))}}
 
-# The planner uses a partial index only for a query that surely stays within it: `$exists: True` follows from any
-# comparison with a time. The claim index holds the id, so that looking for jobs reads no documents.
+# The planner uses a partial index only for a query that implies its condition: any comparison with a time implies
+# `$exists: True`. The claim index holds the id, so that finding jobs reads no documents.
 INDEXES = (
     IndexModel(
         [("lane", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
@@ -72,8 +72,7 @@ INDEXES = (
         unique=True,
         partialFilterExpression={"key": {"$exists": True}},
     ),
-    # Whom the end of a job concerns, or would if it were requeued, and all that wait for others: of most jobs none of
-    # these indexes knows anything.
+    # Jobs that wait for others, by dependency, and dead letters that would. Most jobs are in none of these indexes.
     IndexModel([("waits_for", ASCENDING)], name="dependents", partialFilterExpression={"waits_for": {"$exists": True}}),
     IndexModel([("unmet", ASCENDING)], name="failed_dependents", partialFilterExpression={"unmet": {"$exists": True}}),
     IndexModel(
@@ -124,7 +123,7 @@ PAYLOAD_VALIDATOR: Mapping[str, Any] = {
 
 
 _ALWAYS = tuple((f.name, f.stored_name, f.codec.encode) for f in FIELDS if f.is_always_stored)
-# The request is stored, removed and left out in ways of its own, and so is the history.
+# The request and the transitions have their own code for storing, removing and leaving out.
 _SPARSE = tuple((f.name, f.default) for f in FIELDS if not f.is_always_stored and f.name != REQUEST)
 _WRITTEN = {f.name: (f.stored_name, f.codec.encode) for f in FIELDS if f.name not in (REQUEST, TRANSITIONS)}
 _READ = {f.stored_name: (f.name, f.codec.decode) for f in FIELDS}
@@ -132,18 +131,18 @@ _DEFAULTS = {f.name: f.default for f in FIELDS if f.default is not MISSING}
 
 
 def document_of(job: Job) -> Document:
-    """Return the document of a job that was just submitted, with its request unless that is kept apart."""
+    """Return the document of a new job, with its request unless that is stored outside (`is_apart`)."""
     values = vars(job)
     document: Document = {
         stored: values[name] if encode is None else encode(values[name]) for name, stored, encode in _ALWAYS
     }
     for name, default in _SPARSE:
         value = values[name]
-        # Most fields have the default object itself: the identity test settles these at once.
+        # Most fields hold the default object itself, for which the identity test suffices.
         if value is not default and value != default:
             stored, encode = _WRITTEN[name]
             document[stored] = value if encode is None else encode(value)
-    document["lane"] = job.lane.text
+    document["lane"] = job.tenant_queue.text
     if job.request is not None and not job.is_apart:
         document[REQUEST] = job.request
     return document
@@ -153,19 +152,20 @@ def job_of(document: Mapping[str, Any]) -> Job:
     """Return the job in a document; fields that a projection left out have their defaults."""
     values = _DEFAULTS.copy()
     for stored, value in document.items():
-        # Documents have fields that are none of a job's: its lane, and those of later versions.
+        # A document also has fields that `Job` lacks: `lane`, and fields of later versions.
         if value is not None and (known := _READ.get(stored)) is not None:
             name, decode = known
             values[name] = value if decode is None else decode(value)
+    # Documents of earlier versions have no count.
     if "steps" not in document:
-        values["steps"] = len(values[TRANSITIONS])
+        values["transition_count"] = len(values[TRANSITIONS])
     return Job.of(values)
 
 
 def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | UpdateMany]:
-    """The writes that turn each `before` into its `after`, for the holder of `before`'s lease and for nobody else.
+    """Return the writes from each `before` to its `after`, which apply only while `before`'s lease holds the job.
 
-    Jobs of one lease and attempt to which the same happens are one write together.
+    Jobs of one lease and attempt with equal updates share one write.
     """
     alike: dict[tuple[str, int, bytes], tuple[dict[str, Any], list[str]]] = {}
     for before, after in changes:
@@ -181,29 +181,29 @@ def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | Updat
 
 
 def requeueing(before: Job, after: Job) -> UpdateOne:
-    """The write that requeues a dead letter, unless somebody else did, or removed it."""
+    """Return the write that requeues a dead letter, unless another client requeued or removed it."""
     return UpdateOne(_unchanged(before), difference(before, after))
 
 
 def purging(letter: Job) -> DeleteOne:
-    """The write that removes a dead letter, unless somebody requeued it."""
+    """Return the write that removes a dead letter, unless a client requeued it."""
     return DeleteOne(_unchanged(letter))
 
 
 def _unchanged(job: Job) -> Document:
-    return {"_id": job.id, "state": str(job.state), "steps": job.steps}
+    return {"_id": job.id, "state": str(job.state), "steps": job.transition_count}
 
 
 def difference(before: Job, after: Job) -> dict[str, Any]:
-    """Return the update operators from `before` to `after`: the fields that differ, and the transition that was added.
+    """Return the update operators from `before` to `after`: the fields that differ, and the new transition.
 
-    What is None or empty in `after` is unset.
+    Fields that are None or empty in `after` are unset.
     """
     set_: Document = {}
     unset: dict[str, str] = {}
     old = vars(before)
     for name, value in vars(after).items():
-        # Most fields have the same object in both.
+        # Most fields hold the same object in both.
         if value is old[name] or value == old[name] or name not in _WRITTEN:
             continue
         stored, encode = _WRITTEN[name]
@@ -223,7 +223,7 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
 
 
 def claiming(lease: Lease, now: datetime) -> list[Document]:
-    """An update pipeline that does to each matched document what `job.claim` does to a job."""
+    """Return the update pipeline that does to each matched document what `job.claim` does to a job."""
     step = {
         "state": str(State.RUNNING),
         "at": now,
@@ -244,7 +244,7 @@ def claiming(lease: Lease, now: datetime) -> list[Document]:
 
 
 def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
-    """An update that does to each matched document what `job.take_over` does to a job."""
+    """Return the update that does to each matched document what `job.take_over` does to a job."""
     set_: Document = {"lease": encode_lease(lease)}
     if cancel_reason is not None:
         set_["cancel"] = {"reason": cancel_reason}
@@ -252,14 +252,14 @@ def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
 
 
 def unleased(job: Job) -> Document:
-    """The filter of a write about a job that nobody works on, as it was read."""
-    return {"_id": job.id, "steps": job.steps, "lease": {"$exists": False}, "waits_for": {"$exists": True}}
+    """Return the filter of a write about a waiting job without a lease, unchanged since it was read."""
+    return {"_id": job.id, "steps": job.transition_count, "lease": {"$exists": False}, "waits_for": {"$exists": True}}
 
 
-def dooming(lease: Lease, how: End, unmet: Sequence[str]) -> Document:
-    """An update that takes a job over, to end it so: whoever finds it after that does the same.
+def deciding_end(lease: Lease, how: End, unmet: Sequence[str]) -> Document:
+    """Return the update that takes a job over and stores its decided end, which every later holder carries out.
 
-    `unmet` is what of its dependencies has not succeeded by then; without any it stays as it was.
+    `unmet` are the dependencies that have not succeeded; empty: `waits_for` stays unchanged.
     """
     set_: Document = {"lease": encode_lease(lease), "doom": encode_end(how)}
     if unmet:

@@ -1,14 +1,14 @@
-"""Group commit: many callers, one write.
+"""Group commit: one write for many callers.
 
     add ─┐
-    add ─┼─> waiting ──(write in flight? then gather; else go at once)──> write(group) ──> each caller its own answer
+    add ─┼─> waiting ──(a write in flight? gather; otherwise write immediately)──> write(group) ──> a result each
     add ─┘
 
-A lone caller never waits for company. While a write is under way the next group gathers, so the group grows with the
-load and the cost of a durable write is shared: 100 documents a write are 11 times as fast as one each.
+A single caller is written immediately. While a write is in flight the next group gathers. So the group grows with the
+load and shares the cost of a durable write: 100 documents in one write are 11 times as fast as 100 writes.
 
-With two writes at a time, a second one begins when as many wait as are in the first: callers that wait for their answer
-before they come again are then in two halves, and while one half is written the other makes its way.
+With two concurrent writes, the second begins when as many items wait as the first has. Callers that wait for a result
+before their next call then form two halves: one half is written while the other submits.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from shoal.errors import Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
+# Maximum wait at exit for writes in flight: their destination may be unavailable.
 _LAST_WRITE_S = 2.0
-# What is under way at the end may take so long: what it writes to may be away.
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def _nobody(_: object) -> None:
-    """Nobody wants to hear of what has left."""
+def _ignore(_: object) -> None:
+    """Do nothing; the default of `on_removed`."""
 
 
 class Group(Generic[T, R]):
-    """Writes items in groups. Used as `async with`; leaving waits a little for what is under way.
+    """Writer of items in groups. Used as `async with`; the exit waits up to 2 s for writes in flight.
 
-    `write` gets 1 to `max_items` items of at most `max_bytes` together (a larger one goes alone) and returns an answer
-    or an error for each, in their order. What it raises is everyone's error. The queue has no bound of its own: callers
-    wait for their answer, so whoever bounds the callers bounds the queue.
+    `write` gets 1 to `max_items` items of at most `max_bytes` together (a larger item goes alone). It returns a result
+    or an error for each, in order; an exception is the error of all. The queue has no bound of its own: callers wait
+    for their results, so a bound on callers bounds the queue.
 
     Args:
-        limit_s: who waited so long for an answer gets Unavailable; what is written then may or may not be there.
-        on_left: hears of items that are held no more: written, refused, or given up.
-        writes: how many are under way at a time.
-        follows: whether an item is only written when all that came before it was.
+        limit_s: callers that wait longer for a result get Unavailable; their items may or may not be written.
+        on_removed: called with items that the group no longer holds: written, refused or abandoned.
+        writes: the maximum number of concurrent writes.
+        must_follow: returns True for an item that may be written only after all items before it.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Group(Generic[T, R]):
         max_bytes: int,
         size: Callable[[T], int] = lambda _: 0,
         limit_s: float | None = None,
-        on_left: Callable[[Sequence[T]], None] = _nobody,
+        on_removed: Callable[[Sequence[T]], None] = _ignore,
         writes: int = 1,
-        follows: Callable[[T], bool] = lambda _: False,
+        must_follow: Callable[[T], bool] = lambda _: False,
     ) -> None:
         self._name = name
         self._write = write
@@ -70,12 +70,12 @@ class Group(Generic[T, R]):
         self._max_bytes = max_bytes
         self._size = size
         self._limit_s = limit_s
-        self._on_left = on_left
+        self._on_removed = on_removed
         self._writes = writes
-        self._follows = follows
+        self._must_follow = must_follow
         self._waiting: deque[tuple[T, asyncio.Future[R], float]] = deque()
         self._followers = 0
-        self._under_way: dict[asyncio.Task[None], list[tuple[T, asyncio.Future[R], float]]] = {}
+        self._in_flight: dict[asyncio.Task[None], list[tuple[T, asyncio.Future[R], float]]] = {}
         self._arrived = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
@@ -93,33 +93,33 @@ class Group(Generic[T, R]):
         self._arrived.set()
         assert self._task is not None
         await asyncio.wait([self._task], timeout=_LAST_WRITE_S)
-        await end(self._task, *self._under_way)
+        await end(self._task, *self._in_flight)
         if self._timer is not None:
             self._timer.cancel()
         left = [*self._waiting]
         self._waiting.clear()
         self._followers = 0
         _fail(left, Unavailable(f"{self._name}: this instance has stopped"))
-        self._on_left([item for item, _, _ in left])
+        self._on_removed([item for item, _, _ in left])
 
     def add(self, item: T) -> asyncio.Future[R]:
-        """Hands `item` to the next group. The future gets its answer or its error; cancelled, it is not written.
+        """Add `item` to the next group; return the future of its result. A cancelled item that still waits is dropped.
 
         Raises:
             Unavailable: the group is closed.
         """
         if self._closed:
-            raise Unavailable("this instance is stopping: another one takes it")
+            raise Unavailable("this instance is stopping: retry at another instance")
         future: asyncio.Future[R] = self._loop.create_future()
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._expire)
         self._waiting.append((item, future, self._loop.time()))
-        self._followers += self._follows(item)
+        self._followers += self._must_follow(item)
         self._arrived.set()
         return future
 
     async def put(self, item: T) -> R:
-        """Hands `item` to the next group and returns its answer, or raises its error.
+        """Add `item` to the next group; return its result or raise its error.
 
         Raises:
             Unavailable: the group is closed.
@@ -127,7 +127,7 @@ class Group(Generic[T, R]):
         return await self.add(item)
 
     async def put_all(self, items: Sequence[T]) -> list[R | ShoalError]:
-        """Hands all `items` to the next groups and returns the answer or the error of each, in their order."""
+        """Add `items` to the next groups; return the result or the error of each, in order."""
         try:
             futures = [self.add(item) for item in items]
         except ShoalError as err:
@@ -143,40 +143,40 @@ class Group(Generic[T, R]):
         return list(map(_outcome, futures))
 
     def _expire(self) -> None:
-        """One timer for all: it looks at the oldest, which come first."""
+        """Fail the items that have waited longer than `limit_s`. One timer serves all: the oldest items are first."""
         assert self._limit_s is not None
         self._timer = None
         before = self._loop.time() - self._limit_s
         late = Unavailable(f"{self._name}: nothing was written for {self._limit_s:.0f} s: retry in a moment")
-        for entry in chain(*self._under_way.values(), self._waiting):
+        for entry in chain(*self._in_flight.values(), self._waiting):
             if entry[2] > before:
                 self._timer = self._loop.call_at(entry[2] + self._limit_s, self._expire)
                 return
             _fail([entry], late)
 
     async def _run(self) -> None:
-        while self._waiting or self._under_way or not self._closed:
+        while self._waiting or self._in_flight or not self._closed:
             if not self._may_write():
                 self._arrived.clear()
                 await self._arrived.wait()
             elif group := self._gather():
                 task = asyncio.create_task(self._commit(group), name=f"write of {self._name}")
-                self._under_way[task] = group
+                self._in_flight[task] = group
                 task.add_done_callback(self._written)
 
     def _may_write(self) -> bool:
-        if not self._waiting or len(self._under_way) >= self._writes:
+        if not self._waiting or len(self._in_flight) >= self._writes:
             return False
-        most = max(map(len, self._under_way.values()), default=0)
+        most = max(map(len, self._in_flight.values()), default=0)
         return not most or (len(self._waiting) >= most and not self._followers)
 
     def _written(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
+        del self._in_flight[task]
         self._arrived.set()
 
     def _gather(self) -> list[tuple[T, asyncio.Future[R], float]]:
         group: list[tuple[T, asyncio.Future[R], float]] = []
-        unwanted: list[T] = []
+        abandoned: list[T] = []
         nbytes = 0
         while self._waiting and len(group) < self._max_items:
             entry = self._waiting[0]
@@ -184,35 +184,36 @@ class Group(Generic[T, R]):
             if group and nbytes > self._max_bytes:
                 break
             self._waiting.popleft()
-            self._followers -= self._follows(entry[0])
-            if entry[1].done():  # Its caller has given up: then nobody wants it written.
-                unwanted.append(entry[0])
+            self._followers -= self._must_follow(entry[0])
+            # The caller has cancelled: the item is not written.
+            if entry[1].done():
+                abandoned.append(entry[0])
             else:
                 group.append(entry)
-        if unwanted:
-            self._on_left(unwanted)
+        if abandoned:
+            self._on_removed(abandoned)
         return group
 
     async def _commit(self, group: list[tuple[T, asyncio.Future[R], float]]) -> None:
         items = [item for item, _, _ in group]
         try:
-            answers = await self._write(items)
-            for (_, future, _), answer in zip(group, answers, strict=True):
+            results = await self._write(items)
+            for (_, future, _), result in zip(group, results, strict=True):
                 if future.done():
                     continue
-                if isinstance(answer, ShoalError):
-                    future.set_exception(answer)
+                if isinstance(result, ShoalError):
+                    future.set_exception(result)
                 else:
-                    future.set_result(answer)
+                    future.set_result(result)
         except ShoalError as err:
             _fail(group, err)
         except Exception:
             log.exception("writing a group of %s", self._name)
             _fail(group, Internal(f"{self._name}: an unexpected error; the log has the cause"))
         finally:
-            # Cancelled in the middle: nobody may be left waiting for ever.
+            # After a cancellation of this task, no caller may wait for ever.
             _fail(group, Unavailable(f"{self._name}: interrupted"))
-            self._on_left(items)
+            self._on_removed(items)
 
 
 def _outcome(future: asyncio.Future[R]) -> R | ShoalError:

@@ -1,4 +1,4 @@
-"""This instance of ingest, as the parts of it need to know it."""
+"""Identity of this ingest instance, for its components."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from services.ingest.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Name, clock and ids of this instance, and the event that lets its background work begin."""
+    """Name, clock and id generator of this instance, and the event that starts its background work."""
 
     name: str
     process: str
-    """Id of this process, unlike that of any other of the same name."""
+    """Id of this process, unique among all processes of the same instance name."""
     clock: Clock
     new_id: Callable[[], str]
     ready: asyncio.Event

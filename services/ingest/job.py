@@ -1,36 +1,34 @@
-"""A job and its states: plain values, and plain functions from one to the next. No clock, no database.
+"""A job and its states: immutable values, and pure functions from one state to the next. No clock, no database.
 
                       claim                       end (the store has the result)
     submit ──> QUEUED ──────────> RUNNING ──────────────────────> SUCCEEDED   the model answered
                  ^  │              │  │                           FAILED      the request is at fault
                  │  │              │  │                           DEAD        out of attempts
-                 └──│── try_again ─┘  │                           CANCELLED   by a client
+                 └──│─return_to_queue │                           CANCELLED   by a client
                     │   (backoff, lapse, release)                 EXPIRED     its deadline passed
                     └──── take_over ──┴── end ──────────────────>
 
     FAILED, DEAD ──requeue──> QUEUED, as the next generation
 
-A job that somebody works on carries a **lease**: an id that is never used twice, its owner, and when it lapses. Every
-write about such a job names the lease that the writer holds and the attempt it belongs to (the fence), so a worker that
-was only slow writes nothing. `take_over` gives the job a new lease and thereby shuts out the old holder; cancellation,
-expiry and recovery begin with it.
+A claimed job carries a **lease**: an id that is never used twice, its owner, and an expiry time. Every write about the
+job is fenced: it names the writer's lease and the attempt, so a worker whose lease has lapsed writes nothing.
+`take_over` gives the job a new lease and so fences out the old holder. Cancellation, expiry and recovery begin with it.
 
-A job ends in two steps: its result is recorded in the store, where the first one stands for ever; then the state
-follows from the result that stands (`state_of`). A process that dies between the steps leaves a lease that lapses;
-whoever takes the job over records again, is told what stands, and ends the job by it. So states and results cannot
-disagree.
+A job ends in two steps. Its result is recorded in the store, which keeps the first result for ever; then the job's
+state follows from the stored result (`state_of`). A process that dies between the steps leaves a lease that lapses. The
+next holder records again, receives the stored result, and ends the job by it. So states and results cannot disagree.
 
-A job with dependencies is QUEUED, and not due before they have succeeded (`dependencies/`).
+A job with dependencies is QUEUED and has no due time until they have succeeded (`dependencies/`).
 
-A **generation** is one such life. A dead letter (FAILED, DEAD) that is requeued lives again as the next generation,
-with all its attempts; its result carries the generation, and the store lets it take the place of the earlier failure.
-What a holder of the earlier generation still writes, the fence keeps from the job, and the store from the result.
+A **generation** is one life of a job. A dead letter (FAILED, DEAD) that is requeued begins the next generation, with
+all its attempts. Its result carries the generation, and the store lets it replace the earlier failure. A holder of the
+earlier generation can no longer write: the fence protects the job, the store protects the result.
 
-`attempts` counts attempts that may have reached a model. One that certainly did not (nobody there, or shed before it
-ran) is taken back and counted in `refusals` instead: an outage costs no attempts, however long it lasts. `lapses`
-counts those whose holder died, which is mostly no fault of the job's: they have a bound of their own, `MAX_LAPSES`.
-What has lapsed more than `SOON_AGAIN` times comes back at a drawn time, away from those that it lapsed with. So
-innocent jobs outlive a holder that dies again and again, and what kills each of its holders ends.
+`attempts` counts attempts that may have reached a model. An attempt that certainly did not (no instance, or shed before
+it ran) is subtracted and counted in `refusals` instead: an outage costs no attempts, however long it lasts. `lapses`
+counts attempts whose holder died, which is mostly not the job's fault; their own bound is `MAX_LAPSES`. After
+`LAPSES_RETRIED_IMMEDIATELY` lapses a job is retried at a random time, apart from the jobs that it lapsed with. So
+harmless jobs survive a holder that dies repeatedly, and a poison request ends.
 """
 
 from __future__ import annotations
@@ -41,12 +39,12 @@ from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 from typing import Any, TypedDict, Unpack
 
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 from shoal.errors import Code
 
 
 class State(StrEnum):
-    """Where a job stands."""
+    """State of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -58,14 +56,14 @@ class State(StrEnum):
 
 
 DEAD_LETTERS = frozenset({State.FAILED, State.DEAD})
-"""What may be requeued: it ended without an answer that anybody waits for, and its request is kept."""
+"""States in which a job has ended without an answer, keeps its request, and may be requeued."""
 FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
-DONE_WITH = FINAL - DEAD_LETTERS
-"""Nobody looks into their requests any more, unless a client said so (`Job.is_kept`)."""
+PAYLOAD_DROPPABLE = FINAL - DEAD_LETTERS
+"""States in which a job's request is not needed any more, unless the client asked to keep it (`Job.is_kept`)."""
 
 
 class Outcome(IntEnum):
-    """How a result ended its job; the numbers are those of shoal.store.v1.Result.Outcome."""
+    """Outcome of a job; the numbers are those of shoal.store.v1.Result.Outcome."""
 
     SUCCEEDED = 1
     FAILED = 2
@@ -84,43 +82,43 @@ PERMANENT = frozenset(
         Code.UNAUTHENTICATED,
     }
 )
-"""The request is at fault: no further attempt would help. Every other code is tried again, NOT_FOUND too: a model that
-was pushed a moment ago may not be everywhere yet. A job may name its own codes instead (`Policy.codes`)."""
+"""Status codes of a request that is at fault: no further attempt would help. Every other code is retried. NOT_FOUND is
+too, because a model that was just pushed may not be on all nodes yet. `Policy.codes` replaces these codes for a job."""
 
 NOT_READY_WAIT_MS = 1_000
 NOT_READY_MAX_WAIT_MS = 4_000
-"""Shortest waits while a model seems not to be ready, doubling between these (and never above the job's longest): five
-attempts then outlast the ten seconds that a restarted instance may take to load it."""
+"""Bounds of the doubling minimum backoff while a model seems not to be ready; the job's own maximum still applies. Five
+attempts then last longer than the ten seconds that a restarted instance may take to load a model."""
 REFUSED_WAIT_MS = 200
 REFUSED_MAX_WAIT_MS = 5_000
-"""Waits of a job that found nobody: doubling between these, so that an outage costs little and its end is seen soon."""
+"""Bounds of the doubling backoff of a job that reached no instance: an outage costs little, its end is noticed soon."""
 MAX_LAPSES = 20
-"""After so many the next one ends the job: it may be what its holders die of."""
-SOON_AGAIN = 2
-"""So many times a job that lapsed is due at once: mostly its holder was killed, and another is there."""
+"""Number of lapses after which the next one ends the job: it may be a poison request."""
+LAPSES_RETRIED_IMMEDIATELY = 2
+"""Number of lapses after which a job is due immediately: mostly its holder was killed, and another instance runs."""
 LAPSED_WAIT_MS = 500
 LAPSED_MAX_WAIT_MS = 15_000
-"""Longest drawn wait after each further lapse, doubling between these."""
+"""Bounds of the doubling maximum of the random wait after each further lapse."""
 TRANSITIONS_KEPT = 400
-"""The newest transitions of a job that are kept: more than 100 attempts make. Only long outages reach it."""
+"""Number of newest transitions that are kept: more than 100 attempts make. Only long outages reach it."""
 MESSAGE_CHARS = 2_000
-"""Messages of failed attempts are cut here: a job stays small whatever a model says."""
+"""Maximum length of a failed attempt's message: a job stays small whatever a model returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How often and how soon a job is tried again."""
+    """Retry policy of a job."""
 
     max_attempts: int = 5
     initial_backoff_ms: int = 200
     max_backoff_ms: int = 30_000
     codes: tuple[int, ...] = ()
-    """The status codes that are worth another attempt; none: all but PERMANENT."""
+    """The status codes that are retried; empty: all but PERMANENT."""
 
     def is_permanent(self, code: int) -> bool:
-        """Whether a failure with `code` ends the job at once.
+        """Return True when a failure with `code` ends the job without a retry.
 
-        ABORTED never does: it is what an attempt ends with whose instance died, which says nothing about the request.
+        ABORTED never does: it means that the attempt's instance died, which proves nothing about the request.
         """
         if code == Code.ABORTED:
             return False
@@ -132,7 +130,7 @@ DEFAULT_POLICY = Policy()
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One step of a job's life."""
+    """One change of a job's state."""
 
     state: State
     at: datetime
@@ -143,7 +141,7 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who works on a job, until when. `process` tells two processes of the same instance name apart."""
+    """Claim of an instance on a job until `expires_at`. `process` distinguishes processes of one instance name."""
 
     id: str
     owner: str
@@ -153,17 +151,17 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Decision: the job has its outcome; record it."""
+    """Decision: the job has its outcome, which is to be recorded."""
 
     outcome: Outcome
     code: int = 0
     message: str = ""
     generation: int = 1
-    """The job's, that it is the end of."""
+    """The generation of the job that this outcome ends."""
 
 
-class Changes(TypedDict, total=False):
-    """The fields of a job, for `Job.but`: mypy compares with these what is to change. A test keeps them in step."""
+class JobFieldValues(TypedDict, total=False):
+    """Types of a job's fields: mypy checks the arguments of `Job.replaced` against them. A test compares both lists."""
 
     id: str
     model_name: str
@@ -181,7 +179,7 @@ class Changes(TypedDict, total=False):
     depends_on: tuple[str, ...]
     waits_for: tuple[str, ...]
     not_before: datetime | None
-    fails_with_them: bool
+    fails_on_dependency: bool
     unmet: tuple[str, ...]
     generation: int
     began_at: datetime | None
@@ -192,10 +190,10 @@ class Changes(TypedDict, total=False):
     last_message: str
     labels: tuple[tuple[str, str], ...]
     transitions: tuple[Transition, ...]
-    steps: int
+    transition_count: int
     lease: Lease | None
     cancel_reason: str | None
-    doom: End | None
+    decided_end: End | None
     traceparent: str
     explains: bool
     is_apart: bool
@@ -205,7 +203,7 @@ class Changes(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it is at one moment. Times are UTC, in whole milliseconds."""
+    """Snapshot of a job. Times are UTC, in whole milliseconds."""
 
     id: str
     model_name: str
@@ -216,73 +214,73 @@ class Job:
     tenant: str = ""
     key: str = ""
     digest: bytes = b""
-    """Of the submit request, when it has a key."""
+    """Digest of the submit request, when it has an idempotency key."""
     priority: int = 0
-    """Higher goes first, among the tenant's own jobs (`lane.py`)."""
+    """Higher priorities run first, among the tenant's own jobs (`tenant_queue.py`)."""
     policy: Policy = DEFAULT_POLICY
     due_at: datetime | None = None
-    """Set while the job waits to be claimed: not before then."""
+    """Earliest time at which the job may be claimed; set while it waits for a claim."""
     deadline: datetime | None = None
     depends_on: tuple[str, ...] = ()
-    """The jobs that must succeed first, as `dependencies/` writes them down."""
+    """References to the jobs that must succeed first (`dependencies/references.py`)."""
     waits_for: tuple[str, ...] = ()
-    """Those of them that have not; while there are any it is not due, whoever has it."""
+    """The dependencies that have not succeeded yet; while there are any, the job is not due."""
     not_before: datetime | None = None
-    """With dependencies: not due before then, even when they have succeeded earlier."""
-    fails_with_them: bool = False
-    """It ends as FAILED when one of them does not succeed, and not as CANCELLED."""
+    """Earliest due time of a job with dependencies, also when the dependencies succeed before it."""
+    fails_on_dependency: bool = False
+    """True: the job ends as FAILED, rather than CANCELLED, when a dependency does not succeed."""
     unmet: tuple[str, ...] = ()
-    """Of a dead letter that has waited in vain: what had not succeeded, for which its requeue waits again."""
+    """Dependencies of a dead letter that had not succeeded; the job waits for them again when it is requeued."""
     generation: int = 1
-    """How many lives it has begun: each requeue of a dead letter begins one."""
+    """Number of the job's current life, from 1; each requeue of a dead letter begins the next."""
     began_at: datetime | None = None
-    """When this one began, if it is not the first: its deadline counts from then."""
+    """Start of a later generation, from which its deadline counts; None in the first."""
     attempts: int = 0
-    """Of this generation."""
+    """Attempts of this generation."""
     lapses: int = 0
-    """Those of the attempts whose holder died, or was cut off."""
+    """Attempts of this generation whose holder died or was cut off."""
     refusals: int = 0
-    """Attempts in a row that never reached a model."""
+    """Consecutive attempts that never reached a model."""
     last_code: int = 0
     last_message: str = ""
     labels: tuple[tuple[str, str], ...] = ()
     transitions: tuple[Transition, ...] = ()
-    steps: int = 1
-    """Transitions that it has made; `transitions` holds the newest of them."""
+    transition_count: int = 1
+    """Number of all transitions; `transitions` holds the newest."""
     lease: Lease | None = None
     cancel_reason: str | None = None
-    """Set when a client asked to cancel it."""
-    doom: End | None = None
-    """Set when it was decided that it ends so, whoever carries that out."""
+    """Reason of a client's cancellation; None: not cancelled."""
+    decided_end: End | None = None
+    """An end that is decided and stored; every later holder of the job carries it out."""
     traceparent: str = ""
-    """The trace of the submit (W3C), which each attempt continues."""
+    """W3C trace context of the submit; each attempt continues the trace."""
     explains: bool = False
-    """The client asked infer to explain its answer."""
+    """True: the client asked infer to explain its answer."""
     is_apart: bool = False
-    """The request is kept outside of the job's document."""
+    """True: the request is stored outside of the job's document (`intake/payloads.py`)."""
     is_kept: bool = False
-    """The client asked that its request stay when it is done with."""
+    """True: the client asked to keep the request after the end of the job."""
     request: bytes | None = None
-    """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+    """The serialised ModelInferRequest; None where it was not loaded or is stored outside."""
 
-    def but(self, **changes: Unpack[Changes]) -> Job:
-        """The job with these fields changed: what `dataclasses.replace` gives, in an eighth of its time.
+    def replaced(self, **changes: Unpack[JobFieldValues]) -> Job:
+        """Return the job with these fields changed, as `dataclasses.replace` does in eight times the time.
 
-        A job is changed five times in its life, and has forty fields.
+        A job changes five times in its life, and has forty fields.
         """
         assert changes.keys() <= Job.__dataclass_fields__.keys()
         return Job.of({**vars(self), **changes})
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Job:
-        """Return the job with these values, which are of every field: what `Job(**values)` gives, much sooner."""
+        """Return the job with `values`, one for every field: a faster `Job(**values)`."""
         job = object.__new__(Job)
         vars(job).update(values)
         return job
 
     @property
-    def lane(self) -> TenantQueueKey:
-        """Where it waits."""
+    def tenant_queue(self) -> TenantQueueKey:
+        """The tenant queue of the job."""
         return TenantQueueKey(self.tenant, self.model_name, self.priority)
 
     @property
@@ -291,29 +289,29 @@ class Job:
 
     @property
     def failures(self) -> int:
-        """Its attempts that failed by themselves, with the one that is under way."""
+        """Number of attempts that did not lapse, including the running one."""
         return self.attempts - self.lapses
 
     @property
     def keeps_request(self) -> bool:
-        """Whether its request is still of use: to run it, to look into why it failed, or because a client said so."""
-        return self.is_kept or self.state not in DONE_WITH
+        """True while the request is needed: to run the job, to diagnose its failure, or because a client keeps it."""
+        return self.is_kept or self.state not in PAYLOAD_DROPPABLE
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt gave no answer."""
+    """Failure of an attempt."""
 
     code: int
     message: str
     is_reached: bool = True
-    """False when it is certain that no model ran it."""
+    """False when it is certain that no model ran the request."""
     retry_after_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """Decision: back to the queue."""
+class BackToQueue:
+    """Decision: the job returns to the queue."""
 
     due_at: datetime
     is_counted: bool
@@ -326,8 +324,9 @@ class Again:
 def acceptance(
     now: datetime, instance: str, due_at: datetime | None = None, dependencies: int = 0
 ) -> tuple[Transition, ...]:
-    """The transitions of a job that `instance` has just accepted, and that is not to run before `due_at`, nor before
-    so many others have succeeded.
+    """Return the first transitions of a job that `instance` accepts.
+
+    `due_at` is its earliest start; `dependencies` is the number of jobs that must succeed first.
     """
     reason = "submitted"
     if dependencies:
@@ -338,88 +337,88 @@ def acceptance(
 
 
 def claim(job: Job, lease: Lease, now: datetime) -> Job:
-    """A waiting job, claimed for its next attempt."""
+    """Return a queued job as claimed for its next attempt."""
     attempt = job.attempts + 1
-    step = Transition(State.RUNNING, now, attempt, lease.owner, "claimed")
-    return job.but(
+    transition = Transition(State.RUNNING, now, attempt, lease.owner, "claimed")
+    return job.replaced(
         state=State.RUNNING,
         due_at=None,
         attempts=attempt,
         updated_at=now,
         lease=lease,
-        transitions=_grown(job, step),
-        steps=job.steps + 1,
+        transitions=_appended(job, transition),
+        transition_count=job.transition_count + 1,
     )
 
 
 def take_over(job: Job, lease: Lease, cancel_reason: str | None = None) -> Job:
-    """The job in the hands of `lease`, whoever had it before. Its state stays until it is known how it goes on."""
-    return job.but(
+    """Return the job under `lease` instead of its former lease. Its state stays until its next step is decided."""
+    return job.replaced(
         due_at=None, lease=lease, cancel_reason=job.cancel_reason if cancel_reason is None else cancel_reason
     )
 
 
-def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
-    """The job back in the queue."""
-    step = Transition(State.QUEUED, now, job.attempts, instance, again.reason)
-    is_taken_back = not again.is_counted and job.state is State.RUNNING
-    return job.but(
+def return_to_queue(job: Job, decision: BackToQueue, instance: str, now: datetime) -> Job:
+    """Return the job as put back into the queue."""
+    transition = Transition(State.QUEUED, now, job.attempts, instance, decision.reason)
+    is_subtracted = not decision.is_counted and job.state is State.RUNNING
+    return job.replaced(
         state=State.QUEUED,
-        due_at=None if job.waits_for else again.due_at,
-        attempts=job.attempts - is_taken_back,
-        lapses=job.lapses + again.is_lapse,
-        refusals=0 if again.is_counted else job.refusals + bool(again.code),
-        last_code=again.code or job.last_code,
-        last_message=again.message[:MESSAGE_CHARS] if again.code else job.last_message,
+        due_at=None if job.waits_for else decision.due_at,
+        attempts=job.attempts - is_subtracted,
+        lapses=job.lapses + decision.is_lapse,
+        refusals=0 if decision.is_counted else job.refusals + bool(decision.code),
+        last_code=decision.code or job.last_code,
+        last_message=decision.message[:MESSAGE_CHARS] if decision.code else job.last_message,
         updated_at=now,
         lease=None,
-        transitions=_grown(job, step),
-        steps=job.steps + 1,
+        transitions=_appended(job, transition),
+        transition_count=job.transition_count + 1,
     )
 
 
-def released_from_waiting(job: Job, instance: str, now: datetime) -> Job:
-    """A job whose dependencies have succeeded: it is due, or will be at its own time."""
+def unblocked(job: Job, instance: str, now: datetime) -> Job:
+    """Return a job whose dependencies have all succeeded: due immediately, or at its own `not_before`."""
     many = len(job.depends_on)
     reason = f"its {many} dependencies have succeeded" if many > 1 else "its dependency has succeeded"
-    return job.but(
+    return job.replaced(
         waits_for=(),
         not_before=None,
         due_at=now if job.not_before is None else max(now, job.not_before),
         updated_at=now,
-        transitions=_grown(job, Transition(State.QUEUED, now, job.attempts, instance, reason)),
-        steps=job.steps + 1,
+        transitions=_appended(job, Transition(State.QUEUED, now, job.attempts, instance, reason)),
+        transition_count=job.transition_count + 1,
     )
 
 
-def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
-    """The job in its final state, by the result that stands in the store."""
-    state = state_of(standing, job.policy)
-    step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
-    is_answered = standing.outcome is Outcome.SUCCEEDED
-    return job.but(
+def end(job: Job, recorded: End, instance: str, now: datetime) -> Job:
+    """Return the job in the final state that follows from `recorded`, the outcome in the store."""
+    state = state_of(recorded, job.policy)
+    transition = Transition(state, now, job.attempts, instance, recorded.message[:MESSAGE_CHARS] or "answered")
+    is_answered = recorded.outcome is Outcome.SUCCEEDED
+    return job.replaced(
         state=state,
         due_at=None,
         waits_for=(),
         unmet=job.waits_for if state in DEAD_LETTERS else (),
         refusals=0,
-        last_code=job.last_code if is_answered else standing.code,
-        last_message=job.last_message if is_answered else standing.message[:MESSAGE_CHARS],
+        last_code=job.last_code if is_answered else recorded.code,
+        last_message=job.last_message if is_answered else recorded.message[:MESSAGE_CHARS],
         updated_at=now,
         lease=None,
-        transitions=_grown(job, step),
-        steps=job.steps + 1,
+        transitions=_appended(job, transition),
+        transition_count=job.transition_count + 1,
     )
 
 
 def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
-    """A dead letter back in the queue as its next generation: with all its attempts, and its deadline anew."""
+    """Return a dead letter as queued in its next generation, with all its attempts and a new deadline."""
     assert job.state in DEAD_LETTERS
-    step = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
-    # What has succeeded has, for good, though retention may have removed it since. Jobs of an earlier version have no
-    # `unmet`.
+    transition = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
+    # A dependency that has succeeded counts for ever, although retention may have removed it. Jobs of an earlier
+    # version have no `unmet`.
     waits_for = () if job.attempts else job.unmet or job.depends_on
-    return job.but(
+    return job.replaced(
         state=State.QUEUED,
         generation=job.generation + 1,
         began_at=now,
@@ -430,17 +429,17 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         waits_for=waits_for,
         unmet=(),
         not_before=None,
-        doom=None,
+        decided_end=None,
         deadline=None if job.deadline is None else now + (job.deadline - (job.began_at or job.submitted_at)),
         cancel_reason=None,
         updated_at=now,
-        transitions=_grown(job, step),
-        steps=job.steps + 1,
+        transitions=_appended(job, transition),
+        transition_count=job.transition_count + 1,
     )
 
 
 def generations(job: Job) -> list[int]:
-    """The generation of each of its transitions: one begins with each that follows an end."""
+    """Return the generation of each transition; a transition after an end begins the next generation."""
     found: list[int] = []
     generation = job.generation
     for step, before in zip(reversed(job.transitions), (*reversed(job.transitions[:-1]), None), strict=True):
@@ -450,16 +449,16 @@ def generations(job: Job) -> list[int]:
     return found[::-1]
 
 
-def state_of(standing: End, policy: Policy = DEFAULT_POLICY) -> State:
-    """The final state that belongs to a result of a job with that policy."""
-    if standing.outcome is Outcome.FAILED:
-        return State.FAILED if policy.is_permanent(standing.code) else State.DEAD
-    return State[standing.outcome.name]
+def state_of(recorded: End, policy: Policy = DEFAULT_POLICY) -> State:
+    """Return the final state of a job with `policy` whose outcome in the store is `recorded`."""
+    if recorded.outcome is Outcome.FAILED:
+        return State.FAILED if policy.is_permanent(recorded.code) else State.DEAD
+    return State[recorded.outcome.name]
 
 
-def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], float]) -> Again | End:
-    """What becomes of a running job whose attempt failed. `draw` gives a number in [0, 1)."""
-    if (ended := ended_from_outside(job, now)) is not None:
+def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], float]) -> BackToQueue | End:
+    """Decide on a running job whose attempt failed. `draw` returns a random number in [0, 1)."""
+    if (ended := imposed_end(job, now)) is not None:
         return ended
     if failure.is_reached and job.policy.is_permanent(failure.code):
         return End(Outcome.FAILED, failure.code, failure.message)
@@ -467,7 +466,7 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
     if not failure.is_reached:
         wait_ms = max(refused_wait_ms(job.refusals, draw()), failure.retry_after_ms * (1 + draw() / 4))
         reason = f"{name}, before any model ran it: this attempt is not counted"
-        return Again(_later(now, wait_ms), False, reason, failure.code, failure.message)
+        return BackToQueue(_later(now, wait_ms), False, reason, failure.code, failure.message)
     if job.failures >= job.policy.max_attempts:
         return End(Outcome.FAILED, failure.code, failure.message)
     wait_ms = max(backoff_ms(job.policy, job.failures, draw()), failure.retry_after_ms)
@@ -475,38 +474,41 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
         floor_ms = min(NOT_READY_MAX_WAIT_MS, NOT_READY_WAIT_MS * 2.0 ** min(job.failures - 1, 20))
         wait_ms = max(wait_ms, min(floor_ms, job.policy.max_backoff_ms))
     reason = f"{name}: attempt {job.failures} of {job.policy.max_attempts} failed"
-    return Again(_later(now, wait_ms), True, reason, failure.code, failure.message)
+    return BackToQueue(_later(now, wait_ms), True, reason, failure.code, failure.message)
 
 
-def after_lapse(job: Job, lost: Lease, now: datetime, draw: Callable[[], float]) -> Again | End:
-    """What becomes of a job whose lease `lost` lapsed: its holder died, or was cut off for too long.
+def after_lapse(job: Job, lost: Lease, now: datetime, draw: Callable[[], float]) -> BackToQueue | End:
+    """Decide on a job whose lease `lost` lapsed because its holder died or was cut off.
 
-    A job of one attempt ends: it may have run. Any other is tried again, `MAX_LAPSES` times. `draw` gives a number in
-    [0, 1).
+    A job of one attempt ends: it may have run. Any other job is retried, up to `MAX_LAPSES` times. `draw` returns a
+    random number in [0, 1).
     """
-    if (ended := ended_from_outside(job, now)) is not None:
+    if (ended := imposed_end(job, now)) is not None:
         return ended
-    if job.state is State.QUEUED:  # Somebody took it over and died before deciding anything.
-        return Again(now, True, f"the lease of {lost.owner} lapsed")
+    # A former holder took the job over and died before it decided anything.
+    if job.state is State.QUEUED:
+        return BackToQueue(now, True, f"the lease of {lost.owner} lapsed")
     message = f"the lease of {lost.owner} lapsed during attempt {job.attempts}: it died or was cut off"
     if job.policy.max_attempts == 1 or job.lapses >= MAX_LAPSES:
         return End(Outcome.FAILED, Code.ABORTED, message)
-    return Again(_later(now, _lapsed_wait_ms(job.lapses, draw())), True, message, Code.ABORTED, message, is_lapse=True)
+    return BackToQueue(
+        _later(now, _lapsed_wait_ms(job.lapses, draw())), True, message, Code.ABORTED, message, is_lapse=True
+    )
 
 
 def _lapsed_wait_ms(lapses: int, drawn: float) -> float:
-    if lapses < SOON_AGAIN:
+    if lapses < LAPSES_RETRIED_IMMEDIATELY:
         return 0
-    return drawn * min(LAPSED_MAX_WAIT_MS, LAPSED_WAIT_MS * 2.0 ** (lapses - SOON_AGAIN))
+    return drawn * min(LAPSED_MAX_WAIT_MS, LAPSED_WAIT_MS * 2.0 ** (lapses - LAPSES_RETRIED_IMMEDIATELY))
 
 
-def released(now: datetime, owner: str) -> Again:
-    """What becomes of a running job whose instance stops: another takes it at once, and nothing is counted."""
-    return Again(now, False, f"{owner} stops: the attempt is not counted")
+def after_stop(now: datetime, owner: str) -> BackToQueue:
+    """Decide on a running job whose instance stops: it is due immediately, and the attempt is not counted."""
+    return BackToQueue(now, False, f"{owner} stops: the attempt is not counted")
 
 
 def backoff_ms(policy: Policy, attempts: int, drawn: float) -> float:
-    """Wait after `attempts` counted attempts: full jitter under a doubling cap.
+    """Return the wait after `attempts` counted attempts: full jitter under a doubling cap.
 
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
@@ -515,15 +517,15 @@ def backoff_ms(policy: Policy, attempts: int, drawn: float) -> float:
 
 
 def refused_wait_ms(refusals: int, drawn: float) -> float:
-    """Wait after the (`refusals` + 1)-th refusal in a row: half fixed, half drawn, so that nobody hammers."""
+    """Return the wait after the (`refusals` + 1)-th consecutive refusal: half fixed, half random, to spread retries."""
     cap = min(REFUSED_MAX_WAIT_MS, REFUSED_WAIT_MS * 2.0 ** min(refusals, 20))
     return cap * (1 + drawn) / 2
 
 
-def ended_from_outside(job: Job, now: datetime) -> End | None:
-    """How a job ends whatever its attempts say: a client cancelled it, its deadline passed ... None: it does not."""
-    if job.doom is not None:
-        return job.doom
+def imposed_end(job: Job, now: datetime) -> End | None:
+    """Return the end that a decision, a cancellation or the deadline imposes on a job; None when there is none."""
+    if job.decided_end is not None:
+        return job.decided_end
     if job.cancel_reason is not None:
         reason = f"cancelled: {job.cancel_reason}" if job.cancel_reason else "cancelled by a client"
         return End(Outcome.CANCELLED, Code.CANCELLED, reason)
@@ -536,12 +538,12 @@ def ended_from_outside(job: Job, now: datetime) -> End | None:
 
 
 def _seems_not_ready(job: Job, failure: Failure) -> bool:
-    # The first UNAVAILABLE is mostly an instance that died: another one is there at once.
+    # The first UNAVAILABLE is mostly an instance that died while another one runs.
     return failure.code == Code.NOT_FOUND or (failure.code == Code.UNAVAILABLE and job.failures > 1)
 
 
 def name_of(code: int) -> str:
-    """A status code by its name: what a model's server answers may be none."""
+    """Return the name of a status code; a model's server may also return an unknown number."""
     try:
         return Code(code).name
     except ValueError:
@@ -552,5 +554,5 @@ def _later(now: datetime, wait_ms: float) -> datetime:
     return now + timedelta(milliseconds=int(wait_ms))
 
 
-def _grown(job: Job, step: Transition) -> tuple[Transition, ...]:
-    return (*job.transitions, step)[-TRANSITIONS_KEPT:]
+def _appended(job: Job, transition: Transition) -> tuple[Transition, ...]:
+    return (*job.transitions, transition)[-TRANSITIONS_KEPT:]

@@ -1,11 +1,11 @@
-"""Events about jobs inside one instance: published by those that write jobs, subscribed to in one place (`app.py`).
+"""Events about jobs inside one instance: published by code that writes jobs, subscribed to in `areas.subscribe`.
 
     recorder ──changed, recorded──┐
     intake ──accepted─────────────┼──> watches, endings, cascade, dispatcher
     cascade, dead letters ──due───┘
 
-A subscriber is called at once, in the order of subscription; it must not block. An event is a hint: what a subscriber
-misses (it was made elsewhere, or the process died), it finds by itself later.
+Subscribers are called immediately, in the order of subscription, and must not block. An event is a hint: a subscriber
+finds changes by other instances, and changes before a crash, by its own later reads.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ P = ParamSpec("P")
 
 
 class Event(Generic[P]):
-    """One kind of event; called to publish it."""
+    """One kind of event. A call publishes one event."""
 
     def __init__(self) -> None:
         self._subscribers: tuple[Callable[P, None], ...] = ()
 
     def subscribe(self, *subscribers: Callable[P, None]) -> None:
-        """Call these at each event from now on, after those that have subscribed before."""
+        """Call `subscribers` at each later event, after the earlier subscribers."""
         self._subscribers += subscribers
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -39,10 +39,10 @@ class JobEvents:
 
     def __init__(self) -> None:
         self.changed: Event[[str]] = Event()
-        """The state of the job with this id was written here; it may have ended."""
+        """This instance wrote the state of the job with this id; the job may have ended."""
         self.recorded: Event[[Job, store_pb2.Result]] = Event()
-        """The store has recorded this result of the job: it stands."""
+        """The store has recorded this result of the job, as its first."""
         self.accepted: Event[[Sequence[Job]]] = Event()
-        """These new jobs are durable, inserted here."""
+        """This instance inserted these new jobs, which are durable now."""
         self.due_again: Event[[Sequence[Job]]] = Event()
-        """These jobs are in the queue again: requeued, or released by the jobs that they waited for."""
+        """These jobs are in the queue again: requeued, or unblocked by their dependencies."""

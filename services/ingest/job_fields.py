@@ -1,7 +1,7 @@
 """Table of a job's fields as MongoDB stores them, derived from the dataclass `Job`.
 
-The type of a field determines its BSON form, and its default determines when it is left out of the document. `_STORED`
-has a row only for a field of which that is not all. A new field is declared in `Job` and `Changes` (`job.py`), and in
+The type of a field determines its BSON form, and its default determines when the document omits it. `_STORED` has a row
+for each field that needs more than that. A new field is declared in `Job` and `JobFieldValues` (`job.py`), and in
 `messages.py` if clients see it.
 """
 
@@ -30,15 +30,15 @@ class Codec:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Storage of one field, as far as its type and default do not determine it."""
+class FieldStorage:
+    """Storage of one field beyond what its type and default determine."""
 
     name: str = ""
-    """The name in the document, where it is not the field's."""
+    """The name in the document; empty: the field's name."""
     codec: Codec | None = None
     """Replaces the codec of the field's type."""
     is_always_stored: bool = False
-    """True: its default is stored too."""
+    """True: the document has the field also when its value is the default."""
     schema: Mapping[str, Any] | None = None
     """The validator's conditions beside the type. None: the validator does not check the field."""
 
@@ -50,14 +50,14 @@ class Field:
     name: str
     stored_name: str
     default: Any
-    """MISSING: the field has none."""
+    """MISSING: the field has no default."""
     is_always_stored: bool
     codec: Codec
     schema: Mapping[str, Any] | None
 
 
 def encode_step(step: Transition) -> dict[str, Any]:
-    """Return a transition as a job's document has it."""
+    """Return the document of a transition."""
     return {
         "state": str(step.state),
         "at": step.at,
@@ -68,30 +68,30 @@ def encode_step(step: Transition) -> dict[str, Any]:
 
 
 def encode_lease(lease: Lease) -> dict[str, Any]:
-    """Return a lease as a job's document has it."""
+    """Return the document of a lease."""
     return {"id": lease.id, "owner": lease.owner, "process": lease.process, "expires_at": lease.expires_at}
 
 
 def encode_end(how: End) -> dict[str, Any]:
-    """Return a decided end as a job's document has it."""
+    """Return the document of a decided end."""
     return {"outcome": int(how.outcome), "code": how.code, "message": how.message}
 
 
 def encode_policy(policy: Policy) -> dict[str, Any]:
-    """Return a retry policy as a job's document has it."""
+    """Return the document of a retry policy."""
     document: dict[str, Any] = {
         "max_attempts": policy.max_attempts,
         "initial_backoff_ms": policy.initial_backoff_ms,
         "max_backoff_ms": policy.max_backoff_ms,
     }
-    # Few jobs have codes of their own, and every job would pay for the bytes.
+    # Few jobs have their own codes; an empty list would cost bytes in every job.
     if policy.codes:
         document["codes"] = policy.codes
     return document
 
 
 def decode_policy(document: Mapping[str, Any]) -> Policy:
-    """Return the retry policy in a job's document."""
+    """Return the retry policy of a document."""
     return Policy(**{**document, "codes": tuple(document.get("codes", ()))})
 
 
@@ -110,7 +110,7 @@ _CODECS: Mapping[Any, Codec] = {
     Lease: Codec("object", encode_lease, lambda lease: Lease(**lease)),
     End: Codec("object", encode_end, lambda end: End(Outcome(end["outcome"]), end["code"], end["message"])),
     tuple[str, ...]: Codec("array", list, tuple),
-    # Pairs, because a key may be any text, and MongoDB's field names may not.
+    # Pairs rather than an object, because a label's key may be text that is no valid MongoDB field name.
     tuple[tuple[str, str], ...]: Codec(
         "array",
         lambda pairs: [list(pair) for pair in pairs],
@@ -125,34 +125,36 @@ _CODECS: Mapping[Any, Codec] = {
 
 _REFERENCES: Mapping[str, Any] = {"minItems": 1, "items": {"bsonType": "string"}}
 
-_STORED: Mapping[str, Stored] = {
-    "id": Stored("_id", schema={"minLength": 26, "maxLength": 26}),
-    "model_name": Stored(schema={"minLength": 1}),
-    "submitted_at": Stored(schema={}),
-    "state": Stored(is_always_stored=True, schema={"enum": [str(state) for state in State]}),
-    "key": Stored(schema={"minLength": 1}),
-    "due_at": Stored(schema={}),
-    "deadline": Stored(schema={}),
-    "depends_on": Stored(schema=_REFERENCES),
-    "waits_for": Stored(schema=_REFERENCES),
-    "unmet": Stored(schema=_REFERENCES),
-    "began_at": Stored(schema={}),
-    "lapses": Stored(schema={"minimum": 0}),
-    "lease": Stored(schema={"required": ["id", "owner", "expires_at"]}),
-    "cancel_reason": Stored(
+_STORED: Mapping[str, FieldStorage] = {
+    "id": FieldStorage("_id", schema={"minLength": 26, "maxLength": 26}),
+    "model_name": FieldStorage(schema={"minLength": 1}),
+    "submitted_at": FieldStorage(schema={}),
+    "state": FieldStorage(is_always_stored=True, schema={"enum": [str(state) for state in State]}),
+    "key": FieldStorage(schema={"minLength": 1}),
+    "due_at": FieldStorage(schema={}),
+    "deadline": FieldStorage(schema={}),
+    "depends_on": FieldStorage(schema=_REFERENCES),
+    "waits_for": FieldStorage(schema=_REFERENCES),
+    "unmet": FieldStorage(schema=_REFERENCES),
+    "began_at": FieldStorage(schema={}),
+    "lapses": FieldStorage(schema={"minimum": 0}),
+    "decided_end": FieldStorage("doom"),
+    "fails_on_dependency": FieldStorage("fails_with_them"),
+    "lease": FieldStorage(schema={"required": ["id", "owner", "expires_at"]}),
+    "cancel_reason": FieldStorage(
         "cancel", Codec("object", lambda reason: {"reason": reason}, lambda cancel: cancel["reason"])
     ),
-    # Earlier versions read the following without a default.
-    "model_version": Stored(is_always_stored=True),
-    "tenant": Stored(is_always_stored=True, schema={}),
-    "policy": Stored(is_always_stored=True),
-    "generation": Stored(is_always_stored=True, schema={"minimum": 1}),
-    "attempts": Stored(is_always_stored=True, schema={"minimum": 0}),
-    "refusals": Stored(is_always_stored=True),
-    "labels": Stored(is_always_stored=True),
-    TRANSITIONS: Stored(is_always_stored=True, schema={"minItems": 1}),
-    "steps": Stored(is_always_stored=True, schema={"minimum": 1}),
-    "traceparent": Stored(is_always_stored=True),
+    # Earlier versions require the following fields.
+    "model_version": FieldStorage(is_always_stored=True),
+    "tenant": FieldStorage(is_always_stored=True, schema={}),
+    "policy": FieldStorage(is_always_stored=True),
+    "generation": FieldStorage(is_always_stored=True, schema={"minimum": 1}),
+    "attempts": FieldStorage(is_always_stored=True, schema={"minimum": 0}),
+    "refusals": FieldStorage(is_always_stored=True),
+    "labels": FieldStorage(is_always_stored=True),
+    TRANSITIONS: FieldStorage(is_always_stored=True, schema={"minItems": 1}),
+    "transition_count": FieldStorage("steps", is_always_stored=True, schema={"minimum": 1}),
+    "traceparent": FieldStorage(is_always_stored=True),
 }
 
 
@@ -169,7 +171,7 @@ def _table() -> tuple[Field, ...]:
     types = get_type_hints(Job)
     rows = []
     for field in fields(Job):
-        stored = _STORED.get(field.name, Stored())
+        stored = _STORED.get(field.name, FieldStorage())
         rows.append(
             Field(
                 field.name,

@@ -1,4 +1,4 @@
-"""Limits of what clients submit, and the names that ingest reserves."""
+"""Limits on submitted fields, and the names that ingest reserves."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LONGEST_DEADLINE = timedelta(days=3_660)
 LONGEST_DELAY = LONGEST_DEADLINE
 
 SCHEDULED = "schedule:"
-"""So begin the keys of schedules' jobs, and no others: who had the key of a time would keep its job from being made."""
+"""Reserved prefix of the idempotency keys of scheduled jobs: a client's job with such a key would block that firing."""
 
 EXPLAIN = "explain"
-"""The request parameter that asks infer who answered, and how."""
+"""Request parameter that makes infer add the instance, versions and timings to its response."""
 
 
 def ms_of(field: str, duration: Duration, longest: timedelta) -> int:

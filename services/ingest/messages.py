@@ -1,4 +1,4 @@
-"""Jobs as shoal.ingest.v1 shows them."""
+"""Conversion between jobs and the messages of shoal.ingest.v1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE_OF = {pb.JobState.Value(name): state for state, name in STATES.items()}
 
 
 def message_of(job: Job) -> pb.Job:
-    """The message of a job."""
+    """Return the message of a job."""
     message = pb.Job(
         id=job.id,
         state=STATES[job.state],
@@ -59,19 +59,19 @@ def message_of(job: Job) -> pb.Job:
 
 
 def state_of(number: int) -> State | None:
-    """The state that a filter asks for; None for unspecified.
+    """Return the job state that a filter names; None for 0, unspecified.
 
     Raises:
-        InvalidArgument: the number is not a state.
+        InvalidArgument: `number` is not a state.
     """
-    return asked_state("job", number, _STATE_OF)
+    return filter_state("job", number, _STATE_OF)
 
 
-def asked_state(kind: str, number: int, states: Mapping[int, S]) -> S | None:
-    """The one of `states` (of a `kind` of things) that a filter asks for; None for 0, unspecified.
+def filter_state(kind: str, number: int, states: Mapping[int, S]) -> S | None:
+    """Return the state in `states` that a filter names; None for 0, unspecified. `kind` names the states in the error.
 
     Raises:
-        InvalidArgument: the number is none of them.
+        InvalidArgument: `number` is not in `states`.
     """
     if number == 0:
         return None
@@ -81,15 +81,15 @@ def asked_state(kind: str, number: int, states: Mapping[int, S]) -> S | None:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# A Timestamp may hold the years 1 to 9999.
 _EARLIEST_S, _LATEST_S = -62135596800, 253402300799
-# Years 1 to 9999: what a Timestamp may hold.
 
 
 def moment_of(field: str, time: Timestamp) -> datetime:
-    """The time of a timestamp, in whole milliseconds, rounded up.
+    """Return the time of a timestamp, in whole milliseconds, rounded up.
 
     Raises:
-        InvalidArgument: it is not one.
+        InvalidArgument: `time` is not a valid Timestamp; the message names `field`.
     """
     if not _EARLIEST_S <= time.seconds < _LATEST_S or not 0 <= time.nanos < 1_000_000_000:
         raise InvalidArgument(f"{field}: not a time in the years 1 to 9999 ({time.seconds} s and {time.nanos} ns)")
@@ -97,6 +97,6 @@ def moment_of(field: str, time: Timestamp) -> datetime:
 
 
 def timestamp_of(moment: datetime) -> Timestamp:
-    """The timestamp of an aware time."""
+    """Return the timestamp of an aware time."""
     seconds = int(moment.timestamp() // 1)
     return Timestamp(seconds=seconds, nanos=moment.microsecond * 1000)

@@ -1,7 +1,7 @@
 """Storage of jobs in MongoDB: a JobStore (`job_store.py`).
 
-A claim is an update whose filter holds only for jobs that still wait, so of two claimers the database gives one the
-job; each then reads the jobs that carry its lease.
+A claim is an update whose filter matches only unclaimed jobs, so the database gives each job to one claimer. Each
+claimer then reads the jobs that have its lease.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translate, translated
 from services.ingest.documents import (
-    EACH_LANE,
-    EVER,
-    LIGHT,
+    EACH_TENANT_QUEUE,
+    EPOCH,
     WAITING,
+    WITHOUT_REQUEST,
     claiming,
+    deciding_end,
     difference,
     document_of,
-    dooming,
     fenced_updates,
     job_of,
     purging,
@@ -40,17 +40,17 @@ from services.ingest.job_store import (
     Inserted,
     Key,
     KeyTaken,
-    Unknown,
+    StatesWritten,
+    UnknownOutcome,
     Waiting,
-    Written,
 )
-from services.ingest.lane import TenantQueueKey, lane_of
+from services.ingest.tenant_queue import TenantQueueKey, tenant_queue_of
 from shoal.errors import DataLoss, ShoalError
 
 _DUPLICATE_KEY = 11000
-_LINED_UP_AT_ONCE = 1_000
-_LANE_FIELDS = {"tenant": 1, "model_name": 1}
-_STANDING_FIELDS = {"state": 1, "key": 1, "last_message": 1}
+_MIGRATED_AT_ONCE = 1_000
+_TENANT_QUEUE_FIELDS = {"tenant": 1, "model_name": 1}
+_DEPENDENCY_FIELDS = {"state": 1, "key": 1, "last_message": 1}
 _FREE_DEPENDENTS: Document = {"waits_for": {"$exists": True}, "lease": {"$exists": False}}
 
 
@@ -60,88 +60,92 @@ class MongoJobs:
     def __init__(self, jobs: AsyncCollection[Document]) -> None:
         self._jobs = jobs
 
-    async def insert(self, jobs: Sequence[Job]) -> Inserted | Unknown:
+    async def insert(self, jobs: Sequence[Job]) -> Inserted | UnknownOutcome:
         try:
             with translated("storing submitted jobs"):
                 try:
                     await self._jobs.insert_many([document_of(job) for job in jobs], ordered=False)
                 except BulkWriteError as err:
-                    # Written, but not by a majority in time: nothing may be acknowledged.
+                    # The documents are not on a majority in time, so nothing may be acknowledged.
                     if err.details.get("writeConcernErrors"):
                         raise
                     refused = {jobs[entry["index"]].id: _refusal(entry) for entry in err.details["writeErrors"]}
                     return Inserted([job for job in jobs if job.id not in refused], refused)
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
         return Inserted(jobs)
 
     async def by_key(self, keys: Collection[Key]) -> dict[Key, Job]:
         if not keys:
             return {}
         either = [{"tenant": tenant, "key": key} for tenant, key in keys]
-        with translated("looking for the earlier jobs of keys"):
-            found = [job_of(document) async for document in self._jobs.find({"$or": either}, LIGHT)]
+        with translated("finding jobs by their idempotency keys"):
+            found = [job_of(document) async for document in self._jobs.find({"$or": either}, WITHOUT_REQUEST)]
         return {(job.tenant, job.key): job for job in found}
 
-    async def standings(self, tenant: str, ids: Collection[str], keys: Collection[str]) -> list[DependencyState]:
+    async def dependency_states(
+        self, tenant: str, ids: Collection[str], keys: Collection[str]
+    ) -> list[DependencyState]:
         found: list[DependencyState] = []
-        with translated("looking up jobs that others depend on"):
-            for name, wanted in (("_id", ids), ("key", keys)):
-                if wanted:
-                    query = {name: {"$in": list(wanted)}, "tenant": tenant}
-                    found += [_standing(document) async for document in self._jobs.find(query, _STANDING_FIELDS)]
+        with translated("reading the states of dependencies"):
+            for name, values in (("_id", ids), ("key", keys)):
+                if values:
+                    query = {name: {"$in": list(values)}, "tenant": tenant}
+                    found += [
+                        _dependency_state(document) async for document in self._jobs.find(query, _DEPENDENCY_FIELDS)
+                    ]
         return found
 
     async def count_waiting(self, limit: int) -> int:
         with translated("counting queued jobs"):
             return await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
 
-    async def lanes(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
+    async def tenant_queues(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
         pipeline: list[Document] = [
             {"$match": {**WAITING, "lane": {"$gt": after}}},
-            *EACH_LANE,
+            *EACH_TENANT_QUEUE,
             {"$sort": {"_id": 1}},
             {"$limit": limit},
         ]
-        with translated("listing the lanes of queued jobs"):
+        with translated("listing the tenant queues of queued jobs"):
             found = await self._jobs.aggregate(pipeline, hint="lanes")
-            return [(lane_of(document["_id"]), document["due_at"]) async for document in found]
+            return [(tenant_queue_of(document["_id"]), document["due_at"]) async for document in found]
 
     async def heads(
         self, limits: Sequence[tuple[TenantQueueKey, int]], now: datetime
     ) -> dict[TenantQueueKey, list[Waiting]]:
-        # One round trip, and no document is read.
-        pipeline, *others = [_head(lane, limit, now) for lane, limit in limits]
+        # One round trip; the index alone answers.
+        pipeline, *others = [_head(queue, limit, now) for queue, limit in limits]
         pipeline += [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
         seen: dict[TenantQueueKey, list[Waiting]] = {}
-        with translated("looking for jobs that are due"):
+        with translated("finding due jobs"):
             async for found in await self._jobs.aggregate(pipeline):
-                seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
+                seen.setdefault(tenant_queue_of(found["lane"]), []).append((found["due_at"], found["_id"]))
         return seen
 
-    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | Unknown:
-        due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EVER}}
+    async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
+        due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EPOCH}}
         try:
             with translated("claiming jobs"):
                 won = await self._jobs.update_many(due, claiming(lease, now))
                 return Claimed(await self._held_by(lease, ids) if won.modified_count else [])
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
 
-    async def claim_fresh(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | Unknown:
+    async def claim_accepted(self, jobs: Sequence[Job], lease: Lease, now: datetime) -> Claimed | UnknownOutcome:
         ids = [job.id for job in jobs]
-        untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EVER}, "steps": 1}
+        untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EPOCH}, "steps": 1}
         try:
-            with translated("claiming fresh jobs"):
+            with translated("claiming accepted jobs"):
                 won = await self._jobs.update_many(untouched, claiming(lease, now))
                 if won.modified_count == len(ids):
                     return Claimed([claim(job, lease, now) for job in jobs])
                 return Claimed(await self._held_by(lease, ids) if won.modified_count else [])
         except ShoalError as err:
-            return Unknown(err)
+            return UnknownOutcome(err)
 
     async def claimed_under(self, lease: Lease, ids: Sequence[str]) -> list[Job]:
-        with translated("looking for jobs that an earlier claim has won"):
+        with translated("reading the jobs of an earlier claim"):
             return await self._held_by(lease, ids)
 
     async def renew(self, held: Mapping[str, Lease], expires_at: datetime) -> set[str]:
@@ -163,66 +167,68 @@ class MongoJobs:
         if but_leases:
             lapsed["lease.id"] = {"$nin": list(but_leases)}
         with translated("taking over jobs whose leases lapsed"):
-            cursor = self._jobs.find(lapsed, LIGHT).sort("lease.expires_at", 1).limit(limit)
+            cursor = self._jobs.find(lapsed, WITHOUT_REQUEST).sort("lease.expires_at", 1).limit(limit)
             before = {document["_id"]: job_of(document) async for document in cursor}
             if not before:
                 return []
             await self._jobs.update_many({**lapsed, "_id": {"$in": list(before)}}, taking_over(lease))
-            mine = await self._held_by(lease, list(before), LIGHT)
-        return [(job, lost) for job in mine if (lost := before[job.id].lease) is not None]
+            taken_over = await self._held_by(lease, list(before), WITHOUT_REQUEST)
+        return [(job, lost) for job in taken_over if (lost := before[job.id].lease) is not None]
 
     async def take_expired(self, now: datetime, lease: Lease, limit: int) -> list[Job]:
-        expired = {"deadline": {"$lte": now, "$gt": EVER}, "due_at": {"$gt": EVER}}
-        with translated("taking jobs past their deadline"):
+        expired = {"deadline": {"$lte": now, "$gt": EPOCH}, "due_at": {"$gt": EPOCH}}
+        with translated("taking over jobs past their deadlines"):
             ids = [document["_id"] async for document in self._jobs.find(expired, {"_id": 1}).limit(limit)]
             if not ids:
                 return []
             await self._jobs.update_many({"_id": {"$in": ids}, **expired}, taking_over(lease))
-            return await self._held_by(lease, ids, LIGHT)
+            return await self._held_by(lease, ids, WITHOUT_REQUEST)
 
     async def take_to_cancel(self, job_id: str, reason: str, lease: Lease) -> Job | None:
         live = {
             "_id": job_id,
             "cancel": {"$exists": False},
-            "$or": [{"due_at": {"$gt": EVER}}, {"lease.expires_at": {"$gt": EVER}}, {"waits_for": {"$exists": True}}],
+            "$or": [{"due_at": {"$gt": EPOCH}}, {"lease.expires_at": {"$gt": EPOCH}}, {"waits_for": {"$exists": True}}],
         }
         with translated("cancelling a job"):
-            before = await self._jobs.find_one_and_update(live, taking_over(lease, reason), LIGHT)
+            before = await self._jobs.find_one_and_update(live, taking_over(lease, reason), WITHOUT_REQUEST)
         return None if before is None else take_over(job_of(before), lease, reason)
 
-    async def lapse(self, owner: str, but_process: str, at: datetime) -> int:
-        left = {"lease.expires_at": {"$gt": EVER}, "lease.owner": owner, "lease.process": {"$ne": but_process}}
-        with translated("looking for leases of an earlier process"):
+    async def expire_leases(self, owner: str, but_process: str, at: datetime) -> int:
+        left = {"lease.expires_at": {"$gt": EPOCH}, "lease.owner": owner, "lease.process": {"$ne": but_process}}
+        with translated("expiring the leases of an earlier process"):
             lapsed = await self._jobs.update_many(left, {"$set": {"lease.expires_at": at}})
             return lapsed.modified_count
 
-    async def line_up(self) -> int:
-        lined_up = 0
-        without = {"lane": None, "due_at": {"$gt": EVER}}
-        with translated("lining up jobs of an earlier version"):
-            while found := await self._jobs.find(without, _LANE_FIELDS).to_list(_LINED_UP_AT_ONCE):
+    async def add_tenant_queues(self) -> int:
+        migrated = 0
+        without = {"lane": None, "due_at": {"$gt": EPOCH}}
+        with translated("setting the tenant queues of jobs of an earlier version"):
+            while found := await self._jobs.find(without, _TENANT_QUEUE_FIELDS).to_list(_MIGRATED_AT_ONCE):
                 lanes = [(one["_id"], TenantQueueKey(one["tenant"], one["model_name"], 0).text) for one in found]
-                await self._jobs.bulk_write([UpdateOne({"_id": id_}, {"$set": {"lane": lane}}) for id_, lane in lanes])
-                lined_up += len(found)
-        return lined_up
+                await self._jobs.bulk_write(
+                    [UpdateOne({"_id": id_}, {"$set": {"lane": queue}}) for id_, queue in lanes]
+                )
+                migrated += len(found)
+        return migrated
 
-    async def write_states(self, changes: Sequence[Change]) -> Written | Unknown:
+    async def write_states(self, changes: Sequence[Change]) -> StatesWritten | UnknownOutcome:
         updates = fenced_updates(changes)
         try:
             with translated("writing the states of jobs"):
                 written = await self._jobs.bulk_write(updates, ordered=False)
         except ShoalError as err:
-            return Unknown(err)
-        return Written(written.matched_count)
+            return UnknownOutcome(err)
+        return StatesWritten(written.matched_count)
 
     async def read(self, ids: Collection[str]) -> dict[str, Job]:
-        with translated("looking for dead letters"):
-            cursor = self._jobs.find({"_id": {"$in": list(ids)}}, LIGHT)
+        with translated("reading dead letters"):
+            cursor = self._jobs.find({"_id": {"$in": list(ids)}}, WITHOUT_REQUEST)
             return {document["_id"]: job_of(document) async for document in cursor}
 
-    async def dead_letters(self, among: DeadFilter, limit: int) -> list[Job]:
-        with translated("looking for dead letters"):
-            cursor = self._jobs.find(among.query(), LIGHT).sort("_id", 1).limit(limit)
+    async def dead_letters(self, filter_: DeadFilter, limit: int) -> list[Job]:
+        with translated("finding dead letters"):
+            cursor = self._jobs.find(filter_.query(), WITHOUT_REQUEST).sort("_id", 1).limit(limit)
             return [job_of(document) async for document in cursor]
 
     async def requeue(self, changes: Sequence[Change]) -> None:
@@ -241,33 +247,36 @@ class MongoJobs:
 
     async def dependents_page(self, after: str, limit: int) -> list[Job]:
         query = {**_FREE_DEPENDENTS, "state": str(State.QUEUED), "_id": {"$gt": after}}
-        with translated("looking for jobs that wait for others"):
-            cursor = self._jobs.find(query, LIGHT).sort("_id", 1).limit(limit).hint("all_dependents")
+        with translated("listing jobs that wait for dependencies"):
+            cursor = self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(limit).hint("all_dependents")
             return [job_of(document) async for document in cursor]
 
     async def release_dependents(self, changes: Sequence[Change]) -> None:
         writes = [UpdateOne(unleased(before), difference(before, after)) for before, after in changes]
-        with translated("letting jobs go on that waited for others"):
+        with translated("unblocking jobs whose dependencies succeeded"):
             await self._jobs.bulk_write(writes, ordered=False)
 
-    async def doom(self, dooms: Sequence[tuple[Job, End, Sequence[str]]], lease: Lease) -> list[Job]:
-        writes = [UpdateOne(unleased(job), dooming(lease, how, left)) for job, how, left in dooms]
-        with translated("ending jobs that waited for others"):
+    async def take_to_end(self, dooms: Sequence[tuple[Job, End, Sequence[str]]], lease: Lease) -> list[Job]:
+        writes = [UpdateOne(unleased(job), deciding_end(lease, how, left)) for job, how, left in dooms]
+        with translated("ending jobs whose dependencies failed"):
             await self._jobs.bulk_write(writes, ordered=False)
-            return await self._held_by(lease, [job.id for job, _, _ in dooms], LIGHT)
+            return await self._held_by(lease, [job.id for job, _, _ in dooms], WITHOUT_REQUEST)
 
     async def _dependents(self, condition: Document) -> list[Job]:
-        with translated("looking for jobs that wait for others"):
-            return [job_of(document) async for document in self._jobs.find({**_FREE_DEPENDENTS, **condition}, LIGHT)]
+        with translated("finding jobs that wait for dependencies"):
+            return [
+                job_of(document)
+                async for document in self._jobs.find({**_FREE_DEPENDENTS, **condition}, WITHOUT_REQUEST)
+            ]
 
     async def _held_by(self, lease: Lease, ids: Sequence[str], fields: Mapping[str, int] | None = None) -> list[Job]:
         cursor = self._jobs.find({"_id": {"$in": list(ids)}, "lease.id": lease.id}, fields)
         return [job_of(document) async for document in cursor]
 
 
-def _head(lane: TenantQueueKey, limit: int, now: datetime) -> list[Document]:
+def _head(queue: TenantQueueKey, limit: int, now: datetime) -> list[Document]:
     return [
-        {"$match": {"lane": lane.text, "due_at": {"$lte": now, "$gt": EVER}}},
+        {"$match": {"lane": queue.text, "due_at": {"$lte": now, "$gt": EPOCH}}},
         {"$sort": {"due_at": 1, "_id": 1}},
         {"$limit": limit},
         {"$project": {"_id": 1, "lane": 1, "due_at": 1}},
@@ -277,13 +286,13 @@ def _head(lane: TenantQueueKey, limit: int, now: datetime) -> list[Document]:
 def _refusal(entry: Mapping[str, Any]) -> ShoalError:
     if entry.get("code") == _DUPLICATE_KEY:
         if "key" in entry.get("keyPattern", {}):
-            return KeyTaken("the idempotency key is taken")
-        # 80 random bits: it does not happen, and is not to be hidden.
-        return DataLoss("two jobs got one id")
+            return KeyTaken("the idempotency key is in use")
+        # Ids have 80 random bits, so this does not happen; if it does, it must be visible.
+        return DataLoss("two jobs have the same id")
     return translate(BulkWriteError({"writeErrors": [entry], "writeConcernErrors": []}), "storing a submitted job")
 
 
-def _standing(document: Document) -> DependencyState:
+def _dependency_state(document: Document) -> DependencyState:
     state = State(document["state"])
     message: str = document.get("last_message", "") if state is not State.SUCCEEDED else ""
     return DependencyState(document["_id"], state, message, document.get("key", ""))

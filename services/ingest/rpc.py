@@ -1,9 +1,10 @@
-"""shoal.ingest.v1.IngestService: translates between messages and what ingest thinks in."""
+"""Servicer of shoal.ingest.v1.IngestService: translates between protobuf messages and ingest's own types."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.rpc.interceptors import Context
@@ -14,27 +15,46 @@ from services.ingest.connectors.rpc import StreamsRpc
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
-from services.ingest.dispatch.cancel import Cancelling
+from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
-from services.ingest.reading.jobs import Filter, Jobs
-from services.ingest.reading.wanted import checked
-from services.ingest.reading.watch import Watch
-from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.queries.filters import checked
+from services.ingest.queries.jobs import Filter, Jobs
+from services.ingest.queries.watch import Watch
+from services.ingest.queries.watch_many import WatchMany
+from services.ingest.retention.retention_repository import RetentionRepository
 from services.ingest.retention.rpc import JobRetentionRpc
-from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
-from services.ingest.tenants.book import TenantRepository
-from services.ingest.tenants.reading import TenantStatuses
+from services.ingest.schedules.schedule_repository import ScheduleRepository
 from services.ingest.tenants.rpc import TenantsRpc
+from services.ingest.tenants.tenant_repository import TenantRepository
+from services.ingest.tenants.tenant_status import TenantStatuses
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
+
+
+@dataclass(frozen=True, slots=True)
+class RpcComponents:
+    """Components that the methods call."""
+
+    intake: Intake
+    jobs: Jobs
+    watch: Watch
+    watch_many: WatchMany
+    canceller: JobCanceller
+    dead_letters: DeadLetters
+    schedules: ScheduleRepository
+    retention: RetentionRepository
+    tenants: TenantRepository
+    tenant_statuses: TenantStatuses
+    batches: Batches | None
+    run_streams: RunStreams
+    reports: Reports
 
 
 class IngestRpc(
@@ -46,38 +66,20 @@ class IngestRpc(
     StreamsRpc,
     ingest_pb2_grpc.IngestServiceServicer,
 ):
-    """The servicer. Rooms with calls of their own bring a part of it."""
+    """Servicer of all methods. Folders with methods of their own contribute a mixin."""
 
-    def __init__(
-        self,
-        intake: Intake,
-        jobs: Jobs,
-        watch: Watch,
-        cancelling: Cancelling,
-        dead_letters: DeadLetters,
-        schedules: Schedules,
-        retention: RetentionRepository,
-        watch_many: WatchMany,
-        batches: Batches | None,
-        book: TenantRepository,
-        standings: TenantStatuses,
-        run_streams: RunStreams,
-        reports: Reports,
-        *,
-        stream_items: int,
-        stream_bytes: int,
-    ) -> None:
-        DeadLettersRpc.__init__(self, dead_letters)
-        StreamsRpc.__init__(self, run_streams, reports)
-        SchedulesRpc.__init__(self, schedules)
-        JobRetentionRpc.__init__(self, retention)
-        BatchesRpc.__init__(self, batches)
-        TenantsRpc.__init__(self, book, standings)
-        self._intake = intake
-        self._jobs = jobs
-        self._watch = watch
-        self._cancelling = cancelling
-        self._watch_many = watch_many
+    def __init__(self, components: RpcComponents, *, stream_items: int, stream_bytes: int) -> None:
+        DeadLettersRpc.__init__(self, components.dead_letters)
+        StreamsRpc.__init__(self, components.run_streams, components.reports)
+        SchedulesRpc.__init__(self, components.schedules)
+        JobRetentionRpc.__init__(self, components.retention)
+        BatchesRpc.__init__(self, components.batches)
+        TenantsRpc.__init__(self, components.tenants, components.tenant_statuses)
+        self._intake = components.intake
+        self._jobs = components.jobs
+        self._watch = components.watch
+        self._canceller = components.canceller
+        self._watch_many = components.watch_many
         self._stream_items = stream_items
         self._stream_bytes = stream_bytes
 
@@ -100,8 +102,8 @@ class IngestRpc(
         return pb.GetPayloadResponse(request=inference_pb2.ModelInferRequest.FromString(payload))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
-        wanted = Filter(state_of(request.state), request.model_name, request.tenant)
-        page = await self._jobs.page(wanted, request.page_size, request.page_token)
+        filter_ = Filter(state_of(request.state), request.model_name, request.tenant)
+        page = await self._jobs.page(filter_, request.page_size, request.page_token)
         return pb.ListJobsResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
@@ -110,19 +112,19 @@ class IngestRpc(
 
     async def WatchJobs(self, request: pb.WatchJobsRequest, context: Context) -> AsyncIterator[pb.WatchJobsResponse]:
         states = frozenset(state for number in request.states if (state := state_of(number)) is not None)
-        wanted = checked(tuple(request.ids), states, request.model_name, request.tenant, request.labels)
-        watch = self._watch_many.follow(wanted, existing=request.include_existing, token=request.resume_token)
-        async with aclosing(watch) as told:
-            async for one in told:
-                job = None if one.job is None else message_of(one.job)
-                yield pb.WatchJobsResponse(job=job, resume_token=one.token, existing=one.is_existing)
+        filter_ = checked(tuple(request.ids), states, request.model_name, request.tenant, request.labels)
+        watch = self._watch_many.follow(filter_, existing=request.include_existing, token=request.resume_token)
+        async with aclosing(watch) as updates:
+            async for update in updates:
+                job = None if update.job is None else message_of(update.job)
+                yield pb.WatchJobsResponse(job=job, resume_token=update.token, existing=update.is_existing)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
-        return pb.CancelJobResponse(job=message_of(await self._cancelling.cancel(request.id, request.reason)))
+        return pb.CancelJobResponse(job=message_of(await self._canceller.cancel(request.id, request.reason)))
 
 
 def rpc(servicer: IngestRpc) -> Rpc:
-    """The servicer, as a server takes it."""
+    """Return the registration of `servicer` with a server."""
     return Rpc(
         pb.DESCRIPTOR.services_by_name["IngestService"],
         lambda server: ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, server),

@@ -1,4 +1,4 @@
-"""Calls to the store, through the mesh: what it means that one failed."""
+"""Errors of calls to the store through the mesh."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shoal.errors import Unavailable, Unimplemented
 
 
 @contextmanager
-def asking_store(doing: str) -> Iterator[None]:
-    """Raises calls' failures inside the block as ShoalError, the cause kept; `doing` opens the message.
+def store_errors(doing: str) -> Iterator[None]:
+    """Raise failures of calls in the block as ShoalError with their cause; `doing` begins the message.
 
-    A mesh that has just started has no route to the store yet, which gRPC reads as UNIMPLEMENTED: that is Unavailable.
+    A mesh that has just started has no route to the store yet, and gRPC reports UNIMPLEMENTED: raised as Unavailable.
     """
     try:
         with translated(doing):
             yield
     except Unimplemented as err:
-        raise Unavailable(f"{doing}: the mesh has no way to the store yet ({err.message})") from err
+        raise Unavailable(f"{doing}: the mesh has no route to the store yet ({err.message})") from err

@@ -1,4 +1,4 @@
-"""Traces as jobs carry them: one line of text (https://www.w3.org/TR/trace-context/#traceparent-header)."""
+"""Trace context of a job as a string (https://www.w3.org/TR/trace-context/#traceparent-header)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from opentelemetry.context import Context
 
 
 def traceparent_of(context: Context | None = None) -> str:
-    """The trace of `context`, or of the caller when there is none given; empty when it is in no trace."""
+    """Return the traceparent of `context`, or of the current context; empty when there is no trace."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier, context)
     return carrier.get("traceparent", "")

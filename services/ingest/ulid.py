@@ -1,4 +1,4 @@
-"""Job ids: ULIDs, 26 characters that sort by time of making (https://github.com/ulid/spec).
+"""Job ids: ULIDs, 26 characters that sort by time of creation (https://github.com/ulid/spec).
 
      01JDG3W6ZK        Q1N8X9T4B7R2M5P0
     |----------|      |----------------|
@@ -23,7 +23,7 @@ _FORM = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
 
 class Ulids:
-    """A monotonic generator. One per process; not for threads."""
+    """Monotonic generator of ids. One per process; not thread-safe."""
 
     def __init__(self, now_ms: Callable[[], int], random: Callable[[int], bytes] = os.urandom) -> None:
         self._now_ms = now_ms
@@ -31,7 +31,7 @@ class Ulids:
         self._last = 0
 
     def new(self) -> str:
-        """The next id. Within a millisecond the random part counts up; its overflow borrows the next one."""
+        """Return the next id. Within a millisecond the random part counts up; an overflow uses the next one."""
         now_ms = self._now_ms()
         if now_ms <= self._last >> _RANDOM_BITS:
             self._last += 1
@@ -41,8 +41,8 @@ class Ulids:
 
 
 def encode(value: int) -> str:
-    """The 26 characters of a 128-bit number."""
-    # Two characters at a time, and ids of one millisecond share the front: ids are made for every job.
+    """Return the 26 characters of a 128-bit number."""
+    # For speed, two characters at a time, and a cached front, which the ids of one millisecond share.
     low = value & _LOW
     return _front(value >> _LOW_BITS) + (
         _PAIRS[low >> 50]
@@ -60,10 +60,10 @@ def _front(high: int) -> str:
 
 
 def floor(time_ms: int) -> str:
-    """The smallest id of a millisecond: ids below it were made earlier."""
+    """Return the smallest id of a millisecond: lower ids were created earlier."""
     return encode(time_ms << _RANDOM_BITS)
 
 
 def is_ulid(text: str) -> bool:
-    """Whether `text` has the form of an id, in the canonical upper case."""
+    """Return True when `text` has the form of an id, in the canonical upper case."""
     return _FORM.fullmatch(text) is not None

@@ -12,26 +12,26 @@ from pymongo.errors import AutoReconnect
 
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import (
-    EVER,
-    LIGHT,
+    EPOCH,
+    WITHOUT_REQUEST,
     document_of,
     fenced_updates,
     job_of,
 )
 from services.ingest.job import (
-    Again,
+    BackToQueue,
     End,
     Job,
     Outcome,
     State,
     claim,
     end,
+    return_to_queue,
     take_over,
-    try_again,
 )
-from services.ingest.lane import range_of
 from services.ingest.mongo_jobs import MongoJobs
-from services.ingest.reading.jobs import Filter
+from services.ingest.queries.jobs import Filter
+from services.ingest.tenant_queue import range_of
 from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, TestClock, instance, job
 
@@ -85,7 +85,7 @@ async def test_a_claim_writes_what_claim_says(jobs: Collection, clock: TestClock
 async def test_a_fresh_claim_reads_nothing_and_says_the_same(jobs: Collection, clock: TestClock) -> None:
     fresh = [job(), job()]
     await put(jobs, *fresh)
-    claimed = await claims(jobs, clock).claim_fresh(fresh)
+    claimed = await claims(jobs, clock).claim_accepted(fresh)
     assert [await read(jobs, one.id) for one in fresh] == claimed
 
 
@@ -93,11 +93,11 @@ async def test_a_fresh_claim_takes_only_what_is_still_untouched(jobs: Collection
     fresh = [job(), job(), job()]
     await put(jobs, *fresh)
     other = claims(jobs, clock, "local/ingest-1")
-    [taken] = await other.claim_fresh(fresh[:1])
-    [tried] = await other.claim_fresh(fresh[1:2])
-    again = try_again(tried, Again(clock.now, True, "again"), "local/ingest-1", clock.now)
+    [taken] = await other.claim_accepted(fresh[:1])
+    [tried] = await other.claim_accepted(fresh[1:2])
+    again = return_to_queue(tried, BackToQueue(clock.now, True, "again"), "local/ingest-1", clock.now)
     await jobs.bulk_write(fenced_updates([(tried, again)]))
-    claimed = await claims(jobs, clock).claim_fresh(fresh)
+    claimed = await claims(jobs, clock).claim_accepted(fresh)
     assert [one.id for one in claimed] == [fresh[2].id]
     assert await read(jobs, taken.id) == taken
 
@@ -105,8 +105,8 @@ async def test_a_fresh_claim_takes_only_what_is_still_untouched(jobs: Collection
 @pytest.mark.parametrize(
     "after",
     [
-        lambda one, now: try_again(one, Again(now, True, "$why", 14, "message"), "i", now),
-        lambda one, now: try_again(one, Again(now, False, "nobody", 14, "m"), "i", now),
+        lambda one, now: return_to_queue(one, BackToQueue(now, True, "$why", 14, "message"), "i", now),
+        lambda one, now: return_to_queue(one, BackToQueue(now, False, "nobody", 14, "m"), "i", now),
         lambda one, now: end(one, End(Outcome.FAILED, Code.INTERNAL, "broken"), "i", now),
         lambda one, now: replace(end(one, End(Outcome.SUCCEEDED), "i", now), request=None),
     ],
@@ -179,7 +179,7 @@ async def test_a_claim_that_was_not_answered_costs_no_attempt(
     await put(jobs, *waiting)
     worker = claims(cast(Collection, Unanswered(jobs, is_done=is_done)), clock)
     with pytest.raises(Unavailable):
-        await (worker.claim_fresh(waiting) if is_fresh else worker.claim_due(10, []))
+        await (worker.claim_accepted(waiting) if is_fresh else worker.claim_due(10, []))
     clock.advance(seconds=30)
     assert await worker.take_lapsed(10) == []
     claimed, _ = await worker.claim_due(10, [])
@@ -194,7 +194,7 @@ async def test_claimers_never_share_a_job(jobs: Collection, clock: TestClock) ->
     claimed: list[str] = []
 
     async def work(claimer: Claims) -> None:
-        while await jobs.find_one({"due_at": {"$gt": EVER}}):
+        while await jobs.find_one({"due_at": {"$gt": EPOCH}}):
             claimed.extend(one.id for one in (await claimer.claim_due(13, []))[0])
 
     await asyncio.gather(*(work(claims(jobs, clock, f"local/ingest-{n}")) for n in range(4)))
@@ -246,9 +246,9 @@ async def test_a_process_inherits_what_its_predecessor_held(jobs: Collection, cl
     await claims(jobs, clock, process="old").claim_due(1, [])
     await claims(jobs, clock, "local/ingest-1").claim_due(1, [])
     successor = claims(jobs, clock, process="new")
-    assert await successor.inherit() == 1
+    assert await successor.expire_inherited() == 1
     assert len(await successor.take_lapsed(10)) == 1
-    assert await successor.inherit() == 0
+    assert await successor.expire_inherited() == 0
 
 
 def stages(plan: Any) -> set[str]:
@@ -259,18 +259,18 @@ def stages(plan: Any) -> set[str]:
     return set().union(*map(stages, plan)) if isinstance(plan, list) else set()
 
 
-NOW = {"$lte": START, "$gt": EVER}
+NOW = {"$lte": START, "$gt": EPOCH}
 
 
 @pytest.mark.parametrize(
     ("query", "sort", "index"),
     [
-        ({"lane": job().lane.text, "due_at": NOW}, "due_at", "lanes"),
-        ({"lane": range_of("t"), "due_at": {"$gt": EVER}}, None, "lanes"),
-        ({"lane": None, "due_at": {"$gt": EVER}}, None, "lanes"),
+        ({"lane": job().tenant_queue.text, "due_at": NOW}, "due_at", "lanes"),
+        ({"lane": range_of("t"), "due_at": {"$gt": EPOCH}}, None, "lanes"),
+        ({"lane": None, "due_at": {"$gt": EPOCH}}, None, "lanes"),
         ({"lease.expires_at": {"$lte": START}}, "lease.expires_at", "leased"),
-        ({"deadline": NOW, "due_at": {"$gt": EVER}}, None, "waiting_deadline"),
-        ({"lease.expires_at": {"$gt": EVER}, "lease.owner": "o", "lease.process": {"$ne": "p"}}, None, "leased"),
+        ({"deadline": NOW, "due_at": {"$gt": EPOCH}}, None, "waiting_deadline"),
+        ({"lease.expires_at": {"$gt": EPOCH}, "lease.owner": "o", "lease.process": {"$ne": "p"}}, None, "leased"),
         ({"$or": [{"tenant": "t", "key": "k"}, {"tenant": "t", "key": "l"}]}, None, "idempotency"),
         *(
             (Filter(state, model, tenant).query() | after, "-_id", None)
@@ -285,7 +285,7 @@ async def test_no_query_scans_the_collection(
     jobs: Collection, query: dict[str, Any], sort: str | None, index: str | None
 ) -> None:
     await put(jobs, *(job() for _ in range(50)))
-    cursor = jobs.find(query, LIGHT)
+    cursor = jobs.find(query, WITHOUT_REQUEST)
     if sort:
         cursor = cursor.sort(sort.removeprefix("-"), -1 if sort.startswith("-") else 1)
     plan = (await cursor.explain())["queryPlanner"]["winningPlan"]

@@ -24,7 +24,7 @@ from tests.ingest.making import instance, job
 
 NS = 10**9
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LEASE_S, RENEW_S, CARE_S, LOOK_S = 5.0, 5 / 3, 0.5, 10.0
+LEASE_S, RENEW_S, RECOVERY_S, SYNC_S = 5.0, 5 / 3, 0.5, 10.0
 
 
 class Primary:
@@ -64,7 +64,7 @@ async def test_whatever_the_machine_says_it_is_mongodbs_time(wall_s: float) -> N
     primary = Primary()
     clock = primary.clock(wall_s=wall_s, booted_s=500_000.0)
     assert primary.off_s(clock()) == pytest.approx(wall_s, abs=0.002)
-    await clock.look()
+    await clock.synchronize()
     for moment in (clock(), clock.earliest(), clock.latest()):
         assert primary.off_s(moment) == pytest.approx(0, abs=0.002)
 
@@ -74,7 +74,7 @@ async def test_the_time_of_a_machine_that_is_right_never_moves() -> None:
     clock = primary.clock()
     for takes_s in (0.0, 0.0004, 0.01, 1.3):
         primary.takes_s = takes_s
-        await clock.look()
+        await clock.synchronize()
         assert clock() == EPOCH + timedelta(milliseconds=int(primary.true_s * 1000 + 1e-6))
         primary.true_s += 7.77
 
@@ -83,18 +83,18 @@ async def test_a_slow_answer_proves_no_more_than_it_can() -> None:
     primary = Primary(offset_s=1.0)
     primary.takes_s = 0.8
     clock = primary.clock()
-    await clock.look()
+    await clock.synchronize()
     assert -0.8 <= primary.off_s(clock()) <= 0.8
 
 
 async def test_without_an_answer_the_time_goes_on() -> None:
     primary = Primary(offset_s=20.0)
     clock = primary.clock()
-    await clock.look()
+    await clock.synchronize()
     primary.away = True
     primary.true_s += 100
-    with pytest.raises(Unavailable, match="asking MongoDB for the time"):
-        await clock.look()
+    with pytest.raises(Unavailable, match="reading MongoDB's time"):
+        await clock.synchronize()
     assert primary.off_s(clock()) == pytest.approx(0, abs=0.002)
 
 
@@ -103,14 +103,14 @@ async def test_that_a_clock_is_wrong_is_told_once(caplog: pytest.LogCaptureFixtu
     primary = Primary()
     clock = primary.clock(wall_s=12.0)
     for _ in range(5):
-        await clock.look()
+        await clock.synchronize()
         primary.true_s += 10
     (told,) = caplog.messages
-    assert told == "this machine's clock is 12.0 s ahead of MongoDB's, by which jobs go: set it right"
+    assert told == "this machine's clock is 12.0 s ahead of MongoDB's, which jobs use: correct this machine's clock"
     primary.offset_s = 12.0
-    await clock.look()
+    await clock.synchronize()
     assert caplog.messages[1:] == [
-        "MongoDB's clock was put forward by 12.0 s",
+        "MongoDB's clock was set forward by 12.0 s",
         "this machine's clock and MongoDB's agree again",
     ]
 
@@ -118,16 +118,16 @@ async def test_that_a_clock_is_wrong_is_told_once(caplog: pytest.LogCaptureFixtu
 async def test_while_clocks_settle_a_lease_is_given_for_longer_and_lapses_later() -> None:
     primary = Primary()
     clock = primary.clock()
-    await clock.look()
+    await clock.synchronize()
     primary.offset_s = -600.0
-    await clock.look()
+    await clock.synchronize()
     assert primary.off_s(clock()) == pytest.approx(0, abs=0.002)
     assert primary.off_s(earliest(clock)) == pytest.approx(0, abs=0.002)
     assert primary.off_s(latest(clock)) == pytest.approx(60, abs=0.002)  # And not ten minutes.
     primary.true_s += 60
     assert clock() == earliest(clock) == latest(clock)
     primary.offset_s = 0.0
-    await clock.look()
+    await clock.synchronize()
     assert primary.off_s(earliest(clock)) == pytest.approx(-600, abs=0.002)
     assert clock() == latest(clock)
 
@@ -139,7 +139,7 @@ jumps = st.lists(
 
 @given(
     jumps=jumps,
-    phases=st.tuples(st.floats(0, LOOK_S), st.floats(0, LOOK_S)),
+    phases=st.tuples(st.floats(0, SYNC_S), st.floats(0, SYNC_S)),
     walls=st.tuples(*[st.floats(-99, 99)] * 2),
 )
 @example(jumps=[(20.0, 30.0)], phases=(9.9, 0.1), walls=(0.0, 0.0))
@@ -153,15 +153,15 @@ async def test_no_living_holder_is_taken_for_dead(
     primary = Primary()
     start = primary.true_s
     holder, other = (primary.clock(wall_s=wall_s) for wall_s in walls)
-    await holder.look()
-    await other.look()
+    await holder.synchronize()
+    await other.synchronize()
     ends = latest(holder) + timedelta(seconds=LEASE_S)
     events: list[tuple[float, str, float]] = [(at, "jump", by) for at, by in jumps]
     for name, every, phase in (
-        ("holder looks", LOOK_S, phases[0]),
-        ("other looks", LOOK_S, phases[1]),
+        ("holder looks", SYNC_S, phases[0]),
+        ("other looks", SYNC_S, phases[1]),
         ("renew", RENEW_S, 0.3),
-        ("care", CARE_S, 0.1),
+        ("care", RECOVERY_S, 0.1),
     ):
         events += [(phase + n * every, name, 0.0) for n in range(int(130 / every))]
     for at, what, by in sorted(events):
@@ -169,9 +169,9 @@ async def test_no_living_holder_is_taken_for_dead(
         if what == "jump":
             primary.offset_s += by
         elif what == "holder looks":
-            await holder.look()
+            await holder.synchronize()
         elif what == "other looks":
-            await other.look()
+            await other.synchronize()
         elif what == "renew":
             ends = latest(holder) + timedelta(seconds=LEASE_S)
         else:
@@ -195,8 +195,8 @@ async def test_an_instance_whose_clock_is_wrong_takes_no_job_from_one_that_lives
         return Claims(MongoJobs(jobs), instance(clock, name), lease_ms=5_000)
 
     one, other = claims("one", right), claims("other", wrong)
-    await right.look()
-    await wrong.look()
+    await right.synchronize()
+    await wrong.synchronize()
     await jobs.insert_many([document_of(job(due_at=utc_now())) for _ in range(3)])
     held, _ = await one.claim_due(2, [])
     assert len(held) == 2

@@ -10,11 +10,11 @@ import pytest
 from services.ingest.job import (
     FINAL,
     LAPSED_MAX_WAIT_MS,
+    LAPSES_RETRIED_IMMEDIATELY,
     MAX_LAPSES,
     PERMANENT,
-    SOON_AGAIN,
     TRANSITIONS_KEPT,
-    Again,
+    BackToQueue,
     End,
     Failure,
     Job,
@@ -24,15 +24,15 @@ from services.ingest.job import (
     State,
     after_failure,
     after_lapse,
+    after_stop,
     backoff_ms,
     claim,
     end,
     refused_wait_ms,
-    released,
     requeue,
+    return_to_queue,
     state_of,
     take_over,
-    try_again,
 )
 from shoal.errors import Code
 from tests.ingest.making import START, job
@@ -44,8 +44,8 @@ def running(attempts: int = 1, **fields: object) -> Job:
     return replace(claim(job(**fields), LEASE, START), attempts=attempts)
 
 
-def wait_ms(again: Again | End) -> float:
-    assert isinstance(again, Again)
+def wait_ms(again: BackToQueue | End) -> float:
+    assert isinstance(again, BackToQueue)
     return (again.due_at - START) / timedelta(milliseconds=1)
 
 
@@ -59,7 +59,7 @@ def test_a_request_at_fault_fails_at_once(code: Code) -> None:
 @pytest.mark.parametrize("code", sorted(set(Code) - PERMANENT - {Code.OK}))
 def test_every_other_code_is_tried_again_until_attempts_run_out(code: Code) -> None:
     first = after_failure(running(), Failure(code, "why"), START, lambda: 0.5)
-    assert isinstance(first, Again)
+    assert isinstance(first, BackToQueue)
     assert first.is_counted
     last = after_failure(running(attempts=5), Failure(code, "why"), START, lambda: 0.5)
     assert last == End(Outcome.FAILED, code, "why")
@@ -98,8 +98,8 @@ def test_an_attempt_that_reached_nobody_costs_none_however_often() -> None:
         there = claim(there, LEASE, now)
         assert (there.attempts, there.refusals) == (1, refusals)
         again = after_failure(there, nobody, now, lambda: 0.5)
-        assert isinstance(again, Again)
-        there = try_again(there, again, "i", now)
+        assert isinstance(again, BackToQueue)
+        there = return_to_queue(there, again, "i", now)
         now = again.due_at
     assert there.attempts == 0
     assert there.last_code == Code.UNAVAILABLE
@@ -116,7 +116,7 @@ def test_a_deadline_that_passed_ends_it_whatever_the_failure_was() -> None:
     assert how.message == "no answer by its deadline, 2026-01-02T03:04:05.678+00:00; last attempt: INTERNAL: broken"
 
 
-def lapse(job: Job, now: datetime = START, drawn: float = 0.5) -> Again | End:
+def lapse(job: Job, now: datetime = START, drawn: float = 0.5) -> BackToQueue | End:
     return after_lapse(job, LEASE, now, lambda: drawn)
 
 
@@ -125,19 +125,21 @@ def test_holders_that_die_do_not_use_up_the_attempts_of_a_job() -> None:
     for time in range(1, MAX_LAPSES + 1):
         there = claim(there, LEASE, now)
         again = lapse(there, now)
-        assert isinstance(again, Again)
+        assert isinstance(again, BackToQueue)
         assert again.reason == f"the lease of local/ingest-0 lapsed during attempt {time}: it died or was cut off"
-        there = try_again(there, again, "i", now)
+        there = return_to_queue(there, again, "i", now)
         assert (there.attempts, there.lapses, there.failures, there.last_code) == (time, time, 0, Code.ABORTED)
         assert there.due_at is not None
-        assert (there.due_at > now) == (time > SOON_AGAIN), "the first ones come back at once, later ones apart"
+        assert (there.due_at > now) == (time > LAPSES_RETRIED_IMMEDIATELY), (
+            "the first ones come back at once, later ones apart"
+        )
         now = there.due_at
     for failed in range(1, 5):
         there = claim(there, LEASE, now)
         again = after_failure(there, Failure(Code.INTERNAL, "broken"), now, lambda: 0.5)
-        assert isinstance(again, Again)
+        assert isinstance(again, BackToQueue)
         assert again.reason == f"INTERNAL: attempt {failed} of 5 failed"
-        there = try_again(there, again, "i", now)
+        there = return_to_queue(there, again, "i", now)
         assert there.due_at is not None
         now = there.due_at
     how = after_failure(claim(there, LEASE, now), Failure(Code.INTERNAL, "broken"), now, lambda: 0.5)
@@ -166,14 +168,14 @@ def test_what_lapsed_together_does_not_come_back_together() -> None:
 def test_a_take_over_that_lapses_goes_on_where_it_was() -> None:
     taken = take_over(job(), LEASE)
     again = lapse(taken)
-    assert isinstance(again, Again)
-    assert try_again(taken, again, "i", START).attempts == 0
+    assert isinstance(again, BackToQueue)
+    assert return_to_queue(taken, again, "i", START).attempts == 0
     cancelled = lapse(take_over(job(), LEASE, "not wanted"))
     assert cancelled == End(Outcome.CANCELLED, Code.CANCELLED, "cancelled: not wanted")
 
 
 def test_what_is_released_is_not_counted() -> None:
-    back = try_again(running(), released(START, "local/ingest-0"), "local/ingest-0", START)
+    back = return_to_queue(running(), after_stop(START, "local/ingest-0"), "local/ingest-0", START)
     assert (back.state, back.attempts, back.refusals, back.due_at, back.lease) == (State.QUEUED, 0, 0, START, None)
 
 
@@ -210,6 +212,8 @@ def test_a_deadline_is_counted_anew_also_when_the_beginning_of_its_time_is_in_no
     ended = end(claim(job(deadline=START + timedelta(seconds=60)), LEASE, START), why, "i", START)
     again = requeue(ended, "", "i", later)
     for _ in range(TRANSITIONS_KEPT):  # An outage: nobody was there to run it.
-        again = try_again(claim(again, LEASE, later), Again(later, False, "nobody there", 14, "m"), "i", later)
+        again = return_to_queue(
+            claim(again, LEASE, later), BackToQueue(later, False, "nobody there", 14, "m"), "i", later
+        )
     ended = end(claim(again, LEASE, later), why, "i", later)
     assert requeue(ended, "", "i", later).deadline == later + timedelta(seconds=60)

@@ -309,7 +309,7 @@ async def test_an_answer_that_the_store_refuses_ends_as_failed_and_spares_the_ot
     assert [job.state for job in jobs].count(pb.JOB_STATE_SUCCEEDED) == 19
     bad = jobs[7]
     assert bad.state == pb.JOB_STATE_FAILED
-    assert "the store does not take the answer" in mesh.store.results[bad.id].message
+    assert "the store refuses the result" in mesh.store.results[bad.id].message
 
 
 async def test_a_store_that_is_away_loses_no_answer(client: Client, mesh: FakeMesh) -> None:

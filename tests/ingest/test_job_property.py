@@ -15,12 +15,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.ingest.dependencies.waiting import after_look
+from services.ingest.dependencies.waiting import decide
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
     MAX_LAPSES,
-    Again,
+    BackToQueue,
     End,
     Failure,
     Job,
@@ -31,15 +31,15 @@ from services.ingest.job import (
     acceptance,
     after_failure,
     after_lapse,
+    after_stop,
     claim,
     end,
-    ended_from_outside,
     generations,
-    released,
+    imposed_end,
     requeue,
+    return_to_queue,
     state_of,
     take_over,
-    try_again,
 )
 from services.ingest.job_store import DependencyState
 from shoal.errors import Code
@@ -113,7 +113,7 @@ class World(RuleBasedStateMachine):
         codes=st.sampled_from([(), (Code.INTERNAL,), (Code.INVALID_ARGUMENT, Code.UNAVAILABLE)]),
         delay_s=st.sampled_from([0, 0, 30]),
         dependencies=st.integers(0, 2),
-        fails_with_them=st.booleans(),
+        fails_on_dependency=st.booleans(),
         data=st.data(),
     )
     def submit(
@@ -124,7 +124,7 @@ class World(RuleBasedStateMachine):
         codes: tuple[int, ...],
         delay_s: int,
         dependencies: int,
-        fails_with_them: bool,
+        fails_on_dependency: bool,
         data: st.DataObject,
     ) -> None:
         due_at = self.now + timedelta(seconds=delay_s)
@@ -139,7 +139,7 @@ class World(RuleBasedStateMachine):
             depends_on=depends_on,
             waits_for=depends_on,
             not_before=due_at if depends_on else None,
-            fails_with_them=fails_with_them,
+            fails_on_dependency=fails_on_dependency,
             policy=Policy(attempts, backoff_ms, 30_000, codes),
             deadline=None if deadline_s is None else due_at + timedelta(seconds=deadline_s),
             transitions=acceptance(self.now, "local/ingest-0", due_at),
@@ -210,7 +210,7 @@ class World(RuleBasedStateMachine):
     def releases(self, n: int) -> None:
         for task in self.workers[n].tasks.values():
             if task.how is None and task.after is None:
-                self.decide(task, released(self.now, "i"))
+                self.decide(task, after_stop(self.now, "i"))
 
     @precondition(lambda self: any(job.lease and job.lease.expires_at <= self.now for job in self.jobs.values()))
     @rule(n=st.integers(0, WORKERS - 1), asks=st.booleans())
@@ -227,14 +227,14 @@ class World(RuleBasedStateMachine):
                 else:
                     self.decide(task, after_lapse(job, before.lease, self.now, lambda: 0.5))
 
-    @precondition(lambda self: any(job.due_at and ended_from_outside(job, self.now) for job in self.jobs.values()))
+    @precondition(lambda self: any(job.due_at and imposed_end(job, self.now) for job in self.jobs.values()))
     @rule(n=st.integers(0, WORKERS - 1))
     def expires(self, n: int) -> None:
         worker = self.workers[n]
         lease = self.lease(worker)
         for before in list(self.jobs.values()):
             if before.due_at is not None and before.deadline is not None and before.deadline <= self.now:
-                how = ended_from_outside(before, self.now)
+                how = imposed_end(before, self.now)
                 assert how is not None
                 self.decide(self.take(worker, take_over(before, lease)), how)
 
@@ -246,11 +246,11 @@ class World(RuleBasedStateMachine):
         known = {job.id: DependencyState(job.id, job.state) for job in self.jobs.values()}
         for before in list(self.jobs.values()):
             if before.waits_for and before.lease is None:
-                after = after_look(before, known, "i", self.now)
+                after = decide(before, known, "i", self.now)
                 if isinstance(after, Job):
                     self.jobs[before.id] = after
                 else:
-                    self.decide(self.take(worker, replace(take_over(before, lease), doom=after)), after)
+                    self.decide(self.take(worker, replace(take_over(before, lease), decided_end=after)), after)
 
     @precondition(lambda self: any(not job.is_final for job in self.jobs.values()))
     @rule(data=st.data(), n=st.integers(0, WORKERS - 1))
@@ -258,7 +258,7 @@ class World(RuleBasedStateMachine):
         before = data.draw(st.sampled_from([job for job in self.jobs.values() if not job.is_final]))
         if before.cancel_reason is None:
             job = take_over(before, self.lease(self.workers[n]), "not wanted")
-            how = ended_from_outside(job, self.now)
+            how = imposed_end(job, self.now)
             assert how is not None
             self.decide(self.take(self.workers[n], job), how)
 
@@ -310,7 +310,7 @@ class World(RuleBasedStateMachine):
     def the_last_transition_is_the_state(self) -> None:
         for job in self.jobs.values():
             assert job.transitions[-1].state is job.state
-            assert job.steps == len(job.transitions)
+            assert job.transition_count == len(job.transitions)
             ends = [step for step in job.transitions[:-1] if step.state in FINAL]
             assert len(ends) == job.generation - 1
             assert all(step.state in DEAD_LETTERS for step in ends)
@@ -344,11 +344,11 @@ class World(RuleBasedStateMachine):
         worker.tasks[job.id] = task = Task(job)
         return task
 
-    def decide(self, task: Task, decision: Again | End) -> None:
+    def decide(self, task: Task, decision: BackToQueue | End) -> None:
         if isinstance(decision, End):
             task.how = decision
         else:
-            task.after = try_again(task.job, decision, "i", self.now)
+            task.after = return_to_queue(task.job, decision, "i", self.now)
 
     def all_tasks(self) -> list[Task]:
         return [task for worker in self.workers for task in worker.tasks.values()]

@@ -11,7 +11,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
 from services.ingest.job import (
-    Again,
+    BackToQueue,
     End,
     Job,
     Lease,
@@ -19,14 +19,23 @@ from services.ingest.job import (
     State,
     claim,
     end,
-    released_from_waiting,
     requeue,
+    return_to_queue,
     take_over,
-    try_again,
+    unblocked,
 )
-from services.ingest.job_store import Claimed, DeadFilter, Inserted, JobStore, KeyTaken, Standing, Unknown, Written
-from services.ingest.lane import Lane
+from services.ingest.job_store import (
+    Claimed,
+    DeadFilter,
+    DependencyState,
+    Inserted,
+    JobStore,
+    KeyTaken,
+    StatesWritten,
+    UnknownOutcome,
+)
 from services.ingest.mongo_jobs import MongoJobs
+from services.ingest.tenant_queue import TenantQueueKey
 from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, job
 
@@ -61,7 +70,7 @@ async def read(store: JobStore, *made: Job) -> list[Job]:
 
 
 def light(one: Job) -> Job:
-    return one.but(request=None)
+    return one.replaced(request=None)
 
 
 async def test_jobs_are_read_as_they_were_inserted_queued_or_claimed(store: JobStore) -> None:
@@ -85,20 +94,20 @@ async def test_of_jobs_with_one_key_the_first_is_inserted_and_the_other_refused_
 async def test_standings_are_by_id_and_by_key_of_one_tenant(store: JobStore) -> None:
     letter, foreign = await dead(store, "a", tenant="t", key="k"), job(tenant="u")
     await insert(store, foreign)
-    [by_id] = await store.standings("t", [letter.id, foreign.id], [])
-    [by_key] = await store.standings("t", [], ["k"])
-    assert by_id == by_key == Standing(letter.id, State.DEAD, "broken", "k")
-    assert await store.standings("t", [], []) == []
+    [by_id] = await store.dependency_states("t", [letter.id, foreign.id], [])
+    [by_key] = await store.dependency_states("t", [], ["k"])
+    assert by_id == by_key == DependencyState(letter.id, State.DEAD, "broken", "k")
+    assert await store.dependency_states("t", [], []) == []
 
 
 async def test_the_queue_is_seen_by_lanes_in_the_order_of_due_times(store: JobStore) -> None:
     soon, late = job(tenant="a"), job(tenant="a", due_at=LATER)
     await insert(store, late, soon, job(tenant="b", due_at=LATER), await_one := job(tenant="b"), held_one := job())
     await store.claim([held_one.id], lease("l"), START)
-    a, b = Lane("a", "m", 0), Lane("b", "m", 0)
-    assert await store.lanes("", 10) == [(a, START), (b, START)]
-    assert await store.lanes("", 1) == [(a, START)]
-    assert await store.lanes(a.text, 10) == [(b, START)]
+    a, b = TenantQueueKey("a", "m", 0), TenantQueueKey("b", "m", 0)
+    assert await store.tenant_queues("", 10) == [(a, START), (b, START)]
+    assert await store.tenant_queues("", 1) == [(a, START)]
+    assert await store.tenant_queues(a.text, 10) == [(b, START)]
     assert await store.heads([(a, 5), (b, 5)], START) == {a: [(START, soon.id)], b: [(START, await_one.id)]}
     assert await store.heads([(a, 5)], LATER) == {a: [(START, soon.id), (LATER, late.id)]}
     assert await store.heads([(a, 1)], LATER) == {a: [(START, soon.id)]}
@@ -129,9 +138,9 @@ async def test_a_fresh_claim_wins_what_nobody_has_touched(store: JobStore) -> No
     await insert(store, fresh, touched)
     mine = claim(touched, lease("other"), START)
     assert await store.claim([touched.id], lease("other"), START) == Claimed([mine])
-    back = try_again(mine, Again(START, True, "again"), "i", START)
-    assert await store.write_states([(mine, back)]) == Written(1)
-    assert await store.claim_fresh([fresh, touched], lease("l"), START) == Claimed([claim(fresh, lease("l"), START)])
+    back = return_to_queue(mine, BackToQueue(START, True, "again"), "i", START)
+    assert await store.write_states([(mine, back)]) == StatesWritten(1)
+    assert await store.claim_accepted([fresh, touched], lease("l"), START) == Claimed([claim(fresh, lease("l"), START)])
     assert (await read(store, touched)) == [light(back)]
 
 
@@ -176,7 +185,7 @@ async def test_the_leases_of_an_owners_other_processes_lapse(store: JobStore) ->
     other = claim(job(), lease("b", owner="local/ingest-1", process="old"), START)
     new = claim(job(), lease("c", process="new"), START)
     await insert(store, old, other, new)
-    assert await store.lapse("local/ingest-0", "new", START) == 1
+    assert await store.expire_leases("local/ingest-0", "new", START) == 1
     found = await read(store, old, other, new)
     assert [one.lease.expires_at for one in found if one.lease] == [START, LATER, LATER]
 
@@ -184,18 +193,18 @@ async def test_the_leases_of_an_owners_other_processes_lapse(store: JobStore) ->
 async def test_states_are_written_by_the_holder_in_its_attempt_only(store: JobStore) -> None:
     mine, other = await held(store, "l"), await held(store, "other")
     ended = end(mine, End(Outcome.SUCCEEDED), "i", LATER)
-    not_mine = other.but(lease=lease("l"))
-    assert await store.write_states([(mine, ended), (not_mine, end(not_mine, DEAD, "i", LATER))]) == Written(1)
+    not_mine = other.replaced(lease=lease("l"))
+    assert await store.write_states([(mine, ended), (not_mine, end(not_mine, DEAD, "i", LATER))]) == StatesWritten(1)
     assert await read(store, mine, other) == [light(ended), light(other)]
-    stale = other.but(attempts=9)
-    assert await store.write_states([(stale, end(stale, DEAD, "i", LATER))]) == Written(0)
+    stale = other.replaced(attempts=9)
+    assert await store.write_states([(stale, end(stale, DEAD, "i", LATER))]) == StatesWritten(0)
 
 
 async def dead(store: JobStore, name: str, **fields: Any) -> Job:
     """Insert a dead letter."""
     mine = await held(store, name, **fields)
     letter = end(mine, DEAD, "i", START)
-    assert await store.write_states([(mine, letter)]) == Written(1)
+    assert await store.write_states([(mine, letter)]) == StatesWritten(1)
     return light(letter)
 
 
@@ -244,13 +253,13 @@ async def test_a_dependent_is_released_or_doomed_unless_it_has_changed_since_it_
     a = job()
     released, doomed, changed = dependent(a), dependent(a), dependent(a)
     await insert(store, a, released, doomed, changed)
-    after = released_from_waiting(released, "i", LATER)
+    after = unblocked(released, "i", LATER)
     await store.release_dependents([(light(released), light(after))])
     assert await read(store, released) == [light(after)]
     taken = await store.take_to_cancel(changed.id, "", lease("other"))
-    await store.release_dependents([(light(changed), released_from_waiting(light(changed), "i", LATER))])
-    mine = await store.doom([(doomed, DEAD, (a.id,)), (changed, DEAD, ()), (released, DEAD, ())], lease("n"))
-    assert mine == [light(doomed).but(lease=lease("n"), doom=DEAD)]
+    await store.release_dependents([(light(changed), unblocked(light(changed), "i", LATER))])
+    mine = await store.take_to_end([(doomed, DEAD, (a.id,)), (changed, DEAD, ()), (released, DEAD, ())], lease("n"))
+    assert mine == [light(doomed).replaced(lease=lease("n"), decided_end=DEAD)]
     assert await read(store, changed) == [taken]
 
 
@@ -281,12 +290,12 @@ async def test_the_outcome_of_a_write_that_is_not_answered_is_unknown(jobs: Asyn
     made = job()
     outcomes: list[object] = [
         await unsure.insert([made]),
-        await unsure.claim_fresh([made], lease("l"), START),
+        await unsure.claim_accepted([made], lease("l"), START),
         await unsure.claim([made.id], lease("m"), START),
     ]
     mine = claim(made, lease("l"), START)
     assert await sure.claimed_under(lease("l"), [made.id]) == [mine], "the first two writes were made"
     outcomes.append(await unsure.write_states([(mine, end(mine, DEAD, "i", START))]))
     for outcome in outcomes:
-        assert isinstance(outcome, Unknown)
+        assert isinstance(outcome, UnknownOutcome)
         assert isinstance(outcome.error, Unavailable)

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.stream import Window
 from shoal.errors import ResourceExhausted
@@ -78,7 +78,7 @@ async def test_a_full_window_stops_its_reader() -> None:
 
 
 async def test_the_backlog_is_counted_now_and_then_and_kept_up_in_between() -> None:
-    backlog = Backlog(10)
+    backlog = JobBacklog(10)
 
     async def count(limit: int) -> int:
         assert limit == 11
@@ -91,6 +91,6 @@ async def test_the_backlog_is_counted_now_and_then_and_kept_up_in_between() -> N
     with pytest.raises(ResourceExhausted, match="10 jobs are queued already and the limit is 10") as refused:
         backlog.admit()
     assert refused.value.retry_after_ms
-    backlog.taken(100)
+    backlog.removed(100)
     backlog.admit()
     assert backlog.estimate == 0

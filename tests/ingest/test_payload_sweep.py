@@ -33,7 +33,7 @@ class Handed:
         self.requests: dict[str, bytes] = {}
         self.is_away = False
 
-    async def hand_in(self, job_id: str, tenant: str, request: bytes) -> str | None:
+    async def upload(self, job_id: str, tenant: str, request: bytes) -> str | None:
         if self.is_away:
             return None
         self.requests[job_id] = request
@@ -48,7 +48,7 @@ class Handed:
         for job_id in job_ids:
             self.requests.pop(job_id, None)
 
-    async def handed_in(self, before: str) -> AsyncIterator[list[str]]:
+    async def list_uploaded(self, before: str) -> AsyncIterator[list[str]]:
         for job_id in sorted(job_id for job_id in self.requests if job_id < before):
             yield [job_id]
 
@@ -62,7 +62,7 @@ async def test_what_was_handed_in_and_lost_sight_of(mongo_uri: str, mongo_databa
         await database[JOBS].insert_many([document_of(one) | {"state": str(one.state)} for one in (needed, ended)])
         await payloads.put([needed, ended, young])
         # A kill between the store and MongoDB, on the way in.
-        await store.hand_in(apart().id, "", b"lost")
+        await store.upload(apart().id, "", b"lost")
         # The store was away when the job ended.
         store.is_away = True
         await payloads.drop([ended.id])
@@ -102,7 +102,7 @@ async def test_one_that_fails_ends_the_handing_in_of_the_others(mongo_uri: str, 
     begun, under_way = asyncio.Event(), 0
 
     class Failing(Handed):
-        async def hand_in(self, job_id: str, tenant: str, request: bytes) -> str | None:
+        async def upload(self, job_id: str, tenant: str, request: bytes) -> str | None:
             nonlocal under_way
             if job_id == first.id:
                 await begun.wait()

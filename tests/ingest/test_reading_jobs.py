@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.job import State, Transition
-from services.ingest.reading.watch import views_between
+from services.ingest.queries.watch import views_between
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.faults import Client, FakeMesh, echo, failing
 from tests.ingest.making import START, job

@@ -10,7 +10,14 @@ import pytest
 
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
-from services.ingest.dispatch.remote import AttemptAnswer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
+from services.ingest.dispatch.remote import (
+    AttemptAnswer,
+    BulkEntry,
+    GivenUpJobs,
+    RemoteModel,
+    RemoteResults,
+    failure_of,
+)
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable
 from shoal.inference.v2 import inference_pb2
@@ -75,7 +82,7 @@ async def test_infer_is_told_whose_call_it_is(mesh: FakeMesh, tenant: str, told:
 
 
 async def test_a_job_that_was_given_up_before_its_bulk_began_disturbs_nobody(mesh: FakeMesh) -> None:
-    given_up, is_told = GivenUp(), asyncio.Event()
+    given_up, is_told = GivenUpJobs(), asyncio.Event()
     given_up.add("its deadline had passed, so it is not in the call")
     given_up.add("job 2")
 
@@ -107,9 +114,9 @@ async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:
             End(Outcome.SUCCEEDED),
             None,
         ]
-        standing = await results.standing([f"no-{n}" for n in range(150)] + ["a"])
+        standing = await results.recorded_ends([f"no-{n}" for n in range(150)] + ["a"])
         assert standing == {"a": End(Outcome.SUCCEEDED)}
-        assert await results.standing(["b"]) == {"b": End(Outcome.FAILED, 3, "y")}
+        assert await results.recorded_ends(["b"]) == {"b": End(Outcome.FAILED, 3, "y")}
 
 
 async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> None:
@@ -123,5 +130,5 @@ async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> 
             await failing(context, S.UNIMPLEMENTED, "")
 
         mesh.store.before = no_route
-        with pytest.raises(Unavailable, match="recording results: the mesh has no way to the store yet"):
+        with pytest.raises(Unavailable, match="recording results: the mesh has no route to the store yet"):
             await results.put([store_pb2.Result(job_id="b")], [""])

@@ -46,7 +46,7 @@ def test_all_that_may_be_asked_for() -> None:
     )
     assert job.policy == Policy(100, 5, 1_000)
     assert job.deadline == START + timedelta(seconds=90, milliseconds=1)
-    assert job.lane == ("t" * 64, "echo", -9)
+    assert job.tenant_queue == ("t" * 64, "echo", -9)
     assert len(job.labels) == 64
     assert len(job.digest) == 32
 
@@ -106,7 +106,10 @@ def test_backoffs_that_are_half_given_fit_together() -> None:
         (submit(not_before=Timestamp(seconds=253402300000)), "not_before: at most 3660 days ahead"),
         (submit(not_before=Timestamp(nanos=-1)), "not_before: not a time"),
         (submit(not_before=Timestamp(seconds=1), delay=Duration(seconds=1)), "delay: not together with not_before"),
-        (submit(delay=Duration(seconds=9), deadline=Duration(seconds=9)), "deadline: it passes before the job may run"),
+        (
+            submit(delay=Duration(seconds=9), deadline=Duration(seconds=9)),
+            "deadline: before the earliest start of the job",
+        ),
         (submit(labels={str(n): "" for n in range(65)}), "labels: at most 64, got 65"),
         (submit(labels={"k" * 257: ""}), "its key: at most 256 characters, got 257"),
         (submit(labels={"key": "v" * 257}), r"labels\['key'\]: at most 256 characters, got 257"),

@@ -36,7 +36,7 @@ from services.ingest.batches.submission import Submissions
 from services.ingest.batches.viewing import Viewing
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.retention.retention_repository import RetentionRepository
 
 _THREADS = 8
 """Reading, packing and writing of the chunks that run, and a plan."""
@@ -61,7 +61,7 @@ class Batches:
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
-        places = InputLocations(config.batch_places)
+        places = InputLocations(config.batch_url_prefixes)
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")

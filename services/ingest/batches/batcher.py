@@ -38,7 +38,7 @@ from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.running import Progress, Running
 from services.ingest.clock import Clock
 from services.ingest.job import Lease
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.retention.retention_repository import RetentionRepository
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)

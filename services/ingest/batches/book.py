@@ -16,8 +16,8 @@ from services.ingest.batches.documents import batch_document, batch_of, step_doc
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock, earliest, milliseconds
-from services.ingest.documents import EVER
-from services.ingest.reading.jobs import Filter
+from services.ingest.documents import EPOCH
+from services.ingest.queries.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -108,7 +108,7 @@ class BatchRepository:
     async def take_duty(self, batch_id: str) -> Batch | None:
         """Takes up the duty of a batch; None: somebody has it. Counts the try."""
         lease = self._ledger.lease()
-        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
+        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EPOCH}}
         update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
         with translated("taking up a batch"):
             found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
@@ -195,7 +195,11 @@ class BatchRepository:
                 page = await found.limit(_REMOVED_AT_ONCE).to_list()
                 if not page:
                     return removed
-                over = [one["_id"] for one in page if rules.has_stayed(one["tenant"], BATCHES, one["updated_at"], now)]
+                over = [
+                    one["_id"]
+                    for one in page
+                    if rules.is_past_retention(one["tenant"], BATCHES, one["updated_at"], now)
+                ]
                 if over:
                     gone = await self._batches.delete_many({"_id": {"$in": over}, "state": str(state)})
                     removed += gone.deleted_count
@@ -206,7 +210,7 @@ class BatchRepository:
         lease = self._ledger.lease()
         left = {
             "is_active": True,
-            "free_at": {"$gt": EVER},
+            "free_at": {"$gt": EPOCH},
             "lease.owner": lease.owner,
             "lease.process": {"$ne": lease.process},
         }

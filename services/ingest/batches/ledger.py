@@ -20,11 +20,11 @@ from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
 from services.ingest.batches.outputs.written import Written
 from services.ingest.clock import Clock, earliest, latest
-from services.ingest.documents import EVER, RESTORES
+from services.ingest.documents import EPOCH, RESTORES
 from services.ingest.job import Lease
 from shoal.errors import AlreadyExists
 
-_FREE = {"$gt": EVER}
+_FREE = {"$gt": EPOCH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Ledger:
     async def claim(self, batch: str, *, only_staged: bool = False) -> Chunk | None:
         """Claims the first free chunk of a batch; with `only_staged`, of those whose part is to be published."""
         lease = self.lease()
-        free: Document = {"batch": batch, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
+        free: Document = {"batch": batch, "free_at": {"$lte": earliest(self._clock), "$gt": EPOCH}}
         if only_staged:
             free["state"] = str(ChunkState.STAGED)
         taking = [

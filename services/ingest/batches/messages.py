@@ -6,7 +6,7 @@ from datetime import datetime
 
 from services.ingest.batches.batch import BatchState, Format, seconds_of
 from services.ingest.batches.viewing import View
-from services.ingest.messages import asked_state, timestamp_of
+from services.ingest.messages import filter_state, timestamp_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 _STATES = {state: f"BATCH_STATE_{state.name}" for state in BatchState}
@@ -65,4 +65,4 @@ def state_of(number: int) -> BatchState | None:
     Raises:
         InvalidArgument: the number is not a state.
     """
-    return asked_state("batch", number, _STATE_OF)
+    return filter_state("batch", number, _STATE_OF)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mesh.rpc.interceptors import Context
 from services.ingest.batches.messages import message_of, state_of
-from services.ingest.reading.jobs import Filter
+from services.ingest.queries.jobs import Filter
 from shoal.errors import Unimplemented
 from shoal.ingest.v1 import ingest_pb2 as pb
 

@@ -13,7 +13,7 @@ from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.ledger import Ledger
 from services.ingest.limits import REASON_CHARS
-from services.ingest.reading.jobs import Filter
+from services.ingest.queries.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 

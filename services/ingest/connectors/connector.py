@@ -24,7 +24,7 @@ from services.ingest.connectors.progress import Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
-from services.ingest.reading.endings import Ended
+from services.ingest.queries.completions import Ended
 from shoal.errors import AlreadyExists, Code, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2

@@ -26,7 +26,7 @@ from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns
 from services.ingest.job import State
 from services.ingest.limits import KEY_CHARS
-from services.ingest.reading.endings import Ended
+from services.ingest.queries.completions import Ended
 from services.ingest.ulid import is_ulid
 from shoal.errors import Code, Internal, InvalidArgument, ResourceExhausted, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb

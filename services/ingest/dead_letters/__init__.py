@@ -1,1 +1,1 @@
-"""What became of jobs that ended without an answer: listed, looked into, put into the queue again, or removed."""
+"""Dead letters, jobs that ended without an answer: listed, inspected, requeued or removed."""

@@ -1,19 +1,19 @@
-"""The calls about dead letters: translates between messages and what this room thinks in."""
+"""RPC methods for dead letters: translation between messages and `DeadLetters`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mesh.rpc.interceptors import Context
-from services.ingest.dead_letters.dead_letters import DeadLetters, Done
-from services.ingest.dead_letters.wanted import DeadLetterFilter, checked_filter, wanted
+from services.ingest.dead_letters.dead_letters import DeadLetterOutcome, DeadLetters
+from services.ingest.dead_letters.filters import DeadLetterSelection, checked_filter, checked_selection
 from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class DeadLettersRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for dead letters."""
 
     def __init__(self, letters: DeadLetters) -> None:
         self._letters = letters
@@ -25,13 +25,13 @@ class DeadLettersRpc:
     async def RequeueDeadLetters(
         self, request: pb.RequeueDeadLettersRequest, context: Context
     ) -> pb.RequeueDeadLettersResponse:
-        done = await self._letters.requeue(_wanted(request), request.reason)
+        done = await self._letters.requeue(_selected(request), request.reason)
         return pb.RequeueDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
 
     async def PurgeDeadLetters(
         self, request: pb.PurgeDeadLettersRequest, context: Context
     ) -> pb.PurgeDeadLettersResponse:
-        done = await self._letters.purge(_wanted(request))
+        done = await self._letters.purge(_selected(request))
         return pb.PurgeDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
 
 
@@ -40,12 +40,12 @@ def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
     return checked_filter(state_of(message.state), message.model_name, message.tenant, message.code, before)
 
 
-def _wanted(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterFilter:
-    among = _filter(request.filter) if request.HasField("filter") else None
-    return wanted(request.ids, among, request.limit)
+def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterSelection:
+    filter_ = _filter(request.filter) if request.HasField("filter") else None
+    return checked_selection(request.ids, filter_, request.limit)
 
 
-def _refused(done: Done) -> Sequence[pb.DeadLetterRefusal]:
+def _refused(done: DeadLetterOutcome) -> Sequence[pb.DeadLetterRefusal]:
     return [
         pb.DeadLetterRefusal(id=job_id, code=error.code, message=error.message)
         for job_id, error in done.refused.items()

@@ -1,1 +1,1 @@
-"""Jobs that wait for others: what they refer to, when they may run, and how the end of one spreads."""
+"""Dependencies between jobs: references, and the decision when a waiting job may run or must end."""

@@ -1,10 +1,10 @@
-"""How a job refers to one that it depends on: by id, or by idempotency key, which is a job's second name.
+"""References from a job to its dependencies: by id or by idempotency key.
 
     01KB0Q9V8N8J5M2Q4R6T8W0X2Z     an id
-    key:invoice-7                  the job of the same tenant with that key
+    key:invoice-7                  the job of the same tenant with that idempotency key
 
-A reference by key is good as soon as the key's job is durable, whichever of two that raced it is. So a group of submits
-can be written at once although some depend on others in it.
+A reference by key is valid as soon as a job with the key is durable, whichever of two concurrent submits wins. So a
+group of submits can be written together although some depend on others in the group.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 MOST = 100
-"""Jobs that one depends on: each is looked up when it is submitted, and again until it has ended."""
+"""Maximum dependencies of a job: their states are read at the submit, and again until they have ended."""
 _KEY = "key:"
 _ON_FAILURE = frozenset(pb.OnDependencyFailure.values())
 
 
 def by_key(key: str) -> str:
-    """The reference to the job with that key."""
+    """Return the reference to the job with idempotency key `key`."""
     return _KEY + key
 
 
 def key_of(reference: str) -> str | None:
-    """The key that it refers by; None when it is an id."""
+    """Return the idempotency key in a reference; None when the reference is an id."""
     return reference.removeprefix(_KEY) if reference.startswith(_KEY) else None
 
 
 def words(reference: str) -> str:
-    """As people read it."""
+    """Return the reference as text for messages."""
     key = key_of(reference)
     return reference if key is None else f"with the key {key!r}"
 
 
 def references_of(submit: pb.SubmitRequest, key_chars: int) -> tuple[str, ...]:
-    """What a submit depends on, each once.
+    """Return the references in a submit's `depends_on`, without repetitions.
 
     Raises:
-        InvalidArgument: names the field.
+        InvalidArgument: a field is invalid; the message names it.
     """
     if len(submit.depends_on) > MOST:
         raise InvalidArgument(f"depends_on: at most {MOST}, got {len(submit.depends_on)}")
@@ -51,7 +51,7 @@ def references_of(submit: pb.SubmitRequest, key_chars: int) -> tuple[str, ...]:
 
 
 def message_of(reference: str) -> pb.Dependency:
-    """As the contract has it."""
+    """Return the message of a reference."""
     key = key_of(reference)
     return pb.Dependency(job_id=reference) if key is None else pb.Dependency(idempotency_key=key)
 

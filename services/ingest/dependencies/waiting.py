@@ -1,10 +1,10 @@
-"""When a job that waits for others may run, and how it ends when one of them did not succeed. Plain decisions.
+"""Decision about a job with dependencies: still waiting, due, or ended because a dependency did not succeed.
 
-    waits for a, b ──a succeeded──> waits for b ──b succeeded──> due (not before its own time)
-                   └──one ended otherwise, or is gone──> CANCELLED or FAILED, by its own choice
+    waits for a, b ──a succeeded──> waits for b ──b succeeded──> due (not before its own `not_before`)
+                   └──one ended otherwise, or was removed──> CANCELLED or FAILED, as its submit chose
                    └──its deadline passed──> EXPIRED
 
-What it waits for is looked up whole each time, so nothing depends on having seen the moment at which a job ended.
+Each decision reads the states of all dependencies, so no decision depends on an event that could be missed.
 """
 
 from __future__ import annotations
@@ -14,41 +14,44 @@ from datetime import datetime
 from typing import TypeAlias
 
 from services.ingest.dependencies.references import by_key, words
-from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
+from services.ingest.job import FINAL, End, Job, Outcome, State, imposed_end, unblocked
 from services.ingest.job_store import DependencyState
 from shoal.errors import Code
 
 _REASON_CHARS = 500
 
 
-Known: TypeAlias = Mapping[str, DependencyState]
-"""By reference. One that is missing refers to no job (any more)."""
+DependencyStates: TypeAlias = Mapping[str, DependencyState]
+"""States by reference. A missing reference names a job that never existed or was removed."""
 
 
-def after_look(job: Job, known: Known, instance: str, now: datetime) -> Job | End:
-    """What becomes of a job that waits: how it ends, or how it goes on (which may be as it was)."""
-    if (ended := ended_from_outside(job, now)) is not None:
+def decide(job: Job, known: DependencyStates, instance: str, now: datetime) -> Job | End:
+    """Return the end of a waiting job, or the job as it continues, which may be unchanged."""
+    if (ended := imposed_end(job, now)) is not None:
         return ended
     for reference in job.waits_for:
-        standing = known.get(reference)
-        if standing is None or standing.state in _FAILED:
-            return _doom(job, reference, standing)
+        dependency = known.get(reference)
+        if dependency is None or dependency.state in _FAILED:
+            return _failed_end(job, reference, dependency)
     left = [known[reference] for reference in job.waits_for if known[reference].state is not State.SUCCEEDED]
     if not left:
-        return released_from_waiting(job, instance, now)
-    # By id from now on: that is what is looked for when one of them ends.
-    return job.but(waits_for=tuple(dict.fromkeys(standing.id for standing in left)))
+        return unblocked(job, instance, now)
+    # By id from now on, by which the cascade finds the dependents of an ended job.
+    return job.replaced(waits_for=tuple(dict.fromkeys(dependency.id for dependency in left)))
 
 
-def unmet(job: Job, known: Known) -> tuple[str, ...]:
-    """What it waits for that has not succeeded, as it named it: a key may be another job's when it is requeued."""
+def unmet(job: Job, known: DependencyStates) -> tuple[str, ...]:
+    """Return the references to dependencies that have not succeeded, in the form of `depends_on`.
+
+    A reference by key stays one: at a requeue, another job may have the key.
+    """
     left: list[str] = []
     for reference in job.waits_for:
-        standing = known.get(reference)
-        if standing is None:
+        dependency = known.get(reference)
+        if dependency is None:
             left.append(reference)
-        elif standing.state is not State.SUCCEEDED:
-            named = by_key(standing.key)
+        elif dependency.state is not State.SUCCEEDED:
+            named = by_key(dependency.key)
             left.append(named if named in job.depends_on else reference)
     return tuple(dict.fromkeys(left))
 
@@ -56,13 +59,13 @@ def unmet(job: Job, known: Known) -> tuple[str, ...]:
 _FAILED = FINAL - {State.SUCCEEDED}
 
 
-def _doom(job: Job, reference: str, standing: DependencyState | None) -> End:
-    if standing is None:
-        reason = f"it depends on a job {words(reference)} that is not there any more"
+def _failed_end(job: Job, reference: str, dependency: DependencyState | None) -> End:
+    if dependency is None:
+        reason = f"it depends on a job {words(reference)} that no longer exists"
     else:
-        reason = f"it depends on job {standing.id}, which is {standing.state}"
-        reason += f": {standing.message}" if standing.message else ""
+        reason = f"it depends on job {dependency.id}, which is {dependency.state}"
+        reason += f": {dependency.message}" if dependency.message else ""
     reason = reason[:_REASON_CHARS]
-    if job.fails_with_them:
+    if job.fails_on_dependency:
         return End(Outcome.FAILED, Code.FAILED_PRECONDITION, reason)
     return End(Outcome.CANCELLED, Code.CANCELLED, f"cancelled: {reason}")

@@ -1,1 +1,1 @@
-"""From a durable job to its end: claims, attempts, recording, leases."""
+"""Dispatch of durable jobs until their ends: claims, attempts, results, leases."""

@@ -1,9 +1,9 @@
-"""Attempts: claimed jobs go to a model, one by one or many in a call, and what comes back are answers and decisions.
+"""Attempts: claimed jobs are sent to a model, singly or in bulk; each attempt gives a result or a decision.
 
-    one job  ──ModelInfer──> answer | Failure ─┐
-    many     ──InferBulk───> as they are done ─┴──> result, Again or End of each
+    one job  ──ModelInfer──> response | Failure ─┐
+    many     ──InferBulk───> as they complete ───┴──> result, BackToQueue or End of each
 
-It writes nothing: what it returns, the dispatcher has recorded.
+Attempts write nothing; the dispatcher has the decisions recorded.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
-from services.ingest.dispatch.bulks import is_suspect
+from services.ingest.dispatch.bulk_calls import is_ambiguous
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
-from services.ingest.dispatch.remote import AttemptAnswer, BulkDoorClosed, BulkEntry, GivenUp
+from services.ingest.dispatch.remote import AttemptAnswer, BulkEntry, BulkUnavailable, GivenUpJobs
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.job import BackToQueue, End, Failure, Job, Outcome, after_failure, imposed_end
 from services.ingest.limits import EXPLAIN, REQUEST_BYTES
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2
 
+# A parser merges concatenated messages, so appending this requests the instance's name without parsing the request.
+# https://protobuf.dev/programming-guides/encoding/#last-one-wins
 _EXPLAIN = inference_pb2.ModelInferRequest(
     parameters={EXPLAIN: inference_pb2.InferParameter(bool_param=True)}
 ).SerializeToString()
-# Serialised messages that are put one after the other are merged by their reader: this asks who answered, without
-# parsing the request. https://protobuf.dev/programming-guides/encoding/#last-one-wins
 _NAME_CHARS = 256
+# Parameters that infer adds when it is asked to explain; of an ensemble, also some for each step.
 _EXPLANATIONS = frozenset(
     {"replica", "version", "cache", "batch_size", "fired", "queue_us", "gather_us", "compute_us", "scatter_us"}
 )
 _STEP_EXPLANATION = re.compile(r"step_\d+_[a-z_]+")
-# What infer says when it is asked to explain; of an ensemble, also of each step.
 
-Decision: TypeAlias = store_pb2.Result | Again | End
-"""What becomes of a job after an attempt: its answer, another attempt, or its end."""
+Decision: TypeAlias = store_pb2.Result | BackToQueue | End
+"""Decision about a job after an attempt: its result, another attempt, or its end."""
 
 
-class Model(Protocol):
-    """infer, as an attempt needs it."""
+class ModelClient(Protocol):
+    """Client of infer."""
 
     async def infer(
         self, request: bytes, timeout_s: float, tenant: str = ""
     ) -> inference_pb2.ModelInferResponse | Failure:
-        """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
+        """Run one serialised ModelInferRequest once. A failed call returns a Failure."""
 
     def infer_bulk(
-        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str
+        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUpJobs, traceparent: str
     ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
-        """Runs many of one model, each once: says what becomes of them, by their jobs.
+        """Run many requests of one model once each; yield results by job id, as they arrive.
 
         Raises:
-            BulkDoorClosed: it takes no bulks; none of them ran.
+            BulkUnavailable: bulk calls are not supported; no entry ran.
         """
 
 
 class Attempts:
-    """Runs attempts."""
+    """Runner of attempts."""
 
     def __init__(
         self,
-        model: Model,
+        model: ModelClient,
         payloads: Payloads,
         *,
         gate: ModelGate,
@@ -89,34 +89,34 @@ class Attempts:
         self._timeout_s = timeout_ms / 1000
         self._draw = draw
         self._tracer = trace.get_tracer("shoal")
-        self._door_closed_until = 0.0
+        self._no_bulks_until = 0.0
 
-    async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
-        """Runs claimed jobs of one model once: what becomes of each, several at a time, as it is known."""
+    async def run(self, jobs: Sequence[Job], given_up: GivenUpJobs) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+        """Run one attempt of claimed jobs of one model; yield decisions, several at a time, as they are made."""
         now = self._clock()
-        ended = [(job, how) for job in jobs if (how := ended_from_outside(job, now)) is not None]
+        ended = [(job, how) for job in jobs if (how := imposed_end(job, now)) is not None]
         if ended:
             yield [*ended]
-            gone = {job.id for job, _ in ended}
-            jobs = [job for job in jobs if job.id not in gone]
-        is_open = asyncio.get_running_loop().time() >= self._door_closed_until
-        if is_open and (len(jobs) > 1 or (jobs and is_suspect(jobs[0]) and not jobs[0].is_apart)):
+            ended_ids = {job.id for job, _ in ended}
+            jobs = [job for job in jobs if job.id not in ended_ids]
+        takes_bulks = asyncio.get_running_loop().time() >= self._no_bulks_until
+        if takes_bulks and (len(jobs) > 1 or (jobs and is_ambiguous(jobs[0]) and not jobs[0].is_apart)):
             try:
-                async with aclosing(self._together(jobs, given_up)) as decided:
+                async with aclosing(self._run_bulk(jobs, given_up)) as decided:
                     async for some in decided:
                         yield some
                 return
-            except BulkDoorClosed as err:
-                self._door_closed_until = asyncio.get_running_loop().time() + err.for_s
-        async with aclosing(self._one_by_one(jobs)) as decided:
+            except BulkUnavailable as err:
+                self._no_bulks_until = asyncio.get_running_loop().time() + err.for_s
+        async with aclosing(self._run_singly(jobs)) as decided:
             async for some in decided:
                 yield some
 
-    async def _one_by_one(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+    async def _run_singly(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         if len(jobs) == 1:
-            yield [(jobs[0], await self._alone(jobs[0]))]
+            yield [(jobs[0], await self._run_one(jobs[0]))]
             return
-        running = {asyncio.ensure_future(self._alone(job)): job for job in jobs}
+        running = {asyncio.ensure_future(self._run_one(job)): job for job in jobs}
         try:
             while running:
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -125,8 +125,8 @@ class Attempts:
             for task in running:
                 task.cancel()
 
-    async def _alone(self, job: Job) -> Decision:
-        answer = await self._traced(job, self._left_s(job))
+    async def _run_one(self, job: Job) -> Decision:
+        answer = await self._traced(job, self._remaining_s(job))
         if isinstance(answer, Failure):
             return self._failed(job, answer)
         self._gate.passed(job.model_name)
@@ -138,13 +138,13 @@ class Attempts:
         result.response.CopyFrom(answer)
         return _answered(result, instance)
 
-    async def _together(
-        self, jobs: Sequence[Job], given_up: GivenUp
+    async def _run_bulk(
+        self, jobs: Sequence[Job], given_up: GivenUpJobs
     ) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         by_id = {job.id: job for job in jobs}
         spans = {job.id: self._span(job) for job in jobs if job.traceparent}
         entries = [
-            BulkEntry(job.id, job.request or b"", self._left_s(job), job.tenant, is_suspect(job)) for job in jobs
+            BulkEntry(job.id, job.request or b"", self._remaining_s(job), job.tenant, is_ambiguous(job)) for job in jobs
         ]
         # The call belongs to the trace of the first job that has one.
         traceparent = traceparent_of(trace.set_span_in_context(next(iter(spans.values())))) if spans else ""
@@ -172,7 +172,7 @@ class Attempts:
         self._gate.passed(job.model_name)
         return _answered(result, answer.instance)
 
-    def _failed(self, job: Job, failure: Failure) -> Again | End:
+    def _failed(self, job: Job, failure: Failure) -> BackToQueue | End:
         now = self._clock()
         if failure.is_reached:
             self._gate.passed(job.model_name)
@@ -180,7 +180,7 @@ class Attempts:
             self._gate.refused(job.model_name, now, failure.retry_after_ms)
         return after_failure(job, failure, now, self._draw)
 
-    def _left_s(self, job: Job) -> float:
+    def _remaining_s(self, job: Job) -> float:
         if job.deadline is None:
             return self._timeout_s
         return min(self._timeout_s, (job.deadline - self._clock()).total_seconds())
@@ -205,15 +205,15 @@ class Attempts:
         async with AsyncExitStack() as stack:
             request = job.request
             if job.is_apart:
-                # Its size is known only after reading it, so room for the largest is held.
+                # The size is known only after the read, so memory for the largest request is reserved.
                 await stack.enter_async_context(self._memory.of(REQUEST_BYTES, waits=True))
                 try:
                     request = await self._payloads.get(job.id)
                 except ShoalError as err:
-                    # What is damaged stays so: an attempt that is counted.
+                    # A damaged request stays damaged, so the attempt counts.
                     return Failure(int(err.code), err.message, is_reached=err.code is Code.DATA_LOSS)
             if request is None:
-                return Failure(Code.DATA_LOSS, f"the request of job {job.id} is not in the database any more")
+                return Failure(Code.DATA_LOSS, f"the request of job {job.id} is no longer in the database")
             return await self._model.infer(request + _EXPLAIN, timeout_s, job.tenant)
 
 
@@ -222,7 +222,7 @@ def _is_explanation(name: str) -> bool:
 
 
 def _answered(result: store_pb2.Result, instance: str) -> store_pb2.Result:
-    # Cut, because the store refuses longer ones, and a model may say anything.
+    # Truncated, because the store refuses longer names, and a model may return any.
     result.model_version = result.response.model_version[:_NAME_CHARS]
     result.instance = instance[:_NAME_CHARS]
     return result

@@ -1,4 +1,4 @@
-"""Cancelling: the job is taken from whoever has it, and ended; an answer that the store already holds wins."""
+"""Cancellation: the job is taken over from its holder and ended, unless the store already has its result."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import suppress
 from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.job import Job, ended_from_outside
+from services.ingest.job import Job, imposed_end
 from services.ingest.limits import REASON_CHARS
-from services.ingest.reading.jobs import Jobs
-from services.ingest.reading.watch import Watch
+from services.ingest.queries.jobs import Jobs
+from services.ingest.queries.watch import Watch
 from shoal.errors import InvalidArgument, ResourceExhausted
 
 WAIT_S = 3.0
-"""How long the answer waits for the job's end. It is a few milliseconds, unless the store is away."""
+"""Maximum wait for the job's end: a few milliseconds, unless the store is unavailable."""
 
 
-class Cancelling:
-    """Cancels jobs."""
+class JobCanceller:
+    """Cancels jobs for clients and schedules."""
 
     def __init__(self, jobs: Jobs, claims: Claims, dispatcher: Dispatcher, watch: Watch, clock: Clock) -> None:
         self._jobs = jobs
@@ -29,10 +29,11 @@ class Cancelling:
         self._clock = clock
 
     async def cancel(self, job_id: str, reason: str) -> Job:
-        """Sees to it that a job ends, and says how it stands. It has ended, unless the store is away: then it will.
+        """Cancel a job and return it as ended. While the store is unavailable, the job is returned before its end.
 
         Raises:
-            InvalidArgument: no id, or too long a reason. NotFound: no such job. Unavailable: MongoDB is away.
+            InvalidArgument: `job_id` is empty, or `reason` too long. NotFound: no such job.
+            Unavailable: MongoDB is unavailable.
         """
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
@@ -40,9 +41,10 @@ class Cancelling:
         if job.is_final:
             return job
         taken = await self._claims.take_to_cancel(job_id, reason)
-        if taken is not None and (how := ended_from_outside(taken, self._clock())) is not None:
+        if taken is not None and (how := imposed_end(taken, self._clock())) is not None:
             self._dispatcher.end(taken, how)
-        with suppress(TimeoutError, ResourceExhausted):  # Too many watch: it ends all the same.
+        # With too many watches the job ends all the same.
+        with suppress(TimeoutError, ResourceExhausted):
             async with asyncio.timeout(WAIT_S):
                 async for seen in self._watch.follow(job_id):
                     job = seen

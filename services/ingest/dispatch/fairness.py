@@ -1,10 +1,10 @@
-"""Who is next among tenants whose jobs wait: weighted fair queueing by jobs claimed.
+"""Order of tenants with queued jobs: weighted fair queueing by claimed jobs.
 
-Each tenant has a clock that advances by 1 / weight for every job of its that is claimed; whoever is furthest behind is
-next. A tenant that comes (back) starts at the common clock: it neither saves up while it has nothing waiting, nor pays
-for what it used when nobody else wanted it. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
+Each tenant has a virtual clock that advances by 1 / weight per claimed job; the tenant furthest behind is next. A
+tenant that becomes active starts at the common clock: it neither saves up credit while idle, nor pays for capacity that
+it used while no other tenant needed it. (Start-time fair queueing: Goyal, Vin, Cheng, 1996.)
 
-The weights are asked for at each claim, so a change counts from then on, for what waits already too.
+The weights are read at each claim, so a change takes effect immediately, also for queued jobs.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Sequence
 
-_TIDY = 1_000
-# So many clocks are kept before those that no longer matter are forgotten.
+# Number of clocks at which those without effect are dropped.
+_PRUNE_AT = 1_000
 
 
-class Clocks:
-    """The clocks of one claimer. Each of several shares out fairly what it claims, and so do all of them together."""
+class TenantClocks:
+    """Virtual clocks of one claimer. When each claimer is fair, all of them together are."""
 
     def __init__(self, weight_of: Callable[[str], float]) -> None:
         self._weight_of = weight_of
         self._now = 0.0
-        """The common clock: how far whoever was served last was when it was."""
+        """The common clock: the clock of the last served tenant at that time."""
         self._clocks: dict[str, float] = {}
         self._waiting: Collection[str] = frozenset()
-        self._tidy_at = _TIDY
+        self._prune_at = _PRUNE_AT
 
-    def behind(self, tenants: Collection[str], most: int) -> list[str]:
-        """Up to `most` of the `tenants`, which are all that have jobs waiting: those furthest behind, in that order."""
+    def furthest_behind(self, tenants: Collection[str], most: int) -> list[str]:
+        """Return up to `most` of `tenants`, furthest behind first. `tenants` are all tenants with queued jobs."""
         for tenant in tenants:
             if tenant not in self._waiting:
                 self._clocks[tenant] = max(self._now, self._clocks.get(tenant, 0.0))
         self._waiting = tenants
-        if len(self._clocks) > self._tidy_at:
-            self._tidy()
+        if len(self._clocks) > self._prune_at:
+            self._prune()
         return heapq.nsmallest(most, tenants, key=lambda tenant: (self._clocks[tenant], tenant))
 
-    def allot(self, tenants: Sequence[str], room: int) -> dict[str, int]:
-        """Shares `room` jobs out among some of those that wait. Nothing is charged yet: they may have fewer."""
+    def allot(self, tenants: Sequence[str], capacity: int) -> dict[str, int]:
+        """Divide `capacity` jobs among `tenants`. Nothing is charged yet: a tenant may have fewer jobs."""
         if len(tenants) == 1:
-            return {tenants[0]: room}
+            return {tenants[0]: capacity}
         steps = {tenant: 1 / self._weight_of(tenant) for tenant in tenants}
-        line = [(self._clocks[tenant], tenant) for tenant in tenants]
-        heapq.heapify(line)
+        heap = [(self._clocks[tenant], tenant) for tenant in tenants]
+        heapq.heapify(heap)
         shares: dict[str, int] = {}
-        for _ in range(room if line else 0):
-            clock, tenant = line[0]
+        for _ in range(capacity if heap else 0):
+            clock, tenant = heap[0]
             shares[tenant] = shares.get(tenant, 0) + 1
-            heapq.heapreplace(line, (clock + steps[tenant], tenant))
+            heapq.heapreplace(heap, (clock + steps[tenant], tenant))
         return shares
 
     def charge(self, tenant: str, jobs: int) -> None:
-        """So many jobs of `tenant`, at least one, were claimed."""
+        """Advance the clock of `tenant` by `jobs` claimed jobs, at least one."""
         step = 1 / self._weight_of(tenant)
         before = self._clocks.get(tenant, self._now)
         self._clocks[tenant] = before + jobs * step
         self._now = max(self._now, before + (jobs - 1) * step)
 
-    def _tidy(self) -> None:
-        # Whoever is away and not ahead of the common clock would start there anyway.
+    def _prune(self) -> None:
+        # An idle tenant that is not ahead of the common clock would start there anyway.
         kept = {tenant: clock for tenant, clock in self._clocks.items() if tenant in self._waiting or clock > self._now}
         self._clocks = kept
-        self._tidy_at = max(_TIDY, 2 * len(kept))
+        self._prune_at = max(_PRUNE_AT, 2 * len(kept))

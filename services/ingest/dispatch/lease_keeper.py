@@ -1,6 +1,6 @@
-"""Keeps promises while others work: leases are renewed, lapsed ones found, deadlines enforced, leftovers swept.
+"""Lease keeper: renews leases, takes over lapsed jobs, enforces deadlines, and sweeps unneeded payloads.
 
-Every instance does all of it, for all jobs. Two that find the same lapsed job are told apart by the take-over.
+Every instance does this for all jobs. Of two instances that find the same lapsed job, the take-over succeeds for one.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from types import TracebackType
 from mesh.process.tasks import end, for_ever
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.recorder import Results
+from services.ingest.dispatch.recorder import ResultStore
 from services.ingest.instance import Instance
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
+from services.ingest.job import End, Job, Lease, after_lapse, imposed_end
 from services.ingest.job_store import JobStore
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
-CARE_S = 0.5
-"""How often lapsed leases and passed deadlines are looked for: one look at an index each."""
-CARE_JOBS = 200
+RECOVERY_S = 0.5
+"""Interval of the search for lapsed leases and passed deadlines: one index query each."""
+RECOVERY_JOBS = 200
 SWEEP_S = 600.0
+# Delay of the first sweep, which needs the store: a starting node does not have it immediately.
 _FIRST_SWEEP_S = 30.0
-"""It asks the store, which a node that starts does not have at once; and nothing hurries."""
-_AWAY_WAIT_S = 1.0
+_UNAVAILABLE_WAIT_S = 1.0
 
 
 class LeaseKeeper:
-    """Runs its duties in the background for as long as the `async with` block lasts, once `ready` is set."""
+    """Background duties of an instance, which begin once `ready` is set. Used as `async with`."""
 
     def __init__(
         self,
         store: JobStore,
         claims: Claims,
         dispatcher: Dispatcher,
-        results: Results,
+        results: ResultStore,
         payloads: Payloads,
-        backlog: Backlog,
+        backlog: JobBacklog,
         instance: Instance,
         *,
         renew_ms: int,
@@ -63,11 +63,11 @@ class LeaseKeeper:
     async def __aenter__(self) -> LeaseKeeper:
         for name, duty, first_s in (
             ("renew leases", self._renew, 0.0),
-            ("care for lapsed jobs", self._care, 0.0),
+            ("recover lapsed jobs", self._recover_and_expire, 0.0),
             ("count the backlog", self._recount, 0.0),
             ("sweep payloads", self._sweep, _FIRST_SWEEP_S),
         ):
-            task = asyncio.create_task(self._do(name, duty, first_s), name=name)
+            task = asyncio.create_task(self._run_duty(name, duty, first_s), name=name)
             self._stack.push_async_callback(end, task)
         return self
 
@@ -76,50 +76,50 @@ class LeaseKeeper:
     ) -> None:
         await self._stack.__aexit__(kind, err, tb)
 
-    async def _do(self, name: str, duty: Callable[[], Awaitable[float]], first_s: float) -> None:
-        """Does `duty` from `first_s` on."""
+    async def _run_duty(self, name: str, duty: Callable[[], Awaitable[float]], first_s: float) -> None:
+        """Run `duty` repeatedly, `first_s` after `ready`."""
         await self._ready.wait()
         await asyncio.sleep(first_s)
-        await for_ever(name, duty, away_s=min(_AWAY_WAIT_S, self._renew_s), log=log)
+        await for_ever(name, duty, away_s=min(_UNAVAILABLE_WAIT_S, self._renew_s), log=log)
 
     async def _renew(self) -> float:
         held = self._dispatcher.held()
         if held:
             for job_id in await self._claims.renew(held):
-                self._dispatcher.lost(job_id, held[job_id])
+                self._dispatcher.lease_lost(job_id, held[job_id])
         return self._renew_s
 
-    async def _care(self) -> float:
+    async def _recover_and_expire(self) -> float:
         await self._recover()
-        limit = min(CARE_JOBS, self._dispatcher.room)
+        limit = min(RECOVERY_JOBS, self._dispatcher.capacity)
         expired = await self._claims.take_expired(limit) if limit else []
         for job in expired:
-            if (how := ended_from_outside(job, self._clock())) is not None:
+            if (how := imposed_end(job, self._clock())) is not None:
                 self._dispatcher.end(job, how)
-        return 0.0 if len(expired) == CARE_JOBS else CARE_S * random.uniform(0.5, 1)
+        return 0.0 if len(expired) == RECOVERY_JOBS else RECOVERY_S * random.uniform(0.5, 1)
 
     async def _recover(self) -> None:
-        limit = min(CARE_JOBS, self._dispatcher.room)
+        limit = min(RECOVERY_JOBS, self._dispatcher.capacity)
         lapsed = await self._claims.take_lapsed(limit, self._dispatcher.held().keys()) if limit else []
         if not lapsed:
             return
         log.warning("took over %d jobs whose leases lapsed", len(lapsed))
-        standing = await self._standing([job.id for job, _ in lapsed])
+        recorded = await self._recorded_ends([job.id for job, _ in lapsed])
         for job, lost in lapsed:
-            self._resume(job, lost, standing.get(job.id))
+            self._resume(job, lost, recorded.get(job.id))
 
-    async def _standing(self, job_ids: Sequence[str]) -> dict[str, End]:
-        """Results that the former holders had recorded: what has one need not run again."""
+    async def _recorded_ends(self, job_ids: Sequence[str]) -> dict[str, End]:
+        """Return the outcomes that the former holders had recorded: these jobs need not run again."""
         try:
-            return await self._results.standing(job_ids)
+            return await self._results.recorded_ends(job_ids)
         except ShoalError as err:
-            # Then they run again, and the store says what stands when the new results come.
-            log.info("cannot ask the store about jobs that lapsed: %s", err)
+            # The jobs then run again, and the store returns the first result when the second is put.
+            log.info("cannot query the store for results of lapsed jobs: %s", err)
             return {}
 
-    def _resume(self, job: Job, lost: Lease, standing: End | None) -> None:
-        if standing is not None and standing.generation == job.generation:
-            self._dispatcher.end_as(job, standing)
+    def _resume(self, job: Job, lost: Lease, recorded: End | None) -> None:
+        if recorded is not None and recorded.generation == job.generation:
+            self._dispatcher.end_recorded(job, recorded)
             return
         decision = after_lapse(job, lost, self._clock(), random.random)
         if isinstance(decision, End):
@@ -132,5 +132,5 @@ class LeaseKeeper:
 
     async def _sweep(self) -> float:
         if swept := await self._payloads.sweep(self._clock()):
-            log.info("swept %d payloads that no job needed", swept)
+            log.info("removed %d payloads that no job needs", swept)
         return SWEEP_S * random.uniform(0.5, 1)

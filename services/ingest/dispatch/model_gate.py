@@ -1,9 +1,9 @@
-"""A gate per model: while nobody is there to run a model, its jobs stay in the queue and are not churned through.
+"""Gate per model: while no instance serves a model, its jobs stay in the queue.
 
-    OPEN ──refused──> CLOSED until a moment ──that moment──> OPEN again (a few are tried) ──passed──> OPEN, forgotten
+    OPEN ──refused──> CLOSED until a time ──that time──> OPEN for a trial ──passed──> OPEN
 
-Without it an outage would send the whole backlog to a dead end, two database writes a job, at full speed; and jobs of
-models that are there would wait behind.
+Without the gate, an outage would cycle the whole backlog at full speed, with two database writes per job, and delay the
+jobs of models that are served.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from datetime import datetime, timedelta
 
 FIRST_MS = 100
 LONGEST_MS = 2_000
-"""Pauses double between these: short enough to see the end of an outage soon, long enough to cost nothing."""
+"""Bounds of the doubling pause: short enough to notice the end of an outage soon, long enough to cost nothing."""
+# Bound of the list that a claim excludes; further unserved models only cost some writes.
 _MODELS_KEPT = 100
-# Bounds the list that a claim excludes; more models than this refusing at once are only churned a little.
 
 
 class ModelGate:
-    """Which models are closed, and until when."""
+    """Closed models, each with the time at which it opens."""
 
     def __init__(self) -> None:
         self._closed: dict[str, tuple[datetime, float]] = {}
 
     def refused(self, model: str, now: datetime, retry_after_ms: int = 0) -> None:
-        """A job of `model` found nobody: no claims for a while. Refusals during that while are one with the first."""
+        """Close `model` for a while after a job reached no instance. Refusals while it is closed have no effect."""
         until, pause_ms = self._closed.get(model, (now, FIRST_MS / 2))
         if until > now:
             return
@@ -35,9 +35,9 @@ class ModelGate:
         self._closed[model] = (now + timedelta(milliseconds=max(pause_ms, retry_after_ms)), pause_ms)
 
     def passed(self, model: str) -> None:
-        """A job of `model` reached it."""
+        """Open `model` after a job reached an instance."""
         self._closed.pop(model, None)
 
     def closed(self, now: datetime) -> list[str]:
-        """Models that are not to be claimed now."""
+        """Return the models that are closed at `now`."""
         return [model for model, (until, _) in self._closed.items() if until > now]

@@ -1,4 +1,4 @@
-"""The other services, as ingest sees them through the mesh: infer runs a request, store keeps results."""
+"""Clients of the other services through the mesh: infer runs requests, the store keeps results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.errors import Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -27,27 +27,26 @@ _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _INFER_BULK = "/shoal.inference.v2.BulkInference/InferBulk"
 
 STORE_TIMEOUT_S = 10.0
-"""Longest a call to the store may take. It is repeated until it succeeds: the limit only frees what hangs."""
-LOOK_TIMEOUT_S = 2.0
-"""Longest a question to the store may take: the jobs it is about are held under a lease that nobody renews yet."""
+"""Timeout of a write to the store. Writes are repeated until they succeed; the timeout only ends hanging calls."""
+QUERY_TIMEOUT_S = 2.0
+"""Timeout of a query to the store: the leases of the jobs in it are not renewed yet."""
 _QUERIED_AT_ONCE = 100
 _LINKS = 64
 
-# ingest does the retries, and must know of each attempt what became of it: that one died under a request is counted, so
-# that a request which kills its instance is stopped, and is not handed on to the next instance by Envoy.
+# ingest retries, and must know the outcome of each attempt: it counts instances that die during a request, so that a
+# poison request ends. Envoy must not pass a poison request to the next instance.
 _NO_RETRIES = (("x-envoy-max-retries", "0"),)
 
+# The mesh routes bulk calls by the model header. Only a service's own Envoy accepts the headers.
 _MODEL_HEADER = "x-shoal-model"
 _TENANT_HEADER = "x-shoal-tenant"
-# What the mesh routes bulks by: only a service's own Envoy takes it from anybody.
+# The entries of a bulk have their own deadlines; the deadline of the call is for an instance that is cut off.
 _BULK_MARGIN_S = 5.0
-# A bulk's entries have their own deadlines; the call's is for an instance that is cut off.
+# Pause of bulk calls after an infer without support for them.
+_NO_BULK_S = 10.0
 
-_DOOR_S = 10.0
-# How long an infer that knows no bulks is not asked again.
-
+# Messages of Envoy when no instance has received the request.
 _NEVER_REACHED = (
-    # What Envoy says when no instance has seen the request.
     "no healthy upstream",
     "reset reason: connection failure",
     "reset reason: remote connection failure",
@@ -55,13 +54,13 @@ _NEVER_REACHED = (
     "reset reason: overflow",
 )
 
+# After Envoy's own retries, the outcomes of the earlier attempts are unknown.
 _RETRIED = "retried and the latest"
-# Of an attempt before the one that Envoy tells of, nothing is known.
 
 
 @dataclass(frozen=True, slots=True)
 class BulkEntry:
-    """One job's part in a bulk."""
+    """Entry of one job in a bulk."""
 
     job_id: str
     request: bytes
@@ -69,7 +68,7 @@ class BulkEntry:
     timeout_s: float
     tenant: str = ""
     is_retry: bool = False
-    """An instance died while it had this one."""
+    """True: an instance died during an earlier attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,51 +80,51 @@ class AttemptAnswer:
     instance: str
 
 
-class BulkDoorClosed(Exception):
-    """What answers takes no bulks for `for_s` seconds: an infer of an earlier version, a mesh without its route."""
+class BulkUnavailable(Exception):
+    """Bulk calls are unavailable for `for_s` seconds: an infer of an earlier version, or a mesh without the route."""
 
     def __init__(self, for_s: float) -> None:
         super().__init__(for_s)
         self.for_s = for_s
 
 
-class GivenUp:
-    """Jobs of a bulk whose answers nobody wants any more: told to infer while the call is under way."""
+class GivenUpJobs:
+    """Jobs of a bulk whose results are no longer needed; sent to infer while the call runs."""
 
     def __init__(self) -> None:
         self._job_ids: list[str] = []
-        self._tell: Callable[[Sequence[str]], None] | None = None
+        self._send_given_up: Callable[[Sequence[str]], None] | None = None
 
     def add(self, job_id: str) -> None:
-        if self._tell is None:
+        if self._send_given_up is None:
             self._job_ids.append(job_id)
         else:
-            self._tell([job_id])
+            self._send_given_up([job_id])
 
     @contextlib.contextmanager
-    def told(self, tell: Callable[[Sequence[str]], None]) -> Iterator[None]:
-        """Has `tell` hear of them while the block lasts; first of those that there are already."""
+    def forwarding(self, send: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Call `send` with the job ids given up so far, and with later ones while the block lasts."""
         if self._job_ids:
-            tell(self._job_ids)
-        self._tell = tell
+            send(self._job_ids)
+        self._send_given_up = send
         try:
             yield
         finally:
-            self._tell = None
+            self._send_given_up = None
 
 
 class RemoteModel:
-    """infer, behind the mesh."""
+    """Client of infer."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        # Requests are stored serialised and sent as they are.
+        # Requests are stored serialised, and sent without being parsed.
         self._infer = channel.unary_unary(_INFER, None, inference_pb2.ModelInferResponse.FromString)
 
     async def infer(
         self, request: bytes, timeout_s: float, tenant: str = ""
     ) -> inference_pb2.ModelInferResponse | Failure:
-        """Runs one serialised ModelInferRequest, once; `tenant` gets its share of a busy model."""
+        """Run one serialised ModelInferRequest once; infer's fairness counts it for `tenant`."""
         metadata = (*_NO_RETRIES, (_TENANT_HEADER, _printable(tenant))) if tenant else _NO_RETRIES
         try:
             response: inference_pb2.ModelInferResponse = await self._infer(
@@ -136,14 +135,14 @@ class RemoteModel:
         return response
 
     async def infer_bulk(
-        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str = ""
+        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUpJobs, traceparent: str = ""
     ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
-        """Runs serialised ModelInferRequests of one model, each once: what becomes of them, by their jobs.
+        """Run serialised ModelInferRequests of one model once each; yield results by job id, as they arrive.
 
-        What the call ends without an answer to, failed as the call did. Entries that are given up may have none.
+        Entries without a result at the end of the call fail as the call did. Entries that are given up may have none.
 
         Raises:
-            BulkDoorClosed: it takes no bulks; none of them ran.
+            BulkUnavailable: bulk calls are not supported; no entry ran.
         """
         metadata = [*_NO_RETRIES, (_MODEL_HEADER, _printable(model))]
         if traceparent:
@@ -153,20 +152,22 @@ class RemoteModel:
         try:
             async with self._channel.stream(_INFER_BULK, timeout_s=timeout_s, metadata=metadata) as call:
                 call.write(_first_request(entries))
-                with given_up.told(partial(_tell, call, {entry.job_id: n for n, entry in enumerate(entries)})):
+                with given_up.forwarding(
+                    partial(_send_given_up, call, {entry.job_id: n for n, entry in enumerate(entries)})
+                ):
                     async for message in call:
                         response = bulk_pb2.InferBulkResponse.FromString(message)
                         instance = instance or response.instance
                         fresh = [answer for answer in response.answers if answer.number in left]
                         left.difference_update(answer.number for answer in fresh)
                         yield [(entries[answer.number].job_id, _bulk_answer(answer, instance)) for answer in fresh]
-            failure = Failure(Code.INTERNAL, "infer ended a bulk without answers to all of its entries")
+            failure = Failure(Code.INTERNAL, "infer ended a bulk without results for all of its entries")
         except DecodeError as err:
             failure = Failure(Code.INTERNAL, f"infer's answer to a bulk is no InferBulkResponse: {err}")
         except grpc.RpcError as err:
             failure = failure_of(err)
             if len(left) == len(entries) and failure.code == Code.UNIMPLEMENTED:
-                raise BulkDoorClosed(_DOOR_S) from err
+                raise BulkUnavailable(_NO_BULK_S) from err
         if left:
             yield [(entries[number].job_id, failure) for number in sorted(left)]
 
@@ -187,8 +188,8 @@ def _first_request(entries: Sequence[BulkEntry]) -> bytes:
     ).SerializeToString()
 
 
-def _tell(call: StreamCall, numbers: Mapping[str, int], job_ids: Sequence[str]) -> None:
-    # What was given up before the call began may not be in it.
+def _send_given_up(call: StreamCall, numbers: Mapping[str, int], job_ids: Sequence[str]) -> None:
+    # A job that was given up before the call began may not be in the call.
     if given_up := [numbers[job_id] for job_id in job_ids if job_id in numbers]:
         call.write(bulk_pb2.InferBulkRequest(given_up=given_up).SerializeToString())
 
@@ -201,26 +202,26 @@ def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> At
 
 
 def _printable(name: str) -> str:
-    """The name as a header may carry it. A model that cannot be is no cluster's, and any instance may say so; such
-    tenants share a share."""
+    """Return `name`, or "?" when a header cannot carry it. No model has such a name; such tenants share one share."""
     return name if name.isascii() and name.isprintable() else "?"
 
 
 def failure_of(error: grpc.RpcError) -> Failure:
-    """What a failed call to a model means for its job."""
+    """Return the failure of an attempt whose call failed."""
     known = translate(error)
     return Failure(int(known.code), known.message, not _is_unreached(error, known), known.retry_after_ms or 0)
 
 
 def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:
-    """Whether it is certain that no model ran the request."""
+    """Return True when it is certain that no model ran the request."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return False
     details = error.details() or ""
     if known.code is Code.UNAVAILABLE and isinstance(error, CallFailed) and error.is_unprocessed:
         return True
+    # Shed before it ran, with a retry-after.
     if known.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE) and known.retry_after_ms is not None:
-        return True  # Shed before it ran: "come back then".
+        return True
     if known.code is Code.UNIMPLEMENTED:
         return _is_of_the_mesh(details)
     if known.code is not Code.UNAVAILABLE or _RETRIED in details:
@@ -229,46 +230,47 @@ def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:
 
 
 def _is_of_the_mesh(details: str) -> bool:
-    # Envoy has no route (yet): it answers 404, which gRPC reads as UNIMPLEMENTED. A service's own word has a text.
+    # Without a route (yet), Envoy responds 404, which gRPC reads as UNIMPLEMENTED. A service's own error has a text.
     return not details or "http2 header with status: 404" in details
 
 
 class RemoteResults:
-    """The store's results, behind the mesh."""
+    """Client of the store's results."""
 
     def __init__(self, channel: AnyChannel) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
         self._tracer = trace.get_tracer("shoal")
 
     async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End | None]:
-        """Records results and says of each what stands instead of it, if not itself. The call belongs to the trace of
-        the first, linked to the rest.
+        """Record results; return for each the earlier result that the store keeps, or None.
+
+        The call belongs to the trace of the first result, with links to the others.
 
         Raises:
-            ShoalError: none is known to be recorded; to repeat it is safe.
+            ShoalError: some results may not be recorded; repeating the call is safe.
         """
         request = store_pb2.PutResultsRequest(results=results)
-        with self._span(traceparents), asking_store("recording results"):
+        with self._span(traceparents), store_errors("recording results"):
             response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
         if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:
-            raise Internal("the store's answer does not fit the results that were sent")
+            raise Internal("the store's response does not match the results that were sent")
         return [None if entry.recorded else _end_of(entry.standing) for entry in response.entries]
 
-    async def standing(self, job_ids: Sequence[str]) -> dict[str, End]:
-        """The results that stand for these jobs, without their answers.
+    async def recorded_ends(self, job_ids: Sequence[str]) -> dict[str, End]:
+        """Return the recorded outcomes of these jobs, by job id; jobs without a result are left out.
 
         Raises:
-            ShoalError: they are not known.
+            ShoalError: the store did not respond.
         """
         found: dict[str, End] = {}
         for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
             some = job_ids[first : first + _QUERIED_AT_ONCE]
-            # A result that retention has removed stands all the same: its job must not run again.
+            # A result that retention has removed counts too: its job must not run again.
             request = store_pb2.QueryResultsRequest(
                 job_ids=some, omit_response=True, page_size=len(some), include_removed=True
             )
-            with asking_store("looking for results"):
-                response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
+            with store_errors("querying results"):
+                response = await self._stub.QueryResults(request, timeout=QUERY_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})
         return found
 

@@ -1,1 +1,1 @@
-"""The way in: submits become durable jobs."""
+"""Intake: submits become durable jobs."""

@@ -1,4 +1,4 @@
-"""A budget of memory, shared by all who hold some: refuse beyond it, or wait for it."""
+"""Memory budget shared by many holders: beyond it, a request is rejected or waits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RETRY_AFTER_MS = 200
 
 
 class Budget:
-    """`limit` bytes. Something larger than the whole budget passes when it is alone."""
+    """Budget of `limit` bytes. An amount above the whole budget is granted when nothing else is held."""
 
     def __init__(self, limit: int, what: str) -> None:
         self._limit = limit
         self._what = what
         self._used = 0
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
     def used(self) -> int:
@@ -27,10 +27,10 @@ class Budget:
 
     @asynccontextmanager
     async def of(self, nbytes: int, *, waits: bool) -> AsyncIterator[None]:
-        """Holds `nbytes` for the length of the block. Those who wait get it in the order of their coming.
+        """Hold `nbytes` for the duration of the block. Waiters are served in order of arrival.
 
         Raises:
-            ResourceExhausted: it is spent, and `waits` is False.
+            ResourceExhausted: the budget is spent, and `waits` is False.
         """
         if waits:
             await self.wait_for(nbytes)
@@ -42,28 +42,28 @@ class Budget:
             self.give_back(nbytes)
 
     def take(self, nbytes: int) -> None:
-        """Holds `nbytes` until they are given back.
+        """Hold `nbytes` until `give_back`.
 
         Raises:
-            ResourceExhausted: it is spent.
+            ResourceExhausted: the budget is spent.
         """
-        if self._line or not self._fits(nbytes):
+        if self._waiters or not self._fits(nbytes):
             raise ResourceExhausted(
                 f"{self._used} bytes of {self._what} are held already and the limit is {self._limit}: "
-                "come back in a moment",
+                "retry in a moment",
                 retry_after_ms=RETRY_AFTER_MS,
             )
         self._used += nbytes
 
     async def wait_for(self, nbytes: int) -> None:
-        """The same, but waits for room."""
-        if self._line or not self._fits(nbytes):
+        """Wait until `nbytes` are free, and hold them until `give_back`."""
+        if self._waiters or not self._fits(nbytes):
             await self._wait(nbytes)
         else:
             self._used += nbytes
 
     def give_back(self, nbytes: int) -> None:
-        """Holds `nbytes` no more."""
+        """Release `nbytes`, and serve waiters."""
         self._used -= nbytes
         self._admit()
 
@@ -71,23 +71,24 @@ class Budget:
         return self._used == 0 or self._used + nbytes <= self._limit
 
     async def _wait(self, nbytes: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (nbytes, turn)
-        self._line.append(entry)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (nbytes, granted)
+        self._waiters.append(entry)
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if granted.done() and not granted.cancelled():
                 self._used -= nbytes
             else:
-                with suppress(ValueError):  # Somebody who released may have passed over it already.
-                    self._line.remove(entry)
+                # A release may have skipped this cancelled entry already.
+                with suppress(ValueError):
+                    self._waiters.remove(entry)
             self._admit()
             raise
 
     def _admit(self) -> None:
-        while self._line and self._fits(self._line[0][0]):
-            nbytes, turn = self._line.popleft()
-            if not turn.done():
+        while self._waiters and self._fits(self._waiters[0][0]):
+            nbytes, granted = self._waiters.popleft()
+            if not granted.done():
                 self._used += nbytes
-                turn.set_result(None)
+                granted.set_result(None)

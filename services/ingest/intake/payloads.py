@@ -1,10 +1,10 @@
-"""Requests that are too large to be scanned along with their jobs: in the store, and a document here that says where.
+"""Payloads: requests that are too large for their jobs' documents. The store has the request; a document refers to it.
 
-    {_id: job id, artifact: digest}      the request is an artifact (claim_check)
-    {_id: job id, request: bytes}        it is here: the store was away, or an older version wrote it
+    {_id: job id, artifact: digest}      the request is an artifact in the store (claim_check.py)
+    {_id: job id, request: bytes}        the store was unavailable, or an older version wrote the request here
 
-A payload is written before its job, so an acknowledged job always has one. It goes when its job has ended in a way that
-nobody looks into; what is left over by a crash in between, a sweep collects.
+A payload is written before its job, so an acknowledged job always has its payload. It is removed when its job ends
+without needing it any more. A sweep removes the remains of crashes in between.
 """
 
 from __future__ import annotations
@@ -23,61 +23,61 @@ from mesh.mongo import Document, translated
 from mesh.process.tasks import together
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
-from services.ingest.job import DONE_WITH, Job
+from services.ingest.job import PAYLOAD_DROPPABLE, Job
 from services.ingest.ulid import floor
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
 SWEPT_AFTER = timedelta(hours=1)
-"""Younger payloads without a job are left alone: a submit that is under way writes its payload first."""
+"""Minimum age of payloads that the sweep removes: a submit in progress has written its payload and not yet its job."""
 _SWEPT_AT_ONCE = 500
-_HANDED_IN_AT_ONCE = 8
-# Each is a file that is synced: more at once only wait for the disk.
+# Each upload syncs a file: more concurrent uploads only wait for the disk.
+_CONCURRENT_UPLOADS = 8
 
 
-class Store(Protocol):
-    """The store, as payloads need it."""
+class PayloadStore(Protocol):
+    """Requests in the store."""
 
-    async def hand_in(self, job_id: str, tenant: str, request: bytes) -> str | None:
-        """Stores a job's request, durably, and gives its digest. None: the store does not take it now."""
+    async def upload(self, job_id: str, tenant: str, request: bytes) -> str | None:
+        """Store a job's request durably, and return its digest; None when the store is unavailable."""
 
     async def fetch(self, job_id: str, sha256: str) -> bytes:
-        """A job's request. Raises DataLoss when it is damaged, another ShoalError when the store is away."""
+        """Return a job's request. Raises DataLoss when it is damaged, another ShoalError without the store."""
 
     async def release(self, job_ids: Sequence[str]) -> None:
-        """These jobs need their requests no more. Raises ShoalError."""
+        """Release the requests of these jobs. Raises ShoalError."""
 
-    def handed_in(self, before: str) -> AsyncIterator[list[str]]:
-        """The ids of jobs below `before` whose requests are referred to, some at a time. Raises ShoalError."""
+    def list_uploaded(self, before: str) -> AsyncIterator[list[str]]:
+        """Yield the ids below `before` of jobs with uploaded requests, some at a time. Raises ShoalError."""
 
 
 class Payloads:
-    """Keeps payloads."""
+    """Storage of payloads."""
 
-    def __init__(self, database: AsyncDatabase[Document], store: Store) -> None:
+    def __init__(self, database: AsyncDatabase[Document], store: PayloadStore) -> None:
         self._store = store
         self._jobs = database[JOBS]
         self._payloads = database[PAYLOADS]
         self._restores = database[RESTORES]
 
     async def put(self, jobs: Sequence[Job]) -> None:
-        """Makes the payloads of those among `jobs` durable whose requests are kept apart.
+        """Store the payloads of the jobs among `jobs` that have one (`is_apart`), durably.
 
         Raises:
-            ShoalError: some may not be; what is there is collected later.
+            ShoalError: some payloads may not be stored; the sweep removes the others.
         """
-        slots = asyncio.Semaphore(_HANDED_IN_AT_ONCE)
+        slots = asyncio.Semaphore(_CONCURRENT_UPLOADS)
         payloads = await together(self._payload(job, slots) for job in jobs if job.is_apart)
         if payloads:
             with translated("storing the payloads of submitted jobs"):
                 await self._payloads.insert_many(payloads, ordered=False)
 
     async def get(self, job_id: str) -> bytes | None:
-        """A job's request; None when it is not there.
+        """Return a job's request; None when there is none.
 
         Raises:
-            DataLoss: it is damaged. ShoalError: it cannot be read now.
+            DataLoss: the request is damaged. ShoalError: MongoDB or the store is unavailable.
         """
         with translated("reading the payload of a job"):
             document = await self._payloads.find_one({"_id": job_id})
@@ -88,35 +88,36 @@ class Payloads:
         return bytes(document["request"])
 
     async def drop(self, job_ids: Sequence[str]) -> None:
-        """Deletes payloads. Never fails: what it leaves, the sweep collects."""
+        """Delete payloads. Never fails: the sweep deletes the rest."""
         if job_ids:
             with suppress(ShoalError), translated("dropping payloads"):
                 some = {"_id": {"$in": list(job_ids)}}
-                handed_in = [
+                uploaded = [
                     document["_id"]
                     async for document in self._payloads.find({**some, "artifact": {"$exists": True}}, {"_id": 1})
                 ]
                 await self._payloads.delete_many(some)
-                await self._store.release(handed_in)
+                await self._store.release(uploaded)
 
     async def sweep(self, now: datetime) -> int:
-        """Deletes old payloads that no job needs, and says how many: of submits and deletions that broke off."""
-        with translated("looking for a restore"):
+        """Delete old payloads that no job needs, of interrupted submits and deletions; return their number."""
+        with translated("checking for a restore in progress"):
+            # A restore writes the jobs after their payloads.
             if await self._restores.find_one({}, {"_id": 1}) is not None:
-                return 0  # Their jobs are yet to come.
+                return 0
         oldest = floor(milliseconds(now - SWEPT_AFTER))
         return await self._sweep_documents(oldest) + await self._sweep_references(oldest)
 
     async def _payload(self, job: Job, slots: asyncio.Semaphore) -> Document:
         request = job.request or b""
         async with slots:
-            artifact = await self._store.hand_in(job.id, job.tenant, request)
+            artifact = await self._store.upload(job.id, job.tenant, request)
         return {"_id": job.id, **({"request": Binary(request)} if artifact is None else {"artifact": artifact})}
 
     async def _sweep_references(self, oldest: str) -> int:
-        """Releases what was handed in to the store, of payloads that were never written or are gone."""
+        """Release requests in the store without a payload document: interrupted before it was written, or deleted."""
         swept = 0
-        async for ids in self._store.handed_in(oldest):
+        async for ids in self._store.list_uploaded(oldest):
             with translated("looking for payloads"):
                 cursor = self._payloads.find({"_id": {"$in": ids}}, {"_id": 1})
                 known = {document["_id"] async for document in cursor}
@@ -140,8 +141,8 @@ class Payloads:
             after = ids[-1]
 
     async def _unneeded(self, ids: Sequence[str]) -> list[str]:
-        with translated("looking for the jobs of payloads"):
-            needed_by = {"$or": [{"state": {"$nin": sorted(map(str, DONE_WITH))}}, {"is_kept": True}]}
+        with translated("finding the jobs of payloads"):
+            needed_by = {"$or": [{"state": {"$nin": sorted(map(str, PAYLOAD_DROPPABLE))}}, {"is_kept": True}]}
             cursor = self._jobs.find({"_id": {"$in": list(ids)}, **needed_by}, {"_id": 1})
             needed = {document["_id"] async for document in cursor}
         return [job_id for job_id in ids if job_id not in needed]

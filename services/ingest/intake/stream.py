@@ -1,11 +1,11 @@
-"""One SubmitStream: items are read ahead, written in groups with everyone's, and acknowledged in the stream's order.
+"""SubmitStream: items are read ahead, written in the groups of all callers, and acknowledged in the stream's order.
 
-    reader ──(window: items, bytes)──> submits under way ──> acknowledgements, in order ──> client
+    reader ──(window: items, bytes)──> submits in flight ──> acknowledgements, in order ──> client
 
-A message carries one job, or several: those are acknowledged in messages of several, as soon as some are durable. No
-item has a task: each is a future in the group that is written next.
+A message has one job or several. Jobs of a message with several are acknowledged in messages of several, as soon as
+some are durable. Items have no tasks: each is a future in the group that is written next.
 
-The window is the backpressure: while it is full the stream is not read, so HTTP/2's flow control stops its producer.
+The window is the backpressure: while it is full the stream is not read, and HTTP/2 flow control stops the client.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ A = TypeVar("A", pb.SubmitStreamResponse, pb.Acknowledgement)
 Q = TypeVar("Q")
 
 MOST_A_MESSAGE = 1_000
-"""Jobs of one message of a stream: with 100 already, a message costs each next to nothing."""
+"""Maximum jobs of one message of a stream: with 100 already, the cost of the message is negligible."""
 _LAST_SEQUENCE = (1 << 63) - 1
-_TURN = 50
-# So many jobs of one message are taken in before others of this process have their turn: about a millisecond.
+# Number of jobs of a message between yields to the event loop: about a millisecond.
+_YIELD_EVERY = 50
 
 
 async def in_turns(field: str, requests: Sequence[Q]) -> AsyncIterator[Q]:
-    """The requests of one message, in turns with what else this process has to do.
+    """Yield the requests of one message, with regular yields to the event loop.
 
     Raises:
-        InvalidArgument: there are too many in `field`.
+        InvalidArgument: there are too many requests in `field`.
     """
     if len(requests) > MOST_A_MESSAGE:
         raise InvalidArgument(f"{field}: at most {MOST_A_MESSAGE} in one message, got {len(requests)}")
     for at, request in enumerate(requests, 1):
         yield request
-        if at % _TURN == 0:
+        if at % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
 
 
 class Window:
-    """Room for so many items and bytes. A larger item passes alone. One reader waits at a time."""
+    """Window of items and bytes in flight. A larger item passes alone. One reader waits at a time."""
 
     def __init__(self, items: int, nbytes: int) -> None:
         self._most_items = items
@@ -61,7 +61,7 @@ class Window:
         self._left = asyncio.Event()
 
     async def enter(self, nbytes: int) -> None:
-        """Waits until there is room for one item, and takes it."""
+        """Wait until the window has capacity for one item, and reserve it."""
         while self._items and (self._items >= self._most_items or self._bytes + nbytes > self._most_bytes):
             self._left.clear()
             await self._left.wait()
@@ -69,43 +69,45 @@ class Window:
         self._bytes += nbytes
 
     def leave(self, nbytes: int, items: int = 1) -> None:
-        """Gives the room of items back that have `nbytes` together."""
+        """Release the capacity of `items` that have `nbytes` together."""
         self._items -= items
         self._bytes -= nbytes
         self._left.set()
 
 
 class Stream:
-    """One client's stream of jobs."""
+    """SubmitStream of one client."""
 
     def __init__(self, intake: Intake, *, items: int, nbytes: int) -> None:
         self._intake = intake
         self._window = Window(items, nbytes)
-        # Bounded by the window: whatever is in here has entered it.
+        # Bounded by the window, which every item enters first.
         self._under_way: deque[_Item | None] = deque()
-        self._came = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     async def acknowledge(
         self, requests: AsyncIterator[pb.SubmitStreamRequest]
     ) -> AsyncIterator[pb.SubmitStreamResponse]:
-        """An answer for each job, in their order. What is refused is answered in-band, and the stream goes on.
+        """Yield acknowledgements of all jobs, in order. A rejected job is reported in-band, and the stream continues.
 
         Raises:
-            InvalidArgument: a message has more than MOST_A_MESSAGE jobs. What came before it is acknowledged.
+            InvalidArgument: a message has more than MOST_A_MESSAGE jobs. The jobs before it are acknowledged.
         """
         reader = asyncio.create_task(self._read(requests), name="submit stream")
-        most_submits = MOST_A_MESSAGE  # Said once.
+        # Sent in the first response only.
+        most_submits = MOST_A_MESSAGE
         try:
             while (item := await self._next()) is not None:
                 await item.ended()
-                items = self._ended_together()
+                items = self._pop_completed()
                 response = _response(items)
                 response.most_submits, most_submits = most_submits, 0
                 yield response
                 self._window.leave(sum(item.nbytes for item in items), len(items))
-            await reader  # What ended the stream, if it was not its client.
+            # Raises the error that ended the stream, unless the client ended it.
+            await reader
         finally:
-            # The client is gone, or the instance stops: what is not yet in a write is not wanted any more.
+            # When the client has disconnected or the instance stops, items that are not in a write yet are dropped.
             reader.cancel()
             for left in self._under_way:
                 if left is not None:
@@ -113,12 +115,12 @@ class Stream:
 
     async def _next(self) -> _Item | None:
         while not self._under_way:
-            self._came.clear()
-            await self._came.wait()
+            self._arrived.clear()
+            await self._arrived.wait()
         return self._under_way[0]
 
-    def _ended_together(self) -> list[_Item]:
-        """Takes out the first, which has ended, and what may be acknowledged with it."""
+    def _pop_completed(self) -> list[_Item]:
+        """Remove the first item, which is completed, and the items that may be acknowledged with it."""
         first = self._under_way.popleft()
         assert first is not None
         items = [first]
@@ -135,35 +137,35 @@ class Stream:
         try:
             async for request in requests:
                 if request.submits:
-                    await self._take_several(request, traceparent)
+                    await self._submit_several(request, traceparent)
                 else:
                     submit = request.submit if request.HasField("submit") else None
-                    await self._take(request.sequence, submit, traceparent, is_of_several=False)
+                    await self._submit_one(request.sequence, submit, traceparent, is_of_several=False)
         finally:
             self._put(None)
 
-    async def _take_several(self, request: pb.SubmitStreamRequest, traceparent: str) -> None:
+    async def _submit_several(self, request: pb.SubmitStreamRequest, traceparent: str) -> None:
         if request.HasField("submit"):
             raise InvalidArgument("submits: not together with submit")
         if request.sequence > _LAST_SEQUENCE - len(request.submits):
-            raise InvalidArgument(f"sequence: {request.sequence} cannot be counted on from in 64 bits")
+            raise InvalidArgument(f"sequence: {request.sequence} plus the number of jobs exceeds 63 bits")
         sequence = request.sequence
         async for submit in in_turns("submits", request.submits):
-            await self._take(sequence, submit, traceparent, is_of_several=True)
+            await self._submit_one(sequence, submit, traceparent, is_of_several=True)
             sequence += 1
 
-    async def _take(
+    async def _submit_one(
         self, sequence: int, submit: pb.SubmitRequest | None, traceparent: str, *, is_of_several: bool
     ) -> None:
         nbytes = submit.ByteSize() if submit is not None else 0
         await self._window.enter(nbytes)
-        self._put(_Item(sequence, nbytes, is_of_several, await self._begun(submit, traceparent)))
+        self._put(_Item(sequence, nbytes, is_of_several, await self._begin(submit, traceparent)))
 
     def _put(self, item: _Item | None) -> None:
         self._under_way.append(item)
-        self._came.set()
+        self._arrived.set()
 
-    async def _begun(self, submit: pb.SubmitRequest | None, traceparent: str) -> asyncio.Future[Accepted] | ShoalError:
+    async def _begin(self, submit: pb.SubmitRequest | None, traceparent: str) -> asyncio.Future[Accepted] | ShoalError:
         try:
             if submit is None:
                 raise InvalidArgument("submit: required, and not set")
@@ -177,25 +179,25 @@ class Stream:
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """One job of a stream, and what becomes of it."""
+    """One job of a stream, and its outcome."""
 
     sequence: int
     nbytes: int
     is_of_several: bool
-    """It came in a message of several, and is acknowledged so."""
+    """True: received in a message of several, and acknowledged in one."""
     outcome: asyncio.Future[Accepted] | ShoalError
 
     def has_ended(self) -> bool:
         return isinstance(self.outcome, ShoalError) or self.outcome.done()
 
     async def ended(self) -> None:
-        """Waits until it has."""
+        """Wait until the outcome is known."""
         if isinstance(self.outcome, asyncio.Future) and not self.outcome.done():
             with suppress(ShoalError):
                 await self.outcome
 
     def accepted(self) -> Accepted:
-        """Raises what it was refused with."""
+        """Return the accepted job, or raise the error of a rejected one."""
         if isinstance(self.outcome, ShoalError):
             raise self.outcome
         return self.outcome.result()

@@ -1,7 +1,7 @@
-"""What may be submitted: checks a SubmitRequest and makes it a job. Whatever is wrong is named by its field.
+"""Validation of a SubmitRequest, and its conversion to a job. Errors name the field.
 
-The inference request itself is only looked at from outside (a model's name, a size): what its tensors must be, only the
-model knows, and a job whose tensors are wrong ends as FAILED with the model's own words.
+Of the inference request only the model's name and the size are checked. Only the model knows what its tensors must be:
+a job with wrong tensors ends as FAILED with the model's error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 
 from services.ingest.dependencies.references import references_of
 from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
-from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from services.ingest.limits import (
     EXPLAIN,
     KEY_CHARS,
@@ -30,6 +29,7 @@ from services.ingest.limits import (
     ms_of,
 )
 from services.ingest.messages import moment_of
+from services.ingest.tenant_queue import LEAST_PRIORITY, MOST_PRIORITY
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -37,10 +37,10 @@ _FAILURES = frozenset(Code) - {Code.OK}
 
 
 def check_not_reserved(submit: pb.SubmitRequest) -> None:
-    """Refuses the keys that only schedules may use.
+    """Reject an idempotency key that is reserved for schedules.
 
     Raises:
-        InvalidArgument: it is one of them.
+        InvalidArgument: the key is reserved.
     """
     if submit.idempotency_key.startswith(SCHEDULED):
         key = submit.idempotency_key[:KEY_CHARS]
@@ -50,10 +50,10 @@ def check_not_reserved(submit: pb.SubmitRequest) -> None:
 def job_of(
     submit: pb.SubmitRequest, *, job_id: str, now: datetime, instance: str, inline_bytes: int, traceparent: str
 ) -> Job:
-    """The job that `submit` asks for, accepted at `now`, with the serialised request in it.
+    """Return the job of a valid submit, accepted at `now`, with the serialised request.
 
     Raises:
-        InvalidArgument: names the field, what was expected and what came.
+        InvalidArgument: a field is invalid; the message names it, and what was expected and received.
     """
     request = _request(submit)
     at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
@@ -61,7 +61,7 @@ def job_of(
     deadline = _deadline(submit)
     due_at = _due_at(submit, now)
     if deadline is not None and due_at >= now + deadline:
-        raise InvalidArgument("deadline: it passes before the job may run, by `not_before` or `delay`")
+        raise InvalidArgument("deadline: before the earliest start of the job (`not_before` or `delay`)")
     depends_on = references_of(submit, KEY_CHARS)
     return Job(
         id=job_id,
@@ -84,17 +84,17 @@ def job_of(
         depends_on=depends_on,
         waits_for=depends_on,
         not_before=due_at if depends_on and due_at > now else None,
-        fails_with_them=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
+        fails_on_dependency=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
         traceparent=traceparent,
         transitions=acceptance(now, instance, due_at, len(depends_on)),
     )
 
 
 def digest_of(submit: pb.SubmitRequest | pb.SubmitBatchRequest) -> bytes:
-    """Tells whether two submits ask for the same: SHA-256 over all fields, maps in order.
+    """Return the SHA-256 of all fields, with maps in order, which identifies equal submits.
 
-    protobuf promises the order of a deterministic serialisation only within one of its versions; a submit that is
-    repeated across an upgrade which changed it would be refused, never mixed up.
+    protobuf guarantees a stable deterministic serialisation only within one version. A submit that is repeated across
+    an upgrade may therefore be rejected as different, but different submits are never taken as equal.
     """
     return hashlib.sha256(submit.SerializeToString(deterministic=True)).digest()
 
@@ -141,7 +141,7 @@ def _codes(retry: pb.RetryPolicy) -> tuple[int, ...]:
 
 def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
     if submit.HasField("not_before") and submit.HasField("delay"):
-        raise InvalidArgument("delay: not together with not_before, which says the same by the clock")
+        raise InvalidArgument("delay: not together with not_before: set one of them")
     if submit.HasField("delay"):
         return now + timedelta(milliseconds=ms_of("delay", submit.delay, LONGEST_DELAY))
     if submit.HasField("not_before"):
@@ -168,7 +168,11 @@ def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
 
 
 def labels_of(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Labels in the order of their keys, or InvalidArgument."""
+    """Return labels in the order of their keys.
+
+    Raises:
+        InvalidArgument: there are too many, or one is too long.
+    """
     if len(labels) > LABELS:
         raise InvalidArgument(f"labels: at most {LABELS}, got {len(labels)}")
     for key, value in labels.items():
@@ -178,6 +182,6 @@ def labels_of(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def at_most(field: str, text: str, chars: int) -> None:
-    """Whether a field is not too long: InvalidArgument names it."""
+    """Raise InvalidArgument when the text of `field` is longer than `chars`."""
     if len(text) > chars:
         raise InvalidArgument(f"{field}: at most {chars} characters, got {len(text)}")

@@ -1,1 +1,1 @@
-"""How long jobs stay that have ended, and their removal."""
+"""Retention of ended jobs: rules, and their removal."""

@@ -1,4 +1,4 @@
-"""The calls about how long jobs stay: translates between messages and what this room thinks in."""
+"""RPC methods for retention rules: translation between messages and `RetentionRepository`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.rpc.interceptors import Context
 from services.ingest.limits import ms_of
 from services.ingest.messages import STATES, state_of
-from services.ingest.retention.book import RetentionRepository
+from services.ingest.retention.retention_repository import RetentionRepository
 from services.ingest.retention.rules import BATCHES, LONGEST, Keep, Rules, What, checked
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
@@ -17,7 +17,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class JobRetentionRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for retention rules."""
 
     def __init__(self, retention: RetentionRepository) -> None:
         self._retention = retention
@@ -34,8 +34,8 @@ class JobRetentionRpc:
         self, request: pb.ListJobRetentionRequest, context: Context
     ) -> pb.ListJobRetentionResponse:
         rules = await self._retention.read()
-        whose = {(EVERYONE, what) for what in rules.defaults} | {*rules.own}
-        return pb.ListJobRetentionResponse(rules=[_message(rules, tenant, what) for tenant, what in sorted(whose)])
+        keys = {(EVERYONE, what) for what in rules.defaults} | {*rules.own}
+        return pb.ListJobRetentionResponse(rules=[_message(rules, tenant, what) for tenant, what in sorted(keys)])
 
 
 def _what(request: pb.SetJobRetentionRequest) -> What | None:
@@ -43,7 +43,7 @@ def _what(request: pb.SetJobRetentionRequest) -> What | None:
     if not request.batches:
         return state
     if state is not None:
-        raise InvalidArgument("batches: not together with state: their rule is for all that have ended")
+        raise InvalidArgument("batches: not together with state: the rule of batches applies to all ended ones")
     return BATCHES
 
 

@@ -1,1 +1,1 @@
-"""Recurring jobs: when they are due, and how each firing becomes exactly one job."""
+"""Recurring jobs: their times, and firing, which makes exactly one job for each time."""

@@ -3,9 +3,9 @@
     ┌ minute  ┌ hour  ┌ day of month  ┌ month  ┌ day of week
     0         3       *               *        MON-FRI          03:00 on working days
 
-Five fields as Debian's cron reads them, or six with seconds before them. When clocks are put forward, what falls into
-the gap runs right after it; when they are put back, what is at a certain hour runs once, and what is every so many
-minutes goes on through both hours (https://manpages.debian.org/cron). Times are instants, in UTC, in whole seconds.
+Five fields as in Debian's cron, or six with seconds first. When clocks are set forward, a time in the gap runs directly
+after it. When clocks are set back, a time at a certain hour runs once, and a time every few minutes runs in both hours
+(https://manpages.debian.org/cron). Times are instants, in UTC, in whole seconds.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _SECOND = timedelta(seconds=1)
 
 
 def checked(expression: str, zone: str) -> tzinfo:
-    """The zone of a schedule whose expression has a next time.
+    """Return the time zone of a valid schedule, whose expression has a next time.
 
     Raises:
-        InvalidArgument: names the field.
+        InvalidArgument: the expression or the zone is invalid; the message names the field.
     """
     found = zone_of(zone)
     if len(expression) > EXPRESSION_CHARS:
         raise InvalidArgument(f"cron: at most {EXPRESSION_CHARS} characters, got {len(expression)}")
     if next_after(expression, found, datetime(2026, 1, 1, tzinfo=UTC)) is None:
-        raise InvalidArgument(f"cron: {expression!r} never comes")
+        raise InvalidArgument(f"cron: {expression!r} has no next time")
     return found
 
 
 def zone_of(name: str) -> tzinfo:
-    """A time zone by its name (https://www.iana.org/time-zones); empty is UTC."""
+    """Return the time zone with this name (https://www.iana.org/time-zones); empty is UTC."""
     if name in ("", "UTC"):
         return UTC
     try:
@@ -52,34 +52,35 @@ def zone_of(name: str) -> tzinfo:
 
 
 def next_after(expression: str, zone: tzinfo, after: datetime) -> datetime | None:
-    """The first time after `after`. None: there is none.
+    """Return the first time after `after`; None when there is none.
 
     Raises:
-        InvalidArgument: the expression is none.
+        InvalidArgument: the expression is invalid.
     """
     return next(_times(expression, zone, after), None)
 
 
 def upcoming(expression: str, zone: tzinfo, after: datetime, many: int) -> list[datetime]:
-    """The next `many` times."""
+    """Return the next `many` times."""
     return list(islice(_times(expression, zone, after), many))
 
 
 def between(expression: str, zone: tzinfo, first: datetime, last: datetime, most: int) -> list[datetime]:
-    """The times from `first` to `last`, both included: the earliest `most` of them."""
+    """Return the earliest `most` times from `first` to `last`, both included."""
     times = _times(expression, zone, first - _SECOND)
     return list(islice(takewhile(lambda time: time <= last, times), most))
 
 
 def latest(expression: str, zone: tzinfo, first: datetime, last: datetime) -> datetime | None:
-    """The last of the times from `first` to `last`, both included, however many there are."""
+    """Return the last time from `first` to `last`, both included; None when there is none."""
     found: datetime | None = None
-    # Forwards, because the times of a day on which clocks change are defined that way; from closer and closer before.
+    # The search runs forwards, because the times of a day with a clock change are defined that way. It starts close to
+    # `last`, and then further back.
     for back in (timedelta(minutes=2), timedelta(hours=3), timedelta(days=2), timedelta(days=63)):
         found = _last_between(expression, zone, max(first, last - back), last)
         if found is not None or last - back <= first:
             return found
-    # Rarer than every other month: few of them lie in any span.
+    # Times rarer than every other month are few in any span.
     return _last_between(expression, zone, first, last)
 
 
@@ -92,19 +93,20 @@ def _times(expression: str, zone: tzinfo, after: datetime) -> Iterator[datetime]
     try:
         times = CronSim(expression, after.astimezone(zone))
     except (CronSimError, ValueError) as err:
-        what = "expected 5 fields (minute, hour, day of month, month, day of week), or 6 with seconds first"
-        raise InvalidArgument(f"cron: {expression[:80]!r}: {_said(err, what)}") from err
+        fields = "expected 5 fields (minute, hour, day of month, month, day of week), or 6 with seconds first"
+        raise InvalidArgument(f"cron: {expression[:80]!r}: {_message(err, fields)}") from err
     try:
         for time in times:
             instant = time.astimezone(UTC)
             if instant > after:
                 yield instant
+    # Beyond the year 9999.
     except (OverflowError, ValueError):
-        return  # Beyond the year 9999.
+        return
 
 
-def _said(err: Exception, fields: str) -> str:
-    said = str(err) or type(err).__name__
-    if said.startswith("Wrong number"):
-        return f"{said}: {fields}"
-    return f"{said}: no value of that field, or none that ever comes"
+def _message(err: Exception, fields: str) -> str:
+    message = str(err) or type(err).__name__
+    if message.startswith("Wrong number"):
+        return f"{message}: {fields}"
+    return f"{message}: not a value of that field, or without a next time"

@@ -1,6 +1,6 @@
-"""How a schedule lies in MongoDB.
+"""Documents of schedules in MongoDB.
 
-schedules  {_id: '["tenant","name"]', ..., next_at?: while it is not paused, revision, fence}
+schedules  {_id: '["tenant","name"]', ..., next_at: missing while paused, revision, fence}
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VALIDATOR: Mapping[str, Any] = {
             "misfire": {"enum": [str(each) for each in Misfire]},
             "overlap": {"enum": [str(each) for each in Overlap]},
             "revision": {"bsonType": ["int", "long"], "minimum": 1},
-            # Of the leader that fired it last: a later one's is greater.
+            # Fencing token of the leader that fired the schedule last; tokens of later leaders are greater.
             "fence": {"bsonType": ["int", "long"], "minimum": 0},
             "next_at": {"bsonType": "date"},
         },
@@ -41,12 +41,12 @@ _PLAIN = ("tenant", "name", "cron", "zone", "created_at", "updated_at", "revisio
 
 
 def id_of(tenant: str, name: str) -> str:
-    """JSON, so that no two pairs pass for one."""
+    """Return the document id. JSON, so that different pairs never have equal ids."""
     return json.dumps([tenant, name], separators=(",", ":"))
 
 
 def document_of(schedule: Schedule) -> Document:
-    """The document of a schedule that nobody has fired yet."""
+    """Return the document of a schedule that has not fired yet."""
     document: Document = {"_id": id_of(schedule.tenant, schedule.name), "fence": 0}
     document |= {field: getattr(schedule, field) for field in _PLAIN}
     document |= {"template": Binary(schedule.template), "misfire": str(schedule.misfire)}
@@ -57,7 +57,7 @@ def document_of(schedule: Schedule) -> Document:
 
 
 def schedule_of(document: Mapping[str, Any]) -> Schedule:
-    """Reads a schedule."""
+    """Return the schedule in a document."""
     return Schedule(
         **{field: document[field] for field in _PLAIN},
         template=bytes(document.get("template", b"")),

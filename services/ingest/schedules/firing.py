@@ -1,10 +1,10 @@
-"""The leader's duty: what is due becomes jobs.
+"""Firing of schedules by the leader: due times become jobs.
 
-    due ──plan──> for each time: its job, by the time's own key ──> the schedule moves on (fenced)
+    due ──plan──> for each time: a job with that time's idempotency key ──> the schedule advances (fenced)
 
-A time becomes a job under an idempotency key of its own, and only then the schedule moves on. Whoever is killed in
-between is followed by a leader that fires that time again, and finds the job that is there. The move demands the
-schedule as it was planned upon, and a term that is not older than the last that wrote there.
+The job of a time is created first, with its own idempotency key; then the schedule advances. After a crash in between,
+the next leader fires the time again, and finds the existing job. The advance applies only to a schedule unchanged since
+the plan, and only with a fencing token that is not older than the last.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
-"""How often the leader looks: a time is fired so late at most, when nothing holds it up."""
+"""Interval of the leader's search for due schedules, and so the usual maximum delay of a firing."""
 _DUE_AT_ONCE = 100
-_AWAY_S = 1.0
+_UNAVAILABLE_WAIT_S = 1.0
 NAME_LABEL = "schedule"
 TIME_LABEL = "scheduled_for"
 
 Submit = Callable[[pb.SubmitRequest], Awaitable[Accepted]]
 Find = Callable[[str, str], Awaitable[Job | None]]
-"""By tenant and idempotency key."""
+"""Finds a job by tenant and idempotency key."""
 Read = Callable[[str], Awaitable[Job]]
 Cancel = Callable[[str, str], Awaitable[Job]]
 
 
 class Firing(Background):
-    """Fires schedules while this instance leads, beside an `async with` block."""
+    """Background firing of schedules while this instance leads. Used as `async with`."""
 
     def __init__(
         self,
@@ -69,64 +69,67 @@ class Firing(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("fire schedules", self._tick, away_s=_AWAY_S, log=log)
+        await for_ever("fire schedules", self._tick, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _tick(self) -> float:
         await self.fire_due()
         return TICK_S
 
     async def fire_due(self) -> None:
-        """Fires what is due, when this instance leads.
+        """Fire the due schedules, when this instance leads.
 
         Raises:
             ShoalError: the schedules cannot be read.
         """
         if self._lease.token is None:
             return
-        with translated("looking for schedules that are due"):
+        with translated("finding due schedules"):
             due = {"next_at": {"$lte": self._clock()}}
             documents = await self._schedules.find(due).sort("next_at", 1).limit(_DUE_AT_ONCE).to_list()
         for document in documents:
             schedule = schedule_of(document)
+            # An error of one schedule must not delay the others.
             try:
                 await self._fire(schedule)
-            except ShoalError as err:  # One that cannot be fired now must not hold up the others.
-                log.warning("cannot fire schedule %s of tenant %r for now: %s", schedule.name, schedule.tenant, err)
+            except ShoalError as err:
+                log.warning("cannot fire schedule %s of tenant %r: %s", schedule.name, schedule.tenant, err)
 
     async def _fire(self, schedule: Schedule) -> None:
         planned = plan(schedule, self._clock())
         if planned is None:
             return
         for time in planned.fire:
+            # The next leader continues.
             if (token := self._lease.token) is None:
-                return  # Whoever leads now goes on.
+                return
             job, skip = await self._job_of(schedule, time)
             last = time == planned.fire[-1]
             next_at = planned.next_at if last else schedule.next_after(time)
-            moved = await self._move(schedule, token, time, next_at, job, skip or planned.skip)
-            if moved is None:
-                return  # Changed or removed meanwhile: what is due then is seen with the next look.
-            schedule = moved
+            advanced = await self._advance(schedule, token, time, next_at, job, skip or planned.skip)
+            # The schedule was changed or removed meanwhile: the next search finds its due times.
+            if advanced is None:
+                return
+            schedule = advanced
         if not planned.fire:
             await self._skip(schedule, planned)
 
     async def _job_of(self, schedule: Schedule, time: datetime) -> tuple[str, str]:
-        """The job of a time, or why there is none."""
-        if schedule.overlap is not Overlap.ALLOW and schedule.last_job and await self._goes_on(schedule.last_job):
+        """Create the job of a time; return its id (empty: none) and the reason of a skip (empty: none)."""
+        if schedule.overlap is not Overlap.ALLOW and schedule.last_job and await self._is_running(schedule.last_job):
             if schedule.overlap is Overlap.SKIP:
                 return "", f"job {schedule.last_job} had not ended at {label_of(time)}"
             await self._cancel(schedule.last_job, f"schedule {schedule.name} has its next time")
         try:
             return (await self._submit(submit_of(schedule, time))).job.id, ""
         except AlreadyExists:
-            # Its job is there; a client has changed the schedule since it was made.
+            # The job exists already; a client has changed the schedule since.
             earlier = await self._find(schedule.tenant, schedule.key_of(time))
             return "" if earlier is None else earlier.id, ""
         except InvalidArgument as err:
-            log.error("schedule %s of tenant %r makes no job: %s", schedule.name, schedule.tenant, err)
-            return "", f"no job could be made of it: {err.message}"
+            log.error("cannot create the job of schedule %s of tenant %r: %s", schedule.name, schedule.tenant, err)
+            return "", f"its job could not be created: {err.message}"
 
-    async def _goes_on(self, job_id: str) -> bool:
+    async def _is_running(self, job_id: str) -> bool:
         try:
             return not (await self._read(job_id)).is_final
         except NotFound:
@@ -134,12 +137,12 @@ class Firing(Background):
 
     async def _skip(self, schedule: Schedule, planned: SchedulePlan) -> None:
         if (token := self._lease.token) is not None:
-            await self._move(schedule, token, None, planned.next_at, "", planned.skip)
+            await self._advance(schedule, token, None, planned.next_at, "", planned.skip)
 
-    async def _move(
+    async def _advance(
         self, schedule: Schedule, token: int, time: datetime | None, next_at: datetime | None, job: str, skip: str
     ) -> Schedule | None:
-        """Writes down what was done about a time. None: the schedule is not what it was."""
+        """Record the firing or skip of a time, and set `next_at`. None: the schedule has changed since the plan."""
         as_planned = {
             "_id": id_of(schedule.tenant, schedule.name),
             "revision": schedule.revision,
@@ -159,13 +162,13 @@ class Firing(Background):
             update["$unset"] = {"next_at": ""}
         else:
             done["next_at"] = next_at
-        with translated("moving a schedule on"):
+        with translated("advancing a schedule"):
             written = await self._schedules.find_one_and_update(as_planned, update, return_document=True)
         return None if written is None else schedule_of(written)
 
 
 def submit_of(schedule: Schedule, time: datetime) -> pb.SubmitRequest:
-    """The submit of the job of a time: the same bytes whoever makes it."""
+    """Return the submit of a time's job. All leaders create the same bytes."""
     submit = pb.SubmitRequest.FromString(schedule.template)
     submit.tenant = schedule.tenant
     submit.idempotency_key = schedule.key_of(time)

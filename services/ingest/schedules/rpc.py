@@ -1,4 +1,4 @@
-"""The calls about schedules: translates between messages and what this room thinks in."""
+"""RPC methods for schedules: translation between messages and `ScheduleRepository`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from datetime import datetime
 from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
 from services.ingest.schedules import cron
-from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
-from services.ingest.schedules.wanted import checked_name, schedule_of
+from services.ingest.schedules.schedule_repository import ScheduleRepository
+from services.ingest.schedules.validation import checked_name, schedule_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 _UPCOMING = 5
@@ -18,14 +18,14 @@ OVERLAPS = {each: f"OVERLAP_POLICY_{each.name}" for each in Overlap}
 
 
 class SchedulesRpc:
-    """A part of the servicer."""
+    """Mixin of the servicer with the methods for schedules."""
 
-    def __init__(self, schedules: Schedules) -> None:
+    def __init__(self, schedules: ScheduleRepository) -> None:
         self._schedules = schedules
 
     async def PutSchedule(self, request: pb.PutScheduleRequest, context: Context) -> pb.PutScheduleResponse:
-        wanted = schedule_of(request.schedule, self._schedules.now())
-        schedule = await self._schedules.put(wanted, replaces=request.replace)
+        requested = schedule_of(request.schedule, self._schedules.now())
+        schedule = await self._schedules.put(requested, replaces=request.replace)
         return pb.PutScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: Context) -> pb.GetScheduleResponse:
@@ -48,7 +48,7 @@ class SchedulesRpc:
 
 
 def message_of(schedule: Schedule, now: datetime, upcoming: int = _UPCOMING) -> pb.Schedule:
-    """The message of a schedule."""
+    """Return the message of a schedule, with up to `upcoming` next times."""
     message = pb.Schedule(
         name=schedule.name,
         tenant=schedule.tenant,

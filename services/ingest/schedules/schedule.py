@@ -1,8 +1,8 @@
-"""A schedule, and what is to be done about it at a moment. Plain values and decisions.
+"""Schedule of a recurring job, and the plan of its due times. Pure values and decisions.
 
-next_at ──(time passes)──> due ──plan──> fire these times, skip those ──> next_at, further on
+next_at ──(time passes)──> due ──plan──> times to fire, times to skip ──> a later next_at
                              │
-                             └─ paused: nothing is due; resumed, it goes on from then, less what was missed
+                             └─ paused: nothing is due; resumed, it continues from now without the missed times
 """
 
 from __future__ import annotations
@@ -15,82 +15,82 @@ from services.ingest.limits import SCHEDULED
 from services.ingest.schedules import cron
 
 FIRED_AT_ONCE = 100
-"""Of missed times that are made up for: so many in one go, then other schedules have their turn."""
+"""Maximum missed times that one plan fires, so that other schedules are not delayed."""
 GRACE = timedelta(seconds=60)
-"""A time that is so late is on time: a leader that was killed is succeeded after a few seconds."""
+"""Delay up to which a time counts as on time: a killed leader has a successor after a few seconds."""
 
 
 class Misfire(StrEnum):
-    """What is done about times at which nobody was there."""
+    """Policy for times that were missed because no leader ran."""
 
     SKIP = "skip"
     LATEST = "latest"
-    """One job, for the latest of them."""
+    """One job, for the latest missed time."""
     ALL = "all"
-    """A job for each of them."""
+    """One job for each missed time."""
 
 
 class Overlap(StrEnum):
-    """What is done when the job of the time before has not ended yet."""
+    """Policy for a time at which the previous job has not ended."""
 
     ALLOW = "allow"
     SKIP = "skip"
     CANCEL = "cancel"
-    """The one before is cancelled."""
+    """Cancel the previous job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A job that recurs. Times are UTC."""
+    """Recurring job. Times are UTC."""
 
     tenant: str
     name: str
     cron: str
     zone: str
     template: bytes
-    """The SubmitRequest of each job, serialised, without a key."""
+    """The serialised SubmitRequest of each job, without an idempotency key."""
     created_at: datetime
     updated_at: datetime
     next_at: datetime | None
-    """None while it is paused, or when no time comes any more."""
+    """Next time to fire; None while paused, or when there is no further time."""
     misfire: Misfire = Misfire.SKIP
     overlap: Overlap = Overlap.ALLOW
     is_paused: bool = False
     revision: int = 1
-    """Counts its changes by clients."""
+    """Number of changes by clients."""
     last_at: datetime | None = None
     last_job: str = ""
     fired: int = 0
     skipped: int = 0
     last_skip: str = ""
-    """Why a time was skipped last."""
+    """Reason of the last skip."""
 
     def key_of(self, time: datetime) -> str:
-        """The idempotency key of the job of that time: whoever fires it again finds the job that there is."""
+        """Return the idempotency key of a time's job: firing the time again finds the existing job."""
         return f"{SCHEDULED}{self.name}:{label_of(time)}"
 
     def next_after(self, time: datetime) -> datetime | None:
-        """Its first time after `time`."""
+        """Return the first time after `time`; None when there is none."""
         return cron.next_after(self.cron, cron.zone_of(self.zone), time)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulePlan:
-    """What is due: the times to fire, earliest first, and the one after them."""
+    """Due times to fire, earliest first, and the next time after them."""
 
     fire: tuple[datetime, ...]
     next_at: datetime | None
     skip: str = ""
-    """Why others were skipped; empty: none were."""
+    """Reason why other times were skipped; empty: none were."""
 
 
 def label_of(time: datetime) -> str:
-    """A time as jobs carry it: 2026-12-24T18:00:00Z."""
+    """Return a time as a job's label: 2026-12-24T18:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plan(schedule: Schedule, now: datetime) -> SchedulePlan | None:
-    """What is to be done about a schedule at `now`. None: nothing."""
+    """Return the plan for a schedule at `now`; None when no time is due."""
     due = schedule.next_at
     if due is None or due > now:
         return None
@@ -101,5 +101,5 @@ def plan(schedule: Schedule, now: datetime) -> SchedulePlan | None:
     last = cron.latest(schedule.cron, zone, due, now) or due
     next_at = schedule.next_after(max(last, now))
     if schedule.misfire is Misfire.SKIP and now - last > GRACE:
-        return SchedulePlan((), next_at, f"nobody was there at {label_of(last)}")
-    return SchedulePlan((last,), next_at, f"nobody was there before {label_of(last)}" if last > due else "")
+        return SchedulePlan((), next_at, f"no leader ran at {label_of(last)}")
+    return SchedulePlan((last,), next_at, f"no leader ran before {label_of(last)}" if last > due else "")

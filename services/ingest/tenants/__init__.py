@@ -1,1 +1,1 @@
-"""Who may have how much: the settings of tenants, and what they are counted against."""
+"""Settings of tenants, and the quotas and rates that follow from them."""

@@ -1,10 +1,10 @@
-"""May this job come in? Every limit is asked, the cheapest first; mostly the answer is at hand.
+"""Admission of jobs: checks all limits, the cheapest first, mostly without a query.
 
-    submit ──> is the node able to? ──> the tenant's quota ──> the tenant's rate ──> in
-                    │ no                     │ full                 │ used up
-                    └────────────────────────┴──────────────────────┴──> RESOURCE_EXHAUSTED, and when to come back
+    submit ──> limits of the node ──> the tenant's quota ──> the tenant's rate ──> accepted
+                    │ reached              │ full                 │ used up
+                    └──────────────────────┴──────────────────────┴──> RESOURCE_EXHAUSTED, with a retry-after
 
-A stream waits instead, for a while, and is not read meanwhile.
+A stream waits instead for a while, and is not read meanwhile.
 """
 
 from __future__ import annotations
@@ -12,58 +12,63 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import ResourceExhausted, ShoalError
 
 PATIENCE_S = 30.0
-"""How long an item of a stream waits to be let in: half of what clients wait for an acknowledgement."""
+"""Maximum wait of a stream's item for admission: half of the time that clients wait for an acknowledgement."""
+# Maximum time between checks: a limit may be raised, or jobs may end sooner than expected.
 _LONGEST_WAIT_S = 2.0
-# A limit may be raised meanwhile, or others' jobs be done sooner than was foreseen.
 
 
 class Admission:
-    """Lets jobs in. `gates` refuse for the whole node: they return, or raise ResourceExhausted."""
+    """Admission control. `gates` check the node's limits: each returns, or raises ResourceExhausted."""
 
     def __init__(
-        self, book: TenantRepository, pending: PendingCounts, buckets: Buckets, gates: Sequence[Callable[[], None]]
+        self,
+        repository: TenantRepository,
+        pending: PendingCounts,
+        buckets: Buckets,
+        gates: Sequence[Callable[[], None]],
     ) -> None:
-        self._book = book
+        self._repository = repository
         self._pending = pending
         self._buckets = buckets
         self._gates = gates
 
-    def admit_at_hand(self, tenant: str) -> bool:
-        """Lets a job of `tenant` in when nothing has to be asked for that. False: `admit` says.
+    def try_admit(self, tenant: str) -> bool:
+        """Admit a job of `tenant` without a query. False: call `admit`, which may query MongoDB.
 
         Raises:
-            ResourceExhausted: the node takes none just now.
+            ResourceExhausted: a limit of the node is reached.
         """
         for gate in self._gates:
             gate()
-        limits = self._book.limits(tenant)
+        limits = self._repository.limits(tenant)
         if not (limits.max_pending or limits.rate):
             return True
-        if limits.max_pending and not self._pending.has_room_at_hand(tenant, limits.max_pending):
+        if limits.max_pending and not self._pending.has_known_capacity(tenant, limits.max_pending):
             return False
         if limits.rate:
-            if not self._buckets.has_at_hand(tenant):
+            if not self._buckets.has_tokens(tenant):
                 return False
-            self._buckets.take_at_hand(tenant)
+            self._buckets.take_held(tenant)
         if limits.max_pending:
             self._pending.added(tenant, 1)
         return True
 
     async def admit(self, tenant: str) -> None:
-        """Lets a job of `tenant` in.
+        """Admit a job of `tenant`.
 
         Raises:
-            ResourceExhausted: its quota is full, or its rate used up. Unavailable: MongoDB is away.
+            ResourceExhausted: a limit of the node, the tenant's quota or its rate is reached.
+            Unavailable: MongoDB is unavailable.
         """
         for gate in self._gates:
             gate()
-        limits = self._book.limits(tenant)
+        limits = self._repository.limits(tenant)
         if limits.max_pending:
             await self._pending.admit(tenant, limits.max_pending)
         if limits.rate:
@@ -75,15 +80,15 @@ class Admission:
                 raise
 
     async def wait(self, tenant: str, patience_s: float = PATIENCE_S) -> None:
-        """Lets a job of `tenant` in, as soon as there is room for it.
+        """Admit a job of `tenant` as soon as the limits allow it.
 
         Raises:
-            ResourceExhausted: there was none for so long. Unavailable: MongoDB is away.
+            ResourceExhausted: the limits do not allow it for `patience_s`. Unavailable: MongoDB is unavailable.
         """
         deadline = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
-                if not self.admit_at_hand(tenant):
+                if not self.try_admit(tenant):
                     await self.admit(tenant)
                 return
             except ResourceExhausted as err:

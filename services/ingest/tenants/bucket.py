@@ -1,11 +1,11 @@
-"""A rate for a tenant, over all instances: one token bucket in MongoDB, of which each instance takes a few at a time.
+"""Rate limit of a tenant over all instances: one token bucket in MongoDB, from which instances take tokens in advance.
 
-    bucket (level, at) ──take up to n──> in hand here ──one a submit──> ...
+    bucket (level, at) ──take up to n──> tokens held by this instance ──one per submit──> ...
 
-The database keeps the time and the level, so that however many instances take, no more is handed out than the rate
-allows. What is in hand and not used within a second is thrown away: in any time t, all instances together accept no
-more than `burst + rate * (t + 1 s)`. An instance takes what waits, or about as much as it used of the last, a tenth of
-a second's worth, so little is thrown away.
+The database keeps the time and the level, so all instances together never get more tokens than the rate allows. Held
+tokens expire after a second: in any time t, all instances together accept at most `burst + rate * (t + 1 s)` submits.
+An instance takes as many tokens as submits wait, or about as many as it last used, at most a tenth of a second's worth,
+so few tokens expire.
 """
 
 from __future__ import annotations
@@ -20,111 +20,113 @@ from pymongo import ASCENDING, IndexModel, ReturnDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
-from services.ingest.tenants.settings import Limits
+from services.ingest.tenants.settings import TenantLimits
 from shoal.errors import ResourceExhausted
 
 BUCKETS = "tenant_rates"
 HELD_S = 1.0
 _AHEAD_S = 0.1
+# A bucket without changes for an hour is full, because a burst is at most an hour's worth: its document expires.
 _FORGOTTEN_S = 3_600
-# A bucket that was not touched for an hour is full: a burst is at most an hour's worth.
-_HANDS_TIDY = 1_000
+_PRUNE_AT = 1_000
 
 _VALIDATOR: dict[str, Any] = {"$jsonSchema": {"bsonType": "object", "required": ["_id", "level", "at"]}}
 _INDEXES = [IndexModel([("at", ASCENDING)], name="forgotten", expireAfterSeconds=_FORGOTTEN_S)]
 
 
 @dataclass(slots=True)
-class _Hand:
-    """What this instance has taken for one tenant."""
+class _HeldTokens:
+    """Tokens of one tenant that this instance holds."""
 
     tokens: int = 0
     taken_at: float = 0.0
     used: int = 0
-    """Since the last time that some were taken."""
+    """Tokens used since the last refill."""
     waiting: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     empty_until: float = float("-inf")
-    """The bucket has none before then: it need not be asked."""
-    asked_under: Limits | None = None
-    """What held then; under another rate the bucket fills sooner."""
+    """Time before which the bucket is empty, and a refill is useless."""
+    refilled_under: TenantLimits | None = None
+    """Limits at the last refill; under other limits the bucket may fill sooner."""
 
 
 class Buckets:
-    """The rates of tenants. `clock` is monotonic, in seconds."""
+    """Token buckets of tenants. `clock` is monotonic, in seconds."""
 
     def __init__(self, database: AsyncDatabase[Document], clock: Callable[[], float]) -> None:
         self._database = database
         self._buckets = database[BUCKETS]
         self._clock = clock
-        self._hands: dict[str, _Hand] = {}
+        self._held: dict[str, _HeldTokens] = {}
 
     async def open(self) -> None:
-        """Makes the collection.
+        """Create the collection.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         await ensure_collection(self._database, BUCKETS, validator=_VALIDATOR, indexes=_INDEXES)
 
-    def has_at_hand(self, tenant: str) -> bool:
-        """Whether there is one that `take_at_hand` may take; else `take` has to be asked."""
-        hand = self._hands.get(tenant)
-        return hand is not None and hand.tokens > 0 and self._clock() - hand.taken_at <= HELD_S
+    def has_tokens(self, tenant: str) -> bool:
+        """Return True when this instance holds a token for `take_held`; otherwise call `take`."""
+        held = self._held.get(tenant)
+        return held is not None and held.tokens > 0 and self._clock() - held.taken_at <= HELD_S
 
-    def take_at_hand(self, tenant: str) -> None:
-        """Takes one that is at hand."""
-        hand = self._hands[tenant]
-        hand.tokens -= 1
-        hand.used += 1
+    def take_held(self, tenant: str) -> None:
+        """Use a held token."""
+        held = self._held[tenant]
+        held.tokens -= 1
+        held.used += 1
 
-    async def take(self, tenant: str, limits: Limits) -> None:
-        """Takes one.
+    async def take(self, tenant: str, limits: TenantLimits) -> None:
+        """Use a token, refilling the held ones if necessary.
 
         Raises:
-            ResourceExhausted: the rate is used up; says when there is one again.
-            Unavailable: MongoDB is away.
+            ResourceExhausted: the rate is used up; its retry-after is the time of the next token.
+            Unavailable: MongoDB is unavailable.
         """
-        hand = self._hand(tenant)
-        hand.waiting += 1
+        held = self._held_of(tenant)
+        held.waiting += 1
         try:
-            async with hand.lock:  # One asks for all that wait.
-                if not self.has_at_hand(tenant) and (self._clock() >= hand.empty_until or limits != hand.asked_under):
-                    await self._refill(tenant, hand, limits)
-                if not self.has_at_hand(tenant):
+            # One caller refills for all concurrent ones.
+            async with held.lock:
+                if not self.has_tokens(tenant) and (self._clock() >= held.empty_until or limits != held.refilled_under):
+                    await self._refill(tenant, held, limits)
+                if not self.has_tokens(tenant):
                     raise ResourceExhausted(
                         f"tenant {tenant!r} submits more than its {limits.rate:g} jobs a second: slow down",
-                        retry_after_ms=max(1, math.ceil((hand.empty_until - self._clock()) * 1000)),
+                        retry_after_ms=max(1, math.ceil((held.empty_until - self._clock()) * 1000)),
                     )
-                self.take_at_hand(tenant)
+                self.take_held(tenant)
         finally:
-            hand.waiting -= 1
+            held.waiting -= 1
 
-    async def _refill(self, tenant: str, hand: _Hand, limits: Limits) -> None:
-        ask = max(hand.waiting, min(hand.used, int(limits.rate * _AHEAD_S)))
+    async def _refill(self, tenant: str, held: _HeldTokens, limits: TenantLimits) -> None:
+        requested = max(held.waiting, min(held.used, int(limits.rate * _AHEAD_S)))
         with translated("taking from a tenant's rate"):
             bucket = await self._buckets.find_one_and_update(
-                {"_id": tenant}, taking(limits, ask), upsert=True, return_document=ReturnDocument.AFTER
+                {"_id": tenant}, taking(limits, requested), upsert=True, return_document=ReturnDocument.AFTER
             )
-        assert bucket is not None  # It was upserted.
-        hand.tokens, hand.taken_at, hand.used = int(bucket["granted"]), self._clock(), 0
-        hand.empty_until, hand.asked_under = hand.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
+        # An upsert returns a document.
+        assert bucket is not None
+        held.tokens, held.taken_at, held.used = int(bucket["granted"]), self._clock(), 0
+        held.empty_until, held.refilled_under = held.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
 
-    def _hand(self, tenant: str) -> _Hand:
-        if len(self._hands) >= _HANDS_TIDY and tenant not in self._hands:
+    def _held_of(self, tenant: str) -> _HeldTokens:
+        if len(self._held) >= _PRUNE_AT and tenant not in self._held:
             now = self._clock()
-            self._hands = {
-                name: hand for name, hand in self._hands.items() if hand.waiting or now - hand.taken_at <= HELD_S
+            self._held = {
+                name: held for name, held in self._held.items() if held.waiting or now - held.taken_at <= HELD_S
             }
-        return self._hands.setdefault(tenant, _Hand())
+        return self._held.setdefault(tenant, _HeldTokens())
 
 
-def taking(limits: Limits, ask: int) -> list[Document]:
-    """An update that fills a bucket up to now, by the database's clock, and takes up to `ask` whole tokens from it."""
+def taking(limits: TenantLimits, requested: int) -> list[Document]:
+    """Return the update that fills a bucket by the database's clock, and takes up to `requested` whole tokens."""
     passed_ms = {"$max": [0, {"$subtract": ["$$NOW", {"$ifNull": ["$at", "$$NOW"]}]}]}
     filled = {"$add": [{"$ifNull": ["$level", limits.burst]}, {"$multiply": [passed_ms, limits.rate / 1000]}]}
     return [
         {"$set": {"level": {"$min": [limits.burst, filled]}, "at": {"$max": ["$at", "$$NOW"]}}},
-        {"$set": {"granted": {"$floor": {"$min": ["$level", ask]}}}},
+        {"$set": {"granted": {"$floor": {"$min": ["$level", requested]}}}},
         {"$set": {"level": {"$subtract": ["$level", "$granted"]}}},
     ]

@@ -1,7 +1,7 @@
-"""How many jobs of a tenant wait: counted in the index of the queue, and kept up in between by what is accepted here.
+"""Number of a tenant's pending jobs: counted in the queue's index, and adjusted by accepted jobs in between.
 
-A count is at most `max_pending` steps. It is repeated while the tenant submits, after 0.2 s or 20 times what it took:
-several instances together may overshoot a quota by what the others accepted since.
+A count costs at most `max_pending` steps. While the tenant submits, it is repeated after 0.2 s or 20 times its
+duration. Several instances together may exceed a quota by the jobs that the others accepted since.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.documents import WAITING
-from services.ingest.lane import range_of
+from services.ingest.tenant_queue import range_of
 from shoal.errors import ResourceExhausted
 
 _SHORTEST_S = 0.2
 _REST = 20
-_KNOWN_TIDY = 1_000
+_PRUNE_AT = 1_000
 
 
 @dataclass(slots=True)
@@ -30,31 +30,32 @@ class _Count:
 
 
 class PendingCounts:
-    """What waits, by tenant. `clock` is monotonic, in seconds."""
+    """Pending jobs by tenant. `clock` is monotonic, in seconds."""
 
     def __init__(self, jobs: AsyncCollection[Document], clock: Callable[[], float]) -> None:
         self._jobs = jobs
         self._clock = clock
         self._counts: dict[str, _Count] = {}
 
-    def has_room_at_hand(self, tenant: str, most: int) -> bool:
-        """Whether a count that is at hand lets a job of `tenant` in; else `admit` has to be asked."""
+    def has_known_capacity(self, tenant: str, most: int) -> bool:
+        """Return True when a recent count allows a job of `tenant`; otherwise call `admit`."""
         count = self._counts.get(tenant)
         return count is not None and count.jobs < most and self._clock() < count.stale_at
 
     def added(self, tenant: str, jobs: int) -> None:
-        """So many more wait, until the next count."""
+        """Add `jobs` to the count, until the next one."""
         self._count(tenant).jobs += jobs
 
     async def admit(self, tenant: str, most: int) -> None:
-        """Lets a job of `tenant` in.
+        """Return when one more job of `tenant` may be accepted, and count it.
 
         Raises:
-            ResourceExhausted: `most` jobs wait already.
-            Unavailable: MongoDB is away.
+            ResourceExhausted: `most` jobs are pending already.
+            Unavailable: MongoDB is unavailable.
         """
         count = self._count(tenant)
-        async with count.lock:  # One counts for all that ask.
+        # One caller counts for all concurrent ones.
+        async with count.lock:
             if self._clock() >= count.stale_at:
                 started = self._clock()
                 count.jobs = await self.count(tenant, most)
@@ -62,16 +63,16 @@ class PendingCounts:
                 count.stale_at = now + max(_SHORTEST_S, _REST * (now - started))
         if count.jobs >= most:
             raise ResourceExhausted(
-                f"{most} jobs of tenant {tenant!r} are queued, which is its quota: come back when some are done",
+                f"{most} jobs of tenant {tenant!r} are queued, which is its quota: retry when some are done",
                 retry_after_ms=max(1, int((count.stale_at - self._clock()) * 1000)),
             )
         count.jobs += 1
 
     async def count(self, tenant: str, most: int) -> int:
-        """How many wait, for their turn or for other jobs; `most` when there are more.
+        """Return the number of jobs that are queued or wait for dependencies, at most `most`.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         waiting = {**WAITING, "lane": range_of(tenant)}
         dependents = {"lane": range_of(tenant), "waits_for": {"$exists": True}}
@@ -82,7 +83,7 @@ class PendingCounts:
         return found
 
     def _count(self, tenant: str) -> _Count:
-        if len(self._counts) >= _KNOWN_TIDY and tenant not in self._counts:
+        if len(self._counts) >= _PRUNE_AT and tenant not in self._counts:
             now = self._clock()
             self._counts = {
                 name: count for name, count in self._counts.items() if count.lock.locked() or count.stale_at > now

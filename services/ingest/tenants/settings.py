@@ -1,6 +1,6 @@
-"""What a tenant may have: plain values, and what is in force when some are not set.
+"""Settings of a tenant, their validation, and the limits that follow from them. Pure values.
 
-its own setting ──not set──> the setting of `*` ──not set──> the default
+the tenant's setting ──not set──> the setting of `*` ──not set──> the default
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from services.ingest.limits import TENANT_CHARS
 from shoal.errors import InvalidArgument
 
 EVERYONE = "*"
-"""The tenant whose settings hold for all that do not say otherwise."""
+"""Name under which the settings of all tenants without their own are stored."""
 _HOUR_S = 3_600
 
 
 @dataclass(frozen=True, slots=True)
 class TenantSettings:
-    """Settings as they were given; None where there is none."""
+    """Settings of a tenant; None where a field is not set."""
 
     weight: float | None = None
     max_pending: int | None = None
     rate: float | None = None
     burst: float | None = None
 
-    def given(self) -> dict[str, float]:
-        """Those that were given, by name."""
+    def set_values(self) -> dict[str, float]:
+        """Return the set fields, by name."""
         return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
 
 
@@ -36,32 +36,32 @@ NAMES = tuple(field.name for field in fields(TenantSettings))
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What is in force for a tenant. 0 is no limit."""
+class TenantLimits:
+    """Limits in force for a tenant. 0: no limit."""
 
     weight: float = 1.0
     max_pending: int = 0
     rate: float = 0.0
     """Submits per second."""
     burst: float = 0.0
-    """Submits at once, at most; at least 1 where there is a rate."""
+    """Maximum submits at one time; at least 1 with a rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant that somebody has set."""
+    """Tenant with settings."""
 
     name: str
     settings: TenantSettings
     updated_at: datetime
 
 
-def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> Limits:
-    """What holds for a tenant with settings `own`."""
-    found = {**(everyone.given() if everyone else {}), **(own.given() if own else {})}
+def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> TenantLimits:
+    """Return the limits of a tenant with settings `own`, where `everyone` are the settings of `*`."""
+    found = {**(everyone.set_values() if everyone else {}), **(own.set_values() if own else {})}
     rate = found.get("rate", 0.0)
     burst = min(found.get("burst", 0.0) or rate, rate * _HOUR_S)
-    return Limits(
+    return TenantLimits(
         weight=found.get("weight", 1.0),
         max_pending=int(found.get("max_pending", 0)),
         rate=rate,
@@ -70,10 +70,10 @@ def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> Lim
 
 
 def checked_name(name: str) -> str:
-    """The name of a tenant.
+    """Return a valid name of a tenant.
 
     Raises:
-        InvalidArgument: it is too long.
+        InvalidArgument: the name is too long.
     """
     if len(name) > TENANT_CHARS:
         raise InvalidArgument(f"name: at most {TENANT_CHARS} characters, got {len(name)}")
@@ -86,16 +86,16 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "rate": (0.001, 1e6, True),
     "burst": (1, 1e6, True),
 }
-"""Least, most, and whether 0 is allowed too (no limit)."""
+"""Minimum, maximum, and True where 0 (no limit) is valid too."""
 
 
 def checked(settings: TenantSettings, inherit: Collection[str] = ()) -> TenantSettings:
-    """`settings`, when each is in its range.
+    """Return valid settings.
 
     Raises:
-        InvalidArgument: names the field, what was expected and what came.
+        InvalidArgument: a field is invalid; the message names it, and what was expected and received.
     """
-    for name, value in settings.given().items():
+    for name, value in settings.set_values().items():
         least, most, has_zero = _RANGES[name]
         if not math.isfinite(value) or not (least <= value <= most or (has_zero and value == 0)):
             none = "0 (none), or " if has_zero else ""
@@ -103,8 +103,8 @@ def checked(settings: TenantSettings, inherit: Collection[str] = ()) -> TenantSe
     for name in inherit:
         if name not in NAMES:
             raise InvalidArgument(f"inherit: {name[:40]!r} is none of {', '.join(NAMES)}")
-        if name in settings.given():
+        if name in settings.set_values():
             raise InvalidArgument(f"inherit: {name} is set in the same request")
-    if not settings.given() and not inherit:
+    if not settings.set_values() and not inherit:
         raise InvalidArgument(f"settings: set at least one of {', '.join(NAMES)}")
     return settings

@@ -32,8 +32,8 @@ from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.outputs.written import Written
 from services.ingest.batches.running import Running
 from services.ingest.clock import milliseconds
-from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
-from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
+from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
+from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import BATCHES as RULED
 from services.ingest.retention.rules import Rule, Rules
 from services.ingest.tenants.settings import EVERYONE

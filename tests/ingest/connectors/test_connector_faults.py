@@ -18,7 +18,7 @@ from services.ingest.connectors.plan import ConnectorPlan, Parts
 from services.ingest.connectors.progress import PartitionStatus, Phase, Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
-from services.ingest.reading.endings import Ended
+from services.ingest.queries.completions import Ended
 from shoal.errors import AlreadyExists, PermissionDenied, ResourceExhausted, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2

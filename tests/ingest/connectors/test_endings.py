@@ -13,7 +13,7 @@ from pymongo import AsyncMongoClient
 
 from services.ingest.documents import JOBS, document_of
 from services.ingest.job import Job, Policy, State
-from services.ingest.reading.endings import Endings
+from services.ingest.queries.completions import Completions
 from shoal.errors import Code, DataLoss, NotFound, PermissionDenied, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
@@ -31,7 +31,7 @@ class Answers:
         self.error: ShoalError | None = None
         self.sizes: list[int] = []
 
-    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
         self.sizes.append(len(job_ids))
         if self.error is not None:
             raise self.error
@@ -52,10 +52,10 @@ async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Any]:
 
 
 @pytest.fixture
-async def endings(jobs: Any, answers: Answers) -> AsyncIterator[Endings]:
+async def endings(jobs: Any, answers: Answers) -> AsyncIterator[Completions]:
     ready = asyncio.Event()
     ready.set()
-    async with Endings(jobs, answers, ready=ready) as made:
+    async with Completions(jobs, answers, ready=ready) as made:
         yield made
 
 
@@ -65,7 +65,7 @@ async def put(jobs: Any, made: Job, state: State = State.QUEUED) -> str:
     return made.id
 
 
-async def test_a_poke_ends_the_wait_and_only_that_of_a_job_that_has_ended(endings: Endings, jobs: Any) -> None:
+async def test_a_poke_ends_the_wait_and_only_that_of_a_job_that_has_ended(endings: Completions, jobs: Any) -> None:
     one, two = job(), job()
     ids = [await put(jobs, each) for each in (one, two)]
     waits = [asyncio.create_task(endings.until_ended(name)) for name in ids]
@@ -78,19 +78,19 @@ async def test_a_poke_ends_the_wait_and_only_that_of_a_job_that_has_ended(ending
     await asyncio.wait_for(waits[1], 30)  # Nobody poked: another instance has ended it.
 
 
-async def test_a_poke_that_came_before_the_wait_counts(endings: Endings, jobs: Any) -> None:
+async def test_a_poke_that_came_before_the_wait_counts(endings: Completions, jobs: Any) -> None:
     name = await put(jobs, job(), State.FAILED)
     endings.poke(name)
     await asyncio.wait_for(endings.until_ended(name), 30)
 
 
-async def test_what_has_ended_long_ago_or_is_there_no_more_has_ended(endings: Endings, jobs: Any) -> None:
+async def test_what_has_ended_long_ago_or_is_there_no_more_has_ended(endings: Completions, jobs: Any) -> None:
     name = await put(jobs, job(), State.EXPIRED)
     await asyncio.wait_for(endings.until_ended(name, is_old=True), 30)
     await asyncio.wait_for(endings.until_ended(job().id), 30)
 
 
-async def test_many_wait_for_one_job_and_one_who_leaves_takes_nobody_along(endings: Endings, jobs: Any) -> None:
+async def test_many_wait_for_one_job_and_one_who_leaves_takes_nobody_along(endings: Completions, jobs: Any) -> None:
     made = job()
     name = await put(jobs, made)
     waits = [asyncio.create_task(endings.until_ended(name)) for _ in range(5)]
@@ -101,7 +101,7 @@ async def test_many_wait_for_one_job_and_one_who_leaves_takes_nobody_along(endin
     await asyncio.wait_for(asyncio.gather(*waits[1:]), 30)
 
 
-async def test_thousands_are_waited_for_in_few_questions(endings: Endings, jobs: Any) -> None:
+async def test_thousands_are_waited_for_in_few_questions(endings: Completions, jobs: Any) -> None:
     made = [job() for _ in range(3_000)]
     await jobs.insert_many([document_of(each) for each in made])
     waits = [asyncio.create_task(endings.until_ended(each.id)) for each in made]
@@ -111,7 +111,7 @@ async def test_thousands_are_waited_for_in_few_questions(endings: Endings, jobs:
 
 
 async def test_results_are_read_together_and_one_that_cannot_be_had_harms_nobody_else(
-    endings: Endings, answers: Answers
+    endings: Completions, answers: Answers
 ) -> None:
     names = [job().id for _ in range(150)]
     answers.results = {name: store_pb2.Result(job_id=name) for name in names}
@@ -132,7 +132,7 @@ async def test_results_are_read_together_and_one_that_cannot_be_had_harms_nobody
     ]
 
 
-async def test_a_store_that_is_away_is_said_to_be(endings: Endings, answers: Answers) -> None:
+async def test_a_store_that_is_away_is_said_to_be(endings: Completions, answers: Answers) -> None:
     answers.error = Unavailable("no store")
     with pytest.raises(Unavailable, match="no store"):
         await endings.result(job().id)
@@ -152,7 +152,7 @@ async def test_a_database_that_is_away_is_waited_for(jobs: Any, answers: Answers
 
     made = job()
     name = await put(jobs, made, State.SUCCEEDED)
-    async with Endings(Collection(), answers, ready=ready) as endings:  # type: ignore[arg-type]
+    async with Completions(Collection(), answers, ready=ready) as endings:  # type: ignore[arg-type]
         wait = asyncio.create_task(endings.until_ended(name, is_old=True))
         ready.set()
         await until(lambda: wait.done(), "the end")
@@ -161,7 +161,7 @@ async def test_a_database_that_is_away_is_waited_for(jobs: Any, answers: Answers
 
 
 async def test_a_result_that_was_recorded_here_is_at_hand_for_whoever_waited(
-    endings: Endings, jobs: Any, answers: Answers
+    endings: Completions, jobs: Any, answers: Answers
 ) -> None:
     name, other = [await put(jobs, job(), State.RUNNING) for _ in range(2)]
     waits = [asyncio.create_task(endings.until_ended(each)) for each in (name, name, other)]
@@ -178,7 +178,7 @@ async def test_a_result_that_was_recorded_here_is_at_hand_for_whoever_waited(
 
 
 async def test_results_that_nobody_fetches_do_not_fill_the_memory(
-    endings: Endings, jobs: Any, answers: Answers
+    endings: Completions, jobs: Any, answers: Answers
 ) -> None:
     names = [await put(jobs, job(), State.RUNNING) for _ in range(3)]
     ends: list[str] = []
@@ -200,7 +200,7 @@ async def test_results_that_nobody_fetches_do_not_fill_the_memory(
 
 
 async def test_a_failure_that_nobody_fetched_does_not_hide_the_answer_of_a_requeue(
-    endings: Endings, jobs: Any, answers: Answers
+    endings: Completions, jobs: Any, answers: Answers
 ) -> None:
     made = job()
     name = await put(jobs, made, State.RUNNING)
@@ -215,7 +215,7 @@ async def test_a_failure_that_nobody_fetched_does_not_hide_the_answer_of_a_reque
 
 
 async def test_the_state_of_a_failure_is_that_of_the_job_s_own_policy(
-    endings: Endings, jobs: Any, answers: Answers
+    endings: Completions, jobs: Any, answers: Answers
 ) -> None:
     own = Policy(codes=(Code.INVALID_ARGUMENT,))
     made, asked = [job(policy=own), job(policy=own), job(), job()], []
@@ -243,5 +243,5 @@ async def test_the_policies_of_jobs_that_did_not_fail_are_not_asked_for(answers:
 
     name = job().id
     answers.results = {name: store_pb2.Result(job_id=name, outcome=1)}
-    async with Endings(Nothing(), answers, ready=asyncio.Event()) as endings:  # type: ignore[arg-type]
+    async with Completions(Nothing(), answers, ready=asyncio.Event()) as endings:  # type: ignore[arg-type]
         assert (await endings.result(name)).state is State.SUCCEEDED

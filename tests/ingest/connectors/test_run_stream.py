@@ -174,7 +174,7 @@ async def test_an_answer_that_is_damaged_is_an_error_in_band(client: Client, mes
 async def test_a_job_that_is_not_there_has_no_result(client: Client) -> None:
     (answer,) = await run(client, [pb.RunStreamRequest(sequence=5, job_id=UNKNOWN)])
     assert (answer.state, answer.code, answer.job_id) == (0, Code.NOT_FOUND, UNKNOWN)
-    assert answer.message == f"the store has no result (any more) of job {UNKNOWN}, which has ended or never was"
+    assert answer.message == f"the store has no result of job {UNKNOWN}: retention removed it, or the job never existed"
 
 
 @pytest.mark.parametrize("beside", [one(1), pb.RunStreamRequest(job_id=UNKNOWN), pb.RunStreamRequest(stream="s")])

@@ -11,7 +11,7 @@ import pytest
 
 from services.ingest.connectors import run_stream
 from services.ingest.connectors.run_stream import RunStreams
-from services.ingest.reading.endings import Ended
+from services.ingest.queries.completions import Ended
 from shoal.errors import Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
@@ -19,7 +19,7 @@ from tests.breakable import until
 BROKEN, SLOW = "01JD8Y3V5M2Q4R6T8W0X2Z4B6D", "01JD8Y3V5M2Q4R6T8W0X2Z4B6E"
 
 
-class Endings:
+class Completions:
     """All jobs have ended. The result of SLOW never comes; that of BROKEN cannot be had, once SLOW's is asked for."""
 
     def __init__(self) -> None:
@@ -43,14 +43,14 @@ class Endings:
             self.under_way -= 1
 
 
-def streams(endings: Endings) -> RunStreams:
+def streams(endings: Completions) -> RunStreams:
     """No job is submitted here: the streams take up old ones."""
     return RunStreams(cast(Any, None), endings, most=1, items=10, all_items=10)
 
 
 async def test_the_first_error_ends_what_was_fetched_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_stream, "_STORE_PATIENCE_S", -1.0)
-    endings = Endings()
+    endings = Completions()
 
     async def requests() -> AsyncIterator[pb.RunStreamRequest]:
         yield pb.RunStreamRequest(sequence=1, job_id=BROKEN)
@@ -64,7 +64,7 @@ async def test_the_first_error_ends_what_was_fetched_beside_it(monkeypatch: pyte
 
 
 async def test_its_reader_has_ended_when_it_has() -> None:
-    endings, is_reading = Endings(), asyncio.Event()
+    endings, is_reading = Completions(), asyncio.Event()
     goodbyes = 0
 
     async def requests() -> AsyncIterator[pb.RunStreamRequest]:

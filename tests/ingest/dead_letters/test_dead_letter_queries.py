@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from services.ingest.documents import LIGHT, document_of, job_of, requeueing
+from services.ingest.documents import WITHOUT_REQUEST, document_of, job_of, requeueing
 from services.ingest.job import Job, State, requeue
 from services.ingest.job_store import DeadFilter
 from tests.ingest.making import START, job
@@ -35,7 +35,7 @@ async def put(jobs: Collection, *made: Job) -> None:
 async def test_every_question_is_answered_by_an_index(jobs: Collection, among: DeadFilter, direction: int) -> None:
     ended = [job(state=state, due_at=None, tenant="t", last_code=13) for state in (State.SUCCEEDED, State.DEAD) * 200]
     await put(jobs, *ended)
-    found = await jobs.find(among.query(), LIGHT).sort("_id", direction).limit(100).explain()
+    found = await jobs.find(among.query(), WITHOUT_REQUEST).sort("_id", direction).limit(100).explain()
     plan = str(found["queryPlanner"]["winningPlan"])
     assert "COLLSCAN" not in plan
     assert "'SORT'" not in plan

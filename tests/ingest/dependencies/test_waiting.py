@@ -8,11 +8,11 @@ from datetime import timedelta
 import pytest
 
 from services.ingest.dependencies.references import by_key, references_of
-from services.ingest.dependencies.waiting import after_look, unmet
+from services.ingest.dependencies.waiting import decide, unmet
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
-    Again,
+    BackToQueue,
     End,
     Job,
     Lease,
@@ -21,8 +21,8 @@ from services.ingest.job import (
     claim,
     end,
     requeue,
+    return_to_queue,
     state_of,
-    try_again,
 )
 from services.ingest.job_store import DependencyState
 from shoal.errors import Code, InvalidArgument
@@ -43,7 +43,7 @@ def known(**states: State) -> dict[str, DependencyState]:
 
 
 def look(one: Job, **states: State) -> Job | End:
-    return after_look(one, known(**states), "i", LATER)
+    return decide(one, known(**states), "i", LATER)
 
 
 def test_it_is_due_when_all_have_succeeded() -> None:
@@ -51,7 +51,7 @@ def test_it_is_due_when_all_have_succeeded() -> None:
     assert isinstance(after, Job)
     assert (after.due_at, after.waits_for, after.depends_on) == (LATER, (), (A, B))
     assert after.transitions[-1].reason == "its 2 dependencies have succeeded"
-    assert after.steps == 2
+    assert after.transition_count == 2
 
 
 def test_it_is_not_due_before_its_own_time() -> None:
@@ -64,9 +64,7 @@ def test_it_is_not_due_before_its_own_time() -> None:
 @pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING])
 def test_while_one_goes_on_it_waits_for_that_one(state: State) -> None:
     one = waiting(A, by_key("k"))
-    after = after_look(
-        one, {A: DependencyState(A, State.SUCCEEDED), by_key("k"): DependencyState(B, state)}, "i", LATER
-    )
+    after = decide(one, {A: DependencyState(A, State.SUCCEEDED), by_key("k"): DependencyState(B, state)}, "i", LATER)
     assert isinstance(after, Job)
     assert after == replace(one, waits_for=(B,))  # By its id from now on.
 
@@ -75,7 +73,7 @@ def test_while_one_goes_on_it_waits_for_that_one(state: State) -> None:
 def test_when_one_did_not_succeed_it_ends_by_its_own_choice(state: State) -> None:
     how = look(waiting(A, B), **{A: State.RUNNING, B: state})
     assert how == End(Outcome.CANCELLED, Code.CANCELLED, f"cancelled: it depends on job {B}, which is {state}: why")
-    how = look(waiting(A, B, fails_with_them=True), **{A: State.RUNNING, B: state})
+    how = look(waiting(A, B, fails_on_dependency=True), **{A: State.RUNNING, B: state})
     assert isinstance(how, End)
     assert (how.outcome, how.code) == (Outcome.FAILED, Code.FAILED_PRECONDITION)
     assert state_of(how) is State.FAILED
@@ -85,7 +83,7 @@ def test_what_is_gone_did_not_succeed() -> None:
     for reference, words in ((A, A), (by_key("k"), "with the key 'k'")):
         how = look(waiting(reference))
         assert isinstance(how, End)
-        assert how.message == f"cancelled: it depends on a job {words} that is not there any more"
+        assert how.message == f"cancelled: it depends on a job {words} that no longer exists"
 
 
 def test_its_deadline_counts_while_it_waits() -> None:
@@ -95,27 +93,27 @@ def test_its_deadline_counts_while_it_waits() -> None:
 
 
 def test_a_lapse_does_not_make_it_due() -> None:
-    after = try_again(waiting(A), Again(LATER, True, "lapsed"), "i", LATER)
+    after = return_to_queue(waiting(A), BackToQueue(LATER, True, "lapsed"), "i", LATER)
     assert (after.due_at, after.waits_for) == (None, (A,))
 
 
 def test_a_requeue_waits_again_for_those_that_have_not_succeeded() -> None:
-    one, standing = waiting(A, B, fails_with_them=True), known(**{A: State.SUCCEEDED, B: State.DEAD})
-    how, left = after_look(one, standing, "i", LATER), unmet(one, standing)
+    one, dependency = waiting(A, B, fails_on_dependency=True), known(**{A: State.SUCCEEDED, B: State.DEAD})
+    how, left = decide(one, dependency, "i", LATER), unmet(one, dependency)
     assert isinstance(how, End)
-    ended = end(replace(one, waits_for=left, doom=how), how, "i", LATER)
+    ended = end(replace(one, waits_for=left, decided_end=how), how, "i", LATER)
     assert (ended.state, ended.waits_for, ended.unmet) == (State.FAILED, (), (B,))
     assert ended.state in DEAD_LETTERS
     again = requeue(ended, "", "i", LATER)
-    assert (again.due_at, again.waits_for, again.unmet, again.doom) == (None, (B,), (), None)
+    assert (again.due_at, again.waits_for, again.unmet, again.decided_end) == (None, (B,), (), None)
     before_there_was_such_a_thing = requeue(replace(ended, unmet=()), "", "i", LATER)
     assert before_there_was_such_a_thing.waits_for == (A, B)
 
 
 def test_what_has_not_succeeded_goes_by_the_name_that_the_job_has_for_it() -> None:
     one = replace(waiting(by_key("a"), by_key("b"), B), waits_for=(A, by_key("b"), B))
-    standing = {A: DependencyState(A, State.DEAD, "", "a"), B: DependencyState(B, State.RUNNING, "", "c")}
-    assert unmet(one, standing) == (by_key("a"), by_key("b"), B)
+    dependency = {A: DependencyState(A, State.DEAD, "", "a"), B: DependencyState(B, State.RUNNING, "", "c")}
+    assert unmet(one, dependency) == (by_key("a"), by_key("b"), B)
 
 
 def test_a_requeue_of_what_has_run_waits_for_nobody() -> None:

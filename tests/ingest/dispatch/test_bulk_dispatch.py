@@ -11,7 +11,7 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from mesh.rpc.client.channel import Channel
-from services.ingest.dispatch.remote import BulkEntry, GivenUp, RemoteModel
+from services.ingest.dispatch.remote import BulkEntry, GivenUpJobs, RemoteModel
 from shoal.errors import Code
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -65,7 +65,7 @@ async def test_a_bulk_that_is_over_leaves_nothing_that_waits(mesh: FakeMesh) -> 
         request = inference_pb2.ModelInferRequest(model_name="echo").SerializeToString()
         for _ in range(5):
             entries = [BulkEntry(str(n), request, 20.0) for n in range(3)]
-            answers = [one async for some in model.infer_bulk("echo", entries, GivenUp()) for one in some]
+            answers = [one async for some in model.infer_bulk("echo", entries, GivenUpJobs()) for one in some]
             assert sorted(job_id for job_id, _ in answers) == ["0", "1", "2"]
         names = [task for task in asyncio.all_tasks() - before if "request_iterator" in repr(task)]
         await until(lambda: all(task.done() for task in names), "nobody waits for what may be given up")

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from pymongo import AsyncMongoClient
 
-from services.ingest.documents import EVER, INDEXES, JOBS
+from services.ingest.documents import EPOCH, INDEXES, JOBS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -168,7 +168,7 @@ async def test_not_before_counts_beside_dependencies(client: Client, mesh: FakeM
 async def test_what_is_not_there_cannot_be_depended_on(client: Client, mesh: FakeMesh) -> None:
     others = (await client.submit(tenant="other", idempotency_key=(key := uuid.uuid4().hex))).job
     for reference in (NOWHERE, others.id, f"+{key}", "+nope"):
-        with pytest.raises(grpc.aio.AioRpcError, match="depends_on: there is no job") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="depends_on: this tenant has no job") as caught:
             await client.submit(depends_on=after(reference))
         assert caught.value.code() is S.NOT_FOUND
 
@@ -260,7 +260,7 @@ async def test_no_kill_leaves_a_dependent_behind(
             began = next(step.at for step in job.transitions if step.state == pb.JOB_STATE_RUNNING)
             assert began.ToMilliseconds() >= before.transitions[-1].at.ToMilliseconds() - 1
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
-        left = {"$or": [{"waits_for": {"$exists": True}}, {"due_at": {"$gt": EVER}}, {"lease": {"$exists": True}}]}
+        left = {"$or": [{"waits_for": {"$exists": True}}, {"due_at": {"$gt": EPOCH}}, {"lease": {"$exists": True}}]}
         assert await mongo[mongo_database][JOBS].count_documents(left) == 0
     for client in clients:
         await client.channel.close()

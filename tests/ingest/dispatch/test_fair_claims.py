@@ -17,8 +17,8 @@ from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import Job
-from services.ingest.lane import TenantQueueKey, lane_of, range_of
 from services.ingest.mongo_jobs import MongoJobs
+from services.ingest.tenant_queue import TenantQueueKey, range_of, tenant_queue_of
 from tests.ingest.making import START, TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]
@@ -105,7 +105,7 @@ async def test_a_noticed_job_needs_no_listing(jobs: Collection, clock: TestClock
     assert await worker.claim_due(10, []) == ([], False)
     one = job(tenant="new")
     await put(jobs, one)
-    worker.notice([one])
+    worker.note_queued([one])
     assert [taken.id for taken in (await worker.claim_due(10, []))[0]] == [one.id]
 
 
@@ -114,8 +114,8 @@ async def test_jobs_of_an_earlier_version_are_lined_up(jobs: Collection, clock: 
     await put(jobs, *made, job(tenant="t"))
     await jobs.update_many({"_id": {"$in": [one.id for one in made]}}, {"$unset": {"lane": ""}})
     worker = claims(jobs, clock)
-    assert await worker.line_up() == 2
-    assert await worker.line_up() == 0
+    assert await worker.add_tenant_queues() == 2
+    assert await worker.add_tenant_queues() == 0
     assert len((await worker.claim_due(10, []))[0]) == 3
 
 
@@ -167,6 +167,6 @@ def test_a_lane_is_read_as_it_was_written_and_found_by_its_tenant(
     tenant: str, model: str, other: str, priority: int
 ) -> None:
     lane = TenantQueueKey(tenant, model, priority)
-    assert lane_of(lane.text) == lane
+    assert tenant_queue_of(lane.text) == lane
     between = range_of(other)
     assert (between["$gte"] <= lane.text < between["$lt"]) == (tenant == other)

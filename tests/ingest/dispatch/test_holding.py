@@ -16,11 +16,11 @@ from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.lease_keeper import LeaseKeeper
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Recorder, result_of
-from services.ingest.dispatch.remote import GivenUp
+from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.documents import document_of, job_of
-from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Again, End, Job, Lease, Outcome, Policy, State, claim
+from services.ingest.job import BackToQueue, End, Job, Lease, Outcome, Policy, State, claim
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
 from shoal.store.v1 import store_pb2
@@ -51,10 +51,10 @@ class Fails:
         self.may = asyncio.Event()
         self.began: list[int] = []
 
-    async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+    async def run(self, jobs: Sequence[Job], given_up: GivenUpJobs) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         self.began += [one.attempts for one in jobs]
         if jobs[0].attempts <= self._failures:
-            yield [(one, Again(utc_now(), True, "failed")) for one in jobs]
+            yield [(one, BackToQueue(utc_now(), True, "failed")) for one in jobs]
             return
         await self.may.wait()
         yield [(one, result_of(one, End(Outcome.SUCCEEDED))) for one in jobs]
@@ -70,7 +70,7 @@ class Store:
         self.results += results
         return [None for _ in results]
 
-    async def standing(self, job_ids: Sequence[str]) -> dict[str, End]:
+    async def recorded_ends(self, job_ids: Sequence[str]) -> dict[str, End]:
         return {}
 
 
@@ -96,7 +96,7 @@ class Instance:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        payloads, backlog, events = cast(Payloads, NoPayloads()), Backlog(1_000), JobEvents()
+        payloads, backlog, events = cast(Payloads, NoPayloads()), JobBacklog(1_000), JobEvents()
         events.changed.subscribe(self.changed.append)
         here = replace(instance(self.clock), ready=self.ready)
         claims = Claims(MongoJobs(self.jobs), here, lease_ms=self.lease_ms)
@@ -153,7 +153,7 @@ async def test_leases_that_lapsed_while_mongodb_was_away_cost_their_holder_nothi
         here.ready.set()
         await until(lambda: attempts.began == [1], "it is in a call")
         clock.advance(seconds=30)  # Nothing could be renewed; and what is lapsed may be looked for first.
-        await here.keeper._care()
+        await here.keeper._recover_and_expire()
         assert here.dispatcher.held().keys() == {made.id}
         await here.keeper._renew()
         attempts.may.set()
@@ -171,6 +171,6 @@ async def test_a_lapsed_lease_of_which_its_holder_knows_nothing_is_taken_up_by_i
     clock.advance(seconds=1)
     async with here.recorder, here.dispatcher:
         here.ready.set()
-        await here.keeper._care()
+        await here.keeper._recover_and_expire()
         await here.has_ended(made)
     assert [result.attempt for result in here.store.results] == [2]

@@ -32,7 +32,7 @@ async def test_a_job_whose_answer_is_too_large_to_be_stored_fails_and_harms_no_o
         assert (await client.ended(each.job.id)).state == pb.JOB_STATE_SUCCEEDED
     ended = await client.ended(large.job.id)
     assert (ended.state, ended.last_code, ended.attempts) == (pb.JOB_STATE_FAILED, Code.FAILED_PRECONDITION, 1)
-    assert f"no message holds more than {MESSAGE_BYTES - (1 << 20)}" in ended.last_message
-    assert "the model answered, but the store does not take the answer" in ended.last_message
+    assert f"a message holds at most {MESSAGE_BYTES - (1 << 20)}" in ended.last_message
+    assert "the model answered, but the store refuses the result" in ended.last_message
     (put,) = mesh.store.puts[large.job.id]
     assert not put.HasField("response")

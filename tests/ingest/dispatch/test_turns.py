@@ -11,7 +11,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from services.ingest.clock import utc_now
 from services.ingest.dispatch.attempt import Decision
-from services.ingest.dispatch.remote import GivenUp
+from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.documents import document_of
 from services.ingest.job import End, Job, Outcome
 from services.ingest.job_store import Inserted
@@ -32,7 +32,7 @@ class Answers:
         self.began: list[str] = []
         self.between: Callable[[], None] = lambda: None
 
-    async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+    async def run(self, jobs: Sequence[Job], given_up: GivenUpJobs) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         self.began += [one.id for one in jobs]
         await self.may.wait()
         yield [(one, result_of(one, End(Outcome.SUCCEEDED))) for one in jobs]

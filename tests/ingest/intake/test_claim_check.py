@@ -234,7 +234,7 @@ async def test_a_request_that_rotted_ends_its_job_and_says_so(
         blob.write_bytes(bytes(blob.stat().st_size))
         ended = await client.ended(job)
         assert ended.state == pb.JOB_STATE_DEAD
-        assert "not in the store any more" in ended.last_message
+        assert "no longer in the store" in ended.last_message
         await client.channel.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from services.ingest.intake.durable_insert import DurableInsert
 from services.ingest.job import Job, Lease, claim
 from services.ingest.job_events import JobEvents
-from services.ingest.job_store import Inserted, JobStore, Unknown
+from services.ingest.job_store import Inserted, JobStore, UnknownOutcome
 from shoal.errors import AlreadyExists, Unavailable
 from tests.ingest.making import START, job
 
@@ -22,12 +22,12 @@ class Claims:
     """Claims every job in its insert, and keeps the outcomes."""
 
     def __init__(self) -> None:
-        self.outcomes: list[tuple[list[str], Inserted | Unknown]] = []
+        self.outcomes: list[tuple[list[str], Inserted | UnknownOutcome]] = []
 
     def claim_in_write(self, jobs: Sequence[Job]) -> list[Job]:
         return [claim(one, LEASE, START) for one in jobs]
 
-    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | Unknown) -> None:
+    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | UnknownOutcome) -> None:
         assert all(one.lease == LEASE for one in jobs)
         self.outcomes.append(([one.id for one in jobs], outcome))
 
@@ -38,12 +38,12 @@ class Store:
     def __init__(self, outcome: Any) -> None:
         self._outcome = outcome
 
-    async def insert(self, jobs: Sequence[Job]) -> Inserted | Unknown:
+    async def insert(self, jobs: Sequence[Job]) -> Inserted | UnknownOutcome:
         if self._outcome is None:
             await asyncio.Event().wait()
         if isinstance(self._outcome, Exception):
             raise self._outcome
-        outcome: Inserted | Unknown = self._outcome(jobs)
+        outcome: Inserted | UnknownOutcome = self._outcome(jobs)
         return outcome
 
 
@@ -64,7 +64,7 @@ async def test_subscribers_hear_of_the_jobs_that_were_written_as_they_were_writt
 
 
 async def test_of_an_unknown_outcome_only_the_claimer_hears() -> None:
-    unknown = Unknown(Unavailable("no answer"))
+    unknown = UnknownOutcome(Unavailable("no answer"))
     insert, claims, heard = insert_into(Store(lambda _: unknown))
     one = job()
     assert await insert([one]) == unknown
@@ -76,7 +76,7 @@ async def test_the_outcome_of_an_insert_that_fails_unexpectedly_is_unknown() -> 
     with pytest.raises(RuntimeError):
         await insert([job()])
     [(_, outcome)] = claims.outcomes
-    assert isinstance(outcome, Unknown)
+    assert isinstance(outcome, UnknownOutcome)
     assert not heard
 
 
@@ -88,7 +88,7 @@ async def test_the_outcome_of_an_insert_that_is_cancelled_is_unknown() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     [(_, outcome)] = claims.outcomes
-    assert isinstance(outcome, Unknown)
+    assert isinstance(outcome, UnknownOutcome)
     assert not heard
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.ingest.intake.disk import Disk
-from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.pressure import WritePressure
 from shoal.errors import ResourceExhausted
 from tests.ingest.making import Seconds
 
@@ -16,11 +16,11 @@ def clock() -> Seconds:
 
 
 @pytest.fixture
-def pressure(clock: Seconds) -> Pressure:
-    return Pressure(5.0, group_items=10, group_bytes=1_000, clock=clock)
+def pressure(clock: Seconds) -> WritePressure:
+    return WritePressure(5.0, group_items=10, group_bytes=1_000, clock=clock)
 
 
-def write(pressure: Pressure, clock: Seconds, seconds: float, jobs: int = 1) -> None:
+def write(pressure: WritePressure, clock: Seconds, seconds: float, jobs: int = 1) -> None:
     for _ in range(jobs):
         pressure.entered(10)
     began = pressure.began()
@@ -29,7 +29,7 @@ def write(pressure: Pressure, clock: Seconds, seconds: float, jobs: int = 1) -> 
     pressure.left(jobs, 10 * jobs)
 
 
-def test_quick_writes_bear_a_long_line(pressure: Pressure, clock: Seconds) -> None:
+def test_quick_writes_bear_a_long_line(pressure: WritePressure, clock: Seconds) -> None:
     for _ in range(5):
         write(pressure, clock, 0.05)
     for _ in range(900):
@@ -41,7 +41,7 @@ def test_quick_writes_bear_a_long_line(pressure: Pressure, clock: Seconds) -> No
         pressure.admit()
 
 
-def test_a_database_that_hangs_is_noticed_while_it_does(pressure: Pressure, clock: Seconds) -> None:
+def test_a_database_that_hangs_is_noticed_while_it_does(pressure: WritePressure, clock: Seconds) -> None:
     write(pressure, clock, 0.01)
     pressure.entered(10)
     pressure.began()
@@ -57,7 +57,7 @@ def test_a_database_that_hangs_is_noticed_while_it_does(pressure: Pressure, cloc
     assert refused.value.retry_after_ms == 10_000
 
 
-def test_large_requests_count_by_their_bytes(pressure: Pressure, clock: Seconds) -> None:
+def test_large_requests_count_by_their_bytes(pressure: WritePressure, clock: Seconds) -> None:
     for _ in range(20):
         write(pressure, clock, 1.0)
     pressure.entered(5_500)
@@ -67,7 +67,7 @@ def test_large_requests_count_by_their_bytes(pressure: Pressure, clock: Seconds)
     pressure.admit()
 
 
-def test_after_an_outage_one_is_let_in_and_the_rest_follow(pressure: Pressure, clock: Seconds) -> None:
+def test_after_an_outage_one_is_let_in_and_the_rest_follow(pressure: WritePressure, clock: Seconds) -> None:
     for _ in range(20):
         write(pressure, clock, 10.0)
     pressure.admit()  # Nothing waits: it tries.
@@ -85,14 +85,14 @@ def test_after_an_outage_one_is_let_in_and_the_rest_follow(pressure: Pressure, c
 def test_a_disk_that_is_short_stays_so_until_there_is_more() -> None:
     disk = Disk(None, 100 << 20)  # type: ignore[arg-type] # Not asked here.
     disk.admit()
-    disk.seen(101 << 20)
+    disk.observe(101 << 20)
     disk.admit()
-    disk.seen(99 << 20)
+    disk.observe(99 << 20)
     with pytest.raises(ResourceExhausted, match="MongoDB's disk has 99 MiB left, and 100 MiB are kept") as refused:
         disk.admit()
     assert refused.value.retry_after_ms
-    disk.seen(110 << 20)
+    disk.observe(110 << 20)
     with pytest.raises(ResourceExhausted, match="has 110 MiB left"):
         disk.admit()
-    disk.seen(125 << 20)
+    disk.observe(125 << 20)
     disk.admit()

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from mesh.rpc.channel import connect
-from services.ingest.intake.storage import Storage
+from services.ingest.intake.storage import StorageQuotas
 from shoal.errors import ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -24,8 +24,8 @@ def over(tenant: str) -> store_pb2.TenantUsage:
 
 
 @pytest.fixture
-async def storage(own_mesh: FakeMesh) -> AsyncIterator[Storage]:
-    async with connect(own_mesh.address) as channel, Storage(channel, look_s=0.02) as storage:
+async def storage(own_mesh: FakeMesh) -> AsyncIterator[StorageQuotas]:
+    async with connect(own_mesh.address) as channel, StorageQuotas(channel, read_s=0.02) as storage:
         yield storage
 
 
@@ -35,14 +35,14 @@ async def looked(mesh: FakeMesh, pages: int = 1) -> None:
     await until(lambda: mesh.store.looks >= wanted, "it has looked")
 
 
-def is_refused(storage: Storage, tenant: str) -> bool:
+def is_refused(storage: StorageQuotas, tenant: str) -> bool:
     with contextlib.suppress(ResourceExhausted):
         storage.admit(tenant)
         return False
     return True
 
 
-async def test_those_who_are_over_are_refused_until_there_is_room(own_mesh: FakeMesh, storage: Storage) -> None:
+async def test_those_who_are_over_are_refused_until_there_is_room(own_mesh: FakeMesh, storage: StorageQuotas) -> None:
     storage.admit("a")
     own_mesh.store.over = [over("a"), over(""), over("b")]
     await looked(own_mesh, 3)
@@ -62,17 +62,17 @@ async def test_those_who_are_over_are_refused_until_there_is_room(own_mesh: Fake
 async def test_what_is_heard_in_between_counts_at_once(own_mesh: FakeMesh) -> None:
     """And for the next look too: what the store counts may be a second behind what it said."""
     async with connect(own_mesh.address) as channel:
-        storage = Storage(channel)
-        storage.heard(over("a"))
+        storage = StorageQuotas(channel)
+        storage.mark_over_quota(over("a"))
         assert is_refused(storage, "a")
-        await storage._look()
+        await storage._read()
         assert is_refused(storage, "a")
         own_mesh.store.over = [over("b")]
-        await storage._look()
+        await storage._read()
         assert [is_refused(storage, tenant) for tenant in ("a", "b")] == [False, True]
 
 
-async def test_while_the_store_is_away_what_it_said_last_stands(own_mesh: FakeMesh, storage: Storage) -> None:
+async def test_while_the_store_is_away_what_it_said_last_stands(own_mesh: FakeMesh, storage: StorageQuotas) -> None:
     own_mesh.store.over = [over("a")]
     await looked(own_mesh)
     await own_mesh.down()

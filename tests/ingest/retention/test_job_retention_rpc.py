@@ -60,8 +60,8 @@ async def test_batches_have_a_rule_of_their_own(client: Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"keep": Duration(seconds=90)}, "state: expected one that jobs end in"),
-        ({"state": pb.JOB_STATE_QUEUED, "keep": Duration(seconds=90)}, "state: expected one that jobs end in"),
+        ({"keep": Duration(seconds=90)}, "state: expected a final state"),
+        ({"state": pb.JOB_STATE_QUEUED, "keep": Duration(seconds=90)}, "state: expected a final state"),
         ({"state": 99, "keep": Duration(seconds=90)}, "state: not a job state"),
         ({"state": DEAD}, "keep, for_ever, inherit: set one of them"),
         ({"state": DEAD, "for_ever": False}, "keep, for_ever, inherit: set one of them"),

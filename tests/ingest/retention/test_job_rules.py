@@ -32,16 +32,20 @@ def test_whose_word_counts() -> None:
 def test_what_has_not_ended_stays() -> None:
     rules = Rules(DEFAULTS)
     long_after = START + timedelta(days=1_000)
-    assert not rules.is_over(job(), long_after)
-    assert rules.is_over(job(state=State.SUCCEEDED), long_after)
-    assert not rules.is_over(job(state=State.SUCCEEDED), START + WEEK)
+    assert not rules.is_expired(job(), long_after)
+    assert rules.is_expired(job(state=State.SUCCEEDED), long_after)
+    assert not rules.is_expired(job(state=State.SUCCEEDED), START + WEEK)
 
 
 def test_batches_have_their_own() -> None:
     rules = Rules(DEFAULTS, {("a", BATCHES): None, ("b", BATCHES): WEEK, ("b", State.DEAD): None})
     later = START + timedelta(days=8)
-    assert [rules.has_stayed(tenant, BATCHES, START, later) for tenant in ("a", "b", "c")] == [False, True, False]
-    assert rules.has_stayed("c", BATCHES, START, START + timedelta(days=31))
+    assert [rules.is_past_retention(tenant, BATCHES, START, later) for tenant in ("a", "b", "c")] == [
+        False,
+        True,
+        False,
+    ]
+    assert rules.is_past_retention("c", BATCHES, START, START + timedelta(days=31))
     assert rules.shortest(BATCHES) == WEEK
 
 
@@ -52,16 +56,16 @@ def test_nothing_goes_sooner_than_the_shortest(own: dict[tuple[str, What], Keep]
     if keep is not None:
         assert shortest is not None
         assert shortest <= keep
-        assert rules.is_over(job(tenant=tenant, state=state), START + keep + timedelta(milliseconds=1))
-    assert not rules.is_over(job(tenant=tenant, state=state), START + (shortest or LONGEST))
+        assert rules.is_expired(job(tenant=tenant, state=state), START + keep + timedelta(milliseconds=1))
+    assert not rules.is_expired(job(tenant=tenant, state=state), START + (shortest or LONGEST))
 
 
 @pytest.mark.parametrize(
     ("tenant", "state", "keep", "says"),
     [
         ("t" * 65, State.DEAD, WEEK, "tenant: at most 64"),
-        ("", None, WEEK, "state: expected one that jobs end in"),
-        ("", State.RUNNING, WEEK, "state: expected one that jobs end in .*, got running"),
+        ("", None, WEEK, "state: expected a final state"),
+        ("", State.RUNNING, WEEK, "state: expected a final state .*, got running"),
         ("", State.DEAD, timedelta(seconds=59), "keep: from 0:01:00 to 36500 days"),
         ("", State.DEAD, timedelta(days=36_501), "keep: from"),
     ],

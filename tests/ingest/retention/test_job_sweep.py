@@ -15,10 +15,10 @@ from services.ingest.clock import milliseconds
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
-from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
-from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
+from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
+from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import Keep, Rule, What
-from services.ingest.retention.sweep import Sweep
+from services.ingest.retention.sweep import JobSweep
 from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
 from shoal.errors import ResourceExhausted
@@ -45,14 +45,14 @@ class World:
     def __init__(self, jobs: Collection, rules: Collection) -> None:
         self.jobs = jobs
         self.clock = TestClock()
-        self.book = RetentionRepository(rules, DEFAULTS)
+        self.repository = RetentionRepository(rules, DEFAULTS)
         self.payloads = Payloads()
         self.leads = True
         self.ulids = Ulids(lambda: milliseconds(self.clock.now))
-        self.sweep = Sweep(
+        self.sweep = JobSweep(
             jobs,
             self.payloads,  # type: ignore[arg-type]
-            self.book,
+            self.repository,
             leads=lambda: self.leads,
             clock=self.clock,
             ready=asyncio.Event(),
@@ -91,9 +91,9 @@ async def test_what_has_ended_goes_after_its_time(world: World) -> None:
 
 
 async def test_tenants_have_their_own_word(world: World) -> None:
-    await world.book.set(Rule("short", State.SUCCEEDED, timedelta(hours=1)))
-    await world.book.set(Rule("long", State.SUCCEEDED, None))
-    await world.book.set(Rule(EVERYONE, State.SUCCEEDED, timedelta(days=2)))
+    await world.repository.set(Rule("short", State.SUCCEEDED, timedelta(hours=1)))
+    await world.repository.set(Rule("long", State.SUCCEEDED, None))
+    await world.repository.set(Rule(EVERYONE, State.SUCCEEDED, timedelta(days=2)))
     jobs = {name: await world.put(State.SUCCEEDED, tenant=name) for name in ("short", "long", "other")}
     world.clock.advance(hours=2)
     await world.sweep.round()
@@ -101,7 +101,7 @@ async def test_tenants_have_their_own_word(world: World) -> None:
     world.clock.advance(days=3)
     await world.sweep.round()
     assert await world.left() == {jobs["long"].id}
-    await world.book.inherit("long", State.SUCCEEDED)
+    await world.repository.inherit("long", State.SUCCEEDED)
     await world.sweep.round()  # A rule that changed is looked at from the beginning.
     assert await world.left() == set()
 
@@ -109,12 +109,12 @@ async def test_tenants_have_their_own_word(world: World) -> None:
 async def test_rules_that_there_are_can_be_changed_when_there_may_be_no_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.ingest.retention.book.MOST", 1)
-    await world.book.set(Rule("a", State.DEAD, None))
-    with pytest.raises(ResourceExhausted, match="there are 1 rules, the most there may be: have some tenants inherit"):
-        await world.book.set(Rule("b", State.DEAD, None))
-    await world.book.set(Rule("a", State.DEAD, timedelta(hours=1)))
-    assert (await world.book.read()).own == {("a", State.DEAD): timedelta(hours=1)}
+    monkeypatch.setattr("services.ingest.retention.retention_repository.MOST", 1)
+    await world.repository.set(Rule("a", State.DEAD, None))
+    with pytest.raises(ResourceExhausted, match="there are 1 rules, which is the limit: let some tenants inherit"):
+        await world.repository.set(Rule("b", State.DEAD, None))
+    await world.repository.set(Rule("a", State.DEAD, timedelta(hours=1)))
+    assert (await world.repository.read()).own == {("a", State.DEAD): timedelta(hours=1)}
 
 
 async def test_what_others_still_wait_for_stays_until_they_know_that_it_succeeded(world: World) -> None:
@@ -132,7 +132,7 @@ async def test_what_others_still_wait_for_stays_until_they_know_that_it_succeede
 
 
 async def test_what_a_dead_letter_would_wait_for_again_stays_as_long_as_it_does(world: World) -> None:
-    await world.book.set(Rule(EVERYONE, State.FAILED, timedelta(days=30)))
+    await world.repository.set(Rule(EVERYONE, State.FAILED, timedelta(days=30)))
     by_id, keyed = await world.put(State.SUCCEEDED), await world.put(State.SUCCEEDED, key="k", digest=b"d")
     letter = await world.put(State.FAILED, depends_on=(by_id.id, "key:k"), waits_for=(by_id.id, "key:k"))
     await world.jobs.update_one({"_id": letter.id}, {"$rename": {"waits_for": "unmet"}})
@@ -167,7 +167,7 @@ async def test_many_pages_and_their_requests(world: World, monkeypatch: pytest.M
     for _ in range(25):
         await world.put(State.DEAD)
     kept = await world.put(State.DEAD, tenant="kept")
-    await world.book.set(Rule("kept", State.DEAD, None))
+    await world.repository.set(Rule("kept", State.DEAD, None))
     world.clock.advance(days=8)
     assert await world.sweep.round() == 35
     assert await world.left() == {kept.id}

@@ -49,10 +49,10 @@ def test_on_time() -> None:
 def test_missed_times() -> None:
     late = NOON + minutes(35)
     skipped = plan(schedule(), late)
-    assert skipped == SchedulePlan((), NOON + minutes(40), "nobody was there at 2026-01-02T12:30:00Z")
+    assert skipped == SchedulePlan((), NOON + minutes(40), "no leader ran at 2026-01-02T12:30:00Z")
     latest = plan(schedule(misfire=Misfire.LATEST), late)
     assert latest == SchedulePlan(
-        (NOON + minutes(30),), NOON + minutes(40), "nobody was there before 2026-01-02T12:30:00Z"
+        (NOON + minutes(30),), NOON + minutes(40), "no leader ran before 2026-01-02T12:30:00Z"
     )
     every = plan(schedule(misfire=Misfire.ALL), late)
     assert every == SchedulePlan(tuple(NOON + minutes(n) for n in (0, 10, 20, 30)), NOON + minutes(40))

@@ -14,17 +14,17 @@ from pymongo.asynchronous.database import AsyncDatabase
 from mesh.mongo import connect, ensure_collection
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.tenants.admission import Admission
-from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import HELD_S, Buckets
 from services.ingest.tenants.pending import PendingCounts
-from services.ingest.tenants.reading import COUNTED_MOST, TenantStatuses
-from services.ingest.tenants.settings import Limits, TenantSettings
+from services.ingest.tenants.settings import TenantLimits, TenantSettings
+from services.ingest.tenants.tenant_repository import TenantRepository
+from services.ingest.tenants.tenant_status import COUNTED_MOST, TenantStatuses
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from tests.breakable import until
 from tests.ingest.making import START, Seconds, job
 
 Database = AsyncDatabase[dict[str, Any]]
-NEVER_AGAIN = Limits(rate=0.001, burst=20)
+NEVER_AGAIN = TenantLimits(rate=0.001, burst=20)
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ async def database(mongo_uri: str, mongo_database: str) -> AsyncIterator[Databas
         yield client[mongo_database]
 
 
-async def taken(buckets: Buckets, limits: Limits, submits: int) -> int:
+async def taken(buckets: Buckets, limits: TenantLimits, submits: int) -> int:
     """How many of so many submits at once are let in."""
 
     async def one() -> bool:
-        if buckets.has_at_hand("t"):
-            buckets.take_at_hand("t")
+        if buckets.has_tokens("t"):
+            buckets.take_held("t")
             return True
         with suppress(ResourceExhausted):
             await buckets.take("t", limits)
@@ -61,7 +61,7 @@ async def test_instances_together_hand_out_no_more_than_the_burst(database: Data
 
 
 async def test_a_rate_is_kept_over_time(database: Database) -> None:
-    limits = Limits(rate=200, burst=10)
+    limits = TenantLimits(rate=200, burst=10)
     instances = [Buckets(database, time.monotonic) for _ in range(3)]
     started = time.monotonic()
     accepted = 0
@@ -88,7 +88,7 @@ async def test_a_refused_tenant_costs_the_database_nothing(database: Database) -
 async def test_a_higher_rate_counts_at_once(database: Database) -> None:
     buckets = Buckets(database, Seconds())
     assert await taken(buckets, NEVER_AGAIN, 21) == 20
-    fast = Limits(rate=1_000_000, burst=20)
+    fast = TenantLimits(rate=1_000_000, burst=20)
 
     async def let_in() -> bool:
         return await taken(buckets, fast, 1) == 1
@@ -99,11 +99,11 @@ async def test_a_higher_rate_counts_at_once(database: Database) -> None:
 async def test_what_is_in_hand_is_not_kept_for_long(database: Database) -> None:
     clock = Seconds()
     buckets = Buckets(database, clock)
-    assert await taken(buckets, Limits(rate=50, burst=20), 10) == 10
-    await buckets.take("t", Limits(rate=50, burst=20))  # And some more ahead, as it used ten of the last.
-    assert buckets.has_at_hand("t")
+    assert await taken(buckets, TenantLimits(rate=50, burst=20), 10) == 10
+    await buckets.take("t", TenantLimits(rate=50, burst=20))  # And some more ahead, as it used ten of the last.
+    assert buckets.has_tokens("t")
     clock.now += HELD_S + 0.1
-    assert not buckets.has_at_hand("t")
+    assert not buckets.has_tokens("t")
 
 
 async def test_a_quota_holds_on_one_instance_and_nearly_so_on_several(database: Database) -> None:
@@ -132,56 +132,56 @@ async def test_a_quota_holds_on_one_instance_and_nearly_so_on_several(database: 
     assert refused.value.retry_after_ms
     await jobs.delete_many({"tenant": "t"})
     clock.now += 60
-    assert not one.has_room_at_hand("t", 10)
+    assert not one.has_known_capacity("t", 10)
     assert await admitted(one, 12) == 10
 
 
 @pytest.fixture
-async def book(database: Database) -> AsyncIterator[TenantRepository]:
+async def repository(database: Database) -> AsyncIterator[TenantRepository]:
     async with TenantRepository(database, read_s=0.02) as made:
         await made.open()
         yield made
 
 
-async def test_every_instance_hears_of_a_change(database: Database, book: TenantRepository) -> None:
+async def test_every_instance_hears_of_a_change(database: Database, repository: TenantRepository) -> None:
     async with TenantRepository(database, read_s=0.02) as other:
         await other.open()
-        await book.change("gold", TenantSettings(weight=4, rate=10), ())
-        await book.change("*", TenantSettings(max_pending=5), ())
-        assert book.limits("gold") == Limits(4, 5, 10, 10)
-        await until(lambda: other.limits("gold") == Limits(4, 5, 10, 10), "the other instance hears")
-        assert other.limits("nobody") == Limits(max_pending=5)
+        await repository.change("gold", TenantSettings(weight=4, rate=10), ())
+        await repository.change("*", TenantSettings(max_pending=5), ())
+        assert repository.limits("gold") == TenantLimits(4, 5, 10, 10)
+        await until(lambda: other.limits("gold") == TenantLimits(4, 5, 10, 10), "the other instance hears")
+        assert other.limits("nobody") == TenantLimits(max_pending=5)
         await other.change("gold", TenantSettings(max_pending=0), ("weight", "rate"))
-        await until(lambda: book.limits("gold") == Limits(), "the first instance hears")
+        await until(lambda: repository.limits("gold") == TenantLimits(), "the first instance hears")
     late = TenantRepository(database)
     await late.open()
-    assert late.limits("gold") == Limits()
+    assert late.limits("gold") == TenantLimits()
     assert late.weight("nobody") == 1
 
 
-async def test_only_what_has_changed_is_read(database: Database, book: TenantRepository) -> None:
-    await book.change("t", TenantSettings(weight=4), ())
+async def test_only_what_has_changed_is_read(database: Database, repository: TenantRepository) -> None:
+    await repository.change("t", TenantSettings(weight=4), ())
     plan = await database["tenants"].find({"updated_at": {"$gt": START}}).explain()
     assert "'indexName': 'changed'" in str(plan["queryPlanner"]["winningPlan"])
 
 
-async def test_there_are_not_endlessly_many(book: TenantRepository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ingest.tenants.book.MOST", 2)
-    await book.change("a", TenantSettings(weight=1), ())
-    await book.change("b", TenantSettings(weight=1), ())
+async def test_there_are_not_endlessly_many(repository: TenantRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.ingest.tenants.tenant_repository.MOST", 2)
+    await repository.change("a", TenantSettings(weight=1), ())
+    await repository.change("b", TenantSettings(weight=1), ())
     with pytest.raises(FailedPrecondition, match="2 tenants have settings already"):
-        await book.change("c", TenantSettings(weight=1), ())
-    await book.change("b", TenantSettings(weight=2), ())
+        await repository.change("c", TenantSettings(weight=1), ())
+    await repository.change("b", TenantSettings(weight=2), ())
 
 
-async def test_tenants_are_listed_with_what_waits(database: Database, book: TenantRepository) -> None:
+async def test_tenants_are_listed_with_what_waits(database: Database, repository: TenantRepository) -> None:
     jobs = database[JOBS]
     await jobs.insert_many(
         [document_of(job(tenant=f"t{n % 3}", model_name=f"m{n}", priority=n % 5)) for n in range(30)]
     )
     await jobs.insert_one(document_of(job(tenant="")))
-    await book.change("zeta", TenantSettings(weight=2), ())
-    standings = TenantStatuses(jobs, book, PendingCounts(jobs, time.monotonic))
+    await repository.change("zeta", TenantSettings(weight=2), ())
+    standings = TenantStatuses(jobs, repository, PendingCounts(jobs, time.monotonic))
     first, token = await standings.page(2, "")
     rest, end = await standings.page(0, token)
     assert [(one.name, one.pending) for one in (*first, *rest)] == [
@@ -200,34 +200,36 @@ async def test_tenants_are_listed_with_what_waits(database: Database, book: Tena
 
 
 async def test_a_long_queue_is_not_counted_to_its_end(
-    database: Database, book: TenantRepository, monkeypatch: pytest.MonkeyPatch
+    database: Database, repository: TenantRepository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.ingest.tenants.reading.COUNTED_MOST", 20)
+    monkeypatch.setattr("services.ingest.tenants.tenant_status.COUNTED_MOST", 20)
     jobs = database[JOBS]
     await jobs.insert_many([document_of(job(tenant="t")) for _ in range(30)])
-    standing = await TenantStatuses(jobs, book, PendingCounts(jobs, time.monotonic)).of("t")
+    standing = await TenantStatuses(jobs, repository, PendingCounts(jobs, time.monotonic)).of("t")
     assert (standing.pending, standing.pending_is_more) == (20, True)
     assert COUNTED_MOST == 10_000
 
 
-async def test_what_is_at_hand_is_decided_without_a_wait(database: Database, book: TenantRepository) -> None:
+async def test_what_is_at_hand_is_decided_without_a_wait(database: Database, repository: TenantRepository) -> None:
     pending, buckets = PendingCounts(database[JOBS], time.monotonic), Buckets(database, time.monotonic)
-    admission = Admission(book, pending, buckets, gates=[])
-    assert admission.admit_at_hand("t")
-    await book.change("t", TenantSettings(max_pending=3, rate=0.001, burst=2), ())
-    assert not admission.admit_at_hand("t")
+    admission = Admission(repository, pending, buckets, gates=[])
+    assert admission.try_admit("t")
+    await repository.change("t", TenantSettings(max_pending=3, rate=0.001, burst=2), ())
+    assert not admission.try_admit("t")
     await admission.admit("t")
     await admission.admit("t")
     for _ in range(3):  # That the rate refuses it does not fill the quota.
         with pytest.raises(ResourceExhausted, match="submits more than"):
             await admission.admit("t")
-    await book.change("t", TenantSettings(rate=0), ())
+    await repository.change("t", TenantSettings(rate=0), ())
     await admission.admit("t")
     with pytest.raises(ResourceExhausted, match="3 jobs of tenant 't' are queued"):
         await admission.admit("t")
 
 
-async def test_a_wait_ends_when_there_is_room_or_patience_does(database: Database, book: TenantRepository) -> None:
+async def test_a_wait_ends_when_there_is_room_or_patience_does(
+    database: Database, repository: TenantRepository
+) -> None:
     pending, buckets = PendingCounts(database[JOBS], time.monotonic), Buckets(database, time.monotonic)
     refusals = ["full", "full"]
 
@@ -235,13 +237,13 @@ async def test_a_wait_ends_when_there_is_room_or_patience_does(database: Databas
         if refusals:
             raise ResourceExhausted(refusals.pop(), retry_after_ms=1)
 
-    admission = Admission(book, pending, buckets, gates=[gate])
+    admission = Admission(repository, pending, buckets, gates=[gate])
     await admission.wait("t")
     assert refusals == []
-    await book.change("t", TenantSettings(rate=0.001, burst=1), ())
+    await repository.change("t", TenantSettings(rate=0.001, burst=1), ())
     await admission.wait("t")
     with pytest.raises(ResourceExhausted, match="submits more than"):
         await admission.wait("t", patience_s=0.05)
     waiting = asyncio.create_task(admission.wait("t"))
-    await book.change("t", TenantSettings(rate=0), ())  # Whoever waits hears of it.
+    await repository.change("t", TenantSettings(rate=0), ())  # Whoever waits hears of it.
     await asyncio.wait_for(waiting, 30)

@@ -6,23 +6,23 @@ import math
 
 import pytest
 
-from services.ingest.tenants.settings import Limits, TenantSettings, checked, checked_name, in_force
+from services.ingest.tenants.settings import TenantLimits, TenantSettings, checked, checked_name, in_force
 from shoal.errors import InvalidArgument
 
 
 def test_what_is_not_set_is_what_everyone_has() -> None:
     everyone = TenantSettings(weight=2, max_pending=100, rate=5)
-    assert in_force(None, None) == Limits(1.0, 0, 0.0, 0.0)
-    assert in_force(None, everyone) == Limits(2, 100, 5, 5)
-    assert in_force(TenantSettings(weight=7), everyone) == Limits(7, 100, 5, 5)
-    assert in_force(TenantSettings(max_pending=0, rate=0), everyone) == Limits(2, 0, 0, 0)
-    assert in_force(TenantSettings(burst=50), everyone) == Limits(2, 100, 5, 50)
+    assert in_force(None, None) == TenantLimits(1.0, 0, 0.0, 0.0)
+    assert in_force(None, everyone) == TenantLimits(2, 100, 5, 5)
+    assert in_force(TenantSettings(weight=7), everyone) == TenantLimits(7, 100, 5, 5)
+    assert in_force(TenantSettings(max_pending=0, rate=0), everyone) == TenantLimits(2, 0, 0, 0)
+    assert in_force(TenantSettings(burst=50), everyone) == TenantLimits(2, 100, 5, 50)
 
 
 def test_a_burst_is_at_least_a_job_and_at_most_an_hours_worth() -> None:
     assert in_force(TenantSettings(rate=0.1), None).burst == 1
     assert in_force(TenantSettings(rate=0.1, burst=1e6), None).burst == 360
-    assert in_force(TenantSettings(burst=5), None) == Limits()
+    assert in_force(TenantSettings(burst=5), None) == TenantLimits()
 
 
 @pytest.mark.parametrize(

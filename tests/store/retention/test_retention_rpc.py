@@ -117,7 +117,7 @@ async def test_what_ingest_asks_before_it_runs_a_job_again(sweeping: Store, conf
     await put_rule(sweeping, rule(RESULTS, 60))
     await gone(sweeping, "done", "failed")
     ingest = RemoteResults(sweeping.channel)
-    standing = await ingest.standing(["done", "failed", "none"])
+    standing = await ingest.recorded_ends(["done", "failed", "none"])
     assert {job: (end.outcome, end.code, end.generation) for job, end in standing.items()} == {
         "done": (Outcome.SUCCEEDED, 0, 1),
         "failed": (Outcome.FAILED, 3, 2),

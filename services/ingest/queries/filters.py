@@ -1,4 +1,4 @@
-"""Which jobs a watcher of many wants, as MongoDB is asked: of jobs as they lie, and of changes to them."""
+"""Filter of WatchJobs: validation, the MongoDB query for jobs, and the pipeline for changes of jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_IDS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs, and which of their transitions: those into one of `states`. Each that is set narrows."""
+    """Filter of jobs and of their transitions, those into one of `states`. Each field that is set narrows it."""
 
     ids: tuple[str, ...] = ()
     states: frozenset[State] = frozenset()
@@ -29,41 +29,42 @@ class JobFilter:
 
     @property
     def digest(self) -> str:
-        """Tells filters apart: a resume token belongs to one."""
+        """Digest that identifies the filter: a resume token belongs to one filter."""
         plain = [sorted(self.ids), sorted(self.states), self.model_name, self.tenant, sorted(self.labels)]
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
     def includes(self, job: Job) -> bool:
-        """Whether the state of `job`, which is one of the jobs, is one of the states."""
+        """Return True when the state of `job`, which matches otherwise, is one of the states."""
         return not self.states or job.state in self.states
 
     def query(self) -> Document:
-        """The jobs that are so now."""
+        """Return the query for jobs that match now."""
         query = _matching(self, "")
         if self.states:
             query["state"] = {"$in": sorted(map(str, self.states))}
         return query
 
     def pipeline(self) -> list[Document]:
-        """Their changes, in a change stream that looks documents up: each has the job as it was soon after, less its
-        request, and `step`, the number of the transition that it is about.
+        """Return the pipeline for a change stream with document look-up.
+
+        Each change has the job as read soon after it, without its request, and `step`, the number of its transition.
         """
         updated = "updateDescription.updatedFields"
         moved: Document = {"operationType": "update", f"{updated}.steps": {"$exists": True}}
         made: Document = {"operationType": "insert"}
         if self.states:
             states = sorted(map(str, self.states))
-            # A transition into the state that it was in before changes no field of that name: it is looked at here.
+            # A transition into the same state does not change the field `state`: `includes` checks it later.
             moved["$or"] = [{f"{updated}.state": {"$in": states}}, {f"{updated}.state": {"$exists": False}}]
             made["fullDocument.transitions.state"] = {"$in": states}
         match: Document = {"$or": [moved, made]}
         if self.ids:
             match["documentKey._id"] = {"$in": list(self.ids)}
-        whose = _matching(self, "fullDocument.")
-        whose.pop("fullDocument._id", None)
+        matching = _matching(self, "fullDocument.")
+        matching.pop("fullDocument._id", None)
         return [
             {"$match": match},
-            {"$match": {"fullDocument": {"$type": "object"}, **whose}},
+            {"$match": {"fullDocument": {"$type": "object"}, **matching}},
             {"$set": {"step": f"${updated}.steps"}},
             {"$unset": ["fullDocument.request", "updateDescription"]},
         ]
@@ -72,7 +73,11 @@ class JobFilter:
 def checked(
     ids: tuple[str, ...], states: frozenset[State], model_name: str, tenant: str, labels: Mapping[str, str]
 ) -> JobFilter:
-    """What is wanted, or InvalidArgument."""
+    """Return the filter of a request.
+
+    Raises:
+        InvalidArgument: a field is invalid; the message names it.
+    """
     if len(ids) > MOST_IDS:
         raise InvalidArgument(f"ids: at most {MOST_IDS}, got {len(ids)}")
     for at, job_id in enumerate(ids):
@@ -88,14 +93,14 @@ def checked(
     return JobFilter(tuple(dict.fromkeys(ids)), states, model_name, tenant, tuple(sorted(labels.items())))
 
 
-def _matching(wanted: JobFilter, prefix: str) -> dict[str, Any]:
+def _matching(filter_: JobFilter, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if wanted.ids:
-        found[f"{prefix}_id"] = {"$in": list(wanted.ids)}
-    if wanted.model_name:
-        found[f"{prefix}model_name"] = wanted.model_name
-    if wanted.tenant:
-        found[f"{prefix}tenant"] = wanted.tenant
-    if wanted.labels:
-        found[f"{prefix}labels"] = {"$all": [{"$elemMatch": {"$eq": list(pair)}} for pair in wanted.labels]}
+    if filter_.ids:
+        found[f"{prefix}_id"] = {"$in": list(filter_.ids)}
+    if filter_.model_name:
+        found[f"{prefix}model_name"] = filter_.model_name
+    if filter_.tenant:
+        found[f"{prefix}tenant"] = filter_.tenant
+    if filter_.labels:
+        found[f"{prefix}labels"] = {"$all": [{"$elemMatch": {"$eq": list(pair)}} for pair in filter_.labels]}
     return found

@@ -1,4 +1,4 @@
-"""Jobs as clients read them: one by id, or pages of them, newest first."""
+"""Reads of jobs for clients: one by id, or pages, newest first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.documents import LIGHT, job_of
+from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
 from services.ingest.ulid import is_ulid
@@ -22,73 +22,74 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 PAGE_DEFAULT = 100
 PAGE_MOST = 1_000
 PAGE_BYTES = 16 << 20
-"""A page ends early when its jobs are this large together (labels, long histories): any client can take it."""
+"""Size at which a page ends early (labels, long histories), so that it fits into a message of any client."""
 _TOKEN_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which jobs, or batches; each that is set narrows."""
+    """Filter of jobs or batches; each field that is set narrows it."""
 
     state: StrEnum | None = None
     model_name: str = ""
     tenant: str = ""
 
     def query(self) -> Document:
-        asked: Document = {"model_name": self.model_name, "tenant": self.tenant}
+        conditions: Document = {"model_name": self.model_name, "tenant": self.tenant}
         if self.state is not None:
-            asked["state"] = str(self.state)
-        return {name: value for name, value in asked.items() if value}
+            conditions["state"] = str(self.state)
+        return {name: value for name, value in conditions.items() if value}
 
 
 class Query(Protocol):
-    """Which jobs."""
+    """Selection of jobs."""
 
     def query(self) -> Document:
-        """As MongoDB is asked. Not by `_id`: pages go along it."""
+        """Return the MongoDB query, without a condition on `_id`, which pages use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some jobs, and how to ask for the next."""
+    """Page of jobs, with the token of the next page."""
 
     jobs: list[Job]
     next_token: str
 
 
 class Jobs:
-    """Reads jobs."""
+    """Reader of jobs."""
 
     def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
         self._payloads = payloads
 
     async def get(self, job_id: str) -> Job:
-        """One job, without its request.
+        """Return a job, without its request.
 
         Raises:
-            InvalidArgument: no id. NotFound: no such job. Unavailable: MongoDB is away.
+            InvalidArgument: `job_id` is empty. NotFound: no such job. Unavailable: MongoDB is unavailable.
         """
         if not job_id:
             raise InvalidArgument("id: required, and empty")
         if not is_ulid(job_id):
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
         with translated("reading a job"):
-            document = await self._jobs.find_one({"_id": job_id}, LIGHT)
+            document = await self._jobs.find_one({"_id": job_id}, WITHOUT_REQUEST)
         if document is None:
             raise NotFound(f"no job {job_id!r}")
         return job_of(document)
 
     async def payload(self, job_id: str) -> bytes:
-        """One job's serialised request.
+        """Return the serialised request of a job.
 
         Raises:
-            InvalidArgument: no id. NotFound: no such job. FailedPrecondition: its request is not kept.
-            Unavailable: MongoDB is away.
+            InvalidArgument: `job_id` is empty. NotFound: no such job. FailedPrecondition: its request is not kept.
+            Unavailable: MongoDB is unavailable.
         """
         job = await self.get(job_id)
+        # An external payload may exist for a moment after the end of its job.
         if not job.keeps_request:
-            request = None  # One that is kept apart may go a moment later than its job ends.
+            request = None
         elif job.is_apart:
             request = await self._payloads.get(job_id)
         else:
@@ -101,31 +102,31 @@ class Jobs:
             )
         return bytes(request)
 
-    async def page(self, wanted: Query, size: int, token: str) -> Page:
-        """A page of jobs, newest first. `size` 0 means 100.
+    async def page(self, selection: Query, size: int, token: str) -> Page:
+        """Return a page of jobs, newest first. `size` 0 means 100.
 
         Raises:
-            InvalidArgument: a bad size, or a token that is not of this filter. Unavailable: MongoDB is away.
+            InvalidArgument: a bad size, or a token of another filter. Unavailable: MongoDB is unavailable.
         """
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
-        query = wanted.query()
+        query = selection.query()
         if token:
-            query["_id"] = {"$lt": _read_token(token, wanted.query())}
+            query["_id"] = {"$lt": _read_token(token, selection.query())}
         size = size or PAGE_DEFAULT
         found: list[Job] = []
         nbytes = 0
         with translated("listing jobs"):
-            async for document in self._jobs.find(query, LIGHT).sort("_id", -1).limit(size + 1):
+            async for document in self._jobs.find(query, WITHOUT_REQUEST).sort("_id", -1).limit(size + 1):
                 if len(found) == size or (found and nbytes > PAGE_BYTES):
-                    return Page(found, _token(found[-1].id, wanted.query()))
+                    return Page(found, _token(found[-1].id, selection.query()))
                 found.append(job_of(document))
                 nbytes += _weight(found[-1])
         return Page(found, "")
 
 
 def _weight(job: Job) -> int:
-    """About how large a job's message is."""
+    """Return the approximate size of a job's message in bytes."""
     labels = sum(len(key) + len(value) for key, value in job.labels)
     return 500 + len(job.last_message) + 4 * labels + sum(80 + len(step.reason) for step in job.transitions)
 

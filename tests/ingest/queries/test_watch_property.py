@@ -23,9 +23,21 @@ from services.ingest.documents import (
     job_of,
     requeueing,
 )
-from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, claim, end, requeue, try_again
-from services.ingest.reading.wanted import JobFilter
-from services.ingest.reading.watch_many import ReportedStates, WatchMany
+from services.ingest.job import (
+    DEAD_LETTERS,
+    BackToQueue,
+    End,
+    Job,
+    Lease,
+    Outcome,
+    State,
+    claim,
+    end,
+    requeue,
+    return_to_queue,
+)
+from services.ingest.queries.filters import JobFilter
+from services.ingest.queries.watch_many import WatchMany, WatchUpdate
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
 from tests.ingest.making import START, job
@@ -56,7 +68,7 @@ class Watcher:
         self.existing = existing
         self.token = ""
         self.told: list[Job] = []
-        self.stream: AsyncGenerator[ReportedStates, None] | None = None
+        self.stream: AsyncGenerator[WatchUpdate, None] | None = None
 
     async def stand(self) -> None:
         self.stream = self.watch.follow(self.wanted, existing=self.existing, token=self.token)
@@ -83,7 +95,9 @@ async def move(jobs: Collection, before: Job, how: int) -> Job:
     if before.state is State.QUEUED:
         await jobs.update_one({"_id": before.id}, claiming(Lease(ids.new(), "i", "p", now), now))
     elif before.state is State.RUNNING and how == 3:
-        await jobs.bulk_write(fenced_updates([(before, try_again(before, Again(now, False, "released"), "i", now))]))
+        await jobs.bulk_write(
+            fenced_updates([(before, return_to_queue(before, BackToQueue(now, False, "released"), "i", now))])
+        )
     elif before.state is State.RUNNING:
         await jobs.bulk_write(fenced_updates([(before, end(before, ENDS[how], "i", now))]))
     elif before.state in DEAD_LETTERS:
@@ -114,18 +128,18 @@ async def watched(uri: str, database: str, script: list[tuple[Any, ...]]) -> Non
             elif what == "move" and made:
                 at, how = args[0] % len(made), args[1]
                 after = await move(jobs, made[at], how)
-                if after.steps > made[at].steps:
-                    written.append((after.id, after.steps, after.state))
+                if after.transition_count > made[at].transition_count:
+                    written.append((after.id, after.transition_count, after.state))
                 made[at] = after
             elif what == "read":
                 await watcher.read(min(args[0], len(written) - len(watcher.told)))
             elif what == "cut":
                 await watcher.cut()
         await watcher.read(len(written) - len(watcher.told))
-        assert [(told.id, told.steps, told.state) for told in watcher.told] == written
+        assert [(told.id, told.transition_count, told.state) for told in watcher.told] == written
         newest = {one.id: one for one in made}
         for told in watcher.told:
-            assert told.transitions == newest[told.id].transitions[: told.steps]
+            assert told.transitions == newest[told.id].transitions[: told.transition_count]
         assert watcher.stream is not None
         await watcher.stream.aclose()
 

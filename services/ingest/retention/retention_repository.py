@@ -1,4 +1,4 @@
-"""The rules that clients have set, in MongoDB: one document for each tenant and state, or its batches."""
+"""Retention rules in MongoDB: one document for each tenant and state, or for a tenant's batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALIDATOR: Mapping[str, Any] = {
         "properties": {
             "tenant": {"bsonType": "string"},
             "state": {"enum": [*map(str, State), BATCHES]},
-            # null is for ever.
+            # null: for ever.
             "keep_ms": {"bsonType": ["int", "long", "null"], "minimum": 60_000},
         },
     }
@@ -32,44 +32,44 @@ _MS = timedelta(milliseconds=1)
 
 
 class RetentionRepository:
-    """Reads and writes rules."""
+    """Storage of the retention rules."""
 
     def __init__(self, rules: AsyncCollection[Document], defaults: Mapping[What, Keep]) -> None:
         self._rules = rules
         self._defaults = defaults
 
     async def set(self, rule: Rule) -> None:
-        """Sets a rule, or changes the one that there is.
+        """Create or replace a rule.
 
         Raises:
-            ResourceExhausted: it would be one too many. Unavailable: MongoDB is away.
+            ResourceExhausted: too many rules. Unavailable: MongoDB is unavailable.
         """
-        with translated("setting how long jobs stay"):
+        with translated("setting a retention rule"):
             rule_id = {"_id": _id(rule.tenant, rule.what)}
             is_full = await self._rules.estimated_document_count() >= MOST
             if is_full and await self._rules.find_one(rule_id, {"_id": 1}) is None:
-                raise ResourceExhausted(f"there are {MOST} rules, the most there may be: have some tenants inherit")
+                raise ResourceExhausted(f"there are {MOST} rules, which is the limit: let some tenants inherit")
             keep_ms = None if rule.keep is None else rule.keep // _MS
             document = {"tenant": rule.tenant, "state": str(rule.what), "keep_ms": keep_ms}
             await self._rules.replace_one(rule_id, document, upsert=True)
 
     async def inherit(self, tenant: str, what: What) -> None:
-        """Removes a tenant's own rule. No rule is no error.
+        """Remove a tenant's own rule. A missing rule is no error.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
-        with translated("setting how long jobs stay"):
+        with translated("removing a retention rule"):
             await self._rules.delete_one({"_id": _id(tenant, what)})
 
     async def read(self) -> Rules:
-        """All rules.
+        """Return all rules.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         own: dict[tuple[str, What], Keep] = {}
-        with translated("reading how long jobs stay"):
+        with translated("reading the retention rules"):
             async for document in self._rules.find():
                 keep_ms = document["keep_ms"]
                 own[document["tenant"], what_of(document["state"])] = None if keep_ms is None else keep_ms * _MS

@@ -1,4 +1,4 @@
-"""What may be scheduled: checks a message and makes it a schedule. Whatever is wrong is named by its field."""
+"""Validation of a schedule message, and its conversion to a Schedule. Errors name the field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _OVERLAPS = {0: Overlap.ALLOW, **{pb.OverlapPolicy.Value(f"OVERLAP_POLICY_{one.n
 
 
 def checked_name(name: str) -> str:
-    """A schedule's name, or InvalidArgument."""
+    """Return a valid name of a schedule.
+
+    Raises:
+        InvalidArgument: the name is invalid.
+    """
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             f"name: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or a digit; got {name[:80]!r}"
@@ -30,10 +34,10 @@ def checked_name(name: str) -> str:
 
 
 def schedule_of(message: pb.Schedule, now: datetime) -> Schedule:
-    """The schedule that `message` asks for, made at `now`.
+    """Return the schedule of a valid message, created at `now`.
 
     Raises:
-        InvalidArgument: names the field, what was expected and what came.
+        InvalidArgument: a field is invalid; the message names it, and what was expected and received.
     """
     if message.misfire not in _MISFIRES:
         raise InvalidArgument(f"misfire: there is no policy {message.misfire}")
@@ -63,7 +67,7 @@ def _template(message: pb.Schedule, now: datetime) -> bytes:
     for name in _NOT_IN_A_TEMPLATE:
         field: object = getattr(job, name)
         if job.HasField(name) if name in ("not_before", "delay") else field:
-            raise InvalidArgument(f"job.{name}: not for a job that recurs: its times are the schedule's")
+            raise InvalidArgument(f"job.{name}: must be unset in a recurring job: the schedule sets its times and keys")
     if job.tenant not in ("", message.tenant):
         raise InvalidArgument(f"job.tenant: expected the schedule's own, {message.tenant!r}, or none")
     if len(job.labels) > LABELS - _OWN_LABELS:

@@ -1,4 +1,4 @@
-"""Which dead letters a client means: a filter, or ids. Whatever is wrong is named by its field."""
+"""Selection of dead letters by a filter or by ids, and its validation. Errors name the field."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from services.ingest.ulid import is_ulid
 from shoal.errors import Code, InvalidArgument
 
 MOST = 1_000
-"""Dead letters of one call: each is a document read and one written, so a call takes a second at most."""
+"""Maximum dead letters of one call: each is one document read and one written, so a call takes at most a second."""
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetterFilter:
-    """Up to `limit` of those that match `filter`, or those of `ids`."""
+class DeadLetterSelection:
+    """Selection of up to `limit` dead letters that match `filter`, or of the dead letters in `ids`."""
 
     ids: tuple[str, ...] = ()
     filter: DeadFilter | None = None
@@ -25,7 +25,11 @@ class DeadLetterFilter:
 
 
 def checked_filter(state: State | None, model_name: str, tenant: str, code: int, before: datetime | None) -> DeadFilter:
-    """A filter, or InvalidArgument."""
+    """Return a valid filter.
+
+    Raises:
+        InvalidArgument: a field is invalid; the message names it.
+    """
     state = state or State.DEAD
     if state not in DEAD_LETTERS:
         raise InvalidArgument(f"filter.state: dead letters are dead or failed, not {state}")
@@ -34,13 +38,13 @@ def checked_filter(state: State | None, model_name: str, tenant: str, code: int,
     return DeadFilter(state, model_name, tenant, code, before)
 
 
-def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLetterFilter:
-    """Ids or a filter, whichever is given.
+def checked_selection(ids: Sequence[str], filter_: DeadFilter | None, limit: int) -> DeadLetterSelection:
+    """Return the selection by `ids` or by `filter_`.
 
     Raises:
-        InvalidArgument: neither or both, too many, or something that is no id.
+        InvalidArgument: neither or both are set, there are too many ids, or one is invalid.
     """
-    if bool(ids) == (among is not None):
+    if bool(ids) == (filter_ is not None):
         raise InvalidArgument("ids, filter: give one of them; an empty filter means every dead letter")
     if not 0 <= limit <= MOST:
         raise InvalidArgument(f"limit: 1 to {MOST}, or 0 for {MOST}; got {limit}")
@@ -49,4 +53,4 @@ def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLett
     for at, job_id in enumerate(ids):
         if not is_ulid(job_id):
             raise InvalidArgument(f"ids[{at}]: not a job's id: {job_id[:64]!r}")
-    return DeadLetterFilter(tuple(dict.fromkeys(ids)), among, limit or MOST)
+    return DeadLetterSelection(tuple(dict.fromkeys(ids)), filter_, limit or MOST)

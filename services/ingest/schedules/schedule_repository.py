@@ -1,4 +1,4 @@
-"""The schedules that there are: put, read, paused and removed by clients."""
+"""Schedules in MongoDB: created, read, paused and removed by clients."""
 
 from __future__ import annotations
 
@@ -16,62 +16,62 @@ from services.ingest.schedules.schedule import Schedule
 from shoal.errors import Aborted, AlreadyExists, NotFound, ResourceExhausted
 
 MOST = 10_000
-"""Schedules in all: each that is due takes its turn with one leader."""
+"""Maximum number of schedules: one leader fires all of them."""
 _LIGHT = {"template": 0}
-_DONE = ("last_at", "last_job", "last_skip", "fired", "skipped")
+_LEADER_FIELDS = ("last_at", "last_job", "last_skip", "fired", "skipped")
 
 
-class Schedules:
-    """Keeps schedules."""
+class ScheduleRepository:
+    """Storage of schedules."""
 
     def __init__(self, schedules: AsyncCollection[Document], clock: Clock) -> None:
         self._schedules = schedules
         self._clock = clock
 
     def now(self) -> datetime:
-        """The time."""
+        """Return the current time."""
         return self._clock()
 
-    async def put(self, wanted: Schedule, *, replaces: bool) -> Schedule:
-        """Makes a schedule, or (when `replaces`) changes the one of its name, which keeps its history.
+    async def put(self, requested: Schedule, *, replaces: bool) -> Schedule:
+        """Create a schedule, or (with `replaces`) change the one of the same name, which keeps its history.
 
         Raises:
-            AlreadyExists: there is one, and `replaces` is False. ResourceExhausted: too many. Aborted: it was changed
-            at the same time. Unavailable: MongoDB is away.
+            AlreadyExists: the schedule exists, and `replaces` is False. ResourceExhausted: too many schedules.
+            Aborted: it was changed concurrently. Unavailable: MongoDB is unavailable.
         """
         with translated("storing a schedule"):
-            before = await self._schedules.find_one({"_id": id_of(wanted.tenant, wanted.name)})
+            before = await self._schedules.find_one({"_id": id_of(requested.tenant, requested.name)})
             if before is None:
-                return await self._make(wanted)
+                return await self._make(requested)
             if not replaces:
-                raise AlreadyExists(f"there is a schedule {wanted.name!r} already: change it, or choose another name")
-            return await self._change(schedule_of(before), wanted)
+                raise AlreadyExists(f"schedule {requested.name!r} exists already: replace it, or choose another name")
+            return await self._change(schedule_of(before), requested)
 
     async def get(self, tenant: str, name: str) -> Schedule:
-        """One schedule.
+        """Return a schedule.
 
         Raises:
-            NotFound: there is none. Unavailable: MongoDB is away.
+            NotFound: no such schedule. Unavailable: MongoDB is unavailable.
         """
         with translated("reading a schedule"):
             document = await self._schedules.find_one({"_id": id_of(tenant, name)})
         return schedule_of(_found(document, name))
 
     async def list(self, tenant: str | None) -> list[Schedule]:
-        """All schedules (of one tenant), without their templates, by tenant and name.
+        """Return the schedules of one tenant (None: of all), without their templates, by tenant and name.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         with translated("listing schedules"):
             query = {} if tenant is None else {"tenant": tenant}
             return [schedule_of(document) async for document in self._schedules.find(query, _LIGHT).sort("_id", 1)]
 
     async def pause(self, tenant: str, name: str, paused: bool) -> Schedule:
-        """Pauses a schedule, or has it go on from now: times in between are skipped.
+        """Pause a schedule, or resume it from now: the times in between are skipped.
 
         Raises:
-            NotFound: there is none. Aborted: it was changed at the same time. Unavailable: MongoDB is away.
+            NotFound: no such schedule. Aborted: it was changed concurrently. Unavailable: MongoDB is unavailable.
         """
         before = await self.get(tenant, name)
         if before.is_paused == paused:
@@ -80,35 +80,35 @@ class Schedules:
         return await self._change(before, replace(before, is_paused=paused, next_at=before.next_after(now)))
 
     async def remove(self, tenant: str, name: str) -> Schedule:
-        """Removes a schedule. Jobs that it has made stay.
+        """Remove a schedule, and return it. Its jobs stay.
 
         Raises:
-            NotFound: there is none. Unavailable: MongoDB is away.
+            NotFound: no such schedule. Unavailable: MongoDB is unavailable.
         """
         with translated("removing a schedule"):
             document = await self._schedules.find_one_and_delete({"_id": id_of(tenant, name)})
         return schedule_of(_found(document, name))
 
-    async def _make(self, wanted: Schedule) -> Schedule:
+    async def _make(self, requested: Schedule) -> Schedule:
         if await self._schedules.estimated_document_count() >= MOST:
-            raise ResourceExhausted(f"there are {MOST} schedules, the most there may be: remove some")
+            raise ResourceExhausted(f"there are {MOST} schedules, which is the limit: remove some")
         try:
-            await self._schedules.insert_one(document_of(wanted))
+            await self._schedules.insert_one(document_of(requested))
         except DuplicateKeyError:
-            raise Aborted(f"schedule {wanted.name!r} was made at the same time: try again") from None
-        return wanted
+            raise Aborted(f"schedule {requested.name!r} was created concurrently: try again") from None
+        return requested
 
-    async def _change(self, before: Schedule, wanted: Schedule) -> Schedule:
-        """Writes `wanted` over `before`. What the leader writes is left alone, so the two do not disturb each other."""
+    async def _change(self, before: Schedule, requested: Schedule) -> Schedule:
+        """Write `requested` over `before`, except for the leader's fields, so that neither overwrites the other."""
         after = replace(
-            wanted,
+            requested,
             created_at=before.created_at,
             updated_at=self._clock(),
             revision=before.revision + 1,
-            next_at=None if wanted.is_paused else wanted.next_at,
+            next_at=None if requested.is_paused else requested.next_at,
         )
         document = document_of(after)
-        fields = {name: value for name, value in document.items() if name not in (*_DONE, "_id", "fence")}
+        fields = {name: value for name, value in document.items() if name not in (*_LEADER_FIELDS, "_id", "fence")}
         update: Document = {"$set": fields}
         if after.next_at is None:
             update["$unset"] = {"next_at": ""}
@@ -117,7 +117,7 @@ class Schedules:
                 {"_id": document["_id"], "revision": before.revision}, update, return_document=ReturnDocument.AFTER
             )
         if written is None:
-            raise Aborted(f"schedule {before.name!r} was changed or removed at the same time: read it, and try again")
+            raise Aborted(f"schedule {before.name!r} was changed or removed concurrently: read it, and try again")
         return schedule_of(written)
 
 

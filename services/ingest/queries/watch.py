@@ -1,13 +1,13 @@
-"""Watching jobs: one change stream for the whole process, fanned out as "look again".
+"""Watches of single jobs: one change stream for the whole process, whose changes make watchers read their jobs again.
 
-    MongoDB ──change stream──> Changes ──event per job──> each watcher reads the job and tells what is new
+    MongoDB ──change stream──> ChangeFeed ──event per job──> each watcher reads the job and yields its new transitions
 
-A change is only a hint; what a watcher tells, it reads from the job itself, where the transitions are. So nothing is
-missed whatever happens to the stream: whenever it is opened anew (a failover, a lost place), everyone looks again. A
-watcher that is slow finds several transitions at once, and holds no queue.
+A change is only a hint: a watcher reads the transitions from the job itself. So none is missed when the stream fails:
+whenever the stream is opened again (a failover, a lost position), all watchers read again. A slow watcher finds several
+transitions in one read, and needs no queue.
 
-With nobody watching, only cancellations are streamed: under a load of thousands of jobs a second, the rest would cost
-every instance a good part of a core.
+Without watchers, the stream has only cancellations. At thousands of jobs per second, all changes would cost every
+instance a good part of a core.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from pymongo.errors import PyMongoError
 from mesh.mongo import Document, next_change, translate
 from mesh.process.tasks import Background, end
 from services.ingest.job import Job, generations
-from services.ingest.reading.jobs import Jobs
+from services.ingest.queries.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)
 
+# Longest wait of a change stream for a change; must be below the client's timeout for one operation.
 _AWAIT_MS = 2_000
-# A change stream's longest wait for news; must be below the client's timeout for one operation.
+# Time that the wide stream stays open after its last watcher.
 _QUIET_S = 10.0
-# How long the wide stream stays open after its last watcher.
 _REOPEN_S = 0.5
-_LOOK_S = 30.0
-# A watcher looks at its job this often without any hint, in case a hint was lost by a fault of ours.
-_PATIENCE_S = 30.0
-# How long a watcher outlives a database that is away.
-_STEPS_TOLD = 16
-# A watcher that missed more transitions than this is told the newest state only; the job carries the others.
+# A watcher reads its job this often without a hint, in case an internal error lost one.
+_POLL_S = 30.0
+# Time for which a watcher retries while the database is unavailable.
+_RETRY_FOR_S = 30.0
+# A watcher that missed more transitions than this yields the newest state only; the job has the others.
+_MAX_MISSED = 16
 
 
-class Changes(Background):
-    """Tells who is interested that a job has changed. Used as `async with`."""
+class ChangeFeed(Background):
+    """Notifier of watchers about changed jobs. Used as `async with`."""
 
     def __init__(
         self,
@@ -60,21 +60,21 @@ class Changes(Background):
         self._max_watches = max_watches
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._count = 0
-        self._first_came = asyncio.Event()
+        self._has_watchers = asyncio.Event()
 
     @contextmanager
     def of(self, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the job may have changed.
+        """Yield an event that is set whenever the job may have changed.
 
         Raises:
-            ResourceExhausted: too many watch already.
+            ResourceExhausted: too many watches.
         """
         if self._count >= self._max_watches:
             raise ResourceExhausted(f"{self._count} watches are open, which is the limit", retry_after_ms=1_000)
         event = asyncio.Event()
         self._watchers[job_id].add(event)
         self._count += 1
-        self._first_came.set()
+        self._has_watchers.set()
         try:
             yield event
         finally:
@@ -83,17 +83,17 @@ class Changes(Background):
             if not self._watchers[job_id]:
                 del self._watchers[job_id]
             if not self._count:
-                self._first_came.clear()
+                self._has_watchers.clear()
 
-    def poke(self, job_id: str) -> None:
-        """The job has changed."""
+    def notify(self, job_id: str) -> None:
+        """Notify the watchers of a job."""
         for event in self._watchers.get(job_id, ()):
             event.set()
 
     def due_again(self, jobs: Sequence[Job]) -> None:
-        """Wake the watchers of jobs that are in the queue again."""
+        """Notify the watchers of jobs that are in the queue again."""
         for job in jobs:
-            self.poke(job.id)
+            self.notify(job.id)
 
     async def _run(self) -> None:
         await self._ready.wait()
@@ -109,18 +109,18 @@ class Changes(Background):
                 await asyncio.sleep(_REOPEN_S)
 
     async def _follow(self, is_wide: bool) -> None:
-        """Streams until the breadth should change."""
+        """Follow the stream until it should become wide (a watcher) or narrow (no watcher for a while)."""
         stream = asyncio.create_task(self._stream(is_wide))
-        turn = asyncio.create_task(self._until_quiet() if is_wide else self._wait_for_a_watcher())
+        breadth_change = asyncio.create_task(self._until_quiet() if is_wide else self._wait_for_a_watcher())
         try:
-            await asyncio.wait([stream, turn], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stream, breadth_change], return_when=asyncio.FIRST_COMPLETED)
             if stream.done():
                 stream.result()
         finally:
-            await end(stream, turn)
+            await end(stream, breadth_change)
 
     async def _wait_for_a_watcher(self) -> None:
-        await self._first_came.wait()
+        await self._has_watchers.wait()
 
     async def _until_quiet(self) -> None:
         while True:
@@ -133,18 +133,18 @@ class Changes(Background):
             for events in list(self._watchers.values()):
                 for event in events:
                     event.set()
-            # Not `async for`: that one's wait for the next change ends with the client's timeout for one operation.
+            # Not `async for`, whose wait for the next change ends with the client's timeout for one operation.
             while stream.alive:
                 if (change := await next_change(stream)) is None:
                     continue
                 job_id = change["documentKey"]["_id"]
                 if (taken_by := change.get("taken_by")) is not None:
                     self._on_taken(job_id, taken_by)
-                self.poke(job_id)
+                self.notify(job_id)
 
 
 def pipeline_of(is_wide: bool) -> list[Document]:
-    """What is streamed: take-overs for cancellation, and with watchers every change of a state. Never a request."""
+    """Return the pipeline of the stream: take-overs for cancellation; when wide, all changes of state. No requests."""
     cancelled = {"updateDescription.updatedFields.cancel": {"$exists": True}}
     moved = {"updateDescription.updatedFields.state": {"$exists": True}}
     return [
@@ -165,32 +165,32 @@ def pipeline_of(is_wide: bool) -> list[Document]:
 
 
 class Watch:
-    """Follows jobs for clients."""
+    """Server of watches of single jobs."""
 
-    def __init__(self, jobs: Jobs, changes: Changes) -> None:
+    def __init__(self, jobs: Jobs, changes: ChangeFeed) -> None:
         self._jobs = jobs
         self._changes = changes
 
     async def follow(self, job_id: str) -> AsyncIterator[Job]:
-        """The job as it is now, and again after each transition, until it has ended.
+        """Yield the job, and again after each transition, until it has ended.
 
         Raises:
-            NotFound: no such job. ResourceExhausted: too many watch. Unavailable: MongoDB was away for too long.
+            NotFound: no such job. ResourceExhausted: too many watches. Unavailable: MongoDB is unavailable for 30 s.
         """
         with self._changes.of(job_id) as changed:
             job = await self._jobs.get(job_id)
             yield job
             while not job.is_final:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), _LOOK_S)
+                    await asyncio.wait_for(changed.wait(), _POLL_S)
                 changed.clear()
-                newer = await self._patiently(job_id)
+                newer = await self._read_with_retry(job_id)
                 for view in views_between(job, newer):
                     yield view
                 job = newer
 
-    async def _patiently(self, job_id: str) -> Job:
-        give_up = asyncio.get_running_loop().time() + _PATIENCE_S
+    async def _read_with_retry(self, job_id: str) -> Job:
+        give_up = asyncio.get_running_loop().time() + _RETRY_FOR_S
         while True:
             try:
                 return await self._jobs.get(job_id)
@@ -201,19 +201,19 @@ class Watch:
 
 
 def views_between(before: Job, after: Job) -> list[Job]:
-    """`after`, preceded by the job as of each transition that lies between. None when there is no new one."""
+    """Return the job as of each transition after `before`, up to `after`; empty when there is no new transition."""
     if not after.transitions or after.transitions[-1:] == before.transitions[-1:]:
         return []
     seen = before.transitions[-1] if before.transitions else None
     first = after.transitions.index(seen) + 1 if seen in after.transitions else 0
     missed = range(first, len(after.transitions) - 1)
-    if len(missed) > _STEPS_TOLD:
+    if len(missed) > _MAX_MISSED:
         return [after]
     return [*(as_of(after, index) for index in missed), after]
 
 
 def as_of(job: Job, index: int) -> Job:
-    """The job as it was after that one of its transitions, as far as these tell."""
+    """Return the job as it was after the transition at `index`, as far as the transitions record it."""
     step = job.transitions[index]
     return replace(
         job,
@@ -225,6 +225,6 @@ def as_of(job: Job, index: int) -> Job:
         last_code=0,
         last_message="",
         transitions=job.transitions[: index + 1],
-        steps=job.steps - (len(job.transitions) - 1 - index),
+        transition_count=job.transition_count - (len(job.transitions) - 1 - index),
         generation=generations(job)[index],
     )

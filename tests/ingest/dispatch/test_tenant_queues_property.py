@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.lanes import LANES_PER_CLAIM, TenantQueues
+from services.ingest.dispatch.tenant_queues import QUEUES_PER_CLAIM, TenantQueues
 from services.ingest.job_store import Waiting
-from services.ingest.lane import TenantQueueKey
+from services.ingest.tenant_queue import TenantQueueKey
 from tests.ingest.making import START, TestClock
 
 AGEING = timedelta(seconds=60)
@@ -24,24 +24,24 @@ class Queue:
     """What MongoDB has: lanes in order of due times."""
 
     def __init__(self) -> None:
-        self.lanes: dict[TenantQueueKey, list[Waiting]] = {}
+        self.queues: dict[TenantQueueKey, list[Waiting]] = {}
         self._ids = itertools.count()
         self._lane_of: dict[str, TenantQueueKey] = {}
 
     def put(self, lane: TenantQueueKey, due_at=START, jobs: int = 1) -> list[str]:
         ids = [f"{next(self._ids):026}" for _ in range(jobs)]
         self._lane_of.update(dict.fromkeys(ids, lane))
-        self.lanes.setdefault(lane, []).extend((due_at, id_) for id_ in ids)
-        self.lanes[lane].sort()
+        self.queues.setdefault(lane, []).extend((due_at, id_) for id_ in ids)
+        self.queues[lane].sort()
         return ids
 
     def head(self, lane: TenantQueueKey, now, limit: int) -> list[Waiting]:
-        return [job for job in self.lanes.get(lane, [])[:limit] if job[0] <= now]
+        return [job for job in self.queues.get(lane, [])[:limit] if job[0] <= now]
 
     def due(self, now, closed=()) -> list[tuple[TenantQueueKey, Waiting]]:
         return [
             (lane, job)
-            for lane, jobs in self.lanes.items()
+            for lane, jobs in self.queues.items()
             for job in jobs
             if job[0] <= now and lane.model not in closed
         ]
@@ -50,10 +50,10 @@ class Queue:
         wanted = frozenset(ids)
         taken = []
         for lane in {self._lane_of[id_] for id_ in ids}:
-            jobs = self.lanes.pop(lane)
+            jobs = self.queues.pop(lane)
             taken += [(lane, job) for job in jobs if job[1] in wanted]
             if kept := [job for job in jobs if job[1] not in wanted]:
-                self.lanes[lane] = kept
+                self.queues[lane] = kept
         return taken
 
 
@@ -63,35 +63,35 @@ class Claimer:
     def __init__(self, queue: Queue, clock: TestClock, weights: dict[str, float]) -> None:
         self._queue = queue
         self._clock = clock
-        self.lanes = TenantQueues(lambda tenant: weights.get(tenant, 1.0), AGEING)
+        self.queues = TenantQueues(lambda tenant: weights.get(tenant, 1.0), AGEING)
         self._listed_at = START - timedelta(days=1)
 
-    def claim(self, room: int, closed: frozenset[str] = frozenset()) -> list[tuple[TenantQueueKey, Waiting]]:
+    def claim(self, capacity: int, closed: frozenset[str] = frozenset()) -> list[tuple[TenantQueueKey, Waiting]]:
         is_listed = self._clock.now - self._listed_at >= LISTS_EVERY
         if is_listed:
             self._list()
-        taken = self._claim_known(room, closed)
+        taken = self._claim_known(capacity, closed)
         if not taken and not is_listed:
             self._list()
-            taken = self._claim_known(room, closed)
+            taken = self._claim_known(capacity, closed)
         return taken
 
-    def _claim_known(self, room: int, closed: frozenset[str]) -> list[tuple[TenantQueueKey, Waiting]]:
+    def _claim_known(self, capacity: int, closed: frozenset[str]) -> list[tuple[TenantQueueKey, Waiting]]:
         now = self._clock.now
-        asks = self.lanes.asks(room, now, closed)
-        assert sum(len(ask.lanes) for ask in asks) <= LANES_PER_CLAIM
-        assert sum(ask.jobs for ask in asks) == (room if asks else 0)
-        seen = {lane: self._queue.head(lane, now, ask.limit(1)) for ask in asks for lane in ask.lanes}
-        ids = self.lanes.pick(asks, seen)
-        assert len(ids) == len(set(ids)) <= room
+        shares = self.queues.plan(capacity, now, closed)
+        assert sum(len(share.queues) for share in shares) <= QUEUES_PER_CLAIM
+        assert sum(share.jobs for share in shares) == (capacity if shares else 0)
+        seen = {lane: self._queue.head(lane, now, share.limit(1)) for share in shares for lane in share.queues}
+        ids = self.queues.pick(shares, seen)
+        assert len(ids) == len(set(ids)) <= capacity
         taken = self._queue.take(ids)
         for tenant, jobs in Counter(lane.tenant for lane, _ in taken).items():
-            self.lanes.claimed(tenant, jobs)
+            self.queues.charge(tenant, jobs)
         return taken
 
     def _list(self) -> None:
         self._listed_at = self._clock.now
-        self.lanes.listed((lane, jobs[0][0]) for lane, jobs in self._queue.lanes.items())
+        self.queues.set_heads((lane, jobs[0][0]) for lane, jobs in self._queue.queues.items())
 
 
 def lane(tenant: str, model: str = "m", priority: int = 0) -> TenantQueueKey:
@@ -111,10 +111,10 @@ def test_tenants_that_wait_together_share_by_weight(weights: list[float], rooms:
         queue.put(lane(tenant), jobs=1_250)  # More than all claims take: all of them wait all the time.
     workers = [Claimer(queue, clock, shares) for _ in range(claimers)]
     served: Counter[str] = Counter()
-    for room in rooms:
+    for capacity in rooms:
         for worker in workers:
-            taken = worker.claim(room)
-            assert len(taken) == room
+            taken = worker.claim(capacity)
+            assert len(taken) == capacity
             served.update(one.tenant for one, _ in taken)
         for a, b in itertools.combinations(shares, 2):
             apart = abs(served[a] / shares[a] - served[b] / shares[b])
@@ -124,35 +124,35 @@ def test_tenants_that_wait_together_share_by_weight(weights: list[float], rooms:
 @given(
     backlog=st.integers(100, 1_000),
     before=st.integers(0, 20),
-    room=st.integers(1, 64),
+    capacity=st.integers(1, 64),
     weight=st.sampled_from([0.5, 1, 3]),
     others=st.integers(1, 5),
 )
 @settings(max_examples=30)
 def test_ten_jobs_do_not_wait_for_anybodys_backlog(
-    backlog: int, before: int, room: int, weight: float, others: int
+    backlog: int, before: int, capacity: int, weight: float, others: int
 ) -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {"small": weight})
     for n in range(others):
         queue.put(lane(f"big{n}"), START - timedelta(hours=1), jobs=backlog)
     for _ in range(before):
-        worker.claim(room)
+        worker.claim(capacity)
     clock.advance(seconds=1)
     ten = set(queue.put(lane("small"), clock.now, jobs=10))
     claimed = 0
     while ten:
-        taken = worker.claim(room)
+        taken = worker.claim(capacity)
         claimed += len(taken)
         ten -= {job[1] for _, job in taken}
     # Its share of what is claimed, and the last claim in full: whatever waits besides.
-    assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + room
+    assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + capacity
 
 
 def test_with_more_tenants_than_a_claim_reads_each_has_its_turn() -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {})
-    tenants = [f"t{n}" for n in range(5 * LANES_PER_CLAIM)]
+    tenants = [f"t{n}" for n in range(5 * QUEUES_PER_CLAIM)]
     for tenant in tenants:
         queue.put(lane(tenant), jobs=40)
     served: Counter[str] = Counter()
@@ -166,37 +166,37 @@ jobs_of_one = st.lists(
 )
 
 
-@given(jobs=jobs_of_one, room=st.integers(1, 20), step_s=st.integers(0, 30))
+@given(jobs=jobs_of_one, capacity=st.integers(1, 20), step_s=st.integers(0, 30))
 @settings(max_examples=60)
 def test_a_tenants_jobs_go_by_age_and_priority_and_none_is_left(
-    jobs: list[tuple[str, int, int]], room: int, step_s: int
+    jobs: list[tuple[str, int, int]], capacity: int, step_s: int
 ) -> None:
     queue, clock = Queue(), TestClock()
     worker = Claimer(queue, clock, {})
     for model, priority, due_s in jobs:
         queue.put(lane("t", model, priority), START + timedelta(seconds=due_s))
-    while queue.lanes:
+    while queue.queues:
         order = sorted((one.age(job[0], AGEING), job[1]) for one, job in queue.due(clock.now))
-        taken = {job[1] for _, job in worker.claim(room)}
-        assert taken == {id_ for _, id_ in order[:room]}
+        taken = {job[1] for _, job in worker.claim(capacity)}
+        assert taken == {id_ for _, id_ in order[:capacity]}
         clock.advance(seconds=step_s if order else 100)
 
 
-@given(data=st.data(), room=st.integers(1, 30))
+@given(data=st.data(), capacity=st.integers(1, 30))
 @settings(max_examples=30)
-def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: st.DataObject, room: int) -> None:
+def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: st.DataObject, capacity: int) -> None:
     """A claim comes back with nothing only when nothing is there, and never with what is closed or not due."""
     queue, clock = Queue(), TestClock()
     workers = [Claimer(queue, clock, {"a": 3}) for _ in range(2)]
-    lanes = st.builds(TenantQueueKey, st.sampled_from("abc"), st.sampled_from(["m", "n"]), st.integers(-1, 1))
+    queues = st.builds(TenantQueueKey, st.sampled_from("abc"), st.sampled_from(["m", "n"]), st.integers(-1, 1))
     for _ in range(15):
         for one, after_s, jobs in data.draw(
-            st.lists(st.tuples(lanes, st.integers(-5, 5), st.integers(1, 20)), max_size=3)
+            st.lists(st.tuples(queues, st.integers(-5, 5), st.integers(1, 20)), max_size=3)
         ):
             queue.put(one, clock.now + timedelta(seconds=after_s), jobs)
         closed = data.draw(st.sampled_from([frozenset(), frozenset("m"), frozenset("mn")]))
         due = queue.due(clock.now, closed)
-        taken = data.draw(st.sampled_from(workers)).claim(room, closed)
+        taken = data.draw(st.sampled_from(workers)).claim(capacity, closed)
         assert all(job in due for job in taken)
         assert bool(taken) == bool(due)
         clock.advance(milliseconds=data.draw(st.sampled_from([0, 30, 1_000])))
@@ -204,21 +204,21 @@ def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: s
 
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_what_was_noticed_during_a_claim_is_not_forgotten_by_it(is_noticed: bool) -> None:
-    lanes = TenantQueues(lambda tenant: 1.0, AGEING)
-    lanes.listed([(lane("t"), START)])
-    asks = lanes.asks(10, START, ())
+    queues = TenantQueues(lambda tenant: 1.0, AGEING)
+    queues.set_heads([(lane("t"), START)])
+    shares = queues.plan(10, START, ())
     if is_noticed:
-        lanes.noticed(lane("t"), START)  # Put there after the lane was read.
-    assert lanes.pick(asks, {lane("t"): [(START, "x")]}) == ["x"]
-    assert lanes.has_due(START, ()) == is_noticed
+        queues.add_head(lane("t"), START)  # Put there after the lane was read.
+    assert queues.pick(shares, {lane("t"): [(START, "x")]}) == ["x"]
+    assert queues.has_due(START, ()) == is_noticed
 
 
 def test_claimers_in_a_crowd_do_not_all_take_the_head() -> None:
     seen = {lane("t"): [(START, f"{n:03}") for n in range(401)]}
     picks = []
     for _ in range(2):
-        lanes = TenantQueues(lambda tenant: 1.0, AGEING)
-        lanes.listed([(lane("t"), START)])
-        picks.append(set(lanes.pick(lanes.asks(100, START, (), 4), seen, 4)))
+        queues = TenantQueues(lambda tenant: 1.0, AGEING)
+        queues.set_heads([(lane("t"), START)])
+        picks.append(set(queues.pick(queues.plan(100, START, (), 4), seen, 4)))
     assert all(len(pick) == 100 and max(pick) > "150" for pick in picks)
     assert len(picks[0] & picks[1]) < 60

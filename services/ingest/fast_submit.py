@@ -1,6 +1,6 @@
-"""Submit on the fast path: no task, no coroutine; a job is a future in the group that is written next.
+"""Submit on the fast path: without a task or a coroutine; a job is a future in the group that is written next.
 
-body ──parsed──> intake ──durable──> answer
+body ──parsed──> intake ──durable──> response
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ SUBMIT = "/shoal.ingest.v1.IngestService/Submit"
 
 
 class FastSubmit:
-    """The mesh.rpc.fast_call.FastHandler of Submit."""
+    """FastHandler (mesh.rpc.fast_call) of Submit."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
 
     def __call__(self, body: bytes, call: FastCall) -> None:
         future = self._intake.begin(_parsed(body), call.traceparent)
-        # A caller that has gone does not want its job written, if that has not begun. The boolean that `cancel`
-        # returns is not used.
+        # When the caller disconnects before its write begins, the job is not written. The boolean that `cancel` returns
+        # is not used.
         call.on_end = future.cancel  # type: ignore[assignment]
         future.add_done_callback(partial(_answer, call))
 
 
 def _answer(call: FastCall, future: asyncio.Future[Accepted]) -> None:
     if future.cancelled():
-        call.refuse(Unavailable("this instance is stopping: another one takes it"))
+        call.refuse(Unavailable("this instance is stopping: retry at another instance"))
     elif (error := future.exception()) is not None:
         call.refuse(error)
     else:

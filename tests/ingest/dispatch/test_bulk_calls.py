@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.bulks import BULK_BYTES, BULK_JOBS, LONE_BYTES, ConcurrencyLimit, goes_alone, next_bulk
+from services.ingest.dispatch.bulk_calls import (
+    BULK_BYTES,
+    BULK_JOBS,
+    LONE_BYTES,
+    ConcurrencyLimit,
+    next_bulk,
+    runs_alone,
+)
 from services.ingest.job import Job
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as oip
@@ -30,7 +37,7 @@ STEP = oip.ModelInferRequest(model_name="m", parameters={"sequence_id": oip.Infe
     ids=["apart", "gone", "large", "step-of-a-sequence", "its-instance-died", "its-holder-died"],
 )
 def test_what_goes_alone(loner: Job) -> None:
-    assert goes_alone(loner)
+    assert runs_alone(loner)
     first, last = job(), job()
     waiting = deque([first, loner, last])
     assert [next_bulk(waiting, 10) for _ in range(3)] == [[first], [loner], [last]]
@@ -40,7 +47,7 @@ def test_what_goes_alone(loner: Job) -> None:
     "fields", [{}, {"attempts": 1, "last_code": 14}, {"attempts": 3, "last_code": 13}], ids=["new", "first", "other"]
 )
 def test_what_goes_with_others(fields: dict[str, int]) -> None:
-    assert not goes_alone(job(**fields))
+    assert not runs_alone(job(**fields))
 
 
 @given(st.lists(st.integers(1, LONE_BYTES + 10), min_size=1, max_size=60), st.integers(1, 70))
@@ -53,7 +60,7 @@ def test_every_job_goes_once_in_its_order_in_calls_that_are_small(sizes: list[in
     for call in calls:
         assert 1 <= len(call) <= min(most, BULK_JOBS)
         assert len(call) == 1 or sum(len(each.request or b"") for each in call) <= BULK_BYTES
-        assert len(call) == 1 or not any(map(goes_alone, call))
+        assert len(call) == 1 or not any(map(runs_alone, call))
 
 
 def test_a_pace_grows_with_answers_and_halves_once_for_a_slow_round() -> None:

@@ -1,35 +1,35 @@
-"""The store's results with their answers, read through the mesh."""
+"""Reads of results with their responses from the store, through the mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mesh.rpc.channel import AnyChannel
-from services.ingest.store_calls import asking_store
+from services.ingest.store_calls import store_errors
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
+# One page has up to 64 MiB of responses.
 _TIMEOUT_S = 20.0
-# Up to 64 MiB of answers in one page.
 
 
-class StoredAnswers:
-    """Reads what stands."""
+class StoredResults:
+    """Reader of recorded results."""
 
     def __init__(self, channel: AnyChannel) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
 
-    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
-        """The results that stand for these jobs (at most 1,000), with their answers; jobs that have none are left out.
+    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+        """Return the recorded results of at most 1,000 jobs, with their responses; jobs without a result are left out.
 
-        Where an answer is damaged, `answer_lost` says so.
+        The result of a damaged response has `answer_lost`.
 
         Raises:
-            ShoalError: they cannot be read just now.
+            ShoalError: the store is unavailable.
         """
         found: dict[str, store_pb2.Result] = {}
         request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)
         while True:
-            with asking_store("reading results"):
+            with store_errors("reading results"):
                 page: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
             found.update({result.job_id: result for result in page.results})
             if not page.next_page_token:

@@ -1,0 +1,1 @@
+"""Queries, watches and completions of jobs, for clients."""

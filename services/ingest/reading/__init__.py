@@ -1,1 +1,0 @@
-"""Jobs as clients read and watch them."""
