@@ -15,9 +15,11 @@ from mesh import mongo
 from mesh.mongo import Document
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
+from services.ingest.batches.batch_control import Viewing
+from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.book import BatchRepository
-from services.ingest.batches.calling import Model
+from services.ingest.batches.chunk_repository import Ledger
+from services.ingest.batches.chunk_runner import Running
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
     BATCH_VALIDATOR,
@@ -27,13 +29,11 @@ from services.ingest.batches.documents import (
     CHUNKS,
 )
 from services.ingest.batches.duties import Duties
-from services.ingest.batches.facts import ModelMetadata
-from services.ingest.batches.inputs.places import InputLocations
-from services.ingest.batches.ledger import Ledger
-from services.ingest.batches.opening import Readers
-from services.ingest.batches.running import Running
+from services.ingest.batches.inputs.locations import InputLocations
+from services.ingest.batches.model_metadata import ModelMetadata
+from services.ingest.batches.readers import Readers
+from services.ingest.batches.row_inference import Model
 from services.ingest.batches.submission import Submissions
-from services.ingest.batches.viewing import Viewing
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
 from services.ingest.retention.book import RetentionRepository

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from services.ingest.batches.inputs.locations import Entry, join
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry, join
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.job import Lease
 from shoal.errors import Code, ShoalError

@@ -31,11 +31,11 @@ from services.ingest.batches.batch import (
     duty_of,
     ending_of,
 )
-from services.ingest.batches.book import BatchRepository
-from services.ingest.batches.calling import PATIENCE_S
+from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.chunk_repository import Ledger, SoFar
+from services.ingest.batches.chunk_runner import Progress, Running
 from services.ingest.batches.duties import Duties
-from services.ingest.batches.ledger import Ledger, SoFar
-from services.ingest.batches.running import Progress, Running
+from services.ingest.batches.row_inference import PATIENCE_S
 from services.ingest.clock import Clock
 from services.ingest.job import Lease
 from services.ingest.retention.book import RetentionRepository

@@ -26,8 +26,8 @@ from services.ingest.batches.batch import (
     Format,
     Totals,
 )
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.rows.signature import Signature, Spec
 from services.ingest.job import Lease
 

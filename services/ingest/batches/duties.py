@@ -38,11 +38,11 @@ from services.ingest.batches.batch import (
     ending_of,
     seconds_of,
 )
-from services.ingest.batches.book import BatchRepository
+from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.chunk_repository import Ledger
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import Entry, InputLocations
-from services.ingest.batches.ledger import Ledger
-from services.ingest.batches.outputs.written import part_name
+from services.ingest.batches.inputs.locations import Entry, InputLocations
+from services.ingest.batches.outputs.part_summary import part_name
 from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, InvalidArgument
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from services.ingest.batches.batch import BatchState, Format, seconds_of
-from services.ingest.batches.viewing import View
+from services.ingest.batches.batch_control import View
 from services.ingest.messages import asked_state, timestamp_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 

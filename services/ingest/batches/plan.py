@@ -12,11 +12,11 @@ from typing import BinaryIO
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs import json_lines, npz_rows
 from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.inputs.parquet_rows import open_parquet, row_bytes
 from services.ingest.batches.inputs.piece import Span, even_spans
-from services.ingest.batches.inputs.places import Entry, InputLocations
 from services.ingest.batches.mapping import RequestedColumns, check_file
-from services.ingest.batches.opening import named, opened
+from services.ingest.batches.readers import named, opened
 from shoal.errors import InvalidArgument
 
 CHUNK_BYTES = 32 << 20

@@ -13,7 +13,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
-    from services.ingest.batches.viewing import View, Viewing
+    from services.ingest.batches.batch_control import View, Viewing
 
 
 class BatchesRpc:

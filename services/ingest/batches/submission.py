@@ -13,10 +13,9 @@ import pyarrow as pa
 
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
-from services.ingest.batches.book import MOST_ACTIVE, BatchRepository, same
+from services.ingest.batches.batch_repository import MOST_ACTIVE, BatchRepository, same
 from services.ingest.batches.duties import entries, format_of, owner_of
-from services.ingest.batches.facts import ModelMetadata
-from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
+from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
     RequestedColumns,
     available_columns,
@@ -26,8 +25,9 @@ from services.ingest.batches.mapping import (
     object_columns,
     result_columns,
 )
-from services.ingest.batches.opening import named, opened
-from services.ingest.batches.outputs.written import is_result
+from services.ingest.batches.model_metadata import ModelMetadata
+from services.ingest.batches.outputs.part_summary import is_result
+from services.ingest.batches.readers import named, opened
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
 from services.ingest.intake.submission import at_most, digest_of, labels_of

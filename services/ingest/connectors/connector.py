@@ -17,9 +17,9 @@ from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
 
 from mesh.process.tasks import Background
+from services.ingest.connectors.connector_spec import ConnectorPlan, Parts, Sink
 from services.ingest.connectors.message import Message, Outgoing, Partition
 from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
-from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink
 from services.ingest.connectors.progress import Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window

@@ -18,8 +18,8 @@ from services.ingest.clock import Clock
 from services.ingest.connectors import settings
 from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, Ends, Submits
+from services.ingest.connectors.connector_spec import ConnectorPlan, Parts, Sink, Source
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink, Source
 from services.ingest.connectors.progress import Progress
 from services.ingest.connectors.reports import About
 from shoal.ingest.v1 import ingest_pb2 as pb

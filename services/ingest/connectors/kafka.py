@@ -26,8 +26,8 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
-from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.offset_tracker import Ledger
 from services.ingest.connectors.progress import LaneStanding, PartitionStatus
 from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
 

@@ -30,8 +30,8 @@ from mesh.process.tasks import end
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
 from services.ingest.connectors.checkpoints import Checkpoints
-from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.offset_tracker import Ledger
 from services.ingest.connectors.progress import LaneStanding, PartitionStatus
 from services.ingest.connectors.shards import Checkpoint, Shard, moves, starts_at_the_beginning
 from services.ingest.group_commit import Group

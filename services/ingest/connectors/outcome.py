@@ -7,8 +7,8 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
+from services.ingest.connectors.connector_spec import ConnectorPlan
 from services.ingest.connectors.message import Message, Outgoing, job_key
-from services.ingest.connectors.plan import ConnectorPlan
 from services.ingest.limits import LABEL_CHARS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from services.ingest.batches.batch import Batch, BatchState, BatchStep, Format
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import InputLocations
+from services.ingest.batches.inputs.locations import InputLocations
 from services.ingest.batches.rows.signature import Signature, Spec
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)

@@ -17,8 +17,8 @@ from pymongo import AsyncMongoClient
 
 from services.ingest.batches.batch import Chunk
 from services.ingest.batches.documents import chunk_document
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.batches.conftest import LEASE, BatchClient, BatchMesh

@@ -21,13 +21,13 @@ from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs import json_lines, npz_rows, ranged
 from services.ingest.batches.inputs.arrow_cells import cells_of
 from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
-from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
-from services.ingest.batches.opening import Readers, read_pinned
 from services.ingest.batches.plan import plan
+from services.ingest.batches.readers import Readers, read_pinned
 from services.ingest.batches.rows.signature import Signature, Spec
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
 from tests.ingest.batches.making import DOUBLE, batch, listing, places, write_lines, write_npz, write_parquet

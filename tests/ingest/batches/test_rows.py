@@ -22,10 +22,10 @@ from services.ingest.batches.mapping import (
     map_columns,
     object_columns,
 )
-from services.ingest.batches.opening import rows_of
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.outputs.part import OutputPart
-from services.ingest.batches.outputs.written import About, Dead
+from services.ingest.batches.outputs.part_summary import About, Dead
+from services.ingest.batches.readers import rows_of
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.signature import Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks

@@ -11,10 +11,10 @@ import pytest
 
 from services.ingest.clock import utc_now
 from services.ingest.connectors.connector import Connector
+from services.ingest.connectors.connector_spec import ConnectorPlan, Parts
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.plan import ConnectorPlan, Parts
+from services.ingest.connectors.offset_tracker import Ledger
 from services.ingest.connectors.progress import PartitionStatus, Phase, Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job

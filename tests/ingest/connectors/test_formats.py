@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.ingest.connectors.connector_spec import ConnectorPlan
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Message, Partition
 from services.ingest.connectors.outcome import Failed, dead_letter
-from services.ingest.connectors.plan import ConnectorPlan
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from services.ingest.batches.inputs.places import Entry
+from services.ingest.batches.inputs.locations import Entry
 from shoal.errors import DataLoss
 
 LINE_BYTES = 16 << 10

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import PIECE_BYTES, ROW_BYTES, Piece
-from services.ingest.batches.inputs.places import Entry
 from shoal.errors import DataLoss, NotFound
 
 COLUMNS = ("content", "url")

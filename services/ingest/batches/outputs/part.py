@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import ABOUT, Columns
-from services.ingest.batches.outputs.written import About, Dead, Written
+from services.ingest.batches.outputs.part_summary import About, Dead, Written
 from shoal.oip.tensors import Array
 
 GROUP_BYTES = 16 << 20

@@ -18,7 +18,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
-from services.ingest.batches.outputs.written import Written
+from services.ingest.batches.outputs.part_summary import Written
 from services.ingest.clock import Clock, earliest, latest
 from services.ingest.documents import EVER, RESTORES
 from services.ingest.job import Lease

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.ingest.batches.inputs.places import InputLocations
+from services.ingest.batches.inputs.locations import InputLocations
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until

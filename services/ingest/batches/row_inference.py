@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.ingest.batches.outputs.written import Dead
+from services.ingest.batches.outputs.part_summary import Dead
 from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of

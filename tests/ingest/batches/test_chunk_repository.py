@@ -13,10 +13,12 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from mesh import mongo
-from services.ingest.batches import book as books
+from services.ingest.batches import batch_repository as books
 from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
+from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.book import BatchRepository
+from services.ingest.batches.chunk_repository import Ledger, SoFar
+from services.ingest.batches.chunk_runner import Running
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
     BATCH_VALIDATOR,
@@ -26,11 +28,9 @@ from services.ingest.batches.documents import (
     CHUNKS,
 )
 from services.ingest.batches.duties import Duties
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry
-from services.ingest.batches.ledger import Ledger, SoFar
-from services.ingest.batches.outputs.written import Written
-from services.ingest.batches.running import Running
+from services.ingest.batches.outputs.part_summary import Written
 from services.ingest.clock import milliseconds
 from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR

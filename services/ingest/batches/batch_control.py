@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
-from services.ingest.batches.book import BatchRepository
-from services.ingest.batches.ledger import Ledger
+from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.chunk_repository import Ledger
 from services.ingest.limits import REASON_CHARS
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid

@@ -9,11 +9,11 @@ from typing import BinaryIO, TypeAlias
 
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import Rows
-from services.ingest.batches.inputs.places import Entry, InputLocations
 from services.ingest.batches.mapping import RequestedColumns
 from shoal.errors import DataLoss, ShoalError
 

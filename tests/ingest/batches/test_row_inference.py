@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.batches.calling import Answered, Blamed, Calling, RowQueues, Split, Wait, decide
-from services.ingest.batches.outputs.written import Dead
+from services.ingest.batches.outputs.part_summary import Dead
+from services.ingest.batches.row_inference import Answered, Blamed, Calling, RowQueues, Split, Wait, decide
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Asked
@@ -138,7 +138,7 @@ async def test_what_reaches_no_model_is_tried_for_as_long_as_it_takes() -> None:
         return Failure(codes[left % 3], "away", is_reached=False) if left > 0 else None
 
     notes: list[str] = []
-    import services.ingest.batches.calling as calling
+    import services.ingest.batches.row_inference as calling
 
     wait = calling.refused_wait_ms
     calling.refused_wait_ms = lambda refusals, drawn: 0.0

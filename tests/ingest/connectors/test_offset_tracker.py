@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.connectors.ledger import Ledger
+from services.ingest.connectors.offset_tracker import Ledger
 
 
 def test_a_commit_waits_for_the_first_message() -> None:

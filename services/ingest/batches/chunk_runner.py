@@ -21,14 +21,14 @@ import pyarrow as pa
 from mesh.process.tasks import end
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import DEAD, STAGING, Batch, Chunk
-from services.ingest.batches.calling import Answered, Blamed, Calling, Model, RowQueues
+from services.ingest.batches.chunk_repository import SoFar
+from services.ingest.batches.inputs.locations import InputLocations
 from services.ingest.batches.inputs.piece import Piece, Rows
-from services.ingest.batches.inputs.places import InputLocations
-from services.ingest.batches.ledger import SoFar
 from services.ingest.batches.mapping import RequestedColumns, kept_arrays, result_columns
-from services.ingest.batches.opening import Readers, named
 from services.ingest.batches.outputs.part import OutputPart
-from services.ingest.batches.outputs.written import About, Dead, Written, part_name
+from services.ingest.batches.outputs.part_summary import About, Dead, Written, part_name
+from services.ingest.batches.readers import Readers, named
+from services.ingest.batches.row_inference import Answered, Blamed, Calling, Model, RowQueues
 from services.ingest.batches.rows.fitting import Fitted, fit
 from services.ingest.batches.rows.stacking import Stack, stacks
 from services.ingest.batches.rows.wire import Asked

@@ -12,9 +12,9 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.batches.batch import FINAL, Batch, BatchState, BatchStep, Ending, Totals
+from services.ingest.batches.chunk_repository import Ledger
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
-from services.ingest.batches.inputs.places import Entry
-from services.ingest.batches.ledger import Ledger
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.clock import Clock, earliest, milliseconds
 from services.ingest.documents import EVER
 from services.ingest.reading.jobs import Filter
