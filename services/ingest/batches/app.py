@@ -15,11 +15,11 @@ from mesh import mongo
 from mesh.mongo import Document
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
-from services.ingest.batches.batch_control import Viewing
+from services.ingest.batches.batch_control import BatchControl
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.chunk_repository import Ledger
-from services.ingest.batches.chunk_runner import Running
+from services.ingest.batches.chunk_repository import ChunkRepository
+from services.ingest.batches.chunk_runner import ChunkRunner
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
     BATCH_VALIDATOR,
@@ -31,8 +31,8 @@ from services.ingest.batches.documents import (
 from services.ingest.batches.duties import Duties
 from services.ingest.batches.inputs.locations import InputLocations
 from services.ingest.batches.model_metadata import ModelMetadata
-from services.ingest.batches.readers import Readers
-from services.ingest.batches.row_inference import Model
+from services.ingest.batches.readers import ReaderCache
+from services.ingest.batches.row_inference import InferenceClient
 from services.ingest.batches.submission import Submissions
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
@@ -52,7 +52,7 @@ class Batches:
         config: IngestConfig,
         database: AsyncDatabase[Document],
         channel: AnyChannel,
-        model: Model,
+        model: InferenceClient,
         retention: RetentionRepository,
         *,
         clock: Clock,
@@ -61,15 +61,15 @@ class Batches:
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
-        places = InputLocations(config.batch_places)
+        locations = InputLocations(config.batch_places)
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
         self._looking = Threads(_LOOKING, "batch-submit")
-        self._readers = Readers(places)
+        self._readers = ReaderCache(locations)
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
-        self._ledger = Ledger(
+        self._chunks = ChunkRepository(
             database[CHUNKS],
             clock=clock,
             new_id=new_id,
@@ -77,10 +77,10 @@ class Batches:
             process=new_id(),
             lease_ms=config.lease_ms,
         )
-        self._book = BatchRepository(database[BATCHES], self._ledger, clock=clock, instance=name)
-        running = Running(
+        self._batches = BatchRepository(database[BATCHES], self._chunks, clock=clock, instance=name)
+        running = ChunkRunner(
             model,
-            places,
+            locations,
             self._readers,
             self._threads,
             folder=folder,
@@ -88,9 +88,9 @@ class Batches:
             timeout_s=config.attempt_timeout_ms / 1000,
         )
         self._batcher = Batcher(
-            self._book,
-            self._ledger,
-            Duties(self._book, self._ledger, places, self._threads, folder=folder),
+            self._batches,
+            self._chunks,
+            Duties(self._batches, self._chunks, locations, self._threads, folder=folder),
             running,
             clock=clock,
             ready=ready,
@@ -100,16 +100,18 @@ class Batches:
             retention=retention,
         )
         self.submissions = Submissions(
-            self._book,
+            self._batches,
             ModelMetadata(channel),
-            places,
+            locations,
             self._looking,
             clock=clock,
             new_id=new_id,
             instance=name,
             on_accepted=self._batcher.wake,
         )
-        self.viewing = Viewing(self._book, self._ledger, on_change=self._batcher.wake, max_watches=config.max_watches)
+        self.control = BatchControl(
+            self._batches, self._chunks, on_change=self._batcher.wake, max_watches=config.max_watches
+        )
 
     async def __aenter__(self) -> Batches:
         self._stack.enter_context(self._folder)
@@ -136,5 +138,5 @@ class Batches:
         """
         await mongo.ensure_collection(self._database, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
         await mongo.ensure_collection(self._database, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)
-        await self._book.inherit()
-        return await self._ledger.inherit()
+        await self._batches.release_stale()
+        return await self._chunks.release_stale()

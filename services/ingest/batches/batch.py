@@ -46,13 +46,13 @@ CHUNK_ROWS = 4_096
 """Rows of a chunk, unless a client says otherwise."""
 ATTEMPTS = 5
 """Of a row by itself."""
-MOST_TRIES = 8
+MAX_TRIES = 8
 """Times that a chunk, or a duty, may break for a reason of its own before its batch fails: so one that kills its
 instance each time does not do so for ever."""
-ALONE_AFTER = 4
+EXCLUSIVE_AFTER = 4
 """Times that a chunk may break before it is run by itself: what runs beside one that kills is not to be blamed."""
-AGAIN_MS = 1_000
-AGAIN_MAX_MS = 30_000
+RETRY_MS = 1_000
+RETRY_MAX_MS = 30_000
 
 
 class BatchState(StrEnum):
@@ -187,7 +187,7 @@ class Batch:
         """No chunk is begun any more."""
         return self.ending is not None or self.totals is not None
 
-    def place(self, *names: str) -> str:
+    def output_url(self, *names: str) -> str:
         """A URL below the output."""
         return join(self.output, "/".join(names))
 
@@ -229,7 +229,7 @@ class Duty(StrEnum):
     FINISH = "finish"
 
 
-def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
+def duty_of(batch: Batch, *, is_busy: bool, has_unfinished: bool) -> Duty | None:
     """What there is to do.
 
     Args:
@@ -246,7 +246,7 @@ def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
         return Duty.LIST
     if not batch.is_planned:
         return Duty.PLAN
-    return None if has_undone else Duty.FINISH
+    return None if has_unfinished else Duty.FINISH
 
 
 def ending_of(batch: Batch) -> Ending:
@@ -260,7 +260,7 @@ def ending_of(batch: Batch) -> Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Broke:
+class RetryDecision:
     """Decision about what broke: again at a time, counted or not, or the batch fails for it."""
 
     again_at: datetime | None
@@ -272,17 +272,17 @@ _FATAL = frozenset({Code.INVALID_ARGUMENT, Code.DATA_LOSS, Code.NOT_FOUND, Code.
 _PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
 
 
-def after_break(tries: int, error: ShoalError, now: datetime) -> Broke:
+def decide_after_failure(tries: int, error: ShoalError, now: datetime) -> RetryDecision:
     """What becomes of a chunk or a duty that broke `tries` times, this one included: by an error, not by a kill.
 
     What is wrong with the inputs is so for ever; an outage passes, however long it lasts; anything else is tried some
     times.
     """
     reason = f"{error.code.name}: {error.message}"
-    if error.code in _FATAL or (error.code not in _PASSING and tries >= MOST_TRIES):
-        return Broke(None, True, reason)
-    wait_ms = min(AGAIN_MS * 2 ** min(tries - 1, 10), AGAIN_MAX_MS)
-    return Broke(now + timedelta(milliseconds=wait_ms), error.code not in _PASSING, reason)
+    if error.code in _FATAL or (error.code not in _PASSING and tries >= MAX_TRIES):
+        return RetryDecision(None, True, reason)
+    wait_ms = min(RETRY_MS * 2 ** min(tries - 1, 10), RETRY_MAX_MS)
+    return RetryDecision(now + timedelta(milliseconds=wait_ms), error.code not in _PASSING, reason)
 
 
 def paused_ms(steps: tuple[BatchStep, ...], now: datetime) -> int:

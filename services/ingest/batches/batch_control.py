@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
-from services.ingest.batches.chunk_repository import Ledger
+from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.limits import REASON_CHARS
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 
-PAGE_DEFAULT = 100
-PAGE_MOST = 1_000
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1_000
 WATCH_S = 0.5
 """How often a watcher hears of progress."""
 _FRESH_S = 0.25
@@ -38,14 +38,14 @@ class View:
     totals: Totals
 
 
-class Viewing:
+class BatchControl:
     """Shows and steers batches."""
 
     def __init__(
-        self, book: BatchRepository, ledger: Ledger, *, on_change: Callable[[], None], max_watches: int
+        self, batches: BatchRepository, chunks: ChunkRepository, *, on_change: Callable[[], None], max_watches: int
     ) -> None:
-        self._book = book
-        self._ledger = ledger
+        self._batches = batches
+        self._chunks = chunks
         self._on_change = on_change
         self._max_watches = max_watches
         self._watches = 0
@@ -57,20 +57,20 @@ class Viewing:
         Raises:
             InvalidArgument: no id. NotFound: no such batch. Unavailable: MongoDB is away.
         """
-        return await self._view(await self._book.get(batch_id))
+        return await self._view(await self._batches.get(batch_id))
 
-    async def page(self, wanted: Filter, size: int, token: str) -> tuple[list[View], str]:
+    async def page(self, requested: Filter, size: int, token: str) -> tuple[list[View], str]:
         """The newest batches, and a token for the next page: empty when this is the last.
 
         Raises:
             InvalidArgument: a bad size or token. Unavailable: MongoDB is away.
         """
-        if not 0 <= size <= PAGE_MOST:
-            raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
+        if not 0 <= size <= MAX_PAGE_SIZE:
+            raise InvalidArgument(f"page_size: 0 (the default, {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}, got {size}")
         if token and not is_ulid(token):
             raise InvalidArgument("page_token: not the next_page_token of a page of batches")
-        size = size or PAGE_DEFAULT
-        found = await self._book.page(wanted, size + 1, token)
+        size = size or DEFAULT_PAGE_SIZE
+        found = await self._batches.page(requested, size + 1, token)
         views = [await self._view(batch) for batch in found[:size]]
         return views, found[size - 1].id if len(found) > size else ""
 
@@ -102,9 +102,9 @@ class Viewing:
             InvalidArgument: no id, or too long a reason. NotFound: no such batch. Unavailable: MongoDB is away.
         """
         _check_reason(reason)
-        await self._book.get(batch_id)
+        await self._batches.get(batch_id)
         text = f"cancelled: {reason}" if reason else "cancelled by a client"
-        await self._book.doom(batch_id, Ending(BatchState.CANCELLED, text))
+        await self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text))
         self._on_change()
         view = await self.get(batch_id)
         with suppress(TimeoutError):
@@ -128,9 +128,9 @@ class Viewing:
 
     async def _turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> View:
         _check_reason(reason)
-        turned = await self._book.turn(batch_id, before, after, reason)
+        turned = await self._batches.change_state(batch_id, before, after, reason)
         self._on_change()
-        batch = turned or await self._book.get(batch_id)
+        batch = turned or await self._batches.get(batch_id)
         if batch.state is not after or batch.ending is not None:
             how = batch.ending.state if batch.ending is not None else batch.state
             raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {how} already")
@@ -148,19 +148,19 @@ class Viewing:
         key = (batch.id, batch.is_planned)  # A sum of before the plan was whole says too little.
         if (known := self._sums.get(key)) is not None and now - known[0] < _FRESH_S:
             return known[1]
-        totals = await self._ledger.totals(batch.id)
+        totals = await self._chunks.totals(batch.id)
         self._sums[key] = (now, totals)
         while len(self._sums) > _SUMS_KEPT:
             self._sums.popitem(last=False)
         return totals
 
     async def _patiently(self, batch_id: str) -> View:
-        give_up = time.monotonic() + _PATIENCE_S
+        give_up_at = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 return await self.get(batch_id)
             except Unavailable:
-                if time.monotonic() > give_up:
+                if time.monotonic() > give_up_at:
                     raise
                 await asyncio.sleep(WATCH_S)
 

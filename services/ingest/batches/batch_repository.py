@@ -12,7 +12,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.batches.batch import FINAL, Batch, BatchState, BatchStep, Ending, Totals
-from services.ingest.batches.chunk_repository import Ledger
+from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.locations import Entry
 from services.ingest.clock import Clock, earliest, milliseconds
@@ -22,7 +22,7 @@ from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
-MOST_ACTIVE = 1_000
+MAX_ACTIVE = 1_000
 """Batches under way at once, which every instance looks at again and again; more than these are refused."""
 _REMOVED_AT_ONCE = 200
 # Looked at, and removed when their time is over.
@@ -31,9 +31,11 @@ _REMOVED_AT_ONCE = 200
 class BatchRepository:
     """The batches. Leases are the ledger's."""
 
-    def __init__(self, batches: AsyncCollection[Document], ledger: Ledger, *, clock: Clock, instance: str) -> None:
+    def __init__(
+        self, batches: AsyncCollection[Document], chunks: ChunkRepository, *, clock: Clock, instance: str
+    ) -> None:
         self._batches = batches
-        self._ledger = ledger
+        self._chunks = chunks
         self._clock = clock
         self._instance = instance
 
@@ -47,13 +49,13 @@ class BatchRepository:
             with translated("storing a batch"):
                 await self._batches.insert_one(batch_document(batch))
         except AlreadyExists:
-            earlier = await self.of_key(batch.tenant, batch.key) if batch.key else None
+            earlier = await self.find_by_key(batch.tenant, batch.key) if batch.key else None
             if earlier is None:
                 raise
             return same(earlier, batch.digest), True
         return batch, False
 
-    async def of_key(self, tenant: str, key: str) -> Batch | None:
+    async def find_by_key(self, tenant: str, key: str) -> Batch | None:
         """The batch that was submitted with a key."""
         with translated("reading a batch"):
             document = await self._batches.find_one({"tenant": tenant, "key": key})
@@ -62,7 +64,7 @@ class BatchRepository:
     async def count_active(self) -> int:
         """How many are under way."""
         with translated("counting batches"):
-            return await self._batches.count_documents({"is_active": True}, limit=MOST_ACTIVE, hint="active")
+            return await self._batches.count_documents({"is_active": True}, limit=MAX_ACTIVE, hint="active")
 
     async def get(self, batch_id: str) -> Batch:
         """One batch.
@@ -80,19 +82,19 @@ class BatchRepository:
             raise NotFound(f"no batch {batch_id!r}")
         return batch_of(document)
 
-    async def page(self, wanted: Filter, size: int, before: str) -> list[Batch]:
+    async def page(self, requested: Filter, size: int, before: str) -> list[Batch]:
         """The newest batches, of those older than `before` when that is set."""
-        query = wanted.query() | ({"_id": {"$lt": before}} if before else {})
+        query = requested.query() | ({"_id": {"$lt": before}} if before else {})
         with translated("listing batches"):
             return [batch_of(found) async for found in self._batches.find(query).sort("_id", -1).limit(size)]
 
     async def active(self) -> list[Batch]:
         """Those under way, the oldest first."""
         with translated("looking for batches"):
-            cursor = self._batches.find({"is_active": True}, hint="active").sort("_id", 1).limit(MOST_ACTIVE)
+            cursor = self._batches.find({"is_active": True}, hint="active").sort("_id", 1).limit(MAX_ACTIVE)
             return [batch_of(found) async for found in cursor]
 
-    async def active_among(self, batch_ids: Collection[str]) -> set[str]:
+    async def filter_active(self, batch_ids: Collection[str]) -> set[str]:
         """Those among `batch_ids` that are under way."""
         with translated("looking at batches"):
             cursor = self._batches.find({"_id": {"$in": list(batch_ids)}, "is_active": True}, {"_id": 1})
@@ -105,9 +107,9 @@ class BatchRepository:
             cursor = self._batches.find({"_id": {"$in": list(batch_ids)}, **running}, {"_id": 1})
             return set(batch_ids) - {found["_id"] async for found in cursor}
 
-    async def take_duty(self, batch_id: str) -> Batch | None:
+    async def claim_duty(self, batch_id: str) -> Batch | None:
         """Takes up the duty of a batch; None: somebody has it. Counts the try."""
-        lease = self._ledger.lease()
+        lease = self._chunks.lease()
         free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
         update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
         with translated("taking up a batch"):
@@ -116,17 +118,17 @@ class BatchRepository:
 
     async def renew(self, batch: Batch) -> bool:
         """Extends the lease of a duty. False: it is lost."""
-        return await self._fenced(batch, {"$set": {"free_at": self._ledger.lease().expires_at}})
+        return await self._fenced(batch, {"$set": {"free_at": self._chunks.lease().expires_at}})
 
-    async def listed(self, batch: Batch, listing: Entry, files: int) -> bool:
+    async def record_listing(self, batch: Batch, listing: Entry, files: int) -> bool:
         """The inputs are pinned. The duty is done."""
         return await self._done(batch, {"listing": asdict(listing), "files": files})
 
-    async def planned(self, batch: Batch) -> bool:
+    async def mark_planned(self, batch: Batch) -> bool:
         """All chunks are planned. The duty is done."""
         return await self._done(batch, {"is_planned": True})
 
-    async def total(self, batch: Batch, totals: Totals) -> bool:
+    async def record_totals(self, batch: Batch, totals: Totals) -> bool:
         """Nothing can change any more. The duty goes on."""
         set_ = {"totals": totals_document(totals), "ended_at": self._clock()}
         return await self._fenced(batch, {"$set": set_})
@@ -146,7 +148,7 @@ class BatchRepository:
         }
         return await self._fenced(batch, update)
 
-    async def let_go(self, batch: Batch, *, until: Any = None, is_counted: bool = False, note: str = "") -> bool:
+    async def release(self, batch: Batch, *, until: Any = None, is_counted: bool = False, note: str = "") -> bool:
         """Gives a duty back, at once or from `until` on."""
         update: Document = {
             "$set": {"free_at": until or self._clock(), "note": note},
@@ -156,7 +158,7 @@ class BatchRepository:
             update["$inc"] = {"tries": -1}
         return await self._fenced(batch, update)
 
-    async def doom(self, batch_id: str, ending: Ending) -> Batch | None:
+    async def request_end(self, batch_id: str, ending: Ending) -> Batch | None:
         """Sees to it that a batch ends so, whoever works on it. None: it ends, or has ended, already."""
         live = {"_id": batch_id, "is_active": True, "ending": {"$exists": False}, "totals": {"$exists": False}}
         set_ = {"ending": {"state": str(ending.state), "reason": ending.reason}, "updated_at": self._clock()}
@@ -164,7 +166,7 @@ class BatchRepository:
             found = await self._batches.find_one_and_update(live, {"$set": set_}, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
 
-    async def turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:
+    async def change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:
         """From one live state to another. None: it is not in the first, or about to end."""
         step = BatchStep(after, self._clock(), self._instance, reason)
         live = {"_id": batch_id, "state": str(before), "ending": {"$exists": False}, "totals": {"$exists": False}}
@@ -201,9 +203,9 @@ class BatchRepository:
                     removed += gone.deleted_count
             after = page[-1]["_id"]
 
-    async def inherit(self) -> int:
+    async def release_stale(self) -> int:
         """Frees the duties that earlier processes of this instance's name have left behind. Says how many."""
-        lease = self._ledger.lease()
+        lease = self._chunks.lease()
         left = {
             "is_active": True,
             "free_at": {"$gt": EVER},

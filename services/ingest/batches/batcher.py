@@ -19,23 +19,23 @@ from types import TracebackType
 
 from mesh.process.tasks import end
 from services.ingest.batches.batch import (
-    ALONE_AFTER,
-    MOST_TRIES,
+    EXCLUSIVE_AFTER,
+    MAX_TRIES,
     Batch,
     BatchState,
     Chunk,
     ChunkState,
     Duty,
     Ending,
-    after_break,
+    decide_after_failure,
     duty_of,
     ending_of,
 )
 from services.ingest.batches.batch_repository import BatchRepository
-from services.ingest.batches.chunk_repository import Ledger, SoFar
-from services.ingest.batches.chunk_runner import Progress, Running
+from services.ingest.batches.chunk_repository import ChunkCounts, ChunkRepository
+from services.ingest.batches.chunk_runner import ChunkProgress, ChunkRunner
 from services.ingest.batches.duties import Duties
-from services.ingest.batches.row_inference import PATIENCE_S
+from services.ingest.batches.row_inference import MODEL_WAIT_S
 from services.ingest.clock import Clock
 from services.ingest.job import Lease
 from services.ingest.retention.book import RetentionRepository
@@ -69,7 +69,7 @@ _RESTS_KEPT = 1_000
 
 def _is_suspect(chunk: Chunk) -> bool:
     """Whether it may be what kills those who run it: nothing else is run beside it, to be blamed or spared with it."""
-    return chunk.attempts > ALONE_AFTER
+    return chunk.attempts > EXCLUSIVE_AFTER
 
 
 @dataclass(slots=True, eq=False)
@@ -78,11 +78,11 @@ class _Held:
 
     batch: Batch
     chunk: Chunk
-    progress: Progress = field(default_factory=Progress)
+    progress: ChunkProgress = field(default_factory=ChunkProgress)
     task: asyncio.Task[None] | None = None
 
     @property
-    def lease(self) -> tuple[Lease, SoFar]:
+    def lease(self) -> tuple[Lease, ChunkCounts]:
         assert self.chunk.lease is not None
         return self.chunk.lease, self.progress.now
 
@@ -100,10 +100,10 @@ class Batcher:
 
     def __init__(
         self,
-        book: BatchRepository,
-        ledger: Ledger,
+        batches: BatchRepository,
+        chunks: ChunkRepository,
         duties: Duties,
-        running: Running,
+        running: ChunkRunner,
         *,
         clock: Clock,
         ready: asyncio.Event,
@@ -113,8 +113,8 @@ class Batcher:
         retention: RetentionRepository,
         sweep_s: float = SWEEP_S,
     ) -> None:
-        self._book = book
-        self._ledger = ledger
+        self._batches = batches
+        self._chunks = chunks
         self._duties = duties
         self._running = running
         self._clock = clock
@@ -155,7 +155,7 @@ class Batcher:
                     await self._give_back(one.chunk)
                 for other in doing:
                     with suppress(ShoalError):
-                        await self._book.let_go(other.batch)
+                        await self._batches.release(other.batch)
 
     def stop(self) -> None:
         """Takes nothing up any more."""
@@ -182,7 +182,7 @@ class Batcher:
         """Takes up what there is room for, then waits for news."""
         self._wake.clear()
         if self._is_open:
-            active = await self._book.active()
+            active = await self._batches.active()
             for batch in active:
                 await self._take_duty(batch)
             await self._claim(active)
@@ -195,10 +195,10 @@ class Batcher:
             return
         duty = duty_of(
             batch,
-            is_busy=batch.is_ending and await self._ledger.is_busy(batch.id),
-            has_undone=batch.is_planned and await self._ledger.has_undone(batch.id),
+            is_busy=batch.is_ending and await self._chunks.is_busy(batch.id),
+            has_unfinished=batch.is_planned and await self._chunks.has_unfinished(batch.id),
         )
-        if duty is None or (taken := await self._book.take_duty(batch.id)) is None:
+        if duty is None or (taken := await self._batches.claim_duty(batch.id)) is None:
             return
         doing = self._doing[batch.id] = _Doing(taken)
         doing.task = asyncio.create_task(self._do(doing, duty), name=f"{duty} {batch.id}")
@@ -221,13 +221,13 @@ class Batcher:
             self._turn += 1
             batch = next((one for one in wanting if one.id == first), wanting[self._turn % len(wanting)])
             first = None
-            chunk = await self._ledger.claim(batch.id, only_staged=batch.is_ending)
+            chunk = await self._chunks.claim(batch.id, only_staged=batch.is_ending)
             if chunk is None:
                 wanting.remove(batch)
                 continue
             if _is_suspect(chunk) and self._held:
                 self._next_alone = batch.id
-                await self._ledger.let_go(chunk, is_counted=False)
+                await self._chunks.release(chunk, is_counted=False)
                 return
             held = self._held[chunk.id] = _Held(batch, chunk)
             held.task = asyncio.create_task(self._run(held), name=f"chunk {chunk.id}")
@@ -250,43 +250,43 @@ class Batcher:
     async def _run_chunk(self, held: _Held) -> None:
         batch, chunk = held.batch, held.chunk
         if chunk.state is not ChunkState.STAGED:
-            if chunk.attempts > MOST_TRIES:
+            if chunk.attempts > MAX_TRIES:
                 times = f"they were begun {chunk.attempts - 1} times, and whoever ran them died each time"
                 raise DataLoss(f"{_rows(chunk)}: {times}")
             # A model that was away a moment ago is only tried.
-            patience_s = 0.0 if batch.id in self._rests else PATIENCE_S
-            name, written, versions = await self._running.run(batch, chunk, held.progress, patience_s)
-            if not await self._persist(lambda: self._ledger.stage(chunk, name, written, versions)):
+            model_wait_s = 0.0 if batch.id in self._rests else MODEL_WAIT_S
+            name, written, versions = await self._running.run(batch, chunk, held.progress, model_wait_s)
+            if not await self._persist(lambda: self._chunks.stage(chunk, name, written, versions)):
                 return
             chunk = held.chunk = replace(
                 chunk, state=ChunkState.STAGED, staged=name, ok=written.rows, failed=written.dead
             )
-            held.progress.now = SoFar()
+            held.progress.now = ChunkCounts()
         await self._running.publish(batch, chunk)
-        await self._persist(lambda: self._ledger.finish(chunk))
+        await self._persist(lambda: self._chunks.mark_done(chunk))
         self._rests.pop(batch.id, None)
 
     async def _persist(self, write: Callable[[], Awaitable[bool]]) -> bool:
         """Writes what is fenced, again while MongoDB is away: work is behind it, and the fence says if it is late."""
-        give_up = asyncio.get_running_loop().time() + _PERSIST_S
+        give_up_at = asyncio.get_running_loop().time() + _PERSIST_S
         while True:
             try:
                 return await write()
             except Unavailable:
-                if asyncio.get_running_loop().time() > give_up:
+                if asyncio.get_running_loop().time() > give_up_at:
                     raise
                 await asyncio.sleep(_AWAY_S)
 
     async def _broke(self, held: _Held, error: ShoalError) -> None:
         chunk = held.chunk
-        how = after_break(chunk.attempts, error, self._clock())
+        how = decide_after_failure(chunk.attempts, error, self._clock())
         log.warning("chunk %s: %s", chunk.id, how.reason)
         if how.again_at is not None:
             self._rest(chunk.batch)
         with suppress(ShoalError):  # Else it lapses.
             if how.again_at is None:
-                await self._book.doom(chunk.batch, Ending(BatchState.FAILED, how.reason))
-            await self._ledger.let_go(chunk, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
+                await self._batches.request_end(chunk.batch, Ending(BatchState.FAILED, how.reason))
+            await self._chunks.release(chunk, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
 
     def _rest(self, batch_id: str) -> None:
         """Lets a batch alone for a while, so that those that can be run have the room."""
@@ -301,7 +301,7 @@ class Batcher:
     async def _do(self, doing: _Doing, duty: Duty) -> None:
         batch = doing.batch
         try:
-            if batch.tries > MOST_TRIES and duty is not Duty.FINISH:
+            if batch.tries > MAX_TRIES and duty is not Duty.FINISH:
                 raise DataLoss(f"its inputs were taken up {batch.tries - 1} times, and whoever did so died each time")
             await self._duties.do(batch, duty)
         except ShoalError as err:
@@ -315,18 +315,18 @@ class Batcher:
                 self._wake.set()
 
     async def _duty_broke(self, batch: Batch, duty: Duty, error: ShoalError) -> None:
-        how = after_break(batch.tries, error, self._clock())
+        how = decide_after_failure(batch.tries, error, self._clock())
         log.warning("batch %s: cannot %s: %s", batch.id, duty, how.reason)
         with suppress(ShoalError):
             if how.again_at is None and duty is Duty.FINISH:
                 ending = ending_of(batch)
                 reason = f"{ending.reason}; what came of it could not be written: {how.reason}"
                 state = ending.state if ending.state is not BatchState.SUCCEEDED else BatchState.FAILED
-                await self._book.end(batch, Ending(state, reason))
+                await self._batches.end(batch, Ending(state, reason))
                 return
             if how.again_at is None:
-                await self._book.doom(batch.id, Ending(BatchState.FAILED, how.reason))
-            await self._book.let_go(batch, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
+                await self._batches.request_end(batch.id, Ending(BatchState.FAILED, how.reason))
+            await self._batches.release(batch, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
 
     async def _keep(self) -> None:
         """Renews what is held, and ends what is not to be run any more."""
@@ -335,13 +335,13 @@ class Batcher:
         self._look.clear()
         held = dict(self._held)
         if held:
-            lost = await self._ledger.renew({chunk_id: one.lease for chunk_id, one in held.items()})
-            stopped = await self._book.stopped(list({one.batch.id for one in held.values()}))
+            lost = await self._chunks.renew({chunk_id: one.lease for chunk_id, one in held.items()})
+            stopped = await self._batches.stopped(list({one.batch.id for one in held.values()}))
             for chunk_id, one in held.items():
                 if chunk_id in lost or (one.batch.id in stopped and one.chunk.state is not ChunkState.STAGED):
                     await self._drop(one)
         for doing in list(self._doing.values()):
-            if not await self._book.renew(doing.batch) and doing.task is not None:
+            if not await self._batches.renew(doing.batch) and doing.task is not None:
                 await end(doing.task)
                 self._doing.pop(doing.batch.id, None)
 
@@ -355,7 +355,7 @@ class Batcher:
 
     async def _give_back(self, chunk: Chunk) -> None:
         with suppress(ShoalError):
-            await self._ledger.let_go(chunk, is_counted=False)
+            await self._chunks.release(chunk, is_counted=False)
 
     async def _sweep(self) -> None:
         """Removes what ended long ago, and the chunks of batches that are gone, or whose end was broken off.
@@ -364,12 +364,12 @@ class Batcher:
         """
         await asyncio.sleep(self._next_sweep_s)
         self._next_sweep_s = self._sweep_s
-        if removed := await self._book.remove_ended(await self._retention.read(), self._clock()):
+        if removed := await self._batches.remove_ended(await self._retention.read(), self._clock()):
             log.info("removed %d batches that had stayed long enough", removed)
         # In this order: a batch is there before its chunks are.
-        with_chunks = await self._ledger.batches()
-        for batch_id in with_chunks - await self._book.active_among(with_chunks):
-            await self._ledger.forget(batch_id)
+        with_chunks = await self._chunks.batch_ids()
+        for batch_id in with_chunks - await self._batches.filter_active(with_chunks):
+            await self._chunks.forget(batch_id)
 
 
 def _rows(chunk: Chunk) -> str:

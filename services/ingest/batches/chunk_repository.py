@@ -18,7 +18,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
-from services.ingest.batches.outputs.part_summary import Written
+from services.ingest.batches.outputs.part_summary import PartSummary
 from services.ingest.clock import Clock, earliest, latest
 from services.ingest.documents import EVER, RESTORES
 from services.ingest.job import Lease
@@ -28,7 +28,7 @@ _FREE = {"$gt": EVER}
 
 
 @dataclass(frozen=True, slots=True)
-class SoFar:
+class ChunkCounts:
     """What a chunk that runs has come to."""
 
     ok: int = 0
@@ -36,7 +36,7 @@ class SoFar:
     note: str = ""
 
 
-class Ledger:
+class ChunkRepository:
     """The chunks."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Ledger:
             return False
         return True
 
-    async def tail(self, batch: str) -> Chunk | None:
+    async def last_chunk(self, batch: str) -> Chunk | None:
         """The last chunk of a plan."""
         with translated("reading a plan"):
             document = await self._chunks.find_one({"batch": batch}, sort=[("number", -1)])
@@ -99,7 +99,7 @@ class Ledger:
             )
         return None if found is None else chunk_of(found)
 
-    async def renew(self, held: Mapping[str, tuple[Lease, SoFar]]) -> set[str]:
+    async def renew(self, held: Mapping[str, tuple[Lease, ChunkCounts]]) -> set[str]:
         """Extends the leases of chunks (by id), says how far each is, and tells which of them were lost."""
         free_at = latest(self._clock) + self._lease_for
         writes = [
@@ -117,7 +117,7 @@ class Ledger:
             kept = {document["_id"] async for document in self._chunks.find(ours, {"_id": 1})}
         return held.keys() - kept
 
-    async def stage(self, chunk: Chunk, name: str, written: Written, versions: Sequence[str]) -> bool:
+    async def stage(self, chunk: Chunk, name: str, written: PartSummary, versions: Sequence[str]) -> bool:
         """Records what came of a chunk, whose part lies under `name`. False: it is somebody else's by now."""
         done = {
             "ok": written.rows,
@@ -129,12 +129,12 @@ class Ledger:
         set_ = {"state": str(ChunkState.STAGED), "staged": name, "done": done}
         return await self._fenced(chunk, {"$set": set_, "$unset": {"so_far": ""}})
 
-    async def finish(self, chunk: Chunk) -> bool:
+    async def mark_done(self, chunk: Chunk) -> bool:
         """The part of a chunk has its place."""
         unset = {"free_at": "", "lease": "", "so_far": ""}
         return await self._fenced(chunk, {"$set": {"state": str(ChunkState.DONE)}, "$unset": unset})
 
-    async def let_go(self, chunk: Chunk, *, until: datetime | None = None, is_counted: bool, note: str = "") -> bool:
+    async def release(self, chunk: Chunk, *, until: datetime | None = None, is_counted: bool, note: str = "") -> bool:
         """Gives a chunk back, at once or from `until` on."""
         update: Document = {
             "$set": {"free_at": until or self._clock(), "so_far": {"ok": 0, "failed": 0, "note": note}},
@@ -154,13 +154,13 @@ class Ledger:
         with translated("looking for running chunks"):
             return await self._chunks.find_one({"batch": batch, "$or": [running, staged]}, {"_id": 1}) is not None
 
-    async def has_undone(self, batch: str) -> bool:
+    async def has_unfinished(self, batch: str) -> bool:
         """Whether a batch has chunks that are not done."""
         with translated("looking for undone chunks"):
             found = await self._chunks.find_one({"batch": batch, "free_at": _FREE}, {"_id": 1}, hint="undone")
         return found is not None
 
-    async def drop_undone(self, batch: str) -> None:
+    async def drop_unfinished(self, batch: str) -> None:
         """Takes what is not done out of reach for good: nobody can stage it any more."""
         with translated("dropping chunks"):
             await self._chunks.update_many(
@@ -201,14 +201,14 @@ class Ledger:
         with translated("deleting chunks"):
             await self._chunks.delete_many({"batch": batch})
 
-    async def batches(self) -> set[str]:
+    async def batch_ids(self) -> set[str]:
         """The batches that have chunks; none while a backup is being restored, for chunks come first then."""
         with translated("looking for chunks"):
             if await self._chunks.database[RESTORES].find_one({}, {"_id": 1}) is not None:
                 return set()
             return set(await self._chunks.distinct("batch"))
 
-    async def inherit(self) -> int:
+    async def release_stale(self) -> int:
         """Frees what earlier processes of this instance's name have left behind. Says how many."""
         left = {
             "free_at": _FREE,

@@ -21,17 +21,17 @@ import pyarrow as pa
 from mesh.process.tasks import end
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import DEAD, STAGING, Batch, Chunk
-from services.ingest.batches.chunk_repository import SoFar
+from services.ingest.batches.chunk_repository import ChunkCounts
 from services.ingest.batches.inputs.locations import InputLocations
 from services.ingest.batches.inputs.piece import Piece, Rows
 from services.ingest.batches.mapping import RequestedColumns, kept_arrays, result_columns
 from services.ingest.batches.outputs.part import OutputPart
-from services.ingest.batches.outputs.part_summary import About, Dead, Written, part_name
-from services.ingest.batches.readers import Readers, named
-from services.ingest.batches.row_inference import Answered, Blamed, Calling, Model, RowQueues
+from services.ingest.batches.outputs.part_summary import PartSummary, RowError, RowOrigins, part_name
+from services.ingest.batches.readers import ReaderCache, named
+from services.ingest.batches.row_inference import AnsweredRows, FailedRow, InferenceClient, RequestSlots, RowInference
 from services.ingest.batches.rows.fitting import Fitted, fit
 from services.ingest.batches.rows.stacking import Stack, stacks
-from services.ingest.batches.rows.wire import Asked
+from services.ingest.batches.rows.wire import ModelTarget
 from services.ingest.job import Policy
 from shoal.errors import Code
 
@@ -40,10 +40,10 @@ _AHEAD = 2
 
 
 @dataclass(slots=True)
-class Progress:
+class ChunkProgress:
     """How far a chunk is, while it runs."""
 
-    now: SoFar = field(default_factory=SoFar)
+    now: ChunkCounts = field(default_factory=ChunkCounts)
 
     def add(self, ok: int, failed: int) -> None:
         """Some rows are written."""
@@ -66,7 +66,7 @@ class Prepared:
     stacks: Sequence[Stack]
 
 
-Outcomes = list[Answered | Blamed]
+Outcomes = list[AnsweredRows | FailedRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ class _Pending:
     task: asyncio.Task[Outcomes] | None = None
 
 
-class Running:
+class ChunkRunner:
     """Runs chunks."""
 
     def __init__(
         self,
-        model: Model,
-        places: InputLocations,
-        readers: Readers,
+        model: InferenceClient,
+        locations: InputLocations,
+        readers: ReaderCache,
         threads: Threads,
         *,
         folder: Path,
@@ -92,17 +92,17 @@ class Running:
         timeout_s: float,
     ) -> None:
         self._model = model
-        self._places = places
+        self._locations = locations
         self._readers = readers
         self._threads = threads
         self._folder = folder
-        self._lanes = RowQueues(calls)
+        self._slots = RequestSlots(calls)
         self._window = _AHEAD * calls
         self._timeout_s = timeout_s
 
     async def run(
-        self, batch: Batch, chunk: Chunk, progress: Progress, patience_s: float
-    ) -> tuple[str, Written, tuple[str, ...]]:
+        self, batch: Batch, chunk: Chunk, progress: ChunkProgress, model_wait_s: float
+    ) -> tuple[str, PartSummary, tuple[str, ...]]:
         """Runs a chunk, and puts its part where parts wait: its name there, what it has, and which versions answered.
 
         Args:
@@ -116,7 +116,7 @@ class Running:
         name = f"{chunk.number:08d}-{chunk.lease.id}"
         versions: set[str] = set()
         with OutputPart(self._folder, name, result_columns(batch)) as part:
-            await self._fill(batch, chunk, part, self._calling(batch, progress, patience_s), progress, versions)
+            await self._fill(batch, chunk, part, self._calling(batch, progress, model_wait_s), progress, versions)
             written = await self._threads.run(part.finish)
             if written.rows:
                 await self._adopt(batch, f"{name}.parquet", part.file)
@@ -127,35 +127,41 @@ class Running:
     async def publish(self, batch: Batch, chunk: Chunk) -> None:
         """Moves a staged part to its own place. Done again, it does nothing."""
         name = part_name(chunk.number)
-        moves = [(f"{chunk.staged}.parquet", batch.place(name))] if chunk.ok else []
-        moves += [(f"{chunk.staged}.dead.parquet", batch.place(DEAD, name))] if chunk.failed else []
+        moves = [(f"{chunk.staged}.parquet", batch.output_url(name))] if chunk.ok else []
+        moves += [(f"{chunk.staged}.dead.parquet", batch.output_url(DEAD, name))] if chunk.failed else []
         for staged, final in moves:
-            await self._threads.run(self._places.publish, batch.place(STAGING, staged), final)
+            await self._threads.run(self._locations.publish, batch.output_url(STAGING, staged), final)
 
     async def _adopt(self, batch: Batch, name: str, file: Path) -> None:
-        await self._threads.run(self._places.adopt, batch.place(STAGING, name), file)
+        await self._threads.run(self._locations.adopt, batch.output_url(STAGING, name), file)
 
-    def _calling(self, batch: Batch, progress: Progress, patience_s: float) -> Calling:
-        return Calling(
+    def _calling(self, batch: Batch, progress: ChunkProgress, model_wait_s: float) -> RowInference:
+        return RowInference(
             self._model,
-            Asked(batch.model_name, batch.model_version, batch.signature, batch.tenant),
-            self._lanes,
+            ModelTarget(batch.model_name, batch.model_version, batch.signature, batch.tenant),
+            self._slots,
             policy=Policy(max_attempts=batch.max_attempts),
             timeout_s=self._timeout_s,
             on_wait=progress.say,
-            patience_s=patience_s,
+            model_wait_s=model_wait_s,
         )
 
     async def _fill(
-        self, batch: Batch, chunk: Chunk, part: OutputPart, calling: Calling, progress: Progress, versions: set[str]
+        self,
+        batch: Batch,
+        chunk: Chunk,
+        part: OutputPart,
+        calling: RowInference,
+        progress: ChunkProgress,
+        versions: set[str],
     ) -> None:
-        wanted = RequestedColumns.of(batch)
+        requested = RequestedColumns.of(batch)
         pending: deque[_Pending] = deque()
         rows = await self._threads.run(self._readers.take, batch, chunk)
         left = chunk.span.rows
         try:
             while left:
-                prepared = await self._threads.run(self._next, rows, left, batch, chunk, wanted)
+                prepared = await self._threads.run(self._next, rows, left, batch, chunk, requested)
                 left -= prepared.piece.count
                 if prepared.errors:
                     pending.append(_Pending(prepared))
@@ -173,12 +179,12 @@ class Running:
             await end(*(each.task for each in pending if each.task is not None))
         await self._threads.run(self._readers.keep, batch, chunk, rows)
 
-    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, wanted: RequestedColumns) -> Prepared:
+    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, requested: RequestedColumns) -> Prepared:
         with named(chunk.entry):
-            return prepare(wanted, rows.read(most), batch.signature.max_rows)
+            return prepare(requested, rows.read(most), batch.signature.max_rows)
 
     async def _write(
-        self, chunk: Chunk, part: OutputPart, pending: deque[_Pending], progress: Progress, versions: set[str]
+        self, chunk: Chunk, part: OutputPart, pending: deque[_Pending], progress: ChunkProgress, versions: set[str]
     ) -> None:
         """Writes what is next, once it is there, and whatever is there already behind it."""
         ready: list[tuple[Prepared, Outcomes]] = []
@@ -186,15 +192,15 @@ class Running:
             head = pending[0]
             ready.append((head.prepared, unfit(head.prepared) if head.task is None else await head.task))
             pending.popleft()
-        versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, Answered))
+        versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, AnsweredRows))
         ok, failed = await self._threads.run(write, part, chunk, ready)
         progress.add(ok, failed)
 
 
-def prepare(wanted: RequestedColumns, piece: Piece, max_rows: int) -> Prepared:
+def prepare(requested: RequestedColumns, piece: Piece, max_rows: int) -> Prepared:
     """A piece as stacks of its good rows, and what is wrong with the others."""
-    inputs = [fit(spec, piece.columns[column]) for spec, column in wanted.inputs]
-    kept, errors = kept_arrays(wanted, piece)
+    inputs = [fit(spec, piece.columns[column]) for spec, column in requested.inputs]
+    kept, errors = kept_arrays(requested, piece)
     for fitted in inputs:
         errors = {**errors, **fitted.errors}
     errors.update(piece.errors)  # Why there is no row at all, rather than that it has no values.
@@ -204,15 +210,17 @@ def prepare(wanted: RequestedColumns, piece: Piece, max_rows: int) -> Prepared:
 
 def unfit(prepared: Prepared) -> Outcomes:
     """The rows that no model saw."""
-    return [Blamed(row, Dead(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())]
+    return [
+        FailedRow(row, RowError(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())
+    ]
 
 
 def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
     """Adds outcomes to a part, and says how many rows were answered and how many were not."""
     ok = failed = 0
     for prepared, outcomes in ready:
-        blamed = [each for each in outcomes if isinstance(each, Blamed)]
-        for answered in (each for each in outcomes if isinstance(each, Answered)):
+        blamed = [each for each in outcomes if isinstance(each, FailedRow)]
+        for answered in (each for each in outcomes if isinstance(each, AnsweredRows)):
             refused = _add(part, chunk, prepared, answered)
             ok += len(answered.rows) - len(refused)
             blamed += refused
@@ -222,7 +230,7 @@ def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcom
     return ok, failed
 
 
-def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: Answered) -> list[Blamed]:
+def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredRows) -> list[FailedRow]:
     """Adds the rows of an answer; gives those that have no place in a part."""
     rows = list(answered.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
@@ -231,18 +239,20 @@ def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: Answered)
     except ValueError as err:
         if len(rows) == 1:
             reason = f"the answer cannot be written: {err}: leave the output out of text_outputs"
-            return [Blamed(rows[0], Dead(Code.INTERNAL.name, reason, 1))]
+            return [FailedRow(rows[0], RowError(Code.INTERNAL.name, reason, 1))]
         each = (
-            Answered((row,), {name: array[n : n + 1] for name, array in answered.outputs.items()}, answered.version)
+            AnsweredRows((row,), {name: array[n : n + 1] for name, array in answered.outputs.items()}, answered.version)
             for n, row in enumerate(rows)
         )
         return [refused for one in each for refused in _add(part, chunk, prepared, one)]
     return []
 
 
-def about(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> About:
+def about(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> RowOrigins:
     """Which rows of the batch these rows of a piece are."""
     first = chunk.first + piece.first - chunk.span.row
     if piece.sources is None:
-        return About([first + row for row in rows], [chunk.entry.url] * len(rows), [piece.first + row for row in rows])
-    return About([first + row for row in rows], [piece.sources[row] for row in rows], [0] * len(rows))
+        return RowOrigins(
+            [first + row for row in rows], [chunk.entry.url] * len(rows), [piece.first + row for row in rows]
+        )
+    return RowOrigins([first + row for row in rows], [piece.sources[row] for row in rows], [0] * len(rows))

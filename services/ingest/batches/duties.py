@@ -39,7 +39,7 @@ from services.ingest.batches.batch import (
     seconds_of,
 )
 from services.ingest.batches.batch_repository import BatchRepository
-from services.ingest.batches.chunk_repository import Ledger
+from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.inputs.listing import line_of
 from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.outputs.part_summary import part_name
@@ -55,11 +55,17 @@ class Duties:
     """Does them."""
 
     def __init__(
-        self, book: BatchRepository, ledger: Ledger, places: InputLocations, threads: Threads, *, folder: Path
+        self,
+        batches: BatchRepository,
+        chunks: ChunkRepository,
+        locations: InputLocations,
+        threads: Threads,
+        *,
+        folder: Path,
     ) -> None:
-        self._book = book
-        self._ledger = ledger
-        self._places = places
+        self._batches = batches
+        self._chunks = chunks
+        self._locations = locations
         self._threads = threads
         self._folder = folder
 
@@ -79,68 +85,68 @@ class Duties:
 
     async def _list(self, batch: Batch) -> None:
         assert batch.lease is not None
-        await self._threads.run(mark, self._places, batch)
+        await self._threads.run(mark, self._locations, batch)
         # Under a name of its own until the book says that it counts: another instance may be at it, too.
-        url = batch.place(STAGING, f"inputs-{batch.lease.id}.jsonl")
+        url = batch.output_url(STAGING, f"inputs-{batch.lease.id}.jsonl")
         files = await self._threads.run(self._write_listing, batch, url)
-        entry = await self._threads.run(self._places.stat, url)
-        await self._book.listed(batch, entry, files)
+        entry = await self._threads.run(self._locations.stat, url)
+        await self._batches.record_listing(batch, entry, files)
 
     def _write_listing(self, batch: Batch, url: str) -> int:
         path = Path(tempfile.mkstemp(dir=self._folder, suffix=".jsonl")[1])
         try:
             files = 0
             with path.open("wb") as file:
-                for entry in entries(self._places, batch.inputs, batch.format):
+                for entry in entries(self._locations, batch.inputs, batch.format):
                     file.write(line_of(entry))
                     files += 1
-            self._places.adopt(url, path)
+            self._locations.adopt(url, path)
         finally:
             path.unlink(missing_ok=True)
         return files
 
     async def _plan(self, batch: Batch) -> None:
         while True:
-            tail = await self._ledger.tail(batch.id)
-            chunks = plan(self._places, batch, tail)
+            tail = await self._chunks.last_chunk(batch.id)
+            chunks = plan(self._locations, batch, tail)
             if await self._append(chunks):
-                await self._book.planned(batch)
+                await self._batches.mark_planned(batch)
                 return
 
     async def _append(self, chunks: Iterator[Chunk]) -> bool:
         """Adds all chunks to the plan. False: somebody else has gone on with it, so that it must be read again."""
         while some := await self._threads.run(_some, chunks):
-            if not await self._ledger.append(some):
+            if not await self._chunks.append(some):
                 return False
         return True
 
     async def _finish(self, batch: Batch) -> None:
         if batch.totals is None:
-            await self._ledger.drop_undone(batch.id)
-            if not await self._book.total(batch, await self._ledger.totals(batch.id)):
+            await self._chunks.drop_unfinished(batch.id)
+            if not await self._batches.record_totals(batch, await self._chunks.totals(batch.id)):
                 return
-            batch = await self._book.get(batch.id)
+            batch = await self._batches.get(batch.id)
         ending = ending_of(batch)
         if batch.listing is not None:
             await self._write_end(batch, ending)
-        if await self._book.end(batch, ending):
-            await self._ledger.forget(batch.id)
+        if await self._batches.end(batch, ending):
+            await self._chunks.forget(batch.id)
 
     async def _write_end(self, batch: Batch, ending: Ending) -> None:
         assert batch.listing is not None
-        await self._threads.run(self._places.publish, batch.listing.url, batch.place(LISTING))
+        await self._threads.run(self._locations.publish, batch.listing.url, batch.output_url(LISTING))
         manifest = Path(tempfile.mkstemp(dir=self._folder, suffix=".json")[1])
         try:
-            await write_manifest(manifest, batch, self._ledger.done(batch.id))
-            await self._threads.run(self._places.adopt, batch.place(MANIFEST), manifest)
+            await write_manifest(manifest, batch, self._chunks.done(batch.id))
+            await self._threads.run(self._locations.adopt, batch.output_url(MANIFEST), manifest)
         finally:
             manifest.unlink(missing_ok=True)
         summary = json.dumps(summary_of(batch, ending), indent=2).encode()
-        await self._threads.run(self._places.put, batch.place(SUMMARY), summary)
-        await self._threads.run(self._places.remove_all, batch.place(STAGING) + "/")
+        await self._threads.run(self._locations.put, batch.output_url(SUMMARY), summary)
+        await self._threads.run(self._locations.remove_all, batch.output_url(STAGING) + "/")
 
 
-def mark(places: InputLocations, batch: Batch) -> None:
+def mark(locations: InputLocations, batch: Batch) -> None:
     """Makes the output the batch's own.
 
     Raises:
@@ -148,28 +154,28 @@ def mark(places: InputLocations, batch: Batch) -> None:
     """
     marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
     try:
-        places.put(batch.place(MARKER), marker, only_new=True)
+        locations.put(batch.output_url(MARKER), marker, only_new=True)
     except AlreadyExists:
-        if (owner := owner_of(places, batch.output)) != batch.id:
+        if (owner := owner_of(locations, batch.output)) != batch.id:
             raise AlreadyExists(
                 f"output: {batch.output} has the results of batch {owner} already: "
                 "use another folder or prefix, or remove what is there"
             ) from None
 
 
-def owner_of(places: InputLocations, output: str) -> str:
+def owner_of(locations: InputLocations, output: str) -> str:
     """The batch that an output belongs to.
 
     Raises:
         NotFound: it is nobody's. PermissionDenied, Unavailable.
     """
     try:
-        return str(json.loads(places.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
+        return str(json.loads(locations.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
     except (ValueError, KeyError, TypeError, InvalidArgument):
         return "unknown"
 
 
-def entries(places: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
+def entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
     """The files or objects that inputs stand for: a prefix (it ends with a slash) for what is below it.
 
     Of a prefix of files, those with the format's suffix count whose names do not begin with an underscore.
@@ -179,9 +185,9 @@ def entries(places: InputLocations, inputs: Sequence[str], kind: Format) -> Iter
     """
     for url in inputs:
         if not url.endswith("/"):
-            yield places.stat(url)
+            yield locations.stat(url)
             continue
-        found = (entry for entry in places.list(url) if kind is Format.OBJECTS or _is_of(entry.url, kind))
+        found = (entry for entry in locations.list(url) if kind is Format.OBJECTS or _is_of(entry.url, kind))
         first = next(found, None)
         if first is None:
             what = "an object" if kind is Format.OBJECTS else f"a {kind} file"

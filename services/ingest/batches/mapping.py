@@ -140,7 +140,7 @@ def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
     return pa.schema([_json_field(name, [row.get(name) for row in rows]) for name in names])
 
 
-def check_file(kind: Format, file: BinaryIO, wanted: RequestedColumns) -> None:
+def check_file(kind: Format, file: BinaryIO, requested: RequestedColumns) -> None:
     """Whether a file has what is wanted, in types that may fit.
 
     Raises:
@@ -148,19 +148,19 @@ def check_file(kind: Format, file: BinaryIO, wanted: RequestedColumns) -> None:
     """
     file.seek(0)
     if kind is Format.PARQUET:
-        _check_parquet(open_parquet(file).schema_arrow, wanted)
+        _check_parquet(open_parquet(file).schema_arrow, requested)
     elif kind is Format.NPZ:
-        _check_npz(npz_rows.members(file), wanted)
+        _check_npz(npz_rows.members(file), requested)
     elif kind is Format.JSONL:
-        _check_lines(file, wanted)
+        _check_lines(file, requested)
     file.seek(0)
 
 
-def kept_arrays(wanted: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
+def kept_arrays(requested: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
     """The columns that are carried over as Arrow arrays, and the rows that do not fit their types."""
     arrays: dict[str, Any] = {}
     errors: dict[int, str] = {}
-    for field in wanted.kept:
+    for field in requested.kept:
         if field.name in piece.arrow:
             arrays[field.name] = _decoded(piece.arrow[field.name])
             continue
@@ -196,13 +196,13 @@ def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _check_parquet(schema: Any, wanted: RequestedColumns) -> None:
-    for name in sorted(wanted.columns):
+def _check_parquet(schema: Any, requested: RequestedColumns) -> None:
+    for name in sorted(requested.columns):
         if schema.names.count(name) != 1:
             raise InvalidArgument(f"no column {name!r}: there are {', '.join(schema.names) or 'none'}")
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         _check_type(spec, column, _plain(schema.field(column).type))
-    for field in wanted.kept:
+    for field in requested.kept:
         kind = _plain(schema.field(field.name).type)
         if kind != field.type:
             raise InvalidArgument(f"column {field.name!r} is {kind}; in the first file it is {field.type}")
@@ -223,36 +223,38 @@ def _check_type(spec: Spec, column: str, kind: Any) -> None:
         raise InvalidArgument(f"column {column!r} holds {kind}, and the model takes {spec}")
 
 
-def _may_fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+def _may_fit(shape: Sequence[int], requested: Sequence[int]) -> bool:
     """Whether cells of `shape` (-1: any length) may be rows of the shape that is wanted."""
-    if len(shape) == len(wanted) and all(-1 in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)):
+    if len(shape) == len(requested) and all(
+        -1 in pair or pair[0] == pair[1] for pair in zip(shape, requested, strict=True)
+    ):
         return True
-    is_flat = len(shape) <= 1 and -1 not in wanted
-    return is_flat and (-1 in shape or math.prod(shape) == math.prod(wanted))
+    is_flat = len(shape) <= 1 and -1 not in requested
+    return is_flat and (-1 in shape or math.prod(shape) == math.prod(requested))
 
 
-def _check_npz(members: Sequence[npz_rows.Member], wanted: RequestedColumns) -> None:
+def _check_npz(members: Sequence[npz_rows.Member], requested: RequestedColumns) -> None:
     found = {member.name: member for member in members}
-    for name in sorted(wanted.columns):
+    for name in sorted(requested.columns):
         if name not in found:
             raise InvalidArgument(f"no array {name!r}: there are {', '.join(sorted(found)) or 'none'}")
-    lengths = {name: found[name].shape[0] for name in sorted(wanted.columns)}
+    lengths = {name: found[name].shape[0] for name in sorted(requested.columns)}
     if len(set(lengths.values())) > 1:
         raise InvalidArgument(f"the arrays have different numbers of rows: {lengths}")
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         check_array(spec, column, found[column].dtype, found[column].shape[1:])
-    for field in wanted.kept:
+    for field in requested.kept:
         if _numpy_type(found[field.name]) != field.type:
             raise InvalidArgument(f"array {field.name!r} is not {field.type}, which it is in the first file")
 
 
-def _check_lines(file: BinaryIO, wanted: RequestedColumns) -> None:
+def _check_lines(file: BinaryIO, requested: RequestedColumns) -> None:
     try:
-        piece = JsonLines(file, wanted.columns).read(SAMPLE_ROWS)
+        piece = JsonLines(file, requested.columns).read(SAMPLE_ROWS)
     except DataLoss:
         return  # An empty file has no rows, which is no mistake.
     errors = dict(piece.errors)
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         for row, reason in fit(spec, piece.columns[column]).errors.items():
             errors.setdefault(row, reason)
     if len(errors) == piece.count:

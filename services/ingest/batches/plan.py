@@ -26,7 +26,7 @@ _MOST_ROWS = 1 << 32
 # Of one file. A few bytes can say that they are rows without end, and would be planned until MongoDB is full.
 
 
-def plan(places: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
+def plan(locations: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
     """The chunks after `tail` (None: all). It blocks: for a thread.
 
     Raises:
@@ -35,15 +35,15 @@ def plan(places: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[C
     """
     assert batch.listing is not None
     number, first = (0, 0) if tail is None else (tail.number + 1, tail.first + tail.span.rows)
-    with places.open(batch.listing) as listing:
-        for line, span in _spans(places, batch, listing, tail):
+    with locations.open(batch.listing) as listing:
+        for line, span in _spans(locations, batch, listing, tail):
             entry = batch.listing if batch.format is Format.OBJECTS else line.entry
             yield Chunk(batch.id, number, entry, line.offset, line.end, span, first)
             number, first = number + 1, first + span.rows
 
 
 def _spans(
-    places: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
+    locations: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
 ) -> Iterator[tuple[Listed, Span]]:
     if batch.format is Format.OBJECTS:
         assert batch.listing is not None
@@ -55,12 +55,12 @@ def _spans(
     for line in listed(listing, 0 if tail is None else tail.line):
         after = tail.span if tail is not None and line.offset == tail.line else Span(0, 0)
         with named(line.entry):
-            yield from ((line, span) for span in _file_spans(places, batch, line.entry, after))
+            yield from ((line, span) for span in _file_spans(locations, batch, line.entry, after))
 
 
-def _file_spans(places: InputLocations, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
+def _file_spans(locations: InputLocations, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
     """The spans of one file after `after`."""
-    with opened(places, entry) as file:
+    with opened(locations, entry) as file:
         if not after.rows:
             check_file(batch.format, file, RequestedColumns.of(batch))
         row = after.row + after.rows

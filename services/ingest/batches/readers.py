@@ -22,19 +22,19 @@ _KEPT = 4
 # Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
 
-def opened(places: InputLocations, entry: Entry) -> BinaryIO:
+def opened(locations: InputLocations, entry: Entry) -> BinaryIO:
     """A file, as it was pinned. The caller closes it.
 
     Raises:
         DataLoss: it has changed since. NotFound: it is gone. PermissionDenied, Unavailable.
     """
-    check_pinned(places, entry)
-    return places.open(entry)
+    check_pinned(locations, entry)
+    return locations.open(entry)
 
 
-def check_pinned(places: InputLocations, entry: Entry) -> None:
+def check_pinned(locations: InputLocations, entry: Entry) -> None:
     """Whether a file is still what it was when it was pinned. Raises as `opened` does."""
-    _check_same(entry, places.stat(entry.url))
+    _check_same(entry, locations.stat(entry.url))
 
 
 def _check_same(entry: Entry, now: Entry) -> None:
@@ -45,9 +45,9 @@ def _check_same(entry: Entry, now: Entry) -> None:
         )
 
 
-def read_pinned(places: InputLocations, entry: Entry) -> bytes:
+def read_pinned(locations: InputLocations, entry: Entry) -> bytes:
     """All of a small file, as it was pinned. Raises as `opened` does."""
-    now, data = places.fetch(entry.url)
+    now, data = locations.fetch(entry.url)
     _check_same(entry, now)
     return data
 
@@ -63,11 +63,11 @@ def named(entry: Entry) -> Iterator[None]:
         raise type(err)(f"{entry.url}: {err.message}", retry_after_ms=err.retry_after_ms) from err
 
 
-class Readers:
+class ReaderCache:
     """Readers that stay open between chunks that follow each other. They block: for threads, any number of them."""
 
-    def __init__(self, places: InputLocations) -> None:
-        self._places = places
+    def __init__(self, locations: InputLocations) -> None:
+        self._locations = locations
         self._lock = threading.Lock()
         self._kept: list[tuple[_Key, Rows]] = []
 
@@ -80,7 +80,7 @@ class Readers:
         with named(chunk.entry):
             rows = self._spare(_key(batch, chunk)) or self._open(batch, chunk)
             try:
-                check_pinned(self._places, chunk.entry)  # One that is kept may see what was written since.
+                check_pinned(self._locations, chunk.entry)  # One that is kept may see what was written since.
                 rows.seek(chunk.span.row, chunk.span.offset)
             except BaseException:
                 rows.close()
@@ -91,7 +91,7 @@ class Readers:
         """Takes back a reader that did not fail. Raises as `take` does: then what it has read does not count."""
         with named(chunk.entry):
             try:
-                check_pinned(self._places, chunk.entry)
+                check_pinned(self._locations, chunk.entry)
             except BaseException:
                 rows.close()
                 raise
@@ -118,9 +118,9 @@ class Readers:
         return None
 
     def _open(self, batch: Batch, chunk: Chunk) -> Rows:
-        file = opened(self._places, chunk.entry)
+        file = opened(self._locations, chunk.entry)
         if batch.format is Format.OBJECTS:
-            return ObjectRows(file, lambda entry: read_pinned(self._places, entry))
+            return ObjectRows(file, lambda entry: read_pinned(self._locations, entry))
         return rows_of(batch.format, file, RequestedColumns.of(batch).columns)
 
 

@@ -18,10 +18,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.ingest.batches.outputs.part_summary import Dead
+from services.ingest.batches.outputs.part_summary import RowError
 from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
-from services.ingest.batches.rows.wire import Asked, answer_of, request_of
+from services.ingest.batches.rows.wire import ModelTarget, outputs_of, request_of
 from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, name_of, refused_wait_ms
 from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
@@ -32,12 +32,12 @@ _AWAY = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
 _KILLED = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
 
 
-PATIENCE_S = 10.0
+MODEL_WAIT_S = 10.0
 """How long a chunk waits for a model that is not there; then it makes room for chunks of other models. A model that
 restarts is back by then, and no row was run for nothing."""
 
 
-class Model(Protocol):
+class InferenceClient(Protocol):
     """infer, as a call needs it."""
 
     async def infer(
@@ -47,7 +47,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredRows:
     """Rows with one answer: arrays by output name, whose first dimension is the rows."""
 
     rows: tuple[int, ...]
@@ -56,11 +56,11 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Blamed:
+class FailedRow:
     """A row without an answer."""
 
     row: int
-    dead: Dead
+    dead: RowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,83 +75,83 @@ class Wait:
 class Split:
     """Decision: its halves, each by itself."""
 
-    is_alone: bool
+    is_exclusive: bool
 
 
 def decide(
     failure: Failure, *, rows: int, attempts: int, refusals: int, policy: Policy, drawn: float
-) -> Wait | Split | Dead:
+) -> Wait | Split | RowError:
     """What becomes of a stack that failed; `attempts` counts those that failed by themselves, this one included."""
     if not failure.is_reached or failure.code in _AWAY:
         return Wait(max(refused_wait_ms(refusals, drawn), failure.retry_after_ms), False)
     if rows > 1:
         return Split(failure.code in _KILLED)
     if failure.code in PERMANENT or attempts >= policy.max_attempts:
-        return Dead(name_of(failure.code), failure.message, attempts)
+        return RowError(name_of(failure.code), failure.message, attempts)
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
-class RowQueues:
+class RequestSlots:
     """At most `most` calls at once, or one that is alone."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._places = asyncio.Semaphore(most)
+        self._locations = asyncio.Semaphore(most)
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def one(self, *, alone: bool) -> AsyncIterator[None]:
+    async def one(self, *, exclusive: bool) -> AsyncIterator[None]:
         """A place for one call; with `alone` all of them."""
         taken = 0
         try:
             async with self._turn:  # Two that want all would each hold a part for ever.
-                for _ in range(self._most if alone else 1):
-                    await self._places.acquire()
+                for _ in range(self._most if exclusive else 1):
+                    await self._locations.acquire()
                     taken += 1
             yield
         finally:
             for _ in range(taken):
-                self._places.release()
+                self._locations.release()
 
 
-class Calling:
+class RowInference:
     """Calls a model for the rows of one chunk."""
 
     def __init__(
         self,
-        model: Model,
-        asked: Asked,
-        lanes: RowQueues,
+        model: InferenceClient,
+        asked: ModelTarget,
+        slots: RequestSlots,
         *,
         policy: Policy,
         timeout_s: float,
         on_wait: Callable[[str], None],
-        patience_s: float = PATIENCE_S,
+        model_wait_s: float = MODEL_WAIT_S,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._model = model
         self._asked = asked
-        self._lanes = lanes
+        self._slots = slots
         self._policy = policy
         self._timeout_s = timeout_s
         self._on_wait = on_wait
-        self._patience_s = patience_s
+        self._model_wait_s = model_wait_s
         self._draw = draw
 
     async def answer(
-        self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool = False
-    ) -> list[Answered | Blamed]:
+        self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool = False
+    ) -> list[AnsweredRows | FailedRow]:
         """What came of the rows of a stack, in their order.
 
         Raises:
             Unavailable: nobody could be asked for too long.
         """
         attempts = refusals = 0
-        give_up = None
+        give_up_at = None
         while True:
-            async with self._lanes.one(alone=is_alone):
+            async with self._slots.one(exclusive=is_exclusive):
                 got = await self._once(inputs, stack)
-            if isinstance(got, Answered):
+            if isinstance(got, AnsweredRows):
                 self._on_wait("")
                 return [got]
             attempts += got.is_reached and got.code not in _AWAY
@@ -163,37 +163,39 @@ class Calling:
                 policy=self._policy,
                 drawn=self._draw(),
             )
-            if isinstance(how, Dead):
-                return [Blamed(stack.rows[0], how)]
-            is_alone = is_alone or (got.code in _KILLED and got.is_reached)
+            if isinstance(how, RowError):
+                return [FailedRow(stack.rows[0], how)]
+            is_exclusive = is_exclusive or (got.code in _KILLED and got.is_reached)
             if isinstance(how, Split):
-                return await self._halves(inputs, stack, is_alone=how.is_alone or is_alone)
+                return await self._halves(inputs, stack, is_exclusive=how.is_exclusive or is_exclusive)
             refusals += not how.is_counted
             if how.is_counted:
-                give_up = None
+                give_up_at = None
             else:
                 why = f"{name_of(got.code)}: {got.message}"[:300]
                 self._on_wait(why)
                 now = asyncio.get_running_loop().time()
-                give_up = give_up or now + self._patience_s
-                if now > give_up:
+                give_up_at = give_up_at or now + self._model_wait_s
+                if now > give_up_at:
                     raise Unavailable(f"model {self._asked.model_name!r} cannot be asked: {why}")
             await asyncio.sleep(how.ms / 1000)
 
-    async def _halves(self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool) -> list[Answered | Blamed]:
+    async def _halves(
+        self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool
+    ) -> list[AnsweredRows | FailedRow]:
         first, second = stack.halves()
         return [
-            *await self.answer(inputs, first, is_alone=is_alone),
-            *await self.answer(inputs, second, is_alone=is_alone),
+            *await self.answer(inputs, first, is_exclusive=is_exclusive),
+            *await self.answer(inputs, second, is_exclusive=is_exclusive),
         ]
 
-    async def _once(self, inputs: Sequence[Fitted], stack: Stack) -> Answered | Failure:
+    async def _once(self, inputs: Sequence[Fitted], stack: Stack) -> AnsweredRows | Failure:
         got = await self._model.infer(request_of(self._asked, inputs, stack), self._timeout_s, self._asked.tenant)
         if isinstance(got, Failure):
             return got
         try:
-            outputs = answer_of(self._asked.signature, got, len(stack.rows))
+            outputs = outputs_of(self._asked.signature, got, len(stack.rows))
         except DataLoss as err:
             # It promises one thing and answers another: a further attempt would not help.
             return Failure(Code.FAILED_PRECONDITION, err.message)
-        return Answered(stack.rows, dict(outputs), got.model_version[:32])
+        return AnsweredRows(stack.rows, dict(outputs), got.model_version[:32])

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
-from services.ingest.batches.batch_repository import MOST_ACTIVE, BatchRepository, same
+from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, same
 from services.ingest.batches.duties import entries, format_of, owner_of
 from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
@@ -37,7 +37,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 INPUTS = 1_000
 NAMES = 256
-MOST_CHUNK_ROWS = 1_000_000
+MAX_CHUNK_ROWS = 1_000_000
 _LOOKED_AT = 1_000
 # Names below a prefix that are looked at: to learn the format, for a file with rows, for results of others.
 
@@ -50,7 +50,7 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Looked:
+class InspectedInputs:
     """What a look at the inputs has shown."""
 
     format: Format
@@ -63,9 +63,9 @@ class Submissions:
 
     def __init__(
         self,
-        book: BatchRepository,
-        facts: ModelMetadata,
-        places: InputLocations,
+        batches: BatchRepository,
+        metadata: ModelMetadata,
+        locations: InputLocations,
         threads: Threads,
         *,
         clock: Clock,
@@ -73,9 +73,9 @@ class Submissions:
         instance: str,
         on_accepted: Callable[[], None],
     ) -> None:
-        self._book = book
-        self._facts = facts
-        self._places = places
+        self._batches = batches
+        self._metadata = metadata
+        self._locations = locations
         self._threads = threads
         self._clock = clock
         self._new_id = new_id
@@ -94,23 +94,23 @@ class Submissions:
         check_fields(request)
         digest = digest_of(request)
         if request.idempotency_key:
-            earlier = await self._book.of_key(request.tenant, request.idempotency_key)
+            earlier = await self._batches.find_by_key(request.tenant, request.idempotency_key)
             if earlier is not None:
                 return same(earlier, digest), True
-        if (active := await self._book.count_active()) >= MOST_ACTIVE:
+        if (active := await self._batches.count_active()) >= MAX_ACTIVE:
             raise ResourceExhausted(f"{active} batches are under way, which is the limit", retry_after_ms=10_000)
         inputs, output = self._checked_places(request)
-        signature = await self._facts.signature(request.model_name, request.model_version, request.outputs)
+        signature = await self._metadata.signature(request.model_name, request.model_version, request.outputs)
         looked = await self._threads.run(self._look, request, inputs, output, signature)
         batch = self._batch(request, inputs, output, signature, looked, digest)
         result_columns(batch).schema()
-        batch, existed = await self._book.add(batch)
+        batch, existed = await self._batches.add(batch)
         self._on_accepted()
         return batch, existed
 
     def _checked_places(self, request: pb.SubmitBatchRequest) -> tuple[tuple[str, ...], str]:
-        inputs = tuple(self._places.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
-        output = self._places.check("output", request.output).rstrip("/")
+        inputs = tuple(self._locations.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
+        output = self._locations.check("output", request.output).rstrip("/")
         for url in inputs:
             if is_within(output, url) and url.endswith("/"):
                 raise InvalidArgument(f"output: {output} lies within the input {url}: its parts would become inputs")
@@ -118,7 +118,9 @@ class Submissions:
                 raise InvalidArgument(f"output: the input {url} lies within {output}: choose a folder of its own")
         return inputs, output
 
-    def _look(self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature) -> Looked:
+    def _look(
+        self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature
+    ) -> InspectedInputs:
         """Looks at the first input and at the output. It blocks: for a thread."""
         self._check_output(output)
         kind = _FORMATS.get(request.format) or self._guess(inputs[0])
@@ -127,16 +129,20 @@ class Submissions:
         if kind is Format.OBJECTS:
             mapped = object_columns(request.model_name, signature, given)
             kept = kept_schema(kind, _nothing(), request.keep_columns)
-            return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
-        with opened(self._places, first) as file, named(first):
+            return InspectedInputs(
+                kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
+            )
+        with opened(self._locations, first) as file, named(first):
             mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
             check_file(kind, file, RequestedColumns(mapped, kept))
-        return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
+        return InspectedInputs(
+            kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
+        )
 
     def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
         """The file that says what the columns are: the first; of JSON Lines, the first that has a line."""
-        found = entries(self._places, inputs, kind)
+        found = entries(self._locations, inputs, kind)
         if kind is not Format.JSONL:
             return next(found)
         some = (entry for entry in itertools.islice(found, _LOOKED_AT) if entry.size)
@@ -146,7 +152,7 @@ class Submissions:
 
     def _check_output(self, output: str) -> None:
         try:
-            owner = owner_of(self._places, output)
+            owner = owner_of(self._locations, output)
         except NotFound:
             self._check_unused(output)
             return
@@ -157,10 +163,10 @@ class Submissions:
 
     def _check_unused(self, output: str) -> None:
         """Nothing there may be replaced by parts of a batch, or be read beside them."""
-        if self._places.is_file(output):
+        if self._locations.is_file(output):
             raise InvalidArgument(f"output: {output} is a file: name a folder or prefix for the results")
         try:
-            found = [entry.url for entry in itertools.islice(self._places.list(output + "/"), _LOOKED_AT)]
+            found = [entry.url for entry in itertools.islice(self._locations.list(output + "/"), _LOOKED_AT)]
         except NotFound:
             return
         for url in found:
@@ -179,7 +185,7 @@ class Submissions:
                     ".npz, or say the format; a prefix ends with a slash"
                 )
             return kind
-        names = (entry.url for entry in self._places.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
+        names = (entry.url for entry in self._locations.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
         kinds = Counter(format_of(name) or Format.OBJECTS for name in itertools.islice(names, _LOOKED_AT))
         if not kinds:
             raise InvalidArgument(f"inputs: nothing is below {url}")
@@ -194,7 +200,7 @@ class Submissions:
         inputs: tuple[str, ...],
         output: str,
         signature: Signature,
-        looked: Looked,
+        looked: InspectedInputs,
         digest: bytes,
     ) -> Batch:
         now: datetime = self._clock()
@@ -257,7 +263,7 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
         if len(set(given)) != len(given):
             raise InvalidArgument(f"{field}: a name is given twice")
     for field, value, most in (
-        ("chunk_rows", request.chunk_rows, MOST_CHUNK_ROWS),
+        ("chunk_rows", request.chunk_rows, MAX_CHUNK_ROWS),
         ("max_attempts", request.max_attempts, MOST_ATTEMPTS),
     ):
         if not 0 <= value <= most:

@@ -39,13 +39,13 @@ def batch(folder: Path, **fields: Any) -> Batch:
     return Batch(**made)
 
 
-def places() -> InputLocations:
+def locations() -> InputLocations:
     return InputLocations(["file:///"])
 
 
 def listing(folder: Path, urls: Sequence[str]) -> Any:
     """The entry of a listing of `urls`, as a batch pins it."""
-    where = places()
+    where = locations()
     (folder / "out").mkdir(exist_ok=True)
     path = folder / "out" / "_inputs.jsonl"
     path.write_bytes(b"".join(line_of(where.stat(url)) for url in urls))

@@ -24,17 +24,17 @@ from services.ingest.batches.mapping import (
 )
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.outputs.part import OutputPart
-from services.ingest.batches.outputs.part_summary import About, Dead
+from services.ingest.batches.outputs.part_summary import RowError, RowOrigins
 from services.ingest.batches.readers import rows_of
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.signature import Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks
-from services.ingest.batches.rows.wire import Asked, answer_of, request_of
+from services.ingest.batches.rows.wire import ModelTarget, outputs_of, request_of
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
 from shoal.oip.datatypes import DTYPES
-from tests.ingest.batches.making import places, write_lines, write_npz, write_parquet
+from tests.ingest.batches.making import locations, write_lines, write_npz, write_parquet
 
 X4 = Spec("x", "FP32", (4,))
 
@@ -114,8 +114,8 @@ def test_whatever_comes_is_kept_or_fails(values: list[Any], datatype: str) -> No
     spec = Spec("x", datatype, ())
     fitted = fit(spec, values)
     for row, value in enumerate(values):
-        alone = fit(spec, [value])
-        assert (row in fitted.errors) == bool(alone.errors), (value, fitted.errors, alone.errors)
+        single = fit(spec, [value])
+        assert (row in fitted.errors) == bool(single.errors), (value, fitted.errors, single.errors)
         if row in fitted.errors:
             continue
         got = fitted.stacked([row])[0]
@@ -191,14 +191,14 @@ def test_models_that_no_batch_can_use_are_refused() -> None:
 def test_a_request_and_its_answer() -> None:
     signature = signature_of(metadata(), config(), [])
     inputs = [fit(X4, [[1, 2, 3, 4], [5, 6, 7, 8]]), fit(Spec("z", "BYTES", (1,), True), ["a", "bc"])]
-    request = oip.ModelInferRequest.FromString(request_of(Asked("m", "", signature), inputs, Stack((0, 1))))
+    request = oip.ModelInferRequest.FromString(request_of(ModelTarget("m", "", signature), inputs, Stack((0, 1))))
     assert [list(tensor.shape) for tensor in request.inputs] == [[2, 4], [2, 1]]
     assert request.raw_input_contents[1] == b"\1\0\0\0a\2\0\0\0bc"
     answer = oip.ModelInferResponse()
     answer.outputs.add(name="label", datatype="BYTES", shape=[2])
     answer.outputs.add(name="y", datatype="FP32", shape=[2, 4])
     answer.raw_output_contents.extend([b"\1\0\0\0p\0\0\0\0", request.raw_input_contents[0]])
-    outputs = answer_of(signature, answer, 2)
+    outputs = outputs_of(signature, answer, 2)
     assert outputs["label"].tolist() == [b"p", b""]
     assert outputs["y"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -206,16 +206,16 @@ def test_a_request_and_its_answer() -> None:
 def test_a_model_without_a_batch_dimension_gets_a_row_as_it_is() -> None:
     signature = Signature((X4,), (Spec("y", "FP32", (4,)),), 0)
     request = oip.ModelInferRequest.FromString(
-        request_of(Asked("m", "", signature), [fit(X4, [[1, 2, 3, 4]])], Stack((0,)))
+        request_of(ModelTarget("m", "", signature), [fit(X4, [[1, 2, 3, 4]])], Stack((0,)))
     )
     assert list(request.inputs[0].shape) == [4]
     answer = oip.ModelInferResponse()
     tensor = answer.outputs.add(name="y", datatype="FP32", shape=[4])
     tensor.contents.fp32_contents.extend([1, 2, 3, 4])
-    assert answer_of(signature, answer, 1)["y"].tolist() == [[1, 2, 3, 4]]
+    assert outputs_of(signature, answer, 1)["y"].tolist() == [[1, 2, 3, 4]]
     text = Signature((Spec("z", "BYTES", ()),), (), 0)
     request = oip.ModelInferRequest.FromString(
-        request_of(Asked("m", "", text), [fit(text.inputs[0], ["a"])], Stack((0,)))
+        request_of(ModelTarget("m", "", text), [fit(text.inputs[0], ["a"])], Stack((0,)))
     )
     assert (list(request.inputs[0].shape), request.raw_input_contents[0]) == ([], b"\1\0\0\0a")
 
@@ -235,9 +235,9 @@ def test_an_answer_that_breaks_the_models_promise_is_none(shape: list[int], data
     answer = oip.ModelInferResponse(raw_output_contents=[raw])
     answer.outputs.add(name="y", datatype=datatype, shape=shape)
     with pytest.raises(DataLoss):
-        answer_of(signature, answer, 2)
+        outputs_of(signature, answer, 2)
     with pytest.raises(DataLoss, match="without its output"):
-        answer_of(signature, oip.ModelInferResponse(), 2)
+        outputs_of(signature, oip.ModelInferResponse(), 2)
 
 
 SIGNATURE = Signature((X4, Spec("z", "BYTES", (), True)), (Spec("y", "FP32", (4,)),), 8)
@@ -273,17 +273,17 @@ def test_columns_feed_inputs_by_name_or_as_told() -> None:
     ids=["missing", "text", "deep", "scalar", "short", "list", "fixed"],
 )
 def test_parquet_is_looked_at_before_anything_runs(table: Any, words: str, tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
-    with places().open(places().stat(write_parquet(tmp_path / "a.parquet", table))) as file:
+    requested = RequestedColumns(((X4, "x"),), pa.schema([]))
+    with locations().open(locations().stat(write_parquet(tmp_path / "a.parquet", table))) as file:
         if words:
             with pytest.raises(InvalidArgument, match=words):
-                check_file(Format.PARQUET, file, wanted)
+                check_file(Format.PARQUET, file, requested)
         else:
-            check_file(Format.PARQUET, file, wanted)
+            check_file(Format.PARQUET, file, requested)
 
 
 def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
+    requested = RequestedColumns(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
     cases = [
         ({"x": np.ones((3, 4)), "id": np.arange(3)}, ""),
         ({"x": np.ones((3, 4))}, "no array 'id'"),
@@ -293,38 +293,41 @@ def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
         ({"x": np.array(["a"]), "id": np.arange(1)}, "holds <U1"),
     ]
     for n, (arrays, words) in enumerate(cases):
-        with places().open(places().stat(write_npz(tmp_path / f"{n}.npz", **arrays))) as file:
+        with locations().open(locations().stat(write_npz(tmp_path / f"{n}.npz", **arrays))) as file:
             if words:
                 with pytest.raises(InvalidArgument, match=words):
-                    check_file(Format.NPZ, file, wanted)
+                    check_file(Format.NPZ, file, requested)
             else:
-                check_file(Format.NPZ, file, wanted)
+                check_file(Format.NPZ, file, requested)
 
 
 def test_lines_are_refused_when_none_of_the_first_is_fit(tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
+    requested = RequestedColumns(((X4, "x"),), pa.schema([]))
     some = write_lines(tmp_path / "some.jsonl", [{"x": 1}, {"x": [1, 2, 3, 4]}])
     none = write_lines(tmp_path / "none.jsonl", [{"x": 1}, {"y": 1}])
-    with places().open(places().stat(some)) as file:
-        check_file(Format.JSONL, file, wanted)
-    with places().open(places().stat(none)) as file, pytest.raises(InvalidArgument, match="none of the first 2 rows"):
-        check_file(Format.JSONL, file, wanted)
+    with locations().open(locations().stat(some)) as file:
+        check_file(Format.JSONL, file, requested)
+    with (
+        locations().open(locations().stat(none)) as file,
+        pytest.raises(InvalidArgument, match="none of the first 2 rows"),
+    ):
+        check_file(Format.JSONL, file, requested)
 
 
 def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
     rows = [{"x": 1, "i": 1, "f": 1.5, "s": "a", "m": [1], "b": True}, {"x": 1, "i": None, "f": 2, "s": "b", "m": "t"}]
     url = write_lines(tmp_path / "a.jsonl", [*rows, {"x": 1, "i": "no", "f": 1, "s": "c"}])
-    with places().open(places().stat(url)) as file:
+    with locations().open(locations().stat(url)) as file:
         assert available_columns(Format.JSONL, file) == ["b", "f", "i", "m", "s", "x"]
         with pytest.raises(InvalidArgument, match="no column 'nope': there are"):
             kept_schema(Format.JSONL, file, ["nope"])
     short = write_lines(tmp_path / "b.jsonl", rows)
-    with places().open(places().stat(short)) as file:
+    with locations().open(locations().stat(short)) as file:
         schema = kept_schema(Format.JSONL, file, ["i", "f", "s", "m", "b"])
     assert [str(kind) for kind in schema.types] == ["int64", "double", "string", "string", "bool"]
-    wanted = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
-    reader = rows_of(Format.JSONL, places().open(places().stat(url)), wanted.columns)
-    arrays, errors = kept_arrays(wanted, reader.read(10))
+    requested = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
+    reader = rows_of(Format.JSONL, locations().open(locations().stat(url)), requested.columns)
+    arrays, errors = kept_arrays(requested, reader.read(10))
     assert [*errors] == [2]
     assert "is not int64" in errors[2]
     assert arrays["m"].to_pylist() == ["[1]", '"t"', None]
@@ -359,9 +362,11 @@ def outputs(n: int) -> dict[str, Any]:
 def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
     with OutputPart(tmp_path, "p", COLUMNS) as part:
         for first in (0, 3):
-            about = About(range(first, first + 3), ["file:///a"] * 3, range(3))
+            about = RowOrigins(range(first, first + 3), ["file:///a"] * 3, range(3))
             part.add(about, {"id": pa.array([7, None, 9])}, outputs(3))
-        part.add_dead(About([6, 7], ["file:///a"] * 2, [6, 7]), [Dead("INTERNAL", "boom", 5), Dead("X", "\ud800")])
+        part.add_dead(
+            RowOrigins([6, 7], ["file:///a"] * 2, [6, 7]), [RowError("INTERNAL", "boom", 5), RowError("X", "\ud800")]
+        )
         written = part.finish()
         table, dead = pq.read_table(part.file), pq.read_table(part.dead_file)
     assert (written.rows, written.dead, dict(written.codes)) == (6, 2, {"INTERNAL": 1, "X": 1})
@@ -378,7 +383,7 @@ def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
 def test_a_text_that_is_none_is_said_so(tmp_path: Path) -> None:
     bad = {**outputs(1), "label": np.array([b"\xff"], object)}
     with OutputPart(tmp_path, "p", COLUMNS) as part, pytest.raises(ValueError, match="utf-8"):
-        part.add(About([0], ["a"], [0]), {"id": pa.array([1])}, bad)
+        part.add(RowOrigins([0], ["a"], [0]), {"id": pa.array([1])}, bad)
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
@@ -390,7 +395,7 @@ def test_a_part_of_many_rows_keeps_little_in_memory(tmp_path: Path) -> None:
     wide = Columns((Spec("y", "FP32", (1 << 18,)),), frozenset(), {})
     with OutputPart(tmp_path, "p", wide) as part:
         for n in range(40):
-            part.add(About([n], ["a"], [n]), {}, {"y": np.full((1, 1 << 18), n, np.float32)})
+            part.add(RowOrigins([n], ["a"], [n]), {}, {"y": np.full((1, 1 << 18), n, np.float32)})
             assert part._held < 18 << 20
         part.finish()
         assert pq.ParquetFile(part.file).metadata.num_row_groups > 1

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import ABOUT, Columns
-from services.ingest.batches.outputs.part_summary import About, Dead, Written
+from services.ingest.batches.outputs.part_summary import PartSummary, RowError, RowOrigins
 from shoal.oip.tensors import Array
 
 GROUP_BYTES = 16 << 20
@@ -56,7 +56,7 @@ class OutputPart:
         for file in (self.file, self.dead_file):
             file.unlink(missing_ok=True)
 
-    def add(self, about: About, kept: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
+    def add(self, about: RowOrigins, kept: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
         """Adds answered rows, in their order.
 
         Raises:
@@ -72,7 +72,7 @@ class OutputPart:
         if self._held >= GROUP_BYTES:
             self._flush()
 
-    def add_dead(self, about: About, dead: Sequence[Dead]) -> None:
+    def add_dead(self, about: RowOrigins, dead: Sequence[RowError]) -> None:
         """Adds rows that were not answered."""
         self._codes.update(each.code for each in dead)
         table = pa.Table.from_arrays(
@@ -86,14 +86,14 @@ class OutputPart:
         )
         self._writer(self.dead_file, _DEAD).write_table(table)
 
-    def finish(self) -> Written:
+    def finish(self) -> PartSummary:
         """Makes the files whole. A file without rows is not made."""
         self._flush()
         for writer in self._writers.values():
             writer.close()
         sizes = [file.stat().st_size for file in self._writers]
         self._writers = {}
-        return Written(self._rows, self._codes.total(), sum(sizes), dict(self._codes))
+        return PartSummary(self._rows, self._codes.total(), sum(sizes), dict(self._codes))
 
     def _flush(self) -> None:
         if self._tables:
@@ -107,7 +107,7 @@ class OutputPart:
         return self._writers[file]
 
 
-def _about(about: About) -> list[Any]:
+def _about(about: RowOrigins) -> list[Any]:
     sources = pa.array(about.sources, pa.string()).dictionary_encode()
     return [pa.array(about.rows, pa.int64()), sources, pa.array(about.source_rows, pa.int64())]
 

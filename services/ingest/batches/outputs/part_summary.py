@@ -22,7 +22,7 @@ def is_result(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
+class RowError:
     """Why a row was not answered."""
 
     code: str
@@ -31,7 +31,7 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class RowOrigins:
     """Which rows they are."""
 
     rows: Sequence[int]
@@ -40,7 +40,7 @@ class About:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class PartSummary:
     """What a part has, once it is whole."""
 
     rows: int

@@ -27,7 +27,7 @@ from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import Array
 
 
-class Unfit(ValueError):
+class UnfitValue(ValueError):
     """A value that cannot become what the model takes; the message says what was expected and what came."""
 
 
@@ -65,7 +65,7 @@ def fit(spec: Spec, cells: Cells) -> Fitted:
     if array is not None:
         try:
             rows, lost = _fitted(spec, array)
-        except Unfit:
+        except UnfitValue:
             pass  # Some row may fit all the same, and each says for itself what is wrong.
         else:
             return Fitted(spec, rows, {int(row): _lost(spec, cells[row]) for row in np.flatnonzero(lost)})
@@ -74,7 +74,7 @@ def fit(spec: Spec, cells: Cells) -> Fitted:
     for row, cell in enumerate(cells):
         try:
             found.append(_one(spec, cell))
-        except Unfit as err:
+        except UnfitValue as err:
             errors[row] = str(err)
             found.append(None)
     return Fitted(spec, found, errors)
@@ -91,19 +91,19 @@ def check_array(spec: Spec, column: str, dtype: np.dtype[Any], shape: tuple[int,
         raise InvalidArgument(f"column {column!r} holds {dtype}, and the model takes {spec}")
     try:
         _shaped(spec, np.empty((0, *shape)))
-    except Unfit as err:
+    except UnfitValue as err:
         raise InvalidArgument(f"column {column!r}: {err}") from None
 
 
 def _one(spec: Spec, cell: Any) -> Array:
     if cell is None:
-        raise Unfit(f"input {spec.name!r}: no value")
+        raise UnfitValue(f"input {spec.name!r}: no value")
     array = cell[np.newaxis] if isinstance(cell, np.ndarray) else _regular([cell])
     if array is None:
-        raise Unfit(f"input {spec.name!r}: expected {spec.datatype} {list(spec.shape)}, got {_short(cell)}")
+        raise UnfitValue(f"input {spec.name!r}: expected {spec.datatype} {list(spec.shape)}, got {_short(cell)}")
     rows, lost = _fitted(spec, array)
     if lost.any():
-        raise Unfit(_lost(spec, cell))
+        raise UnfitValue(_lost(spec, cell))
     return rows.reshape(rows.shape[1:])  # Not rows[0]: of one element, that is no array any more.
 
 
@@ -127,7 +127,7 @@ def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
     """`array` as the model takes it, and which rows lost their meaning by that."""
     if (array.dtype.kind in "OSU") is not (spec.datatype == "BYTES"):
         what = f"{spec.datatype} {list(spec.shape)}"
-        raise Unfit(f"input {spec.name!r}: expected {what}, got {_short(array.reshape(-1)[:1].tolist())}")
+        raise UnfitValue(f"input {spec.name!r}: expected {what}, got {_short(array.reshape(-1)[:1].tolist())}")
     shaped = _shaped(spec, array)
     if spec.datatype == "BYTES":
         return _as_bytes(spec, shaped), np.zeros(len(shaped), np.bool_)
@@ -144,7 +144,7 @@ def _shaped(spec: Spec, array: Array) -> Array:
     is_fixed = -1 not in want
     if is_fixed and len(got) <= 1 and math.prod(got) == math.prod(want):
         return array.reshape(rows, *want)
-    raise Unfit(f"input {spec.name!r}: expected the shape {list(want)}, got {list(got)}")
+    raise UnfitValue(f"input {spec.name!r}: expected the shape {list(want)}, got {list(got)}")
 
 
 def _as_bytes(spec: Spec, array: Array) -> Array:
@@ -152,7 +152,7 @@ def _as_bytes(spec: Spec, array: Array) -> Array:
     try:
         found[:] = [item.encode() if isinstance(item, str) else item for item in array.reshape(-1).tolist()]
     except UnicodeEncodeError as err:
-        raise Unfit(f"input {spec.name!r}: not text: {err}") from None
+        raise UnfitValue(f"input {spec.name!r}: not text: {err}") from None
     return found.reshape(array.shape)
 
 

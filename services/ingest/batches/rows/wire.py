@@ -17,7 +17,7 @@ from shoal.oip.tensors import Array, read_tensor, to_raw
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ModelTarget:
     """What all requests of a batch have in common."""
 
     model_name: str
@@ -26,7 +26,7 @@ class Asked:
     tenant: str = ""
 
 
-def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
+def request_of(asked: ModelTarget, inputs: Sequence[Fitted], stack: Stack) -> bytes:
     """A stack as a serialised ModelInferRequest."""
     message = oip.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version)
     for fitted in inputs:
@@ -40,7 +40,7 @@ def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
     return message.SerializeToString()
 
 
-def answer_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
+def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
     """The outputs of an answer to `rows` rows: arrays whose first dimension is the rows.
 
     Raises:
