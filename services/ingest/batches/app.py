@@ -1,4 +1,4 @@
-"""The parts of the batches, and the order in which they start and stop. Needs Arrow (`shoal[parquet]`)."""
+"""Wiring of the batch components, and the order in which they start and stop. Needs Arrow (`shoal[parquet]`)."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
 from services.ingest.retention.book import RetentionRepository
 
+# Threads that read, pack and write the running chunks, and that plan.
 _THREADS = 8
-"""Reading, packing and writing of the chunks that run, and a plan."""
-_LOOKING = 4
-"""Those who submit have threads of their own: a store that is away holds each for seconds, and chunks do not wait."""
+# Threads of their own for submissions: an unavailable store blocks each for seconds, and chunks must not wait for it.
+_SUBMIT_THREADS = 4
 
 
 class Batches:
-    """All of it, for one instance. Used as `async with`, once; works when `ready` is set."""
+    """Batch processing of one instance. Use it as `async with`, once; work starts when `ready` is set."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Batches:
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
-        self._looking = Threads(_LOOKING, "batch-submit")
+        self._submit_threads = Threads(_SUBMIT_THREADS, "batch-submit")
         self._readers = ReaderCache(locations)
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
@@ -103,7 +103,7 @@ class Batches:
             self._batches,
             ModelMetadata(channel),
             locations,
-            self._looking,
+            self._submit_threads,
             clock=clock,
             new_id=new_id,
             instance=name,
@@ -116,7 +116,7 @@ class Batches:
     async def __aenter__(self) -> Batches:
         self._stack.enter_context(self._folder)
         self._stack.enter_context(self._threads)
-        self._stack.enter_context(self._looking)
+        self._stack.enter_context(self._submit_threads)
         self._stack.callback(self._readers.close)
         await self._stack.enter_async_context(self._batcher)
         return self
@@ -127,14 +127,16 @@ class Batches:
         await self._stack.__aexit__(kind, err, tb)
 
     def stop(self) -> None:
-        """Takes nothing up any more."""
+        """Claim no further chunk and no further duty."""
         self._batcher.stop()
 
     async def prepare(self) -> int:
-        """Makes the collections, and frees what an earlier process of this name has left behind: says how many chunks.
+        """Create the collections, and free the leases of earlier processes of this instance.
+
+        Returns the number of chunks that were freed.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         await mongo.ensure_collection(self._database, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
         await mongo.ensure_collection(self._database, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)

@@ -1,4 +1,4 @@
-"""Batches as clients see and steer them: one by id, pages of them, followed; cancelled, paused, resumed."""
+"""Client operations on batches: get, list, follow, cancel, pause and resume."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted,
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1_000
 WATCH_S = 0.5
-"""How often a watcher hears of progress."""
-_FRESH_S = 0.25
-# A sum is as good for so long: many may watch one batch.
-_SUMS_KEPT = 100
-_WAIT_S = 3.0
-# How long the answer to a cancellation waits for the end.
-_PATIENCE_S = 30.0
-# How long a watcher outlives a database that is away.
+"""Interval at which a watcher polls for progress."""
+# Lifetime of a cached sum: many clients may watch one batch.
+_SUM_TTL_S = 0.25
+_MAX_SUMS = 100
+# Time that CancelBatch waits for the batch's end before it answers.
+_CANCEL_WAIT_S = 3.0
+# Time that a watcher survives an unavailable database.
+_OUTAGE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A batch, and what has come of it."""
+    """Batch with its counts so far."""
 
     batch: Batch
     totals: Totals
 
 
 class BatchControl:
-    """Shows and steers batches."""
+    """Client operations on batches."""
 
     def __init__(
         self, batches: BatchRepository, chunks: ChunkRepository, *, on_change: Callable[[], None], max_watches: int
@@ -52,18 +52,18 @@ class BatchControl:
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
 
     async def get(self, batch_id: str) -> View:
-        """One batch.
+        """Return one batch.
 
         Raises:
-            InvalidArgument: no id. NotFound: no such batch. Unavailable: MongoDB is away.
+            InvalidArgument: the id is empty. NotFound: no such batch. Unavailable: MongoDB is unavailable.
         """
         return await self._view(await self._batches.get(batch_id))
 
     async def page(self, requested: Filter, size: int, token: str) -> tuple[list[View], str]:
-        """The newest batches, and a token for the next page: empty when this is the last.
+        """Return the newest batches, and a token for the next page: empty on the last page.
 
         Raises:
-            InvalidArgument: a bad size or token. Unavailable: MongoDB is away.
+            InvalidArgument: a bad size or token. Unavailable: MongoDB is unavailable.
         """
         if not 0 <= size <= MAX_PAGE_SIZE:
             raise InvalidArgument(f"page_size: 0 (the default, {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}, got {size}")
@@ -75,10 +75,11 @@ class BatchControl:
         return views, found[size - 1].id if len(found) > size else ""
 
     async def follow(self, batch_id: str) -> AsyncIterator[View]:
-        """A batch as it is now, and again when something has changed, until it has ended.
+        """Yield a batch now, and after each change, until the batch has ended.
 
         Raises:
-            NotFound: no such batch. ResourceExhausted: too many watch. Unavailable: MongoDB was away for too long.
+            NotFound: no such batch. ResourceExhausted: too many watches. Unavailable: MongoDB was unavailable for too
+            long.
         """
         if self._watches >= self._max_watches:
             raise ResourceExhausted(f"{self._watches} watches are open, which is the limit", retry_after_ms=1_000)
@@ -88,7 +89,7 @@ class BatchControl:
             yield last
             while not last.batch.is_final:
                 await asyncio.sleep(WATCH_S)
-                view = await self._patiently(batch_id)
+                view = await self._get_with_retry(batch_id)
                 if view != last:
                     last = view
                     yield view
@@ -96,10 +97,11 @@ class BatchControl:
             self._watches -= 1
 
     async def cancel(self, batch_id: str, reason: str) -> View:
-        """Sees to it that a batch ends. What is written stays. The answer says how it stands: mostly it has ended.
+        """Cancel a batch; published parts stay. Wait briefly for the batch's end, and return the batch.
 
         Raises:
-            InvalidArgument: no id, or too long a reason. NotFound: no such batch. Unavailable: MongoDB is away.
+            InvalidArgument: no id, or the reason is too long. NotFound: no such batch. Unavailable: MongoDB is
+            unavailable.
         """
         _check_reason(reason)
         await self._batches.get(batch_id)
@@ -108,32 +110,34 @@ class BatchControl:
         self._on_change()
         view = await self.get(batch_id)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_WAIT_S):
+            async with asyncio.timeout(_CANCEL_WAIT_S):
                 while not view.batch.is_final:
                     await asyncio.sleep(0.05)
                     view = await self.get(batch_id)
         return view
 
     async def pause(self, batch_id: str, reason: str) -> View:
-        """No further chunk is begun, and those that run are let go of. Pausing a paused batch changes nothing.
+        """Pause a batch: start no further chunk, and release the running ones. Idempotent.
 
         Raises:
-            FailedPrecondition: it has ended. InvalidArgument, NotFound, Unavailable: as `cancel`.
+            FailedPrecondition: the batch has ended. InvalidArgument, NotFound, Unavailable: as `cancel`.
         """
-        return await self._turn(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
+        return await self._change_state(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
 
     async def resume(self, batch_id: str, reason: str) -> View:
-        """A paused batch goes on. Raises as `pause` does."""
-        return await self._turn(batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client")
+        """Resume a paused batch. Raises as `pause` does."""
+        return await self._change_state(
+            batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client"
+        )
 
-    async def _turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> View:
+    async def _change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> View:
         _check_reason(reason)
-        turned = await self._batches.change_state(batch_id, before, after, reason)
+        changed = await self._batches.change_state(batch_id, before, after, reason)
         self._on_change()
-        batch = turned or await self._batches.get(batch_id)
+        batch = changed or await self._batches.get(batch_id)
         if batch.state is not after or batch.ending is not None:
-            how = batch.ending.state if batch.ending is not None else batch.state
-            raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {how} already")
+            state = batch.ending.state if batch.ending is not None else batch.state
+            raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {state} already")
         return await self._view(batch)
 
     async def _view(self, batch: Batch) -> View:
@@ -145,17 +149,18 @@ class BatchControl:
 
     async def _sum(self, batch: Batch) -> Totals:
         now = time.monotonic()
-        key = (batch.id, batch.is_planned)  # A sum of before the plan was whole says too little.
-        if (known := self._sums.get(key)) is not None and now - known[0] < _FRESH_S:
+        # The key has `is_planned`, because a sum from before the plan was complete is too small.
+        key = (batch.id, batch.is_planned)
+        if (known := self._sums.get(key)) is not None and now - known[0] < _SUM_TTL_S:
             return known[1]
         totals = await self._chunks.totals(batch.id)
         self._sums[key] = (now, totals)
-        while len(self._sums) > _SUMS_KEPT:
+        while len(self._sums) > _MAX_SUMS:
             self._sums.popitem(last=False)
         return totals
 
-    async def _patiently(self, batch_id: str) -> View:
-        give_up_at = time.monotonic() + _PATIENCE_S
+    async def _get_with_retry(self, batch_id: str) -> View:
+        give_up_at = time.monotonic() + _OUTAGE_S
         while True:
             try:
                 return await self.get(batch_id)

@@ -1,10 +1,10 @@
-"""Runs one chunk: its rows are read, asked of the model and written, all three at once, in bounded memory.
+"""Runs one chunk: reads its rows, sends them to the model and writes the part, concurrently and in bounded memory.
 
-    reader ──piece──> cells to tensors ──> stacks ──> calls (several under way) ──in their order──> part
-       ^                                                                                             │
-       └───────────────── not read further while too many stacks wait to be written ────────────────┘
+    reader ──piece──> cells to tensors ──> stacks ──> requests (several in flight) ──in order──> part
+       ^                                                                                          │
+       └──────────────── reading stops while too many stacks wait to be written ──────────────────┘
 
-Nothing of it is seen before the ledger says that this attempt is the one that counts.
+The part becomes visible only after the chunk repository has accepted this attempt as the one that counts.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from services.ingest.batches.rows.wire import ModelTarget
 from services.ingest.job import Policy
 from shoal.errors import Code
 
-_AHEAD = 2
-# Stacks that are under way or wait to be written, for each call at once: the next is there when a call ends.
+# Stacks in flight or waiting to be written, for each concurrent request: the next stack is ready when a request ends.
+_STACKS_PER_SLOT = 2
 
 
 @dataclass(slots=True)
 class ChunkProgress:
-    """How far a chunk is, while it runs."""
+    """Progress of a running chunk."""
 
     now: ChunkCounts = field(default_factory=ChunkCounts)
 
     def add(self, ok: int, failed: int) -> None:
-        """Some rows are written."""
+        """Count rows that are written."""
         self.now = replace(self.now, ok=self.now.ok + ok, failed=self.now.failed + failed)
 
-    def say(self, note: str) -> None:
-        """What it waits for; empty: for nothing any more."""
+    def set_note(self, note: str) -> None:
+        """Record the cause for which the chunk waits; empty when it no longer waits."""
         if note != self.now.note:
             self.now = replace(self.now, note=note)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A piece, ready to be asked of the model."""
+    """Piece whose rows are converted and stacked for the model."""
 
     piece: Piece
     inputs: Sequence[Fitted]
@@ -71,14 +71,14 @@ Outcomes = list[AnsweredRows | FailedRow]
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A stack under way, or (without a task) rows that fit no tensor."""
+    """Stack in flight, or (without a task) rows that fit no tensor."""
 
     prepared: Prepared
     task: asyncio.Task[Outcomes] | None = None
 
 
 class ChunkRunner:
-    """Runs chunks."""
+    """Runs chunks, several concurrently."""
 
     def __init__(
         self,
@@ -97,20 +97,20 @@ class ChunkRunner:
         self._threads = threads
         self._folder = folder
         self._slots = RequestSlots(calls)
-        self._window = _AHEAD * calls
+        self._window = _STACKS_PER_SLOT * calls
         self._timeout_s = timeout_s
 
     async def run(
         self, batch: Batch, chunk: Chunk, progress: ChunkProgress, model_wait_s: float
     ) -> tuple[str, PartSummary, tuple[str, ...]]:
-        """Runs a chunk, and puts its part where parts wait: its name there, what it has, and which versions answered.
+        """Run a chunk and stage its part. Return the part's staged name, its summary and the model's versions.
 
         Args:
-            patience_s: how long it waits for a model that is not there.
+            model_wait_s: how long to wait for an unavailable model.
 
         Raises:
-            DataLoss: the input is not what it was. NotFound: it is gone. Unavailable: the model was not there for too
-            long, or a place is away; and others of the places.
+            DataLoss: the input has changed. NotFound: the input was removed. Unavailable: the model was unavailable
+            for too long, or a storage location is; and other errors of the locations.
         """
         assert chunk.lease is not None
         name = f"{chunk.number:08d}-{chunk.lease.id}"
@@ -125,7 +125,7 @@ class ChunkRunner:
         return name, written, tuple(sorted(versions))
 
     async def publish(self, batch: Batch, chunk: Chunk) -> None:
-        """Moves a staged part to its own place. Done again, it does nothing."""
+        """Move a staged part to its final URL; idempotent."""
         name = part_name(chunk.number)
         moves = [(f"{chunk.staged}.parquet", batch.output_url(name))] if chunk.ok else []
         moves += [(f"{chunk.staged}.dead.parquet", batch.output_url(DEAD, name))] if chunk.failed else []
@@ -142,7 +142,7 @@ class ChunkRunner:
             self._slots,
             policy=Policy(max_attempts=batch.max_attempts),
             timeout_s=self._timeout_s,
-            on_wait=progress.say,
+            on_wait=progress.set_note,
             model_wait_s=model_wait_s,
         )
 
@@ -157,7 +157,7 @@ class ChunkRunner:
     ) -> None:
         requested = RequestedColumns.of(batch)
         pending: deque[_Pending] = deque()
-        rows = await self._threads.run(self._readers.take, batch, chunk)
+        rows = await self._threads.run(self._readers.acquire, batch, chunk)
         left = chunk.span.rows
         try:
             while left:
@@ -177,7 +177,7 @@ class ChunkRunner:
             raise
         finally:
             await end(*(each.task for each in pending if each.task is not None))
-        await self._threads.run(self._readers.keep, batch, chunk, rows)
+        await self._threads.run(self._readers.release, batch, chunk, rows)
 
     def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, requested: RequestedColumns) -> Prepared:
         with named(chunk.entry):
@@ -186,7 +186,7 @@ class ChunkRunner:
     async def _write(
         self, chunk: Chunk, part: OutputPart, pending: deque[_Pending], progress: ChunkProgress, versions: set[str]
     ) -> None:
-        """Writes what is next, once it is there, and whatever is there already behind it."""
+        """Await the first pending stack, and write its outcome and those of the finished stacks after it."""
         ready: list[tuple[Prepared, Outcomes]] = []
         while pending and (not ready or pending[0].task is None or pending[0].task.done()):
             head = pending[0]
@@ -198,40 +198,43 @@ class ChunkRunner:
 
 
 def prepare(requested: RequestedColumns, piece: Piece, max_rows: int) -> Prepared:
-    """A piece as stacks of its good rows, and what is wrong with the others."""
+    """Convert a piece to stacks of its valid rows, and the errors of the others."""
     inputs = [fit(spec, piece.columns[column]) for spec, column in requested.inputs]
     kept, errors = kept_arrays(requested, piece)
     for fitted in inputs:
         errors = {**errors, **fitted.errors}
-    errors.update(piece.errors)  # Why there is no row at all, rather than that it has no values.
-    good = [row for row in range(piece.count) if row not in errors]
-    return Prepared(piece, inputs, kept, errors, list(stacks(inputs, good, max_rows)))
+    # A row that could not be read at all has the reader's error, instead of one about missing values.
+    errors.update(piece.errors)
+    valid = [row for row in range(piece.count) if row not in errors]
+    return Prepared(piece, inputs, kept, errors, list(stacks(inputs, valid, max_rows)))
 
 
 def unfit(prepared: Prepared) -> Outcomes:
-    """The rows that no model saw."""
+    """Return the rows that could not be sent to the model, as failures."""
     return [
         FailedRow(row, RowError(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())
     ]
 
 
 def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
-    """Adds outcomes to a part, and says how many rows were answered and how many were not."""
+    """Add outcomes to a part. Return the numbers of answered and of failed rows."""
     ok = failed = 0
     for prepared, outcomes in ready:
-        blamed = [each for each in outcomes if isinstance(each, FailedRow)]
+        failed_rows = [each for each in outcomes if isinstance(each, FailedRow)]
         for answered in (each for each in outcomes if isinstance(each, AnsweredRows)):
-            refused = _add(part, chunk, prepared, answered)
-            ok += len(answered.rows) - len(refused)
-            blamed += refused
-        if blamed:
-            part.add_dead(about(chunk, prepared.piece, [each.row for each in blamed]), [each.dead for each in blamed])
-            failed += len(blamed)
+            rejected = _add(part, chunk, prepared, answered)
+            ok += len(answered.rows) - len(rejected)
+            failed_rows += rejected
+        if failed_rows:
+            part.add_dead(
+                about(chunk, prepared.piece, [each.row for each in failed_rows]), [each.error for each in failed_rows]
+            )
+            failed += len(failed_rows)
     return ok, failed
 
 
 def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredRows) -> list[FailedRow]:
-    """Adds the rows of an answer; gives those that have no place in a part."""
+    """Add the rows of an answer. Return the rows that cannot be written."""
     rows = list(answered.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
     try:
@@ -244,12 +247,12 @@ def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredR
             AnsweredRows((row,), {name: array[n : n + 1] for name, array in answered.outputs.items()}, answered.version)
             for n, row in enumerate(rows)
         )
-        return [refused for one in each for refused in _add(part, chunk, prepared, one)]
+        return [rejected for one in each for rejected in _add(part, chunk, prepared, one)]
     return []
 
 
 def about(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> RowOrigins:
-    """Which rows of the batch these rows of a piece are."""
+    """Return the origins of rows of a piece, numbered through the whole batch."""
     first = chunk.first + piece.first - chunk.span.row
     if piece.sources is None:
         return RowOrigins(

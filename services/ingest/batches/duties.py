@@ -1,12 +1,13 @@
-"""What is done for a batch as a whole, by one instance at a time: its inputs are listed, its chunks planned, and in the
-end it is said what came of it. Each can be broken off anywhere and done again.
+"""Duties of a batch, done by one instance at a time: list the inputs, plan the chunks, write the summary.
 
-    <output>/_batch.json        whose output it is
-             _inputs.jsonl      the inputs, as they were pinned
-             part-*.parquet     answers
-             _dead/part-*       rows without one
-             _manifest.json     the parts
-             _summary.json      how many rows, how fast, what failed
+Each duty may be interrupted anywhere and done again. Files of the output:
+
+    <output>/_batch.json        marker: the batch that owns the output
+             _inputs.jsonl      the pinned inputs
+             part-*.parquet     answered rows
+             _dead/part-*       failed rows
+             _manifest.json     the list of parts
+             _summary.json      counts, speed, failures
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, InvalidArgument
 
 MARKER_BYTES = 64 << 10
+# Chunks in one write; chunks that are written can run while the rest is planned.
 _PLANNED_AT_ONCE = 64
-# Chunks that are made durable in one write; those that are can be run already.
 
 
 class Duties:
-    """Does them."""
+    """Executes the duties of batches."""
 
     def __init__(
         self,
@@ -70,11 +71,11 @@ class Duties:
         self._folder = folder
 
     async def do(self, batch: Batch, duty: Duty) -> None:
-        """Does one duty of a batch, whose lease the caller holds and renews.
+        """Do one duty of a batch, whose lease the caller holds and renews.
 
         Raises:
-            InvalidArgument, DataLoss, NotFound: the inputs are at fault. AlreadyExists: the output is another's.
-            Unavailable and others: it cannot be done now.
+            InvalidArgument, DataLoss, NotFound: the inputs are bad. AlreadyExists: the output is another batch's.
+            Unavailable and others: the duty cannot be done now.
         """
         if duty is Duty.LIST:
             await self._list(batch)
@@ -86,7 +87,7 @@ class Duties:
     async def _list(self, batch: Batch) -> None:
         assert batch.lease is not None
         await self._threads.run(mark, self._locations, batch)
-        # Under a name of its own until the book says that it counts: another instance may be at it, too.
+        # Another instance may list too, so the file has the lease's name until the batch records which one counts.
         url = batch.output_url(STAGING, f"inputs-{batch.lease.id}.jsonl")
         files = await self._threads.run(self._write_listing, batch, url)
         entry = await self._threads.run(self._locations.stat, url)
@@ -114,9 +115,9 @@ class Duties:
                 return
 
     async def _append(self, chunks: Iterator[Chunk]) -> bool:
-        """Adds all chunks to the plan. False: somebody else has gone on with it, so that it must be read again."""
-        while some := await self._threads.run(_some, chunks):
-            if not await self._chunks.append(some):
+        """Add all chunks to the plan. False: another instance has extended the plan, so it must be read again."""
+        while group := await self._threads.run(_next_group, chunks):
+            if not await self._chunks.append(group):
                 return False
         return True
 
@@ -147,10 +148,10 @@ class Duties:
 
 
 def mark(locations: InputLocations, batch: Batch) -> None:
-    """Makes the output the batch's own.
+    """Mark the output as the batch's own.
 
     Raises:
-        AlreadyExists: it is another's.
+        AlreadyExists: the output belongs to another batch.
     """
     marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
     try:
@@ -164,10 +165,10 @@ def mark(locations: InputLocations, batch: Batch) -> None:
 
 
 def owner_of(locations: InputLocations, output: str) -> str:
-    """The batch that an output belongs to.
+    """Return the id of the batch that an output belongs to.
 
     Raises:
-        NotFound: it is nobody's. PermissionDenied, Unavailable.
+        NotFound: the output belongs to no batch. PermissionDenied, Unavailable.
     """
     try:
         return str(json.loads(locations.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
@@ -176,12 +177,12 @@ def owner_of(locations: InputLocations, output: str) -> str:
 
 
 def entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
-    """The files or objects that inputs stand for: a prefix (it ends with a slash) for what is below it.
+    """Yield the files or objects of the inputs. An input that ends with a slash is a prefix.
 
-    Of a prefix of files, those with the format's suffix count whose names do not begin with an underscore.
+    Below a prefix, a file counts when it has the format's suffix and its name does not begin with an underscore.
 
     Raises:
-        InvalidArgument: a prefix has none. NotFound: a file is not there.
+        InvalidArgument: a prefix has no such file. NotFound: a file does not exist.
     """
     for url in inputs:
         if not url.endswith("/"):
@@ -191,12 +192,12 @@ def entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> I
         first = next(found, None)
         if first is None:
             what = "an object" if kind is Format.OBJECTS else f"a {kind} file"
-            raise InvalidArgument(f"inputs: {url} has not {what} in it")
+            raise InvalidArgument(f"inputs: {url} does not contain {what}")
         yield from itertools.chain([first], found)
 
 
 def format_of(url: str) -> Format | None:
-    """The format that a file's name says."""
+    """Return the format of a file's suffix, or None when the suffix is unknown."""
     name = url.rpartition("/")[2]
     return SUFFIXES.get("." + name.rpartition(".")[2].lower()) if "." in name else None
 
@@ -206,7 +207,7 @@ def _is_of(url: str, kind: Format) -> bool:
 
 
 async def write_manifest(path: Path, batch: Batch, done: AsyncIterator[Document]) -> None:
-    """Says which parts there are, one line for each, in the order of the rows."""
+    """Write the manifest: one line for each part, in the order of the rows."""
     with path.open("w") as file:
         head = {"batch": batch.id, "inputs": batch.inputs, "model": batch.model_name}
         file.write(json.dumps(head)[:-1] + ', "parts": [')
@@ -232,7 +233,7 @@ def _part_of(document: Document) -> dict[str, Any]:
 
 
 def summary_of(batch: Batch, ending: Ending) -> dict[str, Any]:
-    """What came of a batch, as its summary has it."""
+    """Return the summary of a batch, as JSON values."""
     totals = batch.totals or Totals()
     seconds = seconds_of(batch, batch.ended_at or batch.updated_at)
     return {
@@ -258,5 +259,5 @@ def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _some(chunks: Iterator[Chunk]) -> list[Chunk]:
+def _next_group(chunks: Iterator[Chunk]) -> list[Chunk]:
     return list(itertools.islice(chunks, _PLANNED_AT_ONCE))

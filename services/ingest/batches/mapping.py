@@ -1,4 +1,4 @@
-"""Which column feeds which input of the model, and whether the files are fit for that: said before anything runs."""
+"""Mapping of columns to model inputs, and checks that the files fit it, done before the batch runs."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from services.ingest.batches.rows.signature import Signature, Spec
 from shoal.errors import DataLoss, InvalidArgument
 
 SAMPLE_ROWS = 50
-"""Of JSON Lines, which say nothing about themselves: the first rows stand for all."""
+"""First rows of a JSON Lines file from which the columns and their types are inferred, as the format has no schema."""
 _AS_JSON = {b"shoal": b"json"}
 
 
 @dataclass(frozen=True)
 class RequestedColumns:
-    """What is read of each row."""
+    """Columns that are read of each row."""
 
     inputs: tuple[tuple[Spec, str], ...]
-    """Inputs of the model, and the column that feeds each."""
+    """Pairs: an input of the model, and the column that feeds it."""
     kept: Any
-    """The schema (Arrow) of the columns that are carried over."""
+    """Arrow schema of the columns that are carried over."""
 
     @classmethod
     def of(cls, batch: Batch) -> RequestedColumns:
-        """What a batch wants."""
+        """Return the requested columns of a batch."""
         specs = {spec.name: spec for spec in batch.signature.inputs}
         kept = pa.ipc.read_schema(pa.BufferReader(batch.kept)) if batch.kept else pa.schema([])
         return cls(tuple((specs[name], column) for name, column in batch.columns), kept)
 
     @property
     def columns(self) -> frozenset[str]:
-        """All columns that are read."""
+        """Names of all columns that are read."""
         return frozenset(column for _, column in self.inputs) | frozenset(self.kept.names)
 
 
 def result_columns(batch: Batch) -> Columns:
-    """What the parts of a batch have."""
+    """Return the columns of a batch's parts."""
     kept = {field.name: field.type for field in RequestedColumns.of(batch).kept}
     return Columns(batch.signature.outputs, frozenset(batch.texts), kept)
 
@@ -60,14 +60,15 @@ def result_columns(batch: Batch) -> Columns:
 def map_columns(
     model: str, signature: Signature, given: Mapping[str, str], available: Sequence[str]
 ) -> tuple[tuple[Spec, str], ...]:
-    """Each input of the model with its column: the one that is `given`, else the one of its name. Optional inputs
-    without a column are left out.
+    """Return each input of the model with its column: from `given`, else the column of the input's name.
+
+    Optional inputs without a column are left out.
 
     Raises:
-        InvalidArgument: says what the model takes, and what there is.
+        InvalidArgument: a column is missing; the message names the model's inputs and the available columns.
     """
     specs = {spec.name: spec for spec in signature.inputs}
-    there = ", ".join(sorted(available)) or "none"
+    columns = ", ".join(sorted(available)) or "none"
     for name in given:
         if name not in specs:
             raise InvalidArgument(f"columns: model {model!r} has no input {name!r}: it takes {signature.takes}")
@@ -80,18 +81,20 @@ def map_columns(
             hint = "" if name in given else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
             raise InvalidArgument(
                 f"columns: input {name!r} of model {model!r} needs a column {column!r}, "
-                f"and the inputs have the columns {there}{hint}"
+                f"and the inputs have the columns {columns}{hint}"
             )
     if not found:
-        raise InvalidArgument(f"columns: nothing feeds model {model!r}: it takes {signature.takes}, there are {there}")
+        raise InvalidArgument(
+            f"columns: no column feeds model {model!r}: it takes {signature.takes}, there are {columns}"
+        )
     return tuple(found)
 
 
 def object_columns(model: str, signature: Signature, given: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
-    """The same for a prefix of objects: the one input of BYTES takes the content.
+    """Map the columns of a prefix of objects: a single required BYTES input gets the content by default.
 
     Raises:
-        InvalidArgument: it is not clear which takes what.
+        InvalidArgument: the mapping is ambiguous, or a column is missing.
     """
     texts = [spec.name for spec in signature.inputs if spec.datatype == "BYTES" and not spec.is_optional]
     if not given and len(texts) == 1:
@@ -103,10 +106,10 @@ def object_columns(model: str, signature: Signature, given: Mapping[str, str]) -
 
 
 def available_columns(kind: Format, file: BinaryIO) -> list[str]:
-    """The columns of a file; of JSON Lines, of its first rows.
+    """Return the names of a file's columns; for JSON Lines, those of its first rows.
 
     Raises:
-        InvalidArgument: it is not what its format says.
+        InvalidArgument: the file is not of the format `kind`.
     """
     if kind is Format.PARQUET:
         return list(open_parquet(file).schema_arrow.names)
@@ -116,10 +119,10 @@ def available_columns(kind: Format, file: BinaryIO) -> list[str]:
 
 
 def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
-    """The types of the columns that are carried over, as this file has them.
+    """Return the Arrow schema of the columns `names`, with the types of this file.
 
     Raises:
-        InvalidArgument: it has no such column.
+        InvalidArgument: the file has no such column.
     """
     if kind is Format.OBJECTS:
         if names:
@@ -157,7 +160,7 @@ def check_file(kind: Format, file: BinaryIO, requested: RequestedColumns) -> Non
 
 
 def kept_arrays(requested: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
-    """The columns that are carried over as Arrow arrays, and the rows that do not fit their types."""
+    """Return the columns that are carried over as Arrow arrays, and the errors of rows that do not fit their types."""
     arrays: dict[str, Any] = {}
     errors: dict[int, str] = {}
     for field in requested.kept:
@@ -178,14 +181,14 @@ def _array(field: Any, values: Any, errors: dict[int, str]) -> Any:
         return pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         pass
-    fit_for: list[Any] = []
+    scalars: list[Any] = []
     for row, value in enumerate(values):
         try:
-            fit_for.append(pa.scalar(value, field.type))
+            scalars.append(pa.scalar(value, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             errors[row] = f"column {field.name!r}: {str(value)[:80]!r} is not {field.type}, as the first rows are"
-            fit_for.append(pa.scalar(None, field.type))
-    return pa.array(fit_for, field.type)
+            scalars.append(pa.scalar(None, field.type))
+    return pa.array(scalars, field.type)
 
 
 def _decoded(array: Any) -> Any:
@@ -214,7 +217,8 @@ def _check_type(spec: Spec, column: str, kind: Any) -> None:
         shape.append(leaf.list_size if pa.types.is_fixed_size_list(leaf) else -1)
         leaf = leaf.value_type
     if isinstance(leaf, pa.BaseExtensionType):
-        return  # Its storage says more than its type; each row is looked at.
+        # The type of an extension does not show the shape of its storage; each row is checked instead.
+        return
     is_text = pa.types.is_string(leaf) or pa.types.is_binary(leaf) or pa.types.is_large_string(leaf)
     is_text = is_text or pa.types.is_large_binary(leaf) or pa.types.is_fixed_size_binary(leaf)
     is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
@@ -224,7 +228,7 @@ def _check_type(spec: Spec, column: str, kind: Any) -> None:
 
 
 def _may_fit(shape: Sequence[int], requested: Sequence[int]) -> bool:
-    """Whether cells of `shape` (-1: any length) may be rows of the shape that is wanted."""
+    """Return True when cells of `shape` (-1: any length) may be rows of the expected shape."""
     if len(shape) == len(requested) and all(
         -1 in pair or pair[0] == pair[1] for pair in zip(shape, requested, strict=True)
     ):
@@ -252,7 +256,8 @@ def _check_lines(file: BinaryIO, requested: RequestedColumns) -> None:
     try:
         piece = JsonLines(file, requested.columns).read(SAMPLE_ROWS)
     except DataLoss:
-        return  # An empty file has no rows, which is no mistake.
+        # An empty file is valid: it has no rows.
+        return
     errors = dict(piece.errors)
     for spec, column in requested.inputs:
         for row, reason in fit(spec, piece.columns[column]).errors.items():

@@ -1,4 +1,4 @@
-"""Batches as shoal.ingest.v1 shows them."""
+"""Conversion of batches to messages of shoal.ingest.v1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORMATS = {kind: f"BATCH_FORMAT_{kind.name}" for kind in Format}
 
 
 def message_of(view: View, now: datetime) -> pb.Batch:
-    """The message of a batch."""
+    """Return the message of a batch."""
     batch, totals = view.batch, view.totals
     seconds = seconds_of(batch, now)
     message = pb.Batch(
@@ -60,7 +60,7 @@ def message_of(view: View, now: datetime) -> pb.Batch:
 
 
 def state_of(number: int) -> BatchState | None:
-    """The state that a filter asks for; None for unspecified.
+    """Return the state of a filter; None for unspecified.
 
     Raises:
         InvalidArgument: the number is not a state.

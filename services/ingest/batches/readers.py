@@ -1,4 +1,4 @@
-"""Files of a batch, opened as they were pinned, and read row by row."""
+"""Readers of a batch's files, which check that each file is still the pinned version."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from services.ingest.batches.mapping import RequestedColumns
 from shoal.errors import DataLoss, ShoalError
 
 _Key: TypeAlias = tuple[str, str, str]
+# Readers that stay open: one for each running chunk, and some for batches that alternate.
 _KEPT = 4
-# Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
 
-def opened(locations: InputLocations, entry: Entry) -> BinaryIO:
-    """A file, as it was pinned. The caller closes it.
+def open_pinned(locations: InputLocations, entry: Entry) -> BinaryIO:
+    """Open a pinned file. The caller closes it.
 
     Raises:
-        DataLoss: it has changed since. NotFound: it is gone. PermissionDenied, Unavailable.
+        DataLoss: the file has changed. NotFound: it was removed. PermissionDenied, Unavailable.
     """
     check_pinned(locations, entry)
     return locations.open(entry)
 
 
 def check_pinned(locations: InputLocations, entry: Entry) -> None:
-    """Whether a file is still what it was when it was pinned. Raises as `opened` does."""
+    """Check that a file is still the pinned version. Raises as `open_pinned` does."""
     _check_same(entry, locations.stat(entry.url))
 
 
@@ -46,7 +46,7 @@ def _check_same(entry: Entry, now: Entry) -> None:
 
 
 def read_pinned(locations: InputLocations, entry: Entry) -> bytes:
-    """All of a small file, as it was pinned. Raises as `opened` does."""
+    """Return the content of a small pinned file. Raises as `open_pinned` does."""
     now, data = locations.fetch(entry.url)
     _check_same(entry, now)
     return data
@@ -54,7 +54,7 @@ def read_pinned(locations: InputLocations, entry: Entry) -> bytes:
 
 @contextmanager
 def named(entry: Entry) -> Iterator[None]:
-    """Errors inside the block say which file they are about."""
+    """Add the file's URL to errors that are raised inside the block."""
     try:
         yield
     except ShoalError as err:
@@ -64,31 +64,32 @@ def named(entry: Entry) -> Iterator[None]:
 
 
 class ReaderCache:
-    """Readers that stay open between chunks that follow each other. They block: for threads, any number of them."""
+    """Cache of readers that stay open between consecutive chunks. Its methods block; they are safe in any thread."""
 
     def __init__(self, locations: InputLocations) -> None:
         self._locations = locations
         self._lock = threading.Lock()
         self._kept: list[tuple[_Key, Rows]] = []
 
-    def take(self, batch: Batch, chunk: Chunk) -> Rows:
-        """A reader at the first row of a chunk. The caller keeps it for the next chunk, or closes it.
+    def acquire(self, batch: Batch, chunk: Chunk) -> Rows:
+        """Return a reader at the first row of a chunk. The caller releases or closes it.
 
         Raises:
-            DataLoss: the file has changed, or is broken. NotFound: it is gone. PermissionDenied, Unavailable.
+            DataLoss: the file has changed, or is broken. NotFound: it was removed. PermissionDenied, Unavailable.
         """
         with named(chunk.entry):
-            rows = self._spare(_key(batch, chunk)) or self._open(batch, chunk)
+            rows = self._cached(_key(batch, chunk)) or self._open(batch, chunk)
             try:
-                check_pinned(self._locations, chunk.entry)  # One that is kept may see what was written since.
+                # A cached reader may see later changes of its file.
+                check_pinned(self._locations, chunk.entry)
                 rows.seek(chunk.span.row, chunk.span.offset)
             except BaseException:
                 rows.close()
                 raise
             return rows
 
-    def keep(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
-        """Takes back a reader that did not fail. Raises as `take` does: then what it has read does not count."""
+    def release(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
+        """Return a reader to the cache. Raises as `acquire` does when the file changed: the rows read are invalid."""
         with named(chunk.entry):
             try:
                 check_pinned(self._locations, chunk.entry)
@@ -103,13 +104,13 @@ class ReaderCache:
             each.close()
 
     def close(self) -> None:
-        """Closes all."""
+        """Close all cached readers."""
         with self._lock:
             kept, self._kept = self._kept, []
         for _, rows in kept:
             rows.close()
 
-    def _spare(self, key: _Key) -> Rows | None:
+    def _cached(self, key: _Key) -> Rows | None:
         with self._lock:
             for index, (known, rows) in enumerate(self._kept):
                 if known == key:
@@ -118,7 +119,7 @@ class ReaderCache:
         return None
 
     def _open(self, batch: Batch, chunk: Chunk) -> Rows:
-        file = opened(self._locations, chunk.entry)
+        file = open_pinned(self._locations, chunk.entry)
         if batch.format is Format.OBJECTS:
             return ObjectRows(file, lambda entry: read_pinned(self._locations, entry))
         return rows_of(batch.format, file, RequestedColumns.of(batch).columns)
@@ -129,7 +130,7 @@ def _key(batch: Batch, chunk: Chunk) -> _Key:
 
 
 def rows_of(kind: Format, file: BinaryIO, columns: frozenset[str]) -> Rows:
-    """A reader of a file of rows, which closes it."""
+    """Return a reader of a file of rows; the reader closes the file."""
     if kind is Format.PARQUET:
         return ParquetRows(file, columns)
     if kind is Format.NPZ:

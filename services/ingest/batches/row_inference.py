@@ -1,12 +1,12 @@
-"""Stacks of rows go to the model until each row has an answer, or is to blame for having none.
+"""Inference for the rows of a chunk: stacks of rows are sent to the model until each row is answered or failed.
 
     stack ──> answered
-      │  nobody there, shed, model not there yet: again after a wait; after PATIENCE_S the chunk is given back
-      │  the request is at fault (a code that no retry can mend): its halves; a row by itself is dead
-      │  anything else: its halves; a row by itself is tried again, and dead when it is out of attempts
-      └─ an instance died under it: the same, but alone: nothing else of ours is under way meanwhile
+      │  model unavailable or shedding load: retried after a wait; after MODEL_WAIT_S the chunk is released
+      │  permanent error: bisected; a row that is sent by itself fails
+      │  any other error: bisected; a row by itself is retried, and fails when its attempts are used up
+      └─ the model's instance died: bisected too, and sent exclusively, with no other request of this instance
 
-So a row that kills whoever runs it takes no other row with it: only what happens to a row by itself is held against it.
+A poison row fails no other row: only failures of a request with a single row count against that row.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
 from shoal.oip.tensors import Array
 
-_AWAY = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
-# The model is not there (yet, or any more), or has no room: no row is to blame, however long it lasts.
-_KILLED = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
+# The model is not loaded, or has no capacity: no row is at fault, however long it lasts.
+_MODEL_UNAVAILABLE = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
+_INSTANCE_LOST = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
 
 
 MODEL_WAIT_S = 10.0
-"""How long a chunk waits for a model that is not there; then it makes room for chunks of other models. A model that
-restarts is back by then, and no row was run for nothing."""
+"""Time that a chunk waits for an unavailable model before it is released in favour of other models' chunks. A model
+that restarts is ready again within this time, so answered rows are not discarded."""
 
 
 class InferenceClient(Protocol):
-    """infer, as a call needs it."""
+    """Interface to infer."""
 
     async def infer(
         self, request: bytes, timeout_s: float, tenant: str = ""
     ) -> inference_pb2.ModelInferResponse | Failure:
-        """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
+        """Run one serialised ModelInferRequest, once. A failed call is returned as Failure, never raised."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredRows:
-    """Rows with one answer: arrays by output name, whose first dimension is the rows."""
+    """Rows that one response answered: arrays by output name, whose first dimension is the rows."""
 
     rows: tuple[int, ...]
     outputs: dict[str, Array]
@@ -57,15 +57,15 @@ class AnsweredRows:
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
-    """A row without an answer."""
+    """Row without an answer."""
 
     row: int
-    dead: RowError
+    error: RowError
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Decision: the same stack again, after a wait."""
+    """Decision: retry the same stack after `ms`."""
 
     ms: float
     is_counted: bool
@@ -73,7 +73,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Decision: its halves, each by itself."""
+    """Decision: send the two halves separately."""
 
     is_exclusive: bool
 
@@ -81,46 +81,47 @@ class Split:
 def decide(
     failure: Failure, *, rows: int, attempts: int, refusals: int, policy: Policy, drawn: float
 ) -> Wait | Split | RowError:
-    """What becomes of a stack that failed; `attempts` counts those that failed by themselves, this one included."""
-    if not failure.is_reached or failure.code in _AWAY:
+    """Decide about a failed stack; `attempts` counts the failures that are the stack's own, this one included."""
+    if not failure.is_reached or failure.code in _MODEL_UNAVAILABLE:
         return Wait(max(refused_wait_ms(refusals, drawn), failure.retry_after_ms), False)
     if rows > 1:
-        return Split(failure.code in _KILLED)
+        return Split(failure.code in _INSTANCE_LOST)
     if failure.code in PERMANENT or attempts >= policy.max_attempts:
         return RowError(name_of(failure.code), failure.message, attempts)
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
 class RequestSlots:
-    """At most `most` calls at once, or one that is alone."""
+    """Limit on concurrent requests: at most `limit`, or a single exclusive one."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._locations = asyncio.Semaphore(most)
-        self._turn = asyncio.Lock()
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = asyncio.Semaphore(limit)
+        self._acquiring = asyncio.Lock()
 
     @asynccontextmanager
-    async def one(self, *, exclusive: bool) -> AsyncIterator[None]:
-        """A place for one call; with `alone` all of them."""
-        taken = 0
+    async def acquired(self, *, exclusive: bool) -> AsyncIterator[None]:
+        """Hold one slot for the block; with `exclusive` all slots."""
+        count = 0
         try:
-            async with self._turn:  # Two that want all would each hold a part for ever.
-                for _ in range(self._most if exclusive else 1):
-                    await self._locations.acquire()
-                    taken += 1
+            # Without the lock, two exclusive requests could deadlock, each with some of the slots.
+            async with self._acquiring:
+                for _ in range(self._limit if exclusive else 1):
+                    await self._free.acquire()
+                    count += 1
             yield
         finally:
-            for _ in range(taken):
-                self._locations.release()
+            for _ in range(count):
+                self._free.release()
 
 
 class RowInference:
-    """Calls a model for the rows of one chunk."""
+    """Sends the rows of one chunk to a model."""
 
     def __init__(
         self,
         model: InferenceClient,
-        asked: ModelTarget,
+        target: ModelTarget,
         slots: RequestSlots,
         *,
         policy: Policy,
@@ -130,7 +131,7 @@ class RowInference:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._model = model
-        self._asked = asked
+        self._target = target
         self._slots = slots
         self._policy = policy
         self._timeout_s = timeout_s
@@ -141,44 +142,44 @@ class RowInference:
     async def answer(
         self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool = False
     ) -> list[AnsweredRows | FailedRow]:
-        """What came of the rows of a stack, in their order.
+        """Return the outcomes of the rows of a stack, in their order.
 
         Raises:
-            Unavailable: nobody could be asked for too long.
+            Unavailable: the model was unavailable for longer than `model_wait_s`.
         """
         attempts = refusals = 0
         give_up_at = None
         while True:
-            async with self._slots.one(exclusive=is_exclusive):
-                got = await self._once(inputs, stack)
-            if isinstance(got, AnsweredRows):
+            async with self._slots.acquired(exclusive=is_exclusive):
+                outcome = await self._send(inputs, stack)
+            if isinstance(outcome, AnsweredRows):
                 self._on_wait("")
-                return [got]
-            attempts += got.is_reached and got.code not in _AWAY
-            how = decide(
-                got,
+                return [outcome]
+            attempts += outcome.is_reached and outcome.code not in _MODEL_UNAVAILABLE
+            decision = decide(
+                outcome,
                 rows=len(stack.rows),
                 attempts=attempts,
                 refusals=refusals,
                 policy=self._policy,
                 drawn=self._draw(),
             )
-            if isinstance(how, RowError):
-                return [FailedRow(stack.rows[0], how)]
-            is_exclusive = is_exclusive or (got.code in _KILLED and got.is_reached)
-            if isinstance(how, Split):
-                return await self._halves(inputs, stack, is_exclusive=how.is_exclusive or is_exclusive)
-            refusals += not how.is_counted
-            if how.is_counted:
+            if isinstance(decision, RowError):
+                return [FailedRow(stack.rows[0], decision)]
+            is_exclusive = is_exclusive or (outcome.code in _INSTANCE_LOST and outcome.is_reached)
+            if isinstance(decision, Split):
+                return await self._halves(inputs, stack, is_exclusive=decision.is_exclusive or is_exclusive)
+            refusals += not decision.is_counted
+            if decision.is_counted:
                 give_up_at = None
             else:
-                why = f"{name_of(got.code)}: {got.message}"[:300]
-                self._on_wait(why)
+                reason = f"{name_of(outcome.code)}: {outcome.message}"[:300]
+                self._on_wait(reason)
                 now = asyncio.get_running_loop().time()
                 give_up_at = give_up_at or now + self._model_wait_s
                 if now > give_up_at:
-                    raise Unavailable(f"model {self._asked.model_name!r} cannot be asked: {why}")
-            await asyncio.sleep(how.ms / 1000)
+                    raise Unavailable(f"model {self._target.model_name!r} is unavailable: {reason}")
+            await asyncio.sleep(decision.ms / 1000)
 
     async def _halves(
         self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool
@@ -189,13 +190,15 @@ class RowInference:
             *await self.answer(inputs, second, is_exclusive=is_exclusive),
         ]
 
-    async def _once(self, inputs: Sequence[Fitted], stack: Stack) -> AnsweredRows | Failure:
-        got = await self._model.infer(request_of(self._asked, inputs, stack), self._timeout_s, self._asked.tenant)
-        if isinstance(got, Failure):
-            return got
+    async def _send(self, inputs: Sequence[Fitted], stack: Stack) -> AnsweredRows | Failure:
+        response = await self._model.infer(
+            request_of(self._target, inputs, stack), self._timeout_s, self._target.tenant
+        )
+        if isinstance(response, Failure):
+            return response
         try:
-            outputs = outputs_of(self._asked.signature, got, len(stack.rows))
+            outputs = outputs_of(self._target.signature, response, len(stack.rows))
         except DataLoss as err:
-            # It promises one thing and answers another: a further attempt would not help.
+            # The response contradicts the model's metadata: a retry would not help.
             return Failure(Code.FAILED_PRECONDITION, err.message)
-        return AnsweredRows(stack.rows, dict(outputs), got.model_version[:32])
+        return AnsweredRows(stack.rows, dict(outputs), response.model_version[:32])

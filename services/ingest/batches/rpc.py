@@ -1,4 +1,4 @@
-"""The calls about batches."""
+"""RPC methods for batches."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class BatchesRpc:
-    """A part of the servicer."""
+    """Servicer mixin: the batch methods of IngestService."""
 
     def __init__(self, batches: Batches | None) -> None:
         self._batches = batches
 
     @property
-    def _there(self) -> Batches:
+    def _enabled(self) -> Batches:
         if self._batches is None:
             raise Unimplemented("this node runs no batches: they need Arrow; install shoal[parquet] for ingest")
         return self._batches
 
     @property
     def _control(self) -> BatchControl:
-        return self._there.control
+        return self._enabled.control
 
-    def _told(self, view: View) -> pb.Batch:
-        return message_of(view, self._there.clock())
+    def _message(self, view: View) -> pb.Batch:
+        return message_of(view, self._enabled.clock())
 
     async def SubmitBatch(self, request: pb.SubmitBatchRequest, context: Context) -> pb.SubmitBatchResponse:
         batch, existed = await self._there.submissions.submit(request)

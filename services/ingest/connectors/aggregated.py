@@ -45,7 +45,7 @@ def _message_class() -> Any:
 _AggregatedRecord = _message_class()
 
 
-class Packed:
+class AggregatedMessages:
     """The messages of one record: (partition key, value) of each, in order."""
 
     def __init__(self, record: Any) -> None:
@@ -60,7 +60,7 @@ class Packed:
             yield keys[each.partition_key_index], each.data
 
 
-def opened(data: bytes) -> Packed | None:
+def opened(data: bytes) -> AggregatedMessages | None:
     """What a record of the library holds. None for any other record, one that only begins like it among them."""
     if not data.startswith(_MAGIC):
         return None
@@ -74,4 +74,4 @@ def opened(data: bytes) -> Packed | None:
         return None
     if any(each.partition_key_index >= len(record.partition_key_table) for each in record.records):
         return None
-    return Packed(record)
+    return AggregatedMessages(record)

@@ -36,7 +36,7 @@ VALIDATOR: Mapping[str, Any] = {
 }
 
 
-class Checkpoints:
+class CheckpointRepository:
     """The checkpoints of one stream of one connector, for instance `me`."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Checkpoints:
             )
         return written.matched_count == 1
 
-    async def give_back(self, shard: str, lease: str) -> None:
+    async def release(self, shard: str, lease: str) -> None:
         """Lets go of a shard: whoever wants it has it at once."""
         with translated("giving a shard back"):
             await self._collection.update_one(

@@ -17,10 +17,10 @@ from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
 
 from mesh.process.tasks import Background
-from services.ingest.connectors.connector_spec import ConnectorPlan, Parts, Sink
+from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints, Sink
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
-from services.ingest.connectors.progress import Progress
+from services.ingest.connectors.outcome import MessageFailure, answered, dead_letter, failed_of, submit_of
+from services.ingest.connectors.progress import ConnectorProgress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
@@ -62,7 +62,7 @@ class Connector(Background):
     """Runs a plan until its block ends. Whoever is away, it waits."""
 
     def __init__(
-        self, plan: ConnectorPlan, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: Progress
+        self, plan: ConnectorSpec, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: ConnectorProgress
     ) -> None:
         self._plan = plan
         self._intake = intake
@@ -74,27 +74,27 @@ class Connector(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        pause = Pause()
+        pause = Backoff()
         while True:
             before = self.progress.settled
             try:
                 await self._serve(self._plan.open())
             except* ShoalError as group:
-                self._troubled(_first(group))
+                self._log_problem(_first(group))
             except* Exception as group:
                 log.exception("connector %s", self._plan.name, exc_info=group)
                 self.progress.trouble("an unexpected error: the log has the cause")
-            pause = Pause() if self.progress.settled > before else pause
+            pause = Backoff() if self.progress.settled > before else pause
             self.progress.stopped()
             await pause.sleep()
 
-    async def _serve(self, parts: Parts) -> None:
+    async def _serve(self, parts: Endpoints) -> None:
         window = Window(self._plan.max_in_flight, self._plan.max_bytes)
         async with AsyncExitStack() as stack:
             for part in (parts.dead_letters, parts.sink, parts.source):
                 if part is not None:
                     await stack.enter_async_context(part)
-            self.progress.started(parts.source.standing)
+            self.progress.started(parts.source.status)
             async with asyncio.TaskGroup() as tasks:
                 while True:
                     for message in await parts.source.receive(await self._room()):
@@ -108,11 +108,11 @@ class Connector(Background):
             await self._freed.wait()
         return min(room, _RECEIVED_AT_ONCE)
 
-    def _begin(self, tasks: asyncio.TaskGroup, message: Message, parts: Parts, window: Window) -> None:
+    def _begin(self, tasks: asyncio.TaskGroup, message: Message, parts: Endpoints, window: Window) -> None:
         self.progress.received()
-        task = tasks.create_task(self._see_through(message, parts))
+        task = tasks.create_task(self._process(message, parts))
         self._under_way.setdefault(message.lane, set()).add(task)
-        message.lane.on_lost = self._give_up
+        message.lane.on_revoked = self._give_up
 
         # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
         def left(_: object) -> None:
@@ -124,44 +124,46 @@ class Connector(Background):
                 del self._under_way[message.lane]
 
         task.add_done_callback(left)
-        if message.lane.is_lost:
+        if message.lane.is_revoked:
             task.cancel()
 
     def _give_up(self, lane: Partition) -> None:
         for task in self._under_way.get(lane, ()):
             task.cancel()
 
-    async def _see_through(self, message: Message, parts: Parts) -> None:
+    async def _process(self, message: Message, parts: Endpoints) -> None:
         is_dead = await self._deliver(message, await self._outcome(message), parts)
         parts.source.settle(message)
         self.progress.done(is_dead=is_dead)
 
-    async def _outcome(self, message: Message) -> store_pb2.Result | Failed:
+    async def _outcome(self, message: Message) -> store_pb2.Result | MessageFailure:
         """How the message's job ended, or why there is none."""
         try:
             submit = submit_of(self._plan, message)
         except InvalidArgument as err:
-            return Failed(err.code, err.message)
+            return MessageFailure(err.code, err.message)
         accepted = await self._accepted(submit)
-        if isinstance(accepted, Failed):
+        if isinstance(accepted, MessageFailure):
             return accepted
         await self._endings.until_ended(accepted.job.id, is_old=accepted.existed)
         try:
-            return (await self._patiently(lambda: self._endings.result(accepted.job.id))).result
+            return (await self._retry_until_available(lambda: self._endings.result(accepted.job.id))).result
         except ShoalError as err:
             if err.code not in (Code.NOT_FOUND, Code.DATA_LOSS):
                 raise
-            return Failed(err.code, err.message, accepted.job.id)
+            return MessageFailure(err.code, err.message, accepted.job.id)
 
-    async def _accepted(self, submit: pb.SubmitRequest) -> Accepted | Failed:
+    async def _accepted(self, submit: pb.SubmitRequest) -> Accepted | MessageFailure:
         async def submitted() -> Accepted:
             return await (await self._intake.begin_when_there_is_room(submit))
 
         try:
-            return await self._patiently(submitted)
+            return await self._retry_until_available(submitted)
         except AlreadyExists:
             # The same message, submitted when the connector was set up otherwise. Its job stands.
-            earlier = await self._patiently(lambda: self._intake.by_key(submit.tenant, submit.idempotency_key))
+            earlier = await self._retry_until_available(
+                lambda: self._intake.by_key(submit.tenant, submit.idempotency_key)
+            )
             if earlier is not None:
                 return Accepted(earlier, True)
             await asyncio.sleep(_FIRST_WAIT_S)  # It was purged in between: its key is free again.
@@ -169,11 +171,11 @@ class Connector(Background):
         except ShoalError as err:
             if err.code not in PERMANENT:
                 raise
-            return Failed(err.code, err.message)
+            return MessageFailure(err.code, err.message)
 
-    async def _deliver(self, message: Message, outcome: store_pb2.Result | Failed, parts: Parts) -> bool:
+    async def _deliver(self, message: Message, outcome: store_pb2.Result | MessageFailure, parts: Endpoints) -> bool:
         """Sends what became of the message, and says whether that was to the dead letters."""
-        failed = outcome if isinstance(outcome, Failed) else failed_of(outcome)
+        failed = outcome if isinstance(outcome, MessageFailure) else failed_of(outcome)
         if failed is None and isinstance(outcome, store_pb2.Result):
             if parts.sink is None:
                 return False
@@ -184,7 +186,7 @@ class Connector(Background):
             except ShoalError as err:
                 if err.code not in (Code.INVALID_ARGUMENT, Code.DATA_LOSS):
                     raise
-                failed = Failed(err.code, f"the answer cannot be sent on: {err.message}", outcome.job_id)
+                failed = MessageFailure(err.code, f"the answer cannot be sent on: {err.message}", outcome.job_id)
         assert failed is not None
         try:
             await self._send(parts.dead_letters, dead_letter(self._plan, message, failed))
@@ -194,26 +196,26 @@ class Connector(Background):
         return True
 
     async def _send(self, sink: Sink, outgoing: Outgoing) -> None:
-        await self._patiently(lambda: sink.send(outgoing))
+        await self._retry_until_available(lambda: sink.send(outgoing))
 
-    async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
+    async def _retry_until_available(self, act: Callable[[], Awaitable[T]]) -> T:
         """What `act` returns, however long what it needs is away. Raises what waiting does not mend."""
-        pause = Pause()
+        pause = Backoff()
         while True:
             try:
                 return await act()
             except ShoalError as err:
                 if err.code not in _PASSING:
                     raise
-                self._troubled(err)
+                self._log_problem(err)
                 await pause.sleep(err.retry_after_ms)
 
-    def _troubled(self, err: ShoalError) -> None:
+    def _log_problem(self, err: ShoalError) -> None:
         if self.progress.trouble(err.message):
             log.warning("connector %s: %s", self._plan.name, err.message)
 
 
-class Pause:
+class Backoff:
     """Waits that double, with jitter."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Message, Outgoing
-from services.ingest.connectors.progress import PartitionStatus
+from services.ingest.connectors.progress import SourceStatus
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
@@ -22,7 +22,7 @@ class Source(AbstractAsyncContextManager[Any], Protocol):
     def settle(self, message: Message) -> None:
         """The message is done with: the source may forget it, once all before it in its lane are done with too."""
 
-    def standing(self) -> PartitionStatus:
+    def status(self) -> SourceStatus:
         """How far it is behind, by lane."""
 
 
@@ -38,7 +38,7 @@ class Sink(AbstractAsyncContextManager[Any], Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Endpoints:
     """A connector's ends, fresh for each start."""
 
     source: Source
@@ -48,12 +48,12 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectorPlan:
+class ConnectorSpec:
     """What a connector does."""
 
     name: str
     format: Format
-    open: Callable[[], Parts]
+    open: Callable[[], Endpoints]
     tenant: str = ""
     retry: pb.RetryPolicy = field(default_factory=pb.RetryPolicy)
     deadline_s: float | None = None

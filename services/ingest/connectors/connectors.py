@@ -18,10 +18,10 @@ from services.ingest.clock import Clock
 from services.ingest.connectors import settings
 from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, Ends, Submits
-from services.ingest.connectors.connector_spec import ConnectorPlan, Parts, Sink, Source
+from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints, Sink, Source
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.progress import Progress
-from services.ingest.connectors.reports import About
+from services.ingest.connectors.progress import ConnectorProgress
+from services.ingest.connectors.reports import ConnectorInfo
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ class Connectors:
         ready: asyncio.Event,
     ) -> None:
         self._connectors = {
-            name: Connector(plan_of(name, each, place), intake, endings, ready=ready, progress=Progress(place.clock))
+            name: Connector(
+                spec_of(name, each, place), intake, endings, ready=ready, progress=ConnectorProgress(place.clock)
+            )
             for name, each in configured.items()
         }
         self._about = {name: _about(name, each) for name, each in configured.items()}
         self._stack = AsyncExitStack()
 
-    def own(self) -> dict[str, tuple[About, Progress]]:
+    def own(self) -> dict[str, tuple[ConnectorInfo, ConnectorProgress]]:
         """What they are and how they get on, by name."""
         return {name: (self._about[name], connector.progress) for name, connector in self._connectors.items()}
 
@@ -71,23 +73,23 @@ class Connectors:
         await self._stack.__aexit__(kind, err, tb)
 
 
-def _about(name: str, configured: settings.ConnectorSettings) -> About:
-    return About(
+def _about(name: str, configured: settings.ConnectorSettings) -> ConnectorInfo:
+    return ConnectorInfo(
         name=name,
-        source=configured.source.words,
-        sink="" if configured.sink is None else configured.sink.words,
-        dead_letters=configured.dead_letters.words,
+        source=configured.source.label,
+        sink="" if configured.sink is None else configured.sink.label,
+        dead_letters=configured.dead_letters.label,
         model_name=configured.model,
         model_version=configured.version,
         tenant=configured.tenant,
     )
 
 
-def plan_of(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> ConnectorPlan:
+def spec_of(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> ConnectorSpec:
     """What a connector of these settings does."""
     inputs = dict(configured.inputs)
     form = Format(configured.format, configured.writes, configured.model, configured.version, inputs)
-    return ConnectorPlan(
+    return ConnectorSpec(
         name=name,
         format=form,
         open=lambda: _parts(name, configured, place),
@@ -100,8 +102,8 @@ def plan_of(name: str, configured: settings.ConnectorSettings, place: ConnectorC
     )
 
 
-def _parts(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> Parts:
-    return Parts(
+def _parts(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> Endpoints:
+    return Endpoints(
         source=_source(name, configured.source, place),
         dead_letters=_sink(configured.dead_letters),
         sink=None if configured.sink is None else _sink(configured.sink),

@@ -27,8 +27,8 @@ import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.offset_tracker import Ledger
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
+from services.ingest.connectors.offset_tracker import OffsetTracker
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
 from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ class KafkaSource:
         self._settled: deque[Message] = deque()
         self._failed: ShoalError | None = None
         # The thread's own:
-        self._lanes: dict[int, tuple[Partition, Ledger]] = {}
+        self._lanes: dict[int, tuple[Partition, OffsetTracker]] = {}
         self._committed: dict[int, int] = {}
         self._begins: dict[int, int] = {}
         """Where partitions begin of which nothing is committed."""
-        self._no_topic = self._not_committed = self._trouble = ""
+        self._no_topic = self._not_committed = self._problem = ""
         """What is wrong, each until it is seen to be well again."""
         # Written by the thread, read by anyone: swapped whole.
-        self._standing = PartitionStatus()
+        self._status = SourceStatus()
         self.is_paused = False
         """Nobody has asked for messages for a while."""
 
@@ -114,14 +114,14 @@ class KafkaSource:
     def settle(self, message: Message) -> None:
         self._settled.append(message)
 
-    def standing(self) -> PartitionStatus:
-        return self._standing
+    def status(self) -> SourceStatus:
+        return self._status
 
     def _serve(self, consumer: Any) -> None:
         """The thread."""
         try:
             consumer.subscribe(
-                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_revoked=self._on_lost
             )
             self._poll(consumer)
         except Exception as err:
@@ -133,7 +133,7 @@ class KafkaSource:
             except Exception as err:
                 log.warning("leaving topic %s: %s", self._topic, err)
             for lane, _ in self._lanes.values():
-                self._on_loop(lane.lose)
+                self._on_loop(lane.mark_revoked)
 
     def _poll(self, consumer: Any) -> None:
         asked_at = time.monotonic()
@@ -144,42 +144,42 @@ class KafkaSource:
                 self._commit(consumer)
                 next_commit = now + _COMMIT_S
             if now >= next_look:
-                self._look(consumer)
+                self._update_status(consumer)
                 next_look = now + _LAG_S
             if (wanted := self._wanted) is not None:
                 asked_at = now
                 if self.is_paused:
                     consumer.resume(consumer.assignment())
                     self.is_paused = False
-                self._hand_over(wanted, _consumed(consumer, wanted[0]))
+                self._deliver_messages(wanted, _consumed(consumer, wanted[0]))
             elif now - asked_at < _PAUSE_AFTER_S:
                 self._wake.wait(_POLL_S)
                 self._wake.clear()
             else:
                 consumer.pause(consumer.assignment())  # Again each time: a rebalance brings new ones, which are not.
                 self.is_paused = True
-                self._hand_back(consumer, consumer.poll(_POLL_S))
+                self._seek_back(consumer, consumer.poll(_POLL_S))
 
-    def _hand_over(self, wanted: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:
+    def _deliver_messages(self, wanted: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:
         messages = [made for each in consumed if (made := self._message(each)) is not None]
         if messages:
             self._wanted = None
             self._on_loop(_resolve, wanted[1], messages)
 
-    def _hand_back(self, consumer: Any, message: Any) -> None:
+    def _seek_back(self, consumer: Any, message: Any) -> None:
         """A message that came although everything is paused: it is fetched again."""
         if message is not None and message.error() is None:
             consumer.seek(TopicPartition(message.topic(), message.partition(), message.offset()))
 
     def _message(self, consumed: Any) -> Message | None:
         if (error := consumed.error()) is not None:
-            self._heard(error)
+            self._handle_error(error)
             return None
         if (held := self._lanes.get(consumed.partition())) is None:
             return None  # Of a partition that was just revoked.
         lane, ledger = held
         ledger.received(consumed.offset())
-        self._no_topic = self._trouble = ""
+        self._no_topic = self._problem = ""
         _, stamp = consumed.timestamp()
         return Message(
             lane=lane,
@@ -191,7 +191,7 @@ class KafkaSource:
             stamp=max(0, stamp),
         )
 
-    def _heard(self, error: Any) -> None:
+    def _handle_error(self, error: Any) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
             return
         if error.code() in _NO_TOPIC:
@@ -199,7 +199,7 @@ class KafkaSource:
         elif error.fatal():
             raise KafkaException(error)
         else:
-            self._trouble = f"Kafka: {error.str()}"
+            self._problem = f"Kafka: {error.str()}"
 
     def _commit(self, consumer: Any) -> None:
         while self._settled:
@@ -211,11 +211,11 @@ class KafkaSource:
 
     def _commit_of(self, consumer: Any, partitions: Mapping[int, object]) -> None:
         due = {
-            partition: ledger.settled_to + 1
+            partition: ledger.settled_up_to + 1
             for partition, (_, ledger) in self._lanes.items()
             if partition in partitions
-            and ledger.settled_to is not None
-            and self._committed.get(partition) != ledger.settled_to + 1
+            and ledger.settled_up_to is not None
+            and self._committed.get(partition) != ledger.settled_up_to + 1
         }
         self._not_committed = ""
         if not due:
@@ -235,14 +235,14 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
-            self._lanes[each.partition] = (Partition(str(each.partition)), Ledger())
+            self._lanes[each.partition] = (Partition(str(each.partition)), OffsetTracker())
             self._committed.pop(each.partition, None)
             self._begins.pop(each.partition, None)
         if partitions:
-            self._no_topic = self._trouble = ""
-            self._find_places(consumer, partitions)
+            self._no_topic = self._problem = ""
+            self._load_positions(consumer, partitions)
 
-    def _find_places(self, consumer: Any, partitions: Sequence[Any]) -> None:
+    def _load_positions(self, consumer: Any, partitions: Sequence[Any]) -> None:
         """Learns where partitions go on, before anything of them is fetched. What fails here starts the source anew."""
         found = _answered(consumer.committed([self._of(each.partition) for each in partitions], timeout=_PLACE_S))
         self._committed |= {each.partition: each.offset for each in found if each.offset >= 0}
@@ -267,14 +267,14 @@ class KafkaSource:
     def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
             if (held := self._lanes.pop(each.partition, None)) is not None:
-                self._on_loop(held[0].lose)
+                self._on_loop(held[0].mark_revoked)
 
-    def _look(self, consumer: Any) -> None:
+    def _update_status(self, consumer: Any) -> None:
         """What people see of it."""
-        if self._trouble and self._is_well(consumer):
-            self._trouble = ""
-        lanes = [self._lane_standing(consumer, partition) for partition in sorted(self._lanes)]
-        self._standing = PartitionStatus(tuple(lanes), self._trouble or self._no_topic or self._not_committed)
+        if self._problem and self._is_well(consumer):
+            self._problem = ""
+        lanes = [self._partition_progress(consumer, partition) for partition in sorted(self._lanes)]
+        self._status = SourceStatus(tuple(lanes), self._problem or self._no_topic or self._not_committed)
 
     def _is_well(self, consumer: Any) -> bool:
         """Asks, because the library tells that a broker went away, and not that it is back."""
@@ -288,25 +288,25 @@ class KafkaSource:
             return False
         return True
 
-    def _lane_standing(self, consumer: Any, partition: int) -> LaneStanding:
+    def _partition_progress(self, consumer: Any, partition: int) -> PartitionProgress:
         committed = self._committed.get(partition)
         goes_on = self._begins.get(partition) if committed is None else committed
         try:
             _, high = consumer.get_watermark_offsets(self._of(partition), cached=True)
         except KafkaException:
             high = -1
-        return LaneStanding(
+        return PartitionProgress(
             str(partition),
             "" if committed is None else str(committed),
             None if goes_on is None or high < 0 else max(0, high - goes_on),
         )
 
     def _on_error(self, error: Any) -> None:
-        self._trouble = f"Kafka: {error.str()}"
+        self._problem = f"Kafka: {error.str()}"
 
     def _fail(self, error: ShoalError) -> None:
         """The thread ends: whoever waits is told, now or with the next call."""
-        self._trouble = error.message
+        self._problem = error.message
 
         def tell() -> None:
             self._failed = error
@@ -357,7 +357,7 @@ class KafkaSink:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def delivered(error: Any, _: Any) -> None:
-            self._on_loop(_answer, future, None if error is None else self._refusal(error))
+            self._on_loop(_answer, future, None if error is None else self._send_error(error))
 
         while True:
             try:
@@ -372,10 +372,10 @@ class KafkaSink:
             except BufferError:  # Its queue is full: the broker is slow, or away.
                 await asyncio.sleep(_POLL_S)
             except KafkaException as err:
-                raise self._refusal(err.args[0]) from err
+                raise self._send_error(err.args[0]) from err
         await future
 
-    def _refusal(self, error: Any) -> ShoalError:
+    def _send_error(self, error: Any) -> ShoalError:
         if error.code() in _TOO_MUCH:
             return InvalidArgument(f"topic {self._topic} does not take the message: {error.str()}")
         if error.code() in _NO_TOPIC:

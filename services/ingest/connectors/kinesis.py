@@ -29,11 +29,11 @@ from mesh.mongo import Document
 from mesh.process.tasks import end
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
-from services.ingest.connectors.checkpoints import Checkpoints
+from services.ingest.connectors.checkpoints import CheckpointRepository
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.offset_tracker import Ledger
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
-from services.ingest.connectors.shards import Checkpoint, Shard, moves, starts_at_the_beginning
+from services.ingest.connectors.offset_tracker import OffsetTracker
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
+from services.ingest.connectors.shards import Checkpoint, Shard, plan_changes, reads_from_start
 from services.ingest.group_commit import Group
 from shoal.errors import InvalidArgument, PermissionDenied, ShoalError, Unavailable
 
@@ -63,7 +63,7 @@ class Access:
 
 
 @dataclass(eq=False, slots=True)
-class Reading:
+class ShardReader:
     """A shard that this instance holds."""
 
     shard: Shard
@@ -75,7 +75,7 @@ class Reading:
     """Where it was begun with its latest record; durable before anything is read."""
     is_begun: bool = False
     """An iterator at its latest record was asked for once: another such would pass over what came since."""
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: OffsetTracker = field(default_factory=OffsetTracker)
     unsettled: dict[int, int] = field(default_factory=dict)
     """How many messages of a record are not settled, by its number: a record may hold many."""
     saved: int | None = None
@@ -123,12 +123,12 @@ class KinesisSource:
         self._lease_ms = lease_ms
         self._poll_s = poll_ms / 1_000
         self._stack = AsyncExitStack()
-        self._readings: dict[str, Reading] = {}
+        self._readings: dict[str, ShardReader] = {}
         self._batches: asyncio.Queue[Sequence[Message]] = asyncio.Queue(_BATCHES)
         self._readers = asyncio.Semaphore(_READERS)
         self._left: Sequence[Message] = ()
         self._failed: asyncio.Future[None] | None = None
-        self._trouble = ""
+        self._problem = ""
         self._seen_at: datetime | None = None
         """When Kinesis last listed the shards, by its own clock, to the second."""
 
@@ -139,7 +139,9 @@ class KinesisSource:
         made: datetime = summary["StreamDescriptionSummary"]["StreamCreationTimestamp"]
         # Shards of a stream that was deleted and made again have the same names, and other records.
         name = f"{self._connector}/{self._access.stream}@{milliseconds(made)}"
-        self._checkpoints = Checkpoints(self._collection, name, me=self._me, clock=self._clock, lease_ms=self._lease_ms)
+        self._checkpoints = CheckpointRepository(
+            self._collection, name, me=self._me, clock=self._clock, lease_ms=self._lease_ms
+        )
         self._failed = asyncio.get_running_loop().create_future()
         self._tasks = [
             asyncio.create_task(self._guarded(self._coordinate()), name=f"kinesis {name}"),
@@ -152,10 +154,10 @@ class KinesisSource:
         with contextlib.suppress(ShoalError):  # What is not saved is delivered again.
             await self._save()
             for reading in list(self._readings.values()):
-                await self._checkpoints.give_back(reading.shard.id, reading.lease)
+                await self._checkpoints.release(reading.shard.id, reading.lease)
             await self._checkpoints.leave()
         for reading in self._readings.values():
-            reading.lane.lose()
+            reading.lane.mark_revoked()
         await self._stack.aclose()
 
     async def receive(self, limit: int) -> Sequence[Message]:
@@ -169,12 +171,13 @@ class KinesisSource:
         if reading is not None and reading.lane is message.lane:
             reading.settle(message.position)
 
-    def standing(self) -> PartitionStatus:
+    def status(self) -> SourceStatus:
         lanes = [
-            LaneStanding(name, str(each.saved or each.start.sequence)) for name, each in sorted(self._readings.items())
+            PartitionProgress(name, str(each.saved or each.start.sequence))
+            for name, each in sorted(self._readings.items())
         ]
         behind = [each.behind_ms for each in self._readings.values() if each.behind_ms is not None]
-        return PartitionStatus(tuple(lanes), self._trouble, max(behind) if behind else None)
+        return SourceStatus(tuple(lanes), self._problem, max(behind) if behind else None)
 
     async def _next(self) -> Sequence[Message]:
         assert self._failed is not None
@@ -203,9 +206,9 @@ class KinesisSource:
         while True:
             try:
                 await self._share()
-                self._trouble = ""
+                self._problem = ""
             except ShoalError as err:
-                self._trouble = err.message
+                self._problem = err.message
             await asyncio.sleep(min(self._lease_ms / 3_000, 2.0))
 
     async def _share(self) -> None:
@@ -216,7 +219,7 @@ class KinesisSource:
         for name, reading in self._readings.items():
             reading.shard = listed.get(name, reading.shard)
         checkpoints = await self._checkpoints.all()
-        due = moves(
+        due = plan_changes(
             list(listed.values()),
             checkpoints,
             me=self._me,
@@ -224,18 +227,18 @@ class KinesisSource:
             held=self._readings.keys(),
             now=self._clock(),
         )
-        for shard in due.give_back:
+        for shard in due.release:
             lease = self._readings[shard].lease
             await self._save()
             await self._lose(shard)
-            await self._checkpoints.give_back(shard, lease)
+            await self._checkpoints.release(shard, lease)
         for shard in due.take:
             if (taken := await self._checkpoints.take(shard)) is not None:
                 lease, checkpoint = taken
-                self._read(listed[shard], lease, checkpoint, starts_at_the_beginning(listed[shard], checkpoints))
+                self._read(listed[shard], lease, checkpoint, reads_from_start(listed[shard], checkpoints))
 
     def _read(self, shard: Shard, lease: str, checkpoint: Checkpoint, from_beginning: bool) -> None:
-        reading = Reading(shard, lease, Partition(shard.id), checkpoint, from_beginning)
+        reading = ShardReader(shard, lease, Partition(shard.id), checkpoint, from_beginning)
         self._readings[shard.id] = reading
         reading.task = asyncio.create_task(self._guarded(self._read_out(reading)), name=f"shard {shard.id}")
 
@@ -243,7 +246,7 @@ class KinesisSource:
         reading = self._readings.pop(shard)
         if reading.task is not None:
             await end(reading.task)
-        reading.lane.lose()
+        reading.lane.mark_revoked()
 
     async def _shards(self) -> dict[str, Shard]:
         found: dict[str, Shard] = {}
@@ -256,7 +259,7 @@ class KinesisSource:
             more = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
         return found
 
-    async def _read_out(self, reading: Reading) -> None:
+    async def _read_out(self, reading: ShardReader) -> None:
         """Reads a shard to its end, or until it is cancelled."""
         after = reading.start.sequence
         iterator: str | None = None
@@ -276,9 +279,9 @@ class KinesisSource:
                     reading.behind_ms = page.get("MillisBehindLatest")
                     if records := page["Records"]:
                         after = records[-1]["SequenceNumber"]
-                        await self._hand_over(reading, records)
+                        await self._deliver_messages(reading, records)
             except ShoalError as err:
-                self._trouble = err.message
+                self._problem = err.message
                 iterator = None  # It may have expired; a new one goes on at the same place.
                 await asyncio.sleep(_BACKOFF_S)
                 continue
@@ -289,12 +292,12 @@ class KinesisSource:
                 return
             await asyncio.sleep(self._poll_s)
 
-    async def _hand_over(self, reading: Reading, records: Sequence[dict[str, Any]]) -> None:
+    async def _deliver_messages(self, reading: ShardReader, records: Sequence[dict[str, Any]]) -> None:
         messages = (message for record in records for message in self._messages(reading, record))
         while batch := tuple(itertools.islice(messages, _READ_AT_ONCE)):
             await self._batches.put(batch)
 
-    async def _begun(self, reading: Reading) -> bool:
+    async def _begun(self, reading: ShardReader) -> bool:
         """Sees to it that the place where a shard is begun with its latest record is durable, so that whoever reads it
         next goes on from there, although nothing was settled. False: the lease was lost.
 
@@ -313,7 +316,7 @@ class KinesisSource:
         reading.began_at = at
         return True
 
-    async def _iterator(self, reading: Reading, after: str) -> str | None:
+    async def _iterator(self, reading: ShardReader, after: str) -> str | None:
         about: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": reading.shard.id}
         if after:
             about |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
@@ -329,7 +332,7 @@ class KinesisSource:
             found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
         return found
 
-    def _messages(self, reading: Reading, record: dict[str, Any]) -> Iterator[Message]:
+    def _messages(self, reading: ShardReader, record: dict[str, Any]) -> Iterator[Message]:
         """What a record holds: itself, or what the Kinesis Producer Library has packed into it."""
         number, data = record["SequenceNumber"], record["Data"]
         arrived: datetime | None = record.get("ApproximateArrivalTimestamp")
@@ -353,13 +356,13 @@ class KinesisSource:
             try:
                 await self._save()
             except ShoalError as err:
-                self._trouble = err.message
+                self._problem = err.message
 
     async def _save(self) -> None:
         """Writes what is settled."""
         for shard, reading in list(self._readings.items()):
-            to = reading.ledger.settled_to
-            is_finished = reading.is_read_out and not reading.ledger.under_way
+            to = reading.ledger.settled_up_to
+            is_finished = reading.is_read_out and not reading.ledger.in_flight
             if to == reading.saved and not is_finished:
                 continue
             sequence = None if to is None else str(to)

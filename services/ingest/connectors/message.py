@@ -16,16 +16,16 @@ class Partition:
     """A part of a source whose messages have an order: a partition, a shard. Pub/Sub has one."""
 
     name: str
-    is_lost: bool = False
+    is_revoked: bool = False
     """It is somebody else's now: what is still under way here is delivered to them again, and not settled here."""
-    on_lost: Callable[[Partition], None] | None = None
+    on_revoked: Callable[[Partition], None] | None = None
 
-    def lose(self) -> None:
+    def mark_revoked(self) -> None:
         """It has gone to somebody else. To be called on the event loop."""
-        if not self.is_lost:
-            self.is_lost = True
-            if self.on_lost is not None:
-                self.on_lost(self)
+        if not self.is_revoked:
+            self.is_revoked = True
+            if self.on_revoked is not None:
+                self.on_revoked(self)
 
 
 @dataclass(frozen=True, slots=True)

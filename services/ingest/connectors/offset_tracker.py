@@ -11,17 +11,17 @@ from __future__ import annotations
 import heapq
 
 
-class Ledger:
+class OffsetTracker:
     """One lane's messages under way. Positions ascend, with gaps between them where the source has gaps."""
 
     def __init__(self) -> None:
         self._under_way: set[int] = set()
         self._order: list[int] = []
-        self._settled_to: int | None = None
+        self._settled_up_to: int | None = None
 
     def received(self, position: int) -> None:
         """A message was delivered. One that is delivered again counts once."""
-        if position not in self._under_way and (self._settled_to is None or position > self._settled_to):
+        if position not in self._under_way and (self._settled_up_to is None or position > self._settled_up_to):
             self._under_way.add(position)
             heapq.heappush(self._order, position)
 
@@ -29,14 +29,14 @@ class Ledger:
         """A message is done with. One that is not under way changes nothing."""
         self._under_way.discard(position)
         while self._order and self._order[0] not in self._under_way:
-            self._settled_to = heapq.heappop(self._order)
+            self._settled_up_to = heapq.heappop(self._order)
 
     @property
-    def under_way(self) -> int:
+    def in_flight(self) -> int:
         """How many were received and are not settled."""
         return len(self._under_way)
 
     @property
-    def settled_to(self) -> int | None:
+    def settled_up_to(self) -> int | None:
         """The position up to which all that was received is settled, itself too. None: not even the first."""
-        return self._settled_to
+        return self._settled_up_to

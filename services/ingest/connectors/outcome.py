@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from services.ingest.connectors.connector_spec import ConnectorPlan
+from services.ingest.connectors.connector_spec import ConnectorSpec
 from services.ingest.connectors.message import Message, Outgoing, job_key
 from services.ingest.limits import LABEL_CHARS
 from shoal.errors import Code
@@ -22,7 +22,7 @@ _MESSAGE_CHARS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class MessageFailure:
     """Why a message has no answer."""
 
     code: int
@@ -31,7 +31,7 @@ class Failed:
     """Empty where it never became a job."""
 
 
-def submit_of(plan: ConnectorPlan, message: Message) -> pb.SubmitRequest:
+def submit_of(plan: ConnectorSpec, message: Message) -> pb.SubmitRequest:
     """The job of a message: the same at each delivery.
 
     Raises:
@@ -51,14 +51,14 @@ def submit_of(plan: ConnectorPlan, message: Message) -> pb.SubmitRequest:
     return submit
 
 
-def failed_of(result: store_pb2.Result) -> Failed | None:
+def failed_of(result: store_pb2.Result) -> MessageFailure | None:
     """Why a job has no answer; None: it has one."""
     if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
         return None
-    return Failed(result.code, result.message, result.job_id)
+    return MessageFailure(result.code, result.message, result.job_id)
 
 
-def answered(plan: ConnectorPlan, message: Message, result: store_pb2.Result) -> Outgoing:
+def answered(plan: ConnectorSpec, message: Message, result: store_pb2.Result) -> Outgoing:
     """The message of an answer. The source's headers travel on.
 
     Raises:
@@ -74,7 +74,7 @@ def answered(plan: ConnectorPlan, message: Message, result: store_pb2.Result) ->
     return Outgoing(plan.format.answer(result.response), message.key, _headers(message, about))
 
 
-def dead_letter(plan: ConnectorPlan, message: Message, failed: Failed, *, is_whole: bool = True) -> Outgoing:
+def dead_letter(plan: ConnectorSpec, message: Message, failed: MessageFailure, *, is_whole: bool = True) -> Outgoing:
     """A message as it came, with the reason in its headers. Not `is_whole`: only where it lies."""
     about = {SOURCE: message.place, CONNECTOR: plan.name, CODE: _name_of(failed.code)}
     if failed.job_id:

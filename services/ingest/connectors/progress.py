@@ -13,7 +13,7 @@ _TEXT_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class LaneStanding:
+class PartitionProgress:
     """Where one lane is."""
 
     lane: str
@@ -24,10 +24,10 @@ class LaneStanding:
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionStatus:
+class SourceStatus:
     """Where a source is."""
 
-    lanes: tuple[LaneStanding, ...] = ()
+    lanes: tuple[PartitionProgress, ...] = ()
     trouble: str = ""
     """What it cannot do just now."""
     lag_ms: int | None = None
@@ -49,12 +49,12 @@ class Phase(StrEnum):
     """Something is away, or failed: it tries again."""
 
 
-class Progress:
+class ConnectorProgress:
     """Counts of one connector."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._standing: Callable[[], PartitionStatus] = PartitionStatus
+        self._status: Callable[[], SourceStatus] = SourceStatus
         self.phase = Phase.STARTING
         self.messages = 0
         self.answered = 0
@@ -67,12 +67,12 @@ class Progress:
     def settled(self) -> int:
         return self.answered + self.dead
 
-    def started(self, standing: Callable[[], PartitionStatus]) -> None:
-        self._standing = standing
+    def started(self, status: Callable[[], SourceStatus]) -> None:
+        self._status = status
         self.phase = Phase.RUNNING
 
     def stopped(self) -> None:
-        self._standing = PartitionStatus
+        self._status = SourceStatus
         self.phase = Phase.WAITING
 
     def received(self) -> None:
@@ -96,6 +96,6 @@ class Progress:
         self.error, self.error_at = text[:_TEXT_CHARS], self._clock()
         return is_news
 
-    def standing(self) -> PartitionStatus:
+    def status(self) -> SourceStatus:
         """Where the source is."""
-        return self._standing()
+        return self._status()

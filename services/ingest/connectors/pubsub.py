@@ -24,7 +24,7 @@ from mesh.rpc.interceptors import translate
 from mesh.rpc.limits import MESSAGE_BYTES
 from services.ingest.connectors.google_tokens import Tokens
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
 from services.ingest.group_commit import Group
 from shoal.errors import Code, Internal, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.remote.v1 import pubsub_pb2 as pb
@@ -102,7 +102,7 @@ class PubSubSource:
         self._leased: dict[str, None] = {}
         self._settled: list[str] = []
         self._count = 0
-        self._troubles: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
         """What each of its tasks cannot do, until it can."""
 
     async def __aenter__(self) -> PubSubSource:
@@ -116,9 +116,9 @@ class PubSubSource:
     async def __aexit__(self, *exc: object) -> None:
         await end(*self._tasks)
         with contextlib.suppress(ShoalError):  # Whatever is not told in time is delivered again.
-            await self._tell_settled()
+            await self._acknowledge_settled()
             await self._modify(list(self._leased), 0)
-        self._lane.lose()
+        self._lane.mark_revoked()
         await self._calls.close()
 
     async def receive(self, limit: int) -> Sequence[Message]:
@@ -138,8 +138,8 @@ class PubSubSource:
     def settle(self, message: Message) -> None:
         self._settled.append(message.handle)
 
-    def standing(self) -> PartitionStatus:
-        return PartitionStatus((LaneStanding(self._subscription),), next(iter(self._troubles.values()), ""))
+    def status(self) -> SourceStatus:
+        return SourceStatus((PartitionProgress(self._subscription),), next(iter(self._problems.values()), ""))
 
     def _message(self, received: Any) -> Message:
         self._count += 1
@@ -164,19 +164,19 @@ class PubSubSource:
     async def _acknowledge(self) -> None:
         while True:
             await asyncio.sleep(_ACK_S)
-            if self._settled and not await self._guarded("acknowledge", self._tell_settled()):
+            if self._settled and not await self._guarded("acknowledge", self._acknowledge_settled()):
                 await asyncio.sleep(_BACKOFF_S)
 
     async def _guarded(self, what: str, act: Any) -> bool:
         try:
             await act
         except ShoalError as err:
-            self._troubles[what] = err.message
+            self._problems[what] = err.message
             return False
-        self._troubles.pop(what, None)
+        self._problems.pop(what, None)
         return True
 
-    async def _tell_settled(self) -> None:
+    async def _acknowledge_settled(self) -> None:
         while some := self._settled[:_IDS_AT_ONCE]:
             request = pb.PubSubAcknowledgeRequest(subscription=self._name, ack_ids=some)
             doing = f"acknowledging to {self._name}"

@@ -19,7 +19,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from mesh.process.tasks import Background
 from services.ingest.clock import Clock
-from services.ingest.connectors.progress import LaneStanding, Phase, Progress
+from services.ingest.connectors.progress import ConnectorProgress, PartitionProgress, Phase
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _LANES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class ConnectorInfo:
     """What a connector is, whatever it does."""
 
     name: str
@@ -57,7 +57,7 @@ class About:
 class Report:
     """How a connector got on at one instance."""
 
-    about: About
+    about: ConnectorInfo
     instance: str
     phase: Phase
     messages: int
@@ -71,7 +71,7 @@ class Report:
     lag_ms: int | None = None
     error: str = ""
     error_at: datetime | None = None
-    lanes: tuple[LaneStanding, ...] = ()
+    lanes: tuple[PartitionProgress, ...] = ()
 
 
 class Reports(Background):
@@ -80,7 +80,7 @@ class Reports(Background):
     def __init__(
         self,
         collection: AsyncCollection[Document],
-        own: Callable[[], Mapping[str, tuple[About, Progress]]],
+        own: Callable[[], Mapping[str, tuple[ConnectorInfo, ConnectorProgress]]],
         *,
         instance: str,
         clock: Clock,
@@ -124,8 +124,8 @@ class Reports(Background):
                 await self._collection.replace_one({"_id": document["_id"]}, document, upsert=True)
 
 
-def _document(instance: str, about: About, progress: Progress, now: datetime) -> Document:
-    standing = progress.standing()
+def _document(instance: str, about: ConnectorInfo, progress: ConnectorProgress, now: datetime) -> Document:
+    status = progress.status()
     return {
         "_id": f"{instance}/{about.name}",
         "instance": instance,
@@ -135,18 +135,18 @@ def _document(instance: str, about: About, progress: Progress, now: datetime) ->
         "dead": progress.dead,
         "in_flight": progress.in_flight,
         "updated_at": now,
-        "lag": standing.lag,
-        "lag_ms": standing.lag_ms,
-        "error": standing.trouble or progress.error,
-        "error_at": now if standing.trouble else progress.error_at,
-        "lanes": [asdict(lane) for lane in standing.lanes[:_LANES]],
+        "lag": status.lag,
+        "lag_ms": status.lag_ms,
+        "error": status.trouble or progress.error,
+        "error_at": now if status.trouble else progress.error_at,
+        "lanes": [asdict(lane) for lane in status.lanes[:_LANES]],
         **asdict(about),
     }
 
 
 def _report(document: Document, now: datetime) -> Report:
     return Report(
-        about=About(**{name: document[name] for name in About.__slots__}),
+        about=ConnectorInfo(**{name: document[name] for name in ConnectorInfo.__slots__}),
         instance=document["instance"],
         phase=Phase(document["phase"]),
         messages=document["messages"],
@@ -159,5 +159,5 @@ def _report(document: Document, now: datetime) -> Report:
         lag_ms=document["lag_ms"],
         error=document["error"],
         error_at=document["error_at"],
-        lanes=tuple(LaneStanding(**lane) for lane in document["lanes"]),
+        lanes=tuple(PartitionProgress(**lane) for lane in document["lanes"]),
     )

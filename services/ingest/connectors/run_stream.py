@@ -96,7 +96,7 @@ class RunStreams:
 
 
 @dataclass(eq=False, slots=True)
-class Item:
+class StreamItem:
     """A job of a stream, from its request to its last answer."""
 
     sequence: int
@@ -118,8 +118,8 @@ class RunStream:
         self._room = room
         self._window = Window(items, 1 << 62)
         # Bounded by the window, as each item has at most two answers.
-        self._outbox: deque[tuple[Item, pb.RunStreamResponse | None]] = deque()
-        self._under_way: set[Item] = set()
+        self._outbox: deque[tuple[StreamItem, pb.RunStreamResponse | None]] = deque()
+        self._under_way: set[StreamItem] = set()
         self._news = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -141,8 +141,8 @@ class RunStream:
             self._news.clear()
             await self._news.wait()
 
-    def _next_to_tell(self) -> list[tuple[Item, pb.RunStreamResponse | None]]:
-        some: list[tuple[Item, pb.RunStreamResponse | None]] = []
+    def _next_to_tell(self) -> list[tuple[StreamItem, pb.RunStreamResponse | None]]:
+        some: list[tuple[StreamItem, pb.RunStreamResponse | None]] = []
         fetched = 0
         while self._outbox and len(some) < _TOLD_AT_ONCE and fetched < _FETCHED_AT_ONCE:
             some.append(self._outbox.popleft())
@@ -175,11 +175,11 @@ class RunStream:
         has_room = bool(self._under_way)
         if has_room:
             await self._room.wait_for(1)
-        item = Item(request.sequence, has_room, is_of_several)
+        item = StreamItem(request.sequence, has_room, is_of_several)
         self._under_way.add(item)
         await self._begin(item, request)
 
-    async def _begin(self, item: Item, request: pb.RunStreamRequest) -> None:
+    async def _begin(self, item: StreamItem, request: pb.RunStreamRequest) -> None:
         try:
             if request.WhichOneof("what") == "job_id":
                 self._resume(item, request.job_id)
@@ -194,13 +194,13 @@ class RunStream:
             item.beginning = future
             future.add_done_callback(partial(self._begun, item))
 
-    def _resume(self, item: Item, job_id: str) -> None:
+    def _resume(self, item: StreamItem, job_id: str) -> None:
         if not is_ulid(job_id):
             raise InvalidArgument(f"job_id: {job_id[:64]!r} is no job id: 26 characters, as the stream answered it")
         item.job_id, item.existed = job_id, True
         self._wait(item)
 
-    def _begun(self, item: Item, future: asyncio.Future[Accepted]) -> None:
+    def _begun(self, item: StreamItem, future: asyncio.Future[Accepted]) -> None:
         item.beginning = None
         if future.cancelled() or item not in self._under_way:
             return
@@ -212,19 +212,19 @@ class RunStream:
         self._put(item, _answer(item, state=State.QUEUED))
         self._wait(item)
 
-    def _wait(self, item: Item) -> None:
+    def _wait(self, item: StreamItem) -> None:
         item.ended = partial(self._put, item, None)
         self._endings.watch(item.job_id, item.ended, is_old=item.existed)
 
-    def _refuse(self, item: Item, error: ShoalError) -> None:
+    def _refuse(self, item: StreamItem, error: ShoalError) -> None:
         self._put(item, _answer(item, error=error))
 
-    def _put(self, item: Item, response: pb.RunStreamResponse | None) -> None:
+    def _put(self, item: StreamItem, response: pb.RunStreamResponse | None) -> None:
         """An answer for the outbox; None: the job's result, which is fetched when its turn has come."""
         self._outbox.append((item, response))
         self._news.set()
 
-    async def _response(self, item: Item, response: pb.RunStreamResponse | None) -> pb.RunStreamResponse:
+    async def _response(self, item: StreamItem, response: pb.RunStreamResponse | None) -> pb.RunStreamResponse:
         if response is None:
             item.ended = None
             response = await self._result(item)
@@ -232,7 +232,7 @@ class RunStream:
             self._left(item)
         return response
 
-    async def _result(self, item: Item) -> pb.RunStreamResponse:
+    async def _result(self, item: StreamItem) -> pb.RunStreamResponse:
         give_up = asyncio.get_running_loop().time() + _STORE_PATIENCE_S
         while True:
             try:
@@ -244,7 +244,7 @@ class RunStream:
                     raise
             await asyncio.sleep(_STORE_WAIT_S)
 
-    def _left(self, item: Item) -> None:
+    def _left(self, item: StreamItem) -> None:
         if item not in self._under_way:
             return
         self._under_way.discard(item)
@@ -255,7 +255,7 @@ class RunStream:
         self._window.leave(0)
 
 
-def _messages(items: list[Item], answers: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
+def _messages(items: list[StreamItem], answers: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
     """The answers in messages: those to what came in a message of several together, as long as that is small."""
     bundle, nbytes = list[pb.RunStreamResponse](), 0
     for item, answer in zip(items, answers, strict=True):
@@ -286,7 +286,7 @@ def _submit_of(request: pb.RunStreamRequest) -> pb.SubmitRequest:
     return request.submit
 
 
-def _answer(item: Item, *, state: State | None = None, error: ShoalError | None = None) -> pb.RunStreamResponse:
+def _answer(item: StreamItem, *, state: State | None = None, error: ShoalError | None = None) -> pb.RunStreamResponse:
     named = "JOB_STATE_UNSPECIFIED" if state is None else f"JOB_STATE_{state.name}"
     answer = pb.RunStreamResponse(sequence=item.sequence, job_id=item.job_id, existed=item.existed, state=named)
     if error is not None:
@@ -294,7 +294,7 @@ def _answer(item: Item, *, state: State | None = None, error: ShoalError | None 
     return answer
 
 
-def _ended(item: Item, ended: Ended) -> pb.RunStreamResponse:
+def _ended(item: StreamItem, ended: Ended) -> pb.RunStreamResponse:
     answer, result = _answer(item, state=ended.state), ended.result
     if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
         answer.response.CopyFrom(result.response)

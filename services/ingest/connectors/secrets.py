@@ -9,7 +9,7 @@ from pathlib import Path
 _ENV, _FILE = "env:", "file:"
 
 
-def revealed(value: str, environ: Mapping[str, str] = os.environ) -> str:
+def resolve_secret(value: str, environ: Mapping[str, str] = os.environ) -> str:
     """`value`; `env:NAME` is what the variable holds, `file:PATH` what the file does, less a last newline.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.ingest.connectors import tensors
-from services.ingest.connectors.secrets import revealed
+from services.ingest.connectors.secrets import resolve_secret
 from services.ingest.limits import (
     LABEL_CHARS,
     LABELS,
@@ -37,7 +37,7 @@ _OWN_LABELS = 2
 MOST = 100
 """Connectors in one file: each has threads and connections."""
 
-Secret: TypeAlias = Annotated[str, AfterValidator(revealed)]
+Secret: TypeAlias = Annotated[str, AfterValidator(resolve_secret)]
 
 
 def _with_ports(brokers: str) -> str:
@@ -86,13 +86,13 @@ def _is_there(package: str) -> bool:
         return False
 
 
-class SettingsPart(BaseModel):
+class TableSettings(BaseModel):
     """A table of the file: a key that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class KafkaSink(SettingsPart):
+class KafkaSink(TableSettings):
     """A topic that is written to."""
 
     kind: Annotated[Literal["kafka"], AfterValidator(_installed("confluent_kafka"))]
@@ -102,7 +102,7 @@ class KafkaSink(SettingsPart):
     """librdkafka's, such as `security.protocol`; a value may be `env:NAME` or `file:PATH`."""
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """What people call it."""
         return f"{self.kind} {self.topic}"
 
@@ -131,16 +131,16 @@ class KafkaSource(KafkaSink):
         _try({**given, "group.id": "none"}, "Consumer")
         return given
 
-    def reads(self, end: SettingsPart) -> bool:
+    def reads(self, end: TableSettings) -> bool:
         """Whether what is written to `end` comes back here."""
         return isinstance(end, KafkaSink) and end.topic == self.topic and _share_a_broker(self, end)
 
-    def shares_with(self, other: SettingsPart) -> bool:
+    def shares_with(self, other: TableSettings) -> bool:
         """Whether each message comes to one of the two only."""
         return isinstance(other, KafkaSource) and other.group == self.group and self.reads(other)
 
 
-class KinesisSink(SettingsPart):
+class KinesisSink(TableSettings):
     """A stream that is written to. Keys are found as AWS' own tools find them."""
 
     kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
@@ -150,7 +150,7 @@ class KinesisSink(SettingsPart):
     """Another server than AWS' own."""
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """What people call it."""
         return f"{self.kind} {self.stream}"
 
@@ -165,7 +165,7 @@ class KinesisSource(KinesisSink):
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
 
-    def reads(self, end: SettingsPart) -> bool:
+    def reads(self, end: TableSettings) -> bool:
         """Whether what is written to `end` comes back here."""
         return isinstance(end, KinesisSink) and (end.stream, end.region, end.endpoint) == (
             self.stream,
@@ -173,12 +173,12 @@ class KinesisSource(KinesisSink):
             self.endpoint,
         )
 
-    def shares_with(self, other: SettingsPart) -> bool:
+    def shares_with(self, other: TableSettings) -> bool:
         """Whether each record comes to one of the two only: no, each connector has checkpoints of its own."""
         return False
 
 
-class PubSubEnd(SettingsPart):
+class PubSubEnd(TableSettings):
     """A project of Google Cloud. Credentials are found as Google's own tools find them."""
 
     kind: Annotated[Literal["pubsub"], AfterValidator(_installed("google.auth"))]
@@ -194,7 +194,7 @@ class PubSubSink(PubSubEnd):
     topic: Annotated[str, Field(pattern=_PUBSUB_NAME)]
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """What people call it."""
         return f"{self.kind} {self.topic}"
 
@@ -206,11 +206,11 @@ class PubSubSource(PubSubEnd):
     lease_s: Annotated[int, Field(ge=1, le=600)] = 60
     """For how long a message is leased, again and again: so long after a kill it is free."""
 
-    def reads(self, end: SettingsPart) -> bool:
+    def reads(self, end: TableSettings) -> bool:
         """Whether what is written to `end` comes back here: a subscription does not say of which topic it is."""
         return False
 
-    def shares_with(self, other: SettingsPart) -> bool:
+    def shares_with(self, other: TableSettings) -> bool:
         """Whether each message comes to one of the two only."""
         return isinstance(other, PubSubSource) and (other.project, other.subscription, other.endpoint) == (
             self.project,
@@ -219,7 +219,7 @@ class PubSubSource(PubSubEnd):
         )
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """What people call it."""
         return f"{self.kind} {self.subscription}"
 
@@ -228,7 +228,7 @@ Source: TypeAlias = Annotated[KafkaSource | KinesisSource | PubSubSource, Field(
 Sink: TypeAlias = Annotated[KafkaSink | KinesisSink | PubSubSink, Field(discriminator="kind")]
 
 
-class Retry(SettingsPart):
+class Retry(TableSettings):
     """As a job's retry policy."""
 
     attempts: Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)] = 5
@@ -242,7 +242,7 @@ class Retry(SettingsPart):
         return self
 
 
-class ConnectorSettings(SettingsPart):
+class ConnectorSettings(TableSettings):
     """One connector."""
 
     model: Annotated[str, Field(min_length=1, max_length=MODEL_NAME_CHARS)]
@@ -288,7 +288,7 @@ class ConnectorSettings(SettingsPart):
         for name, end in (("sink", self.sink), ("dead_letters", self.dead_letters)):
             if end is not None and self.source.reads(end):
                 raise ValueError(
-                    f"{name}: {end.words} is the source: what is written there would be read again, for ever"
+                    f"{name}: {end.label} is the source: what is written there would be read again, for ever"
                 )
         if taken := {"connector", "source"} & self.labels.keys():
             raise ValueError(f"labels: {', '.join(sorted(taken))} is set by the connector itself")
@@ -297,7 +297,7 @@ class ConnectorSettings(SettingsPart):
         return self
 
 
-class File(SettingsPart):
+class File(TableSettings):
     """The whole file."""
 
     connectors: Annotated[
@@ -310,7 +310,7 @@ class File(SettingsPart):
         for (name, one), (other, another) in itertools.combinations(given.items(), 2):
             if one.source.shares_with(another.source):
                 raise ValueError(
-                    f"{name} and {other} read {one.source.words} as one, so each message would reach only one of them: "
+                    f"{name} and {other} read {one.source.label} as one, so each message would reach only one of them: "
                     "give each a group, or subscription, of its own"
                 )
         return given
@@ -360,7 +360,7 @@ def _option(key: str, value: Any) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{key}: expected a text, a number, true or false")
-    return revealed(value)
+    return resolve_secret(value)
 
 
 def _try(options: Options, client: str) -> None:

@@ -41,11 +41,11 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
+class ShardChanges:
     """What an instance should do about its shards."""
 
     take: tuple[str, ...] = ()
-    give_back: tuple[str, ...] = ()
+    release: tuple[str, ...] = ()
 
 
 def readable(shards: Sequence[Shard], checkpoints: Mapping[str, Checkpoint]) -> list[str]:
@@ -57,7 +57,7 @@ def readable(shards: Sequence[Shard], checkpoints: Mapping[str, Checkpoint]) -> 
     )
 
 
-def moves(
+def plan_changes(
     shards: Sequence[Shard],
     checkpoints: Mapping[str, Checkpoint],
     *,
@@ -65,16 +65,16 @@ def moves(
     others: Collection[str],
     held: Collection[str],
     now: datetime,
-) -> Moves:
+) -> ShardChanges:
     """What instance `me`, which reads `held`, should take and give back. `others` are the instances that live."""
     candidates = readable(shards, checkpoints)
     workers = len(set(others) | {me})
     share = -(-len(candidates) // workers)
     mine = sorted(set(held) & set(candidates))
     if len(mine) > share:
-        return Moves(give_back=tuple(mine[share:]))
+        return ShardChanges(release=tuple(mine[share:]))
     free = [shard for shard in candidates if shard not in held and _is_free(checkpoints.get(shard), me, now)]
-    return Moves(take=tuple(free[: share - len(mine)]))
+    return ShardChanges(take=tuple(free[: share - len(mine)]))
 
 
 def _is_free(checkpoint: Checkpoint | None, me: str, now: datetime) -> bool:
@@ -82,7 +82,7 @@ def _is_free(checkpoint: Checkpoint | None, me: str, now: datetime) -> bool:
     return checkpoint is None or checkpoint.owner == me or not checkpoint.is_held(now)
 
 
-def starts_at_the_beginning(shard: Shard, checkpoints: Mapping[str, Checkpoint]) -> bool:
+def reads_from_start(shard: Shard, checkpoints: Mapping[str, Checkpoint]) -> bool:
     """Whether a shard without checkpoint is read from its beginning, wherever the connector began with the stream:
     what was written to it after its parents is not to be missed."""
     return any(parent in checkpoints for parent in shard.parents)

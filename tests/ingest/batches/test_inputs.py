@@ -257,10 +257,10 @@ def rows_read(one: Batch, chunks: list[Chunk]) -> Iterator[tuple[int, float]]:
     """The number of each row, and the first value of its x."""
     readers = ReaderCache(locations())
     for chunk in chunks:
-        rows = readers.take(one, chunk)
+        rows = readers.acquire(one, chunk)
         for n, cell in enumerate(all_of(rows, chunk.span.rows)):
             yield chunk.first + n, cell[0]
-        readers.keep(one, chunk, rows)
+        readers.release(one, chunk, rows)
     readers.close()
 
 
@@ -295,13 +295,13 @@ def test_a_reader_that_is_kept_sees_no_change_without_a_word(tmp_path: Path) -> 
     url = files_of_x(tmp_path)["jsonl"]
     one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
     chunks, readers = chunks_of(one, locations()), ReaderCache(locations())
-    readers.keep(one, chunks[0], readers.take(one, chunks[0]))
-    rows = readers.take(one, chunks[1])
+    readers.release(one, chunks[0], readers.acquire(one, chunks[0]))
+    rows = readers.acquire(one, chunks[1])
     write_lines(tmp_path / "in.jsonl", [{"x": [0, 0, 0, 0]}] * 9)
     with pytest.raises(DataLoss, match="has changed"):
-        readers.keep(one, chunks[1], rows)
+        readers.release(one, chunks[1], rows)
     with pytest.raises(DataLoss, match="has changed"):
-        readers.take(one, chunks[0])
+        readers.acquire(one, chunks[0])
 
 
 def test_a_file_that_is_gone_is_said(tmp_path: Path) -> None:

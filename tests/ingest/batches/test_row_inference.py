@@ -84,7 +84,7 @@ def rows_of(outcomes: list[AnsweredRows | FailedRow]) -> tuple[dict[int, float],
     dead: dict[int, RowError] = {}
     for outcome in outcomes:
         if isinstance(outcome, FailedRow):
-            dead[outcome.row] = outcome.dead
+            dead[outcome.row] = outcome.error
         else:
             answered.update(zip(outcome.rows, outcome.outputs["y"][:, 0].tolist(), strict=True))
     return answered, dead
@@ -185,7 +185,7 @@ async def test_a_call_alone_is_alone_and_cancelled_callers_leave_no_hole() -> No
 
     async def call(exclusive: bool) -> None:
         nonlocal inside, most_beside
-        async with slots.one(exclusive=exclusive):
+        async with slots.acquired(exclusive=exclusive):
             inside += 1
             if exclusive:
                 most_beside = max(most_beside, inside)

@@ -12,7 +12,7 @@ import pytest
 
 from services.ingest.connectors import settings
 from services.ingest.connectors.message import Message, Partition, job_key
-from services.ingest.connectors.secrets import revealed
+from services.ingest.connectors.secrets import resolve_secret
 from services.ingest.connectors.settings import of_document, read
 from services.ingest.limits import KEY_CHARS
 
@@ -112,8 +112,8 @@ def test_the_least_that_is_needed() -> None:
     ],
     ids=range(42),
 )
-def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):
+def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, label: str) -> None:
+    with pytest.raises(ValueError, match=f"(?m)^{re.escape(label)}" if label.startswith("connectors") else label):
         of_document(changed(path, value))
 
 
@@ -129,10 +129,10 @@ def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) ->
     ],
     ids=range(6),
 )
-def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, label: str) -> None:
     file = tmp_path / "connectors.toml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=label):
         read(file)
 
 
@@ -187,11 +187,11 @@ def test_every_mistake_is_told_at_once() -> None:
 
 def test_secrets_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from a file\n")
-    assert revealed("plain") == "plain"
-    assert revealed("env:KEY", {"KEY": "from the environment"}) == "from the environment"
-    assert revealed(f"file:{tmp_path / 'key'}") == "from a file"
+    assert resolve_secret("plain") == "plain"
+    assert resolve_secret("env:KEY", {"KEY": "from the environment"}) == "from the environment"
+    assert resolve_secret(f"file:{tmp_path / 'key'}") == "from a file"
     with pytest.raises(ValueError, match="cannot be read"):
-        revealed(f"file:{tmp_path / 'none'}")
+        resolve_secret(f"file:{tmp_path / 'none'}")
 
 
 def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:

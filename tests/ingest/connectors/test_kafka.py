@@ -33,7 +33,7 @@ def source_of(kafka: Kafka, start: str = "earliest", **options: str) -> KafkaSou
 
 def lanes(source: KafkaSource) -> list[tuple[str, int | None]]:
     """Where each lane is, and how far behind."""
-    return [(lane.committed, lane.lag) for lane in source.standing().lanes]
+    return [(lane.committed, lane.lag) for lane in source.status().lanes]
 
 
 @asynccontextmanager
@@ -64,10 +64,10 @@ async def test_members_share_the_partitions_and_one_goes_on_where_the_other_stop
         await kafka.publish([b"%d" % n for n in range(10)])
         await until(lambda: len(one) == 10, "all", **PATIENT)
         async with reading(second, two):
-            await until(lambda: len(first.standing().lanes) == len(second.standing().lanes) == 1, "a share", **PATIENT)
+            await until(lambda: len(first.status().lanes) == len(second.status().lanes) == 1, "a share", **PATIENT)
             await kafka.publish([b"%d" % n for n in range(10, 20)])
             await until(lambda: len(one) + len(two) >= 20, "all", **PATIENT)
-        await until(lambda: len(first.standing().lanes) == 2, "both again", **PATIENT)
+        await until(lambda: len(first.status().lanes) == 2, "both again", **PATIENT)
         await kafka.publish([b"%d" % n for n in range(20, 30)])
         await until(lambda: len(one) + len(two) >= 30, "all", **PATIENT)
     assert sorted(int(each.value) for each in (*one, *two)) == list(range(30)), "each once: all was committed in time"
@@ -78,7 +78,7 @@ async def test_what_a_member_had_not_settled_is_lost_to_it_and_goes_to_the_next(
     await kafka.publish([b"%d" % n for n in range(10)])
     async with reading(source_of(kafka), one, settles=False):
         await until(lambda: len(one) == 10, "all", **PATIENT)
-    await until(lambda: all(each.lane.is_lost for each in one), "the loss")
+    await until(lambda: all(each.lane.is_revoked for each in one), "the loss")
     assert await kafka.committed() == [0, 0]
     two: list[Message] = []
     async with reading(source_of(kafka), two):
@@ -129,9 +129,9 @@ async def test_a_broker_that_is_back_is_not_said_to_be_away(tmp_path: Path) -> N
         async with reading(source, []):
             await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
             broker.freeze()
-            await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+            await until(lambda: "Kafka" in source.status().trouble, "the trouble", **PATIENT)
             broker.thaw()
-            await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
+            await until(lambda: source.status().trouble == "", "all is well", **PATIENT)
             await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
 
 
@@ -144,7 +144,7 @@ async def test_what_came_while_nobody_asked_is_there_when_somebody_does(kafka: K
         await kafka.publish([b"%d" % n for n in range(20)])
         while len(got) < 22:
             got += await asyncio.wait_for(source.receive(5), 60)
-        assert not any(each.lane.is_lost for each in got)
+        assert not any(each.lane.is_revoked for each in got)
     assert len({each.place for each in got}) == 22
 
 
@@ -165,7 +165,7 @@ async def test_a_broker_that_is_not_there_is_said_so() -> None:
             await sink.send(Outgoing(b"x"))
     source = KafkaSource("127.0.0.1:1", "t", "g", start="earliest", options={})
     async with source:
-        await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+        await until(lambda: "Kafka" in source.status().trouble, "the trouble", **PATIENT)
 
 
 @pytest.mark.mongo
@@ -230,11 +230,11 @@ async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
     got: list[Message] = []
     source = source_of(kafka)
     async with reading(source, got):
-        await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+        await until(lambda: "there is no topic" in source.status().trouble, "the trouble", **PATIENT)
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
-        await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
+        await until(lambda: source.status().trouble == "", "all is well", **PATIENT)
 
 
 async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
             await until(lambda: len(got) == 2, "messages", **PATIENT)
             broker.kill()  # It keeps nothing.
             broker.start()
-            await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+            await until(lambda: "there is no topic" in source.status().trouble, "the trouble", **PATIENT)
 
 
 def librdkafka() -> Any:

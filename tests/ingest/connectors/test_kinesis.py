@@ -15,7 +15,7 @@ from pymongo import AsyncMongoClient
 from services.ingest.clock import utc_now
 from services.ingest.connectors import envelope
 from services.ingest.connectors import kinesis as kinesis_module
-from services.ingest.connectors.checkpoints import CHECKPOINTS, Checkpoints
+from services.ingest.connectors.checkpoints import CHECKPOINTS, CheckpointRepository
 from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSource
 from services.ingest.connectors.message import Message, Outgoing
 from shoal.errors import InvalidArgument, Unavailable
@@ -92,13 +92,13 @@ async def test_two_instances_share_the_shards_and_one_takes_over_when_the_other_
     one, two = (Reader(moto, kinesis.stream, collection, name) for name in ("x", "y"))
     async with asyncio.TaskGroup() as tasks:
         first = tasks.create_task(one.run())
-        await until(lambda: len(one.source.standing().lanes) == 2, "both shards")
+        await until(lambda: len(one.source.status().lanes) == 2, "both shards")
         second = tasks.create_task(two.run())
-        await until(lambda: [len(each.source.standing().lanes) for each in (one, two)] == [1, 1], "a shard each")
+        await until(lambda: [len(each.source.status().lanes) for each in (one, two)] == [1, 1], "a shard each")
         await kinesis.publish([b"%d" % n for n in range(10)])
         await until(lambda: len(one.got) + len(two.got) >= 10, "all")
         first.cancel()
-        await until(lambda: len(two.source.standing().lanes) == 2, "the other's too")
+        await until(lambda: len(two.source.status().lanes) == 2, "the other's too")
         await kinesis.publish([b"%d" % n for n in range(10, 20)])
         await until(lambda: len(two.got) >= 15, "the rest")
         second.cancel()
@@ -201,7 +201,7 @@ async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Ki
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
-        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
+        await until(lambda: len(reader.source.status().lanes) == 2, "both shards")
 
         async def arrives() -> bool:
             await kinesis.publish([b"new", b"new"])
@@ -244,7 +244,7 @@ async def test_from_latest_a_read_that_is_refused_passes_nothing_over(
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
-        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
+        await until(lambda: len(reader.source.status().lanes) == 2, "both shards")
         readings = reader.source._readings
         await until(lambda: all(each.behind_ms is not None for each in readings.values()), "both are read")
         throttled = reader.source._client = Throttled(reader.source._client)
@@ -281,8 +281,8 @@ async def test_from_latest_who_goes_on_before_the_first_checkpoint_passes_nothin
     one.settles = False
     with monkeypatch.context() as patch:
         patch.setattr(kinesis_module, "_client", throttled)
-        patch.setattr(Checkpoints, "give_back", nothing)
-        patch.setattr(Checkpoints, "leave", nothing)
+        patch.setattr(CheckpointRepository, "give_back", nothing)
+        patch.setattr(CheckpointRepository, "leave", nothing)
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(one.run())
             await until(lambda: bool(clients) and len(clients[0].asked) == 2, "both shards are begun")
@@ -303,16 +303,16 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 ) -> None:
     """While the place cannot be written nothing is read; then the place is one before what comes next."""
     is_away, refused = True, 0
-    real = Checkpoints.begin
+    real = CheckpointRepository.begin
 
-    async def begin(self: Checkpoints, shard: str, lease: str, at: datetime) -> bool:
+    async def begin(self: CheckpointRepository, shard: str, lease: str, at: datetime) -> bool:
         nonlocal refused
         if is_away:
             refused += 1
             raise Unavailable("MongoDB is away")
         return await real(self, shard, lease, at)
 
-    monkeypatch.setattr(Checkpoints, "begin", begin)
+    monkeypatch.setattr(CheckpointRepository, "begin", begin)
     monkeypatch.setattr(kinesis_module, "_BACKOFF_S", 0.05)
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
@@ -330,10 +330,10 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 
 
 async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
-    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
     first = await slow.take("a")
     assert first is not None
-    await slow.give_back("a", first[0])
+    await slow.release("a", first[0])
     second = await other.take("a")
     assert second is not None
     assert not await slow.begin("a", first[0], utc_now())
@@ -344,7 +344,7 @@ async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
 
 
 async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:
-    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
     taken = await slow.take("a")
     assert taken is not None
     assert await other.take("a") is None, "it is held"
