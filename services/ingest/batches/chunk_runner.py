@@ -226,8 +226,9 @@ def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcom
             ok += len(answered.rows) - len(rejected)
             failed_rows += rejected
         if failed_rows:
-            part.add_dead(
-                about(chunk, prepared.piece, [each.row for each in failed_rows]), [each.error for each in failed_rows]
+            part.add_failed(
+                origins_of(chunk, prepared.piece, [each.row for each in failed_rows]),
+                [each.error for each in failed_rows],
             )
             failed += len(failed_rows)
     return ok, failed
@@ -238,7 +239,7 @@ def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredR
     rows = list(answered.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
     try:
-        part.add(about(chunk, prepared.piece, rows), kept, answered.outputs)
+        part.add(origins_of(chunk, prepared.piece, rows), kept, answered.outputs)
     except ValueError as err:
         if len(rows) == 1:
             reason = f"the answer cannot be written: {err}: leave the output out of text_outputs"
@@ -251,7 +252,7 @@ def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredR
     return []
 
 
-def about(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> RowOrigins:
+def origins_of(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> RowOrigins:
     """Return the origins of rows of a piece, numbered through the whole batch."""
     first = chunk.first + piece.first - chunk.span.row
     if piece.sources is None:

@@ -144,10 +144,10 @@ def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
 
 
 def check_file(kind: Format, file: BinaryIO, requested: RequestedColumns) -> None:
-    """Whether a file has what is wanted, in types that may fit.
+    """Check that a file has the requested columns, in types that may fit.
 
     Raises:
-        InvalidArgument: says which column, what was expected and what there is.
+        InvalidArgument: names the column, the expected type and the type of the file.
     """
     file.seek(0)
     if kind is Format.PARQUET:
@@ -227,14 +227,14 @@ def _check_type(spec: Spec, column: str, kind: Any) -> None:
         raise InvalidArgument(f"column {column!r} holds {kind}, and the model takes {spec}")
 
 
-def _may_fit(shape: Sequence[int], requested: Sequence[int]) -> bool:
+def _may_fit(shape: Sequence[int], expected: Sequence[int]) -> bool:
     """Return True when cells of `shape` (-1: any length) may be rows of the expected shape."""
-    if len(shape) == len(requested) and all(
-        -1 in pair or pair[0] == pair[1] for pair in zip(shape, requested, strict=True)
+    if len(shape) == len(expected) and all(
+        -1 in pair or pair[0] == pair[1] for pair in zip(shape, expected, strict=True)
     ):
         return True
-    is_flat = len(shape) <= 1 and -1 not in requested
-    return is_flat and (-1 in shape or math.prod(shape) == math.prod(requested))
+    is_flat = len(shape) <= 1 and -1 not in expected
+    return is_flat and (-1 in shape or math.prod(shape) == math.prod(expected))
 
 
 def _check_npz(members: Sequence[npz_rows.Member], requested: RequestedColumns) -> None:

@@ -36,30 +36,30 @@ class BatchesRpc:
         return message_of(view, self._enabled.clock())
 
     async def SubmitBatch(self, request: pb.SubmitBatchRequest, context: Context) -> pb.SubmitBatchResponse:
-        batch, existed = await self._there.submissions.submit(request)
-        return pb.SubmitBatchResponse(batch=self._told(await self._control.get(batch.id)), existed=existed)
+        batch, existed = await self._enabled.submissions.submit(request)
+        return pb.SubmitBatchResponse(batch=self._message(await self._control.get(batch.id)), existed=existed)
 
     async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
-        return pb.GetBatchResponse(batch=self._told(await self._control.get(request.id)))
+        return pb.GetBatchResponse(batch=self._message(await self._control.get(request.id)))
 
     async def ListBatches(self, request: pb.ListBatchesRequest, context: Context) -> pb.ListBatchesResponse:
         requested = Filter(state_of(request.state), request.model_name, request.tenant)
         views, token = await self._control.page(requested, request.page_size, request.page_token)
-        now = self._there.clock()
+        now = self._enabled.clock()
         return pb.ListBatchesResponse(batches=[message_of(view, now) for view in views], next_page_token=token)
 
     async def WatchBatch(self, request: pb.WatchBatchRequest, context: Context) -> AsyncIterator[pb.WatchBatchResponse]:
         async for view in self._control.follow(request.id):
-            yield pb.WatchBatchResponse(batch=self._told(view))
+            yield pb.WatchBatchResponse(batch=self._message(view))
 
     async def CancelBatch(self, request: pb.CancelBatchRequest, context: Context) -> pb.CancelBatchResponse:
         view = await self._control.cancel(request.id, request.reason)
-        return pb.CancelBatchResponse(batch=self._told(view))
+        return pb.CancelBatchResponse(batch=self._message(view))
 
     async def PauseBatch(self, request: pb.PauseBatchRequest, context: Context) -> pb.PauseBatchResponse:
         view = await self._control.pause(request.id, request.reason)
-        return pb.PauseBatchResponse(batch=self._told(view))
+        return pb.PauseBatchResponse(batch=self._message(view))
 
     async def ResumeBatch(self, request: pb.ResumeBatchRequest, context: Context) -> pb.ResumeBatchResponse:
         view = await self._control.resume(request.id, request.reason)
-        return pb.ResumeBatchResponse(batch=self._told(view))
+        return pb.ResumeBatchResponse(batch=self._message(view))

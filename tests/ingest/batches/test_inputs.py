@@ -326,7 +326,7 @@ def test_a_file_that_says_it_has_rows_without_end_is_refused(tmp_path: Path) -> 
     assert (tmp_path / "endless.npz").stat().st_size < 1_000
     rows = Signature((Spec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
     one = batch(tmp_path, format=Format.NPZ, listing=listing(tmp_path, [url]), signature=rows)
-    with pytest.raises(InvalidArgument, match=r"endless\.npz: it says that it has 10{18} rows"):
+    with pytest.raises(InvalidArgument, match=r"endless\.npz: the file claims 10{18} rows"):
         next(plan(locations(), one, None))
 
 

@@ -364,7 +364,7 @@ def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
         for first in (0, 3):
             about = RowOrigins(range(first, first + 3), ["file:///a"] * 3, range(3))
             part.add(about, {"id": pa.array([7, None, 9])}, outputs(3))
-        part.add_dead(
+        part.add_failed(
             RowOrigins([6, 7], ["file:///a"] * 2, [6, 7]), [RowError("INTERNAL", "boom", 5), RowError("X", "\ud800")]
         )
         written = part.finish()

@@ -1,4 +1,4 @@
-"""A prefix of objects: each object (an image, a text) is a row, with the columns `content`, its bytes, and `url`."""
+"""Reader of objects: each object (an image, a text) is a row with the columns `content` (bytes) and `url`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = 64
 
 
 class ObjectRows:
-    """Reads the objects of a listing. `fetch` reads one object."""
+    """Reader of the objects of a listing. `fetch` reads one object."""
 
     def __init__(self, listing: BinaryIO, fetch: Callable[[Entry], bytes]) -> None:
         self._listing = listing
@@ -28,16 +28,16 @@ class ObjectRows:
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch-objects")
 
     def seek(self, row: int, offset: int) -> None:
-        """Goes to row `row`, whose line begins at `offset`."""
+        """Go to row `row`, whose line begins at `offset`."""
         self._lines = listed(self._listing, offset)
         self._held = None
         self._row = row
 
     def read(self, most: int) -> Piece:
-        """The next objects, fetched several at a time. One that cannot be read is a row that fails.
+        """Return the next objects, fetched concurrently. An object that cannot be read is a failed row.
 
         Raises:
-            Unavailable: the store of objects is away.
+            Unavailable: the object store is unavailable.
         """
         entries = [line.entry for line in self._next(min(most, _ROWS))]
         if not entries:
@@ -68,13 +68,13 @@ class ObjectRows:
         return found
 
     def _content(self, entry: Entry) -> bytes | str:
-        """The bytes, or why there are none."""
+        """Return the content, or the reason (str) for which it cannot be read."""
         if entry.size > ROW_BYTES:
-            return f"the object has {entry.size} bytes: at most {ROW_BYTES} are taken"
+            return f"the object has {entry.size} bytes: at most {ROW_BYTES} are accepted"
         try:
             return self._fetch(entry)
         except NotFound:
-            return "the object is gone: it was there when the batch was planned"
+            return "the object was removed since the batch was planned"
         except DataLoss as err:
             return err.message
 

@@ -1,7 +1,7 @@
-"""Answers as columns of Parquet: a tensor of a row becomes a value, a list, or a list of lists.
+"""Parquet columns of the answers: a tensor of a row becomes a value, a list, or a list of lists.
 
-row, source, source_row     which row of which file (or object) it was; `row` counts through all of them
-the kept columns            as the input has them
+row, source, source_row     the row's origin in a file (or object); `row` counts through all files
+the kept columns            as in the input
 the model's outputs         FP32 [] -> float, FP32 [4] -> list<float>, BYTES -> binary (or string), BF16 -> float
 """
 
@@ -39,12 +39,12 @@ ABOUT = (
     pa.field("source", pa.dictionary(pa.int32(), pa.string())),
     pa.field("source_row", pa.int64()),
 )
-"""The columns that say which row it is: of the answered rows and of the dead ones."""
+"""Columns with the origin of a row, of answered and of failed rows."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the parts of a batch have."""
+    """Columns of a batch's parts."""
 
     outputs: tuple[Spec, ...]
     texts: frozenset[str]
@@ -53,10 +53,10 @@ class Columns:
     """Columns of the input that are carried over, with their types."""
 
     def schema(self) -> Any:
-        """The schema of a part.
+        """Return the Arrow schema of a part.
 
         Raises:
-            InvalidArgument: two columns would have one name.
+            InvalidArgument: two columns would have the same name.
         """
         names = [*(field.name for field in ABOUT), *self.kept, *(spec.name for spec in self.outputs)]
         for name in names:
@@ -74,7 +74,7 @@ class Columns:
         return kind
 
     def array(self, spec: Spec, values: NDArray[Any]) -> Any:
-        """The rows of an output as an Arrow array.
+        """Return the rows of an output as an Arrow array.
 
         Raises:
             ValueError: a text is not UTF-8.
@@ -91,7 +91,7 @@ class Columns:
 
 
 def _nested(flat: Any, shape: Sequence[int]) -> Any:
-    """The elements of an array of `shape` as lists (of lists ...) by its first dimension."""
+    """Return the elements of an array of `shape` as lists (of lists ...), one for each row."""
     for axis in range(len(shape) - 1, 0, -1):
         lists = int(np.prod(shape[:axis], dtype=np.int64))
         offsets = np.arange(lists + 1, dtype=np.int32) * np.int32(shape[axis])

@@ -1,6 +1,6 @@
-"""Cells of a column become rows of a tensor: every value keeps its meaning, or its row fails and says why.
+"""Conversion of a column's cells to rows of a tensor. A value that would lose its meaning fails its row with a reason.
 
-Mostly all rows have one shape: then it is one conversion of one array. Else each row is looked at by itself.
+When all rows have one shape, which is the common case, one array is converted; otherwise each row by itself.
 
     model's row       cells that fit
     []                3.5                                        a value
@@ -28,20 +28,20 @@ from shoal.oip.tensors import Array
 
 
 class UnfitValue(ValueError):
-    """A value that cannot become what the model takes; the message says what was expected and what came."""
+    """Value that does not fit the model's input; the message has the expected and the actual value."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The rows of one input."""
+    """Rows of one input."""
 
     spec: Spec
     rows: Array | Sequence[Array | None]
-    """An array whose first dimension is the rows, or an array (None: the row failed) for each."""
+    """Array whose first dimension is the rows, or one array (None: the row failed) for each row."""
     errors: dict[int, str]
 
     def shape(self, row: int) -> tuple[int, ...]:
-        """Of one row that did not fail."""
+        """Return the shape of a row that did not fail."""
         if isinstance(self.rows, np.ndarray):
             return self.rows.shape[1:]
         found = self.rows[row]
@@ -49,7 +49,7 @@ class Fitted:
         return found.shape
 
     def stacked(self, rows: Sequence[int]) -> Array:
-        """These rows, which have one shape and did not fail, as one array."""
+        """Return rows, which have one shape and did not fail, as one array."""
         if isinstance(self.rows, np.ndarray):
             first, last = rows[0], rows[-1]
             return self.rows[first : last + 1] if last - first + 1 == len(rows) else self.rows[list(rows)]
@@ -60,13 +60,14 @@ class Fitted:
 
 
 def fit(spec: Spec, cells: Cells) -> Fitted:
-    """All cells of a column, for one input of a model."""
+    """Convert the cells of a column to rows of one input."""
     array = cells if isinstance(cells, np.ndarray) else _regular(cells)
     if array is not None:
         try:
             rows, lost = _fitted(spec, array)
         except UnfitValue:
-            pass  # Some row may fit all the same, and each says for itself what is wrong.
+            # Single rows may still fit, and each of the others gets its own reason.
+            pass
         else:
             return Fitted(spec, rows, {int(row): _lost(spec, cells[row]) for row in np.flatnonzero(lost)})
     found: list[Array | None] = []
@@ -81,10 +82,10 @@ def fit(spec: Spec, cells: Cells) -> Fitted:
 
 
 def check_array(spec: Spec, column: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    """Whether rows of `shape` may fit at all.
+    """Check that rows of `shape` and `dtype` can fit an input.
 
     Raises:
-        InvalidArgument: says which column, what was expected and what came.
+        InvalidArgument: names the column, the expected and the actual type or shape.
     """
     is_text = dtype.kind in "OSU"
     if is_text is not (spec.datatype == "BYTES") or dtype.kind not in "biufOSU":
@@ -104,11 +105,12 @@ def _one(spec: Spec, cell: Any) -> Array:
     rows, lost = _fitted(spec, array)
     if lost.any():
         raise UnfitValue(_lost(spec, cell))
-    return rows.reshape(rows.shape[1:])  # Not rows[0]: of one element, that is no array any more.
+    # Not rows[0], which returns a scalar for an array of one element.
+    return rows.reshape(rows.shape[1:])
 
 
 def _regular(cells: Sequence[Any]) -> Array | None:
-    """The cells as one array of numbers, or of objects that are texts or bytes; None when they are not alike."""
+    """Return the cells as one array of numbers, or of texts or bytes (as objects); None when they are not alike."""
     if not cells:
         return None
     first: Any = cells[0]
@@ -124,7 +126,7 @@ def _regular(cells: Sequence[Any]) -> Array | None:
 
 
 def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """`array` as the model takes it, and which rows lost their meaning by that."""
+    """Convert `array` to the input's datatype and shape. Return it, and a mask of rows whose values changed."""
     if (array.dtype.kind in "OSU") is not (spec.datatype == "BYTES"):
         what = f"{spec.datatype} {list(spec.shape)}"
         raise UnfitValue(f"input {spec.name!r}: expected {what}, got {_short(array.reshape(-1)[:1].tolist())}")

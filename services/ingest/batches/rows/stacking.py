@@ -1,4 +1,4 @@
-"""Rows become stacks: as many as a model takes in one request, of rows that follow each other and have one shape."""
+"""Stacking of rows: consecutive rows of one shape, as many as a model accepts in one request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.ingest.batches.rows.fitting import Fitted
 from shoal.oip.datatypes import DTYPES
 
 STACK_BYTES = 8 << 20
-"""Of one request, at most (a row that is larger goes alone): ingest holds several of them."""
+"""Maximum size of one request (a larger row is sent alone), because ingest holds several in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,16 @@ class Stack:
     """Rows of a piece that make one request."""
 
     rows: tuple[int, ...]
-    """Counted from 0 within the piece."""
+    """Row numbers, counted from 0 within the piece."""
 
     def halves(self) -> tuple[Stack, Stack]:
-        """The first and the second half; of two rows and more."""
+        """Return the first and the second half of a stack of at least two rows."""
         middle = len(self.rows) // 2
         return Stack(self.rows[:middle]), Stack(self.rows[middle:])
 
 
 def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
-    """Stacks of `rows`, none of which failed, in their order."""
+    """Yield stacks of `rows`, none of which failed, in their order."""
     most = max(1, max_rows)
     if all(_is_even(fitted) for fitted in inputs):
         size = sum(_bytes(fitted, 0) for fitted in inputs) if rows else 1
@@ -52,7 +52,7 @@ def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iter
 
 
 def _is_even(fitted: Fitted) -> bool:
-    """All rows have one shape and one size."""
+    """Return True when all rows have one shape and one size."""
     return isinstance(fitted.rows, np.ndarray) and fitted.spec.datatype != "BYTES"
 
 

@@ -1,4 +1,4 @@
-"""Stacks as requests of the inference protocol, and its answers as arrays."""
+"""Conversion of stacks to requests of the inference protocol, and of responses to arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal.oip.tensors import Array, read_tensor, to_raw
 
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
-    """What all requests of a batch have in common."""
+    """Model and tenant that all requests of a batch share."""
 
     model_name: str
     model_version: str
@@ -27,12 +27,13 @@ class ModelTarget:
 
 
 def request_of(asked: ModelTarget, inputs: Sequence[Fitted], stack: Stack) -> bytes:
-    """A stack as a serialised ModelInferRequest."""
+    """Return a stack as a serialised ModelInferRequest."""
     message = oip.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version)
     for fitted in inputs:
         array = fitted.stacked(stack.rows)
         if asked.signature.max_rows == 0:
-            array = array.reshape(array.shape[1:])  # Not array[0]: of one element, that is no array any more.
+            # Not array[0], which returns a scalar for an array of one element.
+            array = array.reshape(array.shape[1:])
         message.inputs.add(name=fitted.spec.name, datatype=fitted.spec.datatype, shape=array.shape)
         message.raw_input_contents.append(to_raw(array, BY_NAME[fitted.spec.datatype]))
     for output in asked.signature.outputs:
@@ -41,10 +42,10 @@ def request_of(asked: ModelTarget, inputs: Sequence[Fitted], stack: Stack) -> by
 
 
 def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
-    """The outputs of an answer to `rows` rows: arrays whose first dimension is the rows.
+    """Return the outputs of a response to `rows` rows: arrays whose first dimension is the rows.
 
     Raises:
-        DataLoss: the answer is not what the model has promised.
+        DataLoss: the response contradicts the model's signature.
     """
     found = {tensor.name: index for index, tensor in enumerate(answer.outputs)}
     arrays: dict[str, Array] = {}
