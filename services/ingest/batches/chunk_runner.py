@@ -179,9 +179,9 @@ class ChunkRunner:
             await end(*(each.task for each in pending if each.task is not None))
         await self._threads.run(self._readers.release, batch, chunk, rows)
 
-    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, requested: RequestedColumns) -> Prepared:
+    def _next(self, rows: Rows, limit: int, batch: Batch, chunk: Chunk, requested: RequestedColumns) -> Prepared:
         with named(chunk.entry):
-            return prepare(requested, rows.read(most), batch.signature.max_rows)
+            return prepare(requested, rows.read(limit), batch.signature.max_rows)
 
     async def _write(
         self, chunk: Chunk, part: OutputPart, pending: deque[_Pending], progress: ChunkProgress, versions: set[str]

@@ -58,9 +58,9 @@ def result_columns(batch: Batch) -> Columns:
 
 
 def map_columns(
-    model: str, signature: Signature, given: Mapping[str, str], available: Sequence[str]
+    model: str, signature: Signature, column_of: Mapping[str, str], available: Sequence[str]
 ) -> tuple[tuple[Spec, str], ...]:
-    """Return each input of the model with its column: from `given`, else the column of the input's name.
+    """Return each input of the model with its column: from `column_of`, else the column of the input's name.
 
     Optional inputs without a column are left out.
 
@@ -69,16 +69,16 @@ def map_columns(
     """
     specs = {spec.name: spec for spec in signature.inputs}
     columns = ", ".join(sorted(available)) or "none"
-    for name in given:
+    for name in column_of:
         if name not in specs:
             raise InvalidArgument(f"columns: model {model!r} has no input {name!r}: it takes {signature.takes}")
     found = []
     for name, spec in specs.items():
-        column = given.get(name, name)
+        column = column_of.get(name, name)
         if column in available:
             found.append((spec, column))
-        elif name in given or not spec.is_optional:
-            hint = "" if name in given else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
+        elif name in column_of or not spec.is_optional:
+            hint = "" if name in column_of else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
             raise InvalidArgument(
                 f"columns: input {name!r} of model {model!r} needs a column {column!r}, "
                 f"and the inputs have the columns {columns}{hint}"
@@ -90,16 +90,16 @@ def map_columns(
     return tuple(found)
 
 
-def object_columns(model: str, signature: Signature, given: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
+def object_columns(model: str, signature: Signature, column_of: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
     """Map the columns of a prefix of objects: a single required BYTES input gets the content by default.
 
     Raises:
         InvalidArgument: the mapping is ambiguous, or a column is missing.
     """
     texts = [spec.name for spec in signature.inputs if spec.datatype == "BYTES" and not spec.is_optional]
-    if not given and len(texts) == 1:
-        given = {texts[0]: "content"}
-    found = map_columns(model, signature, given, OBJECT_COLUMNS)
+    if not column_of and len(texts) == 1:
+        column_of = {texts[0]: "content"}
+    found = map_columns(model, signature, column_of, OBJECT_COLUMNS)
     for spec, column in found:
         check_array(spec, column, np.dtype(object), ())
     return found

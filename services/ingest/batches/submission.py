@@ -125,15 +125,15 @@ class Submissions:
         self._check_output(output)
         kind = _FORMATS.get(request.format) or self._infer_format(inputs[0])
         first = self._first(inputs, kind)
-        given = dict(request.columns)
+        column_of = dict(request.columns)
         if kind is Format.OBJECTS:
-            mapped = object_columns(request.model_name, signature, given)
+            mapped = object_columns(request.model_name, signature, column_of)
             kept = kept_schema(kind, _empty_file(), request.keep_columns)
             return InspectedInputs(
                 kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
             )
         with open_pinned(self._locations, first) as file, named(first):
-            mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
+            mapped = map_columns(request.model_name, signature, column_of, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
             check_file(kind, file, RequestedColumns(mapped, kept))
         return InspectedInputs(
@@ -257,10 +257,10 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
         "outputs": request.outputs,
         "text_outputs": request.text_outputs,
     }
-    for field, given in names.items():
-        if len(given) > NAMES:
-            raise InvalidArgument(f"{field}: at most {NAMES}, got {len(given)}")
-        if len(set(given)) != len(given):
+    for field, values in names.items():
+        if len(values) > NAMES:
+            raise InvalidArgument(f"{field}: at most {NAMES}, got {len(values)}")
+        if len(set(values)) != len(values):
             raise InvalidArgument(f"{field}: a name occurs twice")
     for field, value, most in (
         ("chunk_rows", request.chunk_rows, MAX_CHUNK_ROWS),

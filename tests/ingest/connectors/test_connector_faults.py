@@ -33,7 +33,7 @@ class Log:
         self.values = [b'{"x": %d}' % n for n in range(count)]
         self.committed = 0
         self.opened = 0
-        self.lanes: list[Partition] = []
+        self.partitions: list[Partition] = []
         self.fault: Callable[[], None] = lambda: None
 
     def open(self) -> ShardReader:
@@ -47,15 +47,15 @@ class ShardReader:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._next = log.committed
-        self._lane = Partition("0")
+        self._partition = Partition("0")
         self._ledger = OffsetTracker()
-        log.lanes.append(self._lane)
+        log.partitions.append(self._partition)
 
     async def __aenter__(self) -> ShardReader:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._lane.mark_revoked()
+        self._partition.mark_revoked()
 
     async def receive(self, limit: int) -> Sequence[Message]:
         self._log.fault()
@@ -64,7 +64,7 @@ class ShardReader:
         at = self._next
         self._next += 1
         self._ledger.received(at)
-        return [Message(self._lane, at, f"log/0/{at}", self._log.values[at])]
+        return [Message(self._partition, at, f"log/0/{at}", self._log.values[at])]
 
     def settle(self, message: Message) -> None:
         self._ledger.settled(message.position)
@@ -149,8 +149,8 @@ class World:
         ready = asyncio.Event()
         ready.set()
         form = Format("record", "protobuf", "m", inputs={"x": "INT64"})
-        plan = ConnectorSpec("c", form, lambda: Endpoints(self.log.open(), self.dead, self.sink), max_in_flight=4)
-        async with Connector(plan, self.jobs, self.jobs, ready=ready, progress=self.progress):
+        spec = ConnectorSpec("c", form, lambda: Endpoints(self.log.open(), self.dead, self.sink), max_in_flight=4)
+        async with Connector(spec, self.jobs, self.jobs, ready=ready, progress=self.progress):
             yield
 
     async def until_all_are_settled(self) -> None:
@@ -222,7 +222,7 @@ async def test_a_lane_that_is_lost_takes_its_tasks_along_and_settles_nothing() -
     world.jobs.free.clear()
     async with world.running():
         await until(lambda: world.jobs.waiting == 4, "all under way")
-        world.log.lanes[0].mark_revoked()
+        world.log.partitions[0].mark_revoked()
         await until(lambda: world.jobs.waiting == 0, "nobody waits")
         assert world.progress.in_flight == 0
         world.jobs.free.set()
@@ -245,7 +245,7 @@ def test_standing_says_what_is_known() -> None:
     assert SourceStatus().lag is None
     assert SourceStatus((PartitionProgress("0", "5", 3), PartitionProgress("1", "", None))).lag == 3
     progress: Any = ConnectorProgress(utc_now)
-    assert progress.trouble("a")
-    assert not progress.trouble("a"), "it is no news"
+    assert progress.record_error("a")
+    assert not progress.record_error("a"), "it is no news"
     progress.done(is_dead=False)
-    assert progress.trouble("a"), "it is again"
+    assert progress.record_error("a"), "it is again"

@@ -68,7 +68,7 @@ def test_the_least_that_is_needed() -> None:
         ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),
         ("source.brokers", "a:1,b:65536", "connectors.c.source.brokers: b:65536: a port is a number from 1 to 65535"),
         ("sink.topic", "..", "connectors.c.sink.topic: Kafka has no topic of the name"),
-        ("sink.topic", "t", "connectors.c: sink: kafka t is the source: what is written there would be read again"),
+        ("sink.topic", "t", "connectors.c: sink: kafka t is the source: messages written there would be read again"),
         (
             "dead_letters",
             {**KAFKA, "brokers": "b:1,localhost:9092"},
@@ -76,7 +76,7 @@ def test_the_least_that_is_needed() -> None:
         ),
         ("sink.topic", "no spaces", "connectors.c.sink.topic: should match"),
         ("sink.group", "g", "connectors.c.sink.group is not a key of this table"),
-        ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not given here"),
+        ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not an option here"),
         ("source.options", {"enable.auto.commit": True}, "enable.auto.commit cannot be changed"),
         ("source.options", {"a": []}, "connectors.c.source.options: a: expected a text"),
         ("source.options", {"sasl.password": "env:SHOAL_NO_SUCH"}, "SHOAL_NO_SUCH: this variable is not set"),
@@ -200,7 +200,10 @@ def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:
 
     assert key() == key()
     assert key().startswith("c/t/0/7/")
-    assert len({key(), key("t/0/8"), key(value=b"w"), key(name="d"), key(stamp=5), key(key=b"v"), key(value=b"")}) == 7
+    assert (
+        len({key(), key("t/0/8"), key(value=b"w"), key(name="d"), key(received_ms=5), key(key=b"v"), key(value=b"")})
+        == 7
+    )
     assert key(key=b"a", value=b"bc") != key(key=b"ab", value=b"c")
     long = key("t" * 249 + "/0/7")
     assert len(long) <= KEY_CHARS

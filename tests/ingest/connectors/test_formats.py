@@ -146,11 +146,11 @@ def test_any_document_is_a_request_or_a_dead_letter_that_says_why(data: st.DataO
     fields = {"inputs": st.just([tensor]) | ODD, "id": ODD, "outputs": ODD, "parameters": ODD}
     document = data.draw(st.fixed_dictionaries({}, optional=fields))
     made = Message(Partition("0"), 0, "t/0/0", json.dumps(document).encode())
-    plan = ConnectorSpec("c", JSON, lambda: pytest.fail("nothing is opened"))
+    spec = ConnectorSpec("c", JSON, lambda: pytest.fail("nothing is opened"))
     try:
         JSON.request(made.value)
     except InvalidArgument as err:
-        dead_letter(plan, made, MessageFailure(err.code, err.message))
+        dead_letter(spec, made, MessageFailure(err.code, err.message))
 
 
 def response(datatype: str, shape: list[int], raw: bytes) -> oip.ModelInferResponse:

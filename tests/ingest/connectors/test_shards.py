@@ -34,12 +34,12 @@ def test_what_a_dead_instance_held_is_taken_when_its_lease_has_lapsed() -> None:
     shards = [Shard("a")]
     held = {"a": Checkpoint("a", owner="dead", expires_at=LATER)}
     assert plan_changes(shards, held, me="x", others=(), held=(), now=START) == ShardChanges()
-    assert plan_changes(shards, held, me="x", others=(), held=(), now=LATER) == ShardChanges(take=("a",))
+    assert plan_changes(shards, held, me="x", others=(), held=(), now=LATER) == ShardChanges(acquire=("a",))
 
 
 def test_an_instance_takes_back_at_once_what_its_killed_process_held() -> None:
     held = {"a": Checkpoint("a", owner="x", expires_at=LATER)}
-    assert plan_changes([Shard("a")], held, me="x", others=(), held=(), now=START) == ShardChanges(take=("a",))
+    assert plan_changes([Shard("a")], held, me="x", others=(), held=(), now=START) == ShardChanges(acquire=("a",))
 
 
 def test_a_child_is_read_from_its_beginning_wherever_the_connector_began() -> None:
@@ -59,10 +59,10 @@ def test_instances_come_to_fair_shares_and_no_shard_has_two_readers(count: int, 
             known = {shard: Checkpoint(shard, owner=owner, expires_at=LATER) for shard, owner in owners.items()}
             held = {shard for shard, owner in owners.items() if owner == me}
             due = plan_changes(shards, known, me=me, others=set(names) - {me}, held=held, now=START)
-            assert not (set(due.take) & owners.keys())
+            assert not (set(due.acquire) & owners.keys())
             assert set(due.release) <= held
             for shard in due.release:
                 del owners[shard]
-            owners.update(dict.fromkeys(due.take, me))
+            owners.update(dict.fromkeys(due.acquire, me))
     assert owners.keys() == {shard.id for shard in shards}
     assert all(list(owners.values()).count(name) <= -(-count // workers) for name in names)

@@ -35,12 +35,12 @@ class JsonLines:
         self._file.seek(offset)
         self._row = row
 
-    def read(self, most: int) -> Piece:
+    def read(self, limit: int) -> Piece:
         """Return the next lines. A line that is no object is a failed row."""
         rows: list[dict[str, Any]] = []
         errors: dict[int, str] = {}
         nbytes = 0
-        while len(rows) < min(most, PIECE_ROWS) and nbytes < PIECE_BYTES:
+        while len(rows) < min(limit, PIECE_ROWS) and nbytes < PIECE_BYTES:
             line = self._file.readline(ROW_BYTES + 1)
             if not line:
                 break
@@ -79,9 +79,9 @@ def spans(file: BinaryIO, chunk_rows: int, chunk_bytes: int, *, row: int = 0, of
         ends = at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
         at += len(block)
         for end in _cuts(ends, rows, begin, chunk_rows, chunk_bytes):
-            taken = int(np.searchsorted(ends, end, side="right"))
-            rows += taken
-            ends = ends[taken:]
+            count = int(np.searchsorted(ends, end, side="right"))
+            rows += count
+            ends = ends[count:]
             yield Span(first, rows, begin, end)
             first, begin, rows = first + rows, end, 0
         rows += len(ends)

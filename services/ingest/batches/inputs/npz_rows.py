@@ -57,16 +57,16 @@ class NpzRows:
         self._zip = zipfile.ZipFile(file)
         self._streams = [(member, _Stream(file, self._zip, member)) for member in found]
         self._total = found[0].shape[0] if found else 0
-        self._most = piece_rows(1 << 30, sum(member.row_bytes for member in found))
+        self._piece_rows = piece_rows(1 << 30, sum(member.row_bytes for member in found))
         self._row = 0
 
     def seek(self, row: int, offset: int) -> None:
         """Go to row `row`."""
         self._row = row
 
-    def read(self, most: int) -> Piece:
+    def read(self, limit: int) -> Piece:
         """Return the next rows."""
-        count = min(most, self._most, self._total - self._row)
+        count = min(limit, self._piece_rows, self._total - self._row)
         if count < 1:
             raise DataLoss(f"the arrays end before row {self._row}")
         first, self._row = self._row, self._row + count

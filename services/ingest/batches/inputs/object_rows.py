@@ -33,13 +33,13 @@ class ObjectRows:
         self._held = None
         self._row = row
 
-    def read(self, most: int) -> Piece:
+    def read(self, limit: int) -> Piece:
         """Return the next objects, fetched concurrently. An object that cannot be read is a failed row.
 
         Raises:
             Unavailable: the object store is unavailable.
         """
-        entries = [line.entry for line in self._next(min(most, _ROWS))]
+        entries = [line.entry for line in self._next(min(limit, _ROWS))]
         if not entries:
             raise DataLoss(f"the listing ends before row {self._row}")
         first, self._row = self._row, self._row + len(entries)
@@ -52,10 +52,10 @@ class ObjectRows:
         urls = [entry.url for entry in entries]
         return Piece(first, len(entries), {"content": contents, "url": urls}, errors, sources=urls)
 
-    def _next(self, most: int) -> list[Listed]:
+    def _next(self, limit: int) -> list[Listed]:
         found: list[Listed] = []
         nbytes = 0
-        while len(found) < most:
+        while len(found) < limit:
             line = self._held or next(self._lines, None)
             self._held = None
             if line is None:

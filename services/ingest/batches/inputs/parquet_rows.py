@@ -31,7 +31,7 @@ class ParquetRows:
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         metadata = self._file.metadata
         self._groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        self._most = piece_rows(1 << 30, row_bytes(self._file))
+        self._piece_rows = piece_rows(1 << 30, row_bytes(self._file))
         self._row = 0
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
@@ -44,19 +44,21 @@ class ParquetRows:
             self._row, self._left = start, None
             groups = range(group, len(self._groups))
             columns = self._columns or None
-            self._batches = self._file.iter_batches(self._most, row_groups=groups, columns=columns, use_threads=False)
+            self._batches = self._file.iter_batches(
+                self._piece_rows, row_groups=groups, columns=columns, use_threads=False
+            )
         while self._row < row:
             self._take(row - self._row)
 
-    def read(self, most: int) -> Piece:
+    def read(self, limit: int) -> Piece:
         """Return the next rows."""
         first = self._row
-        batch = self._take(most)
+        batch = self._take(limit)
         arrays = {name: batch.column(name) for name in self._columns}
         columns = {name: cells_of(array) for name, array in arrays.items()}
         return Piece(first, batch.num_rows, columns, arrow=arrays)
 
-    def _take(self, most: int) -> Any:
+    def _take(self, limit: int) -> Any:
         try:
             while self._left is None or not self._left.num_rows:
                 self._left = next(self._batches)
@@ -64,7 +66,7 @@ class ParquetRows:
             raise DataLoss(f"the file ends before row {self._row}") from None
         except _BROKEN as err:
             raise DataLoss(f"broken near row {self._row}: {str(err)[:300]}") from err
-        taken, self._left = self._left.slice(0, most), self._left.slice(most)
+        taken, self._left = self._left.slice(0, limit), self._left.slice(limit)
         self._row += taken.num_rows
         return taken
 

@@ -40,8 +40,8 @@ class Rows(Protocol):
     def seek(self, row: int, offset: int) -> None:
         """Go to row `row`; `offset` is the row's offset in the plan."""
 
-    def read(self, most: int) -> Piece:
-        """Return the next rows, at least one and at most `most`.
+    def read(self, limit: int) -> Piece:
+        """Return the next rows, at least one and at most `limit`.
 
         Raises:
             DataLoss: the file has changed since it was planned, or is broken.
@@ -71,10 +71,10 @@ def null_column(count: int) -> list[Any]:
 
 def even_spans(total: int, row_bytes: float, chunk_rows: int, chunk_bytes: int, row: int = 0) -> Iterator[Span]:
     """Return the spans of a file whose rows are about equally large, from `row` on."""
-    most = max(1, min(chunk_rows, int(chunk_bytes // max(row_bytes, 1))))
-    return (Span(first, min(most, total - first)) for first in range(row, total, most))
+    limit = max(1, min(chunk_rows, int(chunk_bytes // max(row_bytes, 1))))
+    return (Span(first, min(limit, total - first)) for first in range(row, total, limit))
 
 
-def piece_rows(most: int, row_bytes: float) -> int:
-    """Return the number of rows of about `row_bytes` to read at once, at most `most`."""
-    return int(np.clip(PIECE_BYTES // max(row_bytes, 1), 1, min(most, PIECE_ROWS)))
+def piece_rows(limit: int, row_bytes: float) -> int:
+    """Return the number of rows of about `row_bytes` to read at once, at most `limit`."""
+    return int(np.clip(PIECE_BYTES // max(row_bytes, 1), 1, min(limit, PIECE_ROWS)))

@@ -29,11 +29,11 @@ class Stack:
 
 def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
     """Yield stacks of `rows`, none of which failed, in their order."""
-    most = max(1, max_rows)
+    limit = max(1, max_rows)
     if all(_is_even(fitted) for fitted in inputs):
         size = sum(_bytes(fitted, 0) for fitted in inputs) if rows else 1
-        most = max(1, min(most, STACK_BYTES // max(size, 1)))
-        yield from (Stack(tuple(rows[first : first + most])) for first in range(0, len(rows), most))
+        limit = max(1, min(limit, STACK_BYTES // max(size, 1)))
+        yield from (Stack(tuple(rows[first : first + limit])) for first in range(0, len(rows), limit))
         return
     held: list[int] = []
     held_shapes: list[tuple[int, ...]] = []
@@ -41,7 +41,7 @@ def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iter
     for row in rows:
         shapes = [fitted.shape(row) for fitted in inputs]
         size = sum(_bytes(fitted, row) for fitted in inputs)
-        if held and (len(held) == most or shapes != held_shapes or nbytes + size > STACK_BYTES):
+        if held and (len(held) == limit or shapes != held_shapes or nbytes + size > STACK_BYTES):
             yield Stack(tuple(held))
             held, nbytes = [], 0
         held.append(row)
