@@ -301,11 +301,11 @@ class KinesisSource:
             await self._batches.put(batch)
 
     async def _begun(self, shard_reader: ShardReader) -> bool:
-        """Sees to it that the place where a shard is begun with its latest record is durable, so that whoever reads it
-        next goes on from there, although nothing was settled. False: the lease was lost.
+        """Make the start of a shard that begins at its latest record durable. False: the lease was lost.
 
-        Kinesis gives no number to the place behind the latest record. So it is a time, by Kinesis' clock and acquired
-        before the iterator: after a kill some records may come that were there already, and none is passed over.
+        The next reader continues from there, even if nothing was settled. Kinesis has no sequence number for the
+        position after the latest record. So the start is a time by Kinesis' clock, read before the iterator: after a
+        kill, some older records may be read again, and none is skipped.
         """
         is_latest = self._start == "latest" and not shard_reader.from_beginning and not shard_reader.start.sequence
         if not is_latest or shard_reader.began_at is not None:

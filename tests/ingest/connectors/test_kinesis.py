@@ -361,7 +361,7 @@ async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: An
 
 async def test_a_stream_that_is_not_there_is_named(moto: Moto, collection: Any) -> None:
     reader = Reader(moto, "none", collection, "x")
-    with pytest.raises(Unavailable, match="looking at stream none: there is no such stream: create it"):
+    with pytest.raises(Unavailable, match="describing stream none: there is no such stream: create it"):
         await reader.run()
 
 
