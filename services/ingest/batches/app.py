@@ -78,20 +78,20 @@ class Batches:
             lease_ms=config.lease_ms,
         )
         self._batches = BatchRepository(database[BATCHES], self._chunks, clock=clock, instance=name)
-        running = ChunkRunner(
+        runner = ChunkRunner(
             model,
             locations,
             self._readers,
             self._threads,
             folder=folder,
-            calls=config.batch_calls,
+            max_requests=config.batch_calls,
             timeout_s=config.attempt_timeout_ms / 1000,
         )
         self._batcher = Batcher(
             self._batches,
             self._chunks,
             Duties(self._batches, self._chunks, locations, self._threads, folder=folder),
-            running,
+            runner,
             clock=clock,
             ready=ready,
             slots=config.batch_chunks,

@@ -31,7 +31,7 @@ _OUTAGE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class BatchView:
     """Batch with its counts so far."""
 
     batch: Batch
@@ -51,7 +51,7 @@ class BatchControl:
         self._watches = 0
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
 
-    async def get(self, batch_id: str) -> View:
+    async def get(self, batch_id: str) -> BatchView:
         """Return one batch.
 
         Raises:
@@ -59,7 +59,7 @@ class BatchControl:
         """
         return await self._view(await self._batches.get(batch_id))
 
-    async def page(self, requested: Filter, size: int, token: str) -> tuple[list[View], str]:
+    async def page(self, requested: Filter, size: int, token: str) -> tuple[list[BatchView], str]:
         """Return the newest batches, and a token for the next page: empty on the last page.
 
         Raises:
@@ -74,7 +74,7 @@ class BatchControl:
         views = [await self._view(batch) for batch in found[:size]]
         return views, found[size - 1].id if len(found) > size else ""
 
-    async def follow(self, batch_id: str) -> AsyncIterator[View]:
+    async def follow(self, batch_id: str) -> AsyncIterator[BatchView]:
         """Yield a batch now, and after each change, until the batch has ended.
 
         Raises:
@@ -96,7 +96,7 @@ class BatchControl:
         finally:
             self._watches -= 1
 
-    async def cancel(self, batch_id: str, reason: str) -> View:
+    async def cancel(self, batch_id: str, reason: str) -> BatchView:
         """Cancel a batch; published parts stay. Wait briefly for the batch's end, and return the batch.
 
         Raises:
@@ -116,7 +116,7 @@ class BatchControl:
                     view = await self.get(batch_id)
         return view
 
-    async def pause(self, batch_id: str, reason: str) -> View:
+    async def pause(self, batch_id: str, reason: str) -> BatchView:
         """Pause a batch: start no further chunk, and release the running ones. Idempotent.
 
         Raises:
@@ -124,13 +124,13 @@ class BatchControl:
         """
         return await self._change_state(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
 
-    async def resume(self, batch_id: str, reason: str) -> View:
+    async def resume(self, batch_id: str, reason: str) -> BatchView:
         """Resume a paused batch. Raises as `pause` does."""
         return await self._change_state(
             batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client"
         )
 
-    async def _change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> View:
+    async def _change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> BatchView:
         _check_reason(reason)
         changed = await self._batches.change_state(batch_id, before, after, reason)
         self._on_change()
@@ -140,12 +140,12 @@ class BatchControl:
             raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {state} already")
         return await self._view(batch)
 
-    async def _view(self, batch: Batch) -> View:
+    async def _view(self, batch: Batch) -> BatchView:
         if batch.totals is not None:
-            return View(batch, batch.totals)
+            return BatchView(batch, batch.totals)
         if batch.is_final:
-            return View(batch, Totals())
-        return View(batch, await self._sum(batch))
+            return BatchView(batch, Totals())
+        return BatchView(batch, await self._sum(batch))
 
     async def _sum(self, batch: Batch) -> Totals:
         now = time.monotonic()
@@ -159,7 +159,7 @@ class BatchControl:
             self._sums.popitem(last=False)
         return totals
 
-    async def _get_with_retry(self, batch_id: str) -> View:
+    async def _get_with_retry(self, batch_id: str) -> BatchView:
         give_up_at = time.monotonic() + _OUTAGE_S
         while True:
             try:

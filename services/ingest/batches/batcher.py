@@ -103,7 +103,7 @@ class Batcher:
         batches: BatchRepository,
         chunks: ChunkRepository,
         duties: Duties,
-        running: ChunkRunner,
+        runner: ChunkRunner,
         *,
         clock: Clock,
         ready: asyncio.Event,
@@ -116,7 +116,7 @@ class Batcher:
         self._batches = batches
         self._chunks = chunks
         self._duties = duties
-        self._running = running
+        self._runner = runner
         self._clock = clock
         self._ready = ready
         self._slots = slots
@@ -210,8 +210,8 @@ class Batcher:
 
     async def _claim(self, active: list[Batch]) -> None:
         """Claim chunks, round-robin over the batches, so that a large batch does not delay a small one."""
-        runs_alone = any(_is_suspect(held.chunk) for held in self._held_chunks.values())
-        if runs_alone or (self._held_chunks and self._next_exclusive is not None):
+        runs_exclusive = any(_is_suspect(held.chunk) for held in self._held_chunks.values())
+        if runs_exclusive or (self._held_chunks and self._next_exclusive is not None):
             return
         now = asyncio.get_running_loop().time()
         candidates = [
@@ -261,14 +261,14 @@ class Batcher:
                 raise DataLoss(f"{_rows(chunk)}: {times}")
             # After a recent failure of the batch, an unavailable model is not waited for.
             model_wait_s = 0.0 if batch.id in self._backoffs else MODEL_WAIT_S
-            name, written, versions = await self._running.run(batch, chunk, held.progress, model_wait_s)
-            if not await self._persist(lambda: self._chunks.stage(chunk, name, written, versions)):
+            name, summary, versions = await self._runner.run(batch, chunk, held.progress, model_wait_s)
+            if not await self._persist(lambda: self._chunks.stage(chunk, name, summary, versions)):
                 return
             chunk = held.chunk = replace(
-                chunk, state=ChunkState.STAGED, staged=name, ok=written.rows, failed=written.dead
+                chunk, state=ChunkState.STAGED, staged=name, ok=summary.rows, failed=summary.failed
             )
             held.progress.now = ChunkCounts()
-        await self._running.publish(batch, chunk)
+        await self._runner.publish(batch, chunk)
         await self._persist(lambda: self._chunks.mark_done(chunk))
         self._backoffs.pop(batch.id, None)
 

@@ -117,13 +117,13 @@ class ChunkRepository:
             kept = {document["_id"] async for document in self._chunks.find(ours, {"_id": 1})}
         return held.keys() - kept
 
-    async def stage(self, chunk: Chunk, name: str, written: PartSummary, versions: Sequence[str]) -> bool:
+    async def stage(self, chunk: Chunk, name: str, summary: PartSummary, versions: Sequence[str]) -> bool:
         """Record the result of a chunk, whose staged part is `name`. False: the lease was lost."""
         done = {
-            "ok": written.rows,
-            "failed": written.dead,
-            "nbytes": written.nbytes,
-            "codes": [[code, count] for code, count in written.codes.items()],
+            "ok": summary.rows,
+            "failed": summary.failed,
+            "nbytes": summary.nbytes,
+            "codes": [[code, count] for code, count in summary.codes.items()],
             "versions": list(versions),
         }
         set_ = {"state": str(ChunkState.STAGED), "staged": name, "done": done}

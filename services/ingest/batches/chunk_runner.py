@@ -27,9 +27,9 @@ from services.ingest.batches.inputs.piece import Piece, Rows
 from services.ingest.batches.mapping import RequestedColumns, kept_arrays, result_columns
 from services.ingest.batches.outputs.part import OutputPart
 from services.ingest.batches.outputs.part_summary import PartSummary, RowError, RowOrigins, part_name
-from services.ingest.batches.readers import ReaderCache, named
+from services.ingest.batches.readers import ReaderCache, naming_file
 from services.ingest.batches.row_inference import AnsweredRows, FailedRow, InferenceClient, RequestSlots, RowInference
-from services.ingest.batches.rows.fitting import Fitted, fit
+from services.ingest.batches.rows.fitting import FittedInput, fit
 from services.ingest.batches.rows.stacking import Stack, stacks
 from services.ingest.batches.rows.wire import ModelTarget
 from services.ingest.job import Policy
@@ -60,7 +60,7 @@ class Prepared:
     """Piece whose rows are converted and stacked for the model."""
 
     piece: Piece
-    inputs: Sequence[Fitted]
+    inputs: Sequence[FittedInput]
     kept: dict[str, Any]
     errors: dict[int, str]
     stacks: Sequence[Stack]
@@ -88,7 +88,7 @@ class ChunkRunner:
         threads: Threads,
         *,
         folder: Path,
-        calls: int,
+        max_requests: int,
         timeout_s: float,
     ) -> None:
         self._model = model
@@ -96,8 +96,8 @@ class ChunkRunner:
         self._readers = readers
         self._threads = threads
         self._folder = folder
-        self._slots = RequestSlots(calls)
-        self._window = _STACKS_PER_SLOT * calls
+        self._slots = RequestSlots(max_requests)
+        self._window = _STACKS_PER_SLOT * max_requests
         self._timeout_s = timeout_s
 
     async def run(
@@ -116,13 +116,13 @@ class ChunkRunner:
         name = f"{chunk.number:08d}-{chunk.lease.id}"
         versions: set[str] = set()
         with OutputPart(self._folder, name, result_columns(batch)) as part:
-            await self._fill(batch, chunk, part, self._calling(batch, progress, model_wait_s), progress, versions)
-            written = await self._threads.run(part.finish)
-            if written.rows:
+            await self._fill(batch, chunk, part, self._row_inference(batch, progress, model_wait_s), progress, versions)
+            summary = await self._threads.run(part.finish)
+            if summary.rows:
                 await self._adopt(batch, f"{name}.parquet", part.file)
-            if written.dead:
+            if summary.failed:
                 await self._adopt(batch, f"{name}.dead.parquet", part.dead_file)
-        return name, written, tuple(sorted(versions))
+        return name, summary, tuple(sorted(versions))
 
     async def publish(self, batch: Batch, chunk: Chunk) -> None:
         """Move a staged part to its final URL; idempotent."""
@@ -135,7 +135,7 @@ class ChunkRunner:
     async def _adopt(self, batch: Batch, name: str, file: Path) -> None:
         await self._threads.run(self._locations.adopt, batch.output_url(STAGING, name), file)
 
-    def _calling(self, batch: Batch, progress: ChunkProgress, model_wait_s: float) -> RowInference:
+    def _row_inference(self, batch: Batch, progress: ChunkProgress, model_wait_s: float) -> RowInference:
         return RowInference(
             self._model,
             ModelTarget(batch.model_name, batch.model_version, batch.signature, batch.tenant),
@@ -151,7 +151,7 @@ class ChunkRunner:
         batch: Batch,
         chunk: Chunk,
         part: OutputPart,
-        calling: RowInference,
+        row_inference: RowInference,
         progress: ChunkProgress,
         versions: set[str],
     ) -> None:
@@ -166,7 +166,7 @@ class ChunkRunner:
                 if prepared.errors:
                     pending.append(_Pending(prepared))
                 for stack in prepared.stacks:
-                    task = asyncio.create_task(calling.answer(prepared.inputs, stack))
+                    task = asyncio.create_task(row_inference.answer(prepared.inputs, stack))
                     pending.append(_Pending(prepared, task))
                     while len(pending) >= self._window:
                         await self._write(chunk, part, pending, progress, versions)
@@ -180,7 +180,7 @@ class ChunkRunner:
         await self._threads.run(self._readers.release, batch, chunk, rows)
 
     def _next(self, rows: Rows, limit: int, batch: Batch, chunk: Chunk, requested: RequestedColumns) -> Prepared:
-        with named(chunk.entry):
+        with naming_file(chunk.entry):
             return prepare(requested, rows.read(limit), batch.signature.max_rows)
 
     async def _write(
@@ -190,7 +190,7 @@ class ChunkRunner:
         ready: list[tuple[Prepared, Outcomes]] = []
         while pending and (not ready or pending[0].task is None or pending[0].task.done()):
             head = pending[0]
-            ready.append((head.prepared, unfit(head.prepared) if head.task is None else await head.task))
+            ready.append((head.prepared, unfit_rows(head.prepared) if head.task is None else await head.task))
             pending.popleft()
         versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, AnsweredRows))
         ok, failed = await self._threads.run(write, part, chunk, ready)
@@ -209,7 +209,7 @@ def prepare(requested: RequestedColumns, piece: Piece, max_rows: int) -> Prepare
     return Prepared(piece, inputs, kept, errors, list(stacks(inputs, valid, max_rows)))
 
 
-def unfit(prepared: Prepared) -> Outcomes:
+def unfit_rows(prepared: Prepared) -> Outcomes:
     """Return the rows that could not be sent to the model, as failures."""
     return [
         FailedRow(row, RowError(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())

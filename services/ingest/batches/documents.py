@@ -28,7 +28,7 @@ from services.ingest.batches.batch import (
 )
 from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from services.ingest.job import Lease
 
 BATCHES = "batches"
@@ -226,7 +226,7 @@ def _totals_of(document: Mapping[str, Any]) -> Totals:
 
 
 def _signature(signature: Signature) -> Document:
-    def specs(found: tuple[Spec, ...]) -> list[Document]:
+    def specs(found: tuple[TensorSpec, ...]) -> list[Document]:
         return [asdict(spec) | {"shape": list(spec.shape)} for spec in found]
 
     return {
@@ -237,7 +237,7 @@ def _signature(signature: Signature) -> Document:
 
 
 def _signature_of(document: Mapping[str, Any]) -> Signature:
-    def specs(found: list[Document]) -> tuple[Spec, ...]:
-        return tuple(Spec(**{**spec, "shape": tuple(spec["shape"])}) for spec in found)
+    def specs(found: list[Document]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in found)
 
     return Signature(specs(document["inputs"]), specs(document["outputs"]), document["max_rows"])

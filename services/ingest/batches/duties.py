@@ -86,7 +86,7 @@ class Duties:
 
     async def _list(self, batch: Batch) -> None:
         assert batch.lease is not None
-        await self._threads.run(mark, self._locations, batch)
+        await self._threads.run(mark_output, self._locations, batch)
         # Another instance may list too, so the file has the lease's name until the batch records which one counts.
         url = batch.output_url(STAGING, f"inputs-{batch.lease.id}.jsonl")
         files = await self._threads.run(self._write_listing, batch, url)
@@ -98,7 +98,7 @@ class Duties:
         try:
             files = 0
             with path.open("wb") as file:
-                for entry in entries(self._locations, batch.inputs, batch.format):
+                for entry in input_entries(self._locations, batch.inputs, batch.format):
                     file.write(line_of(entry))
                     files += 1
             self._locations.adopt(url, path)
@@ -147,7 +147,7 @@ class Duties:
         await self._threads.run(self._locations.remove_all, batch.output_url(STAGING) + "/")
 
 
-def mark(locations: InputLocations, batch: Batch) -> None:
+def mark_output(locations: InputLocations, batch: Batch) -> None:
     """Mark the output as the batch's own.
 
     Raises:
@@ -176,7 +176,7 @@ def owner_of(locations: InputLocations, output: str) -> str:
         return "unknown"
 
 
-def entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
+def input_entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
     """Yield the files or objects of the inputs. An input that ends with a slash is a prefix.
 
     Below a prefix, a file counts when it has the format's suffix and its name does not begin with an underscore.

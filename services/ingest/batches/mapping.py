@@ -21,7 +21,7 @@ from services.ingest.batches.inputs.parquet_rows import open_parquet
 from services.ingest.batches.inputs.piece import ROW_BYTES, Piece
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.rows.fitting import check_array, fit
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import DataLoss, InvalidArgument
 
 SAMPLE_ROWS = 50
@@ -33,7 +33,7 @@ _AS_JSON = {b"shoal": b"json"}
 class RequestedColumns:
     """Columns that are read of each row."""
 
-    inputs: tuple[tuple[Spec, str], ...]
+    inputs: tuple[tuple[TensorSpec, str], ...]
     """Pairs: an input of the model, and the column that feeds it."""
     kept: Any
     """Arrow schema of the columns that are carried over."""
@@ -59,7 +59,7 @@ def result_columns(batch: Batch) -> Columns:
 
 def map_columns(
     model: str, signature: Signature, column_of: Mapping[str, str], available: Sequence[str]
-) -> tuple[tuple[Spec, str], ...]:
+) -> tuple[tuple[TensorSpec, str], ...]:
     """Return each input of the model with its column: from `column_of`, else the column of the input's name.
 
     Optional inputs without a column are left out.
@@ -90,7 +90,9 @@ def map_columns(
     return tuple(found)
 
 
-def object_columns(model: str, signature: Signature, column_of: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
+def object_columns(
+    model: str, signature: Signature, column_of: Mapping[str, str]
+) -> tuple[tuple[TensorSpec, str], ...]:
     """Map the columns of a prefix of objects: a single required BYTES input gets the content by default.
 
     Raises:
@@ -211,7 +213,7 @@ def _check_parquet(schema: Any, requested: RequestedColumns) -> None:
             raise InvalidArgument(f"column {field.name!r} is {kind}; in the first file it is {field.type}")
 
 
-def _check_type(spec: Spec, column: str, kind: Any) -> None:
+def _check_type(spec: TensorSpec, column: str, kind: Any) -> None:
     shape, leaf = [], kind
     while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
         shape.append(leaf.list_size if pa.types.is_fixed_size_list(leaf) else -1)

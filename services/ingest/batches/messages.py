@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from services.ingest.batches.batch import BatchState, Format, seconds_of
-from services.ingest.batches.batch_control import View
+from services.ingest.batches.batch_control import BatchView
 from services.ingest.messages import asked_state, timestamp_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -14,7 +14,7 @@ _STATE_OF = {pb.BatchState.Value(name): state for state, name in _STATES.items()
 _FORMATS = {kind: f"BATCH_FORMAT_{kind.name}" for kind in Format}
 
 
-def message_of(view: View, now: datetime) -> pb.Batch:
+def message_of(view: BatchView, now: datetime) -> pb.Batch:
     """Return the message of a batch."""
     batch, totals = view.batch, view.totals
     seconds = seconds_of(batch, now)

@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs import json_lines, npz_rows
-from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.listing import ListedEntry, listed
 from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.inputs.parquet_rows import open_parquet, row_bytes
 from services.ingest.batches.inputs.piece import Span, even_spans
 from services.ingest.batches.mapping import RequestedColumns, check_file
-from services.ingest.batches.readers import named, open_pinned
+from services.ingest.batches.readers import naming_file, open_pinned
 from shoal.errors import InvalidArgument
 
 CHUNK_BYTES = 32 << 20
@@ -44,17 +44,17 @@ def plan(locations: InputLocations, batch: Batch, tail: Chunk | None) -> Iterato
 
 def _spans(
     locations: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
-) -> Iterator[tuple[Listed, Span]]:
+) -> Iterator[tuple[ListedEntry, Span]]:
     if batch.format is Format.OBJECTS:
         assert batch.listing is not None
         after = Span(0, 0) if tail is None else tail.span
         rows = min(batch.chunk_rows, _OBJECTS)
         for span in json_lines.spans(listing, rows, CHUNK_BYTES, row=after.row + after.rows, offset=after.end):
-            yield Listed(batch.listing, span.offset, span.end), span
+            yield ListedEntry(batch.listing, span.offset, span.end), span
         return
     for line in listed(listing, 0 if tail is None else tail.line):
         after = tail.span if tail is not None and line.offset == tail.line else Span(0, 0)
-        with named(line.entry):
+        with naming_file(line.entry):
             yield from ((line, span) for span in _file_spans(locations, batch, line.entry, after))
 
 

@@ -53,7 +53,7 @@ def read_pinned(locations: InputLocations, entry: Entry) -> bytes:
 
 
 @contextmanager
-def named(entry: Entry) -> Iterator[None]:
+def naming_file(entry: Entry) -> Iterator[None]:
     """Add the file's URL to errors that are raised inside the block."""
     try:
         yield
@@ -77,7 +77,7 @@ class ReaderCache:
         Raises:
             DataLoss: the file has changed, or is broken. NotFound: it was removed. PermissionDenied, Unavailable.
         """
-        with named(chunk.entry):
+        with naming_file(chunk.entry):
             rows = self._cached(_key(batch, chunk)) or self._open(batch, chunk)
             try:
                 # A cached reader may see later changes of its file.
@@ -90,7 +90,7 @@ class ReaderCache:
 
     def release(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
         """Return a reader to the cache. Raises as `acquire` does when the file changed: the rows read are invalid."""
-        with named(chunk.entry):
+        with naming_file(chunk.entry):
             try:
                 check_pinned(self._locations, chunk.entry)
             except BaseException:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.ingest.batches.outputs.part_summary import RowError
-from services.ingest.batches.rows.fitting import Fitted
+from services.ingest.batches.rows.fitting import FittedInput
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import ModelTarget, outputs_of, request_of
 from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, name_of, refused_wait_ms
@@ -140,7 +140,7 @@ class RowInference:
         self._draw = draw
 
     async def answer(
-        self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool = False
+        self, inputs: Sequence[FittedInput], stack: Stack, *, is_exclusive: bool = False
     ) -> list[AnsweredRows | FailedRow]:
         """Return the outcomes of the rows of a stack, in their order.
 
@@ -182,7 +182,7 @@ class RowInference:
             await asyncio.sleep(decision.ms / 1000)
 
     async def _halves(
-        self, inputs: Sequence[Fitted], stack: Stack, *, is_exclusive: bool
+        self, inputs: Sequence[FittedInput], stack: Stack, *, is_exclusive: bool
     ) -> list[AnsweredRows | FailedRow]:
         first, second = stack.halves()
         return [
@@ -190,7 +190,7 @@ class RowInference:
             *await self.answer(inputs, second, is_exclusive=is_exclusive),
         ]
 
-    async def _send(self, inputs: Sequence[Fitted], stack: Stack) -> AnsweredRows | Failure:
+    async def _send(self, inputs: Sequence[FittedInput], stack: Stack) -> AnsweredRows | Failure:
         response = await self._model.infer(
             request_of(self._target, inputs, stack), self._timeout_s, self._target.tenant
         )

@@ -13,7 +13,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
-    from services.ingest.batches.batch_control import BatchControl, View
+    from services.ingest.batches.batch_control import BatchControl, BatchView
 
 
 class BatchesRpc:
@@ -32,7 +32,7 @@ class BatchesRpc:
     def _control(self) -> BatchControl:
         return self._enabled.control
 
-    def _message(self, view: View) -> pb.Batch:
+    def _message(self, view: BatchView) -> pb.Batch:
         return message_of(view, self._enabled.clock())
 
     async def SubmitBatch(self, request: pb.SubmitBatchRequest, context: Context) -> pb.SubmitBatchResponse:

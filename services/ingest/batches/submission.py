@@ -14,7 +14,7 @@ import pyarrow as pa
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
 from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
-from services.ingest.batches.duties import entries, format_of, owner_of
+from services.ingest.batches.duties import format_of, input_entries, owner_of
 from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
     RequestedColumns,
@@ -27,7 +27,7 @@ from services.ingest.batches.mapping import (
 )
 from services.ingest.batches.model_metadata import ModelMetadata
 from services.ingest.batches.outputs.part_summary import is_result
-from services.ingest.batches.readers import named, open_pinned
+from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
 from services.ingest.intake.submission import at_most, digest_of, labels_of
@@ -132,7 +132,7 @@ class Submissions:
             return InspectedInputs(
                 kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
             )
-        with open_pinned(self._locations, first) as file, named(first):
+        with open_pinned(self._locations, first) as file, naming_file(first):
             mapped = map_columns(request.model_name, signature, column_of, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
             check_file(kind, file, RequestedColumns(mapped, kept))
@@ -142,7 +142,7 @@ class Submissions:
 
     def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
         """Return the file that determines the columns: the first; for JSON Lines, the first that is not empty."""
-        found = entries(self._locations, inputs, kind)
+        found = input_entries(self._locations, inputs, kind)
         if kind is not Format.JSONL:
             return next(found)
         some = (entry for entry in itertools.islice(found, _MAX_INSPECTED) if entry.size)

@@ -28,7 +28,7 @@ from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
 from services.ingest.batches.plan import plan
 from services.ingest.batches.readers import ReaderCache, read_pinned
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
 from tests.ingest.batches.making import DOUBLE, batch, listing, locations, write_lines, write_npz, write_parquet
 
@@ -324,7 +324,7 @@ def test_a_second_file_that_is_unfit_is_named(tmp_path: Path) -> None:
 def test_a_file_that_says_it_has_rows_without_end_is_refused(tmp_path: Path) -> None:
     url = write_npz(tmp_path / "endless.npz", x=np.zeros((10**18, 0), np.float32))
     assert (tmp_path / "endless.npz").stat().st_size < 1_000
-    rows = Signature((Spec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
+    rows = Signature((TensorSpec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
     one = batch(tmp_path, format=Format.NPZ, listing=listing(tmp_path, [url]), signature=rows)
     with pytest.raises(InvalidArgument, match=r"endless\.npz: the file claims 10{18} rows"):
         next(plan(locations(), one, None))

@@ -65,7 +65,7 @@ async def run(model: Doubling, count: int, per_stack: int, slots: int = 4, notes
     """Every outcome, of stacks that are all under way at once."""
     inputs = [fit(DOUBLE.inputs[0], np.repeat(np.arange(count, dtype=np.float32), 4).reshape(count, 4))]
     told = [] if notes is None else notes
-    calling = RowInference(
+    row_inference = RowInference(
         model,
         ModelTarget("m", "", DOUBLE),
         RequestSlots(slots),
@@ -75,7 +75,7 @@ async def run(model: Doubling, count: int, per_stack: int, slots: int = 4, notes
         draw=lambda: 0.0,
     )
     stacks = [Stack(tuple(range(at, min(at + per_stack, count)))) for at in range(0, count, per_stack)]
-    found = await asyncio.gather(*(calling.answer(inputs, stack) for stack in stacks))
+    found = await asyncio.gather(*(row_inference.answer(inputs, stack) for stack in stacks))
     return [outcome for outcomes in found for outcome in outcomes]
 
 
@@ -146,14 +146,14 @@ async def test_what_reaches_no_model_is_tried_for_as_long_as_it_takes() -> None:
         return Failure(codes[left % 3], "away", is_reached=False) if left > 0 else None
 
     notes: list[str] = []
-    import services.ingest.batches.row_inference as calling
+    import services.ingest.batches.row_inference as row_inference
 
-    wait = calling.refused_wait_ms
-    calling.refused_wait_ms = lambda refusals, drawn: 0.0
+    wait = row_inference.refused_wait_ms
+    row_inference.refused_wait_ms = lambda refusals, drawn: 0.0
     try:
         answered, dead = rows_of(await run(Doubling(fails), 16, 8, notes=notes))
     finally:
-        calling.refused_wait_ms = wait
+        row_inference.refused_wait_ms = wait
     assert len(answered) == 16
     assert not dead
     assert any("away" in note for note in notes)

@@ -19,7 +19,7 @@ LINE_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedEntry:
     """Line of the listing."""
 
     entry: Entry
@@ -34,7 +34,7 @@ def line_of(entry: Entry) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def listed(file: BinaryIO, offset: int = 0) -> Iterator[Listed]:
+def listed(file: BinaryIO, offset: int = 0) -> Iterator[ListedEntry]:
     """Yield the lines from `offset` on.
 
     Raises:
@@ -47,5 +47,5 @@ def listed(file: BinaryIO, offset: int = 0) -> Iterator[Listed]:
             entry = Entry(str(found["url"]), int(found["size"]), str(found["version"]))
         except (ValueError, KeyError, TypeError) as err:
             raise DataLoss(f"_inputs.jsonl is broken near byte {offset}: {err}") from err
-        yield Listed(entry, offset, offset + len(line))
+        yield ListedEntry(entry, offset, offset + len(line))
         offset += len(line)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.listing import ListedEntry, listed
 from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import PIECE_BYTES, ROW_BYTES, Piece
 from shoal.errors import DataLoss, NotFound
@@ -23,8 +23,8 @@ class ObjectRows:
         self._listing = listing
         self._fetch = fetch
         self._row = 0
-        self._lines: Iterator[Listed] = iter(())
-        self._held: Listed | None = None
+        self._lines: Iterator[ListedEntry] = iter(())
+        self._held: ListedEntry | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch-objects")
 
     def seek(self, row: int, offset: int) -> None:
@@ -39,21 +39,21 @@ class ObjectRows:
         Raises:
             Unavailable: the object store is unavailable.
         """
-        entries = [line.entry for line in self._next(min(limit, _ROWS))]
-        if not entries:
+        input_entries = [line.entry for line in self._next(min(limit, _ROWS))]
+        if not input_entries:
             raise DataLoss(f"the listing ends before row {self._row}")
-        first, self._row = self._row, self._row + len(entries)
+        first, self._row = self._row, self._row + len(input_entries)
         errors: dict[int, str] = {}
         contents: list[bytes | None] = []
-        for index, content in enumerate(self._pool.map(self._content, entries)):
+        for index, content in enumerate(self._pool.map(self._content, input_entries)):
             contents.append(content if isinstance(content, bytes) else None)
             if isinstance(content, str):
                 errors[index] = content
-        urls = [entry.url for entry in entries]
-        return Piece(first, len(entries), {"content": contents, "url": urls}, errors, sources=urls)
+        urls = [entry.url for entry in input_entries]
+        return Piece(first, len(input_entries), {"content": contents, "url": urls}, errors, sources=urls)
 
-    def _next(self, limit: int) -> list[Listed]:
-        found: list[Listed] = []
+    def _next(self, limit: int) -> list[ListedEntry]:
+        found: list[ListedEntry] = []
         nbytes = 0
         while len(found) < limit:
             line = self._held or next(self._lines, None)

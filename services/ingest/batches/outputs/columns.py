@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from services.ingest.batches.rows.signature import Spec
+from services.ingest.batches.rows.signature import TensorSpec
 from shoal.errors import InvalidArgument
 from shoal.oip import bfloat16
 
@@ -46,7 +46,7 @@ ABOUT = (
 class Columns:
     """Columns of a batch's parts."""
 
-    outputs: tuple[Spec, ...]
+    outputs: tuple[TensorSpec, ...]
     texts: frozenset[str]
     """Outputs of BYTES that are text."""
     kept: Mapping[str, Any]
@@ -67,13 +67,13 @@ class Columns:
         kept = [pa.field(name, kind) for name, kind in self.kept.items()]
         return pa.schema([*ABOUT, *kept, *(pa.field(spec.name, self._type(spec)) for spec in self.outputs)])
 
-    def _type(self, spec: Spec) -> Any:
+    def _type(self, spec: TensorSpec) -> Any:
         kind = _NUMBERS.get(spec.datatype) or (pa.string() if spec.name in self.texts else pa.binary())
         for _ in spec.shape:
             kind = pa.list_(kind)
         return kind
 
-    def array(self, spec: Spec, values: NDArray[Any]) -> Any:
+    def array(self, spec: TensorSpec, values: NDArray[Any]) -> Any:
         """Return the rows of an output as an Arrow array.
 
         Raises:

@@ -44,7 +44,7 @@ class PartSummary:
     """Counts and size of a finished part."""
 
     rows: int
-    dead: int
+    failed: int
     nbytes: int
     codes: Mapping[str, int]
     """Failed rows by status code."""

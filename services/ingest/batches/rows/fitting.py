@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.ingest.batches.inputs.piece import Cells
-from services.ingest.batches.rows.signature import Spec
+from services.ingest.batches.rows.signature import TensorSpec
 from shoal.errors import InvalidArgument
 from shoal.oip.conversion import converted
 from shoal.oip.datatypes import BY_NAME
@@ -32,10 +32,10 @@ class UnfitValue(ValueError):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedInput:
     """Rows of one input."""
 
-    spec: Spec
+    spec: TensorSpec
     rows: Array | Sequence[Array | None]
     """Array whose first dimension is the rows, or one array (None: the row failed) for each row."""
     errors: dict[int, str]
@@ -59,7 +59,7 @@ class Fitted:
         return stack
 
 
-def fit(spec: Spec, cells: Cells) -> Fitted:
+def fit(spec: TensorSpec, cells: Cells) -> FittedInput:
     """Convert the cells of a column to rows of one input."""
     array = cells if isinstance(cells, np.ndarray) else _regular(cells)
     if array is not None:
@@ -69,7 +69,7 @@ def fit(spec: Spec, cells: Cells) -> Fitted:
             # Single rows may still fit, and each of the others gets its own reason.
             pass
         else:
-            return Fitted(spec, rows, {int(row): _lost(spec, cells[row]) for row in np.flatnonzero(lost)})
+            return FittedInput(spec, rows, {int(row): _lost(spec, cells[row]) for row in np.flatnonzero(lost)})
     found: list[Array | None] = []
     errors: dict[int, str] = {}
     for row, cell in enumerate(cells):
@@ -78,10 +78,10 @@ def fit(spec: Spec, cells: Cells) -> Fitted:
         except UnfitValue as err:
             errors[row] = str(err)
             found.append(None)
-    return Fitted(spec, found, errors)
+    return FittedInput(spec, found, errors)
 
 
-def check_array(spec: Spec, column: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+def check_array(spec: TensorSpec, column: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     """Check that rows of `shape` and `dtype` can fit an input.
 
     Raises:
@@ -96,7 +96,7 @@ def check_array(spec: Spec, column: str, dtype: np.dtype[Any], shape: tuple[int,
         raise InvalidArgument(f"column {column!r}: {err}") from None
 
 
-def _one(spec: Spec, cell: Any) -> Array:
+def _one(spec: TensorSpec, cell: Any) -> Array:
     if cell is None:
         raise UnfitValue(f"input {spec.name!r}: no value")
     array = cell[np.newaxis] if isinstance(cell, np.ndarray) else _regular([cell])
@@ -125,7 +125,7 @@ def _regular(cells: Sequence[Any]) -> Array | None:
     return array if all(isinstance(element, str | bytes) for element in array.reshape(-1)) else None
 
 
-def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
+def _fitted(spec: TensorSpec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
     """Convert `array` to the input's datatype and shape. Return it, and a mask of rows whose values changed."""
     if (array.dtype.kind in "OSU") is not (spec.datatype == "BYTES"):
         what = f"{spec.datatype} {list(spec.shape)}"
@@ -139,7 +139,7 @@ def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
     return made, np.asarray(~kept.reshape(len(shaped), -1).all(axis=1))
 
 
-def _shaped(spec: Spec, array: Array) -> Array:
+def _shaped(spec: TensorSpec, array: Array) -> Array:
     rows, got, want = len(array), array.shape[1:], spec.shape
     if len(got) == len(want) and all(need in (-1, size) for need, size in zip(want, got, strict=True)):
         return array
@@ -149,7 +149,7 @@ def _shaped(spec: Spec, array: Array) -> Array:
     raise UnfitValue(f"input {spec.name!r}: expected the shape {list(want)}, got {list(got)}")
 
 
-def _as_bytes(spec: Spec, array: Array) -> Array:
+def _as_bytes(spec: TensorSpec, array: Array) -> Array:
     found = np.empty(array.size, object)
     try:
         found[:] = [item.encode() if isinstance(item, str) else item for item in array.reshape(-1).tolist()]
@@ -158,7 +158,7 @@ def _as_bytes(spec: Spec, array: Array) -> Array:
     return found.reshape(array.shape)
 
 
-def _lost(spec: Spec, cell: Any) -> str:
+def _lost(spec: TensorSpec, cell: Any) -> str:
     return f"input {spec.name!r}: {_short(cell)} is not {spec.datatype}"
 
 

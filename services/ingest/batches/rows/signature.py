@@ -10,7 +10,7 @@ from shoal.inference.v2 import inference_pb2, model_config_pb2
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class TensorSpec:
     """Input or output of a model, for one row."""
 
     name: str
@@ -27,8 +27,8 @@ class Spec:
 class Signature:
     """Inputs and outputs of a model when the batch was submitted."""
 
-    inputs: tuple[Spec, ...]
-    outputs: tuple[Spec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     max_rows: int
     """Maximum rows of one request; 0: a request is one row, without batch dimension."""
 
@@ -57,9 +57,9 @@ def signature_of(
         if name not in known:
             raise InvalidArgument(f"outputs: model {metadata.name!r} has no output {name!r}: it gives {known}")
     return Signature(
-        tuple(Spec(t.name, t.datatype, tuple(t.shape[skipped:]), t.name in optional) for t in metadata.inputs),
+        tuple(TensorSpec(t.name, t.datatype, tuple(t.shape[skipped:]), t.name in optional) for t in metadata.inputs),
         tuple(
-            Spec(t.name, t.datatype, tuple(t.shape[skipped:]))
+            TensorSpec(t.name, t.datatype, tuple(t.shape[skipped:]))
             for t in metadata.outputs
             if not outputs or t.name in outputs
         ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.ingest.batches.rows.fitting import Fitted
+from services.ingest.batches.rows.fitting import FittedInput
 from shoal.oip.datatypes import DTYPES
 
 STACK_BYTES = 8 << 20
@@ -27,7 +27,7 @@ class Stack:
         return Stack(self.rows[:middle]), Stack(self.rows[middle:])
 
 
-def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
+def stacks(inputs: Sequence[FittedInput], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
     """Yield stacks of `rows`, none of which failed, in their order."""
     limit = max(1, max_rows)
     if all(_is_even(fitted) for fitted in inputs):
@@ -51,12 +51,12 @@ def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iter
         yield Stack(tuple(held))
 
 
-def _is_even(fitted: Fitted) -> bool:
+def _is_even(fitted: FittedInput) -> bool:
     """Return True when all rows have one shape and one size."""
     return isinstance(fitted.rows, np.ndarray) and fitted.spec.datatype != "BYTES"
 
 
-def _bytes(fitted: Fitted, row: int) -> int:
+def _bytes(fitted: FittedInput, row: int) -> int:
     if fitted.spec.datatype == "BYTES":
         return sum(map(len, fitted.stacked([row]).reshape(-1).tolist()))
     size = DTYPES[fitted.spec.datatype].itemsize

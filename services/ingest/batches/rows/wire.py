@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.ingest.batches.rows.fitting import Fitted
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.fitting import FittedInput
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from services.ingest.batches.rows.stacking import Stack
 from shoal.errors import DataLoss
 from shoal.inference.v2 import inference_pb2 as oip
@@ -26,7 +26,7 @@ class ModelTarget:
     tenant: str = ""
 
 
-def request_of(asked: ModelTarget, inputs: Sequence[Fitted], stack: Stack) -> bytes:
+def request_of(asked: ModelTarget, inputs: Sequence[FittedInput], stack: Stack) -> bytes:
     """Return a stack as a serialised ModelInferRequest."""
     message = oip.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version)
     for fitted in inputs:
@@ -59,7 +59,7 @@ def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) 
     return arrays
 
 
-def _checked(spec: Spec, array: Array, rows: int) -> Array:
+def _checked(spec: TensorSpec, array: Array, rows: int) -> Array:
     if array.ndim != len(spec.shape) + 1 or len(array) != rows:
         raise DataLoss(
             f"output {spec.name!r}: the model promises the shape {list(spec.shape)} for a row, and answered "
