@@ -52,7 +52,7 @@ class CheckpointRepository:
         """Return the checkpoints by shard."""
         with translated("reading checkpoints"):
             found = await self._collection.find(self._prefix("shard")).to_list()
-        return {document["shard"]: _of(document) for document in found}
+        return {document["shard"]: _checkpoint_of(document) for document in found}
 
     async def live_instances(self) -> set[str]:
         """Return the other live instances that read the stream."""
@@ -78,7 +78,7 @@ class CheckpointRepository:
             except DuplicateKeyError:
                 # The shard's document exists, and the shard is not free.
                 return None
-        return None if document is None else (lease, _of(document))
+        return None if document is None else (lease, _checkpoint_of(document))
 
     async def renew(self, leases: Mapping[str, str]) -> set[str]:
         """Renew leases and this instance's own document. Return the shards whose lease was lost."""
@@ -139,7 +139,7 @@ class CheckpointRepository:
         return f"{self._stream}/{kind}/{name}"
 
 
-def _of(document: Document) -> Checkpoint:
+def _checkpoint_of(document: Document) -> Checkpoint:
     return Checkpoint(
         document["shard"],
         document.get("sequence", ""),

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from mesh.process.tasks import Background
 from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints, Sink
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.outcome import MessageFailure, answered, dead_letter, failed_of, submit_of
+from services.ingest.connectors.outcome import MessageFailure, answer_of, dead_letter, failed_of, submit_of
 from services.ingest.connectors.progress import ConnectorProgress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
@@ -121,7 +121,7 @@ class Connector(Background):
         message.partition.on_revoked = self._cancel_partition
 
         # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
-        def left(_: object) -> None:
+        def finished(_: object) -> None:
             self.progress.left()
             window.leave(message.nbytes)
             self._freed.set()
@@ -129,7 +129,7 @@ class Connector(Background):
             if not self._in_flight[message.partition]:
                 del self._in_flight[message.partition]
 
-        task.add_done_callback(left)
+        task.add_done_callback(finished)
         if message.partition.is_revoked:
             task.cancel()
 
@@ -189,7 +189,7 @@ class Connector(Background):
             if endpoints.sink is None:
                 return False
             try:
-                outgoing = answered(self._spec, message, outcome)
+                outgoing = answer_of(self._spec, message, outcome)
                 await self._send(endpoints.sink, outgoing)
                 return False
             except ShoalError as err:

@@ -55,12 +55,12 @@ class Connectors:
             )
             for name, each in connectors.items()
         }
-        self._about = {name: _about(name, each) for name, each in connectors.items()}
+        self._info = {name: _info(name, each) for name, each in connectors.items()}
         self._stack = AsyncExitStack()
 
     def own(self) -> dict[str, tuple[ConnectorInfo, ConnectorProgress]]:
         """Return the configuration and progress of this instance's connectors, by name."""
-        return {name: (self._about[name], connector.progress) for name, connector in self._connectors.items()}
+        return {name: (self._info[name], connector.progress) for name, connector in self._connectors.items()}
 
     async def __aenter__(self) -> Connectors:
         for connector in self._connectors.values():
@@ -73,7 +73,7 @@ class Connectors:
         await self._stack.__aexit__(kind, err, tb)
 
 
-def _about(name: str, table: settings.ConnectorSettings) -> ConnectorInfo:
+def _info(name: str, table: settings.ConnectorSettings) -> ConnectorInfo:
     return ConnectorInfo(
         name=name,
         source=table.source.label,

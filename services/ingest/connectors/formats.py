@@ -54,10 +54,10 @@ class Format:
 
     def _read(self, value: bytes) -> oip.ModelInferRequest:
         if self.reads == "bytes":
-            return _of_bytes(value, next(iter(self.inputs)))
+            return _from_bytes(value, next(iter(self.inputs)))
         document = _object(value)
         try:
-            return _of_body(document) if self.reads == "json" else _of_record(document, self.inputs)
+            return _from_body(document) if self.reads == "json" else _from_record(document, self.inputs)
         except UnicodeEncodeError as err:
             # JSON allows a lone surrogate ("\\ud800"), which UTF-8 does not.
             raise InvalidArgument(f"a text in the message is no UTF-8: {err}") from None
@@ -68,7 +68,7 @@ class Format:
         Raises:
             InvalidArgument: the answer has no JSON form. DataLoss: its tensors contradict their shapes or datatypes.
         """
-        return response.SerializeToString() if self.writes == "protobuf" else _body_of(response)
+        return response.SerializeToString() if self.writes == "protobuf" else _to_body(response)
 
 
 def _protobuf(value: bytes) -> oip.ModelInferRequest:
@@ -88,13 +88,13 @@ def _object(value: bytes) -> dict[str, Any]:
     return document
 
 
-def _of_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
+def _from_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
     request = oip.ModelInferRequest(raw_input_contents=[pack_bytes([value])])
     request.inputs.add(name=name, datatype="BYTES", shape=[1])
     return request
 
 
-def _of_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.ModelInferRequest:
+def _from_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.ModelInferRequest:
     if missing := [name for name in inputs if name not in document]:
         raise InvalidArgument(f"the record has no {', '.join(missing)}: the model's inputs are {', '.join(inputs)}")
     request = oip.ModelInferRequest()
@@ -105,7 +105,7 @@ def _of_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.Mo
     return request
 
 
-def _of_body(document: Mapping[str, Any]) -> oip.ModelInferRequest:
+def _from_body(document: Mapping[str, Any]) -> oip.ModelInferRequest:
     request = oip.ModelInferRequest(id=_text(document, "id"))
     for index, tensor in enumerate(_list(document, "inputs", is_required=True)):
         _add_input(request, f"inputs[{index}]", tensor)
@@ -171,7 +171,7 @@ def _parameters(what: str, parameters: Any, into: Any) -> None:
             raise InvalidArgument(f"{what}: {key!r} is {str(value)[:80]}: expected true, false, a number or a text")
 
 
-def _body_of(response: oip.ModelInferResponse) -> bytes:
+def _to_body(response: oip.ModelInferResponse) -> bytes:
     body: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
     if response.id:
         body["id"] = response.id

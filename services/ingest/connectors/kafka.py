@@ -78,7 +78,7 @@ class KafkaSource:
         # Used only by the thread:
         self._assigned: dict[int, tuple[Partition, OffsetTracker]] = {}
         self._committed: dict[int, int] = {}
-        self._begins: dict[int, int] = {}
+        self._start_offsets: dict[int, int] = {}
         """Start offsets of partitions without a committed offset."""
         self._no_topic = self._not_committed = self._problem = ""
         """Errors of the topic, of commits and of the broker; each is kept until the operation succeeds again."""
@@ -239,7 +239,7 @@ class KafkaSource:
         for each in partitions:
             self._assigned[each.partition] = (Partition(str(each.partition)), OffsetTracker())
             self._committed.pop(each.partition, None)
-            self._begins.pop(each.partition, None)
+            self._start_offsets.pop(each.partition, None)
         if partitions:
             self._no_topic = self._problem = ""
             self._load_positions(consumer, partitions)
@@ -261,7 +261,7 @@ class KafkaSource:
             starts = _answered(consumer.commit(offsets=starts, asynchronous=False))
             self._committed |= {each.partition: each.offset for each in starts}
         else:
-            self._begins |= {each.partition: each.offset for each in starts}
+            self._start_offsets |= {each.partition: each.offset for each in starts}
 
     def _of(self, partition: int, *offset: int) -> TopicPartition:
         return TopicPartition(self._topic, partition, *offset)
@@ -296,7 +296,7 @@ class KafkaSource:
 
     def _partition_progress(self, consumer: Any, partition: int) -> PartitionProgress:
         committed = self._committed.get(partition)
-        position = self._begins.get(partition) if committed is None else committed
+        position = self._start_offsets.get(partition) if committed is None else committed
         try:
             _, high = consumer.get_watermark_offsets(self._of(partition), cached=True)
         except KafkaException:

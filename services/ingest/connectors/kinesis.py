@@ -72,13 +72,13 @@ class ShardReader:
     from_beginning: bool
     began_at: datetime | None = None
     """Time at which the shard was started at its latest record; durable before any record is read."""
-    is_begun: bool = False
+    is_iterated: bool = False
     """True once an iterator at the latest record was requested: a second such iterator would skip records."""
     offsets: OffsetTracker = field(default_factory=OffsetTracker)
     unsettled: dict[int, int] = field(default_factory=dict)
     """Number of unsettled messages, by the record's sequence number: a record may hold many messages."""
     saved: int | None = None
-    is_read_out: bool = False
+    is_at_end: bool = False
     behind_ms: int | None = None
     task: asyncio.Task[None] | None = None
 
@@ -128,7 +128,7 @@ class KinesisSource:
         self._left: Sequence[Message] = ()
         self._failed: asyncio.Future[None] | None = None
         self._problem = ""
-        self._seen_at: datetime | None = None
+        self._listed_at: datetime | None = None
         """Time of the last listing of shards, by Kinesis' clock, to the second."""
 
     async def __aenter__(self) -> KinesisSource:
@@ -143,8 +143,8 @@ class KinesisSource:
         )
         self._failed = asyncio.get_running_loop().create_future()
         self._tasks = [
-            asyncio.create_task(self._guarded(self._coordinate()), name=f"kinesis {name}"),
-            asyncio.create_task(self._guarded(self._save_periodically()), name=f"checkpoints {name}"),
+            asyncio.create_task(self._report_failure(self._coordinate()), name=f"kinesis {name}"),
+            asyncio.create_task(self._report_failure(self._save_periodically()), name=f"checkpoints {name}"),
         ]
         return self
 
@@ -192,7 +192,7 @@ class KinesisSource:
         finally:
             getting.cancel()
 
-    async def _guarded(self, work: Any) -> None:
+    async def _report_failure(self, work: Any) -> None:
         """Await a task; report its error to `receive`."""
         assert self._failed is not None
         try:
@@ -206,16 +206,16 @@ class KinesisSource:
     async def _coordinate(self) -> None:
         while True:
             try:
-                await self._share()
+                await self._rebalance()
                 self._problem = ""
             except ShoalError as err:
                 self._problem = err.message
             await asyncio.sleep(min(self._lease_ms / 3_000, 2.0))
 
-    async def _share(self) -> None:
+    async def _rebalance(self) -> None:
         """Renew the leases of held shards, and acquire or release shards to reach the fair share."""
         for shard in await self._checkpoints.renew({name: each.lease for name, each in self._shard_readers.items()}):
-            await self._lose(shard)
+            await self._drop_reader(shard)
         listed = await self._shards()
         for name, shard_reader in self._shard_readers.items():
             shard_reader.shard = listed.get(name, shard_reader.shard)
@@ -231,7 +231,7 @@ class KinesisSource:
         for shard in due.release:
             lease = self._shard_readers[shard].lease
             await self._save()
-            await self._lose(shard)
+            await self._drop_reader(shard)
             await self._checkpoints.release(shard, lease)
         for shard in due.acquire:
             if (acquired := await self._checkpoints.acquire(shard)) is not None:
@@ -241,9 +241,11 @@ class KinesisSource:
     def _read(self, shard: Shard, lease: str, checkpoint: Checkpoint, from_beginning: bool) -> None:
         shard_reader = ShardReader(shard, lease, Partition(shard.id), checkpoint, from_beginning)
         self._shard_readers[shard.id] = shard_reader
-        shard_reader.task = asyncio.create_task(self._guarded(self._read_out(shard_reader)), name=f"shard {shard.id}")
+        shard_reader.task = asyncio.create_task(
+            self._report_failure(self._read_to_end(shard_reader)), name=f"shard {shard.id}"
+        )
 
-    async def _lose(self, shard: str) -> None:
+    async def _drop_reader(self, shard: str) -> None:
         shard_reader = self._shard_readers.pop(shard)
         if shard_reader.task is not None:
             await end(shard_reader.task)
@@ -255,18 +257,18 @@ class KinesisSource:
         while more:
             with _translated(f"listing the shards of {self._access.stream}"):
                 page = await self._client.list_shards(**more)
-            self._seen_at = _date(page) or self._seen_at
+            self._listed_at = _date(page) or self._listed_at
             found.update({each["ShardId"]: _shard(each) for each in page["Shards"]})
             more = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
         return found
 
-    async def _read_out(self, shard_reader: ShardReader) -> None:
+    async def _read_to_end(self, shard_reader: ShardReader) -> None:
         """Read a shard to its end, or until the task is cancelled."""
         after = shard_reader.start.sequence
         iterator: str | None = None
         while True:
             try:
-                if not await self._begun(shard_reader):
+                if not await self._ensure_start(shard_reader):
                     # The lease was lost; the coordinator drops this reader.
                     return
                 if iterator is None and (iterator := await self._iterator(shard_reader, after)) is None:
@@ -291,7 +293,7 @@ class KinesisSource:
             if records:
                 continue
             if iterator is None or (was_closed and not shard_reader.behind_ms):
-                shard_reader.is_read_out = True
+                shard_reader.is_at_end = True
                 return
             await asyncio.sleep(self._poll_s)
 
@@ -300,7 +302,7 @@ class KinesisSource:
         while batch := tuple(itertools.islice(messages, _READ_AT_ONCE)):
             await self._batches.put(batch)
 
-    async def _begun(self, shard_reader: ShardReader) -> bool:
+    async def _ensure_start(self, shard_reader: ShardReader) -> bool:
         """Make the start of a shard that begins at its latest record durable. False: the lease was lost.
 
         The next reader continues from there, even if nothing was settled. Kinesis has no sequence number for the
@@ -311,29 +313,29 @@ class KinesisSource:
         if not is_latest or shard_reader.began_at is not None:
             return True
         if (at := shard_reader.start.began_at) is not None:
-            shard_reader.is_begun = True
+            shard_reader.is_iterated = True
         else:
-            at = self._seen_at or self._clock()
+            at = self._listed_at or self._clock()
             if not await self._checkpoints.record_start(shard_reader.shard.id, shard_reader.lease, at):
                 return False
         shard_reader.began_at = at
         return True
 
     async def _iterator(self, shard_reader: ShardReader, after: str) -> str | None:
-        about: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": shard_reader.shard.id}
+        arguments: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": shard_reader.shard.id}
         if after:
-            about |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
+            arguments |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
         elif self._start == "latest" and not shard_reader.from_beginning:
-            if not shard_reader.is_begun:
-                about["ShardIteratorType"] = "LATEST"
-                shard_reader.is_begun = True
+            if not shard_reader.is_iterated:
+                arguments["ShardIteratorType"] = "LATEST"
+                shard_reader.is_iterated = True
             else:
                 # The shard was read before, or a read failed: records that arrived since must not be skipped.
-                about |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": shard_reader.began_at}
+                arguments |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": shard_reader.began_at}
         else:
-            about["ShardIteratorType"] = "TRIM_HORIZON"
+            arguments["ShardIteratorType"] = "TRIM_HORIZON"
         with _translated(f"reading shard {shard_reader.shard.id}"):
-            found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
+            found: str | None = (await self._client.get_shard_iterator(**arguments)).get("ShardIterator")
         return found
 
     def _messages(self, shard_reader: ShardReader, record: dict[str, Any]) -> Iterator[Message]:
@@ -366,14 +368,14 @@ class KinesisSource:
         """Save the checkpoints of shards with newly settled records, and drop finished shards."""
         for shard, shard_reader in list(self._shard_readers.items()):
             to = shard_reader.offsets.settled_up_to
-            is_finished = shard_reader.is_read_out and not shard_reader.offsets.in_flight
+            is_finished = shard_reader.is_at_end and not shard_reader.offsets.in_flight
             if to == shard_reader.saved and not is_finished:
                 continue
             sequence = None if to is None else str(to)
             if await self._checkpoints.advance(shard, shard_reader.lease, sequence=sequence, is_finished=is_finished):
                 shard_reader.saved = to
             if is_finished and self._shard_readers.get(shard) is shard_reader:
-                await self._lose(shard)
+                await self._drop_reader(shard)
 
 
 class KinesisSink:

@@ -58,20 +58,20 @@ def failed_of(result: store_pb2.Result) -> MessageFailure | None:
     return MessageFailure(result.code, result.message, result.job_id)
 
 
-def answered(spec: ConnectorSpec, message: Message, result: store_pb2.Result) -> Outgoing:
+def answer_of(spec: ConnectorSpec, message: Message, result: store_pb2.Result) -> Outgoing:
     """Return the message of an answer, with the headers of the source message.
 
     Raises:
         InvalidArgument, DataLoss: the answer cannot be encoded in the connector's format.
     """
-    about = {
+    headers = {
         JOB: result.job_id,
         SOURCE: message.location,
         CONNECTOR: spec.name,
         MODEL: result.response.model_name or result.model_name,
         VERSION: result.response.model_version or result.model_version,
     }
-    return Outgoing(spec.format.answer(result.response), message.key, _headers(message, about))
+    return Outgoing(spec.format.answer(result.response), message.key, _headers(message, headers))
 
 
 def dead_letter(spec: ConnectorSpec, message: Message, failed: MessageFailure, *, is_whole: bool = True) -> Outgoing:
@@ -79,24 +79,24 @@ def dead_letter(spec: ConnectorSpec, message: Message, failed: MessageFailure, *
 
     Without `is_whole`, the value and the source's headers are left out, and `shoal-source` has the message's location.
     """
-    about = {SOURCE: message.location, CONNECTOR: spec.name, CODE: _name_of(failed.code)}
+    headers = {SOURCE: message.location, CONNECTOR: spec.name, CODE: _name_of(failed.code)}
     if failed.job_id:
-        about[JOB] = failed.job_id
-    about[MESSAGE] = failed.message[:_MESSAGE_CHARS]
+        headers[JOB] = failed.job_id
+    headers[MESSAGE] = failed.message[:_MESSAGE_CHARS]
     if is_whole:
-        return Outgoing(message.value, message.key, _headers(message, about))
-    about[OMITTED] = str(message.nbytes)
-    return Outgoing(b"", None, _encoded(about))
+        return Outgoing(message.value, message.key, _headers(message, headers))
+    headers[OMITTED] = str(message.nbytes)
+    return Outgoing(b"", None, _encoded(headers))
 
 
-def _headers(message: Message, about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
+def _headers(message: Message, headers: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
     kept = tuple((name, value) for name, value in message.headers if not name.startswith(PREFIX))
-    return kept + _encoded(about)
+    return kept + _encoded(headers)
 
 
-def _encoded(about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
+def _encoded(headers: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
     """Return headers. A lone surrogate, which a reason may quote, is written as `\\ud800`."""
-    return tuple((name, value.encode(errors="backslashreplace")) for name, value in about.items() if value)
+    return tuple((name, value.encode(errors="backslashreplace")) for name, value in headers.items() if value)
 
 
 def _name_of(code: int) -> str:

@@ -318,10 +318,10 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
         await until(lambda: refused >= 6, "it tries")
-        assert [each.is_begun for each in reader.source._shard_readers.values()] == [False, False]
+        assert [each.is_iterated for each in reader.source._shard_readers.values()] == [False, False]
         assert await collection.count_documents({"began_at": {"$exists": True}}) == 0
         is_away = False
-        await until(lambda: all(each.is_begun for each in reader.source._shard_readers.values()), "both are begun")
+        await until(lambda: all(each.is_iterated for each in reader.source._shard_readers.values()), "both are begun")
         assert await collection.count_documents({"kind": "shard", "began_at": {"$type": "date"}}) == 2
         task.cancel()
     checkpoints = await reader.source._checkpoints.all()
