@@ -172,7 +172,7 @@ def test_two_connectors_may_read_one_stream_of_kinesis() -> None:
 def test_a_library_that_is_not_installed_is_named_and_its_options_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(settings, "_is_there", lambda package: False)
+    monkeypatch.setattr(settings, "_is_installed", lambda package: False)
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(ValueError, match=r"pip install 'shoal\[kafka\]'"):
         of_document(changed("source.options", {"fetch.min.bytes": "1"}))

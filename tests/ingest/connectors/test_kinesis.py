@@ -281,7 +281,7 @@ async def test_from_latest_who_goes_on_before_the_first_checkpoint_passes_nothin
     one.settles = False
     with monkeypatch.context() as patch:
         patch.setattr(kinesis_module, "_client", throttled)
-        patch.setattr(CheckpointRepository, "give_back", nothing)
+        patch.setattr(CheckpointRepository, "release", nothing)
         patch.setattr(CheckpointRepository, "leave", nothing)
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(one.run())
@@ -312,7 +312,7 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
             raise Unavailable("MongoDB is away")
         return await real(self, shard, lease, at)
 
-    monkeypatch.setattr(CheckpointRepository, "begin", begin)
+    monkeypatch.setattr(CheckpointRepository, "record_start", begin)
     monkeypatch.setattr(kinesis_module, "_BACKOFF_S", 0.05)
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:

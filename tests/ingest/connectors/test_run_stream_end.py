@@ -49,7 +49,7 @@ def streams(endings: Endings) -> RunStreams:
 
 
 async def test_the_first_error_ends_what_was_fetched_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_stream, "_STORE_PATIENCE_S", -1.0)
+    monkeypatch.setattr(run_stream, "_STORE_OUTAGE_S", -1.0)
     endings = Endings()
 
     async def requests() -> AsyncIterator[pb.RunStreamRequest]:
