@@ -303,7 +303,7 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 ) -> None:
     """While the place cannot be written nothing is read; then the place is one before what comes next."""
     is_away, refused = True, 0
-    real = CheckpointRepository.begin
+    real = CheckpointRepository.record_start
 
     async def begin(self: CheckpointRepository, shard: str, lease: str, at: datetime) -> bool:
         nonlocal refused
