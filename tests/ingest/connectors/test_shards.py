@@ -24,7 +24,7 @@ def test_children_wait_for_their_parents() -> None:
 
 def test_one_alone_takes_all_and_a_second_gets_its_half() -> None:
     shards = [Shard(name) for name in "abcd"]
-    assert plan_changes(shards, {}, me="x", others=(), held=(), now=START).take == ("a", "b", "c", "d")
+    assert plan_changes(shards, {}, me="x", others=(), held=(), now=START).acquire == ("a", "b", "c", "d")
     held = {name: Checkpoint(name, owner="x", expires_at=LATER) for name in "abcd"}
     assert plan_changes(shards, held, me="y", others=["x"], held=(), now=START) == ShardChanges()
     assert plan_changes(shards, held, me="x", others=["y"], held="abcd", now=START) == ShardChanges(release=("c", "d"))
