@@ -1,4 +1,4 @@
-"""A batch and its chunks: plain values and pure functions over them, without clock or database.
+"""Batches and their chunks: plain values and pure functions over them, without clock or database.
 
                          list, plan, run chunks                all chunks done
     submit ──> RUNNING ─────────────────────────> RUNNING ──────────────────────> SUCCEEDED

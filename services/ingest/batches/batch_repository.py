@@ -117,11 +117,11 @@ class BatchRepository:
         return None if found is None else batch_of(found)
 
     async def renew(self, batch: Batch) -> bool:
-        """Extends the lease of a duty. False: it is lost."""
+        """Extend the lease of a duty. False: the lease was lost."""
         return await self._fenced(batch, {"$set": {"free_at": self._chunks.lease().expires_at}})
 
     async def record_listing(self, batch: Batch, listing: Entry, files: int) -> bool:
-        """The inputs are pinned. The duty is done."""
+        """Record the listing of the pinned inputs, and release the duty. False: the lease was lost."""
         return await self._done(batch, {"listing": asdict(listing), "files": files})
 
     async def mark_planned(self, batch: Batch) -> bool:
