@@ -112,7 +112,7 @@ class BatchRepository:
         lease = self._chunks.lease()
         free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
         update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
-        with translated("taking up a batch"):
+        with translated("claiming the duty of a batch"):
             found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
 
