@@ -112,8 +112,8 @@ def test_the_least_that_is_needed() -> None:
     ],
     ids=range(42),
 )
-def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, label: str) -> None:
-    with pytest.raises(ValueError, match=f"(?m)^{re.escape(label)}" if label.startswith("connectors") else label):
+def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):
         of_document(changed(path, value))
 
 
@@ -129,10 +129,10 @@ def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, label: str) ->
     ],
     ids=range(6),
 )
-def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, label: str) -> None:
+def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "connectors.toml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=label):
+    with pytest.raises(ValueError, match=words):
         read(file)
 
 

@@ -103,8 +103,8 @@ def test_bytes_are_one_element() -> None:
     ],
     ids=range(33),
 )  # fmt: skip
-def test_what_is_wrong_is_named(value: bytes, label: str) -> None:
-    with pytest.raises(InvalidArgument, match=label):
+def test_what_is_wrong_is_named(value: bytes, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
         JSON.request(value)
 
 

@@ -125,18 +125,18 @@ async def test_the_state_of_a_job_that_names_its_own_codes_is_that_of_the_job(cl
     ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant", "reserved", "within"],
 )
 async def test_what_is_refused_is_answered_and_the_stream_goes_on(
-    client: Client, request_: pb.RunStreamRequest, label: str
+    client: Client, request_: pb.RunStreamRequest, words: str
 ) -> None:
     several = await run(client, [pb.RunStreamRequest(requests=[request_, one(8)])])
     (again,) = [answer for message in several for answer in message.answers if answer.sequence == 7]
     assert (again.state, again.code, again.job_id) == (0, Code.INVALID_ARGUMENT, "")
-    assert label in again.message
+    assert words in again.message
     if request_.requests:
         return  # By itself it is a message of several.
     answers = await run(client, [request_, one(8)])
     (refused,) = [answer for answer in answers if answer.sequence == 7]
     assert (refused.state, refused.code, refused.job_id) == (0, Code.INVALID_ARGUMENT, "")
-    assert label in refused.message
+    assert words in refused.message
     assert [answer.state for answer in answers if answer.sequence == 8] == [
         pb.JOB_STATE_QUEUED,
         pb.JOB_STATE_SUCCEEDED,
