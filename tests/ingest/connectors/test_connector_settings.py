@@ -62,7 +62,7 @@ def test_the_least_that_is_needed() -> None:
         ("source.kind", None, "connectors.c.source.kind is required"),
         ("source.options", {"no.such": "1"}, "connectors.c.source.options: No such configuration property"),
         ("source.options", {"fetch.min.bytes": "x"}, "connectors.c.source.options: Invalid value"),
-        ("source.options", {"metadata.broker.list": "x:1"}, "it is the key brokers"),
+        ("source.options", {"metadata.broker.list": "x:1"}, "set the key brokers"),
         ("dead_letters.options", {"linger.ms": "x"}, "connectors.c.dead_letters.options: Invalid value"),
         ("source.brokers", "localhost", "connectors.c.source.brokers: should match"),
         ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),

@@ -82,7 +82,7 @@ def test_bytes_are_one_element() -> None:
         (body(shape=[-1, -2]), "a list of whole numbers"),
         (body(shape="2"), "a list of whole numbers"),
         (body(shape=[1 << 70]), "a list of whole numbers"),
-        (body(shape=[1 << 62] * 300), "300 sizes"),
+        (body(shape=[1 << 62] * 300), "300 dimensions"),
         (body(shape=[1 << 62] * 64), "its data has 2"),
         (body(data=[[1], [2, 3]]), "rows have the shapes"),
         (body(data=[[1, "2"]]), "element 1 is '2'"),
