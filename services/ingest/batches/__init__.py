@@ -1,1 +1,1 @@
-"""Batches: all rows of files go through one model, and their answers into files, whatever is killed when."""
+"""Batches: every row of the input files is sent to a model, and the answers are written to files. Survives any kill."""

@@ -1,4 +1,4 @@
-"""The parts of the batches, and the order in which they start and stop. Needs Arrow (`shoal[parquet]`)."""
+"""Wiring of the batch components, and the order in which they start and stop. Needs Arrow (`shoal[parquet]`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from mesh import mongo
 from mesh.mongo import Document
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
+from services.ingest.batches.batch_control import BatchControl
+from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.book import BatchRepository
-from services.ingest.batches.calling import Model
+from services.ingest.batches.chunk_repository import ChunkRepository
+from services.ingest.batches.chunk_runner import ChunkRunner
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
     BATCH_VALIDATOR,
@@ -27,32 +29,30 @@ from services.ingest.batches.documents import (
     CHUNKS,
 )
 from services.ingest.batches.duties import Duties
-from services.ingest.batches.facts import ModelMetadata
-from services.ingest.batches.inputs.places import InputLocations
-from services.ingest.batches.ledger import Ledger
-from services.ingest.batches.opening import Readers
-from services.ingest.batches.running import Running
+from services.ingest.batches.inputs.locations import InputLocations
+from services.ingest.batches.model_metadata import ModelMetadata
+from services.ingest.batches.readers import ReaderCache
+from services.ingest.batches.row_inference import InferenceClient
 from services.ingest.batches.submission import Submissions
-from services.ingest.batches.viewing import Viewing
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
 from services.ingest.retention.retention_repository import RetentionRepository
 
+# Threads that read, pack and write the running chunks, and that plan.
 _THREADS = 8
-"""Reading, packing and writing of the chunks that run, and a plan."""
-_LOOKING = 4
-"""Those who submit have threads of their own: a store that is away holds each for seconds, and chunks do not wait."""
+# Threads of their own for submissions: an unavailable store blocks each for seconds, and chunks must not wait for it.
+_SUBMIT_THREADS = 4
 
 
 class Batches:
-    """All of it, for one instance. Used as `async with`, once; works when `ready` is set."""
+    """Batch processing of one instance. Use it as `async with`, once; work starts when `ready` is set."""
 
     def __init__(
         self,
         config: IngestConfig,
         database: AsyncDatabase[Document],
         channel: AnyChannel,
-        model: Model,
+        model: InferenceClient,
         retention: RetentionRepository,
         *,
         clock: Clock,
@@ -61,15 +61,15 @@ class Batches:
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
-        places = InputLocations(config.batch_url_prefixes)
+        locations = InputLocations(config.batch_url_prefixes)
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
-        self._looking = Threads(_LOOKING, "batch-submit")
-        self._readers = Readers(places)
+        self._submit_threads = Threads(_SUBMIT_THREADS, "batch-submit")
+        self._readers = ReaderCache(locations)
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
-        self._ledger = Ledger(
+        self._chunks = ChunkRepository(
             database[CHUNKS],
             clock=clock,
             new_id=new_id,
@@ -77,21 +77,21 @@ class Batches:
             process=new_id(),
             lease_ms=config.lease_ms,
         )
-        self._book = BatchRepository(database[BATCHES], self._ledger, clock=clock, instance=name)
-        running = Running(
+        self._batches = BatchRepository(database[BATCHES], self._chunks, clock=clock, instance=name)
+        runner = ChunkRunner(
             model,
-            places,
+            locations,
             self._readers,
             self._threads,
             folder=folder,
-            calls=config.batch_calls,
+            max_requests=config.batch_calls,
             timeout_s=config.attempt_timeout_ms / 1000,
         )
         self._batcher = Batcher(
-            self._book,
-            self._ledger,
-            Duties(self._book, self._ledger, places, self._threads, folder=folder),
-            running,
+            self._batches,
+            self._chunks,
+            Duties(self._batches, self._chunks, locations, self._threads, folder=folder),
+            runner,
             clock=clock,
             ready=ready,
             slots=config.batch_chunks,
@@ -100,21 +100,23 @@ class Batches:
             retention=retention,
         )
         self.submissions = Submissions(
-            self._book,
+            self._batches,
             ModelMetadata(channel),
-            places,
-            self._looking,
+            locations,
+            self._submit_threads,
             clock=clock,
             new_id=new_id,
             instance=name,
             on_accepted=self._batcher.wake,
         )
-        self.viewing = Viewing(self._book, self._ledger, on_change=self._batcher.wake, max_watches=config.max_watches)
+        self.control = BatchControl(
+            self._batches, self._chunks, on_change=self._batcher.wake, max_watches=config.max_watches
+        )
 
     async def __aenter__(self) -> Batches:
         self._stack.enter_context(self._folder)
         self._stack.enter_context(self._threads)
-        self._stack.enter_context(self._looking)
+        self._stack.enter_context(self._submit_threads)
         self._stack.callback(self._readers.close)
         await self._stack.enter_async_context(self._batcher)
         return self
@@ -125,16 +127,18 @@ class Batches:
         await self._stack.__aexit__(kind, err, tb)
 
     def stop(self) -> None:
-        """Takes nothing up any more."""
+        """Claim no further chunk and no further duty."""
         self._batcher.stop()
 
     async def prepare(self) -> int:
-        """Makes the collections, and frees what an earlier process of this name has left behind: says how many chunks.
+        """Create the collections, and free the leases of earlier processes of this instance.
+
+        Returns the number of chunks that were freed.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         await mongo.ensure_collection(self._database, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
         await mongo.ensure_collection(self._database, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)
-        await self._book.inherit()
-        return await self._ledger.inherit()
+        await self._batches.release_stale()
+        return await self._chunks.release_stale()

@@ -1,24 +1,24 @@
-"""A batch and its chunks: plain values, and plain functions from one to the next. No clock, no database.
+"""Batches and their chunks: plain values and pure functions over them, without clock or database.
 
                          list, plan, run chunks                all chunks done
     submit ──> RUNNING ─────────────────────────> RUNNING ──────────────────────> SUCCEEDED
                  │  ^                                │
           pause  v  │  resume                        ├─ cancelled by a client ──> CANCELLED
-                PAUSED ──────────────────────────────┴─ input or output at fault > FAILED
+                PAUSED ──────────────────────────────┴─ bad input or output ─────> FAILED
 
-A **duty** is what one instance at a time does for a batch as a whole, under a lease: it lists the inputs (which pins
-them), plans chunks, and in the end says what came of it. A **chunk** is some rows that follow each other in one file:
+A **duty** is work for a batch as a whole, which one instance does under a lease. The duties list the inputs (which pins
+them), plan the chunks, and write the summary. A **chunk** is a range of consecutive rows of one file:
 
                 claim                  stage (fenced)            publish
     WAITING ────────────> RUNNING ─────────────────────> STAGED ─────────> DONE
-       ^                     │   the part lies under the lease's own name     the part has its own name
+       ^                     │   the part is named after the lease         the part has its final name
        └─ lapse, release ────┘
 
-Every write about a chunk names the lease that its writer holds (the fence). Of two that run one chunk, because one was
-only slow, the fence lets one stage its part; and only what was staged is published. So a row is in the results once,
-and the counts are those of the parts.
+Every write about a chunk names the lease of its writer (the fence). When two instances run one chunk, because one was
+slow, the fence lets only one stage its part. Only a staged part is published. So each row is in the results once, and
+the counts are those of the parts.
 
-Chunks that are claimed again run from their first row; nothing of the attempt before is seen anywhere.
+A chunk that is claimed again runs from its first row; nothing of the earlier attempt is visible.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from services.ingest.batches.inputs.locations import Entry, join
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry, join
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.job import Lease
 from shoal.errors import Code, ShoalError
@@ -40,23 +40,23 @@ LISTING = "_inputs.jsonl"
 MANIFEST = "_manifest.json"
 SUMMARY = "_summary.json"
 DEAD = "_dead"
-"""In the output. Names that begin with an underscore are passed over by readers of folders of Parquet."""
+"""Names in the output. Readers of Parquet folders skip names that begin with an underscore."""
 
 CHUNK_ROWS = 4_096
-"""Rows of a chunk, unless a client says otherwise."""
+"""Default number of rows of a chunk."""
 ATTEMPTS = 5
-"""Of a row by itself."""
-MOST_TRIES = 8
-"""Times that a chunk, or a duty, may break for a reason of its own before its batch fails: so one that kills its
-instance each time does not do so for ever."""
-ALONE_AFTER = 4
-"""Times that a chunk may break before it is run by itself: what runs beside one that kills is not to be blamed."""
-AGAIN_MS = 1_000
-AGAIN_MAX_MS = 30_000
+"""Default number of attempts of a row that is sent by itself."""
+MAX_TRIES = 8
+"""Failures of a chunk or a duty, for a reason of its own, before its batch fails. The limit ends a poison chunk that
+kills its instance each time."""
+EXCLUSIVE_AFTER = 4
+"""Failures of a chunk before it runs exclusively, so that chunks beside a poison chunk are not blamed for it."""
+RETRY_MS = 1_000
+RETRY_MAX_MS = 30_000
 
 
 class BatchState(StrEnum):
-    """Where a batch stands."""
+    """State of a batch."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -69,18 +69,18 @@ FINAL = frozenset({BatchState.SUCCEEDED, BatchState.FAILED, BatchState.CANCELLED
 
 
 class ChunkState(StrEnum):
-    """Where a chunk stands."""
+    """State of a chunk."""
 
     WAITING = "waiting"
     RUNNING = "running"
     STAGED = "staged"
     DONE = "done"
     DROPPED = "dropped"
-    """Its batch has ended without it."""
+    """The batch ended without this chunk."""
 
 
 class Format(StrEnum):
-    """What the inputs are."""
+    """Format of the inputs."""
 
     JSONL = "jsonl"
     PARQUET = "parquet"
@@ -108,7 +108,7 @@ class BatchStep:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a batch is going to end, once nobody works on it any more."""
+    """Final state and reason that a batch gets, once no instance works on it any more."""
 
     state: BatchState
     reason: str
@@ -116,27 +116,27 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What has come of a batch so far, or in the end."""
+    """Counts of a batch: so far, or final."""
 
     rows: int = 0
-    """In the chunks that are planned."""
+    """Rows of the planned chunks."""
     ok: int = 0
     failed: int = 0
     chunks: int = 0
     chunks_done: int = 0
     nbytes: int = 0
-    """Of the parts."""
+    """Size of the parts."""
     codes: Mapping[str, int] = field(default_factory=dict)
     """Failed rows by status code."""
     versions: tuple[str, ...] = ()
-    """Of the model, that answered."""
+    """Versions of the model that answered."""
     note: str = ""
-    """What some chunk waits for."""
+    """Cause for which a chunk waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch as it is at one moment. Times are UTC, in whole milliseconds."""
+    """Snapshot of a batch. Times are UTC, in whole milliseconds."""
 
     id: str
     inputs: tuple[str, ...]
@@ -145,12 +145,12 @@ class Batch:
     model_name: str
     signature: Signature
     columns: tuple[tuple[str, str], ...]
-    """Input of the model, and the column that feeds it."""
+    """Pairs: an input of the model, and the column that feeds it."""
     submitted_at: datetime
     updated_at: datetime
     model_version: str = ""
     kept: bytes = b""
-    """The Arrow schema (serialised) of the columns that are carried over."""
+    """Serialised Arrow schema of the columns that are carried over."""
     texts: tuple[str, ...] = ()
     state: BatchState = BatchState.RUNNING
     tenant: str = ""
@@ -160,22 +160,22 @@ class Batch:
     chunk_rows: int = CHUNK_ROWS
     max_attempts: int = ATTEMPTS
     free_at: datetime | None = None
-    """Its duty may be taken up from then on."""
+    """Time from which the duty may be claimed."""
     lease: Lease | None = None
     tries: int = 0
-    """Times that a duty was taken up and did not come to its end."""
+    """Claims of the current duty that did not finish it."""
     listing: Entry | None = None
-    """Set once the inputs are pinned."""
+    """File that lists the pinned inputs; None until the inputs are pinned."""
     files: int = 0
     is_planned: bool = False
     ending: Ending | None = None
     totals: Totals | None = None
-    """Set when nothing more can change."""
+    """Final counts; None while they can still change."""
     ended_at: datetime | None = None
     message: str = ""
-    """Why it failed or was cancelled."""
+    """Reason of a failure or cancellation."""
     note: str = ""
-    """What its duty waits for."""
+    """Cause for which the duty waits."""
     steps: tuple[BatchStep, ...] = ()
 
     @property
@@ -184,17 +184,17 @@ class Batch:
 
     @property
     def is_ending(self) -> bool:
-        """No chunk is begun any more."""
+        """True when no further chunk is started."""
         return self.ending is not None or self.totals is not None
 
-    def place(self, *names: str) -> str:
-        """A URL below the output."""
+    def output_url(self, *names: str) -> str:
+        """Return a URL below the output."""
         return join(self.output, "/".join(names))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows of one file."""
+    """Range of consecutive rows of one file."""
 
     batch: str
     number: int
@@ -202,17 +202,17 @@ class Chunk:
     """The file; for objects, the listing."""
     line: int
     line_end: int
-    """Where the file's line begins in the listing, and where the next one does."""
+    """Offsets in the listing: of the file's line, and of the line after it."""
     span: Span
     first: int
-    """The number of its first row, counted through the whole batch."""
+    """Number of the first row, counted through the whole batch."""
     state: ChunkState = ChunkState.WAITING
     free_at: datetime | None = None
-    """May be claimed from then on: waiting since, waiting until, or when its lease lapses. None: not any more."""
+    """Time from which the chunk may be claimed: planned, delayed until, or the lease's end. None: never again."""
     lease: Lease | None = None
     attempts: int = 0
     staged: str = ""
-    """The name of its part in the staging folder."""
+    """Name of the part in the staging folder."""
     ok: int = 0
     failed: int = 0
 
@@ -222,19 +222,19 @@ class Chunk:
 
 
 class Duty(StrEnum):
-    """What is to be done for a batch as a whole."""
+    """Work for a batch as a whole."""
 
     LIST = "list"
     PLAN = "plan"
     FINISH = "finish"
 
 
-def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
-    """What there is to do.
+def duty_of(batch: Batch, *, is_busy: bool, has_unfinished: bool) -> Duty | None:
+    """Return the next duty of a batch, or None when there is nothing to do.
 
     Args:
-        is_busy: somebody runs a chunk, or a part waits to be published.
-        has_undone: some chunk is not done.
+        is_busy: an instance runs a chunk, or a part waits to be published.
+        has_unfinished: some chunk is not done.
     """
     if batch.is_final:
         return None
@@ -246,47 +246,47 @@ def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
         return Duty.LIST
     if not batch.is_planned:
         return Duty.PLAN
-    return None if has_undone else Duty.FINISH
+    return None if has_unfinished else Duty.FINISH
 
 
 def ending_of(batch: Batch) -> Ending:
-    """How a batch ends that nobody works on any more, and whose totals are known."""
+    """Return the ending of a batch that no instance works on any more, and whose totals are final."""
     if batch.ending is not None:
         return batch.ending
     if batch.totals is not None and batch.totals.failed and not batch.totals.ok:
         codes = ", ".join(f"{rows} {code}" for code, rows in batch.totals.codes.items())
-        return Ending(BatchState.FAILED, f"no row was answered ({codes}): {DEAD}/ says why, row by row")
+        return Ending(BatchState.FAILED, f"no row was answered ({codes}): {DEAD}/ has the reason of each row")
     return Ending(BatchState.SUCCEEDED, "every row was run")
 
 
 @dataclass(frozen=True, slots=True)
-class Broke:
-    """Decision about what broke: again at a time, counted or not, or the batch fails for it."""
+class RetryDecision:
+    """Decision after a failure: retry at `retry_at`, counted or not, or (None) fail the batch."""
 
-    again_at: datetime | None
+    retry_at: datetime | None
     is_counted: bool
     reason: str
 
 
 _FATAL = frozenset({Code.INVALID_ARGUMENT, Code.DATA_LOSS, Code.NOT_FOUND, Code.ALREADY_EXISTS, Code.UNIMPLEMENTED})
-_PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
+_TRANSIENT = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
 
 
-def after_break(tries: int, error: ShoalError, now: datetime) -> Broke:
-    """What becomes of a chunk or a duty that broke `tries` times, this one included: by an error, not by a kill.
+def decide_after_failure(tries: int, error: ShoalError, now: datetime) -> RetryDecision:
+    """Decide about a chunk or a duty that failed `tries` times by an error, this failure included.
 
-    What is wrong with the inputs is so for ever; an outage passes, however long it lasts; anything else is tried some
-    times.
+    Bad inputs fail the batch immediately. Outages are retried without limit. Any other error is retried up to
+    MAX_TRIES times.
     """
     reason = f"{error.code.name}: {error.message}"
-    if error.code in _FATAL or (error.code not in _PASSING and tries >= MOST_TRIES):
-        return Broke(None, True, reason)
-    wait_ms = min(AGAIN_MS * 2 ** min(tries - 1, 10), AGAIN_MAX_MS)
-    return Broke(now + timedelta(milliseconds=wait_ms), error.code not in _PASSING, reason)
+    if error.code in _FATAL or (error.code not in _TRANSIENT and tries >= MAX_TRIES):
+        return RetryDecision(None, True, reason)
+    wait_ms = min(RETRY_MS * 2 ** min(tries - 1, 10), RETRY_MAX_MS)
+    return RetryDecision(now + timedelta(milliseconds=wait_ms), error.code not in _TRANSIENT, reason)
 
 
 def paused_ms(steps: tuple[BatchStep, ...], now: datetime) -> int:
-    """How long a batch was paused."""
+    """Return the time that a batch was paused."""
     total = timedelta()
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         if step.state is BatchState.PAUSED:
@@ -295,6 +295,6 @@ def paused_ms(steps: tuple[BatchStep, ...], now: datetime) -> int:
 
 
 def seconds_of(batch: Batch, now: datetime) -> float:
-    """How long a batch has been at work, without the time that it was paused."""
+    """Return the running time of a batch in seconds, without pauses."""
     end = batch.ended_at or now
     return max((end - batch.submitted_at).total_seconds() - paused_ms(batch.steps, end) / 1000, 0.001)

@@ -1,8 +1,8 @@
-"""How batches and chunks lie in MongoDB: two collections.
+"""MongoDB documents of batches and chunks, in two collections.
 
-`free_at` is set while something is to be done: then it may be taken up. A lease is a `free_at` that its holder keeps
-pushing ahead. The chunks of a batch that has ended are deleted, and its document says what came of them; it stays for a
-while (`keep_batches_ms`, or the tenant's rule).
+`free_at` is set while work remains: from that time on, an instance may claim it. A lease is a `free_at` that its holder
+keeps moving ahead. When a batch ends, its chunks are deleted, and its document has their sums. The document is kept for
+the retention (`keep_batches_ms`, or the tenant's rule).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from services.ingest.batches.batch import (
     Format,
     Totals,
 )
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from services.ingest.job import Lease
 
 BATCHES = "batches"
@@ -52,7 +52,7 @@ BATCH_INDEXES = (
 )
 CHUNK_INDEXES = (
     IndexModel([("batch", ASCENDING), ("number", ASCENDING)], name="in_order", unique=True),
-    # What is to be done, in the order of the chunks: those that are done are not in it.
+    # Unfinished chunks in their order; the index leaves out chunks that are done.
     IndexModel(
         [("batch", ASCENDING), ("number", ASCENDING), ("free_at", ASCENDING), ("state", ASCENDING)],
         name="undone",
@@ -84,7 +84,7 @@ CHUNK_VALIDATOR: Mapping[str, Any] = {
 
 
 def batch_document(batch: Batch) -> Document:
-    """The document of a batch."""
+    """Return the document of a batch."""
     document: Document = {
         "_id": batch.id,
         "state": str(batch.state),
@@ -94,7 +94,7 @@ def batch_document(batch: Batch) -> Document:
         "model_name": batch.model_name,
         "model_version": batch.model_version,
         "signature": _signature(batch.signature),
-        # Pairs, because a name may be any text, and MongoDB's field names may not.
+        # Pairs, because a name may be any text, unlike a field name of MongoDB.
         "columns": [list(pair) for pair in batch.columns],
         "kept": Binary(batch.kept),
         "texts": list(batch.texts),
@@ -127,7 +127,7 @@ def batch_document(batch: Batch) -> Document:
 
 
 def batch_of(document: Mapping[str, Any]) -> Batch:
-    """Reads a batch."""
+    """Return the batch of a document."""
     lease, listing = document.get("lease"), document.get("listing")
     ending, totals = document.get("ending"), document.get("totals")
     return Batch(
@@ -169,7 +169,7 @@ def batch_of(document: Mapping[str, Any]) -> Batch:
 
 
 def chunk_document(chunk: Chunk) -> Document:
-    """The document of a chunk that was just planned."""
+    """Return the document of a newly planned chunk."""
     return {
         "_id": chunk.id,
         "batch": chunk.batch,
@@ -185,7 +185,7 @@ def chunk_document(chunk: Chunk) -> Document:
 
 
 def chunk_of(document: Mapping[str, Any]) -> Chunk:
-    """Reads a chunk."""
+    """Return the chunk of a document."""
     lease = document.get("lease")
     done = document.get("done") or {}
     return Chunk(
@@ -207,12 +207,12 @@ def chunk_of(document: Mapping[str, Any]) -> Chunk:
 
 
 def step_document(step: BatchStep) -> Document:
-    """One transition."""
+    """Return the subdocument of a transition."""
     return {"state": str(step.state), "at": step.at, "instance": step.instance, "reason": step.reason}
 
 
 def totals_document(totals: Totals) -> Document:
-    """What has come of a batch."""
+    """Return the subdocument of a batch's counts."""
     return asdict(totals) | {
         "codes": [[code, count] for code, count in totals.codes.items()],
         "versions": list(totals.versions),
@@ -226,7 +226,7 @@ def _totals_of(document: Mapping[str, Any]) -> Totals:
 
 
 def _signature(signature: Signature) -> Document:
-    def specs(found: tuple[Spec, ...]) -> list[Document]:
+    def specs(found: tuple[TensorSpec, ...]) -> list[Document]:
         return [asdict(spec) | {"shape": list(spec.shape)} for spec in found]
 
     return {
@@ -237,7 +237,7 @@ def _signature(signature: Signature) -> Document:
 
 
 def _signature_of(document: Mapping[str, Any]) -> Signature:
-    def specs(found: list[Document]) -> tuple[Spec, ...]:
-        return tuple(Spec(**{**spec, "shape": tuple(spec["shape"])}) for spec in found)
+    def specs(found: list[Document]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in found)
 
     return Signature(specs(document["inputs"]), specs(document["outputs"]), document["max_rows"])

@@ -1,12 +1,13 @@
-"""What is done for a batch as a whole, by one instance at a time: its inputs are listed, its chunks planned, and in the
-end it is said what came of it. Each can be broken off anywhere and done again.
+"""Duties of a batch, done by one instance at a time: list the inputs, plan the chunks, write the summary.
 
-    <output>/_batch.json        whose output it is
-             _inputs.jsonl      the inputs, as they were pinned
-             part-*.parquet     answers
-             _dead/part-*       rows without one
-             _manifest.json     the parts
-             _summary.json      how many rows, how fast, what failed
+Each duty may be interrupted anywhere and done again. Files of the output:
+
+    <output>/_batch.json        marker: the batch that owns the output
+             _inputs.jsonl      the pinned inputs
+             part-*.parquet     answered rows
+             _dead/part-*       failed rows
+             _manifest.json     the list of parts
+             _summary.json      counts, speed, failures
 """
 
 from __future__ import annotations
@@ -38,37 +39,43 @@ from services.ingest.batches.batch import (
     ending_of,
     seconds_of,
 )
-from services.ingest.batches.book import BatchRepository
+from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import Entry, InputLocations
-from services.ingest.batches.ledger import Ledger
-from services.ingest.batches.outputs.written import part_name
+from services.ingest.batches.inputs.locations import Entry, InputLocations
+from services.ingest.batches.outputs.part_summary import part_name
 from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, InvalidArgument
 
 MARKER_BYTES = 64 << 10
+# Chunks in one write; chunks that are written can run while the rest is planned.
 _PLANNED_AT_ONCE = 64
-# Chunks that are made durable in one write; those that are can be run already.
 
 
 class Duties:
-    """Does them."""
+    """Executes the duties of batches."""
 
     def __init__(
-        self, book: BatchRepository, ledger: Ledger, places: InputLocations, threads: Threads, *, folder: Path
+        self,
+        batches: BatchRepository,
+        chunks: ChunkRepository,
+        locations: InputLocations,
+        threads: Threads,
+        *,
+        folder: Path,
     ) -> None:
-        self._book = book
-        self._ledger = ledger
-        self._places = places
+        self._batches = batches
+        self._chunks = chunks
+        self._locations = locations
         self._threads = threads
         self._folder = folder
 
     async def do(self, batch: Batch, duty: Duty) -> None:
-        """Does one duty of a batch, whose lease the caller holds and renews.
+        """Do one duty of a batch, whose lease the caller holds and renews.
 
         Raises:
-            InvalidArgument, DataLoss, NotFound: the inputs are at fault. AlreadyExists: the output is another's.
-            Unavailable and others: it cannot be done now.
+            InvalidArgument, DataLoss, NotFound: the inputs are bad. AlreadyExists: the output is another batch's.
+            Unavailable and others: the duty cannot be done now.
         """
         if duty is Duty.LIST:
             await self._list(batch)
@@ -79,118 +86,118 @@ class Duties:
 
     async def _list(self, batch: Batch) -> None:
         assert batch.lease is not None
-        await self._threads.run(mark, self._places, batch)
-        # Under a name of its own until the book says that it counts: another instance may be at it, too.
-        url = batch.place(STAGING, f"inputs-{batch.lease.id}.jsonl")
+        await self._threads.run(mark_output, self._locations, batch)
+        # Another instance may list too, so the file has the lease's name until the batch records which one counts.
+        url = batch.output_url(STAGING, f"inputs-{batch.lease.id}.jsonl")
         files = await self._threads.run(self._write_listing, batch, url)
-        entry = await self._threads.run(self._places.stat, url)
-        await self._book.listed(batch, entry, files)
+        entry = await self._threads.run(self._locations.stat, url)
+        await self._batches.record_listing(batch, entry, files)
 
     def _write_listing(self, batch: Batch, url: str) -> int:
         path = Path(tempfile.mkstemp(dir=self._folder, suffix=".jsonl")[1])
         try:
             files = 0
             with path.open("wb") as file:
-                for entry in entries(self._places, batch.inputs, batch.format):
+                for entry in input_entries(self._locations, batch.inputs, batch.format):
                     file.write(line_of(entry))
                     files += 1
-            self._places.adopt(url, path)
+            self._locations.adopt(url, path)
         finally:
             path.unlink(missing_ok=True)
         return files
 
     async def _plan(self, batch: Batch) -> None:
         while True:
-            tail = await self._ledger.tail(batch.id)
-            chunks = plan(self._places, batch, tail)
+            tail = await self._chunks.last_chunk(batch.id)
+            chunks = plan(self._locations, batch, tail)
             if await self._append(chunks):
-                await self._book.planned(batch)
+                await self._batches.mark_planned(batch)
                 return
 
     async def _append(self, chunks: Iterator[Chunk]) -> bool:
-        """Adds all chunks to the plan. False: somebody else has gone on with it, so that it must be read again."""
-        while some := await self._threads.run(_some, chunks):
-            if not await self._ledger.append(some):
+        """Add all chunks to the plan. False: another instance has extended the plan, so it must be read again."""
+        while group := await self._threads.run(_next_group, chunks):
+            if not await self._chunks.append(group):
                 return False
         return True
 
     async def _finish(self, batch: Batch) -> None:
         if batch.totals is None:
-            await self._ledger.drop_undone(batch.id)
-            if not await self._book.total(batch, await self._ledger.totals(batch.id)):
+            await self._chunks.drop_unfinished(batch.id)
+            if not await self._batches.record_totals(batch, await self._chunks.totals(batch.id)):
                 return
-            batch = await self._book.get(batch.id)
+            batch = await self._batches.get(batch.id)
         ending = ending_of(batch)
         if batch.listing is not None:
             await self._write_end(batch, ending)
-        if await self._book.end(batch, ending):
-            await self._ledger.forget(batch.id)
+        if await self._batches.end(batch, ending):
+            await self._chunks.forget(batch.id)
 
     async def _write_end(self, batch: Batch, ending: Ending) -> None:
         assert batch.listing is not None
-        await self._threads.run(self._places.publish, batch.listing.url, batch.place(LISTING))
+        await self._threads.run(self._locations.publish, batch.listing.url, batch.output_url(LISTING))
         manifest = Path(tempfile.mkstemp(dir=self._folder, suffix=".json")[1])
         try:
-            await write_manifest(manifest, batch, self._ledger.done(batch.id))
-            await self._threads.run(self._places.adopt, batch.place(MANIFEST), manifest)
+            await write_manifest(manifest, batch, self._chunks.done(batch.id))
+            await self._threads.run(self._locations.adopt, batch.output_url(MANIFEST), manifest)
         finally:
             manifest.unlink(missing_ok=True)
         summary = json.dumps(summary_of(batch, ending), indent=2).encode()
-        await self._threads.run(self._places.put, batch.place(SUMMARY), summary)
-        await self._threads.run(self._places.remove_all, batch.place(STAGING) + "/")
+        await self._threads.run(self._locations.put, batch.output_url(SUMMARY), summary)
+        await self._threads.run(self._locations.remove_all, batch.output_url(STAGING) + "/")
 
 
-def mark(places: InputLocations, batch: Batch) -> None:
-    """Makes the output the batch's own.
+def mark_output(locations: InputLocations, batch: Batch) -> None:
+    """Mark the output as the batch's own.
 
     Raises:
-        AlreadyExists: it is another's.
+        AlreadyExists: the output belongs to another batch.
     """
     marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
     try:
-        places.put(batch.place(MARKER), marker, only_new=True)
+        locations.put(batch.output_url(MARKER), marker, only_new=True)
     except AlreadyExists:
-        if (owner := owner_of(places, batch.output)) != batch.id:
+        if (owner := owner_of(locations, batch.output)) != batch.id:
             raise AlreadyExists(
                 f"output: {batch.output} has the results of batch {owner} already: "
                 "use another folder or prefix, or remove what is there"
             ) from None
 
 
-def owner_of(places: InputLocations, output: str) -> str:
-    """The batch that an output belongs to.
+def owner_of(locations: InputLocations, output: str) -> str:
+    """Return the id of the batch that an output belongs to.
 
     Raises:
-        NotFound: it is nobody's. PermissionDenied, Unavailable.
+        NotFound: the output belongs to no batch. PermissionDenied, Unavailable.
     """
     try:
-        return str(json.loads(places.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
+        return str(json.loads(locations.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
     except (ValueError, KeyError, TypeError, InvalidArgument):
         return "unknown"
 
 
-def entries(places: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
-    """The files or objects that inputs stand for: a prefix (it ends with a slash) for what is below it.
+def input_entries(locations: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
+    """Yield the files or objects of the inputs. An input that ends with a slash is a prefix.
 
-    Of a prefix of files, those with the format's suffix count whose names do not begin with an underscore.
+    Below a prefix, a file counts when it has the format's suffix and its name does not begin with an underscore.
 
     Raises:
-        InvalidArgument: a prefix has none. NotFound: a file is not there.
+        InvalidArgument: a prefix has no such file. NotFound: a file does not exist.
     """
     for url in inputs:
         if not url.endswith("/"):
-            yield places.stat(url)
+            yield locations.stat(url)
             continue
-        found = (entry for entry in places.list(url) if kind is Format.OBJECTS or _is_of(entry.url, kind))
+        found = (entry for entry in locations.list(url) if kind is Format.OBJECTS or _is_of(entry.url, kind))
         first = next(found, None)
         if first is None:
             what = "an object" if kind is Format.OBJECTS else f"a {kind} file"
-            raise InvalidArgument(f"inputs: {url} has not {what} in it")
+            raise InvalidArgument(f"inputs: {url} does not contain {what}")
         yield from itertools.chain([first], found)
 
 
 def format_of(url: str) -> Format | None:
-    """The format that a file's name says."""
+    """Return the format of a file's suffix, or None when the suffix is unknown."""
     name = url.rpartition("/")[2]
     return SUFFIXES.get("." + name.rpartition(".")[2].lower()) if "." in name else None
 
@@ -200,7 +207,7 @@ def _is_of(url: str, kind: Format) -> bool:
 
 
 async def write_manifest(path: Path, batch: Batch, done: AsyncIterator[Document]) -> None:
-    """Says which parts there are, one line for each, in the order of the rows."""
+    """Write the manifest: one line for each part, in the order of the rows."""
     with path.open("w") as file:
         head = {"batch": batch.id, "inputs": batch.inputs, "model": batch.model_name}
         file.write(json.dumps(head)[:-1] + ', "parts": [')
@@ -226,7 +233,7 @@ def _part_of(document: Document) -> dict[str, Any]:
 
 
 def summary_of(batch: Batch, ending: Ending) -> dict[str, Any]:
-    """What came of a batch, as its summary has it."""
+    """Return the summary of a batch, as JSON values."""
     totals = batch.totals or Totals()
     seconds = seconds_of(batch, batch.ended_at or batch.updated_at)
     return {
@@ -252,5 +259,5 @@ def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _some(chunks: Iterator[Chunk]) -> list[Chunk]:
+def _next_group(chunks: Iterator[Chunk]) -> list[Chunk]:
     return list(itertools.islice(chunks, _PLANNED_AT_ONCE))

@@ -1,4 +1,4 @@
-"""Which column feeds which input of the model, and whether the files are fit for that: said before anything runs."""
+"""Mapping of columns to model inputs, and checks that the files fit it, done before the batch runs."""
 
 from __future__ import annotations
 
@@ -21,92 +21,97 @@ from services.ingest.batches.inputs.parquet_rows import open_parquet
 from services.ingest.batches.inputs.piece import ROW_BYTES, Piece
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.rows.fitting import check_array, fit
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import DataLoss, InvalidArgument
 
 SAMPLE_ROWS = 50
-"""Of JSON Lines, which say nothing about themselves: the first rows stand for all."""
+"""First rows of a JSON Lines file from which the columns and their types are inferred, as the format has no schema."""
 _AS_JSON = {b"shoal": b"json"}
 
 
 @dataclass(frozen=True)
 class RequestedColumns:
-    """What is read of each row."""
+    """Columns that are read of each row."""
 
-    inputs: tuple[tuple[Spec, str], ...]
-    """Inputs of the model, and the column that feeds each."""
+    inputs: tuple[tuple[TensorSpec, str], ...]
+    """Pairs: an input of the model, and the column that feeds it."""
     kept: Any
-    """The schema (Arrow) of the columns that are carried over."""
+    """Arrow schema of the columns that are carried over."""
 
     @classmethod
     def of(cls, batch: Batch) -> RequestedColumns:
-        """What a batch wants."""
+        """Return the requested columns of a batch."""
         specs = {spec.name: spec for spec in batch.signature.inputs}
         kept = pa.ipc.read_schema(pa.BufferReader(batch.kept)) if batch.kept else pa.schema([])
         return cls(tuple((specs[name], column) for name, column in batch.columns), kept)
 
     @property
     def columns(self) -> frozenset[str]:
-        """All columns that are read."""
+        """Names of all columns that are read."""
         return frozenset(column for _, column in self.inputs) | frozenset(self.kept.names)
 
 
 def result_columns(batch: Batch) -> Columns:
-    """What the parts of a batch have."""
+    """Return the columns of a batch's parts."""
     kept = {field.name: field.type for field in RequestedColumns.of(batch).kept}
     return Columns(batch.signature.outputs, frozenset(batch.texts), kept)
 
 
 def map_columns(
-    model: str, signature: Signature, given: Mapping[str, str], available: Sequence[str]
-) -> tuple[tuple[Spec, str], ...]:
-    """Each input of the model with its column: the one that is `given`, else the one of its name. Optional inputs
-    without a column are left out.
+    model: str, signature: Signature, column_of: Mapping[str, str], available: Sequence[str]
+) -> tuple[tuple[TensorSpec, str], ...]:
+    """Return each input of the model with its column: from `column_of`, else the column of the input's name.
+
+    Optional inputs without a column are left out.
 
     Raises:
-        InvalidArgument: says what the model takes, and what there is.
+        InvalidArgument: a column is missing; the message names the model's inputs and the available columns.
     """
     specs = {spec.name: spec for spec in signature.inputs}
-    there = ", ".join(sorted(available)) or "none"
-    for name in given:
+    columns = ", ".join(sorted(available)) or "none"
+    for name in column_of:
         if name not in specs:
             raise InvalidArgument(f"columns: model {model!r} has no input {name!r}: it takes {signature.takes}")
     found = []
     for name, spec in specs.items():
-        column = given.get(name, name)
+        column = column_of.get(name, name)
         if column in available:
             found.append((spec, column))
-        elif name in given or not spec.is_optional:
-            hint = "" if name in given else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
+        elif name in column_of or not spec.is_optional:
+            hint = "" if name in column_of else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
             raise InvalidArgument(
                 f"columns: input {name!r} of model {model!r} needs a column {column!r}, "
-                f"and the inputs have the columns {there}{hint}"
+                f"and the inputs have the columns {columns}{hint}"
             )
     if not found:
-        raise InvalidArgument(f"columns: nothing feeds model {model!r}: it takes {signature.takes}, there are {there}")
+        raise InvalidArgument(
+            f"columns: no column feeds model {model!r}: it takes {signature.takes}, there are {columns}"
+        )
     return tuple(found)
 
 
-def object_columns(model: str, signature: Signature, given: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
-    """The same for a prefix of objects: the one input of BYTES takes the content.
+def object_columns(
+    model: str, signature: Signature, column_of: Mapping[str, str]
+) -> tuple[tuple[TensorSpec, str], ...]:
+    """Map the columns of a prefix of objects: a single required BYTES input gets the content by default.
 
     Raises:
-        InvalidArgument: it is not clear which takes what.
+        InvalidArgument: the mapping is ambiguous, or a column is missing.
     """
     texts = [spec.name for spec in signature.inputs if spec.datatype == "BYTES" and not spec.is_optional]
-    if not given and len(texts) == 1:
-        given = {texts[0]: "content"}
-    found = map_columns(model, signature, given, OBJECT_COLUMNS)
+    if not column_of and len(texts) == 1:
+        column_of = {texts[0]: "content"}
+    found = map_columns(model, signature, column_of, OBJECT_COLUMNS)
     for spec, column in found:
         check_array(spec, column, np.dtype(object), ())
     return found
 
 
 def available_columns(kind: Format, file: BinaryIO) -> list[str]:
-    """The columns of a file; of JSON Lines, of its first rows.
+    """Return the names of a file's columns; for JSON Lines, those of its first rows.
 
     Raises:
-        InvalidArgument: it is not what its format says.
+        InvalidArgument: the file is not of the format `kind`.
     """
     if kind is Format.PARQUET:
         return list(open_parquet(file).schema_arrow.names)
@@ -116,10 +121,10 @@ def available_columns(kind: Format, file: BinaryIO) -> list[str]:
 
 
 def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
-    """The types of the columns that are carried over, as this file has them.
+    """Return the Arrow schema of the columns `names`, with the types of this file.
 
     Raises:
-        InvalidArgument: it has no such column.
+        InvalidArgument: the file has no such column.
     """
     if kind is Format.OBJECTS:
         if names:
@@ -140,27 +145,27 @@ def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
     return pa.schema([_json_field(name, [row.get(name) for row in rows]) for name in names])
 
 
-def check_file(kind: Format, file: BinaryIO, wanted: RequestedColumns) -> None:
-    """Whether a file has what is wanted, in types that may fit.
+def check_file(kind: Format, file: BinaryIO, requested: RequestedColumns) -> None:
+    """Check that a file has the requested columns, in types that may fit.
 
     Raises:
-        InvalidArgument: says which column, what was expected and what there is.
+        InvalidArgument: names the column, the expected type and the type of the file.
     """
     file.seek(0)
     if kind is Format.PARQUET:
-        _check_parquet(open_parquet(file).schema_arrow, wanted)
+        _check_parquet(open_parquet(file).schema_arrow, requested)
     elif kind is Format.NPZ:
-        _check_npz(npz_rows.members(file), wanted)
+        _check_npz(npz_rows.members(file), requested)
     elif kind is Format.JSONL:
-        _check_lines(file, wanted)
+        _check_lines(file, requested)
     file.seek(0)
 
 
-def kept_arrays(wanted: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
-    """The columns that are carried over as Arrow arrays, and the rows that do not fit their types."""
+def kept_arrays(requested: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
+    """Return the columns that are carried over as Arrow arrays, and the errors of rows that do not fit their types."""
     arrays: dict[str, Any] = {}
     errors: dict[int, str] = {}
-    for field in wanted.kept:
+    for field in requested.kept:
         if field.name in piece.arrow:
             arrays[field.name] = _decoded(piece.arrow[field.name])
             continue
@@ -178,14 +183,14 @@ def _array(field: Any, values: Any, errors: dict[int, str]) -> Any:
         return pa.array(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         pass
-    fit_for: list[Any] = []
+    scalars: list[Any] = []
     for row, value in enumerate(values):
         try:
-            fit_for.append(pa.scalar(value, field.type))
+            scalars.append(pa.scalar(value, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             errors[row] = f"column {field.name!r}: {str(value)[:80]!r} is not {field.type}, as the first rows are"
-            fit_for.append(pa.scalar(None, field.type))
-    return pa.array(fit_for, field.type)
+            scalars.append(pa.scalar(None, field.type))
+    return pa.array(scalars, field.type)
 
 
 def _decoded(array: Any) -> Any:
@@ -196,25 +201,26 @@ def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _check_parquet(schema: Any, wanted: RequestedColumns) -> None:
-    for name in sorted(wanted.columns):
+def _check_parquet(schema: Any, requested: RequestedColumns) -> None:
+    for name in sorted(requested.columns):
         if schema.names.count(name) != 1:
             raise InvalidArgument(f"no column {name!r}: there are {', '.join(schema.names) or 'none'}")
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         _check_type(spec, column, _plain(schema.field(column).type))
-    for field in wanted.kept:
+    for field in requested.kept:
         kind = _plain(schema.field(field.name).type)
         if kind != field.type:
             raise InvalidArgument(f"column {field.name!r} is {kind}; in the first file it is {field.type}")
 
 
-def _check_type(spec: Spec, column: str, kind: Any) -> None:
+def _check_type(spec: TensorSpec, column: str, kind: Any) -> None:
     shape, leaf = [], kind
     while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
         shape.append(leaf.list_size if pa.types.is_fixed_size_list(leaf) else -1)
         leaf = leaf.value_type
     if isinstance(leaf, pa.BaseExtensionType):
-        return  # Its storage says more than its type; each row is looked at.
+        # The type of an extension does not show the shape of its storage; each row is checked instead.
+        return
     is_text = pa.types.is_string(leaf) or pa.types.is_binary(leaf) or pa.types.is_large_string(leaf)
     is_text = is_text or pa.types.is_large_binary(leaf) or pa.types.is_fixed_size_binary(leaf)
     is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
@@ -223,36 +229,39 @@ def _check_type(spec: Spec, column: str, kind: Any) -> None:
         raise InvalidArgument(f"column {column!r} holds {kind}, and the model takes {spec}")
 
 
-def _may_fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether cells of `shape` (-1: any length) may be rows of the shape that is wanted."""
-    if len(shape) == len(wanted) and all(-1 in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)):
+def _may_fit(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Return True when cells of `shape` (-1: any length) may be rows of the expected shape."""
+    if len(shape) == len(expected) and all(
+        -1 in pair or pair[0] == pair[1] for pair in zip(shape, expected, strict=True)
+    ):
         return True
-    is_flat = len(shape) <= 1 and -1 not in wanted
-    return is_flat and (-1 in shape or math.prod(shape) == math.prod(wanted))
+    is_flat = len(shape) <= 1 and -1 not in expected
+    return is_flat and (-1 in shape or math.prod(shape) == math.prod(expected))
 
 
-def _check_npz(members: Sequence[npz_rows.Member], wanted: RequestedColumns) -> None:
+def _check_npz(members: Sequence[npz_rows.Member], requested: RequestedColumns) -> None:
     found = {member.name: member for member in members}
-    for name in sorted(wanted.columns):
+    for name in sorted(requested.columns):
         if name not in found:
             raise InvalidArgument(f"no array {name!r}: there are {', '.join(sorted(found)) or 'none'}")
-    lengths = {name: found[name].shape[0] for name in sorted(wanted.columns)}
+    lengths = {name: found[name].shape[0] for name in sorted(requested.columns)}
     if len(set(lengths.values())) > 1:
         raise InvalidArgument(f"the arrays have different numbers of rows: {lengths}")
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         check_array(spec, column, found[column].dtype, found[column].shape[1:])
-    for field in wanted.kept:
+    for field in requested.kept:
         if _numpy_type(found[field.name]) != field.type:
             raise InvalidArgument(f"array {field.name!r} is not {field.type}, which it is in the first file")
 
 
-def _check_lines(file: BinaryIO, wanted: RequestedColumns) -> None:
+def _check_lines(file: BinaryIO, requested: RequestedColumns) -> None:
     try:
-        piece = JsonLines(file, wanted.columns).read(SAMPLE_ROWS)
+        piece = JsonLines(file, requested.columns).read(SAMPLE_ROWS)
     except DataLoss:
-        return  # An empty file has no rows, which is no mistake.
+        # An empty file is valid: it has no rows.
+        return
     errors = dict(piece.errors)
-    for spec, column in wanted.inputs:
+    for spec, column in requested.inputs:
         for row, reason in fit(spec, piece.columns[column]).errors.items():
             errors.setdefault(row, reason)
     if len(errors) == piece.count:

@@ -1,11 +1,11 @@
-"""Batches as shoal.ingest.v1 shows them."""
+"""Conversion of batches to messages of shoal.ingest.v1."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
 from services.ingest.batches.batch import BatchState, Format, seconds_of
-from services.ingest.batches.viewing import View
+from services.ingest.batches.batch_control import BatchView
 from services.ingest.messages import filter_state, timestamp_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -14,8 +14,8 @@ _STATE_OF = {pb.BatchState.Value(name): state for state, name in _STATES.items()
 _FORMATS = {kind: f"BATCH_FORMAT_{kind.name}" for kind in Format}
 
 
-def message_of(view: View, now: datetime) -> pb.Batch:
-    """The message of a batch."""
+def message_of(view: BatchView, now: datetime) -> pb.Batch:
+    """Return the message of a batch."""
     batch, totals = view.batch, view.totals
     seconds = seconds_of(batch, now)
     message = pb.Batch(
@@ -60,7 +60,7 @@ def message_of(view: View, now: datetime) -> pb.Batch:
 
 
 def state_of(number: int) -> BatchState | None:
-    """The state that a filter asks for; None for unspecified.
+    """Return the state of a filter; None for unspecified.
 
     Raises:
         InvalidArgument: the number is not a state.

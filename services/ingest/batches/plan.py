@@ -1,7 +1,7 @@
-"""The plan of a batch: which chunks its inputs are cut into, in their order.
+"""Plan of a batch: the chunks that its inputs are cut into, in their order.
 
-The plan is a log. Chunk n says where chunk n + 1 begins, so that whoever goes on with a plan needs its last chunk only;
-and of two who plan at once, the database takes each number from one of them.
+The plan is a log. Chunk n has the position at which chunk n + 1 begins, so an instance that continues a plan needs only
+its last chunk. When two instances plan concurrently, the database accepts each number once.
 """
 
 from __future__ import annotations
@@ -11,56 +11,56 @@ from typing import BinaryIO
 
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs import json_lines, npz_rows
-from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.listing import ListedEntry, listed
+from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.inputs.parquet_rows import open_parquet, row_bytes
 from services.ingest.batches.inputs.piece import Span, even_spans
-from services.ingest.batches.inputs.places import Entry, InputLocations
 from services.ingest.batches.mapping import RequestedColumns, check_file
-from services.ingest.batches.opening import named, opened
+from services.ingest.batches.readers import naming_file, open_pinned
 from shoal.errors import InvalidArgument
 
 CHUNK_BYTES = 32 << 20
-"""A chunk ends when its rows are about this large, so that one is done within seconds: what a kill throws away."""
+"""Approximate size at which a chunk ends, so that it takes seconds: a kill discards at most that much work."""
 _OBJECTS = 256
-_MOST_ROWS = 1 << 32
-# Of one file. A few bytes can say that they are rows without end, and would be planned until MongoDB is full.
+# Limit on the rows of one file. A header of a few bytes can claim any number, whose plan would fill MongoDB.
+_MAX_ROWS = 1 << 32
 
 
-def plan(places: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
-    """The chunks after `tail` (None: all). It blocks: for a thread.
+def plan(locations: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
+    """Yield the chunks after `tail` (None: all). Blocks: run it in a thread.
 
     Raises:
-        DataLoss: an input is not what it was when the batch was submitted. InvalidArgument: it is not fit.
-        NotFound: it is gone. Unavailable: it cannot be read now.
+        DataLoss: an input has changed since the batch was submitted. InvalidArgument: an input does not fit the model.
+        NotFound: an input was removed. Unavailable: an input cannot be read now.
     """
     assert batch.listing is not None
     number, first = (0, 0) if tail is None else (tail.number + 1, tail.first + tail.span.rows)
-    with places.open(batch.listing) as listing:
-        for line, span in _spans(places, batch, listing, tail):
+    with locations.open(batch.listing) as listing:
+        for line, span in _spans(locations, batch, listing, tail):
             entry = batch.listing if batch.format is Format.OBJECTS else line.entry
             yield Chunk(batch.id, number, entry, line.offset, line.end, span, first)
             number, first = number + 1, first + span.rows
 
 
 def _spans(
-    places: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
-) -> Iterator[tuple[Listed, Span]]:
+    locations: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
+) -> Iterator[tuple[ListedEntry, Span]]:
     if batch.format is Format.OBJECTS:
         assert batch.listing is not None
         after = Span(0, 0) if tail is None else tail.span
         rows = min(batch.chunk_rows, _OBJECTS)
         for span in json_lines.spans(listing, rows, CHUNK_BYTES, row=after.row + after.rows, offset=after.end):
-            yield Listed(batch.listing, span.offset, span.end), span
+            yield ListedEntry(batch.listing, span.offset, span.end), span
         return
     for line in listed(listing, 0 if tail is None else tail.line):
         after = tail.span if tail is not None and line.offset == tail.line else Span(0, 0)
-        with named(line.entry):
-            yield from ((line, span) for span in _file_spans(places, batch, line.entry, after))
+        with naming_file(line.entry):
+            yield from ((line, span) for span in _file_spans(locations, batch, line.entry, after))
 
 
-def _file_spans(places: InputLocations, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
-    """The spans of one file after `after`."""
-    with opened(places, entry) as file:
+def _file_spans(locations: InputLocations, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
+    """Yield the spans of one file after `after`."""
+    with open_pinned(locations, entry) as file:
         if not after.rows:
             check_file(batch.format, file, RequestedColumns.of(batch))
         row = after.row + after.rows
@@ -68,13 +68,13 @@ def _file_spans(places: InputLocations, batch: Batch, entry: Entry, after: Span)
             yield from json_lines.spans(file, batch.chunk_rows, CHUNK_BYTES, row=row, offset=after.end)
             return
         rows, each = _measured(batch, file)
-        if rows > _MOST_ROWS:
-            raise InvalidArgument(f"it says that it has {rows} rows: at most {_MOST_ROWS} are taken of one file")
+        if rows > _MAX_ROWS:
+            raise InvalidArgument(f"the file claims {rows} rows: at most {_MAX_ROWS} are accepted")
         yield from even_spans(rows, each, batch.chunk_rows, CHUNK_BYTES, row)
 
 
 def _measured(batch: Batch, file: BinaryIO) -> tuple[int, float]:
-    """How many rows a file has, and how large one is."""
+    """Return the number of rows of a file, and the approximate size of a row."""
     file.seek(0)
     if batch.format is Format.PARQUET:
         parquet = open_parquet(file)

@@ -1,4 +1,4 @@
-"""The calls about batches."""
+"""RPC methods for batches."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
-    from services.ingest.batches.viewing import View, Viewing
+    from services.ingest.batches.batch_control import BatchControl, BatchView
 
 
 class BatchesRpc:
-    """A part of the servicer."""
+    """Servicer mixin: the batch methods of IngestService."""
 
     def __init__(self, batches: Batches | None) -> None:
         self._batches = batches
 
     @property
-    def _there(self) -> Batches:
+    def _enabled(self) -> Batches:
         if self._batches is None:
             raise Unimplemented("this node runs no batches: they need Arrow; install shoal[parquet] for ingest")
         return self._batches
 
     @property
-    def _viewing(self) -> Viewing:
-        return self._there.viewing
+    def _control(self) -> BatchControl:
+        return self._enabled.control
 
-    def _told(self, view: View) -> pb.Batch:
-        return message_of(view, self._there.clock())
+    def _message(self, view: BatchView) -> pb.Batch:
+        return message_of(view, self._enabled.clock())
 
     async def SubmitBatch(self, request: pb.SubmitBatchRequest, context: Context) -> pb.SubmitBatchResponse:
-        batch, existed = await self._there.submissions.submit(request)
-        return pb.SubmitBatchResponse(batch=self._told(await self._viewing.get(batch.id)), existed=existed)
+        batch, existed = await self._enabled.submissions.submit(request)
+        return pb.SubmitBatchResponse(batch=self._message(await self._control.get(batch.id)), existed=existed)
 
     async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
-        return pb.GetBatchResponse(batch=self._told(await self._viewing.get(request.id)))
+        return pb.GetBatchResponse(batch=self._message(await self._control.get(request.id)))
 
     async def ListBatches(self, request: pb.ListBatchesRequest, context: Context) -> pb.ListBatchesResponse:
-        wanted = Filter(state_of(request.state), request.model_name, request.tenant)
-        views, token = await self._viewing.page(wanted, request.page_size, request.page_token)
-        now = self._there.clock()
+        requested = Filter(state_of(request.state), request.model_name, request.tenant)
+        views, token = await self._control.page(requested, request.page_size, request.page_token)
+        now = self._enabled.clock()
         return pb.ListBatchesResponse(batches=[message_of(view, now) for view in views], next_page_token=token)
 
     async def WatchBatch(self, request: pb.WatchBatchRequest, context: Context) -> AsyncIterator[pb.WatchBatchResponse]:
-        async for view in self._viewing.follow(request.id):
-            yield pb.WatchBatchResponse(batch=self._told(view))
+        async for view in self._control.follow(request.id):
+            yield pb.WatchBatchResponse(batch=self._message(view))
 
     async def CancelBatch(self, request: pb.CancelBatchRequest, context: Context) -> pb.CancelBatchResponse:
-        view = await self._viewing.cancel(request.id, request.reason)
-        return pb.CancelBatchResponse(batch=self._told(view))
+        view = await self._control.cancel(request.id, request.reason)
+        return pb.CancelBatchResponse(batch=self._message(view))
 
     async def PauseBatch(self, request: pb.PauseBatchRequest, context: Context) -> pb.PauseBatchResponse:
-        view = await self._viewing.pause(request.id, request.reason)
-        return pb.PauseBatchResponse(batch=self._told(view))
+        view = await self._control.pause(request.id, request.reason)
+        return pb.PauseBatchResponse(batch=self._message(view))
 
     async def ResumeBatch(self, request: pb.ResumeBatchRequest, context: Context) -> pb.ResumeBatchResponse:
-        view = await self._viewing.resume(request.id, request.reason)
-        return pb.ResumeBatchResponse(batch=self._told(view))
+        view = await self._control.resume(request.id, request.reason)
+        return pb.ResumeBatchResponse(batch=self._message(view))

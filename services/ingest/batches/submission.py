@@ -1,4 +1,4 @@
-"""What may be submitted as a batch: everything that can be known to be wrong is said before anything runs."""
+"""Submission of batches: the request, inputs, output and model are validated before the batch is stored."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import pyarrow as pa
 
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
-from services.ingest.batches.book import MOST_ACTIVE, BatchRepository, same
-from services.ingest.batches.duties import entries, format_of, owner_of
-from services.ingest.batches.facts import ModelMetadata
-from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
+from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
+from services.ingest.batches.duties import format_of, input_entries, owner_of
+from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
     RequestedColumns,
     available_columns,
@@ -26,8 +25,9 @@ from services.ingest.batches.mapping import (
     object_columns,
     result_columns,
 )
-from services.ingest.batches.opening import named, opened
-from services.ingest.batches.outputs.written import is_result
+from services.ingest.batches.model_metadata import ModelMetadata
+from services.ingest.batches.outputs.part_summary import is_result
+from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
 from services.ingest.intake.submission import at_most, digest_of, labels_of
@@ -37,9 +37,9 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 INPUTS = 1_000
 NAMES = 256
-MOST_CHUNK_ROWS = 1_000_000
-_LOOKED_AT = 1_000
-# Names below a prefix that are looked at: to learn the format, for a file with rows, for results of others.
+MAX_CHUNK_ROWS = 1_000_000
+# Names below a prefix that are checked: to infer the format, to find a file with rows, to find existing results.
+_MAX_INSPECTED = 1_000
 
 _FORMATS = {
     pb.BATCH_FORMAT_JSONL: Format.JSONL,
@@ -50,8 +50,8 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a look at the inputs has shown."""
+class InspectedInputs:
+    """Format and columns of the inputs, as the first file shows them."""
 
     format: Format
     columns: tuple[tuple[str, str], ...]
@@ -59,13 +59,13 @@ class Looked:
 
 
 class Submissions:
-    """Takes batches."""
+    """Validates and stores submitted batches."""
 
     def __init__(
         self,
-        book: BatchRepository,
-        facts: ModelMetadata,
-        places: InputLocations,
+        batches: BatchRepository,
+        metadata: ModelMetadata,
+        locations: InputLocations,
         threads: Threads,
         *,
         clock: Clock,
@@ -73,9 +73,9 @@ class Submissions:
         instance: str,
         on_accepted: Callable[[], None],
     ) -> None:
-        self._book = book
-        self._facts = facts
-        self._places = places
+        self._batches = batches
+        self._metadata = metadata
+        self._locations = locations
         self._threads = threads
         self._clock = clock
         self._new_id = new_id
@@ -83,34 +83,34 @@ class Submissions:
         self._on_accepted = on_accepted
 
     async def submit(self, request: pb.SubmitBatchRequest) -> tuple[Batch, bool]:
-        """The batch, durable, and whether its key was known.
+        """Store a batch. Return it, and whether its idempotency key was known.
 
         Raises:
-            InvalidArgument: names the field, what was expected and what came. NotFound: no such file or model.
-            PermissionDenied: a place may not be used. FailedPrecondition: the output has something in it.
+            InvalidArgument: names the field, the expected and the actual value. NotFound: no such file or model.
+            PermissionDenied: a URL is not allowed. FailedPrecondition: the output is not empty.
             AlreadyExists: the key was used with another request. ResourceExhausted: too many batches.
-            Unavailable: somebody is away.
+            Unavailable: MongoDB, infer or a storage location is unavailable.
         """
         check_fields(request)
         digest = digest_of(request)
         if request.idempotency_key:
-            earlier = await self._book.of_key(request.tenant, request.idempotency_key)
+            earlier = await self._batches.find_by_key(request.tenant, request.idempotency_key)
             if earlier is not None:
-                return same(earlier, digest), True
-        if (active := await self._book.count_active()) >= MOST_ACTIVE:
-            raise ResourceExhausted(f"{active} batches are under way, which is the limit", retry_after_ms=10_000)
-        inputs, output = self._checked_places(request)
-        signature = await self._facts.signature(request.model_name, request.model_version, request.outputs)
-        looked = await self._threads.run(self._look, request, inputs, output, signature)
-        batch = self._batch(request, inputs, output, signature, looked, digest)
+                return check_same_request(earlier, digest), True
+        if (active := await self._batches.count_active()) >= MAX_ACTIVE:
+            raise ResourceExhausted(f"{active} batches are active, which is the limit", retry_after_ms=10_000)
+        inputs, output = self._checked_urls(request)
+        signature = await self._metadata.signature(request.model_name, request.model_version, request.outputs)
+        inspected = await self._threads.run(self._inspect, request, inputs, output, signature)
+        batch = self._batch(request, inputs, output, signature, inspected, digest)
         result_columns(batch).schema()
-        batch, existed = await self._book.add(batch)
+        batch, existed = await self._batches.add(batch)
         self._on_accepted()
         return batch, existed
 
-    def _checked_places(self, request: pb.SubmitBatchRequest) -> tuple[tuple[str, ...], str]:
-        inputs = tuple(self._places.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
-        output = self._places.check("output", request.output).rstrip("/")
+    def _checked_urls(self, request: pb.SubmitBatchRequest) -> tuple[tuple[str, ...], str]:
+        inputs = tuple(self._locations.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
+        output = self._locations.check("output", request.output).rstrip("/")
         for url in inputs:
             if is_within(output, url) and url.endswith("/"):
                 raise InvalidArgument(f"output: {output} lies within the input {url}: its parts would become inputs")
@@ -118,35 +118,41 @@ class Submissions:
                 raise InvalidArgument(f"output: the input {url} lies within {output}: choose a folder of its own")
         return inputs, output
 
-    def _look(self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature) -> Looked:
-        """Looks at the first input and at the output. It blocks: for a thread."""
+    def _inspect(
+        self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature
+    ) -> InspectedInputs:
+        """Inspect the first input, and check the output. Blocks: run it in a thread."""
         self._check_output(output)
-        kind = _FORMATS.get(request.format) or self._guess(inputs[0])
+        kind = _FORMATS.get(request.format) or self._infer_format(inputs[0])
         first = self._first(inputs, kind)
-        given = dict(request.columns)
+        column_of = dict(request.columns)
         if kind is Format.OBJECTS:
-            mapped = object_columns(request.model_name, signature, given)
-            kept = kept_schema(kind, _nothing(), request.keep_columns)
-            return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
-        with opened(self._places, first) as file, named(first):
-            mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
+            mapped = object_columns(request.model_name, signature, column_of)
+            kept = kept_schema(kind, _empty_file(), request.keep_columns)
+            return InspectedInputs(
+                kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
+            )
+        with open_pinned(self._locations, first) as file, naming_file(first):
+            mapped = map_columns(request.model_name, signature, column_of, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
             check_file(kind, file, RequestedColumns(mapped, kept))
-        return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
+        return InspectedInputs(
+            kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes()
+        )
 
     def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
-        """The file that says what the columns are: the first; of JSON Lines, the first that has a line."""
-        found = entries(self._places, inputs, kind)
+        """Return the file that determines the columns: the first; for JSON Lines, the first that is not empty."""
+        found = input_entries(self._locations, inputs, kind)
         if kind is not Format.JSONL:
             return next(found)
-        some = (entry for entry in itertools.islice(found, _LOOKED_AT) if entry.size)
+        some = (entry for entry in itertools.islice(found, _MAX_INSPECTED) if entry.size)
         if (first := next(some, None)) is None:
-            raise InvalidArgument(f"inputs: {', '.join(inputs)[:200]}: there is no line in it that would name columns")
+            raise InvalidArgument(f"inputs: {', '.join(inputs)[:200]}: no line in it, so its columns are unknown")
         return first
 
     def _check_output(self, output: str) -> None:
         try:
-            owner = owner_of(self._places, output)
+            owner = owner_of(self._locations, output)
         except NotFound:
             self._check_unused(output)
             return
@@ -156,36 +162,36 @@ class Submissions:
         )
 
     def _check_unused(self, output: str) -> None:
-        """Nothing there may be replaced by parts of a batch, or be read beside them."""
-        if self._places.is_file(output):
+        """Check that the output has no file that parts would replace, or that readers would take for a part."""
+        if self._locations.is_file(output):
             raise InvalidArgument(f"output: {output} is a file: name a folder or prefix for the results")
         try:
-            found = [entry.url for entry in itertools.islice(self._places.list(output + "/"), _LOOKED_AT)]
+            found = [entry.url for entry in itertools.islice(self._locations.list(output + "/"), _MAX_INSPECTED)]
         except NotFound:
             return
         for url in found:
             if is_result(url.removeprefix(output + "/")):
                 raise FailedPrecondition(
-                    f"output: {url} is there already, and of no batch: "
+                    f"output: {url} exists already, and belongs to no batch: "
                     "use another folder or prefix, or remove what is there"
                 )
 
-    def _guess(self, url: str) -> Format:
-        """The format that names say: that of the file, or of those below a prefix, when they agree."""
+    def _infer_format(self, url: str) -> Format:
+        """Return the format of the file's suffix, or of the files below a prefix, when they agree."""
         if not url.endswith("/"):
             if (kind := format_of(url)) is None:
                 raise InvalidArgument(
-                    f"format: {url} does not say by its name what it is: end it with .jsonl, .ndjson, .parquet or "
-                    ".npz, or say the format; a prefix ends with a slash"
+                    f"format: the name of {url} has no known suffix: end it with .jsonl, .ndjson, .parquet or "
+                    ".npz, or set the format; a prefix ends with a slash"
                 )
             return kind
-        names = (entry.url for entry in self._places.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
-        kinds = Counter(format_of(name) or Format.OBJECTS for name in itertools.islice(names, _LOOKED_AT))
+        names = (entry.url for entry in self._locations.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
+        kinds = Counter(format_of(name) or Format.OBJECTS for name in itertools.islice(names, _MAX_INSPECTED))
         if not kinds:
-            raise InvalidArgument(f"inputs: nothing is below {url}")
+            raise InvalidArgument(f"inputs: no file is below {url}")
         if len(kinds) > 1:
             found = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
-            raise InvalidArgument(f"format: below {url} are files of several kinds ({found}): say the format")
+            raise InvalidArgument(f"format: below {url} are files of several formats ({found}): set the format")
         return next(iter(kinds))
 
     def _batch(
@@ -194,24 +200,24 @@ class Submissions:
         inputs: tuple[str, ...],
         output: str,
         signature: Signature,
-        looked: Looked,
+        inspected: InspectedInputs,
         digest: bytes,
     ) -> Batch:
         now: datetime = self._clock()
         known = {spec.name: spec.datatype for spec in signature.outputs}
         for name in request.text_outputs:
             if known.get(name) != "BYTES":
-                raise InvalidArgument(f"text_outputs: {name!r} is not an output of BYTES that is wanted")
+                raise InvalidArgument(f"text_outputs: {name!r} is not a requested output of datatype BYTES")
         return Batch(
             id=self._new_id(),
             inputs=inputs,
             output=output,
-            format=looked.format,
+            format=inspected.format,
             model_name=request.model_name,
             model_version=request.model_version,
             signature=signature,
-            columns=looked.columns,
-            kept=looked.kept,
+            columns=inspected.columns,
+            kept=inspected.kept,
             texts=tuple(request.text_outputs),
             tenant=request.tenant,
             key=request.idempotency_key,
@@ -227,10 +233,10 @@ class Submissions:
 
 
 def check_fields(request: pb.SubmitBatchRequest) -> None:
-    """What can be seen without looking anywhere.
+    """Check the fields of a request that need no lookup.
 
     Raises:
-        InvalidArgument: names the field, what was expected and what came.
+        InvalidArgument: names the field, the expected and the actual value.
     """
     if not 1 <= len(request.inputs) <= INPUTS:
         raise InvalidArgument(f"inputs: 1 to {INPUTS} URLs, got {len(request.inputs)}")
@@ -251,18 +257,18 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
         "outputs": request.outputs,
         "text_outputs": request.text_outputs,
     }
-    for field, given in names.items():
-        if len(given) > NAMES:
-            raise InvalidArgument(f"{field}: at most {NAMES}, got {len(given)}")
-        if len(set(given)) != len(given):
-            raise InvalidArgument(f"{field}: a name is given twice")
+    for field, values in names.items():
+        if len(values) > NAMES:
+            raise InvalidArgument(f"{field}: at most {NAMES}, got {len(values)}")
+        if len(set(values)) != len(values):
+            raise InvalidArgument(f"{field}: a name occurs twice")
     for field, value, most in (
-        ("chunk_rows", request.chunk_rows, MOST_CHUNK_ROWS),
+        ("chunk_rows", request.chunk_rows, MAX_CHUNK_ROWS),
         ("max_attempts", request.max_attempts, MOST_ATTEMPTS),
     ):
         if not 0 <= value <= most:
             raise InvalidArgument(f"{field}: 0 (the default) to {most}, got {value}")
 
 
-def _nothing() -> Any:
+def _empty_file() -> Any:
     return pa.BufferReader(b"")

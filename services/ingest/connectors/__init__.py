@@ -1,9 +1,10 @@
-"""Streams: messages of a broker become jobs, and their results go back to one.
+"""Connectors: messages of a broker become jobs, and the results of the jobs are sent to a broker.
 
-    source ──receive──> decode ──> submit (key: where the message lies) ──> the job ends ──> encode ──> sink
+    source ──receive──> decode ──> submit (key: the message's location) ──> the job ends ──> encode ──> sink
        ^                                                                                                 │
-       └────────────────── settle: only now may the source forget the message ──────────────────────────┘
+       └────────────────── settle: only now may the source commit the message ──────────────────────────┘
 
-A message that cannot be answered goes to the dead letters, with the reason, and is settled then: it blocks nobody. What
-is not settled when a process dies is delivered again, finds its job by its key, and has the same, one result.
+A message that cannot be answered is sent to the dead letters with the reason, and is then settled, so it blocks no
+other message. A message that is not settled when a process dies is delivered again. Its job is found by its key, so
+each message has exactly one result.
 """

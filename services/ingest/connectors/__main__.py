@@ -1,4 +1,4 @@
-"""`python -m services.ingest.connectors FILE`: says what is wrong with a file of connectors; exits 2 when it is."""
+"""`python -m services.ingest.connectors FILE`: validates a connector file; prints its errors and exits with 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from services.ingest.connectors import settings
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status."""
+    """Validate the file and return the exit status."""
     if len(arguments) != 1:
         print("expected one argument, the file", file=sys.stderr)
         return WRONG_SETTINGS

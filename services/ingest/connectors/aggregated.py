@@ -1,4 +1,4 @@
-"""Records of the Kinesis Producer Library that hold many messages.
+"""Aggregated records of the Kinesis Producer Library, which hold many messages.
 
     F3 89 9A C2 │ AggregatedRecord (protobuf) │ MD5 of it, 16 bytes
 
@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 _MAGIC = b"\xf3\x89\x9a\xc2"
 _DIGEST_BYTES = 16
 
-# The fields that are read; the others (explicit hash keys, tags) say nothing about a message. A key is a string, which
-# in proto2 need be no text.
+# The fields that are read; the others (explicit hash keys, tags) do not affect a message. A key is declared as bytes,
+# because a string of proto2 need not be UTF-8.
 _FORMAT = """
 name: "shoal/kinesis_producer_library.proto"
 package: "shoal.kinesis_producer_library"
@@ -45,8 +45,8 @@ def _message_class() -> Any:
 _AggregatedRecord = _message_class()
 
 
-class Packed:
-    """The messages of one record: (partition key, value) of each, in order."""
+class AggregatedMessages:
+    """Messages of one record: (partition key, value) of each, in order."""
 
     def __init__(self, record: Any) -> None:
         self._record = record
@@ -60,8 +60,8 @@ class Packed:
             yield keys[each.partition_key_index], each.data
 
 
-def opened(data: bytes) -> Packed | None:
-    """What a record of the library holds. None for any other record, one that only begins like it among them."""
+def unpack(data: bytes) -> AggregatedMessages | None:
+    """Return the messages of an aggregated record. None for any other record, even with the same first bytes."""
     if not data.startswith(_MAGIC):
         return None
     body, digest = data[len(_MAGIC) : -_DIGEST_BYTES], data[-_DIGEST_BYTES:]
@@ -74,4 +74,4 @@ def opened(data: bytes) -> Packed | None:
         return None
     if any(each.partition_key_index >= len(record.partition_key_table) for each in record.records):
         return None
-    return Packed(record)
+    return AggregatedMessages(record)

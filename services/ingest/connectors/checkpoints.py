@@ -1,7 +1,7 @@
-"""Checkpoints of shards in MongoDB, with leases: one instance reads a shard at a time, and only it moves its mark.
+"""Checkpoints of shards in MongoDB, with leases: one instance at a time reads a shard and advances its checkpoint.
 
-Collection `checkpoints`: a document a shard, and one for each instance that takes part, by which others know of it. A
-lease has an id that is never used twice; every write names it, so that an instance which was only slow writes nothing.
+Collection `checkpoints`: a document for each shard, and one for each participating instance, by which the others know
+it. A lease has a unique id; every write names it (the fence), so that an instance with a lost lease writes nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ VALIDATOR: Mapping[str, Any] = {
 }
 
 
-class Checkpoints:
-    """The checkpoints of one stream of one connector, for instance `me`."""
+class CheckpointRepository:
+    """Checkpoints of one stream of one connector, as seen by instance `me`."""
 
     def __init__(
         self, collection: AsyncCollection[Document], stream: str, *, me: str, clock: Clock, lease_ms: int
@@ -49,38 +49,39 @@ class Checkpoints:
         self._lease = timedelta(milliseconds=lease_ms)
 
     async def all(self) -> dict[str, Checkpoint]:
-        """By shard."""
+        """Return the checkpoints by shard."""
         with translated("reading checkpoints"):
             found = await self._collection.find(self._prefix("shard")).to_list()
-        return {document["shard"]: _of(document) for document in found}
+        return {document["shard"]: _checkpoint_of(document) for document in found}
 
-    async def others(self) -> set[str]:
-        """The other instances that live."""
+    async def live_instances(self) -> set[str]:
+        """Return the other live instances that read the stream."""
         alive = {**self._prefix("instance"), "expires_at": {"$gt": earliest(self._clock)}}
-        with translated("reading who takes part in a stream"):
+        with translated("reading the instances of a stream"):
             found = await self._collection.find(alive, {"owner": 1}).to_list()
         return {document["owner"] for document in found} - {self._me}
 
-    async def take(self, shard: str) -> tuple[str, Checkpoint] | None:
-        """Takes a shard that is free: the lease's id, and where to go on. None: somebody was faster."""
+    async def acquire(self, shard: str) -> tuple[str, Checkpoint] | None:
+        """Acquire a free shard. Return the lease's id and the checkpoint. None: another instance holds the shard."""
         lease = uuid.uuid4().hex
         free = {
             "_id": self._id("shard", shard),
             "$or": [{"expires_at": {"$lte": earliest(self._clock)}}, {"owner": {"$in": ["", self._me]}}],
         }
-        taken = {"owner": self._me, "lease": lease, "expires_at": latest(self._clock) + self._lease}
+        held = {"owner": self._me, "lease": lease, "expires_at": latest(self._clock) + self._lease}
         about = {"stream": self._stream, "kind": "shard", "shard": shard}
-        with translated("taking a shard"):
+        with translated("acquiring a shard"):
             try:
                 document = await self._collection.find_one_and_update(
-                    free, {"$set": taken, "$setOnInsert": about}, upsert=True, return_document=ReturnDocument.AFTER
+                    free, {"$set": held, "$setOnInsert": about}, upsert=True, return_document=ReturnDocument.AFTER
                 )
-            except DuplicateKeyError:  # It is there, and not free.
+            except DuplicateKeyError:
+                # The shard's document exists, and the shard is not free.
                 return None
-        return None if document is None else (lease, _of(document))
+        return None if document is None else (lease, _checkpoint_of(document))
 
     async def renew(self, leases: Mapping[str, str]) -> set[str]:
-        """Prolongs leases, and says that this instance lives. Gives the shards whose lease was lost."""
+        """Renew leases and this instance's own document. Return the shards whose lease was lost."""
         until = latest(self._clock) + self._lease
         with translated("renewing leases of shards"):
             await self._collection.update_one(
@@ -98,46 +99,47 @@ class Checkpoints:
             kept = await self._collection.find(mine, {"shard": 1}).to_list()
         return leases.keys() - {document["shard"] for document in kept}
 
-    async def move(self, shard: str, lease: str, *, sequence: str | None = None, is_finished: bool = False) -> bool:
-        """Moves a shard's checkpoint. False: the lease was lost, and nothing was written."""
+    async def advance(self, shard: str, lease: str, *, sequence: str | None = None, is_finished: bool = False) -> bool:
+        """Advance a shard's checkpoint. False: the lease was lost, and nothing was written."""
         change: Document = {} if sequence is None else {"sequence": sequence}
         if is_finished:
             change |= {"finished": True, "owner": ""}
-        with translated("moving a checkpoint"):
+        with translated("advancing a checkpoint"):
             written = await self._collection.update_one(
                 {"_id": self._id("shard", shard), "lease": lease}, {"$set": change}
             )
         return written.matched_count == 1
 
-    async def begin(self, shard: str, lease: str, at: datetime) -> bool:
-        """Notes where the reading of a shard begins that has no checkpoint yet. False: the lease was lost."""
-        with translated("noting where a shard is begun"):
+    async def record_start(self, shard: str, lease: str, at: datetime) -> bool:
+        """Record the start time of a shard that has no checkpoint yet. False: the lease was lost."""
+        with translated("recording the start of a shard"):
             written = await self._collection.update_one(
                 {"_id": self._id("shard", shard), "lease": lease}, {"$set": {"began_at": at}}
             )
         return written.matched_count == 1
 
-    async def give_back(self, shard: str, lease: str) -> None:
-        """Lets go of a shard: whoever wants it has it at once."""
-        with translated("giving a shard back"):
+    async def release(self, shard: str, lease: str) -> None:
+        """Release a shard; another instance may acquire it immediately."""
+        with translated("releasing a shard"):
             await self._collection.update_one(
                 {"_id": self._id("shard", shard), "lease": lease}, {"$set": {"owner": "", "lease": ""}}
             )
 
     async def leave(self) -> None:
-        """This instance takes part no longer."""
+        """Remove this instance from the stream's instances."""
         with translated("leaving a stream"):
             await self._collection.delete_one({"_id": self._id("instance", self._me)})
 
     def _prefix(self, kind: str) -> Document:
         start = f"{self._stream}/{kind}/"
-        return {"_id": {"$gte": start, "$lt": f"{self._stream}/{kind}0"}}  # '0' comes after '/'.
+        # '0' follows '/' in the order of characters.
+        return {"_id": {"$gte": start, "$lt": f"{self._stream}/{kind}0"}}
 
     def _id(self, kind: str, name: str) -> str:
         return f"{self._stream}/{kind}/{name}"
 
 
-def _of(document: Document) -> Checkpoint:
+def _checkpoint_of(document: Document) -> Checkpoint:
     return Checkpoint(
         document["shard"],
         document.get("sequence", ""),

@@ -1,10 +1,10 @@
-"""One connector: takes messages, sees each through to its end, and only then lets its source forget it.
+"""One connector: receives messages, runs each as a job, sends the result on, and then settles the message.
 
-    receive ──window (messages, bytes)──> a task a message: submit, wait, send ──> settle
-       └── not called while the window is full: that is the backpressure, up to the broker
+    receive ──window (messages, bytes)──> a task for each message: submit, wait, send ──> settle
+       └── not called while the window is full: the backpressure, up to the broker
 
-Whatever unexpected happens, the connector starts again from what its source has committed: messages are delivered
-again, find their jobs by their keys, and have the same results. So nothing here needs to be undone.
+After an unexpected error, the connector restarts from what its source has committed: messages are delivered again, find
+their jobs by their keys, and have the same results. So no step needs to be undone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
 
 from mesh.process.tasks import Background
+from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints, Sink
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
-from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink
-from services.ingest.connectors.progress import Progress
+from services.ingest.connectors.outcome import MessageFailure, answer_of, dead_letter, failed_of, submit_of
+from services.ingest.connectors.progress import ConnectorProgress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 _RECEIVED_AT_ONCE = 500
-_PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
-# Worth a wait where it happened; what else fails starts the connector anew.
+# Errors that are retried where they happen; any other error restarts the connector.
+_TRANSIENT = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
 
 T = TypeVar("T")
 
 
-class Submits(Protocol):
-    """The intake, as a connector needs it."""
+class JobIntake(Protocol):
+    """Interface to the intake."""
 
     async def begin_when_there_is_room(
         self, submit: pb.SubmitRequest, traceparent: str = ""
@@ -50,8 +50,8 @@ class Submits(Protocol):
     async def by_key(self, tenant: str, key: str) -> Job | None: ...
 
 
-class Ends(Protocol):
-    """How jobs end, as a connector needs it."""
+class JobCompletions(Protocol):
+    """Interface to the completions of jobs."""
 
     async def until_ended(self, job_id: str, *, is_old: bool = False) -> None: ...
 
@@ -59,162 +59,173 @@ class Ends(Protocol):
 
 
 class Connector(Background):
-    """Runs a plan until its block ends. Whoever is away, it waits."""
+    """Runs the connector of a specification until its block ends. Waits while a dependency is unavailable."""
 
     def __init__(
-        self, plan: ConnectorPlan, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: Progress
+        self,
+        spec: ConnectorSpec,
+        intake: JobIntake,
+        endings: JobCompletions,
+        *,
+        ready: asyncio.Event,
+        progress: ConnectorProgress,
     ) -> None:
-        self._plan = plan
+        self._spec = spec
         self._intake = intake
         self._endings = endings
         self._ready = ready
-        self._under_way: dict[Partition, set[asyncio.Task[None]]] = {}
+        self._in_flight: dict[Partition, set[asyncio.Task[None]]] = {}
         self._freed = asyncio.Event()
         self.progress = progress
 
     async def _run(self) -> None:
         await self._ready.wait()
-        pause = Pause()
+        backoff = Backoff()
         while True:
             before = self.progress.settled
             try:
-                await self._serve(self._plan.open())
+                await self._serve(self._spec.open())
             except* ShoalError as group:
-                self._troubled(_first(group))
+                self._log_problem(_first(group))
             except* Exception as group:
-                log.exception("connector %s", self._plan.name, exc_info=group)
-                self.progress.trouble("an unexpected error: the log has the cause")
-            pause = Pause() if self.progress.settled > before else pause
+                log.exception("connector %s", self._spec.name, exc_info=group)
+                self.progress.record_error("an unexpected error: the log has the cause")
+            backoff = Backoff() if self.progress.settled > before else backoff
             self.progress.stopped()
-            await pause.sleep()
+            await backoff.sleep()
 
-    async def _serve(self, parts: Parts) -> None:
-        window = Window(self._plan.max_in_flight, self._plan.max_bytes)
+    async def _serve(self, endpoints: Endpoints) -> None:
+        window = Window(self._spec.max_in_flight, self._spec.max_bytes)
         async with AsyncExitStack() as stack:
-            for part in (parts.dead_letters, parts.sink, parts.source):
+            for part in (endpoints.dead_letters, endpoints.sink, endpoints.source):
                 if part is not None:
                     await stack.enter_async_context(part)
-            self.progress.started(parts.source.standing)
+            self.progress.started(endpoints.source.status)
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    for message in await parts.source.receive(await self._room()):
+                    for message in await endpoints.source.receive(await self._capacity()):
                         await window.enter(message.nbytes)
-                        self._begin(tasks, message, parts, window)
+                        self._start_task(tasks, message, endpoints, window)
 
-    async def _room(self) -> int:
-        """How many messages may come; waits until that is worth asking for."""
-        while (room := self._plan.max_in_flight - self.progress.in_flight) < max(1, self._plan.max_in_flight // 4):
+    async def _capacity(self) -> int:
+        """Wait until a quarter of the window is free, and return the number of messages to receive."""
+        while (free := self._spec.max_in_flight - self.progress.in_flight) < max(1, self._spec.max_in_flight // 4):
             self._freed.clear()
             await self._freed.wait()
-        return min(room, _RECEIVED_AT_ONCE)
+        return min(free, _RECEIVED_AT_ONCE)
 
-    def _begin(self, tasks: asyncio.TaskGroup, message: Message, parts: Parts, window: Window) -> None:
+    def _start_task(self, tasks: asyncio.TaskGroup, message: Message, endpoints: Endpoints, window: Window) -> None:
         self.progress.received()
-        task = tasks.create_task(self._see_through(message, parts))
-        self._under_way.setdefault(message.lane, set()).add(task)
-        message.lane.on_lost = self._give_up
+        task = tasks.create_task(self._process(message, endpoints))
+        self._in_flight.setdefault(message.partition, set()).add(task)
+        message.partition.on_revoked = self._cancel_partition
 
         # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
-        def left(_: object) -> None:
+        def finished(_: object) -> None:
             self.progress.left()
             window.leave(message.nbytes)
             self._freed.set()
-            self._under_way[message.lane].discard(task)
-            if not self._under_way[message.lane]:
-                del self._under_way[message.lane]
+            self._in_flight[message.partition].discard(task)
+            if not self._in_flight[message.partition]:
+                del self._in_flight[message.partition]
 
-        task.add_done_callback(left)
-        if message.lane.is_lost:
+        task.add_done_callback(finished)
+        if message.partition.is_revoked:
             task.cancel()
 
-    def _give_up(self, lane: Partition) -> None:
-        for task in self._under_way.get(lane, ()):
+    def _cancel_partition(self, partition: Partition) -> None:
+        for task in self._in_flight.get(partition, ()):
             task.cancel()
 
-    async def _see_through(self, message: Message, parts: Parts) -> None:
-        is_dead = await self._deliver(message, await self._outcome(message), parts)
-        parts.source.settle(message)
+    async def _process(self, message: Message, endpoints: Endpoints) -> None:
+        is_dead = await self._send_outcome(message, await self._outcome(message), endpoints)
+        endpoints.source.settle(message)
         self.progress.done(is_dead=is_dead)
 
-    async def _outcome(self, message: Message) -> store_pb2.Result | Failed:
-        """How the message's job ended, or why there is none."""
+    async def _outcome(self, message: Message) -> store_pb2.Result | MessageFailure:
+        """Submit the message's job and return its result, or the reason for which there is none."""
         try:
-            submit = submit_of(self._plan, message)
+            submit = submit_of(self._spec, message)
         except InvalidArgument as err:
-            return Failed(err.code, err.message)
-        accepted = await self._accepted(submit)
-        if isinstance(accepted, Failed):
+            return MessageFailure(err.code, err.message)
+        accepted = await self._submitted(submit)
+        if isinstance(accepted, MessageFailure):
             return accepted
         await self._endings.until_ended(accepted.job.id, is_old=accepted.existed)
         try:
-            return (await self._patiently(lambda: self._endings.result(accepted.job.id))).result
+            return (await self._retry_until_available(lambda: self._endings.result(accepted.job.id))).result
         except ShoalError as err:
             if err.code not in (Code.NOT_FOUND, Code.DATA_LOSS):
                 raise
-            return Failed(err.code, err.message, accepted.job.id)
+            return MessageFailure(err.code, err.message, accepted.job.id)
 
-    async def _accepted(self, submit: pb.SubmitRequest) -> Accepted | Failed:
+    async def _submitted(self, submit: pb.SubmitRequest) -> Accepted | MessageFailure:
         async def submitted() -> Accepted:
             return await (await self._intake.begin_when_there_is_room(submit))
 
         try:
-            return await self._patiently(submitted)
+            return await self._retry_until_available(submitted)
         except AlreadyExists:
-            # The same message, submitted when the connector was set up otherwise. Its job stands.
-            earlier = await self._patiently(lambda: self._intake.by_key(submit.tenant, submit.idempotency_key))
+            # The same message was submitted with another configuration of the connector. Its job is kept.
+            earlier = await self._retry_until_available(
+                lambda: self._intake.by_key(submit.tenant, submit.idempotency_key)
+            )
             if earlier is not None:
                 return Accepted(earlier, True)
-            await asyncio.sleep(_FIRST_WAIT_S)  # It was purged in between: its key is free again.
-            return await self._accepted(submit)
+            # The job was purged in between, so its key is free again.
+            await asyncio.sleep(_FIRST_WAIT_S)
+            return await self._submitted(submit)
         except ShoalError as err:
             if err.code not in PERMANENT:
                 raise
-            return Failed(err.code, err.message)
+            return MessageFailure(err.code, err.message)
 
-    async def _deliver(self, message: Message, outcome: store_pb2.Result | Failed, parts: Parts) -> bool:
-        """Sends what became of the message, and says whether that was to the dead letters."""
-        failed = outcome if isinstance(outcome, Failed) else failed_of(outcome)
+    async def _send_outcome(
+        self, message: Message, outcome: store_pb2.Result | MessageFailure, endpoints: Endpoints
+    ) -> bool:
+        """Send the answer or the dead letter of a message. Return True when it was a dead letter."""
+        failed = outcome if isinstance(outcome, MessageFailure) else failed_of(outcome)
         if failed is None and isinstance(outcome, store_pb2.Result):
-            if parts.sink is None:
+            if endpoints.sink is None:
                 return False
             try:
-                outgoing = answered(self._plan, message, outcome)
-                await self._send(parts.sink, outgoing)
+                outgoing = answer_of(self._spec, message, outcome)
+                await self._send(endpoints.sink, outgoing)
                 return False
             except ShoalError as err:
                 if err.code not in (Code.INVALID_ARGUMENT, Code.DATA_LOSS):
                     raise
-                failed = Failed(err.code, f"the answer cannot be sent on: {err.message}", outcome.job_id)
+                failed = MessageFailure(err.code, f"the answer cannot be sent on: {err.message}", outcome.job_id)
         assert failed is not None
         try:
-            await self._send(parts.dead_letters, dead_letter(self._plan, message, failed))
+            await self._send(endpoints.dead_letters, dead_letter(self._spec, message, failed))
         except InvalidArgument:
-            # Too large with its reason around it. What it was still lies where it came from.
-            await self._send(parts.dead_letters, dead_letter(self._plan, message, failed, is_whole=False))
+            # The message is too large with its reason. Its content is still at the source.
+            await self._send(endpoints.dead_letters, dead_letter(self._spec, message, failed, is_whole=False))
         return True
 
     async def _send(self, sink: Sink, outgoing: Outgoing) -> None:
-        await self._patiently(lambda: sink.send(outgoing))
+        await self._retry_until_available(lambda: sink.send(outgoing))
 
-    async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
-        """What `act` returns, however long what it needs is away. Raises what waiting does not mend."""
-        pause = Pause()
+    async def _retry_until_available(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Return what `act` returns; retry transient errors without limit, and raise any other error."""
+        backoff = Backoff()
         while True:
             try:
                 return await act()
             except ShoalError as err:
-                if err.code not in _PASSING:
+                if err.code not in _TRANSIENT:
                     raise
-                self._troubled(err)
-                await pause.sleep(err.retry_after_ms)
+                self._log_problem(err)
+                await backoff.sleep(err.retry_after_ms)
 
-    def _troubled(self, err: ShoalError) -> None:
-        if self.progress.trouble(err.message):
-            log.warning("connector %s: %s", self._plan.name, err.message)
+    def _log_problem(self, err: ShoalError) -> None:
+        if self.progress.record_error(err.message):
+            log.warning("connector %s: %s", self._spec.name, err.message)
 
 
-class Pause:
-    """Waits that double, with jitter."""
+class Backoff:
+    """Exponential backoff with jitter."""
 
     def __init__(self) -> None:
         self._next_s = _FIRST_WAIT_S

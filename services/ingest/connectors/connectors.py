@@ -1,4 +1,4 @@
-"""All connectors of an instance: made from the settings, started and stopped together."""
+"""All connectors of an instance: built from the settings, started and stopped together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mesh.mongo import Document
 from services.ingest.clock import Clock
 from services.ingest.connectors import settings
 from services.ingest.connectors.checkpoints import CHECKPOINTS
-from services.ingest.connectors.connector import Connector, Ends, Submits
+from services.ingest.connectors.connector import Connector, JobCompletions, JobIntake
+from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints, Sink, Source
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink, Source
-from services.ingest.connectors.progress import Progress
-from services.ingest.connectors.reports import About
+from services.ingest.connectors.progress import ConnectorProgress
+from services.ingest.connectors.reports import ConnectorInfo
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ConnectorContext:
-    """Where connectors run."""
+    """Environment of the connectors: the instance, its clock and its database."""
 
     instance: str
     clock: Clock
@@ -38,27 +38,29 @@ class ConnectorContext:
 
 
 class Connectors:
-    """Runs each connector of `configured` for as long as the block lasts."""
+    """Runs each connector of `connectors` while the block lasts."""
 
     def __init__(
         self,
-        configured: Mapping[str, settings.ConnectorSettings],
-        intake: Submits,
-        endings: Ends,
-        place: ConnectorContext,
+        connectors: Mapping[str, settings.ConnectorSettings],
+        intake: JobIntake,
+        endings: JobCompletions,
+        context: ConnectorContext,
         *,
         ready: asyncio.Event,
     ) -> None:
         self._connectors = {
-            name: Connector(plan_of(name, each, place), intake, endings, ready=ready, progress=Progress(place.clock))
-            for name, each in configured.items()
+            name: Connector(
+                spec_of(name, each, context), intake, endings, ready=ready, progress=ConnectorProgress(context.clock)
+            )
+            for name, each in connectors.items()
         }
-        self._about = {name: _about(name, each) for name, each in configured.items()}
+        self._info = {name: _info(name, each) for name, each in connectors.items()}
         self._stack = AsyncExitStack()
 
-    def own(self) -> dict[str, tuple[About, Progress]]:
-        """What they are and how they get on, by name."""
-        return {name: (self._about[name], connector.progress) for name, connector in self._connectors.items()}
+    def own(self) -> dict[str, tuple[ConnectorInfo, ConnectorProgress]]:
+        """Return the configuration and progress of this instance's connectors, by name."""
+        return {name: (self._info[name], connector.progress) for name, connector in self._connectors.items()}
 
     async def __aenter__(self) -> Connectors:
         for connector in self._connectors.values():
@@ -71,95 +73,95 @@ class Connectors:
         await self._stack.__aexit__(kind, err, tb)
 
 
-def _about(name: str, configured: settings.ConnectorSettings) -> About:
-    return About(
+def _info(name: str, table: settings.ConnectorSettings) -> ConnectorInfo:
+    return ConnectorInfo(
         name=name,
-        source=configured.source.words,
-        sink="" if configured.sink is None else configured.sink.words,
-        dead_letters=configured.dead_letters.words,
-        model_name=configured.model,
-        model_version=configured.version,
-        tenant=configured.tenant,
+        source=table.source.label,
+        sink="" if table.sink is None else table.sink.label,
+        dead_letters=table.dead_letters.label,
+        model_name=table.model,
+        model_version=table.version,
+        tenant=table.tenant,
     )
 
 
-def plan_of(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> ConnectorPlan:
-    """What a connector of these settings does."""
-    inputs = dict(configured.inputs)
-    form = Format(configured.format, configured.writes, configured.model, configured.version, inputs)
-    return ConnectorPlan(
+def spec_of(name: str, table: settings.ConnectorSettings, context: ConnectorContext) -> ConnectorSpec:
+    """Return the specification of a connector from its table of the file."""
+    inputs = dict(table.inputs)
+    form = Format(table.format, table.writes, table.model, table.version, inputs)
+    return ConnectorSpec(
         name=name,
         format=form,
-        open=lambda: _parts(name, configured, place),
-        tenant=configured.tenant,
-        retry=_retry(configured.retry),
-        deadline_s=configured.deadline_s,
-        labels=tuple(sorted(configured.labels.items())),
-        max_in_flight=configured.max_in_flight,
-        max_bytes=configured.max_bytes,
+        open=lambda: _endpoints(name, table, context),
+        tenant=table.tenant,
+        retry=_retry(table.retry),
+        deadline_s=table.deadline_s,
+        labels=tuple(sorted(table.labels.items())),
+        max_in_flight=table.max_in_flight,
+        max_bytes=table.max_bytes,
     )
 
 
-def _parts(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> Parts:
-    return Parts(
-        source=_source(name, configured.source, place),
-        dead_letters=_sink(configured.dead_letters),
-        sink=None if configured.sink is None else _sink(configured.sink),
+def _endpoints(name: str, table: settings.ConnectorSettings, context: ConnectorContext) -> Endpoints:
+    return Endpoints(
+        source=_source(name, table.source, context),
+        dead_letters=_sink(table.dead_letters),
+        sink=None if table.sink is None else _sink(table.sink),
     )
 
 
-# A broker's library is imported only where it is used: each is an extra of its own.
+# A broker's library is imported only where it is used, because each is an optional extra.
 
 
-def _source(name: str, given: settings.Source, place: ConnectorContext) -> Source:
-    if isinstance(given, settings.KafkaSource):
+def _source(name: str, end: settings.Source, context: ConnectorContext) -> Source:
+    if isinstance(end, settings.KafkaSource):
         from services.ingest.connectors import kafka
 
-        return kafka.KafkaSource(given.brokers, given.topic, given.group, start=given.start, options=given.options)
-    if isinstance(given, settings.PubSubSource):
+        return kafka.KafkaSource(end.brokers, end.topic, end.group, start=end.start, options=end.options)
+    if isinstance(end, settings.PubSubSource):
         from services.ingest.connectors import pubsub
 
-        return pubsub.PubSubSource(_google(given), given.subscription, lease_s=given.lease_s)
+        return pubsub.PubSubSource(_google(end), end.subscription, lease_s=end.lease_s)
     from services.ingest.connectors import kinesis
 
     return kinesis.KinesisSource(
         name,
-        kinesis.Access(given.stream, given.region, given.endpoint),
-        place.database[CHECKPOINTS],
-        me=place.instance,
-        clock=place.clock,
-        start=given.start,
-        lease_ms=given.lease_ms,
-        poll_ms=given.poll_ms,
+        kinesis.Access(end.stream, end.region, end.endpoint),
+        context.database[CHECKPOINTS],
+        me=context.instance,
+        clock=context.clock,
+        start=end.start,
+        lease_ms=end.lease_ms,
+        poll_ms=end.poll_ms,
     )
 
 
-def _sink(given: settings.Sink) -> Sink:
-    if isinstance(given, settings.KafkaSink):
+def _sink(end: settings.Sink) -> Sink:
+    if isinstance(end, settings.KafkaSink):
         from services.ingest.connectors import kafka
 
-        return kafka.KafkaSink(given.brokers, given.topic, options=given.options)
-    if isinstance(given, settings.PubSubSink):
+        return kafka.KafkaSink(end.brokers, end.topic, options=end.options)
+    if isinstance(end, settings.PubSubSink):
         from services.ingest.connectors import pubsub
 
-        return pubsub.PubSubSink(_google(given), given.topic)
+        return pubsub.PubSubSink(_google(end), end.topic)
     from services.ingest.connectors import kinesis
 
-    return kinesis.KinesisSink(kinesis.Access(given.stream, given.region, given.endpoint))
+    return kinesis.KinesisSink(kinesis.Access(end.stream, end.region, end.endpoint))
 
 
-def _google(given: settings.PubSubEnd) -> pubsub.Access:
+def _google(end: settings.PubSubEnd) -> pubsub.Access:
     from services.ingest.connectors import google_tokens, pubsub
 
-    tokens = None if given.plaintext else google_tokens.tokens()
-    return pubsub.Access(given.project, given.endpoint, tokens, given.plaintext)
+    tokens = None if end.plaintext else google_tokens.tokens()
+    return pubsub.Access(end.project, end.endpoint, tokens, end.plaintext)
 
 
-def _retry(given: settings.Retry) -> pb.RetryPolicy:
+def _retry(retry: settings.Retry) -> pb.RetryPolicy:
     return pb.RetryPolicy(
-        max_attempts=given.attempts,
-        initial_backoff=_duration(given.initial_backoff_ms),
-        max_backoff=_duration(given.max_backoff_ms),
+        max_attempts=retry.attempts,
+        initial_backoff=_duration(retry.initial_backoff_ms),
+        max_backoff=_duration(retry.max_backoff_ms),
     )
 
 

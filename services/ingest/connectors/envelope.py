@@ -1,7 +1,7 @@
-"""Messages with their headers in one piece, for brokers that know no headers.
+"""JSON envelope of a message with its headers, for brokers without headers.
 
 {"headers": {"shoal-job-id": "01J...", ...}, "key": "k", "value": "as it is"}      texts
-{"headers": {...}, "value_base64": "/9j/4AAQ..."}                                  what is no UTF-8
+{"headers": {...}, "value_base64": "/9j/4AAQ..."}                                  values that are no UTF-8
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import json
 from services.ingest.connectors.message import Outgoing
 
 
-def packed(message: Outgoing) -> bytes:
-    """One JSON object of all of it."""
+def pack(message: Outgoing) -> bytes:
+    """Return a message with its key and headers as one JSON object."""
     document: dict[str, object] = {"headers": {name: _text(value) for name, value in message.headers}}
     if message.key is not None:
-        document |= _said("key", message.key)
-    document |= _said("value", message.value)
+        document |= _field("key", message.key)
+    document |= _field("value", message.value)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _said(name: str, value: bytes) -> dict[str, str]:
+def _field(name: str, value: bytes) -> dict[str, str]:
     try:
         return {name: value.decode()}
     except UnicodeDecodeError:

@@ -1,11 +1,11 @@
-"""How messages become inference requests, and answers messages.
+"""Formats of a connector: decoding of messages to inference requests, and encoding of answers.
 
     protobuf   a serialised inference.ModelInferRequest           ->  a serialised inference.ModelInferResponse
     json       the body of the inference protocol over REST       ->  the same protocol's answer
     record     a JSON object, one row: a value for each input     ->  as json
     bytes      the whole message is one element of one input      ->  as json
 
-What a message says decides only tensors and parameters: the model is the connector's.
+A message determines only tensors and parameters: the model is that of the connector.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Input: TypeAlias = Literal["protobuf", "json", "record", "bytes"]
 Output: TypeAlias = Literal["protobuf", "json"]
 
 _BASE64 = "content_type"
-_SIZES = 64
-# Of a shape: as many as arrays have.
+# Limit on the dimensions of a shape, as in NumPy.
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one connector reads and writes."""
+    """Format in which a connector reads and writes messages."""
 
     reads: Input
     writes: Output
     model: str
     version: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """record: datatypes by input. bytes: the one input."""
+    """record: datatypes by input. bytes: the single input."""
 
     def request(self, value: bytes) -> oip.ModelInferRequest:
-        """The request in a message.
+        """Return the request in a message.
 
         Raises:
-            InvalidArgument: says what is wrong with the message.
+            InvalidArgument: the message is malformed.
         """
         request = _protobuf(value) if self.reads == "protobuf" else self._read(value)
         request.model_name, request.model_version = self.model, self.version
@@ -54,20 +54,21 @@ class Format:
 
     def _read(self, value: bytes) -> oip.ModelInferRequest:
         if self.reads == "bytes":
-            return _of_bytes(value, next(iter(self.inputs)))
+            return _from_bytes(value, next(iter(self.inputs)))
         document = _object(value)
         try:
-            return _of_body(document) if self.reads == "json" else _of_record(document, self.inputs)
-        except UnicodeEncodeError as err:  # JSON can say half a character ("\\ud800"), which no text of a request is.
+            return _from_body(document) if self.reads == "json" else _from_record(document, self.inputs)
+        except UnicodeEncodeError as err:
+            # JSON allows a lone surrogate ("\\ud800"), which UTF-8 does not.
             raise InvalidArgument(f"a text in the message is no UTF-8: {err}") from None
 
     def answer(self, response: oip.ModelInferResponse) -> bytes:
-        """The message of an answer.
+        """Return the message of an answer.
 
         Raises:
-            InvalidArgument: JSON cannot say it. DataLoss: its tensors do not fit what it says of them.
+            InvalidArgument: the answer has no JSON form. DataLoss: its tensors contradict their shapes or datatypes.
         """
-        return response.SerializeToString() if self.writes == "protobuf" else _body_of(response)
+        return response.SerializeToString() if self.writes == "protobuf" else _to_body(response)
 
 
 def _protobuf(value: bytes) -> oip.ModelInferRequest:
@@ -87,15 +88,15 @@ def _object(value: bytes) -> dict[str, Any]:
     return document
 
 
-def _of_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
+def _from_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
     request = oip.ModelInferRequest(raw_input_contents=[pack_bytes([value])])
     request.inputs.add(name=name, datatype="BYTES", shape=[1])
     return request
 
 
-def _of_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.ModelInferRequest:
+def _from_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.ModelInferRequest:
     if missing := [name for name in inputs if name not in document]:
-        raise InvalidArgument(f"the record has no {', '.join(missing)}: the model is asked with {', '.join(inputs)}")
+        raise InvalidArgument(f"the record has no {', '.join(missing)}: the model's inputs are {', '.join(inputs)}")
     request = oip.ModelInferRequest()
     for name, datatype in inputs.items():
         elements, shape = flat(f"input {name!r}", document[name])
@@ -104,7 +105,7 @@ def _of_record(document: Mapping[str, Any], inputs: Mapping[str, str]) -> oip.Mo
     return request
 
 
-def _of_body(document: Mapping[str, Any]) -> oip.ModelInferRequest:
+def _from_body(document: Mapping[str, Any]) -> oip.ModelInferRequest:
     request = oip.ModelInferRequest(id=_text(document, "id"))
     for index, tensor in enumerate(_list(document, "inputs", is_required=True)):
         _add_input(request, f"inputs[{index}]", tensor)
@@ -133,8 +134,8 @@ def _add_input(request: oip.ModelInferRequest, what: str, tensor: Any) -> None:
 def _shape(what: str, shape: Any, count: int) -> list[int]:
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
         raise InvalidArgument(f"{what}: its shape is {str(shape)[:80]}: expected a list of whole numbers")
-    if len(shape) > _SIZES:
-        raise InvalidArgument(f"{what}: its shape has {len(shape)} sizes: at most {_SIZES}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise InvalidArgument(f"{what}: its shape has {len(shape)} dimensions: at most {_MAX_DIMENSIONS}")
     if math.prod(shape) != count:
         raise InvalidArgument(f"{what}: its shape {shape} takes {math.prod(shape)} elements, its data has {count}")
     return shape
@@ -154,10 +155,10 @@ def _list(document: Mapping[str, Any], key: str, *, is_required: bool = False) -
     return value
 
 
-def _parameters(what: str, given: Any, into: Any) -> None:
-    if given is not None and not isinstance(given, dict):
-        raise InvalidArgument(f"{what}: expected an object, got {str(given)[:80]}")
-    for key, value in (given or {}).items():
+def _parameters(what: str, parameters: Any, into: Any) -> None:
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidArgument(f"{what}: expected an object, got {str(parameters)[:80]}")
+    for key, value in (parameters or {}).items():
         if isinstance(value, bool):
             into[key].bool_param = value
         elif isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
@@ -170,7 +171,7 @@ def _parameters(what: str, given: Any, into: Any) -> None:
             raise InvalidArgument(f"{what}: {key!r} is {str(value)[:80]}: expected true, false, a number or a text")
 
 
-def _body_of(response: oip.ModelInferResponse) -> bytes:
+def _to_body(response: oip.ModelInferResponse) -> bytes:
     body: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
     if response.id:
         body["id"] = response.id

@@ -1,4 +1,4 @@
-"""Who calls Google: access tokens of the credentials that Google's own tools find, fresh when they are needed."""
+"""Access tokens for Google's APIs, from the application's default credentials, refreshed when they expire."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCOPES = ("https://www.googleapis.com/auth/pubsub",)
 
 
 class Credentials(Protocol):
-    """google-auth's, as far as it is used here."""
+    """Interface of google-auth's credentials, as far as it is used here."""
 
     token: str | None
 
@@ -23,21 +23,21 @@ class Credentials(Protocol):
 
 
 class Tokens:
-    """The header that says who calls. `find` gives credentials; it and their refreshing block, so they run aside."""
+    """Authorization header of calls. `find` returns credentials; it and the refresh block, so both run in a thread."""
 
     def __init__(self, find: Callable[[], Credentials], request: Callable[[], Any]) -> None:
         self._find = find
         self._request = request
         self._credentials: Credentials | None = None
-        self._turn = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of one call.
+        """Return the metadata of one call.
 
         Raises:
-            FailedPrecondition: there are no credentials. Unavailable: no token is to be had just now.
+            FailedPrecondition: there are no credentials. Unavailable: the token cannot be refreshed now.
         """
-        async with self._turn:
+        async with self._refreshing:
             if self._credentials is None or not self._credentials.valid:
                 await asyncio.to_thread(self._refresh)
             assert self._credentials is not None
@@ -58,7 +58,7 @@ class Tokens:
 
 
 def tokens() -> Tokens:
-    """Of the application's default credentials."""
+    """Return the tokens of the application's default credentials."""
     return Tokens(_default, _http)
 
 

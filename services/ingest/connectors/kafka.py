@@ -1,15 +1,15 @@
 """Kafka: a topic as a source, a topic as a sink.
 
-librdkafka is driven by a thread of its own: it polls (which keeps the membership in the group and serves rebalances),
-hands messages to the event loop, and commits what is settled, after the fact.
+A dedicated thread drives librdkafka. It polls (which keeps the membership in the group and serves rebalances), passes
+messages to the event loop, and commits the settled offsets.
 
-    event loop   receive ──wanted──> thread: consume ──messages──> event loop ... settle ──> thread: ledger ──> commit
+    event loop   receive ──request──> thread: consume ──messages──> event loop ... settle ──> thread: offsets ──> commit
 
-Nobody asks for messages while the connector's window is full: then partitions are paused, and polled on. A partition
-that is revoked is committed as far as it is settled, and lost: its messages go to whoever has it next.
+While the connector's window is full, `receive` is not called: then the partitions are paused, and polling goes on. The
+settled offsets of a revoked partition are committed; its other messages are delivered to its next owner.
 
-Where a partition is begun with its latest message is committed before anything of it is read: an instance that is
-killed before anything was settled passes nothing over.
+With `start` = latest, the start offset of a new partition is committed before any message is read. So an instance that
+is killed before its first commit skips no message.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
-from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
+from services.ingest.connectors.offset_tracker import OffsetTracker
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
 from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _COMMIT_S = 0.1
+# Time without a request after which partitions are paused: librdkafka drops its fetched messages, and refetches later.
 _PAUSE_AFTER_S = 1.0
-# Nobody wanted messages for so long: what librdkafka holds is dropped, and fetched again later.
-_LAG_S = 1.0
-_PLACE_S = 5.0
-_ASK_S = 1.0
-# Nothing is consumed while the broker is asked where partitions go on, or whether it is well.
+_STATUS_S = 1.0
+# Timeouts of queries to the broker, during which nothing is consumed: for the start offsets, and for its health.
+_OFFSETS_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 1.0
+# Leaving the group waits for a response of the broker.
 _LEAVE_S = 8.0
-# Leaving the group takes an answer of the broker.
 _SEND_S = 30
-_TOO_MUCH = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_MSG_SIZE})
+_TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_MSG_SIZE})
 _NO_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
 
 
 class KafkaSource:
-    """Consumes a topic as a member of a group. `options` are librdkafka's, over ours."""
+    """Source that consumes a topic as a member of a group. `options` of librdkafka override the defaults."""
 
     def __init__(self, brokers: str, topic: str, group: str, *, start: str, options: Mapping[str, str]) -> None:
         self._topic = topic
@@ -57,12 +57,12 @@ class KafkaSource:
         self._config: dict[str, Any] = {
             "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 2_000,
-            # How soon a topic is found that was just made, or missed that was deleted: five minutes, if nobody says so.
+            # Delay until a created or deleted topic is noticed; the default is five minutes.
             "topic.metadata.refresh.interval.ms": 10_000,
             **options,
             "bootstrap.servers": brokers,
             "group.id": group,
-            # Also where what was committed is gone from the topic: whatever is still there is read.
+            # Applies also when the committed offset was deleted from the topic: all remaining messages are read.
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
@@ -72,20 +72,20 @@ class KafkaSource:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._wanted: tuple[int, asyncio.Future[list[Message]]] | None = None
+        self._request: tuple[int, asyncio.Future[list[Message]]] | None = None
         self._settled: deque[Message] = deque()
         self._failed: ShoalError | None = None
-        # The thread's own:
-        self._lanes: dict[int, tuple[Partition, Ledger]] = {}
+        # Used only by the thread:
+        self._assigned: dict[int, tuple[Partition, OffsetTracker]] = {}
         self._committed: dict[int, int] = {}
-        self._begins: dict[int, int] = {}
-        """Where partitions begin of which nothing is committed."""
-        self._no_topic = self._not_committed = self._trouble = ""
-        """What is wrong, each until it is seen to be well again."""
-        # Written by the thread, read by anyone: swapped whole.
-        self._standing = PartitionStatus()
+        self._start_offsets: dict[int, int] = {}
+        """Start offsets of partitions without a committed offset."""
+        self._no_topic = self._not_committed = self._problem = ""
+        """Errors of the topic, of commits and of the broker; each is kept until the operation succeeds again."""
+        # Written by the thread, read by any thread: the object is replaced as a whole.
+        self._status = SourceStatus()
         self.is_paused = False
-        """Nobody has asked for messages for a while."""
+        """True while partitions are paused, because `receive` was not called for a while."""
 
     async def __aenter__(self) -> KafkaSource:
         self._loop = asyncio.get_running_loop()
@@ -107,21 +107,21 @@ class KafkaSource:
         if self._failed is not None:
             raise self._failed
         future: asyncio.Future[list[Message]] = self._loop.create_future()
-        self._wanted = (limit, future)
+        self._request = (limit, future)
         self._wake.set()
         return await future
 
     def settle(self, message: Message) -> None:
         self._settled.append(message)
 
-    def standing(self) -> PartitionStatus:
-        return self._standing
+    def status(self) -> SourceStatus:
+        return self._status
 
     def _serve(self, consumer: Any) -> None:
-        """The thread."""
+        """Body of the thread."""
         try:
             consumer.subscribe(
-                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_revoked=self._on_lost
             )
             self._poll(consumer)
         except Exception as err:
@@ -132,66 +132,68 @@ class KafkaSource:
                 consumer.close()
             except Exception as err:
                 log.warning("leaving topic %s: %s", self._topic, err)
-            for lane, _ in self._lanes.values():
-                self._on_loop(lane.lose)
+            for partition, _ in self._assigned.values():
+                self._on_loop(partition.mark_revoked)
 
     def _poll(self, consumer: Any) -> None:
-        asked_at = time.monotonic()
-        next_commit = next_look = 0.0
+        requested_at = time.monotonic()
+        next_commit = next_status = 0.0
         while not self._stop.is_set():
             now = time.monotonic()
             if now >= next_commit:
                 self._commit(consumer)
                 next_commit = now + _COMMIT_S
-            if now >= next_look:
-                self._look(consumer)
-                next_look = now + _LAG_S
-            if (wanted := self._wanted) is not None:
-                asked_at = now
+            if now >= next_status:
+                self._update_status(consumer)
+                next_status = now + _STATUS_S
+            if (request := self._request) is not None:
+                requested_at = now
                 if self.is_paused:
                     consumer.resume(consumer.assignment())
                     self.is_paused = False
-                self._hand_over(wanted, _consumed(consumer, wanted[0]))
-            elif now - asked_at < _PAUSE_AFTER_S:
+                self._deliver_messages(request, _consumed(consumer, request[0]))
+            elif now - requested_at < _PAUSE_AFTER_S:
                 self._wake.wait(_POLL_S)
                 self._wake.clear()
             else:
-                consumer.pause(consumer.assignment())  # Again each time: a rebalance brings new ones, which are not.
+                # In each iteration, because a rebalance assigns new partitions, which are not paused.
+                consumer.pause(consumer.assignment())
                 self.is_paused = True
-                self._hand_back(consumer, consumer.poll(_POLL_S))
+                self._seek_back(consumer, consumer.poll(_POLL_S))
 
-    def _hand_over(self, wanted: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:
+    def _deliver_messages(self, request: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:
         messages = [made for each in consumed if (made := self._message(each)) is not None]
         if messages:
-            self._wanted = None
-            self._on_loop(_resolve, wanted[1], messages)
+            self._request = None
+            self._on_loop(_resolve, request[1], messages)
 
-    def _hand_back(self, consumer: Any, message: Any) -> None:
-        """A message that came although everything is paused: it is fetched again."""
+    def _seek_back(self, consumer: Any, message: Any) -> None:
+        """Seek back to a message that arrived although all partitions are paused, so that it is fetched again."""
         if message is not None and message.error() is None:
             consumer.seek(TopicPartition(message.topic(), message.partition(), message.offset()))
 
     def _message(self, consumed: Any) -> Message | None:
         if (error := consumed.error()) is not None:
-            self._heard(error)
+            self._handle_error(error)
             return None
-        if (held := self._lanes.get(consumed.partition())) is None:
-            return None  # Of a partition that was just revoked.
-        lane, ledger = held
-        ledger.received(consumed.offset())
-        self._no_topic = self._trouble = ""
-        _, stamp = consumed.timestamp()
+        if (held := self._assigned.get(consumed.partition())) is None:
+            # The partition was revoked meanwhile.
+            return None
+        partition, offsets = held
+        offsets.received(consumed.offset())
+        self._no_topic = self._problem = ""
+        _, received_ms = consumed.timestamp()
         return Message(
-            lane=lane,
+            partition=partition,
             position=consumed.offset(),
-            place=f"{self._topic}/{consumed.partition()}/{consumed.offset()}",
+            location=f"{self._topic}/{consumed.partition()}/{consumed.offset()}",
             value=consumed.value() or b"",
             key=consumed.key(),
             headers=_headers(consumed),
-            stamp=max(0, stamp),
+            received_ms=max(0, received_ms),
         )
 
-    def _heard(self, error: Any) -> None:
+    def _handle_error(self, error: Any) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
             return
         if error.code() in _NO_TOPIC:
@@ -199,23 +201,23 @@ class KafkaSource:
         elif error.fatal():
             raise KafkaException(error)
         else:
-            self._trouble = f"Kafka: {error.str()}"
+            self._problem = f"Kafka: {error.str()}"
 
     def _commit(self, consumer: Any) -> None:
         while self._settled:
             message = self._settled.popleft()
-            held = self._lanes.get(int(message.lane.name))
-            if held is not None and held[0] is message.lane:
+            held = self._assigned.get(int(message.partition.name))
+            if held is not None and held[0] is message.partition:
                 held[1].settled(message.position)
-        self._commit_of(consumer, self._lanes)
+        self._commit_partitions(consumer, self._assigned)
 
-    def _commit_of(self, consumer: Any, partitions: Mapping[int, object]) -> None:
+    def _commit_partitions(self, consumer: Any, partitions: Mapping[int, object]) -> None:
         due = {
-            partition: ledger.settled_to + 1
-            for partition, (_, ledger) in self._lanes.items()
+            partition: offsets.settled_up_to + 1
+            for partition, (_, offsets) in self._assigned.items()
             if partition in partitions
-            and ledger.settled_to is not None
-            and self._committed.get(partition) != ledger.settled_to + 1
+            and offsets.settled_up_to is not None
+            and self._committed.get(partition) != offsets.settled_up_to + 1
         }
         self._not_committed = ""
         if not due:
@@ -224,7 +226,7 @@ class KafkaSource:
         try:
             answers = consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as err:
-            # A rebalance is under way, or the broker is: tried again, or delivered again to whoever has it next.
+            # During a rebalance or an outage: the commit is retried, or the next owner gets the messages again.
             self._not_committed = f"cannot commit: {err.args[0].str()}"
             return
         for answer in answers or ():
@@ -235,27 +237,31 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
-            self._lanes[each.partition] = (Partition(str(each.partition)), Ledger())
+            self._assigned[each.partition] = (Partition(str(each.partition)), OffsetTracker())
             self._committed.pop(each.partition, None)
-            self._begins.pop(each.partition, None)
+            self._start_offsets.pop(each.partition, None)
         if partitions:
-            self._no_topic = self._trouble = ""
-            self._find_places(consumer, partitions)
+            self._no_topic = self._problem = ""
+            self._load_positions(consumer, partitions)
 
-    def _find_places(self, consumer: Any, partitions: Sequence[Any]) -> None:
-        """Learns where partitions go on, before anything of them is fetched. What fails here starts the source anew."""
-        found = _answered(consumer.committed([self._of(each.partition) for each in partitions], timeout=_PLACE_S))
+    def _load_positions(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        """Read the start offsets of partitions before any message is fetched. An error restarts the source."""
+        found = _answered(
+            consumer.committed([self._of(each.partition) for each in partitions], timeout=_OFFSETS_TIMEOUT_S)
+        )
         self._committed |= {each.partition: each.offset for each in found if each.offset >= 0}
         new = [each.partition for each in found if each.offset < 0]
         if not new:
             return
         edge = OFFSET_END if self._start == "latest" else OFFSET_BEGINNING
-        places = _answered(consumer.offsets_for_times([self._of(each, edge) for each in new], timeout=_PLACE_S))
+        starts = _answered(
+            consumer.offsets_for_times([self._of(each, edge) for each in new], timeout=_OFFSETS_TIMEOUT_S)
+        )
         if self._start == "latest":
-            places = _answered(consumer.commit(offsets=places, asynchronous=False))
-            self._committed |= {each.partition: each.offset for each in places}
+            starts = _answered(consumer.commit(offsets=starts, asynchronous=False))
+            self._committed |= {each.partition: each.offset for each in starts}
         else:
-            self._begins |= {each.partition: each.offset for each in places}
+            self._start_offsets |= {each.partition: each.offset for each in starts}
 
     def _of(self, partition: int, *offset: int) -> TopicPartition:
         return TopicPartition(self._topic, partition, *offset)
@@ -266,64 +272,65 @@ class KafkaSource:
 
     def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
-            if (held := self._lanes.pop(each.partition, None)) is not None:
-                self._on_loop(held[0].lose)
+            if (held := self._assigned.pop(each.partition, None)) is not None:
+                self._on_loop(held[0].mark_revoked)
 
-    def _look(self, consumer: Any) -> None:
-        """What people see of it."""
-        if self._trouble and self._is_well(consumer):
-            self._trouble = ""
-        lanes = [self._lane_standing(consumer, partition) for partition in sorted(self._lanes)]
-        self._standing = PartitionStatus(tuple(lanes), self._trouble or self._no_topic or self._not_committed)
+    def _update_status(self, consumer: Any) -> None:
+        """Replace the status that reports show."""
+        if self._problem and self._is_well(consumer):
+            self._problem = ""
+        partitions = [self._partition_progress(consumer, partition) for partition in sorted(self._assigned)]
+        self._status = SourceStatus(tuple(partitions), self._problem or self._no_topic or self._not_committed)
 
     def _is_well(self, consumer: Any) -> bool:
-        """Asks, because the library tells that a broker went away, and not that it is back."""
+        """Query the broker, because the library reports a lost broker, but not its return."""
         try:
-            if self._lanes:
-                ends = [self._of(partition, OFFSET_END) for partition in self._lanes]
-                _answered(consumer.offsets_for_times(ends, timeout=_ASK_S))
+            if self._assigned:
+                ends = [self._of(partition, OFFSET_END) for partition in self._assigned]
+                _answered(consumer.offsets_for_times(ends, timeout=_HEALTH_TIMEOUT_S))
             else:
-                _answered(consumer.committed([self._of(0)], timeout=_ASK_S))
+                _answered(consumer.committed([self._of(0)], timeout=_HEALTH_TIMEOUT_S))
         except KafkaException:
             return False
         return True
 
-    def _lane_standing(self, consumer: Any, partition: int) -> LaneStanding:
+    def _partition_progress(self, consumer: Any, partition: int) -> PartitionProgress:
         committed = self._committed.get(partition)
-        goes_on = self._begins.get(partition) if committed is None else committed
+        position = self._start_offsets.get(partition) if committed is None else committed
         try:
             _, high = consumer.get_watermark_offsets(self._of(partition), cached=True)
         except KafkaException:
             high = -1
-        return LaneStanding(
+        return PartitionProgress(
             str(partition),
             "" if committed is None else str(committed),
-            None if goes_on is None or high < 0 else max(0, high - goes_on),
+            None if position is None or high < 0 else max(0, high - position),
         )
 
     def _on_error(self, error: Any) -> None:
-        self._trouble = f"Kafka: {error.str()}"
+        self._problem = f"Kafka: {error.str()}"
 
     def _fail(self, error: ShoalError) -> None:
-        """The thread ends: whoever waits is told, now or with the next call."""
-        self._trouble = error.message
+        """Report the error that ended the thread to the pending `receive`, or to the next one."""
+        self._problem = error.message
 
-        def tell() -> None:
+        def report() -> None:
             self._failed = error
-            if self._wanted is not None and not self._wanted[1].done():
-                self._wanted[1].set_exception(error)
+            if self._request is not None and not self._request[1].done():
+                self._request[1].set_exception(error)
 
-        self._on_loop(tell)
+        self._on_loop(report)
 
     def _on_loop(self, act: Callable[..., object], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(act, *args)
         except RuntimeError:
-            pass  # The loop has ended: nobody is there to be told.
+            # The loop is closed, so there is no receiver.
+            pass
 
 
 class KafkaSink:
-    """Produces to a topic: a message is sent when every in-sync replica has it."""
+    """Sink that produces to a topic: a message counts as sent when every in-sync replica has it."""
 
     def __init__(self, brokers: str, topic: str, *, options: Mapping[str, str]) -> None:
         self._topic = topic
@@ -357,7 +364,7 @@ class KafkaSink:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def delivered(error: Any, _: Any) -> None:
-            self._on_loop(_answer, future, None if error is None else self._refusal(error))
+            self._on_loop(_answer, future, None if error is None else self._send_error(error))
 
         while True:
             try:
@@ -369,15 +376,16 @@ class KafkaSink:
                     on_delivery=delivered,
                 )
                 break
-            except BufferError:  # Its queue is full: the broker is slow, or away.
+            except BufferError:
+                # The local queue is full, because the broker is slow or unavailable.
                 await asyncio.sleep(_POLL_S)
             except KafkaException as err:
-                raise self._refusal(err.args[0]) from err
+                raise self._send_error(err.args[0]) from err
         await future
 
-    def _refusal(self, error: Any) -> ShoalError:
-        if error.code() in _TOO_MUCH:
-            return InvalidArgument(f"topic {self._topic} does not take the message: {error.str()}")
+    def _send_error(self, error: Any) -> ShoalError:
+        if error.code() in _TOO_LARGE:
+            return InvalidArgument(f"topic {self._topic} rejects the message: {error.str()}")
         if error.code() in _NO_TOPIC:
             return Unavailable(f"there is no topic {self._topic}: create it")
         if error.fatal():
@@ -387,7 +395,7 @@ class KafkaSink:
     def _serve(self) -> None:
         while not self._stop.is_set():
             self._producer.poll(_POLL_S)
-        # Nobody waits for what is left; it is sent again after a restart.
+        # No caller waits for the queued messages; they are sent again after a restart.
         self._producer.purge()
         self._producer.poll(0)
 
@@ -399,7 +407,7 @@ class KafkaSink:
 
 
 def _answered(partitions: Sequence[Any]) -> Sequence[Any]:
-    """`partitions`, when the broker has answered for each of them."""
+    """Return `partitions` when the broker answered for each of them without an error."""
     for each in partitions:
         if each.error is not None:
             raise KafkaException(each.error)
@@ -407,21 +415,22 @@ def _answered(partitions: Sequence[Any]) -> Sequence[Any]:
 
 
 def _consumed(consumer: Any, limit: int) -> list[Any]:
-    """What there is, at most `limit`, once there is something. (`consume` alone waits until it has all of them.)"""
+    """Return up to `limit` available messages after the first arrived. (`consume` alone waits for all of them.)"""
     first = consumer.poll(_POLL_S)
     return [] if first is None else [first, *consumer.consume(limit - 1, 0)] if limit > 1 else [first]
 
 
+# Not consumed.headers(): for a name that is no UTF-8, the library returns null pointers and sets an error, which
+# CPython's specialised calls do not check. Access to such a pointer ends the process.
 _headers_of = methodcaller("headers")
-# Not consumed.headers(): for a name that is no UTF-8 the library returns holes, with an error beside them that CPython
-# does not look for where it has called often. To touch a hole ends the process.
 
 
 def _headers(consumed: Any) -> tuple[tuple[str, bytes], ...]:
     try:
         return tuple((name, value or b"") for name, value in _headers_of(consumed) or ())
     except (SystemError, UnicodeDecodeError) as err:
-        # A name is no UTF-8, and the library gives none then. Without them the message does not hold up its partition.
+        # A name is no UTF-8, so the library returns no headers. The message goes on without them, or its partition
+        # would stop.
         log.warning("the headers of %s/%s cannot be read: %s", consumed.partition(), consumed.offset(), err)
         return ()
 

@@ -1,10 +1,9 @@
 """Kinesis: a stream as a source, a stream as a sink.
 
-    coordinator ──lists shards, takes its share, renews leases──> a reader for each shard held ──batches──> receive
-    settle ──> ledger of the shard ──> checkpoint in MongoDB, under the shard's lease
+    coordinator ──lists shards, acquires its share, renews leases──> a reader for each held shard ──batches──> receive
+    settle ──> offsets of the shard ──> checkpoint in MongoDB, under the shard's lease
 
-A shard that was split or merged is read to its end before its children are begun, so that what was written with one key
-is read in its order.
+A shard that was split or merged is read to its end before its children are started, so that the order of a key is kept.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from mesh.mongo import Document
 from mesh.process.tasks import end
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
-from services.ingest.connectors.checkpoints import Checkpoints
-from services.ingest.connectors.ledger import Ledger
+from services.ingest.connectors.checkpoints import CheckpointRepository
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
-from services.ingest.connectors.shards import Checkpoint, Shard, moves, starts_at_the_beginning
+from services.ingest.connectors.offset_tracker import OffsetTracker
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
+from services.ingest.connectors.shards import Checkpoint, Shard, plan_changes, reads_from_start
 from services.ingest.group_commit import Group
 from shoal.errors import InvalidArgument, PermissionDenied, ShoalError, Unavailable
 
@@ -41,13 +40,13 @@ log = logging.getLogger(__name__)
 
 _READ_AT_ONCE = 500
 _BATCHES = 2
+# Readers that may hold a page (at most 10 MB) at once, however many shards are held. The others wait.
 _READERS = 4
-# Pages of at most 10 MB that are read ahead: those of so many readers, however many shards there are. The others wait.
 _CHECKPOINT_S = 0.25
 _BACKOFF_S = 1.0
 _PUT_RECORDS = 500
+# PutRecords accepts 5 MiB, keys included.
 _PUT_BYTES = 4 << 20
-# PutRecords takes 5 MiB, keys included.
 _RECORD_BYTES = 1 << 20
 _KEY_CHARS = 256
 _NOT_ALLOWED = frozenset({"AccessDeniedException", "UnrecognizedClientException", "InvalidSignatureException"})
@@ -55,7 +54,7 @@ _NOT_ALLOWED = frozenset({"AccessDeniedException", "UnrecognizedClientException"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How Kinesis is reached. Keys come from where AWS' own tools find them."""
+    """Stream, region and endpoint. Credentials are found as AWS' own tools find them."""
 
     stream: str
     region: str
@@ -63,44 +62,44 @@ class Access:
 
 
 @dataclass(eq=False, slots=True)
-class Reading:
-    """A shard that this instance holds."""
+class ShardReader:
+    """State of a shard that this instance reads."""
 
     shard: Shard
     lease: str
-    lane: Partition
+    partition: Partition
     start: Checkpoint
     from_beginning: bool
     began_at: datetime | None = None
-    """Where it was begun with its latest record; durable before anything is read."""
-    is_begun: bool = False
-    """An iterator at its latest record was asked for once: another such would pass over what came since."""
-    ledger: Ledger = field(default_factory=Ledger)
+    """Time at which the shard was started at its latest record; durable before any record is read."""
+    is_iterated: bool = False
+    """True once an iterator at the latest record was requested: a second such iterator would skip records."""
+    offsets: OffsetTracker = field(default_factory=OffsetTracker)
     unsettled: dict[int, int] = field(default_factory=dict)
-    """How many messages of a record are not settled, by its number: a record may hold many."""
+    """Number of unsettled messages, by the record's sequence number: a record may hold many messages."""
     saved: int | None = None
-    is_read_out: bool = False
+    is_at_end: bool = False
     behind_ms: int | None = None
     task: asyncio.Task[None] | None = None
 
     def received(self, number: int, messages: int) -> None:
-        """A record has come, with so many messages in it."""
-        self.ledger.received(number)
+        """Record the arrival of a record with `messages` messages."""
+        self.offsets.received(number)
         self.unsettled[number] = messages
         if not messages:
             self.settle(number)
 
     def settle(self, number: int) -> None:
-        """A message of a record is done with: the last of them settles the record."""
+        """Settle one message of a record; the last message settles the record."""
         left = self.unsettled.pop(number, 0) - 1
         if left > 0:
             self.unsettled[number] = left
         else:
-            self.ledger.settled(number)
+            self.offsets.settled(number)
 
 
 class KinesisSource:
-    """Reads a stream together with other instances, each its share of the shards."""
+    """Source that reads a stream's shards, shared with other instances."""
 
     def __init__(
         self,
@@ -123,39 +122,42 @@ class KinesisSource:
         self._lease_ms = lease_ms
         self._poll_s = poll_ms / 1_000
         self._stack = AsyncExitStack()
-        self._readings: dict[str, Reading] = {}
+        self._shard_readers: dict[str, ShardReader] = {}
         self._batches: asyncio.Queue[Sequence[Message]] = asyncio.Queue(_BATCHES)
         self._readers = asyncio.Semaphore(_READERS)
         self._left: Sequence[Message] = ()
         self._failed: asyncio.Future[None] | None = None
-        self._trouble = ""
-        self._seen_at: datetime | None = None
-        """When Kinesis last listed the shards, by its own clock, to the second."""
+        self._problem = ""
+        self._listed_at: datetime | None = None
+        """Time of the last listing of shards, by Kinesis' clock, to the second."""
 
     async def __aenter__(self) -> KinesisSource:
         self._client = await self._stack.enter_async_context(_client(self._access))
-        with _translated(f"looking at stream {self._access.stream}"):
+        with _translated(f"describing stream {self._access.stream}"):
             summary = await self._client.describe_stream_summary(StreamName=self._access.stream)
         made: datetime = summary["StreamDescriptionSummary"]["StreamCreationTimestamp"]
-        # Shards of a stream that was deleted and made again have the same names, and other records.
+        # A stream that was deleted and created again has shards of the same names with other records.
         name = f"{self._connector}/{self._access.stream}@{milliseconds(made)}"
-        self._checkpoints = Checkpoints(self._collection, name, me=self._me, clock=self._clock, lease_ms=self._lease_ms)
+        self._checkpoints = CheckpointRepository(
+            self._collection, name, me=self._me, clock=self._clock, lease_ms=self._lease_ms
+        )
         self._failed = asyncio.get_running_loop().create_future()
         self._tasks = [
-            asyncio.create_task(self._guarded(self._coordinate()), name=f"kinesis {name}"),
-            asyncio.create_task(self._guarded(self._save_now_and_then()), name=f"checkpoints {name}"),
+            asyncio.create_task(self._report_failure(self._coordinate()), name=f"kinesis {name}"),
+            asyncio.create_task(self._report_failure(self._save_periodically()), name=f"checkpoints {name}"),
         ]
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await end(*self._tasks, *(each.task for each in self._readings.values() if each.task is not None))
-        with contextlib.suppress(ShoalError):  # What is not saved is delivered again.
+        await end(*self._tasks, *(each.task for each in self._shard_readers.values() if each.task is not None))
+        # Messages whose checkpoint is not saved are delivered again.
+        with contextlib.suppress(ShoalError):
             await self._save()
-            for reading in list(self._readings.values()):
-                await self._checkpoints.give_back(reading.shard.id, reading.lease)
+            for shard_reader in list(self._shard_readers.values()):
+                await self._checkpoints.release(shard_reader.shard.id, shard_reader.lease)
             await self._checkpoints.leave()
-        for reading in self._readings.values():
-            reading.lane.lose()
+        for shard_reader in self._shard_readers.values():
+            shard_reader.partition.mark_revoked()
         await self._stack.aclose()
 
     async def receive(self, limit: int) -> Sequence[Message]:
@@ -165,16 +167,17 @@ class KinesisSource:
         return some
 
     def settle(self, message: Message) -> None:
-        reading = self._readings.get(message.lane.name)
-        if reading is not None and reading.lane is message.lane:
-            reading.settle(message.position)
+        shard_reader = self._shard_readers.get(message.partition.name)
+        if shard_reader is not None and shard_reader.partition is message.partition:
+            shard_reader.settle(message.position)
 
-    def standing(self) -> PartitionStatus:
-        lanes = [
-            LaneStanding(name, str(each.saved or each.start.sequence)) for name, each in sorted(self._readings.items())
+    def status(self) -> SourceStatus:
+        partitions = [
+            PartitionProgress(name, str(each.saved or each.start.sequence))
+            for name, each in sorted(self._shard_readers.items())
         ]
-        behind = [each.behind_ms for each in self._readings.values() if each.behind_ms is not None]
-        return PartitionStatus(tuple(lanes), self._trouble, max(behind) if behind else None)
+        behind = [each.behind_ms for each in self._shard_readers.values() if each.behind_ms is not None]
+        return SourceStatus(tuple(partitions), self._problem, max(behind) if behind else None)
 
     async def _next(self) -> Sequence[Message]:
         assert self._failed is not None
@@ -185,65 +188,68 @@ class KinesisSource:
             if getting.done():
                 return getting.result()
             self._failed.result()
-            raise AssertionError("it only ever has an error")
+            raise AssertionError("the future of a failure has no result")
         finally:
             getting.cancel()
 
-    async def _guarded(self, work: Any) -> None:
-        """A task that fails is told to whoever receives."""
+    async def _report_failure(self, work: Any) -> None:
+        """Await a task; report its error to `receive`."""
         assert self._failed is not None
         try:
             await work
         except Exception as err:
             if not self._failed.done():
                 self._failed.set_exception(err)
-                self._failed.exception()  # It may be that nobody receives any more.
+                # Marks the error as retrieved, because `receive` may not be called any more.
+                self._failed.exception()
 
     async def _coordinate(self) -> None:
         while True:
             try:
-                await self._share()
-                self._trouble = ""
+                await self._rebalance()
+                self._problem = ""
             except ShoalError as err:
-                self._trouble = err.message
+                self._problem = err.message
             await asyncio.sleep(min(self._lease_ms / 3_000, 2.0))
 
-    async def _share(self) -> None:
-        """Renews what is held, and takes or gives back what is due."""
-        for shard in await self._checkpoints.renew({name: each.lease for name, each in self._readings.items()}):
-            await self._lose(shard)
+    async def _rebalance(self) -> None:
+        """Renew the leases of held shards, and acquire or release shards to reach the fair share."""
+        for shard in await self._checkpoints.renew({name: each.lease for name, each in self._shard_readers.items()}):
+            await self._drop_reader(shard)
         listed = await self._shards()
-        for name, reading in self._readings.items():
-            reading.shard = listed.get(name, reading.shard)
+        for name, shard_reader in self._shard_readers.items():
+            shard_reader.shard = listed.get(name, shard_reader.shard)
         checkpoints = await self._checkpoints.all()
-        due = moves(
+        due = plan_changes(
             list(listed.values()),
             checkpoints,
             me=self._me,
-            others=await self._checkpoints.others(),
-            held=self._readings.keys(),
+            others=await self._checkpoints.live_instances(),
+            held=self._shard_readers.keys(),
             now=self._clock(),
         )
-        for shard in due.give_back:
-            lease = self._readings[shard].lease
+        for shard in due.release:
+            lease = self._shard_readers[shard].lease
             await self._save()
-            await self._lose(shard)
-            await self._checkpoints.give_back(shard, lease)
-        for shard in due.take:
-            if (taken := await self._checkpoints.take(shard)) is not None:
-                lease, checkpoint = taken
-                self._read(listed[shard], lease, checkpoint, starts_at_the_beginning(listed[shard], checkpoints))
+            await self._drop_reader(shard)
+            await self._checkpoints.release(shard, lease)
+        for shard in due.acquire:
+            if (acquired := await self._checkpoints.acquire(shard)) is not None:
+                lease, checkpoint = acquired
+                self._read(listed[shard], lease, checkpoint, reads_from_start(listed[shard], checkpoints))
 
     def _read(self, shard: Shard, lease: str, checkpoint: Checkpoint, from_beginning: bool) -> None:
-        reading = Reading(shard, lease, Partition(shard.id), checkpoint, from_beginning)
-        self._readings[shard.id] = reading
-        reading.task = asyncio.create_task(self._guarded(self._read_out(reading)), name=f"shard {shard.id}")
+        shard_reader = ShardReader(shard, lease, Partition(shard.id), checkpoint, from_beginning)
+        self._shard_readers[shard.id] = shard_reader
+        shard_reader.task = asyncio.create_task(
+            self._report_failure(self._read_to_end(shard_reader)), name=f"shard {shard.id}"
+        )
 
-    async def _lose(self, shard: str) -> None:
-        reading = self._readings.pop(shard)
-        if reading.task is not None:
-            await end(reading.task)
-        reading.lane.lose()
+    async def _drop_reader(self, shard: str) -> None:
+        shard_reader = self._shard_readers.pop(shard)
+        if shard_reader.task is not None:
+            await end(shard_reader.task)
+        shard_reader.partition.mark_revoked()
 
     async def _shards(self) -> dict[str, Shard]:
         found: dict[str, Shard] = {}
@@ -251,126 +257,129 @@ class KinesisSource:
         while more:
             with _translated(f"listing the shards of {self._access.stream}"):
                 page = await self._client.list_shards(**more)
-            self._seen_at = _date(page) or self._seen_at
+            self._listed_at = _date(page) or self._listed_at
             found.update({each["ShardId"]: _shard(each) for each in page["Shards"]})
             more = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
         return found
 
-    async def _read_out(self, reading: Reading) -> None:
-        """Reads a shard to its end, or until it is cancelled."""
-        after = reading.start.sequence
+    async def _read_to_end(self, shard_reader: ShardReader) -> None:
+        """Read a shard to its end, or until the task is cancelled."""
+        after = shard_reader.start.sequence
         iterator: str | None = None
         while True:
             try:
-                if not await self._begun(reading):
-                    return  # The lease was lost; whoever renews leases ends this.
-                if iterator is None and (iterator := await self._iterator(reading, after)) is None:
+                if not await self._ensure_start(shard_reader):
+                    # The lease was lost; the coordinator drops this reader.
                     return
-                # Kinesis gives no iterator behind the end of a closed shard; some who speak its protocol do. Only what
-                # is read after it was known to be closed shows that nothing more comes.
-                was_closed = reading.shard.is_closed
+                if iterator is None and (iterator := await self._iterator(shard_reader, after)) is None:
+                    return
+                # Kinesis returns no iterator after the end of a closed shard, but some compatible servers do. Then only
+                # an empty read that started after the shard was known to be closed shows its end.
+                was_closed = shard_reader.shard.is_closed
                 async with self._readers:
-                    with _translated(f"reading shard {reading.shard.id}"):
+                    with _translated(f"reading shard {shard_reader.shard.id}"):
                         page = await self._client.get_records(ShardIterator=iterator, Limit=_READ_AT_ONCE)
                     iterator = page.get("NextShardIterator")
-                    reading.behind_ms = page.get("MillisBehindLatest")
+                    shard_reader.behind_ms = page.get("MillisBehindLatest")
                     if records := page["Records"]:
                         after = records[-1]["SequenceNumber"]
-                        await self._hand_over(reading, records)
+                        await self._deliver_messages(shard_reader, records)
             except ShoalError as err:
-                self._trouble = err.message
-                iterator = None  # It may have expired; a new one goes on at the same place.
+                self._problem = err.message
+                # The iterator may have expired; a new one continues at the same position.
+                iterator = None
                 await asyncio.sleep(_BACKOFF_S)
                 continue
             if records:
                 continue
-            if iterator is None or (was_closed and not reading.behind_ms):
-                reading.is_read_out = True
+            if iterator is None or (was_closed and not shard_reader.behind_ms):
+                shard_reader.is_at_end = True
                 return
             await asyncio.sleep(self._poll_s)
 
-    async def _hand_over(self, reading: Reading, records: Sequence[dict[str, Any]]) -> None:
-        messages = (message for record in records for message in self._messages(reading, record))
+    async def _deliver_messages(self, shard_reader: ShardReader, records: Sequence[dict[str, Any]]) -> None:
+        messages = (message for record in records for message in self._messages(shard_reader, record))
         while batch := tuple(itertools.islice(messages, _READ_AT_ONCE)):
             await self._batches.put(batch)
 
-    async def _begun(self, reading: Reading) -> bool:
-        """Sees to it that the place where a shard is begun with its latest record is durable, so that whoever reads it
-        next goes on from there, although nothing was settled. False: the lease was lost.
+    async def _ensure_start(self, shard_reader: ShardReader) -> bool:
+        """Make the start of a shard that begins at its latest record durable. False: the lease was lost.
 
-        Kinesis gives no number to the place behind the latest record. So it is a time, by Kinesis' clock and taken
-        before the iterator: after a kill some records may come that were there already, and none is passed over.
+        The next reader continues from there, even if nothing was settled. Kinesis has no sequence number for the
+        position after the latest record. So the start is a time by Kinesis' clock, read before the iterator: after a
+        kill, some older records may be read again, and none is skipped.
         """
-        is_latest = self._start == "latest" and not reading.from_beginning and not reading.start.sequence
-        if not is_latest or reading.began_at is not None:
+        is_latest = self._start == "latest" and not shard_reader.from_beginning and not shard_reader.start.sequence
+        if not is_latest or shard_reader.began_at is not None:
             return True
-        if (at := reading.start.began_at) is not None:
-            reading.is_begun = True
+        if (at := shard_reader.start.began_at) is not None:
+            shard_reader.is_iterated = True
         else:
-            at = self._seen_at or self._clock()
-            if not await self._checkpoints.begin(reading.shard.id, reading.lease, at):
+            at = self._listed_at or self._clock()
+            if not await self._checkpoints.record_start(shard_reader.shard.id, shard_reader.lease, at):
                 return False
-        reading.began_at = at
+        shard_reader.began_at = at
         return True
 
-    async def _iterator(self, reading: Reading, after: str) -> str | None:
-        about: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": reading.shard.id}
+    async def _iterator(self, shard_reader: ShardReader, after: str) -> str | None:
+        arguments: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": shard_reader.shard.id}
         if after:
-            about |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
-        elif self._start == "latest" and not reading.from_beginning:
-            if not reading.is_begun:
-                about["ShardIteratorType"] = "LATEST"
-                reading.is_begun = True
-            else:  # It was read before, or a read has failed: what came meanwhile is not to be passed over.
-                about |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": reading.began_at}
+            arguments |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
+        elif self._start == "latest" and not shard_reader.from_beginning:
+            if not shard_reader.is_iterated:
+                arguments["ShardIteratorType"] = "LATEST"
+                shard_reader.is_iterated = True
+            else:
+                # The shard was read before, or a read failed: records that arrived since must not be skipped.
+                arguments |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": shard_reader.began_at}
         else:
-            about["ShardIteratorType"] = "TRIM_HORIZON"
-        with _translated(f"reading shard {reading.shard.id}"):
-            found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
+            arguments["ShardIteratorType"] = "TRIM_HORIZON"
+        with _translated(f"reading shard {shard_reader.shard.id}"):
+            found: str | None = (await self._client.get_shard_iterator(**arguments)).get("ShardIterator")
         return found
 
-    def _messages(self, reading: Reading, record: dict[str, Any]) -> Iterator[Message]:
-        """What a record holds: itself, or what the Kinesis Producer Library has packed into it."""
+    def _messages(self, shard_reader: ShardReader, record: dict[str, Any]) -> Iterator[Message]:
+        """Yield the messages of a record: one, or those that the Kinesis Producer Library aggregated."""
         number, data = record["SequenceNumber"], record["Data"]
         arrived: datetime | None = record.get("ApproximateArrivalTimestamp")
-        place = f"{self._access.stream}/{reading.shard.id}/{number}"
+        location = f"{self._access.stream}/{shard_reader.shard.id}/{number}"
 
-        def message(place: str, key: bytes, value: bytes) -> Message:
-            stamp = 0 if arrived is None else milliseconds(arrived)
-            return Message(reading.lane, int(number), place, value, key, stamp=stamp)
+        def message(location: str, key: bytes, value: bytes) -> Message:
+            received_ms = 0 if arrived is None else milliseconds(arrived)
+            return Message(shard_reader.partition, int(number), location, value, key, received_ms=received_ms)
 
-        packed = aggregated.opened(data)
-        reading.received(int(number), 1 if packed is None else len(packed))
+        packed = aggregated.unpack(data)
+        shard_reader.received(int(number), 1 if packed is None else len(packed))
         if packed is None:
-            yield message(place, record["PartitionKey"].encode(), data)
+            yield message(location, record["PartitionKey"].encode(), data)
         else:
             for at, (key, value) in enumerate(packed):
-                yield message(f"{place}/{at}", key, value)
+                yield message(f"{location}/{at}", key, value)
 
-    async def _save_now_and_then(self) -> None:
+    async def _save_periodically(self) -> None:
         while True:
             await asyncio.sleep(_CHECKPOINT_S)
             try:
                 await self._save()
             except ShoalError as err:
-                self._trouble = err.message
+                self._problem = err.message
 
     async def _save(self) -> None:
-        """Writes what is settled."""
-        for shard, reading in list(self._readings.items()):
-            to = reading.ledger.settled_to
-            is_finished = reading.is_read_out and not reading.ledger.under_way
-            if to == reading.saved and not is_finished:
+        """Save the checkpoints of shards with newly settled records, and drop finished shards."""
+        for shard, shard_reader in list(self._shard_readers.items()):
+            to = shard_reader.offsets.settled_up_to
+            is_finished = shard_reader.is_at_end and not shard_reader.offsets.in_flight
+            if to == shard_reader.saved and not is_finished:
                 continue
             sequence = None if to is None else str(to)
-            if await self._checkpoints.move(shard, reading.lease, sequence=sequence, is_finished=is_finished):
-                reading.saved = to
-            if is_finished and self._readings.get(shard) is reading:
-                await self._lose(shard)
+            if await self._checkpoints.advance(shard, shard_reader.lease, sequence=sequence, is_finished=is_finished):
+                shard_reader.saved = to
+            if is_finished and self._shard_readers.get(shard) is shard_reader:
+                await self._drop_reader(shard)
 
 
 class KinesisSink:
-    """Writes to a stream: a record holds the message and its headers (`envelope`)."""
+    """Sink that writes to a stream: a record holds the message and its headers (`envelope`)."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -392,8 +401,8 @@ class KinesisSink:
         await self._stack.aclose()
 
     async def send(self, message: Outgoing) -> None:
-        data, key = envelope.packed(message), _partition_key(message)
-        # One that Kinesis refuses would have all of its group refused, again and again.
+        data, key = envelope.pack(message), _partition_key(message)
+        # Kinesis would reject the whole group of a record that is too large, at each retry.
         if (nbytes := len(data) + len(key.encode())) > _RECORD_BYTES:
             raise InvalidArgument(f"a Kinesis record holds at most {_RECORD_BYTES} bytes, and this takes {nbytes}")
         await self._group.put({"Data": data, "PartitionKey": key})
@@ -410,16 +419,16 @@ class KinesisSink:
 
 
 def _partition_key(message: Outgoing) -> str:
-    """Whatever spreads records: the message's key as text, or else where it came from."""
+    """Return the partition key of a record: the message's key as text, else its source."""
     key = (message.key or b"").decode(errors="replace") or dict(message.headers).get("shoal-source", b"-").decode()
     return key[:_KEY_CHARS]
 
 
 def _date(answer: dict[str, Any]) -> datetime | None:
-    """When it was given, by the clock of who gave it; whole seconds, none later than it was."""
-    given = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    """Return the time of a response by the server's clock, rounded down to seconds; None when it is missing."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
-        return parsedate_to_datetime(given).astimezone(UTC)
+        return parsedate_to_datetime(date).astimezone(UTC)
     except ValueError:
         return None
 
@@ -446,7 +455,7 @@ async def _client(access: Access) -> AsyncIterator[Any]:
 
 @contextlib.contextmanager
 def _translated(doing: str) -> Any:
-    """Raises the errors of AWS' library as ShoalError."""
+    """Translate the errors of AWS' library to ShoalError."""
     try:
         yield
     except ClientError as err:

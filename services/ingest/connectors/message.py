@@ -1,4 +1,4 @@
-"""What travels through a connector: values."""
+"""Messages and partitions, the values that pass through a connector."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ _DIGEST_CHARS = 16
 
 @dataclass(eq=False, slots=True)
 class Partition:
-    """A part of a source whose messages have an order: a partition, a shard. Pub/Sub has one."""
+    """Ordered part of a source: a partition or a shard. Pub/Sub has a single one."""
 
     name: str
-    is_lost: bool = False
-    """It is somebody else's now: what is still under way here is delivered to them again, and not settled here."""
-    on_lost: Callable[[Partition], None] | None = None
+    is_revoked: bool = False
+    """True once another instance owns the partition: messages in flight are delivered there, and not settled here."""
+    on_revoked: Callable[[Partition], None] | None = None
 
-    def lose(self) -> None:
-        """It has gone to somebody else. To be called on the event loop."""
-        if not self.is_lost:
-            self.is_lost = True
-            if self.on_lost is not None:
-                self.on_lost(self)
+    def mark_revoked(self) -> None:
+        """Mark the partition as owned by another instance. Call it on the event loop."""
+        if not self.is_revoked:
+            self.is_revoked = True
+            if self.on_revoked is not None:
+                self.on_revoked(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a source."""
+    """Message of a source."""
 
-    lane: Partition
+    partition: Partition
     position: int
-    """Where it lies in its lane, ascending. Pub/Sub: counted by the source."""
-    place: str
-    """Its name for people, and in its job's key: `topic/partition/offset`, `stream/shard/sequence number`."""
+    """Position in the partition, ascending. Pub/Sub: counted by the source."""
+    location: str
+    """Readable name, also part of the job's key: `topic/partition/offset`, `stream/shard/sequence number`."""
     value: bytes
     key: bytes | None = None
-    """By which the broker spreads messages; what follows from it keeps it."""
+    """Partition key of the broker; the answer and the dead letter keep it."""
     headers: tuple[tuple[str, bytes], ...] = ()
-    stamp: int = 0
-    """When the broker got it, in milliseconds since 1970; 0 where it does not say. The same at each delivery."""
+    received_ms: int = 0
+    """Time at which the broker received the message, in ms since 1970; 0: unknown. The same at each delivery."""
     handle: str = ""
-    """What the source needs to settle it."""
+    """Identifier with which the source settles the message."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +53,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One message for a sink."""
+    """Message for a sink."""
 
     value: bytes
     key: bytes | None = None
@@ -65,17 +65,17 @@ class Outgoing:
 
 
 def job_key(connector: str, message: Message) -> str:
-    """The idempotency key of a message's job: the same at each delivery, at most 128 characters.
+    """Return the idempotency key of a message's job: the same at each delivery, at most 128 characters.
 
-    A digest of the message is in it, because places are given out anew when a topic is deleted and made again: another
-    message at the same place is another job.
+    The key has a digest of the message, because locations are reused when a topic is deleted and created again: another
+    message at the same location is another job.
     """
-    digest = hashlib.sha256(message.stamp.to_bytes(8, "big", signed=True))
+    digest = hashlib.sha256(message.received_ms.to_bytes(8, "big", signed=True))
     for part in (message.key or b"", message.value):
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
-    mark = digest.hexdigest()[:_DIGEST_CHARS]
-    key = f"{connector}/{message.place}/{mark}"
+    suffix = digest.hexdigest()[:_DIGEST_CHARS]
+    key = f"{connector}/{message.location}/{suffix}"
     if len(key) <= KEY_CHARS:
         return key
-    return f"{hashlib.sha256(f'{connector}/{message.place}'.encode()).hexdigest()}/{mark}"
+    return f"{hashlib.sha256(f'{connector}/{message.location}'.encode()).hexdigest()}/{suffix}"

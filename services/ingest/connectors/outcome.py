@@ -1,4 +1,4 @@
-"""What is made of a message, and of how its job ended. Plain functions of values."""
+"""Conversion of a message to a job, and of the job's result to an outgoing message. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
+from services.ingest.connectors.connector_spec import ConnectorSpec
 from services.ingest.connectors.message import Message, Outgoing, job_key
-from services.ingest.connectors.plan import ConnectorPlan
 from services.ingest.limits import LABEL_CHARS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -22,78 +22,81 @@ _MESSAGE_CHARS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """Why a message has no answer."""
+class MessageFailure:
+    """Reason for which a message has no answer."""
 
     code: int
     message: str
     job_id: str = ""
-    """Empty where it never became a job."""
+    """Empty when no job was submitted."""
 
 
-def submit_of(plan: ConnectorPlan, message: Message) -> pb.SubmitRequest:
-    """The job of a message: the same at each delivery.
+def submit_of(spec: ConnectorSpec, message: Message) -> pb.SubmitRequest:
+    """Return the submission of a message's job: the same at each delivery.
 
     Raises:
-        InvalidArgument: says what is wrong with the message.
+        InvalidArgument: the message is malformed.
     """
     submit = pb.SubmitRequest(
-        request=plan.format.request(message.value),
-        idempotency_key=job_key(plan.name, message),
-        tenant=plan.tenant,
-        retry=plan.retry,
-        labels={**dict(plan.labels), "connector": plan.name, "source": message.place[-LABEL_CHARS:]},
+        request=spec.format.request(message.value),
+        idempotency_key=job_key(spec.name, message),
+        tenant=spec.tenant,
+        retry=spec.retry,
+        labels={**dict(spec.labels), "connector": spec.name, "source": message.location[-LABEL_CHARS:]},
     )
-    if plan.deadline_s is not None:
+    if spec.deadline_s is not None:
         deadline = Duration()
-        deadline.FromTimedelta(timedelta(seconds=plan.deadline_s))
+        deadline.FromTimedelta(timedelta(seconds=spec.deadline_s))
         submit.deadline.CopyFrom(deadline)
     return submit
 
 
-def failed_of(result: store_pb2.Result) -> Failed | None:
-    """Why a job has no answer; None: it has one."""
+def failed_of(result: store_pb2.Result) -> MessageFailure | None:
+    """Return the failure of a job; None when the job has an answer."""
     if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
         return None
-    return Failed(result.code, result.message, result.job_id)
+    return MessageFailure(result.code, result.message, result.job_id)
 
 
-def answered(plan: ConnectorPlan, message: Message, result: store_pb2.Result) -> Outgoing:
-    """The message of an answer. The source's headers travel on.
+def answer_of(spec: ConnectorSpec, message: Message, result: store_pb2.Result) -> Outgoing:
+    """Return the message of an answer, with the headers of the source message.
 
     Raises:
-        InvalidArgument, DataLoss: the answer cannot be written so.
+        InvalidArgument, DataLoss: the answer cannot be encoded in the connector's format.
     """
-    about = {
+    headers = {
         JOB: result.job_id,
-        SOURCE: message.place,
-        CONNECTOR: plan.name,
+        SOURCE: message.location,
+        CONNECTOR: spec.name,
         MODEL: result.response.model_name or result.model_name,
         VERSION: result.response.model_version or result.model_version,
     }
-    return Outgoing(plan.format.answer(result.response), message.key, _headers(message, about))
+    return Outgoing(spec.format.answer(result.response), message.key, _headers(message, headers))
 
 
-def dead_letter(plan: ConnectorPlan, message: Message, failed: Failed, *, is_whole: bool = True) -> Outgoing:
-    """A message as it came, with the reason in its headers. Not `is_whole`: only where it lies."""
-    about = {SOURCE: message.place, CONNECTOR: plan.name, CODE: _name_of(failed.code)}
+def dead_letter(spec: ConnectorSpec, message: Message, failed: MessageFailure, *, is_whole: bool = True) -> Outgoing:
+    """Return the dead letter of a message, with the reason in its headers.
+
+    Without `is_whole`, the value and the source's headers are left out, and `shoal-source` has the message's location.
+    """
+    headers = {SOURCE: message.location, CONNECTOR: spec.name, CODE: _name_of(failed.code)}
     if failed.job_id:
-        about[JOB] = failed.job_id
-    about[MESSAGE] = failed.message[:_MESSAGE_CHARS]
+        headers[JOB] = failed.job_id
+    headers[MESSAGE] = failed.message[:_MESSAGE_CHARS]
     if is_whole:
-        return Outgoing(message.value, message.key, _headers(message, about))
-    about[OMITTED] = str(message.nbytes)
-    return Outgoing(b"", None, _encoded(about))
+        return Outgoing(message.value, message.key, _headers(message, headers))
+    headers[OMITTED] = str(message.nbytes)
+    return Outgoing(b"", None, _encoded(headers))
 
 
-def _headers(message: Message, about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
+def _headers(message: Message, headers: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
     kept = tuple((name, value) for name, value in message.headers if not name.startswith(PREFIX))
-    return kept + _encoded(about)
+    return kept + _encoded(headers)
 
 
-def _encoded(about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
-    """As headers. A reason may quote half a character, which is written as `\\ud800`."""
-    return tuple((name, value.encode(errors="backslashreplace")) for name, value in about.items() if value)
+def _encoded(headers: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
+    """Return headers. A lone surrogate, which a reason may quote, is written as `\\ud800`."""
+    return tuple((name, value.encode(errors="backslashreplace")) for name, value in headers.items() if value)
 
 
 def _name_of(code: int) -> str:

@@ -1,4 +1,4 @@
-"""How a connector gets on: counts since its process started, and what its source says of itself."""
+"""Progress of a connector: counts since its process started, and the status of its source."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ _TEXT_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class LaneStanding:
-    """Where one lane is."""
+class PartitionProgress:
+    """Progress of one partition or shard."""
 
-    lane: str
+    name: str
     committed: str = ""
-    """Where it would go on after a restart; empty: nothing is committed yet."""
+    """Committed position, at which a restart continues; empty: nothing is committed yet."""
     lag: int | None = None
-    """Messages between there and its end; None: the source does not know."""
+    """Messages between the committed position and the end; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionStatus:
-    """Where a source is."""
+class SourceStatus:
+    """Status of a source."""
 
-    lanes: tuple[LaneStanding, ...] = ()
-    trouble: str = ""
-    """What it cannot do just now."""
+    partitions: tuple[PartitionProgress, ...] = ()
+    problem: str = ""
+    """Error that the source retries at the moment; empty: none."""
     lag_ms: int | None = None
-    """How old the newest message that was read is behind the end, where the source tells time instead of messages."""
+    """Lag behind the end in ms, for sources that report time instead of messages."""
 
     @property
     def lag(self) -> int | None:
-        """Messages that wait in all lanes held here; None: unknown."""
-        known = [lane.lag for lane in self.lanes if lane.lag is not None]
+        """Lag in messages of all partitions that are assigned here; None: unknown."""
+        known = [partition.lag for partition in self.partitions if partition.lag is not None]
         return sum(known) if known else None
 
 
 class Phase(StrEnum):
-    """What a connector does."""
+    """Phase of a connector."""
 
     STARTING = "starting"
     RUNNING = "running"
     WAITING = "waiting"
-    """Something is away, or failed: it tries again."""
+    """A dependency is unavailable or failed; the connector retries."""
 
 
-class Progress:
-    """Counts of one connector."""
+class ConnectorProgress:
+    """Progress of one connector: counts, phase and last error."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._standing: Callable[[], PartitionStatus] = PartitionStatus
+        self._status: Callable[[], SourceStatus] = SourceStatus
         self.phase = Phase.STARTING
         self.messages = 0
         self.answered = 0
@@ -67,12 +67,12 @@ class Progress:
     def settled(self) -> int:
         return self.answered + self.dead
 
-    def started(self, standing: Callable[[], PartitionStatus]) -> None:
-        self._standing = standing
+    def started(self, status: Callable[[], SourceStatus]) -> None:
+        self._status = status
         self.phase = Phase.RUNNING
 
     def stopped(self) -> None:
-        self._standing = PartitionStatus
+        self._status = SourceStatus
         self.phase = Phase.WAITING
 
     def received(self) -> None:
@@ -89,13 +89,13 @@ class Progress:
         else:
             self.answered += 1
 
-    def trouble(self, text: str) -> bool:
-        """Something went wrong. Says whether that is news."""
+    def record_error(self, text: str) -> bool:
+        """Record an error. Return True when it differs from the last one, or the connector was running."""
         is_news = text != self.error or self.phase is not Phase.WAITING
         self.phase = Phase.WAITING
         self.error, self.error_at = text[:_TEXT_CHARS], self._clock()
         return is_news
 
-    def standing(self) -> PartitionStatus:
-        """Where the source is."""
-        return self._standing()
+    def status(self) -> SourceStatus:
+        """Return the status of the source."""
+        return self._status()

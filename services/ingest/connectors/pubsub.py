@@ -1,9 +1,9 @@
 """Google Cloud Pub/Sub: a subscription as a source, a topic as a sink.
 
-    receive ──Pull(room)──> messages, each leased by the server ──settle──> acknowledged, in groups
-                              └── leases are extended as long as their jobs take
+    receive ──Pull(limit)──> messages, each leased by the server ──settle──> acknowledged, in groups
+                               └── leases are extended until their jobs end
 
-A message is asked for only when there is room for it, so nothing lies leased and waits. Order is not kept: Pub/Sub
+Messages are pulled only when there is capacity for them, so no leased message waits. Order is not kept: Pub/Sub
 acknowledges each message by itself.
 """
 
@@ -24,19 +24,19 @@ from mesh.rpc.interceptors import translate
 from mesh.rpc.limits import MESSAGE_BYTES
 from services.ingest.connectors.google_tokens import Tokens
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.progress import LaneStanding, PartitionStatus
+from services.ingest.connectors.progress import PartitionProgress, SourceStatus
 from services.ingest.group_commit import Group
 from shoal.errors import Code, Internal, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.remote.v1 import pubsub_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+# The server answers a pull when there are messages, or after a while without.
 _PULL_S = 60.0
-# The server answers a pull when there is something, or after a while without.
 _CALL_S = 15.0
 _ACK_S = 0.05
+# A newly pulled message has its subscription's deadline, at least 10 s, until its lease is extended.
 _EXTEND_S = 3.0
-# A message that was just pulled has its subscription's deadline, at least 10 s, until the next round.
 _BACKOFF_S = 1.0
 _IDS_AT_ONCE = 1_000
 _PULLED_AT_ONCE = 1_000
@@ -49,17 +49,17 @@ KEY = "shoal-key"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How Pub/Sub is reached."""
+    """Endpoint and credentials of Pub/Sub."""
 
     project: str
     endpoint: str
     tokens: Tokens | None = None
-    """None: nobody asks who calls: an emulator."""
+    """None: calls are not authenticated, as with an emulator."""
     plaintext: bool = False
 
 
 class Calls:
-    """The methods of google.pubsub.v1 that are called here."""
+    """Client of google.pubsub.v1."""
 
     def __init__(self, access: Access) -> None:
         self._tokens = access.tokens
@@ -74,7 +74,7 @@ class Calls:
         await self._channel.close()
 
     async def call(self, method: str, request: Any, response: type[Any], timeout_s: float, doing: str) -> Any:
-        """One answer. Raises ShoalError."""
+        """Call a method and return its response. Raises ShoalError."""
         stub: Any = self._channel.unary_unary(
             f"/google.pubsub.v1.{method}",
             request_serializer=type(request).SerializeToString,
@@ -91,19 +91,19 @@ class Calls:
 
 
 class PubSubSource:
-    """Pulls a subscription; other instances may pull it too."""
+    """Source that pulls a subscription; other instances may pull it too."""
 
     def __init__(self, access: Access, subscription: str, *, lease_s: int) -> None:
         self._access = access
         self._name = f"projects/{access.project}/subscriptions/{subscription}"
         self._subscription = subscription
         self._lease_s = lease_s
-        self._lane = Partition(subscription)
+        self._partition = Partition(subscription)
         self._leased: dict[str, None] = {}
         self._settled: list[str] = []
         self._count = 0
-        self._troubles: dict[str, str] = {}
-        """What each of its tasks cannot do, until it can."""
+        self._problems: dict[str, str] = {}
+        """Last error of each background task, until the task succeeds."""
 
     async def __aenter__(self) -> PubSubSource:
         self._calls = Calls(self._access)
@@ -115,10 +115,11 @@ class PubSubSource:
 
     async def __aexit__(self, *exc: object) -> None:
         await end(*self._tasks)
-        with contextlib.suppress(ShoalError):  # Whatever is not told in time is delivered again.
-            await self._tell_settled()
+        # A message that is not acknowledged in time is delivered again.
+        with contextlib.suppress(ShoalError):
+            await self._acknowledge_settled()
             await self._modify(list(self._leased), 0)
-        self._lane.lose()
+        self._partition.mark_revoked()
         await self._calls.close()
 
     async def receive(self, limit: int) -> Sequence[Message]:
@@ -138,21 +139,21 @@ class PubSubSource:
     def settle(self, message: Message) -> None:
         self._settled.append(message.handle)
 
-    def standing(self) -> PartitionStatus:
-        return PartitionStatus((LaneStanding(self._subscription),), next(iter(self._troubles.values()), ""))
+    def status(self) -> SourceStatus:
+        return SourceStatus((PartitionProgress(self._subscription),), next(iter(self._problems.values()), ""))
 
     def _message(self, received: Any) -> Message:
         self._count += 1
         self._leased[received.ack_id] = None
         message = received.message
         return Message(
-            lane=self._lane,
+            partition=self._partition,
             position=self._count,
-            place=f"{self._subscription}/{message.message_id}",
+            location=f"{self._subscription}/{message.message_id}",
             value=message.data,
             key=message.ordering_key.encode() or None,
             headers=tuple((name, value.encode()) for name, value in sorted(message.attributes.items())),
-            stamp=message.publish_time.ToMilliseconds(),
+            received_ms=message.publish_time.ToMilliseconds(),
             handle=received.ack_id,
         )
 
@@ -164,39 +165,39 @@ class PubSubSource:
     async def _acknowledge(self) -> None:
         while True:
             await asyncio.sleep(_ACK_S)
-            if self._settled and not await self._guarded("acknowledge", self._tell_settled()):
+            if self._settled and not await self._guarded("acknowledge", self._acknowledge_settled()):
                 await asyncio.sleep(_BACKOFF_S)
 
     async def _guarded(self, what: str, act: Any) -> bool:
         try:
             await act
         except ShoalError as err:
-            self._troubles[what] = err.message
+            self._problems[what] = err.message
             return False
-        self._troubles.pop(what, None)
+        self._problems.pop(what, None)
         return True
 
-    async def _tell_settled(self) -> None:
-        while some := self._settled[:_IDS_AT_ONCE]:
-            request = pb.PubSubAcknowledgeRequest(subscription=self._name, ack_ids=some)
+    async def _acknowledge_settled(self) -> None:
+        while ack_ids := self._settled[:_IDS_AT_ONCE]:
+            request = pb.PubSubAcknowledgeRequest(subscription=self._name, ack_ids=ack_ids)
             doing = f"acknowledging to {self._name}"
             await self._calls.call("Subscriber/Acknowledge", request, pb.PubSubEmpty, _CALL_S, doing)
-            del self._settled[: len(some)]
-            for ack_id in some:
+            del self._settled[: len(ack_ids)]
+            for ack_id in ack_ids:
                 self._leased.pop(ack_id, None)
 
     async def _modify(self, ack_ids: list[str], seconds: int) -> None:
         for first in range(0, len(ack_ids), _IDS_AT_ONCE):
-            some = ack_ids[first : first + _IDS_AT_ONCE]
+            group = ack_ids[first : first + _IDS_AT_ONCE]
             request = pb.PubSubModifyAckDeadlineRequest(
-                subscription=self._name, ack_deadline_seconds=seconds, ack_ids=some
+                subscription=self._name, ack_deadline_seconds=seconds, ack_ids=group
             )
             doing = f"extending leases of {self._name}"
             await self._calls.call("Subscriber/ModifyAckDeadline", request, pb.PubSubEmpty, _CALL_S, doing)
 
 
 class PubSubSink:
-    """Publishes to a topic. The headers of a message are its attributes."""
+    """Sink that publishes to a topic. The headers of a message become its attributes."""
 
     def __init__(self, access: Access, topic: str) -> None:
         self._access = access
@@ -235,7 +236,7 @@ class PubSubSink:
 
 
 def _attributes(message: Outgoing) -> dict[str, str]:
-    """The headers, within Pub/Sub's limits: what is too long is cut, what is too much left out, ours last of all."""
+    """Return the headers within Pub/Sub's limits: long values are cut, surplus headers dropped, Shoal's own last."""
     headers = [*message.headers] if message.key is None else [*message.headers, (KEY, message.key)]
     ours_first = sorted(headers, key=lambda header: not header[0].startswith("shoal-"))
     cut = [(name, value[:_VALUE_BYTES].decode(errors="ignore")) for name, value in ours_first]

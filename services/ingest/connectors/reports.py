@@ -1,7 +1,7 @@
-"""What connectors do, for people: each instance writes how its own get on, and any instance tells of all.
+"""Reports on connectors: each instance writes the progress of its own, and any instance lists all.
 
-Collection `connectors`: a document for each connector of each instance, rewritten every few seconds. One that is no
-longer rewritten is told as stale for a day, so that an instance that is gone is seen to be gone.
+Collection `connectors`: a document for each connector of each instance, rewritten every few seconds. A document that is
+no longer rewritten is listed as stale for a day, so that operators see that its instance stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from mesh.process.tasks import Background
 from services.ingest.clock import Clock
-from services.ingest.connectors.progress import LaneStanding, Phase, Progress
+from services.ingest.connectors.progress import ConnectorProgress, PartitionProgress, Phase
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ VALIDATOR: Mapping[str, Any] = {
 }
 _EVERY_S = 2.0
 _STALE = timedelta(seconds=10)
-_LANES = 1_000
-# Told of one connector: a document stays far below what MongoDB takes.
+# Limit on the partitions of one report, so that its document stays far below MongoDB's limit.
+_MAX_PARTITIONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """What a connector is, whatever it does."""
+class ConnectorInfo:
+    """Configuration of a connector, as reports show it."""
 
     name: str
     source: str
@@ -55,9 +55,9 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a connector got on at one instance."""
+    """Progress of a connector at one instance."""
 
-    about: About
+    info: ConnectorInfo
     instance: str
     phase: Phase
     messages: int
@@ -66,21 +66,21 @@ class Report:
     in_flight: int
     updated_at: datetime
     is_stale: bool = False
-    """The instance has not been heard of for a while."""
+    """True when the instance has not written for a while."""
     lag: int | None = None
     lag_ms: int | None = None
     error: str = ""
     error_at: datetime | None = None
-    lanes: tuple[LaneStanding, ...] = ()
+    partitions: tuple[PartitionProgress, ...] = ()
 
 
 class Reports(Background):
-    """Writes the reports of this instance until its block ends; reads those of all."""
+    """Writer of this instance's reports until its block ends, and reader of all reports."""
 
     def __init__(
         self,
         collection: AsyncCollection[Document],
-        own: Callable[[], Mapping[str, tuple[About, Progress]]],
+        own: Callable[[], Mapping[str, tuple[ConnectorInfo, ConnectorProgress]]],
         *,
         instance: str,
         clock: Clock,
@@ -93,15 +93,15 @@ class Reports(Background):
         self._ready = ready
 
     async def all(self, name: str = "") -> list[Report]:
-        """By name and instance; `name` narrows.
+        """Return the reports sorted by name and instance; `name` selects one connector.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
-        with translated("reading how connectors get on"):
+        with translated("reading the reports on connectors"):
             found = await self._collection.find({"name": name} if name else {}).to_list()
         now = self._clock()
-        return sorted((_report(each, now) for each in found), key=lambda each: (each.about.name, each.instance))
+        return sorted((_report(each, now) for each in found), key=lambda each: (each.info.name, each.instance))
 
     async def _run(self) -> None:
         await self._ready.wait()
@@ -109,25 +109,25 @@ class Reports(Background):
             try:
                 await self._write()
             except ShoalError as err:
-                log.warning("cannot tell how connectors get on: %s", err)
+                log.warning("cannot write the reports on connectors: %s", err)
             await asyncio.sleep(_EVERY_S)
 
     async def _write(self) -> None:
         documents = [
-            _document(self._instance, about, progress, self._clock()) for about, progress in self._own().values()
+            _document(self._instance, info, progress, self._clock()) for info, progress in self._own().values()
         ]
-        with translated("writing how connectors get on"):
+        with translated("writing the reports on connectors"):
             ids = [document["_id"] for document in documents]
-            # What an earlier process of this name had, and this one has not.
+            # Connectors of an earlier process of this instance that are no longer configured.
             await self._collection.delete_many({"instance": self._instance, "_id": {"$nin": ids}})
             for document in documents:
                 await self._collection.replace_one({"_id": document["_id"]}, document, upsert=True)
 
 
-def _document(instance: str, about: About, progress: Progress, now: datetime) -> Document:
-    standing = progress.standing()
+def _document(instance: str, info: ConnectorInfo, progress: ConnectorProgress, now: datetime) -> Document:
+    status = progress.status()
     return {
-        "_id": f"{instance}/{about.name}",
+        "_id": f"{instance}/{info.name}",
         "instance": instance,
         "phase": str(progress.phase),
         "messages": progress.messages,
@@ -135,18 +135,21 @@ def _document(instance: str, about: About, progress: Progress, now: datetime) ->
         "dead": progress.dead,
         "in_flight": progress.in_flight,
         "updated_at": now,
-        "lag": standing.lag,
-        "lag_ms": standing.lag_ms,
-        "error": standing.trouble or progress.error,
-        "error_at": now if standing.trouble else progress.error_at,
-        "lanes": [asdict(lane) for lane in standing.lanes[:_LANES]],
-        **asdict(about),
+        "lag": status.lag,
+        "lag_ms": status.lag_ms,
+        "error": status.problem or progress.error,
+        "error_at": now if status.problem else progress.error_at,
+        "lanes": [
+            {"lane": partition.name, "committed": partition.committed, "lag": partition.lag}
+            for partition in status.partitions[:_MAX_PARTITIONS]
+        ],
+        **asdict(info),
     }
 
 
 def _report(document: Document, now: datetime) -> Report:
     return Report(
-        about=About(**{name: document[name] for name in About.__slots__}),
+        info=ConnectorInfo(**{name: document[name] for name in ConnectorInfo.__slots__}),
         instance=document["instance"],
         phase=Phase(document["phase"]),
         messages=document["messages"],
@@ -159,5 +162,5 @@ def _report(document: Document, now: datetime) -> Report:
         lag_ms=document["lag_ms"],
         error=document["error"],
         error_at=document["error_at"],
-        lanes=tuple(LaneStanding(**lane) for lane in document["lanes"]),
+        partitions=tuple(PartitionProgress(lane["lane"], lane["committed"], lane["lag"]) for lane in document["lanes"]),
     )

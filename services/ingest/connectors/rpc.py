@@ -1,4 +1,4 @@
-"""The calls of IngestService that are about streams."""
+"""RPC methods of IngestService for streams and connectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class StreamsRpc:
-    """A part of the servicer."""
+    """Servicer mixin: RunStream and ListConnectors."""
 
     def __init__(self, run_streams: RunStreams, reports: Reports) -> None:
         self._run_streams = run_streams
@@ -31,17 +31,17 @@ class StreamsRpc:
 
 
 def _message(report: Report) -> pb.Connector:
-    about = report.about
+    info = report.info
     message = pb.Connector(
-        name=about.name,
+        name=info.name,
         instance=report.instance,
         phase=f"CONNECTOR_PHASE_{report.phase.name}",
-        source=about.source,
-        sink=about.sink,
-        dead_letters=about.dead_letters,
-        model_name=about.model_name,
-        model_version=about.model_version,
-        tenant=about.tenant,
+        source=info.source,
+        sink=info.sink,
+        dead_letters=info.dead_letters,
+        model_name=info.model_name,
+        model_version=info.model_version,
+        tenant=info.tenant,
         messages=report.messages,
         answered=report.answered,
         dead=report.dead,
@@ -51,7 +51,10 @@ def _message(report: Report) -> pb.Connector:
         last_error=report.error,
         updated_at=timestamp_of(report.updated_at),
         stale=report.is_stale,
-        lanes=[pb.ConnectorLane(lane=lane.lane, committed=lane.committed, lag=lane.lag) for lane in report.lanes],
+        lanes=[
+            pb.ConnectorLane(lane=partition.name, committed=partition.committed, lag=partition.lag)
+            for partition in report.partitions
+        ],
     )
     if report.error_at is not None:
         message.last_error_at.CopyFrom(timestamp_of(report.error_at))

@@ -1,4 +1,4 @@
-"""Secrets are not written in the file: it says where they are."""
+"""Secrets of the connector file, which refers to environment variables or files instead of containing them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 _ENV, _FILE = "env:", "file:"
 
 
-def revealed(value: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`value`; `env:NAME` is what the variable holds, `file:PATH` what the file does, less a last newline.
+def resolve_secret(value: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return `value`, or for `env:NAME` the variable's value, for `file:PATH` the file's text without its last newline.
 
     Raises:
         ValueError: the variable is not set, or the file cannot be read.

@@ -1,4 +1,4 @@
-"""The file of connectors: TOML, checked as a whole at start. What is wrong is named by its key.
+"""Connector file: TOML, validated as a whole at start. Each error names its key.
 
 [connectors.reviews]
 model = "sentiment"
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.ingest.connectors import tensors
-from services.ingest.connectors.secrets import revealed
+from services.ingest.connectors.secrets import resolve_secret
 from services.ingest.limits import (
     LABEL_CHARS,
     LABELS,
@@ -35,9 +35,9 @@ from services.ingest.limits import (
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 _OWN_LABELS = 2
 MOST = 100
-"""Connectors in one file: each has threads and connections."""
+"""Limit on the connectors of a file, because each has threads and connections."""
 
-Secret: TypeAlias = Annotated[str, AfterValidator(revealed)]
+Secret: TypeAlias = Annotated[str, AfterValidator(resolve_secret)]
 
 
 def _with_ports(brokers: str) -> str:
@@ -69,117 +69,118 @@ _KAFKA_FIXED = ("enable.auto.commit", "enable.auto.offset.store", "acks", "reque
 
 
 def _installed(package: str) -> Callable[[str], str]:
-    """Says at start, not at the first message, that the library of a kind is not there."""
+    """Return a validator that reports a missing library at start, instead of at the first message."""
 
     def check(kind: str) -> str:
-        if not _is_there(package):
+        if not _is_installed(package):
             raise ValueError(f"{kind} needs a library that is not installed: pip install 'shoal[{kind}]'")
         return kind
 
     return check
 
 
-def _is_there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # The package around it is not there.
+    except ModuleNotFoundError:
+        # The parent package is not installed.
         return False
 
 
-class SettingsPart(BaseModel):
-    """A table of the file: a key that it does not know is an error."""
+class TableSettings(BaseModel):
+    """Table of the file; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class KafkaSink(SettingsPart):
-    """A topic that is written to."""
+class KafkaSink(TableSettings):
+    """Kafka topic that is written."""
 
     kind: Annotated[Literal["kafka"], AfterValidator(_installed("confluent_kafka"))]
     brokers: Brokers
     topic: Topic
     options: Options = {}
-    """librdkafka's, such as `security.protocol`; a value may be `env:NAME` or `file:PATH`."""
+    """Options of librdkafka, such as `security.protocol`; a value may be `env:NAME` or `file:PATH`."""
 
     @property
-    def words(self) -> str:
-        """What people call it."""
+    def label(self) -> str:
+        """Name in messages and reports."""
         return f"{self.kind} {self.topic}"
 
     @field_validator("options", mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        return {key: _option(key, value) for key, value in given.items()} if isinstance(given, dict) else given
+    def _resolved(cls, options: Any) -> Any:
+        return {key: _option(key, value) for key, value in options.items()} if isinstance(options, dict) else options
 
     @field_validator("options")
     @classmethod
-    def _taken(cls, given: Options) -> Options:
-        _try(given, "Producer")
-        return given
+    def _accepted(cls, options: Options) -> Options:
+        _check_options(options, "Producer")
+        return options
 
 
 class KafkaSource(KafkaSink):
-    """A topic that is read, as a member of a group."""
+    """Kafka topic that is read, as a member of a group."""
 
     group: Annotated[str, Field(min_length=1, max_length=255)]
     start: Literal["earliest", "latest"] = "earliest"
-    """Where a group begins that has committed nothing yet."""
+    """Start of a group that has committed nothing yet."""
 
     @field_validator("options")
     @classmethod
-    def _taken(cls, given: Options) -> Options:
-        _try({**given, "group.id": "none"}, "Consumer")
-        return given
+    def _accepted(cls, options: Options) -> Options:
+        _check_options({**options, "group.id": "none"}, "Consumer")
+        return options
 
-    def reads(self, end: SettingsPart) -> bool:
-        """Whether what is written to `end` comes back here."""
+    def reads(self, end: TableSettings) -> bool:
+        """Return True when messages written to `end` are read by this source."""
         return isinstance(end, KafkaSink) and end.topic == self.topic and _share_a_broker(self, end)
 
-    def shares_with(self, other: SettingsPart) -> bool:
-        """Whether each message comes to one of the two only."""
+    def shares_with(self, other: TableSettings) -> bool:
+        """Return True when each message is delivered to only one of the two sources."""
         return isinstance(other, KafkaSource) and other.group == self.group and self.reads(other)
 
 
-class KinesisSink(SettingsPart):
-    """A stream that is written to. Keys are found as AWS' own tools find them."""
+class KinesisSink(TableSettings):
+    """Kinesis stream that is written. Credentials are found as AWS' own tools find them."""
 
     kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
     stream: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     region: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
     endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
-    """Another server than AWS' own."""
+    """URL of a server other than AWS' own."""
 
     @property
-    def words(self) -> str:
-        """What people call it."""
+    def label(self) -> str:
+        """Name in messages and reports."""
         return f"{self.kind} {self.stream}"
 
 
 class KinesisSource(KinesisSink):
-    """A stream that is read, its shards shared with other instances."""
+    """Kinesis stream that is read; its shards are shared with other instances."""
 
     start: Literal["earliest", "latest"] = "earliest"
-    """Where a shard is begun that has no checkpoint yet."""
+    """Start of a shard that has no checkpoint yet."""
     lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 10_000
-    """Shards of an instance that is not heard of for so long go to others."""
+    """Lease of a shard; after it, the shards of a dead instance go to others."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
-    """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
+    """Poll interval of an empty shard. Kinesis allows five reads a second and shard, by all readers together."""
 
-    def reads(self, end: SettingsPart) -> bool:
-        """Whether what is written to `end` comes back here."""
+    def reads(self, end: TableSettings) -> bool:
+        """Return True when records written to `end` are read by this source."""
         return isinstance(end, KinesisSink) and (end.stream, end.region, end.endpoint) == (
             self.stream,
             self.region,
             self.endpoint,
         )
 
-    def shares_with(self, other: SettingsPart) -> bool:
-        """Whether each record comes to one of the two only: no, each connector has checkpoints of its own."""
+    def shares_with(self, other: TableSettings) -> bool:
+        """Return False: each connector has its own checkpoints, so each reads all records."""
         return False
 
 
-class PubSubEnd(SettingsPart):
-    """A project of Google Cloud. Credentials are found as Google's own tools find them."""
+class PubSubEnd(TableSettings):
+    """Project of Google Cloud. Credentials are found as Google's own tools find them."""
 
     kind: Annotated[Literal["pubsub"], AfterValidator(_installed("google.auth"))]
     project: Annotated[str, Field(pattern=r"^[a-z0-9.:-]{1,100}$")]
@@ -189,29 +190,29 @@ class PubSubEnd(SettingsPart):
 
 
 class PubSubSink(PubSubEnd):
-    """A topic that is written to."""
+    """Pub/Sub topic that is written."""
 
     topic: Annotated[str, Field(pattern=_PUBSUB_NAME)]
 
     @property
-    def words(self) -> str:
-        """What people call it."""
+    def label(self) -> str:
+        """Name in messages and reports."""
         return f"{self.kind} {self.topic}"
 
 
 class PubSubSource(PubSubEnd):
-    """A subscription that is pulled."""
+    """Pub/Sub subscription that is pulled."""
 
     subscription: Annotated[str, Field(pattern=_PUBSUB_NAME)]
     lease_s: Annotated[int, Field(ge=1, le=600)] = 60
-    """For how long a message is leased, again and again: so long after a kill it is free."""
+    """Lease of a message, which is renewed until its job ends; after a kill the message is free when it lapses."""
 
-    def reads(self, end: SettingsPart) -> bool:
-        """Whether what is written to `end` comes back here: a subscription does not say of which topic it is."""
+    def reads(self, end: TableSettings) -> bool:
+        """Return False: the topic of a subscription is unknown."""
         return False
 
-    def shares_with(self, other: SettingsPart) -> bool:
-        """Whether each message comes to one of the two only."""
+    def shares_with(self, other: TableSettings) -> bool:
+        """Return True when each message is delivered to only one of the two sources."""
         return isinstance(other, PubSubSource) and (other.project, other.subscription, other.endpoint) == (
             self.project,
             self.subscription,
@@ -219,8 +220,8 @@ class PubSubSource(PubSubEnd):
         )
 
     @property
-    def words(self) -> str:
-        """What people call it."""
+    def label(self) -> str:
+        """Name in messages and reports."""
         return f"{self.kind} {self.subscription}"
 
 
@@ -228,8 +229,8 @@ Source: TypeAlias = Annotated[KafkaSource | KinesisSource | PubSubSource, Field(
 Sink: TypeAlias = Annotated[KafkaSink | KinesisSink | PubSubSink, Field(discriminator="kind")]
 
 
-class Retry(SettingsPart):
-    """As a job's retry policy."""
+class Retry(TableSettings):
+    """Retry policy of the jobs."""
 
     attempts: Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)] = 5
     initial_backoff_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 200
@@ -242,37 +243,37 @@ class Retry(SettingsPart):
         return self
 
 
-class ConnectorSettings(SettingsPart):
-    """One connector."""
+class ConnectorSettings(TableSettings):
+    """Table of one connector."""
 
     model: Annotated[str, Field(min_length=1, max_length=MODEL_NAME_CHARS)]
     version: Annotated[str, Field(max_length=MODEL_VERSION_CHARS)] = ""
-    """Empty: whichever the server chooses."""
+    """Empty: the version that the server chooses."""
     source: Source
     sink: Sink | None = None
-    """Where answers go; none: they only lie in the store."""
+    """Destination of answers; None: the answers are only in the store."""
     dead_letters: Sink
-    """Where messages go that have no answer, with the reason. Required: nothing is dropped silently."""
+    """Destination of messages without an answer, with the reason. Required, so that no message is lost silently."""
     format: Literal["json", "record", "bytes", "protobuf"] = "json"
-    """How messages are read."""
+    """Format of messages."""
     writes: Literal["json", "protobuf"] = "json"
-    """How answers are written."""
+    """Format of answers."""
     inputs: Mapping[str, str] = {}
     """record: the datatype of each input. bytes: the one input that gets the message, as BYTES."""
     tenant: Annotated[str, Field(max_length=TENANT_CHARS)] = ""
     labels: Mapping[Annotated[str, Field(max_length=LABEL_CHARS)], Annotated[str, Field(max_length=LABEL_CHARS)]] = {}
     retry: Retry = Retry()
     deadline_s: Annotated[float, Field(gt=0, le=86_400 * 3_660)] | None = None
-    """A message's job expires without an answer so long after it was taken; none: never."""
+    """Time after its submission at which a message's job expires without an answer; None: never."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
-    """Messages under way, of one ingest instance. 1 keeps their order."""
+    """Limit on messages in flight, for each ingest instance. 1 keeps their order."""
     max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 32 << 20
-    """The same in bytes; a larger message passes alone."""
+    """Limit on bytes in flight, for each ingest instance; a larger message passes alone."""
 
     @field_validator("deadline_s", mode="before")
     @classmethod
-    def _whole(cls, given: Any) -> Any:
-        return float(given) if type(given) is int else given
+    def _as_float(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _fits(self) -> ConnectorSettings:
@@ -288,17 +289,17 @@ class ConnectorSettings(SettingsPart):
         for name, end in (("sink", self.sink), ("dead_letters", self.dead_letters)):
             if end is not None and self.source.reads(end):
                 raise ValueError(
-                    f"{name}: {end.words} is the source: what is written there would be read again, for ever"
+                    f"{name}: {end.label} is the source: messages written there would be read again, for ever"
                 )
-        if taken := {"connector", "source"} & self.labels.keys():
-            raise ValueError(f"labels: {', '.join(sorted(taken))} is set by the connector itself")
+        if reserved := {"connector", "source"} & self.labels.keys():
+            raise ValueError(f"labels: {', '.join(sorted(reserved))} is set by the connector itself")
         if len(self.labels) > LABELS - _OWN_LABELS:
             raise ValueError(f"labels: at most {LABELS - _OWN_LABELS}, got {len(self.labels)}")
         return self
 
 
-class File(SettingsPart):
-    """The whole file."""
+class File(TableSettings):
+    """Root table of the file."""
 
     connectors: Annotated[
         dict[Annotated[str, Field(pattern=NAME)], ConnectorSettings], Field(min_length=1, max_length=MOST)
@@ -306,21 +307,21 @@ class File(SettingsPart):
 
     @field_validator("connectors")
     @classmethod
-    def _each_reads_all(cls, given: dict[str, ConnectorSettings]) -> dict[str, ConnectorSettings]:
-        for (name, one), (other, another) in itertools.combinations(given.items(), 2):
+    def _each_reads_all(cls, tables: dict[str, ConnectorSettings]) -> dict[str, ConnectorSettings]:
+        for (name, one), (other, another) in itertools.combinations(tables.items(), 2):
             if one.source.shares_with(another.source):
                 raise ValueError(
-                    f"{name} and {other} read {one.source.words} as one, so each message would reach only one of them: "
+                    f"{name} and {other} read {one.source.label} as one, so each message would reach only one of them: "
                     "give each a group, or subscription, of its own"
                 )
-        return given
+        return tables
 
 
 def read(path: Path) -> dict[str, ConnectorSettings]:
-    """The connectors of a file, by name.
+    """Return the connectors of a file, by name.
 
     Raises:
-        ValueError: it cannot be read, or is wrong; one line for each mistake, with its key.
+        ValueError: the file cannot be read, or is invalid; one line for each error, with its key.
     """
     try:
         document = tomllib.loads(path.read_text())
@@ -332,10 +333,10 @@ def read(path: Path) -> dict[str, ConnectorSettings]:
 
 
 def of_document(document: Mapping[str, Any]) -> dict[str, ConnectorSettings]:
-    """The connectors of a file that was parsed.
+    """Return the connectors of a parsed file, by name.
 
     Raises:
-        ValueError: it is wrong; one line for each mistake, with its key.
+        ValueError: the document is invalid; one line for each error, with its key.
     """
     try:
         return File.model_validate(document).connectors
@@ -351,34 +352,35 @@ def _share_a_broker(one: KafkaSink, other: KafkaSink) -> bool:
 
 def _option(key: str, value: Any) -> str:
     if key in _KAFKA_OWN:
-        raise ValueError(f"{key} is not given here: it is the key {_KAFKA_OWN[key]}")
+        raise ValueError(f"{key} is not an option here: set the key {_KAFKA_OWN[key]}")
     if key in _KAFKA_FIXED:
-        raise ValueError(f"{key} cannot be changed: that nothing is lost rests on it")
+        raise ValueError(f"{key} cannot be changed: without it messages could be lost")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{key}: expected a text, a number, true or false")
-    return revealed(value)
+    return resolve_secret(value)
 
 
-def _try(options: Options, client: str) -> None:
-    """Has the library look at options: made with no broker, a client asks nobody."""
-    if not _is_there("confluent_kafka"):
-        return  # Which is said of the kind.
+def _check_options(options: Options, client: str) -> None:
+    """Validate options with the library, by making a client without brokers, which connects nowhere."""
+    # A missing library is reported by the validator of `kind`.
+    if not _is_installed("confluent_kafka"):
+        return
     import confluent_kafka
 
     try:
         getattr(confluent_kafka, client)({**options, "log_level": "0"})
     except (confluent_kafka.KafkaException, TypeError, ValueError) as err:
-        said = err.args[0]
-        raise ValueError(said.str() if isinstance(said, confluent_kafka.KafkaError) else str(said)) from None
+        cause = err.args[0]
+        raise ValueError(cause.str() if isinstance(cause, confluent_kafka.KafkaError) else str(cause)) from None
 
 
 def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
     steps = [str(step) for step in loc]
-    # A union of tables names the kind as a step of its own, and a key that is wrong is marked.
+    # pydantic adds a step with the kind for a union of tables, and marks an invalid key with a step "[key]".
     path = ".".join(
         step
         for before, step in zip(["", *steps], steps, strict=False)

@@ -1,8 +1,8 @@
-"""Which shards of a Kinesis stream an instance should hold. Plain functions of what is known and the time.
+"""Assignment of a Kinesis stream's shards to instances. Pure functions of the known state and the time.
 
-a shard may be read      when its parents are read to their end (or are gone): resharding keeps the order of a key
-it is free               when nobody holds it, or its holder was not heard of until its lease lapsed
-an instance's fair share a part of the shards that may be read; who holds more gives some back
+a shard is readable      when its parents are read to their end (or are deleted), so that the order of a key is kept
+a shard is free          when no instance holds it, or its holder's lease has lapsed
+fair share               readable shards divided by live instances; an instance that holds more releases the surplus
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard, as Kinesis lists it."""
+    """Shard, as Kinesis lists it."""
 
     id: str
     parents: tuple[str, ...] = ()
     is_closed: bool = False
-    """It was split or merged: it gets no more records, and has an end."""
+    """True once the shard was split or merged: it gets no more records."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How far a shard is read, and who reads it."""
+    """Position up to which a shard is settled, and the lease of its reader."""
 
     shard: str
     sequence: str = ""
-    """All up to this record are settled; empty: none yet."""
+    """Sequence number up to which all records are settled; empty: none yet."""
     is_finished: bool = False
-    """Read to the end of a closed shard."""
+    """True once a closed shard is read to its end."""
     owner: str = ""
     expires_at: datetime | None = None
     began_at: datetime | None = None
-    """Where it was begun with its latest record: by Kinesis' clock, at or before that record."""
+    """Time, by Kinesis' clock, from which a shard is read that was started at its latest record."""
 
     def is_held(self, now: datetime) -> bool:
         return bool(self.owner) and self.expires_at is not None and now < self.expires_at
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
-    """What an instance should do about its shards."""
+class ShardChanges:
+    """Shards that an instance should acquire and release."""
 
-    take: tuple[str, ...] = ()
-    give_back: tuple[str, ...] = ()
+    acquire: tuple[str, ...] = ()
+    release: tuple[str, ...] = ()
 
 
 def readable(shards: Sequence[Shard], checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """The shards that are not finished, and whose parents are. Sorted."""
+    """Return the shards that are not finished and whose parents are, sorted."""
     listed = {shard.id for shard in shards}
     finished = {shard for shard, checkpoint in checkpoints.items() if checkpoint.is_finished}
     return sorted(
@@ -57,7 +57,7 @@ def readable(shards: Sequence[Shard], checkpoints: Mapping[str, Checkpoint]) -> 
     )
 
 
-def moves(
+def plan_changes(
     shards: Sequence[Shard],
     checkpoints: Mapping[str, Checkpoint],
     *,
@@ -65,24 +65,29 @@ def moves(
     others: Collection[str],
     held: Collection[str],
     now: datetime,
-) -> Moves:
-    """What instance `me`, which reads `held`, should take and give back. `others` are the instances that live."""
+) -> ShardChanges:
+    """Return the shards that instance `me`, which reads `held`, should acquire and release.
+
+    `others` are the other live instances.
+    """
     candidates = readable(shards, checkpoints)
     workers = len(set(others) | {me})
     share = -(-len(candidates) // workers)
     mine = sorted(set(held) & set(candidates))
     if len(mine) > share:
-        return Moves(give_back=tuple(mine[share:]))
+        return ShardChanges(release=tuple(mine[share:]))
     free = [shard for shard in candidates if shard not in held and _is_free(checkpoints.get(shard), me, now)]
-    return Moves(take=tuple(free[: share - len(mine)]))
+    return ShardChanges(acquire=tuple(free[: share - len(mine)]))
 
 
 def _is_free(checkpoint: Checkpoint | None, me: str, now: datetime) -> bool:
-    # What `me` does not read and yet holds, a killed process of the same name has held.
+    # A shard that `me` holds and does not read was held by a killed process of the same name.
     return checkpoint is None or checkpoint.owner == me or not checkpoint.is_held(now)
 
 
-def starts_at_the_beginning(shard: Shard, checkpoints: Mapping[str, Checkpoint]) -> bool:
-    """Whether a shard without checkpoint is read from its beginning, wherever the connector began with the stream:
-    what was written to it after its parents is not to be missed."""
+def reads_from_start(shard: Shard, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Return True when a shard without checkpoint is read from its beginning, whatever the configured start.
+
+    A child of a shard that was read is such a shard: its records follow those of its parent.
+    """
     return any(parent in checkpoints for parent in shard.parents)

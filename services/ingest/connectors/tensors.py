@@ -1,4 +1,4 @@
-"""Tensors of the inference protocol, to and from what JSON can say.
+"""Conversion of tensors of the inference protocol to and from JSON values.
 
 Format: the "data" of https://github.com/kserve/open-inference-protocol (REST): elements in row-major order, flat or
 nested. Beyond JSON: "NaN", "Infinity" and "-Infinity" as texts; BYTES that are not UTF-8 as base64, with the tensor's
@@ -24,10 +24,10 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def check_datatype(what: str, datatype: object) -> str:
-    """`datatype`, when it is one that JSON can say.
+    """Return `datatype` when JSON can represent it.
 
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: the datatype is unknown, or has no JSON form.
     """
     if datatype in DATATYPES:
         return str(datatype)
@@ -35,10 +35,10 @@ def check_datatype(what: str, datatype: object) -> str:
 
 
 def raw_of(what: str, datatype: str, elements: Sequence[Any], *, is_base64: bool = False) -> bytes:
-    """The raw contents of a tensor with these elements, row-major.
+    """Return the raw contents of a tensor with these elements, row-major.
 
     Raises:
-        InvalidArgument: an element does not fit `datatype`; the message says which.
+        InvalidArgument: an element does not fit `datatype`; the message names it.
     """
     if datatype == "BYTES":
         return pack_bytes(_bytes_of(what, index, element, is_base64) for index, element in enumerate(elements))
@@ -52,15 +52,15 @@ def raw_of(what: str, datatype: str, elements: Sequence[Any], *, is_base64: bool
 
 
 def flat(what: str, data: object, depth: int = 0) -> tuple[list[Any], list[int]]:
-    """The elements of nested lists in row-major order, and their shape.
+    """Return the elements of nested lists in row-major order, and their shape.
 
     Raises:
-        InvalidArgument: rows differ in length or depth, or lists lie deeper than any tensor's.
+        InvalidArgument: rows differ in length or depth, or the lists are nested too deeply.
     """
     if not isinstance(data, list):
         return [data], []
     if depth > 32:
-        raise InvalidArgument(f"{what}: lists lie more than 32 deep in one another")
+        raise InvalidArgument(f"{what}: lists are nested more than 32 deep")
     elements: list[Any] = []
     inner: list[int] | None = None
     for row in data:
@@ -73,17 +73,17 @@ def flat(what: str, data: object, depth: int = 0) -> tuple[list[Any], list[int]]
 
 
 def elements_of(what: str, datatype: str, array: Array) -> tuple[list[Any], bool]:
-    """The elements of a tensor, row-major, as JSON can say them, and whether they are base64.
+    """Return the elements of a tensor as JSON values, row-major, and whether they are base64.
 
     Raises:
-        InvalidArgument: JSON cannot say the datatype.
+        InvalidArgument: the datatype has no JSON form.
     """
     check_datatype(what, datatype)
     elements = array.reshape(-1).tolist()
     if datatype == "BYTES":
         return _texts(elements)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return [_said(element) for element in elements], False
+        return [_json_number(element) for element in elements], False
     return elements, False
 
 
@@ -125,7 +125,7 @@ def _texts(elements: Sequence[bytes]) -> tuple[list[Any], bool]:
         return [base64.b64encode(element).decode() for element in elements], True
 
 
-def _said(element: float) -> float | str:
+def _json_number(element: float) -> float | str:
     if math.isfinite(element):
         return element
     return "NaN" if math.isnan(element) else "Infinity" if element > 0 else "-Infinity"

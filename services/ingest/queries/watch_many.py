@@ -182,7 +182,11 @@ def _token(position: StreamPosition, filter_: JobFilter) -> str:
 
 def _read_token(token: str, filter_: JobFilter) -> StreamPosition:
     document = change_tokens.decode(token)
-    log, listed, reported = change_tokens.validated(document.get("log")), document.get("listed"), document.get("told", 0)
+    log, listed, reported = (
+        change_tokens.validated(document.get("log")),
+        document.get("listed"),
+        document.get("told", 0),
+    )
     is_listed = listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))
     if not is_listed or type(reported) is not int or not 0 <= reported <= _MOST_AT_ONCE:
         raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from services.ingest.batches.batch import Batch, BatchState, BatchStep, Format
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import InputLocations
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.inputs.locations import InputLocations
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
-DOUBLE = Signature((Spec("x", "FP32", (4,)),), (Spec("y", "FP32", (4,)),), 8)
+DOUBLE = Signature((TensorSpec("x", "FP32", (4,)),), (TensorSpec("y", "FP32", (4,)),), 8)
 
 
 def batch(folder: Path, **fields: Any) -> Batch:
@@ -39,13 +39,13 @@ def batch(folder: Path, **fields: Any) -> Batch:
     return Batch(**made)
 
 
-def places() -> InputLocations:
+def locations() -> InputLocations:
     return InputLocations(["file:///"])
 
 
 def listing(folder: Path, urls: Sequence[str]) -> Any:
     """The entry of a listing of `urls`, as a batch pins it."""
-    where = places()
+    where = locations()
     (folder / "out").mkdir(exist_ok=True)
     path = folder / "out" / "_inputs.jsonl"
     path.write_bytes(b"".join(line_of(where.stat(url)) for url in urls))

@@ -17,8 +17,8 @@ from pymongo import AsyncMongoClient
 
 from services.ingest.batches.batch import Chunk
 from services.ingest.batches.documents import chunk_document
+from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
-from services.ingest.batches.inputs.places import Entry
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.batches.conftest import LEASE, BatchClient, BatchMesh
@@ -181,7 +181,7 @@ async def test_a_chunk_that_kills_whoever_runs_it_ends_its_batch(
     batch = await client.submit_batch(write_input("jsonl", tmp_path, x), f"file://{tmp_path}/out", chunk_rows=10)
     ended = await client.batch_ended(batch.id, within_s=150)
     assert ended.state == pb.BATCH_STATE_FAILED
-    assert "rows 0 to 9: they were begun 8 times" in ended.message
+    assert "rows 0 to 9: they were started 8 times" in ended.message
     # Others died with it, until it was run by itself.
     assert len(beside) == 8
     assert any(beside[:4])

@@ -21,16 +21,16 @@ from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs import json_lines, npz_rows, ranged
 from services.ingest.batches.inputs.arrow_cells import cells_of
 from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
-from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
-from services.ingest.batches.opening import Readers, read_pinned
 from services.ingest.batches.plan import plan
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.readers import ReaderCache, read_pinned
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
-from tests.ingest.batches.making import DOUBLE, batch, listing, places, write_lines, write_npz, write_parquet
+from tests.ingest.batches.making import DOUBLE, batch, listing, locations, write_lines, write_npz, write_parquet
 
 X = np.arange(28, dtype=np.float32).reshape(7, 4)
 
@@ -56,7 +56,7 @@ def files_of_x(folder: Path) -> dict[str, str]:
 
 
 def open_rows(kind: str, url: str) -> Rows:
-    file = places().open(places().stat(url))
+    file = locations().open(locations().stat(url))
     columns = frozenset({"x"})
     if kind == "jsonl":
         return JsonLines(file, columns)
@@ -238,7 +238,7 @@ def test_objects_are_rows_and_one_that_is_gone_fails_alone(tmp_path: Path) -> No
     entry = listing(tmp_path, urls)
     (folder / "2.bin").unlink()
     (folder / "3.bin").write_bytes(b"another")
-    where = places()
+    where = locations()
     rows = ObjectRows(where.open(entry), lambda one: read_pinned(where, one))
     rows.seek(0, 0)
     piece = rows.read(10)
@@ -255,12 +255,12 @@ def chunks_of(one: Batch, where: InputLocations, tail: Chunk | None = None) -> l
 
 def rows_read(one: Batch, chunks: list[Chunk]) -> Iterator[tuple[int, float]]:
     """The number of each row, and the first value of its x."""
-    readers = Readers(places())
+    readers = ReaderCache(locations())
     for chunk in chunks:
-        rows = readers.take(one, chunk)
+        rows = readers.acquire(one, chunk)
         for n, cell in enumerate(all_of(rows, chunk.span.rows)):
             yield chunk.first + n, cell[0]
-        readers.keep(one, chunk, rows)
+        readers.release(one, chunk, rows)
     readers.close()
 
 
@@ -271,10 +271,10 @@ def test_a_plan_goes_on_after_any_of_its_chunks(kind: str, chunk_rows: int, tmp_
     form = Format.NPZ if kind == "packed" else Format(kind)
     pinned = listing(tmp_path, [url, url])
     one = batch(tmp_path, format=form, listing=pinned, chunk_rows=chunk_rows)
-    chunks = chunks_of(one, places())
+    chunks = chunks_of(one, locations())
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
     for n, tail in enumerate(chunks):
-        assert chunks_of(one, places(), tail) == chunks[n + 1 :]
+        assert chunks_of(one, locations(), tail) == chunks[n + 1 :]
     expected = [(n, float(X[n % 7][0])) for n in range(14)]
     assert list(rows_read(one, chunks)) == expected
     assert sorted(rows_read(one, chunks[::-1])) == expected
@@ -283,10 +283,10 @@ def test_a_plan_goes_on_after_any_of_its_chunks(kind: str, chunk_rows: int, tmp_
 def test_a_file_that_changed_since_it_was_pinned_is_found_out(tmp_path: Path) -> None:
     url = files_of_x(tmp_path)["jsonl"]
     one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
-    chunks = chunks_of(one, places())
+    chunks = chunks_of(one, locations())
     write_lines(tmp_path / "in.jsonl", [{"x": [0, 0, 0, 0]}] * 9)
     with pytest.raises(DataLoss, match="has changed"):
-        chunks_of(one, places())
+        chunks_of(one, locations())
     with pytest.raises(DataLoss, match=r"in\.jsonl has changed"):
         list(rows_read(one, chunks))
 
@@ -294,20 +294,20 @@ def test_a_file_that_changed_since_it_was_pinned_is_found_out(tmp_path: Path) ->
 def test_a_reader_that_is_kept_sees_no_change_without_a_word(tmp_path: Path) -> None:
     url = files_of_x(tmp_path)["jsonl"]
     one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
-    chunks, readers = chunks_of(one, places()), Readers(places())
-    readers.keep(one, chunks[0], readers.take(one, chunks[0]))
-    rows = readers.take(one, chunks[1])
+    chunks, readers = chunks_of(one, locations()), ReaderCache(locations())
+    readers.release(one, chunks[0], readers.acquire(one, chunks[0]))
+    rows = readers.acquire(one, chunks[1])
     write_lines(tmp_path / "in.jsonl", [{"x": [0, 0, 0, 0]}] * 9)
     with pytest.raises(DataLoss, match="has changed"):
-        readers.keep(one, chunks[1], rows)
+        readers.release(one, chunks[1], rows)
     with pytest.raises(DataLoss, match="has changed"):
-        readers.take(one, chunks[0])
+        readers.acquire(one, chunks[0])
 
 
 def test_a_file_that_is_gone_is_said(tmp_path: Path) -> None:
     url = files_of_x(tmp_path)["jsonl"]
     one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
-    chunks = chunks_of(one, places())
+    chunks = chunks_of(one, locations())
     (tmp_path / "in.jsonl").unlink()
     with pytest.raises(NotFound):
         list(rows_read(one, chunks))
@@ -318,16 +318,16 @@ def test_a_second_file_that_is_unfit_is_named(tmp_path: Path) -> None:
     bad = write_parquet(tmp_path / "bad.parquet", {"x": ["a", "b"]})
     one = batch(tmp_path, format=Format.PARQUET, listing=listing(tmp_path, [good, bad]))
     with pytest.raises(InvalidArgument, match=r"bad\.parquet: column 'x' holds string, and the model takes x FP32"):
-        chunks_of(one, places())
+        chunks_of(one, locations())
 
 
 def test_a_file_that_says_it_has_rows_without_end_is_refused(tmp_path: Path) -> None:
     url = write_npz(tmp_path / "endless.npz", x=np.zeros((10**18, 0), np.float32))
     assert (tmp_path / "endless.npz").stat().st_size < 1_000
-    rows = Signature((Spec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
+    rows = Signature((TensorSpec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
     one = batch(tmp_path, format=Format.NPZ, listing=listing(tmp_path, [url]), signature=rows)
-    with pytest.raises(InvalidArgument, match=r"endless\.npz: it says that it has 10{18} rows"):
-        next(plan(places(), one, None))
+    with pytest.raises(InvalidArgument, match=r"endless\.npz: the file claims 10{18} rows"):
+        next(plan(locations(), one, None))
 
 
 def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:
         (Format.PARQUET, write_parquet(tmp_path / "a.parquet", {"x": pa.array([], pa.list_(pa.float32()))})),
         (Format.NPZ, write_npz(tmp_path / "a.npz", x=np.zeros((0, 4), np.float32))),
     ):
-        assert chunks_of(batch(tmp_path, format=form, listing=listing(tmp_path, [url])), places()) == []
+        assert chunks_of(batch(tmp_path, format=form, listing=listing(tmp_path, [url])), locations()) == []
 
 
 @pytest.mark.parametrize(
@@ -388,12 +388,12 @@ def test_files_are_listed_in_the_order_of_their_paths_without_hidden_ones(tmp_pa
     for name in ("b/2", "a", "b/1", ".hidden", "c/.git/x", "d"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = [entry.url.removeprefix(f"file://{tmp_path}/") for entry in places().list(f"file://{tmp_path}/")]
+    found = [entry.url.removeprefix(f"file://{tmp_path}/") for entry in locations().list(f"file://{tmp_path}/")]
     assert found == ["a", "b/1", "b/2", "d"]
 
 
 def test_what_is_put_is_whole_and_may_be_new_only(tmp_path: Path) -> None:
-    where, url = places(), f"file://{tmp_path}/deep/er/x"
+    where, url = locations(), f"file://{tmp_path}/deep/er/x"
     where.put(url, b"1", only_new=True)
     with pytest.raises(AlreadyExists):
         where.put(url, b"2", only_new=True)
@@ -406,7 +406,7 @@ def test_what_is_put_is_whole_and_may_be_new_only(tmp_path: Path) -> None:
 
 
 def test_publishing_twice_is_publishing_once(tmp_path: Path) -> None:
-    where = places()
+    where = locations()
     staged, final = f"file://{tmp_path}/_staging/p", f"file://{tmp_path}/p"
     where.put(staged, b"part")
     where.publish(staged, final)
@@ -429,8 +429,8 @@ def test_a_ranged_file_reads_as_one_in_memory_does(size: int, steps: list[tuple[
 def test_an_entry_of_another_version_is_another_entry(tmp_path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=tmp_path) as file:
         url = f"file://{file.name}"
-        before = places().stat(url)
+        before = locations().stat(url)
         Path(file.name).write_text(json.dumps([1]))
-        assert places().stat(url) != before
+        assert locations().stat(url) != before
         assert isinstance(before, Entry)
     assert replace(Span(0, 1), end=2).end == 2

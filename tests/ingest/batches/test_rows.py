@@ -22,45 +22,45 @@ from services.ingest.batches.mapping import (
     map_columns,
     object_columns,
 )
-from services.ingest.batches.opening import rows_of
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.outputs.part import OutputPart
-from services.ingest.batches.outputs.written import About, Dead
+from services.ingest.batches.outputs.part_summary import RowError, RowOrigins
+from services.ingest.batches.readers import rows_of
 from services.ingest.batches.rows.fitting import fit
-from services.ingest.batches.rows.signature import Signature, Spec, signature_of
+from services.ingest.batches.rows.signature import Signature, TensorSpec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks
-from services.ingest.batches.rows.wire import Asked, answer_of, request_of
+from services.ingest.batches.rows.wire import ModelTarget, outputs_of, request_of
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
 from shoal.oip.datatypes import DTYPES
-from tests.ingest.batches.making import places, write_lines, write_npz, write_parquet
+from tests.ingest.batches.making import locations, write_lines, write_npz, write_parquet
 
-X4 = Spec("x", "FP32", (4,))
+X4 = TensorSpec("x", "FP32", (4,))
 
 
 @pytest.mark.parametrize(
     ("spec", "cell", "row"),
     [
-        (Spec("x", "FP32", ()), 1.5, 1.5),
-        (Spec("x", "FP32", (1,)), 1.5, [1.5]),
+        (TensorSpec("x", "FP32", ()), 1.5, 1.5),
+        (TensorSpec("x", "FP32", (1,)), 1.5, [1.5]),
         (X4, [1, 2, 3, 4], [1, 2, 3, 4]),
-        (Spec("x", "FP32", (2, 2)), [1, 2, 3, 4], [[1, 2], [3, 4]]),
-        (Spec("x", "FP32", (2, 2)), [[1, 2], [3, 4]], [[1, 2], [3, 4]]),
-        (Spec("x", "INT64", (-1,)), [1, 2, 3], [1, 2, 3]),
-        (Spec("x", "INT64", (-1, 2)), [[1, 2]], [[1, 2]]),
-        (Spec("x", "UINT8", ()), 255.0, 255),
-        (Spec("x", "BOOL", ()), True, True),
-        (Spec("x", "BYTES", ()), "ü", "ü".encode()),
-        (Spec("x", "BYTES", (1,)), b"\0", [b"\0"]),
-        (Spec("x", "BYTES", (2,)), ["a", "bc"], [b"a", b"bc"]),
-        (Spec("x", "FP16", ()), 0.1, np.float16(0.1)),
-        (Spec("x", "BF16", ()), 1.0, 0x3F80),
-        (Spec("x", "UINT64", ()), 2**64 - 1, 2**64 - 1),
+        (TensorSpec("x", "FP32", (2, 2)), [1, 2, 3, 4], [[1, 2], [3, 4]]),
+        (TensorSpec("x", "FP32", (2, 2)), [[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+        (TensorSpec("x", "INT64", (-1,)), [1, 2, 3], [1, 2, 3]),
+        (TensorSpec("x", "INT64", (-1, 2)), [[1, 2]], [[1, 2]]),
+        (TensorSpec("x", "UINT8", ()), 255.0, 255),
+        (TensorSpec("x", "BOOL", ()), True, True),
+        (TensorSpec("x", "BYTES", ()), "ü", "ü".encode()),
+        (TensorSpec("x", "BYTES", (1,)), b"\0", [b"\0"]),
+        (TensorSpec("x", "BYTES", (2,)), ["a", "bc"], [b"a", b"bc"]),
+        (TensorSpec("x", "FP16", ()), 0.1, np.float16(0.1)),
+        (TensorSpec("x", "BF16", ()), 1.0, 0x3F80),
+        (TensorSpec("x", "UINT64", ()), 2**64 - 1, 2**64 - 1),
     ],
     ids=str,
 )
-def test_a_cell_that_fits(spec: Spec, cell: Any, row: Any) -> None:
+def test_a_cell_that_fits(spec: TensorSpec, cell: Any, row: Any) -> None:
     fitted = fit(spec, [cell])
     assert not fitted.errors
     assert fitted.stacked([0]).tolist() == [row if not isinstance(row, np.generic) else row.item()]
@@ -76,20 +76,20 @@ def test_a_cell_that_fits(spec: Spec, cell: Any, row: Any) -> None:
         (X4, [1, 2, [3], 4], "expected FP32"),
         (X4, {"a": 1}, "expected FP32"),
         (X4, [1, 2, 3, 1e300], "is not FP32"),
-        (Spec("x", "INT8", ()), 300, "300 is not INT8"),
-        (Spec("x", "INT8", ()), 1.5, "1.5 is not INT8"),
-        (Spec("x", "INT64", ()), 2**80, "expected INT64"),
-        (Spec("x", "INT32", ()), float("nan"), "is not INT32"),
-        (Spec("x", "UINT8", ()), -1, "-1 is not UINT8"),
-        (Spec("x", "INT64", (-1, 4)), [1, 2, 3, 4], "expected the shape"),
-        (Spec("x", "BYTES", ()), 7, "expected BYTES"),
-        (Spec("x", "BYTES", ()), "\ud800", "not text"),
-        (Spec("x", "BYTES", (2,)), ["a", 1], "expected BYTES"),
-        (Spec("x", "FP32", (0,)), [1], "expected the shape"),
+        (TensorSpec("x", "INT8", ()), 300, "300 is not INT8"),
+        (TensorSpec("x", "INT8", ()), 1.5, "1.5 is not INT8"),
+        (TensorSpec("x", "INT64", ()), 2**80, "expected INT64"),
+        (TensorSpec("x", "INT32", ()), float("nan"), "is not INT32"),
+        (TensorSpec("x", "UINT8", ()), -1, "-1 is not UINT8"),
+        (TensorSpec("x", "INT64", (-1, 4)), [1, 2, 3, 4], "expected the shape"),
+        (TensorSpec("x", "BYTES", ()), 7, "expected BYTES"),
+        (TensorSpec("x", "BYTES", ()), "\ud800", "not text"),
+        (TensorSpec("x", "BYTES", (2,)), ["a", 1], "expected BYTES"),
+        (TensorSpec("x", "FP32", (0,)), [1], "expected the shape"),
     ],
     ids=str,
 )
-def test_a_cell_that_does_not_fit_fails_alone(spec: Spec, cell: Any, words: str) -> None:
+def test_a_cell_that_does_not_fit_fails_alone(spec: TensorSpec, cell: Any, words: str) -> None:
     good = {"BYTES": "ok"}.get(spec.datatype, 1)
     fine: Any = good
     for size in reversed(spec.shape):
@@ -111,11 +111,11 @@ def test_a_cell_that_does_not_fit_fails_alone(spec: Spec, cell: Any, words: str)
 def test_whatever_comes_is_kept_or_fails(values: list[Any], datatype: str) -> None:
     if not values:
         return
-    spec = Spec("x", datatype, ())
+    spec = TensorSpec("x", datatype, ())
     fitted = fit(spec, values)
     for row, value in enumerate(values):
-        alone = fit(spec, [value])
-        assert (row in fitted.errors) == bool(alone.errors), (value, fitted.errors, alone.errors)
+        single = fit(spec, [value])
+        assert (row in fitted.errors) == bool(single.errors), (value, fitted.errors, single.errors)
         if row in fitted.errors:
             continue
         got = fitted.stacked([row])[0]
@@ -134,7 +134,7 @@ def test_whatever_comes_is_kept_or_fails(values: list[Any], datatype: str) -> No
 )
 def test_stacks_hold_every_good_row_once_and_one_shape_each(lengths: list[int], most: int, bad: set[int]) -> None:
     cells = [[float(n)] * length for n, length in enumerate(lengths)]
-    fitted = fit(Spec("x", "FP32", (-1,)), cells)
+    fitted = fit(TensorSpec("x", "FP32", (-1,)), cells)
     good = [row for row in range(len(cells)) if row not in bad]
     found = list(stacks([fitted], good, most))
     assert [row for stack in found for row in stack.rows] == good
@@ -147,9 +147,9 @@ def test_stacks_hold_every_good_row_once_and_one_shape_each(lengths: list[int], 
 
 def test_stacks_end_before_they_are_too_large() -> None:
     rows = np.zeros((5, STACK_BYTES // 8), np.float32)
-    fitted = fit(Spec("x", "FP32", (STACK_BYTES // 8,)), rows)
+    fitted = fit(TensorSpec("x", "FP32", (STACK_BYTES // 8,)), rows)
     assert [len(stack.rows) for stack in stacks([fitted], range(5), 64)] == [2, 2, 1]
-    texts = fit(Spec("x", "BYTES", ()), ["a" * (STACK_BYTES // 2)] * 3)
+    texts = fit(TensorSpec("x", "BYTES", ()), ["a" * (STACK_BYTES // 2)] * 3)
     assert [len(stack.rows) for stack in stacks([texts], range(3), 64)] == [2, 1]
 
 
@@ -172,7 +172,7 @@ def config(**fields: Any) -> model_config_pb2.ModelConfig:
 def test_a_signature_is_that_of_a_row() -> None:
     found = signature_of(metadata(), config(), [])
     assert found == Signature(
-        (X4, Spec("z", "BYTES", (1,), True)), (Spec("y", "FP32", (4,)), Spec("label", "BYTES", ())), 8
+        (X4, TensorSpec("z", "BYTES", (1,), True)), (TensorSpec("y", "FP32", (4,)), TensorSpec("label", "BYTES", ())), 8
     )
     assert [spec.name for spec in signature_of(metadata(), config(), ["label"]).outputs] == ["label"]
     with pytest.raises(InvalidArgument, match="no output 'nope'"):
@@ -190,32 +190,32 @@ def test_models_that_no_batch_can_use_are_refused() -> None:
 
 def test_a_request_and_its_answer() -> None:
     signature = signature_of(metadata(), config(), [])
-    inputs = [fit(X4, [[1, 2, 3, 4], [5, 6, 7, 8]]), fit(Spec("z", "BYTES", (1,), True), ["a", "bc"])]
-    request = oip.ModelInferRequest.FromString(request_of(Asked("m", "", signature), inputs, Stack((0, 1))))
+    inputs = [fit(X4, [[1, 2, 3, 4], [5, 6, 7, 8]]), fit(TensorSpec("z", "BYTES", (1,), True), ["a", "bc"])]
+    request = oip.ModelInferRequest.FromString(request_of(ModelTarget("m", "", signature), inputs, Stack((0, 1))))
     assert [list(tensor.shape) for tensor in request.inputs] == [[2, 4], [2, 1]]
     assert request.raw_input_contents[1] == b"\1\0\0\0a\2\0\0\0bc"
     answer = oip.ModelInferResponse()
     answer.outputs.add(name="label", datatype="BYTES", shape=[2])
     answer.outputs.add(name="y", datatype="FP32", shape=[2, 4])
     answer.raw_output_contents.extend([b"\1\0\0\0p\0\0\0\0", request.raw_input_contents[0]])
-    outputs = answer_of(signature, answer, 2)
+    outputs = outputs_of(signature, answer, 2)
     assert outputs["label"].tolist() == [b"p", b""]
     assert outputs["y"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_a_model_without_a_batch_dimension_gets_a_row_as_it_is() -> None:
-    signature = Signature((X4,), (Spec("y", "FP32", (4,)),), 0)
+    signature = Signature((X4,), (TensorSpec("y", "FP32", (4,)),), 0)
     request = oip.ModelInferRequest.FromString(
-        request_of(Asked("m", "", signature), [fit(X4, [[1, 2, 3, 4]])], Stack((0,)))
+        request_of(ModelTarget("m", "", signature), [fit(X4, [[1, 2, 3, 4]])], Stack((0,)))
     )
     assert list(request.inputs[0].shape) == [4]
     answer = oip.ModelInferResponse()
     tensor = answer.outputs.add(name="y", datatype="FP32", shape=[4])
     tensor.contents.fp32_contents.extend([1, 2, 3, 4])
-    assert answer_of(signature, answer, 1)["y"].tolist() == [[1, 2, 3, 4]]
-    text = Signature((Spec("z", "BYTES", ()),), (), 0)
+    assert outputs_of(signature, answer, 1)["y"].tolist() == [[1, 2, 3, 4]]
+    text = Signature((TensorSpec("z", "BYTES", ()),), (), 0)
     request = oip.ModelInferRequest.FromString(
-        request_of(Asked("m", "", text), [fit(text.inputs[0], ["a"])], Stack((0,)))
+        request_of(ModelTarget("m", "", text), [fit(text.inputs[0], ["a"])], Stack((0,)))
     )
     assert (list(request.inputs[0].shape), request.raw_input_contents[0]) == ([], b"\1\0\0\0a")
 
@@ -231,16 +231,16 @@ def test_a_model_without_a_batch_dimension_gets_a_row_as_it_is() -> None:
     ],
 )
 def test_an_answer_that_breaks_the_models_promise_is_none(shape: list[int], datatype: str, raw: bytes) -> None:
-    signature = Signature((X4,), (Spec("y", "FP32", (4,)),), 8)
+    signature = Signature((X4,), (TensorSpec("y", "FP32", (4,)),), 8)
     answer = oip.ModelInferResponse(raw_output_contents=[raw])
     answer.outputs.add(name="y", datatype=datatype, shape=shape)
     with pytest.raises(DataLoss):
-        answer_of(signature, answer, 2)
+        outputs_of(signature, answer, 2)
     with pytest.raises(DataLoss, match="without its output"):
-        answer_of(signature, oip.ModelInferResponse(), 2)
+        outputs_of(signature, oip.ModelInferResponse(), 2)
 
 
-SIGNATURE = Signature((X4, Spec("z", "BYTES", (), True)), (Spec("y", "FP32", (4,)),), 8)
+SIGNATURE = Signature((X4, TensorSpec("z", "BYTES", (), True)), (TensorSpec("y", "FP32", (4,)),), 8)
 
 
 def test_columns_feed_inputs_by_name_or_as_told() -> None:
@@ -252,7 +252,7 @@ def test_columns_feed_inputs_by_name_or_as_told() -> None:
         map_columns("m", SIGNATURE, {"z": "nope"}, ["x"])
     with pytest.raises(InvalidArgument, match="no input 'w': it takes x FP32"):
         map_columns("m", SIGNATURE, {"w": "x"}, ["x"])
-    assert object_columns("m", Signature((Spec("i", "BYTES", ()),), (), 8), {})[0][1] == "content"
+    assert object_columns("m", Signature((TensorSpec("i", "BYTES", ()),), (), 8), {})[0][1] == "content"
     with pytest.raises(InvalidArgument, match="needs a column 'x'"):
         object_columns("m", SIGNATURE, {})
     with pytest.raises(InvalidArgument, match="the model takes x FP32"):
@@ -273,17 +273,17 @@ def test_columns_feed_inputs_by_name_or_as_told() -> None:
     ids=["missing", "text", "deep", "scalar", "short", "list", "fixed"],
 )
 def test_parquet_is_looked_at_before_anything_runs(table: Any, words: str, tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
-    with places().open(places().stat(write_parquet(tmp_path / "a.parquet", table))) as file:
+    requested = RequestedColumns(((X4, "x"),), pa.schema([]))
+    with locations().open(locations().stat(write_parquet(tmp_path / "a.parquet", table))) as file:
         if words:
             with pytest.raises(InvalidArgument, match=words):
-                check_file(Format.PARQUET, file, wanted)
+                check_file(Format.PARQUET, file, requested)
         else:
-            check_file(Format.PARQUET, file, wanted)
+            check_file(Format.PARQUET, file, requested)
 
 
 def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
+    requested = RequestedColumns(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
     cases = [
         ({"x": np.ones((3, 4)), "id": np.arange(3)}, ""),
         ({"x": np.ones((3, 4))}, "no array 'id'"),
@@ -293,38 +293,41 @@ def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
         ({"x": np.array(["a"]), "id": np.arange(1)}, "holds <U1"),
     ]
     for n, (arrays, words) in enumerate(cases):
-        with places().open(places().stat(write_npz(tmp_path / f"{n}.npz", **arrays))) as file:
+        with locations().open(locations().stat(write_npz(tmp_path / f"{n}.npz", **arrays))) as file:
             if words:
                 with pytest.raises(InvalidArgument, match=words):
-                    check_file(Format.NPZ, file, wanted)
+                    check_file(Format.NPZ, file, requested)
             else:
-                check_file(Format.NPZ, file, wanted)
+                check_file(Format.NPZ, file, requested)
 
 
 def test_lines_are_refused_when_none_of_the_first_is_fit(tmp_path: Path) -> None:
-    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
+    requested = RequestedColumns(((X4, "x"),), pa.schema([]))
     some = write_lines(tmp_path / "some.jsonl", [{"x": 1}, {"x": [1, 2, 3, 4]}])
     none = write_lines(tmp_path / "none.jsonl", [{"x": 1}, {"y": 1}])
-    with places().open(places().stat(some)) as file:
-        check_file(Format.JSONL, file, wanted)
-    with places().open(places().stat(none)) as file, pytest.raises(InvalidArgument, match="none of the first 2 rows"):
-        check_file(Format.JSONL, file, wanted)
+    with locations().open(locations().stat(some)) as file:
+        check_file(Format.JSONL, file, requested)
+    with (
+        locations().open(locations().stat(none)) as file,
+        pytest.raises(InvalidArgument, match="none of the first 2 rows"),
+    ):
+        check_file(Format.JSONL, file, requested)
 
 
 def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
     rows = [{"x": 1, "i": 1, "f": 1.5, "s": "a", "m": [1], "b": True}, {"x": 1, "i": None, "f": 2, "s": "b", "m": "t"}]
     url = write_lines(tmp_path / "a.jsonl", [*rows, {"x": 1, "i": "no", "f": 1, "s": "c"}])
-    with places().open(places().stat(url)) as file:
+    with locations().open(locations().stat(url)) as file:
         assert available_columns(Format.JSONL, file) == ["b", "f", "i", "m", "s", "x"]
         with pytest.raises(InvalidArgument, match="no column 'nope': there are"):
             kept_schema(Format.JSONL, file, ["nope"])
     short = write_lines(tmp_path / "b.jsonl", rows)
-    with places().open(places().stat(short)) as file:
+    with locations().open(locations().stat(short)) as file:
         schema = kept_schema(Format.JSONL, file, ["i", "f", "s", "m", "b"])
     assert [str(kind) for kind in schema.types] == ["int64", "double", "string", "string", "bool"]
-    wanted = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
-    reader = rows_of(Format.JSONL, places().open(places().stat(url)), wanted.columns)
-    arrays, errors = kept_arrays(wanted, reader.read(10))
+    requested = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
+    reader = rows_of(Format.JSONL, locations().open(locations().stat(url)), requested.columns)
+    arrays, errors = kept_arrays(requested, reader.read(10))
     assert [*errors] == [2]
     assert "is not int64" in errors[2]
     assert arrays["m"].to_pylist() == ["[1]", '"t"', None]
@@ -333,11 +336,11 @@ def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
 
 COLUMNS = Columns(
     (
-        Spec("y", "FP32", (2, 2)),
-        Spec("h", "BF16", ()),
-        Spec("label", "BYTES", ()),
-        Spec("raw", "BYTES", (-1,)),
-        Spec("half", "FP16", ()),
+        TensorSpec("y", "FP32", (2, 2)),
+        TensorSpec("h", "BF16", ()),
+        TensorSpec("label", "BYTES", ()),
+        TensorSpec("raw", "BYTES", (-1,)),
+        TensorSpec("half", "FP16", ()),
     ),
     frozenset({"label"}),
     {"id": pa.int64()},
@@ -359,12 +362,14 @@ def outputs(n: int) -> dict[str, Any]:
 def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
     with OutputPart(tmp_path, "p", COLUMNS) as part:
         for first in (0, 3):
-            about = About(range(first, first + 3), ["file:///a"] * 3, range(3))
+            about = RowOrigins(range(first, first + 3), ["file:///a"] * 3, range(3))
             part.add(about, {"id": pa.array([7, None, 9])}, outputs(3))
-        part.add_dead(About([6, 7], ["file:///a"] * 2, [6, 7]), [Dead("INTERNAL", "boom", 5), Dead("X", "\ud800")])
+        part.add_failed(
+            RowOrigins([6, 7], ["file:///a"] * 2, [6, 7]), [RowError("INTERNAL", "boom", 5), RowError("X", "\ud800")]
+        )
         written = part.finish()
         table, dead = pq.read_table(part.file), pq.read_table(part.dead_file)
-    assert (written.rows, written.dead, dict(written.codes)) == (6, 2, {"INTERNAL": 1, "X": 1})
+    assert (written.rows, written.failed, dict(written.codes)) == (6, 2, {"INTERNAL": 1, "X": 1})
     assert table.column("row").to_pylist() == list(range(6))
     assert table.column("y").to_pylist()[1] == [[4, 5], [6, 7]]
     assert table.column("h").to_pylist() == [1.0] * 6
@@ -378,19 +383,19 @@ def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
 def test_a_text_that_is_none_is_said_so(tmp_path: Path) -> None:
     bad = {**outputs(1), "label": np.array([b"\xff"], object)}
     with OutputPart(tmp_path, "p", COLUMNS) as part, pytest.raises(ValueError, match="utf-8"):
-        part.add(About([0], ["a"], [0]), {"id": pa.array([1])}, bad)
+        part.add(RowOrigins([0], ["a"], [0]), {"id": pa.array([1])}, bad)
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="two columns of the results would be named 'row'"):
-        Columns((Spec("row", "FP32", ()),), frozenset(), {}).schema()
+        Columns((TensorSpec("row", "FP32", ()),), frozenset(), {}).schema()
 
 
 def test_a_part_of_many_rows_keeps_little_in_memory(tmp_path: Path) -> None:
-    wide = Columns((Spec("y", "FP32", (1 << 18,)),), frozenset(), {})
+    wide = Columns((TensorSpec("y", "FP32", (1 << 18,)),), frozenset(), {})
     with OutputPart(tmp_path, "p", wide) as part:
         for n in range(40):
-            part.add(About([n], ["a"], [n]), {}, {"y": np.full((1, 1 << 18), n, np.float32)})
+            part.add(RowOrigins([n], ["a"], [n]), {}, {"y": np.full((1, 1 << 18), n, np.float32)})
             assert part._held < 18 << 20
         part.finish()
         assert pq.ParquetFile(part.file).metadata.num_row_groups > 1

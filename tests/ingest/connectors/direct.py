@@ -64,7 +64,7 @@ class Direct:
     async def _run(self, caller: Caller, running: RunStream) -> None:
         try:
             async for ran in running.run():
-                self._heard(ran)
+                self._handle_error(ran)
         finally:
             await caller.close()
 
@@ -83,7 +83,7 @@ class Direct:
             self._news.clear()
             await self._news.wait()
 
-    def _heard(self, ran: Ran) -> None:
+    def _handle_error(self, ran: Ran) -> None:
         about = {"shoal-job-id": ran.job_id} if ran.job_id else {}
         if ran.error is not None:
             about |= {"shoal-code": Code(ran.error.code).name, "shoal-message": ran.error.message}

@@ -112,8 +112,8 @@ class PubSubServer:
         subscription = self.subscriptions.get(request.subscription)
         if subscription is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Resource not found (resource={request.subscription}).")
-        give_up = time.monotonic() + _LONGEST_PULL_S
-        while not (free := self._free(subscription)) and time.monotonic() < give_up:
+        give_up_at = time.monotonic() + _LONGEST_PULL_S
+        while not (free := self._free(subscription)) and time.monotonic() < give_up_at:
             async with self._news:
                 try:
                     await asyncio.wait_for(self._news.wait(), 0.1)

@@ -17,30 +17,30 @@ EXAMPLE = bytes(
 
 
 def test_what_another_implementation_has_packed() -> None:
-    packed = aggregated.opened(EXAMPLE)
-    assert packed is not None
-    assert list(packed) == [(b"partition_key", b"data")]
+    pack = aggregated.unpack(EXAMPLE)
+    assert pack is not None
+    assert list(pack) == [(b"partition_key", b"data")]
 
 
 @given(st.lists(st.tuples(st.text(), st.binary())))
 def test_messages_come_out_as_they_were_packed(messages: list[tuple[str, bytes]]) -> None:
-    packed = aggregated.opened(aggregate(messages))
-    assert packed is not None
-    assert len(packed) == len(messages)
-    assert list(packed) == [(key.encode(), value) for key, value in messages]
+    pack = aggregated.unpack(aggregate(messages))
+    assert pack is not None
+    assert len(pack) == len(messages)
+    assert list(pack) == [(key.encode(), value) for key, value in messages]
 
 
 def test_a_key_that_is_no_text_is_kept() -> None:
-    packed = aggregated.opened(sealed(b"\x0a\x02\xff\xfe\x1a\x05\x08\x00\x1a\x01x"))
-    assert packed is not None
-    assert list(packed) == [(b"\xff\xfe", b"x")]
+    pack = aggregated.unpack(sealed(b"\x0a\x02\xff\xfe\x1a\x05\x08\x00\x1a\x01x"))
+    assert pack is not None
+    assert list(pack) == [(b"\xff\xfe", b"x")]
 
 
 def test_explicit_hash_keys_and_tags_are_passed_over() -> None:
     record = b"\x08\x00\x10\x00\x1a\x01x" + b"\x22\x03\x0a\x01t"
-    packed = aggregated.opened(sealed(b"\x0a\x01k" + b"\x12\x03123" + b"\x1a" + bytes([len(record)]) + record))
-    assert packed is not None
-    assert list(packed) == [(b"k", b"x")]
+    pack = aggregated.unpack(sealed(b"\x0a\x01k" + b"\x12\x03123" + b"\x1a" + bytes([len(record)]) + record))
+    assert pack is not None
+    assert list(pack) == [(b"k", b"x")]
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_explicit_hash_keys_and_tags_are_passed_over() -> None:
     ids=range(10),
 )
 def test_what_only_looks_like_one_is_a_record_like_any_other(data: bytes) -> None:
-    assert aggregated.opened(data) is None
+    assert aggregated.unpack(data) is None
 
 
 @given(st.binary())
 def test_whatever_is_sealed_is_taken_apart_or_left_as_it_is(body: bytes) -> None:
-    packed = aggregated.opened(sealed(body))
-    assert packed is None or len(list(packed)) == len(packed)
+    pack = aggregated.unpack(sealed(body))
+    assert pack is None or len(list(pack)) == len(pack)

@@ -11,11 +11,11 @@ import pytest
 
 from services.ingest.clock import utc_now
 from services.ingest.connectors.connector import Connector
+from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Message, Outgoing, Partition
-from services.ingest.connectors.plan import ConnectorPlan, Parts
-from services.ingest.connectors.progress import PartitionStatus, Phase, Progress
+from services.ingest.connectors.offset_tracker import OffsetTracker
+from services.ingest.connectors.progress import ConnectorProgress, Phase, SourceStatus
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.queries.completions import Ended
@@ -33,29 +33,29 @@ class Log:
         self.values = [b'{"x": %d}' % n for n in range(count)]
         self.committed = 0
         self.opened = 0
-        self.lanes: list[Partition] = []
+        self.partitions: list[Partition] = []
         self.fault: Callable[[], None] = lambda: None
 
-    def open(self) -> Reading:
+    def open(self) -> ShardReader:
         self.opened += 1
-        return Reading(self)
+        return ShardReader(self)
 
 
-class Reading:
+class ShardReader:
     """The source of one start."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._next = log.committed
-        self._lane = Partition("0")
-        self._ledger = Ledger()
-        log.lanes.append(self._lane)
+        self._partition = Partition("0")
+        self._ledger = OffsetTracker()
+        log.partitions.append(self._partition)
 
-    async def __aenter__(self) -> Reading:
+    async def __aenter__(self) -> ShardReader:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._lane.lose()
+        self._partition.mark_revoked()
 
     async def receive(self, limit: int) -> Sequence[Message]:
         self._log.fault()
@@ -64,14 +64,14 @@ class Reading:
         at = self._next
         self._next += 1
         self._ledger.received(at)
-        return [Message(self._lane, at, f"log/0/{at}", self._log.values[at])]
+        return [Message(self._partition, at, f"log/0/{at}", self._log.values[at])]
 
     def settle(self, message: Message) -> None:
         self._ledger.settled(message.position)
-        self._log.committed = (self._ledger.settled_to if self._ledger.settled_to is not None else -1) + 1
+        self._log.committed = (self._ledger.settled_up_to if self._ledger.settled_up_to is not None else -1) + 1
 
-    def standing(self) -> PartitionStatus:
-        return PartitionStatus()
+    def status(self) -> SourceStatus:
+        return SourceStatus()
 
 
 class Box:
@@ -142,15 +142,15 @@ class World:
 
     def __init__(self, count: int) -> None:
         self.log, self.sink, self.dead, self.jobs = Log(count), Box(), Box(), Jobs()
-        self.progress = Progress(utc_now)
+        self.progress = ConnectorProgress(utc_now)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         ready = asyncio.Event()
         ready.set()
         form = Format("record", "protobuf", "m", inputs={"x": "INT64"})
-        plan = ConnectorPlan("c", form, lambda: Parts(self.log.open(), self.dead, self.sink), max_in_flight=4)
-        async with Connector(plan, self.jobs, self.jobs, ready=ready, progress=self.progress):
+        spec = ConnectorSpec("c", form, lambda: Endpoints(self.log.open(), self.dead, self.sink), max_in_flight=4)
+        async with Connector(spec, self.jobs, self.jobs, ready=ready, progress=self.progress):
             yield
 
     async def until_all_are_settled(self) -> None:
@@ -222,7 +222,7 @@ async def test_a_lane_that_is_lost_takes_its_tasks_along_and_settles_nothing() -
     world.jobs.free.clear()
     async with world.running():
         await until(lambda: world.jobs.waiting == 4, "all under way")
-        world.log.lanes[0].lose()
+        world.log.partitions[0].mark_revoked()
         await until(lambda: world.jobs.waiting == 0, "nobody waits")
         assert world.progress.in_flight == 0
         world.jobs.free.set()
@@ -240,12 +240,12 @@ async def test_a_connector_stops_at_once_whatever_is_under_way() -> None:
 
 
 def test_standing_says_what_is_known() -> None:
-    from services.ingest.connectors.progress import LaneStanding
+    from services.ingest.connectors.progress import PartitionProgress
 
-    assert PartitionStatus().lag is None
-    assert PartitionStatus((LaneStanding("0", "5", 3), LaneStanding("1", "", None))).lag == 3
-    progress: Any = Progress(utc_now)
-    assert progress.trouble("a")
-    assert not progress.trouble("a"), "it is no news"
+    assert SourceStatus().lag is None
+    assert SourceStatus((PartitionProgress("0", "5", 3), PartitionProgress("1", "", None))).lag == 3
+    progress: Any = ConnectorProgress(utc_now)
+    assert progress.record_error("a")
+    assert not progress.record_error("a"), "it is no news"
     progress.done(is_dead=False)
-    assert progress.trouble("a"), "it is again"
+    assert progress.record_error("a"), "it is again"

@@ -12,7 +12,7 @@ import pytest
 
 from services.ingest.connectors import settings
 from services.ingest.connectors.message import Message, Partition, job_key
-from services.ingest.connectors.secrets import revealed
+from services.ingest.connectors.secrets import resolve_secret
 from services.ingest.connectors.settings import of_document, read
 from services.ingest.limits import KEY_CHARS
 
@@ -62,13 +62,13 @@ def test_the_least_that_is_needed() -> None:
         ("source.kind", None, "connectors.c.source.kind is required"),
         ("source.options", {"no.such": "1"}, "connectors.c.source.options: No such configuration property"),
         ("source.options", {"fetch.min.bytes": "x"}, "connectors.c.source.options: Invalid value"),
-        ("source.options", {"metadata.broker.list": "x:1"}, "it is the key brokers"),
+        ("source.options", {"metadata.broker.list": "x:1"}, "set the key brokers"),
         ("dead_letters.options", {"linger.ms": "x"}, "connectors.c.dead_letters.options: Invalid value"),
         ("source.brokers", "localhost", "connectors.c.source.brokers: should match"),
         ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),
         ("source.brokers", "a:1,b:65536", "connectors.c.source.brokers: b:65536: a port is a number from 1 to 65535"),
         ("sink.topic", "..", "connectors.c.sink.topic: Kafka has no topic of the name"),
-        ("sink.topic", "t", "connectors.c: sink: kafka t is the source: what is written there would be read again"),
+        ("sink.topic", "t", "connectors.c: sink: kafka t is the source: messages written there would be read again"),
         (
             "dead_letters",
             {**KAFKA, "brokers": "b:1,localhost:9092"},
@@ -76,7 +76,7 @@ def test_the_least_that_is_needed() -> None:
         ),
         ("sink.topic", "no spaces", "connectors.c.sink.topic: should match"),
         ("sink.group", "g", "connectors.c.sink.group is not a key of this table"),
-        ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not given here"),
+        ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not an option here"),
         ("source.options", {"enable.auto.commit": True}, "enable.auto.commit cannot be changed"),
         ("source.options", {"a": []}, "connectors.c.source.options: a: expected a text"),
         ("source.options", {"sasl.password": "env:SHOAL_NO_SUCH"}, "SHOAL_NO_SUCH: this variable is not set"),
@@ -172,7 +172,7 @@ def test_two_connectors_may_read_one_stream_of_kinesis() -> None:
 def test_a_library_that_is_not_installed_is_named_and_its_options_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(settings, "_is_there", lambda package: False)
+    monkeypatch.setattr(settings, "_is_installed", lambda package: False)
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(ValueError, match=r"pip install 'shoal\[kafka\]'"):
         of_document(changed("source.options", {"fetch.min.bytes": "1"}))
@@ -187,11 +187,11 @@ def test_every_mistake_is_told_at_once() -> None:
 
 def test_secrets_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from a file\n")
-    assert revealed("plain") == "plain"
-    assert revealed("env:KEY", {"KEY": "from the environment"}) == "from the environment"
-    assert revealed(f"file:{tmp_path / 'key'}") == "from a file"
+    assert resolve_secret("plain") == "plain"
+    assert resolve_secret("env:KEY", {"KEY": "from the environment"}) == "from the environment"
+    assert resolve_secret(f"file:{tmp_path / 'key'}") == "from a file"
     with pytest.raises(ValueError, match="cannot be read"):
-        revealed(f"file:{tmp_path / 'none'}")
+        resolve_secret(f"file:{tmp_path / 'none'}")
 
 
 def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:
@@ -200,7 +200,10 @@ def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:
 
     assert key() == key()
     assert key().startswith("c/t/0/7/")
-    assert len({key(), key("t/0/8"), key(value=b"w"), key(name="d"), key(stamp=5), key(key=b"v"), key(value=b"")}) == 7
+    assert (
+        len({key(), key("t/0/8"), key(value=b"w"), key(name="d"), key(received_ms=5), key(key=b"v"), key(value=b"")})
+        == 7
+    )
     assert key(key=b"a", value=b"bc") != key(key=b"ab", value=b"c")
     long = key("t" * 249 + "/0/7")
     assert len(long) <= KEY_CHARS

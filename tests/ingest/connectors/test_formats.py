@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.ingest.connectors.connector_spec import ConnectorSpec
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Message, Partition
-from services.ingest.connectors.outcome import Failed, dead_letter
-from services.ingest.connectors.plan import ConnectorPlan
+from services.ingest.connectors.outcome import MessageFailure, dead_letter
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
@@ -82,7 +82,7 @@ def test_bytes_are_one_element() -> None:
         (body(shape=[-1, -2]), "a list of whole numbers"),
         (body(shape="2"), "a list of whole numbers"),
         (body(shape=[1 << 70]), "a list of whole numbers"),
-        (body(shape=[1 << 62] * 300), "300 sizes"),
+        (body(shape=[1 << 62] * 300), "300 dimensions"),
         (body(shape=[1 << 62] * 64), "its data has 2"),
         (body(data=[[1], [2, 3]]), "rows have the shapes"),
         (body(data=[[1, "2"]]), "element 1 is '2'"),
@@ -146,11 +146,11 @@ def test_any_document_is_a_request_or_a_dead_letter_that_says_why(data: st.DataO
     fields = {"inputs": st.just([tensor]) | ODD, "id": ODD, "outputs": ODD, "parameters": ODD}
     document = data.draw(st.fixed_dictionaries({}, optional=fields))
     made = Message(Partition("0"), 0, "t/0/0", json.dumps(document).encode())
-    plan = ConnectorPlan("c", JSON, lambda: pytest.fail("nothing is opened"))
+    spec = ConnectorSpec("c", JSON, lambda: pytest.fail("nothing is opened"))
     try:
         JSON.request(made.value)
     except InvalidArgument as err:
-        dead_letter(plan, made, Failed(err.code, err.message))
+        dead_letter(spec, made, MessageFailure(err.code, err.message))
 
 
 def response(datatype: str, shape: list[int], raw: bytes) -> oip.ModelInferResponse:

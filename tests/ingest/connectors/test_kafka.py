@@ -31,13 +31,13 @@ def source_of(kafka: Kafka, start: str = "earliest", **options: str) -> KafkaSou
     return KafkaSource(table["brokers"], table["topic"], table["group"], start=start, options={**fast, **options})
 
 
-def lanes(source: KafkaSource) -> list[tuple[str, int | None]]:
+def partitions(source: KafkaSource) -> list[tuple[str, int | None]]:
     """Where each lane is, and how far behind."""
-    return [(lane.committed, lane.lag) for lane in source.standing().lanes]
+    return [(partition.committed, partition.lag) for partition in source.status().partitions]
 
 
 @asynccontextmanager
-async def reading(source: KafkaSource, into: list[Message], *, settles: bool = True) -> AsyncIterator[None]:
+async def shard_reader(source: KafkaSource, into: list[Message], *, settles: bool = True) -> AsyncIterator[None]:
     """Reads beside the block, and settles what it reads."""
 
     async def read() -> None:
@@ -60,14 +60,16 @@ async def test_members_share_the_partitions_and_one_goes_on_where_the_other_stop
     one: list[Message] = []
     two: list[Message] = []
     first, second = source_of(kafka), source_of(kafka)
-    async with reading(first, one):
+    async with shard_reader(first, one):
         await kafka.publish([b"%d" % n for n in range(10)])
         await until(lambda: len(one) == 10, "all", **PATIENT)
-        async with reading(second, two):
-            await until(lambda: len(first.standing().lanes) == len(second.standing().lanes) == 1, "a share", **PATIENT)
+        async with shard_reader(second, two):
+            await until(
+                lambda: len(first.status().partitions) == len(second.status().partitions) == 1, "a share", **PATIENT
+            )
             await kafka.publish([b"%d" % n for n in range(10, 20)])
             await until(lambda: len(one) + len(two) >= 20, "all", **PATIENT)
-        await until(lambda: len(first.standing().lanes) == 2, "both again", **PATIENT)
+        await until(lambda: len(first.status().partitions) == 2, "both again", **PATIENT)
         await kafka.publish([b"%d" % n for n in range(20, 30)])
         await until(lambda: len(one) + len(two) >= 30, "all", **PATIENT)
     assert sorted(int(each.value) for each in (*one, *two)) == list(range(30)), "each once: all was committed in time"
@@ -76,14 +78,14 @@ async def test_members_share_the_partitions_and_one_goes_on_where_the_other_stop
 async def test_what_a_member_had_not_settled_is_lost_to_it_and_goes_to_the_next(kafka: Kafka) -> None:
     one: list[Message] = []
     await kafka.publish([b"%d" % n for n in range(10)])
-    async with reading(source_of(kafka), one, settles=False):
+    async with shard_reader(source_of(kafka), one, settles=False):
         await until(lambda: len(one) == 10, "all", **PATIENT)
-    await until(lambda: all(each.lane.is_lost for each in one), "the loss")
+    await until(lambda: all(each.partition.is_revoked for each in one), "the loss")
     assert await kafka.committed() == [0, 0]
     two: list[Message] = []
-    async with reading(source_of(kafka), two):
+    async with shard_reader(source_of(kafka), two):
         await until(lambda: len(two) == 10, "all of it again", **PATIENT)
-    assert {each.place for each in one} == {each.place for each in two}
+    assert {each.location for each in one} == {each.location for each in two}
     assert await kafka.committed() == [5, 5]
 
 
@@ -92,29 +94,29 @@ async def test_who_goes_on_where_all_is_answered_is_not_behind(kafka: Kafka) -> 
         await kafka.publish([b"%d" % n, b"%d" % n])
     for _ in range(2):
         source = source_of(kafka)
-        async with reading(source, []):
-            await until(lambda at=source: lanes(at) == [("3", 0)] * 2, "no lag", **PATIENT)
+        async with shard_reader(source, []):
+            await until(lambda at=source: partitions(at) == [("3", 0)] * 2, "no lag", **PATIENT)
 
 
 async def test_what_waits_is_counted_before_anything_is_answered(kafka: Kafka) -> None:
     for n in range(3):
         await kafka.publish([b"%d" % n, b"%d" % n])
     source = source_of(kafka)
-    async with reading(source, [], settles=False):
-        await until(lambda: lanes(source) == [("", 3)] * 2, "the lag", **PATIENT)
+    async with shard_reader(source, [], settles=False):
+        await until(lambda: partitions(source) == [("", 3)] * 2, "the lag", **PATIENT)
 
 
 async def test_from_latest_who_goes_on_before_anything_was_settled_passes_nothing_over(kafka: Kafka) -> None:
     await kafka.publish([b"old", b"old"])
     one: list[Message] = []
     first = source_of(kafka, "latest")
-    async with reading(first, one, settles=False):
-        await until(lambda: lanes(first) == [("1", 0)] * 2, "its place", **PATIENT)
+    async with shard_reader(first, one, settles=False):
+        await until(lambda: partitions(first) == [("1", 0)] * 2, "its place", **PATIENT)
         await kafka.publish([b"taken"])  # Of the first partition only.
         await until(lambda: bool(one), "the message", **PATIENT)
     await kafka.publish([b"meanwhile", b"meanwhile"])
     two: list[Message] = []
-    async with reading(source_of(kafka, "latest"), two):
+    async with shard_reader(source_of(kafka, "latest"), two):
         await until(lambda: len(two) >= 3, "what was not answered", **PATIENT)
     assert sorted(each.value for each in two) == [b"meanwhile", b"meanwhile", b"taken"]
 
@@ -126,13 +128,13 @@ async def test_a_broker_that_is_back_is_not_said_to_be_away(tmp_path: Path) -> N
         await kafka.publish([b"0", b"1"])
         # It stays a member, and no message comes any more: nothing else shows that the broker is back.
         source = source_of(kafka, **{"socket.timeout.ms": "1000", "session.timeout.ms": "60000"})
-        async with reading(source, []):
-            await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
+        async with shard_reader(source, []):
+            await until(lambda: partitions(source) == [("1", 0)] * 2, "its place", **PATIENT)
             broker.freeze()
-            await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+            await until(lambda: "Kafka" in source.status().problem, "the trouble", **PATIENT)
             broker.thaw()
-            await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
-            await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
+            await until(lambda: source.status().problem == "", "all is well", **PATIENT)
+            await until(lambda: partitions(source) == [("1", 0)] * 2, "its place", **PATIENT)
 
 
 async def test_what_came_while_nobody_asked_is_there_when_somebody_does(kafka: Kafka) -> None:
@@ -144,8 +146,8 @@ async def test_what_came_while_nobody_asked_is_there_when_somebody_does(kafka: K
         await kafka.publish([b"%d" % n for n in range(20)])
         while len(got) < 22:
             got += await asyncio.wait_for(source.receive(5), 60)
-        assert not any(each.lane.is_lost for each in got)
-    assert len({each.place for each in got}) == 22
+        assert not any(each.partition.is_revoked for each in got)
+    assert len({each.location for each in got}) == 22
 
 
 async def test_options_that_kafka_does_not_have_are_named(kafka: Kafka) -> None:
@@ -165,7 +167,7 @@ async def test_a_broker_that_is_not_there_is_said_so() -> None:
             await sink.send(Outgoing(b"x"))
     source = KafkaSource("127.0.0.1:1", "t", "g", start="earliest", options={})
     async with source:
-        await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+        await until(lambda: "Kafka" in source.status().problem, "the trouble", **PATIENT)
 
 
 @pytest.mark.mongo
@@ -229,12 +231,12 @@ async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
     kafka = Kafka(tansu.address)
     got: list[Message] = []
     source = source_of(kafka)
-    async with reading(source, got):
-        await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+    async with shard_reader(source, got):
+        await until(lambda: "there is no topic" in source.status().problem, "the trouble", **PATIENT)
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
-        await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
+        await until(lambda: source.status().problem == "", "all is well", **PATIENT)
 
 
 async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
@@ -243,12 +245,12 @@ async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
         kafka = await Kafka(broker.address).make()
         got: list[Message] = []
         source = source_of(kafka)
-        async with reading(source, got):
+        async with shard_reader(source, got):
             await kafka.publish([b"a", b"b"])
             await until(lambda: len(got) == 2, "messages", **PATIENT)
             broker.kill()  # It keeps nothing.
             broker.start()
-            await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+            await until(lambda: "there is no topic" in source.status().problem, "the trouble", **PATIENT)
 
 
 def librdkafka() -> Any:
@@ -301,7 +303,7 @@ async def test_where_the_committed_place_is_gone_all_that_is_there_is_read(start
         await asyncio.to_thread(lambda: member.commit(offsets=places, asynchronous=False))
         member.close()
         got: list[Message] = []
-        async with reading(source_of(kafka, start), got):
+        async with shard_reader(source_of(kafka, start), got):
             await until(lambda: len(got) == 2, "what is there", **PATIENT)
             await kafka.publish([b"2", b"3"])
             await until(lambda: len(got) == 4, "what came later", **PATIENT)
@@ -314,7 +316,7 @@ async def test_headers_that_cannot_be_read_are_seen_at_once(kafka: Kafka, caplog
     table = kafka.table["source"]
     await kafka.publish([b"%d" % n for n in range(200)])  # CPython looks for fewer errors in what it runs often.
     await asyncio.to_thread(publish_raw, table["brokers"], table["topic"], b"odd", b"\xff\xfe")
-    async with reading(source_of(kafka), got):
+    async with shard_reader(source_of(kafka), got):
         await until(lambda: len(got) == 201, "all", **PATIENT)
     assert "cannot be read: operator.methodcaller('headers') returned a result with an exception set" in caplog.text
 
@@ -324,6 +326,6 @@ async def test_headers_that_cannot_be_read_hold_nothing_up(kafka: Kafka) -> None
     table = kafka.table["source"]
     await asyncio.to_thread(publish_raw, table["brokers"], table["topic"], b"odd", b"\xff\xfe")
     await kafka.publish([b"next", b"next"], headers=[("a", b"1")])
-    async with reading(source_of(kafka), got):
+    async with shard_reader(source_of(kafka), got):
         await until(lambda: len(got) == 3, "all", **PATIENT)
     assert sorted((each.value, each.headers) for each in got) == [(b"next", (("a", b"1"),))] * 2 + [(b"odd", ())]

@@ -15,7 +15,7 @@ from pymongo import AsyncMongoClient
 from services.ingest.clock import utc_now
 from services.ingest.connectors import envelope
 from services.ingest.connectors import kinesis as kinesis_module
-from services.ingest.connectors.checkpoints import CHECKPOINTS, Checkpoints
+from services.ingest.connectors.checkpoints import CHECKPOINTS, CheckpointRepository
 from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSource
 from services.ingest.connectors.message import Message, Outgoing
 from shoal.errors import InvalidArgument, Unavailable
@@ -77,7 +77,7 @@ async def test_a_split_shard_is_read_to_its_end_before_its_children(
         assert children, "the stream was not split"
         others = sum(each[0] not in children for each in kinesis.published)
         await until(lambda: len(reader.got) == others, "all but the children's")
-        assert not {message.lane.name for message in reader.got} & children
+        assert not {message.partition.name for message in reader.got} & children
         for message in reader.got:
             reader.source.settle(message)
         reader.settles = True
@@ -92,13 +92,13 @@ async def test_two_instances_share_the_shards_and_one_takes_over_when_the_other_
     one, two = (Reader(moto, kinesis.stream, collection, name) for name in ("x", "y"))
     async with asyncio.TaskGroup() as tasks:
         first = tasks.create_task(one.run())
-        await until(lambda: len(one.source.standing().lanes) == 2, "both shards")
+        await until(lambda: len(one.source.status().partitions) == 2, "both shards")
         second = tasks.create_task(two.run())
-        await until(lambda: [len(each.source.standing().lanes) for each in (one, two)] == [1, 1], "a shard each")
+        await until(lambda: [len(each.source.status().partitions) for each in (one, two)] == [1, 1], "a shard each")
         await kinesis.publish([b"%d" % n for n in range(10)])
         await until(lambda: len(one.got) + len(two.got) >= 10, "all")
         first.cancel()
-        await until(lambda: len(two.source.standing().lanes) == 2, "the other's too")
+        await until(lambda: len(two.source.status().partitions) == 2, "the other's too")
         await kinesis.publish([b"%d" % n for n in range(10, 20)])
         await until(lambda: len(two.got) >= 15, "the rest")
         second.cancel()
@@ -131,8 +131,8 @@ async def test_a_record_that_holds_many_is_settled_with_the_last_of_them(
     moto: Moto, mongo_uri: str, mongo_database: str, collection: Any
 ) -> None:
     kinesis = await Kinesis(moto, mongo_uri, mongo_database, shards=1).make()
-    packed = aggregate([(f"key-{n}", b"packed %d" % n) for n in range(1_200)])
-    await kinesis.publish([b"before", packed, aggregate([]), b"after"])
+    pack = aggregate([(f"key-{n}", b"packed %d" % n) for n in range(1_200)])
+    await kinesis.publish([b"before", pack, aggregate([]), b"after"])
     one = Reader(moto, kinesis.stream, collection, "x")
     one.settles = False
     async with asyncio.TaskGroup() as tasks:
@@ -140,7 +140,7 @@ async def test_a_record_that_holds_many_is_settled_with_the_last_of_them(
         await until(lambda: len(one.got) == 1_202, "all")
         assert one.values == [b"before", *(b"packed %d" % n for n in range(1_200)), b"after"]
         assert [message.key for message in one.got[1:-1]] == [b"key-%d" % n for n in range(1_200)]
-        assert len({message.place for message in one.got}) == len(one.got)
+        assert len({message.location for message in one.got}) == len(one.got)
         for message in one.got:
             if message.value != b"packed 700":
                 one.source.settle(message)
@@ -159,7 +159,7 @@ async def test_a_record_that_holds_many_is_settled_with_the_last_of_them(
         await until(is_settled, "all of them")
         task.cancel()
     # At each delivery the same place, which is in the keys of the jobs.
-    assert [message.place for message in two.got] == [message.place for message in one.got[1:]]
+    assert [message.location for message in two.got] == [message.location for message in one.got[1:]]
 
 
 async def test_of_many_shards_only_a_few_are_read_ahead(
@@ -170,14 +170,14 @@ async def test_of_many_shards_only_a_few_are_read_ahead(
     source = Reader(moto, kinesis.stream, collection, "x").source
     async with source:
         counted = source._client = Counted(source._client)
-        await until(lambda: len(source._readings) == 16, "all shards are held")
+        await until(lambda: len(source._shard_readers) == 16, "all shards are held")
         await until(lambda: counted.pages >= 6, "as many as there is room for")
         await asyncio.sleep(1)
         assert counted.pages == 6
         got: list[Message] = []
         while len(got) < 16 * 20:
             got += await asyncio.wait_for(source.receive(100), 30)
-        assert len({message.place for message in got}) == 16 * 20
+        assert len({message.location for message in got}) == 16 * 20
 
 
 class Counted:
@@ -201,7 +201,7 @@ async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Ki
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
-        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
+        await until(lambda: len(reader.source.status().partitions) == 2, "both shards")
 
         async def arrives() -> bool:
             await kinesis.publish([b"new", b"new"])
@@ -244,9 +244,9 @@ async def test_from_latest_a_read_that_is_refused_passes_nothing_over(
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
-        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
-        readings = reader.source._readings
-        await until(lambda: all(each.behind_ms is not None for each in readings.values()), "both are read")
+        await until(lambda: len(reader.source.status().partitions) == 2, "both shards")
+        shard_readers = reader.source._shard_readers
+        await until(lambda: all(each.behind_ms is not None for each in shard_readers.values()), "both are read")
         throttled = reader.source._client = Throttled(reader.source._client)
         await until(lambda: throttled.refused >= 2, "reads are refused")
         values = [b"%d" % n for n in range(10)]
@@ -281,8 +281,8 @@ async def test_from_latest_who_goes_on_before_the_first_checkpoint_passes_nothin
     one.settles = False
     with monkeypatch.context() as patch:
         patch.setattr(kinesis_module, "_client", throttled)
-        patch.setattr(Checkpoints, "give_back", nothing)
-        patch.setattr(Checkpoints, "leave", nothing)
+        patch.setattr(CheckpointRepository, "release", nothing)
+        patch.setattr(CheckpointRepository, "leave", nothing)
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(one.run())
             await until(lambda: bool(clients) and len(clients[0].asked) == 2, "both shards are begun")
@@ -303,25 +303,25 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 ) -> None:
     """While the place cannot be written nothing is read; then the place is one before what comes next."""
     is_away, refused = True, 0
-    real = Checkpoints.begin
+    real = CheckpointRepository.record_start
 
-    async def begin(self: Checkpoints, shard: str, lease: str, at: datetime) -> bool:
+    async def begin(self: CheckpointRepository, shard: str, lease: str, at: datetime) -> bool:
         nonlocal refused
         if is_away:
             refused += 1
             raise Unavailable("MongoDB is away")
         return await real(self, shard, lease, at)
 
-    monkeypatch.setattr(Checkpoints, "begin", begin)
+    monkeypatch.setattr(CheckpointRepository, "record_start", begin)
     monkeypatch.setattr(kinesis_module, "_BACKOFF_S", 0.05)
     reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(reader.run())
         await until(lambda: refused >= 6, "it tries")
-        assert [each.is_begun for each in reader.source._readings.values()] == [False, False]
+        assert [each.is_iterated for each in reader.source._shard_readers.values()] == [False, False]
         assert await collection.count_documents({"began_at": {"$exists": True}}) == 0
         is_away = False
-        await until(lambda: all(each.is_begun for each in reader.source._readings.values()), "both are begun")
+        await until(lambda: all(each.is_iterated for each in reader.source._shard_readers.values()), "both are begun")
         assert await collection.count_documents({"kind": "shard", "began_at": {"$type": "date"}}) == 2
         task.cancel()
     checkpoints = await reader.source._checkpoints.all()
@@ -330,30 +330,30 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 
 
 async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
-    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
-    first = await slow.take("a")
+    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    first = await slow.acquire("a")
     assert first is not None
-    await slow.give_back("a", first[0])
-    second = await other.take("a")
+    await slow.release("a", first[0])
+    second = await other.acquire("a")
     assert second is not None
-    assert not await slow.begin("a", first[0], utc_now())
+    assert not await slow.record_start("a", first[0], utc_now())
     assert (await other.all())["a"].began_at is None
     at = utc_now().replace(microsecond=0)
-    assert await other.begin("a", second[0], at)
+    assert await other.record_start("a", second[0], at)
     assert (await slow.all())["a"].began_at == at
 
 
 async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:
-    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
-    taken = await slow.take("a")
+    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    taken = await slow.acquire("a")
     assert taken is not None
-    assert await other.take("a") is None, "it is held"
+    assert await other.acquire("a") is None, "it is held"
 
     async def takes() -> bool:
-        return await other.take("a") is not None
+        return await other.acquire("a") is not None
 
     await until(takes, "the lease lapsed")
-    assert not await slow.move("a", taken[0], sequence="99")
+    assert not await slow.advance("a", taken[0], sequence="99")
     assert await slow.renew({"a": taken[0]}) == {"a"}
     assert (await other.all())["a"].sequence == ""
     assert (await other.all())["a"].owner == "y"
@@ -361,7 +361,7 @@ async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: An
 
 async def test_a_stream_that_is_not_there_is_named(moto: Moto, collection: Any) -> None:
     reader = Reader(moto, "none", collection, "x")
-    with pytest.raises(Unavailable, match="looking at stream none: there is no such stream: create it"):
+    with pytest.raises(Unavailable, match="describing stream none: there is no such stream: create it"):
         await reader.run()
 
 
@@ -370,7 +370,7 @@ async def test_a_record_that_is_too_large_is_refused_before_it_is_sent(moto: Mot
         with pytest.raises(InvalidArgument, match="at most 1048576 bytes"):
             await sink.send(Outgoing(b"x" * (1 << 20)))
         key = b"k" * 100
-        room = (1 << 20) - len(envelope.packed(Outgoing(b"", key)))
+        room = (1 << 20) - len(envelope.pack(Outgoing(b"", key)))
         with pytest.raises(InvalidArgument, match=f"takes {(1 << 20) + 100}"):  # The key counts too.
             await sink.send(Outgoing(b"x" * room, key))
         await sink.send(Outgoing(b"x" * (room - 100), key))

@@ -46,7 +46,7 @@ async def test_what_is_not_settled_is_given_back_when_the_source_closes(server: 
     async with PubSubSource(access(server), pubsub.subscription, lease_s=600) as source:
         got = list(await source.receive(10))
         source.settle(next(each for each in got if each.value == b"a"))
-    assert got[0].lane.is_lost
+    assert got[0].partition.is_revoked
     async with PubSubSource(access(server), pubsub.subscription, lease_s=600) as source:
         assert [each.value for each in await source.receive(10)] == [b"b"]
 
@@ -61,7 +61,7 @@ async def test_a_message_is_known_again_when_it_is_delivered_again(server: PubSu
             return message
 
     first, second = await once(), await once()
-    assert (first.place, first.stamp) == (second.place, second.stamp)
+    assert (first.location, first.received_ms) == (second.location, second.received_ms)
     assert first.handle != second.handle
 
 
@@ -80,10 +80,10 @@ async def test_an_acknowledgement_that_failed_is_sent_again(server: PubSubServer
         (message,) = await source.receive(1)
         server.refuse = grpc.StatusCode.UNAVAILABLE
         source.settle(message)
-        await until(lambda: "as the test wants it" in source.standing().trouble, "the refusal")
+        await until(lambda: "as the test wants it" in source.status().problem, "the refusal")
         server.refuse = None
         await until(lambda: not pubsub.kept.kept, "the acknowledgement")
-        await until(lambda: source.standing().trouble == "", "all is well")
+        await until(lambda: source.status().problem == "", "all is well")
 
 
 async def test_a_subscription_that_is_not_there_is_named(server: PubSubServer) -> None:

@@ -24,7 +24,7 @@ class Completions:
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        self.under_way = 0
+        self.in_flight = 0
 
     def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None:
         ended()
@@ -35,12 +35,12 @@ class Completions:
         if job_id == BROKEN:
             await self.asked.wait()
             raise Unavailable("the store is away")
-        self.under_way += 1
+        self.in_flight += 1
         self.asked.set()
         try:
             return await asyncio.Future()
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
 
 
 def streams(endings: Completions) -> RunStreams:
@@ -49,7 +49,7 @@ def streams(endings: Completions) -> RunStreams:
 
 
 async def test_the_first_error_ends_what_was_fetched_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_stream, "_STORE_PATIENCE_S", -1.0)
+    monkeypatch.setattr(run_stream, "_STORE_OUTAGE_S", -1.0)
     endings = Completions()
 
     async def requests() -> AsyncIterator[pb.RunStreamRequest]:
@@ -60,7 +60,7 @@ async def test_the_first_error_ends_what_was_fetched_beside_it(monkeypatch: pyte
         async for _ in streams(endings).serve(requests()):
             pass
     assert endings.asked.is_set()
-    assert endings.under_way == 0
+    assert endings.in_flight == 0
 
 
 async def test_its_reader_has_ended_when_it_has() -> None:

@@ -1,1 +1,1 @@
-"""Where rows come from: places, and readers of each format."""
+"""Input of batches: storage locations, and a reader for each format."""

@@ -1,4 +1,4 @@
-"""Columns of Arrow as arrays, where all rows have one shape; else as lists of what Python has for them."""
+"""Conversion of Arrow columns to arrays, where all rows have one shape, else to lists of Python values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from services.ingest.batches.inputs.piece import Cells
 
 
 def cells_of(column: Any) -> Cells:
-    """An array of shape [rows, ...] when there are no nulls and all rows have one shape; else a value for each row."""
+    """Return an array of shape [rows, ...] when no row is null and all have one shape; else a list of values."""
     found = _array_of(_plain(column))
     return column.to_pylist() if found is None else found
 
 
 def _plain(column: Any) -> Any:
-    """Without chunks, dictionaries and extensions: those change how a column lies, not what it says."""
+    """Return a column without chunks, dictionary encoding and extension type; its values stay the same."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if isinstance(column, pa.ExtensionArray):

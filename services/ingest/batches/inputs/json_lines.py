@@ -1,9 +1,9 @@
-"""JSON Lines: a row is a line with an object; `{"b64": "..."}` stands for bytes, as on the command line.
+"""Reader of JSON Lines: each line is an object, one row; `{"b64": "..."}` encodes bytes, as on the command line.
 
     {"x": [1, 2, 3, 4], "id": "a"}
     {"x": [5, 6, 7, 8], "id": "b"}
 
-A chunk is found again by the offset of its first line. Nothing larger than a piece is in memory, however long a line.
+A chunk is located by the offset of its first line. Memory holds at most one piece, however long a line is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from services.ingest.batches.inputs.piece import PIECE_BYTES, PIECE_ROWS, ROW_BYTES, Piece, Span, none_of
+from services.ingest.batches.inputs.piece import PIECE_BYTES, PIECE_ROWS, ROW_BYTES, Piece, Span, null_column
 from shoal.errors import DataLoss
 
 _BLOCK = 4 << 20
 
 
 class JsonLines:
-    """Reads the columns that are wanted."""
+    """Reader of some columns. Closes `file`."""
 
     def __init__(self, file: BinaryIO, columns: frozenset[str]) -> None:
         self._file = file
@@ -31,16 +31,16 @@ class JsonLines:
         self._row = 0
 
     def seek(self, row: int, offset: int) -> None:
-        """Goes to row `row`, whose line begins at `offset`."""
+        """Go to row `row`, whose line begins at `offset`."""
         self._file.seek(offset)
         self._row = row
 
-    def read(self, most: int) -> Piece:
-        """The next lines. A line that is no object is a row that fails."""
+    def read(self, limit: int) -> Piece:
+        """Return the next lines. A line that is no object is a failed row."""
         rows: list[dict[str, Any]] = []
         errors: dict[int, str] = {}
         nbytes = 0
-        while len(rows) < min(most, PIECE_ROWS) and nbytes < PIECE_BYTES:
+        while len(rows) < min(limit, PIECE_ROWS) and nbytes < PIECE_BYTES:
             line = self._file.readline(ROW_BYTES + 1)
             if not line:
                 break
@@ -54,10 +54,10 @@ class JsonLines:
             raise DataLoss(f"the file ends before line {self._row + 1}: it was longer when the batch was planned")
         first, self._row = self._row, self._row + len(rows)
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
-        return Piece(first, len(rows), columns or {"": none_of(len(rows))}, errors)
+        return Piece(first, len(rows), columns or {"": null_column(len(rows))}, errors)
 
     def _whole(self, line: bytes) -> bytes:
-        """The line; of one that is too long, the rest is passed over."""
+        """Return a complete line; skip the rest of a line that is too long, and raise ValueError."""
         if len(line) <= ROW_BYTES:
             return line
         while line and not line.endswith(b"\n"):
@@ -69,10 +69,9 @@ class JsonLines:
 
 
 def spans(file: BinaryIO, chunk_rows: int, chunk_bytes: int, *, row: int = 0, offset: int = 0) -> Iterator[Span]:
-    """Cuts a file into chunks, from `row` (whose line begins at `offset`) on. What follows the last newline is a row.
+    """Yield the spans of a file, from `row` (whose line begins at `offset`) on.
 
-    Raises:
-        DataLoss: the file is shorter than `offset`.
+    Text after the last newline is a row. Memory holds one block of the file.
     """
     file.seek(offset)
     first, begin, at, rows = row, offset, offset, 0
@@ -80,9 +79,9 @@ def spans(file: BinaryIO, chunk_rows: int, chunk_bytes: int, *, row: int = 0, of
         ends = at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
         at += len(block)
         for end in _cuts(ends, rows, begin, chunk_rows, chunk_bytes):
-            taken = int(np.searchsorted(ends, end, side="right"))
-            rows += taken
-            ends = ends[taken:]
+            count = int(np.searchsorted(ends, end, side="right"))
+            rows += count
+            ends = ends[count:]
             yield Span(first, rows, begin, end)
             first, begin, rows = first + rows, end, 0
         rows += len(ends)
@@ -91,7 +90,7 @@ def spans(file: BinaryIO, chunk_rows: int, chunk_bytes: int, *, row: int = 0, of
 
 
 def _cuts(ends: Any, rows: int, begin: int, chunk_rows: int, chunk_bytes: int) -> Iterator[int]:
-    """The line ends at which a chunk is full."""
+    """Yield the line ends at which a chunk is full."""
     at = 0
     while at < len(ends):
         by_rows = at + chunk_rows - rows - 1
@@ -104,7 +103,7 @@ def _cuts(ends: Any, rows: int, begin: int, chunk_rows: int, chunk_bytes: int) -
 
 
 def _has_tail(file: BinaryIO, size: int) -> int:
-    """1 when the file does not end with a newline: its last line counts."""
+    """Return 1 when the file does not end with a newline, so that its last line counts; else 0."""
     file.seek(size - 1)
     return int(file.read(1) != b"\n")
 
@@ -122,9 +121,9 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _decoded(value: Any) -> Any:
-    """`value` with `{"b64": ...}` replaced by its bytes."""
+    """Return `value` with each `{"b64": ...}` replaced by its bytes."""
     if isinstance(value, list):
-        # Numbers by far the most often: those need no look at each.
+        # Lists of numbers are the common case, and need no check of each element.
         return [_decoded(item) for item in value] if value and isinstance(value[0], list | dict) else value
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
         try:

@@ -1,7 +1,7 @@
-"""The inputs of a batch, pinned: which files or objects, how large, in which version; one JSON line for each.
+"""Listing of a batch's pinned inputs: URL, size and version of each file or object, as JSON lines.
 
-It is written once, before anything runs, beside the results (`_inputs.jsonl`): a file that is changed or added later
-changes nothing, or is found out.
+The listing is written once, before any chunk runs, beside the results (`_inputs.jsonl`). A file that is added later is
+ignored, and a file that is changed later is detected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from services.ingest.batches.inputs.places import Entry
+from services.ingest.batches.inputs.locations import Entry
 from shoal.errors import DataLoss
 
 LINE_BYTES = 16 << 10
@@ -19,26 +19,26 @@ LINE_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A line of the listing."""
+class ListedEntry:
+    """Line of the listing."""
 
     entry: Entry
     offset: int
-    """Where the line begins, and the next one."""
     end: int
+    """Offset of the next line."""
 
 
 def line_of(entry: Entry) -> bytes:
-    """The line of a file or object."""
+    """Return the line of a file or object."""
     line = {"url": entry.url, "size": entry.size, "version": entry.version}
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def listed(file: BinaryIO, offset: int = 0) -> Iterator[Listed]:
-    """The lines from `offset` on.
+def listed(file: BinaryIO, offset: int = 0) -> Iterator[ListedEntry]:
+    """Yield the lines from `offset` on.
 
     Raises:
-        DataLoss: one is not as it was written.
+        DataLoss: a line is damaged.
     """
     file.seek(offset)
     while line := file.readline(LINE_BYTES):
@@ -47,5 +47,5 @@ def listed(file: BinaryIO, offset: int = 0) -> Iterator[Listed]:
             entry = Entry(str(found["url"]), int(found["size"]), str(found["version"]))
         except (ValueError, KeyError, TypeError) as err:
             raise DataLoss(f"_inputs.jsonl is broken near byte {offset}: {err}") from err
-        yield Listed(entry, offset, offset + len(line))
+        yield ListedEntry(entry, offset, offset + len(line))
         offset += len(line)

@@ -1,5 +1,7 @@
-"""NPZ: arrays by column name, whose first dimension is the rows. What `numpy.savez` wrote is read where it lies; what
-`savez_compressed` wrote is unpacked from its beginning, and a reader that is kept goes on where it was.
+"""Reader of NPZ files: arrays by column name, whose first dimension is the rows.
+
+Arrays of `numpy.savez` are read at their offsets. Arrays of `savez_compressed` are decompressed from their beginning; a
+cached reader continues from its position.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -21,14 +23,14 @@ from numpy.typing import NDArray
 from services.ingest.batches.inputs.piece import ROW_BYTES, Piece, piece_rows
 from shoal.errors import DataLoss, InvalidArgument
 
-_LOCAL_HEADER = 30
 # https://pkware.cachefly.net/webdocs/APPNOTE/APPNOTE-6.3.9.TXT, 4.3.7: the lengths of name and extra field at 26.
+_LOCAL_HEADER = 30
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One array of the file."""
+    """Array of an NPZ file."""
 
     name: str
     dtype: np.dtype[Any]
@@ -38,14 +40,14 @@ class Member:
 
     @property
     def row_bytes(self) -> int:
-        """A row's size."""
+        """Size of a row."""
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
 class NpzRows:
-    """Reads the columns that are wanted. Closes `file`.
+    """Reader of some columns. Closes `file`.
 
-    Raises (on making one):
+    Raises (in the constructor):
         InvalidArgument: as `members` does.
     """
 
@@ -55,16 +57,16 @@ class NpzRows:
         self._zip = zipfile.ZipFile(file)
         self._streams = [(member, _Stream(file, self._zip, member)) for member in found]
         self._total = found[0].shape[0] if found else 0
-        self._most = piece_rows(1 << 30, sum(member.row_bytes for member in found))
+        self._piece_rows = piece_rows(1 << 30, sum(member.row_bytes for member in found))
         self._row = 0
 
     def seek(self, row: int, offset: int) -> None:
-        """Goes to row `row`."""
+        """Go to row `row`."""
         self._row = row
 
-    def read(self, most: int) -> Piece:
-        """The next rows."""
-        count = min(most, self._most, self._total - self._row)
+    def read(self, limit: int) -> Piece:
+        """Return the next rows."""
+        count = min(limit, self._piece_rows, self._total - self._row)
         if count < 1:
             raise DataLoss(f"the arrays end before row {self._row}")
         first, self._row = self._row, self._row + count
@@ -79,10 +81,10 @@ class NpzRows:
 
 
 def members(file: BinaryIO) -> list[Member]:
-    """The arrays of a file.
+    """Return the arrays of a file.
 
     Raises:
-        InvalidArgument: it is no NPZ file, or an array in it cannot be read row by row.
+        InvalidArgument: the file is no NPZ file, or one of its arrays cannot be read row by row.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -110,14 +112,14 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
         raise InvalidArgument(f"array {name!r} is in Fortran order: save numpy.ascontiguousarray of it")
     found = Member(name, dtype, shape, info, header_bytes)
     if min(shape) < 0 or info.file_size - header_bytes != shape[0] * found.row_bytes:
-        raise InvalidArgument(f"array {name!r}: its header says {dtype} {list(shape)}, which is not what lies there")
+        raise InvalidArgument(f"array {name!r}: its header says {dtype} {list(shape)}, but its size is another")
     if found.row_bytes > ROW_BYTES:
-        raise InvalidArgument(f"array {name!r}: a row has {found.row_bytes} bytes: at most {ROW_BYTES} are taken")
+        raise InvalidArgument(f"array {name!r}: a row has {found.row_bytes} bytes: at most {ROW_BYTES} are accepted")
     return found
 
 
 class _Stream:
-    """One array, row by row."""
+    """Stream of one array's rows."""
 
     def __init__(self, file: BinaryIO, archive: zipfile.ZipFile, member: Member) -> None:
         self._member = member

@@ -1,6 +1,6 @@
-"""Parquet: a row is a row. Read page by page, so that a row group may be larger than memory.
+"""Reader of Parquet files, page by page, so that a row group may be larger than memory.
 
-Rows are found by reading on from the start of their row group; a reader that is kept goes on where it was.
+A row is reached by reading from the start of its row group; a cached reader continues from its position.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _BROKEN = (pa.ArrowException, OSError, ValueError)
 
 
 class ParquetRows:
-    """Reads the columns that are wanted. Closes `file`.
+    """Reader of some columns. Closes `file`.
 
-    Raises (on making one, and in every method):
-        InvalidArgument: it is no Parquet file. DataLoss: it is broken, or shorter than it was.
+    Raises (in the constructor and in every method):
+        InvalidArgument: the file is no Parquet file. DataLoss: the file is broken, or was truncated.
     """
 
     def __init__(self, file: BinaryIO, columns: frozenset[str]) -> None:
@@ -31,32 +31,34 @@ class ParquetRows:
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         metadata = self._file.metadata
         self._groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        self._most = piece_rows(1 << 30, row_bytes(self._file))
+        self._piece_rows = piece_rows(1 << 30, row_bytes(self._file))
         self._row = 0
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
         self.seek(0, 0)
 
     def seek(self, row: int, offset: int) -> None:
-        """Goes to row `row`: on from here when that is in this row group and ahead, else from the row group's start."""
+        """Go to row `row`: from here when the row is ahead in this row group, else from its row group's start."""
         group, start = self._group_of(row)
         if not start <= self._row <= row or self._left is None:
             self._row, self._left = start, None
             groups = range(group, len(self._groups))
             columns = self._columns or None
-            self._batches = self._file.iter_batches(self._most, row_groups=groups, columns=columns, use_threads=False)
+            self._batches = self._file.iter_batches(
+                self._piece_rows, row_groups=groups, columns=columns, use_threads=False
+            )
         while self._row < row:
             self._take(row - self._row)
 
-    def read(self, most: int) -> Piece:
-        """The next rows."""
+    def read(self, limit: int) -> Piece:
+        """Return the next rows."""
         first = self._row
-        batch = self._take(most)
+        batch = self._take(limit)
         arrays = {name: batch.column(name) for name in self._columns}
         columns = {name: cells_of(array) for name, array in arrays.items()}
         return Piece(first, batch.num_rows, columns, arrow=arrays)
 
-    def _take(self, most: int) -> Any:
+    def _take(self, limit: int) -> Any:
         try:
             while self._left is None or not self._left.num_rows:
                 self._left = next(self._batches)
@@ -64,7 +66,7 @@ class ParquetRows:
             raise DataLoss(f"the file ends before row {self._row}") from None
         except _BROKEN as err:
             raise DataLoss(f"broken near row {self._row}: {str(err)[:300]}") from err
-        taken, self._left = self._left.slice(0, most), self._left.slice(most)
+        taken, self._left = self._left.slice(0, limit), self._left.slice(limit)
         self._row += taken.num_rows
         return taken
 
@@ -81,10 +83,10 @@ class ParquetRows:
 
 
 def open_parquet(file: BinaryIO) -> Any:
-    """A pyarrow.parquet.ParquetFile.
+    """Return the pyarrow.parquet.ParquetFile of `file`.
 
     Raises:
-        InvalidArgument: `file` is no Parquet file. It is closed then.
+        InvalidArgument: `file` is no Parquet file; `file` is closed then.
     """
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
@@ -94,7 +96,7 @@ def open_parquet(file: BinaryIO) -> Any:
 
 
 def row_bytes(file: Any) -> float:
-    """About how large a row of a ParquetFile is in memory."""
+    """Return the approximate size in memory of a row of a ParquetFile."""
     metadata = file.metadata
     total = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     return float(total / max(metadata.num_rows, 1))

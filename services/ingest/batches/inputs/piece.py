@@ -1,4 +1,4 @@
-"""A piece: some rows of one file that follow each other, column by column, as a reader gives them."""
+"""Pieces: consecutive rows of one file, column by column, as a reader returns them."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 Cells: TypeAlias = NDArray[Any] | list[Any]
-"""A column: an array whose first dimension is the rows, or a list with one value (None: none) for each row."""
+"""Column: an array whose first dimension is the rows, or a list with one value (None: missing) for each row."""
 
 PIECE_ROWS = 512
 PIECE_BYTES = 4 << 20
-"""What is read at once, at most (a larger row comes alone): enough for several batches of most models."""
+"""Maximum size of one read (a larger row is read alone): enough for several batches of most models."""
 ROW_BYTES = 12 << 20
-"""A row that is larger fails: so much a job's request may have."""
+"""Maximum size of a row; a larger row fails. A job's request has the same limit."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` rows from row `first` of their file on."""
+    """Block of `count` rows, from row `first` of their file on."""
 
     first: int
     count: int
     columns: Mapping[str, Cells] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
-    """Rows (counted from 0 within the piece) that are none, and why; their cells are None."""
+    """Reasons by row (counted from 0 within the piece) of rows that cannot be read; their cells are None."""
     sources: Sequence[str] | None = None
-    """Where each row came from; None: from the file that is read."""
+    """URL of each row's object; None: the file that is read."""
     arrow: Mapping[str, Any] = field(default_factory=dict)
-    """Columns as Arrow arrays too, where the format has them so."""
+    """Columns as Arrow arrays too, for formats that have them."""
 
 
 class Rows(Protocol):
-    """A reader of one file. It blocks: for threads."""
+    """Reader of one file. Its methods block: run them in a thread."""
 
     def seek(self, row: int, offset: int) -> None:
-        """Goes to row `row`; `offset` is what the plan has noted about where it begins."""
+        """Go to row `row`; `offset` is the row's offset in the plan."""
 
-    def read(self, most: int) -> Piece:
-        """The next rows, at least one and at most `most`.
+    def read(self, limit: int) -> Piece:
+        """Return the next rows, at least one and at most `limit`.
 
         Raises:
-            DataLoss: the file is not what it was when it was planned, or broken.
+            DataLoss: the file has changed since it was planned, or is broken.
         """
 
     def close(self) -> None:
-        """Closes what it holds open."""
+        """Close the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +56,25 @@ class Span:
     """Rows of one file that make a chunk."""
 
     row: int
-    """The first, counted from 0 within the file."""
+    """First row, counted from 0 within the file."""
     rows: int
     offset: int = 0
-    """Where it begins, for formats that count bytes."""
+    """Offset in bytes of the first row, for formats without row numbers."""
     end: int = 0
-    """Where the next one begins."""
+    """Offset in bytes of the next span."""
 
 
-def none_of(count: int) -> list[Any]:
-    """A column of nothing."""
+def null_column(count: int) -> list[Any]:
+    """Return a column of missing values."""
     return [None] * count
 
 
 def even_spans(total: int, row_bytes: float, chunk_rows: int, chunk_bytes: int, row: int = 0) -> Iterator[Span]:
-    """Spans for a file whose rows are about equally large, from `row` on."""
-    most = max(1, min(chunk_rows, int(chunk_bytes // max(row_bytes, 1))))
-    return (Span(first, min(most, total - first)) for first in range(row, total, most))
+    """Return the spans of a file whose rows are about equally large, from `row` on."""
+    limit = max(1, min(chunk_rows, int(chunk_bytes // max(row_bytes, 1))))
+    return (Span(first, min(limit, total - first)) for first in range(row, total, limit))
 
 
-def piece_rows(most: int, row_bytes: float) -> int:
-    """How many rows of about `row_bytes` to read at once."""
-    return int(np.clip(PIECE_BYTES // max(row_bytes, 1), 1, min(most, PIECE_ROWS)))
+def piece_rows(limit: int, row_bytes: float) -> int:
+    """Return the number of rows of about `row_bytes` to read at once, at most `limit`."""
+    return int(np.clip(PIECE_BYTES // max(row_bytes, 1), 1, min(limit, PIECE_ROWS)))

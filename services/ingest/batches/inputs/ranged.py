@@ -1,4 +1,4 @@
-"""A file that can seek, over a place that answers ranges of bytes."""
+"""Seekable file over a source that returns byte ranges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import BinaryIO, cast
 
 WINDOW_BYTES = 4 << 20
-"""Read at once: few requests for those who read on, and little that is fetched for nothing."""
+"""Size of one read: few requests when the file is read sequentially, and few bytes that are fetched in vain."""
 
 
 class _Windows(io.RawIOBase):
@@ -43,5 +43,5 @@ class _Windows(io.RawIOBase):
 
 
 def Ranged(read: Callable[[int, int], bytes], size: int) -> BinaryIO:
-    """A file of `size` bytes, of which `read(start, end)` gives any range."""
+    """Return a file of `size` bytes, whose ranges `read(start, end)` returns."""
     return cast(BinaryIO, io.BufferedReader(_Windows(read, size), WINDOW_BYTES))

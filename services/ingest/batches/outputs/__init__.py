@@ -1,1 +1,1 @@
-"""Where answers go: parts of Parquet, and what is said about them."""
+"""Output of batches: Parquet parts and their summaries."""

@@ -1,7 +1,7 @@
-"""Answers as columns of Parquet: a tensor of a row becomes a value, a list, or a list of lists.
+"""Parquet columns of the answers: a tensor of a row becomes a value, a list, or a list of lists.
 
-row, source, source_row     which row of which file (or object) it was; `row` counts through all of them
-the kept columns            as the input has them
+row, source, source_row     the row's origin in a file (or object); `row` counts through all files
+the kept columns            as in the input
 the model's outputs         FP32 [] -> float, FP32 [4] -> list<float>, BYTES -> binary (or string), BF16 -> float
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from services.ingest.batches.rows.signature import Spec
+from services.ingest.batches.rows.signature import TensorSpec
 from shoal.errors import InvalidArgument
 from shoal.oip import bfloat16
 
@@ -39,24 +39,24 @@ ABOUT = (
     pa.field("source", pa.dictionary(pa.int32(), pa.string())),
     pa.field("source_row", pa.int64()),
 )
-"""The columns that say which row it is: of the answered rows and of the dead ones."""
+"""Columns with the origin of a row, of answered and of failed rows."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the parts of a batch have."""
+    """Columns of a batch's parts."""
 
-    outputs: tuple[Spec, ...]
+    outputs: tuple[TensorSpec, ...]
     texts: frozenset[str]
     """Outputs of BYTES that are text."""
     kept: Mapping[str, Any]
     """Columns of the input that are carried over, with their types."""
 
     def schema(self) -> Any:
-        """The schema of a part.
+        """Return the Arrow schema of a part.
 
         Raises:
-            InvalidArgument: two columns would have one name.
+            InvalidArgument: two columns would have the same name.
         """
         names = [*(field.name for field in ABOUT), *self.kept, *(spec.name for spec in self.outputs)]
         for name in names:
@@ -67,14 +67,14 @@ class Columns:
         kept = [pa.field(name, kind) for name, kind in self.kept.items()]
         return pa.schema([*ABOUT, *kept, *(pa.field(spec.name, self._type(spec)) for spec in self.outputs)])
 
-    def _type(self, spec: Spec) -> Any:
+    def _type(self, spec: TensorSpec) -> Any:
         kind = _NUMBERS.get(spec.datatype) or (pa.string() if spec.name in self.texts else pa.binary())
         for _ in spec.shape:
             kind = pa.list_(kind)
         return kind
 
-    def array(self, spec: Spec, values: NDArray[Any]) -> Any:
-        """The rows of an output as an Arrow array.
+    def array(self, spec: TensorSpec, values: NDArray[Any]) -> Any:
+        """Return the rows of an output as an Arrow array.
 
         Raises:
             ValueError: a text is not UTF-8.
@@ -91,7 +91,7 @@ class Columns:
 
 
 def _nested(flat: Any, shape: Sequence[int]) -> Any:
-    """The elements of an array of `shape` as lists (of lists ...) by its first dimension."""
+    """Return the elements of an array of `shape` as lists (of lists ...), one for each row."""
     for axis in range(len(shape) - 1, 0, -1):
         lists = int(np.prod(shape[:axis], dtype=np.int64))
         offsets = np.arange(lists + 1, dtype=np.int32) * np.int32(shape[axis])

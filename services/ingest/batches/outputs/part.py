@@ -1,9 +1,9 @@
-"""The results of one chunk, in two local files that are put where they belong when they are whole:
+"""Results of one chunk, in two local files that are moved to the output when they are complete:
 
-    part-00000012.parquet           the rows that were answered
-    _dead/part-00000012.parquet     the rows that were not: which, the status code, and why
+    part-00000012.parquet           the answered rows
+    _dead/part-00000012.parquet     the failed rows, with status code and reason
 
-What is in memory is bounded: a row group is written as soon as it is large. All of it blocks: for threads.
+Memory is bounded: a row group is written as soon as it is large. All methods block: run them in a thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import ABOUT, Columns
-from services.ingest.batches.outputs.written import About, Dead, Written
+from services.ingest.batches.outputs.part_summary import PartSummary, RowError, RowOrigins
 from shoal.oip.tensors import Array
 
 GROUP_BYTES = 16 << 20
-"""A row group is written when it is this large."""
+"""Size at which a row group is written."""
 REASON_CHARS = 2_000
 _DEAD = pa.schema(
     [
@@ -34,7 +34,7 @@ _DEAD = pa.schema(
 
 
 class OutputPart:
-    """Writes the part of one chunk into `folder`. Use as `with`; what is not taken away by then is removed."""
+    """Writer of one chunk's part in `folder`. Use it as `with`; files that are still there at the end are removed."""
 
     def __init__(self, folder: Path, name: str, columns: Columns) -> None:
         self.file = folder / f"{name}.parquet"
@@ -56,13 +56,13 @@ class OutputPart:
         for file in (self.file, self.dead_file):
             file.unlink(missing_ok=True)
 
-    def add(self, about: About, kept: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
-        """Adds answered rows, in their order.
+    def add(self, origins: RowOrigins, kept: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
+        """Add answered rows, in their order.
 
         Raises:
-            ValueError: a value has no place in its column.
+            ValueError: a value does not fit the type of its column.
         """
-        arrays = _about(about)
+        arrays = _origin_columns(origins)
         arrays += [kept[name] for name in self._columns.kept]
         arrays += [self._columns.array(spec, outputs[spec.name]) for spec in self._columns.outputs]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
@@ -72,28 +72,28 @@ class OutputPart:
         if self._held >= GROUP_BYTES:
             self._flush()
 
-    def add_dead(self, about: About, dead: Sequence[Dead]) -> None:
-        """Adds rows that were not answered."""
-        self._codes.update(each.code for each in dead)
+    def add_failed(self, origins: RowOrigins, errors: Sequence[RowError]) -> None:
+        """Add failed rows."""
+        self._codes.update(error.code for error in errors)
         table = pa.Table.from_arrays(
             [
-                *_about(about),
-                pa.array([each.code for each in dead], pa.string()),
-                pa.array([_printable(each.reason) for each in dead], pa.string()),
-                pa.array([each.attempts for each in dead], pa.int32()),
+                *_origin_columns(origins),
+                pa.array([error.code for error in errors], pa.string()),
+                pa.array([_printable(error.reason) for error in errors], pa.string()),
+                pa.array([error.attempts for error in errors], pa.int32()),
             ],
             schema=_DEAD,
         )
         self._writer(self.dead_file, _DEAD).write_table(table)
 
-    def finish(self) -> Written:
-        """Makes the files whole. A file without rows is not made."""
+    def finish(self) -> PartSummary:
+        """Complete the files. A file without rows is not created."""
         self._flush()
         for writer in self._writers.values():
             writer.close()
         sizes = [file.stat().st_size for file in self._writers]
         self._writers = {}
-        return Written(self._rows, self._codes.total(), sum(sizes), dict(self._codes))
+        return PartSummary(self._rows, self._codes.total(), sum(sizes), dict(self._codes))
 
     def _flush(self) -> None:
         if self._tables:
@@ -107,9 +107,9 @@ class OutputPart:
         return self._writers[file]
 
 
-def _about(about: About) -> list[Any]:
-    sources = pa.array(about.sources, pa.string()).dictionary_encode()
-    return [pa.array(about.rows, pa.int64()), sources, pa.array(about.source_rows, pa.int64())]
+def _origin_columns(origins: RowOrigins) -> list[Any]:
+    sources = pa.array(origins.sources, pa.string()).dictionary_encode()
+    return [pa.array(origins.rows, pa.int64()), sources, pa.array(origins.source_rows, pa.int64())]
 
 
 def _printable(reason: str) -> str:

@@ -1,1 +1,1 @@
-"""From cells of columns to tensors of a model, and from its answers back."""
+"""Conversion of column cells to tensors of a model, and of its answers to arrays."""

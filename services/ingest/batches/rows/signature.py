@@ -1,4 +1,4 @@
-"""What a model takes and gives for one row, as a batch remembers it: read once, from the model's own word."""
+"""Signature of a model: its inputs and outputs for one row, read from its metadata when the batch is submitted."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shoal.inference.v2 import inference_pb2, model_config_pb2
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """One input or output, for one row."""
+class TensorSpec:
+    """Input or output of a model, for one row."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    """Without the batch dimension; -1 where a dimension varies."""
+    """Shape without the batch dimension; -1 where a dimension varies."""
     is_optional: bool = False
 
     def __str__(self) -> str:
@@ -25,29 +25,29 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A model, as it was when the batch was submitted."""
+    """Inputs and outputs of a model when the batch was submitted."""
 
-    inputs: tuple[Spec, ...]
-    outputs: tuple[Spec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     max_rows: int
-    """Rows that one request may have; 0: a request is a row, and has no batch dimension."""
+    """Maximum rows of one request; 0: a request is one row, without batch dimension."""
 
     @property
     def takes(self) -> str:
-        """Its inputs, in words."""
+        """The inputs as text, for error messages."""
         return "; ".join(map(str, self.inputs)) or "nothing"
 
 
 def signature_of(
     metadata: inference_pb2.ModelMetadataResponse, config: model_config_pb2.ModelConfig, outputs: Sequence[str]
 ) -> Signature:
-    """The signature of a model, of whose outputs some are wanted (none named: all).
+    """Return the signature of a model, with the requested `outputs` (empty: all).
 
     Raises:
-        FailedPrecondition: a batch cannot be run with such a model. InvalidArgument: it has no such output.
+        FailedPrecondition: batches do not support this model. InvalidArgument: the model has no such output.
     """
     if config.model_transaction_policy.decoupled:
-        raise FailedPrecondition(f"model {metadata.name!r} is decoupled: it may give any number of answers to a row")
+        raise FailedPrecondition(f"model {metadata.name!r} is decoupled: it may send any number of answers to a row")
     if config.HasField("sequence_batching"):
         raise FailedPrecondition(f"model {metadata.name!r} is stateful: rows of a batch are not a sequence")
     skipped = 1 if config.max_batch_size > 0 else 0
@@ -57,9 +57,9 @@ def signature_of(
         if name not in known:
             raise InvalidArgument(f"outputs: model {metadata.name!r} has no output {name!r}: it gives {known}")
     return Signature(
-        tuple(Spec(t.name, t.datatype, tuple(t.shape[skipped:]), t.name in optional) for t in metadata.inputs),
+        tuple(TensorSpec(t.name, t.datatype, tuple(t.shape[skipped:]), t.name in optional) for t in metadata.inputs),
         tuple(
-            Spec(t.name, t.datatype, tuple(t.shape[skipped:]))
+            TensorSpec(t.name, t.datatype, tuple(t.shape[skipped:]))
             for t in metadata.outputs
             if not outputs or t.name in outputs
         ),

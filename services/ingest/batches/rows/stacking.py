@@ -1,4 +1,4 @@
-"""Rows become stacks: as many as a model takes in one request, of rows that follow each other and have one shape."""
+"""Stacking of rows: consecutive rows of one shape, as many as a model accepts in one request."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.ingest.batches.rows.fitting import Fitted
+from services.ingest.batches.rows.fitting import FittedInput
 from shoal.oip.datatypes import DTYPES
 
 STACK_BYTES = 8 << 20
-"""Of one request, at most (a row that is larger goes alone): ingest holds several of them."""
+"""Maximum size of one request (a larger row is sent alone), because ingest holds several in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +19,21 @@ class Stack:
     """Rows of a piece that make one request."""
 
     rows: tuple[int, ...]
-    """Counted from 0 within the piece."""
+    """Row numbers, counted from 0 within the piece."""
 
     def halves(self) -> tuple[Stack, Stack]:
-        """The first and the second half; of two rows and more."""
+        """Return the first and the second half of a stack of at least two rows."""
         middle = len(self.rows) // 2
         return Stack(self.rows[:middle]), Stack(self.rows[middle:])
 
 
-def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
-    """Stacks of `rows`, none of which failed, in their order."""
-    most = max(1, max_rows)
+def stacks(inputs: Sequence[FittedInput], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
+    """Yield stacks of `rows`, none of which failed, in their order."""
+    limit = max(1, max_rows)
     if all(_is_even(fitted) for fitted in inputs):
         size = sum(_bytes(fitted, 0) for fitted in inputs) if rows else 1
-        most = max(1, min(most, STACK_BYTES // max(size, 1)))
-        yield from (Stack(tuple(rows[first : first + most])) for first in range(0, len(rows), most))
+        limit = max(1, min(limit, STACK_BYTES // max(size, 1)))
+        yield from (Stack(tuple(rows[first : first + limit])) for first in range(0, len(rows), limit))
         return
     held: list[int] = []
     held_shapes: list[tuple[int, ...]] = []
@@ -41,7 +41,7 @@ def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iter
     for row in rows:
         shapes = [fitted.shape(row) for fitted in inputs]
         size = sum(_bytes(fitted, row) for fitted in inputs)
-        if held and (len(held) == most or shapes != held_shapes or nbytes + size > STACK_BYTES):
+        if held and (len(held) == limit or shapes != held_shapes or nbytes + size > STACK_BYTES):
             yield Stack(tuple(held))
             held, nbytes = [], 0
         held.append(row)
@@ -51,12 +51,12 @@ def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iter
         yield Stack(tuple(held))
 
 
-def _is_even(fitted: Fitted) -> bool:
-    """All rows have one shape and one size."""
+def _is_even(fitted: FittedInput) -> bool:
+    """Return True when all rows have one shape and one size."""
     return isinstance(fitted.rows, np.ndarray) and fitted.spec.datatype != "BYTES"
 
 
-def _bytes(fitted: Fitted, row: int) -> int:
+def _bytes(fitted: FittedInput, row: int) -> int:
     if fitted.spec.datatype == "BYTES":
         return sum(map(len, fitted.stacked([row]).reshape(-1).tolist()))
     size = DTYPES[fitted.spec.datatype].itemsize

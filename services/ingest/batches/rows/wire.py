@@ -1,4 +1,4 @@
-"""Stacks as requests of the inference protocol, and its answers as arrays."""
+"""Conversion of stacks to requests of the inference protocol, and of responses to arrays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.ingest.batches.rows.fitting import Fitted
-from services.ingest.batches.rows.signature import Signature, Spec
+from services.ingest.batches.rows.fitting import FittedInput
+from services.ingest.batches.rows.signature import Signature, TensorSpec
 from services.ingest.batches.rows.stacking import Stack
 from shoal.errors import DataLoss
 from shoal.inference.v2 import inference_pb2 as oip
@@ -17,8 +17,8 @@ from shoal.oip.tensors import Array, read_tensor, to_raw
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What all requests of a batch have in common."""
+class ModelTarget:
+    """Model and tenant that all requests of a batch share."""
 
     model_name: str
     model_version: str
@@ -26,13 +26,14 @@ class Asked:
     tenant: str = ""
 
 
-def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
-    """A stack as a serialised ModelInferRequest."""
+def request_of(asked: ModelTarget, inputs: Sequence[FittedInput], stack: Stack) -> bytes:
+    """Return a stack as a serialised ModelInferRequest."""
     message = oip.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version)
     for fitted in inputs:
         array = fitted.stacked(stack.rows)
         if asked.signature.max_rows == 0:
-            array = array.reshape(array.shape[1:])  # Not array[0]: of one element, that is no array any more.
+            # Not array[0], which returns a scalar for an array of one element.
+            array = array.reshape(array.shape[1:])
         message.inputs.add(name=fitted.spec.name, datatype=fitted.spec.datatype, shape=array.shape)
         message.raw_input_contents.append(to_raw(array, BY_NAME[fitted.spec.datatype]))
     for output in asked.signature.outputs:
@@ -40,11 +41,11 @@ def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
     return message.SerializeToString()
 
 
-def answer_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
-    """The outputs of an answer to `rows` rows: arrays whose first dimension is the rows.
+def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
+    """Return the outputs of a response to `rows` rows: arrays whose first dimension is the rows.
 
     Raises:
-        DataLoss: the answer is not what the model has promised.
+        DataLoss: the response contradicts the model's signature.
     """
     found = {tensor.name: index for index, tensor in enumerate(answer.outputs)}
     arrays: dict[str, Array] = {}
@@ -58,7 +59,7 @@ def answer_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -
     return arrays
 
 
-def _checked(spec: Spec, array: Array, rows: int) -> Array:
+def _checked(spec: TensorSpec, array: Array, rows: int) -> Array:
     if array.ndim != len(spec.shape) + 1 or len(array) != rows:
         raise DataLoss(
             f"output {spec.name!r}: the model promises the shape {list(spec.shape)} for a row, and answered "

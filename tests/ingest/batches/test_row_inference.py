@@ -12,11 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.batches.calling import Answered, Blamed, Calling, RowQueues, Split, Wait, decide
-from services.ingest.batches.outputs.written import Dead
+from services.ingest.batches.outputs.part_summary import RowError
+from services.ingest.batches.row_inference import (
+    AnsweredRows,
+    FailedRow,
+    RequestSlots,
+    RowInference,
+    Split,
+    Wait,
+    decide,
+)
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.stacking import Stack
-from services.ingest.batches.rows.wire import Asked
+from services.ingest.batches.rows.wire import ModelTarget
 from services.ingest.job import Failure, Policy
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as oip
@@ -32,7 +40,7 @@ class Doubling:
         self.fails = fails
         self.under_way = 0
         self.calls: list[list[int]] = []
-        self.alone: Counter[int] = Counter()
+        self.exclusive: Counter[int] = Counter()
 
     async def infer(self, request: bytes, timeout_s: float, tenant: str = "") -> oip.ModelInferResponse | Failure:
         message = oip.ModelInferRequest.FromString(request)
@@ -46,37 +54,37 @@ class Doubling:
         self.under_way -= 1
         if (failure := self.fails(rows)) is not None:
             if len(rows) == 1 and was_alone:
-                self.alone[rows[0]] += 1
+                self.exclusive[rows[0]] += 1
             return failure
         answer = oip.ModelInferResponse(model_version="3", raw_output_contents=[(x * 2).tobytes()])
         answer.outputs.add(name="y", datatype="FP32", shape=x.shape)
         return answer
 
 
-async def run(model: Doubling, count: int, per_stack: int, lanes: int = 4, notes: list[str] | None = None) -> Any:
+async def run(model: Doubling, count: int, per_stack: int, slots: int = 4, notes: list[str] | None = None) -> Any:
     """Every outcome, of stacks that are all under way at once."""
     inputs = [fit(DOUBLE.inputs[0], np.repeat(np.arange(count, dtype=np.float32), 4).reshape(count, 4))]
     told = [] if notes is None else notes
-    calling = Calling(
+    row_inference = RowInference(
         model,
-        Asked("m", "", DOUBLE),
-        RowQueues(lanes),
+        ModelTarget("m", "", DOUBLE),
+        RequestSlots(slots),
         policy=AT_ONCE,
         timeout_s=5,
         on_wait=told.append,
         draw=lambda: 0.0,
     )
     stacks = [Stack(tuple(range(at, min(at + per_stack, count)))) for at in range(0, count, per_stack)]
-    found = await asyncio.gather(*(calling.answer(inputs, stack) for stack in stacks))
+    found = await asyncio.gather(*(row_inference.answer(inputs, stack) for stack in stacks))
     return [outcome for outcomes in found for outcome in outcomes]
 
 
-def rows_of(outcomes: list[Answered | Blamed]) -> tuple[dict[int, float], dict[int, Dead]]:
+def rows_of(outcomes: list[AnsweredRows | FailedRow]) -> tuple[dict[int, float], dict[int, RowError]]:
     answered: dict[int, float] = {}
-    dead: dict[int, Dead] = {}
+    dead: dict[int, RowError] = {}
     for outcome in outcomes:
-        if isinstance(outcome, Blamed):
-            dead[outcome.row] = outcome.dead
+        if isinstance(outcome, FailedRow):
+            dead[outcome.row] = outcome.error
         else:
             answered.update(zip(outcome.rows, outcome.outputs["y"][:, 0].tolist(), strict=True))
     return answered, dead
@@ -100,8 +108,8 @@ def test_only_the_rows_that_are_to_blame_are_dead(bad: dict[int, Code], per_stac
     answered, dead = rows_of(outcomes)
     assert answered == {row: 2.0 * row for row in range(40) if row not in bad}
     assert {row: each.code for row, each in dead.items()} == {row: code.name for row, code in bad.items()}
-    assert sorted(outcome.row if isinstance(outcome, Blamed) else outcome.rows[0] for outcome in outcomes) == [
-        outcome.row if isinstance(outcome, Blamed) else outcome.rows[0] for outcome in outcomes
+    assert sorted(outcome.row if isinstance(outcome, FailedRow) else outcome.rows[0] for outcome in outcomes) == [
+        outcome.row if isinstance(outcome, FailedRow) else outcome.rows[0] for outcome in outcomes
     ]
     for row, code in bad.items():
         assert dead[row].attempts == (1 if code is Code.INVALID_ARGUMENT else AT_ONCE.max_attempts)
@@ -125,7 +133,7 @@ async def test_a_row_that_kills_its_instance_takes_nobody_with_it() -> None:
     answered, dead = rows_of(await run(model, 64, 8))
     assert [*dead] == [poison]
     assert answered == {row: 2.0 * row for row in range(64) if row != poison}
-    assert model.alone[poison] == AT_ONCE.max_attempts
+    assert model.exclusive[poison] == AT_ONCE.max_attempts
 
 
 async def test_what_reaches_no_model_is_tried_for_as_long_as_it_takes() -> None:
@@ -138,14 +146,14 @@ async def test_what_reaches_no_model_is_tried_for_as_long_as_it_takes() -> None:
         return Failure(codes[left % 3], "away", is_reached=False) if left > 0 else None
 
     notes: list[str] = []
-    import services.ingest.batches.calling as calling
+    import services.ingest.batches.row_inference as row_inference
 
-    wait = calling.refused_wait_ms
-    calling.refused_wait_ms = lambda refusals, drawn: 0.0
+    wait = row_inference.refused_wait_ms
+    row_inference.refused_wait_ms = lambda refusals, drawn: 0.0
     try:
         answered, dead = rows_of(await run(Doubling(fails), 16, 8, notes=notes))
     finally:
-        calling.refused_wait_ms = wait
+        row_inference.refused_wait_ms = wait
     assert len(answered) == 16
     assert not dead
     assert any("away" in note for note in notes)
@@ -159,10 +167,10 @@ async def test_what_reaches_no_model_is_tried_for_as_long_as_it_takes() -> None:
         (Failure(Code.NOT_FOUND, ""), 1, 99, Wait(100, False)),
         (Failure(Code.INVALID_ARGUMENT, ""), 2, 1, Split(False)),
         (Failure(Code.UNAVAILABLE, ""), 2, 1, Split(True)),
-        (Failure(Code.INVALID_ARGUMENT, "m"), 1, 1, Dead("INVALID_ARGUMENT", "m", 1)),
-        (Failure(Code.INTERNAL, "m"), 1, 3, Dead("INTERNAL", "m", 3)),
+        (Failure(Code.INVALID_ARGUMENT, "m"), 1, 1, RowError("INVALID_ARGUMENT", "m", 1)),
+        (Failure(Code.INTERNAL, "m"), 1, 3, RowError("INTERNAL", "m", 3)),
         (Failure(Code.INTERNAL, "m"), 1, 2, Wait(0, True)),
-        (Failure(99, "m"), 1, 3, Dead("code 99", "m", 3)),
+        (Failure(99, "m"), 1, 3, RowError("code 99", "m", 3)),
     ],
     ids=str,
 )
@@ -171,15 +179,15 @@ def test_decisions(failure: Failure, rows: int, attempts: int, expected: Any) ->
 
 
 async def test_a_call_alone_is_alone_and_cancelled_callers_leave_no_hole() -> None:
-    lanes = RowQueues(3)
+    slots = RequestSlots(3)
     inside = 0
     most_beside = 0
 
-    async def call(alone: bool) -> None:
+    async def call(exclusive: bool) -> None:
         nonlocal inside, most_beside
-        async with lanes.one(alone=alone):
+        async with slots.acquired(exclusive=exclusive):
             inside += 1
-            if alone:
+            if exclusive:
                 most_beside = max(most_beside, inside)
             await asyncio.sleep(0)
             inside -= 1

@@ -1,4 +1,4 @@
-"""What a connector does, and the two kinds of ends that every broker has."""
+"""Specification of a connector, and the interfaces `Source` and `Sink` that every broker implements."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Any, Protocol
 
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Message, Outgoing
-from services.ingest.connectors.progress import PartitionStatus
+from services.ingest.connectors.progress import SourceStatus
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class Source(AbstractAsyncContextManager[Any], Protocol):
-    """Where messages come from. Open while its block lasts; leaving it commits what is settled."""
+    """Source of messages. Open while its block lasts; leaving the block commits what is settled."""
 
     async def receive(self, limit: int) -> Sequence[Message]:
-        """Waits for messages, 1 to `limit`. Not to call it holds the broker back. Raises ShoalError."""
+        """Wait for 1 to `limit` messages. Without calls, the broker is held back. Raises ShoalError."""
 
     def settle(self, message: Message) -> None:
-        """The message is done with: the source may forget it, once all before it in its lane are done with too."""
+        """Mark a message as done. The source may commit it once all before it in its partition are done."""
 
-    def standing(self) -> PartitionStatus:
-        """How far it is behind, by lane."""
+    def status(self) -> SourceStatus:
+        """Return the lag of the source, by partition."""
 
 
 class Sink(AbstractAsyncContextManager[Any], Protocol):
-    """Where messages go. Open while its block lasts."""
+    """Destination of messages. Open while its block lasts."""
 
     async def send(self, message: Outgoing) -> None:
-        """Returns when the message is durable there.
+        """Send a message; return when it is durable at the broker.
 
         Raises:
-            InvalidArgument: it will never take this one (too large, ...). ShoalError: not now.
+            InvalidArgument: the broker rejects the message for good (too large, ...). ShoalError: retry later.
         """
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """A connector's ends, fresh for each start."""
+class Endpoints:
+    """Source and sinks of a connector, made anew for each start."""
 
     source: Source
     dead_letters: Sink
     sink: Sink | None = None
-    """None: the results only lie in the store."""
+    """None: the results are only in the store."""
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectorPlan:
-    """What a connector does."""
+class ConnectorSpec:
+    """Specification of a connector."""
 
     name: str
     format: Format
-    open: Callable[[], Parts]
+    open: Callable[[], Endpoints]
     tenant: str = ""
     retry: pb.RetryPolicy = field(default_factory=pb.RetryPolicy)
     deadline_s: float | None = None

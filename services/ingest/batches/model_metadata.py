@@ -1,4 +1,4 @@
-"""What a model says about itself, asked through the mesh when a batch is submitted."""
+"""Metadata of a model, read from infer through the mesh when a batch is submitted."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _TIMEOUT_S = 10.0
 
 
 class ModelMetadata:
-    """infer, as it describes its models."""
+    """Client of infer's metadata methods."""
 
     def __init__(self, channel: AnyChannel) -> None:
         self._stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
     async def signature(self, model: str, version: str, outputs: Sequence[str]) -> Signature:
-        """The signature of a model.
+        """Return the signature of a model.
 
         Raises:
             NotFound: no such model. InvalidArgument, FailedPrecondition: as `signature_of` does.
-            Unavailable: nobody answers.
+            Unavailable: no instance answers.
         """
         try:
-            about = inference_pb2.ModelMetadataRequest(name=model, version=version)
-            metadata = await self._stub.ModelMetadata(about, timeout=_TIMEOUT_S)
-            asked = inference_pb2.ModelConfigRequest(name=model, version=version)
-            config = await self._stub.ModelConfig(asked, timeout=_TIMEOUT_S)
+            metadata_request = inference_pb2.ModelMetadataRequest(name=model, version=version)
+            metadata = await self._stub.ModelMetadata(metadata_request, timeout=_TIMEOUT_S)
+            config_request = inference_pb2.ModelConfigRequest(name=model, version=version)
+            config = await self._stub.ModelConfig(config_request, timeout=_TIMEOUT_S)
         except grpc.RpcError as err:
-            known = translate(err, f"looking at model {model!r}")
+            known = translate(err, f"reading the metadata of model {model!r}")
             if known.code is Code.UNIMPLEMENTED:
-                raise Unavailable(f"the mesh has no way to infer yet ({known.message})") from err
+                raise Unavailable(f"the mesh has no route to infer yet ({known.message}): retry later") from err
             raise known from err
         return signature_of(metadata, config.config, outputs)

@@ -1,7 +1,7 @@
-"""The chunks of batches in MongoDB: who has which, what came of each, and what came of all.
+"""Repository of chunks in MongoDB: their leases, their results, and the sums over a batch.
 
-Each write about a chunk that somebody runs names the lease that he holds. A chunk is claimed by one write, whose filter
-holds only while it is free: of two who want it, the database lets one have it.
+Each write about a running chunk names the lease of its writer. A chunk is claimed by one conditional write, so of two
+instances that claim the same chunk, only one succeeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
-from services.ingest.batches.outputs.written import Written
+from services.ingest.batches.outputs.part_summary import PartSummary
 from services.ingest.clock import Clock, earliest, latest
 from services.ingest.documents import EPOCH, RESTORES
 from services.ingest.job import Lease
@@ -28,16 +28,16 @@ _FREE = {"$gt": EPOCH}
 
 
 @dataclass(frozen=True, slots=True)
-class SoFar:
-    """What a chunk that runs has come to."""
+class ChunkCounts:
+    """Row counts of a running chunk, and the cause for which it waits."""
 
     ok: int = 0
     failed: int = 0
     note: str = ""
 
 
-class Ledger:
-    """The chunks."""
+class ChunkRepository:
+    """Reads and writes chunks; makes the leases of chunks and duties."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class Ledger:
         self._lease_for = timedelta(milliseconds=lease_ms)
 
     def lease(self) -> Lease:
-        """A new lease from now on."""
+        """Return a new lease, valid from now on."""
         return Lease(self._new_id(), self._owner, self._process, latest(self._clock) + self._lease_for)
 
     async def append(self, chunks: Sequence[Chunk]) -> bool:
-        """Adds chunks to the plan, in their order. False: somebody else has planned one of these numbers already."""
+        """Add chunks to the plan, in their order. False: another instance has planned one of their numbers."""
         now = self._clock()
         documents = [chunk_document(chunk) | {"free_at": now} for chunk in chunks]
         try:
@@ -71,19 +71,19 @@ class Ledger:
             return False
         return True
 
-    async def tail(self, batch: str) -> Chunk | None:
-        """The last chunk of a plan."""
+    async def last_chunk(self, batch: str) -> Chunk | None:
+        """Return the last chunk of a plan, or None when no chunk is planned."""
         with translated("reading a plan"):
             document = await self._chunks.find_one({"batch": batch}, sort=[("number", -1)])
         return None if document is None else chunk_of(document)
 
     async def claim(self, batch: str, *, only_staged: bool = False) -> Chunk | None:
-        """Claims the first free chunk of a batch; with `only_staged`, of those whose part is to be published."""
+        """Claim the first free chunk of a batch; with `only_staged`, the first whose part waits to be published."""
         lease = self.lease()
         free: Document = {"batch": batch, "free_at": {"$lte": earliest(self._clock), "$gt": EPOCH}}
         if only_staged:
             free["state"] = str(ChunkState.STAGED)
-        taking = [
+        claim = [
             {
                 "$set": {
                     "lease": {"$literal": asdict(lease)},
@@ -95,12 +95,12 @@ class Ledger:
         ]
         with translated("claiming a chunk"):
             found = await self._chunks.find_one_and_update(
-                free, taking, sort=[("number", 1)], hint="undone", return_document=ReturnDocument.AFTER
+                free, claim, sort=[("number", 1)], hint="undone", return_document=ReturnDocument.AFTER
             )
         return None if found is None else chunk_of(found)
 
-    async def renew(self, held: Mapping[str, tuple[Lease, SoFar]]) -> set[str]:
-        """Extends the leases of chunks (by id), says how far each is, and tells which of them were lost."""
+    async def renew(self, held: Mapping[str, tuple[Lease, ChunkCounts]]) -> set[str]:
+        """Extend the leases of chunks (by id) and record their counts. Return the ids whose lease was lost."""
         free_at = latest(self._clock) + self._lease_for
         writes = [
             UpdateOne(
@@ -117,25 +117,25 @@ class Ledger:
             kept = {document["_id"] async for document in self._chunks.find(ours, {"_id": 1})}
         return held.keys() - kept
 
-    async def stage(self, chunk: Chunk, name: str, written: Written, versions: Sequence[str]) -> bool:
-        """Records what came of a chunk, whose part lies under `name`. False: it is somebody else's by now."""
+    async def stage(self, chunk: Chunk, name: str, summary: PartSummary, versions: Sequence[str]) -> bool:
+        """Record the result of a chunk, whose staged part is `name`. False: the lease was lost."""
         done = {
-            "ok": written.rows,
-            "failed": written.dead,
-            "nbytes": written.nbytes,
-            "codes": [[code, count] for code, count in written.codes.items()],
+            "ok": summary.rows,
+            "failed": summary.failed,
+            "nbytes": summary.nbytes,
+            "codes": [[code, count] for code, count in summary.codes.items()],
             "versions": list(versions),
         }
         set_ = {"state": str(ChunkState.STAGED), "staged": name, "done": done}
         return await self._fenced(chunk, {"$set": set_, "$unset": {"so_far": ""}})
 
-    async def finish(self, chunk: Chunk) -> bool:
-        """The part of a chunk has its place."""
+    async def mark_done(self, chunk: Chunk) -> bool:
+        """Record that the part of a chunk is published. False: the lease was lost."""
         unset = {"free_at": "", "lease": "", "so_far": ""}
         return await self._fenced(chunk, {"$set": {"state": str(ChunkState.DONE)}, "$unset": unset})
 
-    async def let_go(self, chunk: Chunk, *, until: datetime | None = None, is_counted: bool, note: str = "") -> bool:
-        """Gives a chunk back, at once or from `until` on."""
+    async def release(self, chunk: Chunk, *, until: datetime | None = None, is_counted: bool, note: str = "") -> bool:
+        """Release a chunk; it may be claimed from `until` on, by default immediately. False: the lease was lost."""
         update: Document = {
             "$set": {"free_at": until or self._clock(), "so_far": {"ok": 0, "failed": 0, "note": note}},
             "$unset": {"lease": ""},
@@ -148,20 +148,20 @@ class Ledger:
         return await self._fenced(chunk, update)
 
     async def is_busy(self, batch: str) -> bool:
-        """Whether somebody runs a chunk of a batch, or a part waits to be published."""
+        """Return True while an instance runs a chunk of the batch, or a part waits to be published."""
         running = {"state": str(ChunkState.RUNNING), "free_at": {"$gt": earliest(self._clock)}}
         staged = {"state": str(ChunkState.STAGED), "free_at": _FREE}
-        with translated("looking for running chunks"):
+        with translated("reading running chunks"):
             return await self._chunks.find_one({"batch": batch, "$or": [running, staged]}, {"_id": 1}) is not None
 
-    async def has_undone(self, batch: str) -> bool:
-        """Whether a batch has chunks that are not done."""
-        with translated("looking for undone chunks"):
+    async def has_unfinished(self, batch: str) -> bool:
+        """Return True while the batch has chunks that are not done."""
+        with translated("reading unfinished chunks"):
             found = await self._chunks.find_one({"batch": batch, "free_at": _FREE}, {"_id": 1}, hint="undone")
         return found is not None
 
-    async def drop_undone(self, batch: str) -> None:
-        """Takes what is not done out of reach for good: nobody can stage it any more."""
+    async def drop_unfinished(self, batch: str) -> None:
+        """Drop the unfinished chunks of a batch for good: no instance can claim or stage them any more."""
         with translated("dropping chunks"):
             await self._chunks.update_many(
                 {"batch": batch, "free_at": _FREE},
@@ -169,7 +169,7 @@ class Ledger:
             )
 
     async def totals(self, batch: str) -> Totals:
-        """What has come of a batch so far, summed over its chunks."""
+        """Return the counts of a batch so far, summed over its chunks."""
         ok, failed = ({"$ifNull": [f"$done.{name}", f"$so_far.{name}"]} for name in ("ok", "failed"))
         is_done = {"$in": ["$state", [str(ChunkState.STAGED), str(ChunkState.DONE)]]}
         summing: list[Mapping[str, Any]] = [
@@ -191,31 +191,32 @@ class Ledger:
         return _added(found)
 
     async def done(self, batch: str) -> AsyncIterator[Document]:
-        """The chunks of a batch that are done, in their order: their documents."""
-        with translated("reading what is done"):
+        """Yield the documents of the chunks that are done, in their order."""
+        with translated("reading the chunks that are done"):
             async for document in self._chunks.find({"batch": batch, "state": str(ChunkState.DONE)}).sort("number", 1):
                 yield document
 
     async def forget(self, batch: str) -> None:
-        """Deletes the chunks of a batch."""
+        """Delete the chunks of a batch."""
         with translated("deleting chunks"):
             await self._chunks.delete_many({"batch": batch})
 
-    async def batches(self) -> set[str]:
-        """The batches that have chunks; none while a backup is being restored, for chunks come first then."""
-        with translated("looking for chunks"):
+    async def batch_ids(self) -> set[str]:
+        """Return the ids of batches that have chunks; none while a backup is restored, because a restore writes chunks
+        before their batches."""
+        with translated("reading the batches that have chunks"):
             if await self._chunks.database[RESTORES].find_one({}, {"_id": 1}) is not None:
                 return set()
             return set(await self._chunks.distinct("batch"))
 
-    async def inherit(self) -> int:
-        """Frees what earlier processes of this instance's name have left behind. Says how many."""
+    async def release_stale(self) -> int:
+        """Release the chunks that earlier processes of this instance left behind. Return their number."""
         left = {
             "free_at": _FREE,
             "lease.owner": self._owner,
             "lease.process": {"$ne": self._process},
         }
-        with translated("looking for chunks of an earlier process"):
+        with translated("releasing the chunks of an earlier process"):
             freed = await self._chunks.update_many(left, {"$set": {"free_at": earliest(self._clock)}})
             return freed.modified_count
 
@@ -232,7 +233,7 @@ def _added(groups: Sequence[Document]) -> Totals:
 
     codes: Counter[str] = Counter()
     for group in groups:
-        # Equal counts are one group: its chunks share them.
+        # Chunks with equal codes form one group.
         for code, count in group["_id"].get("codes") or ():
             codes[code] += count * group["chunks"]
     return Totals(

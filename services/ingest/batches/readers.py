@@ -1,4 +1,4 @@
-"""Files of a batch, opened as they were pinned, and read row by row."""
+"""Readers of a batch's files, which check that each file is still the pinned version."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import BinaryIO, TypeAlias
 
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.locations import Entry, InputLocations
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import Rows
-from services.ingest.batches.inputs.places import Entry, InputLocations
 from services.ingest.batches.mapping import RequestedColumns
 from shoal.errors import DataLoss, ShoalError
 
 _Key: TypeAlias = tuple[str, str, str]
+# Readers that stay open: one for each running chunk, and some for batches that alternate.
 _KEPT = 4
-# Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
 
-def opened(places: InputLocations, entry: Entry) -> BinaryIO:
-    """A file, as it was pinned. The caller closes it.
+def open_pinned(locations: InputLocations, entry: Entry) -> BinaryIO:
+    """Open a pinned file. The caller closes it.
 
     Raises:
-        DataLoss: it has changed since. NotFound: it is gone. PermissionDenied, Unavailable.
+        DataLoss: the file has changed. NotFound: it was removed. PermissionDenied, Unavailable.
     """
-    check_pinned(places, entry)
-    return places.open(entry)
+    check_pinned(locations, entry)
+    return locations.open(entry)
 
 
-def check_pinned(places: InputLocations, entry: Entry) -> None:
-    """Whether a file is still what it was when it was pinned. Raises as `opened` does."""
-    _check_same(entry, places.stat(entry.url))
+def check_pinned(locations: InputLocations, entry: Entry) -> None:
+    """Check that a file is still the pinned version. Raises as `open_pinned` does."""
+    _check_same(entry, locations.stat(entry.url))
 
 
 def _check_same(entry: Entry, now: Entry) -> None:
@@ -45,16 +45,16 @@ def _check_same(entry: Entry, now: Entry) -> None:
         )
 
 
-def read_pinned(places: InputLocations, entry: Entry) -> bytes:
-    """All of a small file, as it was pinned. Raises as `opened` does."""
-    now, data = places.fetch(entry.url)
+def read_pinned(locations: InputLocations, entry: Entry) -> bytes:
+    """Return the content of a small pinned file. Raises as `open_pinned` does."""
+    now, data = locations.fetch(entry.url)
     _check_same(entry, now)
     return data
 
 
 @contextmanager
-def named(entry: Entry) -> Iterator[None]:
-    """Errors inside the block say which file they are about."""
+def naming_file(entry: Entry) -> Iterator[None]:
+    """Add the file's URL to errors that are raised inside the block."""
     try:
         yield
     except ShoalError as err:
@@ -63,35 +63,36 @@ def named(entry: Entry) -> Iterator[None]:
         raise type(err)(f"{entry.url}: {err.message}", retry_after_ms=err.retry_after_ms) from err
 
 
-class Readers:
-    """Readers that stay open between chunks that follow each other. They block: for threads, any number of them."""
+class ReaderCache:
+    """Cache of readers that stay open between consecutive chunks. Its methods block; they are safe in any thread."""
 
-    def __init__(self, places: InputLocations) -> None:
-        self._places = places
+    def __init__(self, locations: InputLocations) -> None:
+        self._locations = locations
         self._lock = threading.Lock()
         self._kept: list[tuple[_Key, Rows]] = []
 
-    def take(self, batch: Batch, chunk: Chunk) -> Rows:
-        """A reader at the first row of a chunk. The caller keeps it for the next chunk, or closes it.
+    def acquire(self, batch: Batch, chunk: Chunk) -> Rows:
+        """Return a reader at the first row of a chunk. The caller releases or closes it.
 
         Raises:
-            DataLoss: the file has changed, or is broken. NotFound: it is gone. PermissionDenied, Unavailable.
+            DataLoss: the file has changed, or is broken. NotFound: it was removed. PermissionDenied, Unavailable.
         """
-        with named(chunk.entry):
-            rows = self._spare(_key(batch, chunk)) or self._open(batch, chunk)
+        with naming_file(chunk.entry):
+            rows = self._cached(_key(batch, chunk)) or self._open(batch, chunk)
             try:
-                check_pinned(self._places, chunk.entry)  # One that is kept may see what was written since.
+                # A cached reader may see later changes of its file.
+                check_pinned(self._locations, chunk.entry)
                 rows.seek(chunk.span.row, chunk.span.offset)
             except BaseException:
                 rows.close()
                 raise
             return rows
 
-    def keep(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
-        """Takes back a reader that did not fail. Raises as `take` does: then what it has read does not count."""
-        with named(chunk.entry):
+    def release(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
+        """Return a reader to the cache. Raises as `acquire` does when the file changed: the rows read are invalid."""
+        with naming_file(chunk.entry):
             try:
-                check_pinned(self._places, chunk.entry)
+                check_pinned(self._locations, chunk.entry)
             except BaseException:
                 rows.close()
                 raise
@@ -103,13 +104,13 @@ class Readers:
             each.close()
 
     def close(self) -> None:
-        """Closes all."""
+        """Close all cached readers."""
         with self._lock:
             kept, self._kept = self._kept, []
         for _, rows in kept:
             rows.close()
 
-    def _spare(self, key: _Key) -> Rows | None:
+    def _cached(self, key: _Key) -> Rows | None:
         with self._lock:
             for index, (known, rows) in enumerate(self._kept):
                 if known == key:
@@ -118,9 +119,9 @@ class Readers:
         return None
 
     def _open(self, batch: Batch, chunk: Chunk) -> Rows:
-        file = opened(self._places, chunk.entry)
+        file = open_pinned(self._locations, chunk.entry)
         if batch.format is Format.OBJECTS:
-            return ObjectRows(file, lambda entry: read_pinned(self._places, entry))
+            return ObjectRows(file, lambda entry: read_pinned(self._locations, entry))
         return rows_of(batch.format, file, RequestedColumns.of(batch).columns)
 
 
@@ -129,7 +130,7 @@ def _key(batch: Batch, chunk: Chunk) -> _Key:
 
 
 def rows_of(kind: Format, file: BinaryIO, columns: frozenset[str]) -> Rows:
-    """A reader of a file of rows, which closes it."""
+    """Return a reader of a file of rows; the reader closes the file."""
     if kind is Format.PARQUET:
         return ParquetRows(file, columns)
     if kind is Format.NPZ:

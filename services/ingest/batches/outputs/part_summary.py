@@ -1,4 +1,4 @@
-"""What a part says of its rows: values that need no Arrow."""
+"""Names of parts, and values about their rows. This module needs no Arrow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from services.ingest.batches.batch import DEAD, LISTING, MANIFEST, SUMMARY
 
 
 def part_name(number: int) -> str:
-    """The name of a chunk's part."""
+    """Return the name of a chunk's part."""
     return f"part-{number:08d}.parquet"
 
 
 def is_result(name: str) -> bool:
-    """Whether a name below an output is that of something that a batch writes, or of what readers take for a part."""
+    """Return True when a name below an output is that of a batch's file, or one that readers take for a part."""
     folder, _, file = name.rpartition("/")
     if folder in ("", DEAD):
         return file.startswith("part-") or (not folder and file in (LISTING, MANIFEST, SUMMARY))
@@ -22,8 +22,8 @@ def is_result(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
-    """Why a row was not answered."""
+class RowError:
+    """Reason for which a row was not answered."""
 
     code: str
     reason: str
@@ -31,8 +31,8 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """Which rows they are."""
+class RowOrigins:
+    """Origins of rows: their numbers in the batch, their files, and their numbers in those files."""
 
     rows: Sequence[int]
     sources: Sequence[str]
@@ -40,11 +40,11 @@ class About:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What a part has, once it is whole."""
+class PartSummary:
+    """Counts and size of a finished part."""
 
     rows: int
-    dead: int
+    failed: int
     nbytes: int
     codes: Mapping[str, int]
-    """Dead rows by status code."""
+    """Failed rows by status code."""

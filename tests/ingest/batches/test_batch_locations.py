@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.ingest.batches.inputs.places import InputLocations
+from services.ingest.batches.inputs.locations import InputLocations
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
@@ -38,41 +38,41 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_place_keeps_its_promises_wherever_it_is(root: str, tmp_path: Path) -> None:
-    places = InputLocations(["file:///", "s3://"])
+    locations = InputLocations(["file:///", "s3://"])
     url = f"{root}/deep/a b.bin"
     with pytest.raises(NotFound):
-        places.stat(url)
-    places.put(url, bytes(range(256)) * 64, only_new=True)
+        locations.stat(url)
+    locations.put(url, bytes(range(256)) * 64, only_new=True)
     with pytest.raises(AlreadyExists):
-        places.put(url, b"other", only_new=True)
-    entry = places.stat(url)
+        locations.put(url, b"other", only_new=True)
+    entry = locations.stat(url)
     assert entry.size == 256 * 64
-    assert places.fetch(url) == (entry, bytes(range(256)) * 64)
-    with places.open(entry) as file:
+    assert locations.fetch(url) == (entry, bytes(range(256)) * 64)
+    with locations.open(entry) as file:
         assert file.seek(-256, os.SEEK_END) == entry.size - 256
         assert file.read() == bytes(range(256))
         file.seek(10)
         assert file.read(3) == bytes([10, 11, 12])
     with pytest.raises(InvalidArgument):
-        places.read(url, 10)
-    places.put(url, b"new")
-    assert places.read(url, 10) == b"new"
-    assert places.stat(url) != entry, "another content is another version"
+        locations.read(url, 10)
+    locations.put(url, b"new")
+    assert locations.read(url, 10) == b"new"
+    assert locations.stat(url) != entry, "another content is another version"
     local = tmp_path / "finished"
     local.write_bytes(b"x" * 9_000_000)
-    places.adopt(f"{root}/staged/one", local)
+    locations.adopt(f"{root}/staged/one", local)
     assert not local.exists()
-    places.publish(f"{root}/staged/one", f"{root}/deep/one")
-    places.publish(f"{root}/staged/one", f"{root}/deep/one")
-    assert places.stat(f"{root}/deep/one").size == 9_000_000
+    locations.publish(f"{root}/staged/one", f"{root}/deep/one")
+    locations.publish(f"{root}/staged/one", f"{root}/deep/one")
+    assert locations.stat(f"{root}/deep/one").size == 9_000_000
     with pytest.raises(NotFound):
-        places.publish(f"{root}/staged/one", f"{root}/deep/two")
-    names = {found.url for found in places.list(f"{root}/deep/")}
+        locations.publish(f"{root}/staged/one", f"{root}/deep/two")
+    names = {found.url for found in locations.list(f"{root}/deep/")}
     assert names == {url, f"{root}/deep/one"}
-    assert all(places.stat(found.url) == found for found in places.list(f"{root}/deep/"))
-    places.remove_all(f"{root}/deep/")
-    places.remove_all(f"{root}/deep/")
-    assert not [*places.list(f"{root}/")] or root.startswith("file")
+    assert all(locations.stat(found.url) == found for found in locations.list(f"{root}/deep/"))
+    locations.remove_all(f"{root}/deep/")
+    locations.remove_all(f"{root}/deep/")
+    assert not [*locations.list(f"{root}/")] or root.startswith("file")
 
 
 def test_wrong_credentials_and_a_missing_bucket_are_said(
@@ -81,8 +81,8 @@ def test_wrong_credentials_and_a_missing_bucket_are_said(
     with pytest.raises(NotFound):
         InputLocations(["s3://"]).put(f"s3://nobody-{uuid.uuid4().hex}/x", b"")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    places = InputLocations(["s3://"])
-    for call in (lambda: places.stat("s3://shoal/x"), lambda: places.put("s3://shoal/x", b"")):
+    locations = InputLocations(["s3://"])
+    for call in (lambda: locations.stat("s3://shoal/x"), lambda: locations.put("s3://shoal/x", b"")):
         with pytest.raises(PermissionDenied, match="credentials"):
             call()
 
@@ -105,9 +105,9 @@ def put(weed: WeedProcess, url: str, data: bytes) -> None:
 def parts(weed: WeedProcess, prefix: str) -> Any:
     store = weed.store(prefix)
     names = sorted(found["path"] for page in obstore.list(store) for found in page)
-    wanted = [name for name in names if name.startswith("part-")]
+    requested = [name for name in names if name.startswith("part-")]
     assert not [name for name in names if name.startswith("_staging")]
-    return pa.concat_tables([pq.read_table(io.BytesIO(bytes(obstore.get(store, name).bytes()))) for name in wanted])
+    return pa.concat_tables([pq.read_table(io.BytesIO(bytes(obstore.get(store, name).bytes()))) for name in requested])
 
 
 def document(weed: WeedProcess, prefix: str, name: str) -> Any:

@@ -1,10 +1,10 @@
-"""Places: files of this machine and objects of a store, by URL.
+"""Storage locations by URL: local files and objects of an object store.
 
     file:///data/rows.parquet    s3://bucket/rows.jsonl    gs://bucket/images/    az://container/rows.npz
 
-What is put somewhere is there whole or not at all, and durable when the call returns. All of it blocks: for threads.
+Writes are atomic, and durable when the call returns. All functions block: run them in a thread.
 
-Which URLs may be used the operator says, because files are read and written with the rights of this process.
+The operator configures the allowed URLs, because files are read and written with the rights of this process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from shoal.errors import (
 
 SCHEMES = ("file", "s3", "gs", "az")
 URL_CHARS = 2_048
+# Time until an unavailable object store is reported. obstore's default is three minutes, which is too long for callers.
 _RETRY = timedelta(seconds=10)
-# An object store that is away is reported after so long, and not after obstore's three minutes: who asked waits better.
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
 _LISTED_AT_ONCE = 1_000
@@ -49,7 +49,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file or an object, as it was when somebody looked."""
+    """Snapshot of a file's or an object's identity: URL, size and version."""
 
     url: str
     size: int
@@ -58,22 +58,22 @@ class Entry:
 
 
 class InputLocations:
-    """The places that may be used: those whose URLs begin with one of `allowed`."""
+    """Access to the locations whose URLs lie below one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = tuple(allowed)
         self._stores: dict[str, ObjectStore] = {}
 
     def check(self, field: str, url: str) -> str:
-        """`url` in the one form that it has here.
+        """Return `url` in canonical form.
 
         Raises:
-            InvalidArgument: it is none. PermissionDenied: the operator does not allow it.
+            InvalidArgument: the URL is malformed. PermissionDenied: the operator does not allow it.
         """
         scheme, separator, rest = url.partition("://")
         if len(url) > URL_CHARS or not separator or scheme not in SCHEMES or not rest or "\0" in url:
             raise InvalidArgument(
-                f"{field}: {url[:200]!r} is not a URL of a place: expected "
+                f"{field}: {url[:200]!r} is not a URL of a storage location: expected "
                 "file:///path, s3://bucket/key, gs://bucket/key or az://container/key"
             )
         known = _local(field, rest) if scheme == "file" else f"{scheme}://{_key(field, rest)}"
@@ -85,23 +85,23 @@ class InputLocations:
         return known
 
     def stat(self, url: str) -> Entry:
-        """What is there.
+        """Return the entry of a file or object.
 
         Raises:
-            NotFound: nothing. PermissionDenied, Unavailable.
+            NotFound: it does not exist. PermissionDenied, Unavailable.
         """
-        with _translated(f"looking at {url}"):
+        with _translated(f"looking up {url}"):
             if path := _path(url):
                 return _entry_of(path)
             store, key = self._object(url)
             return _object_entry(url, obstore.head(store, key))
 
     def is_file(self, url: str) -> bool:
-        """Whether a file lies where a folder is wanted. (In an object store a name may be both.)"""
+        """Return True when the URL is a local file. (In an object store a name may be object and prefix.)"""
         return (path := _path(url)) is not None and path.is_file()
 
     def open(self, entry: Entry) -> BinaryIO:
-        """Its bytes, as a file that can seek. The caller closes it. Raises as `stat` does."""
+        """Open an entry as a seekable file. The caller closes it. Raises as `stat` does."""
         with _translated(f"reading {entry.url}"):
             if path := _path(entry.url):
                 return path.open("rb")
@@ -113,20 +113,20 @@ class InputLocations:
 
         return Ranged(read, entry.size)
 
-    def read(self, url: str, most_bytes: int) -> bytes:
-        """All of it.
+    def read(self, url: str, max_bytes: int) -> bytes:
+        """Return the content of a file or object.
 
         Raises:
-            InvalidArgument: it is larger than `most_bytes`. NotFound, PermissionDenied, Unavailable.
+            InvalidArgument: it is larger than `max_bytes`. NotFound, PermissionDenied, Unavailable.
         """
         entry = self.stat(url)
-        if entry.size > most_bytes:
-            raise InvalidArgument(f"{url} has {entry.size} bytes: at most {most_bytes} are taken")
+        if entry.size > max_bytes:
+            raise InvalidArgument(f"{url} has {entry.size} bytes: at most {max_bytes} are accepted")
         with self.open(entry) as file:
             return file.read()
 
     def fetch(self, url: str) -> tuple[Entry, bytes]:
-        """All of a small one, and what it was at that moment. Raises as `stat` does."""
+        """Return a small file's or object's content, with the entry that it belongs to. Raises as `stat` does."""
         with _translated(f"reading {url}"):
             if path := _path(url):
                 return _entry_of(path), path.read_bytes()
@@ -135,9 +135,9 @@ class InputLocations:
             return _object_entry(url, got.meta), bytes(got.bytes())
 
     def list(self, url: str) -> Iterator[Entry]:
-        """Everything below the prefix `url`, which ends with a slash. Files in the order of their paths.
+        """Yield the entries below the prefix `url`, which ends with a slash. Local files are sorted by path.
 
-        Names that begin with a dot are left out, and so are folders. Raises as `stat` does, while iterating.
+        Folders and names that begin with a dot are left out. Raises as `stat` does, while iterating.
         """
         with _translated(f"listing {url}"):
             if path := _path(url):
@@ -150,10 +150,10 @@ class InputLocations:
                         yield _object_entry(_root_of(url) + "/" + found["path"], found)
 
     def put(self, url: str, data: bytes, *, only_new: bool = False) -> None:
-        """Stores `data`.
+        """Store `data`.
 
         Raises:
-            AlreadyExists: something is there, and `only_new`. PermissionDenied, ResourceExhausted, Unavailable.
+            AlreadyExists: with `only_new`, the URL exists. PermissionDenied, ResourceExhausted, Unavailable.
         """
         with _translated(f"writing {url}"):
             if path := _path(url):
@@ -163,7 +163,7 @@ class InputLocations:
             obstore.put(store, key, data, mode="create" if only_new else "overwrite")
 
     def adopt(self, url: str, file: Path) -> None:
-        """Takes over a finished local file, which is gone afterwards. Raises as `put` does."""
+        """Move a finished local file to `url`. Raises as `put` does."""
         with _translated(f"writing {url}"):
             if path := _path(url):
                 _move(file, path)
@@ -173,10 +173,10 @@ class InputLocations:
             file.unlink(missing_ok=True)
 
     def publish(self, from_url: str, to_url: str) -> None:
-        """Moves what is at `from_url`, over whatever is at `to_url`. Done again, it does nothing.
+        """Move `from_url` to `to_url` and replace what is there; idempotent.
 
         Raises:
-            NotFound: neither is there. PermissionDenied, ResourceExhausted, Unavailable.
+            NotFound: neither exists. PermissionDenied, ResourceExhausted, Unavailable.
         """
         try:
             with _translated(f"moving {from_url}"):
@@ -187,10 +187,11 @@ class InputLocations:
                 obstore.copy(store, key, self._object(to_url)[1])
                 obstore.delete(store, key)
         except NotFound:
-            self.stat(to_url)  # Somebody has moved it already, or it was never there.
+            # Either the move was done before, or `from_url` never existed.
+            self.stat(to_url)
 
     def remove_all(self, url: str) -> None:
-        """Removes everything below a prefix. Never fails: what it leaves is only litter."""
+        """Remove everything below a prefix. Errors are ignored, because leftover files are harmless."""
         with suppress(ShoalError), _translated(f"removing {url}"):
             if path := _path(url):
                 shutil.rmtree(path, ignore_errors=True)
@@ -207,14 +208,14 @@ class InputLocations:
 
 
 def is_within(url: str, root: str) -> bool:
-    """Whether `url` lies at or below `root`, name by name: `s3://a/bc` is not within `s3://a/b`."""
+    """Return True when `url` is at or below `root`, by whole names: `s3://a/bc` is not within `s3://a/b`."""
     root = root if root.endswith("://") else root.rstrip("/")
     root = "file://" if root == "file:" else root
     return url == root or url.startswith(root if root.endswith("://") else root + "/")
 
 
 def join(prefix: str, name: str) -> str:
-    """`name` below `prefix`."""
+    """Return the URL of `name` below `prefix`."""
     return f"{prefix.rstrip('/')}/{name}"
 
 
@@ -222,7 +223,7 @@ def _local(field: str, rest: str) -> str:
     path = unquote(rest)
     if not path.startswith("/"):
         raise InvalidArgument(f"{field}: {'file://' + rest[:200]!r}: expected an absolute path: file:///path")
-    # Links are followed now: what they lead to must be allowed, too.
+    # Links are resolved here, so that their targets are checked too.
     real = os.path.realpath(path)
     return "file://" + real + ("/" if path.endswith("/") and real != "/" else "")
 
@@ -257,7 +258,7 @@ def _entry_of(path: Path) -> Entry:
 
 
 def _walk(folder: Path) -> Iterator[Entry]:
-    """The files below a folder. One folder is in memory at a time, for each level."""
+    """Yield the files below a folder. Memory holds one folder's names for each level."""
     with os.scandir(folder) as found:
         children = sorted((child for child in found if not child.name.startswith(".")), key=lambda child: child.name)
     for child in children:
@@ -276,7 +277,8 @@ def _write(path: Path, data: bytes, *, only_new: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         if only_new:
-            os.link(staged, path)  # Unlike a rename, it refuses to replace.
+            # Unlike a rename, a link does not replace an existing file.
+            os.link(staged, path)
             staged.unlink()
         else:
             staged.replace(path)
@@ -311,21 +313,21 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """Raises errors of the system and of obstore as ShoalError, the cause kept."""
+    """Translate errors of the system and of obstore to ShoalError, with their cause."""
     try:
         yield
     except ShoalError:
         raise
     except (FileNotFoundError, NotADirectoryError) as err:
-        raise NotFound(f"{doing}: it is not there") from err
+        raise NotFound(f"{doing}: it does not exist") from err
     except (AlreadyExistsError, FileExistsError) as err:
-        raise AlreadyExists(f"{doing}: something is there already") from err
+        raise AlreadyExists(f"{doing}: it exists already") from err
     except (PermissionDeniedError, UnauthenticatedError) as err:
         raise PermissionDenied(f"{doing}: the object store refuses: check the credentials of ingest") from err
     except PermissionError as err:
-        raise PermissionDenied(f"{doing}: this user may not: check the rights of ingest's user there") from err
+        raise PermissionDenied(f"{doing}: permission denied: check the rights of ingest's user there") from err
     except BaseError as err:
-        raise Unavailable(f"{doing}: the object store does not do it just now ({_brief(err)})") from err
+        raise Unavailable(f"{doing}: the object store is unavailable ({_brief(err)})") from err
     except OSError as err:
         if err.errno in _FULL:
             raise ResourceExhausted(f"{doing}: the disk is full: free some space there", retry_after_ms=1_000) from err

@@ -1,0 +1,178 @@
+"""Client operations on batches: get, list, follow, cancel, pause and resume."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
+from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.chunk_repository import ChunkRepository
+from services.ingest.limits import REASON_CHARS
+from services.ingest.queries.jobs import Filter
+from services.ingest.ulid import is_ulid
+from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1_000
+WATCH_S = 0.5
+"""Interval at which a watcher polls for progress."""
+# Lifetime of a cached sum: many clients may watch one batch.
+_SUM_TTL_S = 0.25
+_MAX_SUMS = 100
+# Time that CancelBatch waits for the batch's end before it answers.
+_CANCEL_WAIT_S = 3.0
+# Time that a watcher survives an unavailable database.
+_OUTAGE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchView:
+    """Batch with its counts so far."""
+
+    batch: Batch
+    totals: Totals
+
+
+class BatchControl:
+    """Client operations on batches."""
+
+    def __init__(
+        self, batches: BatchRepository, chunks: ChunkRepository, *, on_change: Callable[[], None], max_watches: int
+    ) -> None:
+        self._batches = batches
+        self._chunks = chunks
+        self._on_change = on_change
+        self._max_watches = max_watches
+        self._watches = 0
+        self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
+
+    async def get(self, batch_id: str) -> BatchView:
+        """Return one batch.
+
+        Raises:
+            InvalidArgument: the id is empty. NotFound: no such batch. Unavailable: MongoDB is unavailable.
+        """
+        return await self._view(await self._batches.get(batch_id))
+
+    async def page(self, requested: Filter, size: int, token: str) -> tuple[list[BatchView], str]:
+        """Return the newest batches, and a token for the next page: empty on the last page.
+
+        Raises:
+            InvalidArgument: a bad size or token. Unavailable: MongoDB is unavailable.
+        """
+        if not 0 <= size <= MAX_PAGE_SIZE:
+            raise InvalidArgument(f"page_size: 0 (the default, {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}, got {size}")
+        if token and not is_ulid(token):
+            raise InvalidArgument("page_token: not the next_page_token of a page of batches")
+        size = size or DEFAULT_PAGE_SIZE
+        found = await self._batches.page(requested, size + 1, token)
+        views = [await self._view(batch) for batch in found[:size]]
+        return views, found[size - 1].id if len(found) > size else ""
+
+    async def follow(self, batch_id: str) -> AsyncIterator[BatchView]:
+        """Yield a batch now, and after each change, until the batch has ended.
+
+        Raises:
+            NotFound: no such batch. ResourceExhausted: too many watches. Unavailable: MongoDB was unavailable for too
+            long.
+        """
+        if self._watches >= self._max_watches:
+            raise ResourceExhausted(f"{self._watches} watches are open, which is the limit", retry_after_ms=1_000)
+        self._watches += 1
+        try:
+            last = await self.get(batch_id)
+            yield last
+            while not last.batch.is_final:
+                await asyncio.sleep(WATCH_S)
+                view = await self._get_with_retry(batch_id)
+                if view != last:
+                    last = view
+                    yield view
+        finally:
+            self._watches -= 1
+
+    async def cancel(self, batch_id: str, reason: str) -> BatchView:
+        """Cancel a batch; published parts stay. Wait briefly for the batch's end, and return the batch.
+
+        Raises:
+            InvalidArgument: no id, or the reason is too long. NotFound: no such batch. Unavailable: MongoDB is
+            unavailable.
+        """
+        _check_reason(reason)
+        await self._batches.get(batch_id)
+        text = f"cancelled: {reason}" if reason else "cancelled by a client"
+        await self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text))
+        self._on_change()
+        view = await self.get(batch_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CANCEL_WAIT_S):
+                while not view.batch.is_final:
+                    await asyncio.sleep(0.05)
+                    view = await self.get(batch_id)
+        return view
+
+    async def pause(self, batch_id: str, reason: str) -> BatchView:
+        """Pause a batch: start no further chunk, and release the running ones. Idempotent.
+
+        Raises:
+            FailedPrecondition: the batch has ended. InvalidArgument, NotFound, Unavailable: as `cancel`.
+        """
+        return await self._change_state(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
+
+    async def resume(self, batch_id: str, reason: str) -> BatchView:
+        """Resume a paused batch. Raises as `pause` does."""
+        return await self._change_state(
+            batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client"
+        )
+
+    async def _change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> BatchView:
+        _check_reason(reason)
+        changed = await self._batches.change_state(batch_id, before, after, reason)
+        self._on_change()
+        batch = changed or await self._batches.get(batch_id)
+        if batch.state is not after or batch.ending is not None:
+            state = batch.ending.state if batch.ending is not None else batch.state
+            raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {state} already")
+        return await self._view(batch)
+
+    async def _view(self, batch: Batch) -> BatchView:
+        if batch.totals is not None:
+            return BatchView(batch, batch.totals)
+        if batch.is_final:
+            return BatchView(batch, Totals())
+        return BatchView(batch, await self._sum(batch))
+
+    async def _sum(self, batch: Batch) -> Totals:
+        now = time.monotonic()
+        # The key has `is_planned`, because a sum from before the plan was complete is too small.
+        key = (batch.id, batch.is_planned)
+        if (known := self._sums.get(key)) is not None and now - known[0] < _SUM_TTL_S:
+            return known[1]
+        totals = await self._chunks.totals(batch.id)
+        self._sums[key] = (now, totals)
+        while len(self._sums) > _MAX_SUMS:
+            self._sums.popitem(last=False)
+        return totals
+
+    async def _get_with_retry(self, batch_id: str) -> BatchView:
+        give_up_at = time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                return await self.get(batch_id)
+            except Unavailable:
+                if time.monotonic() > give_up_at:
+                    raise
+                await asyncio.sleep(WATCH_S)
+
+
+_DONE = {BatchState.PAUSED: "paused", BatchState.RUNNING: "resumed"}
+
+
+def _check_reason(reason: str) -> None:
+    if len(reason) > REASON_CHARS:
+        raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
