@@ -35,7 +35,7 @@ LAYERS = {
         job lane limits group_commit clock
     """,
     "services/store": """
-        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results places page_token
+        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results allowed_locations page_token
         artifacts transactions documents limits
     """,
     "services/coord": """

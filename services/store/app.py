@@ -21,12 +21,12 @@ from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.staging_sweep import StagingSweep
 from services.store.backups.backup import Backup
-from services.store.backups.places import BackupPlaces
+from services.store.backups.locations import BackupPlaces
 from services.store.backups.restore import Restore
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports.exports import Exports
-from services.store.exports.places import ExportLocations
+from services.store.exports.locations import ExportLocations
 from services.store.garbage.collector import Collector
 from services.store.garbage.references import References
 from services.store.garbage.rounds import Rounds
@@ -37,8 +37,8 @@ from services.store.results.large_responses import Responses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
-from services.store.retention.book import RuleBook
 from services.store.retention.rounds import LEASE_MS, RENEW_MS, RetentionRounds
+from services.store.retention.rule_repository import RuleBook
 from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
 from services.store.usage.counters import Counters

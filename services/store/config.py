@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.process.config import ServiceConfig
-from services.store.places import PLACE
+from services.store.allowed_locations import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
 

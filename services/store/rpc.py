@@ -21,8 +21,8 @@ from services.store.results.result_rules import check_wait
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
-from services.store.retention.book import RuleBook
 from services.store.retention.messages import message_of, rule_of
+from services.store.retention.rule_repository import RuleBook
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
 from shoal.errors import Unimplemented

@@ -21,7 +21,7 @@ from mesh.mongo import Document, translated
 from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
-from services.store.artifacts.graves import Graves
+from services.store.artifacts.pending_deletions import Graves
 from services.store.artifacts.reading import Reader
 from services.store.artifacts.staging import Partial, Staging
 from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_key, stored_of

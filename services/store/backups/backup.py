@@ -31,10 +31,10 @@ from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest
-from services.store.backups.copying import Copied, Named, blobs_meant, copied, known_damaged
+from services.store.backups.blob_copy import Copied, Named, blobs_meant, copied, known_damaged
 from services.store.backups.hold import Hold
+from services.store.backups.locations import BackupPlaces
 from services.store.backups.manifest import Dumped, Manifest, ManifestPart
-from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable

@@ -29,9 +29,9 @@ from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED
-from services.store.backups.copying import Copied, Named, blobs_meant, copied, whole
+from services.store.backups.blob_copy import Copied, Named, blobs_meant, copied, whole
+from services.store.backups.locations import BackupPlaces
 from services.store.backups.manifest import Dumped, Manifest, ManifestPart
-from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
 from services.store.usage.counters import Counters

@@ -26,7 +26,7 @@ from google.protobuf.json_format import MessageToDict
 from mesh.process.threads import Threads
 from services.store.documents import Collections
 from services.store.exports.claim import Claim
-from services.store.exports.places import ExportLocation, ExportLocations, name_of
+from services.store.exports.locations import ExportLocation, ExportLocations, name_of
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
 from services.store.results.result_stream import ResultStream

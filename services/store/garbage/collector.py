@@ -23,7 +23,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from mesh.mongo import Document, translated
 from services.store.artifacts.artifacts import WITHOUT_BLOCKS
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.graves import Graves
+from services.store.artifacts.pending_deletions import Graves
 from services.store.artifacts.stored import FOLDER, key_of
 from services.store.documents import Collections, is_being_restored
 from services.store.garbage.uses import Uses

@@ -20,13 +20,13 @@ from pymongo import ASCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
-from services.store.artifacts.graves import Graves
+from services.store.artifacts.pending_deletions import Graves
 from services.store.documents import EVER, Collections, whole_milliseconds
 from services.store.page_token import Position
 from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
-from services.store.retention.book import Outdated, Reading, RuleBook
+from services.store.retention.rule_repository import Outdated, Reading, RuleBook
 from services.store.retention.rules import Kept, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant

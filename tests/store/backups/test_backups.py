@@ -25,10 +25,10 @@ from mesh import mongo
 from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
-from services.store.backups import copying, dump, manifest
+from services.store.backups import blob_copy, dump, manifest
 from services.store.backups import restore as restore_module
 from services.store.backups.backup import NOT_CARRIED, Backup
-from services.store.backups.places import BackupPlaces
+from services.store.backups.locations import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
 from services.store.usage.counters import Counters
@@ -247,13 +247,13 @@ async def test_the_same_answer_of_many_results_is_read_once_there(
     await node.parts.collections.results.insert_many([{**one, "_id": f"same{n}"} for n in range(40)])
     await all_of(node.backup.run(folder))
     read: list[str] = []
-    real = copying._is_right
+    real = blob_copy._is_right
 
-    async def is_right(blob: copying.Named, *rest: Any) -> bool:
+    async def is_right(blob: blob_copy.Named, *rest: Any) -> bool:
         read.append(blob.sha256)
         return await real(blob, *rest)
 
-    monkeypatch.setattr(copying, "_is_right", is_right)
+    monkeypatch.setattr(blob_copy, "_is_right", is_right)
     node.parts.clock.advance(seconds=1)
     made = await all_of(node.backup.run(folder))
     assert (made.blobs, made.copied) == (42, 0)
@@ -270,7 +270,7 @@ async def test_the_first_error_ends_what_is_copied_beside_it(
         await all_of(node.backup.run(folder))
     bad, going_on = sha256(b"3"), 0
 
-    async def copied(blob: copying.Named, *rest: Any, **options: Any) -> copying.Copied:
+    async def copied(blob: blob_copy.Named, *rest: Any, **options: Any) -> blob_copy.Copied:
         nonlocal going_on
         if blob.sha256 == bad:
             raise Unavailable("the place is away")

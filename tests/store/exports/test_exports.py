@@ -19,7 +19,7 @@ from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports import part
 from services.store.exports.claim import Claim
-from services.store.exports.places import FolderPlace, name_of
+from services.store.exports.locations import FolderPlace, name_of
 from services.store.exports.table import table_of
 from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb

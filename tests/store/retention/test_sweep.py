@@ -19,7 +19,7 @@ from services.store.documents import Collections
 from services.store.results.large_responses import Responses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
-from services.store.retention.book import Reading, RuleBook
+from services.store.retention.rule_repository import Reading, RuleBook
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
 from services.store.usage.counters import Counters

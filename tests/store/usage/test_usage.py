@@ -12,7 +12,7 @@ import pytest
 from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
-from services.store.retention.book import RuleBook
+from services.store.retention.rule_repository import RuleBook
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting

@@ -7,12 +7,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from mesh.process.threads import Threads
+from services.store.allowed_locations import Allowed, make_folder
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.staging import discard_temporary
-from services.store.places import Allowed, make_folder
 from shoal.errors import FailedPrecondition
 
 _STAGING = "staging"

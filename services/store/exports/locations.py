@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from mesh.process.threads import Threads
+from services.store.allowed_locations import Allowed, make_folder
 from services.store.artifacts import disk
-from services.store.places import Allowed, make_folder
 
 
 class ExportLocation(Protocol):
