@@ -16,7 +16,7 @@ INLINE_BYTES = 256 << 10
 """Up to here a response lies in its document: one read, and a page of a hundred such is still a message."""
 
 
-class Responses:
+class LargeResponses:
     """Keeps large responses. Each has a key of its own, so the one of a result that lost a race can be removed."""
 
     def __init__(self, blobs: BlobStore, threads: Threads, inline_bytes: int = INLINE_BYTES) -> None:

@@ -13,7 +13,7 @@ from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.cursor import AsyncCursor
 
 from mesh.mongo import Document
-from services.store.documents import EVER, Collections
+from services.store.documents import EARLIEST, Collections
 from services.store.page_token import Position
 from services.store.results import result_rules
 from shoal.store.v1.store_pb2 import QueryResultsRequest, ResultFilter
@@ -54,7 +54,7 @@ def condition(wanted: ResultFilter) -> Document:
     if wanted.job_ids:
         made["_id"] = {"$in": list(wanted.job_ids)}
     # The indexes hold only what has a time: this says that no other is asked for.
-    window: Document = {"$gte": result_rules.milliseconds_up(wanted.since) if wanted.HasField("since") else EVER}
+    window: Document = {"$gte": result_rules.milliseconds_up(wanted.since) if wanted.HasField("since") else EARLIEST}
     if wanted.HasField("until"):
         window["$lt"] = result_rules.milliseconds_up(wanted.until)
     made["recorded_at"] = window

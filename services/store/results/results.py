@@ -24,7 +24,7 @@ from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
-from services.store.results.large_responses import Responses
+from services.store.results.large_responses import LargeResponses
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
 from services.store.results.tombstones import is_tombstone
 from services.store.results.waiting import Waiting, is_young
@@ -52,7 +52,7 @@ class Results:
     def __init__(
         self,
         collections: Collections,
-        responses: Responses,
+        responses: LargeResponses,
         clock: Callable[[], datetime],
         on_recorded: Callable[[Sequence[Document], Collection[str]], None] = lambda docs, replacing: None,
     ) -> None:

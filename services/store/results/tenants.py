@@ -5,7 +5,7 @@ from __future__ import annotations
 from pymongo import ASCENDING
 
 from mesh.mongo import Document, translated
-from services.store.documents import EVER, Collections
+from services.store.documents import EARLIEST, Collections
 
 
 async def tenant_after(collections: Collections, after: str | None) -> str | None:
@@ -14,7 +14,7 @@ async def tenant_after(collections: Collections, after: str | None) -> str | Non
     Raises:
         Unavailable: MongoDB is away.
     """
-    query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EVER}}
+    query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EARLIEST}}
     with translated("looking for tenants"):
         doc = await collections.results.find_one(
             query, {"tenant": 1, "_id": 0}, sort=[("tenant", ASCENDING)], hint="by_tenant"

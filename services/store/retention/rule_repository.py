@@ -42,7 +42,7 @@ class Outdated(Exception):
     """The rules, or what was to be removed, are not what was read: read again."""
 
 
-class RuleBook:
+class RuleRepository:
     """Reads and changes the rules. Safe beside other instances."""
 
     def __init__(self, collections: Collections, clock: Callable[[], datetime]) -> None:

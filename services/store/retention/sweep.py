@@ -20,13 +20,13 @@ from pymongo import ASCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
-from services.store.artifacts.pending_deletions import Graves
-from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.artifacts.pending_deletions import PendingDeletions
+from services.store.documents import EARLIEST, Collections, whole_milliseconds
 from services.store.page_token import Position
 from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
-from services.store.retention.rule_repository import Outdated, Reading, RuleBook
+from services.store.retention.rule_repository import Outdated, Reading, RuleRepository
 from services.store.retention.rules import Kept, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
@@ -67,7 +67,7 @@ class Sweep:
     def __init__(
         self,
         collections: Collections,
-        book: RuleBook,
+        book: RuleRepository,
         counters: Counters,
         clock: Callable[[], datetime],
         *,
@@ -76,7 +76,7 @@ class Sweep:
         self._collections = collections
         self._book = book
         self._counters = counters
-        self._graves = Graves(collections)
+        self._deletions = PendingDeletions(collections)
         self._clock = clock
         self._monotonic = monotonic
         self._reached: dict[Kept, str | None] = {}
@@ -159,7 +159,7 @@ class Sweep:
             done = await results.update_many(same, change, session=session)
             if done.modified_count != len(found):
                 raise Outdated  # Another was faster, with some of them: look again.
-            await self._graves.bury(keys, now, session)
+            await self._deletions.schedule(keys, now, session)
             await self._counters.add(_lighter(act.kept, found), session)
             return len(found)
 
@@ -189,7 +189,7 @@ class _Act:
         """What a document must be to go."""
         if self.kept is Kept.TOMBSTONES:
             return {"removed_at": {"$lt": self.lane.until}}
-        condition: Document = {"recorded_at": {"$gte": EVER, "$lt": self.lane.until}}
+        condition: Document = {"recorded_at": {"$gte": EARLIEST, "$lt": self.lane.until}}
         if self.lane.tenant is not None:
             condition["tenant"] = self.lane.tenant
         if self.kept is Kept.ANSWERS:

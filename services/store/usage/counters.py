@@ -29,7 +29,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
 from mesh.process.tasks import Background
-from services.store.documents import EVER, Collections, is_being_restored, whole_milliseconds
+from services.store.documents import EARLIEST, Collections, is_being_restored, whole_milliseconds
 from services.store.page_token import START, Position
 from services.store.results.result_filter import beyond
 from services.store.transactions import transaction
@@ -52,7 +52,7 @@ _LOOK_S = 600.0
 _WALK = 2_000
 # Results of one step of a recount: some 10 ms, or as many seconds when each holds a megabyte.
 _WALK_TIMEOUT_S = 60.0
-_UNCOUNTED: Mapping[str, Any] = {"recounts": 0, "recounted_at": EVER}
+_UNCOUNTED: Mapping[str, Any] = {"recounts": 0, "recounted_at": EARLIEST}
 
 
 class Counters(Background):
@@ -224,7 +224,7 @@ class Counters(Background):
 
 def _step(tenant: str, after: Position, until: datetime) -> list[dict[str, Any]]:
     """The sum of the next few results of a tenant, and where they end."""
-    window = {"tenant": tenant, "recorded_at": {"$gte": EVER, "$lte": until}}
+    window = {"tenant": tenant, "recorded_at": {"$gte": EARLIEST, "$lte": until}}
     query = {"$and": [window, beyond(after, oldest_first=True)]}
     group = {
         "_id": None,

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from mesh.mongo import Document, translated
-from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.documents import EARLIEST, Collections, whole_milliseconds
 from services.store.limits import MAX_TENANT_CHARACTERS
 from services.store.usage.counters import Counters
 from services.store.usage.tenants import tenant_after
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_PAGE = 1_000
 _MOST_BYTES = 1 << 60
-_NOTHING: Mapping[str, Any] = {"results": 0, "bytes": 0, "recounted_at": EVER}
+_NOTHING: Mapping[str, Any] = {"results": 0, "bytes": 0, "recounted_at": EARLIEST}
 _NO_MORE = Weight()
 
 
@@ -143,5 +143,5 @@ def _usage(doc: Document, quotas: Mapping[str | None, int], more: Weight = _NO_M
     quota = quotas.get(doc["_id"], quotas.get(None))
     # A removal may be counted before what it removes: nobody has less than nothing.
     has = Weight(*(max(0, number) for number in vars(Weight.counted(doc) + more).values()))
-    counted = None if doc["recounted_at"] == EVER else doc["recounted_at"]
+    counted = None if doc["recounted_at"] == EARLIEST else doc["recounted_at"]
     return Usage(doc["_id"], **vars(has), quota_bytes=quota, recounted_at=counted)

@@ -19,7 +19,7 @@ from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports import part
 from services.store.exports.claim import Claim
-from services.store.exports.locations import FolderPlace, name_of
+from services.store.exports.locations import FolderLocation, name_of
 from services.store.exports.table import table_of
 from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb
@@ -175,7 +175,7 @@ async def test_writers_of_one_part_do_not_meet(tmp_path: Path) -> None:
     """As when a call goes on with an export whose call before it is still writing."""
     data = os.urandom(100_000)
     with Threads(4) as threads:
-        place = FolderPlace(tmp_path, threads)
+        place = FolderLocation(tmp_path, threads)
         for _ in range(50):
             await asyncio.gather(*(place.put("part-00000.parquet", data) for _ in range(4)))
             assert (tmp_path / "part-00000.parquet").read_bytes() == data
