@@ -78,7 +78,7 @@ async def run(config: StoreConfig) -> None:
         # Results.
         responses = LargeResponses(blobs, threads, config.inline_bytes)
         results = Results(collections, responses, _now, counters.recorded)
-        waiting = await stack.enter_async_context(results.waiting)
+        waiters = await stack.enter_async_context(results.waiters)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
         export_places = ExportLocations(config.exports, threads, checksums=config.s3_checksums)
@@ -117,7 +117,7 @@ async def run(config: StoreConfig) -> None:
             try:
                 await until_stopped()
             finally:
-                waiting.stop()
+                waiters.stop()
             opening.cancel()
 
 

@@ -3,7 +3,7 @@
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
 references {_id: name of the user, digest, made_at, tenant?, size?}: users other than models, and the tenant charged
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-fences     {_id: "retention", token?, rules, acts}; progress of answer removal: {_id: answers/tenant, recorded_at, job_id}
+fences     {_id: "retention", token?, rules, acts}; {_id: answers/tenant, recorded_at, job_id}: answers removed so far
 usage      {_id: tenant, results, bytes, payloads?, payload_bytes?, recounts, recounted_at}
 usage_changes {_id, tenant, payloads, payload_bytes}: changes that `usage` does not include yet
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}

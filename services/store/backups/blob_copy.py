@@ -16,7 +16,7 @@ from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.stored import key_of
-from services.store.results.result_documents import BlobRef, blob_of
+from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
 # Larger blobs are copied through a file, because several are copied at once.
@@ -28,7 +28,7 @@ def blobs_referenced(collection: str, docs: Iterable[Mapping[str, Any]]) -> list
     if collection == "artifacts":
         return [BlobRef(key_of(doc), doc["size"], doc["_id"]) for doc in docs if not doc.get("damaged")]
     if collection == "results":
-        return [blob for doc in docs if (blob := blob_of(doc)) is not None]
+        return [BlobRef(**doc["blob"]) for doc in docs if "blob" in doc]
     return []
 
 

@@ -9,7 +9,6 @@
 No step races a new reference: a reference writes to the artifact's document in its own transaction, so it conflicts
 with the transaction that deletes the document. No step races an upload: keys are never reused, an artifact's document
 is written in a transaction that excludes a pending deletion, and documents are read again before a blob is removed.
-
 """
 
 from __future__ import annotations

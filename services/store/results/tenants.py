@@ -1,4 +1,4 @@
-"""Who has results: found by hopping from tenant to tenant in an index, one step each, however many they have."""
+"""Tenants with results, found by skipping from tenant to tenant in an index, whatever the number of results."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from services.store.documents import EARLIEST, Collections
 
 
 async def tenant_after(collections: Collections, after: str | None) -> str | None:
-    """The next tenant that has results, in the order of names. None: there is none.
+    """Return the next tenant that has results, by name; None when there is none.
 
     Raises:
-        Unavailable: MongoDB is away.
+        Unavailable: MongoDB is unavailable.
     """
     query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EARLIEST}}
     with translated("looking for tenants"):

@@ -19,7 +19,7 @@ from services.store.documents import Collections
 from services.store.results.large_responses import LargeResponses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
-from services.store.retention.rule_repository import Reading, RuleRepository
+from services.store.retention.rule_repository import RuleRepository, RuleSnapshot
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
 from services.store.usage.counters import Counters
@@ -320,10 +320,10 @@ async def test_nothing_goes_under_rules_that_were_changed(world: World, monkeypa
     world.clock.now = START + DAY
     old = await world.book.read()
     await world.rule(RESULTS, None, "a")
-    readings: list[Reading] = [old]
+    readings: list[RuleSnapshot] = [old]
     real = world.book.read
 
-    async def read() -> Reading:
+    async def read() -> RuleSnapshot:
         return readings.pop() if readings else await real()
 
     monkeypatch.setattr(world.book, "read", read)
