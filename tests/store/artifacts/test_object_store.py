@@ -95,7 +95,7 @@ async def test_the_bucket_is_gone(weed: WeedProcess, make_artifacts: MakeArtifac
     assert (await artifacts.stat(sha256(later)))[1] == len(later)  # What was uploaded in vain is not uploaded twice.
     await artifacts.put(await uploaded(later, offset=len(later)))
     assert await read(artifacts, sha256(later)) == later
-    with pytest.raises(DataLoss, match="gone"):
+    with pytest.raises(DataLoss, match="missing"):
         await read(artifacts, sha256(data))
 
 

@@ -282,10 +282,10 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
     counters = Counters(collections, now)
     async with counters:
         counters.recorded([{"_id": "j", "tenant": "t"}])
-        ready = collections._made
-        monkeypatch.setattr(collections, "_made", {})
+        ready = collections._prepared
+        monkeypatch.setattr(collections, "_prepared", {})
         await counters.flush()
-        monkeypatch.setattr(collections, "_made", ready)
+        monkeypatch.setattr(collections, "_prepared", ready)
         counters.recorded([{"_id": "j", "tenant": "t"}])
     (found,) = (await Quotas(collections, counters, now).list(None, 10))[0]
     assert (found.results, found.bytes) == (2, 2 * RECORD)
