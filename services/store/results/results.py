@@ -64,7 +64,7 @@ class Results:
         self._on_recorded = on_recorded
 
     async def put(self, results: Sequence[Result]) -> list[tuple[bool, Result]]:
-        """Record results of jobs that have none. For each, return True if recorded, and the standing one, less response.
+        """Record results of jobs that have none. For each: True if recorded, and the standing one without response.
 
         Raises:
             InvalidArgument: one result is invalid; none is recorded.
