@@ -57,7 +57,7 @@ class Upload:
             if (length := len(request.chunk)) > MAX_CHUNK_BYTES:
                 raise InvalidArgument(f"chunk at byte {at}: {length} bytes; at most {MAX_CHUNK_BYTES} are allowed")
             if (at := at + length) > self.size:
-                raise TooLong(f"the upload exceeds size_bytes ({self.size}): {at} bytes or more were sent")
+                raise TooLong(f"the upload goes beyond size_bytes ({self.size}): {at} bytes or more were sent")
             yield request.chunk
 
 
