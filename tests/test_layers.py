@@ -35,8 +35,8 @@ LAYERS = {
         job tenant_queue limits group_commit clock
     """,
     "services/store": """
-        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results places page_token
-        artifacts transactions documents limits
+        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results allowed_locations
+        page_token artifacts transactions documents limits
     """,
     "services/coord": """
         __main__ app rpc messages instances health duties configurations presence cluster drains traffic config

@@ -1,4 +1,4 @@
-"""The store service as a parts list: what starts first stops last."""
+"""Wiring of the store service. Components stop in the reverse order of their start."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.staging_sweep import StagingSweep
 from services.store.backups.backup import Backup
-from services.store.backups.places import BackupPlaces
+from services.store.backups.locations import BackupLocations
 from services.store.backups.restore import Restore
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports.exports import Exports
-from services.store.exports.places import ExportLocations
+from services.store.exports.locations import ExportLocations
 from services.store.garbage.collector import Collector
 from services.store.garbage.references import References
-from services.store.garbage.rounds import Rounds
+from services.store.garbage.rounds import CollectorRounds
 from services.store.garbage.verification import Verification
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
-from services.store.results.large_responses import Responses
+from services.store.results.large_responses import LargeResponses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
-from services.store.retention.book import RuleBook
 from services.store.retention.rounds import LEASE_MS, RENEW_MS, RetentionRounds
+from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
 from services.store.usage.counters import Counters
@@ -50,14 +50,14 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTOR = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
 _RETRY_S = 0.5
-# For files and hashing. Of 1 MiB, measured on a virtual machine with two EPYC cores: SHA-256 0.7 ms, a write into the
-# page cache 0.4 to 3 ms, and an fsync of 200 MiB 75 ms (seconds on a spinning disk). On the loop, each would hold up
-# every other call so long.
+# Threads for files and hashing. Per 1 MiB, on a virtual machine with two EPYC cores: SHA-256 0.7 ms, a write into the
+# page cache 0.4 to 3 ms; an fsync of 200 MiB 75 ms (seconds on a spinning disk). On the event loop, each would delay
+# every other call that long.
 _THREADS = 8
 
 
 async def run(config: StoreConfig) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT."""
     ready = asyncio.Event()
     async with AsyncExitStack() as stack:
         threads = stack.enter_context(Threads(_THREADS, "store-io"))
@@ -76,16 +76,16 @@ async def run(config: StoreConfig) -> None:
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
 
         # Results.
-        responses = Responses(blobs, threads, config.inline_bytes)
+        responses = LargeResponses(blobs, threads, config.inline_bytes)
         results = Results(collections, responses, _now, counters.recorded)
-        waiting = await stack.enter_async_context(results.waiting)
+        waiters = await stack.enter_async_context(results.waiters)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
         export_places = ExportLocations(config.exports, threads, checksums=config.s3_checksums)
         exports = Exports(collections, results, result_stream, export_places, threads, config.max_exports)
 
-        # What removes: retention by the leader, the collector in every instance.
-        rules = RuleBook(collections, _now)
+        # Removal: retention by the leader, garbage collection by every instance.
+        rules = RuleRepository(collections, _now)
         holder = f"{config.node}/{config.instance} {uuid.uuid4().hex}"
         leases = client[config.database][LEASES]
         lease = LeaderLease(leases, "store", holder, ready=ready, ttl_ms=LEASE_MS, renew_ms=RENEW_MS)
@@ -93,10 +93,10 @@ async def run(config: StoreConfig) -> None:
         sweep = Sweep(collections, rules, counters, _now)
         await stack.enter_async_context(RetentionRounds(sweep, lease, config.retention_ms / 1000))
         collector = Collector(collections, blobs, _now)
-        await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
+        await stack.enter_async_context(CollectorRounds(collector, config.collect_every_ms / 1000))
 
         # Backups.
-        places = BackupPlaces(config.backups, threads, checksums=config.s3_checksums)
+        places = BackupLocations(config.backups, threads, checksums=config.s3_checksums)
         databases = config.backup_databases
         backup = Backup(collections, blobs, places, folder, threads, _now, databases)
         restore = Restore(collections, blobs, places, folder, threads, _now, counters, databases)
@@ -117,7 +117,7 @@ async def run(config: StoreConfig) -> None:
             try:
                 await until_stopped()
             finally:
-                waiting.stop()
+                waiters.stop()
             opening.cancel()
 
 

@@ -1,4 +1,4 @@
-"""The calls of shoal.store.v1.StoreService that are about artifacts and blobs, translated."""
+"""Servicer methods of shoal.store.v1.StoreService for artifacts, blobs and backups."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.stored import Stored
 from services.store.artifacts.uploads import Upload
 from services.store.backups.backup import Backup
-from services.store.backups.progress import Progress
+from services.store.backups.progress import BackupProgress
 from services.store.backups.restore import Restore
 from services.store.garbage.collector import Collector
 from services.store.garbage.references import References, check_name, check_tenant
-from services.store.garbage.verification import Finding, Seen, Verification
+from services.store.garbage.verification import Finding, Verification, VerificationProgress
 from services.store.results.result_documents import timestamp
 from services.store.usage.messages import message_of
 from services.store.usage.quotas import Quotas
@@ -33,7 +33,7 @@ _NAMED = 1_000
 
 @dataclass(frozen=True)
 class ArtifactParts:
-    """What these calls are answered by."""
+    """Domain objects that answer these calls."""
 
     artifacts: Artifacts
     references: References
@@ -46,7 +46,7 @@ class ArtifactParts:
 
 
 class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
-    """This part of the servicer."""
+    """Base of the servicer: the methods for artifacts, blobs and backups."""
 
     def __init__(self, parts: ArtifactParts) -> None:
         self._parts = parts
@@ -89,7 +89,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
     async def CollectArtifacts(self, request: pb.CollectArtifactsRequest, ctx: Context) -> pb.CollectArtifactsResponse:
         done = await self._parts.collector.collect(strays=request.strays)
         return pb.CollectArtifactsResponse(
-            condemned=done.condemned, collected=done.artifacts, removed=done.blobs, strays=done.strays
+            condemned=done.marked, collected=done.artifacts, removed=done.blobs, strays=done.strays
         )
 
     async def BackUp(self, request: pb.BackUpRequest, ctx: Context) -> AsyncIterator[pb.BackUpResponse]:
@@ -104,7 +104,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
 
 
 def _check_use(upload: Upload) -> None:
-    """Before a byte is taken: who is to refer to it, and whom that counts for."""
+    """Check the reference and the tenant of an upload, before its first byte is read."""
     if upload.reference:
         check_name(upload.reference, "header.reference")
     elif upload.tenant is not None:
@@ -116,7 +116,7 @@ def _artifact(artifact: Stored) -> pb.Artifact:
     return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
 
 
-def _seen(seen: Seen) -> pb.VerifyStoreResponse:
+def _seen(seen: VerificationProgress) -> pb.VerifyStoreResponse:
     finding = _finding(seen.finding) if seen.finding else None
     return pb.VerifyStoreResponse(blobs=seen.blobs, blobs_in_all=seen.blobs_in_all, bytes=seen.bytes, finding=finding)
 
@@ -131,7 +131,7 @@ def _finding(found: Finding) -> pb.VerifyStoreResponse.Finding:
     )
 
 
-def _progress(progress: Progress) -> pb.BackupProgress:
+def _progress(progress: BackupProgress) -> pb.BackupProgress:
     return pb.BackupProgress(
         backup_id=progress.backup_id,
         documents=progress.documents,

@@ -1,4 +1,4 @@
-"""What the store service is told: `SHOAL_STORE_<FIELD>`."""
+"""Configuration of the store service, from variables `SHOAL_STORE_<FIELD>`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.process.config import ServiceConfig
-from services.store.places import PLACE
+from services.store.allowed_locations import LOCATION_URL
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
 
@@ -19,48 +19,49 @@ class StoreConfig(ServiceConfig):
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://.+")]
     """MongoDB, a replica set (change streams and transactions need one)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")] = "shoal"
-    """The database there."""
+    """Name of the MongoDB database."""
     blobs: Annotated[str, Field(pattern=_BLOB_URL)]
-    """Where bytes are kept: `file:///folder`, `s3://bucket/prefix`, `gs://...`, `az://...`. Credentials and endpoints
+    """URL of the blobs: `file:///folder`, `s3://bucket/prefix`, `gs://...`, `az://...`. Credentials and endpoints
     of object stores come from their usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)."""
     staging: Annotated[Path | None, Field(validate_default=True)] = None
     """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
     s3_checksums: bool = True
-    """Send S3 a SHA-256 with everything that is stored. Only for an S3 that refuses `x-amz-checksum-sha256`: false."""
+    """Send S3 a SHA-256 with every upload. Set it to false only for an S3 that rejects `x-amz-checksum-sha256`."""
     inline_bytes: Annotated[int, Field(ge=0, le=8 << 20)] = 256 << 10
-    """Answers above this are blobs, and the result refers to them: queries stay light."""
+    """Larger answers are stored as blobs, and the result refers to them: queries stay light."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
-    """Unfinished uploads that are kept, live ones included. Each may take `max_artifact_bytes` of the staging disk."""
+    """Unfinished uploads that are kept, including those in progress. Each may use `max_artifact_bytes` of the staging
+    disk."""
     upload_age_ms: Annotated[int, Field(ge=1_000)] = 24 * 3_600_000
-    """An upload that nobody goes on with is discarded after so long."""
+    """Time after which an upload that is not resumed is discarded."""
     upload_idle_ms: Annotated[int, Field(ge=100)] = 60_000
-    """An upload that sends nothing for so long is ended; what has arrived is kept."""
+    """Time after which an upload that sends nothing is ended; the received bytes are kept."""
     collect_every_ms: Annotated[int, Field(ge=1_000)] = 600_000
-    """How often artifacts that nobody refers to are looked for."""
+    """Interval of garbage collection: unreferenced artifacts are marked, then removed."""
     retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
-    """How often what retention no longer keeps is removed."""
+    """Interval of retention: everything older than its rule allows is removed."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
-    """Open WatchResults streams, each of which holds a change stream of its own."""
+    """Most WatchResults streams at a time. Each holds a change stream of its own."""
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
-    """Open StreamResults streams, each of which holds up to 4 MiB (or one response that is larger)."""
+    """Most StreamResults streams at a time. Each holds up to 4 MiB (or one response that is larger)."""
 
-    exports: tuple[Annotated[str, Field(pattern=PLACE)], ...] = ()
-    """Where ExportResults may write: URLs with commas between them (`file:///data/exports,s3://reports/shoal,gs://`),
-    each with all that lies under it. Exports to the caller need none."""
+    exports: tuple[Annotated[str, Field(pattern=LOCATION_URL)], ...] = ()
+    """URLs, separated by commas, below which ExportResults may write (`file:///data/exports,s3://reports/shoal,gs://`).
+    Exports to the caller need none."""
     max_exports: Annotated[int, Field(ge=1, le=100)] = 2
-    """Exports that run at once, each of which holds a part (64 MiB of answers) in memory."""
+    """Most exports at a time. Each holds a part (64 MiB of answers) in memory."""
 
-    backups: tuple[Annotated[str, Field(pattern=PLACE)], ...] = ()
-    """Where BackUp may write and Restore may read: URLs with commas between them, each with all that lies under it."""
+    backups: tuple[Annotated[str, Field(pattern=LOCATION_URL)], ...] = ()
+    """URLs, separated by commas, below which BackUp may write and Restore may read."""
     backup_databases: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")], ...] = ()
-    """Databases of the same MongoDB that belong into a backup, too: that of an ingest which has one of its own."""
+    """Other databases of the same MongoDB that a backup includes: that of an ingest with its own database."""
 
     @field_validator("exports", "backups", "backup_databases", mode="before")
     @classmethod
-    def _listed(cls, given: object) -> object:
-        return tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given
+    def _listed(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
     @field_validator("staging")
     @classmethod

@@ -1,16 +1,16 @@
-"""The store's collections: their schemas, their indexes, and the door to them that opens once both are made.
+"""The store's MongoDB collections: schemas, indexes, and access to the collections once they are prepared.
 
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
-references {_id: name of who refers, digest, made_at, tenant?, size?}: others than models, and whose room it takes
+references {_id: name of the user, digest, made_at, tenant?, size?}: users other than models, and the tenant charged
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-fences     {_id: "retention", token?, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
+fences     {_id: "retention", token?, rules, acts}; {_id: answers/tenant, recorded_at, job_id}: answers removed so far
 usage      {_id: tenant, results, bytes, payloads?, payload_bytes?, recounts, recounted_at}
-usage_changes {_id, tenant, payloads, payload_bytes}: what is not in `usage` yet
+usage_changes {_id, tenant, payloads, payload_bytes}: changes that `usage` does not include yet
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
-graves     {_id: key of a blob that is to go, buried_at}
-holds      {_id: a backup that is under way, expires_at}: no blob is removed
-exports    {_id: a place, export, call, expires_at}: who writes there
-restores   {_id: a backup that is being restored here, began_at}: nothing is collected
+graves     {_id: key of a blob whose deletion is pending, buried_at}
+holds      {_id: a running backup, expires_at}: no blob is removed
+exports    {_id: a location, export, call, expires_at}: the export that writes there
+restores   {_id: a backup that is being restored here, began_at}: no garbage collection
 leads      {_id: "store", holder, token, expires_at}: the leader lease (mesh/mongo_lease.py)
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
@@ -34,7 +34,7 @@ from shoal.errors import Unavailable
 Collection: TypeAlias = AsyncCollection[Document]
 
 RESTORES = "restores"
-"""Has a document while a backup is being restored. Ingest looks into it too, under this name."""
+"""Collection that has a document while a backup is being restored. Ingest reads it too, under this name."""
 
 _TEXT = {"bsonType": "string"}
 _NAME = {"bsonType": "string", "minLength": 1}
@@ -45,7 +45,7 @@ _DATE = {"bsonType": "date"}
 
 
 def _schema(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A closed object: what is not named here is a mistake."""
+    """Return the schema of a closed object: fields that it does not name are rejected."""
     properties = {**required, **(optional or {})}
     return {
         "bsonType": "object",
@@ -75,10 +75,10 @@ ARTIFACTS = _schema(
 )
 REFERENCES = _schema(
     {"_id": _NAME, "digest": _DIGEST, "made_at": _DATE},
-    # Both or neither: whom it counts for, and the artifact's size. Those of an older version count for nobody.
+    # Both or neither: the tenant charged, and the artifact's size. References of an older version charge no tenant.
     {"tenant": _TEXT, "size": _SIZE},
 )
-GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
+PENDING_DELETIONS = _schema({"_id": _NAME, "buried_at": _DATE})
 HOLDS = _schema({"_id": _NAME, "expires_at": _DATE})
 EXPORTS = _schema({"_id": _NAME, "export": _NAME, "call": _NAME, "expires_at": _DATE})
 MODELS = _schema(
@@ -111,18 +111,18 @@ RESULTS = _schema(
     },
     {
         "submitted_at": _DATE,
-        # Below the millisecond that a BSON date holds: what was put is what is read.
+        # The part below the millisecond, which a BSON date lacks: a result reads back exactly.
         "submitted_ns": {"bsonType": ["int", "long"], "minimum": 0, "maximum": 999_999},
         "labels": {"bsonType": "array", "minItems": 1, "items": _RESULT_LABEL},
         "response": {"bsonType": "binData"},
         "blob": _BLOB,
-        # Of later ones than the first only: `results/generations.py`.
+        # Only for generations after the first: `results/generations.py`.
         "generation": {"bsonType": ["int", "long"], "minimum": 2},
-        # Retention has taken the answer out.
+        # Time at which retention removed the answer.
         "answer_removed_at": _DATE,
     },
 )
-# What is left of a result that retention has removed: `retention/tombstones.py`.
+# Remainder of a result that retention has removed: `retention/tombstones.py`.
 TOMBSTONES = _schema(
     {
         "_id": RESULTS["properties"]["_id"],
@@ -146,7 +146,7 @@ USAGE = _schema(
         "recounts": _SIZE,
         "recounted_at": _DATE,
     },
-    # An older version has counted results only.
+    # An older version counted results only.
     {"payloads": {"bsonType": ["int", "long"]}, "payload_bytes": {"bsonType": ["int", "long"]}},
 )
 USAGE_CHANGES = _schema(
@@ -160,22 +160,22 @@ USAGE_CHANGES = _schema(
 QUOTAS = _schema({"_id": _NAME, "bytes": _SIZE, "updated_at": _DATE}, {"tenant": _TEXT})
 FENCES = _schema(
     {"_id": _NAME},
-    # `etcd`: only in a fence that an older version wrote.
+    # `etcd`: only in a fence of an older version.
     {"token": _SIZE, "etcd": _TEXT, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME},
 )
 
-EVER = datetime(1, 1, 1, tzinfo=UTC)
-"""Before everything: `{"$gte": EVER}` asks that a time is set, in a way that an index can answer."""
+EARLIEST = datetime(1, 1, 1, tzinfo=UTC)
+"""Lower bound of all times: `{"$gte": EARLIEST}` demands a time, in a way that an index can answer."""
 
 _NEWEST = [("recorded_at", DESCENDING), ("_id", DESCENDING)]
-# Not to be searched by, but looked at in the index, so that only documents that match are read.
-_ASIDE = [(field, ASCENDING) for field in ("tenant", "model_name", "model_version", "outcome")]
-_STANDING = {"recorded_at": {"$exists": True}}
+# Filtered in the index, not searched by: only matching documents are read.
+_COVERED = [(field, ASCENDING) for field in ("tenant", "model_name", "model_version", "outcome")]
+_RECORDED = {"recorded_at": {"$exists": True}}
 
 
-def _newest(name: str, *first: str, among: Mapping[str, Any] = _STANDING) -> IndexModel:
-    """An index by `first`, each in the order of time."""
-    keys = [(field, ASCENDING) for field in first] + _NEWEST + [aside for aside in _ASIDE if aside[0] not in first]
+def _newest(name: str, *first: str, among: Mapping[str, Any] = _RECORDED) -> IndexModel:
+    """Return an index by the fields `first`, then by time."""
+    keys = [(field, ASCENDING) for field in first] + _NEWEST + [field for field in _COVERED if field[0] not in first]
     return IndexModel(keys, name=name, partialFilterExpression=dict(among))
 
 
@@ -183,11 +183,11 @@ RESULT_INDEXES = [
     _newest("by_time"),
     _newest("by_model", "model_name"),
     _newest("by_tenant", "tenant"),
-    # Most results succeeded: those are found soon by time. The rest are few, and cost a success nothing here; nor do
-    # labels cost a result that has none.
-    _newest("by_failure", "outcome", among={**_STANDING, "outcome": {"$gt": 1}}),
+    # Most results succeeded; an index by time finds those soon. Failures are few, so this index costs a success
+    # nothing. Likewise a result without labels costs the index of labels nothing.
+    _newest("by_failure", "outcome", among={**_RECORDED, "outcome": {"$gt": 1}}),
     _newest("by_label", "labels", among={"labels": {"$exists": True}}),
-    # Not for queries: whether a blob still belongs to a result.
+    # Not for queries: garbage collection looks up whether a blob belongs to a result.
     IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
     IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
@@ -210,21 +210,21 @@ _BY_VERSION = [("name", ASCENDING), ("version", ASCENDING)]
 
 
 class Collections:
-    """The collections, once `prepare` has made them. Until then, asking for one raises Unavailable."""
+    """The collections. Until `prepare` has made them, access to one raises Unavailable."""
 
     def __init__(self, db: AsyncDatabase[Document]) -> None:
         self.db = db
-        self._made: dict[str, Collection] = {}
+        self._prepared: dict[str, Collection] = {}
 
     async def prepare(self) -> None:
-        """Makes what is missing. Safe beside other instances that do the same.
+        """Make the missing collections and indexes. Safe beside other instances that do the same.
 
         Raises:
-            Unavailable: MongoDB is away.
-            FailedPrecondition: an index there contradicts ours.
+            Unavailable: MongoDB is unavailable.
+            FailedPrecondition: an existing index contradicts ours.
         """
         db = self.db
-        made = {
+        prepared = {
             "artifacts": await ensure_collection(
                 db, "artifacts", validator=_validator(ARTIFACTS), indexes=ARTIFACT_INDEXES
             ),
@@ -232,7 +232,7 @@ class Collections:
                 db, "references", validator=_validator(REFERENCES), indexes=REFERENCE_INDEXES
             ),
             "graves": await ensure_collection(
-                db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
+                db, "graves", validator=_validator(PENDING_DELETIONS), indexes=[IndexModel("buried_at", name="oldest")]
             ),
             "holds": await ensure_collection(db, "holds", validator=_validator(HOLDS), indexes=[]),
             "exports": await ensure_collection(db, "exports", validator=_validator(EXPORTS), indexes=[]),
@@ -267,7 +267,7 @@ class Collections:
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
         await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
-        self._made = made
+        self._prepared = prepared
 
     @property
     def artifacts(self) -> Collection:
@@ -298,7 +298,7 @@ class Collections:
         return self._get("fences")
 
     @property
-    def graves(self) -> Collection:
+    def pending_deletions(self) -> Collection:
         return self._get("graves")
 
     @property
@@ -322,21 +322,21 @@ class Collections:
         return self._get("results")
 
     def _get(self, name: str) -> Collection:
-        if name not in self._made:
+        if name not in self._prepared:
             raise Unavailable("the store is starting: it has not reached MongoDB yet: retry in a moment")
-        return self._made[name]
+        return self._prepared[name]
 
 
 async def is_being_restored(collections: Collections) -> bool:
-    """Whether a restore is under way, or broke off: documents are there before others that belong to them."""
+    """Return True while a restore is in progress or interrupted: documents may lack others that belong to them."""
     return await collections.db[RESTORES].find_one({}, {"_id": 1}) is not None
 
 
 def whole_milliseconds(time: datetime) -> datetime:
-    """`time` as a document keeps it: what a write answers is what a read answers."""
+    """Return `time` with the precision of a stored document, so that a write returns what a later read returns."""
     return time.replace(microsecond=time.microsecond // 1_000 * 1_000)
 
 
 def _validator(*schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """Documents of one of these forms."""
+    """Return a validator for documents that match one of the schemas."""
     return {"$jsonSchema": dict(schemas[0]) if len(schemas) == 1 else {"oneOf": list(map(dict, schemas))}}

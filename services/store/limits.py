@@ -1,3 +1,3 @@
-"""Limits that several parts of the store check."""
+"""Limits that several packages of the store check."""
 
 MAX_TENANT_CHARACTERS = 1_024

@@ -1,4 +1,4 @@
-"""shoal.store.v1.StoreService, translated: messages in, one call of the domain, messages out."""
+"""Servicer of shoal.store.v1.StoreService: translates messages into one domain call, and its result into messages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from services.store.results.result_rules import check_wait
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
-from services.store.retention.book import RuleBook
 from services.store.retention.messages import message_of, rule_of
+from services.store.retention.rule_repository import RuleRepository
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
 from shoal.errors import Unimplemented
@@ -35,7 +35,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class StoreRpc(ArtifactRpc):
-    """The servicer. Errors are translated by the server's interceptor.
+    """The gRPC servicer. The server's interceptor translates errors.
 
     The methods that every job calls have a second form without a context, for the fast path (`fast_methods`).
     """
@@ -49,7 +49,7 @@ class StoreRpc(ArtifactRpc):
         result_watch: ResultWatch,
         result_stream: ResultStream,
         exports: Exports,
-        retention: RuleBook,
+        retention: RuleRepository,
         quotas: Quotas,
     ) -> None:
         super().__init__(artifacts)
@@ -131,8 +131,8 @@ class StoreRpc(ArtifactRpc):
     ) -> AsyncIterator[pb.ExportResultsResponse]:
         async with aclosing(self._exports.run(request)) as running:
             async for progress in running:
-                told = asdict(progress)
-                yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
+                fields = asdict(progress)
+                yield pb.ExportResultsResponse(bytes=fields.pop("size"), **fields)
 
     async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
         await self._retention.put(rule_of(request.rule), remove=request.remove)

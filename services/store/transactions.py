@@ -1,4 +1,4 @@
-"""Several writes to MongoDB as one: all of them or none."""
+"""MongoDB transactions: all writes or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 async def transaction(collections: Collections, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-    """Runs `work` in one transaction. It may run more than once. Raises pymongo's errors, and what `work` raises."""
+    """Run `work` in one transaction, possibly more than once. Raises pymongo's errors, and those of `work`."""
     # pymongo would retry a transaction for two minutes.
     with pymongo.timeout(TIMEOUT_MS / 1000):
         async with collections.db.client.start_session() as session:

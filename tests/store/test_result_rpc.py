@@ -217,7 +217,7 @@ async def test_rot_of_a_large_response(store: Store) -> None:
             path.write_bytes(data)
     await put(store, result("l", response=answer(2 << 20)))
     found = await get(store, "j")
-    assert "the response that lies there is damaged" in found.answer_lost
+    assert "the response is damaged" in found.answer_lost
     assert (found.outcome, found.model_name, found.HasField("response")) == (OK, "", False)
     page = (await store.stub.QueryResults(pb.QueryResultsRequest())).results
     assert [(one.job_id, bool(one.answer_lost), one.HasField("response")) for one in page] == [

@@ -17,7 +17,7 @@ from mesh.rpc.channel import connect
 from services.ingest.ulid import Ulids
 from services.store.config import StoreConfig
 from services.store.results import results, waiting
-from services.store.results.waiting import Waiting, is_young
+from services.store.results.waiting import Waiters, is_young
 from shoal.errors import ResourceExhausted, Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
@@ -133,25 +133,25 @@ async def test_a_stop_does_not_wait_for_those_who_wait(config: StoreConfig) -> N
                 waits(Store(config, store_pb2_grpc.StoreServiceStub(channel), channel), "never")
             )
             await refused(waits(store, "c", 0.05), StatusCode.NOT_FOUND)
-        await refused(call, StatusCode.UNAVAILABLE, "ask again")
+        await refused(call, StatusCode.UNAVAILABLE, "call again")
 
 
 async def test_who_waits_is_bounded_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "_MOST", 2)
-    calls = Waiting(cast(Any, None))
+    calls = Waiters(cast(Any, None))
     one, two = calls.begin("a"), calls.begin("a")
     with pytest.raises(ResourceExhausted, match="2 calls wait"):
         calls.begin("b")
     calls.end("a", one)
-    calls.recorded([{"_id": "b"}, {"_id": "a", "state": 1}])
+    calls.notify([{"_id": "b"}, {"_id": "a", "state": 1}])
     assert two.result() == {"_id": "a", "state": 1}
     calls.end("a", two)
-    calls.recorded([{"_id": "a"}])
+    calls.notify([{"_id": "a"}])
     three = calls.begin("b")
     calls.stop()
-    with pytest.raises(Unavailable, match="ask again"):
+    with pytest.raises(Unavailable, match="call again"):
         three.result()
     with pytest.raises(Unavailable, match="another one"):
         calls.begin("b")
     calls.end("b", three)
-    assert calls._calls == {}
+    assert calls._futures == {}

@@ -1,1 +1,1 @@
-"""Bytes named by their digest."""
+"""Artifacts: bytes named by their digest."""

@@ -1,11 +1,11 @@
-"""Artifacts: immutable bytes, named by their SHA-256, verified on the way in and on the way out (`reading`).
+"""Artifacts: immutable bytes, named by their SHA-256, verified during upload and during reading (`reading`).
 
     upload ──> staging file (grows, survives) ──> hash right? ──> blob (durable) ──> document: now it exists
                     ^                                  └─ no: the file is discarded, DATA_LOSS      |
-                    └──────────────────── kept when one of these fails ────────────────── then it is discarded
+                    └──────────── kept when one of these steps fails ──────────────── then the file is discarded
 
-A document is written last, so an artifact that is known is there whole. A blob without a document is a stray, which is
-collected when it is old (services/store/collecting).
+The document is written last, so every known artifact is stored whole. A blob without a document is a stray; garbage
+collection removes it when it is old (services/store/garbage).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mesh.mongo import Document, translated
 from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
-from services.store.artifacts.graves import Graves
+from services.store.artifacts.pending_deletions import PendingDeletions
 from services.store.artifacts.reading import Reader
 from services.store.artifacts.staging import Partial, Staging
 from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_key, stored_of
@@ -31,15 +31,15 @@ from services.store.transactions import transaction
 from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError, Unavailable
 
 KEPT_FOR = timedelta(days=1)
-"""What is uploaded, or asked for, stays so long without a reference: a model of many large files takes a while."""
+"""Time that an artifact is kept after an upload or a request, without a reference: a large model takes a while."""
+# An upload that names a reference gets it in a moment, so its artifact may be collected soon after the reference ends.
 _REFERRED_FOR = timedelta(minutes=10)
-# What comes with a reference is referred to in a moment, and goes soon after that reference.
 WITHOUT_BLOCKS = {"blocks": 0}
 _RACES = 5
 
 
 class Artifacts:
-    """Takes and finds artifacts. Safe beside other instances on the same MongoDB and blobs."""
+    """Stores and finds artifacts. Safe beside other instances on the same MongoDB and blobs."""
 
     def __init__(
         self,
@@ -59,21 +59,23 @@ class Artifacts:
         self._max_bytes = max_bytes
         self._clock = clock
         self._kept_for = kept_for
-        self._graves = Graves(collections)
+        self._deletions = PendingDeletions(collections)
         self.reader = Reader(collections, blobs, threads)
 
     async def find(self, digests: Collection[str]) -> dict[str, Stored]:
-        """Those of `digests` that are stored whole."""
+        """Return the artifacts among `digests` that are stored whole."""
         with translated("looking for artifacts"):
             query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}}
             docs = self._collections.artifacts.find(query, WITHOUT_BLOCKS)
             return {doc["_id"]: stored_of(doc) async for doc in docs}
 
     async def stat(self, digest: str) -> tuple[Stored | None, int]:
-        """The artifact when it is whole, and the bytes of it that are here. Who asks is given time to refer to it.
+        """Return the artifact when it is stored whole, else None and the number of uploaded bytes.
+
+        The artifact is kept for a while, so that the caller can refer to it.
 
         Raises:
-            NotFound: nothing of it is here.
+            NotFound: no byte of the artifact is stored.
         """
         if (artifact := (await self.find([digest])).get(digest)) and await self._keep(digest, self._kept_for):
             return artifact, artifact.size
@@ -82,19 +84,22 @@ class Artifacts:
         raise NotFound(f"artifact {digest}: nothing of it is stored")
 
     async def put(self, upload: Upload) -> tuple[Stored, bool]:
-        """Stores an upload, or says that it is stored already (True) without reading the rest of it.
+        """Store an upload. Return True, without reading the rest, when the artifact was stored already.
 
-        A stream that breaks leaves what has come, to be resumed.
+        A stream that breaks leaves the received bytes; a later upload resumes there.
 
         Raises:
-            InvalidArgument: size_bytes contradicts the artifact that is there, or the stream and its header disagree.
+            InvalidArgument: size_bytes contradicts the stored artifact, or the stream contradicts its header.
             DataLoss: the bytes do not hash to the digest. All of them are discarded.
-            FailedPrecondition: no earlier upload stopped at the offset, or there is no folder or bucket to put it in.
+            FailedPrecondition: no earlier upload stopped at the offset, or the folder or bucket does not exist.
             ResourceExhausted: over the size limit, too many uploads, or the disk is full.
-            Unavailable: MongoDB or the blob store is away, or it took a day to record it: resume it.
+            Unavailable: MongoDB or the blob store is unavailable, or recording took over a day: resume the upload.
         """
         if upload.size > self._max_bytes:
-            raise ResourceExhausted(f"header.size_bytes: {upload.size}; this store takes {self._max_bytes} at most")
+            raise ResourceExhausted(
+                f"header.size_bytes: {upload.size}; this store accepts at most {self._max_bytes}: raise "
+                "SHOAL_STORE_MAX_ARTIFACT_BYTES, or upload a smaller file"
+            )
         if there := await self._whole(upload):
             if there.size != upload.size:
                 raise InvalidArgument(f"header.size_bytes: artifact {there.digest} has {there.size}, not {upload.size}")
@@ -104,14 +109,14 @@ class Artifacts:
         return stored, False
 
     async def touch(self, digests: Collection[str], session: AsyncClientSession) -> bool:
-        """In the transaction that refers to them: nobody collects them. False: one is not there (any more)."""
+        """In the referring transaction: protect the artifacts from collection. Return False when one is not stored."""
         change = {"$unset": {"condemned_at": ""}, "$set": {"referred_at": self._clock()}}
         query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}}
         touched = await self._collections.artifacts.update_many(query, change, session=session)
         return touched.matched_count == len(set(digests))
 
     async def _keep(self, digest: str, kept_for: timedelta) -> bool:
-        """Gives whoever was told that it is there the time to refer to it. False: it has just been collected."""
+        """Keep an artifact so that the caller can refer to it. Return False when it has just been collected."""
         until = self._clock() + kept_for
         with translated("keeping an artifact"):
             kept = await self._collections.artifacts.update_one(
@@ -124,7 +129,7 @@ class Artifacts:
         return min(_REFERRED_FOR, self._kept_for) if upload.reference else self._kept_for
 
     async def _whole(self, upload: Upload) -> Stored | None:
-        """The artifact, when its document and a blob of its size are there. A blob that is gone is uploaded again."""
+        """Return the artifact when its document and a blob of its size exist. A lost blob is uploaded again."""
         artifact = (await self.find([upload.digest])).get(upload.digest)
         if artifact is None:
             return None
@@ -135,7 +140,7 @@ class Artifacts:
         return artifact if await self._keep(upload.digest, self._kept(upload)) else None
 
     async def _receive(self, upload: Upload) -> Stored:
-        """Brings the rest of the upload here, verifies it and makes it an artifact."""
+        """Receive the rest of the upload, verify it and record it as an artifact."""
         partial = await self._open(upload)
         try:
             await self._grow(partial, upload)
@@ -178,13 +183,14 @@ class Artifacts:
             raise InvalidArgument(f"{here}: send the rest from offset {partial.received}")
 
     async def _record(self, upload: Upload, key: str, blocks: Blocks) -> Stored:
-        """Writes the document of a blob that is there. Of several uploads at once the first one's blob counts."""
+        """Write the document of a stored blob. Of concurrent uploads, the first one's blob counts."""
         now = whole_milliseconds(self._clock())
         fields: Document = {"size": upload.size, "keep_until": now + self._kept(upload), **bytes_fields(key, blocks)}
         with translated("recording an artifact"):
             doc = await self._written(upload.digest, fields, now)
         if key_of(doc) != key:
-            with suppress(ShoalError):  # What stays is a stray.
+            # If the removal fails, the blob stays as a stray.
+            with suppress(ShoalError):
                 await self._blobs.remove(key)
         return stored_of(doc)
 
@@ -192,14 +198,14 @@ class Artifacts:
         artifacts = self._collections.artifacts
 
         async def all_or_nothing(session: AsyncClientSession) -> Document:
-            # From here to the commit nobody can bury the blob, so that it is there for good when it is there now.
-            await self._graves.exclude(fields["key"], session)
+            # From here to the commit no instance can schedule this blob's deletion. If the blob exists now, it stays.
+            await self._deletions.exclude(fields["key"], session)
             if await self._blobs.size(fields["key"]) is None:
-                raise _taken_for_a_stray(digest)
+                raise _collected_meanwhile(digest)
             change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}}
             before = await artifacts.find_one_and_update({"_id": digest, "damaged": True}, change, session=session)
             if before is not None:
-                await self._graves.bury([key_of(before)], now, session)
+                await self._deletions.schedule([key_of(before)], now, session)
                 return {**before, **fields}
             doc = {"_id": digest, "created_at": now, **fields}
             await artifacts.insert_one(doc, session=session)
@@ -209,13 +215,13 @@ class Artifacts:
             try:
                 return await transaction(self._collections, all_or_nothing)
             except DuplicateKeyError:
-                if await self._graves.has(fields["key"]):
-                    raise _taken_for_a_stray(digest) from None
+                if await self._deletions.has(fields["key"]):
+                    raise _collected_meanwhile(digest) from None
                 there = await artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
             if there is not None:
                 return there
-        raise Aborted(f"artifact {digest}: it is being removed and uploaded at once: try again")
+        raise Aborted(f"artifact {digest}: it is being removed and uploaded at the same time: try again")
 
 
-def _taken_for_a_stray(digest: str) -> Unavailable:
+def _collected_meanwhile(digest: str) -> Unavailable:
     return Unavailable(f"artifact {digest}: storing it took so long that its bytes were collected: upload it again")

@@ -1,8 +1,8 @@
-"""Digests of an artifact's blocks: any part of it can be verified without the rest, before a byte of it is passed on.
+"""Digests of an artifact's blocks: each block can be verified without the rest, before a byte of it is sent.
 
-    | block 0 | block 1 | block 2 | ... | what is left |      of each the SHA-256: 32 bytes, in the artifact's document
+    | block 0 | block 1 | block 2 | ... | last block |      a SHA-256 (32 bytes) of each, in the artifact's document
 
-They are made while the whole is hashed on its way in, so they are as right as the artifact's name.
+The digests are computed while the whole upload is hashed, so they are as trustworthy as the artifact's name.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import hashlib
 from dataclasses import dataclass
 
 SMALLEST_BYTES = 1 << 20
+# 2 MiB of digests in a document, for 64 GiB in blocks of 1 MiB. Larger artifacts have larger blocks.
 _MOST_BLOCKS = 65_536
-# 2 MiB of digests in a document, for 64 GiB in blocks of 1 MiB; what is larger has larger blocks.
 _DIGEST_BYTES = 32
 
 
 def block_bytes(size: int) -> int:
-    """How large the blocks of an artifact of `size` bytes are."""
+    """Return the block size of an artifact of `size` bytes."""
     found = SMALLEST_BYTES
     while found * _MOST_BLOCKS < size:
         found *= 2
@@ -26,7 +26,7 @@ def block_bytes(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The digests of an artifact's blocks, each of `block_bytes` but for the last."""
+    """Digests of an artifact's blocks. Every block has `block_bytes` bytes, but the last."""
 
     block_bytes: int
     digests: bytes
@@ -35,17 +35,17 @@ class Blocks:
         return len(self.digests) // _DIGEST_BYTES
 
     def span(self, index: int, size: int) -> tuple[int, int]:
-        """Where block `index` of an artifact of `size` bytes begins and ends."""
+        """Return the start and the end of block `index` in an artifact of `size` bytes."""
         return index * self.block_bytes, min((index + 1) * self.block_bytes, size)
 
     def is_right(self, index: int, data: bytes) -> bool:
-        """Whether `data` is that block."""
+        """Return True when `data` hashes to the digest of block `index`."""
         at = index * _DIGEST_BYTES
         return hashlib.sha256(data).digest() == self.digests[at : at + _DIGEST_BYTES]
 
 
 class BlockHash:
-    """Hashes blocks of a stream as it comes."""
+    """Hashes the blocks of a stream incrementally."""
 
     def __init__(self, block_bytes: int) -> None:
         self._block_bytes = block_bytes
@@ -54,7 +54,7 @@ class BlockHash:
         self._filled = 0
 
     def update(self, data: bytes) -> None:
-        """Goes on with `data`."""
+        """Hash `data`, the next bytes of the stream."""
         view = memoryview(data)
         while view:
             part = view[: self._block_bytes - self._filled]
@@ -65,7 +65,7 @@ class BlockHash:
                 self._close()
 
     def blocks(self) -> Blocks:
-        """What has come so far."""
+        """Return the digests of the bytes so far."""
         last = self._open.digest() if self._filled else b""
         return Blocks(self._block_bytes, bytes(self._done) + last)
 

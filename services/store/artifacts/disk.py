@@ -1,4 +1,4 @@
-"""Files that are really there: synced with the folder that names them; and what a full or broken disk means."""
+"""Durable files and folders, and the errors of full or broken disks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Raises OSError inside the block as ShoalError, the cause kept."""
+    """Raise an OSError of the block as a ShoalError, with its cause."""
     try:
         yield
     except OSError as err:
@@ -29,7 +29,7 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
-    """Writes all of `data` at `offset`: one write may take less (2 GiB at most, or a disk that is nearly full)."""
+    """Write all of `data` at `offset`. One pwrite may write less (2 GiB at most, or on a nearly full disk)."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -37,7 +37,7 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
 
 
 def read_all(fd: int, size: int, offset: int) -> bytes:
-    """The `size` bytes at `offset`, fewer where the file ends: one read may give less (2 GiB at most)."""
+    """Return the `size` bytes at `offset`, fewer where the file ends. One pread may return less (2 GiB at most)."""
     data = os.pread(fd, size, offset)
     while data and len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
@@ -45,7 +45,7 @@ def read_all(fd: int, size: int, offset: int) -> bytes:
 
 
 def answers(folder: Path) -> bool:
-    """Whether the disk of `folder` does anything at all: a file is made there, and synced."""
+    """Return True when the disk of `folder` still works: a file can be created and synced there."""
     file = folder / f"{uuid.uuid4().hex}.tmp"
     try:
         fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -61,7 +61,7 @@ def answers(folder: Path) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes `folder` and its parents, each durable in the one above it."""
+    """Make `folder` and its parents, each durable in its parent."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -70,7 +70,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
+    """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -1,13 +1,13 @@
 """Blobs in a folder of this machine.
 
-They are listed and removed through obstore, but written by ourselves: obstore renames a finished file into place, yet
-syncs neither the file nor its folder, so a power cut could leave a document whose bytes are gone. What is written here
-is synced, then renamed into place, then its folder synced.
+obstore lists and removes them. This module writes them itself: obstore renames a finished file into place, but syncs
+neither the file nor its folder, so a power cut could leave a document whose bytes are lost. Here a file is synced,
+renamed into place, and then its folder is synced.
 
-They are read by ourselves, too, because it matters why the disk does not give a blob's bytes:
+This module also reads them itself, because the cause of a read error matters:
 
-    it has lost them (EIO ...), and does whatever else is asked of it   DataLoss: others are fine, and waiting is no use
-    it does nothing at all, too many files are open, no memory ...      Unavailable: it may well be there in a moment
+    the disk lost the blob (EIO ...) but still works otherwise   DataLoss: other blobs are fine, a retry is useless
+    the disk fails altogether, too many open files, no memory    Unavailable: a retry may succeed
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM})
+# A bad sector, or a file system whose checksums or structures are wrong there (XFS, ext4).
 _LOST = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
-# A bad sector; and file systems whose own checksums or structures are wrong there (XFS, ext4).
 
 
 class LocalBlobs(ObjectBlobs):
-    """Blobs under `root`. `staging` is a folder of the same file system, for what is not whole yet."""
+    """Blobs under `root`. `staging` is a folder of the same file system, for unfinished files."""
 
     def __init__(self, root: Path, staging: Path, threads: Threads) -> None:
         super().__init__(LocalStore(root))
@@ -45,9 +45,9 @@ class LocalBlobs(ObjectBlobs):
         self._threads = threads
 
     async def check(self) -> None:
-        # It was made when the store was opened: without it, this is an empty mount point, or nothing.
+        # The folder was made when the store was opened. Without it, this is an empty mount point or nothing at all.
         if not await self._threads.run(self._staging.is_dir):
-            raise FailedPrecondition("the store's folder of blobs is not there: is its disk mounted?")
+            raise FailedPrecondition("the store's folder of blobs does not exist: is its disk mounted?")
 
     async def size(self, key: str) -> int | None:
         return await self._threads.run(self._size, key)
@@ -82,7 +82,7 @@ class LocalBlobs(ObjectBlobs):
 
     def _unreadable(self, key: str, err: OSError) -> ShoalError:
         if err.errno in _GONE:
-            return NotFound(f"reading blob {key}: it is not there")
+            return NotFound(f"reading blob {key}: it does not exist")
         log.warning("reading blob %s: %s", key, err)
         if err.errno in _REFUSED:
             return PermissionDenied(
@@ -90,15 +90,16 @@ class LocalBlobs(ObjectBlobs):
             )
         if err.errno in _LOST and disk.answers(self._staging):
             return DataLoss(f"blob {key}: the disk cannot read it: {err.strerror}")
-        return Unavailable(f"reading blob {key}: the disk does not do it just now: {err.strerror}: retry in a moment")
+        return Unavailable(f"reading blob {key}: the disk fails at present: {err.strerror}: retry in a moment")
 
     def _link(self, key: str, file: Path) -> None:
-        """The same bytes under a second name: who brought them still has them when what comes next fails."""
+        """Store the file's bytes under a second name: the caller still has the file when a later step fails."""
         name = self._staging / f"{uuid.uuid4().hex}.tmp"
         try:
             os.link(file, name)
         except OSError as err:
-            if err.errno != errno.EXDEV:  # Not every file system has links.
+            # Not every file system has links.
+            if err.errno != errno.EXDEV:
                 self._place(key, file)
                 return
             with disk.translated(f"storing blob {key}"):
@@ -130,7 +131,7 @@ class LocalBlobs(ObjectBlobs):
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A file of another disk, durable when this returns: a store's backups lie elsewhere than the store."""
+    """Copy a file from another disk, durable on return: backups usually lie on another disk than the store."""
     try:
         with source.open("rb") as read, open(target, "xb", opener=_private) as written:
             shutil.copyfileobj(read, written, 1 << 20)

@@ -1,7 +1,7 @@
-"""Blobs in an object store (S3, GCS, Azure), through obstore. An upload is visible there only when it is complete.
+"""Blobs in an object store (S3, GCS, Azure), through obstore. A blob is visible there only when its upload is complete.
 
-Large blobs travel in parts, each a request of its own that is retried by itself. What S3 receives it compares with a
-checksum that is sent along; what comes back is compared by the readers of blobs, who know its digest.
+Large blobs are uploaded in parts; each part is a request that is retried alone. S3 compares each received part with the
+checksum sent along. Readers of blobs know the digest and compare the bytes that they read.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
-"""One request of a read. One request for the whole would have to end within the client's timeout, however slowly its
-reader reads; a window is in memory before the first byte of it is passed on."""
+"""Size of one read request. A single request for the whole blob would have to end within the client's timeout, however
+slow its reader is. A window is held in memory before its first byte is sent."""
 PART_BYTES = 8 << 20
-"""One request of an upload. S3 takes 10,000 parts at most, so up to 80 GB in one artifact."""
+"""Size of one upload request. S3 accepts at most 10,000 parts, so up to 80 GB in one artifact."""
 
 _PARTS_AT_ONCE = 4
+# Four parts at once take this long on a connection of 270 KB/s. A slower request fails, and so does the upload.
 _REQUEST = timedelta(seconds=120)
-# Four parts at once take so long on a line of 270 KB/s. A request that takes longer fails, and so does the upload.
 _CONNECT = timedelta(seconds=5)
+# An unavailable object store is reported after this time, not after obstore's three minutes.
 _RETRIES: RetryConfig = {"retry_timeout": timedelta(seconds=10)}
-# An object store that is away is reported after so long, and not after obstore's three minutes.
+# A range that begins beyond the end has no error class. These are the messages of object stores and of folders.
 _PAST_ITS_END = ("416 Range Not Satisfiable", "Requested range was invalid")
-# A range that begins beyond the end has no error class of its own: so say object stores, and so does a folder.
 _NOWHERE = "no-such-folder/"
 
 
 def open_object_store(url: str, *, checksums: bool = True, request: timedelta = _REQUEST) -> ObjectStore:
-    """The store at `s3://bucket/prefix`, `gs://...`, `az://...`; credentials come from the usual variables.
+    """Open the store at `s3://bucket/prefix`, `gs://...`, `az://...`; credentials come from the usual variables.
 
-    `checksums`: send a SHA-256 of each part along, which S3 compares and keeps. `request`: the longest one may take.
+    `checksums`: send a SHA-256 with each part; S3 compares and keeps it. `request`: timeout of one request.
     """
-    # Options given here replace those that obstore finds in the environment, and this one of them matters.
+    # These options replace the ones from the environment, and `allow_http` must still follow its variable.
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
     options: ClientConfig = {"timeout": request, "connect_timeout": _CONNECT, "allow_http": allow_http}
     if checksums and url.startswith("s3"):
@@ -58,7 +58,7 @@ def open_object_store(url: str, *, checksums: bool = True, request: timedelta = 
 
 
 class ObjectBlobs:
-    """Blobs in any store that obstore knows."""
+    """Blobs in any store that obstore supports."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -121,29 +121,31 @@ def _storing(key: str) -> Iterator[None]:
         with _translated(f"storing blob {key}"):
             yield
     except NotFound as err:
-        # Whatever is put can only lack the place to put it in.
-        raise FailedPrecondition(f"storing blob {key}: the store's bucket is not there: make it") from err
+        # A put has nothing to miss but the bucket.
+        raise FailedPrecondition(f"storing blob {key}: the store's bucket does not exist: make it") from err
 
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
-    """Raises obstore's errors as ShoalError, the cause kept."""
+    """Raise obstore's errors as ShoalErrors, with their cause."""
     try:
         yield
     except FileNotFoundError as err:
         if "NoSuchBucket" in str(err):
-            raise FailedPrecondition(f"{doing}: the store's bucket is not there: make it") from err
-        raise NotFound(f"{doing}: it is not there") from err
+            raise FailedPrecondition(f"{doing}: the store's bucket does not exist: make it") from err
+        raise NotFound(f"{doing}: it does not exist") from err
     except (PermissionDeniedError, UnauthenticatedError) as err:
         raise _refused(doing) from err
     except BaseError as err:
-        text = str(err)  # Tells of buckets and endpoints: not for callers.
+        # The text names buckets and endpoints, which callers must not see.
+        text = str(err)
         log.warning("%s: %s", doing, text.splitlines()[0])
         if "NoSuchBucket" in text:
-            raise FailedPrecondition(f"{doing}: the store's bucket is not there: make it") from err
-        if "403 Forbidden" in text:  # A listing that is refused has no class of its own.
+            raise FailedPrecondition(f"{doing}: the store's bucket does not exist: make it") from err
+        # A refused listing has no error class.
+        if "403 Forbidden" in text:
             raise _refused(doing) from err
-        raise Unavailable(f"{doing}: the blob store does not do it just now: retry in a moment") from err
+        raise Unavailable(f"{doing}: the blob store fails at present: retry in a moment") from err
     except OSError as err:
         with disk.translated(doing):
             raise err

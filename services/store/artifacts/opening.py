@@ -1,4 +1,4 @@
-"""From a URL to the blob store that it names."""
+"""Opening of the blob store that a URL names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
 
 
 def open_blobs(url: str, staging: Path | None, threads: Threads, *, checksums: bool = True) -> tuple[BlobStore, Path]:
-    """The blob store at `url` and the local folder for its unfinished uploads. Makes the folders.
+    """Return the blob store at `url` and the local folder of its unfinished uploads. Makes the folders.
 
-    `checksums`: S3 is sent checksums that it compares with what it receives.
+    `checksums`: send checksums to S3, which compares them with the received bytes.
 
     Raises:
         OSError: a folder cannot be made.
@@ -25,6 +25,7 @@ def open_blobs(url: str, staging: Path | None, threads: Threads, *, checksums: b
         staging = root / "staging"
         disk.make_folder(staging)
         return LocalBlobs(root, staging, threads), staging
-    assert staging is not None  # StoreConfig sees to it.
+    # StoreConfig guarantees a folder for object stores.
+    assert staging is not None
     disk.make_folder(staging)
     return ObjectBlobs(open_object_store(url, checksums=checksums)), staging

@@ -1,10 +1,10 @@
-"""Artifacts on their way out: every byte is verified before it is passed on, wherever the read begins.
+"""Reading of artifacts: every byte is verified before it is sent, at whatever offset the read begins.
 
     read(digest, 2_500_000)         block 0      block 1      block 2 ─right?─> from byte 2_500_000 on
                                                               block 3 ─right?─> ...
                                                                 └─ no: DATA_LOSS, and the document says damaged
 
-A damaged artifact counts as missing, so the next upload of it repairs it.
+A damaged artifact counts as missing, so the next upload of the same bytes repairs it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ class Reader:
         self._threads = threads
 
     async def read(self, digest: str, offset: int) -> tuple[Stored, AsyncIterator[bytes]]:
-        """The artifact, and its verified bytes from `offset` in pieces of 1 MiB at most.
+        """Return the artifact and its verified bytes from `offset`, in pieces of at most 1 MiB.
 
         Raises:
             InvalidArgument: a negative offset.
             NotFound: no such artifact.
-            FailedPrecondition: the folder or bucket of blobs is not there.
-            OutOfRange: `offset` beyond its end.
-            DataLoss: its bytes are gone, of another size, or (while iterating) not what they were: the message says
-                which.
-            Aborted: it was uploaded anew while it was read.
+            FailedPrecondition: the folder or bucket of blobs does not exist.
+            OutOfRange: `offset` is beyond the artifact's end.
+            DataLoss: the bytes are lost, of another size, or (while iterating) damaged: the message says which.
+            Aborted: the artifact was uploaded again during the read.
         """
         if offset < 0:
             raise InvalidArgument(f"offset: expected 0 or more, got {offset}")
@@ -51,33 +50,36 @@ class Reader:
         return stored, self._blocks(stored, await self._blocks_of(stored), offset)
 
     async def verify(self, stored: Stored) -> None:
-        """Reads all of it.
+        """Read and verify the whole artifact.
 
         Raises:
-            DataLoss: it is not what it was. NotFound, Aborted: it was removed or replaced meanwhile.
+            DataLoss: the artifact is damaged. NotFound, Aborted: it was removed or replaced during the read.
         """
         await self.check_size(stored)
         async for _ in self._blocks(stored, await self._blocks_of(stored), 0):
             pass
 
     async def check_size(self, stored: Stored) -> None:
-        """Looks whether its bytes are there, and as many as there should be. Reads none.
+        """Check that the artifact's blob exists and has its size, without reading it.
 
         Raises:
-            DataLoss: they are not. FailedPrecondition: the folder or bucket is not there.
+            DataLoss: the blob is missing or of another size. FailedPrecondition: the folder or bucket does not exist.
         """
         try:
             size = await self._blobs.size(stored.key)
         except DataLoss as err:
             raise await self.damaged(stored, err.message) from err
         if size is None:
-            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
+            # An unavailable bucket or disk has lost nothing.
+            await self._blobs.check()
         if size != stored.size:
-            raise await self.damaged(stored, "they are gone" if size is None else f"{size} bytes of {stored.size}")
+            how = "they are missing" if size is None else f"{size} bytes of {stored.size}"
+            raise await self.damaged(stored, how)
 
     async def damaged(self, stored: Stored, how: str) -> ShoalError:
-        """Marks it as damaged, and gives the error that says so; or that it was removed or replaced meanwhile."""
-        with suppress(ShoalError):  # The reader is to hear of the damage, whether or not it can be noted now.
+        """Mark the artifact as damaged. Return DataLoss, or NotFound or Aborted after a concurrent change."""
+        # The reader gets the error even when the mark cannot be written now.
+        with suppress(ShoalError):
             with translated("marking a damaged artifact"):
                 marked = await self._collections.artifacts.update_one(same_bytes(stored), {"$set": {"damaged": True}})
                 if not marked.matched_count:
@@ -87,7 +89,7 @@ class Reader:
     async def _changed(self, digest: str) -> ShoalError:
         if await self._collections.artifacts.find_one({"_id": digest}, {"_id": 1}) is None:
             return NotFound(f"artifact {digest}: removed, because nothing referred to it")
-        return Aborted(f"artifact {digest}: uploaded anew meanwhile: read it again")
+        return Aborted(f"artifact {digest}: uploaded again meanwhile: retry the read")
 
     async def _find(self, digest: str) -> Stored:
         with translated("looking for an artifact"):
@@ -116,7 +118,7 @@ class Reader:
             raise await self.damaged(stored, f"they end at {blocks.span(index, stored.size)[0] + len(waiting)}")
 
     async def _bytes(self, stored: Stored, offset: int) -> AsyncIterator[bytes]:
-        """What lies there from `offset` on. Gone under our hands, it is shorter than it should be."""
+        """Yield the stored bytes from `offset`. A blob that is removed during the read yields fewer bytes."""
         try:
             with suppress(NotFound):
                 async for chunk in self._blobs.read(stored.key, offset, stored.size):
@@ -125,7 +127,7 @@ class Reader:
             raise await self.damaged(stored, err.message) from err
 
     async def _blocks_of(self, stored: Stored) -> Blocks:
-        """Its blocks' digests; made now, from bytes that hash to its name, when an older version stored it."""
+        """Return the block digests. For an artifact of an older version, compute and store them after verification."""
         if stored.blocks is not None:
             return stored.blocks
         whole, parts = hashlib.sha256(), BlockHash(block_bytes(stored.size))

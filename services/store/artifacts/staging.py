@@ -1,16 +1,15 @@
-"""Unfinished uploads: files that grow until they are whole, and that outlive a broken call and a killed process.
+"""Staging: files of unfinished uploads, which outlive a broken call and a killed process.
 
-    begin(digest)           a fresh file: <digest>.<random>.part, locked (flock) for as long as its upload lives
-    resume(digest, offset)  the file where an earlier upload stopped, its bytes hashed again
-    append ... append       the file grows; the hash grows with it
-    finish                  whole: synced, ready to become a blob;   suspend: kept for later;   discard: gone
+    begin(digest)           new file <digest>.<random>.part, locked (flock) during its upload
+    resume(digest, offset)  the file where an earlier upload stopped; its bytes are hashed again
+    append ... append       the file and its hash grow
+    finish                  synced, ready to become a blob;   suspend: kept for later;   discard: deleted
 
-Each upload has a file of its own, so two uploads of one digest, even in two processes, never touch the same bytes. A
-lock goes with the process that holds it, so a file without one belongs to nobody and can be resumed or swept. Files
-only grow: a file that a broken call still holds (its server has not noticed yet) can be copied from, up to any size it
-had.
+Each upload has its own file, so two uploads of one digest, even in two processes, never touch the same bytes. A lock
+ends with the process that holds it, so an unlocked file can be resumed or swept. Files only grow: a file that a broken
+call still holds (its server has not noticed yet) can be copied from, up to any size it had.
 
-Everything here blocks: call it in a thread.
+Every function blocks: call it in a thread.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ _TEMPORARY = ".tmp"
 
 
 class Partial:
-    """One upload's file, held by nobody else. Call the methods one at a time."""
+    """File of one upload, held by this process alone. Call the methods one at a time."""
 
     def __init__(
         self, path: Path, fd: int, received: int, source: int | None = None, block_bytes: int = SMALLEST_BYTES
     ) -> None:
         self.path = path
         self.received = received
-        """Bytes that are in the file, or will be once it has caught up."""
+        """Bytes in the file, including those that it still has to catch up with."""
         self._fd = fd
         self._source = source
         self._hash = hashlib.sha256()
@@ -46,20 +45,20 @@ class Partial:
         self._hashed = 0
 
     def catch_up(self) -> bool:
-        """Hashes (and copies) the next 16 MiB of what an earlier upload left. True when it is through."""
+        """Hash (and copy) the next 16 MiB of an earlier upload. Return True when all of it is hashed."""
         if self._hashed < self.received:
             with disk.translated("reading an unfinished upload"):
-                wanted = min(_CATCH_UP_BYTES, self.received - self._hashed)
-                data = os.pread(self._fd if self._source is None else self._source, wanted, self._hashed)
+                count = min(_CATCH_UP_BYTES, self.received - self._hashed)
+                data = os.pread(self._fd if self._source is None else self._source, count, self._hashed)
                 if not data:
-                    raise FailedPrecondition("the unfinished upload is gone: start again at offset 0")
+                    raise FailedPrecondition("the unfinished upload was discarded: start again at offset 0")
                 if self._source is not None:
                     disk.write_all(self._fd, data, self._hashed)
             self._update(data)
         return self._hashed == self.received
 
     def append(self, data: bytes) -> None:
-        """Adds `data`. After an error the file holds what it held before."""
+        """Append `data`. After an error the file has its earlier content."""
         with disk.translated("writing an upload"):
             try:
                 disk.write_all(self._fd, data, self.received)
@@ -70,23 +69,24 @@ class Partial:
         self.received += len(data)
 
     def finish(self) -> str:
-        """Makes the content durable, and says its SHA-256. The file stays locked until `close`."""
+        """Make the content durable and return its SHA-256. The file stays locked until `close`."""
         with disk.translated("syncing an upload"):
             os.fsync(self._fd)
         return self._hash.hexdigest()
 
     def blocks(self) -> Blocks:
-        """The digests of its blocks, once it is whole."""
+        """Return the digests of the blocks. Call it after the last `append`."""
         return self._block_hash.blocks()
 
     def suspend(self) -> None:
-        """Leaves the file for a later upload to go on from."""
+        """Keep the file for a later upload, which resumes it."""
         try:
             if self._source is not None:
                 os.ftruncate(self._fd, self._hashed)
             os.fsync(self._fd)
         except OSError:
-            pass  # What is not on the disk will not hash right later: the digest is the judge, not this call.
+            # Bytes that are not on the disk will not hash to the digest later, so this error can be ignored.
+            pass
         finally:
             self.close()
 
@@ -96,7 +96,7 @@ class Partial:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the file. Harmless when done twice."""
+        """Close and unlock the file. A second call does nothing."""
         if self._source is not None:
             os.close(self._source)
             self._source = None
@@ -110,32 +110,33 @@ class Partial:
         self._hashed += len(data)
 
     def __del__(self) -> None:
-        self.close()  # Its upload was cancelled while a thread was still opening it: nobody else knows of it.
+        # The upload was cancelled while a thread was opening the file: no other code can close it.
+        self.close()
 
 
 @dataclass(frozen=True)
 class Staging:
-    """The folder of unfinished uploads. Bounded in number and age; at the bound, the longest untouched goes first."""
+    """Folder of unfinished uploads, bounded in number and age. At the bound, the least recently written goes."""
 
     folder: Path
     max_uploads: int
     max_age_s: float
 
     def received(self, digest: str) -> int:
-        """Bytes from which an upload of `digest` can go on; 0 when there are none."""
+        """Return the offset at which an upload of `digest` can resume; 0 when there is no file."""
         return max((_size(path) for path in self._files(digest)), default=0)
 
     def begin(self, digest: str, now: float, block_bytes: int = SMALLEST_BYTES) -> Partial:
-        """A fresh file for an upload from its start. `now`: unix seconds.
+        """Return a new file for an upload from its start. `now`: Unix time in seconds.
 
         Raises:
-            ResourceExhausted: as many uploads are under way as the store takes, or the disk is full.
+            ResourceExhausted: `max_uploads` uploads are in progress, or the disk is full.
         """
         self.sweep(now, keep=self.max_uploads - 1)
         return self._create(digest, block_bytes)
 
     def resume(self, digest: str, offset: int, now: float, block_bytes: int = SMALLEST_BYTES) -> Partial:
-        """The file of an upload that stopped at `offset`. It has to catch up before it grows.
+        """Return the file of an upload that stopped at `offset`. Call `catch_up` before `append`.
 
         Raises:
             FailedPrecondition: no upload stopped there; the message says where one did.
@@ -144,20 +145,21 @@ class Staging:
         for path in self._files(digest):
             held = _lock(path)
             if held is None:
-                if _size(path) >= offset:  # Its call is still being cleaned up: take what it has, leave it alone.
+                # Another call still holds the file: copy from it.
+                if _size(path) >= offset:
                     return self._copy(digest, path, offset, now, block_bytes)
             elif os.fstat(held).st_size == offset:
                 return Partial(path, held, offset, block_bytes=block_bytes)
             else:
                 os.close(held)
-        there = self.received(digest)
-        raise FailedPrecondition(f"offset {offset} is not where the earlier upload stopped: {there} bytes are here")
+        received = self.received(digest)
+        raise FailedPrecondition(f"offset {offset} is not where the earlier upload stopped: resume at {received}")
 
     def sweep(self, now: float, keep: int | None = None) -> None:
-        """Discards what is too old, and the oldest beyond `keep` files.
+        """Discard the files that are too old, and the oldest beyond `keep` files.
 
         Raises:
-            ResourceExhausted: more than `keep` files belong to uploads that are under way.
+            ResourceExhausted: more than `keep` files belong to uploads in progress.
         """
         discard_temporary(self.folder, now - self.max_age_s)
         files = sorted(self._files("*"), key=_touched)
@@ -167,11 +169,11 @@ class Staging:
                 excess -= 1
         if excess > 0:
             raise ResourceExhausted(
-                f"{self.max_uploads} uploads are under way, the most there may be: retry later", retry_after_ms=1_000
+                f"{self.max_uploads} uploads are in progress, the most allowed: retry later", retry_after_ms=1_000
             )
 
     def forget(self, digest: str) -> None:
-        """Discards every upload of `digest` that is not under way: it is stored whole now."""
+        """Discard every file of `digest` that is not in use: the artifact is stored whole now."""
         for path in self._files(digest):
             _discarded(path)
 
@@ -190,7 +192,7 @@ class Staging:
         try:
             source = os.open(path, os.O_RDONLY)
         except FileNotFoundError as err:
-            raise FailedPrecondition("the earlier upload has just ended: ask for its state again") from err
+            raise FailedPrecondition("the earlier upload has just ended: call StatArtifact again") from err
         try:
             self.sweep(now, keep=self.max_uploads - 1)
             return self._create(digest, block_bytes, offset, source)
@@ -200,14 +202,14 @@ class Staging:
 
 
 def _lock(path: Path) -> int | None:
-    """The file, opened and locked; None when it is another's or gone. Closing the descriptor unlocks it."""
+    """Open and lock the file; None when another process holds it or it is gone. Closing the descriptor unlocks it."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between open and lock its owner may have finished, and moved or removed it.
+        # Between open and lock the earlier holder may have finished, and moved or removed the file.
         if os.stat(path).st_ino == os.fstat(fd).st_ino:
             return fd
     except (BlockingIOError, FileNotFoundError):
@@ -232,7 +234,7 @@ def _size(path: Path) -> int:
 
 
 def discard_temporary(folder: Path, before: float) -> None:
-    """Removes what writes that were never ended left in a folder, untouched since `before` (Unix time)."""
+    """Remove temporary files of interrupted writes from a folder, unmodified since `before` (Unix time)."""
     for path in folder.glob(f"*{_TEMPORARY}"):
         if _touched(path) < before:
             path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ _SWEEP_S = 600.0
 
 
 class StagingSweep(Background):
-    """Sweeps the staging folder at the start and every ten minutes, beside an `async with` block."""
+    """Sweeps the staging folder at the start and every ten minutes, while an `async with` block runs."""
 
     def __init__(self, staging: Staging, threads: Threads, clock: Callable[[], datetime]) -> None:
         self._staging = staging

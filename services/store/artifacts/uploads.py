@@ -1,4 +1,4 @@
-"""The shape of an upload stream: one header, then chunks, each in time."""
+"""Upload stream of PutArtifact: one header, then chunks, each within the idle timeout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_CHUNK_BYTES = 4 << 20
 
 
 class Upload:
-    """A PutArtifact stream whose header has been read and checked. `chunks` reads the rest."""
+    """PutArtifact stream whose header has been read and checked. `chunks` reads the rest."""
 
     def __init__(
         self, header: PutArtifactRequest.Header, rest: AsyncIterator[PutArtifactRequest], idle_s: float
@@ -32,11 +32,11 @@ class Upload:
 
     @classmethod
     async def opened(cls, requests: AsyncIterator[PutArtifactRequest], idle_s: float) -> Upload:
-        """Reads the header.
+        """Read the header and return the upload.
 
         Raises:
-            InvalidArgument: there is none, or it is wrong.
-            DeadlineExceeded: nothing came for `idle_s`.
+            InvalidArgument: the header is missing or invalid.
+            DeadlineExceeded: no message arrived for `idle_s`.
         """
         first = await _next(requests, idle_s)
         if first is None or first.WhichOneof("part") != "header":
@@ -44,25 +44,25 @@ class Upload:
         return cls(first.header, requests, idle_s)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yields the chunks, never more than the header announced.
+        """Yield the chunks, at most `size_bytes` bytes in all.
 
         Raises:
             InvalidArgument: a second header, an empty message, a chunk that is too large or beyond `size_bytes`.
-            DeadlineExceeded: nothing came for the idle time.
+            DeadlineExceeded: no message arrived for the idle time.
         """
         at = self.offset
         while (request := await _next(self._rest, self._idle_s)) is not None:
             if (part := request.WhichOneof("part")) != "chunk":
                 raise InvalidArgument(f"at byte {at} of the upload: expected a chunk, got {part or 'an empty message'}")
             if (length := len(request.chunk)) > MAX_CHUNK_BYTES:
-                raise InvalidArgument(f"chunk at byte {at}: {length} bytes, {MAX_CHUNK_BYTES} are the most")
+                raise InvalidArgument(f"chunk at byte {at}: {length} bytes; at most {MAX_CHUNK_BYTES} are allowed")
             if (at := at + length) > self.size:
-                raise TooLong(f"the upload goes on beyond size_bytes ({self.size}): {at} bytes or more came")
+                raise TooLong(f"the upload goes beyond size_bytes ({self.size}): {at} bytes or more were sent")
             yield request.chunk
 
 
 class TooLong(InvalidArgument):
-    """More came than was announced: what is here cannot be trusted to be what the digest names."""
+    """More bytes arrived than the header announced: the content cannot be what the digest names."""
 
 
 async def _next(requests: AsyncIterator[PutArtifactRequest], idle_s: float) -> PutArtifactRequest | None:

@@ -1,1 +1,1 @@
-"""The whole of what is stored, at one moment, elsewhere; and back again."""
+"""Backups of the whole store at one moment, and their restore."""

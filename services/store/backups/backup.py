@@ -1,10 +1,10 @@
-"""A backup: all documents as of one moment, then every blob that they mean, then the manifest that makes it count.
+"""Backup: all documents as of one moment, then every blob that they refer to, then the manifest, which completes it.
 
     hold (no blob is removed) ──> snapshot session ──> each collection, in parts
                                       └─ at one cluster time: MongoDB's own snapshot, across collections
-         ──> blobs by digest, those that are there already are read and compared, not copied ──> manifest
+         ──> blobs by digest; those already present are read and compared, not copied ──> manifest
 
-Interrupted, it leaves files and no manifest: no backup. The next one finds the blobs that were copied.
+An interrupted backup leaves files without a manifest: it cannot be restored. The next backup reuses the copied blobs.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest
-from services.store.backups.copying import Copied, Named, blobs_meant, copied, known_damaged
+from services.store.backups.blob_copy import CopyOutcome, blobs_referenced, copy_blob, known_damaged
 from services.store.backups.hold import Hold
-from services.store.backups.manifest import Dumped, Manifest, ManifestPart
-from services.store.backups.places import BackupPlaces
-from services.store.backups.progress import Progress
+from services.store.backups.locations import BackupLocations
+from services.store.backups.manifest import DumpedCollection, Manifest, ManifestPart
+from services.store.backups.progress import BackupProgress
 from services.store.documents import RESTORES, Collections
+from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
 NOT_CARRIED = frozenset({"holds", "graves", "exports", RESTORES, "fences", "leads", "tenant_rates"})
-"""Collections about this very node, which would mean nothing in another: removals that wait, leaders and their tokens,
-rates of the last seconds. A node has them before it has anything of its users."""
+"""Collections that belong to this node only: pending deletions, leader leases and their tokens, rates of the last
+seconds. A node has them before it has any user data, and a restore ignores them."""
 _AT_ONCE = 8
+# Digests remembered as verified, so that a blob shared by many results is read once in the backup.
 _KNOWN = 100_000
-# Blobs that are remembered as being there, so that answers that are the same in many results are read there once.
 _SNAPSHOT_TOO_OLD = 239
 
 
@@ -57,7 +58,7 @@ class Backup:
         self,
         collections: Collections,
         blobs: BlobStore,
-        places: BackupPlaces,
+        locations: BackupLocations,
         staging: Path,
         threads: Threads,
         clock: Callable[[], datetime],
@@ -65,76 +66,77 @@ class Backup:
     ) -> None:
         self._collections = collections
         self._blobs = blobs
-        self._places = places
+        self._locations = locations
         self._staging = staging
         self._threads = threads
         self._clock = clock
         self._others = tuple(others)
 
-    async def run(self, to: str, *, trust_sizes: bool = False) -> AsyncGenerator[Progress, None]:
-        """Makes one at the URL `to`; yields how far it is, at the end with `is_complete`.
+    async def run(self, to: str, *, trust_sizes: bool = False) -> AsyncGenerator[BackupProgress, None]:
+        """Make a backup at the URL `to`. Yields its progress, at the end with `is_complete`.
 
-        What lies there already is read and compared with its digest; with `trust_sizes` only its size is.
+        Blobs that are already there are read and compared with their digest; with `trust_sizes` only by size.
 
         Raises:
-            InvalidArgument, PermissionDenied: a place that it may not use.
+            InvalidArgument, PermissionDenied: the location may not be used.
             FailedPrecondition: this store is half restored.
-            Aborted: it stood still for too long. ShoalError: MongoDB, the blobs or the place are away.
+            Aborted: the backup stalled for too long. ShoalError: MongoDB, the blobs or the location are unavailable.
         """
-        await self._check_whole()
-        target = await self._places.open(to, to_write=True, now=self._clock())
+        await self._check_not_half_restored()
+        target = await self._locations.open(to, to_write=True, now=self._clock())
         backup_id = f"{self._clock():%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
-        wanted = self._staging / f"{uuid.uuid4().hex}.tmp"
+        blob_list = self._staging / f"{uuid.uuid4().hex}.tmp"
         hold = Hold(self._collections, backup_id, self._clock)
         await hold.begin()
         try:
             async with hold:
-                making = _Making(self, target, backup_id, wanted, hold, trust_sizes=trust_sizes)
-                async for progress in making.run():
+                run = _BackupRun(self, target, backup_id, blob_list, hold, trust_sizes=trust_sizes)
+                async for progress in run.run():
                     yield progress
         finally:
-            wanted.unlink(missing_ok=True)
-            with suppress(ShoalError):  # It ends by itself.
+            blob_list.unlink(missing_ok=True)
+            # A hold that cannot be ended now expires.
+            with suppress(ShoalError):
                 await hold.end()
 
-    async def _check_whole(self) -> None:
-        # Half of a backup would be the newest one, which is what a restore takes.
+    async def _check_not_half_restored(self) -> None:
+        # A backup of half a store would be the newest one, which a restore chooses by default.
         with translated("looking for a restore"):
             half = await self._collections.db[RESTORES].find_one({}, {"_id": 1})
         if half is not None:
             raise FailedPrecondition(f"this store is half restored from backup {half['_id']}: restore all of it first")
 
 
-class _Making:
-    """One backup."""
+class _BackupRun:
+    """Run of one backup. `blob_list`: temporary file of the blobs to copy, a JSON line each."""
 
     def __init__(
-        self, of: Backup, target: BlobStore, backup_id: str, wanted: Path, hold: Hold, *, trust_sizes: bool
+        self, of: Backup, target: BlobStore, backup_id: str, blob_list: Path, hold: Hold, *, trust_sizes: bool
     ) -> None:
         self._of = of
         self._target = target
-        self._wanted = wanted
+        self._blob_list = blob_list
         self._hold = hold
         self._trust_sizes = trust_sizes
         self._known: set[str] = set()
-        self._progress = Progress(backup_id)
+        self._progress = BackupProgress(backup_id)
         self._numbers = iter(range(1_000_000_000))
         self._blob_bytes = 0
 
-    async def run(self) -> AsyncGenerator[Progress, None]:
-        collections: list[Dumped] = []
+    async def run(self) -> AsyncGenerator[BackupProgress, None]:
+        collections: list[DumpedCollection] = []
         client = self._of._collections.db.client
-        with translated("making a backup"), disk.translated("making a backup"), self._wanted.open("w") as wanted:
+        with translated("making a backup"), disk.translated("making a backup"), self._blob_list.open("w") as blob_list:
             async with client.start_session(snapshot=True) as session:
                 async for database, name in self._names():
-                    async for dumped in self._dumped(database, name, session, wanted.write):
+                    async for dumped in self._dump(database, name, session, blob_list.write):
                         collections.append(dumped)
                         yield self._progress
                 cluster_time = str(session._snapshot_time)
-        async for progress in self._copied():
+        async for progress in self._copy_blobs():
             yield progress
         self._hold.check()
-        yield await self._finished(collections, cluster_time)
+        yield await self._write_manifest(collections, cluster_time)
 
     async def _names(self) -> AsyncIterator[tuple[AsyncDatabase[Document], str]]:
         db = self._of._collections.db
@@ -143,26 +145,26 @@ class _Making:
                 if name not in NOT_CARRIED and not name.startswith("system."):
                     yield database, name
 
-    async def _dumped(
+    async def _dump(
         self,
         database: AsyncDatabase[Document],
         name: str,
         session: AsyncClientSession,
-        want: Callable[[str], object],
-    ) -> AsyncIterator[Dumped]:
-        """Dumps one collection. Notes which blobs its documents mean."""
+        list_blob: Callable[[str], object],
+    ) -> AsyncIterator[DumpedCollection]:
+        """Dump one collection, and list the blobs that its documents refer to."""
         is_own = database.name == self._of._collections.db.name
         raw = database.get_collection(name, codec_options=dump.RAW)
         files: list[ManifestPart] = []
         documents = 0
         try:
-            async for part in dump.parts(_found(raw.find({}, session=session))):
-                files.append(await self._written(part))
+            async for part in dump.parts(_typed(raw.find({}, session=session))):
+                files.append(await self._write_part(part))
                 documents += len(part)
                 self._progress = replace(self._progress, documents=self._progress.documents + len(part))
-                self._miss(known_damaged(name, part) if is_own else [])
-                for blob in blobs_meant(name, part) if is_own else ():
-                    want(json.dumps([blob.key, blob.size, blob.sha256]) + "\n")
+                self._add_missing(known_damaged(name, part) if is_own else [])
+                for blob in blobs_referenced(name, part) if is_own else ():
+                    list_blob(json.dumps([blob.key, blob.size, blob.sha256]) + "\n")
                     in_all = self._progress.blobs_in_all + 1
                     self._progress = replace(self._progress, blobs_in_all=in_all)
         except OperationFailure as err:
@@ -172,10 +174,10 @@ class _Making:
                 "MongoDB did not keep its snapshot for as long as reading all documents took: raise its parameter "
                 "minSnapshotHistoryWindowInSeconds, then start again"
             ) from err
-        yield Dumped("" if is_own else database.name, name, documents, tuple(files))
+        yield DumpedCollection("" if is_own else database.name, name, documents, tuple(files))
 
-    def _miss(self, damaged: Sequence[str]) -> None:
-        """Names what was found damaged before: there is nothing to copy, and the backup is not of everything."""
+    def _add_missing(self, damaged: Sequence[str]) -> None:
+        """Count artifacts that were found damaged before as missing: they have no bytes to copy."""
         before = self._progress
         self._progress = replace(
             before,
@@ -184,47 +186,47 @@ class _Making:
             blobs_in_all=before.blobs_in_all + len(damaged),
         )
 
-    async def _written(self, part: Sequence[RawBSONDocument]) -> ManifestPart:
+    async def _write_part(self, part: Sequence[RawBSONDocument]) -> ManifestPart:
         data = await self._of._threads.run(dump.compressed, part)
         key = f"{manifest.folder_of(self._progress.backup_id)}/documents/{next(self._numbers)}.bson.gz"
         await self._target.put(key, data)
         return ManifestPart(key, len(data), hashlib.sha256(data).hexdigest())
 
-    async def _copied(self) -> AsyncGenerator[Progress, None]:
-        """Copies what was wanted, several at once."""
-        with self._wanted.open() as lines:
+    async def _copy_blobs(self) -> AsyncGenerator[BackupProgress, None]:
+        """Copy the listed blobs, several at once."""
+        with self._blob_list.open() as lines:
             while batch := [line for _, line in zip(range(_AT_ONCE), lines, strict=False)]:
                 self._hold.check()
-                await together(self._copy(Named(*json.loads(line))) for line in batch)
+                await together(self._copy(BlobRef(*json.loads(line))) for line in batch)
                 yield self._progress
 
-    async def _copy(self, blob: Named) -> None:
+    async def _copy(self, blob: BlobRef) -> None:
         of, key = self._of, manifest.blob_key(blob.sha256)
         try:
             trust_size = self._trust_sizes or blob.sha256 in self._known
-            done = await copied(blob, of._blobs, self._target, key, of._staging, of._threads, trust_size=trust_size)
+            done = await copy_blob(blob, of._blobs, self._target, key, of._staging, of._threads, trust_size=trust_size)
         except DataLoss as err:
-            log.error("a backup goes on without what is damaged: %s", err)
+            log.error("the backup continues without a damaged blob: %s", err)
             self._progress = replace(self._progress, missing=(*self._progress.missing, blob.sha256))
         else:
             self._count(blob, done)
         self._progress = replace(self._progress, blobs=self._progress.blobs + 1)
 
-    def _count(self, blob: Named, done: Copied) -> None:
-        if done is Copied.REPAIRED:
-            log.warning("blob %s lay damaged in the place of the backup, and was replaced", blob.sha256)
+    def _count(self, blob: BlobRef, done: CopyOutcome) -> None:
+        if done is CopyOutcome.REPAIRED:
+            log.warning("blob %s was damaged in the backup location, and was replaced", blob.sha256)
         if len(self._known) < _KNOWN:
             self._known.add(blob.sha256)
         self._blob_bytes += blob.size
-        before, is_new = self._progress, done is not Copied.THERE
+        before, is_new = self._progress, done is not CopyOutcome.PRESENT
         self._progress = replace(
             before,
             copied=before.copied + is_new,
             copied_bytes=before.copied_bytes + blob.size * is_new,
-            repaired=before.repaired + (done is Copied.REPAIRED),
+            repaired=before.repaired + (done is CopyOutcome.REPAIRED),
         )
 
-    async def _finished(self, collections: Sequence[Dumped], cluster_time: str) -> Progress:
+    async def _write_manifest(self, collections: Sequence[DumpedCollection], cluster_time: str) -> BackupProgress:
         done = self._progress
         made = Manifest(
             id=done.backup_id,
@@ -239,6 +241,6 @@ class _Making:
         return replace(done, cluster_time=cluster_time, is_complete=True)
 
 
-async def _found(cursor: AsyncIterator[Any]) -> AsyncIterator[RawBSONDocument]:
+async def _typed(cursor: AsyncIterator[Any]) -> AsyncIterator[RawBSONDocument]:
     async for doc in cursor:
         yield doc

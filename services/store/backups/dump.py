@@ -1,4 +1,4 @@
-"""Documents as files and back: BSON, one after the other, compressed, in parts of bounded size."""
+"""Files of documents: concatenated BSON, compressed, in parts of bounded size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bson.raw_bson import RawBSONDocument
 from shoal.errors import DataLoss
 
 PART_BYTES = 16 << 20
-"""Of documents in one file, before compression: one such is in memory, and a document of 16 MiB more."""
+"""Size of a part before compression. One part is in memory, and one document of up to 16 MiB more."""
 
 RAW: bson.CodecOptions[Any] = bson.CodecOptions(document_class=RawBSONDocument)
-"""Documents as bytes: what is read is what is written, to the last type of a number."""
+"""Documents as raw bytes: a restored document equals the original, including the type of each number."""
 
 
 async def parts(docs: AsyncIterator[RawBSONDocument]) -> AsyncIterator[list[RawBSONDocument]]:
-    """The documents, in parts."""
+    """Yield the documents in parts."""
     part: list[RawBSONDocument] = []
     held = 0
     async for doc in docs:
@@ -35,17 +35,22 @@ async def parts(docs: AsyncIterator[RawBSONDocument]) -> AsyncIterator[list[RawB
 
 
 def compressed(docs: Sequence[RawBSONDocument]) -> bytes:
-    """A part, as it is written. The same bytes for the same documents."""
+    """Return the file of a part. Equal documents give equal bytes."""
     return gzip.compress(b"".join([doc.raw for doc in docs]), compresslevel=1, mtime=0)
 
 
 def documents(data: bytes, key: str) -> list[RawBSONDocument]:
-    """The documents of a part as it was written.
+    """Return the documents of a part's file.
 
     Raises:
-        DataLoss: it is none.
+        DataLoss: the file is damaged.
     """
     try:
         return list(bson.decode_iter(gzip.decompress(data), codec_options=RAW))
     except (OSError, EOFError, zlib.error, BSONError) as err:
-        raise DataLoss(f"{key}: these are no documents") from err
+        raise DataLoss(f"{key}: not a file of documents") from err
+
+
+def with_field(doc: RawBSONDocument, field: str, value: Any) -> RawBSONDocument:
+    """Return the document with another value in `field`; a document without that field stays as it is."""
+    return RawBSONDocument(bson.encode({**doc, field: value}, codec_options=RAW)) if field in doc else doc

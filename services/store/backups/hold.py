@@ -1,4 +1,4 @@
-"""While a backup is made, no blob is removed: what its documents mean is there until it has been copied."""
+"""Hold: no blob is removed during a backup, so every referenced blob exists until it has been copied."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mesh.process.tasks import Background
 from services.store.documents import Collections
 from shoal.errors import Aborted, ShoalError
 
+# A backup whose process died keeps blobs this long.
 _KEPT = timedelta(minutes=10)
-# A backup whose process died keeps blobs so long.
 _RENEWED_EVERY_S = 30.0
 
 
 class Hold(Background):
-    """Holds for as long as the `async with` block lasts."""
+    """Forbids the removal of blobs while the `async with` block runs. Call `begin` before it, and `end` after it."""
 
     def __init__(self, collections: Collections, name: str, clock: Callable[[], datetime]) -> None:
         self._collections = collections
@@ -26,20 +26,20 @@ class Hold(Background):
         self._expires_at = clock()
 
     async def begin(self) -> None:
-        """Durable when it returns: whatever is read from MongoDB after it, its blobs stay."""
+        """Begin the hold, durably: blobs of documents that are read from MongoDB afterwards are not removed."""
         self._expires_at = self._clock() + _KEPT
         with translated("beginning a backup"):
             await self._collections.holds.insert_one({"_id": self._name, "expires_at": self._expires_at})
 
     async def end(self) -> None:
-        """Blobs may go again."""
+        """End the hold."""
         with translated("ending a backup"):
             await self._collections.holds.delete_one({"_id": self._name})
 
     def check(self) -> None:
-        """Raises Aborted when it may not have held all the time: this process, or MongoDB, stood still for too long."""
+        """Raise Aborted when the hold may have lapsed: this process or MongoDB stalled for too long."""
         if self._clock() >= self._expires_at:
-            raise Aborted("the backup stood still for too long, and blobs may be gone that it needs: start it again")
+            raise Aborted("the backup stalled for too long, and blobs that it needs may be removed: start it again")
 
     async def _run(self) -> None:
         while True:

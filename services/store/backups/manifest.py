@@ -1,6 +1,6 @@
-"""What a backup consists of. Written last: a backup without its manifest is not complete, and cannot be restored.
+"""Manifest: the contents of a backup. Written last: a backup without a manifest is incomplete and cannot be restored.
 
-blobs/3f/3f79...                          bytes by their SHA-256, shared by all backups of a place
+blobs/3f/3f79...                          bytes by their SHA-256, shared by all backups of a location
 backups/<id>/documents/<n>.bson.gz        documents, one after the other
 backups/<id>/manifest.json                which collections, which files, which digests
 """
@@ -26,7 +26,7 @@ _COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,119}")
 
 @dataclass(frozen=True, slots=True)
 class ManifestPart:
-    """A file of documents."""
+    """File of documents in a backup."""
 
     key: str
     size: int
@@ -34,11 +34,11 @@ class ManifestPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Dumped:
-    """One collection."""
+class DumpedCollection:
+    """One collection in a backup."""
 
     database: str
-    """Empty: the store's own, whatever it is called."""
+    """Empty for the store's own database."""
     name: str
     documents: int
     parts: tuple[ManifestPart, ...]
@@ -50,13 +50,13 @@ class Manifest:
 
     id: str
     cluster_time: str
-    """MongoDB's: every document is as it was then."""
+    """MongoDB's cluster time: the moment of all documents."""
     finished_at: str
-    collections: tuple[Dumped, ...]
+    collections: tuple[DumpedCollection, ...]
     blobs: int
     blob_bytes: int
     missing: tuple[str, ...]
-    """Digests of blobs that were damaged in the store already."""
+    """Digests of blobs that were damaged in the store."""
 
     @property
     def documents(self) -> int:
@@ -64,22 +64,22 @@ class Manifest:
 
 
 def is_id(text: str) -> bool:
-    """Whether `text` is the id of a backup: 20261126T163000Z-1a2b3c4d. Ids sort by time."""
+    """Return True when `text` is the id of a backup: 20261126T163000Z-1a2b3c4d. Ids sort by time."""
     return _ID.fullmatch(text) is not None
 
 
 def folder_of(backup_id: str) -> str:
-    """Where its files lie."""
+    """Return the folder of a backup's files."""
     return f"{FOLDER}/{backup_id}"
 
 
 def blob_key(sha256: str) -> str:
-    """Where bytes lie in a place of backups."""
+    """Return the key of a blob in a backup location."""
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
 def encoded(manifest: Manifest) -> bytes:
-    """The file: the manifest, and its own digest, so that a damaged one is not believed."""
+    """Return the manifest file: the manifest and its own digest, which reveals damage."""
     content = {
         "format": FORMAT,
         "id": manifest.id,
@@ -102,10 +102,10 @@ def encoded(manifest: Manifest) -> bytes:
 
 
 def decoded(data: bytes, backup_id: str) -> Manifest:
-    """Reads the file.
+    """Return the manifest of a file.
 
     Raises:
-        DataLoss: it is damaged. FailedPrecondition: a newer version wrote it.
+        DataLoss: the file is damaged. FailedPrecondition: a newer version wrote it.
     """
     try:
         file = json.loads(data)
@@ -135,7 +135,7 @@ def _manifest(content: Mapping[str, Any], backup_id: str) -> Manifest:
     )
 
 
-def _dumped(content: Mapping[str, Any], backup_id: str) -> Dumped:
+def _dumped(content: Mapping[str, Any], backup_id: str) -> DumpedCollection:
     parts = tuple(
         ManifestPart(_inside(part["key"], backup_id), int(part["size"]), _matched(_DIGEST, part["sha256"]))
         for part in content["parts"]
@@ -143,7 +143,7 @@ def _dumped(content: Mapping[str, Any], backup_id: str) -> Dumped:
     name = _matched(_COLLECTION, content["name"])
     if name.startswith("system."):
         raise ValueError("not ours")
-    return Dumped(str(content["database"]), name, int(content["documents"]), parts)
+    return DumpedCollection(str(content["database"]), name, int(content["documents"]), parts)
 
 
 def _inside(key: str, backup_id: str) -> str:

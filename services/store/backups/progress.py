@@ -1,4 +1,4 @@
-"""How far a backup or a restore is."""
+"""Progress of a backup or a restore."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class BackupProgress:
     """Counts so far."""
 
     backup_id: str
     documents: int = 0
     blobs: int = 0
-    """Blobs that are dealt with."""
+    """Blobs handled so far."""
     blobs_in_all: int = 0
-    """0 while it is not known."""
+    """0 until it is known."""
     copied: int = 0
-    """Of those, how many were copied: the rest was there."""
+    """Number of `blobs` that were copied; the others were present already."""
     copied_bytes: int = 0
     missing: tuple[str, ...] = ()
-    """Digests of blobs that are damaged where they were to be read."""
+    """Digests of blobs that are damaged at the source."""
     repaired: int = 0
-    """Of those that were copied: so many lay there damaged, and were replaced."""
+    """Number of copied blobs that replaced a damaged one."""
     cluster_time: str = ""
     is_complete: bool = False

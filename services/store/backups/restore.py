@@ -1,11 +1,11 @@
-"""A backup back into an empty store: blobs first, then documents, jobs last.
+"""Restore of a backup into an empty store: blobs first, then documents, jobs last.
 
     empty? ──> mark "being restored" ──> blobs ──> documents, collection by collection ──> usage counted ──> no mark
 
-A document is there only when what it means is there, and a job only when all else is: whoever runs it finds everything.
-Interrupted, it leaves the mark: the same backup restored again goes on, anything else is refused. The mark names the
-call, too: of two the later one goes on, and the earlier one ends. Otherwise it would bring back, after the end of the
-other, what the node has used up since.
+A document is restored after everything that it refers to, and a job after everything else, so a job that runs finds
+all of it. An interrupted restore leaves the mark: restoring the same backup again continues, anything else is rejected.
+The mark also names the call: of two calls the later one continues, and the earlier one ends. Otherwise the earlier one
+would bring back, after the end of the later one, documents that the node has used up since.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED
-from services.store.backups.copying import Copied, Named, blobs_meant, copied, whole
-from services.store.backups.manifest import Dumped, Manifest, ManifestPart
-from services.store.backups.places import BackupPlaces
-from services.store.backups.progress import Progress
+from services.store.backups.blob_copy import CopyOutcome, blobs_referenced, copy_blob, read_whole
+from services.store.backups.locations import BackupLocations
+from services.store.backups.manifest import DumpedCollection, Manifest, ManifestPart
+from services.store.backups.progress import BackupProgress
 from services.store.documents import RESTORES, Collections
+from services.store.results.result_documents import BlobRef
 from services.store.usage.counters import Counters
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
@@ -41,9 +42,12 @@ _AT_ONCE = 8
 _INSERTED_AT_ONCE = 500
 _DUPLICATE_KEY = 11000
 _LAST, _USAGE = "jobs", "usage"
+# Ingest's schedules carry the token of the last leader that wrote them (mesh/mongo_lease.py). Tokens of this node begin
+# anew, because leases are not restored: no leader could write a schedule with the old token.
+_FENCED, _FENCE = "schedules", "fence"
 _KEY = re.compile(r"(artifacts|responses)/[0-9a-f]{2}/[0-9a-f]{32,64}(\.[0-9a-f]{16})?")
+# One entry for each 16 MiB of documents: enough for terabytes.
 _MANIFEST_BYTES = 64 << 20
-# One line for each 16 MiB of documents: enough for terabytes.
 
 
 class Restore:
@@ -53,7 +57,7 @@ class Restore:
         self,
         collections: Collections,
         blobs: BlobStore,
-        places: BackupPlaces,
+        locations: BackupLocations,
         staging: Path,
         threads: Threads,
         clock: Callable[[], datetime],
@@ -62,44 +66,46 @@ class Restore:
     ) -> None:
         self._collections = collections
         self._blobs = blobs
-        self._places = places
+        self._locations = locations
         self._staging = staging
         self._threads = threads
         self._clock = clock
         self._counters = counters
         self._others = frozenset(others)
 
-    async def run(self, source_url: str, backup_id: str) -> AsyncGenerator[Progress, None]:
-        """Restores a backup (the newest when `backup_id` is empty); yields how far it is, at the end `is_complete`.
+    async def run(self, source_url: str, backup_id: str) -> AsyncGenerator[BackupProgress, None]:
+        """Restore a backup (the newest when `backup_id` is empty). Yields its progress, at the end `is_complete`.
 
         Raises:
-            InvalidArgument, PermissionDenied: a place that it may not use.
-            NotFound: no (such) complete backup there.
+            InvalidArgument, PermissionDenied: the location may not be used.
+            NotFound: the location has no (such) complete backup.
             FailedPrecondition: this store is not empty, or the backup has a database that is none of `others`.
-            Aborted: a later call restores the same backup, and goes on.
-            DataLoss: a file of the backup is damaged: it is named, and nothing wrong is restored.
+            Aborted: a later call restores the same backup, and continues.
+            DataLoss: a file of the backup is damaged; the message names it, and no damaged data is restored.
         """
-        source = await self._places.open(source_url, to_write=False)
+        source = await self._locations.open(source_url, to_write=False)
         chosen = await _chosen(source, backup_id)
         made = await self._manifest(source, chosen)
         self._check_databases(made)
         with translated("restoring a backup"):
             call = uuid.uuid4().hex
             await self._begin(made, call)
-            progress = Progress(made.id, blobs_in_all=made.blobs, missing=made.missing, cluster_time=made.cluster_time)
+            progress = BackupProgress(
+                made.id, blobs_in_all=made.blobs, missing=made.missing, cluster_time=made.cluster_time
+            )
             uncounted: list[str] = []
-            # Blobs before the documents that mean them; jobs after everything.
+            # Blobs before the documents that refer to them; jobs after everything.
             for dumped in sorted(made.collections, key=lambda each: (each.name == _LAST, each.database, each.name)):
                 for part in dumped.parts:
                     docs = await self._documents(source, part)
                     progress = await self._blobs_first(source, dumped, docs, made, progress)
-                    there = await self._insert(dumped, docs, made, call)
+                    existing = await self._insert(dumped, docs, made, call)
                     if dumped.name == _USAGE and not dumped.database:
-                        uncounted += there
+                        uncounted += existing
                     progress = replace(progress, documents=progress.documents + len(docs))
                     yield progress
             for tenant in uncounted:
-                # Results that came meanwhile began its counter, which stands in the way of the one of the backup.
+                # Results recorded meanwhile made this counter, so the backup's counter was not inserted.
                 await self._counters.recount(tenant)
                 yield progress
             await self._end(made, call)
@@ -109,13 +115,13 @@ class Restore:
         key = f"{manifest.folder_of(backup_id)}/{manifest.NAME}"
         size = await source.size(key)
         if size is None:
-            raise NotFound(f"backup {backup_id} is not there, or was interrupted and is not complete: choose another")
+            raise NotFound(f"backup {backup_id} does not exist, or was interrupted and is not complete: choose another")
         if size > _MANIFEST_BYTES:
             raise DataLoss(f"backup {backup_id}: its manifest is damaged: choose another backup")
         return manifest.decoded(b"".join([chunk async for chunk in source.read(key, 0, size)]), backup_id)
 
     def _check_databases(self, made: Manifest) -> None:
-        """Whoever can write to the place could name any database of this MongoDB."""
+        """Reject unknown databases: the location's writer could name any database of this MongoDB."""
         for dumped in made.collections:
             if dumped.database and dumped.database not in self._others:
                 raise FailedPrecondition(
@@ -124,7 +130,7 @@ class Restore:
                 )
 
     async def _begin(self, made: Manifest, call: str) -> None:
-        """Marks this store as being restored, if it is empty, or has that mark already."""
+        """Mark this store as being restored, if it is empty or has that mark already."""
         mark = await self._collections.db[RESTORES].find_one({})
         if mark is not None:
             if mark["_id"] != made.id:
@@ -141,7 +147,7 @@ class Restore:
                         f"this store is not empty: collection {name} has documents. Restore into a new one"
                     )
         await self._mark(made, call)
-        # Both may have found the store empty.
+        # Two restores may both have found the store empty.
         if (other := await self._collections.db[RESTORES].find_one({"_id": {"$ne": made.id}})) is not None:
             await self._unmark(made, call)
             raise FailedPrecondition(
@@ -149,7 +155,7 @@ class Restore:
             )
 
     async def _mark(self, made: Manifest, call: str) -> None:
-        """Says in each database that documents are there before others that need them: nothing is to be tidied up."""
+        """Mark each database as incomplete: garbage collection and similar work must wait."""
         for database in self._databases(made):
             mark = {"$setOnInsert": {"began_at": self._clock()}, "$set": {"call": call}}
             await database[RESTORES].update_one({"_id": made.id}, mark, upsert=True)
@@ -170,52 +176,63 @@ class Restore:
             await database[RESTORES].delete_one({"_id": made.id, "call": call})
 
     def _databases(self, made: Manifest) -> list[AsyncDatabase[Document]]:
-        """All that it restores into, the store's own first."""
+        """Return all databases that the backup is restored into, the store's own first."""
         return [self._database(name) for name in sorted({"", *(dumped.database for dumped in made.collections)})]
 
     def _database(self, name: str) -> AsyncDatabase[Document]:
         return self._collections.db.client[name] if name else self._collections.db
 
     async def _documents(self, source: BlobStore, part: ManifestPart) -> list[RawBSONDocument]:
-        data = await whole(Named(part.key, part.size, part.sha256), source, self._threads)
+        data = await read_whole(BlobRef(part.key, part.size, part.sha256), source, self._threads)
         return await self._threads.run(dump.documents, data, part.key)
 
     async def _blobs_first(
-        self, source: BlobStore, dumped: Dumped, docs: Sequence[RawBSONDocument], made: Manifest, progress: Progress
-    ) -> Progress:
-        wanted = [] if dumped.database else _wanted(dumped.name, docs, frozenset(made.missing))
-        for first in range(0, len(wanted), _AT_ONCE):
-            some = wanted[first : first + _AT_ONCE]
-            done = await together(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
-            new = [blob.size for (blob, _), how in zip(some, done, strict=True) if how is not Copied.THERE]
+        self,
+        source: BlobStore,
+        dumped: DumpedCollection,
+        docs: Sequence[RawBSONDocument],
+        made: Manifest,
+        progress: BackupProgress,
+    ) -> BackupProgress:
+        blobs = [] if dumped.database else _blobs_of(dumped.name, docs, frozenset(made.missing))
+        for first in range(0, len(blobs), _AT_ONCE):
+            some = blobs[first : first + _AT_ONCE]
+            done = await together(
+                copy_blob(blob, source, self._blobs, key, self._staging, self._threads) for blob, key in some
+            )
+            new = [blob.size for (blob, _), how in zip(some, done, strict=True) if how is not CopyOutcome.PRESENT]
             progress = replace(
                 progress,
                 blobs=progress.blobs + len(some),
                 copied=progress.copied + len(new),
                 copied_bytes=progress.copied_bytes + sum(new),
-                repaired=progress.repaired + done.count(Copied.REPAIRED),
+                repaired=progress.repaired + done.count(CopyOutcome.REPAIRED),
             )
         return progress
 
-    async def _insert(self, dumped: Dumped, docs: Sequence[RawBSONDocument], made: Manifest, call: str) -> list[Any]:
-        """Inserts those that are not there. Gives the ids of the others."""
-        there: list[Any] = []
+    async def _insert(
+        self, dumped: DumpedCollection, docs: Sequence[RawBSONDocument], made: Manifest, call: str
+    ) -> list[Any]:
+        """Insert the documents that do not exist yet. Return the ids of the others."""
+        if dumped.name == _FENCED:
+            docs = [dump.with_field(doc, _FENCE, 0) for doc in docs]
+        existing: list[Any] = []
         raw = self._database(dumped.database).get_collection(dumped.name, codec_options=dump.RAW)
         for first in range(0, len(docs), _INSERTED_AT_ONCE):
             await self._check_mark(made, call)
             try:
                 await raw.insert_many(docs[first : first + _INSERTED_AT_ONCE], ordered=False)
             except BulkWriteError as err:
-                # Of a restore that was interrupted: they are there.
+                # Duplicates: an interrupted restore inserted these documents.
                 failures = err.details.get("writeErrors", [])
                 if any(failure["code"] != _DUPLICATE_KEY for failure in failures):
                     raise
-                there += [docs[first + failure["index"]]["_id"] for failure in failures]
-        return there
+                existing += [docs[first + failure["index"]]["_id"] for failure in failures]
+        return existing
 
 
 async def complete_backups(source: BlobStore) -> list[str]:
-    """The ids of complete backups of a place, oldest first."""
+    """Return the ids of the complete backups in a location, oldest first."""
     found = []
     async for blob in source.list(manifest.FOLDER):
         backup_id, _, rest = blob.key.removeprefix(f"{manifest.FOLDER}/").partition("/")
@@ -227,24 +244,24 @@ async def complete_backups(source: BlobStore) -> list[str]:
 async def _chosen(source: BlobStore, backup_id: str) -> str:
     if backup_id:
         if not manifest.is_id(backup_id):
-            raise InvalidArgument("backup_id: expected one as it was printed: 20261126T163000Z-1a2b3c4d")
+            raise InvalidArgument("backup_id: expected an id as it was printed: 20261126T163000Z-1a2b3c4d")
         return backup_id
-    if there := await complete_backups(source):
-        return there[-1]
-    raise NotFound("there is no complete backup in that place")
+    if complete := await complete_backups(source):
+        return complete[-1]
+    raise NotFound("url: that location has no complete backup")
 
 
-def _wanted(collection: str, docs: Sequence[RawBSONDocument], missing: frozenset[str]) -> list[tuple[Named, str]]:
-    """The blobs that documents mean: where they lie in the backup, and where they go."""
+def _blobs_of(collection: str, docs: Sequence[RawBSONDocument], missing: frozenset[str]) -> list[tuple[BlobRef, str]]:
+    """Return the blobs that documents refer to: each as it is in the backup, and its key in this store."""
     return [
-        (Named(manifest.blob_key(checked(blob.sha256, "sha256")), blob.size, blob.sha256), _own(blob.key))
-        for blob in blobs_meant(collection, docs)
+        (BlobRef(manifest.blob_key(checked(blob.sha256, "sha256")), blob.size, blob.sha256), _checked_key(blob.key))
+        for blob in blobs_referenced(collection, docs)
         if blob.sha256 not in missing
     ]
 
 
-def _own(key: str) -> str:
-    """A key as this store makes them. Somebody may have made up the backup: nothing is written elsewhere."""
+def _checked_key(key: str) -> str:
+    """Return a key that a store can have made. A forged backup must not write elsewhere."""
     if not _KEY.fullmatch(key):
-        raise DataLoss(f"the backup has a document of a blob at {brief(key)}: no store made that")
+        raise DataLoss(f"the backup has a document with the blob key {brief(key)}, which no store makes")
     return key

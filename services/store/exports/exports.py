@@ -1,13 +1,13 @@
 """ExportResults: results that match a filter as Parquet files, oldest first, in parts.
 
     stream ──rows──> part (in memory) ──full──> part-00000.parquet, part-00001.parquet, ... ──all──> _manifest.json
-                                          └─ cursor: go on after this part
+                                          └─ cursor: resume after this part
 
-A part is named by its number and written whole or not at all, and where it ends is told in the cursor after it. So an
-export that breaks off goes on after its last part, and what it writes again lies under the same name. The manifest
-comes last: with it, the export is complete. While it is written, its place is taken (claim.py).
+A part is named by its number and written whole or not at all; the cursor after a part holds its end. So an interrupted
+export resumes after its last part, and rewrites the unfinished part under the same name. The manifest is written last:
+with it, the export is complete. A running export claims its location (claim.py).
 
-What is written goes to a place that the operator allows (places.py), or to the caller, who asked with no URL.
+An export is written to a location that the operator allows (locations.py), or returned to a caller who gave no URL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from google.protobuf.json_format import MessageToDict
 from mesh.process.threads import Threads
 from services.store.documents import Collections
 from services.store.exports.claim import Claim
-from services.store.exports.places import ExportLocation, ExportLocations, name_of
+from services.store.exports.locations import ExportLocation, ExportLocations, name_of
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
 from services.store.results.result_stream import ResultStream
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from services.store.exports.part import ExportPart
 
 MANIFEST = "_manifest.json"
-"""Readers of Parquet folders pass over names that begin so."""
+"""Name of the manifest. Readers of Parquet folders ignore names that begin with `_`."""
 DEFAULT_PART_ROWS, MAX_PART_ROWS = 100_000, 1_000_000
 _STEP_ROWS = 1_000
 _CHUNK_BYTES = 1 << 20
@@ -48,13 +48,13 @@ _CURSOR = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18}
 
 @dataclass(frozen=True)
 class ExportStatus:
-    """How far an export has come: `parts` are written, with `rows` in them and `size` bytes. Of so many rows the answer
-    is damaged, and left out.
+    """Status of an export: `parts` are written, with `rows` and `size` bytes. Of `answers_lost` rows the answer is
+    damaged and left out.
     """
 
     cursor: Cursor
     export: str
-    """Its id; empty when the caller is the place."""
+    """The export's id; empty when the files are returned to the caller."""
     parts: int = 0
     rows: int = 0
     size: int = 0
@@ -66,8 +66,8 @@ class ExportStatus:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One message: how far it is, and a piece of a file when the caller is the place."""
+class ExportProgress:
+    """Content of one response message: the progress, and a piece of a file that is returned to the caller."""
 
     rows: int
     size: int
@@ -82,53 +82,55 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A place that is ours."""
+class ClaimedLocation:
+    """Location that this export has claimed."""
 
-    _place: ExportLocation
+    _location: ExportLocation
     _claim: Claim
 
     async def put(self, name: str, data: bytes) -> None:
-        """Writes a file, whole or not at all. Raises Aborted when the place may be another's by now."""
+        """Write a file, whole or not at all. Raises Aborted when another export may have claimed the location."""
         self._claim.check()
-        await self._place.put(name, data)
+        await self._location.put(name, data)
 
 
 class Exports:
-    """Runs exports, a bounded number at a time: each holds a part."""
+    """Runs a bounded number of exports at a time, because each holds a part in memory."""
 
     def __init__(
         self,
         collections: Collections,
         results: Results,
         stream: ResultStream,
-        places: ExportLocations,
+        locations: ExportLocations,
         threads: Threads,
         most: int,
     ) -> None:
         self._collections = collections
         self._results = results
         self._stream = stream
-        self._places = places
+        self._locations = locations
         self._threads = threads
         self._most = most
         self._running = 0
 
-    async def run(self, request: ExportResultsRequest) -> AsyncGenerator[Progress, None]:
-        """Writes an export, and says how far it is. Leaving early ends it after the last part.
+    async def run(self, request: ExportResultsRequest) -> AsyncGenerator[ExportProgress, None]:
+        """Run an export and yield its progress. Closing the generator ends the export after its last part.
 
         Raises:
             InvalidArgument: a bad filter, URL, cursor or number of rows.
-            PermissionDenied: the operator has not allowed the place, or the object store refuses.
-            FailedPrecondition: an export lies there already, or is being written; pyarrow is not installed.
-            Aborted: it stood still for so long that another may be written there now.
+            PermissionDenied: the operator has not allowed the location, or the object store refuses.
+            FailedPrecondition: the location holds an export, or another one is running there; pyarrow is missing.
+            Aborted: the export stalled for so long that another one may write there now.
             ResourceExhausted: too many exports; the disk is full.
-            Unavailable: MongoDB or the object store is away: go on with the last cursor.
+            Unavailable: MongoDB or the object store is unavailable: resume with the last cursor.
         """
         result_rules.check_filter(request.filter)
         check_part_rows(request.part_rows)
         if self._running >= self._most:
-            raise ResourceExhausted(f"{self._running} exports are running, the most there may be", retry_after_ms=5_000)
+            raise ResourceExhausted(
+                f"{self._running} exports are running, the most allowed: retry later", retry_after_ms=5_000
+            )
         self._running += 1
         try:
             async with aclosing(self._run(request)) as running:
@@ -137,94 +139,95 @@ class Exports:
         finally:
             self._running -= 1
 
-    async def _run(self, request: ExportResultsRequest) -> AsyncGenerator[Progress, None]:
+    async def _run(self, request: ExportResultsRequest) -> AsyncGenerator[ExportProgress, None]:
         digest = _digest(request)
-        at = decode(request.cursor, digest) if request.cursor else None
-        if at is not None and bool(at.export) != bool(request.url):
-            raise _not_ours()
-        export = at.export if at is not None else uuid.uuid4().hex if request.url else ""
-        place = None
+        status = decode(request.cursor, digest) if request.cursor else None
+        if status is not None and bool(status.export) != bool(request.url):
+            raise _invalid_cursor()
+        export = status.export if status is not None else uuid.uuid4().hex if request.url else ""
+        location = None
         async with AsyncExitStack() as stack:
             if request.url:
-                opened = await self._places.open(request.url)
+                opened = await self._locations.open(request.url)
                 claim = Claim(self._collections, name_of(request.url, opened), export)
-                place = Taken(opened, await stack.enter_async_context(claim))
-                if at is None:
+                location = ClaimedLocation(opened, await stack.enter_async_context(claim))
+                if status is None:
                     await _check_empty(opened, request.url)
-            if at is None:
-                at = ExportStatus(await self._stream.whole(request.filter), export)
-            async with aclosing(self._written(request, digest, at, place)) as written:
+            if status is None:
+                status = ExportStatus(await self._stream.whole(request.filter), export)
+            async with aclosing(self._write(request, digest, status, location)) as written:
                 async for progress in written:
                     yield progress
 
-    async def _written(
-        self, request: ExportResultsRequest, digest: str, at: ExportStatus, place: Taken | None
-    ) -> AsyncGenerator[Progress, None]:
-        yield _progress(at, digest)
-        while not at.is_complete:
+    async def _write(
+        self, request: ExportResultsRequest, digest: str, status: ExportStatus, location: ClaimedLocation | None
+    ) -> AsyncGenerator[ExportProgress, None]:
+        yield _progress(status, digest)
+        while not status.is_complete:
             part = _new_part(request.part_rows or DEFAULT_PART_ROWS)
-            cursor = at.cursor
+            cursor = status.cursor
             while cursor.after < cursor.last and not part.is_full:
                 cursor = await self._fill(part, request, cursor)
-                lost = at.answers_lost + part.answers_lost
-                yield replace(_progress(at, digest), rows=at.rows + part.rows, answers_lost=lost)
+                lost = status.answers_lost + part.answers_lost
+                yield replace(_progress(status, digest), rows=status.rows + part.rows, answers_lost=lost)
             data = await self._threads.run(part.finish)
-            name = f"part-{at.parts:05}.parquet"
-            at = replace(
-                at,
+            name = f"part-{status.parts:05}.parquet"
+            status = replace(
+                status,
                 cursor=cursor,
-                parts=at.parts + 1,
-                rows=at.rows + part.rows,
-                size=at.size + len(data),
-                answers_lost=at.answers_lost + part.answers_lost,
+                parts=status.parts + 1,
+                rows=status.rows + part.rows,
+                size=status.size + len(data),
+                answers_lost=status.answers_lost + part.answers_lost,
             )
-            async for progress in self._delivered(place, name, data, _progress(at, digest)):
+            async for progress in self._deliver(location, name, data, _progress(status, digest)):
                 yield progress
-        manifest = json.dumps(_manifest(request, at), indent=2).encode()
-        async for progress in self._delivered(place, MANIFEST, manifest, _progress(at, digest)):
+        manifest = json.dumps(_manifest(request, status), indent=2).encode()
+        async for progress in self._deliver(location, MANIFEST, manifest, _progress(status, digest)):
             yield progress
-        yield replace(_progress(at, digest), complete=True)
+        yield replace(_progress(status, digest), complete=True)
 
     async def _fill(self, part: ExportPart, request: ExportResultsRequest, cursor: Cursor) -> Cursor:
-        """Adds the next rows to `part`; the cursor after them."""
-        size = min(_STEP_ROWS, part.room)
+        """Add the next rows to `part`. Return the cursor after them."""
+        size = min(_STEP_ROWS, part.free_rows)
         docs, cursor = await self._stream.step(request.filter, cursor, size=size, omit_response=request.omit_response)
         await self._threads.run(part.add, [await self._results.readable(doc) for doc in docs])
         return cursor
 
-    async def _delivered(
-        self, place: Taken | None, name: str, data: bytes, told: Progress
-    ) -> AsyncGenerator[Progress, None]:
-        """Writes a file, and says so. The caller, if it is the place, gets it in pieces."""
-        if place is not None:
-            await place.put(name, data)
-            yield told
+    async def _deliver(
+        self, location: ClaimedLocation | None, name: str, data: bytes, progress: ExportProgress
+    ) -> AsyncGenerator[ExportProgress, None]:
+        """Write a file to the location and yield `progress`; without a location, yield the file in pieces."""
+        if location is not None:
+            await location.put(name, data)
+            yield progress
             return
         for at in range(0, len(data), _CHUNK_BYTES):
             chunk = data[at : at + _CHUNK_BYTES]
-            yield replace(told, file=name, file_bytes=len(data), offset=at, chunk=chunk)
+            yield replace(progress, file=name, file_bytes=len(data), offset=at, chunk=chunk)
 
 
 def check_part_rows(rows: int) -> None:
-    """How many rows a part may have, or InvalidArgument."""
+    """Raise InvalidArgument when a part may not have that many rows."""
     if not 0 <= rows <= MAX_PART_ROWS:
         raise InvalidArgument(f"part_rows: expected 1 to {MAX_PART_ROWS}, or 0 for {DEFAULT_PART_ROWS}; got {rows}")
 
 
-def encode(at: ExportStatus, digest: str) -> str:
-    """The cursor of an export that has come so far."""
-    return f"{at.parts}.{at.rows}.{at.size}.{at.answers_lost}.{at.export}.{encode_cursor(at.cursor, digest)}"
+def encode(status: ExportStatus, digest: str) -> str:
+    """Return the cursor of an export with that status."""
+    numbers = f"{status.parts}.{status.rows}.{status.size}.{status.answers_lost}"
+    return f"{numbers}.{status.export}.{encode_cursor(status.cursor, digest)}"
 
 
 def decode(cursor: str, digest: str) -> ExportStatus:
-    """How far the export of `cursor` had come.
+    """Return the status of the export of `cursor`.
 
     Raises:
-        InvalidArgument: it is none of ours, or one of another filter or place.
+        InvalidArgument: the cursor is malformed, or belongs to another filter or location.
     """
     match = _CURSOR.fullmatch(cursor)
     if match is None:
-        raise _not_ours()
+        raise _invalid_cursor()
     *numbers, export, token = match.groups()
     parts, rows, size, lost = map(int, numbers)
     if parts > _MAX_PARTS:
@@ -232,29 +235,29 @@ def decode(cursor: str, digest: str) -> ExportStatus:
     return ExportStatus(decode_cursor(token, digest), export, parts, rows, size, lost)
 
 
-def _not_ours() -> InvalidArgument:
-    return InvalidArgument("cursor: not one of an export of this service: leave it out for all of them")
+def _invalid_cursor() -> InvalidArgument:
+    return InvalidArgument("cursor: not one of an export of this service: leave it out to export everything")
 
 
 def _digest(request: ExportResultsRequest) -> str:
-    """A short digest of what is asked for, and of where it goes."""
+    """Return a short digest of the filter, the options and the location of an export."""
     parts = [filter_digest(request.filter), request.url, str(request.omit_response), str(request.part_rows)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _progress(at: ExportStatus, digest: str) -> Progress:
-    return Progress(at.rows, at.size, at.parts, encode(at, digest), at.answers_lost)
+def _progress(status: ExportStatus, digest: str) -> ExportProgress:
+    return ExportProgress(status.rows, status.size, status.parts, encode(status, digest), status.answers_lost)
 
 
-def _manifest(request: ExportResultsRequest, at: ExportStatus) -> dict[str, object]:
+def _manifest(request: ExportResultsRequest, status: ExportStatus) -> dict[str, object]:
     return {
         "format": "shoal results 1",
-        "rows": at.rows,
-        "bytes": at.size,
-        "parts": at.parts,
+        "rows": status.rows,
+        "bytes": status.size,
+        "parts": status.parts,
         "filter": MessageToDict(request.filter, preserving_proto_field_name=True),
         "answers": not request.omit_response,
-        "answers_lost": at.answers_lost,
+        "answers_lost": status.answers_lost,
     }
 
 
@@ -266,11 +269,11 @@ def _new_part(rows: int) -> ExportPart:
     return ExportPart(rows)
 
 
-async def _check_empty(place: ExportLocation, url: str) -> None:
-    """That no part of an export lies there: two in one place would be taken for one."""
+async def _check_empty(location: ExportLocation, url: str) -> None:
+    """Check that the location holds no part of an export: readers would take two exports for one."""
     for name in (MANIFEST, "part-00000.parquet"):
-        if await place.size(name) is not None:
+        if await location.size(name) is not None:
             raise FailedPrecondition(
-                f"url: {url} holds an export already, or a part of one ({name}): choose another place, or go on with "
-                "the cursor of that one"
+                f"url: {url} holds an export already, or a part of one ({name}): choose another location, or resume "
+                "that export with its cursor"
             )

@@ -1,4 +1,4 @@
-"""One part of an export: a Parquet file that grows in memory, compressed, up to a bound."""
+"""Part of an export: a Parquet file that grows in memory, compressed, up to a bound."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from services.store.exports.table import SCHEMA, table_of
 from shoal.store.v1.store_pb2 import Result
 
 PART_BYTES = 64 << 20
-"""A part is full when its responses exceed this: so much an export holds (compressed, mostly far less), and so much is
-done again when it breaks off."""
+"""A part is full when its responses exceed this size. An export holds that much in memory (compressed, mostly far
+less), and an interrupted export repeats that much."""
+# Row groups: the unit that a reader decodes. Small ones compress badly, large ones stay in memory uncompressed.
 _GROUP_BYTES, _GROUP_ROWS = 8 << 20, 10_000
-# Row groups: what a reader decodes at once. Small ones compress badly, large ones wait in memory uncompressed.
 
 
 class ExportPart:
-    """Takes rows until it is full, then gives its bytes. Blocking: for a thread."""
+    """Accepts rows until it is full, then returns the file's bytes. Every method blocks: call it in a thread."""
 
     def __init__(self, most_rows: int) -> None:
         self._most_rows = most_rows
@@ -30,19 +30,19 @@ class ExportPart:
         self._bytes = 0
         self.rows = 0
         self.answers_lost = 0
-        """How many of its rows lack an answer that is damaged."""
+        """Number of rows without their answer, which is damaged."""
 
     @property
     def is_full(self) -> bool:
         return self.rows >= self._most_rows or self._bytes >= PART_BYTES
 
     @property
-    def room(self) -> int:
-        """How many rows it still takes."""
+    def free_rows(self) -> int:
+        """Number of rows that still fit."""
         return self._most_rows - self.rows
 
     def add(self, results: Sequence[Result]) -> None:
-        """Appends rows."""
+        """Append rows."""
         table = table_of(results)
         self._waiting.append(table)
         self._waiting_bytes += table.nbytes
@@ -54,7 +54,7 @@ class ExportPart:
             self._write_group()
 
     def finish(self) -> bytes:
-        """The whole file. It takes no more rows."""
+        """Return the whole file. No row can be added afterwards."""
         if self._waiting:
             self._write_group()
         self._writer.close()

@@ -1,7 +1,7 @@
-"""Results as a table, one row each. What the columns mean: docs/store.md.
+"""Results as an Arrow table, one row each. docs/store.md describes the columns.
 
-Outputs keep their bytes as the inference protocol has them on the wire (little-endian; BYTES with a length of four
-bytes before each element): a reader gets an array back with `numpy.frombuffer(data, dtype).reshape(shape)`.
+Outputs keep the bytes of the inference protocol (little-endian; BYTES with a length of four bytes before each element).
+A reader gets an array back with `numpy.frombuffer(data, dtype).reshape(shape)`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def table_of(results: Sequence[Result]) -> pa.Table:
-    """The rows of `results`, in their order."""
+    """Return the rows of `results`, in their order."""
     return pa.Table.from_pylist([_row(result) for result in results], SCHEMA)
 
 
@@ -78,7 +78,7 @@ def _value(parameter: InferParameter) -> Any:
     which = parameter.WhichOneof("parameter_choice")
     value = getattr(parameter, which) if which else None
     if isinstance(value, float) and not math.isfinite(value):
-        # As protobuf's JSON has it: JSON has no number for these, and readers refuse the row.
+        # As protobuf's JSON writes them: JSON has no such numbers, and readers reject the row.
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
@@ -104,5 +104,5 @@ def _bytes_of(output: ModelInferResponse.InferOutputTensor) -> bytes | None:
     values = getattr(output.contents, datatype.contents)
     if datatype.is_bytes:
         return pack_bytes(values)
-    # Values beyond their datatype's range can be sent: they wrap, as they do in memory.
+    # A client can send values beyond their datatype's range. They wrap, as they do in memory.
     return np.asarray(values).astype(datatype.dtype).tobytes()

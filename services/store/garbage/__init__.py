@@ -1,1 +1,1 @@
-"""What nobody refers to any more, and what should be there and is not: found, and dealt with."""
+"""Garbage collection of unreferenced artifacts and blobs, and verification of the stored ones."""

@@ -1,14 +1,14 @@
-"""Collects what nobody needs, in steps that may be interrupted anywhere, and be done by several instances at once.
+"""Garbage collector: removes unused artifacts and blobs, in steps that may be interrupted or run twice at once.
 
-    artifact ──unreferred, not kept──> condemned ──still so, a while later──> document gone, grave ──> blob gone
-        ^                                  │              (one transaction)                    (a while later)
-        └──── uploaded, asked for or referred to: no longer condemned
+    artifact ──unreferenced, not kept──> marked ──still so, a while later──> document deleted, deletion pending
+        ^                                  │              (one transaction)          ──(a while later)──> blob removed
+        └──── uploaded, requested or referenced: no longer marked
 
-    blob without document ──old──> grave ──> blob gone, if there is still no document
+    blob without document ──old──> deletion pending ──> blob removed, if there is still no document
 
-Nothing here can race a new reference: it writes to the artifact's document in its own transaction, so that it and the
-transaction that deletes the document cannot both succeed. Nor an upload: a key is never used twice, its document is
-written in a transaction that excludes a grave, and a blob is removed after a look at documents with the grave there.
+No step races a new reference: a reference writes to the artifact's document in its own transaction, so it conflicts
+with the transaction that deletes the document. No step races an upload: keys are never reused, an artifact's document
+is written in a transaction that excludes a pending deletion, and documents are read again before a blob is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from mesh.mongo import Document, translated
 from services.store.artifacts.artifacts import WITHOUT_BLOCKS
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.graves import Graves
+from services.store.artifacts.pending_deletions import PendingDeletions
 from services.store.artifacts.stored import FOLDER, key_of
 from services.store.documents import Collections, is_being_restored
 from services.store.garbage.uses import Uses
@@ -33,36 +33,36 @@ from services.store.transactions import transaction
 T = TypeVar("T")
 
 AT_ONCE = 500
-"""Artifacts or blobs that are looked up together: one query of an index each way."""
+"""Artifacts or blobs that are looked up together: one index query for each kind of use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ages:
-    """How long things are left alone."""
+    """Minimum ages of the steps."""
 
-    condemned: timedelta = timedelta(minutes=10)
-    """Between two looks that both found no reference. Safety does not rest on it: it spares whoever comes back soon."""
-    buried: timedelta = timedelta(minutes=10)
-    """Before a blob is removed that nobody means: who reads it now is done by then."""
+    marked: timedelta = timedelta(minutes=10)
+    """Between two checks that both find no reference. Not needed for safety: it spares clients a second upload."""
+    pending: timedelta = timedelta(minutes=10)
+    """Before an unused blob is removed, so that its current readers can finish."""
     stray: timedelta = timedelta(days=1)
-    """Before a blob without a document counts as a stray, and not as an upload under way."""
+    """Before a blob without a document counts as a stray, and not as an upload in progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one round did."""
+    """Counts of one collection."""
 
-    condemned: int = 0
+    marked: int = 0
     artifacts: int = 0
-    """Artifacts that are no more."""
+    """Artifacts that were deleted."""
     blobs: int = 0
     """Blobs that were removed."""
     strays: int = 0
-    """Blobs without a document that will be."""
+    """Blobs without a document whose deletion is pending now."""
 
 
 class Collector:
-    """Collects. Every method may be called at any time, by any instance."""
+    """The garbage collector. Every method may be called at any time, by any instance."""
 
     def __init__(
         self, collections: Collections, blobs: BlobStore, clock: Callable[[], datetime], ages: Ages | None = None
@@ -71,86 +71,89 @@ class Collector:
         self._blobs = blobs
         self._clock = clock
         self._ages = ages or Ages()
-        self._graves = Graves(collections)
+        self._deletions = PendingDeletions(collections)
         self._uses = Uses(collections)
 
     async def collect(self, *, strays: bool = False) -> Collected:
-        """One round of everything; of `strays` only when asked, for that lists every blob.
+        """Run every step once; `strays` only on request, because that step lists every blob.
 
         Raises:
-            ShoalError: MongoDB or the blobs are away. What was done stays done.
+            ShoalError: MongoDB or the blobs are unavailable. Finished steps stay done.
         """
         with translated("collecting artifacts"):
+            # A restore inserts artifacts before their references.
             if await is_being_restored(self._collections):
-                return Collected()  # Artifacts come before what refers to them: none may go.
-            condemned = await self.condemn()
-            gone = await self.delete()
+                return Collected()
+            marked = await self.mark()
+            deleted = await self.delete_artifacts()
             found = await self.find_strays() if strays else 0
-            removed = await self.dig()
-        return Collected(condemned, gone, removed, found)
+            removed = await self.remove_blobs()
+        return Collected(marked, deleted, removed, found)
 
-    async def condemn(self) -> int:
-        """Marks what nobody refers to and nobody has asked for lately."""
+    async def mark(self) -> int:
+        """Mark the artifacts that have no reference and were not requested lately. Return their number."""
         now = self._clock()
-        # Not "before now": one that an older version stored has no time to be kept.
+        # `$not $gte` and not `$lt`: artifacts of an older version have no `keep_until`.
         kept_no_longer = {"keep_until": {"$not": {"$gte": now}}, "condemned_at": {"$exists": False}}
         marked = 0
         async for docs in batches(self._collections.artifacts.find(kept_no_longer, {"_id": 1})):
             digests = {doc["_id"] for doc in docs}
-            unreferred = digests - await self._uses.referred(digests)
-            query = {"_id": {"$in": list(unreferred)}, **kept_no_longer}
+            unreferenced = digests - await self._uses.referenced(digests)
+            query = {"_id": {"$in": list(unreferenced)}, **kept_no_longer}
             change = {"$set": {"condemned_at": now}}
             marked += (await self._collections.artifacts.update_many(query, change)).modified_count
         return marked
 
-    async def delete(self) -> int:
-        """Deletes the documents of what has been condemned for long enough, and is still referred to by nobody."""
-        long_ago = self._clock() - self._ages.condemned
-        gone = 0
+    async def delete_artifacts(self) -> int:
+        """Delete the documents of artifacts that were marked long ago and still have no reference."""
+        long_ago = self._clock() - self._ages.marked
+        deleted = 0
         async for doc in self._collections.artifacts.find({"condemned_at": {"$lte": long_ago}}, WITHOUT_BLOCKS):
-            gone += await self._deleted(doc)
-        return gone
+            deleted += await self._delete_artifact(doc)
+        return deleted
 
     async def find_strays(self) -> int:
-        """Buries every old blob that no document means."""
+        """Schedule the deletion of every old blob that no document refers to. Return their number."""
         before = self._clock() - self._ages.stray
         found = 0
         for folder in (FOLDER, RESPONSES):
             old = (blob.key async for blob in self._blobs.list(folder) if blob.modified_at < before)
             async for keys in batches(old):
-                strays = sorted(set(keys) - await self._uses.meant(keys))
-                await self._graves.bury(strays, self._clock())
+                strays = sorted(set(keys) - await self._uses.used_keys(keys))
+                await self._deletions.schedule(strays, self._clock())
                 found += len(strays)
         return found
 
-    async def dig(self) -> int:
-        """Removes the blobs whose graves are old enough."""
-        if await self._graves.are_held(self._clock()):
+    async def remove_blobs(self) -> int:
+        """Remove the blobs whose pending deletion is old enough. Return their number."""
+        if await self._deletions.are_on_hold(self._clock()):
             return 0
-        long_ago = self._clock() - self._ages.buried
+        long_ago = self._clock() - self._ages.pending
         removed = 0
-        async for docs in batches(self._collections.graves.find({"buried_at": {"$lte": long_ago}}, {"_id": 1})):
+        async for docs in batches(
+            self._collections.pending_deletions.find({"buried_at": {"$lte": long_ago}}, {"_id": 1})
+        ):
             keys = [doc["_id"] for doc in docs]
-            # After all: an upload that took a day was recorded. Its blob stays.
-            meant = await self._uses.meant(keys)
+            # An upload that took a day may have been recorded meanwhile: its blob stays.
+            used = await self._uses.used_keys(keys)
             for key in keys:
-                if key not in meant:
+                if key not in used:
                     await self._blobs.remove(key)
                     removed += 1
-            await self._collections.graves.delete_many({"_id": {"$in": keys}})
+            await self._collections.pending_deletions.delete_many({"_id": {"$in": keys}})
         return removed
 
-    async def _deleted(self, condemned: Document) -> bool:
-        """One artifact, if it is still condemned and nobody refers to it."""
-        still = {"_id": condemned["_id"], "condemned_at": condemned["condemned_at"]}
+    async def _delete_artifact(self, marked: Document) -> bool:
+        """Delete one artifact, if it is still marked and has no reference."""
+        still = {"_id": marked["_id"], "condemned_at": marked["condemned_at"]}
 
         async def all_or_nothing(session: AsyncClientSession) -> bool:
             doc = await self._collections.artifacts.find_one_and_delete(still, WITHOUT_BLOCKS, session=session)
             if doc is None:
                 return False
-            if await self._uses.referred([doc["_id"]], session):
+            if await self._uses.referenced([doc["_id"]], session):
                 raise _Referred
-            await self._graves.bury([key_of(doc)], self._clock(), session)
+            await self._deletions.schedule([key_of(doc)], self._clock(), session)
             return True
 
         try:
@@ -161,11 +164,11 @@ class Collector:
 
 
 class _Referred(Exception):
-    """Ends a transaction: nothing of it is to happen."""
+    """The artifact has a reference: roll the transaction back."""
 
 
 async def batches(items: AsyncIterator[T]) -> AsyncIterator[Sequence[T]]:
-    """The items, AT_ONCE by AT_ONCE."""
+    """Yield the items in lists of AT_ONCE."""
     batch: list[T] = []
     async for item in items:
         batch.append(item)

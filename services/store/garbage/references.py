@@ -1,12 +1,12 @@
-"""Who needs an artifact, other than the registry: a name (`job/01J...`) for each use of it.
+"""References to artifacts other than by models: a name (`job/01J...`) for each use of an artifact.
 
-A reference and the collection of what it refers to both write to the artifact's document, in a transaction each: of the
-two, one sees the other, and nothing that is referred to is ever collected.
+Making a reference and collecting its artifact both write to the artifact's document, each in a transaction. One of the
+two sees the other, so a referenced artifact is never collected.
 
     references  {_id: name, digest, made_at, tenant?, size?}
 
-One that is made for a tenant counts for it as long as it stands: what changes is noted in the transaction that makes,
-moves or ends it (`usage/changes.py`).
+A reference made for a tenant counts towards the tenant's usage while it exists. The transaction that makes, moves or
+ends the reference also notes the change of usage (`usage/changes.py`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class References:
         self._changes = Changes(collections)
 
     async def make(self, name: str, artifact: Stored, tenant: str | None = None) -> None:
-        """Has `name` refer to an artifact that is stored. Idempotent; a name that referred to another one moves.
+        """Make the reference `name` to a stored artifact. Idempotent; an existing reference of that name moves.
 
         Args:
-            tenant: whose storage it counts for from now on. None: nobody's.
+            tenant: the tenant whose usage the reference counts towards; None: no tenant's.
 
         Raises:
             InvalidArgument: a bad name or tenant.
@@ -72,7 +72,7 @@ class References:
                 raise Unavailable(f"artifact {artifact.digest} has just been collected: upload it again")
 
     async def release(self, names: Sequence[str]) -> int:
-        """Ends references; those that there are not are ended already. Says how many there were.
+        """End references; names without a reference are ignored. Return the number of references that existed.
 
         Raises:
             InvalidArgument: a bad name, or too many.
@@ -84,7 +84,7 @@ class References:
         some = {"_id": {"$in": list(names)}}
 
         async def all_or_nothing(session: AsyncClientSession) -> int:
-            # Both see the same ones: what anybody has changed meanwhile ends this transaction, and it begins anew.
+            # Both operations see the same references: a concurrent change aborts this transaction, which then restarts.
             ended = await self._collections.references.find(some, _COUNTED, session=session).to_list()
             await self._collections.references.delete_many(some, session=session)
             await self._changes.note(_difference(ended, []), session)
@@ -94,7 +94,7 @@ class References:
             return await transaction(self._collections, all_or_nothing)
 
     async def page(self, prefix: str, after: str, before: str, limit: int) -> list[tuple[str, str]]:
-        """References whose names begin with `prefix`, above `after`, below `before`, in order: (name, digest).
+        """Return references with names that begin with `prefix`, above `after`, below `before`: (name, digest) by name.
 
         Raises:
             InvalidArgument: a bad prefix, bound or limit.
@@ -112,19 +112,19 @@ class References:
 
 
 def _difference(before: Iterable[Document], after: Iterable[Document]) -> Mapping[str, Weight]:
-    """What tenants have more when references come in the place of others. Those of no tenant count for nobody."""
+    """Return the change of usage per tenant when `after` replaces `before`. References without tenant do not count."""
     more = [(doc["tenant"], weight_of_payloads(1, doc["size"])) for doc in after if "tenant" in doc]
     less = [(doc["tenant"], Weight() - weight_of_payloads(1, doc["size"])) for doc in before if "tenant" in doc]
     return by_tenant(more + less)
 
 
 def check_tenant(tenant: str | None, field: str) -> None:
-    """Whom a reference counts for, or InvalidArgument."""
+    """Raise InvalidArgument when a reference may not count towards that tenant."""
     if tenant is not None:
         check_text(tenant, field)
 
 
 def check_name(name: str, field: str) -> None:
-    """A reference's name, or InvalidArgument."""
+    """Raise InvalidArgument when a reference may not have that name."""
     if not 1 <= len(name) <= MOST_CHARS or not name.isprintable():
         raise InvalidArgument(f"{field}: expected 1 to {MOST_CHARS} printable characters, got {brief(name)}")

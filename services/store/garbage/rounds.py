@@ -1,4 +1,4 @@
-"""The rounds of the collector: when they are, for as long as the service runs."""
+"""Periodic runs of the garbage collector while the service runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shoal.errors import ShoalError
 log = logging.getLogger(__name__)
 
 STRAYS_EVERY = 144
-"""With rounds of 10 minutes: once a day. Each lists every blob."""
+"""Rounds between two searches for strays: once a day with rounds of 10 minutes. Each search lists every blob."""
 _FIRST_STRAYS = 6
 
 
-class Rounds(Background):
-    """Has the collector make its rounds. Every instance does: what two do at once, one of them does."""
+class CollectorRounds(Background):
+    """Runs the collector periodically. Every instance does; simultaneous runs share the work safely."""
 
     def __init__(self, collector: Collector, every_s: float) -> None:
         self._collector = collector
@@ -27,7 +27,7 @@ class Rounds(Background):
     async def _run(self) -> None:
         number = 0
         while True:
-            # Not in step with other instances, which may have started together with this one.
+            # A random interval: instances that started together should not run in step.
             await asyncio.sleep(self._every_s * random.uniform(0.5, 1))
             number += 1
             await self._round(strays=number % STRAYS_EVERY == _FIRST_STRAYS)
@@ -38,7 +38,8 @@ class Rounds(Background):
         except ShoalError as err:
             log.warning("artifacts could not be collected for now: %s", err)
         except Exception:
-            log.exception("collecting artifacts")  # A fault of ours must not end the rounds.
+            # A bug in one round must not end the later ones.
+            log.exception("collecting artifacts")
         else:
             if done != Collected():
                 log.info("collected: %s", done)

@@ -1,4 +1,4 @@
-"""Who uses what: the one place that knows everything that can refer to an artifact, or mean a blob."""
+"""Uses of artifacts and blobs. This module alone knows everything that can refer to an artifact or a blob."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from services.store.documents import Collections
 
 
 class Uses:
-    """Looks for uses. Raises pymongo's errors."""
+    """Finds uses. Raises pymongo's errors."""
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
 
-    async def referred(self, digests: Collection[str], session: AsyncClientSession | None = None) -> set[str]:
-        """Those of these artifacts that a model or a reference needs."""
+    async def referenced(self, digests: Collection[str], session: AsyncClientSession | None = None) -> set[str]:
+        """Return the digests that a model or a reference uses."""
         some = {"$in": list(digests)}
         found = await self._collections.models.distinct("files.sha256", {"files.sha256": some}, session=session)
         found += await self._collections.references.distinct("digest", {"digest": some}, session=session)
         return set(found) & set(digests)
 
     async def users(self, digest: str) -> list[str]:
-        """Who needs an artifact, in words."""
+        """Return descriptions of the models and references that use an artifact."""
         models = self._collections.models.find({"files.sha256": digest}).sort([("name", 1), ("version", 1)])
         found = [
             f"model {doc['name']} version {doc['version']}, file {file['path']}"
@@ -35,8 +35,8 @@ class Uses:
         references = self._collections.references.find({"digest": digest}).sort("_id", 1)
         return found + [doc["_id"] async for doc in references]
 
-    async def meant(self, keys: Iterable[str]) -> set[str]:
-        """Those of these keys whose blobs a document means: an artifact's, damaged or not, or a result's."""
+    async def used_keys(self, keys: Iterable[str]) -> set[str]:
+        """Return the keys of blobs that an artifact (damaged or not) or a result refers to."""
         keys = set(keys)
         digests = {_digest_of(key) for key in keys if key.startswith(f"{FOLDER}/")}
         artifacts = self._collections.artifacts.find({"_id": {"$in": list(digests)}}, {"key": 1})

@@ -1,7 +1,7 @@
-"""Looks at every blob and every document that means one, and names what does not fit.
+"""Verification: compares every blob with the document that refers to it, and reports differences.
 
-It reads one blob at a time, so that it takes no more of the store than one client does. What it finds damaged is
-marked: it counts as missing, and the next upload of it repairs it. A mark on what is whole (again) is taken away.
+It reads one blob at a time, so its load is that of one client. A damaged artifact is marked: it counts as missing, and
+the next upload repairs it. The mark of an artifact that is intact again is removed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from services.store.documents import Collections
 from services.store.garbage.collector import batches
 from services.store.garbage.uses import Uses
 from services.store.results.large_responses import FOLDER as RESPONSES
-from services.store.results.large_responses import Responses
+from services.store.results.large_responses import LargeResponses
 from services.store.results.result_documents import BlobRef, blob_of
 from shoal.errors import Aborted, DataLoss, NotFound
 
 
 class Kind(Enum):
-    """What a finding is about; the numbers are those of VerifyStoreResponse.Kind."""
+    """Kinds of findings, numbered as in VerifyStoreResponse.Kind."""
 
     DAMAGED = 1
     STRAY = 2
@@ -34,7 +34,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that does not fit."""
+    """Difference between the blobs and the documents."""
 
     kind: Kind
     key: str
@@ -44,12 +44,12 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """How far it is."""
+class VerificationProgress:
+    """Progress of a verification."""
 
     blobs: int
     blobs_in_all: int
-    """As many as there were when it began."""
+    """Number of blobs at the start."""
     bytes: int
     finding: Finding | None = None
 
@@ -57,18 +57,18 @@ class Seen:
 class Verification:
     """Verifies the store."""
 
-    def __init__(self, collections: Collections, blobs: BlobStore, reader: Reader, responses: Responses) -> None:
+    def __init__(self, collections: Collections, blobs: BlobStore, reader: Reader, responses: LargeResponses) -> None:
         self._collections = collections
         self._blobs = blobs
         self._reader = reader
         self._responses = responses
         self._uses = Uses(collections)
 
-    async def run(self, *, sizes_only: bool) -> AsyncGenerator[Seen, None]:
-        """Yields after each blob. `sizes_only`: looks whether blobs are there with their sizes, and reads none.
+    async def run(self, *, sizes_only: bool) -> AsyncGenerator[VerificationProgress, None]:
+        """Verify all blobs and yield the progress after each. `sizes_only`: compare sizes and read no blob.
 
         Raises:
-            ShoalError: MongoDB or the blobs are away.
+            ShoalError: MongoDB or the blobs are unavailable.
         """
         await self._blobs.check()
         with translated("verifying the store"):
@@ -80,19 +80,20 @@ class Verification:
                 stored = stored_of(doc)
                 finding = await self._artifact(stored, doc, sizes_only)
                 blobs, nbytes = blobs + 1, nbytes + stored.size
-                yield Seen(blobs, in_all, nbytes, finding)
+                yield VerificationProgress(blobs, in_all, nbytes, finding)
             async for doc in results.find(with_blob, {"blob": 1}):
                 if ref := blob_of(doc):
                     finding = await self._response(ref, doc["_id"], sizes_only)
                     blobs, nbytes = blobs + 1, nbytes + ref.size
-                    yield Seen(blobs, in_all, nbytes, finding)
+                    yield VerificationProgress(blobs, in_all, nbytes, finding)
             async for stray in self._strays():
-                yield Seen(blobs, in_all, nbytes, stray)
+                yield VerificationProgress(blobs, in_all, nbytes, stray)
 
     async def _artifact(self, stored: Stored, doc: Document, sizes_only: bool) -> Finding | None:
         try:
             await (self._reader.check_size(stored) if sizes_only else self._reader.verify(stored))
-        except (NotFound, Aborted):  # Removed or replaced meanwhile: nobody's fault.
+        # The artifact was removed or replaced during the verification.
+        except (NotFound, Aborted):
             return None
         except DataLoss as err:
             users = tuple(await self._uses.users(stored.digest))
@@ -100,30 +101,31 @@ class Verification:
         if not doc.get("damaged") or sizes_only:
             return None
         await self._collections.artifacts.update_one(same_bytes(stored), {"$unset": {"damaged": ""}})
-        return Finding(Kind.WHOLE_AGAIN, stored.key, "its bytes are what they were", stored.digest)
+        return Finding(Kind.WHOLE_AGAIN, stored.key, "its bytes are intact again", stored.digest)
 
     async def _response(self, ref: BlobRef, job_id: str, sizes_only: bool) -> Finding | None:
         try:
             if not sizes_only:
                 await self._responses.read(ref)
             elif (size := await self._blobs.size(ref.key)) != ref.size:
-                raise DataLoss("it is gone" if size is None else f"{size} bytes of {ref.size}")
+                raise DataLoss("it is missing" if size is None else f"{size} bytes of {ref.size}")
         except DataLoss as err:
             if await self._collections.results.find_one({"_id": job_id, "blob.key": ref.key}, {"_id": 1}) is None:
-                return None  # Deleted meanwhile.
+                # The result was removed during the verification.
+                return None
             return Finding(Kind.DAMAGED, ref.key, err.message, ref.sha256, (f"the result of job {job_id}",))
         return None
 
     async def _strays(self) -> AsyncIterator[Finding]:
         for folder in (FOLDER, RESPONSES):
             async for blobs in batches(self._blobs.list(folder)):
-                for stray in await self._unmeant({blob.key: blob.size for blob in blobs}):
+                for stray in await self._stray_findings({blob.key: blob.size for blob in blobs}):
                     yield stray
 
-    async def _unmeant(self, sizes: dict[str, int]) -> list[Finding]:
-        graves = self._collections.graves.find({"_id": {"$in": list(sizes)}}, {"_id": 1})
-        known = await self._uses.meant(sizes) | {doc["_id"] async for doc in graves}
+    async def _stray_findings(self, sizes: dict[str, int]) -> list[Finding]:
+        pending = self._collections.pending_deletions.find({"_id": {"$in": list(sizes)}}, {"_id": 1})
+        known = await self._uses.used_keys(sizes) | {doc["_id"] async for doc in pending}
         return [
-            Finding(Kind.STRAY, key, f"{sizes[key]} bytes that no document means: removed by and by")
+            Finding(Kind.STRAY, key, f"{sizes[key]} bytes without a document: garbage collection will remove them")
             for key in sorted(set(sizes) - known)
         ]

@@ -1,1 +1,1 @@
-"""Models and their versions."""
+"""Model registry: models, their versions and aliases."""

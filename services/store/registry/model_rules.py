@@ -1,4 +1,4 @@
-"""What a model may be called and made of: plain checks, so that no name or path reaches outside its own folder."""
+"""Checks of model names, versions, labels and files; no name or path reaches outside the model's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoal.errors import InvalidArgument
 
 MAX_VERSION = (1 << 63) - 1
 MAX_FILES = 4_096
-"""Well below what fits a document of 16 MiB with paths of full length."""
+"""Well below the number that fits a document of 16 MiB with paths of full length."""
 MAX_PATH_CHARACTERS = 1_024
 MAX_LABELS = 64
 MAX_LABEL_CHARACTERS = 256
@@ -24,7 +24,7 @@ _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class File:
-    """One file of a model version. `path` is relative to the version's folder."""
+    """File of a model version. `path` is relative to the version's folder."""
 
     path: str
     sha256: str
@@ -32,7 +32,7 @@ class File:
 
 
 def check_name(name: str, field: str = "name") -> str:
-    """A model name, or InvalidArgument."""
+    """Return a model name. Raises InvalidArgument when it is invalid."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             f"{field}: expected 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first; got {brief(name)}"
@@ -41,7 +41,7 @@ def check_name(name: str, field: str = "name") -> str:
 
 
 def check_alias(alias: str) -> str:
-    """An alias, or InvalidArgument."""
+    """Return an alias. Raises InvalidArgument when it is invalid."""
     if not _ALIAS.fullmatch(alias):
         raise InvalidArgument(
             f"alias: expected 1 to 128 letters, digits, '.', '_' or '-', a letter first; got {brief(alias)}"
@@ -50,14 +50,14 @@ def check_alias(alias: str) -> str:
 
 
 def check_version(version: int) -> int:
-    """A version, or 0 where it means all, none or the next; or InvalidArgument."""
+    """Return a version; 0 means all, none or the next. Raises InvalidArgument when it is negative."""
     if version < 0:
         raise InvalidArgument(f"version: expected 0 or more, got {version}")
     return version
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """The labels, sorted by key; or InvalidArgument."""
+    """Return the labels, sorted by key. Raises InvalidArgument when one is invalid."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(f"labels: {len(labels)} are too many: {MAX_LABELS} at most")
     for key, value in labels.items():
@@ -69,10 +69,10 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_files(files: Sequence[File]) -> tuple[File, ...]:
-    """The files, sorted by path.
+    """Return the files, sorted by path.
 
     Raises:
-        InvalidArgument: none or too many, a bad path, digest or size, or two that cannot lie in one folder together.
+        InvalidArgument: none or too many files, a bad path, digest or size, or two that cannot be in one folder.
     """
     if not files:
         raise InvalidArgument("files: a model version needs at least one file")
@@ -88,7 +88,7 @@ def check_files(files: Sequence[File]) -> tuple[File, ...]:
 
 
 def check_path(path: str, field: str) -> None:
-    """A path inside the version's folder, or inside the model's when it starts with `../`; or InvalidArgument."""
+    """Check a path inside the version's folder, or inside the model's when it starts with `../`."""
 
     def refuse(why: str) -> NoReturn:
         raise InvalidArgument(f"{field}: {brief(path)}: {why}")
@@ -109,11 +109,11 @@ def check_path(path: str, field: str) -> None:
 
 
 def _check_layout(paths: Iterable[str]) -> None:
-    """No path twice, and none that is both a file and a folder."""
+    """Reject a repeated path, and a path that is both a file and a folder."""
     seen: set[str] = set()
     for path in paths:
         if path in seen:
-            raise InvalidArgument(f"files: the path {brief(path)} is there twice")
+            raise InvalidArgument(f"files: the path {brief(path)} occurs twice")
         seen.add(path)
     for path in seen:
         parts = path.split("/")
@@ -123,7 +123,7 @@ def _check_layout(paths: Iterable[str]) -> None:
 
 
 def content_digest(files: Iterable[File]) -> str:
-    """One digest for what a version is made of: SHA-256 over `<path> NUL <sha256> LF` of its files, sorted by path."""
+    """Return the digest of a version: SHA-256 over `<path> NUL <sha256> LF` of its files, sorted by path."""
     found = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.path):
         found.update(f"{file.path}\0{file.sha256}\n".encode())

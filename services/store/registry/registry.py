@@ -1,7 +1,7 @@
-"""The model registry: which artifacts make up which version of which model, and which version an alias means.
+"""Model registry: the artifacts of each version of each model, and the version of each alias.
 
-A version is immutable. Its document's `_id` is its name and number, so of several pushes at once one gets a number and
-the rest see that it is taken, whatever instance they went through.
+A version is immutable. Its document's `_id` is its name and number, so of several concurrent pushes one gets a number
+and the others get a conflict, in every instance.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgu
 
 T = TypeVar("T")
 
+# Each lost race means that another push of this model succeeded: as many pushes in a row would have to.
 _NUMBER_ATTEMPTS = 100
-# Each lost race means that another push of this model got through, so this many would have to, one after the other.
 _SORTED = [("name", ASCENDING), ("version", ASCENDING)]
 
 
@@ -45,7 +45,7 @@ class Version:
 
 
 class Registry:
-    """Registers, lists and removes versions, and points aliases. Safe beside other instances on the same MongoDB."""
+    """Registers, lists and removes versions, and sets aliases. Safe beside other instances on the same MongoDB."""
 
     def __init__(self, collections: Collections, artifacts: Artifacts, clock: Callable[[], datetime]) -> None:
         self._collections = collections
@@ -55,30 +55,30 @@ class Registry:
     async def register(
         self, name: str, version: int, files: list[File], labels: Mapping[str, str]
     ) -> tuple[Version, bool]:
-        """Registers a version; `version` 0 takes the next number. True when exactly this was registered before.
+        """Register a version; `version` 0 chooses the next number. Return True when the same content was registered.
 
         Raises:
             InvalidArgument: a bad name, version, path, digest, size or label.
             NotFound: a file's artifact is not stored.
-            AlreadyExists: that version is there with other content.
+            AlreadyExists: that version exists with other content.
         """
         rules.check_name(name, "model.name")
         rules.check_version(version)
-        notes = rules.check_labels(labels)
+        checked_labels = rules.check_labels(labels)
         stored = await self._stored(rules.check_files(files))
         doc: Document = {
             "name": name,
             "files": [vars(file) for file in stored],
             "content_digest": rules.content_digest(stored),
             "created_at": whole_milliseconds(self._clock()),
-            "labels": [{"key": key, "value": value} for key, value in notes.items()],
+            "labels": [{"key": key, "value": value} for key, value in checked_labels.items()],
         }
         with translated(f"registering model {name}"):
-            there = await (self._insert(doc, version) if version else self._insert_next(doc))
-            return await self._with_aliases(there or doc), there is not None
+            existing = await (self._insert(doc, version) if version else self._insert_next(doc))
+            return await self._with_aliases(existing or doc), existing is not None
 
     async def versions(self, name: str) -> list[Version]:
-        """Every version of model `name`, or of every model when it is empty, sorted by name and version."""
+        """Return every version of model `name`, or of every model when it is empty, sorted by name and version."""
         query = {"name": rules.check_name(name)} if name else {}
         with translated("listing models"):
             docs = await self._collections.models.find(query).sort(_SORTED).to_list()
@@ -86,7 +86,7 @@ class Registry:
         return _joined(docs, aliases)
 
     async def remove(self, name: str, version: int) -> list[Version]:
-        """Removes one version, or all when `version` is 0, with the aliases that point there. Says what was removed.
+        """Remove one version, or all when `version` is 0, with their aliases. Return the removed versions.
 
         Raises:
             NotFound: no such model or version.
@@ -95,7 +95,7 @@ class Registry:
         rules.check_version(version)
         query: Document = {"name": name, "version": version} if version else {"name": name}
 
-        async def both(session: AsyncClientSession) -> list[Version]:
+        async def work(session: AsyncClientSession) -> list[Version]:
             models, aliases = self._collections.models, self._collections.aliases
             docs = await models.find(query, session=session).sort(_SORTED).to_list()
             pointing = await aliases.find(query, session=session).to_list()
@@ -103,13 +103,13 @@ class Registry:
             await aliases.delete_many(query, session=session)
             return _joined(docs, pointing)
 
-        removed = await self._together(f"removing model {name}", both)
+        removed = await self._in_transaction(f"removing model {name}", work)
         if not removed:
             raise NotFound(f"model {name}" + (f" has no version {version}" if version else " is not registered"))
         return removed
 
     async def set_alias(self, name: str, alias: str, version: int) -> Version | None:
-        """Points `alias` at a version, and gives that version; or removes it when `version` is 0.
+        """Point `alias` at a version and return that version; remove the alias when `version` is 0.
 
         Raises:
             NotFound: no such version.
@@ -123,23 +123,23 @@ class Registry:
             return None
         pointer: Document = {"name": name, "alias": alias, "version": version}
 
-        async def both(session: AsyncClientSession) -> Document | None:
-            # Writing to the version makes a removal at the same time conflict with this: no alias can dangle.
+        async def work(session: AsyncClientSession) -> Document | None:
+            # The write to the version conflicts with a concurrent removal: no alias can dangle.
             touched = {"$set": {"aliased_at": self._clock()}}
             doc = await self._collections.models.find_one_and_update(_key(name, version), touched, session=session)
             if doc is not None:
-                where = {"_id": f"{name}/{alias}"}
-                await self._collections.aliases.replace_one(where, pointer, upsert=True, session=session)
+                key = {"_id": f"{name}/{alias}"}
+                await self._collections.aliases.replace_one(key, pointer, upsert=True, session=session)
             return doc
 
-        doc = await self._together(f"pointing alias {alias} of model {name}", both)
+        doc = await self._in_transaction(f"pointing alias {alias} of model {name}", work)
         if doc is None:
             raise NotFound(f"model {name} has no version {version}")
         with translated(f"reading the aliases of model {name}"):
             return await self._with_aliases(doc)
 
     async def _stored(self, files: tuple[File, ...]) -> tuple[File, ...]:
-        """The files with the sizes that their artifacts have. A size of 0 says nothing."""
+        """Return the files with the sizes of their artifacts. A size of 0 in the request is not checked."""
         found = await self._artifacts.find({file.sha256 for file in files})
         for file in files:
             if (artifact := found.get(file.sha256)) is None:
@@ -151,33 +151,33 @@ class Registry:
         return tuple(File(file.path, file.sha256, found[file.sha256].size) for file in files)
 
     async def _insert(self, doc: Document, version: int) -> Document | None:
-        """Inserts `doc` as this version: None. Or gives the same content that is there as this version."""
+        """Insert `doc` as this version and return None; or return the existing version of the same content."""
         doc.update(_key(doc["name"], version), version=version)
         digests = {file["sha256"] for file in doc["files"]}
 
-        async def both(session: AsyncClientSession) -> bool:
-            # Writing to the artifacts makes a collection of one of them at the same time conflict with this.
-            if is_there := await self._artifacts.touch(digests, session):
+        async def work(session: AsyncClientSession) -> bool:
+            # The write to the artifacts conflicts with a concurrent collection of one of them.
+            if are_stored := await self._artifacts.touch(digests, session):
                 await self._collections.models.insert_one(doc, session=session)
-            return is_there
+            return are_stored
 
         try:
-            if not await transaction(self._collections, both):
+            if not await transaction(self._collections, work):
                 raise NotFound("an artifact has just been collected, because nothing referred to it: upload it again")
         except DuplicateKeyError:
-            there = await self._collections.models.find_one({"_id": doc["_id"]})
-            if there is None:
+            existing = await self._collections.models.find_one({"_id": doc["_id"]})
+            if existing is None:
                 raise Aborted(f"version {version} of model {doc['name']} was removed meanwhile: try again") from None
-            if there["content_digest"] != doc["content_digest"]:
+            if existing["content_digest"] != doc["content_digest"]:
                 raise AlreadyExists(
-                    f"version {version} of model {doc['name']} is there with other content, and versions are "
+                    f"version {version} of model {doc['name']} exists with other content, and versions are "
                     "immutable: register it under another version, or 0 for the next"
                 ) from None
-            return there
+            return existing
         return None
 
     async def _insert_next(self, doc: Document) -> Document | None:
-        """Inserts `doc` under the next number: None. Or gives the newest version when it has this content already."""
+        """Insert `doc` under the next number and return None; or return the newest version if its content is equal."""
         for _ in range(_NUMBER_ATTEMPTS):
             newest = await self._collections.models.find_one({"name": doc["name"]}, sort=[("version", DESCENDING)])
             if newest and newest["content_digest"] == doc["content_digest"]:
@@ -188,15 +188,16 @@ class Registry:
             try:
                 return await self._insert(doc, version)
             except (AlreadyExists, Aborted):
-                continue  # Another push took the number between our look and our write.
+                # Another push took the number between our read and our write.
+                continue
         raise Aborted(f"model {doc['name']}: {_NUMBER_ATTEMPTS} other pushes came first: try again")
 
     async def _with_aliases(self, doc: Document) -> Version:
         query = {"name": doc["name"], "version": doc["version"]}
         return _version(doc, [alias["alias"] async for alias in self._collections.aliases.find(query)])
 
-    async def _together(self, doing: str, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-        """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
+    async def _in_transaction(self, doing: str, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
+        """Run `work` in one transaction, possibly more than once."""
         with translated(doing):
             return await transaction(self._collections, work)
 

@@ -1,8 +1,8 @@
-"""A live copy of the registry, one for the process, however many watch it.
+"""Live copy of the registry: one in the process, shared by all watchers.
 
     change stream on models and aliases ──> changed ──> wait for the rest of a burst ──> read the whole ──> Watched
 
-The stream only says *that* something changed; what is passed on is always read whole. So a stream that broke needs no
+The stream only signals *that* something changed; the registry is then read as a whole. So a broken stream needs no
 resume token: it is opened again, and the registry is read once more after that.
 """
 
@@ -24,8 +24,8 @@ from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
+# A push registers and then sets an alias: one snapshot for both.
 _BURST_S = 0.05
-# A push registers and then points an alias: one snapshot for both.
 _RETRY_S = 0.5
 _AWAIT_MS = 1_000
 _PIPELINE: list[Document] = [
@@ -35,7 +35,7 @@ _PIPELINE: list[Document] = [
 
 
 class RegistryWatch:
-    """Use as `async with`: it follows the registry for as long as the block lasts, through any outage of MongoDB."""
+    """Use as `async with`: follows the registry while the block lasts, through any outage of MongoDB."""
 
     def __init__(self, collections: Collections, registry: Registry) -> None:
         self._collections = collections
@@ -58,11 +58,11 @@ class RegistryWatch:
         await self._stack.aclose()
 
     async def follow(self, name: str) -> AsyncGenerator[tuple[Version, ...], None]:
-        """Yields the registry (or only model `name`) as it is now, and again after each change of it. Never ends.
+        """Yield the registry (or only model `name`) as it is now, and again after each change. Never ends.
 
         Raises:
             InvalidArgument: a bad name.
-            Unavailable: MongoDB is away at the start. Later it is waited for.
+            Unavailable: MongoDB is unavailable at the start. A later outage is waited out.
         """
         if name:
             check_name(name)
@@ -70,13 +70,13 @@ class RegistryWatch:
         await self._read()
         shown: tuple[Version, ...] | None = None
         async for versions in self._latest.follow():
-            mine = tuple(version for version in versions if name in ("", version.name))
-            if mine != shown:
-                shown = mine
-                yield mine
+            selected = tuple(version for version in versions if name in ("", version.name))
+            if selected != shown:
+                shown = selected
+                yield selected
 
     async def _read(self) -> None:
-        """Replaces the copy by one that is read now. One at a time, so that an older one never replaces a newer."""
+        """Replace the copy by a new read, one at a time, so that an older read never replaces a newer one."""
         async with self._reading:
             self._latest.set(tuple(await self._registry.versions("")))
 
@@ -89,18 +89,19 @@ class RegistryWatch:
                 await self._read()
             except Exception as err:
                 self._changed.set()
-                await _complain("reading the registry", err)
+                await _log_and_wait("reading the registry", err)
 
     async def _follow_for_ever(self) -> None:
-        await self._watched.wait()  # Nobody watches, nothing to follow.
+        # The stream opens with the first watcher.
+        await self._watched.wait()
         while True:
             try:
                 await self._follow()
             except Exception as err:
-                await _complain("watching the registry", err)
+                await _log_and_wait("watching the registry", err)
 
     async def _follow(self) -> None:
-        """Notes that the registry may have changed: when the stream opens, and with each change until it fails."""
+        """Signal a change when the stream opens, and at each of its events until it fails."""
         database = self._collections.db
         with translated("opening a change stream"):
             async with await database.watch(_PIPELINE, max_await_time_ms=_AWAIT_MS) as stream:
@@ -110,9 +111,9 @@ class RegistryWatch:
                         self._changed.set()
 
 
-async def _complain(doing: str, err: Exception) -> None:
+async def _log_and_wait(doing: str, err: Exception) -> None:
     if isinstance(err, ShoalError):
-        log.warning("%s: %s; trying again", doing, err)
+        log.warning("%s: %s; retrying", doing, err)
     else:
-        log.error("%s failed; trying again", doing, exc_info=err)
+        log.error("%s failed; retrying", doing, exc_info=err)
     await asyncio.sleep(_RETRY_S)

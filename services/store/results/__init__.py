@@ -1,1 +1,1 @@
-"""What became of jobs, one result each, and the first stands."""
+"""Results of jobs: one for each job; the first recorded result stands."""

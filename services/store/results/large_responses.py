@@ -1,4 +1,4 @@
-"""Responses too large for a document (16 MiB at most): blobs of their own, verified when they are read back."""
+"""Responses too large for a document (16 MiB at most): stored as blobs, and verified when they are read."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
 FOLDER = "responses"
-"""Where their blobs lie."""
+"""Folder of the blobs of responses."""
 INLINE_BYTES = 256 << 10
-"""Up to here a response lies in its document: one read, and a page of a hundred such is still a message."""
+"""Largest response inside its document. One read suffices, and a page of a hundred such results fits one message."""
 
 
-class Responses:
-    """Keeps large responses. Each has a key of its own, so the one of a result that lost a race can be removed."""
+class LargeResponses:
+    """Stores large responses. Each has its own key, so the blob of a result that was not recorded can be removed."""
 
     def __init__(self, blobs: BlobStore, threads: Threads, inline_bytes: int = INLINE_BYTES) -> None:
         self.inline_bytes = inline_bytes
-        """Up to here a response is kept as it is."""
+        """Largest response that is not stored as a blob."""
         self._blobs = blobs
         self._threads = threads
 
     async def keep(self, response: bytes) -> bytes | BlobRef:
-        """The response itself when it is small; else it is stored as a blob, durably."""
+        """Return a small response unchanged; store a large one as a blob, durably, and return its reference."""
         if len(response) <= self.inline_bytes:
             return response
         name = uuid.uuid4().hex
@@ -36,21 +36,22 @@ class Responses:
         return BlobRef(key, len(response), digest)
 
     async def read(self, ref: BlobRef) -> bytes:
-        """The response.
+        """Return the response.
 
         Raises:
-            DataLoss: it is gone or damaged, or the disk cannot read it.
-            FailedPrecondition: the folder or bucket of blobs is not there.
+            DataLoss: the blob is missing or damaged, or the disk cannot read it.
+            FailedPrecondition: the folder or bucket of blobs does not exist.
         """
         try:
             data = b"".join([chunk async for chunk in self._blobs.read(ref.key, 0, ref.size)])
         except NotFound as err:
-            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
-            raise DataLoss(f"blob {ref.key}: the response that lay there is gone") from err
+            # An unavailable bucket or disk has lost nothing.
+            await self._blobs.check()
+            raise DataLoss(f"blob {ref.key}: the response is missing") from err
         if await self._threads.run(lambda: hashlib.sha256(data).hexdigest()) != ref.sha256:
-            raise DataLoss(f"blob {ref.key}: the response that lies there is damaged")
+            raise DataLoss(f"blob {ref.key}: the response is damaged")
         return data
 
     async def drop(self, ref: BlobRef) -> None:
-        """Removes a response that no result refers to."""
+        """Remove a response that no result refers to."""
         await self._blobs.remove(ref.key)

@@ -1,4 +1,4 @@
-"""A result as MongoDB holds it, and back: what was put is what is read, down to the nanosecond of `submitted_at`."""
+"""Translation of results to and from MongoDB documents, exact to the nanosecond of `submitted_at`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class BlobRef:
-    """Where a response lies that is too large for a document."""
+    """Reference to a blob: its key, size and digest."""
 
     key: str
     size: int
@@ -26,7 +26,7 @@ class BlobRef:
 
 
 def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | None) -> Document:
-    """The document of `result`, whose `response` is given apart: serialised, or where it lies."""
+    """Return the document of `result`. `response`: the serialised response, or the reference to its blob."""
     doc: Document = {"_id": result.job_id, **{field: getattr(result, field) for field in _SAME}}
     doc["recorded_at"] = recorded_at
     if result.generation > FIRST:
@@ -45,7 +45,7 @@ def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | 
 
 
 def result(doc: Document) -> Result:
-    """The result of a document, with its response when the document itself holds one.
+    """Return the result of a document, with its response when the document itself holds it.
 
     Raises:
         google.protobuf.message.DecodeError: the stored response is no ModelInferResponse.
@@ -73,7 +73,7 @@ def result(doc: Document) -> Result:
 
 
 def _removed(doc: Document) -> Result:
-    """What is left to say of a result that retention has removed."""
+    """Return the result of a tombstone."""
     return Result(
         job_id=doc["_id"],
         outcome=doc["outcome"],
@@ -87,24 +87,24 @@ def _removed(doc: Document) -> Result:
 
 
 def blob_of(doc: Document) -> BlobRef | None:
-    """Where the document's response lies, when that is a blob."""
+    """Return the reference to the document's response, when that is a blob."""
     return BlobRef(**doc["blob"]) if "blob" in doc else None
 
 
 def response_bytes(doc: Document) -> int:
-    """How large the response is, wherever it lies."""
+    """Return the size of the response, inside the document or in a blob."""
     if "blob" in doc:
         return int(doc["blob"]["size"])
     return inline_bytes(doc)
 
 
 def inline_bytes(doc: Document) -> int:
-    """How much of the response lies in the document itself."""
+    """Return the size of the response inside the document."""
     return len(doc.get("response", b""))
 
 
 def timestamp(time: datetime) -> Timestamp:
-    """`time` as protobuf has it."""
+    """Return `time` as a protobuf Timestamp."""
     made = Timestamp()
     made.FromDatetime(time)
     return made

@@ -1,4 +1,4 @@
-"""What a result and a question about results may hold: plain checks that name what is wrong."""
+"""Checks of results and of queries; errors name the field and the reason."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ MAX_TEXT_CHARACTERS = 1_024
 MAX_MESSAGE_CHARACTERS = 65_536
 MAX_LABELS, MAX_LABEL_CHARACTERS = 64, 256
 MAX_RESPONSE_BYTES = 120 << 20
-"""A response that came in one message must fit into one message again, with room for the rest of its result."""
+"""A response that arrived in one message must fit one message again, with space for the rest of its result."""
 DEFAULT_PAGE, MAX_PAGE = 100, 1_000
 _TEXTS = ("model_name", "model_version", "lease_id", "tenant", "instance")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EARLIEST_S, _LATEST_S = -62135596800, 253402300799  # Years 1 to 9999: what a Timestamp may hold.
+# Years 1 to 9999, the range of a Timestamp.
+_EARLIEST_S, _LATEST_S = -62135596800, 253402300799
 
 
 def check_results(results: Sequence[Result]) -> None:
-    """Whether all may be recorded: none is, when one may not.
+    """Check that all results may be recorded; otherwise none is.
 
     Raises:
-        InvalidArgument: no results, too many, two of one job, or a field is wrong; names the entry.
+        InvalidArgument: no results, too many, two of one job, or a bad field; names the entry.
     """
     if not 1 <= len(results) <= MAX_RESULTS:
         raise InvalidArgument(f"results: expected 1 to {MAX_RESULTS} of them, got {len(results)}")
@@ -45,7 +46,7 @@ def check_results(results: Sequence[Result]) -> None:
 
 
 def check_job_id(job_id: str, field: str = "job_id") -> str:
-    """A job id, or InvalidArgument."""
+    """Return a job id. Raises InvalidArgument when it is invalid."""
     if not 1 <= len(job_id) <= MAX_JOB_ID_CHARACTERS or not job_id.isprintable():
         raise InvalidArgument(
             f"{field}: expected 1 to {MAX_JOB_ID_CHARACTERS} printable characters, got {brief(job_id)}"
@@ -82,20 +83,20 @@ def _check_response(result: Result, where: str) -> None:
 
 
 def check_text(text: str, field: str, most: int = MAX_TEXT_CHARACTERS) -> str:
-    """A text that is not too long, or InvalidArgument."""
+    """Return a text. Raises InvalidArgument when it is too long."""
     if len(text) > most:
         raise InvalidArgument(f"{field}: {len(text)} characters are too many: {most} at most")
     return text
 
 
 def check_time(time: Timestamp, field: str) -> None:
-    """A Timestamp within its own bounds, or InvalidArgument."""
+    """Raise InvalidArgument when a Timestamp is out of range."""
     if not _EARLIEST_S <= time.seconds <= _LATEST_S or not 0 <= time.nanos < 1_000_000_000:
         raise InvalidArgument(f"{field}: expected a time in the years 1 to 9999 with 0 to 999999999 nanos")
 
 
 def check_labels(labels: Mapping[str, str], field: str) -> None:
-    """Labels as jobs have them, or InvalidArgument."""
+    """Raise InvalidArgument when labels are not allowed for a job."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(f"{field}: {len(labels)} are too many: {MAX_LABELS} at most")
     for key, value in labels.items():
@@ -104,33 +105,33 @@ def check_labels(labels: Mapping[str, str], field: str) -> None:
 
 
 def check_page_size(query: QueryResultsRequest) -> int:
-    """The page size that is asked for.
+    """Return the requested page size.
 
     Raises:
-        InvalidArgument: there are no such pages.
+        InvalidArgument: the size is out of range.
     """
     if not 0 <= query.page_size <= MAX_PAGE:
         raise InvalidArgument(f"page_size: expected 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}; got {query.page_size}")
     return query.page_size or DEFAULT_PAGE
 
 
-def check_filter(wanted: ResultFilter) -> None:
-    """Checks everything.
+def check_filter(result_filter: ResultFilter) -> None:
+    """Check every field of a filter.
 
     Raises:
-        InvalidArgument: a field is wrong.
+        InvalidArgument: a field is invalid.
     """
-    if len(wanted.job_ids) > MAX_RESULTS:
-        raise InvalidArgument(f"job_ids: {len(wanted.job_ids)} are too many: {MAX_RESULTS} at most")
-    _check_each(wanted.job_ids)
+    if len(result_filter.job_ids) > MAX_RESULTS:
+        raise InvalidArgument(f"job_ids: {len(result_filter.job_ids)} are too many: {MAX_RESULTS} at most")
+    _check_each(result_filter.job_ids)
     for field in ("model_name", "model_version", "tenant"):
-        check_text(getattr(wanted, field), field)
-    if wanted.outcome not in Result.Outcome.values():
-        raise InvalidArgument(f"outcome: there is no outcome {wanted.outcome}")
+        check_text(getattr(result_filter, field), field)
+    if result_filter.outcome not in Result.Outcome.values():
+        raise InvalidArgument(f"outcome: there is no outcome {result_filter.outcome}")
     for field in ("since", "until"):
-        if wanted.HasField(field):
-            check_time(getattr(wanted, field), field)
-    check_labels(wanted.labels, "labels")
+        if result_filter.HasField(field):
+            check_time(getattr(result_filter, field), field)
+    check_labels(result_filter.labels, "labels")
 
 
 def _check_each(job_ids: Iterable[str]) -> None:
@@ -139,7 +140,7 @@ def _check_each(job_ids: Iterable[str]) -> None:
 
 
 def check_wait(wait: Duration) -> float:
-    """How long to wait, in seconds, or InvalidArgument."""
+    """Return the requested wait in seconds. Raises InvalidArgument when it is out of range."""
     seconds = wait.seconds + wait.nanos / 1e9
     if not 0 <= seconds <= MOST_WAIT_S or wait.nanos < 0:
         raise InvalidArgument(f"wait: expected 0 to {MOST_WAIT_S:g} s, got {wait.seconds} s and {wait.nanos} ns")
@@ -147,8 +148,9 @@ def check_wait(wait: Duration) -> float:
 
 
 def milliseconds_up(time: Timestamp) -> datetime:
-    """The first whole millisecond at or after `time`: comparing whole milliseconds with it compares with `time`."""
+    """Return the first whole millisecond at or after `time`; stored times compare with it as they do with `time`."""
     up = -(-time.nanos // 1_000_000)
     if (time.seconds, up) == (_LATEST_S, 1_000):
-        up = 999  # There is no later millisecond that a datetime could name.
+        # A datetime has no later millisecond.
+        up = 999
     return _EPOCH + timedelta(seconds=time.seconds, milliseconds=up)

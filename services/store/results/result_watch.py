@@ -1,4 +1,4 @@
-"""Results as they are recorded: a change stream for each watcher, for each stands at a place of its own."""
+"""WatchResults: results as they are recorded, with a change stream for each watcher, because positions differ."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 
 _AWAIT_MS = 1_000
 _NOTHING: list[Document] = [{"$match": {"operationType": "none of these"}}]
-"""For a watch that is opened only to learn where it begins: pymongo says so only while nothing has come yet."""
+"""Pipeline of a watch that is opened only for its start token: pymongo has that token only before the first event."""
 
 
 class ResultWatch:
-    """Opens watches on results, a bounded number at a time: each holds a connection to MongoDB most of the time.
+    """Opens a bounded number of watches at a time: each occupies a connection to MongoDB most of the time.
 
-    `db` is of a client for watches alone, so that they never take the connections that other calls need.
+    `db` belongs to a client for watches only, so that watches never take the connections of other calls.
     """
 
     def __init__(
@@ -37,18 +37,20 @@ class ResultWatch:
         self._open = 0
 
     async def follow(self, request: WatchResultsRequest) -> AsyncGenerator[tuple[Result | None, str], None]:
-        """Yields (None, token) when the watch stands, then each result with the token to go on after it. Never ends.
+        """Yield (None, token) when the watch is open, then each result and the token to resume after it. Never ends.
 
         Raises:
             InvalidArgument: a bad filter or token.
-            OutOfRange: the token's place is no longer in MongoDB's log.
+            OutOfRange: MongoDB's log no longer contains the token's position.
             ResourceExhausted: too many watches.
-            Unavailable: MongoDB went away: go on with the last token.
+            Unavailable: MongoDB became unavailable: resume with the last token.
         """
         pipeline = _pipeline(request)
         after = change_tokens.validated(change_tokens.decode(request.resume_token)) if request.resume_token else None
         if self._open >= self._max_watches:
-            raise ResourceExhausted(f"{self._open} watches are open, the most there may be", retry_after_ms=1_000)
+            raise ResourceExhausted(
+                f"{self._open} watches are open, the most allowed: retry later", retry_after_ms=1_000
+            )
         self._open += 1
         try:
             with translated("watching results"):
@@ -58,20 +60,21 @@ class ResultWatch:
             self._open -= 1
 
     async def token(self) -> str:
-        """Where a watch goes on that shows all that whoever reads results from now on may not see yet.
+        """Return a token for a watch without a gap to reads: the watch shows all results that later reads may lack.
 
-        A watch begins at the newest write, which no majority may have yet, while reads see what a majority has: between
-        the two a result could be missed by both. So it is waited for here until reads have come as far as the watch.
+        A watch begins at the newest write, which a majority may not have yet; reads return only what a majority has. A
+        result between the two could be missed by both. So this method waits until reads have caught up with the watch.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         collection = self._db[self._collections.results.name]
         with translated("opening a watch of results"):
             async with self._db.client.start_session(causal_consistency=True) as session:
                 async with await collection.watch(_NOTHING, session=session) as stream:
                     token = _written(stream.resume_token)
-                if (newest := session.cluster_time) is not None:  # The time that the answer of `watch` came with.
+                # The time in the response of `watch`.
+                if (newest := session.cluster_time) is not None:
                     session.advance_operation_time(newest["clusterTime"])
                 await collection.find_one({"_id": ""}, session=session)
         return token
@@ -89,7 +92,7 @@ class ResultWatch:
             while stream.alive:
                 if (change := await _next(stream)) is not None:
                     yield await self._results.readable(change["fullDocument"]), _written(change["_id"])
-        raise Unavailable("the watch was ended by MongoDB: watch again")
+        raise Unavailable("MongoDB ended the watch: watch again")
 
 
 async def _opened(
@@ -111,7 +114,7 @@ async def _next(stream: AsyncCollectionChangeStream[Document]) -> Document | Non
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
     match: Document = {
         "operationType": {"$in": ["insert", "replace"]},
-        # MongoDB may log as a replacement what retention changes: that is no new result.
+        # MongoDB may log a change by retention as a replacement, which is no new result.
         "fullDocument.recorded_at": {"$exists": True},
         "fullDocument.answer_removed_at": {"$exists": False},
     }
@@ -129,5 +132,6 @@ def _written(token: object) -> str:
 
 
 def _token(token: object) -> Document:
-    assert isinstance(token, dict)  # Since MongoDB 4.0.7 each empty batch has one.
+    # MongoDB sends one with each empty batch since 4.0.7.
+    assert isinstance(token, dict)
     return token

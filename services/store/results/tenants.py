@@ -1,20 +1,20 @@
-"""Who has results: found by hopping from tenant to tenant in an index, one step each, however many they have."""
+"""Tenants with results, found by skipping from tenant to tenant in an index, whatever the number of results."""
 
 from __future__ import annotations
 
 from pymongo import ASCENDING
 
 from mesh.mongo import Document, translated
-from services.store.documents import EVER, Collections
+from services.store.documents import EARLIEST, Collections
 
 
 async def tenant_after(collections: Collections, after: str | None) -> str | None:
-    """The next tenant that has results, in the order of names. None: there is none.
+    """Return the next tenant that has results, by name; None when there is none.
 
     Raises:
-        Unavailable: MongoDB is away.
+        Unavailable: MongoDB is unavailable.
     """
-    query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EVER}}
+    query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EARLIEST}}
     with translated("looking for tenants"):
         doc = await collections.results.find_one(
             query, {"tenant": 1, "_id": 0}, sort=[("tenant", ASCENDING)], hint="by_tenant"

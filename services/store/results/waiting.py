@@ -1,7 +1,7 @@
-"""Calls that wait for the result of a job: woken by what is recorded here, and by a look for what others recorded.
+"""Waiting calls of GetResult: notified of results recorded here, and by a periodic query of those recorded elsewhere.
 
-GetResult(wait) ─> waiting, by job <─┬─ results that were just recorded here, with their documents
-                                     └─ one query for all that wait, now and then: other instances record too
+GetResult(wait) ─> waiters, by job <─┬─ results that were just recorded here, with their documents
+                                     └─ one periodic query for all waiters: other instances record results too
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from shoal.errors import ResourceExhausted, ShoalError, Unavailable
 log = logging.getLogger(__name__)
 
 MOST_WAIT_S = 5.0
-"""Longest a call waits: a stop need not wait for it, and whoever wants to wait longer asks again."""
+"""Longest wait of a call: a shutdown need not wait for it, and a client that wants to wait longer calls again."""
+# Waiting calls, bounded for memory; each is one small object.
 _MOST = 10_000
-# Calls that wait, for memory's sake; each is one small object.
-_LOOK_S = 0.1
+_POLL_S = 0.1
+# After a query, rest ten times as long: queries take at most a tenth of the time.
 _REST = 10
-# Looking takes at most a tenth of the time.
 _AWAY_S = 0.5
-_ASKED_AT_ONCE = 1_000
+_QUERIED_AT_ONCE = 1_000
 _FULL_MS = 1_000
 _ULID_CHARS, _TIME_CHARS = 26, 10
 _DIGITS = str.maketrans(
@@ -37,116 +37,117 @@ _DIGITS = str.maketrans(
 _YOUNG_MS = 100
 
 
-class Waiting(Background):
-    """All calls that wait. Used as `async with`."""
+class Waiters(Background):
+    """All calls that wait. Use as `async with`."""
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
-        self._calls: dict[str, set[asyncio.Future[Document | None]]] = {}
+        self._futures: dict[str, set[asyncio.Future[Document | None]]] = {}
         self._count = 0
-        self._came = asyncio.Event()
+        self._has_waiters = asyncio.Event()
         self._is_stopping = False
 
     def begin(self, job_id: str) -> asyncio.Future[Document | None]:
-        """Waits from now on: the future has the result's document once it is recorded here; None: others recorded it.
+        """Register a waiter. Its future gets the document once it is recorded here; None once recorded elsewhere.
 
-        Whoever began looks into the database once, since it may have been there before, and ends with `end`.
+        The caller then reads the database once, because the result may exist already, and finishes with `end`.
 
         Raises:
-            ResourceExhausted: too many wait. Unavailable: this instance stops.
+            ResourceExhausted: too many calls wait. Unavailable: this instance is shutting down.
         """
         if self._is_stopping:
             raise Unavailable("this instance is stopping: another one has the result")
         if self._count >= _MOST:
-            raise ResourceExhausted(f"{_MOST} calls wait for results, which is the limit", retry_after_ms=_FULL_MS)
+            raise ResourceExhausted(f"{_MOST} calls wait for results, the most allowed", retry_after_ms=_FULL_MS)
         future: asyncio.Future[Document | None] = asyncio.get_running_loop().create_future()
-        self._calls.setdefault(job_id, set()).add(future)
+        self._futures.setdefault(job_id, set()).add(future)
         self._count += 1
-        self._came.set()
+        self._has_waiters.set()
         return future
 
     def end(self, job_id: str, future: asyncio.Future[Document | None]) -> None:
-        """Waits no more."""
+        """Remove a waiter."""
         self._count -= 1
         future.cancel()
-        if (futures := self._calls.get(job_id)) is not None:
+        if (futures := self._futures.get(job_id)) is not None:
             futures.discard(future)
             if not futures:
-                del self._calls[job_id]
+                del self._futures[job_id]
 
     @contextmanager
-    def for_(self, job_id: str) -> Iterator[asyncio.Future[Document | None]]:
-        """Waits while the block lasts. Raises what `begin` does."""
+    def registered(self, job_id: str) -> Iterator[asyncio.Future[Document | None]]:
+        """Register a waiter while the block lasts. Raises the errors of `begin`."""
         future = self.begin(job_id)
         try:
             yield future
         finally:
             self.end(job_id, future)
 
-    async def heard(self, future: asyncio.Future[Document | None], wait_s: float) -> Document | None:
-        """What a future that was begun comes to.
+    async def wait(self, future: asyncio.Future[Document | None], wait_s: float) -> Document | None:
+        """Return the result of a future from `begin`.
 
         Raises:
-            TimeoutError: nothing, in that time. Unavailable: this instance stops.
+            TimeoutError: the time has passed. Unavailable: this instance is shutting down.
         """
-        # And not asyncio.wait_for: whoever waits is woken a round of the loop later by it.
+        # asyncio.wait_for would wake the caller one loop iteration later.
         timer = asyncio.get_running_loop().call_later(wait_s, _late, future)
         try:
             return await future
         finally:
             timer.cancel()
 
-    def recorded(self, docs: Sequence[Document]) -> bool:
-        """These were just recorded here. Whether anybody waits."""
-        if not self._calls:
+    def notify(self, docs: Sequence[Document]) -> bool:
+        """Notify the waiters of results that were just recorded here. Return True when any call waits."""
+        if not self._futures:
             return False
         for doc in docs:
-            self._tell(doc["_id"], doc)
+            self._resolve(doc["_id"], doc)
         return True
 
     def stop(self) -> None:
-        """Whoever waits asks another instance."""
+        """End all waits, so that clients call another instance."""
         self._is_stopping = True
-        for futures in self._calls.values():
+        for futures in self._futures.values():
             for future in futures:
                 if not future.done():
-                    future.set_exception(Unavailable("this instance is stopping: ask again"))
+                    future.set_exception(Unavailable("this instance is stopping: call again"))
 
-    def _tell(self, job_id: str, doc: Document | None) -> None:
-        for future in self._calls.get(job_id, ()):
+    def _resolve(self, job_id: str, doc: Document | None) -> None:
+        for future in self._futures.get(job_id, ()):
             if not future.done():
                 future.set_result(doc)
 
     async def _run(self) -> None:
         while True:
-            await self._came.wait()
-            await asyncio.sleep(_LOOK_S)
-            if not self._calls:
-                self._came.clear()
+            await self._has_waiters.wait()
+            await asyncio.sleep(_POLL_S)
+            if not self._futures:
+                self._has_waiters.clear()
                 continue
             began = time.monotonic()
             try:
-                await self._look(list(self._calls))
+                await self._query(list(self._futures))
             except ShoalError as err:
-                log.info("cannot look for results that others recorded, for now: %s", err)
+                log.info("cannot query now for results recorded by other instances: %s", err)
                 await asyncio.sleep(_AWAY_S)
             await asyncio.sleep(_REST * (time.monotonic() - began))
 
-    async def _look(self, job_ids: Sequence[str]) -> None:
-        for first in range(0, len(job_ids), _ASKED_AT_ONCE):
-            some = list(job_ids[first : first + _ASKED_AT_ONCE])
-            with translated("looking for results that others recorded"):
+    async def _query(self, job_ids: Sequence[str]) -> None:
+        for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
+            some = list(job_ids[first : first + _QUERIED_AT_ONCE])
+            with translated("querying for results recorded by other instances"):
                 async for found in self._collections.results.find({"_id": {"$in": some}}, {"_id": 1}):
-                    self._tell(found["_id"], None)
+                    self._resolve(found["_id"], None)
 
 
 def is_young(job_id: str, now: datetime) -> bool:
-    """Whether a job came just now, by its id (a ULID, https://github.com/ulid/spec). Of other ids it is not known."""
+    """Return True when a job was submitted just now, by its ULID (https://github.com/ulid/spec); else False."""
     try:
         made_ms = int(job_id[:_TIME_CHARS].translate(_DIGITS), 32) if len(job_id) == _ULID_CHARS else 0
     except ValueError:
         return False
-    return abs(now.timestamp() * 1000 - made_ms) < _YOUNG_MS  # Ingest's clock may be ahead of this one.
+    # abs(): ingest's clock may be ahead of this one.
+    return abs(now.timestamp() * 1000 - made_ms) < _YOUNG_MS
 
 
 def _late(future: asyncio.Future[Document | None]) -> None:

@@ -1,1 +1,1 @@
-"""How long results are kept: rules for each kind of thing and tenant, applied by the holder of the leader lease."""
+"""Retention: rules for each kind of data and tenant, applied by the holder of the leader lease."""

@@ -1,4 +1,4 @@
-"""Rules as messages, and back."""
+"""Translation of retention rules to and from their messages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _KEPT = {
     pb.RetentionRule.COLLECTION_TOMBSTONES: Kept.TOMBSTONES,
 }
 _COLLECTIONS = {kept: number for number, kept in _KEPT.items()}
-_MOST_S = 10**11  # Far beyond what a rule may say, and within what a timedelta can.
+# Far above the longest rule, and within the range of a timedelta.
+_MOST_S = 10**11
 
 
 def rule_of(message: pb.RetentionRule) -> Rule:
-    """The rule of a message.
+    """Return the rule of a message.
 
     Raises:
-        InvalidArgument: its collection or its duration is none.
+        InvalidArgument: an unknown collection, or a duration out of range.
     """
     if message.collection not in _KEPT:
         known = ", ".join(pb.RetentionRule.Collection.Name(number) for number in _KEPT)
@@ -36,7 +37,7 @@ def rule_of(message: pb.RetentionRule) -> Rule:
 
 
 def message_of(rule: Rule) -> pb.RetentionRule:
-    """The message of a rule."""
+    """Return the message of a rule."""
     message = pb.RetentionRule(collection=_COLLECTIONS[rule.kept], tenant=rule.tenant)
     if rule.keep is not None:
         message.keep.FromTimedelta(rule.keep)

@@ -1,7 +1,7 @@
 """Retention rounds: the instance that holds the store's leader lease removes what the rules no longer keep.
 
-lease held? ──no──> look again soon
-    └──yes──> sweep (about two seconds) ──more to remove──> sweep again ... ──nothing left──> rest until the next round
+lease held? ──no──> check again soon
+    └──yes──> sweep (about two seconds) ──more to remove──> sweep again ... ──nothing left──> wait for the next round
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from services.store.retention.sweep import Sweep, Swept
 log = logging.getLogger(__name__)
 
 LEASE_MS = 5_000
-"""A leader that was killed is replaced after so long."""
+"""A leader that was killed is replaced after this time."""
 RENEW_MS = 1_500
 """Two renewals may be lost before the lease expires."""
-# Followers look so often whether they hold the lease by now.
-_LOOK_S = 1.0
+# Interval at which a follower checks whether it holds the lease.
+_CHECK_S = 1.0
 _AWAY_S = 5.0
 
 
 class RetentionRounds(Background):
-    """Sweeps every `every_s`, and again at once while there is more, for as long as this instance holds `lease`."""
+    """Sweeps every `every_s`, and immediately again while there is more, while this instance holds `lease`."""
 
     def __init__(self, sweep: Sweep, lease: LeaderLease, every_s: float) -> None:
         self._sweep = sweep
@@ -36,7 +36,7 @@ class RetentionRounds(Background):
 
     async def _round(self) -> float:
         if not self._lease.is_held:
-            return min(_LOOK_S, self._every_s)
+            return min(_CHECK_S, self._every_s)
         swept = await self._sweep.apply(self._lease)
         if swept != Swept(more=swept.more):
             log.info(

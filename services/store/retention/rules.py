@@ -1,10 +1,10 @@
-"""What is kept how long: plain rules, and which of them counts for whom.
+"""Retention rules, and the rule that applies to each tenant.
 
-    RESULTS      the whole record goes; a tombstone stays, so that its job can have no other result
-    ANSWERS      the model's answer goes, the record stays
-    TOMBSTONES   the tombstone goes: should anybody put a result of its job after so long, it would be the first
+    RESULTS      the record is removed; a tombstone stays, so that its job can have no other result
+    ANSWERS      the model's answer is removed, the record stays
+    TOMBSTONES   the tombstone is removed; a later result of its job would count as its first
 
-A tenant's own rule counts before the one for everybody; where there is neither, all is kept.
+A tenant's own rule overrides the rule for all tenants. Without any rule, everything is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shoal.errors import InvalidArgument
 
 
 class Kept(StrEnum):
-    """Kinds of things that are kept."""
+    """Kinds of data that rules apply to."""
 
     RESULTS = "results"
     ANSWERS = "answers"
@@ -27,11 +27,11 @@ class Kept(StrEnum):
 
 
 SHORTEST: Mapping[Kept, timedelta] = {
-    # Whoever submitted the job must be able to fetch its result; and nothing younger may still be on its way into the
-    # database, for an answer's removal goes by time and looks at none twice.
+    # The client that submitted the job must have time to fetch its result. And no younger result may still be on its
+    # way into the database: the removal of answers goes by time and visits none twice.
     Kept.RESULTS: timedelta(minutes=1),
     Kept.ANSWERS: timedelta(minutes=1),
-    # An ingest that was down so long with a job in its hands would run it again.
+    # An ingest that was down for longer, with an unfinished job, would run that job again.
     Kept.TOMBSTONES: timedelta(days=1),
 }
 LONGEST = timedelta(days=36_500)
@@ -39,24 +39,24 @@ LONGEST = timedelta(days=36_500)
 
 @dataclass(frozen=True)
 class Rule:
-    """How long one kind of thing is kept."""
+    """Rule: the time for which one kind of data is kept."""
 
     kept: Kept
     tenant: str | None
-    """None: everybody who has no rule of their own. The empty one is a tenant like any other."""
+    """None: all tenants without a rule of their own. The empty string is a tenant like any other."""
     keep: timedelta | None
-    """None: for ever."""
+    """None: kept for ever."""
     updated_at: datetime | None = None
 
     @property
     def id(self) -> str:
-        """One rule for a kind and a tenant."""
+        """Id of the rule: one for each kind and tenant."""
         return self.kept if self.tenant is None else f"{self.kept}/{self.tenant}"
 
 
 @dataclass(frozen=True)
 class RetentionScope:
-    """Whose things go that are older than `until`. Without a tenant: everybody's."""
+    """Data to remove: everything of `tenant` that is older than `until`. None: of all tenants."""
 
     tenant: str | None
     until: datetime
@@ -64,11 +64,11 @@ class RetentionScope:
 
 @dataclass(frozen=True)
 class RetentionPlan:
-    """What the rules say of one kind of thing."""
+    """Removal times of one kind of data, by tenant."""
 
     default: datetime | None
     own: Mapping[str, datetime | None]
-    """Tenants that have a rule of their own. None: theirs are kept for ever."""
+    """Times of tenants that have a rule of their own. None: their data is kept for ever."""
 
     @property
     def is_empty(self) -> bool:
@@ -79,22 +79,22 @@ class RetentionPlan:
         return not self.own
 
     def until(self, tenant: str) -> datetime | None:
-        """What of a tenant is older goes. None: nothing does."""
+        """Return the time before which a tenant's data is removed. None: nothing is removed."""
         return self.own.get(tenant, self.default)
 
 
 def plan(rules: Iterable[Rule], kept: Kept, now: datetime) -> RetentionPlan:
-    """What `rules` say of `kept` at `now`."""
+    """Return the plan for `kept` under `rules` at `now`."""
     until = {rule.tenant: now - rule.keep if rule.keep is not None else None for rule in rules if rule.kept is kept}
     default = until.pop(None, None)
     return RetentionPlan(default, {tenant: time for tenant, time in until.items() if tenant is not None})
 
 
 def check_rule(rule: Rule) -> None:
-    """Whether there may be such a rule.
+    """Check that a rule is allowed.
 
     Raises:
-        InvalidArgument: names what is wrong.
+        InvalidArgument: names the field and the reason.
     """
     if rule.tenant is not None and len(rule.tenant) > MAX_TENANT_CHARACTERS:
         raise InvalidArgument(f"rule.tenant: {MAX_TENANT_CHARACTERS} characters at most, got {len(rule.tenant)}")

@@ -1,11 +1,11 @@
-"""Removes what the rules no longer keep: oldest first, in small transactions, each of which passes the fence.
+"""Sweep: removes the data that rules no longer keep, oldest first, in small transactions that each pass the fence.
 
-    rules ──plan──> lanes ──batch──> find a few by index ──transaction: fence, remove, bury blobs──> next batch
+    rules ──plan──> scopes ──batch──> find a few by index ──transaction: fence, remove, delete blobs──> next batch
                                                                    └─ rules changed: read them, plan again
 
-With one rule for everybody there is one lane, in the order of time. With rules of tenants' own, each tenant is a lane,
-found by hopping from one to the next in the index: what is kept is never looked at, however much that is. Records whose
-answers are gone stay in the index: a mark says how far each tenant's are.
+With one rule for all tenants there is one scope, in the order of time. When tenants have their own rules, each tenant
+is a scope, found by skipping from one tenant to the next in the index: data that is kept is never read, however much
+there is. Records without their answers stay in the index: a mark holds the position reached for each tenant.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from pymongo import ASCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
-from services.store.artifacts.graves import Graves
-from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.artifacts.pending_deletions import PendingDeletions
+from services.store.documents import EARLIEST, Collections, whole_milliseconds
 from services.store.page_token import Position
 from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
-from services.store.retention.book import Outdated, Reading, RuleBook
+from services.store.retention.rule_repository import Outdated, RuleRepository, RuleSnapshot
 from services.store.retention.rules import Kept, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
 from shoal.store.v1.store_pb2 import Result
 
 BATCH = 200
-"""Documents of one transaction: it takes some 10 ms, so that nobody waits long for what it holds."""
+"""Documents of one transaction: it takes some 10 ms, so that others do not wait long for its locks."""
 BATCH_BYTES = 16 << 20
-"""Answers of one transaction: MongoDB holds what it has rewritten in its cache until the end."""
+"""Answers of one transaction: MongoDB caches what a transaction rewrites until its end."""
 BUDGET_S = 2.0
-"""One call goes on for about so long, then says that there is more: it is called again."""
+"""Time of one call; when more is left to remove, it is called again."""
 _SUCCEEDED = int(Result.OUTCOME_SUCCEEDED)
 _ABOUT = {"recorded_at": 1, "tenant": 1, "blob": 1, "inline_bytes": INLINE_BYTES, "answer_bytes": ANSWER_BYTES}
 _OLDEST = [("recorded_at", ASCENDING), ("_id", ASCENDING)]
 
 
 class Lease(Protocol):
-    """The lease of the leader that removes."""
+    """Lease of the leader that sweeps."""
 
     @property
     def token(self) -> int | None:
-        """The fencing token, or None: the lease is lost."""
+        """The fencing token; None when the lease is lost."""
 
 
 @dataclass
 class Swept:
-    """What one call has removed."""
+    """Counts of one call."""
 
     results: int = 0
     answers: int = 0
@@ -62,152 +62,157 @@ class Swept:
 
 
 class Sweep:
-    """Applies the rules for the leader. Safe beside other instances that do the same."""
+    """Applies the rules for the leader. Safe beside other instances that sweep too."""
 
     def __init__(
         self,
         collections: Collections,
-        book: RuleBook,
+        rules: RuleRepository,
         counters: Counters,
         clock: Callable[[], datetime],
         *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._collections = collections
-        self._book = book
+        self._rules = rules
         self._counters = counters
-        self._graves = Graves(collections)
+        self._deletions = PendingDeletions(collections)
         self._clock = clock
         self._monotonic = monotonic
+        # Last tenant reached. Another instance begins from the start, which costs one index read for each tenant.
         self._reached: dict[Kept, str | None] = {}
-        # After which tenant the next call goes on. Another instance begins anew: that costs a look at each.
 
     async def apply(self, lease: Lease) -> Swept:
-        """Remove for about BUDGET_S what is no longer kept. Nothing more is removed once `lease` is lost.
+        """Remove expired data for about BUDGET_S. Nothing more is removed once `lease` is lost.
 
         Raises:
             FailedPrecondition: a later leader has acted.
-            Unavailable: MongoDB is away. What was removed so far is.
+            Unavailable: MongoDB is unavailable. Earlier removals stay.
         """
         swept = Swept()
         ends = self._monotonic() + BUDGET_S
-        reading = await self._book.read()
+        snapshot = await self._rules.read()
         for kept in Kept:
             while not swept.more:
                 try:
-                    swept.more = await self._sweep(kept, reading, lease, swept, ends)
+                    swept.more = await self._sweep(kept, snapshot, lease, swept, ends)
                     break
                 except Outdated:
-                    reading = await self._book.read()
+                    snapshot = await self._rules.read()
         return swept
 
-    async def _sweep(self, kept: Kept, reading: Reading, lease: Lease, swept: Swept, ends: float) -> bool:
-        """Remove all of one kind that is to go. True: time was up, or the lease lost, before that."""
-        while (lane := await self._next_lane(kept, reading)) is not None:
-            act = _Act(kept, lane, reading.version)
-            while found := await self._look(act):
+    async def _sweep(self, kept: Kept, snapshot: RuleSnapshot, lease: Lease, swept: Swept, ends: float) -> bool:
+        """Remove all expired data of one kind. Return True when the time or the lease ended before that."""
+        while (scope := await self._next_scope(kept, snapshot)) is not None:
+            removal = _Removal(kept, scope, snapshot.version)
+            while found := await self._find(removal):
                 if (token := lease.token) is None:
                     return True
-                setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found, token))
+                setattr(swept, kept, getattr(swept, kept) + await self._remove(removal, found, token))
                 if self._monotonic() >= ends:
                     return True
-            if lane.tenant is None:
+            if scope.tenant is None:
                 return False
-            self._reached[kept] = lane.tenant
+            self._reached[kept] = scope.tenant
             if self._monotonic() >= ends:
                 return True
         self._reached.pop(kept, None)
         return False
 
-    async def _next_lane(self, kept: Kept, reading: Reading) -> RetentionScope | None:
-        wanted = plan(reading.rules, kept, whole_milliseconds(self._clock()))
-        if wanted.is_empty:
+    async def _next_scope(self, kept: Kept, snapshot: RuleSnapshot) -> RetentionScope | None:
+        planned = plan(snapshot.rules, kept, whole_milliseconds(self._clock()))
+        if planned.is_empty:
             return None
-        if kept is not Kept.ANSWERS and wanted.is_one_for_all:
-            return RetentionScope(None, wanted.default) if wanted.default is not None else None
+        if kept is not Kept.ANSWERS and planned.is_one_for_all:
+            return RetentionScope(None, planned.default) if planned.default is not None else None
         after = self._reached.get(kept)
         while (tenant := await tenant_after(self._collections, after)) is not None:
-            if (until := wanted.until(tenant)) is not None:
+            if (until := planned.until(tenant)) is not None:
                 return RetentionScope(tenant, until)
             after = tenant
         return None
 
-    async def _look(self, act: _Act) -> list[Document]:
-        """The oldest few of a lane that are to go."""
-        query, sort, hint = act.condition, _OLDEST, "by_time" if act.lane.tenant is None else "by_tenant"
-        if act.kept is Kept.TOMBSTONES:
+    async def _find(self, removal: _Removal) -> list[Document]:
+        """Return the oldest few expired documents of a scope."""
+        query, sort, hint = removal.condition, _OLDEST, "by_time" if removal.scope.tenant is None else "by_tenant"
+        if removal.kept is Kept.TOMBSTONES:
             sort, hint = [("removed_at", ASCENDING)], "removed"
-        with translated("looking for what is no longer kept"):
-            if act.kept is Kept.ANSWERS and (mark := await self._collections.fences.find_one({"_id": act.mark_id})):
+        with translated("looking for expired data"):
+            if removal.kept is Kept.ANSWERS and (
+                mark := await self._collections.fences.find_one({"_id": removal.mark_id})
+            ):
                 query = {"$and": [query, beyond(Position(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
             found = self._collections.results.find(query, _ABOUT).sort(sort).hint(hint).limit(BATCH)
-            return _light(await found.to_list())
+            return _within_batch_bytes(await found.to_list())
 
-    async def _remove(self, act: _Act, found: Sequence[Document], token: int) -> int:
+    async def _remove(self, removal: _Removal, found: Sequence[Document], token: int) -> int:
         now = whole_milliseconds(self._clock())
         keys = [doc["blob"]["key"] for doc in found if "blob" in doc]
-        same = {"$and": [{"_id": {"$in": [doc["_id"] for doc in found]}}, act.condition]}
+        same = {"$and": [{"_id": {"$in": [doc["_id"] for doc in found]}}, removal.condition]}
         results = self._collections.results
 
         async def work(session: AsyncClientSession) -> int:
-            await self._book.pass_fence(token, act.version, session)
-            if act.kept is Kept.TOMBSTONES:
+            await self._rules.pass_fence(token, removal.version, session)
+            if removal.kept is Kept.TOMBSTONES:
                 return (await results.delete_many(same, session=session)).deleted_count
-            if act.kept is Kept.ANSWERS:
-                await self._mark(act, found[-1], session)
-            change = tombstones.burying(now) if act.kept is Kept.RESULTS else tombstones.emptying(now)
+            if removal.kept is Kept.ANSWERS:
+                await self._mark(removal, found[-1], session)
+            is_whole_result = removal.kept is Kept.RESULTS
+            change = tombstones.to_tombstone(now) if is_whole_result else tombstones.without_answer(now)
             done = await results.update_many(same, change, session=session)
             if done.modified_count != len(found):
-                raise Outdated  # Another was faster, with some of them: look again.
-            await self._graves.bury(keys, now, session)
-            await self._counters.add(_lighter(act.kept, found), session)
+                # Another writer has changed some of the documents meanwhile: find them again.
+                raise Outdated
+            await self._deletions.schedule(keys, now, session)
+            await self._counters.add(_weight_change(removal.kept, found), session)
             return len(found)
 
-        with translated("removing what is no longer kept"):
-            return await self._book.transaction(work)
+        with translated("removing expired data"):
+            return await self._rules.transaction(work)
 
-    async def _mark(self, act: _Act, last: Document, session: AsyncClientSession) -> None:
-        """Notes how far a tenant's answers are gone, so that none is looked at twice."""
-        place = {"recorded_at": last["recorded_at"], "job_id": last["_id"]}
-        await self._collections.fences.update_one({"_id": act.mark_id}, {"$set": place}, upsert=True, session=session)
+    async def _mark(self, removal: _Removal, last: Document, session: AsyncClientSession) -> None:
+        """Store the position up to which a tenant's answers are removed, so that no document is read twice."""
+        position = {"recorded_at": last["recorded_at"], "job_id": last["_id"]}
+        marks = self._collections.fences
+        await marks.update_one({"_id": removal.mark_id}, {"$set": position}, upsert=True, session=session)
 
 
 @dataclass(frozen=True)
-class _Act:
-    """A kind of thing to be removed from one lane, and the version of the rules that say so."""
+class _Removal:
+    """Kind of data to remove from one scope, and the version of the rules that demand it."""
 
     kept: Kept
-    lane: RetentionScope
+    scope: RetentionScope
     version: int
 
     @property
     def mark_id(self) -> str:
-        return f"answers/{self.lane.tenant}"
+        return f"answers/{self.scope.tenant}"
 
     @property
     def condition(self) -> Document:
-        """What a document must be to go."""
+        """Query for the documents to remove."""
         if self.kept is Kept.TOMBSTONES:
-            return {"removed_at": {"$lt": self.lane.until}}
-        condition: Document = {"recorded_at": {"$gte": EVER, "$lt": self.lane.until}}
-        if self.lane.tenant is not None:
-            condition["tenant"] = self.lane.tenant
+            return {"removed_at": {"$lt": self.scope.until}}
+        condition: Document = {"recorded_at": {"$gte": EARLIEST, "$lt": self.scope.until}}
+        if self.scope.tenant is not None:
+            condition["tenant"] = self.scope.tenant
         if self.kept is Kept.ANSWERS:
             condition["outcome"] = _SUCCEEDED
         return condition
 
 
-def _lighter(kept: Kept, found: Sequence[Document]) -> Mapping[str, Weight]:
-    """What the tenants have less, once these are removed."""
+def _weight_change(kept: Kept, found: Sequence[Document]) -> Mapping[str, Weight]:
+    """Return the change of each tenant's usage when these documents are removed."""
     one = Weight(-1, -RECORD_BYTES) if kept is Kept.RESULTS else Weight()
     return by_tenant((doc["tenant"], one - Weight(0, doc["answer_bytes"])) for doc in found)
 
 
-def _light(docs: list[Document]) -> list[Document]:
-    """As many of `docs`, from the first, as one transaction rewrites easily."""
-    held = 0
+def _within_batch_bytes(docs: list[Document]) -> list[Document]:
+    """Return the first of `docs`, at least one, with at most BATCH_BYTES of inline answers."""
+    size = 0
     for at, doc in enumerate(docs):
-        held += doc.get("inline_bytes", 0)
-        if at and held > BATCH_BYTES:
+        size += doc.get("inline_bytes", 0)
+        if at and size > BATCH_BYTES:
             return docs[:at]
     return docs

@@ -1,1 +1,1 @@
-"""How much each tenant's results and payloads take, and how much they may."""
+"""Usage and quotas: the storage that each tenant's results and payloads take, and may take."""

@@ -1,4 +1,4 @@
-"""What ListUsage asks and answers."""
+"""Translation of ListUsage requests and of usage messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TOKEN = "after:"
 
 
 async def usage_of(quotas: Quotas, request: pb.ListUsageRequest) -> pb.ListUsageResponse:
-    """One page of usage, counted anew when that was asked for.
+    """Return one page of usage, after a recount when the request demands one.
 
     Raises:
         InvalidArgument: a bad page size or token.
@@ -32,7 +32,7 @@ async def usage_of(quotas: Quotas, request: pb.ListUsageRequest) -> pb.ListUsage
 
 
 def message_of(usage: Usage) -> pb.TenantUsage:
-    """What is told of a tenant."""
+    """Return the message of a tenant's usage."""
     counted = None if usage.recounted_at is None else timestamp(usage.recounted_at)
     return pb.TenantUsage(
         tenant=usage.tenant,

@@ -1,10 +1,10 @@
-"""How much each tenant's results and payloads may take, and who takes more.
+"""Quotas: the storage that each tenant's results and payloads may take, and the tenants above their quota.
 
     quotas  {_id: "*" or =tenant, tenant?, bytes, updated_at}
 
-The result of a job that was accepted is never refused: it has nowhere else to go. A quota is kept at the other end:
-ingest asks here who is over (ListUsage with `over_quota`) and accepts no new jobs of theirs. Nor is a payload refused,
-whose job has passed that door; the answer to it says when its tenant is over, so that the door is shut at once.
+The result of an accepted job is never rejected: it cannot go anywhere else. Ingest enforces the quota instead: it lists
+the tenants over their quota (ListUsage with `over_quota`) and rejects their new jobs. A payload is not rejected either,
+because its job is accepted already; but its response says when the tenant is over the quota, so ingest reacts at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from mesh.mongo import Document, translated
-from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.documents import EARLIEST, Collections, whole_milliseconds
 from services.store.limits import MAX_TENANT_CHARACTERS
 from services.store.usage.counters import Counters
 from services.store.usage.tenants import tenant_after
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 MAX_PAGE = 1_000
 _MOST_BYTES = 1 << 60
-_NOTHING: Mapping[str, Any] = {"results": 0, "bytes": 0, "recounted_at": EVER}
+_NOTHING: Mapping[str, Any] = {"results": 0, "bytes": 0, "recounted_at": EARLIEST}
 _NO_MORE = Weight()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one tenant has and may have."""
+    """Usage and quota of one tenant."""
 
     tenant: str
     results: int
     bytes: int
-    """Of results and payloads."""
+    """Bytes of results and payloads."""
     payloads: int
     payload_bytes: int
     quota_bytes: int | None
@@ -51,7 +51,7 @@ class Usage:
 
 
 class Quotas:
-    """Sets quotas, and says how things stand."""
+    """Sets quotas and reports usage."""
 
     def __init__(self, collections: Collections, counters: Counters, clock: Callable[[], datetime]) -> None:
         self._collections = collections
@@ -59,10 +59,10 @@ class Quotas:
         self._clock = clock
 
     async def put(self, tenant: str | None, most_bytes: int | None) -> None:
-        """Sets the quota of a tenant (None: of all that have none of their own), or removes it (None).
+        """Set the quota of a tenant (None: of all tenants without one of their own), or remove it (None).
 
         Raises:
-            InvalidArgument: there may be no such quota.
+            InvalidArgument: the quota is not allowed.
         """
         if tenant is not None and len(tenant) > MAX_TENANT_CHARACTERS:
             raise InvalidArgument(f"tenant: {MAX_TENANT_CHARACTERS} characters at most, got {len(tenant)}")
@@ -78,9 +78,9 @@ class Quotas:
             await self._collections.quotas.replace_one(key, named, upsert=True)
 
     async def list(self, after: str | None, size: int, *, over: bool = False) -> tuple[Sequence[Usage], str | None]:
-        """Tenants in the order of their names, from `after` on, and after which the next page begins (None: the last).
+        """Return `size` tenants by name, after `after`, and the name that ends the page (None: it is the last page).
 
-        `over`: only those that have used up their quotas.
+        `over`: only tenants that have used up their quotas.
         """
         quotas = await self._quotas()
         query: Document = {"_id": {"$gt": after}} if after is not None else {}
@@ -90,7 +90,7 @@ class Quotas:
             query["bytes"] = {"$gte": min(quotas.values())}
         with translated("reading usage"):
             found = self._collections.usage.find(query)
-            # Those who are over are few, whatever the order: they are sorted here.
+            # Tenants over their quota are few and come in index order: they are sorted below.
             found = found.hint("by_bytes") if over else found.hint("_id_").sort("_id").limit(size + 1)
             docs = await found.to_list()
         all_ = sorted((_usage(doc, quotas) for doc in docs), key=lambda usage: usage.tenant)
@@ -98,28 +98,28 @@ class Quotas:
         return usages[:size], usages[size - 1].tenant if len(usages) > size else None
 
     async def over(self, tenant: str) -> Usage | None:
-        """How things stand with a tenant that has used up its quota. None: it has not, or cannot be looked up now."""
+        """Return the usage of a tenant that has used up its quota; None when it has not, or cannot be read now."""
         keys = {"_id": {"$in": [_key(None), _key(tenant)]}}
         try:
-            with translated("looking at the quota of a tenant"):
+            with translated("reading the quota of a tenant"):
                 found = await self._collections.quotas.find(keys).hint("_id_").to_list()
                 doc = await self._collections.usage.find_one({"_id": tenant}) if found else None
-            # Then, and not before: a note that is counted in between is missed for now, and not counted twice.
+            # Read last: a note that is added in between is missed for now, rather than counted twice.
             more = await self._counters.pending(tenant) if found else _NO_MORE
         except ShoalError as err:
-            log.warning("whether tenant %r is over its quota is looked at later: %s", tenant, err)
+            log.warning("cannot check now whether tenant %r is over its quota: %s", tenant, err)
             return None
         usage = _usage(doc or {"_id": tenant, **_NOTHING}, _by_tenant(found), more)
         return usage if usage.is_over else None
 
     async def recount(self) -> None:
-        """Counts everybody's results and payloads anew: a minute or so for some million."""
+        """Recount every tenant's results and payloads: a minute or so for some millions."""
         after: str | None = None
         while (after := await tenant_after(self._collections, after)) is not None:
             await self._counters.recount(after)
 
     async def artifacts(self) -> tuple[int, int]:
-        """How many artifacts there are, and their bytes: models, payloads and whatever else was stored."""
+        """Return the number of artifacts and their bytes: models, payloads and everything else that was stored."""
         sum_: Document = {"_id": None, "n": {"$sum": 1}, "b": {"$sum": "$size"}}
         steps: list[Document] = [{"$match": {"size": {"$gte": 0}}}, {"$group": sum_}]
         with translated("adding up artifacts"):
@@ -141,7 +141,7 @@ def _key(tenant: str | None) -> str:
 
 def _usage(doc: Document, quotas: Mapping[str | None, int], more: Weight = _NO_MORE) -> Usage:
     quota = quotas.get(doc["_id"], quotas.get(None))
-    # A removal may be counted before what it removes: nobody has less than nothing.
+    # A removal may be counted before the thing removed, so a counter can be negative for a moment.
     has = Weight(*(max(0, number) for number in vars(Weight.counted(doc) + more).values()))
-    counted = None if doc["recounted_at"] == EVER else doc["recounted_at"]
+    counted = None if doc["recounted_at"] == EARLIEST else doc["recounted_at"]
     return Usage(doc["_id"], **vars(has), quota_bytes=quota, recounted_at=counted)

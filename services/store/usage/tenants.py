@@ -1,4 +1,4 @@
-"""Who has anything, or had: found by hopping from tenant to tenant in indexes, however much each has."""
+"""Tenants with results, payloads or a counter, found by skipping from tenant to tenant in indexes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from services.store.results import tenants as of_results
 
 
 async def tenant_after(collections: Collections, after: str | None) -> str | None:
-    """The next tenant that has results, payloads or a counter, in the order of names. None: there is none.
+    """Return the next tenant that has results, payloads or a counter, by name; None when there is none.
 
     Raises:
-        Unavailable: MongoDB is away.
+        Unavailable: MongoDB is unavailable.
     """
     beyond: Document = {"$gte": ""} if after is None else {"$gt": after}
     with translated("looking for tenants"):

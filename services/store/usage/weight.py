@@ -1,13 +1,13 @@
-"""What a result or a payload counts for: its bytes, and a fixed amount for all the rest of it.
+"""Weight of a result or a payload in a tenant's usage: its bytes, and a fixed amount for its documents.
 
-The amount stands for the document (of a result 300 to 390 bytes, a sixth of that on disk) and its place in the indexes
-(170 to 280 bytes; 50,000 results, without and with two labels). So what something counts for is known from its size
-alone, when it comes and when it goes. It is about right for payloads too: the documents of a reference and its artifact
-take 230 bytes on disk, their places in the indexes 320 (50,000 of each).
+The amount covers the document (of a result 300 to 390 bytes, a sixth of that on disk) and its index entries (170 to 280
+bytes; 50,000 results, without and with two labels). So a weight follows from the size alone, when the thing is stored
+and when it is removed. The amount is about right for payloads too: the documents of a reference and its artifact take
+230 bytes on disk, their index entries 320 (50,000 of each).
 
-A payload is an artifact that is referred to for a tenant. Each reference counts for the whole artifact, however many
-there are to it: each is kept for its own job, and the last one that stands keeps all of the bytes. What a tenant has
-must not depend on whether somebody else has sent the same; that it is kept only once is the store's gain.
+A payload is an artifact with a reference for a tenant. Each reference counts for the whole artifact, however many
+references it has: each is kept for its own job, and the last one keeps all of the bytes. A tenant's usage must not
+depend on whether another tenant has sent the same bytes; storing them once is the store's gain.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ RECORD_BYTES = 512
 
 @dataclass(frozen=True)
 class Weight:
-    """So many results and payloads, and the bytes that they count for."""
+    """Numbers of results and payloads, and the bytes that they count for."""
 
     results: int = 0
     bytes: int = 0
-    """Of all of them."""
+    """Bytes of all results and payloads."""
     payloads: int = 0
     payload_bytes: int = 0
-    """Of the payloads among them."""
+    """Bytes of the payloads among them."""
 
     @classmethod
     def counted(cls, doc: Document) -> Weight:
-        """What a counter says. One of an older version knows of no payloads."""
+        """Return the weight in a counter. A counter of an older version lacks payloads."""
         return cls(doc["results"], doc["bytes"], doc.get("payloads", 0), doc.get("payload_bytes", 0))
 
     @property
     def of_results(self) -> Weight:
-        """The results' part of it."""
+        """Share of the results."""
         return Weight(self.results, self.bytes - self.payload_bytes)
 
     @property
     def of_payloads(self) -> Weight:
-        """The payloads' part of it."""
+        """Share of the payloads."""
         return Weight(0, self.payload_bytes, self.payloads, self.payload_bytes)
 
     def __add__(self, other: Weight) -> Weight:
@@ -63,9 +63,9 @@ def _numbers(weight: Weight) -> tuple[int, ...]:
 
 
 def weight_of(doc: Document, *, replaces: bool = False) -> Weight:
-    """What a result that was recorded now adds.
+    """Return the weight that a newly recorded result adds.
 
-    One that `replaces` another takes the place of a failure, which had no answer: only its answer is added.
+    A result that `replaces` a failure, which had no answer, adds only its answer.
     """
     if replaces:
         return Weight(0, result_documents.response_bytes(doc))
@@ -73,13 +73,13 @@ def weight_of(doc: Document, *, replaces: bool = False) -> Weight:
 
 
 def weight_of_payloads(count: int, size: int) -> Weight:
-    """What so many references count for, to artifacts of `size` bytes in all."""
+    """Return the weight of `count` references to artifacts of `size` bytes in all."""
     nbytes = size + RECORD_BYTES * count
     return Weight(0, nbytes, count, nbytes)
 
 
 def by_tenant(weights: Iterable[tuple[str, Weight]]) -> Mapping[str, Weight]:
-    """The sums."""
+    """Return the sum for each tenant."""
     sums: dict[str, Weight] = {}
     for tenant, weight in weights:
         sums[tenant] = sums.get(tenant, Weight()) + weight
@@ -87,6 +87,6 @@ def by_tenant(weights: Iterable[tuple[str, Weight]]) -> Mapping[str, Weight]:
 
 
 INLINE_BYTES: Mapping[str, Any] = {"$binarySize": {"$ifNull": ["$response", b""]}}
-"""How much of an answer lies in the document, for MongoDB to work out."""
+"""MongoDB expression: bytes of an answer inside its document."""
 ANSWER_BYTES: Mapping[str, Any] = {"$add": [INLINE_BYTES, {"$ifNull": ["$blob.size", 0]}]}
-"""How large an answer is, wherever it lies."""
+"""MongoDB expression: bytes of an answer, inside its document or in a blob."""

@@ -22,15 +22,17 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
+from mesh.mongo_lease import LEASES, LeaderLease, fenced
 from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
-from services.store.backups import copying, dump, manifest
+from services.store.backups import blob_copy, dump, manifest
 from services.store.backups import restore as restore_module
 from services.store.backups.backup import NOT_CARRIED, Backup
-from services.store.backups.places import BackupPlaces
-from services.store.backups.progress import Progress
+from services.store.backups.locations import BackupLocations
+from services.store.backups.progress import BackupProgress
 from services.store.backups.restore import Restore, complete_backups
+from services.store.results.result_documents import BlobRef
 from services.store.usage.counters import Counters
 from services.store.usage.weight import Weight, weight_of, weight_of_payloads
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
@@ -49,7 +51,7 @@ class Node:
     parts: Parts
     backup: Backup
     restore: Restore
-    places: BackupPlaces
+    locations: BackupLocations
 
     @property
     def db(self) -> AsyncDatabase[dict[str, Any]]:
@@ -102,10 +104,10 @@ async def node_at(
     async with mongo.connect(uri) as client:
         parts = make_parts(client[database], folder, threads, Clock())
         await parts.collections.prepare()
-        places = BackupPlaces(allowed, threads, checksums=True)
-        given = (parts.collections, parts.blobs, places, folder / "staging", threads, parts.clock)
+        locations = BackupLocations(allowed, threads, checksums=True)
+        given = (parts.collections, parts.blobs, locations, folder / "staging", threads, parts.clock)
         counters = Counters(parts.collections, parts.clock)
-        yield Node(parts, Backup(*given, others), Restore(*given, counters, others), places)
+        yield Node(parts, Backup(*given, others), Restore(*given, counters, others), locations)
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ async def empty(mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Th
         yield node
 
 
-async def all_of(steps: AsyncIterator[Progress]) -> Progress:
+async def all_of(steps: AsyncIterator[BackupProgress]) -> BackupProgress:
     last = [step async for step in steps][-1]
     assert last.is_complete
     return last
@@ -181,7 +183,7 @@ async def test_a_backup_to_another_disk_and_back(
     contents = [b"small", os.urandom(9 * MIB)]
     await node.fill(*contents)
     allowed = [another_disk.as_uri()]
-    there = (node.parts.collections, node.parts.blobs, BackupPlaces(allowed, threads, checksums=True))
+    there = (node.parts.collections, node.parts.blobs, BackupLocations(allowed, threads, checksums=True))
     backup = Backup(*there, tmp_path / "blobs" / "staging", threads, node.parts.clock)
     made = await all_of(backup.run(another_disk.as_uri()))
     assert (made.blobs, made.copied) == (3, 3)
@@ -201,7 +203,10 @@ async def test_the_next_backup_copies_only_what_is_new(node: Node, empty: Node, 
     node.parts.clock.advance(seconds=1)
     second = await all_of(node.backup.run(folder))
     assert (second.blobs, second.copied) == (4, 1)
-    assert await complete_backups(await node.places.open(folder, to_write=False)) == [first.backup_id, second.backup_id]
+    assert await complete_backups(await node.locations.open(folder, to_write=False)) == [
+        first.backup_id,
+        second.backup_id,
+    ]
     await all_of(empty.restore.run(folder, first.backup_id))
     assert await empty.parts.known() == {sha256(b"one"), sha256(b"two")}
 
@@ -247,13 +252,13 @@ async def test_the_same_answer_of_many_results_is_read_once_there(
     await node.parts.collections.results.insert_many([{**one, "_id": f"same{n}"} for n in range(40)])
     await all_of(node.backup.run(folder))
     read: list[str] = []
-    real = copying._is_right
+    real = blob_copy._is_intact
 
-    async def is_right(blob: copying.Named, *rest: Any) -> bool:
+    async def is_intact(blob: BlobRef, *rest: Any) -> bool:
         read.append(blob.sha256)
         return await real(blob, *rest)
 
-    monkeypatch.setattr(copying, "_is_right", is_right)
+    monkeypatch.setattr(blob_copy, "_is_intact", is_intact)
     node.parts.clock.advance(seconds=1)
     made = await all_of(node.backup.run(folder))
     assert (made.blobs, made.copied) == (42, 0)
@@ -270,7 +275,7 @@ async def test_the_first_error_ends_what_is_copied_beside_it(
         await all_of(node.backup.run(folder))
     bad, going_on = sha256(b"3"), 0
 
-    async def copied(blob: copying.Named, *rest: Any, **options: Any) -> copying.Copied:
+    async def copied(blob: BlobRef, *rest: Any, **options: Any) -> blob_copy.CopyOutcome:
         nonlocal going_on
         if blob.sha256 == bad:
             raise Unavailable("the place is away")
@@ -281,7 +286,7 @@ async def test_the_first_error_ends_what_is_copied_beside_it(
             going_on -= 1
         raise AssertionError("nothing sets it")
 
-    monkeypatch.setattr(backup_module if what == "backup" else restore_module, "copied", copied)
+    monkeypatch.setattr(backup_module if what == "backup" else restore_module, "copy_blob", copied)
     with pytest.raises(Unavailable, match="the place is away"):
         await all_of(node.backup.run(folder) if what == "backup" else empty.restore.run(folder, ""))
     assert going_on == 0
@@ -295,7 +300,7 @@ async def test_every_document_is_of_one_moment(
         await node.db[name].insert_many([{"_id": n} for n in range(5)])
     await node.parts.put(b"before")
     before = await node.documents()
-    real = backup_module._Making._written
+    real = backup_module._BackupRun._write_part
 
     async def written(self: Any, part: Any) -> Any:
         n = await node.db["aa"].count_documents({})
@@ -306,7 +311,7 @@ async def test_every_document_is_of_one_moment(
         return await real(self, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backup_module._Making, "_written", written)
+        patch.setattr(backup_module._BackupRun, "_write_part", written)
         await all_of(node.backup.run(folder))
     assert await node.documents() != before
     await all_of(empty.restore.run(folder, ""))
@@ -325,7 +330,7 @@ async def test_what_is_collected_meanwhile_is_in_the_backup(node: Node, empty: N
         await node.parts.collections.artifacts.update_many(
             {"condemned_at": {"$exists": True}}, {"$set": {"condemned_at": long_ago}}
         )
-        await node.parts.collections.graves.update_many({}, {"$set": {"buried_at": long_ago}})
+        await node.parts.collections.pending_deletions.update_many({}, {"$set": {"buried_at": long_ago}})
         await node.parts.collector.collect()
     assert await node.parts.known() == set()
     assert len(await node.parts.keys()) == 1
@@ -342,7 +347,7 @@ async def test_a_backup_that_stood_still_for_too_long(node: Node, folder: str) -
     node.parts.clock.advance(minutes=11)
     with pytest.raises(Aborted, match="start it again"):
         [step async for step in steps]
-    assert await complete_backups(await node.places.open(folder, to_write=False)) == []
+    assert await complete_backups(await node.locations.open(folder, to_write=False)) == []
     assert await node.parts.collections.holds.count_documents({}) == 0
 
 
@@ -492,7 +497,7 @@ async def test_of_two_backups_that_are_restored_at_once_one_is(node: Node, empty
     ends = await asyncio.gather(
         *(all_of(empty.restore.run(folder, made.backup_id)) for made in backups), return_exceptions=True
     )
-    done = [end for end in ends if isinstance(end, Progress)]
+    done = [end for end in ends if isinstance(end, BackupProgress)]
     assert len(done) <= 1
     assert all(isinstance(end, FailedPrecondition) for end in ends if end not in done), ends
     if not done:  # Each has seen the other: then neither has begun.
@@ -564,7 +569,8 @@ async def test_a_damaged_backup_is_refused_and_named(
     else:
         blob.unlink()
     with pytest.raises(
-        FailedPrecondition if what == "newer" else DataLoss, match="newer" if what == "newer" else "damaged|gone"
+        FailedPrecondition if what == "newer" else DataLoss,
+        match="newer" if what == "newer" else "damaged|does not exist",
     ):
         await all_of(empty.restore.run(folder, ""))
     assert sha256(b"abc") not in await empty.parts.known()
@@ -598,7 +604,7 @@ async def put_manifest(place: BlobStore, **changed: Any) -> str:
     ],
 )
 async def test_a_manifest_that_somebody_made_up(node: Node, empty: Node, folder: str, changed: dict[str, Any]) -> None:
-    place = await node.places.open(folder, to_write=True)
+    place = await node.locations.open(folder, to_write=True)
     with pytest.raises(DataLoss, match="manifest is damaged"):
         await all_of(empty.restore.run(folder, await put_manifest(place, **changed)))
 
@@ -607,8 +613,8 @@ async def test_a_database_beside_the_store_is_restored_where_it_belongs(
     mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Threads, empty: Node, folder: str
 ) -> None:
     beside = f"{mongo_database}_3"
-    places = (threads, [tmp_path.as_uri()])
-    async with node_at(mongo_uri, mongo_database, tmp_path / "blobs", *places, [beside]) as node:
+    locations = (threads, [tmp_path.as_uri()])
+    async with node_at(mongo_uri, mongo_database, tmp_path / "blobs", *locations, [beside]) as node:
         theirs = node.db.client[beside]["jobs"]
         await theirs.insert_one({"_id": 1})
         await all_of(node.backup.run(folder))
@@ -617,23 +623,39 @@ async def test_a_database_beside_the_store_is_restored_where_it_belongs(
             await all_of(empty.restore.run(folder, ""))
         assert await empty.documents() == {}
         assert await theirs.find_one({}) is None
-        async with node_at(mongo_uri, f"{mongo_database}_2", tmp_path / "other", *places, [beside]) as known:
+        async with node_at(mongo_uri, f"{mongo_database}_2", tmp_path / "other", *locations, [beside]) as known:
             await all_of(known.restore.run(folder, ""))
         assert await theirs.find().to_list() == [{"_id": 1}]
         await node.db.client.drop_database(beside)
 
 
+async def test_a_restored_schedule_accepts_the_first_leader_of_the_new_node(
+    node: Node, empty: Node, folder: str
+) -> None:
+    schedule = {"_id": "tenant/nightly", "fence": 7, "fired": Int64(3), "template": Binary(b"x"), "next_at": None}
+    await node.db["schedules"].insert_one(schedule)
+    await all_of(node.backup.run(folder))
+    await all_of(empty.restore.run(folder, ""))
+    restored = empty.db["schedules"].with_options(codec_options=dump.RAW)
+    assert [doc.raw async for doc in restored.find()] == [bson.encode({**schedule, "fence": 0})]
+    lease = LeaderLease(empty.db[LEASES], "ingest", "i1", ready=asyncio.Event(), ttl_ms=60_000, renew_ms=1_000)
+    await lease.acquire_or_renew()
+    assert lease.token == 1
+    written = await empty.db["schedules"].update_one({"_id": schedule["_id"], **fenced(1)}, {"$set": {"fence": 1}})
+    assert written.matched_count == 1
+
+
 @pytest.mark.parametrize("key", ["../../../outside", "artifacts/ab/../../../outside", "/etc/passwd", "staging/x", ""])
 async def test_a_document_that_would_write_elsewhere(node: Node, empty: Node, folder: str, key: str) -> None:
 
-    place = await node.places.open(folder, to_write=True)
+    place = await node.locations.open(folder, to_write=True)
     doc = {"_id": sha256(b"abc"), "size": 3, "created_at": datetime.now(UTC), "key": key or "artifacts"}
     data = dump.compressed([RawBSONDocument(bson.encode(doc))])
     part = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     backup_id = await put_manifest(place, part=part)
     await place.put(f"backups/{backup_id}/documents/0.bson.gz", data)
     await place.put(manifest.blob_key(sha256(b"abc")), b"abc")
-    with pytest.raises(DataLoss, match="no store made that"):
+    with pytest.raises(DataLoss, match="which no store makes"):
         await all_of(empty.restore.run(folder, backup_id))
     assert await empty.parts.keys() == []
 
@@ -659,7 +681,7 @@ async def test_places_that_may_not_be_used(node: Node, url: str, error: type[Exc
 async def test_a_place_that_is_a_file(node: Node, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     for url in ((tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()):
-        with pytest.raises(FailedPrecondition, match=r"file.* cannot be made .*: a file is in its place"):
+        with pytest.raises(FailedPrecondition, match=r"file.* cannot be made .*: a file has that name"):
             await all_of(node.backup.run(url))
     assert (tmp_path / "file").read_bytes() == b"mine"
 

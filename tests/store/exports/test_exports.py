@@ -19,7 +19,7 @@ from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports import part
 from services.store.exports.claim import Claim
-from services.store.exports.places import FolderPlace, name_of
+from services.store.exports.locations import FolderLocation, name_of
 from services.store.exports.table import table_of
 from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb
@@ -175,7 +175,7 @@ async def test_writers_of_one_part_do_not_meet(tmp_path: Path) -> None:
     """As when a call goes on with an export whose call before it is still writing."""
     data = os.urandom(100_000)
     with Threads(4) as threads:
-        place = FolderPlace(tmp_path, threads)
+        place = FolderLocation(tmp_path, threads)
         for _ in range(50):
             await asyncio.gather(*(place.put("part-00000.parquet", data) for _ in range(4)))
             assert (tmp_path / "part-00000.parquet").read_bytes() == data
@@ -228,7 +228,7 @@ async def test_a_place_is_taken_as_long_as_an_export_is_written_there(
     first = export(store, url, part_rows=1)
     cursor = (await first.read()).cursor
     for same in (url, f"{url}/", f"{allowed.as_uri()}/other/../taken"):
-        await refused(export(store, same), PRECONDITION, "is under way")
+        await refused(export(store, same), PRECONDITION, "is running")
     await whole(export(store, f"{url}-not"))
     # Who goes on with it takes over, though nobody has noticed that its first caller is gone.
     second = export(store, url, part_rows=1, cursor=cursor)
@@ -259,7 +259,7 @@ async def test_what_a_killed_store_has_taken_is_free_a_minute_later(
             "expires_at": datetime.now(UTC) + timedelta(seconds=50),
         }
         await claims.insert_one(left)
-        await refused(export(store, url), PRECONDITION, "if its store was killed, 60 s")
+        await refused(export(store, url), PRECONDITION, "60 s if its store was killed")
         await claims.update_one({}, {"$set": {"expires_at": datetime.now(UTC) - timedelta(seconds=1)}})
         await whole(export(store, url))
     assert len(read(allowed / "left")) == 20
@@ -275,7 +275,7 @@ async def test_who_stood_still_writes_no_more(mongo_uri: str, mongo_database: st
             now += 59
             claim.check()
             now += 1
-            with pytest.raises(Aborted, match="stood still"):
+            with pytest.raises(Aborted, match="stalled"):
                 claim.check()
 
 
@@ -327,7 +327,7 @@ async def test_a_place_that_is_a_file(store: Store, allowed: Path) -> None:
     (allowed / "file").write_bytes(b"mine")
     for name in ("file", "file/below"):
         said = await refused(whole(export(store, f"{allowed.as_uri()}/{name}")), PRECONDITION)
-        assert "a file is in its place" in said
+        assert "a file has that name" in said
     assert (allowed / "file").read_bytes() == b"mine"
 
 
@@ -356,7 +356,7 @@ async def test_a_damaged_answer_ends_no_export(store: Store, allowed: Path) -> N
 
 async def test_by_default_it_writes_nowhere_but_to_the_caller(config: StoreConfig, tmp_path: Path) -> None:
     async with running_store(config) as store:
-        await refused(export(store, tmp_path.as_uri()), DENIED, "SHOAL_STORE_EXPORTS", "nowhere")
+        await refused(export(store, tmp_path.as_uri()), DENIED, "SHOAL_STORE_EXPORTS", "may use: none")
         await whole(export(store))
 
 

@@ -25,7 +25,7 @@ from services.store.garbage.references import References
 from services.store.garbage.verification import Verification
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry
-from services.store.results.large_responses import Responses
+from services.store.results.large_responses import LargeResponses
 from tests.store.artifacts.conftest import uploaded
 from tests.store.conftest import sha256
 
@@ -55,7 +55,7 @@ class Parts:
     artifacts: Artifacts
     registry: Registry
     references: References
-    responses: Responses
+    responses: LargeResponses
     collector: Collector
     verification: Verification
 
@@ -94,7 +94,7 @@ def make_parts(database: AsyncDatabase[Document], folder: Path, threads: Threads
     blobs, staged = open_blobs(f"file://{folder}", None, threads)
     staging = Staging(staged, 64, 3_600)
     artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=1 << 30, clock=clock)
-    responses = Responses(blobs, threads)
+    responses = LargeResponses(blobs, threads)
     return Parts(
         clock,
         collections,

@@ -26,7 +26,7 @@ async def test_the_life_of_an_artifact_that_nobody_needs(parts: Parts) -> None:
     parts.clock.advance(hours=23)
     assert await parts.collector.collect() == Collected()  # Its model may still be on its way.
     parts.clock.advance(hours=2)
-    assert await parts.collector.collect() == Collected(condemned=1)
+    assert await parts.collector.collect() == Collected(marked=1)
     assert await parts.read(b"abc") == b"abc"
     parts.clock.advance(minutes=11)
     assert await parts.collector.collect() == Collected(artifacts=1)
@@ -35,7 +35,7 @@ async def test_the_life_of_an_artifact_that_nobody_needs(parts: Parts) -> None:
     parts.clock.advance(minutes=11)
     assert await parts.collector.collect() == Collected(blobs=1)
     assert await parts.keys() == []
-    assert await parts.collections.graves.count_documents({}) == 0
+    assert await parts.collections.pending_deletions.count_documents({}) == 0
     await parts.put(b"abc")
     assert await parts.read(b"abc") == b"abc"
 
@@ -73,7 +73,7 @@ async def test_a_reference_comes_with_an_upload_and_goes_soon(parts: Parts) -> N
 async def test_whoever_asks_for_a_condemned_one_saves_it(parts: Parts, who: str) -> None:
     await parts.put(b"abc")
     parts.clock.advance(days=2)
-    assert (await parts.collector.collect()).condemned == 1
+    assert (await parts.collector.collect()).marked == 1
     if who == "stat":
         assert (await parts.artifacts.stat(sha256(b"abc")))[0]
     elif who == "put":
@@ -231,7 +231,7 @@ async def test_every_look_uses_an_index(parts: Parts) -> None:
         (found.artifacts, {"condemned_at": {"$lte": parts.clock.now}}),
         (found.models, {"files.sha256": {"$in": [digest]}}),
         (found.references, {"digest": {"$in": [digest]}}),
-        (found.graves, {"buried_at": {"$lte": parts.clock.now}}),
+        (found.pending_deletions, {"buried_at": {"$lte": parts.clock.now}}),
         (found.results, {"blob.key": {"$in": ["key"]}}),
         (found.results, {"blob.key": {"$exists": True}}),
     ]
@@ -239,4 +239,4 @@ async def test_every_look_uses_an_index(parts: Parts) -> None:
         plan = str(await collection.find(query).explain())
         assert "IXSCAN" in plan, query
         assert "COLLSCAN" not in plan, query
-    assert await Uses(found).referred([digest]) == {digest}
+    assert await Uses(found).referenced([digest]) == {digest}

@@ -105,8 +105,8 @@ class Story:
         for _ in range(2):
             await self.collect()
 
-    async def condemn(self) -> None:
-        await self.parts.collector.condemn()
+    async def mark(self) -> None:
+        await self.parts.collector.mark()
 
     async def count(self) -> None:
         await Counters(self.parts.collections, self.parts.clock).flush()
@@ -200,7 +200,7 @@ class World:
 
     async def _emptied(self) -> None:
         found = self.parts.collections
-        for collection in (found.artifacts, found.models, found.references, found.graves, found.usage):
+        for collection in (found.artifacts, found.models, found.references, found.pending_deletions, found.usage):
             await collection.delete_many({})
         for key in await self.parts.keys():
             await self.parts.blobs.remove(key)
@@ -218,7 +218,7 @@ def world(mongo_uri: str) -> Iterator[World]:
 FIRST = {
     "in use": ("push",),
     "not needed": ("push", "let_go"),
-    "condemned": ("claim", "let_go", "condemn"),
+    "condemned": ("claim", "let_go", "mark"),
 }
 
 

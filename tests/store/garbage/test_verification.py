@@ -78,7 +78,7 @@ async def test_what_is_damaged_is_named_with_those_it_harms(store: Store) -> Non
     ]
     assert f"bytes {2 * MIB} to {3 * MIB - 1}" in by_digest[sha256(rotten)].message
     assert list(by_digest[sha256(lost)].users) == ["job/1"]
-    assert "gone" in by_digest[sha256(lost)].message
+    assert "missing" in by_digest[sha256(lost)].message
     (of_result,) = (finding for finding in found if finding.key.startswith("responses/"))
     assert list(of_result.users) == ["the result of job j7"]
 

@@ -16,10 +16,10 @@ from mesh.mongo import Document
 from mesh.process.threads import Threads
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.documents import Collections
-from services.store.results.large_responses import Responses
+from services.store.results.large_responses import LargeResponses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
-from services.store.retention.book import Reading, RuleBook
+from services.store.retention.rule_repository import RuleRepository, RuleSnapshot
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
 from services.store.usage.counters import Counters
@@ -55,12 +55,12 @@ class Clock:
 class World:
     """A store's results and their retention."""
 
-    def __init__(self, collections: Collections, responses: Responses) -> None:
+    def __init__(self, collections: Collections, responses: LargeResponses) -> None:
         self.clock = Clock()
         self.collections = collections
         self.results = Results(collections, responses, self.clock)
         self.an_hour_ago = Results(collections, responses, lambda: START - HOUR)
-        self.book = RuleBook(collections, self.clock)
+        self.book = RuleRepository(collections, self.clock)
         self.counters = Counters(collections, self.clock)
         self.sweep = self.another()
 
@@ -100,7 +100,7 @@ class World:
                 return total
 
     async def buried(self) -> list[str]:
-        return [doc["_id"] async for doc in self.collections.graves.find({})]
+        return [doc["_id"] async for doc in self.collections.pending_deletions.find({})]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ async def world(mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Th
     async with mongo.connect(mongo_uri) as client:
         collections = Collections(client[mongo_database])
         await collections.prepare()
-        yield World(collections, Responses(LocalBlobs(tmp_path, tmp_path / "staging", threads), threads))
+        yield World(collections, LargeResponses(LocalBlobs(tmp_path, tmp_path / "staging", threads), threads))
 
 
 async def test_without_rules_nothing_goes(world: World) -> None:
@@ -320,10 +320,10 @@ async def test_nothing_goes_under_rules_that_were_changed(world: World, monkeypa
     world.clock.now = START + DAY
     old = await world.book.read()
     await world.rule(RESULTS, None, "a")
-    readings: list[Reading] = [old]
+    readings: list[RuleSnapshot] = [old]
     real = world.book.read
 
-    async def read() -> Reading:
+    async def read() -> RuleSnapshot:
         return readings.pop() if readings else await real()
 
     monkeypatch.setattr(world.book, "read", read)
@@ -390,7 +390,7 @@ async def test_what_is_kept_is_never_looked_at(world: World, mongo_uri: str, mon
         listened = Collections(client[mongo_database])
         await listened.prepare()
         heard.commands.clear()
-        sweep = Sweep(listened, RuleBook(listened, world.clock), Counters(listened, world.clock), world.clock)
+        sweep = Sweep(listened, RuleRepository(listened, world.clock), Counters(listened, world.clock), world.clock)
         plans: list[Document] = []
         explained = 0
         while (await sweep.apply(Held())).more:

@@ -242,11 +242,11 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
     counters = Counters(collections, now)
     quotas = Quotas(collections, counters, now)
     await quotas.put("t", 5)
-    ready = collections._made
-    monkeypatch.setattr(collections, "_made", {})
+    ready = collections._prepared
+    monkeypatch.setattr(collections, "_prepared", {})
     await counters.flush()
     assert await quotas.over("t") is None  # Not known now: and nothing is refused, or fails, for that.
-    monkeypatch.setattr(collections, "_made", ready)
+    monkeypatch.setattr(collections, "_prepared", ready)
     over = await quotas.over("t")
     assert over is not None
     assert over.bytes == 1_000

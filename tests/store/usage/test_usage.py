@@ -12,7 +12,7 @@ import pytest
 from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
-from services.store.retention.book import RuleBook
+from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
@@ -87,7 +87,7 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
     assert len(sizes) == 2
     later = lambda: now() + timedelta(days=2)  # noqa: E731 - a clock
     async with Counters(collections, later) as counters:
-        book = RuleBook(collections, later)
+        book = RuleRepository(collections, later)
         sweep = Sweep(collections, book, counters, later)
         await book.put(Rule(Kept.ANSWERS, None, timedelta(days=1)), remove=False)
         assert (await sweep.apply(Held())).answers == 5
@@ -104,7 +104,7 @@ async def test_what_a_requeued_job_adds(store: Store, config: StoreConfig, colle
     await until_usage(store, dict.fromkeys(("old", "new"), (3, 3 * RECORD)))
     later = lambda: now() + timedelta(days=2)  # noqa: E731 - a clock
     async with Counters(collections, later) as counters:
-        book = RuleBook(collections, later)
+        book = RuleRepository(collections, later)
         await book.put(Rule(Kept.RESULTS, "old", timedelta(days=1)), remove=False)
         assert (await Sweep(collections, book, counters, later).apply(Held())).results == 3
     await collections.results.delete_one({"_id": "old2"})
@@ -282,10 +282,10 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
     counters = Counters(collections, now)
     async with counters:
         counters.recorded([{"_id": "j", "tenant": "t"}])
-        ready = collections._made
-        monkeypatch.setattr(collections, "_made", {})
+        ready = collections._prepared
+        monkeypatch.setattr(collections, "_prepared", {})
         await counters.flush()
-        monkeypatch.setattr(collections, "_made", ready)
+        monkeypatch.setattr(collections, "_prepared", ready)
         counters.recorded([{"_id": "j", "tenant": "t"}])
     (found,) = (await Quotas(collections, counters, now).list(None, 10))[0]
     assert (found.results, found.bytes) == (2, 2 * RECORD)

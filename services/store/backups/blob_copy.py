@@ -1,4 +1,4 @@
-"""A blob from one place to another, verified on the way: what does not hash to its digest never arrives."""
+"""Copying of blobs between stores, with verification: bytes that do not hash to their digest are never stored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +16,37 @@ from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.stored import key_of
+from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
+# Larger blobs are copied through a file, because several are copied at once.
 _IN_MEMORY_BYTES = 4 << 20
-"""Larger ones go through a file: several are copied at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A blob to be copied: where it lies, and what it is."""
-
-    key: str
-    size: int
-    sha256: str
-
-
-def blobs_meant(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[Named]:
-    """The blobs that documents of a collection of the store mean. Of damaged artifacts there is nothing to copy."""
+def blobs_referenced(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[BlobRef]:
+    """Return the blobs that documents of a collection refer to. Damaged artifacts are left out: nothing to copy."""
     if collection == "artifacts":
-        return [Named(key_of(doc), doc["size"], doc["_id"]) for doc in docs if not doc.get("damaged")]
+        return [BlobRef(key_of(doc), doc["size"], doc["_id"]) for doc in docs if not doc.get("damaged")]
     if collection == "results":
-        blobs = [doc["blob"] for doc in docs if "blob" in doc]
-        return [Named(blob["key"], blob["size"], blob["sha256"]) for blob in blobs]
+        return [BlobRef(**doc["blob"]) for doc in docs if "blob" in doc]
     return []
 
 
 def known_damaged(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The digests of those artifacts of a collection of the store that were found damaged before."""
+    """Return the digests of the artifacts among the documents that were marked damaged before."""
     return [doc["_id"] for doc in docs if doc.get("damaged")] if collection == "artifacts" else []
 
 
-class Copied(enum.Enum):
-    """What became of a blob that was to be copied."""
+class CopyOutcome(enum.Enum):
+    """Outcome of copying one blob."""
 
-    THERE = "it lay there already"
-    NEW = "it was copied"
-    REPAIRED = "what lay there was damaged, and was replaced"
+    PRESENT = "the blob was there already"
+    NEW = "the blob was copied"
+    REPAIRED = "a damaged blob was replaced"
 
 
-async def copied(
-    blob: Named,
+async def copy_blob(
+    blob: BlobRef,
     source: BlobStore,
     target: BlobStore,
     key: str,
@@ -63,36 +54,37 @@ async def copied(
     threads: Threads,
     *,
     trust_size: bool = False,
-) -> Copied:
-    """Copies `blob` to `key` there, unless the same bytes lie there: they are read, or (`trust_size`) only counted.
+) -> CopyOutcome:
+    """Copy `blob` to `key` in `target`, unless the same bytes are there. `trust_size`: compare only their size.
 
     Raises:
-        DataLoss: the source's bytes are gone or not what they were: the message names the blob.
+        DataLoss: the source's bytes are lost or damaged; the message names the blob.
     """
     size = await target.size(key)
-    if size == blob.size and (trust_size or await _is_right(replace(blob, key=key), target, threads)):
-        return Copied.THERE
+    if size == blob.size and (trust_size or await _is_intact(replace(blob, key=key), target, threads)):
+        return CopyOutcome.PRESENT
     if blob.size <= _IN_MEMORY_BYTES:
-        await target.put(key, await whole(blob, source, threads))
+        await target.put(key, await read_whole(blob, source, threads))
     else:
         await _through_a_file(blob, source, target, key, staging, threads)
-    return Copied.NEW if size is None else Copied.REPAIRED
+    return CopyOutcome.NEW if size is None else CopyOutcome.REPAIRED
 
 
-async def _is_right(blob: Named, store: BlobStore, threads: Threads) -> bool:
-    """Whether the blob's bytes are what they should be. Reads all of them."""
+async def _is_intact(blob: BlobRef, store: BlobStore, threads: Threads) -> bool:
+    """Return True when the blob's bytes, read in full, hash to its digest."""
     found = hashlib.sha256()
-    with suppress(NotFound, DataLoss):  # Removed since its size was asked for, or lost: then they are none.
+    # A blob that is lost, or was removed since its size was read, does not hash to its digest.
+    with suppress(NotFound, DataLoss):
         async for chunk in store.read(blob.key, 0, blob.size):
             await threads.run(found.update, chunk)
     return found.hexdigest() == blob.sha256
 
 
-async def whole(blob: Named, source: BlobStore, threads: Threads) -> bytes:
-    """The bytes of a blob that fits into memory.
+async def read_whole(blob: BlobRef, source: BlobStore, threads: Threads) -> bytes:
+    """Return the verified bytes of a blob that fits into memory.
 
     Raises:
-        DataLoss: they are gone or not what they were.
+        DataLoss: the bytes are lost or damaged.
     """
     data = b"".join([chunk async for chunk in _read(blob, source)])
     if await threads.run(lambda: hashlib.sha256(data).hexdigest()) != blob.sha256:
@@ -101,7 +93,7 @@ async def whole(blob: Named, source: BlobStore, threads: Threads) -> bytes:
 
 
 async def _through_a_file(
-    blob: Named, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads
+    blob: BlobRef, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads
 ) -> None:
     file = staging / f"{uuid.uuid4().hex}.tmp"
     found, at = hashlib.sha256(), 0
@@ -123,14 +115,14 @@ async def _through_a_file(
         file.unlink(missing_ok=True)
 
 
-async def _read(blob: Named, source: BlobStore) -> AsyncIterator[bytes]:
+async def _read(blob: BlobRef, source: BlobStore) -> AsyncIterator[bytes]:
     try:
         async for chunk in source.read(blob.key, 0, blob.size):
             yield chunk
     except NotFound as err:
         await source.check()
-        raise DataLoss(f"blob {blob.key} is gone") from err
+        raise DataLoss(f"blob {blob.key} does not exist") from err
 
 
-def _damaged(blob: Named) -> DataLoss:
+def _damaged(blob: BlobRef) -> DataLoss:
     return DataLoss(f"blob {blob.key} is damaged: it does not hash to {blob.sha256}")

@@ -1,12 +1,12 @@
-"""The rules of retention as MongoDB documents, and the fence that every removal under them must pass.
+"""Repository of the retention rules, with the fence that every removal under these rules must pass.
 
     retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
     fences     {_id: "retention", token?, rules, acts}
 
 `token` is the greatest token of a leader lease (mesh/mongo_lease.py) under which something was removed; `rules` counts
-changes of the rules. A removal is a transaction that demands that no later leader has removed anything and that the
-rules are those that it read. So a leader that has lost its lease to another removes nothing, and once SetRetention has
-returned, nothing is removed under the old rules by any instance.
+changes of the rules. A removal is a transaction. It demands that no later leader has removed anything, and that the
+rules have not changed. So a leader that lost its lease removes nothing, and after SetRetention has returned, no
+instance removes anything under the old rules.
 """
 
 from __future__ import annotations
@@ -31,40 +31,41 @@ _FENCE = "retention"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """All rules, and the version that they are of."""
+class RuleSnapshot:
+    """All rules at one version."""
 
     rules: tuple[Rule, ...]
     version: int
 
 
 class Outdated(Exception):
-    """The rules, or what was to be removed, are not what was read: read again."""
+    """The rules, or the documents to be removed, have changed since they were read: read them again."""
 
 
-class RuleBook:
+class RuleRepository:
     """Reads and changes the rules. Safe beside other instances."""
 
     def __init__(self, collections: Collections, clock: Callable[[], datetime]) -> None:
         self._collections = collections
         self._clock = clock
 
-    async def read(self) -> Reading:
-        """The rules as they are.
+    async def read(self) -> RuleSnapshot:
+        """Return the current rules.
 
         Raises:
-            Unavailable: MongoDB is away.
+            Unavailable: MongoDB is unavailable.
         """
         with translated("reading the rules of retention"):
-            fence = await self._collections.fences.find_one({"_id": _FENCE})  # First: a change between is noticed.
+            # The fence first: a change between the two reads is noticed.
+            fence = await self._collections.fences.find_one({"_id": _FENCE})
             docs = await self._collections.retention.find({}).sort("_id").hint("_id_").to_list()
-        return Reading(tuple(map(_rule, docs)), fence["rules"] if fence else 0)
+        return RuleSnapshot(tuple(map(_rule, docs)), fence["rules"] if fence else 0)
 
     async def put(self, rule: Rule, *, remove: bool) -> None:
-        """Sets a rule, or removes the one of that kind and tenant.
+        """Set a rule, or remove the rule of its kind and tenant.
 
         Raises:
-            InvalidArgument: there may be no such rule.
+            InvalidArgument: the rule is not allowed.
         """
         check_rule(rule)
         doc = _document(rule, whole_milliseconds(self._clock()))
@@ -88,9 +89,9 @@ class RuleBook:
             FailedPrecondition: the holder of a later term has removed something.
         """
         fences = self._collections.fences
-        # An older version wrote tokens of etcd's election, with the etcd that they were of: they are no later terms.
+        # An older version wrote tokens of etcd's election, with the etcd that they belong to: no later terms.
         is_no_later = {"$or": [fenced(token, "token"), {"etcd": {"$exists": True}}]}
-        # `acts` makes it a write even when the token is there already: of two removals at once, one waits.
+        # `acts` makes this a write even when the token is unchanged, so that of two removals one waits.
         passing = {"$set": {"token": token}, "$unset": {"etcd": ""}, "$inc": {"acts": 1}}
         passed = await fences.update_one({"_id": _FENCE, "rules": version, **is_no_later}, passing, session=session)
         if passed.matched_count:
@@ -101,7 +102,7 @@ class RuleBook:
         raise Outdated
 
     async def transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-        """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
+        """Run `work` in one transaction, possibly more than once."""
         return await transaction(self._collections, work)
 
 

@@ -1,4 +1,4 @@
-"""Files of an export: in a folder or a bucket, each written whole or not at all."""
+"""Locations of exports: folders or buckets, in which each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Protocol
 
 from mesh.process.threads import Threads
+from services.store.allowed_locations import AllowedLocations, make_folder
 from services.store.artifacts import disk
-from services.store.places import Allowed, make_folder
 
 
 class ExportLocation(Protocol):
-    """Where files of an export lie. Part of what a BlobStore is."""
+    """Location of an export's files; every BlobStore is one."""
 
     async def size(self, key: str) -> int | None:
-        """How many bytes the file has, or None when there is none."""
+        """Return the file's size in bytes; None when there is no such file."""
 
     async def put(self, key: str, data: bytes) -> None:
-        """Writes a file: whole or not at all, and durable when the call returns."""
+        """Write a file, whole or not at all, durable when the call returns."""
 
 
-class FolderPlace:
-    """A folder. What is not whole has a hidden name there, which readers of Parquet folders pass over."""
+class FolderLocation:
+    """Folder. An unfinished file has a hidden name, which readers of Parquet folders ignore."""
 
     def __init__(self, folder: Path, threads: Threads) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class FolderPlace:
 
     @property
     def folder(self) -> Path:
-        """Without `..` and links."""
+        """The folder's path, without `..` and links."""
         return self._folder
 
     async def size(self, key: str) -> int | None:
@@ -44,7 +44,7 @@ class FolderPlace:
         await self._threads.run(self._write, key, data)
 
     def _write(self, key: str, data: bytes) -> None:
-        # One name for one file: what a kill left behind is written over.
+        # A fixed name, so that the next write replaces a file that a kill left behind.
         partial = self._folder / f".{key}.partial"
         with disk.translated(f"writing {key}"):
             fd = _locked(partial)
@@ -62,9 +62,9 @@ class FolderPlace:
 
 
 def _locked(file: Path) -> int:
-    """Opens `file` for this writer alone, until it is closed.
+    """Open `file` and lock it until it is closed.
 
-    An export that was broken off may be writing its last part still when the call that goes on with it writes the same.
+    An interrupted export may still write its last part when the call that resumes it writes the same part.
     """
     while True:
         fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
@@ -72,7 +72,8 @@ def _locked(file: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(fd), file.lstat()):
                 return fd
-        except FileNotFoundError:  # Renamed by who had it, between the two looks.
+        # The earlier holder renamed the file between open and lstat.
+        except FileNotFoundError:
             pass
         except BaseException:
             os.close(fd)
@@ -81,31 +82,31 @@ def _locked(file: Path) -> int:
 
 
 class ExportLocations:
-    """Opens the places that exports may go to: those under one of `allowed`."""
+    """Opens locations at or below one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str], threads: Threads, *, checksums: bool) -> None:
         advice = "export to the caller (no url), or have the operator add it to SHOAL_STORE_EXPORTS"
-        self._allowed = Allowed(allowed, threads, checksums=checksums, advice=advice)
+        self._allowed = AllowedLocations(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 
     async def open(self, url: str) -> ExportLocation:
-        """The place at `url`. A folder is made.
+        """Return the location at `url`. A folder is made.
 
         Raises:
-            InvalidArgument: it is no URL of a place.
+            InvalidArgument: `url` is no URL of a location.
             PermissionDenied: the operator has not allowed it, or the store's user may not make it.
-            FailedPrecondition: a file is in its place.
+            FailedPrecondition: a file has that name.
         """
-        place = await self._allowed.open(url)
-        if not isinstance(place, Path):
-            return place
-        await self._threads.run(make_folder, place)
-        return FolderPlace(place, self._threads)
+        location = await self._allowed.open(url)
+        if not isinstance(location, Path):
+            return location
+        await self._threads.run(make_folder, location)
+        return FolderLocation(location, self._threads)
 
 
-def name_of(url: str, place: ExportLocation) -> str:
-    """The name of the place at `url`: one for all the URLs that lead there."""
-    if isinstance(place, FolderPlace):
-        return place.folder.as_uri()
+def name_of(url: str, location: ExportLocation) -> str:
+    """Return the name of the location at `url`, the same for all URLs that lead there."""
+    if isinstance(location, FolderLocation):
+        return location.folder.as_uri()
     scheme, _, path = url.partition("://")
     return f"{scheme}://" + "/".join(step for step in path.split("/") if step)

@@ -1,6 +1,6 @@
-"""Where a store may write and read beside its own folder: exports and backups.
+"""Locations outside the store's own folder that exports and backups may use.
 
-Only where its operator said: a caller names the place, and is not trusted.
+The operator lists them; a caller names a location and is not trusted.
 
 SHOAL_STORE_EXPORTS = file:///data/exports,s3://reports/shoal,gs://
 SHOAL_STORE_BACKUPS = file:///mnt/backups,s3://backups/shoal
@@ -21,15 +21,15 @@ from services.store.artifacts.digest import brief
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
 from shoal.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 
-PLACE = r"^(file:///.*|(s3|gs|az)://.*)$"
-"""What an allowed place looks like: a folder, a bucket or a prefix in it, or (`s3://`) every bucket there."""
+LOCATION_URL = r"^(file:///.*|(s3|gs|az)://.*)$"
+"""Pattern of an allowed location: a folder, a bucket or a prefix in a bucket, or (`s3://`) every bucket."""
 _SCHEMES = ("file", "s3", "gs", "az")
 _MAX_CHARACTERS = 2_048
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
-class Allowed:
-    """The places at or under one of `urls`. `advice`: what whoever is refused may do, beside choosing one of those."""
+class AllowedLocations:
+    """Locations at or below one of `urls`. `advice`: what a rejected caller may do, besides choosing one of `urls`."""
 
     def __init__(self, urls: Sequence[str], threads: Threads, *, checksums: bool, advice: str) -> None:
         self._urls = tuple(urls)
@@ -38,10 +38,10 @@ class Allowed:
         self._advice = advice
 
     async def open(self, url: str) -> Path | ObjectBlobs:
-        """The folder at `url`, which need not be there, or the blobs of a bucket.
+        """Return the folder at `url`, which may not exist yet, or the blobs of a bucket.
 
         Raises:
-            InvalidArgument: it is no URL of a place.
+            InvalidArgument: `url` is no URL of a location.
             PermissionDenied: the operator has not allowed it.
         """
         scheme, path = checked_url(url)
@@ -55,7 +55,7 @@ class Allowed:
             raise InvalidArgument(f"url: {brief(url)} cannot be opened: expected like s3://bucket/prefix") from err
 
     def _folder(self, path: str) -> Path:
-        # As the disk has it: `..` and links lead nowhere else.
+        # resolve() follows links and `..`, so neither leads out of an allowed folder.
         folder = Path(path).resolve()
         roots = [Path(path_of(allowed)).resolve() for allowed in self._urls if allowed.startswith("file:")]
         if not any(folder.is_relative_to(root) for root in roots):
@@ -63,38 +63,38 @@ class Allowed:
         return folder
 
     def _refused(self, url: str) -> PermissionDenied:
-        allowed = ", ".join(self._urls) or "nowhere"
+        allowed = ", ".join(self._urls) or "none"
         return PermissionDenied(
-            f"url: this store may not use {brief(url)} for that; it may use: {allowed}. Choose a place there, "
+            f"url: this store may not use {brief(url)}; it may use: {allowed}. Choose a location below one of those, "
             + self._advice
         )
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder that a caller has named.
+    """Make a folder that a caller has named.
 
     Raises:
-        FailedPrecondition: a file is in its place. PermissionDenied: the store's user may not make it.
+        FailedPrecondition: a file has that name. PermissionDenied: the store's user may not make the folder.
     """
-    where = f"url: the folder {brief(str(folder))} cannot be made on the store's machine"
+    failure = f"url: the folder {brief(str(folder))} cannot be made on the store's machine"
     try:
         disk.make_folder(folder)
     except (FileExistsError, NotADirectoryError) as err:
-        raise FailedPrecondition(f"{where}: a file is in its place: choose another") from err
+        raise FailedPrecondition(f"{failure}: a file has that name: choose another") from err
     except OSError as err:
         if err.errno in _REFUSED:
             raise PermissionDenied(
-                f"{where}: {err.strerror}: let the user that the store runs as write there, or choose another"
+                f"{failure}: {err.strerror}: let the user that the store runs as write there, or choose another"
             ) from err
         with disk.translated("making the folder that was named"):
             raise
 
 
 def checked_url(url: str) -> tuple[str, str]:
-    """The scheme and the path of a URL that may name a place.
+    """Return the scheme and the path of a URL of a location.
 
     Raises:
-        InvalidArgument: it may not.
+        InvalidArgument: `url` is no such URL.
     """
     try:
         parts = urlsplit(url)
@@ -112,9 +112,9 @@ def path_of(url: str) -> str:
 
 
 def is_within(url: str, allowed: str) -> bool:
-    """Whether `url` is `allowed` or lies under it. `s3://` allows every bucket."""
+    """Return True when `url` is `allowed` or lies below it. `s3://` allows every bucket."""
     if allowed.endswith("://"):
         return url.startswith(allowed)
-    inside = [step for step in url.split("/") if step]
-    outside = [step for step in allowed.split("/") if step]
-    return inside[: len(outside)] == outside and not {"..", "."} & set(inside)
+    steps = [step for step in url.split("/") if step]
+    prefix = [step for step in allowed.split("/") if step]
+    return steps[: len(prefix)] == prefix and not {"..", "."} & set(steps)
