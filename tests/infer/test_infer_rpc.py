@@ -438,8 +438,8 @@ async def test_overload_is_rejected_early_with_a_retry_time(serve, models_folder
     calls = (served.stub.ModelInfer(request("slow", x=X)) for _ in range(50))
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     refusals = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
-    # One runs and two wait; how many more find a place depends on how fast it is.
-    assert 0 < len(refusals) <= 47
+    # Two wait, and one more runs if it was dispatched before the last request arrived; others follow as these end.
+    assert 0 < len(refusals) <= 48
     for refusal in refusals:
         assert refusal.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "Exceeds maximum queue size of model 'slow'" in refusal.details()
