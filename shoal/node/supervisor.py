@@ -66,7 +66,7 @@ class CrashLoop:
 
 @dataclass(frozen=True)
 class Recovered:
-    """A process that was in a crash loop runs steadily."""
+    """Event: a process that was in a crash loop runs steadily again."""
 
     name: str
 

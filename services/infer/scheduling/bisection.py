@@ -30,7 +30,10 @@ class Bisection(Generic[J, R]):
         """Number of batches that were split in two."""
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
-        """Return one result for each item, in order. `batch`, of more than one item, has just failed."""
+        """Run the halves of a failed batch until the failing items are alone; return one result per item, in order.
+
+        `batch` has more than one item.
+        """
         return sans_io.run_sync(self._search(batch), run)
 
     async def outcomes_async(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:

@@ -235,7 +235,7 @@ def check_same_request(earlier: Batch, digest: bytes) -> Batch:
     """Return the earlier batch of a key when its request was the same.
 
     Raises:
-        AlreadyExists: the request was another.
+        AlreadyExists: the earlier batch of this key had a different request.
     """
     if earlier.digest != digest:
         raise AlreadyExists(f"idempotency_key {earlier.key!r} was used by batch {earlier.id} with another request")

@@ -235,7 +235,7 @@ def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcom
 
 
 def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredRows) -> list[FailedRow]:
-    """Add the rows of an answer. Return the rows that cannot be written."""
+    """Add the outputs of answered rows to the output part. Return the rows whose outputs Parquet cannot hold."""
     rows = list(answered.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
     try:

@@ -68,7 +68,7 @@ class ModelClient(Protocol):
 
 
 class Attempts:
-    """Runner of attempts."""
+    """Runs claimed jobs on infer: sends each request, and turns its response into the outcome of the attempt."""
 
     def __init__(
         self,

@@ -144,7 +144,7 @@ class Claims:
         self._list_again = max(_SHORTEST_REST, _LIST_REST * timedelta(seconds=time.monotonic() - started))
 
     async def claim_accepted(self, jobs: Sequence[Job]) -> list[Job]:
-        """Claim jobs that this instance has just accepted and has in memory: one write, and mostly no read."""
+        """Claim jobs that this instance has just accepted. They are in memory, so one write is enough in most cases."""
         lease = self.lease()
         outcome = await self._store.claim_accepted(jobs, lease, self._clock())
         return [*self._checked(outcome, lease, [job.id for job in jobs]).jobs]

@@ -177,7 +177,7 @@ class _BackupRun:
         yield DumpedCollection("" if is_own else database.name, name, documents, tuple(files))
 
     def _add_missing(self, damaged: Sequence[str]) -> None:
-        """Count artifacts that were found damaged before as missing: they have no bytes to copy."""
+        """Report artifacts that an earlier verification found damaged as missing, because they cannot be copied."""
         before = self._progress
         self._progress = replace(
             before,

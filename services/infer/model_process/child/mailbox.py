@@ -65,7 +65,7 @@ class Mailbox:
         return item
 
     def poll(self) -> Any:
-        """Return the next item, or None when the mailbox is empty. Needs the reader thread."""
+        """Return the next item, or None when the mailbox is empty. The reader thread must be running."""
         return None if self._queue.empty() else self.next()
 
     def put(self, item: object) -> None:
