@@ -121,7 +121,7 @@ class KafkaSource:
         """Body of the thread."""
         try:
             consumer.subscribe(
-                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_revoked=self._on_lost
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._poll(consumer)
         except Exception as err:
