@@ -88,7 +88,7 @@ def test_a_disk_that_is_short_stays_so_until_there_is_more() -> None:
     disk.observe(101 << 20)
     disk.admit()
     disk.observe(99 << 20)
-    with pytest.raises(ResourceExhausted, match="MongoDB's disk has 99 MiB left, and 100 MiB are kept") as refused:
+    with pytest.raises(ResourceExhausted, match="MongoDB's disk has 99 MiB left, and 100 MiB are reserved") as refused:
         disk.admit()
     assert refused.value.retry_after_ms
     disk.observe(110 << 20)
