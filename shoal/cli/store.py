@@ -78,7 +78,8 @@ def collect(
 ) -> None:
     """Collect unreferenced artifacts now. The store repeats this every SHOAL_STORE_COLLECT_EVERY_MS (10 minutes).
 
-    An artifact is collected in three steps, at least ten minutes apart: marked (JSON: condemned), collected, its bytes removed.
+    An artifact is collected in three steps: marked ("condemned" in JSON), collected, its bytes removed. At least ten minutes
+    pass between two steps.
 
     [bold]Example[/bold]
 
