@@ -78,8 +78,8 @@ def collect(
 ) -> None:
     """Collect unreferenced artifacts now. The store repeats this every SHOAL_STORE_COLLECT_EVERY_MS (10 minutes).
 
-    An artifact is collected in three steps: marked ("condemned" in JSON), collected, its bytes removed. At least ten minutes
-    pass between two steps.
+    Collection has three steps, at least ten minutes apart. An artifact is marked ("condemned" in JSON), then collected,
+    then its bytes are removed.
 
     [bold]Example[/bold]
 
