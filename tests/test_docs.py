@@ -25,6 +25,7 @@ _HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
 _FILE = re.compile(r"(?<![\w/<>~.$-])((?:[\w-]+/)+[\w-]+\.(?:md|proto|py|sh|txt|in))(?![\w/*])")
 """A path of two or more parts that ends like a source file."""
 _FOLDER = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
+_FOLDER_NAME = re.compile(r"`([\w-]+)/`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -50,6 +51,11 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
     missing = [name for name in _FILE.findall(_without_links(text)) if not is_file_of_ours(name)]
     missing += [name for name in _FOLDER.findall(text) if not any(ROOT.glob(name.rstrip("/")))]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_single_folder_that_a_page_about_the_source_names_exists(page: str) -> None:
+    assert not set(_FOLDER_NAME.findall((ROOT / page).read_text())) - folder_names()
 
 
 def test_every_page_of_docs_is_listed_in_the_readme() -> None:
@@ -92,6 +98,12 @@ def files() -> tuple[str, ...]:
     """Return the path of every file in the repository's own folders."""
     found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if "node_modules" not in path.parts]
     return tuple(str(path.relative_to(ROOT)) for path in found if path.is_file())
+
+
+@cache
+def folder_names() -> frozenset[str]:
+    """Return the name of every folder that holds one of the repository's files."""
+    return frozenset(part for path in files() for part in path.split("/")[:-1])
 
 
 def _without_code(page: Path) -> str:
