@@ -3,14 +3,15 @@
     seconds since its arrival    0         waits          taken            answered      budget
                                  |--------------------------|-- cost(b) ------|--- spare ---|
 
-With batches of b rows, a row must have arrived within the last budget - cost(b) when its batch is taken. Of the offered
-rows, only so many are useful to an instance. Rows answered in time for each second and instance are then
+With batches of b rows, a row must have arrived within the last budget - cost(b) when its batch is taken. A batch of one
+of n instances thus finds at most rate * (budget - cost(b)) / n useful rows. Rows answered in time for each second and
+instance are then
 
-    min(b, rate * (budget - cost(b)) / instances) / cost(b)
+    min(b, rate * (budget - cost(b)) / n) / cost(b)
 
-Large batches are cheap by the row, and too large ones leave no time to wait for them. The smallest b that reaches
-nearly the best rate is chosen: spare time is worth more than a hundredth of throughput. But where all offered rows can
-be served with headroom, it is the largest such b: requests that arrive together run together.
+Large batches are cheap by the row, and too large ones leave no time to wait for them. The smallest b within two
+hundredths of the best rate is chosen: spare time is worth more than the last two hundredths of throughput. But where
+all offered rows can be served with headroom, it is the largest such b: requests that arrive together run together.
 """
 
 from __future__ import annotations
