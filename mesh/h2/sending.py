@@ -55,7 +55,7 @@ class Outgoing:
 
 
 class Sender:
-    """Sends to one peer. Calls for a stream that is not open (any more) do nothing.
+    """Sends to one peer. Calls for a stream that is not open send nothing, except that `request` needs an open stream.
 
     Args:
         ended: called for each stream whose sending side has ended; with a reason when it was reset.
@@ -129,11 +129,14 @@ class Sender:
             )
 
     def pause(self) -> None:
-        """Send no data: the transport's buffer is full."""
+        """Hold back data that waits for a window: the transport's buffer is full.
+
+        Headers, small whole requests and responses, and acknowledgements are written nevertheless.
+        """
         self._is_paused = True
 
     def resume(self) -> None:
-        """Send data again."""
+        """Send waiting data again."""
         self._is_paused = False
         self._unread = 0
         self._pump()
@@ -196,7 +199,10 @@ class Sender:
             self.end_data(number)
 
     def request(self, number: int, block: bytes, body: bytes) -> None:
-        """Send a whole request: its head, and a body that ends our side."""
+        """Send a whole request on an open stream: its head, and a body that ends our side.
+
+        Raises KeyError for a stream that is not open.
+        """
         size = len(body)
         self.headers(number, block)
         if size <= self._frame and size <= self._window and size <= self._room(number):
