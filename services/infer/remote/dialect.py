@@ -15,6 +15,7 @@ from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import InvalidArgument
+from shoal.oip.tensors import MAX_DIMS
 
 
 class MetadataCall(NamedTuple):
@@ -23,10 +24,6 @@ class MetadataCall(NamedTuple):
     method: str
     message: Message
     response_type: type[Message]
-
-
-# NumPy's limit for the dimensions of an array.
-_MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def missing(name: str, present: Sequence[str]) -> ModelFailed:
 
 def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:
     """Raise InvalidArgument when an output's shape contradicts the spec. Checked before the data is read."""
-    if len(shape) > _MAX_DIMS or (spec.shape and not fits(shape, spec.shape)):
+    if len(shape) > MAX_DIMS or (spec.shape and not fits(shape, spec.shape)):
         raise InvalidArgument(f"{what}: expected {written(spec.shape)}, got {written(shape)}")
 
 
