@@ -237,7 +237,10 @@ class PubSubSink:
 
 
 def _attributes(message: Outgoing) -> dict[str, str]:
-    """Return the headers within Pub/Sub's limits: long values are cut, surplus headers dropped, Shoal's own last."""
+    """Return the headers within Pub/Sub's limits: long values are cut, surplus headers dropped.
+
+    Shoal's own headers are kept first.
+    """
     headers = [*message.headers] if message.key is None else [*message.headers, (KEY, message.key)]
     ours_first = sorted(headers, key=lambda header: not header[0].startswith("shoal-"))
     cut = [(name, value[:_VALUE_BYTES].decode(errors="ignore")) for name, value in ours_first]
