@@ -26,11 +26,11 @@ class Composed(Loaded):
     """Returns the current plan for an older one. Raises Unavailable, with a step's name, when there is none."""
 
 
-Seen = tuple[StepVersion | None, ...]
+Resolved = tuple[StepVersion | None, ...]
 """The current versions of a graph's steps, nested ensembles included; None: the step has no ready version."""
 
 
-async def until_tried(graph: Graph, others: OtherModels) -> None:
+async def wait_until_loaded(graph: Graph, others: OtherModels) -> None:
     """Request that an ensemble's models are served, and wait until each of them had its first load attempt.
 
     Raises:
@@ -56,7 +56,7 @@ def _path(name: str, target: str, others: OtherModels, visited: set[str]) -> tup
     return ()
 
 
-def seen(graph: Graph, others: OtherModels) -> Seen:
+def resolved(graph: Graph, others: OtherModels) -> Resolved:
     """Return the current versions of the steps, and of the steps of nested ensembles. Raises nothing."""
     current: list[StepVersion | None] = []
     left, entered = [graph], set[StepVersion]()

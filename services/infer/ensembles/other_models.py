@@ -22,7 +22,7 @@ class StepVersion(Protocol):
     statistics: Statistics
     response_cache: ResponseCache | None
     decoupled: DecoupledScheduler | None
-    line: ArrivalOrder | None
+    arrival_order: ArrivalOrder | None
     graph: Graph | None
 
     @property

@@ -218,15 +218,15 @@ async def test_a_response_cache_forgets_though_a_call_found_the_new_version_firs
     served = await serve(models_folder.root)
     assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 6 * X)
     cached = served.models.find("cached", "")
-    follow, asked = cached.look_again, []
+    follow, asked = cached.recheck, []
 
-    def look_again(neighbours):
+    def recheck(other_models):
         if not asked and served.models.find("double", "") is not before:
             cached.scheduler.refresh()  # As every call does, before it runs.
             asked.append(True)
-        return follow(neighbours)
+        return follow(other_models)
 
-    before, cached.look_again = served.models.find("double", ""), look_again
+    before, cached.recheck = served.models.find("double", ""), recheck
     models_folder.bare("double", onnx_files.scale(20.0))
     await load(served, "double")
     assert asked
