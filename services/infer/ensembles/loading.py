@@ -111,7 +111,7 @@ def _renewed(old: EnsemblePlan, *, others: OtherModels, labels: Labels) -> Ensem
         new = _plan(old.graph, others, labels)
     except FailedPrecondition as err:
         raise Unavailable(f"in ensemble '{old.graph.name}': {err.message}") from err
-    same = new.completed.signature == old.completed.signature and new.takes_numbers_only == old.takes_numbers_only
+    same = new.completed.signature == old.completed.signature and new.sees_tensors_only == old.sees_tensors_only
     # The ensemble has another signature and must be loaded again. The version does that on its own.
     if not same:
         raise Unavailable(

@@ -105,9 +105,9 @@ class EnsemblePlan:
         return dict.fromkeys(step.version for step in self.steps)
 
     @property
-    def takes_numbers_only(self) -> bool:
-        """True while none of the models reads the ids and parameters of requests."""
-        return all(step.version.sees_numbers_only for step in self.steps)
+    def sees_tensors_only(self) -> bool:
+        """True when none of the models sees more of a request than its tensors."""
+        return all(step.version.sees_tensors_only for step in self.steps)
 
     def route(self, outputs: tuple[WantedOutput, ...]) -> Route:
         """Return the steps that these outputs need, and no others."""

@@ -125,7 +125,7 @@ class FastInfer:
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)
-        if not version.takes_numbers_only:
+        if not version.needs_tensors_only:
             return
         learnt = template.learn(body, message, version.loaded.model.signature)
         if learnt is None:

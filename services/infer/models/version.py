@@ -94,36 +94,36 @@ class Version:
         return self.graph.models if self.graph is not None else ()
 
     @property
-    def takes_numbers_only(self) -> bool:
+    def needs_tensors_only(self) -> bool:
         """True when a request can be answered by its tensors alone, so that its message need not be parsed."""
-        return self.response_cache is None and self.sees_numbers_only
+        return self.response_cache is None and self.sees_tensors_only
 
     @property
-    def sees_numbers_only(self) -> bool:
+    def sees_tensors_only(self) -> bool:
         """True when the model sees nothing of a request but its tensors."""
-        return not self._reads_requests
+        return not self._reason_to_read_requests
 
     @property
-    def _reads_requests(self) -> str:
-        """The reason why the model sees more of a request than its tensors; empty when it does not."""
+    def _reason_to_read_requests(self) -> str:
+        """Reason why the model sees more of a request than its tensors; empty when it sees only them."""
         if self.decoupled is not None:
             return "it is decoupled"
         if self.arrival_order is not None:
             return "its requests are steps of sequences"
         if isinstance(self.loaded, Composed):
-            return "" if self.loaded.plan.takes_numbers_only else "a step reads ids or parameters of requests"
+            return "" if self.loaded.plan.sees_tensors_only else "a step reads ids or parameters of requests"
         session = self.loaded.session
         return "it reads ids or parameters of requests" if session is not None and session.wants_requests else ""
 
     @property
     def slow_path_reason(self) -> str:
-        """The reason why ordinary requests of this version take the slow path; empty for the fast path.
+        """Reason why ordinary requests of this version take the slow path; empty for the fast path.
 
         An ordinary request gives all required inputs as raw contents and asks for all outputs.
         """
         if self.response_cache is not None:
             return "it has a response cache"
-        if reason := self._reads_requests:
+        if reason := self._reason_to_read_requests:
             return reason
         signature = self.loaded.model.signature
         for spec in signature.inputs:
