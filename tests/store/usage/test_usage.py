@@ -13,7 +13,7 @@ from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.retention.rule_repository import RuleRepository
-from services.store.retention.rules import Kept, Rule
+from services.store.retention.rules import DataKind, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
 from services.store.usage.counters import Counters
@@ -89,10 +89,10 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
     async with Counters(collections, later) as counters:
         book = RuleRepository(collections, later)
         sweep = Sweep(collections, book, counters, later)
-        await book.put(Rule(Kept.ANSWERS, None, timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.ANSWERS, None, timedelta(days=1)), remove=False)
         assert (await sweep.apply(Held())).answers == 5
         assert await usage(store) == {"t": (4, 4 * RECORD), "u": (2, 2 * RECORD)}
-        await book.put(Rule(Kept.RESULTS, "t", timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.RESULTS, "t", timedelta(days=1)), remove=False)
         assert (await sweep.apply(Held())).results == 4
     assert await usage(store) == {"t": (0, 0), "u": (2, 2 * RECORD)}
     assert await usage(store, recount=True) == {"t": (0, 0), "u": (2, 2 * RECORD)}
@@ -105,7 +105,7 @@ async def test_what_a_requeued_job_adds(store: Store, config: StoreConfig, colle
     later = lambda: now() + timedelta(days=2)  # noqa: E731 - a clock
     async with Counters(collections, later) as counters:
         book = RuleRepository(collections, later)
-        await book.put(Rule(Kept.RESULTS, "old", timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.RESULTS, "old", timedelta(days=1)), remove=False)
         assert (await Sweep(collections, book, counters, later).apply(Held())).results == 3
     await collections.results.delete_one({"_id": "old2"})
     small = answer(100)
