@@ -146,9 +146,9 @@ async def test_everybody_is_counted_once_a_day_however_many_they_are(collections
     for n in range(30):
         counters.recorded([{"_id": "j", "tenant": f"t{n}"}])
     await counters.flush()
-    await counters._recount_what_is_due()
+    await counters._recount_due()
     assert await collections.usage.count_documents({"recounts": 1}) == 30
-    await counters._recount_what_is_due()
+    await counters._recount_due()
     assert await collections.usage.count_documents({"recounts": 1}) == 30
 
 
@@ -260,7 +260,7 @@ async def test_every_question_uses_an_index(collections: Collections, mongo_uri:
             heard.commands.clear()
             counters.recorded([{"_id": "j", "tenant": "t"}])
             await counters.recount("t")
-            await counters._recount_what_is_due()
+            await counters._recount_due()
             await quotas.put("t", 5)
             await quotas.put(None, 5)
             await quotas.list("a", 5)
