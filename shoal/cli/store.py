@@ -61,7 +61,7 @@ def verify(
     else:
         if findings:
             rows = [(found.kind, found.key, found.message, "\n".join(found.users)) for found in findings]
-            show(("", "blob", "what", "needed by"), rows)
+            show(("", "blob", "message", "needed by"), rows)
         checked = "checked" if quick else "read and compared"
         typer.echo(f"{blobs} blobs ({size(nbytes)}) {checked}: {damaged or 'none'} damaged")
     if damaged:
@@ -76,9 +76,10 @@ def collect(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Collect unreferenced artifacts now. The store does this every ten minutes by itself.
+    """Collect unreferenced artifacts now. The store also does this by itself, by default every ten minutes.
 
-    An artifact is collected in three steps, ten minutes apart: marked, collected, its bytes removed.
+    An artifact is collected in three steps, at least ten minutes apart: it is marked (`condemned` with --json), it is
+    collected, and its bytes are removed.
 
     [bold]Example[/bold]
 
