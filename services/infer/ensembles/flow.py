@@ -219,7 +219,8 @@ class _TypeChecker:
         outputs = {slots[spec.name] for spec in completed.signature.outputs}
         resident = gpu_residency.resident_slots(steps, consumers, producers, outputs)
         steps = tuple(_with_resident_outputs(step, resident) for step in steps)
-        return EnsemblePlan(self._graph, completed, steps, slots, specs, consumers, producers)
+        sees_tensors_only = all(step.version.sees_tensors_only for step in steps)
+        return EnsemblePlan(self._graph, completed, steps, slots, specs, consumers, producers, sees_tensors_only)
 
     def _planned_step(self, step: GraphStep, slots: Mapping[str, int]) -> PlannedStep:
         signature = self._signatures[step.index]
