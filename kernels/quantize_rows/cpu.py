@@ -13,7 +13,7 @@ import numpy.typing as npt
 from numba import njit
 
 from kernels.arrays import frozen
-from kernels.quantize_rows.reference import LEAST, LEVELS
+from kernels.quantize_rows.reference import MIN_ABSMAX, QMAX
 
 Array = npt.NDArray[Any]
 
@@ -22,44 +22,47 @@ ROUNDER_BITS = np.int32(0x4B400000)
 
 
 @njit(nogil=True, cache=True)
-def largest_of(bits):
-    most = np.int32(0)
+def absmax_of(bits):
+    """Return the largest magnitude of a row, float32; `bits` is the row as int32 [m]. NaN is larger than infinity."""
+    absmax = np.int32(0)
     for j in range(bits.size):
-        most = max(most, bits[j] & np.int32(0x7FFFFFFF))
-    return np.int32(most).view(np.float32)
+        absmax = max(absmax, bits[j] & np.int32(0x7FFFFFFF))
+    return np.int32(absmax).view(np.float32)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_row(row, scale, numbers):
+def round_row(row, scale, quantized):
+    """Write row / scale, float32 [m], rounded to nearest even, to `quantized`, int8 [m]."""
     for j in range(row.size):
-        numbers[j] = np.float32(row[j] / scale + ROUNDER).view(np.int32) - ROUNDER_BITS
+        quantized[j] = np.float32(row[j] / scale + ROUNDER).view(np.int32) - ROUNDER_BITS
 
 
 @njit(nogil=True, cache=True)
-def quantize_all(x, bits, numbers, scales):
-    """Quantize all rows of `x`; `bits` is a view of `x` as int32."""
+def quantize_all(x, bits, quantized, scales):
+    """Quantize all rows of `x`, float32 [n, m], into int8 [n, m] and float32 [n]; `bits` is `x` as int32."""
     for i in range(x.shape[0]):
-        most = largest_of(bits[i])
-        if LEAST <= most < np.inf:
-            scales[i] = most / LEVELS
-            round_row(x[i], scales[i], numbers[i])
+        absmax = absmax_of(bits[i])
+        if MIN_ABSMAX <= absmax < np.inf:
+            scales[i] = absmax / QMAX
+            round_row(x[i], scales[i], quantized[i])
         else:
-            scales[i] = np.float32(0) if most < LEAST else np.float32(np.nan)
-            numbers[i] = 0
+            scales[i] = np.float32(0) if absmax < MIN_ABSMAX else np.float32(np.nan)
+            quantized[i] = 0
 
 
 @njit(nogil=True, cache=True)
-def dequantize_all(numbers, scales, out):
+def dequantize_all(quantized, scales, out):
+    """Write quantized * scales, int8 [n, m] and float32 [n], row by row to `out`, float32 [n, m]."""
     for i in range(out.shape[0]):
-        row, scale, into = numbers[i], scales[i], out[i]
+        row, scale, into = quantized[i], scales[i], out[i]
         for j in range(row.size):
             into[j] = np.float32(row[j]) * scale
 
 
-def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> None:
+def quantize(x: Array, quantized: Array, scales: Array, stream: None = None) -> None:
     x = frozen(x)
-    quantize_all(x, x.view(np.int32), numbers, scales)
+    quantize_all(x, x.view(np.int32), quantized, scales)
 
 
-def dequantize(numbers: Array, scales: Array, out: Array, stream: None = None) -> None:
-    dequantize_all(frozen(numbers), frozen(scales), out)
+def dequantize(quantized: Array, scales: Array, out: Array, stream: None = None) -> None:
+    dequantize_all(frozen(quantized), frozen(scales), out)

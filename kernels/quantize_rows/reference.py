@@ -9,21 +9,25 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-LEVELS = np.float32(127)
-# A smaller maximum would give a subnormal scale, or 0.
-LEAST = LEVELS * np.finfo(np.float32).tiny
+QMAX = np.float32(127)
+"""Largest quantized magnitude."""
+
+MIN_ABSMAX = QMAX * np.finfo(np.float32).tiny
+"""Rows whose largest magnitude is below this are not scaled: it would give a subnormal scale, or 0."""
 
 
-def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> None:
+def quantize(x: Array, quantized: Array, scales: Array, stream: None = None) -> None:
+    """Quantize each row of `x`, float32 [n, m], into `quantized`, int8 [n, m], and `scales`, float32 [n]."""
     for i, row in enumerate(x):
-        most = np.abs(row).max(initial=np.float32(0))
-        if most < LEAST:
-            numbers[i], scales[i] = 0, 0
-        elif most < np.inf:
-            numbers[i], scales[i] = np.rint(row / (most / LEVELS)), most / LEVELS
+        absmax = np.abs(row).max(initial=np.float32(0))
+        if absmax < MIN_ABSMAX:
+            quantized[i], scales[i] = 0, 0
+        elif absmax < np.inf:
+            quantized[i], scales[i] = np.rint(row / (absmax / QMAX)), absmax / QMAX
         else:
-            numbers[i], scales[i] = 0, np.nan
+            quantized[i], scales[i] = 0, np.nan
 
 
-def dequantize(numbers: Array, scales: Array, out: Array, stream: None = None) -> None:
-    np.multiply(numbers, scales[:, None], out=out, dtype=np.float32, casting="same_kind")
+def dequantize(quantized: Array, scales: Array, out: Array, stream: None = None) -> None:
+    """Write quantized * scales, row by row, to `out`: int8 [n, m] and float32 [n] to float32 [n, m]."""
+    np.multiply(quantized, scales[:, None], out=out, dtype=np.float32, casting="same_kind")

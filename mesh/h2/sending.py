@@ -55,7 +55,7 @@ class Outgoing:
 
 
 class Sender:
-    """Sends to one peer. Calls for a stream that is not open (any more) do nothing.
+    """Sends to one peer. Calls for a stream that is not open send nothing, except that `request` needs an open stream.
 
     Args:
         ended: called for each stream whose sending side has ended; with a reason when it was reset.
@@ -129,11 +129,14 @@ class Sender:
             )
 
     def pause(self) -> None:
-        """Send no data: the transport's buffer is full."""
+        """Hold back data that waits for a window: the transport's buffer is full.
+
+        Headers, small whole requests and responses, and acknowledgements are written nevertheless.
+        """
         self._is_paused = True
 
     def resume(self) -> None:
-        """Send data again."""
+        """Send waiting data again."""
         self._is_paused = False
         self._unread = 0
         self._pump()
@@ -195,10 +198,13 @@ class Sender:
         else:
             self.end_data(number)
 
-    def request(self, number: int, block: bytes, body: bytes) -> None:
-        """Send a whole request: its head, and a body that ends our side."""
+    def request(self, number: int, head: bytes, body: bytes) -> None:
+        """Send a whole request on an open stream: its head, and a body that ends our side.
+
+        Raises KeyError for a stream that is not open.
+        """
         size = len(body)
-        self.headers(number, block)
+        self.headers(number, head)
         if size <= self._frame and size <= self._window and size <= self._room(number):
             self._window -= size
             self._out += (frames.opening(DATA, END_STREAM, number, size), body)
@@ -206,10 +212,10 @@ class Sender:
             return
         self._send(number, body, frames.opening(DATA, END_STREAM, number, 0), None)
 
-    def headers(self, number: int, block: bytes) -> None:
+    def headers(self, number: int, head: bytes) -> None:
         """Send the head of a request or a response whose data follows."""
         if number in self._window_changes:
-            self.write(_header_frames(number, block))
+            self.write(_header_frames(number, head))
 
     def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
         """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is closed."""

@@ -58,7 +58,7 @@ async def run(config: InferConfig) -> None:
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
-            around=partial(journaled, journal) if journal else identity,
+            wrap_execution=partial(journaled, journal) if journal else identity,
         )
         models = await stack.enter_async_context(Models(context))
         control = await stack.enter_async_context(_control(config, models))

@@ -184,8 +184,8 @@ class InferenceServer:
         self, message: pb.ModelInferRequest, version: Version, deadline: float, tenant: str, is_retry: bool
     ) -> pb.ModelInferResponse:
         cache = CacheState.OFF
-        if version.line is not None:
-            request, result = await self._step(message, version, version.line, deadline, tenant, is_retry)
+        if version.arrival_order is not None:
+            request, result = await self._step(message, version, version.arrival_order, deadline, tenant, is_retry)
         else:
             request = await self._read(message, version, is_retry)
             if version.response_cache is None:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from google.protobuf.descriptor import EnumDescriptor
 
-from shoal.oip.tensors import shape_text
-
 _NAME_LENGTH = 128
 _NAMES = 32
 
@@ -28,9 +26,6 @@ def listed(names: Iterable[str]) -> str:
     """Return the first 32 names, quoted and separated by commas."""
     shown = [quoted(name) for name in islice(names, _NAMES + 1)]
     return ", ".join(shown[:_NAMES] + ["..."] * (len(shown) > _NAMES))
-
-
-written = shape_text
 
 
 def enumerated(kind: EnumDescriptor, value: int) -> str:

@@ -211,7 +211,7 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
             unset[stored] = ""
         else:
             set_[stored] = value if encode is None else encode(value)
-    if not after.keeps_request:
+    if not after.needs_request:
         unset[REQUEST] = ""
     update: dict[str, Any] = {"$set": set_}
     if unset:

@@ -59,7 +59,7 @@ DEAD_LETTERS = frozenset({State.FAILED, State.DEAD})
 """States in which a job has ended without an answer, keeps its request, and may be requeued."""
 FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
 PAYLOAD_DROPPABLE = FINAL - DEAD_LETTERS
-"""States in which a job's request is not needed any more, unless the client asked to keep it (`Job.is_kept`)."""
+"""States in which a job's request is not needed any more, unless the client asked to keep it (`Job.keep_request`)."""
 
 
 class Outcome(IntEnum):
@@ -197,7 +197,7 @@ class JobFieldValues(TypedDict, total=False):
     traceparent: str
     explains: bool
     is_apart: bool
-    is_kept: bool
+    keep_request: bool
     request: bytes | None
 
 
@@ -258,8 +258,8 @@ class Job:
     """True: the client asked infer to explain its answer."""
     is_apart: bool = False
     """True: the request is stored outside of the job's document (`intake/payloads.py`)."""
-    is_kept: bool = False
-    """True: the client asked to keep the request after the end of the job."""
+    keep_request: bool = False
+    """True: the client wants the request to be kept after the end of the job."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is stored outside."""
 
@@ -293,9 +293,9 @@ class Job:
         return self.attempts - self.lapses
 
     @property
-    def keeps_request(self) -> bool:
+    def needs_request(self) -> bool:
         """True while the request is needed: to run the job, to diagnose its failure, or because a client keeps it."""
-        return self.is_kept or self.state not in PAYLOAD_DROPPABLE
+        return self.keep_request or self.state not in PAYLOAD_DROPPABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,7 @@ _STORED: Mapping[str, FieldStorage] = {
     "decided_end": FieldStorage("doom"),
     "fails_on_dependency": FieldStorage("fails_with_them"),
     "lease": FieldStorage(schema={"required": ["id", "owner", "expires_at"]}),
+    "keep_request": FieldStorage("is_kept"),
     "cancel_reason": FieldStorage(
         "cancel", Codec("object", lambda reason: {"reason": reason}, lambda cancel: cancel["reason"])
     ),

@@ -33,7 +33,7 @@ def message_of(job: Job) -> pb.Job:
         submitted_at=timestamp_of(job.submitted_at),
         updated_at=timestamp_of(job.updated_at),
         labels=dict(job.labels),
-        keeps_request=job.is_kept,
+        keeps_request=job.keep_request,
         priority=job.priority,
         generation=job.generation,
         depends_on=map(references.message_of, job.depends_on),

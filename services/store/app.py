@@ -81,8 +81,8 @@ async def run(config: StoreConfig) -> None:
         waiters = await stack.enter_async_context(results.waiters)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
-        export_places = ExportLocations(config.exports, threads, checksums=config.s3_checksums)
-        exports = Exports(collections, results, result_stream, export_places, threads, config.max_exports)
+        export_locations = ExportLocations(config.exports, threads, checksums=config.s3_checksums)
+        exports = Exports(collections, results, result_stream, export_locations, threads, config.max_exports)
 
         # Removal: retention by the leader, garbage collection by every instance.
         rules = RuleRepository(collections, _now)
@@ -96,10 +96,10 @@ async def run(config: StoreConfig) -> None:
         await stack.enter_async_context(CollectorRounds(collector, config.collect_every_ms / 1000))
 
         # Backups.
-        places = BackupLocations(config.backups, threads, checksums=config.s3_checksums)
+        backup_locations = BackupLocations(config.backups, threads, checksums=config.s3_checksums)
         databases = config.backup_databases
-        backup = Backup(collections, blobs, places, folder, threads, _now, databases)
-        restore = Restore(collections, blobs, places, folder, threads, _now, counters, databases)
+        backup = Backup(collections, blobs, backup_locations, folder, threads, _now, databases)
+        restore = Restore(collections, blobs, backup_locations, folder, threads, _now, counters, databases)
 
         references = References(collections, artifacts, _now)
         verification = Verification(collections, blobs, artifacts.reader, responses)

@@ -122,7 +122,7 @@ RESULTS = _schema(
         "answer_removed_at": _DATE,
     },
 )
-# Remainder of a result that retention has removed: `retention/tombstones.py`.
+# Remainder of a result that retention has removed: `results/tombstones.py`.
 TOMBSTONES = _schema(
     {
         "_id": RESULTS["properties"]["_id"],

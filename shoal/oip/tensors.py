@@ -35,8 +35,8 @@ Error: TypeAlias = Callable[[str], Exception]
 # tensor empty.
 _MAX_ELEMENTS = 1 << 31
 
-# NumPy's own limit. It also bounds the time of the product of a hostile shape.
-_MAX_DIMS = 64
+MAX_DIMS = 64
+"""Maximum dimensions of a tensor: NumPy's own limit. It also bounds the time of the product of a hostile shape."""
 
 # As many dimensions as a message of an error shows.
 _SHOWN_DIMS = 16
@@ -62,8 +62,8 @@ def count_elements(shape: Sequence[int], what: str, error: Error) -> int:
     Raises:
         error: a negative dimension, too many dimensions, or more elements than any message can carry.
     """
-    if len(shape) > _MAX_DIMS:
-        raise error(f"{what}: shape {shape_text(shape)} has more than {_MAX_DIMS} dimensions")
+    if len(shape) > MAX_DIMS:
+        raise error(f"{what}: shape {shape_text(shape)} has more than {MAX_DIMS} dimensions")
     if shape and min(shape) < 0:
         raise error(f"{what}: shape {shape_text(shape)} has a negative dimension")
     elements = math.prod(shape)

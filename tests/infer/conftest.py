@@ -81,8 +81,8 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 async def serving(
     root: Path, socket: Path, limits: QueueLimits, runtime: Runtime | Runtimes | None = None
 ) -> AsyncIterator[Serving]:
-    means = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
-    async with Models(means) as models, Control(models, partial(look, root)) as control:
+    context = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
+    async with Models(context) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
         async with Server(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
             control.offer(scan(root))

@@ -82,7 +82,7 @@ async def test_a_sweep(mongo_uri: str, mongo_database: str, is_away: bool) -> No
         store.is_away = is_away
         payloads = Payloads(database, store)
         needed = [apart(State.QUEUED), apart(State.RUNNING), apart(State.DEAD), apart(State.FAILED)]
-        needed.append(apart(State.SUCCEEDED, is_kept=True))
+        needed.append(apart(State.SUCCEEDED, keep_request=True))
         ended = [apart(State.SUCCEEDED), apart(State.CANCELLED), apart(State.EXPIRED)]
         orphans = [apart() for _ in range(600)]
         young = job(is_apart=True)

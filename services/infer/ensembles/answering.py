@@ -8,7 +8,6 @@ from services.infer.ensembles import values
 from services.infer.ensembles.fan_out import StepMeasurements
 from services.infer.ensembles.plan import EnsemblePlan
 from services.infer.ensembles.values import Skipped
-from services.infer.error_text import written
 from services.infer.requests import ragged
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, StepTimes
 from services.infer.requests.ragged import Value
@@ -16,6 +15,7 @@ from services.infer.requests.request import InferenceRequest, WantedOutput
 from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
+from shoal.oip.tensors import shape_text
 
 FIRED = "steps"
 """Stands for the reason why a batch was dispatched: each step reports its own reason."""
@@ -45,7 +45,9 @@ def output_tensor(
         return values.empty(spec.datatype, (request.rows, *spec.shape[1:]) if batched else spec.shape)
     tensor = ragged.dense(value, spec, "output")
     if spec.shape and not fits(tensor.shape, spec.shape):
-        raise InvalidArgument(f"output '{spec.name}' has shape {written(tensor.shape)}, expected {written(spec.shape)}")
+        raise InvalidArgument(
+            f"output '{spec.name}' has shape {shape_text(tensor.shape)}, expected {shape_text(spec.shape)}"
+        )
     return tensor
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from services.infer.ensembles import values
 from services.infer.ensembles.plan import Feed, PlannedStep
-from services.infer.error_text import written
 from services.infer.requests import ragged
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
@@ -23,6 +22,7 @@ from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import Internal, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.tensors import shape_text
 
 StepInputs = Sequence[tuple[Feed, Value]]
 """The inputs of a step with their values; optional inputs may be missing."""
@@ -127,7 +127,7 @@ def _wrong(spec: TensorSpec, tensor: Tensor, shape: Sequence[int]) -> str:
         return f"is {tensor.dtype}, expected {spec.datatype.name}"
     # A runtime reports the shape () for a tensor whose shape the model's file does not state.
     if spec.shape and not fits(tensor.shape, shape):
-        return f"has shape {written(tensor.shape)}, expected {written(shape)}"
+        return f"has shape {shape_text(tensor.shape)}, expected {shape_text(shape)}"
     return ""
 
 

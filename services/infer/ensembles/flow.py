@@ -13,13 +13,14 @@ from services.infer.ensembles import gpu_residency
 from services.infer.ensembles.graph import PLATFORM, Graph, GraphStep
 from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
-from services.infer.error_text import listed, quoted, written
+from services.infer.error_text import listed, quoted
 from services.infer.loading.model_config import Completed
 from services.infer.requests.request import WantedOutput
 from services.infer.requests.signature import Signature, TensorSpec
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NUMBER
+from shoal.oip.tensors import shape_text
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class _TypeChecker:
             spec = signature.outputs_by_name[name]
             if -1 not in spec.shape[1 if signature.max_batch_size else 0 :]:
                 yield (
-                    f"parameter 'skipped.{name}': output '{name}' is {written(spec.shape)} and cannot be empty: "
+                    f"parameter 'skipped.{name}': output '{name}' is {shape_text(spec.shape)} and cannot be empty: "
                     "it has no dimension of -1"
                 )
 
@@ -218,7 +219,8 @@ class _TypeChecker:
         outputs = {slots[spec.name] for spec in completed.signature.outputs}
         resident = gpu_residency.resident_slots(steps, consumers, producers, outputs)
         steps = tuple(_with_resident_outputs(step, resident) for step in steps)
-        return EnsemblePlan(self._graph, completed, steps, slots, specs, consumers, producers)
+        sees_tensors_only = all(step.version.sees_tensors_only for step in steps)
+        return EnsemblePlan(self._graph, completed, steps, slots, specs, consumers, producers, sees_tensors_only)
 
     def _planned_step(self, step: GraphStep, slots: Mapping[str, int]) -> PlannedStep:
         signature = self._signatures[step.index]
@@ -262,7 +264,8 @@ def _type_errors(what: str, expected: TensorSpec, found: TensorType) -> Iterator
         )
     elif not _shapes_fit(expected.shape, got.shape):
         yield (
-            f"{what} is {written(expected.shape)}, tensor {quoted(got.name)} is {written(got.shape)} by {found.origin}"
+            f"{what} is {shape_text(expected.shape)}, "
+            f"tensor {quoted(got.name)} is {shape_text(got.shape)} by {found.origin}"
         )
 
 

@@ -26,11 +26,11 @@ class Composed(Loaded):
     """Returns the current plan for an older one. Raises Unavailable, with a step's name, when there is none."""
 
 
-Seen = tuple[StepVersion | None, ...]
+Resolved = tuple[StepVersion | None, ...]
 """The current versions of a graph's steps, nested ensembles included; None: the step has no ready version."""
 
 
-async def until_tried(graph: Graph, others: OtherModels) -> None:
+async def wait_until_loaded(graph: Graph, others: OtherModels) -> None:
     """Request that an ensemble's models are served, and wait until each of them had its first load attempt.
 
     Raises:
@@ -56,7 +56,7 @@ def _path(name: str, target: str, others: OtherModels, visited: set[str]) -> tup
     return ()
 
 
-def seen(graph: Graph, others: OtherModels) -> Seen:
+def resolved(graph: Graph, others: OtherModels) -> Resolved:
     """Return the current versions of the steps, and of the steps of nested ensembles. Raises nothing."""
     current: list[StepVersion | None] = []
     left, entered = [graph], set[StepVersion]()
@@ -111,7 +111,7 @@ def _renewed(old: EnsemblePlan, *, others: OtherModels, labels: Labels) -> Ensem
         new = _plan(old.graph, others, labels)
     except FailedPrecondition as err:
         raise Unavailable(f"in ensemble '{old.graph.name}': {err.message}") from err
-    same = new.completed.signature == old.completed.signature and new.takes_numbers_only == old.takes_numbers_only
+    same = new.completed.signature == old.completed.signature and new.sees_tensors_only == old.sees_tensors_only
     # The ensemble has another signature and must be loaded again. The version does that on its own.
     if not same:
         raise Unavailable(

@@ -22,14 +22,14 @@ class StepVersion(Protocol):
     statistics: Statistics
     response_cache: ResponseCache | None
     decoupled: DecoupledScheduler | None
-    line: ArrivalOrder | None
+    arrival_order: ArrivalOrder | None
     graph: Graph | None
 
     @property
     def number(self) -> int: ...
 
     @property
-    def sees_numbers_only(self) -> bool: ...
+    def sees_tensors_only(self) -> bool: ...
 
     @property
     def loaded(self) -> Loaded: ...

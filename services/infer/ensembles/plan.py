@@ -97,17 +97,14 @@ class EnsemblePlan:
     """By slot, the steps that wait for the tensor."""
     producers: tuple[tuple[int, ...], ...]
     """By slot, the steps that produce the tensor, in order; several only where each has a condition."""
+    sees_tensors_only: bool
+    """True when none of the models sees more of a request than its tensors. A plan may outlive its models' versions."""
     _routes: dict[tuple[str, ...], Route] = field(default_factory=dict)
 
     @cached_property
     def versions(self) -> dict[StepVersion, None]:
         """The versions that must stay loaded during a run."""
         return dict.fromkeys(step.version for step in self.steps)
-
-    @property
-    def takes_numbers_only(self) -> bool:
-        """True while none of the models reads the ids and parameters of requests."""
-        return all(step.version.sees_numbers_only for step in self.steps)
 
     def route(self, outputs: tuple[WantedOutput, ...]) -> Route:
         """Return the steps that these outputs need, and no others."""

@@ -121,7 +121,7 @@ class EnsembleRun:
 
     def _advance(self) -> None:
         """Start all ready steps; finish when all requested outputs are known."""
-        # A step was answered before its `start` returned: the loop below continues.
+        # A step was answered before its `start` returned. The outer call's loop continues with the steps now ready.
         if self._is_advancing:
             return
         self._is_advancing = True

@@ -125,7 +125,7 @@ class FastInfer:
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)
-        if not version.takes_numbers_only:
+        if not version.needs_tensors_only:
             return
         learnt = template.learn(body, message, version.loaded.model.signature)
         if learnt is None:
@@ -168,11 +168,11 @@ class _FastRequest:
         self._version.scheduler.abandon(self._queued)
         self._version.__exit__(None, None, None)
 
-    def answered(self, answer: InferenceResult) -> None:
+    def answered(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
         # A template has no ragged outputs.
-        outputs = cast("Sequence[Tensor]", answer.outputs)
+        outputs = cast("Sequence[Tensor]", result.outputs)
         opening = self._template.opening(self._prefix, outputs)
         parts: list[Any] = [self._prefix, self._id, opening.outputs]
         for raw, output in zip(opening.raw, outputs, strict=True):

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from services.infer.error_text import written
 from services.infer.loading.model_config import Completed
 from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.tensors import shape_text
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +50,20 @@ def _checked(name: str, model: Completed, spec: TensorSpec, result: Tensor, rows
         )
     if rows is not None and result.shape[:1] != (rows,):
         raise FailedPrecondition(
-            f"output '{spec.name}': the model gave {written(result.shape)} for {rows} rows in its trial run: its first "
-            f"dimension is no batch; set max_batch_size to 0"
+            f"output '{spec.name}': the model gave {shape_text(result.shape)} for {rows} rows in its trial run: its "
+            f"first dimension is no batch; set max_batch_size to 0"
         )
     if fits(result.shape, spec.shape):
         return spec
     if spec.name in model.given_outputs:
         raise FailedPrecondition(
-            f"output '{spec.name}': the configuration promises {written(spec.shape)}, "
-            f"the model gave {written(result.shape)} in its trial run"
+            f"output '{spec.name}': the configuration promises {shape_text(spec.shape)}, "
+            f"the model gave {shape_text(result.shape)} in its trial run"
         )
     seen = _loosened(spec.shape, result.shape)
     log.warning(
         "model %s: output '%s' is %s by its file, and %s in fact: it is served as %s",
-        *(name, spec.name, written(spec.shape), written(result.shape), written(seen)),
+        *(name, spec.name, shape_text(spec.shape), shape_text(result.shape), shape_text(seen)),
     )
     return replace(spec, shape=seen)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from google.protobuf import text_format
 
-from services.infer.error_text import enumerated, listed, written
+from services.infer.error_text import enumerated, listed
 from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.runtimes import reshape
 from services.infer.runtimes.runtime import Runtime
@@ -26,6 +26,7 @@ from services.infer.sequences.settings import DEFAULT_IDLE_US
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NUMBER
+from shoal.oip.tensors import shape_text
 
 GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
@@ -201,14 +202,14 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
     tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
     for tensor in tensors:
         if any(dim < -1 or dim == 0 for dim in tensor.dims):
-            yield f"'{tensor.name}': dims {written(tensor.dims)}: expected 1 or more, or -1 for any"
+            yield f"'{tensor.name}': dims {shape_text(tensor.dims)}: expected 1 or more, or -1 for any"
         if tensor.data_type not in BY_NUMBER:
             yield f"'{tensor.name}': data_type is missing"
         yield from reshape.reshape_errors("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
     for given in config.input:
         if given.format != pb.ModelInput.FORMAT_NONE and len(given.dims) != 3:
             name = enumerated(pb.ModelInput.Format.DESCRIPTOR, given.format)
-            yield f"input '{given.name}': {name} has three dims, got {written(given.dims)}"
+            yield f"input '{given.name}': {name} has three dims, got {shape_text(given.dims)}"
     for what, names in (("input", [t.name for t in config.input]), ("output", [t.name for t in config.output])):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             yield f"{what} {listed(twice)} is given more than once"
@@ -313,8 +314,8 @@ def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], 
         if not fixed:
             batch = f" with a batch dimension (max_batch_size {batched})" if batched else ""
             raise FailedPrecondition(
-                f"{role} '{given.name}': the configuration says {written(given.dims)}{batch}, "
-                f"the model {written(spec.shape)}"
+                f"{role} '{given.name}': the configuration says {shape_text(given.dims)}{batch}, "
+                f"the model {shape_text(spec.shape)}"
             )
     if isinstance(given, pb.ModelInput):
         if given.optional and not spec.is_optional:
@@ -338,7 +339,7 @@ def _place(group: pb.ModelInstanceGroup, gpus: Collection[int]) -> None:
 def _batchable(spec: TensorSpec, batched: int, role: str) -> TensorSpec:
     if batched and spec.shape[:1] != (-1,) and not (batched == 1 and spec.shape[:1] == (1,)):
         raise FailedPrecondition(
-            f"max_batch_size is {batched}, but {role} '{spec.name}' of the model is {written(spec.shape)}: "
+            f"max_batch_size is {batched}, but {role} '{spec.name}' of the model is {shape_text(spec.shape)}: "
             "its first dimension is not free; set max_batch_size to 0"
         )
     return spec

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from services.infer.error_text import written
 from services.infer.loading import canary
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.wanted_models import read_bytes
@@ -33,7 +32,7 @@ from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip import bfloat16
 from shoal.oip.datatypes import BY_NUMBER, Datatype
-from shoal.oip.tensors import count_elements
+from shoal.oip.tensors import count_elements, shape_text
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,9 @@ def _mixed_rows(model: Completed, session: Session, size: int) -> str:
         alone = _run(model, session, {name: array[n : n + 1] for name, array in pair.items()})
         for spec, whole, row in zip(model.signature.outputs, together, alone, strict=True):
             if whole.shape[:1] != (2,) or row.shape[:1] != (1,) or whole.shape[1:] != row.shape[1:]:
-                return f"output '{spec.name}' is {written(whole.shape)} for two rows, {written(row.shape)} for one"
+                return (
+                    f"output '{spec.name}' is {shape_text(whole.shape)} for two rows, {shape_text(row.shape)} for one"
+                )
             if not _alike(whole[n : n + 1], row, spec.datatype):
                 return f"output '{spec.name}' of a row depends on the rows beside it"
     return ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.infer.error_text import written
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
+from shoal.oip.tensors import shape_text
 
 
 def check_outputs(request: InferenceRequest, outputs: Sequence[Tensor], rows: int | None = None) -> None:
@@ -27,6 +27,8 @@ def check_outputs(request: InferenceRequest, outputs: Sequence[Tensor], rows: in
         if output.dtype != spec.datatype.dtype:
             raise ModelFailed(f"output '{spec.name}' is {output.dtype}, expected {spec.datatype.name}")
         if rows is not None and output.shape[:1] != (rows,):
-            raise ModelFailed(f"output '{spec.name}' has shape {written(output.shape)} for {rows} rows")
+            raise ModelFailed(f"output '{spec.name}' has shape {shape_text(output.shape)} for {rows} rows")
         if spec.shape and not fits(output.shape, spec.shape):
-            raise ModelFailed(f"output '{spec.name}' has shape {written(output.shape)}, expected {written(spec.shape)}")
+            raise ModelFailed(
+                f"output '{spec.name}' has shape {shape_text(output.shape)}, expected {shape_text(spec.shape)}"
+            )

@@ -15,14 +15,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shoal.oip.datatypes import BY_NAME, DTYPES
-from shoal.oip.tensors import object_array, pack_bytes, split_bytes
+from shoal.oip.tensors import MAX_DIMS, object_array, pack_bytes, split_bytes
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 ALIGNMENT = 64
 """One cache line: no kernel of NumPy needs more."""
-
-_MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _check(entry: Any) -> None:
     name, datatype, shape, size = entry
     if not isinstance(name, str) or not (isinstance(datatype, str) and datatype in BY_NAME):
         raise ValueError(f"a tensor of datatype {datatype!r}")
-    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(type(dim) is int and dim >= 0 for dim in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(dim) is int and dim >= 0 for dim in shape):
         raise ValueError(f"tensor '{name}' has no shape")
     if type(size) is not int or size < 0:
         raise ValueError(f"tensor '{name}' has no size")

@@ -34,9 +34,9 @@ class LoadContext:
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Results of all models with a response cache."""
-    around: Callable[[str, Execution], Executor] = identity
+    wrap_execution: Callable[[str, Execution], Executor] = identity
     """Wraps each execution of a model, by the model's name."""
-    neighbours: OtherModels | None = None
+    other_models: OtherModels | None = None
     """The other models, for ensembles."""
 
     @classmethod
@@ -47,8 +47,15 @@ class LoadContext:
         *,
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
-        around: Callable[[str, Execution], Executor] = identity,
+        wrap_execution: Callable[[str, Execution], Executor] = identity,
     ) -> LoadContext:
         """Return a context. `threads` 0 means the number of cores that this process may use."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
-        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)
+        return cls(
+            runtime,
+            threads or cores,
+            limits,
+            asyncio.Semaphore(cores),
+            responses=responses,
+            wrap_execution=wrap_execution,
+        )

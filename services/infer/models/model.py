@@ -43,7 +43,7 @@ class Model:
     """One model. `versions`, `refused` and `default` are replaced, never mutated, so requests see them complete."""
 
     wanted: WantedModel
-    means: LoadContext
+    context: LoadContext
     on_change: asyncio.Event
     """Set whenever a state changes."""
     versions: Mapping[int, Version] = field(default_factory=dict)
@@ -93,9 +93,9 @@ class Model:
         """Return the models that this ensemble's versions need."""
         return {name for version in (*self.versions.values(), *self.loading) for name in version.needs}
 
-    def look_again(self, neighbours: OtherModels) -> bool:
+    def recheck(self, other_models: OtherModels) -> bool:
         """Check the versions of an ensemble after other models changed. Return True when one must be loaded again."""
-        looked = [version.look_again(neighbours) for version in (*self.versions.values(), *self.refused.values())]
+        looked = [version.recheck(other_models) for version in (*self.versions.values(), *self.refused.values())]
         if any(looked):
             self.want(self.wanted, again=True)
             self.on_change.set()
@@ -165,7 +165,7 @@ class Model:
                     self._unload(version)
 
     async def _load(self, version: Version) -> None:
-        await version.load(self.means)
+        await version.load(self.context)
         held = self.versions.get(version.number)
         if held is None or not held.is_ready:
             self.loading = tuple(other for other in self.loading if other is not version)

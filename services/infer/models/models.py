@@ -47,8 +47,8 @@ def version_number(text: str) -> int | None:
 class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
 
-    def __init__(self, means: LoadContext) -> None:
-        self._means = replace(means, neighbours=self)
+    def __init__(self, context: LoadContext) -> None:
+        self._context = replace(context, other_models=self)
         self.on_need: Callable[[str, str], Awaitable[None]] | None = None
         """Callback that has a model served because an ensemble needs it; takes the model's and the ensemble's name."""
         self._models: dict[str, Model] = {}
@@ -88,7 +88,7 @@ class Models:
         """
         model = self._models.get(wanted.name)
         if model is None:
-            model = self._models[wanted.name] = Model(wanted, self._means, self._changed)
+            model = self._models[wanted.name] = Model(wanted, self._context, self._changed)
             self._tasks[wanted.name] = asyncio.create_task(model.converge(), name=f"model-{wanted.name}")
         else:
             model.want(wanted, again=again)
@@ -131,7 +131,7 @@ class Models:
 
     def _update_ensembles(self) -> None:
         # Repeated, because an ensemble that changes may be a step of another one.
-        while [model for model in list(self._models.values()) if model.look_again(self)]:
+        while [model for model in list(self._models.values()) if model.recheck(self)]:
             pass
 
     def is_ready(self) -> bool:
@@ -191,7 +191,7 @@ class Models:
 
 def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool, str]:
     numbers = tuple(version.number for version in versions)
-    has_sequences = any(version.line is not None for version in versions)
+    has_sequences = any(version.arrival_order is not None for version in versions)
     return name, numbers, has_sequences, next((reason for each in versions if (reason := each.slow_path_reason)), "")
 
 

@@ -36,34 +36,34 @@ from services.infer.sequences.stateful import Stateful
 
 
 def scheduler_of(
-    name: str, number: int, loaded: Loaded, means: LoadContext, statistics: Statistics
+    name: str, number: int, loaded: Loaded, context: LoadContext, statistics: Statistics
 ) -> RequestScheduler | DecoupledScheduler:
     """Return the scheduler for version `number` of the model `name`. Entering the scheduler starts it."""
     if isinstance(loaded, Composed):
-        return _ensemble(loaded, means, statistics)
+        return _ensemble(loaded, context, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
-        return _decoupled(name, number, loaded, loaded.session, means, statistics)
+        return _decoupled(name, number, loaded, loaded.session, context, statistics)
     if loaded.sequences is not None:
-        return _sequencing(name, number, loaded, loaded.sequences, means, statistics)
-    return _batching(name, number, loaded, means, statistics)
+        return _sequencing(name, number, loaded, loaded.sequences, context, statistics)
+    return _batching(name, number, loaded, context, statistics)
 
 
-def _ensemble(loaded: Composed, means: LoadContext, statistics: Statistics) -> EnsembleScheduler:
-    return EnsembleScheduler(loaded.plan, loaded.renew, means.limits, statistics=statistics, clock=means.clock)
+def _ensemble(loaded: Composed, context: LoadContext, statistics: Statistics) -> EnsembleScheduler:
+    return EnsembleScheduler(loaded.plan, loaded.renew, context.limits, statistics=statistics, clock=context.clock)
 
 
-def _batching(name: str, number: int, loaded: Loaded, means: LoadContext, statistics: Statistics) -> Scheduler:
+def _batching(name: str, number: int, loaded: Loaded, context: LoadContext, statistics: Statistics) -> Scheduler:
     config = loaded.model.config
     return Scheduler(
         name,
-        lambda: _execution(name, number, loaded, means),
+        lambda: _execution(name, number, loaded, context),
         loaded.batch_policy(),
-        means.limits,
+        context.limits,
         rules.of(config),
         instances=model_config.instances(config),
         statistics=statistics,
         cost=loaded.cost,
-        clock=means.clock,
+        clock=context.clock,
         worker=_worker,
     )
 
@@ -74,25 +74,25 @@ def _worker(execution: Executor, loop: asyncio.AbstractEventLoop, name: str) -> 
     return ThreadWorker(execution, loop, name)
 
 
-def _execution(name: str, number: int, loaded: Loaded, means: LoadContext) -> Executor:
+def _execution(name: str, number: int, loaded: Loaded, context: LoadContext) -> Executor:
     session, signature = loaded.session, loaded.model.signature
     assert session is not None, "only ensembles have none"
     # No crash journal: a remote model's requests cannot crash this process.
     if isinstance(session, RemoteSession):
-        return RemoteExecution(name, session, signature, means.clock)
+        return RemoteExecution(name, session, signature, context.clock)
     if isinstance(session, ProcessSession):
-        made: Execution = ProcessExecution(name, number, session, signature, means.clock)
+        made: Execution = ProcessExecution(name, number, session, signature, context.clock)
     elif session.takes_rows:
-        made = RowsExecution(name, session, signature, means.clock)
+        made = RowsExecution(name, session, signature, context.clock)
     elif session.gpu_stream is not None:
-        made = PartsExecution(name, session, signature, means.clock)
+        made = PartsExecution(name, session, signature, context.clock)
     else:
-        made = Execution(name, session, signature, means.clock)
-    return means.around(name, made)
+        made = Execution(name, session, signature, context.clock)
+    return context.wrap_execution(name, made)
 
 
 def _sequencing(
-    name: str, number: int, loaded: Loaded, sequences: Stateful, means: LoadContext, statistics: Statistics
+    name: str, number: int, loaded: Loaded, sequences: Stateful, context: LoadContext, statistics: Statistics
 ) -> SequenceScheduler:
     config, signature = loaded.model.config, loaded.model.signature
     session, settings, first = loaded.session, sequences.settings, sequences.first
@@ -101,35 +101,35 @@ def _sequencing(
     def execution(instance: int) -> Executor:
         if isinstance(session, ProcessSession):
             made: Execution = ProcessSequenceExecution(
-                name, number, session, instance, signature, settings, first, means.clock
+                name, number, session, instance, signature, settings, first, context.clock
             )
         else:
-            made = SequenceExecution(name, session, signature, settings, first, means.clock)
-        return means.around(name, made)
+            made = SequenceExecution(name, session, signature, settings, first, context.clock)
+        return context.wrap_execution(name, made)
 
     return SequenceScheduler(
         name,
         execution,
         settings,
-        means.limits,
+        context.limits,
         instances=model_config.instances(config),
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
         statistics=statistics,
-        clock=means.clock,
+        clock=context.clock,
     )
 
 
 def _decoupled(
-    name: str, number: int, loaded: Loaded, session: ProcessSession, means: LoadContext, statistics: Statistics
+    name: str, number: int, loaded: Loaded, session: ProcessSession, context: LoadContext, statistics: Statistics
 ) -> DecoupledScheduler:
     level = rules.of(loaded.model.config).levels[0]
     return DecoupledScheduler(
         name,
         number,
         session,
-        QueueLimits(level.calls or means.limits.calls, means.limits.size_bytes),
+        QueueLimits(level.calls or context.limits.calls, context.limits.size_bytes),
         default_timeout_s=level.timeout_s,
         statistics=statistics,
-        clock=means.clock,
+        clock=context.clock,
     )

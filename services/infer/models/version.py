@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer.ensembles import graph, warmup
+from services.infer.ensembles import graph as graphs
 from services.infer.ensembles import loading as composing
+from services.infer.ensembles import warmup
 from services.infer.ensembles.graph import Graph
-from services.infer.ensembles.loading import Composed, Seen
+from services.infer.ensembles.loading import Composed, Resolved
 from services.infer.ensembles.other_models import OtherModels
 from services.infer.ensembles.scheduler import EnsembleScheduler
 from services.infer.loading import loading
@@ -64,9 +65,9 @@ class Version:
     """In place of the scheduler, for a model that sends any number of responses to a request."""
     graph: Graph | None = None
     """Steps of an ensemble, once its configuration is read."""
-    _seen: Seen = ()
+    _resolved: Resolved = ()
     """Versions that an ensemble's steps resolved to at the last check."""
-    line: ArrivalOrder | None = None
+    arrival_order: ArrivalOrder | None = None
     """Only for a model with sequences, or an ensemble with such a step: keeps each sequence's requests in order."""
     _loaded: Loaded | None = None
     _scheduler: RequestScheduler | None = None
@@ -93,36 +94,36 @@ class Version:
         return self.graph.models if self.graph is not None else ()
 
     @property
-    def takes_numbers_only(self) -> bool:
+    def needs_tensors_only(self) -> bool:
         """True when a request can be answered by its tensors alone, so that its message need not be parsed."""
-        return self.response_cache is None and self.sees_numbers_only
+        return self.response_cache is None and self.sees_tensors_only
 
     @property
-    def sees_numbers_only(self) -> bool:
+    def sees_tensors_only(self) -> bool:
         """True when the model sees nothing of a request but its tensors."""
-        return not self._reads_requests
+        return not self._reason_to_read_requests
 
     @property
-    def _reads_requests(self) -> str:
-        """The reason why the model sees more of a request than its tensors; empty when it does not."""
+    def _reason_to_read_requests(self) -> str:
+        """Reason why the model sees more of a request than its tensors; empty when it sees only them."""
         if self.decoupled is not None:
             return "it is decoupled"
-        if self.line is not None:
+        if self.arrival_order is not None:
             return "its requests are steps of sequences"
         if isinstance(self.loaded, Composed):
-            return "" if self.loaded.plan.takes_numbers_only else "a step reads ids or parameters of requests"
+            return "" if self.loaded.plan.sees_tensors_only else "a step reads ids or parameters of requests"
         session = self.loaded.session
         return "it reads ids or parameters of requests" if session is not None and session.wants_requests else ""
 
     @property
     def slow_path_reason(self) -> str:
-        """The reason why ordinary requests of this version take the slow path; empty for the fast path.
+        """Reason why ordinary requests of this version take the slow path; empty for the fast path.
 
         An ordinary request gives all required inputs as raw contents and asks for all outputs.
         """
         if self.response_cache is not None:
             return "it has a response cache"
-        if reason := self._reads_requests:
+        if reason := self._reason_to_read_requests:
             return reason
         signature = self.loaded.model.signature
         for spec in signature.inputs:
@@ -145,13 +146,13 @@ class Version:
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler
 
-    async def load(self, means: LoadContext) -> None:
+    async def load(self, context: LoadContext) -> None:
         """Load the version: READY afterwards, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
-        start = means.clock()
+        start = context.clock()
         try:
-            await self._load(means)
+            await self._load(context)
             self.state = State.READY
-            log.info("model %s version %d is ready after %.3f s", self.name, self.number, means.clock() - start)
+            log.info("model %s version %d is ready after %.3f s", self.name, self.number, context.clock() - start)
         except asyncio.CancelledError:
             await self._resources.aclose()
             raise
@@ -164,69 +165,69 @@ class Version:
             if not isinstance(err, ShoalError | OSError):
                 log.error("model %s version %d: unexpected error", self.name, self.number, exc_info=err)
 
-    async def _load(self, means: LoadContext) -> None:
-        async with means.at_once:
+    async def _load(self, context: LoadContext) -> None:
+        async with context.at_once:
             files = await self._resources.enter_async_context(self.wanted.open())
-            self.graph = await asyncio.to_thread(graph.read, self.name, files)
-            loaded = await self._ran(files, means) if self.graph is None else None
+            self.graph = await asyncio.to_thread(graphs.read, self.name, files)
+            loaded = await self._load_single(files, context) if self.graph is None else None
         # Outside of the semaphore: the models of an ensemble's steps must be loaded, too.
-        loaded = loaded or await self._composed(files, means)
-        await self._schedule(loaded, means)
+        loaded = loaded or await self._composed(files, context)
+        await self._schedule(loaded, context)
         if self.graph is not None:
             model = await warmup.run(self.name, loaded.model, files.folder, self.scheduler)
             loaded = replace(loaded, model=model)
         self._loaded = loaded
 
-    async def _ran(self, files: ModelFiles, means: LoadContext) -> Loaded:
+    async def _load_single(self, files: ModelFiles, context: LoadContext) -> Loaded:
         given_up = threading.Event()
-        loaded = await _finished(self._loading(files, means, given_up), given_up)
+        loaded = await _finished(self._loading(files, context, given_up), given_up)
         if loaded.session is not None:
             # In a thread: a model's own finalizer may take long.
             self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
         return loaded
 
-    async def _composed(self, files: ModelFiles, means: LoadContext) -> Composed:
-        made_of, neighbours = self.graph, means.neighbours
-        assert made_of is not None, "it was read"
-        assert neighbours is not None, "versions are loaded by models"
-        self._seen = composing.seen(made_of, neighbours)
-        labels = await asyncio.to_thread(loading.labels_of, made_of.config, files.folder)
-        await composing.until_tried(made_of, neighbours)
-        self._seen = composing.seen(made_of, neighbours)
-        return composing.composed(made_of, neighbours, labels)
+    async def _composed(self, files: ModelFiles, context: LoadContext) -> Composed:
+        graph, other_models = self.graph, context.other_models
+        assert graph is not None, "it was read"
+        assert other_models is not None, "versions are loaded by models"
+        self._resolved = composing.resolved(graph, other_models)
+        labels = await asyncio.to_thread(loading.labels_of, graph.config, files.folder)
+        await composing.wait_until_loaded(graph, other_models)
+        self._resolved = composing.resolved(graph, other_models)
+        return composing.composed(graph, other_models, labels)
 
-    async def _schedule(self, loaded: Loaded, means: LoadContext) -> None:
-        scheduler = scheduler_of(self.name, self.number, loaded, means, self.statistics)
+    async def _schedule(self, loaded: Loaded, context: LoadContext) -> None:
+        scheduler = scheduler_of(self.name, self.number, loaded, context, self.statistics)
         await self._resources.enter_async_context(scheduler)
         if isinstance(scheduler, DecoupledScheduler):
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        self.line = ArrivalOrder() if _has_sequences(loaded) else None
+        self.arrival_order = ArrivalOrder() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
-            self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
+            self.response_cache = await self._resources.enter_async_context(self._caching(loaded, context, ttl))
 
-    def _loading(self, files: ModelFiles, means: LoadContext, given_up: threading.Event) -> asyncio.Future[Loaded]:
+    def _loading(self, files: ModelFiles, context: LoadContext, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
             loading.load,
             self.name,
             files,
-            means.runtime,
+            context.runtime,
             version=self.number,
-            threads=means.threads,
-            clock=means.clock,
+            threads=context.threads,
+            clock=context.clock,
             is_given_up=given_up.is_set,
             digest=self.wanted.digest,
         )
         return asyncio.ensure_future(work)
 
-    def _caching(self, loaded: Loaded, means: LoadContext, ttl: float) -> ResponseCache:
+    def _caching(self, loaded: Loaded, context: LoadContext, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
         keys = ResponseKeys(self.name, self.number, self.wanted.digest, config, signature)
-        return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
+        return ResponseCache(keys, self.scheduler, context.responses, self.statistics, ttl_s=ttl, clock=context.clock)
 
-    def look_again(self, neighbours: OtherModels) -> bool:
+    def recheck(self, other_models: OtherModels) -> bool:
         """Check an ensemble after other models changed. Return True when the ensemble must be loaded again.
 
         A serving ensemble goes on with the new versions of its models if their signatures are equal to callers;
@@ -234,11 +235,12 @@ class Version:
         """
         if self.graph is None or self.state in (State.LOADING, State.UNLOADING):
             return False
-        before, self._seen = self._seen, composing.seen(self.graph, neighbours)
-        is_other = self._seen != before
-        return not self._goes_on(is_other=is_other) if self.is_ready else is_other
+        before, self._resolved = self._resolved, composing.resolved(self.graph, other_models)
+        is_other = self._resolved != before
+        return not self._refresh(is_other=is_other) if self.is_ready else is_other
 
-    def _goes_on(self, *, is_other: bool) -> bool:
+    def _refresh(self, *, is_other: bool) -> bool:
+        """Renew the plan of a serving ensemble. Return False when its steps no longer fit: it is UNAVAILABLE then."""
         scheduler = self._scheduler
         assert isinstance(scheduler, EnsembleScheduler), "every ensemble has one"
         try:
@@ -269,7 +271,7 @@ class Version:
             self._is_idle.clear()
             await self._is_idle.wait()
         await self._resources.aclose()
-        self._loaded = self._scheduler = self.decoupled = self.response_cache = self.line = None
+        self._loaded = self._scheduler = self.decoupled = self.response_cache = self.arrival_order = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were executed after their deadline", self.name, self.number, rows)
@@ -278,7 +280,7 @@ class Version:
 
 def _has_sequences(loaded: Loaded) -> bool:
     if isinstance(loaded, Composed):
-        return any(step.version.line is not None for step in loaded.plan.steps)
+        return any(step.version.arrival_order is not None for step in loaded.plan.steps)
     return loaded.sequences is not None
 
 

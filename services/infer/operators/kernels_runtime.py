@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from services.infer.error_text import listed, quoted, written
+from services.infer.error_text import listed, quoted
 from services.infer.loading.model_config import KERNELS
 from services.infer.operators import devices
 from services.infer.operators.assets import Assets
@@ -29,6 +29,7 @@ from services.infer.runtimes.parameters import texts
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, Session, SessionOptions
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.tensors import shape_text
 
 
 class KernelsRuntime:
@@ -127,8 +128,8 @@ class OperationSession(Session):
             own = spec.shape[1 if self._operation.is_batched else 0 :] if spec is not None else ()
             if any(dim == -1 and declared != -1 for dim, declared in zip(own, output.dims, strict=False)):
                 raise FailedPrecondition(
-                    f"output '{output.name}': the configuration has {written(output.dims)}, operation "
-                    f"{self._name} has {written(own)}: write -1 for a dimension that varies"
+                    f"output '{output.name}': the configuration has {shape_text(output.dims)}, operation "
+                    f"{self._name} has {shape_text(own)}: write -1 for a dimension that varies"
                 )
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 
-from services.infer.error_text import listed, quoted, written
+from services.infer.error_text import listed, quoted
 from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
 from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import InvalidArgument
+from shoal.oip.tensors import MAX_DIMS, shape_text
 
 
 class MetadataCall(NamedTuple):
@@ -23,10 +24,6 @@ class MetadataCall(NamedTuple):
     method: str
     message: Message
     response_type: type[Message]
-
-
-# NumPy's limit for the dimensions of an array.
-_MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def missing(name: str, present: Sequence[str]) -> ModelFailed:
 
 def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:
     """Raise InvalidArgument when an output's shape contradicts the spec. Checked before the data is read."""
-    if len(shape) > _MAX_DIMS or (spec.shape and not fits(shape, spec.shape)):
-        raise InvalidArgument(f"{what}: expected {written(spec.shape)}, got {written(shape)}")
+    if len(shape) > MAX_DIMS or (spec.shape and not fits(shape, spec.shape)):
+        raise InvalidArgument(f"{what}: expected {shape_text(spec.shape)}, got {shape_text(shape)}")
 
 
 def changes(before: RemoteModelInfo, now: RemoteModelInfo) -> str:
@@ -116,4 +113,4 @@ def _changed(role: str, before: Sequence[TensorSpec], now: Sequence[TensorSpec])
 
 
 def _spec_text(spec: TensorSpec) -> str:
-    return f"{spec.datatype.name} {written(spec.shape)}"
+    return f"{spec.datatype.name} {shape_text(spec.shape)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.infer.error_text import enumerated, written
+from services.infer.error_text import enumerated
 from services.infer.remote.dialect import check_shape, shape_of
 from services.infer.remote.wire import Pieces, raw
 from services.infer.requests import tensors
@@ -14,7 +14,7 @@ from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import BY_NAME, Datatype
-from shoal.oip.tensors import count_elements
+from shoal.oip.tensors import count_elements, shape_text
 from shoal.remote.v1 import tensorflow_serving_pb2 as pb
 
 _NAMES: dict[pb.TensorFlowType, str] = {
@@ -97,7 +97,7 @@ def _from_values(tensor: pb.TensorFlowTensor, expected: Datatype, shape: tuple[i
     elements = count_elements(shape, what, InvalidArgument)
     # Missing values repeat the last one. The limit keeps a message of a few bytes from becoming gigabytes.
     if len(values) > elements or elements - len(values) > _MAX_IMPLIED:
-        raise InvalidArgument(f"{what}: shape {written(shape)} has {elements} elements, got {len(values)}")
+        raise InvalidArgument(f"{what}: shape {shape_text(shape)} has {elements} elements, got {len(values)}")
     array = np.empty(elements, np.uint16 if expected.name in ("FP16", "BF16") else expected.dtype)
     if values and array.dtype.kind in "iu":
         limits = np.iinfo(array.dtype.name)

@@ -14,11 +14,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from services.infer.error_text import quoted, written
+from services.infer.error_text import quoted
 from services.infer.requests import tensors
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
+from shoal.oip.tensors import shape_text
 
 Rows: TypeAlias = list[Tensor]
 Value: TypeAlias = "Tensor | Rows"
@@ -63,7 +64,7 @@ def dense(value: Value, spec: TensorSpec, what: str) -> Tensor:
     if not value:
         return np.empty((0, *(max(dim, 0) for dim in spec.shape[1:])), spec.datatype.dtype)
     if not is_even(value):
-        shapes = list(dict.fromkeys(written(row.shape) for row in value))
+        shapes = list(dict.fromkeys(shape_text(row.shape) for row in value))
         raise InvalidArgument(
             f"{what} {quoted(spec.name)}: its {len(value)} rows have different shapes ({', '.join(shapes[:4])}"
             f"{', ...' if len(shapes) > 4 else ''}), and a tensor has one: send one row in a request, or use the model "

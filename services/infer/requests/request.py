@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from services.infer.error_text import listed, quoted, written
+from services.infer.error_text import listed, quoted
 from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
@@ -17,7 +17,7 @@ from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.oip.tensors import count_elements
+from shoal.oip.tensors import MAX_DIMS, count_elements, shape_text
 
 # Beyond these, reading a request takes about a millisecond, and is offloaded to a thread.
 # Raw numbers: one copy of memory.
@@ -25,7 +25,6 @@ _MANY_ELEMENTS = 1 << 20
 # Typed contents and BYTES: Python objects, one by one.
 _FEW_ELEMENTS = 1 << 13
 _MANY_INPUTS = 256
-_MOST_DIMS = 32
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ def is_long_read(message: pb.ModelInferRequest) -> bool:
     by_element = not message.raw_input_contents
     for tensor in message.inputs:
         limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
-        # No tensor has so many dimensions, and their product would be a number of any length.
-        if len(tensor.shape) <= _MOST_DIMS and math.prod(tensor.shape) > limit:
+        # More dimensions are rejected unread, and their product would be a number of any length.
+        if len(tensor.shape) <= MAX_DIMS and math.prod(tensor.shape) > limit:
             return True
     return False
 
@@ -128,10 +127,11 @@ def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, m
         )
     if not fits(tensor.shape, spec.shape):
         raise InvalidArgument(
-            f"{_input(spec.name, model)}: unexpected shape: expected {written(spec.shape)}, got {written(tensor.shape)}"
+            f"{_input(spec.name, model)}: unexpected shape: expected {shape_text(spec.shape)}, "
+            f"got {shape_text(tensor.shape)}"
         )
     if any(dim < 0 for dim in tensor.shape):
-        raise InvalidArgument(f"{_input(spec.name, model)}: shape {written(tensor.shape)} has a negative dimension")
+        raise InvalidArgument(f"{_input(spec.name, model)}: shape {shape_text(tensor.shape)} has a negative dimension")
     if tensor.parameters:
         parameters.check_input(tensor.parameters, _input(spec.name, model))
     return spec

@@ -1,6 +1,6 @@
 """Resident tensors: tensors that stay on a GPU between two steps of an ensemble.
 
-    step on GPU 0 ──Resident──> step on GPU 0        its rows are cut and joined there; never read on the way
+    step on GPU 0 ──Resident──> step on GPU 0        its rows are cut and joined on the GPU, and not read by the host
 
 Code between the steps sees shape, datatype and size, as of any tensor. Reading the numbers on the host is an error, so
 that no copy is made by accident.
@@ -17,13 +17,13 @@ from services.infer.requests.tensors import Tensor
 
 
 class ResidentPool(Protocol):
-    """Memory of one GPU, a runtimes GpuStream."""
+    """Memory of one GPU; implemented by `runtimes.gpu_stream.GpuStream`."""
 
     def joined(self, arrays: Sequence[Any]) -> Any:
-        """Return the rows of several arrays there in one array there, in order."""
+        """Return the rows of several arrays on the GPU in one array on the GPU, in order."""
 
     def fetched(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Return copies on the host; waits for them."""
+        """Return copies on the host; waits until they are complete."""
 
 
 class Resident:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from services.infer.error_text import written
 from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
+from shoal.oip.tensors import shape_text
 
 if TYPE_CHECKING:
     from shoal.inference.v2 import model_config_pb2 as pb
@@ -29,7 +29,7 @@ def reshape_errors(role: str, tensor: pb.ModelInput | pb.ModelOutput) -> Iterato
     if not tensor.HasField("reshape"):
         return
     dims, shape = list(tensor.dims), list(tensor.reshape.shape)
-    text = f"{role} '{tensor.name}': reshape {written(shape)} of dims {written(dims)}"
+    text = f"{role} '{tensor.name}': reshape {shape_text(shape)} of dims {shape_text(dims)}"
     if any(dim < -1 or dim == 0 for dim in shape):
         yield f"{text}: expected 1 or more, or -1 for any"
     elif dims.count(-1) != shape.count(-1):
@@ -63,7 +63,9 @@ class Reshape:
         """Return `array` with the target shape. Raises ModelFailed when `array` does not have the source shape."""
         shape = array.shape[self.skip :]
         if len(array.shape) < self.skip or not fits(shape, self.source):
-            raise ModelFailed(f"'{name}' has shape {written(array.shape)}, reshape expects {written(self.source)}")
+            raise ModelFailed(
+                f"'{name}' has shape {shape_text(array.shape)}, reshape expects {shape_text(self.source)}"
+            )
         free = iter([size for size, dim in zip(shape, self.source, strict=True) if dim == -1])
         return array.reshape((*array.shape[: self.skip], *(next(free) if dim == -1 else dim for dim in self.target)))
 
@@ -145,7 +147,7 @@ def _seen(spec: TensorSpec, reshape: Reshape | None, *, is_input: bool) -> Tenso
     if spec.shape and not fits(model_shape, inner):
         batch = " after the batch dimension" if reshape.skip else ""
         raise FailedPrecondition(
-            f"{'input' if is_input else 'output'} '{spec.name}': reshape says {written(model_shape)}{batch}, "
-            f"the model {written(spec.shape)}"
+            f"{'input' if is_input else 'output'} '{spec.name}': reshape says {shape_text(model_shape)}{batch}, "
+            f"the model {shape_text(spec.shape)}"
         )
     return replace(spec, shape=(*(front or (-1,) * reshape.skip), *client_shape))

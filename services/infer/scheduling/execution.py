@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
-from services.infer.error_text import written
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.resident import is_resident, joined
@@ -27,6 +26,7 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.bisection import Bisection
 from shoal.errors import DeadlineExceeded, Internal
+from shoal.oip.tensors import shape_text
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class Execution:
         for name, result in zip(names, results, strict=True):
             if result.shape[:1] != (rows,):
                 raise ModelFailed(
-                    f"output '{name}' has shape {written(result.shape)} for {rows} rows: its first dimension is no "
+                    f"output '{name}' has shape {shape_text(result.shape)} for {rows} rows: its first dimension is no "
                     "batch; set max_batch_size to 0 in the model's configuration"
                 )
 

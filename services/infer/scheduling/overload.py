@@ -3,14 +3,15 @@
     seconds since its arrival    0         waits          taken            answered      budget
                                  |--------------------------|-- cost(b) ------|--- spare ---|
 
-With batches of b rows, a row must have arrived within the last budget - cost(b) when its batch is taken. Of the offered
-rows, only so many are useful to an instance. Rows answered in time for each second and instance are then
+With batches of b rows, a row must have arrived within the last budget - cost(b) when its batch is taken. A batch of one
+of n instances thus finds at most rate * (budget - cost(b)) / n useful rows. Rows answered in time for each second and
+instance are then
 
-    min(b, rate * (budget - cost(b)) / instances) / cost(b)
+    min(b, rate * (budget - cost(b)) / n) / cost(b)
 
-Large batches are cheap by the row, and too large ones leave no time to wait for them. The smallest b that reaches
-nearly the best rate is chosen: spare time is worth more than a hundredth of throughput. But where all offered rows can
-be served with headroom, it is the largest such b: requests that arrive together run together.
+Large batches are cheap by the row, and too large ones leave no time to wait for them. The smallest b within two
+hundredths of the best rate is chosen: spare time is worth more than the last two hundredths of throughput. But where
+all offered rows can be served with headroom, it is the largest such b: requests that arrive together run together.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import math
 from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.slo import Arrivals
 
-SPARE = 0.9
-"""Part of a budget that plans may use: clocks, networks and forecasts err."""
+USABLE_SHARE = 0.9
+"""Share of a budget that plans may use; the rest is spare, because clocks, networks and forecasts err."""
 
-# The part of a budget that plans may use while this many batches wait already. The queue keeps the instances busy,
-# and a request that would be answered at the last moment is better rejected.
-_BACKLOG_SPARE = 0.6
+# The usable share while this many batches wait already. The queue keeps the instances busy, and a request that would
+# be answered at the last moment is better rejected.
+_BACKLOG_USABLE_SHARE = 0.6
 _BACKLOG_BATCHES = 3
 
 # Served rows over offered rows, from which all offered rows can be served with headroom.
@@ -44,9 +45,9 @@ _RECOMPUTE_S = 0.05
 _SIZES = (1, *(size for power in range(1, 13) for size in (1 << power, 3 << (power - 1))))
 
 
-def spare_of(ahead_s: float, batch_s: float) -> float:
-    """Return the part of its time that a request may be planned to take, behind `ahead_s` of batches."""
-    return _BACKLOG_SPARE if ahead_s > _BACKLOG_BATCHES * batch_s else SPARE
+def usable_share(ahead_s: float, batch_s: float) -> float:
+    """Return the share of a request's time that plans may use, behind `ahead_s` of batches."""
+    return _BACKLOG_USABLE_SHARE if ahead_s > _BACKLOG_BATCHES * batch_s else USABLE_SHARE
 
 
 class Pressure:
@@ -86,7 +87,7 @@ class Pressure:
         self._rows, self.is_overloaded = most, False
         if cost.is_known:
             self._row_s = cost.expected(1)
-            self._rows = best_rows(cost, most, rate, SPARE * self.budget_s)
+            self._rows = best_rows(cost, most, rate, USABLE_SHARE * self.budget_s)
             self.is_overloaded = rate * cost.expected(self._rows) > self._rows
 
 

@@ -23,7 +23,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
 from services.infer.scheduling.execution import Executor
-from services.infer.scheduling.overload import SPARE, Pressure, spare_of
+from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
@@ -256,12 +256,12 @@ class Scheduler:
         row_s, batch_s = self._row_and_batch_s(most)
         row_s /= self._instances
         ahead_s = free_s + self._queue.rows * row_s
-        spare = spare_of(ahead_s, batch_s / self._instances)
-        if ahead_s + batch_s < spare * (bound - now):
+        share = usable_share(ahead_s, batch_s / self._instances)
+        if ahead_s + batch_s < share * (bound - now):
             return
         # Whole batches run before this request.
         start_s = free_s + self._queue.rows_ahead(queued, tenant) // most * most * row_s
-        end = now + (start_s + batch_s) / spare
+        end = now + (start_s + batch_s) / share
         meets_goal = end < queued.due or not self._can_reach_goal()
         if meets_goal and now + start_s < queued.expires and end < queued.deadline:
             return
@@ -504,7 +504,7 @@ class Scheduler:
         if self._waits or not self.cost.is_known:
             return self._backlog.worst_s
         worst_s = self.cost.worst(rows)
-        return worst_s if worst_s < SPARE * self._pressure.budget_s else self.cost.expected(rows)
+        return worst_s if worst_s < USABLE_SHARE * self._pressure.budget_s else self.cost.expected(rows)
 
     def _evict(self, queued_requests: Sequence[QueuedRequest]) -> None:
         for queued in queued_requests:

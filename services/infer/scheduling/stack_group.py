@@ -92,7 +92,7 @@ class StackGroup:
 
     def oldest(self) -> float:
         """Return the earliest arrival. The group is not empty, and in order of arrival."""
-        # In order of due time the first to come may be anywhere; then nobody asks.
+        # Only the first request of each flow is read: a group in order of due time may hold an earlier one behind it.
         return min(flow[0].arrived for flows in self._bands for flow in flows.values())
 
     def soonest(self) -> float:

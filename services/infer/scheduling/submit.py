@@ -17,9 +17,9 @@ class Waiter:
     def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future
 
-    def answered(self, answer: InferenceResult) -> None:
+    def answered(self, result: InferenceResult) -> None:
         if not self.future.done():
-            self.future.set_result(answer)
+            self.future.set_result(result)
 
     def failed(self, error: BaseException) -> None:
         if not self.future.done():

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.infer.error_text import enumerated, listed, written
+from services.infer.error_text import enumerated, listed
 from services.infer.requests.signature import fits
 from services.infer.scheduling import rules
 from services.infer.sequences.settings import CORRID, FALSE_TRUE
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NUMBER
+from shoal.oip.tensors import shape_text
 
 _MOST_CANDIDATES = 1 << 16
 _CORRID_TYPES = (pb.TYPE_UINT64, pb.TYPE_INT64, pb.TYPE_UINT32, pb.TYPE_INT32, pb.TYPE_STRING)
@@ -100,7 +101,7 @@ def _state(given: pb.ModelSequenceBatching.State) -> Iterator[str]:
     if given.data_type not in BY_NUMBER:
         yield "data_type is missing"
     if any(dim < -1 or dim == 0 for dim in given.dims):
-        yield f"dims {written(given.dims)}: expected 1 or more, or -1 for any"
+        yield f"dims {shape_text(given.dims)}: expected 1 or more, or -1 for any"
     if len(given.initial_state) > 1:
         yield f"expected one initial_state, got {len(given.initial_state)}"
     for initial in given.initial_state:
@@ -112,7 +113,7 @@ def _initial(initial: pb.ModelSequenceBatching.InitialState, state: pb.ModelSequ
         got, expected = (enumerated(pb.DataType.DESCRIPTOR, each.data_type) for each in (initial, state))
         yield f"data_type {got}: the state is {expected}"
     if any(dim < 1 for dim in initial.dims) or not fits(initial.dims, state.dims):
-        yield f"dims {written(initial.dims)}: expected dims of the state, {written(state.dims)}, each 1 or more"
+        yield f"dims {shape_text(initial.dims)}: expected dims of the state, {shape_text(state.dims)}, each 1 or more"
     match initial.WhichOneof("state_data"):
         case None:
             yield "expected zero_data or data_file"

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.infer.error_text import written
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, BY_NUMBER, Datatype
+from shoal.oip.tensors import shape_text
 
 _Batching = pb.ModelSequenceBatching
 START, END, READY, CORRID = (
@@ -151,7 +151,7 @@ def matched_to_model(
         if len(inner) > 1 or not set(inner) <= {1, -1}:
             raise FailedPrecondition(
                 f"sequence_batching: control_input '{control.name}' has one value for each request, "
-                f"the model expects {written(spec.shape)}"
+                f"the model expects {shape_text(spec.shape)}"
             )
         # The runtime reports () for a scalar, and for a tensor without a shape in the file.
         controls.append(Control(*_fields(control), is_flat=bool(spec.shape) and not inner))
@@ -186,7 +186,8 @@ def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched
     if shape and not agree:
         batch = " with a batch dimension" if batched else ""
         raise FailedPrecondition(
-            f"sequence_batching: {what}: the configuration says {written(dims)}{batch}, the model {written(shape)}"
+            f"sequence_batching: {what}: the configuration says {shape_text(dims)}{batch}, "
+            f"the model {shape_text(shape)}"
         )
 
 

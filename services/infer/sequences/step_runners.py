@@ -11,7 +11,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from services.infer.error_text import written
 from services.infer.model_process.instance import Runner
 from services.infer.model_process.session import ProcessSession
 from services.infer.requests.signature import fits
@@ -19,6 +18,7 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences.rows import Row, columns
 from services.infer.sequences.settings import SequenceSettings
+from shoal.oip.tensors import shape_text
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class _RowFormat:
             dims = array.shape[int(self.batched) :]
             if array.dtype != state.datatype.dtype or not fits(dims, state.dims):
                 raise ModelFailed(
-                    f"state '{state.output}' is {array.dtype} {written(dims)}, "
-                    f"expected {state.datatype.name} {written(state.dims)}"
+                    f"state '{state.output}' is {array.dtype} {shape_text(dims)}, "
+                    f"expected {state.datatype.name} {shape_text(state.dims)}"
                 )
             # A copy: a view would keep the whole batch in memory for as long as one of its sequences is idle.
             states[state.input] = array.copy()
@@ -70,7 +70,7 @@ class _RowFormat:
         for name, array in results.items():
             if array.shape[:1] != (len(rows),):
                 raise ModelFailed(
-                    f"output '{name}' has shape {written(array.shape)} for {len(rows)} rows: its first dimension is "
+                    f"output '{name}' has shape {shape_text(array.shape)} for {len(rows)} rows: its first dimension is "
                     "no batch; set max_batch_size to 0 in the model's configuration"
                 )
         return [

@@ -26,7 +26,7 @@ from services.ingest.batches.mapping import (
     result_columns,
 )
 from services.ingest.batches.model_metadata import ModelMetadata
-from services.ingest.batches.outputs.part_summary import is_result
+from services.ingest.batches.outputs.part_summary import is_reserved_output_name
 from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
@@ -170,7 +170,7 @@ class Submissions:
         except NotFound:
             return
         for url in found:
-            if is_result(url.removeprefix(output + "/")):
+            if is_reserved_output_name(url.removeprefix(output + "/")):
                 raise FailedPrecondition(
                     f"output: {url} exists already, and belongs to no batch: "
                     "use another folder or prefix, or remove what is there"

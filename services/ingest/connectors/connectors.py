@@ -114,11 +114,11 @@ def _endpoints(name: str, table: settings.ConnectorSettings, context: ConnectorC
 
 
 def _source(name: str, end: settings.Source, context: ConnectorContext) -> Source:
-    if isinstance(end, settings.KafkaSource):
+    if isinstance(end, settings.KafkaSourceSettings):
         from services.ingest.connectors import kafka
 
         return kafka.KafkaSource(end.brokers, end.topic, end.group, start=end.start, options=end.options)
-    if isinstance(end, settings.PubSubSource):
+    if isinstance(end, settings.PubSubSourceSettings):
         from services.ingest.connectors import pubsub
 
         return pubsub.PubSubSource(_google(end), end.subscription, lease_s=end.lease_s)
@@ -137,11 +137,11 @@ def _source(name: str, end: settings.Source, context: ConnectorContext) -> Sourc
 
 
 def _sink(end: settings.Sink) -> Sink:
-    if isinstance(end, settings.KafkaSink):
+    if isinstance(end, settings.KafkaSinkSettings):
         from services.ingest.connectors import kafka
 
         return kafka.KafkaSink(end.brokers, end.topic, options=end.options)
-    if isinstance(end, settings.PubSubSink):
+    if isinstance(end, settings.PubSubSinkSettings):
         from services.ingest.connectors import pubsub
 
         return pubsub.PubSubSink(_google(end), end.topic)

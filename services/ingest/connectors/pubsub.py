@@ -118,7 +118,7 @@ class PubSubSource:
         # A message that is not acknowledged in time is delivered again.
         with contextlib.suppress(ShoalError):
             await self._acknowledge_settled()
-            await self._modify(list(self._leased), 0)
+            await self._set_deadlines(list(self._leased), 0, "releasing")
         self._partition.mark_revoked()
         await self._calls.close()
 
@@ -159,7 +159,8 @@ class PubSubSource:
 
     async def _extend_leases(self) -> None:
         while True:
-            await self._guarded("extend", self._modify(list(self._leased), self._lease_s))
+            extension = self._set_deadlines(list(self._leased), self._lease_s, "extending")
+            await self._guarded("extend", extension)
             await asyncio.sleep(min(self._lease_s / 3, _EXTEND_S))
 
     async def _acknowledge(self) -> None:
@@ -186,13 +187,13 @@ class PubSubSource:
             for ack_id in ack_ids:
                 self._leased.pop(ack_id, None)
 
-    async def _modify(self, ack_ids: list[str], seconds: int) -> None:
+    async def _set_deadlines(self, ack_ids: list[str], seconds: int, action: str) -> None:
         for first in range(0, len(ack_ids), _IDS_AT_ONCE):
             group = ack_ids[first : first + _IDS_AT_ONCE]
             request = pb.PubSubModifyAckDeadlineRequest(
                 subscription=self._name, ack_deadline_seconds=seconds, ack_ids=group
             )
-            doing = f"extending leases of {self._name}"
+            doing = f"{action} leases of {self._name}"
             await self._calls.call("Subscriber/ModifyAckDeadline", request, pb.PubSubEmpty, _CALL_S, doing)
 
 
@@ -236,7 +237,10 @@ class PubSubSink:
 
 
 def _attributes(message: Outgoing) -> dict[str, str]:
-    """Return the headers within Pub/Sub's limits: long values are cut, surplus headers dropped, Shoal's own last."""
+    """Return the headers within Pub/Sub's limits: long values are cut, surplus headers dropped.
+
+    Shoal's own headers are kept first.
+    """
     headers = [*message.headers] if message.key is None else [*message.headers, (KEY, message.key)]
     ours_first = sorted(headers, key=lambda header: not header[0].startswith("shoal-"))
     cut = [(name, value[:_VALUE_BYTES].decode(errors="ignore")) for name, value in ours_first]

@@ -93,7 +93,7 @@ class TableSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class KafkaSink(TableSettings):
+class KafkaSinkSettings(TableSettings):
     """Kafka topic that is written."""
 
     kind: Annotated[Literal["kafka"], AfterValidator(_installed("confluent_kafka"))]
@@ -119,7 +119,7 @@ class KafkaSink(TableSettings):
         return options
 
 
-class KafkaSource(KafkaSink):
+class KafkaSourceSettings(KafkaSinkSettings):
     """Kafka topic that is read, as a member of a group."""
 
     group: Annotated[str, Field(min_length=1, max_length=255)]
@@ -134,14 +134,14 @@ class KafkaSource(KafkaSink):
 
     def reads(self, end: TableSettings) -> bool:
         """Return True when messages written to `end` are read by this source."""
-        return isinstance(end, KafkaSink) and end.topic == self.topic and _share_a_broker(self, end)
+        return isinstance(end, KafkaSinkSettings) and end.topic == self.topic and _share_a_broker(self, end)
 
     def shares_with(self, other: TableSettings) -> bool:
         """Return True when each message is delivered to only one of the two sources."""
-        return isinstance(other, KafkaSource) and other.group == self.group and self.reads(other)
+        return isinstance(other, KafkaSourceSettings) and other.group == self.group and self.reads(other)
 
 
-class KinesisSink(TableSettings):
+class KinesisSinkSettings(TableSettings):
     """Kinesis stream that is written. Credentials are found as AWS' own tools find them."""
 
     kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
@@ -156,7 +156,7 @@ class KinesisSink(TableSettings):
         return f"{self.kind} {self.stream}"
 
 
-class KinesisSource(KinesisSink):
+class KinesisSourceSettings(KinesisSinkSettings):
     """Kinesis stream that is read; its shards are shared with other instances."""
 
     start: Literal["earliest", "latest"] = "earliest"
@@ -168,7 +168,7 @@ class KinesisSource(KinesisSink):
 
     def reads(self, end: TableSettings) -> bool:
         """Return True when records written to `end` are read by this source."""
-        return isinstance(end, KinesisSink) and (end.stream, end.region, end.endpoint) == (
+        return isinstance(end, KinesisSinkSettings) and (end.stream, end.region, end.endpoint) == (
             self.stream,
             self.region,
             self.endpoint,
@@ -189,7 +189,7 @@ class PubSubEnd(TableSettings):
     """For an emulator: no TLS, no credentials."""
 
 
-class PubSubSink(PubSubEnd):
+class PubSubSinkSettings(PubSubEnd):
     """Pub/Sub topic that is written."""
 
     topic: Annotated[str, Field(pattern=_PUBSUB_NAME)]
@@ -200,7 +200,7 @@ class PubSubSink(PubSubEnd):
         return f"{self.kind} {self.topic}"
 
 
-class PubSubSource(PubSubEnd):
+class PubSubSourceSettings(PubSubEnd):
     """Pub/Sub subscription that is pulled."""
 
     subscription: Annotated[str, Field(pattern=_PUBSUB_NAME)]
@@ -213,7 +213,7 @@ class PubSubSource(PubSubEnd):
 
     def shares_with(self, other: TableSettings) -> bool:
         """Return True when each message is delivered to only one of the two sources."""
-        return isinstance(other, PubSubSource) and (other.project, other.subscription, other.endpoint) == (
+        return isinstance(other, PubSubSourceSettings) and (other.project, other.subscription, other.endpoint) == (
             self.project,
             self.subscription,
             self.endpoint,
@@ -225,8 +225,10 @@ class PubSubSource(PubSubEnd):
         return f"{self.kind} {self.subscription}"
 
 
-Source: TypeAlias = Annotated[KafkaSource | KinesisSource | PubSubSource, Field(discriminator="kind")]
-Sink: TypeAlias = Annotated[KafkaSink | KinesisSink | PubSubSink, Field(discriminator="kind")]
+Source: TypeAlias = Annotated[
+    KafkaSourceSettings | KinesisSourceSettings | PubSubSourceSettings, Field(discriminator="kind")
+]
+Sink: TypeAlias = Annotated[KafkaSinkSettings | KinesisSinkSettings | PubSubSinkSettings, Field(discriminator="kind")]
 
 
 class Retry(TableSettings):
@@ -346,7 +348,7 @@ def of_document(document: Mapping[str, Any]) -> dict[str, ConnectorSettings]:
         ) from None
 
 
-def _share_a_broker(one: KafkaSink, other: KafkaSink) -> bool:
+def _share_a_broker(one: KafkaSinkSettings, other: KafkaSinkSettings) -> bool:
     return not {*one.brokers.split(",")}.isdisjoint(other.brokers.split(","))
 
 

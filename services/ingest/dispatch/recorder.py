@@ -200,7 +200,7 @@ class Recorder:
             raise outcome.error
         if fenced := len(changes) - outcome.count:
             log.info("%d of %d state changes were fenced: other instances hold the jobs", fenced, len(changes))
-        done = [after.id for _, after in changes if after.is_apart and not after.keeps_request]
+        done = [after.id for _, after in changes if after.is_apart and not after.needs_request]
         # The results of fenced jobs are recorded too, so their payloads are not needed either.
         await self._payloads.drop(done)
         return [None] * len(changes)

@@ -78,7 +78,7 @@ def job_of(
         labels=labels_of(submit.labels),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
         is_apart=len(request) > inline_bytes,
-        is_kept=submit.keep_request,
+        keep_request=submit.keep_request,
         request=request,
         due_at=None if depends_on else due_at,
         depends_on=depends_on,

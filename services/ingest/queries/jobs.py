@@ -88,7 +88,7 @@ class Jobs:
         """
         job = await self.get(job_id)
         # An external payload may exist for a moment after the end of its job.
-        if not job.keeps_request:
+        if not job.needs_request:
             request = None
         elif job.is_apart:
             request = await self._payloads.get(job_id)

@@ -21,7 +21,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from mesh.mongo import Document, translated
 from mesh.mongo_lease import fenced
 from services.store.documents import Collections, whole_milliseconds
-from services.store.retention.rules import Kept, Rule, check_rule
+from services.store.retention.rules import DataKind, Rule, check_rule
 from services.store.transactions import transaction
 from shoal.errors import FailedPrecondition
 
@@ -107,14 +107,14 @@ class RuleRepository:
 
 
 def _document(rule: Rule, now: datetime) -> Document:
-    doc: Document = {"_id": rule.id, "kept": str(rule.kept), "updated_at": now}
+    doc: Document = {"_id": rule.id, "kept": str(rule.kind), "updated_at": now}
     if rule.tenant is not None:
         doc["tenant"] = rule.tenant
-    if rule.keep is not None:
-        doc["keep_ms"] = rule.keep // timedelta(milliseconds=1)
+    if rule.keep_for is not None:
+        doc["keep_ms"] = rule.keep_for // timedelta(milliseconds=1)
     return doc
 
 
 def _rule(doc: Document) -> Rule:
     keep = timedelta(milliseconds=doc["keep_ms"]) if "keep_ms" in doc else None
-    return Rule(Kept(doc["kept"]), doc.get("tenant"), keep, doc["updated_at"])
+    return Rule(DataKind(doc["kept"]), doc.get("tenant"), keep, doc["updated_at"])

@@ -18,7 +18,7 @@ from services.store.limits import MAX_TENANT_CHARACTERS
 from shoal.errors import InvalidArgument
 
 
-class Kept(StrEnum):
+class DataKind(StrEnum):
     """Kinds of data that rules apply to."""
 
     RESULTS = "results"
@@ -26,13 +26,13 @@ class Kept(StrEnum):
     TOMBSTONES = "tombstones"
 
 
-SHORTEST: Mapping[Kept, timedelta] = {
-    # The client that submitted the job must have time to fetch its result. And no younger result may still be on its
-    # way into the database: the removal of answers goes by time and visits none twice.
-    Kept.RESULTS: timedelta(minutes=1),
-    Kept.ANSWERS: timedelta(minutes=1),
+SHORTEST: Mapping[DataKind, timedelta] = {
+    # The client that submitted the job must have time to fetch its result. And a younger result may still be
+    # uncommitted, while the scan passes each time range once.
+    DataKind.RESULTS: timedelta(minutes=1),
+    DataKind.ANSWERS: timedelta(minutes=1),
     # An ingest that was down for longer, with an unfinished job, would run that job again.
-    Kept.TOMBSTONES: timedelta(days=1),
+    DataKind.TOMBSTONES: timedelta(days=1),
 }
 LONGEST = timedelta(days=36_500)
 
@@ -41,17 +41,17 @@ LONGEST = timedelta(days=36_500)
 class Rule:
     """Rule: the time for which one kind of data is kept."""
 
-    kept: Kept
+    kind: DataKind
     tenant: str | None
     """None: all tenants without a rule of their own. The empty string is a tenant like any other."""
-    keep: timedelta | None
+    keep_for: timedelta | None
     """None: kept for ever."""
     updated_at: datetime | None = None
 
     @property
     def id(self) -> str:
         """Id of the rule: one for each kind and tenant."""
-        return self.kept if self.tenant is None else f"{self.kept}/{self.tenant}"
+        return self.kind if self.tenant is None else f"{self.kind}/{self.tenant}"
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,11 @@ class RetentionPlan:
         return self.own.get(tenant, self.default)
 
 
-def plan(rules: Iterable[Rule], kept: Kept, now: datetime) -> RetentionPlan:
-    """Return the plan for `kept` under `rules` at `now`."""
-    until = {rule.tenant: now - rule.keep if rule.keep is not None else None for rule in rules if rule.kept is kept}
+def plan(rules: Iterable[Rule], kind: DataKind, now: datetime) -> RetentionPlan:
+    """Return the plan for data of `kind` under `rules` at `now`."""
+    until = {
+        rule.tenant: now - rule.keep_for if rule.keep_for is not None else None for rule in rules if rule.kind is kind
+    }
     default = until.pop(None, None)
     return RetentionPlan(default, {tenant: time for tenant, time in until.items() if tenant is not None})
 
@@ -98,11 +100,11 @@ def check_rule(rule: Rule) -> None:
     """
     if rule.tenant is not None and len(rule.tenant) > MAX_TENANT_CHARACTERS:
         raise InvalidArgument(f"rule.tenant: {MAX_TENANT_CHARACTERS} characters at most, got {len(rule.tenant)}")
-    if rule.kept is Kept.TOMBSTONES and rule.tenant is not None:
+    if rule.kind is DataKind.TOMBSTONES and rule.tenant is not None:
         raise InvalidArgument("rule.tenant: tombstones have no tenant: leave it out")
-    if rule.keep is not None and not SHORTEST[rule.kept] <= rule.keep <= LONGEST:
-        shortest = int(SHORTEST[rule.kept].total_seconds())
+    if rule.keep_for is not None and not SHORTEST[rule.kind] <= rule.keep_for <= LONGEST:
+        shortest = int(SHORTEST[rule.kind].total_seconds())
         raise InvalidArgument(
-            f"rule.keep: expected {shortest} s to {LONGEST.days} days for {rule.kept}, or unset for ever; "
-            f"got {rule.keep.total_seconds():.0f} s"
+            f"rule.keep: expected {shortest} s to {LONGEST.days} days for {rule.kind}, or unset for ever; "
+            f"got {rule.keep_for.total_seconds():.0f} s"
         )

@@ -27,7 +27,7 @@ from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
 from services.store.retention.rule_repository import Outdated, RuleRepository, RuleSnapshot
-from services.store.retention.rules import Kept, RetentionScope, plan
+from services.store.retention.rules import DataKind, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
 from shoal.store.v1.store_pb2 import Result
@@ -80,7 +80,7 @@ class Sweep:
         self._clock = clock
         self._monotonic = monotonic
         # Last tenant reached. Another instance begins from the start, which costs one index read for each tenant.
-        self._reached: dict[Kept, str | None] = {}
+        self._reached: dict[DataKind, str | None] = {}
 
     async def apply(self, lease: Lease) -> Swept:
         """Remove expired data for about BUDGET_S. Nothing more is removed once `lease` is lost.
@@ -92,40 +92,40 @@ class Sweep:
         swept = Swept()
         ends = self._monotonic() + BUDGET_S
         snapshot = await self._rules.read()
-        for kept in Kept:
+        for kind in DataKind:
             while not swept.more:
                 try:
-                    swept.more = await self._sweep(kept, snapshot, lease, swept, ends)
+                    swept.more = await self._sweep(kind, snapshot, lease, swept, ends)
                     break
                 except Outdated:
                     snapshot = await self._rules.read()
         return swept
 
-    async def _sweep(self, kept: Kept, snapshot: RuleSnapshot, lease: Lease, swept: Swept, ends: float) -> bool:
+    async def _sweep(self, kind: DataKind, snapshot: RuleSnapshot, lease: Lease, swept: Swept, ends: float) -> bool:
         """Remove all expired data of one kind. Return True when the time or the lease ended before that."""
-        while (scope := await self._next_scope(kept, snapshot)) is not None:
-            removal = _Removal(kept, scope, snapshot.version)
+        while (scope := await self._next_scope(kind, snapshot)) is not None:
+            removal = _Removal(kind, scope, snapshot.version)
             while found := await self._find(removal):
                 if (token := lease.token) is None:
                     return True
-                setattr(swept, kept, getattr(swept, kept) + await self._remove(removal, found, token))
+                setattr(swept, kind, getattr(swept, kind) + await self._remove(removal, found, token))
                 if self._monotonic() >= ends:
                     return True
             if scope.tenant is None:
                 return False
-            self._reached[kept] = scope.tenant
+            self._reached[kind] = scope.tenant
             if self._monotonic() >= ends:
                 return True
-        self._reached.pop(kept, None)
+        self._reached.pop(kind, None)
         return False
 
-    async def _next_scope(self, kept: Kept, snapshot: RuleSnapshot) -> RetentionScope | None:
-        planned = plan(snapshot.rules, kept, whole_milliseconds(self._clock()))
+    async def _next_scope(self, kind: DataKind, snapshot: RuleSnapshot) -> RetentionScope | None:
+        planned = plan(snapshot.rules, kind, whole_milliseconds(self._clock()))
         if planned.is_empty:
             return None
-        if kept is not Kept.ANSWERS and planned.is_one_for_all:
+        if kind is not DataKind.ANSWERS and planned.is_one_for_all:
             return RetentionScope(None, planned.default) if planned.default is not None else None
-        after = self._reached.get(kept)
+        after = self._reached.get(kind)
         while (tenant := await tenant_after(self._collections, after)) is not None:
             if (until := planned.until(tenant)) is not None:
                 return RetentionScope(tenant, until)
@@ -135,10 +135,10 @@ class Sweep:
     async def _find(self, removal: _Removal) -> list[Document]:
         """Return the oldest few expired documents of a scope."""
         query, sort, hint = removal.condition, _OLDEST, "by_time" if removal.scope.tenant is None else "by_tenant"
-        if removal.kept is Kept.TOMBSTONES:
+        if removal.kind is DataKind.TOMBSTONES:
             sort, hint = [("removed_at", ASCENDING)], "removed"
         with translated("looking for expired data"):
-            if removal.kept is Kept.ANSWERS and (
+            if removal.kind is DataKind.ANSWERS and (
                 mark := await self._collections.fences.find_one({"_id": removal.mark_id})
             ):
                 query = {"$and": [query, beyond(Position(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
@@ -153,18 +153,18 @@ class Sweep:
 
         async def work(session: AsyncClientSession) -> int:
             await self._rules.pass_fence(token, removal.version, session)
-            if removal.kept is Kept.TOMBSTONES:
+            if removal.kind is DataKind.TOMBSTONES:
                 return (await results.delete_many(same, session=session)).deleted_count
-            if removal.kept is Kept.ANSWERS:
+            if removal.kind is DataKind.ANSWERS:
                 await self._mark(removal, found[-1], session)
-            is_whole_result = removal.kept is Kept.RESULTS
+            is_whole_result = removal.kind is DataKind.RESULTS
             change = tombstones.to_tombstone(now) if is_whole_result else tombstones.without_answer(now)
             done = await results.update_many(same, change, session=session)
             if done.modified_count != len(found):
                 # Another writer has changed some of the documents meanwhile: find them again.
                 raise Outdated
             await self._deletions.schedule(keys, now, session)
-            await self._counters.add(_weight_change(removal.kept, found), session)
+            await self._counters.add(_weight_change(removal.kind, found), session)
             return len(found)
 
         with translated("removing expired data"):
@@ -181,7 +181,7 @@ class Sweep:
 class _Removal:
     """Kind of data to remove from one scope, and the version of the rules that demand it."""
 
-    kept: Kept
+    kind: DataKind
     scope: RetentionScope
     version: int
 
@@ -192,19 +192,19 @@ class _Removal:
     @property
     def condition(self) -> Document:
         """Query for the documents to remove."""
-        if self.kept is Kept.TOMBSTONES:
+        if self.kind is DataKind.TOMBSTONES:
             return {"removed_at": {"$lt": self.scope.until}}
         condition: Document = {"recorded_at": {"$gte": EARLIEST, "$lt": self.scope.until}}
         if self.scope.tenant is not None:
             condition["tenant"] = self.scope.tenant
-        if self.kept is Kept.ANSWERS:
+        if self.kind is DataKind.ANSWERS:
             condition["outcome"] = _SUCCEEDED
         return condition
 
 
-def _weight_change(kept: Kept, found: Sequence[Document]) -> Mapping[str, Weight]:
+def _weight_change(kind: DataKind, found: Sequence[Document]) -> Mapping[str, Weight]:
     """Return the change of each tenant's usage when these documents are removed."""
-    one = Weight(-1, -RECORD_BYTES) if kept is Kept.RESULTS else Weight()
+    one = Weight(-1, -RECORD_BYTES) if kind is DataKind.RESULTS else Weight()
     return by_tenant((doc["tenant"], one - Weight(0, doc["answer_bytes"])) for doc in found)
 
 

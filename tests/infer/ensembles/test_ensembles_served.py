@@ -218,15 +218,15 @@ async def test_a_response_cache_forgets_though_a_call_found_the_new_version_firs
     served = await serve(models_folder.root)
     assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 6 * X)
     cached = served.models.find("cached", "")
-    follow, asked = cached.look_again, []
+    follow, asked = cached.recheck, []
 
-    def look_again(neighbours):
+    def recheck(other_models):
         if not asked and served.models.find("double", "") is not before:
             cached.scheduler.refresh()  # As every call does, before it runs.
             asked.append(True)
-        return follow(neighbours)
+        return follow(other_models)
 
-    before, cached.look_again = served.models.find("double", ""), look_again
+    before, cached.recheck = served.models.find("double", ""), recheck
     models_folder.bare("double", onnx_files.scale(20.0))
     await load(served, "double")
     assert asked
@@ -401,3 +401,16 @@ async def test_a_retry_of_what_another_instance_died_of_is_refused_at_the_step_t
     guard.guilty = ""
     assert np.array_equal(output(await core.infer(request("outer", x=X), is_retry=True), "z"), 12 * X)
     assert np.array_equal(output(await core.infer(request("outer", x=X)), "z"), 12 * X)
+
+
+async def test_the_ready_set_is_published_after_a_step_runs_a_new_version(serve, models_folder):
+    models_folder.ensemble("chain", *CHAIN)
+    served = await serve(models_folder.root)
+    assert np.array_equal(output(await served.stub.ModelInfer(request("chain", x=X)), "y"), 6 * X)
+    models_folder.bare("double", onnx_files.scale(20.0))
+    await load(served, "double")
+    assert np.array_equal(output(await served.stub.ModelInfer(request("chain", x=X)), "y"), 60 * X)
+
+    models_folder.bare("later", onnx_files.scale(3.0))
+    await load(served, "later")
+    await until(lambda: "later" in served.models.names())

@@ -92,7 +92,7 @@ async def test_a_version_that_loads_is_not_served_yet(models, files):
     await models.settled()
     assert models.is_ready()
     assert await answered(models) == ("1", 2.0)
-    await until(lambda: models.ready_set.value == (("m", (1,), False),))
+    await until(lambda: models.ready_set.value == (("m", (1,), False, ""),))
 
 
 async def test_a_new_version_takes_over_without_a_failed_call(models, files):

@@ -82,4 +82,4 @@ async def test_the_path_of_a_model_is_the_one_that_it_names(serve: Any, models_f
         caller = Caller()
         fast(body, caller)
         await asyncio.wait_for(caller.answered.wait(), 30)
-    assert bool(fast._named) == (not CASES[model])
+    assert bool(fast._by_name) == (not CASES[model])

@@ -55,7 +55,7 @@ async def test_a_cancelled_waiter_does_not_block_later_steps(serve, models_folde
     assert isinstance(answers[1], asyncio.CancelledError)
     assert [output(answers[n], "total").item() for n in (0, 2)] == [1 + LONG, 1 + LONG + 5]
     version = served.models.find("m", "")
-    assert version.line.is_free(1)
+    assert version.arrival_order.is_free(1)
 
 
 async def test_first_come_first_served():

@@ -19,7 +19,7 @@ def rows() -> dict[str, np.ndarray]:
         "more than threads": (rng.normal(size=(2, 301)) * [[1e-30], [1e30]]).astype(np.float32),
         "halves": np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127]], np.float32),
         "no numbers": np.array([[1, NAN], [INF, 1], [-INF, NAN], [1, 2]], np.float32),
-        "small": np.array([[0, -0.0], [1e-45, 0], [reference.LEAST, 0], [1.4e-36, -1.4e-36]], np.float32),
+        "small": np.array([[0, -0.0], [1e-45, 0], [reference.MIN_ABSMAX, 0], [1.4e-36, -1.4e-36]], np.float32),
         "large": np.array([[3.4028235e38, -3.4028235e38, 1]], np.float32),
         "no columns": np.empty((3, 0), np.float32),
         "no rows": np.empty((0, 3), np.float32),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.store.retention.messages import message_of, rule_of
-from services.store.retention.rules import LONGEST, SHORTEST, Kept, Rule, check_rule, plan
+from services.store.retention.rules import LONGEST, SHORTEST, DataKind, Rule, check_rule, plan
 from shoal.errors import InvalidArgument
 from shoal.store.v1 import store_pb2 as pb
 
@@ -17,16 +17,18 @@ NOW = datetime(2026, 11, 24, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 ages = st.none() | st.timedeltas(timedelta(minutes=1), timedelta(days=900))
-rules = st.builds(Rule, st.sampled_from(Kept), st.none() | st.sampled_from(["", "a", "b"]), ages)
+rules = st.builds(Rule, st.sampled_from(DataKind), st.none() | st.sampled_from(["", "a", "b"]), ages)
 
 
-@given(st.lists(rules, unique_by=lambda rule: rule.id), st.sampled_from(Kept), st.sampled_from(["", "a", "b", "other"]))
-def test_a_tenants_own_rule_counts_before_that_for_everybody(rules: list[Rule], kept: Kept, tenant: str) -> None:
-    mine = [rule for rule in rules if rule.kept is kept and rule.tenant == tenant]
-    all_ = [rule for rule in rules if rule.kept is kept and rule.tenant is None]
-    (counts,) = mine or all_ or [Rule(kept, None, None)]
-    made = plan(rules, kept, NOW)
-    assert made.until(tenant) == (NOW - counts.keep if counts.keep is not None else None)
+@given(
+    st.lists(rules, unique_by=lambda rule: rule.id), st.sampled_from(DataKind), st.sampled_from(["", "a", "b", "other"])
+)
+def test_a_tenants_own_rule_counts_before_that_for_everybody(rules: list[Rule], kind: DataKind, tenant: str) -> None:
+    mine = [rule for rule in rules if rule.kind is kind and rule.tenant == tenant]
+    all_ = [rule for rule in rules if rule.kind is kind and rule.tenant is None]
+    (counts,) = mine or all_ or [Rule(kind, None, None)]
+    made = plan(rules, kind, NOW)
+    assert made.until(tenant) == (NOW - counts.keep_for if counts.keep_for is not None else None)
     if made.is_empty:
         assert all(made.until(one) is None for one in ("", "a", "b", "other"))
     if made.is_one_for_all:
@@ -34,24 +36,24 @@ def test_a_tenants_own_rule_counts_before_that_for_everybody(rules: list[Rule], 
 
 
 def test_every_rule_has_an_id_of_its_own() -> None:
-    made = [Rule(kept, tenant, HOUR) for kept in Kept for tenant in (None, "", "a", "a/b", "results")]
+    made = [Rule(kind, tenant, HOUR) for kind in DataKind for tenant in (None, "", "a", "a/b", "results")]
     assert len({rule.id for rule in made}) == len(made)
 
 
-@pytest.mark.parametrize("kept", Kept)
-def test_the_bounds_of_a_rule(kept: Kept) -> None:
-    for keep in (SHORTEST[kept], LONGEST, None):
-        check_rule(Rule(kept, None, keep))
-    for wrong in (SHORTEST[kept] - timedelta(milliseconds=1), LONGEST + timedelta(seconds=1), timedelta(0), -DAY):
+@pytest.mark.parametrize("kind", DataKind)
+def test_the_bounds_of_a_rule(kind: DataKind) -> None:
+    for keep in (SHORTEST[kind], LONGEST, None):
+        check_rule(Rule(kind, None, keep))
+    for wrong in (SHORTEST[kind] - timedelta(milliseconds=1), LONGEST + timedelta(seconds=1), timedelta(0), -DAY):
         with pytest.raises(InvalidArgument, match=r"rule\.keep"):
-            check_rule(Rule(kept, None, wrong))
+            check_rule(Rule(kind, None, wrong))
 
 
 def test_tombstones_have_no_tenant() -> None:
     with pytest.raises(InvalidArgument, match="tombstones have no tenant"):
-        check_rule(Rule(Kept.TOMBSTONES, "a", DAY))
+        check_rule(Rule(DataKind.TOMBSTONES, "a", DAY))
     with pytest.raises(InvalidArgument, match=r"rule\.tenant"):
-        check_rule(Rule(Kept.RESULTS, "a" * 1_025, DAY))
+        check_rule(Rule(DataKind.RESULTS, "a" * 1_025, DAY))
 
 
 @given(rules)

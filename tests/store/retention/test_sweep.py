@@ -20,7 +20,7 @@ from services.store.results.large_responses import LargeResponses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
 from services.store.retention.rule_repository import RuleRepository, RuleSnapshot
-from services.store.retention.rules import Kept, Rule
+from services.store.retention.rules import DataKind, Rule
 from services.store.retention.sweep import Sweep, Swept
 from services.store.usage.counters import Counters
 from shoal.errors import FailedPrecondition, NotFound
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.mongo
 START = datetime(2026, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
-RESULTS, ANSWERS, TOMBSTONES = Kept.RESULTS, Kept.ANSWERS, Kept.TOMBSTONES
+RESULTS, ANSWERS, TOMBSTONES = DataKind.RESULTS, DataKind.ANSWERS, DataKind.TOMBSTONES
 
 
 @dataclass
@@ -69,9 +69,9 @@ class World:
         return Sweep(self.collections, self.book, self.counters, self.clock, **options)
 
     async def rule(
-        self, kept: Kept, keep: timedelta | None, tenant: str | None = None, *, remove: bool = False
+        self, kind: DataKind, keep: timedelta | None, tenant: str | None = None, *, remove: bool = False
     ) -> None:
-        await self.book.put(Rule(kept, tenant, keep), remove=remove)
+        await self.book.put(Rule(kind, tenant, keep), remove=remove)
 
     async def put(self, job: str, at: timedelta = timedelta(0), size: int = 10, **fields: Any) -> bool:
         self.clock.now, before = START + at, self.clock.now
@@ -94,8 +94,8 @@ class World:
         total = Swept()
         while True:
             swept = await self.sweep.apply(Held(token))
-            for kept in Kept:
-                setattr(total, kept, getattr(total, kept) + getattr(swept, kept))
+            for kind in DataKind:
+                setattr(total, kind, getattr(total, kind) + getattr(swept, kind))
             if not swept.more:
                 return total
 

@@ -13,7 +13,7 @@ from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.retention.rule_repository import RuleRepository
-from services.store.retention.rules import Kept, Rule
+from services.store.retention.rules import DataKind, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
 from services.store.usage.counters import Counters
@@ -89,10 +89,10 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
     async with Counters(collections, later) as counters:
         book = RuleRepository(collections, later)
         sweep = Sweep(collections, book, counters, later)
-        await book.put(Rule(Kept.ANSWERS, None, timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.ANSWERS, None, timedelta(days=1)), remove=False)
         assert (await sweep.apply(Held())).answers == 5
         assert await usage(store) == {"t": (4, 4 * RECORD), "u": (2, 2 * RECORD)}
-        await book.put(Rule(Kept.RESULTS, "t", timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.RESULTS, "t", timedelta(days=1)), remove=False)
         assert (await sweep.apply(Held())).results == 4
     assert await usage(store) == {"t": (0, 0), "u": (2, 2 * RECORD)}
     assert await usage(store, recount=True) == {"t": (0, 0), "u": (2, 2 * RECORD)}
@@ -105,7 +105,7 @@ async def test_what_a_requeued_job_adds(store: Store, config: StoreConfig, colle
     later = lambda: now() + timedelta(days=2)  # noqa: E731 - a clock
     async with Counters(collections, later) as counters:
         book = RuleRepository(collections, later)
-        await book.put(Rule(Kept.RESULTS, "old", timedelta(days=1)), remove=False)
+        await book.put(Rule(DataKind.RESULTS, "old", timedelta(days=1)), remove=False)
         assert (await Sweep(collections, book, counters, later).apply(Held())).results == 3
     await collections.results.delete_one({"_id": "old2"})
     small = answer(100)
@@ -146,9 +146,9 @@ async def test_everybody_is_counted_once_a_day_however_many_they_are(collections
     for n in range(30):
         counters.recorded([{"_id": "j", "tenant": f"t{n}"}])
     await counters.flush()
-    await counters._recount_what_is_due()
+    await counters._recount_due()
     assert await collections.usage.count_documents({"recounts": 1}) == 30
-    await counters._recount_what_is_due()
+    await counters._recount_due()
     assert await collections.usage.count_documents({"recounts": 1}) == 30
 
 
@@ -260,7 +260,7 @@ async def test_every_question_uses_an_index(collections: Collections, mongo_uri:
             heard.commands.clear()
             counters.recorded([{"_id": "j", "tenant": "t"}])
             await counters.recount("t")
-            await counters._recount_what_is_due()
+            await counters._recount_due()
             await quotas.put("t", 5)
             await quotas.put(None, 5)
             await quotas.list("a", 5)

@@ -13,8 +13,8 @@ def part_name(number: int) -> str:
     return f"part-{number:08d}.parquet"
 
 
-def is_result(name: str) -> bool:
-    """Return True when a name below an output is that of a batch's file, or one that readers take for a part."""
+def is_reserved_output_name(name: str) -> bool:
+    """Return True for a name, relative to an output, that a batch writes or that readers take for a part."""
     folder, _, file = name.rpartition("/")
     if folder in ("", DEAD):
         return file.startswith("part-") or (not folder and file in (LISTING, MANIFEST, SUMMARY))

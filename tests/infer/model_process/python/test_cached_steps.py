@@ -24,7 +24,7 @@ async def test_a_step_that_wants_requests_gets_the_whole_request(repo, serve, mo
     ensemble(repo, "of_wants", "wants")
     ensemble(repo, "of_computes", "computes")
     serving = await serve()
-    found = {name: serving.models.find(name, "").takes_numbers_only for name in ("of_wants", "of_computes")}
+    found = {name: serving.models.find(name, "").needs_tensors_only for name in ("of_wants", "of_computes")}
     assert found == {"of_wants": False, "of_computes": True}
     x = floats([1, 2, 3, 4])
     for _ in range(2):
