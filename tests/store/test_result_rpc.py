@@ -228,7 +228,7 @@ async def test_rot_of_a_large_response(store: Store) -> None:
     for path in (store.root / "responses").rglob("*"):
         if path.is_file():
             path.unlink()
-    assert "gone" in (await get(store, "j")).answer_lost
+    assert "missing" in (await get(store, "j")).answer_lost
     bare = (await store.stub.QueryResults(pb.QueryResultsRequest(omit_response=True))).results
     assert [(one.job_id, one.answer_lost) for one in bare] == [("l", ""), ("k", ""), ("j", "")]
 

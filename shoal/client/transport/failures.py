@@ -25,7 +25,7 @@ _UNREACHABLE = re.compile(
     r"|unreachable"
 )
 _UNKNOWN_HOST = re.compile(r"errors resolving|DNS resolution failed")
-_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: it broke HTTP/2")
+_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: the peer broke HTTP/2")
 # A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
 # which hides the real status. The code is INTERNAL, but neither is a fault of the service.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
