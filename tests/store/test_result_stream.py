@@ -211,7 +211,7 @@ async def test_a_damaged_answer_ends_no_stream(store: Store, caplog: pytest.LogC
     assert list(by_job) == ["a", "b", "c", "d"]
     assert [one.HasField("response") for one in by_job.values()] == [True, False, False, True]
     assert (by_job["a"].answer_lost, by_job["d"].answer_lost) == ("", "")
-    for job, how in (("b", "damaged"), ("c", "gone")):
+    for job, how in (("b", "damaged"), ("c", "missing")):
         assert how in by_job[job].answer_lost
         assert (by_job[job].outcome, by_job[job].model_name) == (by_job["a"].outcome, by_job["a"].model_name)
         assert any(f"job {job}:" in line and blobs[job].name in line for line in caplog.messages)
