@@ -130,7 +130,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(client: AsyncClient, tmp_p
 async def test_an_old_version_that_is_not_served_says_so(client: AsyncClient, onnx_models: Path) -> None:
     path = onnx_models / "double.onnx"
     await client.models.push(path, "aged", 5)
-    with pytest.raises(FailedPrecondition, match="aged version 3 is registered and not served"):
+    with pytest.raises(FailedPrecondition, match="aged version 3 is registered but not served"):
         await client.models.push(path, "aged", 3)
     [pushed] = await client.models.push(path, "aged", 3, alias="stable")
     assert pushed.ready
