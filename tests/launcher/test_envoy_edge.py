@@ -103,22 +103,22 @@ def test_the_error_without_an_envoy_says_how_to_install_one(asked: str, address:
         choose(asked, address, {"SHOAL_ENVOY_BINARY": "/none"}, is_insecure=False)
 
 
-def test_a_private_folder_goes_at_the_end(tmp_path: Path) -> None:
-    with folder.private({"XDG_RUNTIME_DIR": str(tmp_path)}) as path:
-        assert (path.parent, path.stat().st_mode & 0o777) == (tmp_path, 0o700)
+def test_a_private_folder_goes_at_the_end(run_dir: Path) -> None:
+    with folder.private({"XDG_RUNTIME_DIR": str(run_dir)}) as path:
+        assert (path.parent, path.stat().st_mode & 0o777) == (run_dir, 0o700)
         (path / "a.sock").touch()
-    assert list(tmp_path.iterdir()) == []
+    assert list(run_dir.iterdir()) == []
 
 
-def test_only_private_folders_that_no_process_holds_are_removed(tmp_path: Path) -> None:
-    abandoned, held, shared = (tmp_path / f"shoal-serve-{name}" for name in ("abandoned", "held", "shared"))
+def test_only_private_folders_that_no_process_holds_are_removed(run_dir: Path) -> None:
+    abandoned, held, shared = (run_dir / f"shoal-serve-{name}" for name in ("abandoned", "held", "shared"))
     for path in (abandoned, held, shared):
         path.mkdir(mode=0o700)
     shared.chmod(0o755)
-    (tmp_path / "shoal-serve-link").symlink_to(tmp_path)
+    (run_dir / "shoal-serve-link").symlink_to(run_dir)
     lock = os.open(held, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with folder.private({"XDG_RUNTIME_DIR": str(tmp_path)}) as path:
-        left = {entry.name for entry in tmp_path.iterdir()}
+    with folder.private({"XDG_RUNTIME_DIR": str(run_dir)}) as path:
+        left = {entry.name for entry in run_dir.iterdir()}
     os.close(lock)
     assert left == {path.name, "shoal-serve-held", "shoal-serve-shared", "shoal-serve-link"}
