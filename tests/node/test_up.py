@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shoal.cli.endpoints import ask
+from shoal.cli.endpoints import fetch
 from shoal.client import Client
 
 pytestmark = pytest.mark.node
@@ -230,7 +230,7 @@ def test_parts_given_by_url_are_used_and_not_started(node: Any, etcd_address: st
     assert json.loads(printed[0]) == one.document()
     namesake = node("--node", "given", "--etcd", etcd_address, "--mongo", mongo_uri, wait=False)
     assert namesake.process.wait(60) == 1
-    assert "a node called 'given' runs already with the etcd" in namesake.output.read_text()
+    assert "a node called 'given' already runs with the etcd" in namesake.output.read_text()
     assert one.stop() == 0
 
 
@@ -272,7 +272,7 @@ def test_work_under_way_at_the_stop_is_finished(node: Any, plain: list[Any], onn
         client.infer("slow", {"x": rows[:1]}, timeout=60)
         call = pool.submit(client.infer, "slow", {"x": rows}, timeout=60)
         deadline = time.monotonic() + 30
-        while not any(endpoint.active_requests for endpoint in ask(one.admin) if endpoint.cluster == "infer"):
+        while not any(endpoint.active_requests for endpoint in fetch(one.admin) if endpoint.cluster == "infer"):
             assert not call.done()
             assert time.monotonic() < deadline
         assert one.stop() == 0

@@ -39,7 +39,7 @@ def resident_mb(pid: int) -> float:
 async def test_most_of_it_comes_back(python, models_folder: Repository, tmp_path: Path):
     models_folder.put("heavy", heavy())
     models_folder.put("light", onnx_files.scale())
-    settings = {"model_control": "explicit", "load_models": "light", "front": "grpc"}
+    settings = {"model_control": "explicit", "load_models": "light"}
     with Infer(python, tmp_path / "log", repository=str(models_folder.root), **settings) as infer:
         async with connect(infer.address) as channel:
             await until(lambda: serves(channel), "infer serving")
