@@ -1,4 +1,4 @@
-"""What `shoal status` prints of a node."""
+"""Output of `shoal status` for a node with models on the slow path, and without."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def lives_on(target: Target) -> Iterator[None]:
 
 
 def outcome(target: Target, **sent: object) -> str:
-    """What became of a call, in a word: the name of its status, `HTTP 415`, `reset` or `cut`."""
+    """Return the end of a call in one word: the name of its status, `HTTP 415`, `reset` or `cut`."""
     try:
         with Connection(target.address) as connection:
             answer = connection.call(**sent)

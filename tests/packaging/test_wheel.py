@@ -148,7 +148,7 @@ class Installed:
         return {**kept, "PATH": f"{self.bin}:/usr/bin:/bin", "XDG_RUNTIME_DIR": str(runtime)}
 
     def run(self, *command: object) -> str:
-        """What `command` prints; it must succeed."""
+        """Run `command`, which must succeed, and return its output."""
         argv = [str(each) for each in command]
         done = subprocess.run(
             argv, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=PROOF_S, check=False
