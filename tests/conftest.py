@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.worker_assignment import SLOW_MARKS, PatientScheduling, is_slow
 pytest_plugins = ["tests.costs"]
 
 READY_S = 30
+MONGO_IDLE_FILES_S = 20
 SHARED_DATA_BYTES = 4 << 30
 """Of memory, before data is kept there. A whole run leaves 300 MB behind for each of its processes."""
 
@@ -115,8 +117,13 @@ def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real mongod, the one member of replica set rs0."""
     port = processes.free_port()
     log = tmp_path_factory.mktemp("mongod") / "mongod.log"
-    with shared_data() as folder, running(processes.mongod(folder, port), log):
-        yield f"mongodb://127.0.0.1:{port}/?directConnection=true"
+    with shared_data() as folder:
+        spec = processes.mongod(folder, port)
+        # Each test's database is some 50 files, which mongod keeps open for ten minutes: hundreds of tests would reach
+        # the limit of open files, and mongod ends there.
+        closing = ("--setParameter", f"wiredTigerFileHandleCloseIdleTime={MONGO_IDLE_FILES_S}")
+        with running(replace(spec, argv=(*spec.argv, *closing)), log):
+            yield f"mongodb://127.0.0.1:{port}/?directConnection=true"
 
 
 @pytest.fixture
