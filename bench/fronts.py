@@ -1,6 +1,6 @@
 """Two checkouts of `shoal serve` side by side, and Triton: on loopback, and from another network namespace.
 
-    python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--seconds 1.5]
+    python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--starts 5] [--seconds 1.5]
 
 loopback     both checkouts with `--host 127.0.0.1`
 namespace    both checkouts, and Triton, at one end of a veth pair, with the clients at the other end. Both ends are in
@@ -169,7 +169,8 @@ def measure(contenders: Sequence[Contender], samples: dict[str, Sample], rounds:
     requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(contender.running(samples["tiny"])) for contender in contenders]
-        for _ in range(rounds):
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for load in LOADS:
                 for contender, server in zip(contenders, servers, strict=True):
                     with contender.network.client_side():
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--after", type=Path, default=ROOT, metavar="FOLDER", help="another; default: this one")
     parser.add_argument("--triton", metavar="COMMAND", help="starts a Triton at $HOST:$PORT with the models of $MODELS")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=5, help="of each server, to measure start and memory")
     parser.add_argument("--seconds", type=float, default=1.5)
     args = parser.parse_args()
     console = Console(width=140)
@@ -245,7 +247,7 @@ def main() -> None:
         if args.triton:
             groups["from another namespace"].append(triton(args.triton, models, elsewhere))
         contenders = [contender for group in groups.values() for contender in group]
-        for _ in range(args.rounds):
+        for _ in range(args.starts):
             for contender in contenders:
                 with contender.running(samples["tiny"]):
                     pass
