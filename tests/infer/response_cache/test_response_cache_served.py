@@ -140,7 +140,7 @@ async def test_another_content_is_another_model(served, models_folder):
 
 
 async def test_unloading_gives_the_memory_back(served, models_folder):
-    store = served.models._means.responses
+    store = served.models._context.responses
     for n in range(5):
         await served.stub.ModelInfer(request("double", x=floats([n, 0, 0, 0])))
         await served.stub.ModelInfer(request("any", x=floats([n, 0, 0, 0])))
