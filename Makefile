@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech environments test test-fast soak chaos check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech environments test test-fast test-long soak chaos check format lint types proto proto-check lock clean
 
 # Without compiled modules a node needs 12 s of processor time to be ready instead of 6, and each worker of the tests
 # rewrites the assertions of every file.
@@ -63,6 +63,9 @@ test: environments ## Run every test
 
 test-fast: $(STAMP) ## Run what a change of one file needs: no node, and nothing that waits
 	@$(PY) -m pytest -n 2 --dist loadfile --fast --costs 5 $(ARGS)
+
+test-long: environments ## Run every test in its long form: more examples, more kills (tests/long_form.py)
+	@SHOAL_TEST_LONG=1 $(MAKE) --no-print-directory test
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
 	@$(PY) bench/soak.py --seconds 600 $(ARGS)
