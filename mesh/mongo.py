@@ -101,8 +101,8 @@ _RETRYABLE = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237,
 class _Checkout:
     """Use of a pooled connection that closes a connection from before its server supported transactions.
 
-    A URI with directConnection=true reaches a member in any state, and pymongo keeps the member's first answer for the
-    life of the connection. A connection from before an election would reject transactions for as long as it is open.
+    A URI with directConnection=true reaches a member in any state, and pymongo keeps the member's first response for
+    the life of the connection. A connection from before an election would reject transactions for as long as it is open.
     """
 
     __slots__ = ("_checkout", "_connection")
@@ -257,7 +257,7 @@ def _raise_if_cancelled(cause: Exception | None) -> None:
 def translate(error: PyMongoError, doing: str) -> ShoalError:
     """Return the ShoalError for a caller that corresponds to `error`."""
     if isinstance(error, ConnectionFailure) or error.timeout or _is_starting(error):
-        return Unavailable(f"{doing}: MongoDB does not answer ({_brief(error)}): retry in a moment")
+        return Unavailable(f"{doing}: MongoDB does not respond ({_brief(error)}): retry in a moment")
     if not isinstance(error, OperationFailure):
         return Internal(f"{doing}: {type(error).__name__}: {_brief(error)}")
     codes = _codes(error)

@@ -46,7 +46,7 @@ LEASE_VALIDATOR: Mapping[str, Any] = {
 EXPIRED = datetime(1970, 1, 1, tzinfo=UTC)
 """Expiry time of a lease that is free."""
 
-# A shutdown does not wait longer for a MongoDB that does not answer.
+# A shutdown does not wait longer for a MongoDB that does not respond.
 _RELEASE_TIMEOUT_S = 1.0
 
 
@@ -108,7 +108,7 @@ class LeaderLease(Background):
         """Acquire the lease, or renew it, unless another instance holds it.
 
         Raises:
-            ShoalError: MongoDB did not answer. A lease that is held stays held until it expires.
+            ShoalError: MongoDB did not respond. A lease that is held stays held until it expires.
         """
         began = self._clock()
         with translated(f"acquiring the leader lease of {self._name}"):
@@ -130,7 +130,7 @@ class LeaderLease(Background):
         """Release the lease if this instance has acquired it: another instance can acquire it immediately.
 
         Raises:
-            ShoalError: MongoDB did not answer. The lease then lasts until it expires.
+            ShoalError: MongoDB did not respond. The lease then lasts until it expires.
         """
         if not self._until:
             return

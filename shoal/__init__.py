@@ -3,7 +3,7 @@
     import shoal
 
     with shoal.Client() as client:
-        answer = client.infer("mymodel", {"x": array})
+        result = client.infer("mymodel", {"x": array})
 
 The client is imported on first use: services import `shoal.errors` and the stubs without it.
 """

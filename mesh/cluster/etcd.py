@@ -28,7 +28,7 @@ from aetcd import rpc
 from shoal.errors import Internal, InvalidArgument, NotFound, OutOfRange, ShoalError, Unavailable
 
 TIMEOUT_S = 2.0
-"""Timeout of one call. etcd answers in milliseconds; a leader election of its own takes about a second."""
+"""Timeout of one call. etcd responds in milliseconds; a leader election of its own takes about a second."""
 IDLE_S = 2.0
 """A watch that received nothing for this long probes its member."""
 
@@ -131,7 +131,7 @@ class Modified:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a transaction: `succeeded` when all conditions held, and the revision after it."""
+    """Outcome of one transaction: `succeeded` when all conditions held, and the revision after it."""
 
     succeeded: bool
     revision: int
@@ -165,7 +165,7 @@ class Etcd:
     """Session with an etcd cluster; uses one address at a time and fails over to the next.
 
     Use as `async with`. Entering does not wait for etcd. Every method raises Unavailable when etcd is unreachable or
-    does not answer in time; a write may then have happened or not. Other errors of etcd raise Internal.
+    does not respond in time; a write may then have happened or not. Other errors of etcd raise Internal.
     """
 
     def __init__(self, addresses: str, *, timeout_s: float = TIMEOUT_S, idle_s: float = IDLE_S) -> None:
@@ -247,7 +247,7 @@ class Etcd:
                     return ttl
             finally:
                 call.cancel()
-        raise Unavailable(f"etcd {member.address}: {doing}: the stream ended without an answer")
+        raise Unavailable(f"etcd {member.address}: {doing}: the stream ended without a response")
 
     async def revoke(self, lease: int) -> None:
         """End a lease and delete the keys attached to it; a lease that no longer exists is no error."""
@@ -258,11 +258,11 @@ class Etcd:
         """Yield every change of keys under `prefix` from `revision` on, in order, until an error.
 
         The first item arrives when etcd has accepted the watch. While nothing changes, items without events confirm
-        that etcd still answers. The iterator never ends without an error. Close it (`aclosing`) to leave early.
+        that etcd still responds. The iterator never ends without an error. Close it (`aclosing`) to leave early.
 
         Raises:
             Compacted: `revision` is compacted.
-            Unavailable: the stream broke, or its member stopped answering. Watch again from the last revision + 1.
+            Unavailable: the stream broke, or its member stopped responding. Watch again from the last revision + 1.
         """
         doing = f"watch {_shown(prefix)}"
         member = self._members[self._current]
@@ -305,7 +305,7 @@ class Etcd:
         try:
             return await asyncio.wait_for(waiting, self._timeout_s)
         except TimeoutError as err:
-            raise Unavailable(f"etcd {member.address}: {doing}: no answer within {self._timeout_s} s") from err
+            raise Unavailable(f"etcd {member.address}: {doing}: no response within {self._timeout_s} s") from err
 
     async def _unary(self, method: Callable[[_Member], Any], request: Any, doing: str) -> Any:
         member = self._members[self._current]
@@ -339,7 +339,7 @@ class Etcd:
 class Lease:
     """Lease of etcd, with the holder's own, pessimistic view of its deadline.
 
-    etcd counts from its answer, the holder from before its request. So etcd may keep the lease for a moment after
+    etcd counts from its response, the holder from before its request. So etcd may keep the lease for a moment after
     `is_held` turns False, but never drops it before (as long as both clocks run at one speed).
     """
 

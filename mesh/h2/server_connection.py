@@ -164,7 +164,7 @@ class ServerConnection(Peer):
     def _check_resets(self) -> None:
         if self._resets > _MAX_RESETS:
             raise ConnectionBroken(
-                Reason.ENHANCE_YOUR_CALM, f"{_MAX_RESETS} streams were cancelled, and none was answered"
+                Reason.ENHANCE_YOUR_CALM, f"{_MAX_RESETS} streams were cancelled, and none got a response"
             )
 
     # -- the end

@@ -43,10 +43,10 @@ class CallLimits(Protocol):
 
 
 class FastHandler(Protocol):
-    """Answers calls of one unary method, now or later, with exactly one of the call's `reply` and `refuse`."""
+    """Replies to calls of one unary method, now or later, with exactly one of the call's `reply` and `refuse`."""
 
     def __call__(self, body: bytes, call: FastCall, /) -> None:
-        """Answer a call. `body` is the whole body: five bytes of prefix, then the message.
+        """Reply to a call. `body` is the whole body: five bytes of prefix, then the message.
 
         May raise instead of calling `refuse`.
         """
@@ -107,7 +107,7 @@ class FastCall:
             self.refuse(err)
 
     def disconnected(self) -> None:
-        """End the call without an answer: the client has disconnected."""
+        """End the call without a response: the client has disconnected."""
         if self.is_over:
             return
         self._finish(Code.CANCELLED)

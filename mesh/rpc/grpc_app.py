@@ -54,7 +54,7 @@ class GrpcApp:
             if headers.get(b"content-type") == b"application/grpc" and headers.get(b":method") == b"POST":
                 try:
                     return FastCall(self, fast, stream)
-                # An invalid header: the slow path answers with the error.
+                # An invalid header: the slow path responds with the error.
                 except ShoalError:
                     pass
         if not _is_grpc(head):

@@ -194,7 +194,7 @@ def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
 class _Malformed:
     """Request that could not be parsed. The wrapped handler rejects it with INVALID_ARGUMENT.
 
-    gRPC itself would answer such bytes with INTERNAL, as if the service were at fault.
+    gRPC itself would reject such bytes with INTERNAL, as if the service were at fault.
     """
 
     why: str

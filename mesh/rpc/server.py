@@ -50,7 +50,7 @@ class Server:
         fast_methods: handlers of methods that are served on the fast path, by path. The methods are in `rpcs`, too.
         methods: grpc.RpcMethodHandler by path, of methods that have no descriptor; reflection does not list them.
         share_port: other processes may listen at the same TCP port.
-        serves_health: the server answers health checks; otherwise one of `rpcs` does.
+        serves_health: the server itself serves health checks; otherwise one of `rpcs` does.
 
     Raises (on entering):
         OSError: the address cannot be bound.

@@ -58,7 +58,7 @@ class TaskMethods:
             except DecodeError as err:
                 raise malformed(len(body) - PREFIX_BYTES, err) from err
             with call.span.current() if call.span is not None else _NO_SPAN:
-                task = asyncio.create_task(_answer(path, respond, request, call), name=path)
+                task = asyncio.create_task(_reply(path, respond, request, call), name=path)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             # The boolean that `cancel` returns is not used.
@@ -67,7 +67,7 @@ class TaskMethods:
         return {path: handle}
 
 
-async def _answer(path: str, respond: Callable[[Q], Coroutine[Any, Any, Message]], request: Q, call: FastCall) -> None:
+async def _reply(path: str, respond: Callable[[Q], Coroutine[Any, Any, Message]], request: Q, call: FastCall) -> None:
     try:
         message = (await respond(request)).SerializeToString()
     except asyncio.CancelledError:

@@ -130,7 +130,7 @@ def _health_check() -> dict[str, Any]:
 
 
 def _limits(priority: str) -> dict[str, Any]:
-    """Return limits that are never reached: services bound their own queues and answer RESOURCE_EXHAUSTED.
+    """Return limits that are never reached: services bound their own queues and respond with RESOURCE_EXHAUSTED.
 
     The default of `max_retries` is 3 concurrent retries for the whole cluster. When an instance with 32 calls in flight
     was killed, 29 of the calls failed.

@@ -114,7 +114,7 @@ class Session:
         if state is None:
             return
         if request.nonce:
-            self._record_answer(state, request, now)
+            self._record_acknowledgement(state, request, now)
         self._record_subscriptions(state, request)
 
     def due(self, snapshot: Snapshot) -> list[Response]:
@@ -136,7 +136,7 @@ class Session:
             if state.is_requested
         )
 
-    def _record_answer(self, state: _Type, request: Request, now: float) -> None:
+    def _record_acknowledgement(self, state: _Type, request: Request, now: float) -> None:
         response = state.in_flight
         # An ACK or NACK of an older response is ignored.
         if response is None or response.nonce != request.nonce:

@@ -1,4 +1,4 @@
-"""Health service (grpc.health.v1) for the whole mesh: at the gateway, coord answers for every public service.
+"""Health service (grpc.health.v1) for the whole mesh: at the gateway, coord responds for every public service.
 
 The name "" is coord itself. It is SERVING while coord accepts calls, with or without etcd, because Envoy's own health
 check requests it. A public service is SERVING while at least one of its instances accepts traffic.
@@ -35,7 +35,7 @@ def status_of(name: str, cluster: Cluster, services: Mapping[str, str], is_up: b
 
 
 class MeshHealth(health_pb2_grpc.HealthServicer):
-    """Health servicer that answers from cluster membership."""
+    """Health servicer that responds from cluster membership."""
 
     def __init__(self, mirror: Mirror, services: Mapping[str, str]) -> None:
         self._mirror = mirror

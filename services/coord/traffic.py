@@ -109,7 +109,7 @@ def table() -> RouteTable:
                 streaming=paths(INGEST, ("SubmitStream",)),
             ),
             ServiceRoutes("/shoal.coord.v1.", "coord", idempotent=paths(COORD, _COORD_IDEMPOTENT)),
-            # Coord answers for all services, from membership.
+            # Coord responds for all services, from membership.
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),
             ServiceRoutes("/grpc.reflection.", "coord", all_idempotent=True, traced=False),
         ),

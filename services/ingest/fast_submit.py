@@ -32,18 +32,18 @@ class FastSubmit:
         # When the caller disconnects before its write begins, the job is not written. The boolean that `cancel` returns
         # is not used.
         call.on_end = future.cancel  # type: ignore[assignment]
-        future.add_done_callback(partial(_answer, call))
+        future.add_done_callback(partial(_reply, call))
 
 
-def _answer(call: FastCall, future: asyncio.Future[Accepted]) -> None:
+def _reply(call: FastCall, future: asyncio.Future[Accepted]) -> None:
     if future.cancelled():
         call.refuse(Unavailable("this instance is stopping: retry at another instance"))
     elif (error := future.exception()) is not None:
         call.refuse(error)
     else:
         accepted = future.result()
-        answer = pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed).SerializeToString()
-        call.reply((answer,), len(answer))
+        message = pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed).SerializeToString()
+        call.reply((message,), len(message))
 
 
 def _parsed(body: bytes) -> pb.SubmitRequest:

@@ -63,7 +63,10 @@ PAYLOAD_DROPPABLE = FINAL - DEAD_LETTERS
 
 
 class Outcome(IntEnum):
-    """Outcome of a job; the numbers are those of shoal.store.v1.Result.Outcome."""
+    """Outcome of a job: the result or the error of its last attempt, or the reason why none followed.
+
+    The numbers are those of shoal.store.v1.Result.Outcome.
+    """
 
     SUCCEEDED = 1
     FAILED = 2
@@ -255,7 +258,7 @@ class Job:
     traceparent: str = ""
     """W3C trace context of the submit; each attempt continues the trace."""
     explains: bool = False
-    """True: the client asked infer to explain its answer."""
+    """True: the client asked infer to explain its response."""
     is_apart: bool = False
     """True: the request is stored outside of the job's document (`intake/payloads.py`)."""
     keep_request: bool = False
@@ -395,15 +398,15 @@ def end(job: Job, recorded: End, instance: str, now: datetime) -> Job:
     """Return the job in the final state that follows from `recorded`, the outcome in the store."""
     state = state_of(recorded, job.policy)
     transition = Transition(state, now, job.attempts, instance, recorded.message[:MESSAGE_CHARS] or "answered")
-    is_answered = recorded.outcome is Outcome.SUCCEEDED
+    is_success = recorded.outcome is Outcome.SUCCEEDED
     return job.replaced(
         state=state,
         due_at=None,
         waits_for=(),
         unmet=job.waits_for if state in DEAD_LETTERS else (),
         refusals=0,
-        last_code=job.last_code if is_answered else recorded.code,
-        last_message=job.last_message if is_answered else recorded.message[:MESSAGE_CHARS],
+        last_code=job.last_code if is_success else recorded.code,
+        last_message=job.last_message if is_success else recorded.message[:MESSAGE_CHARS],
         updated_at=now,
         lease=None,
         transitions=_appended(job, transition),

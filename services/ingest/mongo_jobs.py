@@ -114,7 +114,7 @@ class MongoJobs:
     async def heads(
         self, limits: Sequence[tuple[TenantQueueKey, int]], now: datetime
     ) -> dict[TenantQueueKey, list[Waiting]]:
-        # One round trip; the index alone answers.
+        # One round trip; the index alone suffices.
         pipeline, *others = [_head(queue, limit, now) for queue, limit in limits]
         pipeline += [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
         seen: dict[TenantQueueKey, list[Waiting]] = {}

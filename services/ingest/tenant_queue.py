@@ -50,7 +50,7 @@ def tenant_queue_of(text: str) -> TenantQueueKey:
 
 
 def range_of(tenant: str) -> dict[str, str]:
-    """Return the range condition on the strings of a tenant's queues, which an index can answer."""
+    """Return the range condition on the strings of a tenant's queues, which an index can serve."""
     name = json.dumps([tenant])[:-1]
     # "-" is the character after ",", and a quote within a name is escaped.
     return {"$gte": f"{name},", "$lt": f"{name}-"}

@@ -33,7 +33,7 @@ _NAMED = 1_000
 
 @dataclass(frozen=True)
 class ArtifactParts:
-    """Domain objects that answer these calls."""
+    """Domain objects that serve these calls."""
 
     artifacts: Artifacts
     references: References

@@ -165,7 +165,7 @@ FENCES = _schema(
 )
 
 EARLIEST = datetime(1, 1, 1, tzinfo=UTC)
-"""Lower bound of all times: `{"$gte": EARLIEST}` demands a time, in a way that an index can answer."""
+"""Lower bound of all times: `{"$gte": EARLIEST}` demands a time, in a way that an index can serve."""
 
 _NEWEST = [("recorded_at", DESCENDING), ("_id", DESCENDING)]
 # Filtered in the index, not searched by: only matching documents are read.

@@ -11,7 +11,7 @@ from typing import Any
 from shoal.errors import Unavailable
 
 TIMEOUT_S = 5.0
-"""Timeout of a read, which Envoy answers from memory."""
+"""Timeout of a read, which Envoy serves from memory."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ def fetch(admin: str) -> list[Endpoint]:
     """Return the endpoints that the Envoy at `admin` knows, ordered by cluster and address.
 
     Raises:
-        Unavailable: Envoy does not answer.
+        Unavailable: Envoy does not respond.
     """
     # No HTTP proxy: the admin listener is on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{admin}/clusters?format=json", timeout=TIMEOUT_S) as answer:
-            return of_document(json.load(answer))
+        with opener.open(f"http://{admin}/clusters?format=json", timeout=TIMEOUT_S) as response:
+            return of_document(json.load(response))
     except (OSError, ValueError) as err:
-        raise Unavailable(f"Envoy's admin listener at {admin} does not answer: {err}") from err
+        raise Unavailable(f"Envoy's admin listener at {admin} does not respond: {err}") from err
 
 
 def of_document(document: Mapping[str, Any]) -> list[Endpoint]:
-    """Return the endpoints in Envoy's answer (envoy.admin.v3.Clusters as JSON)."""
+    """Return the endpoints in Envoy's response (envoy.admin.v3.Clusters as JSON)."""
     found = [
         _endpoint(cluster.get("name", ""), host)
         for cluster in document.get("cluster_statuses", ())

@@ -1,4 +1,4 @@
-"""Rows of a table for the parameters of an answer to a request with `explain`."""
+"""Rows of a table for the parameters of a response to a request with `explain`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRED = {
 }
 _CACHE = {
     "off": "the model has none",
-    "hit": "answer of an earlier request, nothing was executed",
+    "hit": "outputs of an earlier request, nothing was executed",
     "miss": "not cached, so it was executed",
     "shared": "executed once for several identical requests",
 }
@@ -39,7 +39,7 @@ def rows(explained: Mapping[str, Parameter]) -> list[tuple[str, str]]:
     def add(name: str, text: object) -> None:
         found.append((name, str(text)))
 
-    add("answered by", f"{explained['replica']}, version {explained.get('version', '?')}")
+    add("run by", f"{explained['replica']}, version {explained.get('version', '?')}")
     if "cache" in explained:
         add("response cache", _with_meaning(explained["cache"], _CACHE))
     if explained.get("cache") == "hit":

@@ -39,7 +39,7 @@ def infer(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for the answer.")] = 60.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for the response.")] = 60.0,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -51,7 +51,7 @@ def infer(
 
       shoal infer digits '{"x": [[1, 2, 3, 4]]}'
 
-      shoal infer digits rows.npy --explain --output answer.npz
+      shoal infer digits rows.npy --explain --output outputs.npz
 
       echo '{"x": [1, 2, 3, 4]}' | shoal infer digits - --json
     """

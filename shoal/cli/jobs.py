@@ -61,7 +61,7 @@ def submit(
     ] = "",
     tenant: Tenant = "",
     deadline: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time after which an unanswered job expires.")
+        float | None, typer.Option(metavar="SECONDS", help="Time after which a job without an answer expires.")
     ] = None,
     attempts: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=100, help="Total attempts. Default: the node's.")

@@ -1,4 +1,4 @@
-"""Connection to the node and output of its answers: tables for people, JSON for programs, errors to standard error."""
+"""Connection to the node, and output of responses: tables for people, JSON for programs, errors to standard error."""
 
 from __future__ import annotations
 

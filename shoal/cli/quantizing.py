@@ -91,7 +91,7 @@ def command(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Compress a model: int8, float16, or pruning. Reports the size, the latency and the drift of its answers.
+    """Compress a model: int8, float16, or pruning. Reports the size, the latency and the drift of its outputs.
 
     [bold]Examples[/bold]
 
@@ -265,7 +265,7 @@ def _read_lines(path: Path, inputs: Sequence[Port]) -> list[Tensors]:
 def _bounds(max_drift: float | None, max_flips: str | None, method: Method) -> Bounds | None:
     from shoal.convert.verdict import Bounds
 
-    # Pruning promises bit-identical answers.
+    # Pruning promises bit-identical outputs.
     if method is Method.PRUNE:
         return Bounds(0.0, 0)
     if max_drift is None and max_flips is None:

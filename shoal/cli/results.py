@@ -101,7 +101,7 @@ def show_result(
         ("tenant", result.tenant),
         ("labels", _labels(result)),
         ("attempt", result.attempt or ""),
-        ("answered by", result.instance),
+        ("run by", result.instance),
         ("submitted", result.submitted_at),
         ("recorded", result.recorded_at),
         ("error", result.message),

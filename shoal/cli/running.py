@@ -48,20 +48,20 @@ def run(
     """
     from shoal.cli import tensors
 
-    failed = answered = 0
+    failed = succeeded = 0
     with _lines(written) as lines, connect(gateway, tenant=tenant) as client:
         requests = RequestLines(lines, model, version, key, client.models.metadata(model, version))
         for ran in client.jobs.run_many(requests.requests(), window=window):
             line = requests.line_of(ran)
             if ran.result is not None:
-                answered += 1
+                succeeded += 1
                 show_json_line({"line": line, "job": ran.job_id, "answer": plain(tensors.as_document(ran.result))})
             else:
                 failed += 1
                 _show_error(line, ran.job_id, ran.error or ShoalError("no result"))
     failed += requests.rejected
     if sys.stderr.isatty():
-        typer.echo(f"{answered + failed} lines: {answered} answered, {failed} failed", err=True)
+        typer.echo(f"{succeeded + failed} lines: {succeeded} succeeded, {failed} failed", err=True)
     if failed:
         raise typer.Exit(1)
 

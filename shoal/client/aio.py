@@ -30,7 +30,7 @@ STREAM_S = 3_600.0
 """Timeout of an inference stream, which normally ends with its requests; the limit ends a forgotten stream."""
 
 STATUS_S = 5.0
-"""Timeout of `status`: the services answer from memory, so a slower answer is itself a problem to report."""
+"""Timeout of `status`: the services respond from memory, so a slower response is itself a problem to report."""
 
 
 class AsyncClient:
@@ -41,7 +41,7 @@ class AsyncClient:
     Use `async with`, or close the client with `await client.close()`. Many tasks of one event loop may share a client.
 
     Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when no node answers, NotFound, InvalidArgument ...
+    class of `shoal.errors`: Unavailable when no node responds, NotFound, InvalidArgument ...
 
     The constructor raises:
         InvalidArgument: `address` is not an address.
@@ -104,12 +104,12 @@ class AsyncClient:
             InvalidArgument: the message names the input, the expected value and the received one.
             NotFound: no such model or version.
             ResourceExhausted: the model's queue is full.
-            DeadlineExceeded: no answer within `timeout` seconds; a request that has not started by then never runs.
-            Unavailable: no node answers.
+            DeadlineExceeded: no response within `timeout` seconds; a request that has not started by then never runs.
+            Unavailable: no node responds.
         """
         request = InferRequest(model, inputs, outputs, version, parameters, request_id, datatypes or {})
         message = await RequestEncoder(self._caller).encode(request)
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.MODEL_INFER,
             message,
             timeout_s=timeout,
@@ -118,7 +118,7 @@ class AsyncClient:
             # A step of a sequence changes the model's state, so a retry would run the step twice.
             idempotent="sequence_id" not in message.parameters,
         )
-        return of_response(answer)
+        return of_response(response)
 
     async def infer_stream(
         self,
@@ -139,8 +139,8 @@ class AsyncClient:
         failed: list[Exception] = []
         messages = self._messages(requests, failed)
         with self._caller.bidi(methods.MODEL_STREAM_INFER, messages, timeout_s=timeout, headers=headers) as call:
-            async for answer in call:
-                yield _of_stream(answer)
+            async for response in call:
+                yield _of_stream(response)
         if failed:
             raise failed[0]
 
@@ -159,13 +159,13 @@ class AsyncClient:
         """Return an overview of the node: instances, leader, models, and the state of each Envoy's configuration.
 
         Raises:
-            Unavailable: no node answers.
+            Unavailable: no node responds.
         """
         return await fetch_status(self._caller, timeout)
 
 
-def _of_stream(answer: oip.ModelStreamInferResponse) -> InferResult:
-    if not answer.error_message:
-        return of_response(answer.infer_response)
-    about = answer.infer_response
-    return InferResult(about.model_name, about.model_version, id=about.id, error=ShoalError(answer.error_message))
+def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:
+    if not response.error_message:
+        return of_response(response.infer_response)
+    about = response.infer_response
+    return InferResult(about.model_name, about.model_version, id=about.id, error=ShoalError(response.error_message))

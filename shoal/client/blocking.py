@@ -136,17 +136,17 @@ class Client(SyncFacade[AsyncClient]):
 
         with shoal.Client() as client:
             client.models.push("mymodel.onnx")
-            answer = client.infer("mymodel", {"x": numpy.zeros((1, 3), numpy.float32)})
+            result = client.infer("mymodel", {"x": numpy.zeros((1, 3), numpy.float32)})
             job = client.jobs.submit("mymodel", {"x": ...})
             answer = client.jobs.result(job.id)
 
         async with shoal.Client() as client:       # an AsyncClient
-            answer = await client.infer("mymodel", {"x": ...})
+            result = await client.infer("mymodel", {"x": ...})
 
     Without `with`, close the client with `client.close()`, or drop the last reference. Many threads may share a client.
 
     Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when no node answers, NotFound, InvalidArgument ...
+    class of `shoal.errors`: Unavailable when no node responds, NotFound, InvalidArgument ...
 
     The constructor raises:
         InvalidArgument: `address` is not an address.

@@ -73,7 +73,7 @@ class EnvoyResources:
 
 @dataclass(frozen=True)
 class EnvoyStatus:
-    """One Envoy with a connection to the coord instance that answered."""
+    """One Envoy with a connection to the coord instance that responded."""
 
     node: str
     connected_at: datetime | None

@@ -60,17 +60,17 @@ class AsyncTenants:
         token = ""
         while len(found) < limit:
             request = ingest.ListTenantsRequest(page_size=min(limit - len(found), _PAGE), page_token=token)
-            answer = await self._caller.call(methods.LIST_TENANTS, request, timeout_s=timeout, doing="list tenants")
-            found += [_tenant(tenant) for tenant in answer.tenants]
-            token = answer.next_page_token
+            response = await self._caller.call(methods.LIST_TENANTS, request, timeout_s=timeout, doing="list tenants")
+            found += [_tenant(tenant) for tenant in response.tenants]
+            token = response.next_page_token
             if not token:
                 break
         return found[:limit]
 
     async def get(self, name: str, *, timeout: float = TIMEOUT_S) -> Tenant:
         """Return one tenant, also one without settings."""
-        answer = await self._caller.call(methods.GET_TENANT, ingest.GetTenantRequest(name=name), timeout_s=timeout)
-        return _tenant(answer.tenant)
+        response = await self._caller.call(methods.GET_TENANT, ingest.GetTenantRequest(name=name), timeout_s=timeout)
+        return _tenant(response.tenant)
 
     async def set(
         self,

@@ -2,7 +2,7 @@
 
     model.onnx ──method──> smaller.onnx
         │                     │         rows: recorded requests, a file, or random
-        └──answers, clock─────┴──> Compression: size, latency, drift, label changes
+        └──outputs, clock─────┴──> Compression: size, latency, drift, label changes
 
 This package is imported only to compress a model, and does not depend on a node.
 """

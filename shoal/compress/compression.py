@@ -1,4 +1,4 @@
-"""Compression of one model, with a report of the smaller size, the latency and the drift of the answers."""
+"""Compression of one model, with a report of the smaller size, the latency and the drift of the outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.compress.latency import Latency, compare
 from shoal.compress.method import Method
 from shoal.compress.methods import compress
 from shoal.compress.processor import Processor, this_processor
-from shoal.convert.drift import Answers, Drift, Mismatch, measure
+from shoal.convert.drift import Drift, Mismatch, OutputPair, measure
 from shoal.convert.extras import versions
 from shoal.convert.onnx_model import OnnxModel
 from shoal.convert.original import Port, Tensors, row_count
@@ -85,8 +85,8 @@ def run(
     if changed := _changed_ports(original, compressed):
         raise FailedPrecondition(f"{method} changed the inputs or outputs of the model: {changed}")
     try:
-        answers = [Answers(original.answer(call), compressed.answer(call)) for call in checked]
-        drift = measure(answers, scores=_scores(original))
+        pairs = [OutputPair(original.predict(call), compressed.predict(call)) for call in checked]
+        drift = measure(pairs, scores=_scores(original))
     except Mismatch as err:
         raise FailedPrecondition(f"{method}: {err}") from err
     return Compression(

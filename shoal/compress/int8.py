@@ -72,7 +72,7 @@ def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
     with _prepared(source) as prepared, _quiet():
         try:
             _quantize(source, prepared, target, calls, per_channel=True)
-            OnnxModel(target).answer(calls[0])
+            OnnxModel(target).predict(calls[0])
         # The tool, and ONNX Runtime with the tool's output, raise errors of any class.
         except Exception:
             _quantize(source, prepared, target, calls, per_channel=False)
@@ -154,7 +154,7 @@ def _portability(target: Path) -> list[str]:
         return []
     listed = ", ".join(factors[:3]) + (f" and {len(factors) - 3} others" if len(factors) > 3 else "")
     return [
-        f"answers depend on the processor: without VNNI, products with {listed} can saturate. The source has these "
+        f"outputs depend on the processor: without VNNI, products with {listed} can saturate. The source has these "
         "signed 8-bit factors already: quantize the float model instead"
     ]
 

@@ -35,7 +35,7 @@ def compare(original: OnnxModel, compressed: OnnxModel, call: Tensors, rows: int
     for n in range(WARM_UP + MOST):
         # The order alternates; otherwise the second model would always have warmer caches.
         first, second = (original, compressed) if n % 2 == 0 else (compressed, original)
-        a, b = _timed(lambda first=first: first.answer(call)), _timed(lambda second=second: second.answer(call))  # type: ignore[misc]
+        a, b = _timed(lambda first=first: first.predict(call)), _timed(lambda second=second: second.predict(call))  # type: ignore[misc]
         if n >= WARM_UP:
             pairs.append((a, b) if n % 2 == 0 else (b, a))
         if len(pairs) >= FEWEST and time.perf_counter() > until:

@@ -15,4 +15,4 @@ class Method(StrEnum):
     FLOAT16 = "float16"
     """float16 weights and arithmetic; inputs and outputs stay float32."""
     PRUNE = "prune"
-    """Removal of unused nodes and initializers; the answers are bit-identical."""
+    """Removal of unused nodes and initializers; the outputs are bit-identical."""

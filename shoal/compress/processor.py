@@ -1,4 +1,4 @@
-"""Description of this machine's processor for a report: times and the last bits of float answers depend on it."""
+"""Description of this machine's processor for a report: times and the last bits of float outputs depend on it."""
 
 from __future__ import annotations
 

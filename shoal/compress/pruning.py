@@ -11,7 +11,7 @@ from shoal.convert.original import Tensors
 
 
 def prune(source: Path, target: Path, calls: Sequence[Tensors] = ()) -> list[str]:
-    """Write the pruned model to `target`, with bit-identical answers, and return a note about the removed parts."""
+    """Write the pruned model to `target`, with bit-identical outputs, and return a note about the removed parts."""
     model = onnx.load(source)
     copies = _merge_copies(model.graph)
     nodes = _drop_nodes(model.graph)

@@ -1,4 +1,4 @@
-"""Check that 8-bit products of a model cannot saturate. Such a model answers alike on every x86-64 processor.
+"""Check that 8-bit products of a model cannot saturate. Such a model has equal outputs on every x86-64 processor.
 
 ONNX Runtime multiplies activations as unsigned bytes. For signed weights, a processor without VNNI uses `vpmaddubsw`,
 which adds two neighbouring products in 16 bits and saturates:
@@ -44,7 +44,7 @@ _SECOND_FACTOR = {
 def saturating_factors(model: onnx.ModelProto) -> list[str]:
     """Return the names of the signed 8-bit weights and activations of `model` whose products can saturate.
 
-    An empty list means equal answers on every x86-64 processor, except for the rounding of float arithmetic.
+    An empty list means equal outputs on every x86-64 processor, except for the rounding of float arithmetic.
     """
     signed = {each.name: each for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8}
     # ONNX Runtime fuses a float operator and the DequantizeLinear before it to one operator on bytes.

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from shoal.convert import graph, sample
-from shoal.convert.drift import Answers, Drift, Mismatch, measure
+from shoal.convert.drift import Drift, Mismatch, OutputPair, measure
 from shoal.convert.folder import write_beside
 from shoal.convert.onnx_model import OnnxModel, cast
 from shoal.convert.original import Original, Port, Tensors, row_count
@@ -48,7 +48,7 @@ class PlanOutcome:
 
     plan: str
     drift: Drift | None
-    """None: the answers cannot be compared, or the exporter does not support the plan."""
+    """None: the outputs cannot be compared, or the exporter does not support the plan."""
     refused: str
     """Reason of the refusal; empty when accepted."""
     rounded: Drift | None = None
@@ -129,8 +129,8 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
 
 def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Tensors], bounds: Bounds) -> PlanOutcome:
     def drift(calls: Sequence[Tensors]) -> Drift:
-        answers = [Answers(original.answer(call), converted.answer(call)) for call in calls]
-        return measure(answers, scores=original.scores, tolerance=bounds.relative)
+        pairs = [OutputPair(original.predict(call), converted.predict(call)) for call in calls]
+        return measure(pairs, scores=original.scores, tolerance=bounds.relative)
 
     try:
         exact = drift(calls)

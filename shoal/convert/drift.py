@@ -1,4 +1,4 @@
-"""Drift: the differences between two models' answers to the same rows.
+"""Drift: the differences between two models' outputs for the same rows.
 
 Relative drift is |got - want| / max(|want|, rms(want)). It does not depend on the scale of an output, and stays small
 for elements that are small beside the others of their output. A row flips when its label, or the index of its largest
@@ -25,7 +25,7 @@ class OutputDrift:
 
     name: str
     max_abs: float
-    """Infinite when one answer is a number and the other is NaN."""
+    """Infinite when one output is a number and the other is NaN."""
     mean_abs: float
     max_relative: float
     cosine: float
@@ -72,18 +72,18 @@ class Drift:
 
 
 class Mismatch(Exception):
-    """Answers cannot be compared: an output, shape or kind differs. The message says which."""
+    """Outputs cannot be compared: an output, shape or kind differs. The message says which."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers of both models to one call, by output name."""
+class OutputPair:
+    """Outputs of both models for one call, by output name."""
 
     want: Mapping[str, Array]
     got: Mapping[str, Array]
 
 
-def measure(calls: Sequence[Answers], *, scores: Set[str] = frozenset(), tolerance: float = 0.0) -> Drift:
+def measure(calls: Sequence[OutputPair], *, scores: Set[str] = frozenset(), tolerance: float = 0.0) -> Drift:
     """Compare `got` with `want` over all calls, which have the same outputs.
 
     Raises:
@@ -99,18 +99,18 @@ def measure(calls: Sequence[Answers], *, scores: Set[str] = frozenset(), toleran
     return Drift(sum(_rows(call) for call in calls), outputs)
 
 
-def _check(call: Answers) -> None:
+def _check(call: OutputPair) -> None:
     if list(call.want) != list(call.got):
         raise Mismatch(f"the outputs are {', '.join(call.got)} instead of {', '.join(call.want)}")
     for name, want in call.want.items():
         got = call.got[name]
         if want.shape != got.shape:
-            raise Mismatch(f"output {name!r} is {list(got.shape)} where the original answers {list(want.shape)}")
+            raise Mismatch(f"output {name!r} is {list(got.shape)} where the original returns {list(want.shape)}")
         if _is_text(want) != _is_text(got):
-            raise Mismatch(f"output {name!r} is {got.dtype} where the original answers {want.dtype}")
+            raise Mismatch(f"output {name!r} is {got.dtype} where the original returns {want.dtype}")
 
 
-def _rows(call: Answers) -> int:
+def _rows(call: OutputPair) -> int:
     first = next(iter(call.want.values()), None)
     return first.shape[0] if first is not None and first.ndim else 1
 
@@ -156,7 +156,7 @@ def _flipped_rows(want: Array, got: Array, is_scores: bool) -> Array:
     return np.asarray(np.asarray(differs).reshape(rows, -1).any(axis=1))
 
 
-def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:
+def _ties(call: OutputPair, scores: Set[str], tolerance: float) -> Array:
     """Return True for each row whose two best scores in the original are equal within the tolerance."""
     tied = np.zeros(_rows(call), dtype=np.bool_)
     for name in scores & call.want.keys():

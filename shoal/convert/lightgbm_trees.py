@@ -76,16 +76,16 @@ class LightgbmTrees:
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
         return {"x": trees.draw(self._splits, rows, generator)}
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
         rows = np.asarray(inputs["x"], dtype=np.float64)
         try:
-            answer = np.asarray(self._booster.predict(rows))
+            predicted = np.asarray(self._booster.predict(rows))
         except Exception as err:
             # LightGBMError, TypeError or ValueError.
             raise InvalidArgument(f"LightGBM rejects the rows: {err}") from err
         if not self._is_classifier:
-            return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
-        probabilities = np.stack([1 - answer, answer], axis=1) if answer.ndim == 1 else answer
+            return {"prediction": predicted.reshape(-1, 1) if predicted.ndim == 1 else predicted}
+        probabilities = np.stack([1 - predicted, predicted], axis=1) if predicted.ndim == 1 else predicted
         return {"label": probabilities.argmax(axis=1).astype(np.int64), "probabilities": probabilities}
 
     def export(self, plan: Plan) -> onnx.ModelProto:

@@ -53,7 +53,7 @@ class OnnxModel:
         """True when the first dimension of every input and output has a variable size."""
         return all(port.shape[:1] == (None,) for port in (*self.inputs, *self.outputs))
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
         """Return all outputs by name. Inputs are cast to the model's types.
 
         Raises:

@@ -49,7 +49,7 @@ class Plan:
 
 
 class Original(Protocol):
-    """A model in its own framework. `answer` may use float64; the converted model is served with `inputs`' types."""
+    """A model in its own framework. `predict` may use float64; the converted model is served with `inputs`' types."""
 
     @property
     def framework(self) -> str:
@@ -95,15 +95,15 @@ class Original(Protocol):
         """Return random rows that test critical values: near thresholds, and missing where the model takes missing
         values. Every value fits the types of `inputs`."""
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
-        """Return the framework's own answer, by the converted model's output names and in that order.
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
+        """Return the framework's own outputs, by the converted model's output names and in that order.
 
         Raises:
             InvalidArgument: the model does not take these inputs.
         """
 
     def export(self, plan: Plan) -> onnx.ModelProto:
-        """Return the model as ONNX, with the inputs of `inputs` and the outputs of `answer`.
+        """Return the model as ONNX, with the inputs of `inputs` and the outputs of `predict`.
 
         Raises:
             FailedPrecondition: the exporter does not support the model; the message has its reason.

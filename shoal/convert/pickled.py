@@ -39,7 +39,7 @@ def load(path: Path, *, trusts: bool) -> Any:
 
 
 def _refuse_other_version(path: Path, warned: Sequence[warnings.WarningMessage]) -> None:
-    """Reject models saved by another version of scikit-learn, which does not guarantee equal answers."""
+    """Reject models saved by another version of scikit-learn, which does not guarantee equal outputs."""
     for warning in warned:
         if warning.category.__name__ == "InconsistentVersionWarning":
             raise FailedPrecondition(

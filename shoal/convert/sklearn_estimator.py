@@ -62,7 +62,7 @@ class SklearnEstimator:
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
         return {"x": sklearn_rows.draw(self._estimator, self._features, rows, generator, self.inputs[0].dtype)}
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
         rows = np.asarray(inputs["x"], dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise InvalidArgument(f"the model takes [rows, {self._features}], got {list(rows.shape)}")
@@ -116,8 +116,8 @@ def _as_column(method: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return lambda rows: _column(method(rows))
 
 
-def _column(answer: Array) -> Array:
-    return answer.reshape(-1, 1) if answer.ndim == 1 else answer
+def _column(predicted: Array) -> Array:
+    return predicted.reshape(-1, 1) if predicted.ndim == 1 else predicted
 
 
 def _two_scores(decision: Array) -> Array:
@@ -125,8 +125,8 @@ def _two_scores(decision: Array) -> Array:
     return np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
 
 
-def _dense(answer: Any) -> Array:
-    return np.asarray(answer.toarray() if hasattr(answer, "toarray") else answer)
+def _dense(predicted: Any) -> Array:
+    return np.asarray(predicted.toarray() if hasattr(predicted, "toarray") else predicted)
 
 
 def _notes(estimator: Any) -> Sequence[str]:

@@ -102,7 +102,7 @@ class TorchProgram:
         # torch.export says 2 for every size without a declared minimum; most programs also take 1.
         if low == 2:
             try:
-                self.answer(self.draw(1, np.random.default_rng(0)))
+                self.predict(self.draw(1, np.random.default_rng(0)))
                 low = 1
             except InvalidArgument:
                 pass
@@ -126,7 +126,7 @@ class TorchProgram:
             return generator.integers(0, 2, shape).astype(bool)
         return generator.integers(int(each.low), int(each.high) + 1, shape).astype(each.port.dtype)
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
         for each in self._inputs:
             if not sample.fits(np.shape(inputs[each.port.name]), each.port):
                 actual = list(np.shape(inputs[each.port.name]))

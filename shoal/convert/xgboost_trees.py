@@ -81,14 +81,14 @@ class XgboostTrees:
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
         return {"x": trees.draw(self._splits, rows, generator)}
 
-    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+    def predict(self, inputs: Mapping[str, Array]) -> Tensors:
         rows = np.asarray(inputs["x"])
         if rows.ndim != 2 or rows.shape[1] != self._splits.features:
             raise InvalidArgument(f"the model takes [rows, {self._splits.features}], got {list(rows.shape)}")
         try:
             if not self._is_classifier:
-                answer = self._estimator.predict(rows)
-                return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
+                predicted = self._estimator.predict(rows)
+                return {"prediction": predicted.reshape(-1, 1) if predicted.ndim == 1 else predicted}
             return {"label": self._estimator.predict(rows), "probabilities": self._estimator.predict_proba(rows)}
         except Exception as err:
             raise InvalidArgument(f"XGBoost rejects the rows: {first_line(err)}") from err

@@ -56,7 +56,7 @@ def _ads() -> dict[str, Any]:
 
 
 def _from_ads() -> dict[str, Any]:
-    # 0 s: Envoy is not ready before coord has answered. With the default, Envoy would serve no routes after 15 s.
+    # 0 s: Envoy is not ready before coord has responded. With the default, Envoy would serve no routes after 15 s.
     return {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 
 
@@ -70,8 +70,8 @@ def _coord_cluster(coords: Sequence[str]) -> dict[str, Any]:
                 "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
                 "explicit_http_config": {
                     "http2_protocol_options": {
-                        # A coord that hangs keeps its connection. When a PING is not answered in time, the stream moves
-                        # to another replica.
+                        # A coord that hangs keeps its connection. When a PING is not acknowledged in time, the
+                        # stream moves to another replica.
                         "connection_keepalive": {"interval": "2s", "timeout": "2s"}
                     }
                 },

@@ -32,7 +32,7 @@ _CONNECTION = "shoal.connection"
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
 # All calls to a worker share one connection. A few clients that do not read could fill a smaller window, and then no
-# other call to the worker would be answered.
+# other call to the worker would get a response.
 _WORKER_WINDOW = (1 << 31) - 1
 # Concurrent calls of one client connection. A worker's queue would reject more.
 _STREAMS = 4096
@@ -298,7 +298,7 @@ class Edge:
     async def flush(self) -> None:
         """Return when all responses are sent and no client calls any more, or after some seconds.
 
-        A client that has not read its GOAWAY yet may still send a call; the answer is UNAVAILABLE, not a reset.
+        A client that has not read its GOAWAY yet may still send a call; the response is UNAVAILABLE, not a reset.
         """
         until = time.monotonic() + _FLUSH_S
         quiet_since, calls = time.monotonic(), -1
@@ -334,7 +334,7 @@ class Edge:
                 finally:
                     writer.close()
         except (OSError, TimeoutError) as err:
-            log.warning("Envoy's admin socket %s does not answer %s: %s", self._admin, target, err)
+            log.warning("Envoy's admin socket %s does not respond to %s: %s", self._admin, target, err)
             return ""
         if b" 200 " not in head.partition(b"\r\n")[0]:
             log.warning("Envoy refused %s: %s", target, head.partition(b"\r\n")[0].decode("latin-1"))

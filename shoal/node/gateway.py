@@ -7,7 +7,7 @@ from functools import partial
 
 from shoal.node.probes import CHANNEL_OPTIONS, PROBE_S, health
 
-# One cheap read of each service, which accepts an empty request: any answer proves that the service was reached.
+# One cheap read of each service, which accepts an empty request: any response proves that the service was reached.
 _CALLS = {
     "coord": "/shoal.coord.v1.CoordService/GetLeader",
     "store": "/shoal.store.v1.StoreService/ListModels",
@@ -27,7 +27,7 @@ def probes(gateway: str, services: Sequence[str]) -> dict[str, Callable[[], Awai
 
 
 async def reaches_service(gateway: str, method: str) -> bool:
-    """Return True when a call of `method` is answered by its service."""
+    """Return True when a call of `method` reaches its service."""
     import grpc
 
     async with grpc.aio.insecure_channel(gateway, options=CHANNEL_OPTIONS) as channel:

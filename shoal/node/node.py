@@ -161,9 +161,9 @@ class _Running:
     def _external_probes(self) -> dict[str, Callable[[], Awaitable[bool]]]:
         found: dict[str, Callable[[], Awaitable[bool]]] = {}
         if (etcd := self.options.etcd) is not None:
-            found[f"etcd at {etcd}"] = lambda: probes.etcd_answers(etcd)
+            found[f"etcd at {etcd}"] = lambda: probes.etcd_responds(etcd)
         if (mongo := self.options.mongo) is not None and plan.needs_mongo(self.options):
-            found[f"MongoDB at {mongo.rpartition('@')[2]}"] = lambda: probes.mongo_answers(mongo)
+            found[f"MongoDB at {mongo.rpartition('@')[2]}"] = lambda: probes.mongo_responds(mongo)
         return found
 
     async def _until_all(self, probes: Mapping[str, Callable[[], Awaitable[bool]]], started: float) -> None:

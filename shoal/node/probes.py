@@ -10,7 +10,7 @@ PROBE_S = 1.0
 
 
 async def http_ok(address: str, path: str) -> bool:
-    """Return True when a GET of `path` at `address` (`unix:/path` or `host:port`) is answered with 200."""
+    """Return True when a GET of `path` at `address` (`unix:/path` or `host:port`) gets a response with status 200."""
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(PROBE_S):
             reader, writer = await _connection(address)
@@ -40,7 +40,7 @@ async def is_listening(address: str) -> bool:
     return False
 
 
-async def etcd_answers(addresses: str) -> bool:
+async def etcd_responds(addresses: str) -> bool:
     """Return True when one of `host:port[,host:port...]` passes etcd's health check, which reads with a majority."""
     return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
 
@@ -54,13 +54,13 @@ async def health(address: str, service: str = "") -> bool:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            answer = await stub.Check(request, timeout=PROBE_S)
+            response = await stub.Check(request, timeout=PROBE_S)
         except grpc.RpcError:
             return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def mongo_answers(uri: str) -> bool:
+async def mongo_responds(uri: str) -> bool:
     """Return True when MongoDB at `uri` has a writable primary."""
     from pymongo import AsyncMongoClient
     from pymongo.errors import PyMongoError

@@ -107,7 +107,7 @@ def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
     # A single member has no rival in an election. It leads 1 to 2 s after a restart with the defaults, and 0.3 to 0.6 s
     # with these values.
     argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
-    return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_answers(f"127.0.0.1:{port}"))
+    return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_responds(f"127.0.0.1:{port}"))
 
 
 def mongod(data: Path, port: int) -> ProcessSpec:

@@ -264,7 +264,7 @@ async def _models(address: str) -> list[ModelState]:
         try:
             index = await stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest(), timeout=_INDEX_S)
         except grpc.RpcError:
-            # The server answered before, so it is being stopped.
+            # The server responded before, so it is being stopped.
             return []
     found = [ModelState(model.name, model.version, model.state, model.reason) for model in index.models]
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))

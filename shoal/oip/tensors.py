@@ -5,7 +5,7 @@
     typed contents    one field of InferTensorContents for each family of datatypes; FP16 and BF16 have none
 
 Every reader takes `what`, which opens the message of an error, and `error`, the class that it raises: a server rejects
-a request with InvalidArgument, a client an answer with DataLoss. This module imports no protobuf, because model
+a request with InvalidArgument, a client a response with DataLoss. This module imports no protobuf, because model
 processes use it.
 """
 
@@ -76,7 +76,7 @@ def read_tensor(tensors: _WireTensors, raw: Sequence[bytes], index: int, role: s
     """Return the name and the array of tensor `index` of a message.
 
     Args:
-        tensors: all inputs of a request, or all outputs of an answer.
+        tensors: all inputs of a request, or all outputs of a response.
         raw: the message's raw contents; empty when the tensors have typed contents.
         role: "input" or "output", for messages of errors.
 

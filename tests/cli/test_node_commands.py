@@ -148,7 +148,7 @@ def test_bad_input_is_one_clear_line(
 
 def test_an_error_of_the_node_is_one_clear_line(shoal: Shoal, model: Served) -> None:
     assert "unknown model: 'other'" in complaint(shoal("infer", "other", "[1]"))
-    assert "no node answers at 127.0.0.1:1: start one with `shoal up`" in complaint(
+    assert "no node responds at 127.0.0.1:1: start one with `shoal up`" in complaint(
         shoal("models", "list", "--gateway", "127.0.0.1:1")
     )
     nowhere = shoal("models", "list", SHOAL_GATEWAY="", TMPDIR="/nowhere")
@@ -450,8 +450,8 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     assert [e["healthy"] for e in document["envoy"]["endpoints"]] == [False, True]
     assert document["instances"][0]["models"] == {"m": [1, 2]}
     done = shoal("status", "--admin", "127.0.0.1:1")
-    assert (done.returncode, "admin listener at 127.0.0.1:1 does not answer" in done.stdout) == (0, True)
-    assert "no node answers" in complaint(shoal("status", "--gateway", "127.0.0.1:1"))
+    assert (done.returncode, "admin listener at 127.0.0.1:1 does not respond" in done.stdout) == (0, True)
+    assert "no node responds" in complaint(shoal("status", "--gateway", "127.0.0.1:1"))
 
 
 def test_job_retention(shoal: Shoal, served: Served) -> None:

@@ -77,7 +77,7 @@ def test_no_product_of_a_quantized_model_can_saturate(
     assert any(tensor.data_type == TensorProto.UINT8 and tensor.dims for tensor in made.graph.initializer)
     assert saturating_factors(made) == []
     assert notes == []
-    want, got = OnnxModel(file).answer(call), OnnxModel(tmp_path / "out.onnx").answer(call)
+    want, got = OnnxModel(file).predict(call), OnnxModel(tmp_path / "out.onnx").predict(call)
     assert all(np.corrcoef(want[name].ravel(), got[name].ravel())[0, 1] > 0.99 for name in want)
 
 

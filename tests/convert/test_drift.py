@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from shoal.convert.drift import Answers, Mismatch, measure
+from shoal.convert.drift import Mismatch, OutputPair, measure
 from shoal.convert.verdict import Bounds, refusal
 
 
 def of(want: object, got: object, **options: object) -> object:
-    return measure([Answers({"y": np.asarray(want)}, {"y": np.asarray(got)})], **options).outputs[0]  # type: ignore[arg-type]
+    return measure([OutputPair({"y": np.asarray(want)}, {"y": np.asarray(got)})], **options).outputs[0]  # type: ignore[arg-type]
 
 
 def test_numbers() -> None:
@@ -25,7 +25,7 @@ def test_numbers() -> None:
 
 
 def test_calls_count_together() -> None:
-    calls = [Answers({"y": np.full((n, 1), 2.0)}, {"y": np.full((n, 1), 2.0 + n / 100)}) for n in (1, 2, 7)]
+    calls = [OutputPair({"y": np.full((n, 1), 2.0)}, {"y": np.full((n, 1), 2.0 + n / 100)}) for n in (1, 2, 7)]
     drift = measure(calls)
     assert drift.rows == 10
     assert drift.max_abs == pytest.approx(0.07)
@@ -47,7 +47,7 @@ def test_calls_count_together() -> None:
 def test_what_is_no_number(want: list[float], got: list[float], apart: float) -> None:
     drift = of(np.array(want), np.array(got))
     assert drift.max_abs == apart
-    assert (refusal(measure([Answers({"y": np.array(want)}, {"y": np.array(got)})]), Bounds()) == "") == (apart == 0)
+    assert (refusal(measure([OutputPair({"y": np.array(want)}, {"y": np.array(got)})]), Bounds()) == "") == (apart == 0)
 
 
 def test_the_cosine() -> None:
@@ -72,7 +72,7 @@ def test_scores_flip_where_the_largest_is_another() -> None:
 def test_a_tie_is_no_flip() -> None:
     want = {"label": np.array([0, 0]), "p": np.array([[0.5, 0.5], [0.9, 0.1]])}
     got = {"label": np.array([1, 1]), "p": np.array([[0.4999999, 0.5000001], [0.1, 0.9]])}
-    drift = measure([Answers(want, got)], scores={"p"}, tolerance=1e-4)
+    drift = measure([OutputPair(want, got)], scores={"p"}, tolerance=1e-4)
     assert [(output.flips, output.ties) for output in drift.outputs] == [(1, 1), (1, 1)]
     assert (drift.flips, drift.ties) == (1, 1)
 
@@ -81,21 +81,21 @@ def test_a_tie_is_no_flip() -> None:
     ("got", "says"),
     [
         ({"z": np.zeros(2)}, "the outputs are z instead of y"),
-        ({"y": np.zeros((2, 1))}, r"output 'y' is \[2, 1\] where the original answers \[2\]"),
-        ({"y": np.array(["a", "b"], object)}, "output 'y' is object where the original answers float64"),
+        ({"y": np.zeros((2, 1))}, r"output 'y' is \[2, 1\] where the original returns \[2\]"),
+        ({"y": np.array(["a", "b"], object)}, "output 'y' is object where the original returns float64"),
     ],
 )
 def test_answers_that_cannot_be_compared(got: dict[str, np.ndarray], says: str) -> None:
     with pytest.raises(Mismatch, match=says):
-        measure([Answers({"y": np.zeros(2)}, got)])
+        measure([OutputPair({"y": np.zeros(2)}, got)])
 
 
 def test_verdicts() -> None:
-    drift = measure([Answers({"y": np.array([1, 2, 3, 4])}, {"y": np.array([1, 2, 0, 0])})])
+    drift = measure([OutputPair({"y": np.array([1, 2, 3, 4])}, {"y": np.array([1, 2, 0, 0])})])
     assert refusal(drift, Bounds()) == "the label changes in 2 of 4 rows, allowed are 0"
     assert refusal(drift, Bounds(flips=2)) == ""
     assert refusal(drift, Bounds(share=0.5)) == ""
     assert refusal(drift, Bounds(share=0.49)) == "the label changes in 2 of 4 rows, allowed are 1"
-    numbers = measure([Answers({"y": np.ones(3)}, {"y": np.full(3, 1.001)})])
+    numbers = measure([OutputPair({"y": np.ones(3)}, {"y": np.full(3, 1.001)})])
     assert refusal(numbers, Bounds(relative=5e-4)) == "y drifts by 0.001 (relative), allowed is 0.0005"
     assert refusal(numbers, Bounds(relative=2e-3)) == ""

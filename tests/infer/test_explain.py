@@ -88,14 +88,14 @@ async def test_the_command_line_prints_it(python, models_folder: Repository, tmp
             return done.stdout
 
         said = await shoal("double", "--explain")
-        for part in ("answered by", "infer-0, version 1", "waited", "1 row in one batch", "model", " ms", "has none"):
+        for part in ("run by", "infer-0, version 1", "waited", "1 row in one batch", "model", " ms", "has none"):
             assert part in said, said
         await shoal("kept")
         said = await shoal("kept", "--explain")
         assert "hit (answer of an earlier request, nothing was executed)" in said
         assert "waited" not in said
         assert json.loads(await shoal("kept", "--explain", "--json"))["parameters"]["cache"] == "hit"
-        assert "answered by" not in await shoal("double")
+        assert "run by" not in await shoal("double")
 
 
 def test_what_a_model_says_itself_stays_beside_it():

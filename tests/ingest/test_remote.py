@@ -11,7 +11,7 @@ import pytest
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
 from services.ingest.dispatch.remote import (
-    AttemptAnswer,
+    AttemptResponse,
     BulkEntry,
     GivenUpJobs,
     RemoteModel,
@@ -99,7 +99,7 @@ async def test_a_job_that_was_given_up_before_its_bulk_began_disturbs_nobody(mes
     entries = [BulkEntry(f"job {n}", inference_pb2.ModelInferRequest(id=f"g{n}").SerializeToString(), 30) for n in "12"]
     async with Channel(mesh.address) as channel:
         answers = [one async for some in RemoteModel(channel).infer_bulk("echo", entries, given_up) for one in some]
-    assert isinstance(dict(answers)["job 1"], AttemptAnswer)
+    assert isinstance(dict(answers)["job 1"], AttemptResponse)
 
 
 async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:

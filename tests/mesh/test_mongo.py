@@ -118,7 +118,7 @@ async def test_an_index_that_has_changed(db: AsyncDatabase[Document]) -> None:
 async def test_a_mongodb_that_is_away() -> None:
     uri = f"mongodb://127.0.0.1:{processes.free_port()}/?timeoutMS=300&directConnection=true"
     async with connect(uri) as client:
-        with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not answer"):
+        with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not respond"):
             await ensure_collection(client["x"], "c", validator=VALIDATOR, indexes=[])
 
 

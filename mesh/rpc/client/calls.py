@@ -104,7 +104,7 @@ class Call(ABC):
         if self.is_over:
             return
         if failure is None and self._deframer is not None and self._deframer.holds:
-            failure = CallFailed(S.INTERNAL, "the answer ended inside a message")
+            failure = CallFailed(S.INTERNAL, "the response ended inside a message")
         self.is_over = True
         if self._timer is not None:
             self._timer.cancel()
@@ -130,12 +130,12 @@ class Call(ABC):
 class UnaryCall(Call):
     """Unary call; `future` gets the response message."""
 
-    __slots__ = ("_answer", "_body", "future")
+    __slots__ = ("_body", "_response", "future")
 
     def __init__(self, owner: CallOwner, fields: bytes, timeout_s: float | None, message: bytes) -> None:
         super().__init__(owner, fields, timeout_s)
         self._body = framed(message)
-        self._answer: bytes | None = None
+        self._response: bytes | None = None
         self.future: asyncio.Future[bytes] = self._loop.create_future()
         self.may_repeat = True
 
@@ -143,17 +143,17 @@ class UnaryCall(Call):
         sender.request(self.number, block, self._body)
 
     def _on_message(self, message: bytes) -> None:
-        if self._answer is not None:
-            raise InvalidArgument("a unary call was answered with more than one message")
-        self._answer = message
+        if self._response is not None:
+            raise InvalidArgument("a unary call got a response of more than one message")
+        self._response = message
 
     def _end(self, failure: CallFailed | None) -> None:
-        if failure is None and self._answer is None:
-            failure = CallFailed(S.INTERNAL, "a unary call was answered without a message")
+        if failure is None and self._response is None:
+            failure = CallFailed(S.INTERNAL, "a unary call got a response without a message")
         if self.future.done():
             return
         if failure is None:
-            self.future.set_result(self._answer or b"")
+            self.future.set_result(self._response or b"")
         else:
             self.future.set_exception(failure)
 

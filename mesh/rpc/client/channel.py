@@ -197,7 +197,7 @@ class Channel(StubChannel):
         if connection is not self._connection:
             return
         self._connection = None
-        if connection.has_answered:
+        if connection.has_responded:
             self._failures = 0
         else:
             self._back_off("the connection was lost before its first response")

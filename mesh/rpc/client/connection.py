@@ -72,7 +72,7 @@ class ClientConnection(Peer):
         self._next = 1
         self._max_calls = 0
         self.is_retired = self._is_lost = False
-        self.has_answered = False
+        self.has_responded = False
         self.ready: asyncio.Future[None] = self._loop.create_future()
 
     # -- transport
@@ -118,7 +118,7 @@ class ClientConnection(Peer):
         self._silent_ticks = self._silent_ticks + 1 if self._calls else 0
         if self._silent_ticks >= _GIVE_UP_AFTER:
             silent_s = self._silent_ticks * self._tick_s
-            self.abort(f"the peer has sent nothing for {silent_s:.0f} s, and does not answer PING")
+            self.abort(f"the peer has sent nothing for {silent_s:.0f} s, and does not acknowledge PING")
             return
         if self._silent_ticks == _PING_AFTER:
             self._sender.write(frames.frame(PING, 0, 0, b"shoal..."))
@@ -174,7 +174,7 @@ class ClientConnection(Peer):
             self._sender.write(frames.rst_stream(number, reason))
         if self._resets_left < _RESETS / 2:
             # The peer works: the next connection needs no backoff.
-            self.has_answered = True
+            self.has_responded = True
             self._retire()
 
     def _receive(self, data: bytes) -> None:
@@ -203,7 +203,7 @@ class ClientConnection(Peer):
 
     def _finish(self, call: Call, failure: CallFailed | None, reason: Reason | None = None) -> None:
         self._remove(call, reason)
-        self.has_answered = True
+        self.has_responded = True
         call.end(failure)
 
     def _unprocessed(self, call: Call, failure: CallFailed) -> None:
@@ -227,7 +227,7 @@ class ClientConnection(Peer):
         if call.received - call.credited > STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         if not call.has_headers:
-            self._finish(call, CallFailed(S.INTERNAL, "the answer has no headers"), Reason.PROTOCOL_ERROR)
+            self._finish(call, CallFailed(S.INTERNAL, "the response has no headers"), Reason.PROTOCOL_ERROR)
             return
         try:
             if payload:
@@ -237,7 +237,7 @@ class ClientConnection(Peer):
             self._finish(call, CallFailed(code, err.message), Reason.CANCEL)
             return
         if flags & END_STREAM:
-            self._finish(call, CallFailed(S.UNKNOWN, "the answer ended without a grpc-status"))
+            self._finish(call, CallFailed(S.UNKNOWN, "the response ended without a grpc-status"))
         else:
             self.open_window(call)
 
@@ -249,7 +249,7 @@ class ClientConnection(Peer):
             if flags & END_STREAM:
                 self._finish(call, failures.of_trailers(block))
             else:
-                self._finish(call, CallFailed(S.INTERNAL, "headers inside an answer"), Reason.PROTOCOL_ERROR)
+                self._finish(call, CallFailed(S.INTERNAL, "headers inside a response"), Reason.PROTOCOL_ERROR)
         elif flags & END_STREAM:
             self._finish(call, failures.of_head(block))
         elif failures.is_grpc_head(block):

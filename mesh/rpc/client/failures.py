@@ -70,7 +70,7 @@ def of_trailers(block: Block) -> CallFailed | None:
     if status_text == b"0":
         return None
     if status_text is None:
-        return CallFailed(S.UNKNOWN, "the answer ended without a grpc-status")
+        return CallFailed(S.UNKNOWN, "the response ended without a grpc-status")
     code = _BY_NUMBER.get(int(status_text), S.UNKNOWN) if status_text.isdigit() and len(status_text) < 5 else S.UNKNOWN
     message = unquote_to_bytes(block.by_name.get(b"grpc-message", b"")).decode("utf-8", "replace")
     return CallFailed(code, message, _metadata(block))
@@ -86,7 +86,7 @@ def of_head(block: Block) -> CallFailed | None:
         text = f"Received http2 header with status: {http.decode('latin-1')}"
         return CallFailed(_BY_HTTP.get(number, S.UNKNOWN), text, _metadata(block))
     kind = block.by_name.get(b"content-type", b"none").decode("latin-1")
-    return CallFailed(S.UNKNOWN, f"the answer is not gRPC's: content-type {kind}, and no grpc-status")
+    return CallFailed(S.UNKNOWN, f"the response is not gRPC's: content-type {kind}, and no grpc-status")
 
 
 def is_grpc_head(block: Block) -> bool:

@@ -115,7 +115,7 @@ class StreamCall(Call):
         """Return the only response of a call. Raises CallFailed, also for another number of responses."""
         messages = [message async for message in self]
         if len(messages) != 1:
-            raise CallFailed(S.INTERNAL, f"a call that has one answer was answered with {len(messages)} messages")
+            raise CallFailed(S.INTERNAL, f"a call with one response got {len(messages)} messages")
         return messages[0]
 
     def _on_message(self, message: bytes) -> None:

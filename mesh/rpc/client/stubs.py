@@ -102,7 +102,7 @@ def parsed(message: bytes, read: Callable[[bytes], Any]) -> Any:
     try:
         return read(message)
     except Exception as err:
-        raise CallFailed(grpc.StatusCode.INTERNAL, f"the answer is no message of the expected type: {err}") from err
+        raise CallFailed(grpc.StatusCode.INTERNAL, f"the response is no message of the expected type: {err}") from err
 
 
 async def feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable[[Any], bytes]) -> None:

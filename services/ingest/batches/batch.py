@@ -129,7 +129,7 @@ class Totals:
     codes: Mapping[str, int] = field(default_factory=dict)
     """Failed rows by status code."""
     versions: tuple[str, ...] = ()
-    """Versions of the model that answered."""
+    """Versions of the model that ran rows."""
     note: str = ""
     """Cause for which a chunk waits."""
 
@@ -255,7 +255,7 @@ def ending_of(batch: Batch) -> Ending:
         return batch.ending
     if batch.totals is not None and batch.totals.failed and not batch.totals.ok:
         codes = ", ".join(f"{rows} {code}" for code, rows in batch.totals.codes.items())
-        return Ending(BatchState.FAILED, f"no row was answered ({codes}): {DEAD}/ has the reason of each row")
+        return Ending(BatchState.FAILED, f"no row succeeded ({codes}): {DEAD}/ has the reason of each row")
     return Ending(BatchState.SUCCEEDED, "every row was run")
 
 

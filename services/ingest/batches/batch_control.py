@@ -24,7 +24,7 @@ WATCH_S = 0.5
 # Lifetime of a cached sum: many clients may watch one batch.
 _SUM_TTL_S = 0.25
 _MAX_SUMS = 100
-# Time that CancelBatch waits for the batch's end before it answers.
+# Time that CancelBatch waits for the batch's end before it responds.
 _CANCEL_WAIT_S = 3.0
 # Time that a watcher survives an unavailable database.
 _OUTAGE_S = 30.0

@@ -28,7 +28,7 @@ from services.ingest.batches.mapping import RequestedColumns, kept_arrays, resul
 from services.ingest.batches.outputs.part import OutputPart
 from services.ingest.batches.outputs.part_summary import PartSummary, RowError, RowOrigins, part_name
 from services.ingest.batches.readers import ReaderCache, naming_file
-from services.ingest.batches.row_inference import AnsweredRows, FailedRow, InferenceClient, RequestSlots, RowInference
+from services.ingest.batches.row_inference import FailedRow, InferenceClient, RequestSlots, RowInference, SucceededRows
 from services.ingest.batches.rows.fitting import FittedInput, fit
 from services.ingest.batches.rows.stacking import Stack, stacks
 from services.ingest.batches.rows.wire import ModelTarget
@@ -66,7 +66,8 @@ class Prepared:
     stacks: Sequence[Stack]
 
 
-Outcomes = list[AnsweredRows | FailedRow]
+Outcomes = list[SucceededRows | FailedRow]
+"""Outcomes of one call for the rows of a stack: outputs, or errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class ChunkRunner:
                 if prepared.errors:
                     pending.append(_Pending(prepared))
                 for stack in prepared.stacks:
-                    task = asyncio.create_task(row_inference.answer(prepared.inputs, stack))
+                    task = asyncio.create_task(row_inference.infer(prepared.inputs, stack))
                     pending.append(_Pending(prepared, task))
                     while len(pending) >= self._window:
                         await self._write(chunk, part, pending, progress, versions)
@@ -192,7 +193,7 @@ class ChunkRunner:
             head = pending[0]
             ready.append((head.prepared, unfit_rows(head.prepared) if head.task is None else await head.task))
             pending.popleft()
-        versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, AnsweredRows))
+        versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, SucceededRows))
         ok, failed = await self._threads.run(write, part, chunk, ready)
         progress.add(ok, failed)
 
@@ -217,13 +218,13 @@ def unfit_rows(prepared: Prepared) -> Outcomes:
 
 
 def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
-    """Add outcomes to a part. Return the numbers of answered and of failed rows."""
+    """Add outcomes to a part. Return the numbers of succeeded and of failed rows."""
     ok = failed = 0
     for prepared, outcomes in ready:
         failed_rows = [each for each in outcomes if isinstance(each, FailedRow)]
-        for answered in (each for each in outcomes if isinstance(each, AnsweredRows)):
-            rejected = _add(part, chunk, prepared, answered)
-            ok += len(answered.rows) - len(rejected)
+        for succeeded in (each for each in outcomes if isinstance(each, SucceededRows)):
+            rejected = _add(part, chunk, prepared, succeeded)
+            ok += len(succeeded.rows) - len(rejected)
             failed_rows += rejected
         if failed_rows:
             part.add_failed(
@@ -234,18 +235,20 @@ def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcom
     return ok, failed
 
 
-def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: AnsweredRows) -> list[FailedRow]:
-    """Add the outputs of answered rows to the output part. Return the rows whose outputs Parquet cannot hold."""
-    rows = list(answered.rows)
+def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, succeeded: SucceededRows) -> list[FailedRow]:
+    """Add the outputs of succeeded rows to the output part. Return the rows whose outputs Parquet cannot hold."""
+    rows = list(succeeded.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
     try:
-        part.add(origins_of(chunk, prepared.piece, rows), kept, answered.outputs)
+        part.add(origins_of(chunk, prepared.piece, rows), kept, succeeded.outputs)
     except ValueError as err:
         if len(rows) == 1:
-            reason = f"the answer cannot be written: {err}: leave the output out of text_outputs"
+            reason = f"the output cannot be written: {err}: leave the output out of text_outputs"
             return [FailedRow(rows[0], RowError(Code.INTERNAL.name, reason, 1))]
         each = (
-            AnsweredRows((row,), {name: array[n : n + 1] for name, array in answered.outputs.items()}, answered.version)
+            SucceededRows(
+                (row,), {name: array[n : n + 1] for name, array in succeeded.outputs.items()}, succeeded.version
+            )
             for n, row in enumerate(rows)
         )
         return [rejected for one in each for rejected in _add(part, chunk, prepared, one)]

@@ -4,7 +4,7 @@ Each duty may be interrupted anywhere and done again. Files of the output:
 
     <output>/_batch.json        marker: the batch that owns the output
              _inputs.jsonl      the pinned inputs
-             part-*.parquet     answered rows
+             part-*.parquet     succeeded rows
              _dead/part-*       failed rows
              _manifest.json     the list of parts
              _summary.json      counts, speed, failures

@@ -26,7 +26,7 @@ class ModelMetadata:
 
         Raises:
             NotFound: no such model. InvalidArgument, FailedPrecondition: as `signature_of` does.
-            Unavailable: no instance answers.
+            Unavailable: no instance responds.
         """
         try:
             metadata_request = inference_pb2.ModelMetadataRequest(name=model, version=version)

@@ -1,6 +1,6 @@
-"""Inference for the rows of a chunk: stacks of rows are sent to the model until each row is answered or failed.
+"""Inference for the rows of a chunk: stacks of rows are sent to the model until each row has succeeded or failed.
 
-    stack ──> answered
+    stack ──> succeeded
       │  model unavailable or shedding load: retried after a wait; after MODEL_WAIT_S the chunk is released
       │  permanent error: bisected; a row that is sent by itself fails
       │  any other error: bisected; a row by itself is retried, and fails when its attempts are used up
@@ -34,7 +34,7 @@ _INSTANCE_LOST = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
 
 MODEL_WAIT_S = 10.0
 """Time that a chunk waits for an unavailable model before it is released in favour of other models' chunks. A model
-that restarts is ready again within this time, so answered rows are not discarded."""
+that restarts is ready again within this time, so succeeded rows are not discarded."""
 
 
 class InferenceClient(Protocol):
@@ -47,8 +47,8 @@ class InferenceClient(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AnsweredRows:
-    """Rows that one response answered: arrays by output name, whose first dimension is the rows."""
+class SucceededRows:
+    """Rows with outputs, from one response: arrays by output name, whose first dimension is the rows."""
 
     rows: tuple[int, ...]
     outputs: dict[str, Array]
@@ -57,7 +57,7 @@ class AnsweredRows:
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
-    """Row without an answer."""
+    """Row without outputs."""
 
     row: int
     error: RowError
@@ -139,9 +139,9 @@ class RowInference:
         self._model_wait_s = model_wait_s
         self._draw = draw
 
-    async def answer(
+    async def infer(
         self, inputs: Sequence[FittedInput], stack: Stack, *, is_exclusive: bool = False
-    ) -> list[AnsweredRows | FailedRow]:
+    ) -> list[SucceededRows | FailedRow]:
         """Return the outcomes of the rows of a stack, in their order.
 
         Raises:
@@ -152,7 +152,7 @@ class RowInference:
         while True:
             async with self._slots.acquired(exclusive=is_exclusive):
                 outcome = await self._send(inputs, stack)
-            if isinstance(outcome, AnsweredRows):
+            if isinstance(outcome, SucceededRows):
                 self._on_wait("")
                 return [outcome]
             attempts += outcome.is_reached and outcome.code not in _MODEL_UNAVAILABLE
@@ -183,14 +183,14 @@ class RowInference:
 
     async def _halves(
         self, inputs: Sequence[FittedInput], stack: Stack, *, is_exclusive: bool
-    ) -> list[AnsweredRows | FailedRow]:
+    ) -> list[SucceededRows | FailedRow]:
         first, second = stack.halves()
         return [
-            *await self.answer(inputs, first, is_exclusive=is_exclusive),
-            *await self.answer(inputs, second, is_exclusive=is_exclusive),
+            *await self.infer(inputs, first, is_exclusive=is_exclusive),
+            *await self.infer(inputs, second, is_exclusive=is_exclusive),
         ]
 
-    async def _send(self, inputs: Sequence[FittedInput], stack: Stack) -> AnsweredRows | Failure:
+    async def _send(self, inputs: Sequence[FittedInput], stack: Stack) -> SucceededRows | Failure:
         response = await self._model.infer(
             request_of(self._target, inputs, stack), self._timeout_s, self._target.tenant
         )
@@ -201,4 +201,4 @@ class RowInference:
         except DataLoss as err:
             # The response contradicts the model's metadata: a retry would not help.
             return Failure(Code.FAILED_PRECONDITION, err.message)
-        return AnsweredRows(stack.rows, dict(outputs), response.model_version[:32])
+        return SucceededRows(stack.rows, dict(outputs), response.model_version[:32])

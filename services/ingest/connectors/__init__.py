@@ -4,7 +4,7 @@
        ^                                                                                                 │
        └────────────────── settle: only now may the source commit the message ──────────────────────────┘
 
-A message that cannot be answered is sent to the dead letters with the reason, and is then settled, so it blocks no
+A message without an answer is sent to the dead letters with the reason, and is then settled, so it blocks no
 other message. A message that is not settled when a process dies is delivered again. Its job is found by its key, so
 each message has exactly one result.
 """

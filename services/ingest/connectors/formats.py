@@ -1,7 +1,7 @@
 """Formats of a connector: decoding of messages to inference requests, and encoding of answers.
 
     protobuf   a serialised inference.ModelInferRequest           ->  a serialised inference.ModelInferResponse
-    json       the body of the inference protocol over REST       ->  the same protocol's answer
+    json       the body of the inference protocol over REST       ->  the same protocol's response
     record     a JSON object, one row: a value for each input     ->  as json
     bytes      the whole message is one element of one input      ->  as json
 
@@ -62,8 +62,8 @@ class Format:
             # JSON allows a lone surrogate ("\\ud800"), which UTF-8 does not.
             raise InvalidArgument(f"a text in the message is no UTF-8: {err}") from None
 
-    def answer(self, response: oip.ModelInferResponse) -> bytes:
-        """Return the message of an answer.
+    def encode(self, response: oip.ModelInferResponse) -> bytes:
+        """Return an answer as a message.
 
         Raises:
             InvalidArgument: the answer has no JSON form. DataLoss: its tensors contradict their shapes or datatypes.

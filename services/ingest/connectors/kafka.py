@@ -224,16 +224,16 @@ class KafkaSource:
             return
         offsets = [self._of(partition, offset) for partition, offset in due.items()]
         try:
-            answers = consumer.commit(offsets=offsets, asynchronous=False)
+            committed = consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as err:
             # During a rebalance or an outage: the commit is retried, or the next owner gets the messages again.
             self._not_committed = f"cannot commit: {err.args[0].str()}"
             return
-        for answer in answers or ():
-            if answer.error is None:
-                self._committed[answer.partition] = answer.offset
+        for each in committed or ():
+            if each.error is None:
+                self._committed[each.partition] = each.offset
             else:
-                self._not_committed = f"cannot commit partition {answer.partition}: {answer.error.str()}"
+                self._not_committed = f"cannot commit partition {each.partition}: {each.error.str()}"
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
@@ -246,7 +246,7 @@ class KafkaSource:
 
     def _load_positions(self, consumer: Any, partitions: Sequence[Any]) -> None:
         """Read the start offsets of partitions before any message is fetched. An error restarts the source."""
-        found = _answered(
+        found = _without_errors(
             consumer.committed([self._of(each.partition) for each in partitions], timeout=_OFFSETS_TIMEOUT_S)
         )
         self._committed |= {each.partition: each.offset for each in found if each.offset >= 0}
@@ -254,11 +254,11 @@ class KafkaSource:
         if not new:
             return
         edge = OFFSET_END if self._start == "latest" else OFFSET_BEGINNING
-        starts = _answered(
+        starts = _without_errors(
             consumer.offsets_for_times([self._of(each, edge) for each in new], timeout=_OFFSETS_TIMEOUT_S)
         )
         if self._start == "latest":
-            starts = _answered(consumer.commit(offsets=starts, asynchronous=False))
+            starts = _without_errors(consumer.commit(offsets=starts, asynchronous=False))
             self._committed |= {each.partition: each.offset for each in starts}
         else:
             self._start_offsets |= {each.partition: each.offset for each in starts}
@@ -287,9 +287,9 @@ class KafkaSource:
         try:
             if self._assigned:
                 ends = [self._of(partition, OFFSET_END) for partition in self._assigned]
-                _answered(consumer.offsets_for_times(ends, timeout=_HEALTH_TIMEOUT_S))
+                _without_errors(consumer.offsets_for_times(ends, timeout=_HEALTH_TIMEOUT_S))
             else:
-                _answered(consumer.committed([self._of(0)], timeout=_HEALTH_TIMEOUT_S))
+                _without_errors(consumer.committed([self._of(0)], timeout=_HEALTH_TIMEOUT_S))
         except KafkaException:
             return False
         return True
@@ -364,7 +364,7 @@ class KafkaSink:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def delivered(error: Any, _: Any) -> None:
-            self._on_loop(_answer, future, None if error is None else self._send_error(error))
+            self._on_loop(_settle, future, None if error is None else self._send_error(error))
 
         while True:
             try:
@@ -406,8 +406,8 @@ class KafkaSink:
             pass
 
 
-def _answered(partitions: Sequence[Any]) -> Sequence[Any]:
-    """Return `partitions` when the broker answered for each of them without an error."""
+def _without_errors(partitions: Sequence[Any]) -> Sequence[Any]:
+    """Return `partitions` when the broker reports no error for any of them."""
     for each in partitions:
         if each.error is not None:
             raise KafkaException(each.error)
@@ -440,7 +440,7 @@ def _resolve(future: asyncio.Future[list[Message]], messages: list[Message]) -> 
         future.set_result(messages)
 
 
-def _answer(future: asyncio.Future[None], error: ShoalError | None) -> None:
+def _settle(future: asyncio.Future[None], error: ShoalError | None) -> None:
     if future.done():
         return
     if error is None:

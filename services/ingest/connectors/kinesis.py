@@ -409,12 +409,12 @@ class KinesisSink:
 
     async def _put(self, records: list[dict[str, Any]]) -> Sequence[ShoalError | None]:
         with _translated(f"writing to stream {self._access.stream}"):
-            answer = await self._client.put_records(StreamName=self._access.stream, Records=records)
+            response = await self._client.put_records(StreamName=self._access.stream, Records=records)
         return [
             Unavailable(f"stream {self._access.stream}: {each['ErrorCode']}: {each.get('ErrorMessage', '')}")
             if each.get("ErrorCode")
             else None
-            for each in answer["Records"]
+            for each in response["Records"]
         ]
 
 
@@ -424,9 +424,9 @@ def _partition_key(message: Outgoing) -> str:
     return key[:_KEY_CHARS]
 
 
-def _date(answer: dict[str, Any]) -> datetime | None:
+def _date(response: dict[str, Any]) -> datetime | None:
     """Return the time of a response by the server's clock, rounded down to seconds; None when it is missing."""
-    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    date = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
         return parsedate_to_datetime(date).astimezone(UTC)
     except ValueError:

@@ -59,7 +59,7 @@ def failed_of(result: store_pb2.Result) -> MessageFailure | None:
 
 
 def answer_of(spec: ConnectorSpec, message: Message, result: store_pb2.Result) -> Outgoing:
-    """Return the message of an answer, with the headers of the source message.
+    """Return the answer of a job as a message, with the headers of the source message.
 
     Raises:
         InvalidArgument, DataLoss: the answer cannot be encoded in the connector's format.
@@ -71,7 +71,7 @@ def answer_of(spec: ConnectorSpec, message: Message, result: store_pb2.Result) -
         MODEL: result.response.model_name or result.model_name,
         VERSION: result.response.model_version or result.model_version,
     }
-    return Outgoing(spec.format.answer(result.response), message.key, _headers(message, headers))
+    return Outgoing(spec.format.encode(result.response), message.key, _headers(message, headers))
 
 
 def dead_letter(spec: ConnectorSpec, message: Message, failed: MessageFailure, *, is_whole: bool = True) -> Outgoing:

@@ -31,7 +31,7 @@ from shoal.remote.v1 import pubsub_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-# The server answers a pull when there are messages, or after a while without.
+# The server responds to a pull when there are messages, or after a while without.
 _PULL_S = 60.0
 _CALL_S = 15.0
 _ACK_S = 0.05
@@ -126,15 +126,15 @@ class PubSubSource:
         request = pb.PubSubPullRequest(subscription=self._name, max_messages=min(limit, _PULLED_AT_ONCE))
         while True:
             try:
-                answer = await self._calls.call(
+                response = await self._calls.call(
                     "Subscriber/Pull", request, pb.PubSubPullResponse, _PULL_S, f"pulling {self._name}"
                 )
             except ShoalError as err:
                 if err.code is not Code.DEADLINE_EXCEEDED:
                     raise
                 continue
-            if answer.received_messages:
-                return [self._message(each) for each in answer.received_messages]
+            if response.received_messages:
+                return [self._message(each) for each in response.received_messages]
 
     def settle(self, message: Message) -> None:
         self._settled.append(message.handle)
@@ -230,9 +230,9 @@ class PubSubSink:
     async def _publish(self, messages: list[pb.PubSubMessage]) -> Sequence[None]:
         request = pb.PubSubPublishRequest(topic=self._topic, messages=messages)
         doing = f"publishing to {self._topic}"
-        answer = await self._calls.call("Publisher/Publish", request, pb.PubSubPublishResponse, _CALL_S, doing)
-        if len(answer.message_ids) != len(messages):
-            raise Internal(f"{doing}: {len(messages)} messages were sent, and {len(answer.message_ids)} have an id")
+        response = await self._calls.call("Publisher/Publish", request, pb.PubSubPublishResponse, _CALL_S, doing)
+        if len(response.message_ids) != len(messages):
+            raise Internal(f"{doing}: {len(messages)} messages were sent, and {len(response.message_ids)} have an id")
         return [None] * len(messages)
 
 

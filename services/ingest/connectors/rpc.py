@@ -22,8 +22,8 @@ class StreamsRpc:
     async def RunStream(
         self, request_iterator: AsyncIterator[pb.RunStreamRequest], context: Context
     ) -> AsyncIterator[pb.RunStreamResponse]:
-        async with aclosing(self._run_streams.serve(request_iterator)) as answers:
-            async for response in answers:
+        async with aclosing(self._run_streams.serve(request_iterator)) as responses:
+            async for response in responses:
                 yield response
 
     async def ListConnectors(self, request: pb.ListConnectorsRequest, context: Context) -> pb.ListConnectorsResponse:

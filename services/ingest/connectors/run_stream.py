@@ -1,13 +1,13 @@
 """RunStream: a client's stream as source and sink. Thousands may be open at once, so each must be cheap.
 
     reader ──(window)──> intake ──durable──> QUEUED ┐
-                            └──> the job ends ──────┴──> outbox ──a few at a time: fetch answers──> client
+                            └──> the job ends ──────┴──> outbox ──a few at a time: fetch results──> client
 
-A job in flight is one small object and a callback, without a task, request or answer. An answer is fetched just before
-it is sent. So a slow client holds only a few answers in memory, and its stream is not read while its window is full.
+A job in flight is one small object and a callback, without a task, request or response. A result is fetched just before
+it is sent. So a slow client holds only a few results in memory, and its stream is not read while its window is full.
 All streams share a budget (`Budget`) too; the first job of each stream does not count against it.
 
-A message carries one request, or several, whose answers are sent in bundles as well.
+A message carries one request, or several, whose responses are sent in bundles as well.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from shoal.store.v1 import store_pb2
 log = logging.getLogger(__name__)
 
 NAME_CHARS = 64
-# Answers of one stream that are fetched concurrently and held in memory.
+# Results of one stream that are fetched concurrently and held in memory.
 _FETCHED_AT_ONCE = 16
-# Answers of both kinds that are sent at once; an answer with state QUEUED is small.
+# Responses of both kinds that are sent at once; a response with state QUEUED is small.
 _SENT_AT_ONCE = 200
-# Limit on a bundle of answers; a larger answer is sent alone.
+# Limit on a bundle of responses; a larger response is sent alone.
 _MESSAGE_BYTES = 1 << 20
 _STORE_WAIT_S = 0.5
 # Time that a stream survives an unavailable store; after it, the client opens another stream.
@@ -80,7 +80,7 @@ class RunStreams:
         self._open = 0
 
     async def serve(self, requests: AsyncIterator[pb.RunStreamRequest]) -> AsyncGenerator[pb.RunStreamResponse, None]:
-        """Yield the answers of one stream.
+        """Yield the responses of one stream.
 
         Raises:
             ResourceExhausted: too many streams are open.
@@ -90,7 +90,7 @@ class RunStreams:
         self._open += 1
         stream = RunStream(self._intake, self._endings, items=self._items, budget=self._budget)
         try:
-            async for response in stream.answers(requests):
+            async for response in stream.responses(requests):
                 yield response
         finally:
             self._open -= 1
@@ -99,13 +99,13 @@ class RunStreams:
 
 @dataclass(eq=False, slots=True)
 class StreamItem:
-    """Job of a stream, from its request to its last answer."""
+    """Job of a stream, from its request to its last response."""
 
     sequence: int
     is_in_budget: bool
     """True when the job counts against the shared budget."""
     is_bundled: bool
-    """True when the request arrived in a bundle, so that its answers are bundled too."""
+    """True when the request arrived in a bundle, so that its responses are bundled too."""
     job_id: str = ""
     existed: bool = False
     submission: asyncio.Future[Accepted] | None = None
@@ -120,14 +120,16 @@ class RunStream:
         self._endings = endings
         self._budget = budget
         self._window = Window(items, 1 << 62)
-        # Bounded by the window, as each item has at most two answers.
+        # Bounded by the window, as each item has at most two responses.
         self._outbox: deque[tuple[StreamItem, pb.RunStreamResponse | None]] = deque()
         self._in_flight: set[StreamItem] = set()
         self._changed = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
-    async def answers(self, requests: AsyncIterator[pb.RunStreamRequest]) -> AsyncGenerator[pb.RunStreamResponse, None]:
-        """Yield answers until the client has ended its requests and has all answers."""
+    async def responses(
+        self, requests: AsyncIterator[pb.RunStreamRequest]
+    ) -> AsyncGenerator[pb.RunStreamResponse, None]:
+        """Yield responses until the client has ended its requests and has all responses."""
         self._reader = asyncio.create_task(self._read(requests), name="run stream")
         self._reader.add_done_callback(lambda _: self._changed.set())
         # The first message has the limit; later ones have 0.
@@ -203,7 +205,7 @@ class RunStream:
 
     def _resume(self, item: StreamItem, job_id: str) -> None:
         if not is_ulid(job_id):
-            raise InvalidArgument(f"job_id: {job_id[:64]!r} is no job id: expected the 26 characters of an answer")
+            raise InvalidArgument(f"job_id: {job_id[:64]!r} is no job id: expected the 26 characters of a response")
         item.job_id, item.existed = job_id, True
         self._wait(item)
 
@@ -216,7 +218,7 @@ class RunStream:
             return
         accepted = future.result()
         item.job_id, item.existed = accepted.job.id, accepted.existed
-        self._put(item, _answer(item, state=State.QUEUED))
+        self._put(item, _response_of(item, state=State.QUEUED))
         self._wait(item)
 
     def _wait(self, item: StreamItem) -> None:
@@ -224,10 +226,10 @@ class RunStream:
         self._endings.watch(item.job_id, item.ended, is_old=item.existed)
 
     def _reject(self, item: StreamItem, error: ShoalError) -> None:
-        self._put(item, _answer(item, error=error))
+        self._put(item, _response_of(item, error=error))
 
     def _put(self, item: StreamItem, response: pb.RunStreamResponse | None) -> None:
-        """Add an answer to the outbox. None: the job's result, which is fetched just before it is sent."""
+        """Add a response to the outbox. None: the job's result, which is fetched just before it is sent."""
         self._outbox.append((item, response))
         self._changed.set()
 
@@ -246,7 +248,7 @@ class RunStream:
                 return _ended(item, await self._endings.result(item.job_id))
             except ShoalError as err:
                 if err.code in (Code.NOT_FOUND, Code.DATA_LOSS):
-                    return _answer(item, error=err)
+                    return _response_of(item, error=err)
                 if asyncio.get_running_loop().time() > give_up_at:
                     raise
             await asyncio.sleep(_STORE_WAIT_S)
@@ -262,19 +264,19 @@ class RunStream:
         self._window.leave(0)
 
 
-def _messages(items: list[StreamItem], answers: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
-    """Yield messages of the answers, in which answers to bundled requests are bundled up to _MESSAGE_BYTES."""
+def _messages(items: list[StreamItem], responses: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
+    """Yield messages of the responses, in which responses to bundled requests are bundled up to _MESSAGE_BYTES."""
     bundle, nbytes = list[pb.RunStreamResponse](), 0
-    for item, answer in zip(items, answers, strict=True):
-        size = answer.ByteSize()
+    for item, response in zip(items, responses, strict=True):
+        size = response.ByteSize()
         if bundle and (not item.is_bundled or nbytes + size > _MESSAGE_BYTES):
             yield pb.RunStreamResponse(answers=bundle)
             bundle, nbytes = [], 0
         if item.is_bundled:
-            bundle.append(answer)
+            bundle.append(response)
             nbytes += size
         else:
-            yield answer
+            yield response
     if bundle:
         yield pb.RunStreamResponse(answers=bundle)
 
@@ -293,18 +295,20 @@ def _submit_of(request: pb.RunStreamRequest) -> pb.SubmitRequest:
     return request.submit
 
 
-def _answer(item: StreamItem, *, state: State | None = None, error: ShoalError | None = None) -> pb.RunStreamResponse:
+def _response_of(
+    item: StreamItem, *, state: State | None = None, error: ShoalError | None = None
+) -> pb.RunStreamResponse:
     named = "JOB_STATE_UNSPECIFIED" if state is None else f"JOB_STATE_{state.name}"
-    answer = pb.RunStreamResponse(sequence=item.sequence, job_id=item.job_id, existed=item.existed, state=named)
+    response = pb.RunStreamResponse(sequence=item.sequence, job_id=item.job_id, existed=item.existed, state=named)
     if error is not None:
-        answer.code, answer.message, answer.retry_after_ms = error.code, error.message, error.retry_after_ms or 0
-    return answer
+        response.code, response.message, response.retry_after_ms = error.code, error.message, error.retry_after_ms or 0
+    return response
 
 
 def _ended(item: StreamItem, ended: Ended) -> pb.RunStreamResponse:
-    answer, result = _answer(item, state=ended.state), ended.result
+    response, result = _response_of(item, state=ended.state), ended.result
     if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
-        answer.response.CopyFrom(result.response)
+        response.response.CopyFrom(result.response)
     else:
-        answer.code, answer.message = result.code, result.message
-    return answer
+        response.code, response.message = result.code, result.message
+    return response

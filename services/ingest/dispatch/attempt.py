@@ -23,7 +23,7 @@ from services.ingest.clock import Clock
 from services.ingest.dispatch.bulk_calls import is_ambiguous
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
-from services.ingest.dispatch.remote import AttemptAnswer, BulkEntry, BulkUnavailable, GivenUpJobs
+from services.ingest.dispatch.remote import AttemptOutcome, BulkEntry, BulkUnavailable, GivenUpJobs
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import BackToQueue, End, Failure, Job, Outcome, after_failure, imposed_end
@@ -59,7 +59,7 @@ class ModelClient(Protocol):
 
     def infer_bulk(
         self, model: str, entries: Sequence[BulkEntry], given_up: GivenUpJobs, traceparent: str
-    ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
+    ) -> AsyncGenerator[list[tuple[str, AttemptOutcome]], None]:
         """Run many requests of one model once each; yield results by job id, as they arrive.
 
         Raises:
@@ -126,17 +126,17 @@ class Attempts:
                 task.cancel()
 
     async def _run_one(self, job: Job) -> Decision:
-        answer = await self._traced(job, self._remaining_s(job))
-        if isinstance(answer, Failure):
-            return self._failed(job, answer)
+        outcome = await self._traced(job, self._remaining_s(job))
+        if isinstance(outcome, Failure):
+            return self._failed(job, outcome)
         self._gate.passed(job.model_name)
-        instance = answer.parameters["replica"].string_param if "replica" in answer.parameters else ""
+        instance = outcome.parameters["replica"].string_param if "replica" in outcome.parameters else ""
         if not job.explains:
-            for name in [name for name in answer.parameters if _is_explanation(name)]:
-                del answer.parameters[name]
+            for name in [name for name in outcome.parameters if _is_explanation(name)]:
+                del outcome.parameters[name]
         result = result_of(job, End(Outcome.SUCCEEDED))
-        result.response.CopyFrom(answer)
-        return _answered(result, instance)
+        result.response.CopyFrom(outcome)
+        return _succeeded(result, instance)
 
     async def _run_bulk(
         self, jobs: Sequence[Job], given_up: GivenUpJobs
@@ -149,28 +149,28 @@ class Attempts:
         # The call belongs to the trace of the first job that has one.
         traceparent = traceparent_of(trace.set_span_in_context(next(iter(spans.values())))) if spans else ""
         try:
-            answers = self._model.infer_bulk(jobs[0].model_name, entries, given_up, traceparent)
-            async with aclosing(answers):
-                async for some in answers:
-                    for job_id, answer in some:
+            outcomes = self._model.infer_bulk(jobs[0].model_name, entries, given_up, traceparent)
+            async with aclosing(outcomes):
+                async for some in outcomes:
+                    for job_id, outcome in some:
                         if (span := spans.pop(job_id, None)) is not None:
-                            _finish(span, answer)
-                    yield [(by_id[job_id], self._decided(by_id[job_id], answer)) for job_id, answer in some]
+                            _finish(span, outcome)
+                    yield [(by_id[job_id], self._decided(by_id[job_id], outcome)) for job_id, outcome in some]
         finally:
             for span in spans.values():
                 span.end()
 
-    def _decided(self, job: Job, answer: AttemptAnswer | Failure) -> Decision:
-        if isinstance(answer, Failure):
-            return self._failed(job, answer)
+    def _decided(self, job: Job, outcome: AttemptOutcome) -> Decision:
+        if isinstance(outcome, Failure):
+            return self._failed(job, outcome)
         result = result_of(job, End(Outcome.SUCCEEDED))
         result.response.SetInParent()
         try:
-            result.response.MergeFromString(answer.response)
+            result.response.MergeFromString(outcome.response)
         except DecodeError as err:
-            return self._failed(job, Failure(Code.INTERNAL, f"infer's answer is no ModelInferResponse: {err}"))
+            return self._failed(job, Failure(Code.INTERNAL, f"infer's response is no ModelInferResponse: {err}"))
         self._gate.passed(job.model_name)
-        return _answered(result, answer.instance)
+        return _succeeded(result, outcome.instance)
 
     def _failed(self, job: Job, failure: Failure) -> BackToQueue | End:
         now = self._clock()
@@ -196,10 +196,10 @@ class Attempts:
 
     async def _traced(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
         with trace.use_span(self._span(job), end_on_exit=True) as span:
-            answer = await self._call(job, timeout_s)
-            if isinstance(answer, Failure):
-                _mark(span, answer)
-            return answer
+            outcome = await self._call(job, timeout_s)
+            if isinstance(outcome, Failure):
+                _mark(span, outcome)
+            return outcome
 
     async def _call(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
         async with AsyncExitStack() as stack:
@@ -221,7 +221,7 @@ def _is_explanation(name: str) -> bool:
     return name in _EXPLANATIONS or _STEP_EXPLANATION.fullmatch(name) is not None
 
 
-def _answered(result: store_pb2.Result, instance: str) -> store_pb2.Result:
+def _succeeded(result: store_pb2.Result, instance: str) -> store_pb2.Result:
     # Truncated, because the store refuses longer names, and a model may return any.
     result.model_version = result.response.model_version[:_NAME_CHARS]
     result.instance = instance[:_NAME_CHARS]
@@ -233,7 +233,7 @@ def _mark(span: Span, failure: Failure) -> None:
     span.set_status(Status(StatusCode.ERROR, failure.message))
 
 
-def _finish(span: Span, answer: AttemptAnswer | Failure) -> None:
-    if isinstance(answer, Failure):
-        _mark(span, answer)
+def _finish(span: Span, outcome: AttemptOutcome) -> None:
+    if isinstance(outcome, Failure):
+        _mark(span, outcome)
     span.end()

@@ -22,7 +22,7 @@ LONE_BYTES = 256 << 10
 _SEQUENCE_ID = b"\x0a\x0bsequence_id"
 INITIAL_LIMIT = 32
 """Concurrency limit of a model without any results yet."""
-# A model is fast when it answers within this multiple of its best time.
+# A model is fast when it responds within this multiple of its best time.
 _TIMES_BEST = 3
 
 
@@ -66,7 +66,7 @@ class ConcurrencyLimit:
         self._halved_at = float("-inf")
         self.limit = min(INITIAL_LIMIT, most)
 
-    def answered(self, jobs: int, took_s: float, now_s: float) -> None:
+    def record_results(self, jobs: int, took_s: float, now_s: float) -> None:
         """Adapt the limit to `jobs` results that arrived after `took_s`."""
         self._best_s = min(self._best_s, took_s)
         soon_s = max(self._soon_s, _TIMES_BEST * self._best_s)

@@ -89,7 +89,7 @@ class ActiveAttempt:
     queue: ModelQueue
     began_s: float
     left: set[str]
-    """Ids of the jobs that are neither answered nor given up."""
+    """Ids of the jobs that are neither decided nor given up."""
     given_up: GivenUpJobs = field(default_factory=GivenUpJobs)
     task: asyncio.Task[None] | None = None
 
@@ -374,7 +374,7 @@ class Dispatcher:
             known.append((held_job, decision))
         now = asyncio.get_running_loop().time()
         call.queue.calls -= len(known)
-        call.queue.concurrency.answered(len(known), now - call.began_s, now)
+        call.queue.concurrency.record_results(len(known), now - call.began_s, now)
         self._record(known)
         self._call(call.queue)
         self._wake.set()

@@ -138,20 +138,20 @@ class Recorder:
 
     async def _record(self, endings: Sequence[EndingJob]) -> tuple[list[tuple[Job, End]], list[EndingJob]]:
         """Record results. Return the jobs with their stored outcomes, and the jobs that must be retried."""
-        answers = await self._results_group.put_all(
+        outcomes = await self._results_group.put_all(
             [PendingResult(each.result, each.job.traceparent) for each in endings]
         )
         recorded: list[tuple[Job, End]] = []
         left: list[EndingJob] = []
-        for ending, answer in zip(endings, answers, strict=True):
-            if answer is None:
+        for ending, outcome in zip(endings, outcomes, strict=True):
+            if outcome is None:
                 self._events.recorded(ending.job, ending.result)
                 recorded.append((ending.job, _end_of(ending.result)))
-            elif not isinstance(answer, ShoalError):
-                recorded.append((ending.job, answer))
-            elif _is_refused(answer) and ending.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
-                log.error("the store refuses the result of job %s: %s", ending.job.id, answer)
-                left.append(replace(ending, result=_unstorable(ending.result, answer)))
+            elif not isinstance(outcome, ShoalError):
+                recorded.append((ending.job, outcome))
+            elif _is_refused(outcome) and ending.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
+                log.error("the store refuses the result of job %s: %s", ending.job.id, outcome)
+                left.append(replace(ending, result=_unstorable(ending.result, outcome)))
             else:
                 left.append(ending)
         return recorded, left
@@ -159,17 +159,17 @@ class Recorder:
     async def _settle(self, changes: Sequence[Change], is_held: IsHeld, on_settled: OnSettled) -> None:
         waiting, wait_s = list(changes), _FIRST_WAIT_S
         while waiting := [change for change in waiting if is_held(change[0])]:
-            answers = await self._states.put_all(waiting)
+            outcomes = await self._states.put_all(waiting)
             done = [
                 before
-                for (before, _), answer in zip(waiting, answers, strict=True)
-                if not isinstance(answer, ShoalError)
+                for (before, _), outcome in zip(waiting, outcomes, strict=True)
+                if not isinstance(outcome, ShoalError)
             ]
             for before in done:
                 self._events.changed(before.id)
             on_settled(done)
             # `_write` has logged the failure, once for the group.
-            if waiting := [c for c, answer in zip(waiting, answers, strict=True) if isinstance(answer, ShoalError)]:
+            if waiting := [c for c, outcome in zip(waiting, outcomes, strict=True) if isinstance(outcome, ShoalError)]:
                 wait_s = await _pause(wait_s)
 
     async def _put(self, pending: list[PendingResult]) -> Sequence[End | ShoalError | None]:

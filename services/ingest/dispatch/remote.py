@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -72,12 +73,16 @@ class BulkEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptAnswer:
-    """A model's answer to one entry."""
+class AttemptResponse:
+    """A model's response to one entry."""
 
     response: bytes
     """A serialised ModelInferResponse."""
     instance: str
+
+
+AttemptOutcome: TypeAlias = AttemptResponse | Failure
+"""Outcome of one attempt: the response, or the error."""
 
 
 class BulkUnavailable(Exception):
@@ -136,7 +141,7 @@ class RemoteModel:
 
     async def infer_bulk(
         self, model: str, entries: Sequence[BulkEntry], given_up: GivenUpJobs, traceparent: str = ""
-    ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
+    ) -> AsyncGenerator[list[tuple[str, AttemptOutcome]], None]:
         """Run serialised ModelInferRequests of one model once each; yield results by job id, as they arrive.
 
         Entries without a result at the end of the call fail as the call did. Entries that are given up may have none.
@@ -158,12 +163,12 @@ class RemoteModel:
                     async for message in call:
                         response = bulk_pb2.InferBulkResponse.FromString(message)
                         instance = instance or response.instance
-                        fresh = [answer for answer in response.answers if answer.number in left]
-                        left.difference_update(answer.number for answer in fresh)
-                        yield [(entries[answer.number].job_id, _bulk_answer(answer, instance)) for answer in fresh]
+                        fresh = [entry for entry in response.answers if entry.number in left]
+                        left.difference_update(entry.number for entry in fresh)
+                        yield [(entries[entry.number].job_id, _bulk_outcome(entry, instance)) for entry in fresh]
             failure = Failure(Code.INTERNAL, "infer ended a bulk without results for all of its entries")
         except DecodeError as err:
-            failure = Failure(Code.INTERNAL, f"infer's answer to a bulk is no InferBulkResponse: {err}")
+            failure = Failure(Code.INTERNAL, f"infer's response to a bulk is no InferBulkResponse: {err}")
         except grpc.RpcError as err:
             failure = failure_of(err)
             if len(left) == len(entries) and failure.code == Code.UNIMPLEMENTED:
@@ -194,11 +199,11 @@ def _send_given_up(call: StreamCall, numbers: Mapping[str, int], job_ids: Sequen
         call.write(bulk_pb2.InferBulkRequest(given_up=given_up).SerializeToString())
 
 
-def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> AttemptAnswer | Failure:
-    if answer.HasField("response"):
-        return AttemptAnswer(answer.response, instance)
-    is_shed = answer.HasField("retry_after_ms") and answer.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
-    return Failure(answer.code, answer.message, not is_shed, answer.retry_after_ms)
+def _bulk_outcome(entry: bulk_pb2.InferBulkResponse.Answer, instance: str) -> AttemptOutcome:
+    if entry.HasField("response"):
+        return AttemptResponse(entry.response, instance)
+    is_shed = entry.HasField("retry_after_ms") and entry.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
+    return Failure(entry.code, entry.message, not is_shed, entry.retry_after_ms)
 
 
 def _printable(name: str) -> str:

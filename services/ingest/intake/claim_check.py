@@ -70,13 +70,13 @@ class ClaimCheck:
             sha256=sha256, size_bytes=len(request), reference=self._prefix + job_id, tenant=tenant
         )
         try:
-            answer = await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
+            response = await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
         except grpc.RpcError as err:
             log.warning("large requests go to MongoDB: the store does not accept them: %s", translate(err))
             self._paused_until = self._monotonic() + _PAUSE_S
             return None
-        if answer.HasField("over_quota"):
-            self._on_over(answer.over_quota)
+        if response.HasField("over_quota"):
+            self._on_over(response.over_quota)
         return sha256
 
     async def fetch(self, job_id: str, sha256: str) -> bytes:
@@ -120,11 +120,11 @@ class ClaimCheck:
                 prefix=self._prefix, after=after, before=self._prefix + before, page_size=_LISTED_AT_ONCE
             )
             with store_errors("listing requests of jobs"):
-                answer = await self._stub.ListReferences(page, timeout=_CALL_TIMEOUT_S)
-            if not answer.references:
+                response = await self._stub.ListReferences(page, timeout=_CALL_TIMEOUT_S)
+            if not response.references:
                 return
-            after = answer.references[-1].name
-            yield [reference.name.removeprefix(self._prefix) for reference in answer.references]
+            after = response.references[-1].name
+            yield [reference.name.removeprefix(self._prefix) for reference in response.references]
 
 
 async def _upload(header: pb.PutArtifactRequest.Header, request: bytes) -> AsyncIterator[pb.PutArtifactRequest]:

@@ -69,9 +69,9 @@ class StorageQuotas(Background):
         while True:
             request = store_pb2.ListUsageRequest(over_quota=True, page_token=token)
             with store_errors("reading storage quotas"):
-                answer = await self._store.ListUsage(request, timeout=_TIMEOUT_S)
-            found.update({usage.tenant: usage for usage in answer.usages})
-            token = answer.next_page_token
+                response = await self._store.ListUsage(request, timeout=_TIMEOUT_S)
+            found.update({usage.tenant: usage for usage in response.usages})
+            token = response.next_page_token
             if not token:
                 self._over, self._marked = {**self._marked, **found}, {}
                 return self._read_s

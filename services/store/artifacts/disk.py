@@ -44,7 +44,7 @@ def read_all(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def answers(folder: Path) -> bool:
+def responds(folder: Path) -> bool:
     """Return True when the disk of `folder` still works: a file can be created and synced there."""
     file = folder / f"{uuid.uuid4().hex}.tmp"
     try:

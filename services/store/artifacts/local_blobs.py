@@ -88,7 +88,7 @@ class LocalBlobs(ObjectBlobs):
             return PermissionDenied(
                 f"reading blob {key}: {err.strerror}: the user that the store runs as must own its folder of blobs"
             )
-        if err.errno in _LOST and disk.answers(self._staging):
+        if err.errno in _LOST and disk.responds(self._staging):
             return DataLoss(f"blob {key}: the disk cannot read it: {err.strerror}")
         return Unavailable(f"reading blob {key}: the disk fails at present: {err.strerror}: retry in a moment")
 

@@ -2,7 +2,7 @@
 
     filter ──condition──> {tenant: ..., recorded_at: {...}} ──find──> cursor, newest or oldest first
 
-Every index of results ends in (recorded_at, _id), so every filter is answered in order without a sort, and from a
+Every index of results ends in (recorded_at, _id), so every filter is served in order without a sort, and from a
 position without a skip. The index also holds the filtered fields, so a document, which may hold a megabyte, is read
 only when it matches (except by labels beyond the first).
 """

@@ -33,7 +33,7 @@ class InferRequest:
     """Empty: the server's choice, which is the alias `stable`, else the newest version."""
     parameters: Mapping[str, Parameter] | None = None
     request_id: str = ""
-    """Returned with the answer."""
+    """Returned with the response."""
     datatypes: Mapping[str, str] = field(default_factory=dict)
     """Datatypes to send, by input name: `{"x": "BF16"}`."""
 
@@ -45,11 +45,11 @@ class InferRequest:
 
 @dataclass(frozen=True)
 class InferResult:
-    """A model's answer. `result["name"]` is the output of that name."""
+    """Outputs of one inference. `result["name"]` is the output of that name."""
 
     model_name: str
     model_version: str
-    """The version that answered."""
+    """The version that ran."""
     outputs: dict[str, Array] = field(default_factory=dict)
     """Writable arrays by output name. BYTES: object arrays of `bytes`. BF16: the bits as uint16 (see BFloat16)."""
     parameters: dict[str, Parameter] = field(default_factory=dict)

@@ -20,7 +20,7 @@ AHEAD = 16
 """Items read ahead from an iterable that may block, while earlier ones are sent."""
 
 METADATA_S = 10.0
-"""Timeout of a metadata call, which a server answers from memory."""
+"""Timeout of a metadata call, which a server serves from memory."""
 
 _END = object()
 
@@ -50,8 +50,8 @@ class RequestEncoder:
             query = oip.ModelMetadataRequest(name=key[0], version=key[1])
             doing = f"read the inputs of {request.model}"
             try:
-                answer = await self._caller.call(methods.MODEL_METADATA, query, timeout_s=METADATA_S, doing=doing)
-                self._datatypes[key] = {tensor.name: tensor.datatype for tensor in answer.inputs}
+                response = await self._caller.call(methods.MODEL_METADATA, query, timeout_s=METADATA_S, doing=doing)
+                self._datatypes[key] = {tensor.name: tensor.datatype for tensor in response.inputs}
             except Unimplemented:
                 # A server without metadata: NumPy's choice of datatype is sent.
                 self._datatypes[key] = {}

@@ -85,7 +85,7 @@ class Batch:
     failures: Mapping[str, int] = field(default_factory=dict)
     """Rows that failed, by status code."""
     model_versions: tuple[str, ...] = ()
-    """Versions that have answered rows."""
+    """Versions that have run rows."""
     submitted_at: datetime | None = None
     updated_at: datetime | None = None
     ended_at: datetime | None = None
@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def rows_done(self) -> int:
-        """Rows that were answered or failed."""
+        """Rows that succeeded or failed."""
         return self.rows_ok + self.rows_failed
 
 

@@ -1,4 +1,4 @@
-"""Client of a node's batches: files of rows through one model, with answers as Parquet."""
+"""Client of a node's batches: files of rows through one model, with outputs as Parquet."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AsyncBatches:
         max_attempts: int = 0,
         timeout: float = SUBMIT_S,
     ) -> Batch:
-        """Submit a batch: run all rows of `inputs` through `model` and write the answers to `output`.
+        """Submit a batch: run all rows of `inputs` through `model` and write the outputs to `output`.
 
         `inputs` are URLs of JSONL, Parquet or NPZ files, or paths that the node can read. A URL that ends with a slash
         is a prefix: all files of the format below it, or with `format="objects"` each object as one row. A column feeds
@@ -78,8 +78,8 @@ class AsyncBatches:
             max_attempts=max_attempts,
         )
         doing = f"submit a batch to {model}"
-        answer = await self._caller.call(methods.SUBMIT_BATCH, request, timeout_s=timeout, doing=doing)
-        return of_batch(answer.batch)
+        response = await self._caller.call(methods.SUBMIT_BATCH, request, timeout_s=timeout, doing=doing)
+        return of_batch(response.batch)
 
     async def get(self, batch_id: str, *, timeout: float = READ_S) -> Batch:
         """Return a batch.
@@ -110,9 +110,9 @@ class AsyncBatches:
                 page_size=min(limit - len(found), 1_000),
                 page_token=token,
             )
-            answer = await self._caller.call(methods.LIST_BATCHES, request, timeout_s=timeout, doing="list batches")
-            found += [of_batch(batch) for batch in answer.batches]
-            token = answer.next_page_token
+            response = await self._caller.call(methods.LIST_BATCHES, request, timeout_s=timeout, doing="list batches")
+            found += [of_batch(batch) for batch in response.batches]
+            token = response.next_page_token
             if not token:
                 break
         return found[:limit]
@@ -124,15 +124,15 @@ class AsyncBatches:
             NotFound: no such batch.
             DeadlineExceeded: the batch has not ended in time.
         """
-        answers = self._caller.follow(
+        responses = self._caller.follow(
             methods.WATCH_BATCH,
             lambda: ingest.WatchBatchRequest(id=batch_id),
             timeout_s=timeout,
-            ended=lambda answer: of_batch(answer.batch).ended,
+            ended=lambda response: of_batch(response.batch).ended,
             doing=f"watch batch {batch_id}",
         )
-        async for answer in answers:
-            yield of_batch(answer.batch)
+        async for response in responses:
+            yield of_batch(response.batch)
 
     async def wait(self, batch_id: str, *, timeout: float = WATCH_S) -> Batch:
         """Wait until the batch has ended and return it. Raises as `watch` does."""

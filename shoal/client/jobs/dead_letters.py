@@ -60,9 +60,9 @@ class AsyncDeadLetters:
             request = ingest.ListDeadLettersRequest(
                 filter=criteria, page_size=min(limit - len(found), _PAGE), page_token=token
             )
-            answer = await self._caller.call(methods.LIST_DEAD_LETTERS, request, timeout_s=timeout)
-            found += [of_job(job) for job in answer.jobs]
-            token = answer.next_page_token
+            response = await self._caller.call(methods.LIST_DEAD_LETTERS, request, timeout_s=timeout)
+            found += [of_job(job) for job in response.jobs]
+            token = response.next_page_token
             if not token:
                 break
         return found[:limit]
@@ -93,10 +93,10 @@ class AsyncDeadLetters:
             more = True
             while more:
                 request = ingest.RequeueDeadLettersRequest(ids=chunk_ids, filter=criteria, reason=reason)
-                answer = await self._caller.call(methods.REQUEUE_DEAD_LETTERS, request, timeout_s=timeout)
+                response = await self._caller.call(methods.REQUEUE_DEAD_LETTERS, request, timeout_s=timeout)
                 # A job that died again meanwhile would match again: stop rather than requeue it twice.
-                more = answer.more and not {*answer.ids} & {*handled.ids}
-                handled = _joined(handled, answer)
+                more = response.more and not {*response.ids} & {*handled.ids}
+                handled = _joined(handled, response)
         return handled
 
     async def purge(
@@ -123,8 +123,8 @@ class AsyncDeadLetters:
             more = True
             while more:
                 request = ingest.PurgeDeadLettersRequest(ids=chunk_ids, filter=criteria)
-                answer = await self._caller.call(methods.PURGE_DEAD_LETTERS, request, timeout_s=timeout)
-                handled, more = _joined(handled, answer), answer.more
+                response = await self._caller.call(methods.PURGE_DEAD_LETTERS, request, timeout_s=timeout)
+                handled, more = _joined(handled, response), response.more
         return handled
 
     def _chunks(
@@ -153,6 +153,6 @@ class AsyncDeadLetters:
         return message
 
 
-def _joined(handled: Handled, answer: ingest.RequeueDeadLettersResponse | ingest.PurgeDeadLettersResponse) -> Handled:
-    refused = {one.id: from_status(one.code, one.message) for one in answer.refused}
-    return Handled((*handled.ids, *answer.ids), {**handled.refused, **refused})
+def _joined(handled: Handled, response: ingest.RequeueDeadLettersResponse | ingest.PurgeDeadLettersResponse) -> Handled:
+    refused = {one.id: from_status(one.code, one.message) for one in response.refused}
+    return Handled((*handled.ids, *response.ids), {**handled.refused, **refused})

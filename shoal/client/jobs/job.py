@@ -60,7 +60,7 @@ class JobRequest(InferRequest):
     """A second job with the same key returns the first job. Empty: the client makes a key, so that retries are safe."""
     tenant: str = ""
     deadline: float | timedelta | None = None
-    """Seconds after acceptance at which an unanswered job expires."""
+    """Seconds after acceptance at which a job without an answer expires."""
     retry: JobRetry | None = None
     """None: the node's default policy."""
     labels: Mapping[str, str] = field(default_factory=dict)

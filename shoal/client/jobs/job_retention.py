@@ -39,10 +39,10 @@ class AsyncJobRetention:
 
     async def list(self, *, timeout: float = TIMEOUT_S) -> builtins.list[JobRetention]:
         """Return the rules of every tenant (`*`), and of tenants with their own."""
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.LIST_JOB_RETENTION, ingest.ListJobRetentionRequest(), timeout_s=timeout
         )
-        return [_rule(one) for one in answer.rules]
+        return [_rule(one) for one in response.rules]
 
     async def set(
         self,

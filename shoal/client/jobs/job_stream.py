@@ -58,10 +58,10 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         self._outcomes: asyncio.Queue[O | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._exhausted = False
-        # Jobs that the node accepts in one message. The first answer of a stream says so, and the other jobs wait for
-        # it: jobs sent one a message are answered one by one, each answer frees one slot, and batches never form.
+        # Jobs that the node accepts in one message. The first response of a stream says so, and the other jobs wait for
+        # it: jobs sent one a message get single responses, each response frees one slot, and batches never form.
         self._message_jobs, self._has_message_jobs = 1, False
-        self._answers = 0
+        self._responses = 0
 
     @abstractmethod
     def _pending_state(self, submit: ingest.SubmitRequest) -> P:
@@ -76,8 +76,8 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         """Pop jobs from the left of `outbox`, which is not empty, and return their message, or None for no message."""
 
     @abstractmethod
-    async def _process(self, answer: R) -> None:
-        """Process an answer for those of its jobs that are still pending (`_pending`)."""
+    async def _process(self, response: R) -> None:
+        """Process a response for those of its jobs that are still pending (`_pending`)."""
 
     def _is_all_sent(self) -> bool:
         return self._exhausted
@@ -116,7 +116,7 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         attempt, begun = 0, False
         try:
             while await self._wait_for_jobs():
-                before = self._answers
+                before = self._responses
                 try:
                     await self._stream()
                     error: ShoalError = Unavailable(f"{self._method.name}: the stream ended early")
@@ -124,7 +124,7 @@ class JobStream(ABC, Generic[P, Q, R, O]):
                     error = err
                 if not self._pending:
                     continue
-                progressed = self._answers > before
+                progressed = self._responses > before
                 attempt, begun = (1, True) if progressed else (attempt + 1, begun)
                 wait = self._caller.stream_wait_s(error, attempt=attempt, begun=begun)
                 if wait is None:
@@ -145,8 +145,8 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         self._outbox = deque(self._pending)
         self._message_jobs, self._has_message_jobs = 1, False
         with self._caller.bidi(self._method, self._feed(self._outbox), timeout_s=None) as call:
-            while (answer := await self._read(call)) is not None:
-                await self._process(answer)
+            while (response := await self._read(call)) is not None:
+                await self._process(response)
 
     async def _feed(self, outbox: deque[int]) -> AsyncIterator[Q]:
         has_begun = False
@@ -163,7 +163,7 @@ class JobStream(ABC, Generic[P, Q, R, O]):
                 await self._changed.wait()
 
     async def _read(self, call: Bidi[R]) -> R | None:
-        """Return the next answer; None at the end of the stream. No time limit: the queue may be long."""
+        """Return the next response; None at the end of the stream. No time limit: the queue may be long."""
         return await call.read()
 
     def _pop_message(self, outbox: deque[int], make: Callable[[int], M | None], *, in_a_row: bool = False) -> list[M]:
@@ -185,18 +185,18 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         return found
 
     def _set_message_jobs(self, most: int) -> None:
-        """Store the number of jobs that the node accepts in one message; 0: the answer has no number."""
+        """Store the number of jobs that the node accepts in one message; 0: the response has no number."""
         if most:
             self._message_jobs = min(most, MESSAGE_JOBS)
         if not self._has_message_jobs:
             self._has_message_jobs = True
             self._changed.set()
 
-    def _record_answer(self, index: int) -> P | None:
-        """Record an answer to a job. Return the job's state when it is still pending."""
+    def _record_response(self, index: int) -> P | None:
+        """Record a response to a job. Return the job's state when it is still pending."""
         pending = self._pending.get(index)
         if pending is not None:
-            self._answers += 1
+            self._responses += 1
         return pending
 
     def _finish(self, index: int, outcome: O) -> None:

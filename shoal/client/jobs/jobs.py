@@ -83,10 +83,10 @@ class AsyncJobs:
         """Submit one job and return it. The job is durable when this returns, and runs even after crashes.
 
         A second submit with the same `idempotency_key` returns the first job; without a key the client makes one, so
-        that its own retries create no second job. An unanswered job expires after `deadline` seconds. `priority` (-9 to
-        9) orders the tenant's own jobs. With `keep_request` the node keeps the inputs after the end. The job runs not
-        before `not_before`, `delay` seconds, and the success of the jobs that it depends on (by id or key). When a
-        dependency does not succeed, the job is cancelled, or with `fails_with_dependencies` fails.
+        that its own retries create no second job. Without an answer, the job expires after `deadline` seconds.
+        `priority` (-9 to 9) orders the tenant's own jobs. With `keep_request` the node keeps the inputs after the end.
+        The job runs not before `not_before`, `delay` seconds, and the success of the jobs that it depends on (by id or
+        key). When a dependency does not succeed, the job is cancelled, or with `fails_with_dependencies` fails.
 
         Raises:
             InvalidArgument: the message names the field.
@@ -115,8 +115,8 @@ class AsyncJobs:
             fails_with_dependencies=fails_with_dependencies,
         )
         message = await self._message(RequestEncoder(self._caller), request)
-        answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
-        return of_job(answer.job)
+        response = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
+        return of_job(response.job)
 
     async def submit_many(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = WINDOW
@@ -190,8 +190,8 @@ class AsyncJobs:
             FailedPrecondition: the inputs are not kept.
         """
         request = ingest.GetPayloadRequest(id=job_id)
-        answer = await self._caller.call(methods.GET_PAYLOAD, request, timeout_s=timeout, doing=f"inputs of {job_id}")
-        return of_inputs(answer.request)
+        response = await self._caller.call(methods.GET_PAYLOAD, request, timeout_s=timeout, doing=f"inputs of {job_id}")
+        return of_inputs(response.request)
 
     async def list(
         self,
@@ -228,10 +228,10 @@ class AsyncJobs:
                 page_size=min(left, 1_000),
                 page_token=token,
             )
-            answer = await self._caller.call(methods.LIST_JOBS, request, timeout_s=timeout, doing="list jobs")
-            for job in answer.jobs[:left]:
+            response = await self._caller.call(methods.LIST_JOBS, request, timeout_s=timeout, doing="list jobs")
+            for job in response.jobs[:left]:
                 yield of_job(job)
-            left, token = left - len(answer.jobs), answer.next_page_token
+            left, token = left - len(response.jobs), response.next_page_token
             if not token:
                 return
 
@@ -243,15 +243,15 @@ class AsyncJobs:
             DeadlineExceeded: the job has not ended in time.
         """
         last: Job | None = None
-        answers = self._caller.follow(
+        responses = self._caller.follow(
             methods.WATCH_JOB,
             lambda: ingest.WatchJobRequest(id=job_id),
             timeout_s=timeout,
-            ended=lambda answer: of_job(answer.job).ended,
+            ended=lambda response: of_job(response.job).ended,
             doing=f"watch job {job_id}",
         )
-        async for answer in answers:
-            job = of_job(answer.job)
+        async for response in responses:
+            job = of_job(response.job)
             # A reopened stream begins with the present state, which may be known.
             if job != last:
                 last = job
@@ -281,13 +281,13 @@ class AsyncJobs:
         def request() -> ingest.WatchJobsRequest:
             return to_watch(wanted, tenant=self._tenant, include_existing=include_existing, resume_token=last)
 
-        answers = self._caller.follow(
+        responses = self._caller.follow(
             methods.WATCH_JOBS, request, timeout_s=timeout, ended=lambda _: False, doing="watch jobs"
         )
-        async for answer in answers:
-            if answer.HasField("job"):
-                yield JobChange(of_job(answer.job), answer.resume_token, answer.existing)
-            last = answer.resume_token
+        async for response in responses:
+            if response.HasField("job"):
+                yield JobChange(of_job(response.job), response.resume_token, response.existing)
+            last = response.resume_token
 
     async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
         """Cancel a job: prevent its run, or the recording of its answer. Return the job, which may have ended before.
@@ -330,7 +330,7 @@ class AsyncJobs:
         try:
             return (await self.get(found.job_id)).generation > max(1, found.generation)
         except ShoalError:
-            # The job is deleted, or ingest is unavailable: the recorded failure is the best answer.
+            # The job is deleted, or ingest is unavailable: the recorded failure is returned.
             return False
 
     async def _result(self, job_id: str, wait_s: float = 0.0) -> store.Result | None:
@@ -338,12 +338,12 @@ class AsyncJobs:
         if wait_s > 0:
             request.wait.FromNanoseconds(int(wait_s * 1e9))
         try:
-            answer = await self._caller.call(
+            response = await self._caller.call(
                 methods.GET_RESULT, request, timeout_s=READ_S, doing=f"result of job {job_id}"
             )
         except NotFound:
             return None
-        return answer.result
+        return response.result
 
     async def _until_ended(self, job_id: str, timeout: float) -> Job:
         last: Job | None = None

@@ -47,15 +47,15 @@ def missing_result(job: Job) -> ShoalError:
     return from_status(job.last_code or Code.UNKNOWN, _message(job.id, f"is {job.state}", job.last_message))
 
 
-def of_ended(answer: ingest.RunStreamResponse) -> ShoalError:
+def of_ended(response: ingest.RunStreamResponse) -> ShoalError:
     """Return the error of a job of a stream that ended without an answer, or whose answer is missing."""
-    job_id = answer.job_id
-    if answer.state == ingest.JOB_STATE_CANCELLED:
-        return Cancelled(_message(job_id, "was cancelled", answer.message))
-    if answer.state == ingest.JOB_STATE_EXPIRED:
-        return DeadlineExceeded(_message(job_id, "expired: its deadline passed before an answer", answer.message))
-    how = "has no result" if answer.state == ingest.JOB_STATE_UNSPECIFIED else "failed"
-    return from_status(answer.code or Code.UNKNOWN, _message(job_id, how, answer.message))
+    job_id = response.job_id
+    if response.state == ingest.JOB_STATE_CANCELLED:
+        return Cancelled(_message(job_id, "was cancelled", response.message))
+    if response.state == ingest.JOB_STATE_EXPIRED:
+        return DeadlineExceeded(_message(job_id, "expired: its deadline passed before an answer", response.message))
+    how = "has no result" if response.state == ingest.JOB_STATE_UNSPECIFIED else "failed"
+    return from_status(response.code or Code.UNKNOWN, _message(job_id, how, response.message))
 
 
 def _message(job_id: str, what: str, why: str) -> str:

@@ -71,7 +71,7 @@ class RunStream(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRes
         requests = self._pop_message(outbox, self._request)
         if self._message_jobs == 1 or not requests:
             return requests[0] if requests else None
-        # A list even for one job: the node answers jobs of a list in batches.
+        # A list even for one job: the node responds to jobs of a list in batches.
         return ingest.RunStreamRequest(requests=requests)
 
     def _request(self, index: int) -> ingest.RunStreamRequest | None:
@@ -85,21 +85,21 @@ class RunStream(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRes
     def _is_all_sent(self) -> bool:
         return super()._is_all_sent() and not self._unary_submits
 
-    async def _process(self, answer: ingest.RunStreamResponse) -> None:
-        self._set_message_jobs(answer.most_requests)
-        for one in answer.answers or (answer,):
+    async def _process(self, response: ingest.RunStreamResponse) -> None:
+        self._set_message_jobs(response.most_requests)
+        for one in response.answers or (response,):
             self._process_one(one)
 
-    def _process_one(self, answer: ingest.RunStreamResponse) -> None:
-        pending = self._record_answer(answer.sequence)
+    def _process_one(self, response: ingest.RunStreamResponse) -> None:
+        pending = self._record_response(response.sequence)
         if pending is None or pending.in_unary_submit:
             return
-        if answer.state == ingest.JOB_STATE_QUEUED:
-            pending.job_id, pending.submit = answer.job_id, None
-        elif answer.job_id:
-            self._finish(answer.sequence, _ran(answer))
+        if response.state == ingest.JOB_STATE_QUEUED:
+            pending.job_id, pending.submit = response.job_id, None
+        elif response.job_id:
+            self._finish(response.sequence, _ran(response))
         else:
-            self._rejected(answer.sequence, pending, of_rejection(answer.code, answer.message))
+            self._rejected(response.sequence, pending, of_rejection(response.code, response.message))
 
     def _rejected(self, index: int, pending: _Pending, error: ShoalError) -> None:
         if pending.submit is None or not is_retried(error):
@@ -112,11 +112,11 @@ class RunStream(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRes
 
     async def _submit_unary(self, index: int, pending: _Pending, submit: ingest.SubmitRequest) -> None:
         try:
-            answer = await self._caller.call(methods.SUBMIT, submit, timeout_s=SUBMIT_S)
+            response = await self._caller.call(methods.SUBMIT, submit, timeout_s=SUBMIT_S)
         except ShoalError as err:
             self._finish(index, self._rejection(index, err))
             return
-        pending.job_id, pending.submit, pending.in_unary_submit = answer.job.id, None, False
+        pending.job_id, pending.submit, pending.in_unary_submit = response.job.id, None, False
         self._outbox.append(index)
 
     def _unary_submit_ended(self, task: asyncio.Task[None]) -> None:
@@ -124,10 +124,10 @@ class RunStream(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRes
         self._changed.set()
 
 
-def _ran(answer: ingest.RunStreamResponse) -> Ran:
+def _ran(response: ingest.RunStreamResponse) -> Ran:
     try:
-        if answer.state == ingest.JOB_STATE_SUCCEEDED:
-            return Ran(answer.sequence, answer.job_id, of_response(answer.response))
-        raise of_ended(answer)
+        if response.state == ingest.JOB_STATE_SUCCEEDED:
+            return Ran(response.sequence, response.job_id, of_response(response.response))
+        raise of_ended(response)
     except ShoalError as err:
-        return Ran(answer.sequence, answer.job_id, error=err)
+        return Ran(response.sequence, response.job_id, error=err)

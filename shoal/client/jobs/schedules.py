@@ -111,8 +111,8 @@ class AsyncSchedules:
     async def list(self, *, tenant: str | None = None, timeout: float = TIMEOUT_S) -> builtins.list[Schedule]:
         """Return all schedules, ordered by tenant and name; only one tenant's when it is set here or in the client."""
         request = ingest.ListSchedulesRequest(tenant=tenant if tenant is not None else self._tenant or None)
-        answer = await self._caller.call(methods.LIST_SCHEDULES, request, timeout_s=timeout)
-        return [_schedule(one) for one in answer.schedules]
+        response = await self._caller.call(methods.LIST_SCHEDULES, request, timeout_s=timeout)
+        return [_schedule(one) for one in response.schedules]
 
     async def pause(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
         """Pause a schedule. Times within the pause are skipped.

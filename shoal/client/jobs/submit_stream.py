@@ -59,7 +59,7 @@ class SubmitStream(
         return ingest.SubmitStreamRequest(sequence=first, submits=submits)
 
     async def _read(self, call: Bidi[ingest.SubmitStreamResponse]) -> ingest.SubmitStreamResponse | None:
-        """Return the next answer; None at the end of the stream. The timeout applies only while answers are due."""
+        """Return the next response; None at the end of the stream. The timeout applies only while responses are due."""
         reading = asyncio.ensure_future(super()._read(call))
         try:
             while True:
@@ -72,27 +72,27 @@ class SubmitStream(
         finally:
             reading.cancel()
 
-    async def _process(self, answer: ingest.SubmitStreamResponse) -> None:
-        self._set_message_jobs(answer.most_submits)
-        for one in answer.acknowledgements or (answer,):
-            pending = self._record_answer(one.sequence)
+    async def _process(self, response: ingest.SubmitStreamResponse) -> None:
+        self._set_message_jobs(response.most_submits)
+        for one in response.acknowledgements or (response,):
+            pending = self._record_response(one.sequence)
             if pending is not None:
                 self._finish(one.sequence, await self._outcome(one, pending))
 
     async def _outcome(
-        self, answer: ingest.SubmitStreamResponse | ingest.Acknowledgement, submit: ingest.SubmitRequest
+        self, response: ingest.SubmitStreamResponse | ingest.Acknowledgement, submit: ingest.SubmitRequest
     ) -> Submitted:
-        if not answer.code:
-            return Submitted(answer.sequence, answer.job_id, answer.existed)
-        error = of_rejection(answer.code, answer.message)
+        if not response.code:
+            return Submitted(response.sequence, response.job_id, response.existed)
+        error = of_rejection(response.code, response.message)
         if is_retried(error):
-            return await self._submit_unary(answer.sequence, submit)
-        return self._rejection(answer.sequence, error)
+            return await self._submit_unary(response.sequence, submit)
+        return self._rejection(response.sequence, error)
 
     async def _submit_unary(self, index: int, submit: ingest.SubmitRequest) -> Submitted:
         """Retry a job that was rejected for now with a unary call, which waits as the node asks."""
         try:
-            answer = await self._caller.call(methods.SUBMIT, submit, timeout_s=self._ack_s)
+            response = await self._caller.call(methods.SUBMIT, submit, timeout_s=self._ack_s)
         except ShoalError as err:
             return self._rejection(index, err)
-        return Submitted(index, answer.job.id, answer.existed)
+        return Submitted(index, response.job.id, response.existed)

@@ -59,10 +59,10 @@ async def _fetch(caller: Caller, file: ModelFile, target: Path, report: Callable
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as out:
             if file.size_bytes:
-                async for answer in stream:
-                    await asyncio.to_thread(out.write, answer.chunk)
-                    hashed.update(answer.chunk)
-                    got += len(answer.chunk)
+                async for response in stream:
+                    await asyncio.to_thread(out.write, response.chunk)
+                    hashed.update(response.chunk)
+                    got += len(response.chunk)
                     report(got)
         if hashed.hexdigest() != file.sha256:
             raise DataLoss(f"{doing}: received {got} bytes with SHA-256 {hashed.hexdigest()}, expected {file.sha256}")

@@ -142,21 +142,21 @@ class AsyncModels:
         model = store.ModelVersion(name=each.name, version=each.version, labels=labels)
         for relative_path, file in each.files:
             model.files.add(path=relative_path, sha256=artifacts[file].sha256, size_bytes=artifacts[file].size_bytes)
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.REGISTER_MODEL,
             store.RegisterModelRequest(model=model),
             timeout_s=READ_S,
             doing=f"register {each.name}",
         )
         sent_bytes = sum(sent[sha256] for sha256 in {file.sha256 for file in model.files})
-        return Pushed(of_model(answer.model), answer.existed, sent_bytes)
+        return Pushed(of_model(response.model), response.existed, sent_bytes)
 
     async def list(self, name: str = "", *, timeout: float = READ_S) -> builtins.list[ModelVersion]:
         """Return the versions in the registry, or those of one model, ordered by name and version."""
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.LIST_MODELS, store.ListModelsRequest(name=name), timeout_s=timeout, doing="list models"
         )
-        return [of_model(model) for model in answer.models]
+        return [of_model(model) for model in response.models]
 
     async def remove(
         self, name: str, version: int | None = None, *, timeout: float = READ_S
@@ -166,13 +166,13 @@ class AsyncModels:
         Raises:
             NotFound: no such model or version.
         """
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.REMOVE_MODEL,
             store.RemoveModelRequest(name=name, version=_version(version)),
             timeout_s=timeout,
             doing=f"remove {name}",
         )
-        return [of_model(model) for model in answer.removed]
+        return [of_model(model) for model in response.removed]
 
     async def alias(
         self, name: str, alias: str, version: int | None, *, timeout: float = READ_S
@@ -182,13 +182,13 @@ class AsyncModels:
         Raises:
             NotFound: no such version.
         """
-        answer = await self._caller.call(
+        response = await self._caller.call(
             methods.SET_ALIAS,
             store.SetAliasRequest(name=name, alias=alias, version=_version(version)),
             timeout_s=timeout,
             doing=f"alias {name}",
         )
-        return of_model(answer.model) if answer.HasField("model") and answer.model.name else None
+        return of_model(response.model) if response.HasField("model") and response.model.name else None
 
     async def pull(
         self,
@@ -213,10 +213,10 @@ class AsyncModels:
         return await download.pull(self._caller, versions[number], Path(into), progress)
 
     async def ready(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> bool:
-        """Return True when the answering instance has the version (empty: any) of the model ready."""
+        """Return True when the responding instance has the version (empty: any) of the model ready."""
         request = oip.ModelReadyRequest(name=name, version=str(version))
-        answer = await self._caller.call(methods.MODEL_READY, request, timeout_s=timeout)
-        return answer.ready
+        response = await self._caller.call(methods.MODEL_READY, request, timeout_s=timeout)
+        return response.ready
 
     async def wait_ready(self, name: str, version: int | None = None, *, timeout: float = READY_S) -> None:
         """Wait until every infer instance that takes traffic has the version (None: any) of the model ready.
@@ -244,25 +244,25 @@ class AsyncModels:
             NotFound: no such model or version.
         """
         request = oip.ModelConfigRequest(name=name, version=str(version))
-        answer = await self._caller.call(methods.MODEL_CONFIG, request, timeout_s=timeout)
-        return MessageToDict(answer.config, preserving_proto_field_name=True)
+        response = await self._caller.call(methods.MODEL_CONFIG, request, timeout_s=timeout)
+        return MessageToDict(response.config, preserving_proto_field_name=True)
 
     async def statistics(
         self, name: str = "", version: int | str = "", *, timeout: float = READ_S
     ) -> builtins.list[ModelStatistics]:
-        """Return the statistics of one model, or all, at the answering instance.
+        """Return the statistics of one model, or all, at the responding instance.
 
         Raises:
             InvalidArgument: no such model.
         """
         request = oip.ModelStatisticsRequest(name=name, version=str(version))
-        answer = await self._caller.call(methods.MODEL_STATISTICS, request, timeout_s=timeout)
-        return [of_statistics(entry) for entry in answer.model_stats]
+        response = await self._caller.call(methods.MODEL_STATISTICS, request, timeout_s=timeout)
+        return [of_statistics(entry) for entry in response.model_stats]
 
     async def index(self, *, timeout: float = READ_S) -> builtins.list[IndexEntry]:
-        """Return every model that the answering instance knows, with its state there, and why it is unavailable."""
-        answer = await self._caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout)
-        return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in answer.models]
+        """Return every model that the responding instance knows, with its state there, and why it is unavailable."""
+        response = await self._caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout)
+        return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in response.models]
 
 
 def _version(version: int | None) -> int:

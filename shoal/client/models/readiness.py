@@ -16,7 +16,7 @@ from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
 
-# Loading takes tenths of a second or more; the polls are answered from memory.
+# Loading takes tenths of a second or more; the polls are served from memory.
 POLL_S = 0.1
 
 # Timeout of one poll: short, so that a poll that hangs does not use up the time of the next ones.
@@ -61,13 +61,13 @@ def readiness_of(instances: Iterable[coord.Instance], name: str, version: int | 
 
 @dataclass(frozen=True)
 class Poll:
-    """Answers of one poll."""
+    """Responses of one poll."""
 
     readiness: Mapping[int | None, VersionReadiness]
     any_everywhere: bool
     """True when some version of the model is ready everywhere."""
     index: Mapping[int, oip.RepositoryIndexResponse.ModelIndex] | None
-    """Repository index of any one instance, by version: all instances load the same files. None: no answer."""
+    """Repository index of any one instance, by version: all instances load the same files. None: no response."""
 
 
 @dataclass

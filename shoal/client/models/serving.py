@@ -49,7 +49,7 @@ class ModelStatistics:
     last_inference_ms: int
     """Milliseconds since 1970; 0 before the first inference."""
     inference_count: int
-    """Number of answered rows."""
+    """Number of rows that were run."""
     execution_count: int
     """Number of executions of the model."""
     success: Duration

@@ -151,7 +151,7 @@ class _Transfer:
 
 async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> None:
     try:
-        answer = await caller.upload(
+        response = await caller.upload(
             methods.PUT_ARTIFACT,
             transfer.messages(),
             timeout_s=time_for(artifact.size_bytes),
@@ -159,5 +159,5 @@ async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> None
         )
     except ShoalError as err:
         raise transfer.failure or err from err
-    if answer.artifact.sha256 != artifact.sha256:
-        raise DataLoss(f"upload of {artifact.path}: the store has {answer.artifact.sha256}, not {artifact.sha256}")
+    if response.artifact.sha256 != artifact.sha256:
+        raise DataLoss(f"upload of {artifact.path}: the store has {response.artifact.sha256}, not {artifact.sha256}")

@@ -32,7 +32,7 @@ class JobResult:
     outcome: Outcome
     model_name: str = ""
     model_version: str = ""
-    """The version that answered; empty without an answer."""
+    """The version that ran; empty without an answer."""
     tenant: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     code: int = 0
@@ -41,7 +41,7 @@ class JobResult:
     attempt: int = 0
     """Number of the attempt that produced the result, from 1; 0 when none ran."""
     instance: str = ""
-    """Name of the infer instance that answered."""
+    """Name of the infer instance that ran the job."""
     submitted_at: datetime | None = None
     recorded_at: datetime | None = None
     answer: InferResult | None = None

@@ -36,8 +36,8 @@ class AsyncResults:
             NotFound: the job has no result (yet, or any more).
         """
         request = store.GetResultRequest(job_id=job_id)
-        answer = await self._caller.call(methods.GET_RESULT, request, timeout_s=timeout, doing=f"result of {job_id}")
-        return of_stored(answer.result)
+        response = await self._caller.call(methods.GET_RESULT, request, timeout_s=timeout, doing=f"result of {job_id}")
+        return of_stored(response.result)
 
     async def list(
         self,
@@ -60,9 +60,9 @@ class AsyncResults:
         while len(found) < limit:
             size = min(limit - len(found), _PAGE)
             query = to_query(matching, page_size=size, page_token=token, omit_response=not answers)
-            answer = await self._caller.call(methods.QUERY_RESULTS, query, timeout_s=timeout, doing="list results")
-            found += map(of_stored, answer.results)
-            token = answer.next_page_token
+            response = await self._caller.call(methods.QUERY_RESULTS, query, timeout_s=timeout, doing="list results")
+            found += map(of_stored, response.results)
+            token = response.next_page_token
             if not token:
                 break
         return found[:limit]
@@ -80,7 +80,7 @@ class AsyncResults:
 
         Raises:
             InvalidArgument: the message names the field of the filter.
-            Unavailable: no node answers.
+            Unavailable: no node responds.
         """
         matching = self._filter(filter)
         cursor = ""
@@ -123,7 +123,7 @@ class AsyncResults:
         matching = self._filter(filter)
         if folder is not None and not cursor:
             await asyncio.to_thread(folder.check_empty)
-        answered = self._caller.follow(
+        responses = self._caller.follow(
             methods.EXPORT_RESULTS,
             lambda: store.ExportResultsRequest(
                 filter=matching, url=url, cursor=cursor, omit_response=not answers, part_rows=part_rows
@@ -133,12 +133,12 @@ class AsyncResults:
             doing="export results",
         )
         try:
-            async for piece in answered:
+            async for piece in responses:
                 if folder is None or await asyncio.to_thread(folder.add, piece):
                     cursor = piece.cursor
                 yield Exported(piece.rows, piece.bytes, piece.parts, cursor, piece.complete, piece.answers_lost)
         finally:
-            await answered.aclose()
+            await responses.aclose()
             if folder is not None:
                 folder.close()
 

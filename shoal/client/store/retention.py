@@ -81,8 +81,8 @@ class RetentionAndQuotas:
     async def retention(self, *, timeout: float = CALL_S) -> builtins.list[RetentionRule]:
         """Return all retention rules."""
         request = store.ListRetentionRequest()
-        answer = await self._caller.call(methods.LIST_RETENTION, request, timeout_s=timeout, doing="list retention")
-        return [_of_rule(rule) for rule in answer.rules]
+        response = await self._caller.call(methods.LIST_RETENTION, request, timeout_s=timeout, doing="list retention")
+        return [_of_rule(rule) for rule in response.rules]
 
     async def set_retention(
         self, kept: Kept | str, keep: timedelta | None, *, tenant: str | None = None, timeout: float = CALL_S
@@ -110,11 +110,11 @@ class RetentionAndQuotas:
         while True:
             request = store.ListUsageRequest(page_size=_PAGE, page_token=token, recount=recount)
             limit_s = timeout or (RECOUNT_S if recount else CALL_S)
-            answer = await self._caller.call(methods.LIST_USAGE, request, timeout_s=limit_s, doing="list usage")
-            tenants += map(_of_usage, answer.usages)
-            token = answer.next_page_token
+            response = await self._caller.call(methods.LIST_USAGE, request, timeout_s=limit_s, doing="list usage")
+            tenants += map(_of_usage, response.usages)
+            token = response.next_page_token
             if not token:
-                return StoreUsage(tuple(tenants), answer.artifacts, answer.artifact_bytes)
+                return StoreUsage(tuple(tenants), response.artifacts, response.artifact_bytes)
 
     async def set_quota(self, most_bytes: int, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
         """Set the quota of a tenant's results and payloads, or of each tenant without its own quota.

@@ -69,7 +69,7 @@ class Caller:
         headers: Headers | None = None,
         idempotent: bool | None = None,
     ) -> R:
-        """Make a unary call and return its answer; retry as the policy allows within `timeout_s`.
+        """Make a unary call and return its response; retry as the policy allows within `timeout_s`.
 
         Raises:
             ShoalError: the class follows the service's status code.
@@ -112,28 +112,28 @@ class Caller:
         await self._sleep(seconds)
 
     async def upload(self, method: Method[Q, R], requests: AsyncIterator[Q], *, timeout_s: float, doing: str = "") -> R:
-        """Send a stream of requests and return the answer; no retry: only the caller can repeat the requests."""
+        """Send a stream of requests and return the response; no retry: only the caller can repeat the requests."""
         timeout_s = bounded(timeout_s)
         with self._span(method) as (_, metadata), self.converted_errors(doing or method.name, timeout_s):
             call = self._transport().stream(method, requests, timeout_s=timeout_s, metadata=metadata)
             try:
-                answers = [answer async for answer in call]
+                responses = [response async for response in call]
             finally:
                 call.cancel()
-        if len(answers) != 1:
-            raise Internal(f"{doing or method.name}: received {len(answers)} answers, expected 1")
-        return answers[0]
+        if len(responses) != 1:
+            raise Internal(f"{doing or method.name}: received {len(responses)} responses, expected 1")
+        return responses[0]
 
     async def stream(
         self, method: Method[Q, R], request: Q, *, timeout_s: float, doing: str = ""
     ) -> AsyncGenerator[R, None]:
-        """Yield the answers to one request until the service ends the stream; no retry."""
+        """Yield the responses to one request until the service ends the stream; no retry."""
         timeout_s = bounded(timeout_s)
         with self._span(method) as (_, metadata), self.converted_errors(doing or method.name, timeout_s):
             call = self._transport().stream(method, request, timeout_s=timeout_s, metadata=metadata)
             try:
-                async for answer in call:
-                    yield answer
+                async for response in call:
+                    yield response
             finally:
                 call.cancel()
 
@@ -146,9 +146,9 @@ class Caller:
         ended: Callable[[R], bool],
         doing: str = "",
     ) -> AsyncGenerator[R, None]:
-        """Yield answers like `stream`, and reopen the stream when it breaks or ends early, until `ended(answer)`.
+        """Yield responses like `stream`, and reopen the stream when it breaks or ends early, until `ended(response)`.
 
-        `request()` makes the request of each stream, so that a caller can continue from its last answer.
+        `request()` makes the request of each stream, so that a caller can continue from its last response.
 
         Raises:
             ShoalError: the stream cannot be reopened, or `timeout_s` has passed.
@@ -158,11 +158,11 @@ class Caller:
         while True:
             try:
                 left = max(deadline - self.clock(), 0)
-                async with aclosing(self.stream(method, request(), timeout_s=left, doing=doing)) as answers:
-                    async for answer in answers:
+                async with aclosing(self.stream(method, request(), timeout_s=left, doing=doing)) as responses:
+                    async for response in responses:
                         attempt, begun = 0, True
-                        yield answer
-                        if ended(answer):
+                        yield response
+                        if ended(response):
                             return
                 error: ShoalError = Unavailable(f"{doing or method.name}: the stream ended early")
             except ShoalError as err:

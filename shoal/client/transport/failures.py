@@ -35,8 +35,8 @@ _LOST = re.compile(r"^lost \S+: ")
 _NO_INSTANCE = re.compile(r"no healthy upstream")
 # A server without the method: grpc's whole message, and the beginning of the message of Shoal's own servers.
 _NO_METHOD = "Method not found"
-# mesh.h2's message about the answer of a plain web server.
-_NOT_GRPC_ANSWER = "the answer is not gRPC's"
+# mesh.h2's message about the response of a plain web server.
+_NOT_GRPC_RESPONSE = "the response is not gRPC's"
 
 
 def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
@@ -48,7 +48,7 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
         return _unavailable(details, address, doing, retry_after_of(err.trailing_metadata() or ()))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
         return timed_out(doing, timeout_s)
-    is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_GRPC_ANSWER)
+    is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_GRPC_RESPONSE)
     if is_web or (code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details):
         return FailedPrecondition(f"the server at {address} is not a Shoal gateway ({details}): check the address")
     if code == grpc.StatusCode.UNIMPLEMENTED and details.startswith(_NO_METHOD):
@@ -60,13 +60,13 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
 
 
 def timed_out(doing: str, timeout_s: float) -> DeadlineExceeded:
-    """Return the error of a call without an answer in time."""
-    return DeadlineExceeded(f"{doing}: no answer within {timeout_s:g} s: allow more time, or see `shoal status`")
+    """Return the error of a call without a response in time."""
+    return DeadlineExceeded(f"{doing}: no response within {timeout_s:g} s: allow more time, or see `shoal status`")
 
 
 def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
     if _UNREACHABLE.search(details):
-        return Unavailable(f"no node answers at {address}: start one with `shoal up`, or give --gateway")
+        return Unavailable(f"no node responds at {address}: start one with `shoal up`, or give --gateway")
     if _UNKNOWN_HOST.search(details):
         return Unavailable(f"no host has the name in {address}: check the address")
     if _NOT_GRPC.search(details):
@@ -79,7 +79,7 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
 
 
 def of_rejection(code: int, message: str) -> ShoalError:
-    """Return the error of a rejection inside an answer message."""
+    """Return the error of a rejection inside a response message."""
     return from_status(code or Code.UNKNOWN, message or "no details")
 
 

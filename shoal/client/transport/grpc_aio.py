@@ -35,8 +35,8 @@ class GrpcAio:
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
         call = self._channel.unary_unary(method.path, serialized, method.response.FromString)
         with self.closed_as_cancelled():
-            answer: R = await call(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
-        return answer
+            response: R = await call(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
+        return response
 
     def stream(
         self, method: Method[Q, R], requests: Q | AsyncIterator[Q], *, timeout_s: float | None, metadata: Metadata
@@ -69,8 +69,8 @@ class _Stream(Bidi[A]):
 
     async def read(self) -> A | None:
         with self._owner.closed_as_cancelled():
-            answer: Any = await self._call.read()
-        return None if answer is grpc.aio.EOF else answer
+            response: Any = await self._call.read()
+        return None if response is grpc.aio.EOF else response
 
     def cancel(self) -> None:
         self._call.cancel()

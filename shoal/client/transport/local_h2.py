@@ -42,8 +42,8 @@ class LocalH2:
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
         with self.closed_as_cancelled():
             data = await self._channel.unary(method.path, serialized(request), timeout_s=timeout_s, metadata=metadata)
-        answer: R = parsed(data, method.response.FromString)
-        return answer
+        response: R = parsed(data, method.response.FromString)
+        return response
 
     def stream(
         self, method: Method[Q, R], requests: Q | AsyncIterator[Q], *, timeout_s: float | None, metadata: Metadata
@@ -74,10 +74,10 @@ def _finalizer(loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
 
 
 class _Stream(Bidi[A]):
-    def __init__(self, owner: LocalH2, call: StreamCall, answer: type[A], requests: Any) -> None:
+    def __init__(self, owner: LocalH2, call: StreamCall, response: type[A], requests: Any) -> None:
         self._owner = owner
         self._call = call
-        self._answer = answer
+        self._response = response
         self._feeding: asyncio.Task[None] | None = None
         if isinstance(requests, Message):
             call.write(serialized(requests))
@@ -89,7 +89,7 @@ class _Stream(Bidi[A]):
     async def read(self) -> A | None:
         with self._owner.closed_as_cancelled():
             data = await anext(self._call, None)
-        return None if data is None else parsed(data, self._answer.FromString)
+        return None if data is None else parsed(data, self._response.FromString)
 
     def cancel(self) -> None:
         self._call.cancel()

@@ -1,6 +1,6 @@
 """RPCs that the client makes: path, message types, and idempotence.
 
-Idempotent: a repeated call changes nothing more and returns the same answer. A test compares this table with the
+Idempotent: a repeated call changes nothing more and returns the same response. A test compares this table with the
 .proto files.
 """
 
@@ -80,7 +80,7 @@ WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJob
 WATCH_JOBS = Method(_INGEST + "WatchJobs", ingest.WatchJobsRequest, ingest.WatchJobsResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
 LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
-# Not idempotent: a repeat after a lost answer finds nothing left to do, and reports less than was done.
+# Not idempotent: a repeat after a lost response finds nothing left to do, and reports less than was done.
 REQUEUE_DEAD_LETTERS = Method(
     _INGEST + "RequeueDeadLetters", ingest.RequeueDeadLettersRequest, ingest.RequeueDeadLettersResponse, False
 )

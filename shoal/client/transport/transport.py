@@ -23,40 +23,40 @@ MESSAGE_BYTES = 128 << 20
 """Size limit of messages sent and accepted; the services have the same."""
 
 A = TypeVar("A", bound=Message)
-"""Type of a stream's answers."""
+"""Type of a stream's responses."""
 
 
 class Bidi(ABC, Generic[A]):
-    """Stream of answers. Iterate it or call `read`; one reader at a time."""
+    """Stream of responses. Iterate it or call `read`; one reader at a time."""
 
     @abstractmethod
     async def read(self) -> A | None:
-        """Return the next answer; None at the end."""
+        """Return the next response; None at the end."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """End the call, if it has not ended. Received answers that were not read are dropped."""
+        """End the call, if it has not ended. Received responses that were not read are dropped."""
 
     def __aiter__(self) -> Bidi[A]:
         return self
 
     async def __anext__(self) -> A:
-        answer = await self.read()
-        if answer is None:
+        response = await self.read()
+        if response is None:
             raise StopAsyncIteration
-        return answer
+        return response
 
 
 class Transport(Protocol):
     """Connection to one address, opened when it is needed and reopened after a loss."""
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
-        """Return the answer to one request."""
+        """Return the response to one request."""
 
     def stream(
         self, method: Method[Q, R], requests: Q | AsyncIterator[Q], *, timeout_s: float | None, metadata: Metadata
     ) -> Bidi[R]:
-        """Return the answers to one request, or to a stream of requests. `timeout_s` None: no deadline.
+        """Return the responses to one request, or to a stream of requests. `timeout_s` None: no deadline.
 
         The caller of this method cancels the returned stream. An error of `requests` ends the call and is not reported:
         the source must keep its error.

@@ -120,7 +120,7 @@ async def test_the_deadline_ends_a_call_that_hangs(served: Served) -> None:
         await asyncio.Event().wait()
 
     served.on(methods.GET_JOB, never)
-    with pytest.raises(DeadlineExceeded, match=r"job a: no answer within 0\.2 s: allow more time"):
+    with pytest.raises(DeadlineExceeded, match=r"job a: no response within 0\.2 s: allow more time"):
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=0.2, doing="job a")
 
 
@@ -164,7 +164,7 @@ ONCE = RetryPolicy(attempts=1)
 
 async def test_an_unreachable_node_is_unavailable(run_dir: Any) -> None:
     for address in ("127.0.0.1:1", f"unix:{run_dir}/nothing.sock"):
-        with pytest.raises(Unavailable, match=f"no node answers at {address}: start one with `shoal up`, or give"):
+        with pytest.raises(Unavailable, match=f"no node responds at {address}: start one with `shoal up`, or give"):
             await Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 

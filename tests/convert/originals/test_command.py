@@ -44,7 +44,7 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     assert files == ["1/model.onnx", "config.pbtxt", "labels_probabilities.txt"]
     assert (folder / "labels_probabilities.txt").read_text() == "setosa\nversicolor\nvirginica\n"
-    answer = OnnxModel(folder / "1/model.onnx").answer({"x": made.IRIS.data})
+    answer = OnnxModel(folder / "1/model.onnx").predict({"x": made.IRIS.data})
     assert (answer["label"] == made.NAMED).mean() > 0.95
     again = shoal(path, "-o", tmp_path / "models", "--trust-pickle", "--name", "iris")
     assert again.returncode == 1

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from shoal.convert import conversion, formats
-from shoal.convert.drift import Answers, measure
+from shoal.convert.drift import OutputPair, measure
 from shoal.convert.onnx_model import OnnxModel
 from shoal.convert.original import Original
 from shoal.convert.verdict import Bounds, refusal
@@ -74,7 +74,7 @@ def test_ports_say_what_draw_gives_and_what_is_served(opened: dict[str, Original
     onnx.save_model(original.export(original.plans[0]), tmp_path / "m.onnx")
     served = OnnxModel(tmp_path / "m.onnx")
     assert [(port.name, port.dtype) for port in served.inputs] == [(port.name, port.dtype) for port in original.inputs]
-    answer = original.answer(drawn)
+    answer = original.predict(drawn)
     assert [port.name for port in served.outputs] == list(answer)
     assert served.is_batched == original.is_batched
     assert original.scores <= answer.keys()
@@ -102,7 +102,7 @@ def test_the_same_seed_draws_the_same_rows(opened: dict[str, Original], name: st
 def test_rows_that_do_not_fit_are_refused(opened: dict[str, Original], name: str) -> None:
     wrong = {port.name: np.zeros((2, 3, 999), port.dtype) for port in opened[name].inputs}
     with pytest.raises(InvalidArgument):
-        opened[name].answer(wrong)
+        opened[name].predict(wrong)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -119,5 +119,5 @@ def test_a_converted_model_with_a_fault_is_refused(opened: dict[str, Original], 
                 attribute.floats[:] = [value + 0.01 for value in attribute.floats]
     onnx.save_model(model, tmp_path / "m.onnx")
     drawn = original.draw(7, np.random.default_rng(0))
-    answers = Answers(original.answer(drawn), OnnxModel(tmp_path / "m.onnx").answer(drawn))
-    assert "drifts by" in refusal(measure([answers], scores=original.scores, tolerance=1e-4), Bounds())
+    pair = OutputPair(original.predict(drawn), OnnxModel(tmp_path / "m.onnx").predict(drawn))
+    assert "drifts by" in refusal(measure([pair], scores=original.scores, tolerance=1e-4), Bounds())

@@ -34,8 +34,8 @@ def off(model: onnx.ModelProto, path: Path, original: Any) -> int:
     onnx.save_model(model, path)
     served = OnnxModel(path)
     rows = original.draw(1000, np.random.default_rng(0))
-    want = next(reversed(original.answer(rows).values()))
-    got = next(reversed(list(served.answer({served.inputs[0].name: rows["x"]}).values())))
+    want = next(reversed(original.predict(rows).values()))
+    got = next(reversed(list(served.predict({served.inputs[0].name: rows["x"]}).values())))
     return int((np.abs(want - got.reshape(want.shape)) > 1e-3 * np.abs(want).max()).any(axis=1).sum())
 
 

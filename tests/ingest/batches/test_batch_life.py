@@ -130,7 +130,7 @@ async def test_a_batch_of_which_no_row_is_answered_has_failed(
     url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(9)])
     ended = await client.batch_ended((await client.submit_batch(url, f"file://{tmp_path}/out")).id)
     assert ended.state == pb.BATCH_STATE_FAILED
-    assert "no row was answered (9 INVALID_ARGUMENT)" in ended.message
+    assert "no row succeeded (9 INVALID_ARGUMENT)" in ended.message
     assert [row["row"] for row in dead(tmp_path / "out")] == list(range(9))
     check_papers(tmp_path / "out", ended)
 

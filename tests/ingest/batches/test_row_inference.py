@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from services.ingest.batches.outputs.part_summary import RowError
 from services.ingest.batches.row_inference import (
-    AnsweredRows,
     FailedRow,
     RequestSlots,
     RowInference,
     Split,
+    SucceededRows,
     Wait,
     decide,
 )
@@ -75,11 +75,11 @@ async def run(model: Doubling, count: int, per_stack: int, slots: int = 4, notes
         draw=lambda: 0.0,
     )
     stacks = [Stack(tuple(range(at, min(at + per_stack, count)))) for at in range(0, count, per_stack)]
-    found = await asyncio.gather(*(row_inference.answer(inputs, stack) for stack in stacks))
+    found = await asyncio.gather(*(row_inference.infer(inputs, stack) for stack in stacks))
     return [outcome for outcomes in found for outcome in outcomes]
 
 
-def rows_of(outcomes: list[AnsweredRows | FailedRow]) -> tuple[dict[int, float], dict[int, RowError]]:
+def rows_of(outcomes: list[SucceededRows | FailedRow]) -> tuple[dict[int, float], dict[int, RowError]]:
     answered: dict[int, float] = {}
     dead: dict[int, RowError] = {}
     for outcome in outcomes:

@@ -161,7 +161,7 @@ def response(datatype: str, shape: list[int], raw: bytes) -> oip.ModelInferRespo
 
 def test_an_answer_in_json() -> None:
     raw = np.array([1.5, math.inf, -math.inf, math.nan], "<f4").tobytes()
-    said = json.loads(JSON.answer(response("FP32", [2, 2], raw)))
+    said = json.loads(JSON.encode(response("FP32", [2, 2], raw)))
     assert said["id"] == "7"
     assert said["outputs"] == [
         {"name": "y", "datatype": "FP32", "shape": [2, 2], "data": [1.5, "Infinity", "-Infinity", "NaN"]}
@@ -169,7 +169,7 @@ def test_an_answer_in_json() -> None:
 
 
 def test_bytes_that_are_no_text_are_base64() -> None:
-    said = json.loads(JSON.answer(response("BYTES", [1], b"\x01\x00\x00\x00\xff")))["outputs"][0]
+    said = json.loads(JSON.encode(response("BYTES", [1], b"\x01\x00\x00\x00\xff")))["outputs"][0]
     assert said["data"] == ["/w=="]
     again = JSON.request(json.dumps({"inputs": [{**said, "name": "x"}]}).encode())
     assert again.raw_input_contents[0] == b"\x01\x00\x00\x00\xff"
@@ -178,10 +178,10 @@ def test_bytes_that_are_no_text_are_base64() -> None:
 def test_an_answer_in_typed_contents_is_read_too() -> None:
     made = oip.ModelInferResponse(model_name="m")
     made.outputs.add(name="y", datatype="INT8", shape=[2]).contents.int_contents.extend([1, -2])
-    assert json.loads(JSON.answer(made))["outputs"][0]["data"] == [1, -2]
+    assert json.loads(JSON.encode(made))["outputs"][0]["data"] == [1, -2]
     made.outputs[0].contents.int_contents[1] = 300
     with pytest.raises(DataLoss, match="300 is not a INT8"):
-        JSON.answer(made)
+        JSON.encode(made)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_an_answer_in_typed_contents_is_read_too() -> None:
 )
 def test_an_answer_that_does_not_fit_itself_is_no_answer(datatype: str, shape: list[int], raw: bytes) -> None:
     with pytest.raises(DataLoss, match="output 'y'"):
-        JSON.answer(response(datatype, shape, raw))
+        JSON.encode(response(datatype, shape, raw))
 
 
 @given(st.sampled_from(sorted({*DATATYPES} - {"BYTES"})), st.data())

@@ -66,20 +66,20 @@ def test_every_job_goes_once_in_its_order_in_calls_that_are_small(sizes: list[in
 def test_a_pace_grows_with_answers_and_halves_once_for_a_slow_round() -> None:
     pace = ConcurrencyLimit(256, soon_s=1)
     assert pace.limit == 32
-    pace.answered(32, 0.1, 100)
+    pace.record_results(32, 0.1, 100)
     assert pace.limit == 64
     for _ in range(100):
-        pace.answered(64, 0.1, 101)
+        pace.record_results(64, 0.1, 101)
     assert pace.limit == 256
     for late in range(5):
-        pace.answered(50, 1.1 + late / 10, 120 + late / 10)
+        pace.record_results(50, 1.1 + late / 10, 120 + late / 10)
     assert pace.limit == 128
-    pace.answered(50, 1.2, 121.1)
+    pace.record_results(50, 1.2, 121.1)
     assert pace.limit == 64
     for n in range(20):
-        pace.answered(1, 1.2, 200 + 2 * n)
+        pace.record_results(1, 1.2, 200 + 2 * n)
     assert pace.limit == 1
-    pace.answered(1, 0.1, 1_000)
+    pace.record_results(1, 0.1, 1_000)
     assert pace.limit == 2
     assert ConcurrencyLimit(3, soon_s=1).limit == 3
 
@@ -87,7 +87,7 @@ def test_a_pace_grows_with_answers_and_halves_once_for_a_slow_round() -> None:
 def test_a_model_that_needs_long_at_best_is_not_starved() -> None:
     pace = ConcurrencyLimit(256, soon_s=1)
     for n in range(20):
-        pace.answered(32, 5.0 + n % 3, 10.0 * n)
+        pace.record_results(32, 5.0 + n % 3, 10.0 * n)
     assert pace.limit == 256
-    pace.answered(32, 15.1, 300)
+    pace.record_results(32, 15.1, 300)
     assert pace.limit == 128

@@ -241,7 +241,7 @@ async def test_a_silent_peer_is_pinged_and_disconnected() -> None:
         await peer.request(1)
         failed = await failure(call)
         assert failed.code() is S.UNAVAILABLE
-        assert "does not answer PING" in failed.details()
+        assert "does not acknowledge PING" in failed.details()
         await peer.until_over()
         assert [flags for kind, flags, _, _ in peer.seen if kind == frames.PING] == [0]
 

@@ -1,4 +1,4 @@
-"""Parquet columns of the answers: a tensor of a row becomes a value, a list, or a list of lists.
+"""Parquet columns of the outputs: a tensor of a row becomes a value, a list, or a list of lists.
 
 row, source, source_row     the row's origin in a file (or object); `row` counts through all files
 the kept columns            as in the input
@@ -39,7 +39,7 @@ ABOUT = (
     pa.field("source", pa.dictionary(pa.int32(), pa.string())),
     pa.field("source_row", pa.int64()),
 )
-"""Columns with the origin of a row, of answered and of failed rows."""
+"""Columns with the origin of a row, of succeeded and of failed rows."""
 
 
 @dataclass(frozen=True)

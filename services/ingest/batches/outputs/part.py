@@ -1,6 +1,6 @@
 """Results of one chunk, in two local files that are moved to the output when they are complete:
 
-    part-00000012.parquet           the answered rows
+    part-00000012.parquet           the succeeded rows
     _dead/part-00000012.parquet     the failed rows, with status code and reason
 
 Memory is bounded: a row group is written as soon as it is large. All methods block: run them in a thread.
@@ -57,7 +57,7 @@ class OutputPart:
             file.unlink(missing_ok=True)
 
     def add(self, origins: RowOrigins, kept: Mapping[str, Any], outputs: Mapping[str, Array]) -> None:
-        """Add answered rows, in their order.
+        """Add succeeded rows, in their order.
 
         Raises:
             ValueError: a value does not fit the type of its column.

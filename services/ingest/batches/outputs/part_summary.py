@@ -23,7 +23,7 @@ def is_reserved_output_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Reason for which a row was not answered."""
+    """Reason for which a row failed."""
 
     code: str
     reason: str

@@ -1,1 +1,1 @@
-"""Conversion of column cells to tensors of a model, and of its answers to arrays."""
+"""Conversion of column cells to tensors of a model, and of its outputs to arrays."""

@@ -47,7 +47,7 @@ def signature_of(
         FailedPrecondition: batches do not support this model. InvalidArgument: the model has no such output.
     """
     if config.model_transaction_policy.decoupled:
-        raise FailedPrecondition(f"model {metadata.name!r} is decoupled: it may send any number of answers to a row")
+        raise FailedPrecondition(f"model {metadata.name!r} is decoupled: it may send any number of responses to a row")
     if config.HasField("sequence_batching"):
         raise FailedPrecondition(f"model {metadata.name!r} is stateful: rows of a batch are not a sequence")
     skipped = 1 if config.max_batch_size > 0 else 0

@@ -41,20 +41,20 @@ def request_of(asked: ModelTarget, inputs: Sequence[FittedInput], stack: Stack) 
     return message.SerializeToString()
 
 
-def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
+def outputs_of(signature: Signature, response: oip.ModelInferResponse, rows: int) -> Mapping[str, Array]:
     """Return the outputs of a response to `rows` rows: arrays whose first dimension is the rows.
 
     Raises:
         DataLoss: the response contradicts the model's signature.
     """
-    found = {tensor.name: index for index, tensor in enumerate(answer.outputs)}
+    found = {tensor.name: index for index, tensor in enumerate(response.outputs)}
     arrays: dict[str, Array] = {}
     for spec in signature.outputs:
         if (index := found.get(spec.name)) is None:
-            raise DataLoss(f"the model answered without its output {spec.name!r}")
-        if (datatype := answer.outputs[index].datatype) != spec.datatype:
-            raise DataLoss(f"output {spec.name!r}: expected {spec.datatype}, the model answered {datatype}")
-        _, array = read_tensor(answer.outputs, answer.raw_output_contents, index, "output", DataLoss)
+            raise DataLoss(f"the model responded without its output {spec.name!r}")
+        if (datatype := response.outputs[index].datatype) != spec.datatype:
+            raise DataLoss(f"output {spec.name!r}: expected {spec.datatype}, the model responded with {datatype}")
+        _, array = read_tensor(response.outputs, response.raw_output_contents, index, "output", DataLoss)
         arrays[spec.name] = _checked(spec, array if signature.max_rows else array[np.newaxis], rows)
     return arrays
 
@@ -62,7 +62,7 @@ def outputs_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) 
 def _checked(spec: TensorSpec, array: Array, rows: int) -> Array:
     if array.ndim != len(spec.shape) + 1 or len(array) != rows:
         raise DataLoss(
-            f"output {spec.name!r}: the model promises the shape {list(spec.shape)} for a row, and answered "
+            f"output {spec.name!r}: the model promises the shape {list(spec.shape)} for a row, and responded with "
             f"{list(array.shape)} to {rows} rows"
         )
     return array
