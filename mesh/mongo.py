@@ -102,7 +102,8 @@ class _Checkout:
     """Use of a pooled connection that closes a connection from before its server supported transactions.
 
     A URI with directConnection=true reaches a member in any state, and pymongo keeps the member's first response for
-    the life of the connection. A connection from before an election would reject transactions for as long as it is open.
+    the life of the connection. A connection from before an election would reject transactions for as long as it is
+    open.
     """
 
     __slots__ = ("_checkout", "_connection")

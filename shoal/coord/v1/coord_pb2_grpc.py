@@ -70,30 +70,31 @@ class CoordServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def ListInstances(self, request, context):
-        """Every live instance of every service (or of one), as etcd has it, sorted by service and name.
+        """Lists the live instances of every service, or of one, from etcd, sorted by service and name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchInstances(self, request, context):
-        """Streams the list: as it is now, and the whole of it again after each change.
+        """Streams the list: its current state, then the whole list after each change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLeader(self, request, context):
-        """Who leads, since when, and with which fencing token.
-        UNAVAILABLE: nobody does at present (an election is under way).
+        """Returns the leader, the time of its election and its fencing token.
+        UNAVAILABLE: there is no leader at present (an election is running).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainInstance(self, request, context):
-        """Takes an instance out of traffic: Envoy sends it nothing new, what runs there finishes. It stays out until it is
-        undrained or replaced by a new process. NOT_FOUND: no such instance. UNAVAILABLE: etcd cannot be reached.
+        """Takes an instance out of traffic: Envoy sends it no new calls, and its open calls finish. It stays out of traffic
+        until it is undrained or replaced by a new process. NOT_FOUND: no such instance. UNAVAILABLE: etcd cannot be
+        reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +108,8 @@ class CoordServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetMeshStatus(self, request, context):
-        """What each connected Envoy was sent and what it accepted or refused (NACK), resource type by resource type.
+        """Returns, for each connected Envoy and resource type, the resources that were sent, and accepted (ACK) or rejected
+        (NACK).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

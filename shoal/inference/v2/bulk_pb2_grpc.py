@@ -45,12 +45,13 @@ class BulkInferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def InferBulk(self, request_iterator, context):
-        """Runs the entries of the first message, each as ModelInfer would: they wait in their model's queue beside all other
-        calls, and are batched with them. Each is answered on its own, as soon as it is done; answers come in no order,
-        several in a message. Later messages only give up entries. The stream ends with OK once all entries are answered.
+        """Runs the entries of the first message, each like a ModelInfer: they wait in their model's queue with all other
+        calls, and are batched with them. Each entry has a reply of its own, sent as soon as the entry is done. Replies are
+        in no order, and a message may have several. Later messages of the caller only give up entries. The stream ends
+        with OK after the replies to all entries.
 
-        The call is routed by its metadata `x-shoal-model`, which only services of the mesh can set: to an instance that has
-        that model ready. INVALID_ARGUMENT: the first message has no entries, too many, or two of one number.
+        The metadata `x-shoal-model`, which only services of the mesh can set, routes the call to an instance with that
+        model ready. INVALID_ARGUMENT: the first message has no entries, too many, or two with one number.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

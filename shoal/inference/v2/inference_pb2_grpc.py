@@ -140,71 +140,73 @@ class GRPCInferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def ServerLive(self, request, context):
-        """The process answers.
+        """Returns live=true while the process responds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ServerReady(self, request, context):
-        """Every model that should be served here is ready.
+        """Returns ready=true when every model that this instance should serve is ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """The model (this version, or any) is ready. An unknown model is answered with ready=false, not with an error.
+        """Returns ready=true when the model (this version, or any) is ready. For an unknown model it returns ready=false and
+        no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ServerMetadata(self, request, context):
-        """The server's name, version and protocol extensions.
+        """Returns the server's name, version and protocol extensions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelMetadata(self, request, context):
-        """A model's versions, inputs and outputs. NOT_FOUND: unknown model or version.
+        """Returns a model's versions, inputs and outputs. NOT_FOUND: unknown model or version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelInfer(self, request, context):
-        """One inference. INVALID_ARGUMENT names the tensor, what was expected and what came. NOT_FOUND: unknown model or
-        version. RESOURCE_EXHAUSTED: the model's queue is full. DEADLINE_EXCEEDED: it could not be run in time, and was not.
+        """Runs one inference. INVALID_ARGUMENT: the message names the tensor, and the expected and the received value.
+        NOT_FOUND: unknown model or version. RESOURCE_EXHAUSTED: the model's queue is full. DEADLINE_EXCEEDED: the request
+        could not run in time, and did not run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelStreamInfer(self, request_iterator, context):
-        """Inferences on one stream; an error is answered in-band and the stream lives on.
+        """Runs inferences on one stream. An error is sent in-band, and the stream continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelConfig(self, request, context):
-        """A model's configuration, completed. NOT_FOUND: unknown model or version.
+        """Returns a model's configuration, with defaults filled in. NOT_FOUND: unknown model or version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelStatistics(self, request, context):
-        """Counts and times by model and batch size. INVALID_ARGUMENT: unknown model.
+        """Returns counts and times by model and batch size. INVALID_ARGUMENT: unknown model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryIndex(self, request, context):
-        """Every model of the repository, with state and reason.
+        """Lists every model of the repository, with state and reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,7 +227,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SystemSharedMemoryStatus(self, request, context):
-        """Shared memory regions: tensors that never cross the wire.
+        """Shared memory regions, for tensors that are not sent in messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -190,210 +190,213 @@ class IngestServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Submit(self, request, context):
-        """Takes one job. The answer means: it is durable, it will run. A repeated `idempotency_key` of the same tenant is
-        answered with the first job. INVALID_ARGUMENT says which field. ALREADY_EXISTS: the key was used with another
-        request. RESOURCE_EXHAUSTED: the backlog or the tenant's quota is full, its rate is used up, or the database is short
-        of time or disk; the trailer `retry-after-ms` says when to come back.
+        """Submits one job. The response confirms that the job is durable and will run. A repeated `idempotency_key` of the
+        same tenant returns the first job. INVALID_ARGUMENT: a field is invalid; the message names it. ALREADY_EXISTS: the
+        key was used with another request. RESOURCE_EXHAUSTED: the backlog or the tenant's quota is full, its rate is used
+        up, or the database has too little time or disk. The trailer `retry-after-ms` has the time after which to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitStream(self, request_iterator, context):
-        """Takes a stream of jobs and acknowledges each once it is durable, in the order of the stream. Jobs are written in
-        groups, so this is the fast way in. Reading stops while too many are unacknowledged, and while the tenant is at a limit
-        or the database is short (for up to 30 s, then that job is refused): that is the backpressure.
-        A job that is refused is answered in-band, and the stream goes on.
+        """Submits a stream of jobs and acknowledges each job once it is durable, in the order of the stream. Jobs are written
+        in groups, so this call has the highest throughput. Backpressure: the server stops reading while too many jobs are
+        not acknowledged, and while the tenant is at a limit or the database is overloaded. After 30 s at a limit, the job
+        is refused. A job is refused in-band, and the stream continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """A job as it is now. NOT_FOUND: no such job.
+        """Returns the current state of a job. NOT_FOUND: no such job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPayload(self, request, context):
-        """The inference request of a job, while it is kept: until the job has succeeded, was cancelled or expired; for ever when
-        it was submitted with `keep_request`, or has failed. NOT_FOUND: no such job. FAILED_PRECONDITION: it is not kept.
+        """Returns the inference request of a job. The request is kept until the job has succeeded, was cancelled or has
+        expired; it is kept for ever when the job was submitted with `keep_request`, or has failed. NOT_FOUND: no such job.
+        FAILED_PRECONDITION: the request is no longer kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Jobs by state, model and tenant, newest first, a page at a time.
+        """Lists jobs by state, model and tenant, newest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """A job as it is now, and again after each transition, until it has ended. NOT_FOUND: no such job.
+        """Streams a job: its current state, then its state after each transition, until the job has ended.
+        NOT_FOUND: no such job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Asks that a job not run (or, when it is running, that its answer not be recorded). A job that has ended stays as it
-        is: the answer says how it stands. NOT_FOUND: no such job.
+        """Cancels a job: prevents its run, or the recording of its answer when the job is running. A job that has ended does
+        not change; the response has its state. NOT_FOUND: no such job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDeadLetters(self, request, context):
-        """The life of jobs: dead letters.
+        """Dead letters.
 
-        Jobs that ended without an answer and whose requests are kept: DEAD ones, or FAILED ones when the filter says so;
-        newest first, a page at a time. GetJob and GetPayload say more about each.
+        Lists dead letters, newest first, in pages: jobs that ended without an answer and keep their requests. The filter
+        selects DEAD jobs (the default) or FAILED ones. GetJob and GetPayload return the details of each.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RequeueDeadLetters(self, request, context):
-        """Puts dead letters back into the queue, at most 1,000 at a time. Each runs as the next generation of its job, with all
-        its attempts and its deadline anew; its result takes the place of the failure. Jobs that have ended otherwise, or not
-        at all, are named in the answer and stay as they are, so a repeat does no harm. INVALID_ARGUMENT: neither ids nor a
-        filter, or both.
+        """Returns dead letters to the queue, at most 1,000 in one call. Each runs as the next generation of its job, with all
+        of its attempts and a new deadline; its result replaces the failure. The response names the jobs that are no dead
+        letters; those do not change, so the call may be repeated. INVALID_ARGUMENT: neither ids nor a filter, or both.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PurgeDeadLetters(self, request, context):
-        """Removes dead letters, with their requests, at most 1,000 at a time. Their results stay in the store; their
-        idempotency keys are free again.
+        """Removes dead letters with their requests, at most 1,000 in one call. Their results stay in the store. Their
+        idempotency keys may be used again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJobs(self, request, context):
-        """The life of jobs: watching many.
+        """Watches of many jobs.
 
-        Every transition of every job that matches, once, in the order of a job's history, from now on or after
-        `resume_token`. The stream goes on until the client ends it; the token of its last message goes on exactly there,
-        whichever instance serves the next one. A job that is removed before its last transitions were told (a purge,
-        retention) is not told any more. OUT_OF_RANGE: the token is older than MongoDB's log (list, and watch anew).
-        RESOURCE_EXHAUSTED: too many watch.
+        Streams every transition of every matching job once, in the order of the job's history, from now on or after
+        `resume_token`. The stream continues until the client ends it. The token of its last message resumes it exactly
+        there, at any instance. Transitions of a job that is removed (by a purge or by retention) before they were sent are
+        not sent. OUT_OF_RANGE: the token is older than MongoDB's log: list the jobs, and start a new watch.
+        RESOURCE_EXHAUSTED: too many watches are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutSchedule(self, request, context):
-        """The life of jobs: schedules.
+        """Schedules.
 
-        Makes a schedule, or replaces the one of that name: jobs that recur. Each of its times becomes exactly one job, with
-        the idempotency key `schedule:<name>:<time>` and the labels `schedule` and `scheduled_for`. ALREADY_EXISTS: there is
-        one, and `replace` is not set.
+        Creates a schedule of recurring jobs, or replaces the schedule of that name. Each of its times creates exactly one
+        job, with the idempotency key `schedule:<name>:<time>` and the labels `schedule` and `scheduled_for`.
+        ALREADY_EXISTS: the schedule exists, and `replace` is not set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSchedule(self, request, context):
-        """One schedule. NOT_FOUND: there is none.
+        """Returns one schedule. NOT_FOUND: no such schedule.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSchedules(self, request, context):
-        """All schedules by tenant and name, without their jobs.
+        """Lists all schedules by tenant and name, without their jobs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseSchedule(self, request, context):
-        """Pauses a schedule, or has it go on. What falls into a pause is skipped. NOT_FOUND: there is none.
+        """Pauses or resumes a schedule. Times during a pause are skipped. NOT_FOUND: no such schedule.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveSchedule(self, request, context):
-        """Removes a schedule. Jobs that it has made stay. NOT_FOUND: there is none.
+        """Removes a schedule. The jobs that it has created stay. NOT_FOUND: no such schedule.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetJobRetention(self, request, context):
-        """The life of jobs: retention.
+        """Retention of jobs and batches.
 
-        Says how long jobs stay that have ended, by tenant and state, or batches, by tenant. Then they are removed, jobs with
-        their requests, and their idempotency keys are free again; what the store has of jobs, and the files that batches have
-        written, are another matter.
+        Sets the time for which ended jobs are kept, by tenant and state, or ended batches, by tenant. After it they are
+        removed, jobs with their requests. Their idempotency keys may then be used again. Results in the store, and files
+        that batches have written, are not affected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobRetention(self, request, context):
-        """What holds for every tenant (`*`), and for those that have rules of their own.
+        """Lists the rules of every tenant (`*`), and of the tenants with rules of their own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitBatch(self, request, context):
-        """Batches: all rows of files go through one model, and their answers into files (docs/batches.md).
+        """Batches: all rows of files are run by one model, and the outputs are written to files (docs/batches.md).
 
-        Takes a batch. Everything that can be known to be wrong is said now: INVALID_ARGUMENT names the field, a column and
-        what the model takes; NOT_FOUND: no such file or model; PERMISSION_DENIED: a place that may not be used;
-        FAILED_PRECONDITION: the output has the results of another batch. The answer means: it is durable, it will run.
-        A repeated `idempotency_key` of the same tenant is answered with the first batch. UNIMPLEMENTED: without Arrow.
+        Submits a batch. The response confirms that the batch is durable and will run. A repeated `idempotency_key` of the
+        same tenant returns the first batch. The batch is validated before the response. INVALID_ARGUMENT: the message
+        names the field or the column, and the types that the model accepts. NOT_FOUND: no such file or model.
+        PERMISSION_DENIED: ingest may not use a location. FAILED_PRECONDITION: the output location has the results of
+        another batch. UNIMPLEMENTED: Arrow is not installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBatch(self, request, context):
-        """A batch and what has come of it so far. NOT_FOUND: no such batch.
+        """Returns a batch and its progress. NOT_FOUND: no such batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBatches(self, request, context):
-        """Batches by state, model and tenant, newest first, a page at a time.
+        """Lists batches by state, model and tenant, newest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchBatch(self, request, context):
-        """A batch as it is now, and again when it has come on, until it has ended. NOT_FOUND: no such batch.
+        """Streams a batch: its current progress, then each change, until the batch has ended. NOT_FOUND: no such batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelBatch(self, request, context):
-        """Asks that a batch end. What it has written stays, with a manifest and a summary. A batch that has ended stays as it
-        is. NOT_FOUND: no such batch.
+        """Cancels a batch. The parts that are written stay, with a manifest and a summary. A batch that has ended does not
+        change. NOT_FOUND: no such batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseBatch(self, request, context):
-        """Rows that are under way are let go of, and no more are begun until ResumeBatch. FAILED_PRECONDITION: it has ended.
+        """Pauses a batch: the rows in flight are released, and no row starts until ResumeBatch.
+        FAILED_PRECONDITION: the batch has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeBatch(self, request, context):
-        """A paused batch goes on. FAILED_PRECONDITION: it has ended.
+        """Resumes a paused batch. FAILED_PRECONDITION: the batch has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -402,23 +405,23 @@ class IngestServiceServicer:
     def SetTenant(self, request, context):
         """Tenants: shares and limits.
 
-        Says what a tenant may have; counts within about a second on every instance, for jobs that wait already too. Only the
-        fields that are set change. INVALID_ARGUMENT says which field.
+        Changes the settings of a tenant. Only fields that are set change. The change takes effect within about a second on
+        every instance, also for queued jobs. INVALID_ARGUMENT: the message names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTenant(self, request, context):
-        """A tenant's settings, what is in force for it, and how much waits. A tenant that nobody has set is answered as well:
-        the default is in force for it.
+        """Returns a tenant's own settings, its effective settings, and the number of its queued jobs. A tenant without
+        settings of its own is returned with the defaults.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTenants(self, request, context):
-        """Tenants that have settings, or jobs that wait, by name, a page at a time.
+        """Lists the tenants with settings or queued jobs by name, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -427,17 +430,18 @@ class IngestServiceServicer:
     def RunStream(self, request_iterator, context):
         """Streams.
 
-        Jobs in, results out, on one stream: each job is answered first when it is durable (QUEUED), then with how it ended,
-        in the order in which jobs end. What is refused is answered in-band, and the stream goes on. Reading stops while too
-        many have no result: that is the backpressure. After a stream broke, open another, on any instance, and send what
-        has no result yet: by `job_id` what was durable, as before what was not. RESOURCE_EXHAUSTED: too many streams.
+        Submits jobs and returns their results on one stream. Each job gets a response when it is durable (QUEUED), and one
+        when it has ended. The second responses are in the order in which jobs end. A job is refused in-band, and the
+        stream continues. Backpressure: the server stops reading while too many jobs have no result. When a stream breaks,
+        open another at any instance and send the jobs without a result again: durable ones by `job_id`, the others as
+        before. RESOURCE_EXHAUSTED: too many streams are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListConnectors(self, request, context):
-        """How the connectors of all ingest instances get on (docs/streams.md), by name and instance.
+        """Lists the connectors of all ingest instances (docs/streams.md) with their progress, by name and instance.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -165,36 +165,37 @@ class StoreServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def PutArtifact(self, request_iterator, context):
-        """Uploads one artifact. The first message is a header, the rest are chunks. Idempotent: bytes that the store already
-        holds are not sent twice (see StatArtifact), and a broken upload goes on from `received_bytes`.
-        INVALID_ARGUMENT: no header, a bad digest, a second header. DATA_LOSS: the bytes do not hash to `sha256`.
-        FAILED_PRECONDITION: `offset` is not where the earlier upload stopped. RESOURCE_EXHAUSTED: over the size limit.
+        """Uploads one artifact. The first message is a header, the others are chunks. Idempotent: bytes that the store
+        already holds are not sent twice (see StatArtifact), and an interrupted upload continues at `received_bytes`.
+        INVALID_ARGUMENT: no header, an invalid digest, a second header. DATA_LOSS: the digest of the bytes is not
+        `sha256`. FAILED_PRECONDITION: `offset` is not the end of the earlier upload. RESOURCE_EXHAUSTED: over the size
+        limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StatArtifact(self, request, context):
-        """Says whether an artifact is stored, or how much of it has arrived, so that an upload can skip or resume.
-        NOT_FOUND: nothing of it is here.
+        """Returns the artifact when it is stored, or else the number of bytes received, so that an upload can be skipped or
+        resumed. NOT_FOUND: the store has none of its bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetArtifact(self, request, context):
-        """Downloads one artifact from `offset`. The first message carries the size. The reader hashes what it got and compares.
-        NOT_FOUND: no such artifact. OUT_OF_RANGE: offset beyond its end. DATA_LOSS: the stored bytes no longer match their
-        digest.
+        """Downloads one artifact from `offset`. The first message has the size. The client should compare the digest of the
+        bytes that it received. NOT_FOUND: no such artifact. OUT_OF_RANGE: `offset` is beyond its end. DATA_LOSS: the
+        stored bytes no longer match their digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterModel(self, request, context):
-        """Registers one version of a model. Every file must already be stored. The same version with the same content is
-        answered with what is there; with other content it is ALREADY_EXISTS: versions are immutable.
-        NOT_FOUND: a file's artifact is missing. INVALID_ARGUMENT: a bad name, version or path.
+        """Registers one version of a model. The artifacts of all its files must be stored. A repeat with the same content
+        returns the registered version. ALREADY_EXISTS: the version has other content; versions are immutable. NOT_FOUND: a
+        file's artifact is missing. INVALID_ARGUMENT: an invalid name, version or path.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,41 +217,41 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias (such as `stable`) at a version, or removes it when version is 0. NOT_FOUND: no such version.
+        """Sets an alias (such as `stable`) to a version, or removes the alias when `version` is 0. NOT_FOUND: no such
+        version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchModels(self, request, context):
-        """Streams the registry: first the whole of it (one message with `snapshot`), then the whole of it again after each
-        change. A snapshot is small (names, digests), so a watcher never has to apply a difference or fear a missed one.
+        """Streams the registry: first one message with a snapshot of all of it, then a new snapshot after each change.
+        Snapshots are small (names, digests). They replace differences, of which a client could miss one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutResults(self, request, context):
-        """Records the results of jobs, each exactly once: a job that already has a result keeps it, and the answer carries the
-        one that stands. (A FAILED one is replaced by the first of a later `generation`, when the job was requeued.) Results
-        are durable (majority, journaled) when the call returns. INVALID_ARGUMENT names the entry.
+        """Records the results of jobs, each exactly once: a job that has a result keeps it, and the response has that result.
+        After a requeue, the first result of the later `generation` replaces a FAILED one. Results are durable (majority,
+        journaled) when the call returns. INVALID_ARGUMENT: the message names the entry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetResult(self, request, context):
-        """One job's result, also one that comes within `wait`. Where its answer is damaged, `answer_lost` says so. NOT_FOUND: the
-        job has none (yet). RESOURCE_EXHAUSTED: too many calls wait.
+        """Returns one job's result, and waits up to `wait` for it. When its answer is damaged, `answer_lost` has the reason.
+        NOT_FOUND: the job has no result yet. RESOURCE_EXHAUSTED: too many calls wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryResults(self, request, context):
-        """Results by job, model, version, tenant, outcome, label and time, newest first, a page at a time. One whose answer is
-        damaged comes without it: `answer_lost` says so.
-        INVALID_ARGUMENT: a bad page token or filter.
+        """Lists results by job, model, version, tenant, outcome, label and time, newest first, in pages. A damaged answer is
+        left out of its result, and `answer_lost` has the reason. INVALID_ARGUMENT: an invalid page token or filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -264,114 +265,119 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamResults(self, request, context):
-        """Records: results in bulk, and how long they are kept.
+        """Results in bulk, and their retention.
 
-        Streams the results that match a filter, oldest first, then ends: every one that was recorded when the stream was
-        first opened (and that retention has not removed since), each once. A stream that broke goes on after the `cursor` of
-        its last message. An answer that is damaged is passed over: `answer_lost` says so. INVALID_ARGUMENT: a bad filter, or
-        a cursor of another filter. RESOURCE_EXHAUSTED: too many streams are open. UNAVAILABLE: MongoDB or the blobs are away.
+        Streams the results that match a filter, oldest first, then ends. It sends every result that was recorded when the
+        stream was first opened, each once, except results that retention has removed since. A stream that broke resumes
+        after the `cursor` of its last message. A damaged answer is left out of its result, and `answer_lost` has the
+        reason. INVALID_ARGUMENT: an invalid filter, or a cursor of another filter. RESOURCE_EXHAUSTED: too many streams
+        are open. UNAVAILABLE: MongoDB or the blob storage is unavailable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportResults(self, request, context):
-        """Writes the results that match a filter as Parquet files, oldest first, to a URL or, without one, to the caller: those
-        that StreamResults would give. Says how far it is; a call that ends early ends the export after its last part, and
-        another with its `cursor` goes on there. INVALID_ARGUMENT: a bad filter, URL or cursor. PERMISSION_DENIED: the store
-        may not write there. FAILED_PRECONDITION: an export lies there already, or another is being written there.
-        RESOURCE_EXHAUSTED: too many exports run. ABORTED: it stood still for a minute, and another may write there by now.
+        """Writes the results that StreamResults would send as Parquet files, to a URL or, without one, to the caller. Streams
+        the progress. A call that ends early ends the export after its last complete part; another call with its `cursor`
+        resumes there. INVALID_ARGUMENT: an invalid filter, URL or cursor. PERMISSION_DENIED: the store may not write to
+        that location. FAILED_PRECONDITION: the location has an export, or another one is being written to it.
+        RESOURCE_EXHAUSTED: too many exports run. ABORTED: the export made no progress for a minute, so another may be
+        writing to the location.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetRetention(self, request, context):
-        """Says how long something is kept, for one tenant or for all that have no rule of their own, or removes such a rule.
-        Once it returns, nothing is removed under the rules before. INVALID_ARGUMENT names what is wrong.
+        """Sets or removes a retention rule, of one tenant or of all tenants without their own. After the response, nothing is
+        removed under the earlier rules. INVALID_ARGUMENT: the message names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRetention(self, request, context):
-        """All rules.
+        """Lists all retention rules.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ApplyRetention(self, request, context):
-        """Always UNIMPLEMENTED. An earlier version had retention applied with this call; the store now applies it by itself.
+        """Always UNIMPLEMENTED. In an earlier version this call applied retention; the store now applies it periodically.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetQuota(self, request, context):
-        """Says how many bytes the results and payloads of a tenant may take, or of each that has no quota of its own. Who has
-        used it up cannot submit jobs until there is room again; results of jobs that were accepted are recorded all the same.
-        INVALID_ARGUMENT names what is wrong.
+        """Sets or removes a quota on the bytes of results and payloads, of one tenant or of each tenant without its own. A
+        tenant at its quota cannot submit jobs until its usage has dropped; results of accepted jobs are still recorded.
+        INVALID_ARGUMENT: the message names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """How much each tenant has. Counters: off by what a crash forgot (results of its last second; of payloads nothing), until
-        they are counted anew, once a day or here. INVALID_ARGUMENT: a bad page size or token.
+        """Lists the usage of each tenant. A crash may leave the results of its last second uncounted, but no payloads. A
+        recount corrects that, once a day or with `recount`. INVALID_ARGUMENT: an invalid page size or token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseArtifacts(self, request, context):
-        """Artifacts: who needs them, whether they are what they were, and what becomes of the rest.
+        """References to artifacts, verification, garbage collection, backups.
 
-        Ends references to artifacts. What nobody refers to is collected: half an hour later its bytes are gone. Idempotent.
+        Ends references to artifacts. An artifact that no reference or model uses is collected, and its bytes are removed
+        about half an hour later. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListReferences(self, request, context):
-        """References by name, in order, a page at a time: for whoever made them, to find those that it lost track of.
+        """Lists references in the order of names, in pages. A service uses it to find references that it made and no longer
+        needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyStore(self, request, context):
-        """Reads every blob and every document that means one, and streams how far it is and what does not fit. What is found
-        damaged counts as missing from then on, and its next upload repairs it. Takes as much of the store as one download.
+        """Compares every blob with the document that refers to it, and streams the progress and the findings. A damaged
+        artifact then counts as missing, and its next upload repairs it. The load on the store is that of one download.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CollectArtifacts(self, request, context):
-        """Does now what the store does every few minutes by itself: collects artifacts that nobody refers to. It follows the
-        same rules and ages, so that something has to be left alone for a while before it is gone.
+        """Runs garbage collection now, which the store otherwise runs every ten minutes. The minimum ages of its steps apply
+        (see CollectArtifactsResponse), so one call does not remove a newly unreferenced artifact.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BackUp(self, request, context):
-        """Backs up everything that the store and ingest keep, as it is at one moment, to a folder of the store's machine or to a
-        bucket. Streams how far it is. Blobs that an earlier backup of that place has are compared with their digests (see
-        `trust_sizes`), and not copied again. A call that ends early leaves no backup; the next one finds the blobs that were
-        copied. PERMISSION_DENIED: the store may not write there. ABORTED: it stood still for too long.
+        """Backs up the data of the store and ingest, as of one moment, to a folder of the store's machine or to a bucket.
+        Streams the progress. Blobs that an earlier backup left at the location are compared with their digests (see
+        `trust_sizes`), and are not copied again. A call that ends early leaves no backup, but the next call reuses the
+        copied blobs. PERMISSION_DENIED: the store may not write to the location. ABORTED: the backup made no progress for
+        too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Restore(self, request, context):
-        """Restores a backup into this store, which must be empty. A call that ends early is repeated, and goes on.
-        NOT_FOUND: no (such) complete backup there. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the backup is
-        damaged. ABORTED: a later call restores the same backup, and goes on. Services that run already take up what is
-        restored; jobs come last, and then run.
+        """Restores a backup into this store, which must be empty. Repeat a call that ends early: the next one resumes.
+        NOT_FOUND: no such complete backup at the location. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the
+        backup is damaged. ABORTED: a later call has taken over the restore. Running services use the restored data; jobs
+        are restored last, and then run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
