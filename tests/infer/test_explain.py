@@ -92,7 +92,7 @@ async def test_the_command_line_prints_it(python, models_folder: Repository, tmp
             assert part in said, said
         await shoal("kept")
         said = await shoal("kept", "--explain")
-        assert "hit (answer of an earlier request, nothing was executed)" in said
+        assert "hit (outputs of an earlier request, nothing was executed)" in said
         assert "waited" not in said
         assert json.loads(await shoal("kept", "--explain", "--json"))["parameters"]["cache"] == "hit"
         assert "run by" not in await shoal("double")
