@@ -259,7 +259,7 @@ class IngestServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RequeueDeadLetters(self, request, context):
-        """Returns dead letters to the queue, at most 1,000 in one call. Each runs as the next generation of its job, with all
+        """Requeues dead letters, at most 1,000 in one call. Each runs as the next generation of its job, with all
         of its attempts and a new deadline; its result replaces the failure. The response names the jobs that are no dead
         letters; those do not change, so the call may be repeated. INVALID_ARGUMENT: neither ids nor a filter, or both.
         """
