@@ -90,10 +90,10 @@ async def refuses_negatives(asked: pb.ModelInferRequest, context: grpc.aio.Servi
 
 async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving, scripted: Scripted):
     calls = await held(near, scripted, 1, 2, -3, 4, then=refuses_negatives)
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(results[2], InvalidArgument)
-    assert results[2].message == "model 'm': the remote server says: x is below zero"
-    assert [output(results[n], "y")[0, 0] for n in (0, 1, 3)] == [2, 4, 8]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(outcomes[2], InvalidArgument)
+    assert outcomes[2].message == "model 'm': the remote server says: x is below zero"
+    assert [output(outcomes[n], "y")[0, 0] for n in (0, 1, 3)] == [2, 4, 8]
     assert near.models.find("m", "").statistics.bisections == 2
 
 
@@ -123,12 +123,12 @@ async def test_what_is_no_calls_fault_reaches_all_and_is_asked_once(near: Servin
         await context.abort(grpc.StatusCode[code], "come back")
 
     calls = await held(near, scripted, 1, 2, 3, then=refuses)
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert [type(result) for result in results] == [error] * 3
-    assert all("come back" in result.message for result in results)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [error] * 3
+    assert all("come back" in outcome.message for outcome in outcomes)
     assert scripted.seen == [1, 3]
     if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
-        assert {result.retry_after_ms for result in results} == {750}
+        assert {outcome.retry_after_ms for outcome in outcomes} == {750}
     scripted.infer = double
     assert output(await ask(near, 5), "y")[0, 0] == 10
 

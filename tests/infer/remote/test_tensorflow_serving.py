@@ -70,10 +70,10 @@ async def test_responses_that_do_not_fit(near: Serving):
 async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving):
     together = [ROWS[:1] - 9, ROWS[:1]]
     calls = [near.core.infer(request("scale", x=x)) for x in together]
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(results[0], InvalidArgument)
-    assert "x is below zero" in results[0].message
-    assert output(results[1], "y").tolist() == (2 * ROWS[:1]).tolist()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(outcomes[0], InvalidArgument)
+    assert "x is below zero" in outcomes[0].message
+    assert output(outcomes[1], "y").tolist() == (2 * ROWS[:1]).tolist()
 
 
 async def test_a_busy_server_is_passed_on(near: Serving):

@@ -127,7 +127,7 @@ async def test_a_caller_that_leaves_does_not_affect_the_others():
     await settle()
     assert [run.is_abandoned for run in bench.runs.all] == [False]
     bench.runs.finish()
-    # One takes the leader's place: one caller counts the execution, and only once.
+    # One follower takes the leader's place and counts the execution, once.
     assert sorted(state for _, state in await asyncio.gather(*others[1:])) == [MISS, SHARED]
     assert (bench.statistics.cache_hit.count, bench.statistics.cache_miss.count) == (1, 1)
     assert (await bench.ask(floats(1, 4)))[1] is HIT

@@ -48,7 +48,7 @@ class Model(Session):
         self.gate.set()
         self.runs: list[list[float]] = []
         self.entered = 0
-        self.result = lambda x: 2 * x
+        self.compute = lambda x: 2 * x
 
     def run(self, inputs, outputs: Sequence[str]):
         self.entered += 1
@@ -57,7 +57,7 @@ class Model(Session):
         self.runs.append(x[:, 0].tolist())
         if 13 in x:
             raise ModelFailed("thirteen")
-        return [self.result(x)]
+        return [self.compute(x)]
 
     def close(self) -> None: ...
 
@@ -166,7 +166,7 @@ async def test_a_failing_request_fails_alone():
 
 async def test_outputs_without_a_batch_dimension_are_reported():
     bench = Bench()
-    bench.model.result = lambda x: np.zeros((1, 1), np.float32)
+    bench.model.compute = lambda x: np.zeros((1, 1), np.float32)
     async with bench.scheduler:
         with pytest.raises(Internal, match=r"output 'y' has shape \[1,1\] for 2 rows.*max_batch_size"):
             await bench.scheduler.submit(call(1, 2))
@@ -174,11 +174,11 @@ async def test_outputs_without_a_batch_dimension_are_reported():
 
 async def test_an_internal_error_fails_the_batch_and_the_worker_goes_on():
     bench = Bench()
-    bench.model.result = lambda x: 1 / 0
+    bench.model.compute = lambda x: 1 / 0
     async with bench.scheduler:
         with pytest.raises(ZeroDivisionError):
             await bench.scheduler.submit(call(1))
-        bench.model.result = lambda x: x
+        bench.model.compute = lambda x: x
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
@@ -308,11 +308,11 @@ async def test_any_exception_of_the_model_reaches_its_caller_and_the_worker_goes
         raise fault
 
     bench = Bench()
-    bench.model.result = throw
+    bench.model.compute = throw
     async with bench.scheduler:
         with pytest.raises(RuntimeError):
             await asyncio.wait_for(bench.scheduler.submit(call(1)), 30)
-        bench.model.result = lambda x: x
+        bench.model.compute = lambda x: x
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
@@ -341,12 +341,12 @@ def test_a_request_that_expires_during_bisection_is_not_run():
 def test_batch_mates_of_an_internal_error_succeed():
     bench = Bench()
 
-    def result(x):
+    def compute(x):
         if 7 in x:
             raise MemoryError("too much")
         return x
 
-    bench.model.result = result
+    bench.model.compute = compute
     outcomes = bench.execution().run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
     assert [type(outcome).__name__ for outcome in outcomes] == ["InferenceResult", "MemoryError", "InferenceResult"]
 
@@ -437,14 +437,14 @@ async def test_a_longer_batch_runs_on_the_loop_only_for_a_lone_request(compute_m
     bench.model.only_computes = True
     threads = []
 
-    def result(x):
+    def compute(x):
         threads.append(threading.current_thread() is threading.main_thread())
         end = time.thread_time() + compute_ms / 1e3
         while time.thread_time() < end:
             pass
         return 2 * x
 
-    bench.model.result = result
+    bench.model.compute = compute
     async with bench.scheduler:
         for _ in range(30):
             bench.clock.now += 1.0

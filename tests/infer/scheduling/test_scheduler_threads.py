@@ -90,9 +90,9 @@ async def test_under_fire(policy, only_computes, ordered):
                 await asyncio.sleep(0)
             if len(tasks) % 50 == 0:
                 await asyncio.wait(tasks[-30:], return_when=asyncio.FIRST_COMPLETED)
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
-    assert [r for r in results if r is not None and not isinstance(r, asyncio.CancelledError)] == []
-    cancelled = sum(isinstance(r, asyncio.CancelledError) for r in results)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    assert [r for r in outcomes if r is not None and not isinstance(r, asyncio.CancelledError)] == []
+    cancelled = sum(isinstance(r, asyncio.CancelledError) for r in outcomes)
     assert sum(fates.values()) + cancelled == len(tasks)
     assert fates["succeeded"] > 0
     assert statistics.expired_executed == 0

@@ -165,8 +165,8 @@ def test_feasible_requests_are_in_time(seed, load, fixed_s, row_s, slack, instan
         warm(bench, cost)
         return await offered(bench, gaps), bench
 
-    results, bench = run(main())
-    late = [seconds for seconds, outcome in results if isinstance(outcome, Exception) or seconds > goal * 1.0001]
+    outcomes, bench = run(main())
+    late = [seconds for seconds, outcome in outcomes if isinstance(outcome, Exception) or seconds > goal * 1.0001]
     assert late == []
     assert bench.statistics.shed == 0
 
@@ -179,8 +179,8 @@ def test_waiting_pays_in_fewer_runs():
         async def main():
             bench = Bench(cost, BatchPolicy(64, 1 << 30, slo_s=slo_s), QueueLimits(), instances=4)
             warm(bench, cost)
-            results = await offered(bench, [0.0005] * 2000)
-            assert all(seconds <= slo_s for seconds, _ in results)
+            outcomes = await offered(bench, [0.0005] * 2000)
+            assert all(seconds <= slo_s for seconds, _ in outcomes)
             return len(bench.model.runs)
 
         return run(main())
@@ -253,9 +253,9 @@ def test_a_level_that_delays_runs_what_timed_out_after_the_others():
 def test_delays_below_a_millisecond_are_what_they_say(delay_us):
     async def main():
         bench = Bench(lambda rows: 0.001, BatchPolicy(8, 1 << 30, delay_s=delay_us / 1e6), QueueLimits())
-        results = await offered(bench, [0.0, delay_us / 2e6, 0.0])
-        return results, bench.model.runs
+        outcomes = await offered(bench, [0.0, delay_us / 2e6, 0.0])
+        return outcomes, bench.model.runs
 
-    results, runs = run(main())
+    outcomes, runs = run(main())
     assert runs == [(pytest.approx(delay_us / 1e6), [0.0, 1.0, 2.0])]
-    assert {outcome.fired for _, outcome in results} == {"delay"}
+    assert {outcome.fired for _, outcome in outcomes} == {"delay"}
