@@ -3,7 +3,7 @@
     python bench/ensemble.py [--calls 2000] [--rounds 7]
 
 Real ONNX models of a few microseconds (y = x + 1, [n,16]) in one process, without a network server. `steps` is the
-least work of a caller without an ensemble: the callback of one scheduler starts the next call with the answer, without
+least work of a caller without an ensemble: the callback of one scheduler starts the next call with the result, without
 a task or a check. `ensemble` is one call. Rounds interleave both; figures are medians of rounds. `chain` calls one
 model after the other; `fan` calls four models with the same tensor, and a fifth one with their outputs.
 """
@@ -102,7 +102,7 @@ class Target:
 
 
 class Caller:
-    """Closed-loop caller: starts the next request in the loop iteration after an answer, as a network server does."""
+    """Closed-loop caller: starts the next request in the loop iteration after a result, as a network server does."""
 
     def __init__(self, calls: int, expected: float) -> None:
         self.left, self.expected = calls, expected
@@ -141,8 +141,8 @@ class Whole(Caller):
     def ask(self) -> None:
         self.to.version.scheduler.start(self.to.call(**{self.input: self.x}), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: InferenceResult) -> None:
-        self.over(answer.outputs[0])
+    def succeeded(self, result: InferenceResult) -> None:
+        self.over(result.outputs[0])
 
 
 class Chain(Caller):
@@ -161,8 +161,8 @@ class Chain(Caller):
         self.at += 1
         to.version.scheduler.start(to.call(x=x), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: InferenceResult) -> None:
-        y = answer.outputs[0]
+    def succeeded(self, result: InferenceResult) -> None:
+        y = result.outputs[0]
         if self.at < len(self.models):
             self.next(y)
         else:
@@ -170,14 +170,14 @@ class Chain(Caller):
 
 
 class FanBranch:
-    """Receiver of the answer of one model of a fan."""
+    """Receiver of the result of one model of a fan."""
 
     def __init__(self, fan: Fan, index: int) -> None:
         self.fan, self.index = fan, index
         self.failed = fan.failed
 
-    def answered(self, answer: InferenceResult) -> None:
-        self.fan.branch_answered(self.index, answer.outputs[0])
+    def succeeded(self, result: InferenceResult) -> None:
+        self.fan.branch_succeeded(self.index, result.outputs[0])
 
 
 class Fan(Caller):
@@ -192,13 +192,13 @@ class Fan(Caller):
         for n, to in enumerate(self.models):
             to.version.scheduler.start(to.call(x=self.x), time.monotonic() + 30, "", FanBranch(self, n))
 
-    def branch_answered(self, index: int, y: Value) -> None:
+    def branch_succeeded(self, index: int, y: Value) -> None:
         self.parts[f"x{index}"] = y
         if len(self.parts) == len(self.models):
             self.last.version.scheduler.start(self.last.call(**self.parts), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: InferenceResult) -> None:
-        self.over(answer.outputs[0])
+    def succeeded(self, result: InferenceResult) -> None:
+        self.over(result.outputs[0])
 
 
 async def measure(make: Callable[[int], Caller], in_flight: int, calls: int) -> tuple[float, float]:

@@ -61,7 +61,7 @@ class Model(Session):
 
 
 class Caller:
-    """Closed-loop caller without tasks: submits again after each answer, as a network server does."""
+    """Closed-loop caller without tasks: submits again after each result, as a network server does."""
 
     def __init__(self, scheduler: Scheduler, calls: int, done: asyncio.Event, tenant: str, deadline_s: float) -> None:
         self.scheduler, self.left, self.done, self.tenant, self.deadline_s = scheduler, calls, done, tenant, deadline_s
@@ -73,7 +73,7 @@ class Caller:
         self.began = time.perf_counter()
         self.scheduler.start(self.call, time.monotonic() + self.deadline_s, self.tenant, self)
 
-    def answered(self, answer: InferenceResult) -> None:
+    def succeeded(self, result: InferenceResult) -> None:
         self.seconds.append(time.perf_counter() - self.began)
         self.left -= 1
         if self.left > 0:

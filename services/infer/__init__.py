@@ -4,5 +4,5 @@
                                ^
           repository (a folder) or registry + cache (the store) say what should be served
 
-The core knows no transport: it takes parsed requests and deadlines, and returns answers or raises shoal.errors.
+The core knows no transport: it takes parsed requests and deadlines, and returns responses or raises shoal.errors.
 """

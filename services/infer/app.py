@@ -88,7 +88,7 @@ async def run(config: InferConfig) -> None:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
-            # A process that listens receives connections. With a shared port, others can answer until models are ready.
+            # A process that listens receives connections. With a shared port, others respond until models are ready.
             if config.share_port:
                 await stack.enter_async_context(server)
             await server.serve()

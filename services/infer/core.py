@@ -37,7 +37,7 @@ CONTROL_EXTENSIONS = ("model_repository", "model_repository(unload_dependents)")
 
 
 class InferenceServer:
-    """Answers for the models of one instance; `replica` is its name, `<node>/<instance>`."""
+    """Inference over the models of one instance; `replica` is its name, `<node>/<instance>`."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class InferenceServer:
             if version.response_cache is None:
                 result = await version.scheduler.submit(request, deadline, tenant)
             else:
-                result, cache = await version.response_cache.answer(request, message.parameters, deadline, tenant)
+                result, cache = await version.response_cache.result(request, message.parameters, deadline, tenant)
         response = await write_response_async(
             result,
             request,

@@ -1,4 +1,4 @@
-"""What an answer says of itself when it is asked to: over the wire, in streams, and on the command line."""
+"""What a response says of itself when the request asks for it: over the wire, in streams, and on the command line."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ async def test_a_stream_is_told_call_by_call(served):
         yield request("double", x=X)
         yield explained()
 
-    answers = [answer.infer_response async for answer in served.stub.ModelStreamInfer(requests())]
-    check(answers[0].parameters)
-    assert not TOLD.keys() & set(answers[1].parameters)
-    check(answers[2].parameters)
+    responses = [response.infer_response async for response in served.stub.ModelStreamInfer(requests())]
+    check(responses[0].parameters)
+    assert not TOLD.keys() & set(responses[1].parameters)
+    check(responses[2].parameters)
 
 
 async def test_the_command_line_prints_it(python, models_folder: Repository, tmp_path: Path):

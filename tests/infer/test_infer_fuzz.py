@@ -1,4 +1,4 @@
-"""Requests that nobody should send: each is answered, or refused with a status that says why, and nothing dies."""
+"""Requests that nobody should send: each gets a result, or is refused with a status that says why, and nothing dies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPECTED = {Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED}
 SEEDS = range(4)
 ROUNDS = 1500
 RAISING = {"lookup", "reshape", "cached-lookup"}
-"""Models that raise for some values: only they may answer INTERNAL, and only with what they said."""
+"""Models that raise for some values: only they may return INTERNAL, and only with what they said."""
 
 
 class Bench:

@@ -46,10 +46,10 @@ class Infer(Process):
 
 async def serves(channel: grpc.aio.Channel) -> bool:
     try:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        response = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     except grpc.aio.AioRpcError:
         return False
-    return answer.status == health_pb2.HealthCheckResponse.SERVING
+    return response.status == health_pb2.HealthCheckResponse.SERVING
 
 
 @asynccontextmanager
@@ -74,9 +74,9 @@ async def test_it_serves_a_folder_and_stops_in_order(infer):
         assert not (await stub.ServerReady(pb.ServerReadyRequest())).ready
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([asked]))
-        names = [s.name async for answer in call for s in answer.list_services_response.service]
+        names = [s.name async for response in call for s in response.list_services_response.service]
         assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(names)
-        # A call in flight at the stop is answered.
+        # A call in flight at the stop is completed.
         calls = [asyncio.ensure_future(stub.ModelInfer(request("slow", x=X))) for _ in range(4)]
         await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         assert await asyncio.to_thread(infer.terminate) == 0
@@ -134,13 +134,13 @@ async def test_a_large_tensor_goes_there_and_back(python, models_folder, tmp_pat
 async def test_a_deadline_that_passes_is_no_fault_of_the_others(infer):
     async with serving(infer) as (stub, _):
         calls = [stub.ModelInfer(request("slow", x=X), timeout=0.001 if n % 2 else 60) for n in range(40)]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for n, answer in enumerate(answers):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for n, outcome in enumerate(outcomes):
             if n % 2:
-                assert isinstance(answer, grpc.aio.AioRpcError)
-                assert answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                assert isinstance(outcome, grpc.aio.AioRpcError)
+                assert outcome.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             else:
-                np.testing.assert_array_equal(output(answer, "y"), 2 * X)
+                np.testing.assert_array_equal(output(outcome, "y"), 2 * X)
         stats = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="slow"))).model_stats[0]
         # Those whose time was over before they began were not run: at most the ones that slipped in.
         assert stats.inference_count < 40

@@ -1,4 +1,4 @@
-"""The protocol over a real connection: what each method answers, and the table of errors."""
+"""The protocol over a real connection: what each method returns, and the table of errors."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ async def test_the_index_gives_the_reason_of_a_failure(served):
 
 async def test_infer_and_choice_of_version(served):
     x = floats([1, 2, 3, 4], [5, 6, 7, 8])
-    answer = await served.stub.ModelInfer(request("double", id="r-1", x=x))
-    assert (answer.model_name, answer.model_version, answer.id) == ("double", "1", "r-1")
-    assert not answer.parameters
-    np.testing.assert_array_equal(output(answer, "y"), 2 * x)
+    response = await served.stub.ModelInfer(request("double", id="r-1", x=x))
+    assert (response.model_name, response.model_version, response.id) == ("double", "1", "r-1")
+    assert not response.parameters
+    np.testing.assert_array_equal(output(response, "y"), 2 * x)
     newest = await served.stub.ModelInfer(request("triple", x=x))
     assert newest.model_version == "2"
     np.testing.assert_array_equal(output(newest, "y"), 30 * x)
@@ -102,9 +102,9 @@ async def test_outputs_come_in_the_requested_order(served):
     asked = request("add", a=a, b=b)
     for name in ("difference", "sum"):
         asked.outputs.add(name=name)
-    answer = await served.stub.ModelInfer(asked)
-    assert [o.name for o in answer.outputs] == ["difference", "sum"]
-    np.testing.assert_array_equal(output(answer, "difference"), a - b)
+    response = await served.stub.ModelInfer(asked)
+    assert [o.name for o in response.outputs] == ["difference", "sum"]
+    np.testing.assert_array_equal(output(response, "difference"), a - b)
     del asked.outputs[1]
     assert [o.name for o in (await served.stub.ModelInfer(asked)).outputs] == ["difference"]
 
@@ -115,8 +115,8 @@ async def test_text_half_and_models_without_a_batch(served):
     half = np.array([[1, 2.5, -3, 65504]], np.float16)
     np.testing.assert_array_equal(output(await served.stub.ModelInfer(request("half", x=half)), "y"), half)
     x, shape = np.arange(6, dtype=np.float32), np.array([2, 3])
-    answer = await served.stub.ModelInfer(request("reshape", x=x, shape=shape))
-    np.testing.assert_array_equal(output(answer, "y"), x.reshape(2, 3))
+    response = await served.stub.ModelInfer(request("reshape", x=x, shape=shape))
+    np.testing.assert_array_equal(output(response, "y"), x.reshape(2, 3))
 
 
 async def test_typed_contents(served):
@@ -128,9 +128,9 @@ async def test_typed_contents(served):
 async def test_classification(served):
     asked = request("triple", version="1", x=floats([1, 3, 2, 0], [0, 0, 9, 9]))
     asked.outputs.add(name="y").parameters["classification"].int64_param = 2
-    answer = await served.stub.ModelInfer(asked)
-    assert (answer.outputs[0].datatype, list(answer.outputs[0].shape)) == ("BYTES", [2, 2])
-    assert output(answer, "y").tolist() == [[b"9.000000:1:bee", b"6.000000:2"], [b"27.000000:2", b"27.000000:3:cat"]]
+    response = await served.stub.ModelInfer(asked)
+    assert (response.outputs[0].datatype, list(response.outputs[0].shape)) == ("BYTES", [2, 2])
+    assert output(response, "y").tolist() == [[b"9.000000:1:bee", b"6.000000:2"], [b"27.000000:2", b"27.000000:3:cat"]]
     asked.outputs[0].parameters["classification"].int64_param = 100
     assert list((await served.stub.ModelInfer(asked)).outputs[0].shape) == [2, 4]
 
@@ -156,8 +156,8 @@ async def test_parameters_that_are_accepted(served):
     asked.parameters["my_own"].double_param = 0.5
     asked.inputs[0].parameters["binary_data_size"].int64_param = 16
     asked.outputs.add(name="y").parameters["binary_data"].bool_param = True
-    answer = await served.stub.ModelInfer(asked)
-    assert not answer.parameters
+    response = await served.stub.ModelInfer(asked)
+    assert not response.parameters
 
 
 def changed(**changes) -> pb.ModelInferRequest:
@@ -347,8 +347,8 @@ async def test_every_method_is_implemented(served):
 async def test_statistics(served):
     await asyncio.gather(*(served.stub.ModelInfer(request("double", x=floats([1] * 4, [2] * 4))) for _ in range(5)))
     await refused(served.stub.ModelInfer(shaped(1, 5)))
-    answer = await served.stub.ModelStatistics(pb.ModelStatisticsRequest(name="double", version="1"))
-    (stats,) = answer.model_stats
+    response = await served.stub.ModelStatistics(pb.ModelStatisticsRequest(name="double", version="1"))
+    (stats,) = response.model_stats
     assert (stats.name, stats.version) == ("double", "1")
     assert stats.inference_count == 10
     assert 1 <= stats.execution_count <= 5
@@ -361,7 +361,7 @@ async def test_statistics(served):
     assert [(s.name, s.version) for s in everyone if s.name == "triple"] == [("triple", "1"), ("triple", "2")]
 
 
-async def test_many_callers_get_their_own_answers(served):
+async def test_many_callers_get_their_own_responses(served):
     async def call(n: int) -> None:
         rows = 1 + n % 5
         x = np.full((rows, 4), n, np.float32)
@@ -391,8 +391,8 @@ async def test_a_failing_request_does_not_fail_its_batch(served):
         except grpc.aio.AioRpcError as err:
             return err.code().name
 
-    answers = await asyncio.gather(*(call(n) for n in range(60)))
-    assert answers == ["INTERNAL" if n % 10 == 0 else [[10.0 * (1 + n % 3)]] for n in range(60)]
+    outcomes = await asyncio.gather(*(call(n) for n in range(60)))
+    assert outcomes == ["INTERNAL" if n % 10 == 0 else [[10.0 * (1 + n % 3)]] for n in range(60)]
 
 
 async def test_stream_keeps_the_order_and_survives_errors(served):
@@ -400,29 +400,29 @@ async def test_stream_keeps_the_order_and_survives_errors(served):
         for n in range(100):
             yield request("nope" if n % 7 == 3 else "double", id=str(n), x=np.full((1, 4), n, np.float32))
 
-    answers = [answer async for answer in served.stub.ModelStreamInfer(asked())]
-    assert [answer.infer_response.id for answer in answers] == [str(n) for n in range(100)]
-    for n, answer in enumerate(answers):
+    responses = [response async for response in served.stub.ModelStreamInfer(asked())]
+    assert [response.infer_response.id for response in responses] == [str(n) for n in range(100)]
+    for n, response in enumerate(responses):
         if n % 7 == 3:
-            assert answer.error_message == "Request for unknown model: 'nope' is not found"
+            assert response.error_message == "Request for unknown model: 'nope' is not found"
         else:
-            assert not answer.error_message
-            np.testing.assert_array_equal(output(answer.infer_response, "y"), np.full((1, 4), 2 * n))
+            assert not response.error_message
+            np.testing.assert_array_equal(output(response.infer_response, "y"), np.full((1, 4), 2 * n))
 
 
-async def test_the_real_model_answers_as_it_does_alone(serve, models_folder: Repository):
+async def test_the_real_model_gives_the_results_that_it_gives_alone(serve, models_folder: Repository):
     import onnxruntime
 
     models_folder.put("magika", onnx_files.MAGIKA.read_bytes())
     served = await serve(models_folder.root)
     assert (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
     rows = np.random.default_rng(7).integers(0, 256, (12, 2048)).astype(np.int32)
-    answers = await asyncio.gather(*(served.stub.ModelInfer(request("magika", bytes=row[None])) for row in rows))
+    responses = await asyncio.gather(*(served.stub.ModelInfer(request("magika", bytes=row[None])) for row in rows))
     alone = onnxruntime.InferenceSession(str(onnx_files.MAGIKA))
-    for row, answer in zip(rows, answers, strict=True):
+    for row, response in zip(rows, responses, strict=True):
         (expected,) = alone.run(None, {"bytes": row[None]})
         # A batch is summed in another order than a row: the last bits may differ.
-        np.testing.assert_allclose(output(answer, "target_label"), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(output(response, "target_label"), expected, rtol=1e-4, atol=1e-6)
 
 
 BUSY_CONFIG = """
@@ -466,7 +466,7 @@ async def test_a_cancelled_stream_leaves_no_requests_behind(served):
     assert (await served.stub.ModelInfer(request("double", x=X))).outputs
 
 
-async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
+async def test_a_stream_is_read_no_faster_than_its_responses_are_sent(served):
     sent = 0
 
     async def asked():
@@ -486,10 +486,10 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
             return await served.core.infer(asked)
 
     infer = Infer()
-    answers = model_stream_infer.stream_responses(asked(), infer)
-    assert (await anext(answers)).infer_response.id == "0"
+    responses = model_stream_infer.stream_responses(asked(), infer)
+    assert (await anext(responses)).infer_response.id == "0"
     await asyncio.sleep(0)
     assert sent <= model_stream_infer.AHEAD + 1
-    rest = [answer.infer_response.id async for answer in answers]
+    rest = [response.infer_response.id async for response in responses]
     assert rest == [str(n) for n in range(1, 1000)]
     assert infer.most <= model_stream_infer.AHEAD

@@ -44,12 +44,12 @@ class Target:
         self.pids = [instance.pid, *([instance.envoy] if instance.envoy else [])]
 
     def check(self) -> None:
-        """It lives, and a good request gets its right answer."""
+        """It lives, and a good request gets its right response."""
         assert all(Path(f"/proc/{pid}").exists() for pid in self.pids)
         with Connection(self.address) as connection:
-            answer = connection.call(framed(GOOD))
-        assert answer.status == 0, answer
-        np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(answer.messages[0]), "y"), 2 * X)
+            response = connection.call(framed(GOOD))
+        assert response.status == 0, response
+        np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(response.messages[0]), "y"), 2 * X)
 
     def rss(self) -> int:
         pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids)
@@ -78,23 +78,23 @@ def lives_on(target: Target) -> Iterator[None]:
     target.check()
 
 
-def outcome(target: Target, **sent: object) -> str:
+def end_of_call(target: Target, **sent: object) -> str:
     """Return the end of a call in one word: the name of its status, `HTTP 415`, `reset` or `cut`."""
     try:
         with Connection(target.address) as connection:
-            answer = connection.call(**sent)
+            response = connection.call(**sent)
     except OSError:
         return "cut"
-    return of(answer, target)
+    return end_of(response, target)
 
 
-def of(answer: Answer, target: Target) -> str:
-    if answer.status is not None:
-        assert answer.status == 0 or answer.message, answer
-        return Code(answer.status).name
-    if answer.http_status is not None and answer.http_status != 200:
-        return f"HTTP {answer.http_status}"
-    return "reset" if answer.reset is not None else "cut" if answer.is_cut else "no status"
+def end_of(response: Answer, target: Target) -> str:
+    if response.status is not None:
+        assert response.status == 0 or response.message, response
+        return Code(response.status).name
+    if response.http_status is not None and response.http_status != 200:
+        return f"HTTP {response.http_status}"
+    return "reset" if response.reset is not None else "cut" if response.is_cut else "no status"
 
 
 INVALID, TOO_LARGE, UNKNOWN_METHOD = "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED"
@@ -139,7 +139,7 @@ FRAMING = {
 @pytest.mark.parametrize("case", FRAMING)
 def test_framing(target: Target, case: str) -> None:
     sent, expected = FRAMING[case]
-    got = outcome(target, **sent)
+    got = end_of_call(target, **sent)
     assert got == expected, got
 
 
@@ -162,9 +162,9 @@ GOOD_FORMS = {
 @pytest.mark.parametrize("case", GOOD_FORMS)
 def test_what_is_odd_and_right(target: Target, case: str) -> None:
     with Connection(target.address) as connection:
-        answer = connection.call(**GOOD_FORMS[case])
-    assert of(answer, target) == "OK", answer
-    for message in answer.messages:
+        response = connection.call(**GOOD_FORMS[case])
+    assert end_of(response, target) == "OK", response
+    for message in response.messages:
         np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(message), "y"), 2 * X)
 
 
@@ -212,13 +212,13 @@ HEADERS = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers(target: Target, case: str) -> None:
     sent, expected = HEADERS[case]
-    got = outcome(target, **sent)
+    got = end_of_call(target, **sent)
     assert got in expected, got
 
 
 def test_a_path_that_is_no_text(target: Target) -> None:
     for path in (f"{INFER[:-1]}\xe9", "/\xff"):
-        assert outcome(target, body=framed(GOOD), path=path) in {UNKNOWN_METHOD, *BROKEN}
+        assert end_of_call(target, body=framed(GOOD), path=path) in {UNKNOWN_METHOD, *BROKEN}
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -304,16 +304,16 @@ def test_spoiled_messages(target: Target, seed: int) -> None:
     with Connection(target.address) as connection:
         for _ in range(250):
             data = rng.choice(CORPUS) if rng.random() < 0.2 else mutated(rng, CORPUS)
-            answer = connection.call(framed(data))
-            assert of(answer, target) in OF_BAD_INPUT, answer
-            if answer.status == 0:
-                check_values(data, answer.messages[0])
+            response = connection.call(framed(data))
+            assert end_of(response, target) in OF_BAD_INPUT, response
+            if response.status == 0:
+                check_values(data, response.messages[0])
 
 
 def check_values(sent: bytes, got: bytes) -> None:
-    """What was answered is what was asked, as any protobuf library reads it: shortcuts must not read it otherwise."""
-    asked, answer = pb.ModelInferRequest.FromString(sent), pb.ModelInferResponse.FromString(got)
-    assert (answer.model_name, answer.id) == (asked.model_name, asked.id)
+    """The response fits the request as any protobuf library reads it: shortcuts must not read it otherwise."""
+    asked, response = pb.ModelInferRequest.FromString(sent), pb.ModelInferResponse.FromString(got)
+    assert (response.model_name, response.id) == (asked.model_name, asked.id)
     [tensor] = asked.inputs
     raw = asked.raw_input_contents[0] if asked.raw_input_contents else None
     x = np.array(tensor.contents.fp32_contents, "f4") if raw is None else np.frombuffer(raw, "f4")
@@ -321,7 +321,7 @@ def check_values(sent: bytes, got: bytes) -> None:
         return
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = 2 * x if asked.model_name == "double" else x
-    np.testing.assert_array_equal(output(answer, "y"), wanted.reshape(tuple(tensor.shape)))
+    np.testing.assert_array_equal(output(response, "y"), wanted.reshape(tuple(tensor.shape)))
 
 
 @pytest.mark.parametrize("method", ["ModelConfig", "ModelMetadata", "ModelStatistics", "RepositoryIndex", "ModelReady"])
@@ -330,8 +330,8 @@ def test_spoiled_messages_of_other_methods(target: Target, method: str) -> None:
     asked = [pb.ModelMetadataRequest(name="double", version="1").SerializeToString(), b""]
     with Connection(target.address) as connection:
         for _ in range(40):
-            answer = connection.call(framed(mutated(rng, asked)), path=f"{SERVICE}/{method}")
-            assert of(answer, target) in OF_BAD_INPUT, answer
+            response = connection.call(framed(mutated(rng, asked)), path=f"{SERVICE}/{method}")
+            assert end_of(response, target) in OF_BAD_INPUT, response
 
 
 def test_a_stream_survives_what_is_wrong_with_its_requests(target: Target) -> None:
@@ -345,12 +345,12 @@ def test_a_stream_survives_what_is_wrong_with_its_requests(target: Target) -> No
             continue
         sent.append(data)
     with Connection(target.address) as connection:
-        answer = connection.call(b"".join(framed(data) for data in [*sent, GOOD]), path=STREAM)
-    assert of(answer, target) == "OK", answer
-    answers = [pb.ModelStreamInferResponse.FromString(message) for message in answer.messages]
-    assert len(answers) == len(sent) + 1
-    np.testing.assert_array_equal(output(answers[-1].infer_response, "y"), 2 * X)
-    assert all("internal error" not in each.error_message for each in answers)
+        response = connection.call(b"".join(framed(data) for data in [*sent, GOOD]), path=STREAM)
+    assert end_of(response, target) == "OK", response
+    responses = [pb.ModelStreamInferResponse.FromString(message) for message in response.messages]
+    assert len(responses) == len(sent) + 1
+    np.testing.assert_array_equal(output(responses[-1].infer_response, "y"), 2 * X)
+    assert all("internal error" not in each.error_message for each in responses)
 
 
 def test_memory_stays_what_it_was(target: Target) -> None:
@@ -365,9 +365,9 @@ def test_memory_stays_what_it_was(target: Target) -> None:
         {"body": framed(request("any", x=np.zeros((1, 1 << 20), np.float32)).SerializeToString())},
     ]
     for sent in wasteful * 2:
-        outcome(target, **sent)
+        end_of_call(target, **sent)
     before = target.rss()
     for sent in wasteful * 4:
-        outcome(target, **sent)
+        end_of_call(target, **sent)
     target.check()
     assert target.rss() - before < ROOM_BYTES

@@ -28,7 +28,7 @@ _MIN_IN_FLIGHT = 64
 class RowsReceiver(Protocol):
     """Receiver of the results of all rows. A fan-out calls exactly one of these methods, once."""
 
-    def rows_answered(self, fan: FanOut, outputs: list[Value]) -> None: ...
+    def rows_succeeded(self, fan: FanOut, outputs: list[Value]) -> None: ...
 
     def row_failed(self, fan: FanOut, error: BaseException) -> None: ...
 
@@ -109,7 +109,7 @@ class FanOut:
 
     def _advance(self) -> None:
         """Start rows up to the limit; deliver the outputs after the last row."""
-        # A call was answered before its `start` returned: the loop below continues.
+        # A call was completed before its `start` returned: the loop below continues.
         if self._is_starting:
             return
         self._is_starting = True
@@ -121,7 +121,7 @@ class FanOut:
             self._is_starting = False
         if not self._rows_left and not self._is_over:
             self._is_over = True
-            self.receiver.rows_answered(self, self._outputs())
+            self.receiver.rows_succeeded(self, self._outputs())
 
     def _start_row(self, row: int) -> None:
         context = self.context
@@ -134,7 +134,7 @@ class FanOut:
         self._in_flight.add(call)
         call.start(context.expires, context.tenant, context.check)
 
-    def step_answered(self, call: StepCall, result: InferenceResult) -> None:
+    def step_succeeded(self, call: StepCall, result: InferenceResult) -> None:
         self._in_flight.discard(call)
         try:
             self._outputs_by_row[call.index] = feeding.row_outputs(self.step, result.outputs)

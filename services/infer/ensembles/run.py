@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from services.infer.ensembles import answering, feeding
+from services.infer.ensembles import feeding
 from services.infer.ensembles.conditions import Undecided
+from services.infer.ensembles.ensemble_result import ensemble_result, output_tensor
 from services.infer.ensembles.fan_out import FanOut, RequestContext, StepMeasurements
 from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
 from services.infer.ensembles.step_call import StepCall, located
@@ -121,7 +122,7 @@ class EnsembleRun:
 
     def _advance(self) -> None:
         """Start all ready steps; finish when all requested outputs are known."""
-        # A step was answered before its `start` returned. The outer call's loop continues with the steps now ready.
+        # A step was completed before its `start` returned. The outer call's loop continues with the steps now ready.
         if self._is_advancing:
             return
         self._is_advancing = True
@@ -224,7 +225,7 @@ class EnsembleRun:
 
     # Receive results
 
-    def step_answered(self, call: StepCall, result: InferenceResult) -> None:
+    def step_succeeded(self, call: StepCall, result: InferenceResult) -> None:
         self._in_flight.discard(call)
         index, step = call.index, self.plan.steps[call.index]
         try:
@@ -241,7 +242,7 @@ class EnsembleRun:
         self._in_flight.discard(call)
         self._fail(self.plan.steps[call.index], error)
 
-    def rows_answered(self, fan: FanOut, outputs: list[Value]) -> None:
+    def rows_succeeded(self, fan: FanOut, outputs: list[Value]) -> None:
         self._in_flight.discard(fan)
         self._measurements[fan.index] = fan.measurements
         self._store_outputs(fan.index, fan.step, outputs)
@@ -256,13 +257,11 @@ class EnsembleRun:
     def _finish(self) -> None:
         request = self.request
         try:
-            outputs = [
-                answering.output_tensor(self.plan, request, self._values, requested) for requested in request.outputs
-            ]
+            outputs = [output_tensor(self.plan, request, self._values, requested) for requested in request.outputs]
         except Exception as err:
             self._end(located(err, f"in ensemble '{self.plan.graph.name}'"))
             return
-        result = answering.ensemble_result(self.plan, request, outputs, self._measurements)
+        result = ensemble_result(self.plan, request, outputs, self._measurements)
         self._owner.record(self, result)
         self._end(result)
 
@@ -275,7 +274,7 @@ class EnsembleRun:
         self._owner.release(self)
         try:
             if isinstance(outcome, InferenceResult):
-                self._receiver.answered(outcome)
+                self._receiver.succeeded(outcome)
             else:
                 self._receiver.failed(outcome)
         except Exception:

@@ -135,7 +135,7 @@ class EnsembleScheduler:
         total_s = self._clock() - run.arrived
         self._mean_s += _WEIGHT * (total_s - self._mean_s)
         self._statistics.executed(result.times, time.time_ns() // 1_000_000)
-        self._statistics.answered(result.times, queue_ns=result.queue_ns, total_ns=int(total_s * 1e9))
+        self._statistics.succeeded(result.times, queue_ns=result.queue_ns, total_ns=int(total_s * 1e9))
 
     def release(self, run: EnsembleRun) -> None:
         """Release the bytes and the model versions of an ended run. Does nothing for a released run."""

@@ -23,7 +23,7 @@ class StepReceiver(Protocol):
     A call invokes exactly one of these methods once, on the event loop, possibly before `StepCall.start` returns.
     """
 
-    def step_answered(self, call: StepCall, result: InferenceResult) -> None: ...
+    def step_succeeded(self, call: StepCall, result: InferenceResult) -> None: ...
 
     def step_failed(self, call: StepCall, error: BaseException) -> None: ...
 
@@ -64,7 +64,7 @@ class StepCall:
         except Exception as err:
             self.failed(err)
         else:
-            self.answered(result)
+            self.succeeded(result)
 
     async def _result(self, expires: float, tenant: str, check: Check | None) -> InferenceResult:
         request, cache = self.request, self.version.response_cache
@@ -73,7 +73,7 @@ class StepCall:
         if cache is None:
             return await self.version.scheduler.submit(request, expires, tenant)
         wire_parameters = request.source.parameters if request.source is not None else {}
-        result, _ = await cache.answer(request, wire_parameters, expires, tenant)
+        result, _ = await cache.result(request, wire_parameters, expires, tenant)
         return result
 
     def abandon(self) -> None:
@@ -91,10 +91,10 @@ class StepCall:
         """True while the execution of the call has not begun."""
         return not self._is_over and self._task is None and self.version.scheduler.is_waiting(self.request)
 
-    def answered(self, result: InferenceResult) -> None:
+    def succeeded(self, result: InferenceResult) -> None:
         if not self._is_over:
             self._is_over = True
-            self._receiver.step_answered(self, result)
+            self._receiver.step_succeeded(self, result)
 
     def failed(self, error: BaseException) -> None:
         if not self._is_over:

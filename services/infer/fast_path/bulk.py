@@ -1,6 +1,6 @@
-"""InferBulk: many requests in one gRPC call, each run as usual; answers that are ready together share a message.
+"""InferBulk: many requests in one gRPC call, each run as usual; outcomes that are ready together share a message.
 
-    entries ──> fast path, one by one ──scheduler──> answers collect ──each loop iteration──> one message
+    entries ──> fast path, one by one ──scheduler──> outcomes collect ──each loop iteration──> one message
 
 A bulk is not a batch: its entries are queued beside other requests. Entries of a bulk arrive together, so that they
 are mostly stacked with each other.
@@ -24,7 +24,7 @@ from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
 
 MAX_ENTRIES = 4_096
-# Size of the answers in one message; a larger answer is sent alone, further answers in the next message.
+# Size of the outcomes in one message; a larger outcome is sent alone, further outcomes in the next message.
 _MESSAGE_BYTES = 4 << 20
 _RETRY = {ATTEMPT.encode(): b"2"}
 _TENANT = TENANT.encode()
@@ -41,13 +41,13 @@ class Bulk:
         self._loop = asyncio.get_running_loop()
         self._entries: dict[int, Entry] = {}
         self._ready: list[pb.InferBulkResponse.Answer] = []
-        self._has_answers = asyncio.Event()
+        self._has_outcomes = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
     async def responses(
         self, requests: AsyncIterator[pb.InferBulkRequest]
     ) -> AsyncGenerator[pb.InferBulkResponse, None]:
-        """Yield the answers to the entries of the first message, until all are answered.
+        """Yield messages with the outcomes of the first message's entries, until all entries have ended.
 
         Raises:
             InvalidArgument: no first message, or its entries are none, too many, or two with one number.
@@ -61,10 +61,10 @@ class Bulk:
             instance = self._instance
             while self._entries or self._ready:
                 if not self._ready:
-                    self._has_answers.clear()
-                    await self._has_answers.wait()
+                    self._has_outcomes.clear()
+                    await self._has_outcomes.wait()
                     continue
-                yield pb.InferBulkResponse(answers=self._next_answers(), instance=instance)
+                yield pb.InferBulkResponse(answers=self._next_outcomes(), instance=instance)
                 instance = ""
         finally:
             if self._timer is not None:
@@ -87,7 +87,7 @@ class Bulk:
         now = self._clock()
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
-            self._entries[message.number] = Entry(self._on_answer, message, now, deadline, self._clock)
+            self._entries[message.number] = Entry(self._on_outcome, message, now, deadline, self._clock)
         for message, entry in zip(entries, list(self._entries.values()), strict=True):
             try:
                 self._infer(_NO_PREFIX + message.request, entry)
@@ -95,16 +95,16 @@ class Bulk:
                 entry.refuse(err)
         self._expire_entries()
 
-    def _on_answer(self, answer: pb.InferBulkResponse.Answer | None, number: int) -> None:
+    def _on_outcome(self, outcome: pb.InferBulkResponse.Answer | None, number: int) -> None:
         self._entries.pop(number, None)
-        if answer is not None:
-            self._ready.append(answer)
-        self._has_answers.set()
+        if outcome is not None:
+            self._ready.append(outcome)
+        self._has_outcomes.set()
 
-    def _next_answers(self) -> list[pb.InferBulkResponse.Answer]:
+    def _next_outcomes(self) -> list[pb.InferBulkResponse.Answer]:
         count, nbytes = 0, 0
-        for answer in self._ready:
-            nbytes += len(answer.response)
+        for outcome in self._ready:
+            nbytes += len(outcome.response)
             if count and nbytes > _MESSAGE_BYTES:
                 break
             count += 1
@@ -132,17 +132,17 @@ class Bulk:
 class Entry:
     """One entry of a bulk; an `infer_fast.Exchange`."""
 
-    __slots__ = ("_arrived", "_clock", "_number", "_on_answer", "deadline", "headers", "is_over", "on_end")
+    __slots__ = ("_arrived", "_clock", "_number", "_on_outcome", "deadline", "headers", "is_over", "on_end")
 
     def __init__(
         self,
-        on_answer: Callable[[pb.InferBulkResponse.Answer | None, int], None],
+        on_outcome: Callable[[pb.InferBulkResponse.Answer | None, int], None],
         message: pb.InferBulkRequest.Entry,
         now: float,
         deadline: float,
         clock: Callable[[], float],
     ) -> None:
-        self._on_answer = on_answer
+        self._on_outcome = on_outcome
         self._number = message.number
         self._arrived = now
         self._clock = clock
@@ -154,10 +154,10 @@ class Entry:
         self.is_over = False
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
-        """End the entry with an answer."""
+        """End the entry with a response."""
         if not self.is_over:
             self.is_over = True
-            self._on_answer(pb.InferBulkResponse.Answer(number=self._number, response=b"".join(parts)), self._number)
+            self._on_outcome(pb.InferBulkResponse.Answer(number=self._number, response=b"".join(parts)), self._number)
 
     def refuse(self, error: BaseException) -> None:
         """End the entry with an error."""
@@ -165,10 +165,10 @@ class Entry:
             return
         self.is_over = True
         code, message, _ = status_of(error)
-        answer = pb.InferBulkResponse.Answer(number=self._number, code=code.value[0], message=message)
+        outcome = pb.InferBulkResponse.Answer(number=self._number, code=code.value[0], message=message)
         if isinstance(error, ShoalError) and error.retry_after_ms is not None:
-            answer.retry_after_ms = error.retry_after_ms
-        self._on_answer(answer, self._number)
+            outcome.retry_after_ms = error.retry_after_ms
+        self._on_outcome(outcome, self._number)
 
     def age_ns(self) -> int:
         """Return the time since the entry's arrival, in nanoseconds."""
@@ -181,9 +181,9 @@ class Entry:
             self.on_end()
 
     def cancel(self) -> None:
-        """End the entry without an answer: the client has cancelled it."""
+        """End the entry without an outcome: the client has cancelled it."""
         if not self.is_over:
             self.is_over = True
-            self._on_answer(None, self._number)
+            self._on_outcome(None, self._number)
             if self.on_end is not None:
                 self.on_end()

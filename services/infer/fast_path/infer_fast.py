@@ -1,7 +1,7 @@
 """ModelInfer on the fast path: from the bytes of a message to the bytes of its response, without a task.
 
 body ──template?──> request ──scheduler──> outputs ──> response
-       └── no template matches: slow path (parsed, answered by the core); a template is learnt from it
+       └── no template matches: slow path (parsed, executed by the core); a template is learnt from it
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _FastRequest:
         self._version.scheduler.abandon(self._queued)
         self._version.__exit__(None, None, None)
 
-    def answered(self, result: InferenceResult) -> None:
+    def succeeded(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
         # A template has no ragged outputs.

@@ -120,12 +120,12 @@ class ModelTemplates:
 
 
 def model_templates(version: Version, message: pb.ModelInferRequest) -> ModelTemplates:
-    answer = pb.ModelInferResponse(model_name=version.name, model_version=str(version.number))
-    return ModelTemplates(message.model_name, message.model_version, version, answer.SerializeToString())
+    response = pb.ModelInferResponse(model_name=version.name, model_version=str(version.number))
+    return ModelTemplates(message.model_name, message.model_version, version, response.SerializeToString())
 
 
 def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:
-    """Return the name bytes, the head and the template of an answered message; None when it cannot have a template."""
+    """Return the name bytes, head and template of a message that succeeded; None when it cannot have a template."""
     # The cheap checks first: reading BYTES inputs again would block the event loop for nothing.
     if message.parameters or not _has_numbers_only(message):
         return None
@@ -180,12 +180,12 @@ def _is_head(head: bytes, message: pb.ModelInferRequest) -> bool:
 
 
 def _opening(prefix: bytes, requested: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> Opening:
-    answer = pb.ModelInferResponse()
+    response = pb.ModelInferResponse()
     for requested_output, output in zip(requested, outputs, strict=True):
-        answer.outputs.add(
+        response.outputs.add(
             name=requested_output.spec.name, datatype=requested_output.spec.datatype.name, shape=output.shape
         )
-    heads = answer.SerializeToString()
+    heads = response.SerializeToString()
     raw = tuple(_tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
     size = len(prefix) + len(heads) + sum(map(len, raw)) + sum(output.nbytes for output in outputs)
     return Opening(heads, raw, size)

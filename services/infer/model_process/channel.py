@@ -61,7 +61,7 @@ class Message:
 
     @property
     def op(self) -> str:
-        """The operation that the frame requests or answers."""
+        """The operation that the frame requests or replies to."""
         return str(self.header.get("op", ""))
 
     def arrays(self) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class DecoupledStreams:
         self._outbox.put(({"op": op, "id": number, **fields}, ()))
 
     def reply(self, header: Mapping[str, Any], parts: Sequence[TensorPart]) -> None:
-        """Send the answer to a call that the model made of another model."""
+        """Send the response to a call that the model made of another model."""
         self._outbox.put((dict(header), parts))
 
     def _write(self) -> None:

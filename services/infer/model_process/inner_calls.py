@@ -48,7 +48,7 @@ class InnerCalls:
         self._core, self._loop = core, asyncio.get_running_loop()
 
     def __call__(self, message: Message, reply: Reply) -> None:
-        """Start a call, from any thread; `reply` gets the answer on another thread."""
+        """Start a call, from any thread; `reply` gets the response on another thread."""
         if self._core is None:
             reply({"error": "the server is not ready for calls of models", "code": "UNAVAILABLE"}, ())
             return

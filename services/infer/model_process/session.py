@@ -79,7 +79,7 @@ class Limits:
 
 
 RunInnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
-"""Runs an inner call (of another model); passes the answer to the function, later and from any thread."""
+"""Runs an inner call (of another model); passes the response to the function, later and from any thread."""
 
 
 class ProcessSession(Session):
@@ -172,7 +172,7 @@ class ProcessSession(Session):
         arrays = {name: [array] for name, array in inputs.items()}
         results = self.run_requests(arrays, outputs, rows, details, patience_s=_RESTARTED_S)
         result = (
-            results[0] if len(results) == 1 else ModelFailed(f"the model sent {len(results)} answers to one request")
+            results[0] if len(results) == 1 else ModelFailed(f"the model sent {len(results)} results for one request")
         )
         if isinstance(result, Exception):
             raise ModelFailed(result.message if isinstance(result, ShoalError) else str(result)) from result
@@ -200,14 +200,14 @@ class ProcessSession(Session):
             inputs: for each input, the array of each request.
             rows: number of rows of each request; empty for one request without a batch dimension.
             details: metadata of each request (`request_info`), for a model that `wants_requests`.
-            is_wanted: returns True while a caller waits for the answer.
+            is_wanted: returns True while a caller waits for the result.
             patience_s: longest wait for a process that is restarting.
             on: the process that must run the batch, without retries elsewhere; None: a free process.
             most_rows: largest batch after a shared process has stacked rows of other infer processes; 0: no stacking.
             on_waited: called with the nanoseconds that the batch waited inside a shared process.
 
         Returns:
-            One result for each request, when the model answers request by request; else one result with all rows.
+            One result for each request, when the model returns them request by request; else one result with all rows.
 
         Raises:
             ModelFailed: the model cannot process the batch.
@@ -226,10 +226,12 @@ class ProcessSession(Session):
             for is_last in (*(False,) * _UNREAD_TRIES, True):
                 process = instance.running(patience_s)
                 with process.using:
-                    answer = self._exchange(process, header, parts, is_wanted, is_last) if _is_alive(process) else None
-                if answer is not None:
-                    on_waited(int(answer.header.get("waited_ns", 0)))
-                    return self._results(answer, outputs)
+                    response = (
+                        self._exchange(process, header, parts, is_wanted, is_last) if _is_alive(process) else None
+                    )
+                if response is not None:
+                    on_waited(int(response.header.get("waited_ns", 0)))
+                    return self._results(response, outputs)
         raise ModelDied("the model's process dies right after each start", is_confirmed=False)
 
     @contextmanager
@@ -256,10 +258,10 @@ class ProcessSession(Session):
         self, process: Runner, header: dict[str, Any], parts: Sequence[TensorPart], is_wanted: Callable[[], bool]
     ) -> Message:
         with process.using:
-            answer = self._exchange(process, header, parts, is_wanted, False) if _is_alive(process) else None
-        if answer is None:
+            response = self._exchange(process, header, parts, is_wanted, False) if _is_alive(process) else None
+        if response is None:
             raise ModelDied(f"the model's process died ({process.end})", is_confirmed=False, is_unread=True)
-        return answer
+        return response
 
     def declare(self, datatypes: Mapping[str, str]) -> None:
         """Add inputs, with their datatypes, that the server fills in and the model has not declared."""
@@ -273,14 +275,14 @@ class ProcessSession(Session):
         is_wanted: Callable[[], bool],
         is_last: bool,
     ) -> Message | None:
-        """Send the batch and return the answer.
+        """Send the batch and return the response.
 
         Returns None when the process died before it had read the batch, unless this is the last try.
         """
         exchange = _Exchange(self, process, header["id"], is_wanted)
         try:
             process.channel.send(header, parts)
-            return exchange.answer()
+            return exchange.receive()
         except ChannelClosed as err:
             _wait_reaped(process, err)
             is_unread = err.is_unread or not process.has_started()
@@ -297,13 +299,13 @@ class ProcessSession(Session):
         )
 
     def call_other(self, process: Runner, message: Message) -> None:
-        """Run a call that the model makes of another model, and send the answer to `process`."""
+        """Run a call that the model makes of another model, and send the response to `process`."""
 
         def send(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             try:
                 process.channel.send(header, parts)
             except (ChannelClosed, OSError) as err:
-                log.info("model %s: the answer to its inner call could not be sent: %s", self.title, err)
+                log.info("model %s: the response to its inner call could not be sent: %s", self.title, err)
 
         self._run_inner_call(message, send)
 
@@ -321,18 +323,18 @@ class ProcessSession(Session):
         else:
             self._call(message, reply)
 
-    def _results(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
-        if answer.op == "error":
-            raise ModelFailed(str(answer.header.get("error"))[:_MAX_ERROR_CHARACTERS])
+    def _results(self, response: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
+        if response.op == "error":
+            raise ModelFailed(str(response.header.get("error"))[:_MAX_ERROR_CHARACTERS])
         try:
-            return self._split(answer, outputs)
+            return self._split(response, outputs)
         # A model process is not trusted: its header may have any content.
         except (AttributeError, KeyError, TypeError, ValueError) as err:
-            raise ModelFailed("the model process sent an invalid answer") from err
+            raise ModelFailed("the model process sent an invalid response") from err
 
-    def _split(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
-        arrays = iter([self.textual(array) for _, _, array in answer.tensors])
-        responses = answer.header.get("responses")
+    def _split(self, response: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
+        arrays = iter([self.textual(array) for _, _, array in response.tensors])
+        responses = response.header.get("responses")
         if responses is None:
             return [[_next(arrays) for _ in outputs]]
         return [
@@ -355,7 +357,7 @@ class ProcessSession(Session):
 
 
 class _Exchange:
-    """One run in a process: waits for the answer, kills a process that exceeds its limits."""
+    """One run in a process: waits for the response, kills a process that exceeds its limits."""
 
     def __init__(self, session: ProcessSession, process: Runner, number: int, is_wanted: Callable[[], bool]) -> None:
         self._session, self._process = session, process
@@ -364,8 +366,8 @@ class _Exchange:
         """True once the process was sent anything after the request."""
         self._is_cancel_sent = False
 
-    def answer(self) -> Message:
-        """Wait for the answer; run the model's inner calls meanwhile. Raises ChannelClosed."""
+    def receive(self) -> Message:
+        """Wait for the response; run the model's inner calls meanwhile. Raises ChannelClosed."""
         start = last_wanted = time.monotonic()
         while True:
             message = self._process.channel.receive(_POLL_S)
@@ -375,9 +377,9 @@ class _Exchange:
                     self._session.call_other(self._process, message)
                     continue
                 if message.op not in ("result", "error") or message.header.get("id") != self._number:
-                    self._process.kill("killed: it sent an answer that does not match the request")
+                    self._process.kill("killed: it sent a response that does not match the request")
                     # An earlier request caused this: the current one may be retried as if it were unread.
-                    raise ChannelClosed("the answer does not match the request", is_unread=True)
+                    raise ChannelClosed("the response does not match the request", is_unread=True)
                 return message
             now = time.monotonic()
             last_wanted = now if self._is_wanted() else last_wanted

@@ -95,7 +95,7 @@ class Version:
 
     @property
     def needs_tensors_only(self) -> bool:
-        """True when a request can be answered by its tensors alone, so that its message need not be parsed."""
+        """True when a request can be executed from its tensors alone, so that its message need not be parsed."""
         return self.response_cache is None and self.sees_tensors_only
 
     @property

@@ -114,7 +114,7 @@ def parsed(data: bytes, response_type: type[M]) -> M:
     try:
         return response_type.FromString(data)
     except DecodeError as err:
-        raise ModelFailed(f"the remote server's answer of {len(data)} bytes is not what the protocol says") from err
+        raise ModelFailed(f"the remote server's response of {len(data)} bytes is not what the protocol says") from err
 
 
 def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:

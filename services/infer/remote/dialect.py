@@ -65,7 +65,7 @@ class Dialect(Protocol):
     ) -> Pieces:
         """Return the inference message for the rows of several requests, in the order of their arrays."""
 
-    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+    def parse_response(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
         """Return these outputs of a serialized response. Raises ModelFailed when one is missing or wrong."""
 
 
@@ -77,7 +77,7 @@ def shape_of(arrays: Sequence[Tensor]) -> tuple[int, ...]:
 
 def missing(name: str, present: Sequence[str]) -> ModelFailed:
     """Return the error for a response without the output `name`."""
-    return ModelFailed(f"the remote server's answer has no output {quoted(name)}: it has {listed(present) or 'none'}")
+    return ModelFailed(f"the remote server's response has no output {quoted(name)}: it has {listed(present) or 'none'}")
 
 
 def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:

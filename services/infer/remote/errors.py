@@ -82,7 +82,7 @@ def _of(code: int, text: str, after_ms: int | None, server: str) -> Exception:
         return _REQUEST_ERRORS[code](quoted)
     match code:
         case Code.RESOURCE_EXHAUSTED if _TOO_LARGE in text.lower():
-            return ResourceExhausted(f"{server} or its answer: {text}")
+            return ResourceExhausted(f"{server} or its response: {text}")
         case Code.RESOURCE_EXHAUSTED:
             return BatchFailed(ResourceExhausted(quoted, retry_after_ms=after_ms or RETRY_AFTER_MS))
         case Code.UNAVAILABLE:
@@ -94,11 +94,11 @@ def _of(code: int, text: str, after_ms: int | None, server: str) -> Exception:
         case Code.CANCELLED:
             return BatchFailed(Unavailable(f"{server} ended the call: {text}", retry_after_ms=RETRY_AFTER_MS))
         case Code.DEADLINE_EXCEEDED:
-            return BatchFailed(DeadlineExceeded(f"{server} did not answer in time"))
+            return BatchFailed(DeadlineExceeded(f"{server} did not respond in time"))
         case Code.UNIMPLEMENTED:
             return BatchFailed(Unimplemented(quoted))
         case Code.UNAUTHENTICATED | Code.PERMISSION_DENIED:
             return CredentialsRejected(
                 FailedPrecondition(f"{server} does not accept the credentials of this server: {text}")
             )
-    return ModelFailed(text or f"the remote server answered {Code(code).name} without a message")
+    return ModelFailed(text or f"the remote server returned {Code(code).name} without a message")

@@ -110,13 +110,13 @@ class Oip:
             pieces.add(_RAW_INPUTS, raw(arrays, specs[name].datatype))
         return pieces
 
-    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+    def parse_response(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
         response = parsed(data, pb.ModelInferResponse)
         present = {output.name: index for index, output in enumerate(response.outputs)}
         try:
             return [_tensor(response, spec, present) for spec in outputs]
         except InvalidArgument as err:
-            raise ModelFailed(f"the remote server's answer: {err.message}") from err
+            raise ModelFailed(f"the remote server's response: {err.message}") from err
 
 
 def _tensor(response: pb.ModelInferResponse, spec: TensorSpec, present: Mapping[str, int]) -> Tensor:

@@ -221,7 +221,7 @@ class RemoteSession(Session):
             raise
 
     def _read(self, data: bytes, outputs: Sequence[str]) -> list[Tensor]:
-        return self._dialect.answer(data, [self._outputs_by_name[name] for name in outputs])
+        return self._dialect.parse_response(data, [self._outputs_by_name[name] for name in outputs])
 
     # Detection of a changed model
 

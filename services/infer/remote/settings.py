@@ -11,7 +11,7 @@
     ca_file, client_certificate_file, client_key_file, server_name      for TLS
     keepalive_time_ms       idle time after which a connection with calls in progress sends an HTTP/2 ping; 0: never;
                             when unset, 60000 or timeout_ms, whichever is larger
-    keepalive_timeout_ms    time limit of the ping's answer; 20000 when unset
+    keepalive_timeout_ms    time limit of the ping's reply; 20000 when unset
 
 File names are relative to the model's folder, or absolute.
 """

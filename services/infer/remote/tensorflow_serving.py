@@ -64,12 +64,12 @@ class TensorFlowServing:
         pieces.append(pb.TensorFlowPredictRequest(output_filter=outputs).SerializeToString())
         return pieces
 
-    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+    def parse_response(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
         present = parsed(data, pb.TensorFlowPredictResponse).outputs
         try:
             return [_tensor(present, spec) for spec in outputs]
         except InvalidArgument as err:
-            raise ModelFailed(f"the remote server's answer: {err.message}") from err
+            raise ModelFailed(f"the remote server's response: {err.message}") from err
 
 
 def _tensor(present: Mapping[str, pb.TensorFlowTensor], spec: TensorSpec) -> Tensor:

@@ -46,7 +46,7 @@ class TorchServe:
             pieces.add_entry(_INPUT, name, Pieces(array.item()))
         return pieces
 
-    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+    def parse_response(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
         prediction = np.empty(1, object)
         prediction[0] = parsed(data, pb.TorchServePredictionResponse).prediction
         return [prediction for _ in outputs]

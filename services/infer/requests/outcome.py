@@ -1,4 +1,4 @@
-"""Outcome of one inference request: its outputs with the times of its execution, or an error."""
+"""Outcome of one inference request: its result or an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepTimes:
 
 
 class InferenceResult:
-    """Result of one request."""
+    """Result of one request: its outputs before they become a response, and the times of its execution."""
 
     __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
 
@@ -54,4 +54,4 @@ class InferenceResult:
 
 
 Outcome: TypeAlias = InferenceResult | Exception
-"""Result or error of one request."""
+"""End of one request: its result or an error. The word has no other meaning in infer."""

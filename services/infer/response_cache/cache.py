@@ -1,4 +1,4 @@
-"""Response cache of one model version: a repeated request is answered from the store, concurrent equal ones run once.
+"""Response cache of one model version: a repeated request is served from the store, concurrent equal ones run once.
 
     request ──key──> stored?  ──yes──> hit
                      │no
@@ -86,7 +86,7 @@ class _Flight:
 
 
 class ResponseCache:
-    """Answers requests of one model version. Use as `async with`: leaving drops the stored outputs.
+    """Response cache of one model version. Use as `async with`: leaving drops the stored outputs.
 
     Args:
         store: table of outputs, shared by all models.
@@ -130,7 +130,7 @@ class ResponseCache:
         self._detached_tasks.update(flight.task for flight in self._flights.values())
         self._flights.clear()
 
-    async def answer(
+    async def result(
         self,
         request: InferenceRequest,
         parameters: Mapping[str, InferParameter],
@@ -262,12 +262,13 @@ def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
         return None
     if config.HasField("sequence_batching"):
         raise FailedPrecondition(
-            "response_cache.enable with sequence_batching is not supported: an answer depends on the requests before it"
+            "response_cache.enable with sequence_batching is not supported: "
+            "a response depends on the requests before it"
         )
     if config.model_transaction_policy.decoupled:
         raise FailedPrecondition(
             "response_cache.enable with model_transaction_policy.decoupled is not supported: "
-            "a request has any number of answers"
+            "a request has any number of responses"
         )
     return int(ttl_text) / 1000 if ttl_text else math.inf
 

@@ -21,7 +21,7 @@ class BatchCandidate(Protocol):
 
     @property
     def due(self) -> float:
-        """Time by which the goal wants the request answered, in seconds on the clock of `now`; infinite: no goal."""
+        """Time by which the goal wants the request completed, in seconds on the clock of `now`; infinite: no goal."""
         ...
 
 
@@ -38,7 +38,7 @@ class BatchPolicy:
     preferred: frozenset[int] = frozenset()
     """Sizes in rows at which a batch stops waiting."""
     slo_s: float = math.inf
-    """Time within which requests should be answered. Shapes the batches, unless a delay or preferred sizes are set."""
+    """Time within which requests should be completed. Shapes the batches, unless a delay or preferred sizes are set."""
 
     @property
     def is_static(self) -> bool:

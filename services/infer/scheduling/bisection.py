@@ -20,17 +20,17 @@ Search: TypeAlias = Generator[Sequence[J], list[R], list[R]]
 
 
 class Bisection(Generic[J, R]):
-    """Search for the failing items of one batch. A run gives a result for each item, or raises for all of them."""
+    """Search for the failing items of one batch. A run gives an outcome for each item, or raises for all of them."""
 
     def __init__(self, outcome_of_error: Callable[[Exception], R]) -> None:
-        """Set the result of an item that fails alone: `outcome_of_error` of its error."""
+        """Set the outcome of an item that fails alone: `outcome_of_error` of its error."""
         self._outcome_of_error = outcome_of_error
         self._failures_left = 0
         self.cuts = 0
         """Number of batches that were split in two."""
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
-        """Run the halves of a failed batch until the failing items are alone; return one result per item, in order.
+        """Run the halves of a failed batch until the failing items are alone; return one outcome per item, in order.
 
         `batch` has more than one item.
         """
@@ -41,16 +41,16 @@ class Bisection(Generic[J, R]):
         return await sans_io.run_async(self._search(batch), run)
 
     def _search(self, batch: Sequence[J]) -> Search[J, R]:
-        """Yield batches to run; each is sent its results."""
+        """Yield batches to run; each is sent its outcomes."""
         self._failures_left = 2 * len(batch).bit_length()
         return self._halves(batch)
 
     def _halves(self, batch: Sequence[J]) -> Search[J, R]:
         if self._failures_left <= 0:
-            results: list[R] = []
+            outcomes: list[R] = []
             for item in batch:
-                results += yield from self._run_part([item])
-            return results
+                outcomes += yield from self._run_part([item])
+            return outcomes
         self.cuts += 1
         middle = len(batch) // 2
         first = yield from self._run_part(batch[:middle])

@@ -51,7 +51,7 @@ class DeadlineHeap(Generic[W]):
             yield heapq.heappop(self._heap)[2]
 
     def _compact(self) -> None:
-        # Most requests are answered long before their deadline: without this, they would be held until then.
+        # Most requests are completed long before their deadline: without this, they would be held until then.
         self._heap = [entry for entry in self._heap if entry[2].is_waiting]
         heapq.heapify(self._heap)
         self._compact_at = 2 * len(self._heap) + _SLACK

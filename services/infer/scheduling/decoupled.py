@@ -315,4 +315,4 @@ class DecoupledScheduler:
         now = self._clock()
         times = ExecutionTimes(request.rows, 0, int((now - started) * 1e9), 0)
         self._statistics.executed(times, time.time_ns() // 1_000_000)
-        self._statistics.answered(times, queue_ns=int((started - arrived) * 1e9), total_ns=int((now - arrived) * 1e9))
+        self._statistics.succeeded(times, queue_ns=int((started - arrived) * 1e9), total_ns=int((now - arrived) * 1e9))

@@ -131,10 +131,10 @@ class Execution:
                 alive = still_alive
                 continue
             self._count_expired(alive, now)
-            answers = self._compute_outcomes(requests, inputs, rows, start)
+            outcomes = self._compute_outcomes(requests, inputs, rows, start)
             if len(alive) == len(batch):
-                return answers
-            found = dict(zip(map(id, alive), answers, strict=True))
+                return outcomes
+            found = dict(zip(map(id, alive), outcomes, strict=True))
             return [found[id(item)] if id(item) in found else expired() for item in batch]
         return [expired() for _ in batch]
 

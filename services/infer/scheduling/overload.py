@@ -1,10 +1,10 @@
-"""Batch size under overload: the size that answers the most rows in time.
+"""Batch size under overload: the size that completes the most rows in time.
 
-    seconds since its arrival    0         waits          taken            answered      budget
+    seconds since its arrival    0         waits          taken            completed     budget
                                  |--------------------------|-- cost(b) ------|--- spare ---|
 
 With batches of b rows, a row must have arrived within the last budget - cost(b) when its batch is taken. A batch of one
-of n instances thus finds at most rate * (budget - cost(b)) / n useful rows. Rows answered in time for each second and
+of n instances thus finds at most rate * (budget - cost(b)) / n useful rows. Rows completed in time for each second and
 instance are then
 
     min(b, rate * (budget - cost(b)) / n) / cost(b)
@@ -25,7 +25,7 @@ USABLE_SHARE = 0.9
 """Share of a budget that plans may use; the rest is spare, because clocks, networks and forecasts err."""
 
 # The usable share while this many batches wait already. The queue keeps the instances busy, and a request that would
-# be answered at the last moment is better rejected.
+# be completed at the last moment is better rejected.
 _BACKLOG_USABLE_SHARE = 0.6
 _BACKLOG_BATCHES = 3
 
@@ -76,7 +76,7 @@ class Pressure:
         return 1 / self._mean_inverse_budget if self._mean_inverse_budget > 1e-9 else math.inf
 
     def max_rows(self, now: float, cost: CostCurve, most: int, instances: int) -> int:
-        """Return the rows of one batch: `most`, unless fewer answer more requests in time."""
+        """Return the rows of one batch: `most`, unless fewer complete more requests in time."""
         if now >= self._until:
             self._recompute(now, cost, most, instances)
         return self._rows
@@ -92,13 +92,13 @@ class Pressure:
 
 
 def best_rows(cost: CostCurve, most: int, rate: float, budget_s: float) -> int:
-    """Return the smallest number of rows that answers nearly as many in time as any up to `most`.
+    """Return the smallest number of rows that completes nearly as many in time as any up to `most`.
 
-    Where all offered rows can be served with headroom: the largest number that answers all of them in time.
+    Where all offered rows can be served with headroom: the largest number that completes all of them in time.
 
     Args:
         rate: rows offered to an instance in a second.
-        budget_s: from a row's arrival to its answer; infinite: `most` is best.
+        budget_s: from a row's arrival to its result; infinite: `most` is best.
     """
     if budget_s == math.inf or budget_s <= cost.expected(1) or not rate:
         return most

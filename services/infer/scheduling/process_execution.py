@@ -68,9 +68,9 @@ class ProcessExecution(Execution):
         if not poison:
             return self._execute(requests, start)
         rejected = {id(request): after_s for request in requests if (after_s := poison.rejected_for_s(request))}
-        answers = iter(self._execute([request for request in requests if id(request) not in rejected], start))
+        outcomes = iter(self._execute([request for request in requests if id(request) not in rejected], start))
         return [
-            self._processes.rejection(self._name, rejected[id(request)]) if id(request) in rejected else next(answers)
+            self._processes.rejection(self._name, rejected[id(request)]) if id(request) in rejected else next(outcomes)
             for request in requests
         ]
 
@@ -92,7 +92,7 @@ class ProcessExecution(Execution):
         if len(results) == len(requests):
             return [self._checked(request, result, times) for request, result in zip(requests, results, strict=True)]
         stacked = (
-            results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(requests)} requests")
+            results[0] if len(results) == 1 else ModelFailed(f"{len(results)} results for {len(requests)} requests")
         )
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked

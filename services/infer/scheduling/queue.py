@@ -1,6 +1,6 @@
 """Queue of one model version: bounded, in groups of requests that can be stacked.
 
-WAITING ──take──> RUNNING ──> answered
+WAITING ──take──> RUNNING ──> delivered
    ├──expire, discard──> removed: never executed
    └──expire, where the model delays──> WAITING, behind the others of its level
 
@@ -37,7 +37,7 @@ NO_TENANT = TenantQueue("", 1.0, 0.0)
 class Receiver(Protocol):
     """Receives the outcome of one request: exactly one method is called, once, on the event loop."""
 
-    def answered(self, result: InferenceResult) -> None: ...
+    def succeeded(self, result: InferenceResult) -> None: ...
 
     def failed(self, error: BaseException) -> None: ...
 
@@ -77,7 +77,7 @@ class QueuedRequest:
         self.yields_at = math.inf
         """From then on the request waits behind the others of its level."""
         self.due = math.inf
-        """Time by which the model's goal wants the request answered."""
+        """Time by which the model's goal wants the request completed."""
         self.level = self.band = 0
         self.tenant_queue = NO_TENANT
         self.outcome: Outcome | None = None

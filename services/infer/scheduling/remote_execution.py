@@ -48,13 +48,13 @@ class RemoteExecution(Execution):
         if not alive:
             return [expired() for _ in batch]
         try:
-            answers: Sequence[Outcome] = await self._answers(alive)
+            outcomes: Sequence[Outcome] = await self._run_remote(alive)
         except BatchFailed as err:
-            answers = [err.error] * len(alive)
-        found = dict(zip(map(id, alive), answers, strict=True))
+            outcomes = [err.error] * len(alive)
+        found = dict(zip(map(id, alive), outcomes, strict=True))
         return [found[id(item)] if id(item) in found else expired() for item in batch]
 
-    async def _answers(self, alive: Sequence[ExecutionItem]) -> list[Outcome]:
+    async def _run_remote(self, alive: Sequence[ExecutionItem]) -> list[Outcome]:
         start = perf_counter_ns()
         requests = [item.request for item in alive]
         remote_request = RemoteBatch(

@@ -54,4 +54,4 @@ class RequestScheduler(Protocol):
         """Drop a request whose caller has left: its receiver is not called. No effect once the outcome is delivered."""
 
     def is_waiting(self, request: InferenceRequest) -> bool:
-        """Return True while the execution of `request` has not begun; `request` was started here and is unanswered."""
+        """Return True while the execution of `request` has not begun; `request` was started here and has no outcome."""

@@ -1,7 +1,7 @@
 """Queue rules of a model's configuration: priority levels, timeouts, bounds, tenants, goal.
 
 dynamic_batching                 Triton's, with Triton's meaning: `model_config.proto`
-parameters, ours                 slo_ms             answer within so many milliseconds, at the highest throughput
+parameters, ours                 slo_ms             complete within so many milliseconds, at the highest throughput
                                  tenant_weights     "gold=4,free=1": shares of tenants that wait together; others have 1
                                  priority_aging_ms  wait that makes up for one priority level; 0: none does
 """
@@ -79,7 +79,7 @@ def of(config: pb.ModelConfig) -> Rules:
 
 
 def slo_s(config: pb.ModelConfig) -> float:
-    """Return the seconds within which requests should be answered; infinite without a goal."""
+    """Return the seconds within which requests should be completed; infinite without a goal."""
     value = _value(config, SLO)
     return math.inf if value is None else float(value) / 1000
 

@@ -114,10 +114,10 @@ class Scheduler:
         self._may_run_on_loop = False
         self._free_at: dict[Worker, float] = {}
         self._was_busy = False
-        self._unanswered: deque[QueuedRequest] | None = deque() if self._rules.preserves_order else None
+        self._undelivered: deque[QueuedRequest] | None = deque() if self._rules.preserves_order else None
         self._is_closing = self._is_ended = False
         self._will_dispatch = False
-        self._answered_at = -math.inf
+        self._delivered_at = -math.inf
         self._idle_gaps = 0
         self._wake_timer: asyncio.TimerHandle | None = None
         self._wake_timer_at = math.inf
@@ -196,8 +196,8 @@ class Scheduler:
             raise
         if evicted:
             self._evict(evicted)
-        if self._unanswered is not None:
-            self._unanswered.append(queued)
+        if self._undelivered is not None:
+            self._undelivered.append(queued)
         if queued.expires < self._timer_at or queued.yields_at < self._timer_at:
             self._set_timer(min(queued.expires, queued.yields_at), now)
         if self._will_dispatch or not self._idle:
@@ -210,7 +210,7 @@ class Scheduler:
 
     def _is_lone(self, now: float) -> bool:
         """Return True while requests arrive one at a time: dispatching now costs no batch-mates."""
-        self._idle_gaps = self._idle_gaps + 1 if now - self._answered_at > _IDLE_GAP_S else 0
+        self._idle_gaps = self._idle_gaps + 1 if now - self._delivered_at > _IDLE_GAP_S else 0
         return self._idle_gaps > _IDLE_GAPS
 
     def is_waiting(self, request: InferenceRequest) -> bool:
@@ -226,7 +226,7 @@ class Scheduler:
         self._queue.discard(queued)
         if queued.on_abandoned is not None:
             queued.on_abandoned()
-        if self._unanswered is not None:
+        if self._undelivered is not None:
             self._release()
 
     def _apply_rules(self, queued: QueuedRequest) -> None:
@@ -274,7 +274,7 @@ class Scheduler:
         )
 
     def _max_rows(self, now: float) -> int:
-        """Return the rows of the next batch: fewer than the policy allows where that answers more requests in time."""
+        """Return the rows of the next batch: fewer than the policy allows if more requests then complete in time."""
         if self._waits:
             return self._policy.max_rows
         return self._pressure.max_rows(now, self.cost, self._policy.max_rows, self._instances)
@@ -399,38 +399,38 @@ class Scheduler:
     def _deliver_outcomes(
         self, worker: Worker, batch: Batch, outcomes: Sequence[Outcome], started: float, seconds: float
     ) -> None:
-        self._answered_at = now = self._clock()
+        self._delivered_at = now = self._clock()
         fired = batch.fired
         arrived = 0.0
-        answers = 0
+        count = 0
         times: ExecutionTimes | None = None
         is_whole = True
-        unanswered, deliver = self._unanswered, self._deliver
+        undelivered, deliver = self._undelivered, self._deliver
         for queued, outcome in zip(batch.requests, outcomes, strict=True):
             if type(outcome) is InferenceResult:
                 if outcome.times is not times:
                     if times is not None:
                         is_whole = False
-                        self._count_answered(times, answers, arrived, started, now)
-                    times, answers, arrived = outcome.times, 0, 0.0
-                answers += 1
+                        self._count_succeeded(times, count, arrived, started, now)
+                    times, count, arrived = outcome.times, 0, 0.0
+                count += 1
                 arrived += queued.arrived
                 outcome.queue_ns = int((started - queued.arrived) * 1e9) + outcome.times.waited_ns
                 outcome.fired = fired
             else:
                 is_whole = False
-            if unanswered is not None:
+            if undelivered is not None:
                 queued.outcome = outcome
             elif not queued.is_abandoned:
                 deliver(queued, outcome)
         if times is not None:
-            self._count_answered(times, answers, arrived, started, now)
+            self._count_succeeded(times, count, arrived, started, now)
         if is_whole:
             self._update_costs(batch, now - started, seconds)
         tally = worker.execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        if unanswered is not None:
+        if undelivered is not None:
             self._release()
 
     def _deliver(self, queued: QueuedRequest, outcome: Outcome) -> None:
@@ -438,7 +438,7 @@ class Scheduler:
         queued.is_abandoned = True
         try:
             if isinstance(outcome, InferenceResult):
-                queued.receiver.answered(outcome)
+                queued.receiver.succeeded(outcome)
             else:
                 if isinstance(outcome, DeadlineExceeded):
                     self._statistics.expired += 1
@@ -449,18 +449,18 @@ class Scheduler:
 
     def _release(self) -> None:
         """Deliver the outcomes that are next in order of arrival."""
-        unanswered = self._unanswered
-        assert unanswered is not None, "only called where order is preserved"
-        while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
-            queued = unanswered.popleft()
+        undelivered = self._undelivered
+        assert undelivered is not None, "only called where order is preserved"
+        while undelivered and (undelivered[0].is_abandoned or undelivered[0].outcome is not None):
+            queued = undelivered.popleft()
             if not queued.is_abandoned and queued.outcome is not None:
                 self._deliver(queued, queued.outcome)
 
-    def _count_answered(self, times: ExecutionTimes, answers: int, arrived: float, started: float, now: float) -> None:
+    def _count_succeeded(self, times: ExecutionTimes, count: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
-        queue_ns, total_ns = int((answers * started - arrived) * 1e9), int((answers * now - arrived) * 1e9)
-        queue_ns += answers * times.waited_ns
-        self._statistics.answered(times, answers, queue_ns=queue_ns, total_ns=total_ns)
+        queue_ns, total_ns = int((count * started - arrived) * 1e9), int((count * now - arrived) * 1e9)
+        queue_ns += count * times.waited_ns
+        self._statistics.succeeded(times, count, queue_ns=queue_ns, total_ns=total_ns)
 
     def _update_costs(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
         if self._may_run_on_loop:
@@ -478,7 +478,7 @@ class Scheduler:
     # Ends without an execution
 
     def _settle(self, queued: QueuedRequest, error: Exception) -> None:
-        if self._unanswered is None:
+        if self._undelivered is None:
             if not queued.is_abandoned:
                 self._deliver(queued, error)
         else:

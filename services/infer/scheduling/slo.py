@@ -1,4 +1,4 @@
-"""Batches for a goal: every request answered in time, at the highest throughput.
+"""Batches for a goal: every request completed in time, at the highest throughput.
 
     now            latest feasible start                 due (of the earliest)
      |------ wait ------|<------- cost of the batch ------->|

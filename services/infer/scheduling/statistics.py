@@ -56,7 +56,7 @@ class Statistics:
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
     cache_hit: Duration = field(default_factory=Duration)
-    """Requests answered without an execution: time of the lookup."""
+    """Requests that the response cache completed without an execution: time of the lookup."""
     cache_miss: Duration = field(default_factory=Duration)
     """Requests executed in spite of a response cache: time of the lookup and of storing the outputs."""
     by_request: BatchTimes = field(default_factory=BatchTimes)
@@ -66,7 +66,7 @@ class Statistics:
     expired: int = 0
     """Requests that expired before they were executed."""
     cancelled: int = 0
-    """Requests whose caller left before they were answered."""
+    """Requests whose caller left before they were completed."""
     shed: int = 0
     """Requests that were rejected or evicted because the queue was full or too long."""
     expired_executed: int = 0
@@ -84,8 +84,8 @@ class Statistics:
             of_size = self.by_rows[times.rows] = BatchTimes()
         of_size.add(times)
 
-    def answered(self, times: ExecutionTimes, count: int = 1, *, queue_ns: int, total_ns: int) -> None:
-        """Count the requests that one execution answered; `queue_ns` and `total_ns` are their sums."""
+    def succeeded(self, times: ExecutionTimes, count: int = 1, *, queue_ns: int, total_ns: int) -> None:
+        """Count the successful requests of one execution; `queue_ns` and `total_ns` are their sums."""
         self.success.add(total_ns, count)
         self.queue.add(queue_ns, count)
         self.by_request.add(times, count)
@@ -97,13 +97,13 @@ class Statistics:
         tally.bisections = tally.expired_rows = 0
 
     def hit(self, lookup_ns: int, total_ns: int) -> None:
-        """Count one request answered by the response cache: from the store, or with another request's execution."""
+        """Count one request that the response cache completed: from the store, or with another request's execution."""
         self.success.add(total_ns)
         self.queue.add(0)
         self.cache_hit.add(lookup_ns)
 
     def missed(self, ns: int) -> None:
-        """Count one request that the response cache could not answer, and that an execution `answered`."""
+        """Count one request that missed the response cache; `succeeded` counts its execution."""
         self.cache_miss.add(ns)
 
     def failed(self, total_ns: int) -> None:

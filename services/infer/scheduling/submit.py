@@ -17,7 +17,7 @@ class Waiter:
     def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future
 
-    def answered(self, result: InferenceResult) -> None:
+    def succeeded(self, result: InferenceResult) -> None:
         if not self.future.done():
             self.future.set_result(result)
 

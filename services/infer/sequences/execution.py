@@ -178,12 +178,12 @@ class ProcessSequenceExecution(SequenceExecution):
         pairs = zip(alive, outcomes, strict=True)
         return [self._checked(step, got) if isinstance(got, InferenceResult) else got for step, got in pairs]
 
-    def _checked(self, step: SequenceStep, answer: InferenceResult) -> Outcome:
+    def _checked(self, step: SequenceStep, result: InferenceResult) -> Outcome:
         try:
-            check_outputs(step.request, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
+            check_outputs(step.request, cast("Sequence[Tensor]", result.outputs), 1 if self._batched else None)
         except ModelFailed as err:
             return self._model_error(err)
-        return answer
+        return result
 
     def _row(self, step: SequenceStep) -> Row:
         row = super()._row(step)

@@ -73,7 +73,7 @@ class SequenceScheduler:
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
         self._id_datatype = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
-        self._unanswered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
+        self._undelivered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
         self._will_dispatch = self._is_closing = self._is_ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -130,8 +130,8 @@ class SequenceScheduler:
             self.table.add(step, tenant)
         except UnknownSequence:
             raise rejections.unknown(self._name, step.id, self._settings.idle_s) from None
-        if self._unanswered is not None:
-            self._unanswered.append(step)
+        if self._undelivered is not None:
+            self._undelivered.append(step)
         self._set_timer(step.expires, now)
         self._dispatch_soon()
         return step
@@ -213,7 +213,7 @@ class SequenceScheduler:
         if any(step.is_lost for step in steps):
             log.warning("model %s: the process of instance %d ended, and its sequences are lost", self._name, instance)
             self._reject_unknown(self.table.lose_instance(instance, started_sequences))
-        self._count_answered(steps, outcomes, fired, started, now)
+        self._count_succeeded(steps, outcomes, fired, started, now)
         tally = self._workers[instance].execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
@@ -222,7 +222,7 @@ class SequenceScheduler:
         for step, outcome in zip(steps, outcomes, strict=True):
             self._settle(step, outcome)
 
-    def _count_answered(
+    def _count_succeeded(
         self, steps: Sequence[SequenceStep], outcomes: Sequence[Outcome], fired: str, started: float, now: float
     ) -> None:
         executions: set[int] = set()
@@ -235,22 +235,22 @@ class SequenceScheduler:
                 self._statistics.executed(times, time.time_ns() // 1_000_000)
             outcome.queue_ns, outcome.fired = int((started - step.arrived) * 1e9), fired
             total_ns = int((now - step.arrived) * 1e9)
-            self._statistics.answered(times, queue_ns=outcome.queue_ns, total_ns=total_ns)
+            self._statistics.succeeded(times, queue_ns=outcome.queue_ns, total_ns=total_ns)
 
     # Outcomes
 
     def _settle(self, step: SequenceStep, outcome: Outcome) -> None:
         step.outcome = outcome
-        if self._unanswered is None:
+        if self._undelivered is None:
             self._deliver(step)
         else:
             self._release()
 
     def _release(self) -> None:
         """Deliver the outcomes that are next in order of arrival, for a model that preserves order."""
-        unanswered = self._unanswered
-        while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
-            self._deliver(unanswered.popleft())
+        undelivered = self._undelivered
+        while undelivered and (undelivered[0].is_abandoned or undelivered[0].outcome is not None):
+            self._deliver(undelivered.popleft())
 
     def _deliver(self, step: SequenceStep) -> None:
         if step.is_abandoned or step.outcome is None:
@@ -259,7 +259,7 @@ class SequenceScheduler:
         step.is_abandoned = True
         try:
             if isinstance(step.outcome, InferenceResult):
-                step.receiver.answered(step.outcome)
+                step.receiver.succeeded(step.outcome)
             else:
                 if isinstance(step.outcome, DeadlineExceeded):
                     self._statistics.expired += 1

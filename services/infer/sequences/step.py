@@ -82,7 +82,7 @@ class SequenceStep:
 
 @dataclass(eq=False)
 class Sequence:
-    """The unanswered steps of one sequence id, and the states that the last one left."""
+    """The steps of one sequence id that have no outcome, and the states that the last step left."""
 
     id: SequenceId
     tenant: str

@@ -118,7 +118,7 @@ class ProcessSteps:
             ModelFailed: the model cannot process the rows.
         """
         output_names = self._format.output_names(outputs)
-        answers = self._session.run_requests(
+        results = self._session.run_requests(
             self._format.columns(rows),
             output_names,
             [1] * len(rows) if self._format.batched else (),
@@ -126,23 +126,23 @@ class ProcessSteps:
             is_wanted=self.is_wanted,
             on=self.on,
         )
-        if len(answers) == len(rows):
-            pairs = zip(rows, answers, strict=True)
-            return [self._result_of_answer(outputs, output_names, answer) for row, answer in pairs if row is not None]
-        stacked = answers[0] if len(answers) == 1 else ModelFailed(f"{len(answers)} answers for {len(rows)} requests")
+        if len(results) == len(rows):
+            pairs = zip(rows, results, strict=True)
+            return [self._step_result(outputs, output_names, result) for row, result in pairs if row is not None]
+        stacked = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} results for {len(rows)} requests")
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
         return self._format.split(rows, outputs, dict(zip(output_names, stacked, strict=True)))
 
-    def _result_of_answer(
-        self, outputs: Sequence[str], output_names: Sequence[str], answer: list[Tensor] | Exception
+    def _step_result(
+        self, outputs: Sequence[str], output_names: Sequence[str], result: list[Tensor] | Exception
     ) -> StepResult | Exception:
-        if isinstance(answer, Exception):
-            return answer
+        if isinstance(result, Exception):
+            return result
         try:
-            if len(answer) != len(output_names):
-                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(output_names)}")
-            return self._format.result_of_row(outputs, dict(zip(output_names, answer, strict=True)))
+            if len(result) != len(output_names):
+                raise ModelFailed(f"the model process sent {len(result)} outputs, expected {len(output_names)}")
+            return self._format.result_of_row(outputs, dict(zip(output_names, result, strict=True)))
         except ModelFailed as err:
             return err
 

@@ -6,7 +6,7 @@
     CACHE/open/<instance>/<name>...  files of loaded versions, as links to blobs, in a repository's layout
     CACHE/registry.binpb             the last registry snapshot, served while the store is unavailable
 
-Every blob is hashed again when a version is opened, so that a damaged file is found before a wrong model answers.
+Every blob is hashed again when a version is opened, so that a damaged file is found before a wrong model is served.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Registry:
         except DecodeError:
             log.warning("the saved registry in the cache is damaged and ignored")
             return
-        log.info("serving the %d model versions of the last known registry until the store answers", len(snapshot))
+        log.info("serving the %d model versions of the last known registry until the store responds", len(snapshot))
         await self._take(snapshot)
 
     async def _take(self, snapshot: Iterable[pb.ModelVersion]) -> None:

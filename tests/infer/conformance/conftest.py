@@ -66,7 +66,7 @@ def refused(stub: GRPCInferenceServiceStub) -> Refused:
     def call(code: str, request: pb.ModelInferRequest) -> str:
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(request, timeout=wire.PATIENCE_S)
-        got, message = wire.outcome(caught.value)
+        got, message = wire.status(caught.value)
         assert got == code, message
         return message
 

@@ -119,7 +119,7 @@ def write(root: Path) -> Path:
     decode      an operation without a model file: BYTES of an image to its pixels
     steps       sequences: total = sum of x so far, FP32 [n,1]
     chain       y = 4x, an ensemble: double twice
-    repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
+    repeat      decoupled, model.py: `times` responses n = 0, 1, ...; an error when `times` is negative
     """
     _put(root, "double", onnx_files.scale(2))
     _put(root, "add", onnx_files.add())
@@ -154,7 +154,7 @@ def put_decode(root: Path) -> None:
 
 
 def put_repeat(root: Path) -> None:
-    """Adds `repeat`, whose answers to one request are as many as it says."""
+    """Adds `repeat`, whose responses to one request are as many as it says."""
     (root / "repeat/1").mkdir(parents=True)
     (root / "repeat/1/model.py").write_text(REPEAT)
     (root / "repeat/config.pbtxt").write_text(REPEAT_CONFIG)

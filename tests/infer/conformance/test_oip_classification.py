@@ -20,15 +20,15 @@ def scores(*rows):
     return Given("x", "FP32", array.shape, array.tobytes())
 
 
-def texts(answer):
-    assert answer.outputs[0].datatype == "BYTES"
-    return [[text.decode() for text in row] for row in wire.array(answer, "y")]
+def texts(response):
+    assert response.outputs[0].datatype == "BYTES"
+    return [[text.decode() for text in row] for row in wire.array(response, "y")]
 
 
 def test_the_best_classes_with_their_labels(stub):
-    answer = classify(stub, "classes", scores([0.1, 0.5, 0.25, -1, 2]), 3)
-    assert list(answer.outputs[0].shape) == [1, 3]
-    assert texts(answer) == [["2.000000:4", "0.500000:1:bee", "0.250000:2:cat"]]
+    response = classify(stub, "classes", scores([0.1, 0.5, 0.25, -1, 2]), 3)
+    assert list(response.outputs[0].shape) == [1, 3]
+    assert texts(response) == [["2.000000:4", "0.500000:1:bee", "0.250000:2:cat"]]
 
 
 @pytest.mark.parametrize(("k", "given"), [(1, 1), (5, 5), (6, 5), (2**62, 5)])
@@ -39,9 +39,9 @@ def test_more_than_there_are_means_all(stub, k, given):
 
 
 def test_each_row_has_its_own(stub):
-    answer = classify(stub, "classes", scores([5, 0, 0, 0, 0], [0, 0, 7, 0, 0]), 1)
-    assert list(answer.outputs[0].shape) == [2, 1]
-    assert texts(answer) == [["5.000000:0:ant"], ["7.000000:2:cat"]]
+    response = classify(stub, "classes", scores([5, 0, 0, 0, 0], [0, 0, 7, 0, 0]), 1)
+    assert list(response.outputs[0].shape) == [2, 1]
+    assert texts(response) == [["5.000000:0:ant"], ["7.000000:2:cat"]]
 
 
 def test_integers_are_written_as_integers(stub):
@@ -71,7 +71,7 @@ def test_text_has_no_classes(refused):
 def test_one_output_classified_and_the_other_as_it_is(stub):
     asked = wire.request("add", wire.floats("a"), wire.floats("b"), outputs=["sum", "difference"])
     wire.put(asked.outputs[0].parameters["classification"], 1)
-    answer = stub.ModelInfer(asked, timeout=wire.PATIENCE_S)
-    assert [output.datatype for output in answer.outputs] == ["BYTES", "FP32"]
-    assert wire.unpacked(answer.raw_output_contents[0]) == [b"8.000000:3"]
-    assert wire.array(answer, "difference").tolist() == [[0, 0, 0, 0]]
+    response = stub.ModelInfer(asked, timeout=wire.PATIENCE_S)
+    assert [output.datatype for output in response.outputs] == ["BYTES", "FP32"]
+    assert wire.unpacked(response.raw_output_contents[0]) == [b"8.000000:3"]
+    assert wire.array(response, "difference").tolist() == [[0, 0, 0, 0]]

@@ -9,12 +9,12 @@ from tests.infer.conformance import wire
 from tests.infer.conformance.wire import Given, floats, request
 
 
-def test_it_answers_again_and_again(infer):
+def test_it_responds_again_and_again(infer):
     for start in range(1, 5):
         x = np.arange(8, dtype=np.float32).reshape(2, 4) + np.float32(start)
-        answer = infer("chain", floats(rows=2, start=start), id=str(start))
-        assert np.array_equal(wire.array(answer, "y"), 4 * x)
-        assert (answer.model_name, answer.model_version, answer.id) == ("chain", "1", str(start))
+        response = infer("chain", floats(rows=2, start=start), id=str(start))
+        assert np.array_equal(wire.array(response, "y"), 4 * x)
+        assert (response.model_name, response.model_version, response.id) == ("chain", "1", str(start))
 
 
 def test_what_it_is(stub):

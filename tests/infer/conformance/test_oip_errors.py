@@ -76,18 +76,18 @@ def test_unary(refused, case):
     assert not [name for name in named if name not in message], message
 
 
-def test_on_a_stream_each_is_answered_in_band_and_in_order(stub):
-    """A good request between any two bad ones: it is answered, whatever came before it."""
+def test_on_a_stream_each_ends_in_band_and_in_order(stub):
+    """A good request between any two bad ones: it gets its response, whatever came before it."""
     asked = []
     for n, (made, _, _) in enumerate(CASES.values()):
         wrong = pb.ModelInferRequest()
         wrong.CopyFrom(made)
         wrong.id = f"wrong-{n}"
         asked += [wrong, request("double", floats(start=n), id=f"right-{n}")]
-    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
-    assert len(answers) == len(asked)
+    responses = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert len(responses) == len(asked)
     for n, (case, (_, _, named)) in enumerate(CASES.items()):
-        wrong, right = answers[2 * n : 2 * n + 2]
+        wrong, right = responses[2 * n : 2 * n + 2]
         assert wrong.infer_response.id == f"wrong-{n}"
         assert not [name for name in named if name not in wrong.error_message], (case, wrong.error_message)
         assert not wrong.infer_response.outputs
@@ -118,4 +118,4 @@ def test_bytes_that_are_no_message(channel, method, data):
         return  # It has no field 1: to it these are the bytes of a field that it does not know.
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(data, timeout=wire.PATIENCE_S)
-    assert wire.outcome(caught.value)[0] == "INVALID_ARGUMENT"
+    assert wire.status(caught.value)[0] == "INVALID_ARGUMENT"

@@ -61,12 +61,12 @@ def load(stub: Stub, name: str, **parameters: object) -> None:
 def refused(call, *args: object, **more: object) -> tuple[str, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call(*args, **more)
-    return wire.outcome(caught.value)
+    return wire.status(caught.value)
 
 
 def infer(stub: Stub, name: str, **more: object) -> list[float]:
-    answer = stub.ModelInfer(request(name, floats(), **more), timeout=wire.PATIENCE_S)
-    row: list[float] = wire.array(answer, "y")[0].tolist()
+    response = stub.ModelInfer(request(name, floats(), **more), timeout=wire.PATIENCE_S)
+    row: list[float] = wire.array(response, "y")[0].tolist()
     return row
 
 

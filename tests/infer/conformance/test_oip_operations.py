@@ -21,21 +21,21 @@ def images(*files: bytes) -> Given:
 
 
 def test_bytes_come_in_and_pixels_go_out(infer):
-    answer = infer("decode", images(bitmap(3, 5, 77)))
-    assert wire.raw_of(answer, "image") == ("UINT8", [1, 3, 5, 3], bytes([77] * 45))
-    assert wire.raw_of(answer, "size") == ("INT32", [1, 2], struct.pack("<ii", 3, 5))
+    response = infer("decode", images(bitmap(3, 5, 77)))
+    assert wire.raw_of(response, "image") == ("UINT8", [1, 3, 5, 3], bytes([77] * 45))
+    assert wire.raw_of(response, "size") == ("INT32", [1, 2], struct.pack("<ii", 3, 5))
 
 
 def test_typed_contents_mean_the_same(infer):
-    answer = infer("decode", Given("image", "BYTES", (2, 1), values=[bitmap(1, 1, 7), bitmap(1, 1, 8)]))
-    assert wire.raw_of(answer, "image") == ("UINT8", [2, 1, 1, 3], bytes([7] * 3 + [8] * 3))
+    response = infer("decode", Given("image", "BYTES", (2, 1), values=[bitmap(1, 1, 7), bitmap(1, 1, 8)]))
+    assert wire.raw_of(response, "image") == ("UINT8", [2, 1, 1, 3], bytes([7] * 3 + [8] * 3))
 
 
-def test_every_size_is_answered(infer):
+def test_every_size_is_decoded(infer):
     """Again and again the same message but for its numbers: what was learnt of one must not be held of another."""
     for height, width in ((1, 1), (2, 3), (3, 2), (1, 1), (2, 3)):
-        answer = infer("decode", images(bitmap(height, width, height)))
-        assert wire.raw_of(answer, "image") == ("UINT8", [1, height, width, 3], bytes([height] * 3 * height * width))
+        response = infer("decode", images(bitmap(height, width, height)))
+        assert wire.raw_of(response, "image") == ("UINT8", [1, height, width, 3], bytes([height] * 3 * height * width))
 
 
 def test_what_is_no_image_is_said(refused):

@@ -46,8 +46,8 @@ def test_reserved_names_are_refused(refused, name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mine", "Triton_x", "x-triton_", "binary_data_output", "", "n" * 200])
 def test_other_names_are_the_model_s_own(infer, name, kind):
-    answer = infer("double", wire.floats(), parameters={name: (kind, VALUES[kind])})
-    assert wire.array(answer, "y")[0].tolist() == DOUBLED
+    response = infer("double", wire.floats(), parameters={name: (kind, VALUES[kind])})
+    assert wire.array(response, "y")[0].tolist() == DOUBLED
 
 
 def test_a_parameter_without_a_value(infer, refused):
@@ -59,8 +59,8 @@ def test_a_parameter_without_a_value(infer, refused):
 @pytest.mark.parametrize("value", [2**64 - 1, 2**63, 0])
 def test_the_whole_of_uint64(infer, value):
     """Protos of KServe, MLServer and OVMS lack `uint64_param`: there it would be lost without a word."""
-    answer = infer("double", wire.floats(), parameters={"priority": ("uint64_param", value)})
-    assert wire.array(answer, "y")[0].tolist() == DOUBLED
+    response = infer("double", wire.floats(), parameters={"priority": ("uint64_param", value)})
+    assert wire.array(response, "y")[0].tolist() == DOUBLED
 
 
 @pytest.mark.parametrize(("name", "value"), [("timeout", -1), ("priority", -5)])
@@ -72,24 +72,24 @@ def test_what_cannot_be_negative(refused, name, value):
 
 def test_the_id_and_the_version_come_back(infer):
     for id in ("", "r-1", "ünïcödé", "i" * 4096):
-        answer = infer("double", wire.floats(), id=id)
-        assert (answer.id, answer.model_name, answer.model_version) == (id, "double", "1")
+        response = infer("double", wire.floats(), id=id)
+        assert (response.id, response.model_name, response.model_version) == (id, "double", "1")
 
 
 @pytest.mark.parametrize(("version", "factor"), [("", 3), ("1", 1), ("2", 2), ("3", 3)])
-def test_the_version_that_is_asked_for_answers(infer, version, factor):
-    answer = infer("versions", wire.floats(), version=version)
-    assert answer.model_version == str(factor)
-    assert wire.array(answer, "y")[0].tolist() == [factor * n for n in (1, 2, 3, 4)]
+def test_the_requested_version_responds(infer, version, factor):
+    response = infer("versions", wire.floats(), version=version)
+    assert response.model_version == str(factor)
+    assert wire.array(response, "y")[0].tolist() == [factor * n for n in (1, 2, 3, 4)]
 
 
 def test_explain_says_who_and_how_long(infer):
-    answer = infer("double", wire.floats(rows=3), parameters={"explain": True})
-    assert answer.parameters["replica"].string_param
-    assert answer.parameters["version"].WhichOneof("parameter_choice")
-    assert answer.parameters["batch_size"].int64_param >= 3
-    assert answer.parameters["queue_us"].int64_param >= 0
-    assert answer.parameters["compute_us"].int64_param >= 0
+    response = infer("double", wire.floats(rows=3), parameters={"explain": True})
+    assert response.parameters["replica"].string_param
+    assert response.parameters["version"].WhichOneof("parameter_choice")
+    assert response.parameters["batch_size"].int64_param >= 3
+    assert response.parameters["queue_us"].int64_param >= 0
+    assert response.parameters["compute_us"].int64_param >= 0
     assert not infer("double", wire.floats()).parameters
 
 
@@ -106,11 +106,11 @@ def test_binary_data_of_the_http_form_means_nothing_here(stub):
     asked = wire.request("double", wire.floats(), outputs=["y"])
     wire.put(asked.inputs[0].parameters["binary_data_size"], 16)
     wire.put(asked.outputs[0].parameters["binary_data"], True)
-    answer = stub.ModelInfer(asked, timeout=wire.PATIENCE_S)
-    assert wire.array(answer, "y")[0].tolist() == DOUBLED
+    response = stub.ModelInfer(asked, timeout=wire.PATIENCE_S)
+    assert wire.array(response, "y")[0].tolist() == DOUBLED
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_every_row_is_answered_in_its_place(infer, rows):
+def test_every_row_is_returned_in_its_place(infer, rows):
     got = wire.array(infer("double", wire.floats(rows=rows)), "y")
     assert np.array_equal(got.reshape(-1), 2 * np.arange(1, 4 * rows + 1))

@@ -13,7 +13,7 @@ from tests.infer.conformance import served_models, wire
 def refused(call, request) -> tuple[str, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call(request, timeout=wire.PATIENCE_S)
-    return wire.outcome(caught.value)
+    return wire.status(caught.value)
 
 
 @pytest.mark.parametrize("datatype", wire.DATATYPES)

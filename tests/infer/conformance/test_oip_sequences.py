@@ -61,8 +61,8 @@ def test_refusals(refused):
 def test_a_stream_of_several_sequences(stub):
     ids = [next(_IDS) for _ in range(3)]
     asked = [step(id, n, start=n == 1, end=n == 10) for n in range(1, 11) for id in ids]
-    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
-    assert [total(answer.infer_response) for answer in answers] == np.repeat(np.cumsum(range(1, 11)), 3).tolist()
+    responses = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert [total(response.infer_response) for response in responses] == np.repeat(np.cumsum(range(1, 11)), 3).tolist()
 
 
 def test_calls_at_once_run_in_order(stub):

@@ -27,7 +27,7 @@ def test_its_metadata(stub):
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("shoal", __version__)
     assert {"classification", "model_configuration", "schedule_policy", "statistics"} <= set(metadata.extensions)
-    # What answers UNIMPLEMENTED is not promised.
+    # What returns UNIMPLEMENTED is not promised.
     assert not [name for name in metadata.extensions if "shared_memory" in name]
 
 
@@ -43,7 +43,7 @@ def test_its_metadata(stub):
         ("", "", False),
     ],
 )
-def test_model_ready_is_an_answer_and_no_error(stub, name, version, ready):
+def test_model_ready_is_a_response_and_no_error(stub, name, version, ready):
     assert stub.ModelReady(pb.ModelReadyRequest(name=name, version=version)).ready is ready
 
 
@@ -51,7 +51,7 @@ def test_model_ready_is_an_answer_and_no_error(stub, name, version, ready):
 def test_model_ready_of_what_is_no_version(stub, version):
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelReady(pb.ModelReadyRequest(name="double", version=version))
-    code, message = wire.outcome(caught.value)
+    code, message = wire.status(caught.value)
     assert code == "INVALID_ARGUMENT"
     assert message.startswith(f"failed to get model version from specified version string '{version}'")
 
@@ -68,7 +68,7 @@ def test_health(channel, service):
 def test_health_of_an_unknown_service(channel):
     with pytest.raises(grpc.RpcError) as caught:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nope"))
-    assert wire.outcome(caught.value)[0] == "NOT_FOUND"
+    assert wire.status(caught.value)[0] == "NOT_FOUND"
 
 
 def test_reflection_is_enough_to_call_it(channel):
@@ -85,15 +85,15 @@ def test_reflection_is_enough_to_call_it(channel):
         request_serializer=lambda message: message.SerializeToString(),
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
-    answer = call(request, timeout=wire.PATIENCE_S)
-    assert (answer.outputs[0].name, list(answer.outputs[0].shape)) == ("y", [1, 4])
+    response = call(request, timeout=wire.PATIENCE_S)
+    assert (response.outputs[0].name, list(response.outputs[0].shape)) == ("y", [1, 4])
 
 
 @pytest.mark.parametrize("method", SHARED_MEMORY)
 def test_shared_memory_is_refused_by_name(stub, method):
     with pytest.raises(grpc.RpcError) as caught:
         getattr(stub, method)(getattr(pb, f"{method}Request")(), timeout=wire.PATIENCE_S)
-    code, message = wire.outcome(caught.value)
+    code, message = wire.status(caught.value)
     assert code == "UNIMPLEMENTED"
     assert method in message
 
@@ -102,4 +102,4 @@ def test_shared_memory_is_refused_by_name(stub, method):
 def test_a_method_that_is_none(channel, path):
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(path)(b"", timeout=wire.PATIENCE_S)
-    assert wire.outcome(caught.value)[0] == "UNIMPLEMENTED"
+    assert wire.status(caught.value)[0] == "UNIMPLEMENTED"

@@ -76,5 +76,5 @@ def test_which_models_and_versions(alone):
 def test_of_what_is_not_there(stub, name, version, says):
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelStatistics(pb.ModelStatisticsRequest(name=name, version=version))
-    code, message = wire.outcome(caught.value)
+    code, message = wire.status(caught.value)
     assert (code, message.startswith(says)) == ("INVALID_ARGUMENT", True), message

@@ -43,24 +43,24 @@ def sender() -> Iterator[Sender]:
     sender.close()
 
 
-def test_answers_come_in_the_order_of_the_requests(stub):
+def test_responses_come_in_the_order_of_the_requests(stub):
     asked = [request("double", floats(start=n), id=str(n)) for n in range(200)]
-    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
-    assert [answer.infer_response.id for answer in answers] == [str(n) for n in range(200)]
-    assert [wire.array(answer.infer_response, "y")[0, 0] for answer in answers] == [2 * n for n in range(200)]
+    responses = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert [response.infer_response.id for response in responses] == [str(n) for n in range(200)]
+    assert [wire.array(response.infer_response, "y")[0, 0] for response in responses] == [2 * n for n in range(200)]
 
 
 def test_different_models_on_one_stream(stub):
     asked = [request("double", floats(), id="a"), request("add", floats("a"), floats("b"), id="b")]
-    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
-    assert [(answer.infer_response.model_name, answer.infer_response.id) for answer in answers] == [
+    responses = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert [(response.infer_response.model_name, response.infer_response.id) for response in responses] == [
         ("double", "a"),
         ("add", "b"),
     ]
 
 
-def test_an_answer_comes_while_the_stream_stays_open(stub, sender):
-    """A conversation: the client waits for each answer before it asks again."""
+def test_a_response_comes_while_the_stream_stays_open(stub, sender):
+    """A conversation: the client waits for each response before it asks again."""
     call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
     for n in range(5):
         sender.send(request("double", floats(start=n)))
@@ -81,23 +81,23 @@ def test_an_error_is_in_band_and_the_stream_lives_on(stub, sender):
     call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
     for n in range(3):
         sender.send(request("nope", floats(), id=f"wrong-{n}"))
-        answer = next(call)
-        assert answer.error_message.startswith("Request for unknown model: 'nope' is not found")
-        assert answer.infer_response.id == f"wrong-{n}"
+        response = next(call)
+        assert response.error_message.startswith("Request for unknown model: 'nope' is not found")
+        assert response.infer_response.id == f"wrong-{n}"
         sender.send(request("double", floats(), id=f"right-{n}"))
-        answer = next(call)
-        assert (answer.error_message, answer.infer_response.id) == ("", f"right-{n}")
+        response = next(call)
+        assert (response.error_message, response.infer_response.id) == ("", f"right-{n}")
 
 
 @pytest.mark.parametrize("asks", [True, False])
-def test_the_final_response_of_a_model_with_one_answer(stub, asks):
-    """Whoever asks for the final marker gets it on the one answer, and no empty answer after it."""
+def test_the_final_response_of_a_model_with_one_response(stub, asks):
+    """Whoever asks for the final marker gets it on the one response, and no empty response after it."""
     parameters = {"triton_enable_empty_final_response": True} if asks else {}
-    (answer,) = list(
+    (response,) = list(
         stub.ModelStreamInfer(iter([request("double", floats(), parameters=parameters)]), timeout=wire.PATIENCE_S)
     )
-    assert wire.array(answer.infer_response, "y")[0].tolist() == [2, 4, 6, 8]
-    assert answer.infer_response.parameters["triton_final_response"].bool_param is True
+    assert wire.array(response.infer_response, "y")[0].tolist() == [2, 4, 6, 8]
+    assert response.infer_response.parameters["triton_final_response"].bool_param is True
 
 
 def test_the_deadline_of_a_stream(stub, sender):
@@ -106,7 +106,7 @@ def test_the_deadline_of_a_stream(stub, sender):
     assert wire.array(next(call).infer_response, "y")[0].tolist() == [2, 4, 6, 8]
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
-    assert wire.outcome(caught.value)[0] == "DEADLINE_EXCEEDED"
+    assert wire.status(caught.value)[0] == "DEADLINE_EXCEEDED"
 
 
 def test_a_client_that_leaves_takes_its_requests_along(stub, sender):
@@ -121,22 +121,22 @@ def test_a_client_that_leaves_takes_its_requests_along(stub, sender):
     call.cancel()
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
-    assert wire.outcome(caught.value)[0] == "CANCELLED"
+    assert wire.status(caught.value)[0] == "CANCELLED"
     wire.until(lambda: wire.failures(stub, "patient") > before, "the cancelled request is counted")
     # One row alone would have completed the batch of the three that left: it does not.
     with pytest.raises(grpc.RpcError) as late:
         stub.ModelInfer(request("patient", floats()), timeout=0.3)
-    assert wire.outcome(late.value)[0] == "DEADLINE_EXCEEDED"
+    assert wire.status(late.value)[0] == "DEADLINE_EXCEEDED"
 
 
 def test_many_streams_at_once(stub):
-    """Each gets its own answers."""
+    """Each gets its own responses."""
     wrong: list[str] = []
 
     def converse(n: int) -> None:
         asked = [request("double", floats(start=1000 * n + k), id=f"{n}/{k}") for k in range(50)]
-        for k, answer in enumerate(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S)):
-            got = (answer.infer_response.id, wire.array(answer.infer_response, "y")[0, 0])
+        for k, response in enumerate(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S)):
+            got = (response.infer_response.id, wire.array(response.infer_response, "y")[0, 0])
             if got != (f"{n}/{k}", 2 * (1000 * n + k)):
                 wrong.append(f"{n}/{k}: {got}")
 

@@ -40,17 +40,17 @@ def raw(datatype: str) -> bytes:
 @pytest.mark.parametrize("datatype", wire.DATATYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
 def test_raw_comes_back_bit_for_bit(infer, datatype, shape):
-    answer = infer(f"same_{datatype.lower()}", Given("x", datatype, shape, raw(datatype)))
-    assert wire.raw_of(answer, "y") == (datatype, list(shape), raw(datatype))
+    response = infer(f"same_{datatype.lower()}", Given("x", datatype, shape, raw(datatype)))
+    assert wire.raw_of(response, "y") == (datatype, list(shape), raw(datatype))
 
 
 @pytest.mark.parametrize("datatype", wire.CONTENTS)
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
 def test_typed_contents_mean_the_same(infer, datatype, shape):
-    answer = infer(f"same_{datatype.lower()}", Given("x", datatype, shape, values=EXTREMES[datatype]))
-    # The answer is raw whatever the request was: tritonclient reads nothing else.
-    assert wire.raw_of(answer, "y") == (datatype, list(shape), raw(datatype))
-    assert not answer.outputs[0].HasField("contents")
+    response = infer(f"same_{datatype.lower()}", Given("x", datatype, shape, values=EXTREMES[datatype]))
+    # The response is raw whatever the request was: tritonclient reads nothing else.
+    assert wire.raw_of(response, "y") == (datatype, list(shape), raw(datatype))
+    assert not response.outputs[0].HasField("contents")
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
@@ -104,10 +104,10 @@ def test_nan_infinity_and_minus_zero_survive(infer):
 )
 def test_bytes_of_every_length(infer, elements):
     shape = (1, len(elements))
-    answer = infer("same_bytes", Given("x", "BYTES", shape, wire.packed(elements)))
-    assert wire.unpacked(wire.raw_of(answer, "y")[2]) == elements
-    answer = infer("same_bytes", Given("x", "BYTES", shape, values=elements))
-    assert wire.unpacked(wire.raw_of(answer, "y")[2]) == elements
+    response = infer("same_bytes", Given("x", "BYTES", shape, wire.packed(elements)))
+    assert wire.unpacked(wire.raw_of(response, "y")[2]) == elements
+    response = infer("same_bytes", Given("x", "BYTES", shape, values=elements))
+    assert wire.unpacked(wire.raw_of(response, "y")[2]) == elements
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_a_bool_is_0_or_1(refused, byte):
 
 
 def test_a_scalar(infer):
-    answer = infer("scalar", Given("x", "FP32", (), np.float32(7).tobytes()))
-    assert wire.raw_of(answer, "y") == ("FP32", [], np.float32(7).tobytes())
+    response = infer("scalar", Given("x", "FP32", (), np.float32(7).tobytes()))
+    assert wire.raw_of(response, "y") == ("FP32", [], np.float32(7).tobytes())
     assert wire.raw_of(infer("scalar", Given("x", "FP32", (), values=[7])), "y")[2] == np.float32(7).tobytes()
 
 
@@ -164,8 +164,8 @@ def test_no_columns_at_all(infer, datatype):
 
 def test_a_model_without_a_batch_dimension(infer, refused):
     array = np.arange(6, dtype="<f4").reshape(2, 3)
-    answer = infer("flat", Given("x", "FP32", (2, 3), array.tobytes()))
-    assert wire.raw_of(answer, "y") == ("FP32", [2, 3], array.tobytes())
+    response = infer("flat", Given("x", "FP32", (2, 3), array.tobytes()))
+    assert wire.raw_of(response, "y") == ("FP32", [2, 3], array.tobytes())
     for shape in ((1, 2, 3), (3, 2), (6,), (2, 4)):
         size = 4 * math.prod(shape)
         assert "[2,3]" in refused("INVALID_ARGUMENT", wire.request("flat", Given("x", "FP32", shape, b"\0" * size)))
@@ -196,19 +196,19 @@ def test_shapes_that_are_refused(refused, shape):
 def test_raw_inputs_follow_the_order_of_the_inputs(infer):
     a, b = wire.floats("a", 2, 3), wire.floats("b", 2, 3, start=100)
     for given in ((a, b), (b, a)):
-        answer = infer("add", *given)
-        assert [output.name for output in answer.outputs] == ["sum", "difference"]
-        assert wire.array(answer, "sum")[0].tolist() == [101, 103, 105]
-        assert wire.array(answer, "difference")[1].tolist() == [-99, -99, -99]
+        response = infer("add", *given)
+        assert [output.name for output in response.outputs] == ["sum", "difference"]
+        assert wire.array(response, "sum")[0].tolist() == [101, 103, 105]
+        assert wire.array(response, "difference")[1].tolist() == [-99, -99, -99]
 
 
 @pytest.mark.parametrize("names", [["sum"], ["difference"], ["difference", "sum"], ["sum", "difference"]])
 def test_outputs_come_as_they_are_asked_for(infer, names):
-    answer = infer("add", wire.floats("a"), wire.floats("b"), outputs=names)
-    assert [output.name for output in answer.outputs] == names
-    assert len(answer.raw_output_contents) == len(names)
+    response = infer("add", wire.floats("a"), wire.floats("b"), outputs=names)
+    assert [output.name for output in response.outputs] == names
+    assert len(response.raw_output_contents) == len(names)
     for name in names:
-        assert wire.array(answer, name)[0].tolist() == ([2, 4, 6, 8] if name == "sum" else [0, 0, 0, 0])
+        assert wire.array(response, name)[0].tolist() == ([2, 4, 6, 8] if name == "sum" else [0, 0, 0, 0])
 
 
 def test_a_typed_and_a_raw_input_in_one_request(refused):

@@ -18,17 +18,17 @@ MB = 1 << 20
 
 @pytest.mark.parametrize("megabytes", [1, 5, 100])
 def test_messages_both_ways_up_to_100_mb(infer, megabytes):
-    """gRPC's own limit would be 4 MB. The answer is as large as the request."""
+    """gRPC's own limit would be 4 MB. The response is as large as the request."""
     array = np.random.default_rng(megabytes).random((4, megabytes * MB // 16), "f4")
-    answer = infer("same_fp32", Given("x", "FP32", array.shape, array.tobytes()))
-    assert wire.raw_of(answer, "y") == ("FP32", list(array.shape), array.tobytes())
+    response = infer("same_fp32", Given("x", "FP32", array.shape, array.tobytes()))
+    assert wire.raw_of(response, "y") == ("FP32", list(array.shape), array.tobytes())
 
 
 def test_100_mb_on_a_stream(stub):
     array = np.random.default_rng(7).random((1, 100 * MB // 4), "f4")
     asked = request("same_fp32", Given("x", "FP32", array.shape, array.tobytes()))
-    (answer,) = stub.ModelStreamInfer(iter([asked]), timeout=wire.PATIENCE_S)
-    assert wire.raw_of(answer.infer_response, "y")[2] == array.tobytes()
+    (response,) = stub.ModelStreamInfer(iter([asked]), timeout=wire.PATIENCE_S)
+    assert wire.raw_of(response.infer_response, "y")[2] == array.tobytes()
 
 
 def test_a_message_beyond_the_limit_is_refused_and_the_server_lives(instance, stub):
@@ -37,7 +37,7 @@ def test_a_message_beyond_the_limit_is_refused_and_the_server_lives(instance, st
     with grpc.insecure_channel(instance.address, options=unlimited) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             GRPCInferenceServiceStub(channel).ModelInfer(asked, timeout=wire.PATIENCE_S)
-    assert wire.outcome(caught.value)[0] == "RESOURCE_EXHAUSTED"
+    assert wire.status(caught.value)[0] == "RESOURCE_EXHAUSTED"
     assert stub.ServerLive(pb.ServerLiveRequest()).live
 
 
@@ -46,18 +46,18 @@ def test_a_message_beyond_the_limit_is_refused_and_the_server_lives(instance, st
 def test_compressed_requests(stub, algorithm, columns):
     array = np.arange(columns, dtype="<f4").reshape(1, columns)
     asked = request("same_fp32", Given("x", "FP32", array.shape, array.tobytes()))
-    answer = stub.ModelInfer(asked, timeout=wire.PATIENCE_S, compression=algorithm)
-    assert wire.raw_of(answer, "y")[2] == array.tobytes()
-    (answer,) = stub.ModelStreamInfer(iter([asked]), timeout=wire.PATIENCE_S, compression=algorithm)
-    assert wire.raw_of(answer.infer_response, "y")[2] == array.tobytes()
+    response = stub.ModelInfer(asked, timeout=wire.PATIENCE_S, compression=algorithm)
+    assert wire.raw_of(response, "y")[2] == array.tobytes()
+    (response,) = stub.ModelStreamInfer(iter([asked]), timeout=wire.PATIENCE_S, compression=algorithm)
+    assert wire.raw_of(response.infer_response, "y")[2] == array.tobytes()
 
 
 @pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 def test_a_channel_that_compresses_everything(instance, algorithm):
     with grpc.insecure_channel(instance.address, options=wire.OPTIONS, compression=algorithm) as channel:
         stub = GRPCInferenceServiceStub(channel)
-        answer = stub.ModelInfer(request("double", floats(rows=8)), timeout=wire.PATIENCE_S)
-        assert wire.array(answer, "y").shape == (8, 4)
+        response = stub.ModelInfer(request("double", floats(rows=8)), timeout=wire.PATIENCE_S)
+        assert wire.array(response, "y").shape == (8, 4)
         assert stub.ModelMetadata(pb.ModelMetadataRequest(name="double"), timeout=wire.PATIENCE_S).name == "double"
 
 
@@ -73,15 +73,15 @@ def test_metadata_of_any_kind_is_taken(stub):
         ("triton-request-id", "r"),
         ("x-long", "v" * 4000),
     ]
-    answer = stub.ModelInfer(request("double", floats()), timeout=wire.PATIENCE_S, metadata=metadata)
-    assert wire.array(answer, "y")[0].tolist() == [2, 4, 6, 8]
+    response = stub.ModelInfer(request("double", floats()), timeout=wire.PATIENCE_S, metadata=metadata)
+    assert wire.array(response, "y")[0].tolist() == [2, 4, 6, 8]
 
 
 def test_a_deadline_ends_what_waits(stub):
     """`patient` would wait a minute for a fourth row."""
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelInfer(request("patient", floats()), timeout=0.2)
-    assert wire.outcome(caught.value)[0] == "DEADLINE_EXCEEDED"
+    assert wire.status(caught.value)[0] == "DEADLINE_EXCEEDED"
 
 
 def test_the_timeout_parameter_ends_what_waits(refused):
@@ -93,8 +93,8 @@ def test_expired_rows_do_not_complete_the_batch_of_others(stub, refused):
     refused("DEADLINE_EXCEEDED", request("patient", floats(rows=3), parameters={"timeout": 50_000}))
     # One row more would have made four.
     refused("DEADLINE_EXCEEDED", request("patient", floats(), parameters={"timeout": 100_000}))
-    answer = stub.ModelInfer(request("patient", floats(rows=4)), timeout=wire.PATIENCE_S)
-    assert wire.array(answer, "y").shape == (4, 4)
+    response = stub.ModelInfer(request("patient", floats(rows=4)), timeout=wire.PATIENCE_S)
+    assert wire.array(response, "y").shape == (4, 4)
 
 
 def test_a_cancelled_call_leaves_the_queue(stub):
@@ -107,7 +107,7 @@ def test_a_cancelled_call_leaves_the_queue(stub):
     # One row more would have made four.
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelInfer(request("patient", floats()), timeout=0.3)
-    assert wire.outcome(caught.value)[0] == "DEADLINE_EXCEEDED"
+    assert wire.status(caught.value)[0] == "DEADLINE_EXCEEDED"
 
 
 def test_many_calls_at_once_on_one_connection(stub):
@@ -125,10 +125,10 @@ def test_many_connections_at_once(instance):
         # Without a subchannel of its own each channel would share the one connection of this process.
         options = (*wire.OPTIONS, ("grpc.use_local_subchannel_pool", 1))
         with grpc.insecure_channel(instance.address, options=options) as channel:
-            answer = GRPCInferenceServiceStub(channel).ModelInfer(
+            response = GRPCInferenceServiceStub(channel).ModelInfer(
                 request("double", floats(start=n)), timeout=wire.PATIENCE_S
             )
-        return float(wire.array(answer, "y")[0, 0])
+        return float(wire.array(response, "y")[0, 0])
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, range(64))) == [2.0 * n for n in range(64)]
@@ -144,5 +144,5 @@ def test_a_client_that_pings_often_is_not_cut(instance):
         ("grpc.http2.max_pings_without_data", 0),
     )
     with grpc.insecure_channel(instance.address, options=options) as channel:
-        answer = GRPCInferenceServiceStub(channel).ModelInfer(request("double", floats()), timeout=wire.PATIENCE_S)
-    assert wire.array(answer, "y")[0].tolist() == [2, 4, 6, 8]
+        response = GRPCInferenceServiceStub(channel).ModelInfer(request("double", floats()), timeout=wire.PATIENCE_S)
+    assert wire.array(response, "y")[0].tolist() == [2, 4, 6, 8]

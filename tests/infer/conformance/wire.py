@@ -1,4 +1,4 @@
-"""Requests and answers as they are on the wire, written by hand: nothing here is the server's code.
+"""Requests and responses as they are on the wire, written by hand: nothing here is the server's code.
 
 The tables repeat what the protocol says of each datatype, so that a mistake in the server's own tables shows.
 """
@@ -138,7 +138,7 @@ def array(response: pb.ModelInferResponse, name: str) -> np.ndarray:
     return np.frombuffer(raw, NUMPY[datatype]).reshape(shape)
 
 
-def outcome(error: grpc.RpcError) -> tuple[str, str]:
+def status(error: grpc.RpcError) -> tuple[str, str]:
     """(code name, message) of a failed call."""
     return error.code().name, error.details() or ""
 

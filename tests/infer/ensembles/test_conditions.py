@@ -105,8 +105,8 @@ async def test_an_output_that_was_skipped_may_be_empty(serve, models_folder):
     models_folder.ensemble("e", step("any", {"x": "x"}, {"y": "y"}), step("any", {"x": "x"}, {"y": "z"}),
                            more=more.replace("when.any", "when.0"))  # fmt: skip
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(request("e", x=floats([-1], [-2])))
-    assert (output(answer, "y").shape, output(answer, "z").tolist()) == ((2, 0), [[-2], [-4]])
+    response = await served.stub.ModelInfer(request("e", x=floats([-1], [-2])))
+    assert (output(response, "y").shape, output(response, "z").tolist()) == ((2, 0), [[-2], [-4]])
 
 
 async def test_an_input_that_is_left_out_skips_what_needs_it(serve, models_folder):

@@ -146,9 +146,9 @@ def test_any_graph(served, steps, rows, data):
             with pytest.raises(InvalidArgument, match="was skipped for this request"):
                 await served.core.infer(asked)
             return
-        answer = await served.core.infer(asked)
+        response = await served.core.infer(asked)
         for output_name in wanted:
-            assert np.array_equal(output(answer, output_name), values[output_name])
+            assert np.array_equal(output(response, output_name), values[output_name])
 
     async def check() -> None:
         name = await served.load(text_of(steps, list(order)))

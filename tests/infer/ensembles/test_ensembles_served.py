@@ -47,10 +47,10 @@ async def refused(served, asked) -> tuple[grpc.StatusCode, str]:
 async def test_steps_that_join(serve, models_folder):
     models_folder.ensemble("e", *FAN)
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(request("e", x=X, id="7"))
-    assert (answer.model_name, answer.model_version, answer.id) == ("e", "1", "7")
-    assert np.array_equal(output(answer, "s"), 5 * X)
-    assert np.array_equal(output(answer, "f"), -X)
+    response = await served.stub.ModelInfer(request("e", x=X, id="7"))
+    assert (response.model_name, response.model_version, response.id) == ("e", "1", "7")
+    assert np.array_equal(output(response, "s"), 5 * X)
+    assert np.array_equal(output(response, "f"), -X)
     asked = request("e", x=X)
     asked.outputs.add(name="f")
     only = await served.stub.ModelInfer(asked)
@@ -100,8 +100,8 @@ async def test_texts_and_batches_of_models_without_a_batch(serve, models_folder)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "in ensemble 'texts', step 0, model 'words': input 'x', tensor 't': its model's BYTES are text" in why
     assert served.models.find("mixed", "").loaded.model.signature.max_batch_size == 0
-    answer = await served.stub.ModelInfer(request("mixed", x=X))
-    assert np.array_equal(output(answer, "y"), 2 * X - (2 * X).mean(axis=0))
+    response = await served.stub.ModelInfer(request("mixed", x=X))
+    assert np.array_equal(output(response, "y"), 2 * X - (2 * X).mean(axis=0))
 
 
 async def test_requests_of_different_ensembles_share_executions(serve, models_folder):
@@ -169,8 +169,8 @@ async def test_one_bad_request_fails_alone_in_a_step_that_others_share(serve, mo
     async with occupied(served.models.find("lookup", "")):
         calls = [served.stub.ModelInfer(request("e", i=np.array([[n]], np.int64))) for n in numbers]
         await until(lambda: len(served.models.find("lookup", "").scheduler._queue) >= 3)
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    assert [output(a, "y").item() if isinstance(a, pb.ModelInferResponse) else "failed" for a in answers] == [
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [output(a, "y").item() if isinstance(a, pb.ModelInferResponse) else "failed" for a in outcomes] == [
         10,
         "failed",
         30,
@@ -313,8 +313,8 @@ async def test_a_step_is_replaced_and_no_call_fails(serve, models_folder):
     async def calls() -> set[float]:
         factors = set()
         while not stop.is_set():
-            answer = output(await served.stub.ModelInfer(request("e", x=X)), "y")
-            (factor,) = np.unique(answer / X)
+            response = output(await served.stub.ModelInfer(request("e", x=X)), "y")
+            (factor,) = np.unique(response / X)
             factors.add(float(factor))
         return factors
 
@@ -339,8 +339,8 @@ async def test_a_step_with_another_signature_makes_another_ensemble_or_none(serv
     await load(served, "triple")
     assert served.models.find("open", "").loaded.model.signature.outputs[0].shape == (-1, 3)
     assert "output 'y' is [-1,4], tensor 'y' is [-1,3] by step 1, model 'triple'" in states(served)["firm"][1]
-    answer = await served.stub.ModelInfer(request("open", x=floats([1, 2, 3])))
-    assert output(answer, "y").tolist() == [[4, 8, 12]]
+    response = await served.stub.ModelInfer(request("open", x=floats([1, 2, 3])))
+    assert output(response, "y").tolist() == [[4, 8, 12]]
     with pytest.raises(Unavailable):
         served.models.find("firm", "")
 

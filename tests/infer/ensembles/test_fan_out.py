@@ -83,10 +83,10 @@ async def test_pieces_of_one_shape_are_batched_across_requests(serve, models_fol
     async with occupied(model):
         calls = [served.stub.ModelInfer(explained(asked(*sizes))) for sizes in ((3, 5), (5, 3), (3,))]
         await until(lambda: len(model.scheduler._queue) >= 5)
-    answers = await asyncio.gather(*calls)
-    assert [output(answer, "sums").tolist() for answer in answers] == [sums(3, 5), sums(5, 3), sums(3)]
+    responses = await asyncio.gather(*calls)
+    assert [output(response, "sums").tolist() for response in responses] == [sums(3, 5), sums(5, 3), sums(3)]
     assert {rows: times.count for rows, times in model.statistics.by_rows.items()} == {2: 1, 3: 1}
-    said = answers[0].parameters
+    said = responses[0].parameters
     assert (said["step_1_calls"].int64_param, said["step_1_batch_size"].int64_param) == (2, 3)
 
 
@@ -130,8 +130,8 @@ async def test_tensors_with_different_numbers_of_rows(serve, models_folder):
     code, why = await refused(served, request("e", a=floats([1, 2], [3, 4]), b=floats([1, 2])))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "tensor 'b' has 1 rows, and tensor 'a' has 2" in why
-    answer = await served.stub.ModelInfer(request("one", a=floats([1, 2], [3, 4]), b=np.array([10, 20], np.float32)))
-    assert output(answer, "s").tolist() == [[11, 22], [13, 24]]
+    response = await served.stub.ModelInfer(request("one", a=floats([1, 2], [3, 4]), b=np.array([10, 20], np.float32)))
+    assert output(response, "s").tolist() == [[11, 22], [13, 24]]
 
 
 async def test_rows_of_different_shapes_are_no_tensor(serve, models_folder):

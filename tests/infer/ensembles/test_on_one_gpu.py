@@ -77,9 +77,9 @@ def over(folder: EnsembleRepository, run_dir, runtimes: Runtimes):
     return serving(folder.root, run_dir / "infer.sock", QueueLimits(), runtimes)
 
 
-async def answers(served, model: str, count: int = 12, names=("scores", "indices")) -> list[list[np.ndarray]]:
+async def responses(served, model: str, count: int = 12, names=("scores", "indices")) -> list[list[np.ndarray]]:
     calls = [served.stub.ModelInfer(request(model, image=PIXELS[n : n + 1])) for n in range(count)]
-    return [[output(answer, name) for name in names] for answer in await asyncio.gather(*calls)]
+    return [[output(response, name) for name in names] for response in await asyncio.gather(*calls)]
 
 
 async def on_the_cpu(tmp_path, run_dir, steps: tuple[str, ...], more: str, names=("scores", "indices")):
@@ -88,7 +88,7 @@ async def on_the_cpu(tmp_path, run_dir, steps: tuple[str, ...], more: str, names
     folder.ensemble("all", *steps, more=more)
     runtimes = Runtimes([OnnxRuntime(), KernelsRuntime()])
     async with serving(folder.root, run_dir / "cpu.sock", QueueLimits(), runtimes) as served:
-        return await answers(served, "all", names=names)
+        return await responses(served, "all", names=names)
 
 
 def check_same(got, expected) -> None:
@@ -109,14 +109,14 @@ async def test_tensors_stay_between_steps(models_folder, runtimes, memory, tmp_p
         steps = served.models.find("all", "").loaded.plan.steps
         assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [True], [False, False]]
         memory.forget()
-        await answers(served, "all", 1)
-        # In: pixels and table of the images, and the slot of the model's, which has nothing in it. Out: the answer.
+        await responses(served, "all", 1)
+        # In: pixels and table of the images, and the slot of the model's, which has nothing in it. Out: the result.
         assert (memory.copies_in, memory.copies_out) == (2, 2)
-        got = await answers(served, "all")
+        got = await responses(served, "all")
         deadline = asyncio.get_running_loop().time() + 60
         while not memory.joins:  # Rows of several requests are put together there.
             assert asyncio.get_running_loop().time() < deadline
-            await answers(served, "all")
+            await responses(served, "all")
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL))
 
 
@@ -127,7 +127,7 @@ async def test_requested_outputs_are_copied_to_the_host(models_folder, runtimes,
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps
         assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [False], [False, False]]
-        got = await answers(served, "all", names=names)
+        got = await responses(served, "all", names=names)
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), MIDDLE, names))
 
 
@@ -137,7 +137,7 @@ async def test_requested_outputs_are_copied_to_the_host(models_folder, runtimes,
         ("condition", [[True], [False], [False, False]]),
         ("step on the host", [[True], [False], [False, False]]),
         ("own stream", [[False], [False], [False, False]]),
-        ("kept answers", [[False], [False], [False, False]]),
+        ("kept results", [[False], [False], [False, False]]),
         ("row by row", [[True], [False], [False, False]]),
     ],
 )
@@ -145,7 +145,7 @@ async def test_tensors_that_other_steps_read_are_copied_to_the_host(
     models_folder, runtimes, tmp_path, run_dir, case, stays
 ):
     more = ALL
-    net_more = {"own stream": ON_GPU, "kept answers": SHARED + "response_cache { enable: true }\n"}.get(case, "")
+    net_more = {"own stream": ON_GPU, "kept results": SHARED + "response_cache { enable: true }\n"}.get(case, "")
     best_more = "instance_group { kind: KIND_CPU }\n" if case == "step on the host" else ""
     put(models_folder, gpu=True, net_more=net_more, best_more=best_more)
     if case == "condition":
@@ -158,7 +158,7 @@ async def test_tensors_that_other_steps_read_are_copied_to_the_host(
         assert not [row for row in served.models.index() if row.reason]
         steps = served.models.find("all", "").loaded.plan.steps
         assert [[wanted.stays for wanted in each.outputs] for each in steps] == stays
-        got = await answers(served, "all")
+        got = await responses(served, "all")
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), more))
 
 
@@ -168,9 +168,9 @@ async def test_calls_from_outside_and_from_an_ensemble_at_once(models_folder, ru
     logits = [floats(list(RNG.standard_normal(5))) for _ in range(12)]
     async with over(models_folder, run_dir, runtimes) as served:
         direct = asyncio.gather(*(served.stub.ModelInfer(request("best", logits=each)) for each in logits))
-        got = await answers(served, "all")
-        for each, answer in zip(logits, await direct, strict=True):
-            assert output(answer, "indices")[0].tolist() == np.argsort(-each[0])[:2].tolist()
+        got = await responses(served, "all")
+        for each, response in zip(logits, await direct, strict=True):
+            assert output(response, "indices")[0].tolist() == np.argsort(-each[0])[:2].tolist()
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL))
 
 
@@ -181,14 +181,14 @@ async def test_no_rows_and_images_of_several_sizes(models_folder, runtimes, run_
     images = [RNG.integers(0, 256, (1, *size, 3), dtype=np.uint8) for size in sizes]
     async with over(models_folder, run_dir, runtimes) as served:
         calls = [served.stub.ModelInfer(request("all", image=image)) for image in images]
-        together = [output(answer, "scores") for answer in await asyncio.gather(*calls)]
+        together = [output(response, "scores") for response in await asyncio.gather(*calls)]
         alone = [output(await served.stub.ModelInfer(request("all", image=image)), "scores") for image in images]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.gpu
-async def test_a_real_gpu_answers_as_the_cpu(models_folder, tmp_path, run_dir):
+async def test_a_real_gpu_gives_the_results_of_the_cpu(models_folder, tmp_path, run_dir):
     put(models_folder, gpu=True)
     models_folder.ensemble("all", PIXELS_TO_NET, NET, BEST, more=ALL)
     lanes = GpuStreams()
@@ -196,7 +196,7 @@ async def test_a_real_gpu_answers_as_the_cpu(models_folder, tmp_path, run_dir):
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps
         assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [True], [False, False]]
-        got = [await answers(served, "all") for _ in range(20)]
+        got = [await responses(served, "all") for _ in range(20)]
     expected = await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL)
     for each in got:
         # A grey level of the resized pixels, times the weights.

@@ -120,15 +120,15 @@ def png() -> bytes:
 async def test_boxes_of_any_size_are_cut_out_and_looked_at_one_by_one(served):
     assert states(served)["pages"] == ("READY", "")
     boxes = [[0, 0, 8, 6], [2, 1, 5, 3], [7, 5, 8, 6]]
-    answer = await served.stub.ModelInfer(asked(png(), *boxes))
+    response = await served.stub.ModelInfer(asked(png(), *boxes))
     expected = [[PAGE[int(y0) : int(y1), int(x0) : int(x1)].mean()] for x0, y0, x1, y1 in boxes]
-    assert np.allclose(output(answer, "means"), expected)
-    assert output(answer, "whose").tolist() == [0, 0, 0]
+    assert np.allclose(output(response, "means"), expected)
+    assert output(response, "whose").tolist() == [0, 0, 0]
 
 
 async def test_a_page_without_boxes(served):
-    answer = await served.stub.ModelInfer(asked(png()))
-    assert (output(answer, "means").shape, output(answer, "whose").shape) == ((0, 1), (0,))
+    response = await served.stub.ModelInfer(asked(png()))
+    assert (output(response, "means").shape, output(response, "whose").shape) == ((0, 1), (0,))
 
 
 async def test_a_file_that_is_no_image_is_told_by_the_step_that_reads_it(served):
@@ -142,6 +142,6 @@ async def test_texts_of_one_request_are_padded_each_to_its_own_length(served):
     pytest.importorskip("tokenizers")
     assert states(served)["lengths"] == ("READY", "")
     texts = [b"", b"fish " * 3, b"fish " * 9, b"fish fish"]
-    answer = await served.stub.ModelInfer(request("lengths", text=np.array(texts, object).reshape(-1, 1)))
-    assert output(answer, "tokens").tolist() == [[2], [5], [11], [4]]
-    assert output(answer, "places").tolist() == [[4], [8], [12], [4]]
+    response = await served.stub.ModelInfer(request("lengths", text=np.array(texts, object).reshape(-1, 1)))
+    assert output(response, "tokens").tolist() == [[2], [5], [11], [4]]
+    assert output(response, "places").tolist() == [[4], [8], [12], [4]]

@@ -1,4 +1,4 @@
-"""The bulk door: every entry is answered as ModelInfer answers it, on its own, once."""
+"""InferBulk: every entry ends as a ModelInfer call would, on its own, once."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def entry(number: int, asked: bytes, **fields: object) -> pb.InferBulkRequest.En
     return pb.InferBulkRequest.Entry(number=number, request=asked, **fields)
 
 
-async def answers_of(serving: Serving, *entries: pb.InferBulkRequest.Entry) -> dict[int, pb.InferBulkResponse.Answer]:
+async def outcomes_of(serving: Serving, *entries: pb.InferBulkRequest.Entry) -> dict[int, pb.InferBulkResponse.Answer]:
     call = bulk_pb2_grpc.BulkInferenceStub(serving.channel).InferBulk(
         iter([pb.InferBulkRequest(entries=entries)]), timeout=30
     )
-    found = [answer async for response in call for answer in response.answers]
+    found = [outcome async for response in call for outcome in response.answers]
     assert len(found) == len(entries)
-    return {answer.number: answer for answer in found}
+    return {outcome.number: outcome for outcome in found}
 
 
 @pytest.fixture
@@ -42,26 +42,26 @@ async def served(serve: Callable[..., object], models_folder: Repository) -> Ser
     return await serve(models_folder.root)
 
 
-async def test_each_entry_is_answered_as_a_call_would_be(served: Serving) -> None:
+async def test_each_entry_ends_as_a_call_would(served: Serving) -> None:
     asked = [request("scale", id=str(n), x=np.full((1, 4), n, np.float32)) for n in range(300)]
     asked[7] = request("nobody", x=np.ones((1, 4), np.float32))
     asked[9] = request("scale", x=np.ones((1, 5), np.float32))
     sent = [one.SerializeToString() for one in asked]
     sent[11] = b"\xff\xff"
     for _ in range(2):  # The second time the short way knows the form.
-        found = await answers_of(served, *(entry(2 * n, one) for n, one in enumerate(sent)))
+        found = await outcomes_of(served, *(entry(2 * n, one) for n, one in enumerate(sent)))
         for n, one in enumerate(asked):
-            answer = found[2 * n]
+            outcome = found[2 * n]
             if n == 11:
-                assert answer.code == 3
-                assert "2 bytes are not a message" in answer.message
+                assert outcome.code == 3
+                assert "2 bytes are not a message" in outcome.message
                 continue
             call = served.stub.ModelInfer(one)
             if await call.code() is grpc.StatusCode.OK:
-                assert inference_pb2.ModelInferResponse.FromString(answer.response) == await call
+                assert inference_pb2.ModelInferResponse.FromString(outcome.response) == await call
             else:
-                assert (answer.code, answer.message) == ((await call.code()).value[0], await call.details())
-                assert not answer.HasField("response")
+                assert (outcome.code, outcome.message) == ((await call.code()).value[0], await call.details())
+                assert not outcome.HasField("response")
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def bulk(core: Core, requests: Requests):
     return aclosing(Bulk(core, "local/infer-0").responses(aiter(requests)))  # type: ignore[arg-type]
 
 
-async def test_answers_share_a_message_and_name_the_instance_once() -> None:
+async def test_outcomes_share_a_message_and_name_the_instance_once() -> None:
     core = Core()
     requests = Requests(*(entry(n, name) for n, name in enumerate([b"at once", b"raises", b"breaks", b"a", b"b"])))
-    async with bulk(core, requests) as answers:
-        first = await anext(answers)
+    async with bulk(core, requests) as responses:
+        first = await anext(responses)
         assert first.instance == "local/infer-0"
         done, shed, fault = first.answers
         assert (done.number, done.response, done.code) == (0, b"at once", 0)
@@ -144,29 +144,29 @@ async def test_answers_share_a_message_and_name_the_instance_once() -> None:
         for _, caller in core.asked:
             caller.reply((b"x",), 1)
             caller.refuse(InvalidArgument("too late"))
-        second = await anext(answers)
-        assert (second.instance, [answer.number for answer in second.answers]) == ("", [3, 4])
-        assert await anext(answers, None) is None
+        second = await anext(responses)
+        assert (second.instance, [outcome.number for outcome in second.answers]) == ("", [3, 4])
+        assert await anext(responses, None) is None
 
 
 async def test_cancelled_entries_are_abandoned() -> None:
     core = Core()
     requests = Requests(entry(1, b"a"), entry(2, b"b"), entry(3, b"c"))
-    async with bulk(core, requests) as answers:
-        waiting = asyncio.ensure_future(anext(answers))
+    async with bulk(core, requests) as responses:
+        waiting = asyncio.ensure_future(anext(responses))
         await until(lambda: len(core.asked) == 3)
         requests.queue.put_nowait(pb.InferBulkRequest(given_up=[2, 2, 99]))
         await until(lambda: core.ended == [b"b"])
         core.asked[0][1].reply((b"x",), 1)
-        assert [answer.number for answer in (await waiting).answers] == [1]
+        assert [outcome.number for outcome in (await waiting).answers] == [1]
     assert core.ended == [b"b", b"c"]  # The caller went away.
 
 
 async def test_a_bulk_ends_when_all_entries_are_cancelled() -> None:
     core = Core()
     requests = Requests(entry(1, b"a"))
-    async with bulk(core, requests) as answers:
-        waiting = asyncio.ensure_future(anext(answers, None))
+    async with bulk(core, requests) as responses:
+        waiting = asyncio.ensure_future(anext(responses, None))
         await until(lambda: len(core.asked) == 1)
         requests.queue.put_nowait(pb.InferBulkRequest(given_up=[1]))
         assert await waiting is None
@@ -175,26 +175,26 @@ async def test_a_bulk_ends_when_all_entries_are_cancelled() -> None:
 async def test_deadlines_are_each_entrys_own() -> None:
     core = Core()
     requests = Requests(entry(1, b"never"), entry(2, b"soon", timeout_ms=30), entry(3, b"sooner", timeout_ms=1))
-    async with bulk(core, requests) as answers:
-        late = [answer async for answer in _first(answers, 2)]
-        assert [(answer.number, answer.code) for answer in late] == [(3, 4), (2, 4)]
+    async with bulk(core, requests) as responses:
+        late = [outcome async for outcome in _first(responses, 2)]
+        assert [(outcome.number, outcome.code) for outcome in late] == [(3, 4), (2, 4)]
         assert core.ended == [b"sooner", b"soon"]
         assert core.asked[0][1].deadline == math.inf
 
 
 async def _first(
-    answers: AsyncIterator[pb.InferBulkResponse], count: int
+    responses: AsyncIterator[pb.InferBulkResponse], count: int
 ) -> AsyncIterator[pb.InferBulkResponse.Answer]:
     while count > 0:
-        for answer in (await anext(answers)).answers:
+        for outcome in (await anext(responses)).answers:
             count -= 1
-            yield answer
+            yield outcome
 
 
 async def test_retry_and_tenant_of_an_entry_act_like_headers() -> None:
     core = Core()
-    async with bulk(core, Requests(entry(1, b"a", is_retry=True, tenant="t"), entry(2, b"b"))) as answers:
-        waiting = asyncio.ensure_future(anext(answers))
+    async with bulk(core, Requests(entry(1, b"a", is_retry=True, tenant="t"), entry(2, b"b"))) as responses:
+        waiting = asyncio.ensure_future(anext(responses))
         await until(lambda: len(core.asked) == 2)
         assert core.asked[0][1].headers == {ATTEMPT.encode(): b"2", b"x-shoal-tenant": b"t"}
         assert core.asked[1][1].headers == {}
@@ -205,17 +205,17 @@ async def test_retry_and_tenant_of_an_entry_act_like_headers() -> None:
 
 @given(st.lists(st.integers(0, 3 << 20), min_size=1, max_size=12))
 @settings(max_examples=30, deadline=None)
-def test_messages_stay_small_whatever_the_answers(sizes: list[int]) -> None:
+def test_messages_stay_small_whatever_the_outcomes(sizes: list[int]) -> None:
     async def run() -> list[list[int]]:
         core = Core()
-        async with bulk(core, Requests(*(entry(n, b"x") for n in range(len(sizes))))) as answers:
-            waiting = asyncio.ensure_future(anext(answers))
+        async with bulk(core, Requests(*(entry(n, b"x") for n in range(len(sizes))))) as responses:
+            waiting = asyncio.ensure_future(anext(responses))
             while len(core.asked) < len(sizes):
                 await asyncio.sleep(0)
             for (_, caller), size in zip(core.asked, sizes, strict=True):
                 caller.reply((bytes(size),), size)
-            messages = [await waiting, *[message async for message in answers]]
-            return [[len(answer.response) for answer in message.answers] for message in messages]
+            messages = [await waiting, *[message async for message in responses]]
+            return [[len(outcome.response) for outcome in message.answers] for message in messages]
 
     messages = asyncio.run(run())
     assert [size for message in messages for size in message] == sizes

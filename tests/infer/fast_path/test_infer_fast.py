@@ -1,4 +1,4 @@
-"""The fast path answers as the slow path does: whatever comes, before and after it has learnt."""
+"""The fast path responds as the slow path does: whatever comes, before and after it has learnt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a version must show before it is READY: batches of each size run, and the answer is what was promised."""
+"""What a version must show before it is READY: batches of each size run, and the outputs are what was promised."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ F = BY_NAME["FP32"]
 class Recorded(Session):
     """y = x, written down; each run takes what `took` says on the clock of the test."""
 
-    def __init__(self, answer=lambda x: x, took=lambda rows: 0.0) -> None:
+    def __init__(self, compute=lambda x: x, took=lambda rows: 0.0) -> None:
         self.rows: list[int] = []
         self.now = 0.0
-        self._answer, self._took = answer, took
+        self._compute, self._took = compute, took
 
     inputs = outputs = ()
     text = True
@@ -34,7 +34,7 @@ class Recorded(Session):
     def run(self, inputs, outputs):
         self.rows.append(len(inputs["x"]))
         self.now += self._took(len(inputs["x"]))
-        return [self._answer(inputs["x"])]
+        return [self._compute(inputs["x"])]
 
     def close(self) -> None: ...
 
@@ -75,17 +75,17 @@ def test_large_rows_are_not_run_in_large_batches():
 
 
 def test_a_size_that_fails_is_named():
-    def answer(x):
+    def compute(x):
         if len(x) == 8:
             raise ModelFailed("eight is too many")
         return x
 
     with pytest.raises(FailedPrecondition, match=r"batch of 8 rows \(max_batch_size 64\): eight is too many"):
-        warm(Recorded(answer), model(64))
+        warm(Recorded(compute), model(64))
 
 
 @pytest.mark.parametrize(
-    ("answer", "named"),
+    ("compute", "named"),
     [
         (lambda x: x.astype(np.float64), "gave float64 in its trial run, expected FP32"),
         (lambda x: x[:, :3], r"promises \[-1,4\], the model gave \[1,3\]"),
@@ -94,9 +94,9 @@ def test_a_size_that_fails_is_named():
         (lambda x: np.concatenate([x, x]), r"gave \[2,4\] for 1 rows"),
     ],
 )
-def test_an_answer_that_was_not_promised(answer, named):
+def test_outputs_that_were_not_promised(compute, named):
     with pytest.raises(FailedPrecondition, match=named):
-        warm(Recorded(answer), model())
+        warm(Recorded(compute), model())
 
 
 def test_what_only_the_file_says_is_put_right():

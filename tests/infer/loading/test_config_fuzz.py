@@ -247,11 +247,11 @@ async def test_a_hostile_repository_harms_nobody(serve, models_folder: Repositor
     if sys.platform == "linux":
         os.mkdir(os.fsencode(root) + b"/\xff\xfe")
     served = await serve(root)
-    answer = await served.stub.ModelInfer(request("good", x=floats([1, 2, 3, 4])))
-    assert output(answer, "y").tolist() == [[2, 4, 6, 8]]
+    response = await served.stub.ModelInfer(request("good", x=floats([1, 2, 3, 4])))
+    assert output(response, "y").tolist() == [[2, 4, 6, 8]]
     for name in odd:
-        answer = await served.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
-        assert output(answer, "y").tolist() == [[2, 4, 6, 8]]
+        response = await served.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
+        assert output(response, "y").tolist() == [[2, 4, 6, 8]]
     index = (await served.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
     reasons = {m.name: m.reason for m in index if m.state != "READY"}
     said = {
@@ -309,8 +309,8 @@ async def test_ten_thousand_folders(serve, models_folder: Repository):
     for n in range(10_000):
         (models_folder.root / f"m{n}").mkdir()
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(request("good", x=floats([1, 2, 3, 4])))
-    assert output(answer, "y").tolist() == [[2, 4, 6, 8]]
+    response = await served.stub.ModelInfer(request("good", x=floats([1, 2, 3, 4])))
+    assert output(response, "y").tolist() == [[2, 4, 6, 8]]
     index = (await served.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
     assert len(index) == 10_001
     await served.stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="good"))

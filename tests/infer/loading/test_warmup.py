@@ -92,9 +92,9 @@ async def test_types_that_numpy_lacks(serve, models_folder: Repository):
     models_folder.bare("wide", onnx_files.cast(TensorProto.BFLOAT16, TensorProto.FLOAT))
     served = await serve(models_folder.root)
     assert await max_batch_size(served, "narrow") == 64
-    answer = await served.stub.ModelInfer(request("narrow", x=floats([1.5, -2, 0, 1])))
-    assert answer.outputs[0].datatype == "BF16"
-    bits = answer.raw_output_contents[0]
+    response = await served.stub.ModelInfer(request("narrow", x=floats([1.5, -2, 0, 1])))
+    assert response.outputs[0].datatype == "BF16"
+    bits = response.raw_output_contents[0]
     assert np.frombuffer(bits, np.uint16).tolist() == [0x3FC0, 0xC000, 0, 0x3F80]
     asked = pb.ModelInferRequest(model_name="wide", raw_input_contents=[bits])
     asked.inputs.add(name="x", datatype="BF16", shape=[1, 4])

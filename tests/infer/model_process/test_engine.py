@@ -51,10 +51,10 @@ def test_a_late_cancellation_does_not_end_the_process(wants_requests: bool) -> N
         for cancelled in (number, number, 99):
             server.send({"op": "cancel", "id": cancelled})
         model.go.set()
-        answer = server.receive(PATIENCE_S)
-        assert answer is not None
-        assert (answer.op, answer.header["id"]) == ("result", number)
-        np.testing.assert_array_equal(answer.tensors[0][2], 2 * x)
+        response = server.receive(PATIENCE_S)
+        assert response is not None
+        assert (response.op, response.header["id"]) == ("result", number)
+        np.testing.assert_array_equal(response.tensors[0][2], 2 * x)
         model.entered.clear()
         model.go.clear()
     server.send({"op": "close"})

@@ -64,11 +64,11 @@ class TritonPythonModel:
         json.loads(args["model_config"])
 
     def execute(self, requests):
-        answers = []
+        responses = []
         for request in requests:
             x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
-            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x)]))
-        return answers
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x)]))
+        return responses
 """
 BANNED = ("grpc", "grpc_health", "google", "opentelemetry", "pymongo", "aetcd")
 
@@ -124,10 +124,10 @@ def load(tmp_path: Path, run_dir: Path) -> Iterator[Callable[[str, str], Process
 def test_a_model_process_imports_no_protobuf_and_no_grpc(load, modules_of, kind: str, isolation: str) -> None:
     session = load(kind, isolation)
     x = np.array([[1, 2, 3, 4]], np.float32)
-    (answer,) = session.run_requests(
+    (result,) = session.run_requests(
         {"x": [x]}, ["s" if kind == "onnx" else "y"], [1], [{}] if kind == "triton" else []
     )
-    assert np.asarray(answer[0]).tolist() == ([[10]] if kind == "onnx" else [[2, 4, 6, 8]])
+    assert np.asarray(result[0]).tolist() == ([[10]] if kind == "onnx" else [[2, 4, 6, 8]])
     found = modules_of(session.instances[0].running(PATIENCE_S).pid)
     assert {"numpy", "services.infer.model_process.channel"} <= found
     assert ("onnxruntime" in found) == (kind == "onnx")

@@ -216,7 +216,7 @@ def test_errors_of_predict_are_reported(load, predict, told):
         {"op": "response", "final": True},
     ],
 )
-def test_forged_answers_affect_only_their_own_model(load, forged):
+def test_forged_responses_affect_only_their_own_model(load, forged):
     head = """
 import socket
 from services.infer.model_process.channel import Channel
@@ -307,14 +307,14 @@ def test_processes_started_by_the_model_end_with_its_process(load, tmp_path):
 
 def test_instances_run_concurrently(load):
     session = load(model("time.sleep(0.5); x = x * 0 + os.getpid() / 2"), instances=3)
-    answers: list[float] = []
-    threads = [threading.Thread(target=lambda: answers.append(run(session)[0][0])) for _ in range(3)]
+    results: list[float] = []
+    threads = [threading.Thread(target=lambda: results.append(run(session)[0][0])) for _ in range(3)]
     start = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {int(answer) for answer in answers} == set(pids(session))
+    assert {int(result) for result in results} == set(pids(session))
     assert time.monotonic() - start < PATIENCE_S
 
 

@@ -39,7 +39,7 @@ class Bench:
         """What the model in the folder multiplies by; None: it is broken."""
         self.factors = iter(range(2, 10_000))
 
-    async def answer(self) -> float | None:
+    async def served_factor(self) -> float | None:
         try:
             return float(output(await self.core.infer(request("m", x=X)), "y")[0, 0])
         except (NotFound, Unavailable):
@@ -103,7 +103,7 @@ async def test_what_serves_is_what_was_said(models_folder: Repository, tmp_path:
             bench.serves = bench.folder = 1.0
             for _ in range(40):
                 await bench.step()
-                assert await bench.answer() == bench.serves
+                assert await bench.served_factor() == bench.serves
                 await until(lambda: len(os.listdir(kept)) <= 1)
     assert os.listdir(kept) == []
 
@@ -123,7 +123,7 @@ async def test_calls_never_fail_while_words_are_said(models_folder: Repository, 
             async def caller() -> None:
                 nonlocal said
                 while not stop.is_set():
-                    assert await bench.answer() is not None
+                    assert await bench.served_factor() is not None
                     said += 1
 
             callers = [asyncio.create_task(caller()) for _ in range(4)]

@@ -55,9 +55,9 @@ async def index(served: Serving) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 async def factor(served: Serving, name: str = "m", version: str = "") -> tuple[str, float]:
-    """The version that answers, and what it multiplies by."""
-    answer = await served.stub.ModelInfer(request(name, version=version, x=X))
-    return answer.model_version, float(output(answer, "y")[0, 0])
+    """The version that responds, and what it multiplies by."""
+    response = await served.stub.ModelInfer(request(name, version=version, x=X))
+    return response.model_version, float(output(response, "y")[0, 0])
 
 
 async def test_a_folder_that_was_added_and_one_that_was_changed(serve, models_folder: Repository):
@@ -356,8 +356,8 @@ async def test_an_unload_waits_for_nobody_for_ever_and_cuts_no_call(serve, model
     calls = [asyncio.ensure_future(served.stub.ModelInfer(request("m", x=X))) for _ in range(20)]
     await until(lambda: version._users + sum(call.done() for call in calls) >= len(calls))  # All have arrived.
     await unload(served, "m")
-    for answer in await asyncio.gather(*calls):
-        assert float(output(answer, "y")[0, 0]) == 2.0
+    for response in await asyncio.gather(*calls):
+        assert float(output(response, "y")[0, 0]) == 2.0
 
 
 async def test_who_goes_away_does_not_stop_a_load(serve, models_folder: Repository):

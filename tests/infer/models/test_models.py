@@ -73,9 +73,9 @@ def states(models: Models) -> dict[int | None, str]:
     return {row.version: row.state.value for row in models.index()}
 
 
-async def answered(models: Models, version: str = "") -> tuple[str, float]:
-    answer = await InferenceServer(models, "r").infer(request("m", version=version, x=X))
-    return answer.model_version, float(output(answer, "y")[0, 0])
+async def version_and_factor(models: Models, version: str = "") -> tuple[str, float]:
+    response = await InferenceServer(models, "r").infer(request("m", version=version, x=X))
+    return response.model_version, float(output(response, "y")[0, 0])
 
 
 async def test_a_version_that_loads_is_not_served_yet(models, files):
@@ -91,7 +91,7 @@ async def test_a_version_that_loads_is_not_served_yet(models, files):
     files.gate.set()
     await models.settled()
     assert models.is_ready()
-    assert await answered(models) == ("1", 2.0)
+    assert await version_and_factor(models) == ("1", 2.0)
     await until(lambda: models.ready_set.value == (("m", (1,), False, ""),))
 
 
@@ -103,7 +103,7 @@ async def test_a_new_version_takes_over_without_a_failed_call(models, files):
 
     async def caller() -> None:
         while not stop.is_set():
-            version, value = await answered(models)
+            version, value = await version_and_factor(models)
             assert value == float(version)
             seen.add(version)
 
@@ -131,7 +131,7 @@ async def test_a_version_that_fails_does_not_take_the_old_one_away(models, files
     await models.settled()
     assert states(models) == {1: "READY", 2: "UNAVAILABLE"}
     assert not models.is_ready()
-    assert await answered(models) == ("1", 1.0)
+    assert await version_and_factor(models) == ("1", 1.0)
     # When it is taken back, all is well again; when the old one is removed too, nothing is left.
     models.want([wanted(one)])
     await models.settled()
@@ -145,19 +145,19 @@ async def test_the_alias_decides_for_calls_that_name_no_version(models, files):
     one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.scale(2))
     models.want([wanted(one, two, stable=1)])
     await models.settled()
-    assert await answered(models) == ("1", 1.0)
-    assert await answered(models, "2") == ("2", 2.0)
+    assert await version_and_factor(models) == ("1", 1.0)
+    assert await version_and_factor(models, "2") == ("2", 2.0)
     models.want([wanted(one, two, stable=2)])
-    assert await answered(models) == ("2", 2.0)
+    assert await version_and_factor(models) == ("2", 2.0)
     models.want([wanted(one, two)])
-    assert await answered(models) == ("2", 2.0)
+    assert await version_and_factor(models) == ("2", 2.0)
 
 
 async def test_an_alias_of_a_version_that_is_not_ready_leaves_the_newest(models, files):
     one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.broken())
     models.want([wanted(one, two, stable=2)])
     await models.settled()
-    assert await answered(models) == ("1", 1.0)
+    assert await version_and_factor(models) == ("1", 1.0)
 
 
 async def test_a_removed_model_finishes_its_calls_and_frees_its_files(models, files):
@@ -170,7 +170,7 @@ async def test_a_removed_model_finishes_its_calls_and_frees_its_files(models, fi
         await until(lambda: version.state is State.UNLOADING)
         assert states(models) == {1: "UNLOADING"}
         assert files.closed == []
-        # The call that held it is answered.
+        # The call that held it is completed.
         assert version.scheduler is not None
     await until(lambda: files.closed == [1])
     await until(lambda: models.index() == [])
@@ -183,7 +183,7 @@ async def test_other_content_under_the_same_number_is_another_version(models, fi
     await models.settled()
     models.want([wanted(files.version(1, onnx_files.scale(5), digest="b"))])
     await models.settled()
-    assert await answered(models) == ("1", 5.0)
+    assert await version_and_factor(models) == ("1", 5.0)
     await until(lambda: files.closed == [1])
 
 
@@ -195,7 +195,7 @@ async def test_files_that_could_not_be_had_are_asked_for_again(models, files):
     assert "the store is away" in models.index()[0].reason
     await until(lambda: states(models) == {1: "READY"})
     assert files.opened == [1, 1, 1]
-    assert await answered(models) == ("1", 3.0)
+    assert await version_and_factor(models) == ("1", 3.0)
 
 
 async def test_a_broken_model_is_not_tried_again_and_again(models, files):
@@ -223,6 +223,6 @@ async def test_many_models_come_and_go(models, files, tmp_path):
         assert models.is_ready()
         await until(lambda names=names: models.names() == sorted(names))
         core = InferenceServer(models, "r")
-        answers = await asyncio.gather(*(core.infer(request(name, x=X)) for name in names))
-        for answer in answers:
-            np.testing.assert_array_equal(output(answer, "y"), 2 * X)
+        responses = await asyncio.gather(*(core.infer(request(name, x=X)) for name in names))
+        for response in responses:
+            np.testing.assert_array_equal(output(response, "y"), 2 * X)

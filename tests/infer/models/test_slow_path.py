@@ -36,7 +36,7 @@ CASES = {
 
 
 class Caller:
-    """Takes the answer of one call."""
+    """Takes the outcome of one call."""
 
     def __init__(self) -> None:
         self.deadline = float("inf")
@@ -44,11 +44,11 @@ class Caller:
         self.is_over = False
         self.headers: dict[bytes, bytes] = {}
         self.span = None
-        self.answered = asyncio.Event()
+        self.responded = asyncio.Event()
 
     def reply(self, parts: Any, size: int) -> None:
         self.is_over = True
-        self.answered.set()
+        self.responded.set()
 
     def refuse(self, error: BaseException) -> None:
         raise error
@@ -81,5 +81,5 @@ async def test_the_path_of_a_model_is_the_one_that_it_names(serve: Any, models_f
     for _ in range(2):
         caller = Caller()
         fast(body, caller)
-        await asyncio.wait_for(caller.answered.wait(), 30)
+        await asyncio.wait_for(caller.responded.wait(), 30)
     assert bool(fast._by_name) == (not CASES[model])

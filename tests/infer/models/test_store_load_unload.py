@@ -43,44 +43,44 @@ async def unload(node: Node, name: str) -> None:
 
 async def test_the_word_holds_over_the_stores(node):
     with node.store, node.infer:
-        await until(node.store_answers, "store")
+        await until(node.is_store_reachable, "store")
         await node.push("m", onnx_files.scale(2))
         await node.push("other", onnx_files.scale(9))
-        await node.until_answer("m", ("1", 2.0))
-        await node.until_answer("other", ("1", 9.0))
+        await node.until_outcome("m", ("1", 2.0))
+        await node.until_outcome("other", ("1", 9.0))
         assert await load(node, "m") == "OK"
         assert await load(node, "missing") == "INTERNAL"
         await unload(node, "m")
-        assert await node.answer("m") == "NOT_FOUND"
+        assert await node.outcome("m") == "NOT_FOUND"
         # A new version changes nothing of that; a load serves it.
         await node.push("m", onnx_files.scale(3))
         await node.push("third", onnx_files.scale(4))
-        await node.until_answer("third", ("1", 4.0))
-        assert await node.answer("m") == "NOT_FOUND"
+        await node.until_outcome("third", ("1", 4.0))
+        assert await node.outcome("m") == "NOT_FOUND"
         assert await load(node, "m") == "OK"
-        assert await node.answer("m") == ("2", 3.0)
+        assert await node.outcome("m") == ("2", 3.0)
         # Another configuration, and other files, on this replica.
         assert await load(node, "m", '{"version_policy": {"specific": {"versions": [1]}}}') == "OK"
-        assert await node.answer("m") == ("1", 2.0)
+        assert await node.outcome("m") == ("1", 2.0)
         data = onnx_files.scale(8).SerializeToString()
         assert await load(node, "m", "{}", **{"file:5/model.onnx": data}) == "OK"
-        assert await node.answer("m") == ("5", 8.0)
+        assert await node.outcome("m") == ("5", 8.0)
         assert await load(node, "m", "{}", **{"file:6/model.onnx": b"?"}) == "INVALID_ARGUMENT"
-        assert await node.answer("m") == ("5", 8.0)
+        assert await node.outcome("m") == ("5", 8.0)
         assert await load(node, "m") == "OK"
-        assert await node.answer("m") == ("2", 3.0)
+        assert await node.outcome("m") == ("2", 3.0)
         # Once the store has it no more, the word is forgotten with it.
         await unload(node, "other")
         await node.remove("other")
         await until(lambda: _is_forgotten(node, "other"))
         await node.push("other", onnx_files.scale(5))
-        await until(lambda: _answers(node, "other", 5.0))
+        await until(lambda: _has_factor(node, "other", 5.0))
 
 
 async def _is_forgotten(node: Node, name: str) -> bool:
     return name not in {model for model, _ in await node.index()}
 
 
-async def _answers(node: Node, name: str, factor: float) -> bool:
-    answer = await node.answer(name)
-    return isinstance(answer, tuple) and answer[1] == factor
+async def _has_factor(node: Node, name: str, factor: float) -> bool:
+    outcome = await node.outcome(name)
+    return isinstance(outcome, tuple) and outcome[1] == factor

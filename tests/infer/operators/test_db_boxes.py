@@ -52,7 +52,7 @@ def test_maps_of_different_sizes_and_none_at_all(boxes):
     assert making.run(made, probability=[])["boxes"] == []
 
 
-def test_noise_is_answered_whatever_it_is(boxes):
+def test_any_noise_has_a_result(boxes):
     rng = np.random.default_rng(0)
     made = boxes(box_threshold="0", threshold="0.5", max_candidates="50")
     outputs = making.run(made, probability=[rng.random((1, *rng.integers(1, 90, 2)), np.float32) for _ in range(40)])

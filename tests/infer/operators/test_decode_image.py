@@ -160,7 +160,7 @@ def test_formats_can_be_left_out(decode):
     assert "expected png, bmp, got jpeg" in making.wrong(made, image=array(encoded(pixels(3, 3), "jpg")))
 
 
-def test_any_bytes_are_answered(decode):
+def test_any_bytes_have_an_outcome(decode):
     """Thousands of damaged images: each is decoded, or refused with a message."""
     made = decode(max_pixels="1000000")
     rng = np.random.default_rng(0)

@@ -54,8 +54,8 @@ async def executions(serving, model: str) -> tuple[int, int]:
 async def test_clients_send_bytes(serve, models_folder, put):
     put("decode", DECODE)
     serving = await serve(models_folder.root)
-    answer = await serving.stub.ModelInfer(request("decode", image=array(encoded(pixels(20, 30), "png"))))
-    np.testing.assert_array_equal(output(answer, "image")[0], pixels(20, 30))
+    response = await serving.stub.ModelInfer(request("decode", image=array(encoded(pixels(20, 30), "png"))))
+    np.testing.assert_array_equal(output(response, "image")[0], pixels(20, 30))
     described = await serving.stub.ModelMetadata(pb.ModelMetadataRequest(name="decode"))
     assert [(t.name, t.datatype, list(t.shape)) for t in described.inputs] == [("image", "BYTES", [-1, 1])]
     assert [(t.name, list(t.shape)) for t in described.outputs] == [("image", [-1, -1, -1, 3]), ("size", [-1, 2])]
@@ -71,14 +71,14 @@ async def test_images_of_different_sizes_share_one_execution(serve, models_folde
     serving = await serve(models_folder.root)
     images = [pixels(5 + n, 60 - n, n) for n in range(count)]
     asked = [request("decode", image=array(encoded(image, "png"))) for image in images]
-    answers = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
-    for image, answer in zip(images, answers, strict=True):
-        np.testing.assert_array_equal(output(answer, "image")[0], image)
+    responses = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
+    for image, response in zip(images, responses, strict=True):
+        np.testing.assert_array_equal(output(response, "image")[0], image)
     assert await executions(serving, "decode") == (1, count)
     asked = [request("resize", image=image[np.newaxis]) for image in images]
-    answers = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
+    responses = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked))
     assert await executions(serving, "resize") == (1, count)
-    assert all(output(answer, "image").shape == (1, 3, 16, 16) for answer in answers)
+    assert all(output(response, "image").shape == (1, 3, 16, 16) for response in responses)
 
 
 async def test_a_bad_image_fails_alone_in_its_batch(serve, models_folder, put):
@@ -86,14 +86,14 @@ async def test_a_bad_image_fails_alone_in_its_batch(serve, models_folder, put):
     serving = await serve(models_folder.root)
     good = encoded(pixels(9, 9), "png")
     asked = [request("decode", image=array(data)) for data in (good, good[:-20], good)]
-    answers = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked), return_exceptions=True)
+    outcomes = await asyncio.gather(*(serving.stub.ModelInfer(each) for each in asked), return_exceptions=True)
     assert await executions(serving, "decode") == (1, 3)
-    assert answers[1].code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert answers[1].details() == (
+    assert outcomes[1].code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert outcomes[1].details() == (
         "model 'decode': input 'image': this PNG cannot be decoded: it is truncated or damaged"
     )
-    for answer in (answers[0], answers[2]):
-        np.testing.assert_array_equal(output(answer, "image")[0], pixels(9, 9))
+    for response in (outcomes[0], outcomes[2]):
+        np.testing.assert_array_equal(output(response, "image")[0], pixels(9, 9))
 
 
 async def test_rows_of_one_request_must_be_even_to_be_a_tensor(serve, models_folder, put):
@@ -112,8 +112,8 @@ async def test_rows_of_one_request_must_be_even_to_be_a_tensor(serve, models_fol
     assert sizes_of(await serving.stub.ModelInfer(asked)) == [[9, 9], [9, 8]]
 
 
-def sizes_of(answer: pb.ModelInferResponse) -> list[list[int]]:
-    sizes: list[list[int]] = np.frombuffer(answer.raw_output_contents[0], "<i4").reshape(-1, 2).tolist()
+def sizes_of(response: pb.ModelInferResponse) -> list[list[int]]:
+    sizes: list[list[int]] = np.frombuffer(response.raw_output_contents[0], "<i4").reshape(-1, 2).tolist()
     return sizes
 
 
@@ -225,8 +225,8 @@ async def test_from_the_bytes_of_an_image_to_the_name_of_its_class(serve, models
     colours = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
     # Images of one request, of different sizes: between the steps they are rows.
     files = [encoded(np.full((5 + n, 9, 3), colour, np.uint8), "jpg") for n, colour in enumerate(colours.values())]
-    answer = await serving.stub.ModelInfer(request("colour", bytes=array(*files)))
-    assert [label.decode() for label in output(answer, "label")[:, 0]] == list(colours)
+    response = await serving.stub.ModelInfer(request("colour", bytes=array(*files)))
+    assert [label.decode() for label in output(response, "label")[:, 0]] == list(colours)
     with pytest.raises(grpc.RpcError) as err:
         await serving.stub.ModelInfer(request("colour", bytes=array(b"no image")))
     assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -262,7 +262,7 @@ async def test_crops_of_an_image_are_rows_of_the_next_steps(serve, models_folder
 MAGIKA = Path(magika.__file__).parent / "models/standard_v3_3"
 
 
-async def test_magika_as_an_ensemble_gives_the_packages_own_answers(serve, models_folder, put):
+async def test_magika_as_an_ensemble_gives_the_packages_own_results(serve, models_folder, put):
 
     space = json.loads((MAGIKA / "config.min.json").read_text())["target_labels_space"]
     models_folder.put("magika", (MAGIKA / "model.onnx").read_bytes())
@@ -287,7 +287,7 @@ async def test_magika_as_an_ensemble_gives_the_packages_own_answers(serve, model
     ]
     own = magika.Magika()
     for file in files:
-        answer = await serving.stub.ModelInfer(request("filetype", file=array(file)))
+        response = await serving.stub.ModelInfer(request("filetype", file=array(file)))
         expected = own.identify_bytes(file)
-        assert output(answer, "label")[0, 0].decode() == str(expected.dl.label)
-        assert output(answer, "score")[0, 0] == pytest.approx(expected.score, abs=1e-5)
+        assert output(response, "label")[0, 0].decode() == str(expected.dl.label)
+        assert output(response, "score")[0, 0] == pytest.approx(expected.score, abs=1e-5)

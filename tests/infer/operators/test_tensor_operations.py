@@ -249,7 +249,7 @@ def test_a_wrong_parameter_is_named(made, operation):
         made(operation, **WRONG[operation])
 
 
-def test_an_unknown_operation_is_answered_with_those_that_there_are(made):
+def test_an_unknown_operation_is_rejected_with_those_that_there_are(made):
     with pytest.raises(FailedPrecondition, match="operation 'resise' is unknown: there are 'byte_windows'"):
         made("resise")
     with pytest.raises(FailedPrecondition, match="parameter 'operation' is missing"):

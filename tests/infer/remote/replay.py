@@ -1,4 +1,4 @@
-"""A server that answers as it was recorded: exactly when the bytes of a request are right."""
+"""A server that responds as it was recorded: exactly when the bytes of a request are right."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Replay(grpc.GenericRpcHandler):
         found = {}
         for exchange in json.loads((RECORDED / name / "exchanges.json").read_text()):
             request = (RECORDED / name / f"{exchange['name']}.request").read_bytes()
-            answer = RECORDED / name / f"{exchange['name']}.response"
-            response = answer.read_bytes() if exchange["code"] == "OK" else b""
+            path = RECORDED / name / f"{exchange['name']}.response"
+            response = path.read_bytes() if exchange["code"] == "OK" else b""
             found[exchange["method"], request] = (exchange["code"], exchange["message"], response)
         return Replay(found)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        return grpc.unary_unary_rpc_method_handler(lambda data, context: self._answer(details.method, data, context))
+        return grpc.unary_unary_rpc_method_handler(lambda data, context: self._respond(details.method, data, context))
 
-    def _answer(self, method: str, data: bytes, context: grpc.ServicerContext) -> bytes:
+    def _respond(self, method: str, data: bytes, context: grpc.ServicerContext) -> bytes:
         if (method, data) not in self.exchanges:
             self.unknown.append((method, data))
             context.abort(grpc.StatusCode.UNIMPLEMENTED, f"never recorded: {method} {data!r}")

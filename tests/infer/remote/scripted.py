@@ -20,14 +20,14 @@ Infer = Callable[[pb.ModelInferRequest, grpc.aio.ServicerContext], Awaitable[pb.
 
 async def double(asked: pb.ModelInferRequest, context: grpc.aio.ServicerContext) -> pb.ModelInferResponse:
     """What it does when a test says nothing."""
-    return answer(asked, 2 * given(asked))
+    return response(asked, 2 * given(asked))
 
 
 def given(asked: pb.ModelInferRequest) -> np.ndarray:
     return np.frombuffer(asked.raw_input_contents[0], np.float32).reshape(asked.inputs[0].shape)
 
 
-def answer(asked: pb.ModelInferRequest, y: np.ndarray, datatype: str = "FP32") -> pb.ModelInferResponse:
+def response(asked: pb.ModelInferRequest, y: np.ndarray, datatype: str = "FP32") -> pb.ModelInferResponse:
     made = pb.ModelInferResponse(model_name=asked.model_name, raw_output_contents=[y.tobytes()])
     made.outputs.add(name="y", datatype=datatype, shape=y.shape)
     return made
@@ -42,7 +42,7 @@ class Scripted(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.inputs = [("x", "FP32", [-1, 4])]
         self.outputs = [("y", "FP32", [-1, 4])]
         self.config: Callable[[pb.ModelConfigResponse], object] = bool
-        """May change what ModelConfig answers."""
+        """May change the response of ModelConfig."""
         self.is_ready = True
         self.infer: Infer = double
         self.seen: list[int] = []

@@ -23,7 +23,7 @@ from shoal.errors import (
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import Serving, floats, output, request
 from tests.infer.remote import configs
-from tests.infer.remote.scripted import Infer, Scripted, answer, double, given
+from tests.infer.remote.scripted import Infer, Scripted, double, given, response
 
 PATIENCE_S = 60
 
@@ -90,10 +90,10 @@ async def refuses_negatives(asked: pb.ModelInferRequest, context: grpc.aio.Servi
 
 async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving, scripted: Scripted):
     calls = await held(near, scripted, 1, 2, -3, 4, then=refuses_negatives)
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(results[2], InvalidArgument)
-    assert results[2].message == "model 'm': the remote server says: x is below zero"
-    assert [output(results[n], "y")[0, 0] for n in (0, 1, 3)] == [2, 4, 8]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(outcomes[2], InvalidArgument)
+    assert outcomes[2].message == "model 'm': the remote server says: x is below zero"
+    assert [output(outcomes[n], "y")[0, 0] for n in (0, 1, 3)] == [2, 4, 8]
     assert near.models.find("m", "").statistics.bisections == 2
 
 
@@ -123,12 +123,12 @@ async def test_what_is_no_calls_fault_reaches_all_and_is_asked_once(near: Servin
         await context.abort(grpc.StatusCode[code], "come back")
 
     calls = await held(near, scripted, 1, 2, 3, then=refuses)
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert [type(result) for result in results] == [error] * 3
-    assert all("come back" in result.message for result in results)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [error] * 3
+    assert all("come back" in outcome.message for outcome in outcomes)
     assert scripted.seen == [1, 3]
     if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
-        assert {result.retry_after_ms for result in results} == {750}
+        assert {outcome.retry_after_ms for outcome in outcomes} == {750}
     scripted.infer = double
     assert output(await ask(near, 5), "y")[0, 0] == 10
 
@@ -151,9 +151,9 @@ async def test_a_remote_server_that_does_not_say_when_to_come_back(near: Serving
         (np.zeros((1, 4), np.int32), "output 'y': expected FP32, got 'INT32'"),
     ],
 )
-async def test_an_answer_that_is_not_what_was_promised(near: Serving, scripted: Scripted, y, says):
+async def test_a_response_that_is_not_what_was_promised(near: Serving, scripted: Scripted, y, says):
     async def wrong(asked, context):
-        return answer(asked, y, "INT32" if y.dtype == np.int32 else "FP32")
+        return response(asked, y, "INT32" if y.dtype == np.int32 else "FP32")
 
     scripted.infer = wrong
     with pytest.raises(Internal, match=says):
@@ -162,9 +162,9 @@ async def test_an_answer_that_is_not_what_was_promised(near: Serving, scripted: 
     assert output(await ask(near, 1), "y")[0, 0] == 2
 
 
-async def test_an_answer_that_is_short_of_bytes_or_of_its_output(near: Serving, scripted: Scripted):
+async def test_a_response_that_is_short_of_bytes_or_of_its_output(near: Serving, scripted: Scripted):
     async def short(asked, context):
-        made = answer(asked, row(1))
+        made = response(asked, row(1))
         made.raw_output_contents[0] = b"abc"
         return made
 
@@ -175,7 +175,7 @@ async def test_an_answer_that_is_short_of_bytes_or_of_its_output(near: Serving, 
     with pytest.raises(Internal, match="byte size mismatch"):
         await ask(near, 1)
     scripted.infer = without
-    with pytest.raises(Internal, match="answer has no output 'y': it has none"):
+    with pytest.raises(Internal, match="response has no output 'y': it has none"):
         await ask(near, 1)
 
 
@@ -209,7 +209,7 @@ async def test_timeout_ms_ends_a_call_that_takes_too_long(front, scripted: Scrip
     configs.put(tmp_path / "models", "m", url=f"grpc://{scripted.address}", timeout_ms="50")
     near = await front(tmp_path / "models")
     scripted.infer = Gate()
-    with pytest.raises(DeadlineExceeded, match="model 'm': the remote server did not answer in time"):
+    with pytest.raises(DeadlineExceeded, match="model 'm': the remote server did not respond in time"):
         await ask(near, 1)
     await scripted.until(lambda: scripted.ended == ["1"])
 
@@ -236,7 +236,7 @@ async def test_a_call_that_is_cancelled_at_once_frees_its_instance(near: Serving
     assert output(await ask(near, 5), "y")[0, 0] == 10
 
 
-async def test_a_call_whose_deadline_passes_is_answered_and_its_mate_goes_on(near: Serving, scripted: Scripted):
+async def test_a_call_whose_deadline_passes_ends_and_its_mate_goes_on(near: Serving, scripted: Scripted):
     gate = Gate()
     scripted.infer = gate
     hasty = near.stub.ModelInfer(request("m", x=row(1)), timeout=1)
@@ -296,13 +296,13 @@ async def test_a_batch_that_is_too_large_goes_in_parts(front, scripted: Scripted
     assert scripted.seen == [1, 2, 2]
 
 
-async def test_an_answer_that_is_too_large_is_the_requests_fault(front, scripted: Scripted, tmp_path: Path):
+async def test_a_response_that_is_too_large_is_the_requests_fault(front, scripted: Scripted, tmp_path: Path):
     configs.put(tmp_path / "models", "m", url=f"grpc://{scripted.address}", max_message_bytes="1024")
     scripted.outputs = [("y", "FP32", [-1, -1])]
     near = await front(tmp_path / "models")
 
     async def large(asked, context):
-        return answer(asked, np.zeros((1, 1000), np.float32))
+        return response(asked, np.zeros((1, 1000), np.float32))
 
     scripted.infer = large
     with pytest.raises(ResourceExhausted, match="larger than max") as caught:
@@ -316,7 +316,7 @@ async def test_large_tensors_there_and_back(front, scripted: Scripted, tmp_path:
     near = await front(tmp_path / "models")
 
     async def same(asked, context):
-        return answer(asked, given(asked))
+        return response(asked, given(asked))
 
     scripted.infer = same
     x = np.arange(4 << 20, dtype=np.float32).reshape(1, -1)

@@ -15,7 +15,7 @@ from shoal.inference.v2 import model_config_pb2
 from tests.infer.conftest import Serving, floats, output, request
 from tests.infer.remote import configs
 from tests.infer.remote.conftest import Clock
-from tests.infer.remote.scripted import Scripted, answer, given
+from tests.infer.remote.scripted import Scripted, given, response
 
 X = floats([1, 2, 3, 4])
 
@@ -69,11 +69,11 @@ async def test_a_model_recovers_after_a_restart_of_its_server(front, run_dir: Pa
         await doubled(near)
     assert caught.value.retry_after_ms == 1000
     async with Scripted().serving(address):
-        assert await answered(near) == [[2, 4, 6, 8]]
+        assert await first_result(near) == [[2, 4, 6, 8]]
 
 
-async def answered(near: Serving) -> list[list[float]]:
-    """The first answer after refusals."""
+async def first_result(near: Serving) -> list[list[float]]:
+    """The first result after refusals."""
     async with asyncio.timeout(30):
         while True:
             try:
@@ -85,7 +85,7 @@ async def answered(near: Serving) -> list[list[float]]:
 async def refuse(asked: pb.ModelInferRequest, context: grpc.aio.ServicerContext) -> pb.ModelInferResponse:
     if asked.inputs[0].datatype != "INT32":
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "x is INT32 now")
-    return answer(asked, given(asked))
+    return response(asked, given(asked))
 
 
 async def test_a_changed_model_rejects_requests_and_names_the_change(near: Serving, scripted: Scripted, clock: Clock):

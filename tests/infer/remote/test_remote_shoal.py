@@ -43,14 +43,14 @@ async def near(python: str, tmp_path: Path, far: Infer) -> AsyncIterator[GRPCInf
 
 
 async def ask(stub: GRPCInferenceServiceStub, value: float, timeout_s: float = PATIENCE_S) -> str:
-    """OK, when the answer is right; else the status."""
+    """OK, when the response is right; else the status."""
     try:
-        answer = await stub.ModelInfer(request("scale", x=np.full((1, 4), value, np.float32)), timeout=timeout_s)
+        response = await stub.ModelInfer(request("scale", x=np.full((1, 4), value, np.float32)), timeout=timeout_s)
     except ShoalError as err:
         return err.code.name
     except grpc.RpcError as err:
         return err.code().name
-    assert output(answer, "y").tolist() == [[2 * value] * 4]
+    assert output(response, "y").tolist() == [[2 * value] * 4]
     return "OK"
 
 
@@ -64,12 +64,12 @@ async def test_a_remote_server_that_is_killed_under_load(python: str, tmp_path: 
                 seen[await ask(stub, n)] += 1
 
         callers = [asyncio.create_task(load(n)) for n in range(16)]
-        await until(lambda: seen["OK"] > 200, "answers")
+        await until(lambda: seen["OK"] > 200, "responses")
         far.kill()
         await until(lambda: seen["UNAVAILABLE"] > 50, "refusals")
         far.start()
         before = seen["OK"]
-        await until(lambda: seen["OK"] > before + 200, "answers again")
+        await until(lambda: seen["OK"] > before + 200, "responses again")
         is_over.set()
         await asyncio.gather(*callers)
         assert set(seen) == {"OK", "UNAVAILABLE"}
@@ -80,7 +80,7 @@ async def test_a_stopped_remote_server_times_out(python: str, tmp_path: Path, fa
     async with near(python, tmp_path, far) as stub:
         assert await ask(stub, 1) == "OK"
         far.freeze()
-        # More than are under way at a time: those that wait behind them are answered in time, too.
+        # More than are under way at a time: those that wait behind them are completed in time, too.
         assert set(await asyncio.gather(*(ask(stub, n, 1) for n in range(400)))) == {"DEADLINE_EXCEEDED"}
         far.thaw()
         assert await ask(stub, 2) == "OK"

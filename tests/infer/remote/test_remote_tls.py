@@ -91,5 +91,5 @@ async def test_a_model_is_unavailable_and_gets_no_request_with_wrong_credentials
     near = await front(tmp_path / "models")
     (row,) = near.models.index()
     assert row.state is State.UNAVAILABLE
-    assert "is unavailable" in row.reason or "did not answer in time" in row.reason
+    assert "is unavailable" in row.reason or "did not respond in time" in row.reason
     assert secure.seen == []

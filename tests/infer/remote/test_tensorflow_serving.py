@@ -49,7 +49,7 @@ async def test_the_signature_is_the_remote_models(near: Serving):
     ]
 
 
-async def test_both_forms_of_its_answers(near: Serving):
+async def test_both_forms_of_its_responses(near: Serving):
     for x, y in ((ROWS, 2 * ROWS), (ROWS + 1, 2 * (ROWS + 1))):
         got = output(await near.core.infer(request("scale", x=x)), "y")
         np.testing.assert_array_equal(got, y)
@@ -60,20 +60,20 @@ async def test_values_that_are_not_there_are_as_the_last_one(near: Serving):
     assert got.tolist() == [[1, 2, 2, 2], [2, 2, 2, 2]]
 
 
-async def test_answers_that_do_not_fit(near: Serving):
+async def test_responses_that_do_not_fit(near: Serving):
     with pytest.raises(Internal, match=r"output 'y': expected \[-1,4\], got \[2,3\]"):
         await near.core.infer(request("scale", x=ROWS + 3))
-    with pytest.raises(Internal, match="the remote server's answer has no output 'y': it has 'z'"):
+    with pytest.raises(Internal, match="the remote server's response has no output 'y': it has 'z'"):
         await near.core.infer(request("scale", x=ROWS + 4))
 
 
 async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving):
     together = [ROWS[:1] - 9, ROWS[:1]]
     calls = [near.core.infer(request("scale", x=x)) for x in together]
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(results[0], InvalidArgument)
-    assert "x is below zero" in results[0].message
-    assert output(results[1], "y").tolist() == (2 * ROWS[:1]).tolist()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(outcomes[0], InvalidArgument)
+    assert "x is below zero" in outcomes[0].message
+    assert output(outcomes[1], "y").tolist() == (2 * ROWS[:1]).tolist()
 
 
 async def test_a_busy_server_is_passed_on(near: Serving):
@@ -152,5 +152,5 @@ def test_tensors_that_are_none(datatype, given, says):
 
 
 def test_bytes_that_are_no_message():
-    with pytest.raises(ModelFailed, match="answer of 3 bytes is not what the protocol says"):
+    with pytest.raises(ModelFailed, match="response of 3 bytes is not what the protocol says"):
         parsed(b"\xff\xff\xff", tf.TensorFlowPredictResponse)

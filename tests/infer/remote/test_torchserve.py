@@ -1,4 +1,4 @@
-"""Models of TorchServe, against what a real one answered (recorded/record_torchserve.py)."""
+"""Models of TorchServe, against the responses of a real one (recorded/record_torchserve.py)."""
 
 from __future__ import annotations
 

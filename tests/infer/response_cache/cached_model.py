@@ -104,11 +104,11 @@ class Bench:
 
     def ask(self, asked: pb.ModelInferRequest, deadline: float = math.inf) -> asyncio.Task:
         request = read(asked)
-        return asyncio.create_task(self.cache.answer(request, asked.parameters, deadline))
+        return asyncio.create_task(self.cache.result(request, asked.parameters, deadline))
 
 
 def read(asked: pb.ModelInferRequest) -> InferenceRequest:
-    """A call for a model that takes any of the inputs, and answers with the output of the same name."""
+    """A call for a model that takes any of the inputs, and returns the output of the same name."""
     names = [tensor.name for tensor in asked.inputs]
     specs = tuple(spec for spec in ANY if spec.name in names)
     return requests.read(asked, Signature(specs, specs))

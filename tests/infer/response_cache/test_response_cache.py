@@ -90,17 +90,17 @@ async def test_a_repeated_request_is_a_hit():
     first = bench.ask(floats(2, 3))
     await settle()
     bench.runs.finish()
-    answer, state = await first
+    result, state = await first
     assert state is MISS
     again, state = await bench.ask(floats(2, 3))
     assert state is HIT
-    np.testing.assert_array_equal(again.outputs[0], answer.outputs[0])
+    np.testing.assert_array_equal(again.outputs[0], result.outputs[0])
     assert (again.times.rows, again.queue_ns, again.fired) == (0, 0, "cache")
-    other = bench.ask(floats(3, 2))  # The same bytes: this is where Triton answers with a [2, 3].
+    other = bench.ask(floats(3, 2))  # The same bytes: this is where Triton returns a [2, 3].
     await settle()
     bench.runs.finish()
-    answer, state = await other
-    assert (state, answer.outputs[0].shape) == (MISS, (3, 2))
+    result, state = await other
+    assert (state, result.outputs[0].shape) == (MISS, (3, 2))
     told = bench.statistics
     assert (told.cache_hit.count, told.cache_miss.count, told.success.count, told.queue.count) == (1, 2, 1, 1)
 
@@ -111,9 +111,9 @@ async def test_identical_requests_in_flight_run_once():
     await settle()
     assert len(bench.runs.all) == 1
     bench.runs.finish()
-    answers = await asyncio.gather(*asked)
-    assert [state for _, state in answers] == [MISS, *[SHARED] * 19]
-    assert {answer.outputs[0].tolist()[0][0] for answer, _ in answers} == {-1.0}
+    results = await asyncio.gather(*asked)
+    assert [state for _, state in results] == [MISS, *[SHARED] * 19]
+    assert {result.outputs[0].tolist()[0][0] for result, _ in results} == {-1.0}
     told = bench.statistics
     assert (told.cache_hit.count, told.cache_miss.count) == (19, 1)
 
@@ -127,7 +127,7 @@ async def test_a_caller_that_leaves_does_not_affect_the_others():
     await settle()
     assert [run.is_abandoned for run in bench.runs.all] == [False]
     bench.runs.finish()
-    # One takes the leader's place: somebody answers for the execution, and only once.
+    # One follower takes the leader's place and counts the execution, once.
     assert sorted(state for _, state in await asyncio.gather(*others[1:])) == [MISS, SHARED]
     assert (bench.statistics.cache_hit.count, bench.statistics.cache_miss.count) == (1, 1)
     assert (await bench.ask(floats(1, 4)))[1] is HIT
@@ -187,8 +187,8 @@ async def test_repeated_failures_of_flights_do_not_delay_a_request_further():
     assert len(bench.runs.open) == 4  # Two have led and failed; now each for itself.
     while bench.runs.open:
         bench.runs.finish()
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(answer) for answer in answers].count(ResourceExhausted) == 2
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes].count(ResourceExhausted) == 2
 
 
 async def test_a_follower_expires_before_the_execution_has_begun():
@@ -200,7 +200,7 @@ async def test_a_follower_expires_before_the_execution_has_begun():
     bench.clock.now += 0.01
     with pytest.raises(DeadlineExceeded):
         await follower
-    # Begun in time is answered, however long it takes: as a call of one's own would be.
+    # Begun in time is completed, however long it takes: as a call of one's own would be.
     bench.runs.open[0].is_waiting = False
     patient = bench.ask(floats(1, 4, timeout=1))
     await settle()
@@ -214,7 +214,7 @@ async def test_a_response_expires_after_its_ttl():
     bench = Bench(ttl_s=10)
     first = bench.ask(floats(1, 4))
     await settle()
-    bench.clock.now += 5  # Counted from the answer.
+    bench.clock.now += 5  # Counted from the result.
     bench.runs.finish()
     await first
     bench.clock.now += 9.999
@@ -232,8 +232,8 @@ async def test_stored_outputs_are_read_only_and_hold_no_batch():
     asked = bench.ask(floats(1, 4))
     await settle()
     bench.runs.finish()
-    answer, _ = await asked
-    [kept] = answer.outputs
+    result, _ = await asked
+    [kept] = result.outputs
     assert kept.base is None
     with pytest.raises(ValueError, match="read-only"):
         kept[0, 0] = 9

@@ -1,4 +1,4 @@
-"""The response cache under any order of events: never a wrong answer, never too much kept, never run twice at once."""
+"""The response cache under any order of events: never a wrong result, never too much kept, never run twice at once."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Flights(RuleBasedStateMachine):
             return
         error = call.task.exception()
         if error is None:
-            answer, state = call.task.result()
-            np.testing.assert_array_equal(answer.outputs[0], np.full((value + 1, 4), -value, np.float32))
+            result, state = call.task.result()
+            np.testing.assert_array_equal(result.outputs[0], np.full((value + 1, 4), -value, np.float32))
             if state is CacheState.HIT:
                 assert now < self.kept_at[value] + TTL_S
             else:
@@ -165,9 +165,9 @@ class Flights(RuleBasedStateMachine):
 
     @invariant()
     def counted(self) -> None:
-        answered = [c for c in self.calls if c.task.done() and not c.task.cancelled() and not c.task.exception()]
+        succeeded = [c for c in self.calls if c.task.done() and not c.task.cancelled() and not c.task.exception()]
         told = self.bench.statistics
-        assert told.cache_hit.count + told.cache_miss.count == len(answered)
+        assert told.cache_hit.count + told.cache_miss.count == len(succeeded)
         assert told.cache_hit.count == told.success.count  # The rest are the scheduler's to count.
         assert told.cache_miss.count == self.succeeded
 

@@ -1,4 +1,4 @@
-"""The response cache of a served model: answers, counts, explain, and its end with the model."""
+"""The response cache of a served model: responses, counts, explain, and its end with the model."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ async def counted(served, model: str) -> pb.ModelStatistics:
     return (await served.stub.ModelStatistics(pb.ModelStatisticsRequest(name=model))).model_stats[0]
 
 
-async def test_a_repeated_request_is_answered_from_memory(served):
+async def test_a_repeated_request_is_served_from_memory(served):
     for cache in ("miss", "hit", "hit"):
-        answer = await served.stub.ModelInfer(explained(request("double", id=cache, x=X)))
-        np.testing.assert_array_equal(output(answer, "y"), 2 * X)
-        told = answer.parameters
-        assert (answer.id, told["cache"].string_param) == (cache, cache)
+        response = await served.stub.ModelInfer(explained(request("double", id=cache, x=X)))
+        np.testing.assert_array_equal(output(response, "y"), 2 * X)
+        told = response.parameters
+        assert (response.id, told["cache"].string_param) == (cache, cache)
         assert told["batch_size"].int64_param == (cache == "miss")
     told = await counted(served, "double")
     stats = told.inference_stats
@@ -57,8 +57,8 @@ async def test_a_repeated_request_is_answered_from_memory(served):
 
 async def test_a_model_without_a_cache_says_so(served):
     for _ in range(2):
-        answer = await served.stub.ModelInfer(explained(request("plain", x=X)))
-        assert answer.parameters["cache"].string_param == "off"
+        response = await served.stub.ModelInfer(explained(request("plain", x=X)))
+        assert response.parameters["cache"].string_param == "off"
     assert (await counted(served, "plain")).execution_count == 2
 
 
@@ -66,8 +66,8 @@ async def test_a_model_without_a_cache_says_so(served):
 async def test_the_same_bytes_in_another_shape_are_another_request(served, shapes):
     values = np.arange(6, dtype=np.float32)
     for shape in [*shapes, *shapes]:
-        answer = await served.stub.ModelInfer(request("any", x=values.reshape(shape)))
-        np.testing.assert_array_equal(output(answer, "y"), values.reshape(shape))
+        response = await served.stub.ModelInfer(request("any", x=values.reshape(shape)))
+        np.testing.assert_array_equal(output(response, "y"), values.reshape(shape))
         reshaped = request("reshape", x=values, shape=np.array([shape[0], shape[1]]))
         np.testing.assert_array_equal(output(await served.stub.ModelInfer(reshaped), "y"), values.reshape(shape))
     assert (await counted(served, "any")).inference_stats.cache_hit.count == len(shapes)
@@ -106,9 +106,9 @@ async def test_concurrent_equal_requests_run_once_even_when_the_leader_leaves(se
     calls = [asyncio.ensure_future(served.stub.ModelInfer(asked)) for _ in range(15)]
     leader.cancel()
     states = []
-    for answer in await asyncio.gather(*calls):
-        np.testing.assert_array_equal(output(answer, "y"), 2 * X)
-        states.append(answer.parameters["cache"].string_param)
+    for response in await asyncio.gather(*calls):
+        np.testing.assert_array_equal(output(response, "y"), 2 * X)
+        states.append(response.parameters["cache"].string_param)
     # Whether a caller comes while it runs or after is a matter of chance.
     assert set(states) <= {"miss", "shared", "hit"}
     told = await counted(served, "slow")
@@ -121,9 +121,9 @@ async def test_explain_reports_the_cache_on_a_stream(served):
             yield explained(request("double", id=str(n), x=X))
 
     states = []
-    async for answer in served.stub.ModelStreamInfer(requests()):
-        np.testing.assert_array_equal(output(answer.infer_response, "y"), 2 * X)
-        states.append(answer.infer_response.parameters["cache"].string_param)
+    async for response in served.stub.ModelStreamInfer(requests()):
+        np.testing.assert_array_equal(output(response.infer_response, "y"), 2 * X)
+        states.append(response.infer_response.parameters["cache"].string_param)
     assert states.count("miss") == 1
     assert set(states) <= {"miss", "shared", "hit"}
 

@@ -198,8 +198,8 @@ async def test_a_server_applies_the_settings_or_reports_why_not(serve, models_fo
     reasons = {row.name: row.reason for row in served.models.index()}
     for name in SETTINGS:
         assert reasons[name] == ""
-        answer = await served.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
-        assert output(answer, "y").tolist() == [[2, 4, 6, 8]]
+        response = await served.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
+        assert output(response, "y").tolist() == [[2, 4, 6, 8]]
     for name, (_, named) in REFUSED.items():
         assert named in reasons[name]
     config = (await served.stub.ModelConfig(pb.ModelConfigRequest(name="two"))).config

@@ -85,9 +85,9 @@ async def test_a_batched_model(serve, models_folder: Repository):
     config = (await served.stub.ModelConfig(pb.ModelConfigRequest(name="m"))).config
     assert list(config.input[0].reshape.shape) == [2, 2]
     x = floats([1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 1])
-    answer = await served.stub.ModelInfer(request("m", x=x))
-    np.testing.assert_array_equal(output(answer, "s"), x.sum(1, keepdims=True))
-    np.testing.assert_array_equal(output(answer, "f"), x)
+    response = await served.stub.ModelInfer(request("m", x=x))
+    np.testing.assert_array_equal(output(response, "s"), x.sum(1, keepdims=True))
+    np.testing.assert_array_equal(output(response, "f"), x)
     with pytest.raises(grpc.aio.AioRpcError) as err:
         await served.stub.ModelInfer(request("m", x=x.reshape(3, 2, 2)))
     assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -101,8 +101,8 @@ async def test_scalars_of_a_model_without_a_batch(serve, models_folder: Reposito
     """
     models_folder.put("m", scalar, config=config)
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(request("m", x=np.array([5], np.float32)))
-    assert output(answer, "y").tolist() == [[15.0]]
+    response = await served.stub.ModelInfer(request("m", x=np.array([5], np.float32)))
+    assert output(response, "y").tolist() == [[15.0]]
 
 
 async def test_a_reshape_that_contradicts_the_model_is_rejected(serve, models_folder: Repository):

@@ -20,10 +20,10 @@ from tests.infer.scheduling.virtual_time import call
 class Receiver:
     """Nobody is told: the queue never tells."""
 
-    def answered(self, answer) -> None:
+    def succeeded(self, result) -> None:
         raise AssertionError
 
-    failed = answered
+    failed = succeeded
 
 
 def queue(max_rows: int = 4, rules: Rules | None = None, **limits: int) -> Queue:

@@ -1,4 +1,4 @@
-"""While more is asked than can be done, what can be done is answered in time. In simulated time."""
+"""Overload: the requests for which there is capacity are completed in time. In simulated time."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def curve(fixed_s: float, row_s: float) -> CostCurve:
 
 def in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:
     useful = rate * max(budget_s - cost.expected(rows), 0.0)
-    return min(min(rows, useful) / cost.expected(rows), rate)  # No more are answered than come.
+    return min(min(rows, useful) / cost.expected(rows), rate)  # No more are completed than arrive.
 
 
 def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter: tuple[float, ...]):
-    """Forty full batches' worth of time at `over` times their rate; results, and what full batches would come to."""
+    """Forty full batches' worth of time at `over` times their rate; outcomes, and what full batches would come to."""
     chance, dice = random.Random(3), random.Random(7)
 
     def cost(rows: int) -> float:
@@ -52,8 +52,8 @@ def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter:
         gaps = [dice.expovariate(over * capacity) for _ in range(int(over * capacity * seconds))]
         return await offered(bench, gaps, deadline_s=deadline_s), bench
 
-    results, bench = run(main())
-    return results, bench, capacity * seconds
+    outcomes, bench = run(main())
+    return outcomes, bench, capacity * seconds
 
 
 @pytest.mark.parametrize("over", [1.2, 5.0])
@@ -63,16 +63,16 @@ def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter:
     [(0.02, 0.001, 0.5), (0.0004, 0.00065, 0.05), (0.0005, 0.00011, 0.05)],
     ids=["long deadlines", "a full batch takes nearly as long as there is", "batching pays"],
 )
-def test_nearly_all_of_the_capacity_is_answered_in_time(fixed_s, row_s, deadline_s, over, jitter):
-    results, bench, capacity = served(fixed_s, row_s, deadline_s, over, jitter)
-    answered = [seconds for seconds, answer in results if not isinstance(answer, Exception)]
-    on_time = sum(seconds <= deadline_s for seconds in answered)
+def test_nearly_all_of_the_capacity_is_completed_in_time(fixed_s, row_s, deadline_s, over, jitter):
+    outcomes, bench, capacity = served(fixed_s, row_s, deadline_s, over, jitter)
+    succeeded = [seconds for seconds, outcome in outcomes if not isinstance(outcome, Exception)]
+    on_time = sum(seconds <= deadline_s for seconds in succeeded)
     assert on_time >= 0.88 * capacity
     # Hardly anything is run in vain (the jitter is twice what plans leave to spare); whoever is refused is told so
     # while it can still go elsewhere.
-    assert len(answered) - on_time <= 0.04 * on_time
-    refused = [(seconds, err) for seconds, err in results if isinstance(err, ResourceExhausted)]
-    assert len(refused) > 0.95 * (len(results) - len(answered))
+    assert len(succeeded) - on_time <= 0.04 * on_time
+    refused = [(seconds, err) for seconds, err in outcomes if isinstance(err, ResourceExhausted)]
+    assert len(refused) > 0.95 * (len(outcomes) - len(succeeded))
     assert sum(seconds < deadline_s / 5 for seconds, _ in refused) > 0.75 * len(refused)
     assert all(err.retry_after_ms > 0 for _, err in refused)
     assert bench.statistics.expired_executed == 0
@@ -80,9 +80,9 @@ def test_nearly_all_of_the_capacity_is_answered_in_time(fixed_s, row_s, deadline
 
 def test_a_batch_that_leaves_little_time_to_wait_for_it_is_still_run_full_enough():
     # One row takes 30 ms of the 50 that there are, 32 rows take 35: only what comes in the last 10 ms of a run is of
-    # use to the next. Batches of one would answer 33 a second, batches of 64 are too late for nearly all.
-    results, _, capacity = served(0.03, 0.00015, 0.05, 2.0, (1.0,))
-    on_time = sum(seconds <= 0.05 for seconds, answer in results if not isinstance(answer, Exception))
+    # use to the next. Batches of one would complete 33 a second, batches of 64 are too late for nearly all.
+    outcomes, _, capacity = served(0.03, 0.00015, 0.05, 2.0, (1.0,))
+    on_time = sum(seconds <= 0.05 for seconds, outcome in outcomes if not isinstance(outcome, Exception))
     assert on_time > 0.4 * capacity
 
 
@@ -107,7 +107,7 @@ def test_requests_that_arrive_together_run_together_after_the_overload():
             found = []
             for pause_s in (0.2, 1.0, 60.0):
                 await asyncio.sleep(pause_s)
-                found.append([answer.times.rows for answer in await at_once(bench, 16)])
+                found.append([outcome.times.rows for outcome in await at_once(bench, 16)])
         return found
 
     assert run(main()) == [[16] * 16] * 3
@@ -151,7 +151,7 @@ def test_hopeless_deadlines_do_not_shrink_batches():
     rate=st.floats(1.0, 1e5),
     budget_s=st.floats(0.001, 1.0),
 )
-def test_no_other_size_gets_many_more_answered_in_time(fixed_s, row_s, rate, budget_s):
+def test_no_other_size_gets_many_more_completed_in_time(fixed_s, row_s, rate, budget_s):
     cost = curve(fixed_s, row_s)
     best = best_rows(cost, 64, rate, budget_s)
     assert 1 <= best <= 64
@@ -167,6 +167,6 @@ def test_batches_are_not_shrunk_before_costs_are_known():
 
 
 def test_an_expired_request_is_never_counted_as_run():
-    results, bench, _ = served(0.0004, 0.00065, 0.002, 3.0, JITTER)
-    assert sum(isinstance(answer, DeadlineExceeded | ResourceExhausted) for _, answer in results) > 0
+    outcomes, bench, _ = served(0.0004, 0.00065, 0.002, 3.0, JITTER)
+    assert sum(isinstance(outcome, DeadlineExceeded | ResourceExhausted) for _, outcome in outcomes) > 0
     assert bench.statistics.expired_executed == 0

@@ -48,7 +48,7 @@ class Model(Session):
         self.gate.set()
         self.runs: list[list[float]] = []
         self.entered = 0
-        self.answer = lambda x: 2 * x
+        self.compute = lambda x: 2 * x
 
     def run(self, inputs, outputs: Sequence[str]):
         self.entered += 1
@@ -57,7 +57,7 @@ class Model(Session):
         self.runs.append(x[:, 0].tolist())
         if 13 in x:
             raise ModelFailed("thirteen")
-        return [self.answer(x)]
+        return [self.compute(x)]
 
     def close(self) -> None: ...
 
@@ -74,7 +74,7 @@ def call(*values: float, key: object = "k", timeout_us: int = 0) -> InferenceReq
 class Nobody:
     """Receives, and does not care."""
 
-    def answered(self, answer) -> None: ...
+    def succeeded(self, result) -> None: ...
 
     def failed(self, error) -> None: ...
 
@@ -110,8 +110,8 @@ class Bench:
         return tasks
 
 
-def values(answer) -> list[float]:
-    return answer.outputs[0][:, 0].tolist()
+def values(result) -> list[float]:
+    return result.outputs[0][:, 0].tolist()
 
 
 async def test_queued_requests_run_together_and_their_outputs_are_split():
@@ -130,14 +130,14 @@ async def test_queued_requests_run_together_and_their_outputs_are_split():
 async def test_results_do_not_change_when_the_next_batch_runs():
     bench = Bench()
     async with bench.scheduler:
-        answers = []
+        results = []
         for base in (0, 100):
             first = await bench.occupied()
             tasks = await bench.queued(call(base + 1), call(base + 2))
             bench.model.gate.set()
             await first
-            answers += [await task for task in tasks]
-        assert [values(answer) for answer in answers] == [[2], [4], [202], [204]]
+            results += [await task for task in tasks]
+        assert [values(result) for result in results] == [[2], [4], [202], [204]]
 
 
 async def test_requests_of_different_shapes_are_not_stacked():
@@ -166,7 +166,7 @@ async def test_a_failing_request_fails_alone():
 
 async def test_outputs_without_a_batch_dimension_are_reported():
     bench = Bench()
-    bench.model.answer = lambda x: np.zeros((1, 1), np.float32)
+    bench.model.compute = lambda x: np.zeros((1, 1), np.float32)
     async with bench.scheduler:
         with pytest.raises(Internal, match=r"output 'y' has shape \[1,1\] for 2 rows.*max_batch_size"):
             await bench.scheduler.submit(call(1, 2))
@@ -174,11 +174,11 @@ async def test_outputs_without_a_batch_dimension_are_reported():
 
 async def test_an_internal_error_fails_the_batch_and_the_worker_goes_on():
     bench = Bench()
-    bench.model.answer = lambda x: 1 / 0
+    bench.model.compute = lambda x: 1 / 0
     async with bench.scheduler:
         with pytest.raises(ZeroDivisionError):
             await bench.scheduler.submit(call(1))
-        bench.model.answer = lambda x: x
+        bench.model.compute = lambda x: x
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
@@ -308,11 +308,11 @@ async def test_any_exception_of_the_model_reaches_its_caller_and_the_worker_goes
         raise fault
 
     bench = Bench()
-    bench.model.answer = throw
+    bench.model.compute = throw
     async with bench.scheduler:
         with pytest.raises(RuntimeError):
             await asyncio.wait_for(bench.scheduler.submit(call(1)), 30)
-        bench.model.answer = lambda x: x
+        bench.model.compute = lambda x: x
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
@@ -341,12 +341,12 @@ def test_a_request_that_expires_during_bisection_is_not_run():
 def test_batch_mates_of_an_internal_error_succeed():
     bench = Bench()
 
-    def answer(x):
+    def compute(x):
         if 7 in x:
             raise MemoryError("too much")
         return x
 
-    bench.model.answer = answer
+    bench.model.compute = compute
     outcomes = bench.execution().run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
     assert [type(outcome).__name__ for outcome in outcomes] == ["InferenceResult", "MemoryError", "InferenceResult"]
 
@@ -391,7 +391,7 @@ async def test_a_cancelled_shutdown_fails_the_queued_requests():
 
 async def test_a_receiver_that_raises_does_not_affect_its_batch_mates(caplog):
     class Clumsy(Nobody):
-        def answered(self, answer) -> None:
+        def succeeded(self, result) -> None:
             raise ValueError("clumsy")
 
     bench = Bench()
@@ -410,10 +410,10 @@ async def test_requests_that_arrive_one_by_one_run_without_a_loop_iteration():
     bench.model.only_computes = True
 
     class Told(Nobody):
-        answer = None
+        result = None
 
-        def answered(self, answer) -> None:
-            self.answer = answer
+        def succeeded(self, result) -> None:
+            self.result = result
 
     async with bench.scheduler:
         for _ in range(20):
@@ -422,12 +422,12 @@ async def test_requests_that_arrive_one_by_one_run_without_a_loop_iteration():
         bench.clock.now += 1.0
         told, mates = Told(), [Told(), Told()]
         bench.scheduler.start(call(2), math.inf, "", told)
-        assert values(told.answer) == [4]
+        assert values(told.result) == [4]
         # Whoever comes right behind it may have company.
         for mate in mates:
             bench.scheduler.start(call(3), math.inf, "", mate)
-        assert [mate.answer for mate in mates] == [None, None]
-        await until(lambda: all(mate.answer is not None for mate in mates))
+        assert [mate.result for mate in mates] == [None, None]
+        await until(lambda: all(mate.result is not None for mate in mates))
     assert bench.model.runs[-2:] == [[2], [3, 3]]
 
 
@@ -437,14 +437,14 @@ async def test_a_longer_batch_runs_on_the_loop_only_for_a_lone_request(compute_m
     bench.model.only_computes = True
     threads = []
 
-    def answer(x):
+    def compute(x):
         threads.append(threading.current_thread() is threading.main_thread())
         end = time.thread_time() + compute_ms / 1e3
         while time.thread_time() < end:
             pass
         return 2 * x
 
-    bench.model.answer = answer
+    bench.model.compute = compute
     async with bench.scheduler:
         for _ in range(30):
             bench.clock.now += 1.0

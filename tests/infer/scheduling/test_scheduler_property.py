@@ -46,7 +46,7 @@ class Told:
     outcomes: list[Any] = field(default_factory=list)
     cancelled_at: float = math.inf
     place: int = 0
-    """The how manieth it was to be answered."""
+    """Its place in the order of the delivered outcomes."""
 
 
 def times(*seconds: float) -> st.SearchStrategy[float]:
@@ -211,19 +211,19 @@ def check(told: list[Told], bench: Bench, policy: BatchPolicy, rules: Rules) -> 
             assert at < by_id[id].expires
             assert at <= by_id[id].cancelled_at
     assert bench.statistics.expired_executed == 0
-    answered = [one for one in told if not isinstance(one.outcomes[0], BaseException)]
+    succeeded = [one for one in told if not isinstance(one.outcomes[0], BaseException)]
     executed = [int(value) for _, values in bench.model.runs for value in values if value == int(value)]
     innocent = [id for id in executed if not by_id[id].arrival.is_poison]
     if not any(one.arrival.is_poison for one in told):
         # None twice; nothing for nobody, but for those who left while it ran.
         assert len(innocent) == len(set(innocent))
-    assert {one.id for one in answered} <= set(innocent)
+    assert {one.id for one in succeeded} <= set(innocent)
     left = {one.id for one in told if one.cancelled_at < math.inf}
-    assert set(innocent) - {one.id for one in answered} <= left | {one.id for one in told if one.expires < math.inf}
-    assert bench.statistics.success.count >= len(answered)
+    assert set(innocent) - {one.id for one in succeeded} <= left | {one.id for one in told if one.expires < math.inf}
+    assert bench.statistics.success.count >= len(succeeded)
     check_order(told, executed, policy, rules)
     if rules.preserves_order:
-        places = [one.place for one in answered]
+        places = [one.place for one in succeeded]
         assert places == sorted(places)
 
 

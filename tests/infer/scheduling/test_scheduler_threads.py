@@ -70,13 +70,13 @@ async def test_under_fire(policy, only_computes, ordered):
         deadline = time.monotonic() + dice.choice([0.001, 0.01, 30.0, 30.0])
         made = call(id, dice.randint(1, 3), key=dice.choice("aab"), priority=dice.randint(0, 3))
         try:
-            answer = await scheduler.submit(made, deadline, dice.choice(["", "gold", "free"]))
+            result = await scheduler.submit(made, deadline, dice.choice(["", "gold", "free"]))
         except (DeadlineExceeded, ResourceExhausted, Internal) as err:
             fate = type(err).__name__
             assert fate != "Internal" or id % 100 == 13
         else:
-            fate = "answered"
-            assert answer.outputs[0][:, 0].tolist() == (2 * made.inputs["x"] + 1)[:, 0].tolist()
+            fate = "succeeded"
+            assert result.outputs[0][:, 0].tolist() == (2 * made.inputs["x"] + 1)[:, 0].tolist()
         fates[fate] = fates.get(fate, 0) + 1
 
     async with scheduler:
@@ -90,11 +90,11 @@ async def test_under_fire(policy, only_computes, ordered):
                 await asyncio.sleep(0)
             if len(tasks) % 50 == 0:
                 await asyncio.wait(tasks[-30:], return_when=asyncio.FIRST_COMPLETED)
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
-    assert [r for r in results if r is not None and not isinstance(r, asyncio.CancelledError)] == []
-    cancelled = sum(isinstance(r, asyncio.CancelledError) for r in results)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    assert [r for r in outcomes if r is not None and not isinstance(r, asyncio.CancelledError)] == []
+    cancelled = sum(isinstance(r, asyncio.CancelledError) for r in outcomes)
     assert sum(fates.values()) + cancelled == len(tasks)
-    assert fates["answered"] > 0
+    assert fates["succeeded"] > 0
     assert statistics.expired_executed == 0
     assert len(scheduler._queue) == 0
-    assert not scheduler._unanswered
+    assert not scheduler._undelivered

@@ -51,9 +51,9 @@ async def test_many_requests_get_their_own_results(served, model, priority):
         if priority:
             asked.parameters["priority"].uint64_param = priority
         metadata = (("x-shoal-tenant", ["gold", "free", "other"][n % 3]),)
-        answer = await served.stub.ModelInfer(asked, timeout=30, metadata=metadata)
-        np.testing.assert_array_equal(output(answer, "y"), floats([2 * n] * 4))
-        assert answer.id == str(n)
+        response = await served.stub.ModelInfer(asked, timeout=30, metadata=metadata)
+        np.testing.assert_array_equal(output(response, "y"), floats([2 * n] * 4))
+        assert response.id == str(n)
 
     await asyncio.gather(*(one(n) for n in range(100)))
 

@@ -114,16 +114,16 @@ def test_no_decision_makes_a_feasible_request_late(dues, fixed, each, rate, inst
 
 
 async def offered(bench: Bench, gaps: list[float], *, deadline_s: float = math.inf) -> list[tuple[float, object]]:
-    """Submits a call after each gap; how long each was here, and its answer or error."""
+    """Submits a call after each gap; how long each was here, and its outcome."""
     loop = asyncio.get_running_loop()
 
     async def one(id: int) -> tuple[float, object]:
         began = loop.time()
         try:
-            answer: object = await bench.scheduler.submit(call(id), began + deadline_s)
+            outcome: object = await bench.scheduler.submit(call(id), began + deadline_s)
         except (ResourceExhausted, DeadlineExceeded) as err:
-            answer = err
-        return loop.time() - began, answer
+            outcome = err
+        return loop.time() - began, outcome
 
     async with bench.scheduler:
         tasks = []
@@ -165,8 +165,8 @@ def test_feasible_requests_are_in_time(seed, load, fixed_s, row_s, slack, instan
         warm(bench, cost)
         return await offered(bench, gaps), bench
 
-    results, bench = run(main())
-    late = [seconds for seconds, answer in results if isinstance(answer, Exception) or seconds > goal * 1.0001]
+    outcomes, bench = run(main())
+    late = [seconds for seconds, outcome in outcomes if isinstance(outcome, Exception) or seconds > goal * 1.0001]
     assert late == []
     assert bench.statistics.shed == 0
 
@@ -179,8 +179,8 @@ def test_waiting_pays_in_fewer_runs():
         async def main():
             bench = Bench(cost, BatchPolicy(64, 1 << 30, slo_s=slo_s), QueueLimits(), instances=4)
             warm(bench, cost)
-            results = await offered(bench, [0.0005] * 2000)
-            assert all(seconds <= slo_s for seconds, _ in results)
+            outcomes = await offered(bench, [0.0005] * 2000)
+            assert all(seconds <= slo_s for seconds, _ in outcomes)
             return len(bench.model.runs)
 
         return run(main())
@@ -205,8 +205,8 @@ def test_an_idle_server_rejects_no_request_whatever_the_learned_costs():
             bench.scheduler._backlog.add(1, 1.0)
         return await offered(bench, [0.0], deadline_s=0.01)
 
-    ((_, answer),) = run(main())
-    assert not isinstance(answer, Exception)
+    ((_, outcome),) = run(main())
+    assert not isinstance(outcome, Exception)
 
 
 def test_a_goal_that_cannot_be_met_rejects_no_request():
@@ -214,7 +214,7 @@ def test_a_goal_that_cannot_be_met_rejects_no_request():
         bench = Bench(lambda rows: 0.1, BatchPolicy(1, 1 << 30, slo_s=0.01), QueueLimits())
         return await offered(bench, [0.0] * 50)
 
-    assert not any(isinstance(answer, Exception) for _, answer in run(main()))
+    assert not any(isinstance(outcome, Exception) for _, outcome in run(main()))
 
 
 def test_results_keep_the_order_of_arrival_with_preserve_ordering():
@@ -253,9 +253,9 @@ def test_a_level_that_delays_runs_what_timed_out_after_the_others():
 def test_delays_below_a_millisecond_are_what_they_say(delay_us):
     async def main():
         bench = Bench(lambda rows: 0.001, BatchPolicy(8, 1 << 30, delay_s=delay_us / 1e6), QueueLimits())
-        results = await offered(bench, [0.0, delay_us / 2e6, 0.0])
-        return results, bench.model.runs
+        outcomes = await offered(bench, [0.0, delay_us / 2e6, 0.0])
+        return outcomes, bench.model.runs
 
-    results, runs = run(main())
+    outcomes, runs = run(main())
     assert runs == [(pytest.approx(delay_us / 1e6), [0.0, 1.0, 2.0])]
-    assert {answer.fired for _, answer in results} == {"delay"}
+    assert {outcome.fired for _, outcome in outcomes} == {"delay"}

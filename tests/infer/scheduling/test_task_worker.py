@@ -50,7 +50,7 @@ class Bench:
         self.worker.run(jobs, lambda outcomes, seconds: self.outcomes.set_result(outcomes))
 
 
-async def test_a_batch_is_answered():
+async def test_a_batch_is_completed():
     bench = Bench()
     jobs = [Waiting(), Waiting()]
     bench.run(*jobs)

@@ -118,5 +118,5 @@ class Bench:
         )
 
     async def total(self, call: InferenceRequest, **more: Any) -> float:
-        answer = await self.scheduler.submit(call, **more)
-        return float(answer.outputs[0][0, 0])
+        result = await self.scheduler.submit(call, **more)
+        return float(result.outputs[0][0, 0])

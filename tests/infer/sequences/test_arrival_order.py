@@ -38,8 +38,8 @@ async def test_a_small_step_does_not_overtake_a_large_one(serve, models_folder: 
         for n, size in enumerate(sizes):
             yield step(1, size, start=n == 0)
 
-    answers = [answer async for answer in served.stub.ModelStreamInfer(sent())]
-    assert [output(answer.infer_response, "total").item() for answer in answers] == [
+    responses = [response async for response in served.stub.ModelStreamInfer(sent())]
+    assert [output(response.infer_response, "total").item() for response in responses] == [
         sum(sizes[: n + 1]) for n in range(len(sizes))
     ]
 
@@ -51,9 +51,9 @@ async def test_a_cancelled_waiter_does_not_block_later_steps(serve, models_folde
     tasks = [asyncio.create_task(served.core.infer(step(1, size))) for size in (LONG, LONG, 5)]
     await asyncio.sleep(0)
     tasks[1].cancel()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert isinstance(answers[1], asyncio.CancelledError)
-    assert [output(answers[n], "total").item() for n in (0, 2)] == [1 + LONG, 1 + LONG + 5]
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(outcomes[1], asyncio.CancelledError)
+    assert [output(outcomes[n], "total").item() for n in (0, 2)] == [1 + LONG, 1 + LONG + 5]
     version = served.models.find("m", "")
     assert version.arrival_order.is_free(1)
 

@@ -29,9 +29,9 @@ REMEMBERS = """
             self.sums = {}
 
         def execute(self, requests):
-            return [self.answer(request) for request in requests]
+            return [self.respond(request) for request in requests]
 
-        def answer(self, request):
+        def respond(self, request):
             def given(name):
                 return pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)[0]
             x, id = given("x"), request.correlation_id()
@@ -111,12 +111,12 @@ async def test_a_sequence_stays_in_one_process(repo, serve, isolation):
     repo.python("m", REMEMBERS, CONFIG % (2, isolated))
     infer = (await serve()).stub.ModelInfer
     starts = await asyncio.gather(*(infer(step("m", n, n, start=True)) for n in range(1, 7)))
-    homes = {n: told(answer)[1] for n, answer in enumerate(starts, 1)}
+    homes = {n: told(response)[1] for n, response in enumerate(starts, 1)}
     assert len(set(homes.values())) == (2 if isolation == "process" else 1)
-    assert [told(answer)[2:4] for answer in starts] == [[1, 1]] * 6
+    assert [told(response)[2:4] for response in starts] == [[1, 1]] * 6
     for k in (2, 3):
-        answers = await asyncio.gather(*(infer(step("m", n, n)) for n in range(1, 7)))
-        assert [told(answer)[:4] for answer in answers] == [[k * n, homes[n], 0, 0] for n in range(1, 7)]
+        responses = await asyncio.gather(*(infer(step("m", n, n)) for n in range(1, 7)))
+        assert [told(response)[:4] for response in responses] == [[k * n, homes[n], 0, 0] for n in range(1, 7)]
     assert told(await infer(step("m", 1, 1, end=True)))[3] == 2
 
 
@@ -133,7 +133,7 @@ async def test_a_dead_process_ends_its_sequences_and_no_others(repo, serve, when
     repo.python("m", REMEMBERS, CONFIG % (2, ""))
     infer = (await serve()).stub.ModelInfer
     starts = await asyncio.gather(*(infer(step("m", n, n, start=True)) for n in (1, 2, 3, 4)))
-    homes = {n: int(told(answer)[1]) for n, answer in enumerate(starts, 1)}
+    homes = {n: int(told(response)[1]) for n, response in enumerate(starts, 1)}
     lost = [n for n in homes if homes[n] == homes[1]]
     if when == "idle":
         os.kill(homes[1], signal.SIGKILL)
@@ -150,12 +150,12 @@ async def test_a_dead_process_ends_its_sequences_and_no_others(repo, serve, when
 
     async def starts_again() -> bool:
         try:
-            answer = told(await infer(step("m", 1, 1, start=True)))
+            response = told(await infer(step("m", 1, 1, start=True)))
         except grpc.aio.AioRpcError as err:
             if err.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
             return False
-        return answer[0] == 1
+        return response[0] == 1
 
     await until(starts_again, "a sequence can be started again")
     assert told(await infer(step("m", 1, 1)))[0] == 2
@@ -165,18 +165,18 @@ async def test_shoals_own_form_with_a_state(repo, serve):
     repo.python("m", OWN, OWN_CONFIG)
     infer = (await serve()).stub.ModelInfer
     await asyncio.gather(*(infer(step("m", f"käse-{n}", n, start=True)) for n in (1, 2, 3)))
-    answers = await asyncio.gather(*(infer(step("m", f"käse-{n}", n)) for n in (3, 1)))
-    assert [output(answer, "y").tolist() for answer in answers] == [[6], [2]]
-    assert [output(answer, "id").reshape(-1)[0].decode() for answer in answers] == ["käse-3", "käse-1"]
+    responses = await asyncio.gather(*(infer(step("m", f"käse-{n}", n)) for n in (3, 1)))
+    assert [output(response, "y").tolist() for response in responses] == [[6], [2]]
+    assert [output(response, "id").reshape(-1)[0].decode() for response in responses] == ["käse-3", "käse-1"]
 
 
 async def test_an_onnx_model_in_a_process_of_its_own(repo, serve):
     put(repo, "m", config("direct { }", more='parameters { key: "isolation" value { string_value: "process" } }'))
     infer = (await serve()).stub.ModelInfer
     await asyncio.gather(*(infer(step("m", n, n, start=True)) for n in (1, 2)))
-    answers = await asyncio.gather(*(infer(step("m", n, n)) for n in (2, 1)))
-    assert [output(answer, "total").item() for answer in answers] == [4, 2]
-    assert [output(answer, "product").item() for answer in answers] == [9, 4]
+    responses = await asyncio.gather(*(infer(step("m", n, n)) for n in (2, 1)))
+    assert [output(response, "total").item() for response in responses] == [4, 2]
+    assert [output(response, "product").item() for response in responses] == [9, 4]
 
 
 CALLS = """
@@ -184,9 +184,9 @@ CALLS = """
 
     class TritonPythonModel:
         def execute(self, requests):
-            return [self.answer(request) for request in requests]
+            return [self.respond(request) for request in requests]
 
-        def answer(self, request):
+        def respond(self, request):
             inner = pb_utils.InferenceRequest(
                 model_name="m",
                 requested_output_names=["y"],

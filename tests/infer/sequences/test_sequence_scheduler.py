@@ -51,8 +51,8 @@ def test_direct_waits_for_its_share_of_the_rows():
             await asyncio.sleep(0.2)
             await asyncio.gather(first, bench.total(step(2, start=True)))
             assert clock() == pytest.approx(0.21)
-            answer = await bench.scheduler.submit(step(1))
-            assert (answer.fired, clock()) == ("delay", pytest.approx(0.72))
+            result = await bench.scheduler.submit(step(1))
+            assert (result.fired, clock()) == ("delay", pytest.approx(0.72))
 
     run(scene())
 

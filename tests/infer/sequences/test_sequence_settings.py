@@ -136,17 +136,17 @@ async def test_controls_of_each_datatype(serve, models_folder: Repository, contr
     (made / "initial_state").mkdir()
     (made / "initial_state/one").write_bytes(np.float32(1).tobytes())
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(step("m", -7, start=True))
-    assert output(answer, "told").tolist() == [[yes, 3 if yes == 5 else 0, yes]]
-    assert output(answer, "id").tolist() == [[-7]]
+    response = await served.stub.ModelInfer(step("m", -7, start=True))
+    assert output(response, "told").tolist() == [[yes, 3 if yes == 5 else 0, yes]]
+    assert output(response, "id").tolist() == [[-7]]
 
 
 async def test_a_state_may_be_an_output_too(serve, models_folder: Repository):
     given = 'input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "total_out" data_type: TYPE_FP32 dims: 1 }'
     put(models_folder, "m", config("", more=given))
     served = await serve(models_folder.root)
-    answers = [await served.stub.ModelInfer(step("m", 1, 2, start=n == 0)) for n in range(2)]
-    assert [output(answer, "total_out").item() for answer in answers] == [2, 4]
+    responses = [await served.stub.ModelInfer(step("m", 1, 2, start=n == 0)) for n in range(2)]
+    assert [output(response, "total_out").item() for response in responses] == [2, 4]
 
 
 async def test_warm_up_with_samples(serve, models_folder: Repository):
@@ -154,5 +154,5 @@ async def test_warm_up_with_samples(serve, models_folder: Repository):
         inputs { key: "x" value { data_type: TYPE_FP32 dims: 1 random_data: true } } }"""
     put(models_folder, "m", config("", more=sample))
     served = await serve(models_folder.root)
-    answer = await served.stub.ModelInfer(step("m", 1, 2, start=True))
-    assert output(answer, "total").item() == 2
+    response = await served.stub.ModelInfer(step("m", 1, 2, start=True))
+    assert output(response, "total").item() == 2

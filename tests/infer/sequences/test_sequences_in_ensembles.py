@@ -35,7 +35,7 @@ async def test_the_sequence_is_passed_on(serve, models_folder: Repository):
         await infer(step("e", 1))
     assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "must specify the START flag" in err.value.details()
-    answers = [await infer(step("e", 1, 2, start=n == 0, end=n == 3)) for n in range(4)]
-    assert [output(answer, "total").item() for answer in answers] == [2, 4, 6, 8]
+    responses = [await infer(step("e", 1, 2, start=n == 0, end=n == 3)) for n in range(4)]
+    assert [output(response, "total").item() for response in responses] == [2, 4, 6, 8]
     ready = {name: has_sequences for name, _, has_sequences, _ in served.models.ready_set.value}
     assert ready == {"e": True, "m": True}, "the mesh keeps its sequences together, too"

@@ -1,6 +1,6 @@
 """Any traffic: steps run in order and once, keep their rows, find the state that the step before left, or are refused.
 
-What each step should have been answered is worked out step by step by a plain reference, from what happened to it.
+The expected result of each step is worked out step by step by a plain reference, from what happened to it.
 """
 
 from __future__ import annotations
@@ -208,12 +208,12 @@ def test_any_sequence_traffic_matches_the_reference(script, direct, slots, insta
         check_rows(bench.log)
     for id in {entry.sent.id for entry in told}:
         check_sequence([entry for entry in told if entry.sent.id == id], [ran for ran in bench.log if ran.id == id])
-    answered = [entry for entry in told if isinstance(entry.outcome, float)]
-    assert bench.statistics.success.count >= len(answered)
+    succeeded = [entry for entry in told if isinstance(entry.outcome, float)]
+    assert bench.statistics.success.count >= len(succeeded)
 
 
 def test_the_reference_sees_a_lost_state():
-    """The check can fail: a step answered as if it were the first."""
+    """The check can fail: a step executed as if it were the first."""
     sent = Sent(0, 1, False, False, False, 0, None)
     told = [Told(1, Sent(0, 1, True, False, False, 0, None), 0.0, 1.0), Told(2, sent, 0.0, 2.0)]
     log = [Ran(0.0, 0, 1, 0, 1, True, False, 1.0), Ran(0.1, 0, 2, 0, 1, False, False, 2.0)]

@@ -56,8 +56,8 @@ async def test_sequences_share_executions_and_no_state(served, model):
     infer = served.stub.ModelInfer
     await asyncio.gather(*(infer(step(model, n, n, start=True)) for n in (1, 2, 3)))
     for k in (2, 3, 4):
-        answers = await asyncio.gather(*(infer(step(model, n, n)) for n in (3, 1, 2)))
-        assert [numbers(each)[0] for each in answers] == [3 * k, 1 * k, 2 * k]
+        responses = await asyncio.gather(*(infer(step(model, n, n)) for n in (3, 1, 2)))
+        assert [numbers(each)[0] for each in responses] == [3 * k, 1 * k, 2 * k]
     (stats,) = (await served.stub.ModelStatistics(pb.ModelStatisticsRequest(name=model))).model_stats
     assert stats.inference_count == 12
     await asyncio.gather(*(infer(step(model, n, end=True)) for n in (1, 2, 3)))
@@ -122,8 +122,8 @@ async def test_only_failing_steps_of_a_batch_fail(served):
     infer = served.stub.ModelInfer
     await asyncio.gather(*(infer(step("direct", n, n, start=True)) for n in (1, 2, 3, 4)))
     calls = [infer(step("direct", n, 2000 if n == 3 else 1)) for n in (1, 2, 3, 4)]
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    assert [isinstance(each, grpc.aio.AioRpcError) for each in answers] == [False, False, True, False]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [isinstance(each, grpc.aio.AioRpcError) for each in outcomes] == [False, False, True, False]
     totals = [numbers(await infer(step("direct", n, 1, end=True)))[0] for n in (1, 2, 3, 4)]
     assert totals == [3, 4, 4, 6]
 
@@ -140,7 +140,7 @@ async def test_an_idle_sequence_ends_and_frees_its_slot(served):
 
 
 async def test_steps_of_one_sequence_run_in_order_whatever_their_size(served):
-    """Sent at once on one stream: the answers show the order, and none is lost."""
+    """Sent at once on one stream: the responses show the order, and none is lost."""
 
     async def sent():
         yield step("oldest", 9, 0, start=True)
@@ -149,7 +149,7 @@ async def test_steps_of_one_sequence_run_in_order_whatever_their_size(served):
         yield step("oldest", 9, 0, end=True)
 
     stream = served.stub.ModelStreamInfer(sent())
-    totals = [numbers(answer.infer_response)[0] async for answer in stream]
+    totals = [numbers(response.infer_response)[0] async for response in stream]
     assert totals == [*np.cumsum(range(40)).tolist(), float(sum(range(40)))]
 
 
@@ -159,9 +159,9 @@ async def test_a_stream_goes_on_after_an_error(served):
         yield step("direct", 9, 1, start=True)
         yield step("direct", 9, 1, end=True)
 
-    answers = [answer async for answer in served.stub.ModelStreamInfer(sent())]
-    assert START_IT in answers[0].error_message
-    assert [numbers(answer.infer_response)[0] for answer in answers[1:]] == [1, 2]
+    responses = [response async for response in served.stub.ModelStreamInfer(sent())]
+    assert START_IT in responses[0].error_message
+    assert [numbers(response.infer_response)[0] for response in responses[1:]] == [1, 2]
 
 
 async def test_explain_and_statistics(served):

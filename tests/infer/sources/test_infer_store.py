@@ -72,8 +72,8 @@ class Node:
             if config:
                 files.append(await put(stub, "../config.pbtxt", config.encode()))
             asked = store_pb2.RegisterModelRequest(model=store_pb2.ModelVersion(name=name, files=files))
-            answer = await stub.RegisterModel(asked)
-            return answer.model.version
+            response = await stub.RegisterModel(asked)
+            return response.model.version
 
     async def alias(self, name: str, version: int) -> None:
         async with connect(self.store_at) as channel:
@@ -84,7 +84,7 @@ class Node:
         async with connect(self.store_at) as channel:
             await store_pb2_grpc.StoreServiceStub(channel).RemoveModel(store_pb2.RemoveModelRequest(name=name))
 
-    async def store_answers(self) -> bool:
+    async def is_store_reachable(self) -> bool:
         try:
             async with connect(self.store_at) as channel:
                 await store_pb2_grpc.StoreServiceStub(channel).ListModels(store_pb2.ListModelsRequest())
@@ -92,8 +92,8 @@ class Node:
             return False
         return True
 
-    async def answer(self, name: str) -> tuple[str, float] | str:
-        """(version, first value) of an inference, or its status."""
+    async def outcome(self, name: str) -> tuple[str, float] | str:
+        """Outcome of an inference: (version, first value), or the error's status."""
         try:
             async with connect(self.infer_at) as channel:
                 stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -108,11 +108,11 @@ class Node:
             rows = (await stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
         return {(row.name, row.version): row.state for row in rows}
 
-    async def until_answer(self, name: str, expected: object) -> None:
+    async def until_outcome(self, name: str, expected: object) -> None:
         async def is_so() -> bool:
-            return await self.answer(name) == expected
+            return await self.outcome(name) == expected
 
-        await until(is_so, f"{name} answering {expected}")
+        await until(is_so, f"outcome {expected} of {name}")
 
 
 async def put(stub, path: str, data: bytes) -> store_pb2.ModelFile:
@@ -132,36 +132,36 @@ def node(python, run_dir, tmp_path, mongo_uri, mongo_database) -> Node:
 async def test_models_come_from_the_store_and_go_with_it(node):
     with node.infer:
         # Up before the store is: it knows no model yet, and says so.
-        await node.until_answer("m", "NOT_FOUND")
+        await node.until_outcome("m", "NOT_FOUND")
         with node.store:
-            await until(node.store_answers, "store")
+            await until(node.is_store_reachable, "store")
             assert await node.push("m", onnx_files.scale(2)) == 1
-            await node.until_answer("m", ("1", 2.0))
+            await node.until_outcome("m", ("1", 2.0))
             assert await node.push("m", onnx_files.scale(3)) == 2
-            await node.until_answer("m", ("2", 3.0))
+            await node.until_outcome("m", ("2", 3.0))
             await node.alias("m", 1)
-            await node.until_answer("m", ("1", 2.0))
+            await node.until_outcome("m", ("1", 2.0))
             assert await node.index() == {("m", "1"): "READY", ("m", "2"): "READY"}
             await node.push("bad", onnx_files.broken())
             await until(lambda: _has(node, ("bad", "1"), "UNAVAILABLE"))
             await node.push("own", onnx_files.scale(7), config='name: "other" max_batch_size: 2')
-            await node.until_answer("own", ("1", 7.0))
+            await node.until_outcome("own", ("1", 7.0))
             await node.remove("bad")
             await node.remove("own")
-            await node.until_answer("own", "NOT_FOUND")
+            await node.until_outcome("own", "NOT_FOUND")
         # The store is gone: what was served still is, also by the next process.
-        assert await node.answer("m") == ("1", 2.0)
+        assert await node.outcome("m") == ("1", 2.0)
         node.infer.kill()
         node.infer.start()
-        await node.until_answer("m", ("1", 2.0))
+        await node.until_outcome("m", ("1", 2.0))
         assert await node.index() == {("m", "1"): "READY", ("m", "2"): "READY"}
         # And it follows the store again when that is back.
         with node.store:
-            await until(node.store_answers, "store")
+            await until(node.is_store_reachable, "store")
             await node.push("m", onnx_files.scale(4))
             await until(lambda: _has(node, ("m", "3"), "READY"))
             await node.remove("m")
-            await node.until_answer("m", "NOT_FOUND")
+            await node.until_outcome("m", "NOT_FOUND")
         assert node.infer.terminate() == 0
     assert not list((node.cache / "open" / "infer-0").iterdir())
 
@@ -176,7 +176,7 @@ async def test_what_is_ready_is_told_to_the_membership(node, etcd_address):
             return (here[0].state, here[0].models) if here else None
 
         with node.store, node.infer:
-            await until(node.store_answers, "store")
+            await until(node.is_store_reachable, "store")
             await until(lambda: told() == (State.READY, ()))
             await node.push("m", onnx_files.scale(2))
             await until(lambda: told() == (State.READY, (ReadyModel("m", (1,)),)))

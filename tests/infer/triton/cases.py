@@ -1,6 +1,6 @@
 """What both servers are asked: the same bytes, one call after the other. Each case has a name, by which it is listed.
 
-A difference between the answers is a bug, or a row of docs/compatibility.md.
+A difference between the responses is a bug, or a row of docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def _streams() -> Iterator[Case]:
     for times in (0, 1, 3, -1):
         for asks in (False, True):
             asked = repeat(times, **(final if asks else {}))
-            yield stream(f"decoupled, {times} answers{', final asked for' if asks else ''}", [asked])
+            yield stream(f"decoupled, {times} responses{', final asked for' if asks else ''}", [asked])
     yield infer(
         "decoupled through ModelInfer",
         repeat(1),

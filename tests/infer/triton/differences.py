@@ -13,7 +13,7 @@ _CASE = re.compile(r"`([^`]+)`")
 
 @dataclass(frozen=True)
 class Difference:
-    """One row: which cases, what each server answers them with, and why."""
+    """One row: which cases, how each server responds to them, and why."""
 
     cases: tuple[str, ...]
     """Names; `*` stands for anything."""

@@ -7,10 +7,10 @@ same_<dt>   y = x, [n,k] of each datatype that NumPy has, at most 8 rows
 classes     y = x, FP32 [n,5], labels for the first three
 scores      y = x, INT64 [k], no batch dimension
 lookup      y = table[i], raises for i > 2
-refuse      answers each row on its own: an error for x < 0, else y = x
+refuse      responds to each row on its own: an error for x < 0, else y = x
 versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
 optional    y = x + (bias, or 100), FP32 [n,2], at most 8 rows
-repeat      decoupled: `times` answers y = x + 0, x + 1, ..., each with its index
+repeat      decoupled: `times` responses y = x + 0, x + 1, ..., each with its index
 sleepy      y = x after 0.3 s; one row at a time, a queue of one
 steps       sequences, direct: y = sum of x so far, which the model keeps by correlation id, START, END, READY, that id
             as its control has it and as the request does, the request's flags, and its place among the requests
@@ -49,36 +49,36 @@ class TritonPythonModel:
 
     def execute(self, requests):
         self.requests = requests
-        return [self.answer(request) for request in requests]
+        return [self.respond(request) for request in requests]
 
-    def answer(self, request):
+    def respond(self, request):
         def given(name):
             tensor = pb_utils.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy()
 
-        def answered(**outputs):
+        def response(**outputs):
             return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
 
 """
 
 _BODIES = {
-    "double": "return answered(y=given('x') * np.float32(2))",
-    "add": "return answered(sum=given('a') + given('b'), difference=given('a') - given('b'))",
-    "flat": "return answered(y=given('x'))",
-    "classes": "return answered(y=given('x'))",
-    "scores": "return answered(y=given('x'))",
-    "lookup": "return answered(y=np.array([10, 20, 30], np.float32)[given('i')])",
-    "versions": "return answered(y=given('x') * np.float32(self.version))",
-    "optional": "return answered(y=given('x') + (np.float32(100) if given('bias') is None else given('bias')))",
-    "sleepy": "time.sleep(0.3)\nreturn answered(y=given('x'))",
+    "double": "return response(y=given('x') * np.float32(2))",
+    "add": "return response(sum=given('a') + given('b'), difference=given('a') - given('b'))",
+    "flat": "return response(y=given('x'))",
+    "classes": "return response(y=given('x'))",
+    "scores": "return response(y=given('x'))",
+    "lookup": "return response(y=np.array([10, 20, 30], np.float32)[given('i')])",
+    "versions": "return response(y=given('x') * np.float32(self.version))",
+    "optional": "return response(y=given('x') + (np.float32(100) if given('bias') is None else given('bias')))",
+    "sleepy": "time.sleep(0.3)\nreturn response(y=given('x'))",
     "refuse": """
 if (given('x') < 0).any():
     return pb_utils.InferenceResponse(error=pb_utils.TritonError('x is below zero'))
-return answered(y=given('x'))
+return response(y=given('x'))
 """,
     "steps": """
 if not given('READY').any():
-    return answered(y=np.zeros((1, 8), np.float32))
+    return response(y=np.zeros((1, 8), np.float32))
 if (given('x') < 0).any():
     return pb_utils.InferenceResponse(error=pb_utils.TritonError('x is below zero'))
 id = request.correlation_id()
@@ -86,7 +86,7 @@ sums = self.__dict__.setdefault('sums', {})
 sums[id] = given('x') + (0 if given('START').any() else sums[id])
 told = [given(name).reshape(-1)[0] for name in ('START', 'END', 'READY', 'CORRID')]
 shown = [sums[id].reshape(-1)[0], *told[:3], float(told[3]), float(id), request.flags(), self.requests.index(request)]
-return answered(y=np.array(shown, np.float32).reshape(given('x').shape[:-1] + (8,)))
+return response(y=np.array(shown, np.float32).reshape(given('x').shape[:-1] + (8,)))
 """,
 }
 
@@ -116,11 +116,11 @@ def _tensor(name: str, datatype: str, dims: str, more: str = "") -> str:
 
 
 def _config(inputs: list[str], outputs: list[str], rows: int, more: str = "") -> str:
-    given, answered = (", ".join(tensors) for tensors in (inputs, outputs))
+    given, returned = (", ".join(tensors) for tensors in (inputs, outputs))
     return f"""backend: "python"
 max_batch_size: {rows}
 input [ {given} ]
-output [ {answered} ]
+output [ {returned} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 {more}
 """
@@ -246,5 +246,5 @@ def write(root: Path) -> Path:
 def _source(name: str) -> str:
     if name == "repeat":
         return _REPEAT
-    body = _BODIES.get("steps" if name.startswith("steps_") else name, "return answered(y=given('x'))").strip()
+    body = _BODIES.get("steps" if name.startswith("steps_") else name, "return response(y=given('x'))").strip()
     return _MODEL + "".join(f"        {line}\n" for line in body.splitlines())

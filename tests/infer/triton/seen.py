@@ -1,4 +1,4 @@
-"""What a client sees of an answer, in a form that can be compared: what two servers may say differently is left out."""
+"""A client's view of a response, in a form that can be compared: what two servers may say differently is left out."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def see(stub: GRPCInferenceServiceStub, case: Case) -> Seen:
     method = getattr(stub, case.method)
     try:
         if case.method == "ModelStreamInfer":
-            answers = list(method(iter(case.asked), timeout=wire.PATIENCE_S))
-            return "OK", [_streamed(answer, case.hides) for answer in answers], ""
+            responses = list(method(iter(case.asked), timeout=wire.PATIENCE_S))
+            return "OK", [_streamed(response, case.hides) for response in responses], ""
         return "OK", _plain(case, method(case.asked[0], timeout=wire.PATIENCE_S)), ""
     except grpc.RpcError as err:
-        code, message = wire.outcome(err)
+        code, message = wire.status(err)
         return code, None, message
 
 
-def _streamed(answer: pb.ModelStreamInferResponse, hides: int) -> dict[str, Any]:
-    if answer.error_message:
-        return {"error": ANY, "id": answer.infer_response.id}
-    seen = infer(answer.infer_response)
+def _streamed(response: pb.ModelStreamInferResponse, hides: int) -> dict[str, Any]:
+    if response.error_message:
+        return {"error": ANY, "id": response.infer_response.id}
+    seen = infer(response.infer_response)
     if hides:
         seen["outputs"] = [(*about, raw[:-hides]) for *about, raw in seen["outputs"]]
     return seen
@@ -51,7 +51,7 @@ _NO_SEQUENCE = {
 
 
 def infer(response: pb.ModelInferResponse) -> dict[str, Any]:
-    """An answer with its outputs as bytes."""
+    """A response with its outputs as bytes."""
     outputs = [(output.name, *wire.raw_of(response, output.name)) for output in response.outputs]
     parameters = {name: str(value).strip() for name, value in response.parameters.items()}
     parameters = dict(parameters.items() - _NO_SEQUENCE.items())

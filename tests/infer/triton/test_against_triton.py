@@ -1,4 +1,4 @@
-"""Real Triton and Shoal are asked the same: what they answer is the same, or docs/compatibility.md says why not.
+"""Real Triton and Shoal get the same requests: their responses are the same, or docs/compatibility.md says why not.
 
 A difference that is not listed fails, and so does a listed one that is none any more.
 """
@@ -54,17 +54,17 @@ def test_every_listed_difference_is_one_of_a_case(known):
 def test_queue_full(triton, shoal, known):
     """`sleepy` takes one call at a time and lets one wait: of six at once, at least one is refused."""
 
-    def answers(stub) -> Seen:
+    def refusal(stub) -> Seen:
         asked = infer("sleepy", request("sleepy", floats(columns=1)))
         with ThreadPoolExecutor(6) as pool:
             seen = list(pool.map(lambda _: see(stub, asked), range(6)))
         assert "OK" in {code for code, _, _ in seen}
-        refused = [answer for answer in seen if answer[0] != "OK"]
+        refused = [response for response in seen if response[0] != "OK"]
         assert refused, "nothing was refused"
         assert len({code for code, _, _ in refused}) == 1, refused
         return refused[0]
 
-    judge("queue full", answers(triton), answers(shoal), known)
+    judge("queue full", refusal(triton), refusal(shoal), known)
 
 
 def test_rows_keep_their_places(triton, shoal):
@@ -76,8 +76,8 @@ def test_rows_keep_their_places(triton, shoal):
             *(step("steps", 11, end=True), step("steps", 12), step("steps", 12, end=True)),
             step("steps", 13, start=True, end=True),
         ]
-        answers = [stub.ModelInfer(each, timeout=wire.PATIENCE_S) for each in asked]
-        return [int(wire.array(answer, "y")[0, -1]) for answer in answers]
+        responses = [stub.ModelInfer(each, timeout=wire.PATIENCE_S) for each in asked]
+        return [int(wire.array(response, "y")[0, -1]) for response in responses]
 
     assert rows(triton) == rows(shoal) == [0, 1, 1, 0, 0, 1, 1, 0]
 

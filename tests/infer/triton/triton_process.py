@@ -71,7 +71,7 @@ def _backends(packages: Path, work: Path) -> Path:
 
     The stub embeds an interpreter that heeds neither PYTHONHOME nor PYTHONPATH for packages. So the module that models
     import first is given a line that says where the environment's packages are: with a NumPy 2 from elsewhere, this
-    Triton answers with outputs that have a shape and no bytes.
+    Triton responds with outputs that have a shape and no bytes.
     """
     triton, python = packages / "pytriton/tritonserver", packages.parent.name.removeprefix("python")
     folder = work / "backends/python"

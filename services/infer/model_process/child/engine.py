@@ -21,7 +21,7 @@ _MAX_ERROR_CHARACTERS = 1000
 
 
 class MessageSink(Protocol):
-    """Sink of answers: a `channel.Channel`, or an owner's Multiplexer."""
+    """Sink of responses: a `channel.Channel`, or an owner's Multiplexer."""
 
     def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None: ...
 

@@ -75,14 +75,14 @@ class Mailbox:
     def call(
         self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
-        """Call another model of the server and wait for the answer, on any thread. Raises RunFailed."""
+        """Call another model of the server and wait for the response, on any thread. Raises RunFailed."""
         if not self._is_listening:
             raise RunFailed("other models can be called only while a request is executed")
-        number, answer = next(self._numbers), Future[Message]()
-        self._calls[number] = answer
+        number, response = next(self._numbers), Future[Message]()
+        self._calls[number] = response
         try:
             self._channel.send({**header, "op": "call", "id": number}, parts)
-            message = answer.result()
+            message = response.result()
         except ChannelClosed as err:
             raise RunFailed("the server has closed the channel") from err
         finally:
@@ -99,8 +99,8 @@ class Mailbox:
     def _dispatch(self, message: Message) -> None:
         number = int(message.header.get("id", 0))
         if message.op == "answer":
-            if (answer := self._calls.get(number)) is not None:
-                answer.set_result(message)
+            if (response := self._calls.get(number)) is not None:
+                response.set_result(message)
         elif message.op in ("cancel", "credit"):
             if (listener := self.listeners.get(number)) is not None:
                 listener.cancel() if message.op == "cancel" else listener.credit(int(message.header.get("more", 0)))
@@ -111,6 +111,6 @@ class Mailbox:
     def _end(self, error: ChannelClosed) -> None:
         for listener in list(self.listeners.values()):
             listener.cancel()
-        for answer in list(self._calls.values()):
-            answer.set_exception(error)
+        for response in list(self._calls.values()):
+            response.set_exception(error)
         self._queue.put(error)

@@ -25,7 +25,7 @@ class PreferredMemory:
 
 
 class InferenceResponse:
-    """`pb_utils.InferenceResponse`: the answer of a model to one request, tensors or an error."""
+    """`pb_utils.InferenceResponse`: the response of a model to one request, tensors or an error."""
 
     def __init__(self, output_tensors: Sequence[TritonTensor] = (), error: Any = None, parameters: Any = None) -> None:
         self._tensors = list(output_tensors or ())

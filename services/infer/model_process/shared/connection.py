@@ -11,7 +11,7 @@ from services.infer.model_process.channel import Channel, ChannelClosed
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.shared.progress_mark import ProgressMark
 
-# A peer that does not read for so long is stuck: its unread answer must not delay other connections.
+# A peer that does not read for so long is stuck: its unread response must not delay other connections.
 _SEND_S = 10
 _CREDENTIALS = struct.Struct("3i")
 

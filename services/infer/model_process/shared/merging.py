@@ -1,4 +1,4 @@
-"""Stacking of batches from several infer processes into one batch, and splitting of its answer.
+"""Stacking of batches from several infer processes into one batch, and splitting of its result.
 
 Only batches with rows of numbers are stacked.
 """
@@ -48,16 +48,16 @@ def stack(messages: Sequence[Message]) -> Message:
     return Message(header, tensors)
 
 
-def split_answer(
+def split_result(
     header: Mapping[str, Any], parts: Sequence[TensorPart], counts: Sequence[int]
 ) -> list[list[TensorPart]]:
-    """Return the parts of the answer for each of the stacked batches; batch n has `counts[n]` rows.
+    """Return the parts of the result for each of the stacked batches; batch n has `counts[n]` rows.
 
     Raises:
-        ValueError: the answer does not have one row of fixed size for each row of the batches.
+        ValueError: the result does not have one row of fixed size for each row of the batches.
     """
     if header.get("responses") is not None:
-        raise ValueError("the model answered request by request")
+        raise ValueError("the model returned a result per request")
     columns = [_rows(part, counts) for part in parts]
     return [list(each) for each in zip(*columns, strict=True)] if columns else [[] for _ in counts]
 

@@ -113,9 +113,9 @@ class Multiplexer:
                     listener.credit(int(message.header.get("more", 0)))
                     self.put(WAKE)
         elif message.op == "answer":
-            callee, answer = self._calls.get(number, (None, None))
-            if callee is connection and answer is not None:
-                answer.set_result(message)
+            callee, response = self._calls.get(number, (None, None))
+            if callee is connection and response is not None:
+                response.set_result(message)
 
     def disconnect(self, connection: Connection) -> None:
         """Drop the queued batches of a closed connection; cancel running batches that no other connection waits for."""
@@ -130,7 +130,7 @@ class Multiplexer:
                 if any(batch.connection is connection for batch in batches)
                 and all(batch.connection.is_disconnected for batch in batches)
             ]
-            calls = [answer for callee, answer in self._calls.values() if callee is connection]
+            calls = [response for callee, response in self._calls.values() if callee is connection]
         for number in numbers:
             if (listener := self.listeners.get(number)) is not None:
                 listener.cancel()
@@ -138,8 +138,8 @@ class Multiplexer:
             timer = threading.Timer(_ABANDONED_S, self._kill_if_running, (number,))
             timer.daemon = True
             timer.start()
-        for answer in calls:
-            answer.set_exception(RunFailed("the infer process that ran the inner call has disconnected"))
+        for response in calls:
+            response.set_exception(RunFailed("the infer process that ran the inner call has disconnected"))
 
     def _enqueue(self, batch: ForwardedBatch) -> None:
         with self._changed:
@@ -223,10 +223,10 @@ class Multiplexer:
         self._running[number] = batches
         return number
 
-    # Answers of the engine.
+    # Responses of the engine.
 
     def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
-        """Send an answer of the engine to the connection that requested it."""
+        """Send a response of the engine to the connection that requested it."""
         number = header["id"]
         if header["op"] == "response" and not header.get("final"):
             batch = self._running[number][0]
@@ -244,11 +244,11 @@ class Multiplexer:
     def _send_split(
         self, batches: Sequence[ForwardedBatch], header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> None:
-        """Send each connection its rows of the answer; if that fails, queue each batch again to run alone."""
+        """Send each connection its rows of the result; if that fails, queue each batch again to run alone."""
         try:
             if header["op"] != "result":
                 raise ValueError("the stacked batch failed")
-            answers = merging.split_answer(header, parts, [merging.rows_of(batch.message) for batch in batches])
+            results = merging.split_result(header, parts, [merging.rows_of(batch.message) for batch in batches])
         except ValueError:
             with self._changed:
                 for batch in [batch for batch in batches if not batch.connection.is_disconnected]:
@@ -256,23 +256,23 @@ class Multiplexer:
                     self._queues.setdefault(batch.connection.worker, deque()).appendleft(batch)
                 self._changed.notify_all()
             return
-        for batch, answer in zip(batches, answers, strict=True):
-            batch.connection.send({**header, "id": batch.number, "waited_ns": batch.waited_ns}, answer)
+        for batch, result in zip(batches, results, strict=True):
+            batch.connection.send({**header, "id": batch.number, "waited_ns": batch.waited_ns}, result)
 
     def call(
         self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
-        """Call another model, on an infer process whose batch is running, and wait for the answer. Raises RunFailed."""
-        answer = Future[Message]()
+        """Call another model, on an infer process whose batch is running; return the response. Raises RunFailed."""
+        response = Future[Message]()
         with self._changed:
             if not self._running:
                 raise RunFailed("other models can be called only while a request is executed")
             connection = next(reversed(self._running.values()))[0].connection
             number = next(self._numbers)
-            self._calls[number] = connection, answer
+            self._calls[number] = connection, response
         try:
             connection.send({**header, "op": "call", "id": number}, parts)
-            message = answer.result()
+            message = response.result()
         finally:
             # Under the lock: `disconnect` iterates over `_calls`.
             with self._changed:

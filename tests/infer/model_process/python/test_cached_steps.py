@@ -1,4 +1,4 @@
-"""A step with a response cache: what its model sees of requests decides, not that its answers are kept."""
+"""A step with a response cache: what its model sees of requests decides, not that its results are kept."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ async def sent(*requests: pb.ModelInferRequest) -> AsyncIterator[pb.ModelInferRe
 
 
 async def collected(stub, *requests: pb.ModelInferRequest) -> list[pb.ModelStreamInferResponse]:
-    return [answer async for answer in stub.ModelStreamInfer(sent(*requests))]
+    return [response async for response in stub.ModelStreamInfer(sent(*requests))]
 
 
 def journal(repo) -> list[str]:
@@ -140,14 +140,14 @@ def journal(repo) -> list[str]:
 async def test_each_yield_is_a_response(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
-    answers = await collected(serving.stub, count(3, "a"), count(0, "b"), count(2, "c", with_final=True))
-    by_id = {id: [a.infer_response for a in answers if a.infer_response.id == id] for id in "abc"}
+    responses = await collected(serving.stub, count(3, "a"), count(0, "b"), count(2, "c", with_final=True))
+    by_id = {id: [a.infer_response for a in responses if a.infer_response.id == id] for id in "abc"}
     assert [output(r, "i").tolist() for r in by_id["a"]] == [[0], [1], [2]]
     assert [r.parameters["triton_final_response"].bool_param for r in by_id["a"]] == [False] * 3
     assert by_id["b"] == []
     assert [len(r.outputs) for r in by_id["c"]] == [1, 1, 0]
     assert [r.parameters["triton_final_response"].bool_param for r in by_id["c"]] == [False, False, True]
-    assert not any(answer.error_message for answer in answers)
+    assert not any(response.error_message for response in responses)
     stats = (await serving.stub.ModelStatistics(pb.ModelStatisticsRequest(name="count"))).model_stats[0]
     assert (stats.inference_stats.success.count, stats.inference_stats.fail.count) == (3, 0)
 
@@ -165,8 +165,8 @@ async def test_an_error_ends_its_request_and_not_the_stream(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
     wrong = pb.ModelInferRequest(model_name="count", id="w")
-    answers = await collected(serving.stub, count(-1, "n"), wrong, count(1, "g"), request("nobody", id="x"))
-    texts = {a.infer_response.id: a.error_message for a in answers}
+    responses = await collected(serving.stub, count(-1, "n"), wrong, count(1, "g"), request("nobody", id="x"))
+    texts = {a.infer_response.id: a.error_message for a in responses}
     assert "ValueError: negative (model.py, line 11)" in texts["n"]
     assert "missing 'n'" in texts["w"]
     assert "unknown model: 'nobody'" in texts["x"]
@@ -176,13 +176,13 @@ async def test_an_error_ends_its_request_and_not_the_stream(repo, serve):
 async def test_tritons_repeat_model_interleaves_responses_and_continues_after_an_error(repo, serve):
     repo.python("repeat", REPEAT, 'backend: "python"')
     serving = await serve()
-    answers = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 300], "slow"), repeat([7, 8], [0, 0], "fast"))
-    ids = [answer.infer_response.id for answer in answers]
+    responses = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 300], "slow"), repeat([7, 8], [0, 0], "fast"))
+    ids = [response.infer_response.id for response in responses]
     assert ids.count("slow") == 3
     assert ids.count("fast") == 2
     assert ids[-1] == "slow"
-    slow = [answer for answer in answers if answer.infer_response.id == "slow"]
-    assert [answer.error_message for answer in slow] == ["", "thirteen", ""]
+    slow = [response for response in responses if response.infer_response.id == "slow"]
+    assert [response.error_message for response in slow] == ["", "thirteen", ""]
     assert [output(a.infer_response, "OUT").tolist() for a in slow if not a.error_message] == [[1], [3]]
 
 
@@ -227,11 +227,11 @@ async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
 async def test_a_crash_is_reported_and_the_request_is_not_retried(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
-    answers = await collected(serving.stub, count(701, "k"))
-    assert len(answers) == 702 or len(answers) > 600
-    assert "process died (exit code 7)" in answers[-1].error_message
-    (answer,) = await collected(serving.stub, count(701, "k"))
-    assert "it is rejected for" in answer.error_message
+    responses = await collected(serving.stub, count(701, "k"))
+    assert len(responses) == 702 or len(responses) > 600
+    assert "process died (exit code 7)" in responses[-1].error_message
+    (response,) = await collected(serving.stub, count(701, "k"))
+    assert "it is rejected for" in response.error_message
 
     async def is_back() -> bool:
         return [a.error_message for a in await collected(serving.stub, count(2))] == ["", ""]
@@ -263,8 +263,8 @@ async def test_requests_beyond_max_streams_are_queued(repo, serve, most):
 async def test_a_response_that_contradicts_the_declaration_is_an_error(repo, serve):
     repo.python("count", COUNT.replace("np.array([i], np.int32)", "np.zeros((2, 2), np.int32)"), COUNT_CONFIG)
     serving = await serve()
-    answers = await collected(serving.stub, count(1))
-    assert "output 'i' has shape [2,2], expected [1]" in answers[0].error_message
+    responses = await collected(serving.stub, count(1))
+    assert "output 'i' has shape [2,2], expected [1]" in responses[0].error_message
 
 
 async def test_big_responses(repo, serve):

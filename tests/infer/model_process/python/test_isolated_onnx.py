@@ -29,9 +29,9 @@ async def test_shapes_are_those_of_the_configuration(repo, serve, isolation):
     metadata = await served.stub.ModelMetadata(pb.ModelMetadataRequest(name="m"))
     assert [list(t.shape) for t in (*metadata.inputs, *metadata.outputs)] == [[-1, 4], [-1, 1], [-1, 4]]
     x = floats([1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 1])
-    answer = await served.stub.ModelInfer(request("m", x=x))
-    np.testing.assert_array_equal(output(answer, "s"), x.sum(1, keepdims=True))
-    np.testing.assert_array_equal(output(answer, "f"), x)
+    response = await served.stub.ModelInfer(request("m", x=x))
+    np.testing.assert_array_equal(output(response, "s"), x.sum(1, keepdims=True))
+    np.testing.assert_array_equal(output(response, "f"), x)
 
 
 async def test_a_reshape_that_contradicts_the_model_is_named(repo, serve, isolation):

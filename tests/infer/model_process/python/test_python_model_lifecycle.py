@@ -127,8 +127,8 @@ async def test_model_processes_end_with_the_server(repo, python, tmp_path, numbe
         async with connect(infer.address) as channel:
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
             pids = [await pid_of(stub)]
-            async for answer in stub.ModelStreamInfer(iter([request("stream", x=floats([1]))])):
-                pids.append(int(output(answer.infer_response, "pid")[0, 0]))
+            async for response in stub.ModelStreamInfer(iter([request("stream", x=floats([1]))])):
+                pids.append(int(output(response.infer_response, "pid")[0, 0]))
         assert len(set(pids)) == 2
         os.kill(infer.pid, number)
         await until(lambda: not any(map(is_alive, pids)))
@@ -231,8 +231,8 @@ async def test_a_response_sender_may_replace_the_return_value(repo, serve):
         class TritonPythonModel:
             def execute(self, requests):
                 for request in requests:
-                    threading.Timer(0.05, self.answer, (request, request.get_response_sender())).start()
-            def answer(self, request, sender):
+                    threading.Timer(0.05, self.respond, (request, request.get_response_sender())).start()
+            def respond(self, request, sender):
                 y = pb_utils.Tensor("y", request.inputs()[0].as_numpy() + 1)
                 sender.send(pb_utils.InferenceResponse([y]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         """,

@@ -20,9 +20,9 @@ async def test_a_python_model_is_served_and_its_process_ends_with_the_server(rep
         async with connect(infer.address) as channel:
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
             pids = [int(output(await stub.ModelInfer(request("m", x=floats([1]))), "pid")[0, 0]) for _ in range(3)]
-            async for answer in stub.ModelStreamInfer(iter([request("stream", x=floats([1]))])):
-                assert not answer.error_message
-                pids.append(int(output(answer.infer_response, "pid")[0, 0]))
+            async for response in stub.ModelStreamInfer(iter([request("stream", x=floats([1]))])):
+                assert not response.error_message
+                pids.append(int(output(response.infer_response, "pid")[0, 0]))
         assert len(set(pids)) == 2
         assert infer.pid not in pids
         infer.kill()

@@ -122,13 +122,13 @@ async def test_requests_share_an_execution_and_only_the_failing_one_fails(repo, 
         except ShoalError as err:
             return err.code, err.message
 
-    answers = await asyncio.gather(*(ask(value) for value in (1, 2, 13, 3, 14, 4, 15, 5)))
-    assert [answers[n] for n in (0, 1, 3, 5, 7)] == [[[2]], [[4]], [[6]], [[8]], [[10]]]
-    assert answers[2] == (Code.INVALID_ARGUMENT, "thirteen")
-    assert answers[4][0] == Code.INTERNAL
-    assert "ValueError: fourteen (model.py, line 15)" in answers[4][1]
-    assert answers[6][0] == Code.INTERNAL
-    assert "process died (exit code 9)" in answers[6][1]
+    outcomes = await asyncio.gather(*(ask(value) for value in (1, 2, 13, 3, 14, 4, 15, 5)))
+    assert [outcomes[n] for n in (0, 1, 3, 5, 7)] == [[[2]], [[4]], [[6]], [[8]], [[10]]]
+    assert outcomes[2] == (Code.INVALID_ARGUMENT, "thirteen")
+    assert outcomes[4][0] == Code.INTERNAL
+    assert "ValueError: fourteen (model.py, line 15)" in outcomes[4][1]
+    assert outcomes[6][0] == Code.INTERNAL
+    assert "process died (exit code 9)" in outcomes[6][1]
     # What killed the process is not carried to the next one.
     code, details = await ask(15)
     assert code == Code.INTERNAL

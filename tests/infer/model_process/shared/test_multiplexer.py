@@ -55,7 +55,7 @@ def rows_of(message: Message) -> list[float]:
     return message.tensors[0][2].reshape(-1).tolist()
 
 
-def answer(multiplexer: Multiplexer, message: Message) -> None:
+def respond(multiplexer: Multiplexer, message: Message) -> None:
     part = payload.part("y", "FP32", [2 * message.tensors[0][2]])
     multiplexer.send({"op": "result", "id": message.header["id"]}, [part])
 
@@ -70,7 +70,7 @@ def test_infer_processes_are_served_round_robin(peers):
     for _ in range(5):
         message = multiplexer.next()
         order += rows_of(message)
-        answer(multiplexer, message)
+        respond(multiplexer, message)
     assert order == [0, 10, 20, 1, 2]
     assert [peers[0].rows() for _ in range(3)] == [(0, [0]), (1, [2]), (2, [4])]
     assert (peers[1].rows(), peers[2].rows()) == ((7, [20]), (7, [40]))
@@ -84,7 +84,7 @@ def test_queued_batches_are_stacked_and_each_connection_gets_its_rows(peers):
     message = multiplexer.next()
     assert (rows_of(message), message.header["rows"]) == ([1, 2, 3, 4, 5, 6], [2, 1, 3])
     assert all(peer.mark.started_ns and peer.mark.is_together for peer in peers)
-    answer(multiplexer, message)
+    respond(multiplexer, message)
     assert [peer.rows() for peer in peers] == [(1, [2, 4]), (2, [6]), (3, [8, 10, 12])]
     assert not any(peer.mark.started_ns for peer in peers)
     assert multiplexer.poll() is None
@@ -117,7 +117,7 @@ def test_a_failed_stacked_batch_is_rerun_batch_by_batch(peers):
     for _ in range(2):
         message = multiplexer.next()
         found += rows_of(message)
-        answer(multiplexer, message)
+        respond(multiplexer, message)
     assert sorted(found) == [1, 2]
     assert (peers[0].rows(), peers[1].rows()) == ((1, [2]), (2, [4]))
 
@@ -133,7 +133,7 @@ def test_a_batch_of_a_disconnected_connection_is_not_rerun(peers):
     assert multiplexer.poll() is None
 
 
-def test_an_answer_without_one_row_for_each_row_is_not_split(peers):
+def test_a_result_without_one_row_for_each_row_is_not_split(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     peers[1].run(multiplexer, 2, [2])
@@ -152,8 +152,8 @@ def test_the_progress_mark_records_running_batches_and_concurrency(peers):
     second = multiplexer.next()
     assert peers[0].mark.is_together
     assert peers[1].mark.is_together
-    answer(multiplexer, first)
-    answer(multiplexer, second)
+    respond(multiplexer, first)
+    respond(multiplexer, second)
     peers[0].run(multiplexer, 3, [1])
     multiplexer.next()
     assert not peers[0].mark.is_together
@@ -189,7 +189,7 @@ def test_a_stacked_batch_is_cancelled_when_its_last_connection_disconnects(peers
     assert not heard.is_cancelled
     multiplexer.disconnect(peers[1].connection)
     assert heard.is_cancelled
-    answer(multiplexer, message)  # What goes on for half a minute now would end this process, as an owner.
+    respond(multiplexer, message)  # What goes on for half a minute now would end this process, as an owner.
 
 
 def test_an_inner_call_runs_on_the_infer_process_of_the_running_batch(peers):

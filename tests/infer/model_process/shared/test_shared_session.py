@@ -86,7 +86,7 @@ def test_each_instance_of_a_python_model_is_one_shared_process(load):
     assert pids(one) == pids(two)
 
 
-def test_each_session_gets_its_own_answers_under_load(load):
+def test_each_session_gets_its_own_results_under_load(load):
     sessions = [load(model("")), load(model(""))]
 
     def ask(n: int) -> None:

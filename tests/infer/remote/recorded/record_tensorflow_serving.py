@@ -4,9 +4,9 @@
     pip install protobuf numpy
     PYTHONPATH=<a folder with those *_pb2.py files> python tests/infer/remote/recorded/record_tensorflow_serving.py
 
-The server itself is not on PyPI. So the bytes of requests and answers are written by the official messages
-(`tensorflow_serving.apis`), and not taken from a running server: answers are made in both forms that it has, values one
-by one (its default) and `tensor_content`.
+The server itself is not on PyPI. So the bytes of requests and responses are written by the official messages
+(`tensorflow_serving.apis`), and not taken from a running server: responses are made in both forms that it has, values
+one by one (its default) and `tensor_content`.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def ask(name: str, version: int = 0) -> bytes:
 
 def said(name: str, **signatures: meta_graph_pb2.SignatureDef) -> bytes:
     there = get_model_metadata_pb2.SignatureDefMap(signature_def=signatures)
-    answer = get_model_metadata_pb2.GetModelMetadataResponse()
-    answer.model_spec.name, answer.model_spec.version.value = name, 3
-    answer.metadata["signature_def"].Pack(there)
-    return answer.SerializeToString(deterministic=True)
+    response = get_model_metadata_pb2.GetModelMetadataResponse()
+    response.model_spec.name, response.model_spec.version.value = name, 3
+    response.metadata["signature_def"].Pack(there)
+    return response.SerializeToString(deterministic=True)
 
 
 def info(dtype: int, *sizes: int, name: str = "t:0") -> meta_graph_pb2.TensorInfo:

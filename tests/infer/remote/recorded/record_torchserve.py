@@ -4,7 +4,7 @@
         googleapis-common-protos pyyaml packaging psutil setuptools
     python tests/infer/remote/recorded/record_torchserve.py
 
-The requests are written, and the answers taken, by stubs that are generated from the .proto file inside TorchServe's
+The requests are written, and the responses taken, by stubs that are generated from the .proto file inside TorchServe's
 own jar. So the bytes are those of any client and of the real server.
 """
 
@@ -139,7 +139,7 @@ def wait(channel: grpc.Channel, data: bytes) -> None:
             return
         except grpc.RpcError as err:
             if time.monotonic() > deadline:
-                sys.exit(f"TorchServe does not answer: {err}")
+                sys.exit(f"TorchServe does not respond: {err}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers that no honest server sends: whatever the bytes are, they are outputs, or the remote server's fault."""
+"""Responses that no honest server sends: whatever the bytes are, they are outputs, or the remote server's fault."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ HONEST: list[tuple[Dialect, TensorSpec, bytes]] = [
 @pytest.mark.parametrize("honest", HONEST, ids=lambda honest: f"{type(honest[0]).__name__}-{honest[1].name}")
 def test_what_is_honest_is_read(honest):
     dialect, spec, data = honest
-    (array,) = dialect.answer(data, [spec])
+    (array,) = dialect.parse_response(data, [spec])
     assert array.dtype == spec.datatype.dtype
 
 
@@ -78,24 +78,24 @@ def test_shapes_that_are_lies(shape, name, raw):
     sizes = tf.TensorFlowShape(dim=[tf.TensorFlowShape.Dim(size=size) for size in shape])
     kinds = {"FP16": 19, "INT8": 6, "BOOL": 10, "BYTES": 7, "BF16": 14, "UINT64": 23}
     tensor = tf.TensorFlowTensor(dtype=kinds[name], tensor_shape=sizes, tensor_content=raw, half_val=list(raw))
-    answer = tf.TensorFlowPredictResponse(outputs={spec.name: tensor})
-    read(TensorFlowServing(SETTINGS), answer.SerializeToString(), spec)
-    answer.outputs[spec.name].ClearField("tensor_content")
-    read(TensorFlowServing(SETTINGS), answer.SerializeToString(), spec)
+    response = tf.TensorFlowPredictResponse(outputs={spec.name: tensor})
+    read(TensorFlowServing(SETTINGS), response.SerializeToString(), spec)
+    response.outputs[spec.name].ClearField("tensor_content")
+    read(TensorFlowServing(SETTINGS), response.SerializeToString(), spec)
 
 
 def test_more_dimensions_than_an_array_can_have():
     with pytest.raises(ModelFailed, match=r"output 'INT8': expected \[-1,-1\], got \[1,1,1"):
-        Oip(SETTINGS).answer(oip(SPECS["INT8"], (1,) * 100, b"\1"), [SPECS["INT8"]])
+        Oip(SETTINGS).parse_response(oip(SPECS["INT8"], (1,) * 100, b"\1"), [SPECS["INT8"]])
     sizes = tf.TensorFlowShape(dim=[tf.TensorFlowShape.Dim(size=1)] * 100)
-    answer = tf.TensorFlowPredictResponse(outputs={"INT8": tf.TensorFlowTensor(dtype=6, tensor_shape=sizes)})
+    response = tf.TensorFlowPredictResponse(outputs={"INT8": tf.TensorFlowTensor(dtype=6, tensor_shape=sizes)})
     with pytest.raises(ModelFailed, match=r"output 'INT8': expected \[-1,-1\], got \[1,1,1"):
-        TensorFlowServing(SETTINGS).answer(answer.SerializeToString(), [SPECS["INT8"]])
+        TensorFlowServing(SETTINGS).parse_response(response.SerializeToString(), [SPECS["INT8"]])
 
 
 def read(dialect: Dialect, data: bytes, spec: TensorSpec) -> None:
     try:
-        (array,) = dialect.answer(data, [spec])
+        (array,) = dialect.parse_response(data, [spec])
     except ModelFailed:
         return
     assert array.dtype == spec.datatype.dtype
