@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ LAYERS = {
 STUBS = ("shoal.ingest", "shoal.store", "shoal.coord", "shoal.inference", "shoal.remote")
 
 
+@cache
 def modules() -> list[str]:
     found = []
     for package in PACKAGES:
@@ -71,10 +73,16 @@ def source_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@cache
+def nodes_of(module: str) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(source_of(module).read_text()))]
+
+
+@cache
 def imports_of(module: str) -> set[str]:
     """Every module that `module` imports, at the top or inside a function, as absolute names."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source_of(module).read_text())):
+    for node in nodes_of(module):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -142,9 +150,7 @@ SERVICES = ("ingest", "infer", "store", "coord")
 @pytest.mark.parametrize("module", [name for name in modules() if within(name, "mesh")])
 def test_mesh_names_no_service(module: str) -> None:
     strings = [
-        node.value
-        for node in ast.walk(ast.parse(source_of(module).read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        node.value for node in nodes_of(module) if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     named = {name for name in SERVICES for text in strings if text == name or f"services.{name}" in text}
     assert not named, f"{module} names services: {sorted(named)}"

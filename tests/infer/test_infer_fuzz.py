@@ -27,6 +27,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.mutation import mutated
+from tests.long_form import by_form
 
 EXPECTED = {Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED}
 SEEDS = range(4)
@@ -147,7 +148,7 @@ requests = st.builds(
     raw_input_contents=st.lists(raws, max_size=3),
 )
 
-many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=by_form(100, 400), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @many

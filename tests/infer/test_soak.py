@@ -1,4 +1,4 @@
-"""Fifteen seconds of bench/soak.py: they find what is plainly broken, ten minutes (`make soak`) what is rare."""
+"""Some seconds of bench/soak.py find plain faults; ten minutes (`make soak`) find rare ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 15
+from tests.long_form import by_form
+
+SECONDS = by_form(6, 15)
 
 
 @pytest.mark.timeout(240)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kernels.nms import nms, reference
 from tests.kernels.conftest import Place
+from tests.long_form import by_form
 
 NAN, INF = float("nan"), float("inf")
 
@@ -138,7 +139,7 @@ def test_the_cpu_answers_with_a_view() -> None:
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=by_form(60, 150))
 def test_random_boxes_on_the_cpu(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     boxes, scores = whole_boxes(rng, data.draw(st.integers(0, 170)), data.draw(st.integers(2, 60)))

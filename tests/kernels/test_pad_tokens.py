@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.pad_tokens import pad_tokens
 from tests.kernels.conftest import Place
+from tests.long_form import by_form
 
 pytestmark = pytest.mark.filterwarnings("error")
 HERE = pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_the_width_is_the_longest_or_said() -> None:
 
 
 @given(st.lists(st.integers(0, 30), max_size=9), st.integers(0, 40), st.booleans(), st.integers(0, 2**32 - 1))
-@settings(max_examples=100)
+@settings(max_examples=by_form(50, 100))
 def test_random_lengths_on_the_cpu(lengths: list[int], width: int, left: bool, seed: int) -> None:
     flat, offsets = ragged(np.random.default_rng(seed), lengths)
     ids, mask = pad_tokens(flat, offsets, width=width, pad_id=9, side="left" if left else "right", truncate=True)

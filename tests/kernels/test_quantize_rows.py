@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kernels.quantize_rows import dequantize_rows, quantize_rows, reference
 from tests.kernels.conftest import Place
+from tests.long_form import by_form
 
 HERE = pytest.mark.parametrize(
     "place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True
@@ -97,7 +98,7 @@ def test_back_again(place: Place, shape: tuple[int, int]) -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 50), st.integers(0, 2**32 - 1))
-@settings(max_examples=200)
+@settings(max_examples=by_form(60, 200))
 def test_any_bits_on_the_cpu(n: int, m: int, seed: int) -> None:
     """Half of the rows hold any float32 there is, the others finite ones of one size."""
     rng = np.random.default_rng(seed)

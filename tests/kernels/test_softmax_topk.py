@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kernels.softmax_topk import cpu, reference, softmax_topk
 from tests.kernels.conftest import Place
+from tests.long_form import by_form
 
 SPECIAL = [
     0.0,
@@ -108,7 +109,7 @@ def test_nothing_in_nothing_out(place: Place, shape: tuple[int, int]) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=by_form(80, 200))
 def test_special_values_on_the_cpu(data: st.DataObject) -> None:
     n, m = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     flat = data.draw(st.lists(st.sampled_from(SPECIAL), min_size=n * m, max_size=n * m))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
@@ -12,19 +11,23 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.infer import onnx_files
 from tests.infer.conformance import wire
+from tests.infer.conformance.instance import Instance
 from tests.infer.conformance.wire import floats, request
 
 
-@pytest.fixture
-def alone(another, tmp_path: Path) -> Iterator[GRPCInferenceServiceStub]:
+@pytest.fixture(scope="module")
+def alone(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
+    """An instance for two tests, which ask different models."""
+    folder = tmp_path_factory.mktemp("statistics")
     for name, versions in {"double": (1,), "versions": (1, 2)}.items():
         for version in versions:
-            folder = tmp_path / "models" / name / str(version)
-            folder.mkdir(parents=True)
-            (folder / "model.onnx").write_bytes(onnx_files.scale(2).SerializeToString())
-    (tmp_path / "models/versions/config.pbtxt").write_text("version_policy { all {} }")
-    with grpc.insecure_channel(another(tmp_path / "models").address, options=wire.OPTIONS) as channel:
-        yield GRPCInferenceServiceStub(channel)
+            place = folder / "models" / name / str(version)
+            place.mkdir(parents=True)
+            (place / "model.onnx").write_bytes(onnx_files.scale(2).SerializeToString())
+    (folder / "models/versions/config.pbtxt").write_text("version_policy { all {} }")
+    with Instance.serving(folder / "models", folder / "serve.log", front=front) as running:
+        with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
+            yield GRPCInferenceServiceStub(channel)
 
 
 def rows(stub, name: str = "", version: str = "") -> list[pb.ModelStatistics]:

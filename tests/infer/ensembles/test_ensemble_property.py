@@ -27,6 +27,7 @@ from tests.infer import onnx_files
 from tests.infer.conftest import Repository, output, request
 from tests.infer.ensembles.conftest import parameter, step, tensor, written
 from tests.infer.mutation import mutated
+from tests.long_form import by_form
 
 MODELS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "double": lambda x: {"y": 2 * x},
@@ -158,7 +159,12 @@ def test_any_graph(served, steps, rows, data):
     served.loop.run_until_complete(check())
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=by_form(60, 150),
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(steps=graphs(), seed=st.integers(0, 2**32))
 def test_bad_ensembles_are_refused_and_harm_nobody(served, steps, seed):
     text = spoiled(random.Random(seed), text_of(steps, list(range(len(steps)))))

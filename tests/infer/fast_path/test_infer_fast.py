@@ -27,6 +27,7 @@ from shoal.errors import InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.ensembles.conftest import step, written
+from tests.long_form import by_form
 
 DTYPES = {"FP32": np.float32, "INT64": np.int64}
 
@@ -173,7 +174,7 @@ def test_fast_and_slow_path_agree_before_and_after_learning(folder, requests):
     both_ways(folder, work)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=by_form(60, 150), suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
 def test_fast_and_slow_path_agree_about_bytes_close_to_a_known_message(folder, data):
     async def work(server):

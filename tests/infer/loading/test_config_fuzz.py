@@ -30,6 +30,7 @@ from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
+from tests.long_form import by_form
 
 RUNTIME = OnnxRuntime()
 X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 4)), TensorSpec("y", BY_NAME["FP32"], (-1, -1))
@@ -90,7 +91,7 @@ def all_the_way(config: model_config_pb2.ModelConfig, *, batch_is_given: bool) -
     assert done.config.max_batch_size == done.signature.max_batch_size >= 0
 
 
-@settings(max_examples=300)
+@settings(max_examples=by_form(100, 300))
 @given(st.lists(PIECES, max_size=30).map(" ".join) | st.text(max_size=200))
 def test_any_text(text):
     try:
@@ -100,7 +101,7 @@ def test_any_text(text):
     all_the_way(config, batch_is_given=model_config.says_max_batch_size(text))
 
 
-@settings(max_examples=300)
+@settings(max_examples=by_form(100, 300))
 @given(st.data())
 def test_a_good_text_with_something_else_in_it(data):
     words = GOOD.split()
@@ -161,7 +162,7 @@ def value(field: FieldDescriptor, chance: random.Random) -> object:
     return chance.choice([0, 1, 2, 3, 4, 8, (1 << bits) - 1, *negative])
 
 
-@settings(max_examples=1000)
+@settings(max_examples=by_form(200, 1000))
 @given(st.integers(0, 1 << 32), st.booleans())
 def test_any_message(seed, batch_is_given):
     config = message(model_config_pb2.ModelConfig, random.Random(seed))
@@ -169,7 +170,7 @@ def test_any_message(seed, batch_is_given):
     assert model_config.parse(text_format.MessageToString(config)).name == config.name
 
 
-@settings(max_examples=200)
+@settings(max_examples=by_form(60, 200))
 @given(
     st.dictionaries(
         st.sampled_from(["config", "file:", "file:1/model.onnx", "file:../x", "file:/x", "other"])

@@ -13,6 +13,7 @@ from services.infer.operators.image_fit import FitParameters, fit
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 from tests.infer.operators.images import pixels
+from tests.long_form import by_form
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET = {"mean": ", ".join(map(str, MEAN)), "std": str(list(STD))}
@@ -158,7 +159,7 @@ FITS = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=by_form(60, 200), deadline=None)
 @given(asked=st.sampled_from(FITS), height=st.integers(1, 5000), width=st.integers(1, 5000))
 def test_every_fit_lies_in_its_output_and_in_its_image(asked, height, width):
     made = FitParameters.model_validate(asked)

@@ -21,6 +21,7 @@ from services.infer.runtimes.runtime import ModelFailed
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.remote.v1 import tensorflow_serving_pb2 as tf
+from tests.long_form import by_form
 
 RECORDED = Path(__file__).resolve().parent / "recorded"
 SETTINGS = RemoteSettings(Address("grpc://a:1", "dns:///a:1"), Headers(), model="m", signature_name="serving_default")
@@ -55,7 +56,7 @@ def test_what_is_honest_is_read(honest):
     assert array.dtype == spec.datatype.dtype
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=by_form(100, 400), deadline=None)
 @given(data=st.data())
 def test_bytes_that_are_changed(data):
     dialect, spec, honest = data.draw(st.sampled_from(HONEST))
@@ -66,7 +67,7 @@ def test_bytes_that_are_changed(data):
     read(dialect, bytes(changed), spec)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=by_form(100, 300), deadline=None)
 @given(
     shape=st.lists(st.one_of(st.integers(-3, 4), st.integers(-(1 << 63), (1 << 63) - 1)), max_size=80),
     name=st.sampled_from(sorted(SPECS)),

@@ -15,6 +15,7 @@ from services.infer.response_cache.cache import CacheState
 from services.infer.response_cache.store import ResponseStore, size_bytes
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError
 from tests.infer.response_cache.cached_model import Bench, Clock, Run, floats, settle
+from tests.long_form import by_form
 
 VALUES = range(3)
 TTL_S = 10.0
@@ -197,7 +198,7 @@ def test_a_request_that_expired_while_a_flight_failed_joins_no_other():
 
 
 TestFlights = Flights.TestCase
-TestFlights.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestFlights.settings = settings(max_examples=by_form(50, 120), stateful_step_count=40, deadline=None)
 
 
 class Kept(RuleBasedStateMachine):
@@ -259,4 +260,4 @@ class Kept(RuleBasedStateMachine):
 
 
 TestKept = Kept.TestCase
-TestKept.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestKept.settings = settings(max_examples=by_form(50, 100), stateful_step_count=60, deadline=None)

@@ -15,6 +15,7 @@ from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLi
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import ResourceExhausted
 from tests.infer.scheduling.virtual_time import call
+from tests.long_form import by_form
 
 
 class Receiver:
@@ -46,7 +47,7 @@ def take(of: Queue, at: float = 0.0) -> Batch:
     return batch
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=by_form(50, 100), deadline=None)
 @given(
     sizes=st.dictionaries(
         st.sampled_from("abcde"), st.lists(st.integers(1, 4), min_size=40, max_size=60), min_size=2, max_size=5
@@ -202,7 +203,7 @@ def test_a_tenant_without_requests_does_not_wait():
     assert shares.waiting() == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_form(60, 150), deadline=None)
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["add", "add", "add", "take", "discard", "expire"]), st.integers(0, 1 << 30)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,9 @@ from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import DeadlineExceeded, ResourceExhausted
 from tests.infer.scheduling.test_slo import offered
 from tests.infer.scheduling.virtual_time import Bench, call, run
+from tests.long_form import by_form
 
+STEADY = (1.0,)
 JITTER = (0.8, 0.9, 1.0, 1.0, 1.1, 1.2)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -56,8 +59,9 @@ def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter:
     return outcomes, bench, capacity * seconds
 
 
-@pytest.mark.parametrize("over", [1.2, 5.0])
-@pytest.mark.parametrize("jitter", [(1.0,), JITTER], ids=["steady", "jittery"])
+@pytest.mark.parametrize(
+    ("over", "jitter"), by_form([(1.2, STEADY), (5.0, JITTER)], [*product((1.2, 5.0), (STEADY, JITTER))])
+)
 @pytest.mark.parametrize(
     ("fixed_s", "row_s", "deadline_s"),
     [(0.02, 0.001, 0.5), (0.0004, 0.00065, 0.05), (0.0005, 0.00011, 0.05)],

@@ -19,6 +19,7 @@ from services.infer.runtimes.runtime import ModelFailed, RowResults, Session
 from services.infer.scheduling.rows_execution import RowsExecution
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from shoal.oip.datatypes import BY_NAME
+from tests.long_form import by_form
 
 FP64 = BY_NAME["FP64"]
 IMAGE = TensorSpec("image", FP64, (-1, -1, -1), is_ragged=True)
@@ -103,7 +104,7 @@ KINDS = st.sampled_from(["fine"] * 6 + ["unfit", "fatal"])
 SHAPES = st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(1, 4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_form(60, 150), deadline=None)
 @given(
     calls=st.lists(
         st.tuples(SHAPES, st.integers(-3, 3), st.sampled_from(["fine"] * 6 + ["unfit", "fatal"])), min_size=1

@@ -17,6 +17,7 @@ from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted
 from tests.infer.scheduling.virtual_time import Bench, call, run
+from tests.long_form import by_form
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ async def play(story: list[Arrival], bench: Bench, rules: Rules) -> list[Told]:
     return told
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=by_form(100, 300), deadline=None)
 @given(
     story=arrivals | long_stories,
     policy=policies,

@@ -18,6 +18,7 @@ from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences import simulated
 from tests.infer.sequences.simulated import Bench, Ran, step
+from tests.long_form import by_form
 
 IDLE_S = 0.25
 
@@ -170,7 +171,7 @@ def may_be_idle(entry: Told, told: Sequence[Told], log: Sequence[Ran]) -> bool:
     return entry.arrived - last >= IDLE_S - 0.021
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=by_form(120, 400), deadline=None)
 @given(
     script=st.lists(SENT, min_size=1, max_size=40) | st.integers(0, 2**32).map(crowded),
     direct=st.booleans(),

@@ -19,6 +19,7 @@ from tests.infer.triton import repository
 from tests.infer.triton.cases import Case, every, infer, step
 from tests.infer.triton.differences import Difference
 from tests.infer.triton.seen import Seen, see
+from tests.long_form import by_form
 
 CASES = every()
 UNDER_LOAD = ("queue full",)
@@ -91,7 +92,7 @@ def _sent(model: str, datatype: str, shape: tuple[int, int], off: int, typed: bo
     return request(model, Given("x", datatype, shape, raw + b"\0" * off if off >= 0 else raw[:off]))
 
 
-@settings(max_examples=300, database=None)
+@settings(max_examples=by_form(60, 300), database=None)
 @given(
     model=st.sampled_from(repository.DATATYPES),
     other=st.none() | st.sampled_from(repository.DATATYPES),
@@ -113,7 +114,7 @@ def test_any_tensor(triton, shoal, model, other, shape, off, typed, version, out
 NAMES = st.sampled_from(["a", "a", "a", "b", "b", "b", "c"])
 
 
-@settings(max_examples=200, database=None)
+@settings(max_examples=by_form(50, 200), database=None)
 @given(
     tensors=st.lists(st.tuples(NAMES, st.integers(1, 9), st.integers(1, 4)), max_size=3),
     outputs=st.sampled_from([[], ["sum"], ["difference"], ["sum", "difference"], ["product"]]),

@@ -21,6 +21,7 @@ from mesh.rpc.framing import framed
 from mesh.rpc.interceptors import translate
 from shoal.errors import ResourceExhausted, Unavailable
 from tests.breakable import until
+from tests.long_form import by_form
 from tests.mesh.h2.scripted import HEAD, LAST, OK, Scripted, scripted
 from tests.mesh.h2.test_lean_protocol import ask, failure
 
@@ -337,7 +338,7 @@ async def test_repeated_immediate_goaways_are_followed_by_backoff() -> None:
         await until(lambda: not channel._connections, "none of these connections is kept")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=by_form(60, 150), deadline=None)
 @given(
     spots=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=3)), min_size=1, max_size=6),
     cut=st.floats(0, 1),

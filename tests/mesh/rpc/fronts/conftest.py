@@ -17,10 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.node import processes
 from tests.breakable import Process, until
+from tests.long_form import by_form
 from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.mesh.rpc.fronts.service import METHODS, path
 
 UNARY = ("Unary", "Short", "Tasked")
+TRANSPORTS = ("unix", "tcp", "envoy")
 
 _LARGE = 200 << 20
 _OPTIONS = (
@@ -117,7 +119,8 @@ def address_for(transport: str, folder: Path) -> str:
     return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{processes.free_port()}"
 
 
-@pytest.fixture(scope="session", params=["unix", "tcp", "envoy"])
+# Behind Envoy the server listens on a unix socket.
+@pytest.fixture(scope="session", params=by_form(("tcp", "envoy"), TRANSPORTS))
 def started(request: pytest.FixtureRequest, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """One process for all tests that do it no harm."""
     folder = tmp_path_factory.mktemp("f")

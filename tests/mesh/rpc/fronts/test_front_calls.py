@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import product
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mesh.rpc.limits import MESSAGE_BYTES
 from shoal.errors import BY_CODE, Code
+from tests.long_form import by_form
 from tests.mesh.rpc.fronts.conftest import UNARY, Client, Front
 from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.mesh.rpc.fronts.service import NAME
@@ -120,8 +122,17 @@ async def test_a_compressed_stream_is_read(client: Client) -> None:
     assert json.loads(await call) == [100_000, 0, 1]
 
 
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("method", [*UNARY, "Bidi"])
+OVER_TCP = ("tcp", "envoy")
+
+
+@pytest.mark.parametrize(
+    ("started", "method"),
+    by_form(
+        [("tcp", "Unary"), ("tcp", "Short"), ("tcp", "Tasked"), ("envoy", "Bidi")],
+        [*product(OVER_TCP, [*UNARY, "Bidi"])],
+    ),
+    indirect=["started"],
+)
 async def test_100_megabytes_there_and_back(client: Client, method: str) -> None:
     value = bytes(range(256)) * (100 * 4096)
     if method == "Bidi":
@@ -147,9 +158,17 @@ async def test_an_answer_over_the_limit_is_an_error(client: Client) -> None:
     assert await client.call("Unary", b"next") == b"next"
 
 
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("kind", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-@pytest.mark.parametrize("method", UNARY)
+GZIP, DEFLATE = grpc.Compression.Gzip, grpc.Compression.Deflate
+
+
+@pytest.mark.parametrize(
+    ("started", "method", "kind"),
+    by_form(
+        [("tcp", "Unary", GZIP), ("tcp", "Short", DEFLATE), ("tcp", "Tasked", GZIP), ("envoy", "Unary", DEFLATE)],
+        [*product(OVER_TCP, UNARY, (GZIP, DEFLATE))],
+    ),
+    indirect=["started"],
+)
 async def test_a_small_request_that_unpacks_to_too_much_is_refused(
     client: Client, method: str, kind: grpc.Compression
 ) -> None:

@@ -13,7 +13,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from mesh.rpc.client.channel import Channel
 from tests.breakable import until
-from tests.mesh.rpc.fronts.conftest import Client, Front
+from tests.mesh.rpc.fronts.conftest import TRANSPORTS, Client, Front
 from tests.mesh.rpc.fronts.service import METHODS, path
 
 S = grpc.StatusCode
@@ -49,6 +49,7 @@ async def answers(client: Client, method: str, *values: bytes, **options) -> lis
     return [value async for value in call] if METHODS[method][1] else [await call]
 
 
+@pytest.mark.parametrize("started", TRANSPORTS, indirect=True)
 @pytest.mark.parametrize("method", KINDS)
 async def test_answers_are_the_same(lean: Client, client: Client, method: str) -> None:
     for values in ((b"",), (b"a", b"", b"c" * 40_000), (b"x" * 16_379,), (b"y" * 70_000, b"z")):
