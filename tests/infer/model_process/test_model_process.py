@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from shoal.errors import FailedPrecondition, Unavailable
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.breakable import PATIENCE_S, until
 from tests.infer import onnx_files
+from tests.long_form import by_form
 
 X = np.array([[1, 2]], np.float32)
 
@@ -148,7 +150,10 @@ def wait_until(is_so) -> None:
     asyncio.run(until(is_so))
 
 
-@pytest.mark.parametrize("loop", ["while True: pass", "time.sleep(1000)", "ctypes.CDLL(None).sleep(1000)"])
+LOOPS = ["while True: pass", "ctypes.CDLL(None).sleep(1000)", "time.sleep(1000)"]
+
+
+@pytest.mark.parametrize("loop", by_form(LOOPS[:2], LOOPS))
 def test_an_execution_beyond_its_timeout_is_killed(load, loop):
     session = load(model(f"if x[0, 0] == 13:\n    {loop}"), execution_timeout_ms="300")
     with pytest.raises(ModelDied, match="a run took longer than execution_timeout_ms, 300"):
@@ -172,28 +177,30 @@ def test_loading_beyond_its_timeout_fails(load):
         load(model("", load="while True: pass"), is_given_up=given_up.is_set)
 
 
-@pytest.mark.parametrize(
-    ("predict", "told"),
-    [
-        ("raise ValueError('no such number')", r"ValueError: no such number \(model.py, line \d+\)"),
-        ("raise SystemExit(5)", r"called sys.exit\(5\)"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("return {'z': x}", "returned no output 'y': it returned 'z'"),
-        ("return [x]", "predict returned a list, expected a dict"),
-        ("return None", "predict returned a NoneType"),
-        ("return {'y': x.astype(np.float64)}", "output 'y' is FP64, expected FP32"),
-        ("return {'y': x.astype(complex)}", "output 'y' is complex64, expected FP32|complex128"),
-        ("return {'y': np.array([object()])}", "output 'y' is BYTES, expected FP32|object"),
-        ("return {'y': [[1], [2, 3]]}", "output 'y' is not an array"),
-        ("return (i for i in range(3))", "predict returned a generator"),
-    ],
-)
-def test_errors_of_predict_are_reported(load, predict, told):
-    session = load(model(f"if x[0, 0] == 13: {predict}"))
+WRONG_PREDICTIONS = [
+    ("raise ValueError('no such number')", r"ValueError: no such number \(model.py, line \d+\)"),
+    ("raise SystemExit(5)", r"called sys.exit\(5\)"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("return {'z': x}", "returned no output 'y': it returned 'z'"),
+    ("return [x]", "predict returned a list, expected a dict"),
+    ("return None", "predict returned a NoneType"),
+    ("return {'y': x.astype(np.float64)}", "output 'y' is FP64, expected FP32"),
+    ("return {'y': x.astype(complex)}", "output 'y' is complex64, expected FP32|complex128"),
+    ("return {'y': np.array([object()])}", "output 'y' is BYTES, expected FP32|object"),
+    ("return {'y': [[1], [2, 3]]}", "output 'y' is not an array"),
+    ("return (i for i in range(3))", "predict returned a generator"),
+]
+
+
+def test_errors_of_predict_are_reported_and_the_process_goes_on(load):
+    predicts = [f"if x[0, 0] == 13 and x[0, 1] == {n}: {predict}" for n, (predict, _) in enumerate(WRONG_PREDICTIONS)]
+    session = load(model("\n".join(predicts)))
     (before,) = pids(session)
-    with pytest.raises(ModelFailed, match=told):
-        run(session, X * 0 + 13)
-    assert run(session) == [[2, 4]]
+    for n, (predict, told) in enumerate(WRONG_PREDICTIONS):
+        with pytest.raises(ModelFailed) as err:
+            run(session, np.array([[13, n]], np.float32))
+        assert re.search(told, str(err.value)), predict
+        assert run(session) == [[2, 4]], predict
     assert pids(session) == [before]
 
 

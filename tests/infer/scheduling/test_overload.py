@@ -60,7 +60,9 @@ def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter:
 
 
 @pytest.mark.parametrize(
-    ("over", "jitter"), by_form([(1.2, STEADY), (5.0, JITTER)], [*product((1.2, 5.0), (STEADY, JITTER))])
+    ("over", "jitter"),
+    by_form([(1.2, STEADY), (5.0, JITTER)], [*product((1.2, 5.0), (STEADY, JITTER))]),
+    ids=lambda value: {STEADY: "steady", JITTER: "jittery"}.get(value),
 )
 @pytest.mark.parametrize(
     ("fixed_s", "row_s", "deadline_s"),

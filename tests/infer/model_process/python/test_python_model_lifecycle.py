@@ -186,40 +186,46 @@ async def test_bytes_booleans_and_halves_in_tritons_interface(repo, serve):
 GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"
 
 
-@pytest.mark.parametrize(
-    ("execute", "told"),
-    [
-        ("return []", "execute returned 0 responses for 1 requests"),
-        ("return None", "execute sent no response to this request"),
-        ("return [None]", "execute sent no response to this request"),
-        ("return [5]", "execute returned a int in its list"),
-        ("return 5", "execute returned a int"),
-        ("return [pb_utils.InferenceResponse([])]", "the response has no output 'y'"),
-        (GIVING.format("np.zeros((1, 9), np.float32)"), "shape [1,9], expected"),
-        (GIVING.format("np.zeros((3, 4), np.float32)"), "shape [3,4] for 1 rows"),
-        (GIVING.format("np.zeros((1, 4))"), "expected FP32"),
-        (GIVING.format("[1]"), "expected a NumPy array"),
-        ("raise pb_utils.TritonModelException('mine')", "TritonModelException: mine"),
-        ("requests[0].set_release_flags(2)", "set_release_flags) is not supported"),
-        ("pb_utils.MetricFamily()", "custom metrics from a Python model are not supported by Shoal"),
-        ("requests[0].get_response_sender().send(flags=1)", "execute sent no response"),
-    ],
-)  # fmt: skip
-async def test_errors_of_execute_are_reported(repo, serve, execute, told):
+WRONG_RESPONSES = [
+    ("return []", "execute returned 0 responses for 1 requests"),
+    ("return None", "execute sent no response to this request"),
+    ("return [None]", "execute sent no response to this request"),
+    ("return [5]", "execute returned a int in its list"),
+    ("return 5", "execute returned a int"),
+    ("return [pb_utils.InferenceResponse([])]", "the response has no output 'y'"),
+    (GIVING.format("np.zeros((1, 9), np.float32)"), "shape [1,9], expected"),
+    (GIVING.format("np.zeros((3, 4), np.float32)"), "shape [3,4] for 1 rows"),
+    (GIVING.format("np.zeros((1, 4))"), "expected FP32"),
+    (GIVING.format("[1]"), "expected a NumPy array"),
+    ("raise pb_utils.TritonModelException('mine')", "TritonModelException: mine"),
+    ("requests[0].set_release_flags(2)", "set_release_flags) is not supported"),
+    ("pb_utils.MetricFamily()", "custom metrics from a Python model are not supported by Shoal"),
+    ("requests[0].get_response_sender().send(flags=1)", "execute sent no response"),
+]  # fmt: skip
+
+
+async def test_errors_of_execute_are_reported(repo, serve):
+    executes = "".join(
+        f"""
+            if number == {number}:
+                {execute}"""
+        for number, (execute, _) in enumerate(WRONG_RESPONSES)
+    )
     source = f"""
     import numpy as np
     import triton_python_backend_utils as pb_utils
     class TritonPythonModel:
         def execute(self, requests):
-            {execute}
+            number = pb_utils.get_input_tensor_by_name(requests[0], "x").as_numpy()[0, 0]{executes}
     """
     config = """backend: "python" max_batch_size: 4 input { name: "x" data_type: TYPE_FP32 dims: [ 4 ] }
         output { name: "y" data_type: TYPE_FP32 dims: [ 4 ] }"""
     repo.python("m", source, config)
     serving = await serve()
-    with pytest.raises(ShoalError) as err:
-        await serving.core.infer(request("m", x=floats([1, 2, 3, 4])))
-    assert told in err.value.message
+    for number, (execute, told) in enumerate(WRONG_RESPONSES):
+        with pytest.raises(ShoalError) as err:
+            await serving.core.infer(request("m", x=floats([number, 0, 0, 0])))
+        assert told in err.value.message, execute
 
 
 async def test_a_response_sender_may_replace_the_return_value(repo, serve):

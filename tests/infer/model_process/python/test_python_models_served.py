@@ -175,34 +175,43 @@ async def test_a_model_calls_another_one(repo, serve):
     assert b"Request for unknown model: 'nobody' is not found" in output(response, "text")[0]
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("class Model:\n  def predict(self", "'(' was never closed (model.py, line"),
-        ("x = 1", "model.py has no model: expected a class Model with predict(self, batch)"),
-        ("import sys; sys.exit(3)", "model.py called sys.exit(3) while it was imported"),
-        ("import os; os._exit(4)", "the model process ended while it loaded the model (exit code 4)"),
-        ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there' (model.py, line 1)"),
-        ("class Model:\n  pass", "class Model has no method predict(self, batch)"),
-        ("class Model:\n  def predict(self): pass", "Model.predict(self) cannot be called as predict(self, batch)"),
-        ("class Model:\n  async def predict(self, batch): pass", "Model.predict is async: expected def"),
-        ("class Model:\n  def predict(self, batch): pass", "the inputs are not declared"),
-        (OWN.replace("FP32", "FP33", 1), "unknown datatype 'FP33'"),
-        (OWN + "        def load(self, folder, config): raise RuntimeError('no weights')", "RuntimeError: no weights"),
-        ("class TritonPythonModel: pass", "TritonPythonModel has no method execute(self, requests)"),
-        (
-            "class A:\n  def predict(self, b): 0\nclass B:\n  def predict(self, b): 0",
-            "several classes with predict (A, B)",
-        ),
-    ],
-)
-async def test_an_invalid_model_file_is_reported_with_the_reason(repo, serve, source, reason):
-    repo.python("m", source)
+INVALID = {
+    "syntax": ("class Model:\n  def predict(self", "'(' was never closed (model.py, line"),
+    "no model": ("x = 1", "model.py has no model: expected a class Model with predict(self, batch)"),
+    "exit": ("import sys; sys.exit(3)", "model.py called sys.exit(3) while it was imported"),
+    "import": ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there' (model.py, line 1)"),
+    "no predict": ("class Model:\n  pass", "class Model has no method predict(self, batch)"),
+    "no batch": (
+        "class Model:\n  def predict(self): pass",
+        "Model.predict(self) cannot be called as predict(self, batch)",
+    ),
+    "async": ("class Model:\n  async def predict(self, batch): pass", "Model.predict is async: expected def"),
+    "undeclared": ("class Model:\n  def predict(self, batch): pass", "the inputs are not declared"),
+    "datatype": (OWN.replace("FP32", "FP33", 1), "unknown datatype 'FP33'"),
+    "load": (
+        OWN + "        def load(self, folder, config): raise RuntimeError('no weights')",
+        "RuntimeError: no weights",
+    ),
+    "no execute": ("class TritonPythonModel: pass", "TritonPythonModel has no method execute(self, requests)"),
+    "two": (
+        "class A:\n  def predict(self, b): 0\nclass B:\n  def predict(self, b): 0",
+        "several classes with predict (A, B)",
+    ),
+}
+# It ends its process, and in a shared process the loads of other models with it: in a repository of its own.
+ENDING = {"os._exit": ("import os; os._exit(4)", "the model process ended while it loaded the model (exit code 4)")}
+
+
+@pytest.mark.parametrize("models", [INVALID, ENDING], ids=["while the process lives", "with the process"])
+async def test_an_invalid_model_file_is_reported_with_the_reason(repo, serve, models):
+    for name, (source, _) in models.items():
+        repo.python(name, source)
     repo.python("good", OWN)
     serving = await serve()
     index = {row.name: row for row in (await serving.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
-    assert index["m"].state == "UNAVAILABLE"
-    assert reason in index["m"].reason
+    for name, (_, reason) in models.items():
+        assert index[name].state == "UNAVAILABLE", name
+        assert reason in index[name].reason, name
     assert index["good"].state == "READY"
 
 
