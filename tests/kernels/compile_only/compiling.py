@@ -1,6 +1,6 @@
 """Compiles every GPU kernel of the package to machine code, with no GPU and no driver, and says what it uses.
 
-    .venv-cuda13/bin/python tests/kernels/compile_only/compiling.py FILE.json [FILE.cu KERNEL]
+    .venv-cuda13/bin/python tests/kernels/compile_only/compiling.py FILE.json sm_80,sm_90 [FILE.cu KERNEL]
 
 Runs in an environment of its own (locks/cuda12.in, locks/cuda13.in): the compilers are large and Shoal does not need
 them. It imports nothing of Shoal but `kernels`. What it writes, a list: operation, kernel, arch, registers,
@@ -29,7 +29,7 @@ from cuda.pathfinder import find_nvidia_header_directory  # noqa: E402
 
 from kernels.cuda_source import OPTIONS, CudaSource  # noqa: E402
 
-ARCHS = ((8, 0), (9, 0))
+Arch = tuple[int, int]
 Report = dict[str, Any]
 
 
@@ -56,9 +56,9 @@ def from_ptx(ptx: str, arch: str) -> Report:
     return report(link.get_info_log(), ptx)
 
 
-def cuda_cpp(source: CudaSource) -> Iterator[tuple[str, str, Report]]:
+def cuda_cpp(source: CudaSource, archs: list[Arch]) -> Iterator[tuple[str, str, Report]]:
     """Each kernel alone, so that the log speaks of one."""
-    for major, minor in ARCHS:
+    for major, minor in archs:
         for kernel in source.kernels:
             ptx, symbol = to_ptx(source, kernel, f"compute_{major}{minor}")
             head, *entries = re.split(r"(?m)^(?=(?:\.\w+ )?\.entry )", ptx)
@@ -90,11 +90,11 @@ def _done(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-def numba_cuda(module: types.ModuleType) -> Iterator[tuple[str, str, Report]]:
+def numba_cuda(module: types.ModuleType, archs: list[Arch]) -> Iterator[tuple[str, str, Report]]:
     cuda = importlib.import_module("numba.cuda")
     for name, signatures in module.SIGNATURES.items():
         for signature in signatures:
-            for cc in ARCHS:
+            for cc in archs:
                 # `compile` asks for the current device when a kernel calls device functions, and a device function
                 # keeps the first architecture that it was compiled for: a fresh module for each.
                 fresh = importlib.reload(module)
@@ -104,19 +104,20 @@ def numba_cuda(module: types.ModuleType) -> Iterator[tuple[str, str, Report]]:
                 yield f"{name} {signature}", arch, {**from_ptx(ptx, arch), "limit": getattr(fresh, "REGISTERS", None)}
 
 
-def operations() -> Iterator[tuple[str, Iterator[tuple[str, str, Report]]]]:
+def operations(archs: list[Arch]) -> Iterator[tuple[str, Iterator[tuple[str, str, Report]]]]:
     for path in sorted((ROOT / "kernels").glob("*/cuda.py")):
-        yield path.parent.name, cuda_cpp(importlib.import_module(f"kernels.{path.parent.name}.cuda").SOURCE)
+        yield path.parent.name, cuda_cpp(importlib.import_module(f"kernels.{path.parent.name}.cuda").SOURCE, archs)
     for path in sorted((ROOT / "kernels").glob("*/numba_cuda.py")):
-        yield path.parent.name, numba_cuda(importlib.import_module(f"kernels.{path.parent.name}.numba_cuda"))
+        yield path.parent.name, numba_cuda(importlib.import_module(f"kernels.{path.parent.name}.numba_cuda"), archs)
 
 
 def main() -> None:
-    out, *given = sys.argv[1:]
-    alone = [(given[0], cuda_cpp(CudaSource(Path(given[0]), tuple(given[1:]), 255)))] if given else None
+    out, names, *given = sys.argv[1:]
+    archs = [(int(name[-2]), int(name[-1])) for name in names.split(",")]
+    alone = [(given[0], cuda_cpp(CudaSource(Path(given[0]), tuple(given[1:]), 255), archs))] if given else None
     reports = [
         {"operation": operation, "kernel": kernel, "arch": arch, **said}
-        for operation, kernels in alone or operations()
+        for operation, kernels in alone or operations(archs)
         for kernel, arch, said in kernels
     ]
     Path(out).write_text(json.dumps(reports))
