@@ -123,14 +123,6 @@ async def test_hostile_bytes_end_nothing(infer):
         assert infer.is_running()
 
 
-async def test_a_large_tensor_goes_there_and_back(python, models_folder, tmp_path):
-    models_folder.bare("any", onnx_files.identity(dims=("n", "k")))
-    infer = Infer(python, tmp_path / "infer.log", repository=str(models_folder.root))
-    async with serving(infer) as (stub, _):
-        x = np.random.default_rng(1).random((1, 25 << 20), np.float32)
-        np.testing.assert_array_equal(output(await stub.ModelInfer(request("any", x=x)), "y"), x)
-
-
 async def test_a_deadline_that_passes_is_no_fault_of_the_others(infer):
     async with serving(infer) as (stub, _):
         calls = [stub.ModelInfer(request("slow", x=X), timeout=0.001 if n % 2 else 60) for n in range(40)]

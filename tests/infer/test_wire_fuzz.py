@@ -25,6 +25,7 @@ from tests.infer import onnx_files
 from tests.infer.conformance.instance import FRONTS, Instance
 from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.mutation import mutated
+from tests.long_form import by_form
 
 X = floats([1, 2, 3, 4])
 GOOD = request("double", x=X).SerializeToString()
@@ -364,10 +365,10 @@ def test_memory_stays_what_it_was(target: Target) -> None:
         {"body": framed(gzip.compress(huge.SerializeToString(), 1), 1), "change": GZIP},
         {"body": framed(request("any", x=np.zeros((1, 1 << 20), np.float32)).SerializeToString())},
     ]
-    for sent in wasteful * 2:
+    for sent in wasteful * by_form(1, 2):
         end_of_call(target, **sent)
     before = target.rss()
-    for sent in wasteful * 4:
+    for sent in wasteful * by_form(2, 4):
         end_of_call(target, **sent)
     target.check()
     assert target.rss() - before < ROOM_BYTES

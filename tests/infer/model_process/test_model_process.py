@@ -291,7 +291,8 @@ def test_unloading_frees_the_memory_and_runs_the_clean_up(load, tmp_path):
 
 
 @pytest.mark.parametrize("unload", ["while True: pass", "raise RuntimeError", "os._exit(1)"])
-def test_a_failing_clean_up_does_not_block_unloading(load, unload):
+def test_a_failing_clean_up_does_not_block_unloading(load, monkeypatch, unload):
+    monkeypatch.setattr("services.infer.model_process.instance._GRACE_S", 0.5)
     session = load(model("", unload=unload))
     (pid,) = pids(session)
     session.close()

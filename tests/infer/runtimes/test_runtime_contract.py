@@ -35,6 +35,7 @@ from tests.infer.runtimes.runtime_models import (
     TritonModels,
 )
 from tests.infer.runtimes.simulated_gpu import on_simulated_gpu
+from tests.long_form import by_form
 
 ONE_THREAD = SessionOptions(intra_op_threads=1)
 
@@ -97,7 +98,11 @@ ACROSS_A_BORDER = {"onnx in a process", "onnx shared", "python", "triton's pytho
 of_kinds = partial(pytest.mark.parametrize, "kind", scope="module")
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+# Each combines two of the other kinds, and has no code of its own.
+COMBINED = ("triton's python shared", "triton's python on a thread")
+
+
+@pytest.fixture(scope="module", params=by_form([name for name in RUNTIMES if name not in COMBINED], [*RUNTIMES]))
 def kind(request) -> str:
     return request.param
 

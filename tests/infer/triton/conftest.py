@@ -15,7 +15,8 @@ from tests.infer.triton import differences, repository, triton_process
 from tests.infer.triton.differences import Difference
 
 
-@pytest.fixture(scope="session")
+# Not for the session: idle, Triton uses much of a core.
+@pytest.fixture(scope="module")
 def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
     folder = tmp_path_factory.mktemp("triton")
     models = repository.write(folder / "models")
@@ -24,7 +25,7 @@ def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             yield GRPCInferenceServiceStub(channel)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
     folder = tmp_path_factory.mktemp("shoal")
     models = repository.write(folder / "models")

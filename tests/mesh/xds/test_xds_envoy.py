@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import grpc
@@ -36,6 +37,7 @@ from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, Process, until
 from tests.http2 import INFER, Connection, framed
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -379,8 +381,10 @@ async def test_compressed_messages_pass(mesh: Mesh, compression):
     assert response.parameters["bytes"].int64_param == 100_000
 
 
-@pytest.mark.parametrize("is_apart", [True, False])
-@pytest.mark.parametrize("megabytes", [1, 3, 24, 100])
+@pytest.mark.parametrize(
+    ("megabytes", "is_apart"),
+    by_form([(1, True), (3, False), (24, False), (100, True)], [*product((1, 3, 24, 100), (True, False))]),
+)
 async def test_large_messages_pass_and_come_back(mesh: Mesh, megabytes: int, is_apart: bool):
     await mesh.replica(0)
     await mesh.replica(1)

@@ -98,7 +98,9 @@ class Service:
             raise
 
     async def Seen(self, request: BytesValue, context: Any) -> BytesValue:
-        return BytesValue(value=json.dumps(self.seen).encode())
+        """Return all events, or those of the request, a JSON list, that have happened."""
+        asked = json.loads(request.value) if request.value else self.seen
+        return BytesValue(value=json.dumps([event for event in asked if event in self.seen]).encode())
 
     async def _one(self, order: dict[str, Any], request: BytesValue, context: Any) -> BytesValue:
         what = order["do"]
