@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.test_layers import ROOT
-from tests.worker_assignment import LONG, PATIENT, SLOW, PatientScheduling, is_slow
+from tests.worker_assignment import LONG, PATIENT, SLOW, TOGETHER, PatientScheduling, is_slow
 
 
 class Worker:
@@ -59,6 +59,7 @@ def files_of(tests: list[str]) -> list[str]:
 def test_the_files_are_there() -> None:
     assert [file for file in PATIENT + LONG if not (ROOT / file).is_file()] == []
     assert [path for path in SLOW if not (ROOT / path).exists()] == []
+    assert [path for path in TOGETHER if not (ROOT / path).is_dir()] == []
     assert len({*PATIENT, *LONG}) == len(PATIENT) + len(LONG)
 
 
@@ -75,6 +76,13 @@ def test_who_waits_runs_what_waits_and_the_long_files_come_first() -> None:
 def test_what_waits_is_run_by_others_too_when_they_have_nothing_else() -> None:
     ran = run({"tests/test_a.py": 1, **dict.fromkeys(PATIENT, 10)}, workers=3)
     assert len(files_of(ran["gw0"] + ran["gw1"])) > 1
+
+
+def test_one_worker_runs_a_folder_whose_files_share_servers() -> None:
+    shared = [f"{folder}/test_{n}.py" for folder in TOGETHER for n in range(4)]
+    ran = run({**{f"tests/test_{n}.py": 3 for n in range(4)}, **dict.fromkeys(shared, 5)}, workers=3)
+    for folder in TOGETHER:
+        assert len([name for name, tests in ran.items() if any(test.startswith(folder) for test in tests)]) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])

@@ -52,6 +52,10 @@ LONG = (
 )
 """Files of 30 s and more, which run first: started last, one of them would keep one worker busy at the end."""
 
+# Their tests share servers, one for each front. File by file, each file would start all of them again.
+TOGETHER = ("tests/infer/conformance",)
+"""Folders of which one worker runs all files, in the order of the collection."""
+
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
     "tests/chaos",
@@ -81,6 +85,9 @@ for each test. `make test` runs all of them, before a change is submitted."""
 
 class PatientScheduling(LoadFileScheduling):
     """xdist's schedule by file, with the last worker reserved for PATIENT files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((folder for folder in TOGETHER if nodeid.startswith(f"{folder}/")), super()._split_scope(nodeid))
 
     def _assign_work_unit(self, node: Any) -> None:
         files = [scope for scope in self.workqueue if (scope in PATIENT) == self._is_patient(node)]
