@@ -15,7 +15,7 @@ from tests.infer.triton import differences, repository, triton_process
 from tests.infer.triton.differences import Difference
 
 
-# Not for the session: idle, Triton uses much of a core.
+# Not for the session: Triton is some thirty processes, which no other file needs.
 @pytest.fixture(scope="module")
 def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
     folder = tmp_path_factory.mktemp("triton")

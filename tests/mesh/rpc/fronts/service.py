@@ -99,8 +99,10 @@ class Service:
 
     async def Seen(self, request: BytesValue, context: Any) -> BytesValue:
         """Return all events, or those of the request, a JSON list, that have happened."""
-        asked = json.loads(request.value) if request.value else self.seen
-        return BytesValue(value=json.dumps([event for event in asked if event in self.seen]).encode())
+        seen = self.seen
+        if request.value:
+            seen = [event for event in json.loads(request.value) if event in seen]
+        return BytesValue(value=json.dumps(seen).encode())
 
     async def _one(self, order: dict[str, Any], request: BytesValue, context: Any) -> BytesValue:
         what = order["do"]
