@@ -87,7 +87,10 @@ SAYS = {
     "kernels": {"takes_rows", "only_computes"},
     "remote": {"handles_missing_inputs"},
 }
-WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
+# Each combines two of the other kinds, and has no code of its own.
+COMBINED = ("triton's python shared", "triton's python on a thread")
+KINDS = by_form([name for name in RUNTIMES if name not in COMBINED], [*RUNTIMES])
+WITH_FILES = [name for name in KINDS if name != "kernels"]
 ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx on a GPU stream", "onnx in a process", "onnx shared"]
 
 
@@ -98,11 +101,7 @@ ACROSS_A_BORDER = {"onnx in a process", "onnx shared", "python", "triton's pytho
 of_kinds = partial(pytest.mark.parametrize, "kind", scope="module")
 
 
-# Each combines two of the other kinds, and has no code of its own.
-COMBINED = ("triton's python shared", "triton's python on a thread")
-
-
-@pytest.fixture(scope="module", params=by_form([name for name in RUNTIMES if name not in COMBINED], [*RUNTIMES]))
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request) -> str:
     return request.param
 
