@@ -36,6 +36,7 @@ class Costs:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._before = processor_s()
+        self._is_last = False
         self._wall: Counter[str] = Counter()
         self._files_wall: Counter[str] = Counter()
         self._files_processor: Counter[str] = Counter()
@@ -43,19 +44,25 @@ class Costs:
     def pytest_collection_finish(self) -> None:
         self._before = processor_s()
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        # Counting costs milliseconds where many processes live: once for each file, behind its last test.
+        self._is_last = nextitem is None or nextitem.location[0] != item.location[0]
+
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
-        now = processor_s()
-        report.processor_s = max(now - self._before, 0.0)
-        self._before = now
+        if self._is_last and call.when == "teardown":
+            now = processor_s()
+            report.processor_s = max(now - self._before, 0.0)
+            self._before = now
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = report.nodeid.split("::")[0]
         self._wall[report.nodeid] += report.duration
         self._files_wall[file] += report.duration
-        # The report of a worker that died has none.
+        # Only the last report of a file has it.
         self._files_processor[file] += getattr(report, "processor_s", 0.0)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
