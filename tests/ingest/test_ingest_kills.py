@@ -20,10 +20,12 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import Process, until
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, mesh_at, submit
+from tests.long_form import by_form
 
 S = grpc.StatusCode
-JOBS = 300
-KILLS = 5
+JOBS = by_form(200, 300)
+# The third one kills both instances.
+KILLS = by_form(3, 5)
 LEASE = {"lease_ms": 2_000, "renew_ms": 500}
 # Recovery within the patience of a test; what is tested does not depend on it.
 RETRY = pb.RetryPolicy(max_attempts=100, initial_backoff=Duration(nanos=1_000_000))

@@ -22,6 +22,7 @@ from tests.breakable import until
 from tests.ingest.connectors.brokers import Broker, Received, message, number
 from tests.ingest.connectors.conftest import StartConnector
 from tests.ingest.faults import FakeMesh, failing
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.mongo, pytest.mark.timeout(240)]
 PATIENT = {"within_s": 90.0, "every_s": 0.2}
@@ -113,7 +114,7 @@ async def test_kills_leave_one_result_for_each_message(
 ) -> None:
     own_mesh.infer.model = slow
     await broker.publish([message(n) for n in range(120)])
-    for _ in range(3):
+    for _ in range(by_form(1, 3)):
         before = len(own_mesh.store.results)
         process = start_connector(broker, max_in_flight=8)
         await until(lambda before=before: len(own_mesh.store.results) >= min(before + 20, 115), "some", **PATIENT)  # type: ignore[misc]

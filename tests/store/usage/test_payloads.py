@@ -26,7 +26,7 @@ from services.store.usage.weight import Weight, weight_of_payloads
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.store.conftest import Store, refused, running_store, sha256, store_config
+from tests.store.conftest import Store, on_shared_loop, refused, running_store, sha256, store_config
 from tests.store.garbage.conftest import Clock, Parts, make_parts
 from tests.store.test_result_rpc import BAD, FAILED, put, result
 from tests.store.test_store_queries import Heard, bare, stages
@@ -146,6 +146,7 @@ async def test_a_quota_is_compared_with_both(store: Store) -> None:
     assert await over("") is not None
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -154,23 +155,24 @@ async def test_a_quota_is_compared_with_both(store: Store) -> None:
         ({"tenant": "t" * 1_025, "reference": "job/1"}, ["header.tenant", "1025", "1024"]),
     ],
 )
-async def test_hostile_tenants_are_named(store: Store, fields: dict[str, str], words: Sequence[str]) -> None:
-    await refused(store.put(LARGE, **fields), BAD, *words)
+async def test_hostile_tenants_are_named(shared_store: Store, fields: dict[str, str], words: Sequence[str]) -> None:
+    await refused(shared_store.put(LARGE, **fields), BAD, *words)
     stat = pb.StatArtifactRequest(sha256=sha256(LARGE))
-    await refused(store.stub.StatArtifact(stat), grpc.StatusCode.NOT_FOUND)
-    assert await usage(store) == {}
+    await refused(shared_store.stub.StatArtifact(stat), grpc.StatusCode.NOT_FOUND)
+    assert await usage(shared_store) == {}
 
 
-@pytest.mark.parametrize("tenant", ["é" * 1_024, "a\0b", "=t", "*", "$where", "job/1\n", "\U0010ffff", "t.u"])
-async def test_odd_tenants_are_tenants(store: Store, tenant: str) -> None:
+async def test_odd_tenants_are_tenants(store: Store) -> None:
     """As in results: a tenant is any text, and each is another."""
-    await store.put(LARGE, reference="job/1", tenant=tenant)
-    await store.put(LARGE, reference="job/2", tenant="t")
-    expected = {tenant: each(1), "t": each(1)}
+    tenants = ["é" * 1_024, "a\0b", "=t", "*", "$where", "job/1\n", "\U0010ffff", "t.u", "t"]
+    names = [f"job/{n}" for n in range(len(tenants))]
+    for name, tenant in zip(names, tenants, strict=True):
+        await store.put(LARGE, reference=name, tenant=tenant)
+    expected = dict.fromkeys(tenants, each(1))
     await until_usage(store, expected)
     assert await usage(store, recount=True) == expected
-    await release(store, "job/1", "job/2")
-    await until_usage(store, {tenant: (0, 0), "t": (0, 0)})
+    await release(store, *names)
+    await until_usage(store, dict.fromkeys(tenants, (0, 0)))
 
 
 async def test_what_an_older_version_left(store: Store, collections: Collections) -> None:
