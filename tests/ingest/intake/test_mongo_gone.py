@@ -1,5 +1,5 @@
-"""MongoDB is gone for a minute (20 s in the short form): every submit is refused in words, in bounded time; nothing acknowledged is lost; and
-when it is back, all goes on by itself."""
+"""MongoDB is gone for a minute, or for 20 s in the short form: every submit is refused in words, in bounded time;
+nothing acknowledged is lost; and when it is back, all goes on by itself."""
 
 from __future__ import annotations
 
