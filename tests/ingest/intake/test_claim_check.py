@@ -50,6 +50,13 @@ async def mesh(shared_ingest: IngestProcess, store: Store) -> AsyncIterator[Fake
 
 
 @pytest.fixture
+async def client(client: Client) -> Client:
+    """A client, once the shared instance has reached the mesh of this test: until then large requests stay inline."""
+    await client.ended((await client.submit()).job.id)
+    return client
+
+
+@pytest.fixture
 async def database(mongo_uri: str, shared_database: str) -> AsyncIterator[Database]:
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as client:
         yield client[shared_database]
@@ -223,14 +230,14 @@ async def test_kills_between_store_and_database_lose_nothing(
     mesh.infer.model, model = _held, mesh.infer.model
     jobs = []
     for number, each in enumerate(data):
-        with start_ingest(mesh=mesh.address) as ingest:
+        with start_ingest(mesh=mesh.address, lease_ms=2_000, renew_ms=500) as ingest:
             await ingest.until_ready()
             client = Client(ingest.address)
             jobs.append((await client.submit(data=each, idempotency_key=str(number))).job.id)
             ingest.kill()
             await client.channel.close()
     mesh.infer.model = model
-    with start_ingest(mesh=mesh.address) as ingest:
+    with start_ingest(mesh=mesh.address, lease_ms=2_000, renew_ms=500) as ingest:
         await ingest.until_ready()
         client = Client(ingest.address)
         for job, each in zip(jobs, data, strict=True):
