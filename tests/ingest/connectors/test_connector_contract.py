@@ -178,6 +178,8 @@ async def test_what_has_no_answer_goes_to_the_dead_letters_and_holds_up_nobody(
     assert own_mesh.store.results[dead[values[5]]["shoal-job-id"]].message == "input 'x': no such shape"
 
 
+# The window is the same for every broker; `test_kafka.py` reads on after a pause.
+@pytest.mark.parametrize("broker", by_form(["grpc", "kafka"], ["grpc", *BROKERS]), indirect=True)
 async def test_a_slow_model_holds_the_broker_back(
     broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:
@@ -218,6 +220,8 @@ async def test_an_outage_of_everything_behind_ingest_loses_nothing(
     await one_result_each(own_mesh, jobs, answers, range(10))
 
 
+# A message has its job by its place, and each broker's places are those of the tests above.
+@pytest.mark.parametrize("real_broker", by_form(["kinesis"], BROKERS), indirect=True)
 async def test_a_message_keeps_its_job_when_the_connector_is_set_up_otherwise(
     real_broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:
