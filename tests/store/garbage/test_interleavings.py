@@ -228,7 +228,11 @@ RESCUES = [("condemned", ("push",)), ("condemned", ("claim",)), ("in use", ("let
 OTHERS = [("push",), ("claim",), ("let_go", "push")]
 
 
-@pytest.mark.parametrize(("first", "others"), by_form(RESCUES, [*itertools.product(["in use", "condemned"], OTHERS)]))
+@pytest.mark.parametrize(
+    ("first", "others"),
+    by_form(RESCUES, [*itertools.product(["in use", "condemned"], OTHERS)]),
+    ids=lambda value: value if isinstance(value, str) else " then ".join(value),
+)
 def test_every_single_interruption(world: World, first: str, others: tuple[str, ...]) -> None:
     world.interrupt_everywhere(("collect_twice", "+".join(others)), FIRST[first])
 
