@@ -188,14 +188,21 @@ async def test_payloads_use_a_quota_up(mesh: FakeMesh, store: Store, client: Cli
     await until(has_room, "there is room again")
 
 
-async def test_without_a_store_submits_go_on(mesh: FakeMesh, store: Store, client: Client, database: Database) -> None:
+async def test_without_a_store_submits_go_on(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest, mongo_uri: str, mongo_database: str
+) -> None:
+    # Its own instance: for seconds after the outage, it stores large requests inline.
+    ingest = start_ingest(mesh=mesh.address)
+    await ingest.until_ready()
+    client = Client(ingest.address)
     data = os.urandom(LARGE)
     assert isinstance(mesh.store, ArtifactStore)
     mesh.infer.model, model = _held, mesh.infer.model
     before = await client.submit(data=data)
     mesh.store.is_away = True
     away = await client.submit(data=data)
-    payloads = {document["_id"]: document async for document in database["payloads"].find()}
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
+        payloads = {document["_id"]: document async for document in mongo[mongo_database]["payloads"].find()}
     assert "artifact" in payloads[before.job.id]
     assert "request" in payloads[away.job.id]
     mesh.infer.model = model
@@ -210,6 +217,7 @@ async def test_without_a_store_submits_go_on(mesh: FakeMesh, store: Store, clien
     mesh.store.is_away = False
     ended = await client.ended(before.job.id)
     assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    await client.channel.close()
 
 
 async def test_a_request_that_rotted_ends_its_job_and_says_so(mesh: FakeMesh, store: Store, client: Client) -> None:
