@@ -14,7 +14,6 @@ from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
 
 from services.ingest.clock import utc_now
-from services.store.usage import counters
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
@@ -32,11 +31,7 @@ Database = AsyncDatabase[dict[str, Any]]
 
 
 @pytest.fixture
-async def store(
-    mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Store]:
-    """A store that counts more often than once a second: tests wait for counts."""
-    monkeypatch.setattr(counters, "FLUSH_S", 0.1)
+async def store(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -> AsyncIterator[Store]:
     config = store_config(mongo_uri, f"{mongo_database}_store", run_dir / "store-0.sock", tmp_path / "blobs")
     async with running_store(config) as running:
         yield running

@@ -19,6 +19,7 @@ from mesh.process.threads import Threads
 from services.store.documents import RESTORES, Collections
 from services.store.garbage.references import References
 from services.store.usage import changes as noting
+from services.store.usage import counters as counting
 from services.store.usage.changes import Changes
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
@@ -119,7 +120,10 @@ async def test_results_and_payloads_add_up(store: Store) -> None:
         assert (one.bytes, one.payload_bytes) == (len(LARGE) + 3 * RECORD, len(LARGE) + RECORD)
 
 
-async def test_a_quota_is_compared_with_both(store: Store) -> None:
+async def test_a_quota_is_compared_with_both(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A payload that is counted while a quota is read is missed for that moment.
+    monkeypatch.setattr(counting, "FLUSH_S", 1.0)
+
     async def over(tenant: str = "t") -> pb.TenantUsage | None:
         answer = await store.put(LARGE, reference=f"job/{os.urandom(8).hex()}", tenant=tenant)
         return answer.over_quota if answer.HasField("over_quota") else None
@@ -129,8 +133,8 @@ async def test_a_quota_is_compared_with_both(store: Store) -> None:
     await put(store, result("a", FAILED, tenant="t"))
 
     async def both_are_counted() -> bool:
-        (one,) = (await store.stub.ListUsage(pb.ListUsageRequest())).usages
-        return (one.results, one.payloads) == (1, 1)
+        found = (await store.stub.ListUsage(pb.ListUsageRequest())).usages
+        return [(one.results, one.payloads) for one in found] == [(1, 1)]
 
     await until(both_are_counted, "both are counted")
     assert await over() is None
