@@ -89,28 +89,6 @@ async def kill_and_restart(ingests: list[IngestProcess], is_done: asyncio.Event,
             victim.start()
 
 
-@pytest.mark.timeout(240)
-async def test_killed_again_and_again(
-    own_mesh: FakeMesh, start_ingest: StartIngest, mongo_uri: str, mongo_database: str
-) -> None:
-    own_mesh.infer.model = slow
-    ingests = [start_ingest(n, **LEASE) for n in range(2)]
-    clients = [Client(ingest.address) for ingest in ingests]
-    for ingest in ingests:
-        await ingest.until_ready()
-    is_done = asyncio.Event()
-    results = own_mesh.store.results
-    killing = asyncio.create_task(kill_and_restart(ingests, is_done, lambda: len(results)))
-    acknowledged = await load(clients)
-    await until(lambda: acknowledged.keys() <= results.keys(), "every result", within_s=90)
-    is_done.set()
-    await killing
-    await settled(mongo_uri, mongo_database)
-    await ledger(mongo_uri, mongo_database, acknowledged, results)
-    for client in clients:
-        await client.channel.close()
-
-
 async def settled(mongo_uri: str, database: str) -> None:
     """Waits until no job is waiting or held: then nothing more happens."""
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
@@ -298,7 +276,7 @@ async def real_store(
 
 
 @pytest.mark.timeout(240)
-async def test_with_the_real_store(
+async def test_killed_again_and_again_with_the_real_store(
     run_dir: Path,
     real_store: store_pb2_grpc.StoreServiceStub,
     start_ingest: StartIngest,
