@@ -136,7 +136,7 @@ async def test_retention_removes_whole_batches_or_nothing(store: Killed, collect
                 return await collections.results.count_documents(standing) < left or left == COUNT // 3
 
             # A transaction of the process that was killed is open for up to ten seconds.
-            await until(is_under_way, "it removes", 60)
+            await until(is_under_way, "it removes", 60, every_s=0.05)
             store.now()
             # As if its time had passed: `retention/test_rounds.py` waits for that.
             await collections.db[LEASES].update_one({"_id": "store"}, {"$set": {"expires_at": EXPIRED}})
@@ -146,7 +146,7 @@ async def test_retention_removes_whole_batches_or_nothing(store: Killed, collect
         async def is_done() -> bool:
             return await collections.results.count_documents(standing) == COUNT // 3
 
-        await until(is_done, "all is removed", 60)
+        await until(is_done, "all is removed", 60, every_s=0.2)
         assert await collections.results.distinct("tenant", standing) == ["t1"]
         assert await collections.results.count_documents({"removed_at": {"$exists": True}}) == 2 * COUNT // 3
         assert await collections.results.count_documents({}) == COUNT
