@@ -23,8 +23,6 @@ from tests.ingest.connectors.test_connector_contract import PATIENT, answered, m
 from tests.ingest.faults import FakeMesh
 
 pytestmark = [pytest.mark.timeout(240)]
-LOOKS_OFTEN = {"topic.metadata.refresh.interval.ms": "1000"}
-"""A member that soon sees whether there is a topic."""
 
 
 def source_of(kafka: Kafka, start: str = "earliest", **options: str) -> KafkaSource:
@@ -232,7 +230,7 @@ async def test_a_broker_that_hangs_is_waited_for(
 async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
     kafka = Kafka(tansu.address)
     got: list[Message] = []
-    source = source_of(kafka, **LOOKS_OFTEN)
+    source = source_of(kafka)
     async with shard_reader(source, got):
         await until(lambda: "there is no topic" in source.status().problem, "the trouble", **PATIENT)
         await kafka.make()
@@ -246,7 +244,7 @@ async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
         broker.wait_until_ready()
         kafka = await Kafka(broker.address).make()
         got: list[Message] = []
-        source = source_of(kafka, **LOOKS_OFTEN)
+        source = source_of(kafka)
         async with shard_reader(source, got):
             await kafka.publish([b"a", b"b"])
             await until(lambda: len(got) == 2, "messages", **PATIENT)
