@@ -18,16 +18,15 @@ from xdist.scheduler.loadfile import LoadFileScheduling
 
 PATIENT = (
     "tests/ingest/connectors/test_connector_contract.py",
-    "tests/ingest/intake/test_mongo_gone.py",
     "tests/ingest/connectors/test_kafka.py",
-    "tests/ingest/batches/test_batch_life.py",
-    "tests/ingest/test_ingest_outages.py",
-    "tests/ingest/intake/test_disk_full.py",
     "tests/mesh/xds/test_xds_envoy.py",
     "tests/store/test_store_outages.py",
     "tests/store/artifacts/test_object_store.py",
-    "tests/mesh/cluster/test_election.py",
+    "tests/ingest/test_ingest_outages.py",
+    "tests/ingest/intake/test_disk_full.py",
+    "tests/ingest/intake/test_mongo_gone.py",
     "tests/mesh/cluster/test_membership_etcd.py",
+    "tests/mesh/cluster/test_election.py",
 )
 """Files that use less than a third of a core, the longest first."""
 
@@ -70,6 +69,7 @@ SLOW = (
     "tests/infer/scheduling/test_overload.py",
     "tests/infer/triton",
     "tests/ingest/batches/test_batch_kills.py",
+    "tests/ingest/batches/test_batch_life.py",
     "tests/ingest/connectors",
     "tests/ingest/test_ingest_kills.py",
     "tests/kernels/test_backend.py",

@@ -20,10 +20,12 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import Process, until
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, mesh_at, submit
+from tests.long_form import by_form
 
 S = grpc.StatusCode
-JOBS = 300
-KILLS = 5
+JOBS = by_form(200, 300)
+# The third one kills both instances.
+KILLS = by_form(3, 5)
 LEASE = {"lease_ms": 2_000, "renew_ms": 500}
 # Recovery within the patience of a test; what is tested does not depend on it.
 RETRY = pb.RetryPolicy(max_attempts=100, initial_backoff=Duration(nanos=1_000_000))
@@ -85,28 +87,6 @@ async def kill_and_restart(ingests: list[IngestProcess], is_done: asyncio.Event,
         for victim in ingests if kill == 2 else [ingests[kill % 2]]:
             victim.kill()
             victim.start()
-
-
-@pytest.mark.timeout(240)
-async def test_killed_again_and_again(
-    own_mesh: FakeMesh, start_ingest: StartIngest, mongo_uri: str, mongo_database: str
-) -> None:
-    own_mesh.infer.model = slow
-    ingests = [start_ingest(n, **LEASE) for n in range(2)]
-    clients = [Client(ingest.address) for ingest in ingests]
-    for ingest in ingests:
-        await ingest.until_ready()
-    is_done = asyncio.Event()
-    results = own_mesh.store.results
-    killing = asyncio.create_task(kill_and_restart(ingests, is_done, lambda: len(results)))
-    acknowledged = await load(clients)
-    await until(lambda: acknowledged.keys() <= results.keys(), "every result", within_s=90)
-    is_done.set()
-    await killing
-    await settled(mongo_uri, mongo_database)
-    await ledger(mongo_uri, mongo_database, acknowledged, results)
-    for client in clients:
-        await client.channel.close()
 
 
 async def settled(mongo_uri: str, database: str) -> None:
@@ -296,7 +276,7 @@ async def real_store(
 
 
 @pytest.mark.timeout(240)
-async def test_with_the_real_store(
+async def test_killed_again_and_again_with_the_real_store(
     run_dir: Path,
     real_store: store_pb2_grpc.StoreServiceStub,
     start_ingest: StartIngest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,26 @@ from tests.mongods import MongoProcess
 S = grpc.StatusCode
 
 
+@pytest.fixture(scope="module")
+def one_mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongoProcess]:
+    with MongoProcess(tmp_path_factory.mktemp("mongod")) as process:
+        yield process
+
+
 @pytest.fixture
-async def mongod(tmp_path: Path) -> AsyncIterator[MongoProcess]:
-    process = MongoProcess(tmp_path)
-    yield process
-    process.__exit__()
+async def mongod(one_mongod: MongoProcess) -> MongoProcess:
+    """A mongod that is ready, whatever the test before this one has done to it."""
+    if not one_mongod.is_running():
+        one_mongod.start()
+    one_mongod.thaw()
+    await one_mongod.until_ready()
+    return one_mongod
 
 
-async def refusal(client: Client) -> grpc.StatusCode:
-    """How a submit is refused, in bounded time."""
+async def refusal(client: Client, request: pb.SubmitRequest | None = None) -> grpc.StatusCode:
+    """Return the status code of a submit that is rejected, in bounded time."""
     with pytest.raises(grpc.aio.AioRpcError) as call:
-        await client.stub.Submit(submit(), timeout=30)
+        await client.stub.Submit(request or submit(), timeout=30)
     return call.value.code()
 
 
@@ -51,6 +60,7 @@ async def answers(client: Client) -> bool:
 
 
 async def test_everything_away_at_the_start(mongod: MongoProcess, start_ingest: StartIngest, run_dir: Path) -> None:
+    mongod.kill()
     ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{processes.free_port()}")
     client = Client(ingest.address)
     await asyncio.wait_for(client.channel.channel_ready(), 30)
@@ -68,22 +78,28 @@ async def test_everything_away_at_the_start(mongod: MongoProcess, start_ingest: 
     await client.channel.close()
 
 
-async def test_a_database_that_hangs_and_comes_back(
+async def test_a_database_that_hangs_comes_back_and_what_nobody_heard_of_runs_once(
     mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
-    mongod.start()
-    await mongod.until_ready()
     ingest = start_ingest(mongo=mongod.uri)
     await ingest.until_ready()
     client = Client(ingest.address)
     await client.ended((await client.submit()).job.id)
+    once = submit(request_id="once", idempotency_key="k", retry=pb.RetryPolicy(max_attempts=1))
     mongod.freeze()
-    refused = await asyncio.gather(*(refusal(client) for _ in range(20)))
+    # The write that would also claim it hangs: it is done, or not, once mongod goes on.
+    unheard = asyncio.create_task(refusal(client, once))
+    await asyncio.sleep(0.2)
+    refused = await asyncio.gather(unheard, *(refusal(client) for _ in range(20)))
     assert set(refused) == {S.UNAVAILABLE}
     mongod.thaw()
     await until(lambda: answers(client), "submits taken again")
     accepted = await client.submit()
     assert (await client.ended(accepted.job.id)).state == pb.JOB_STATE_SUCCEEDED
+    again = await client.stub.Submit(once, timeout=20)
+    job = await client.ended(again.job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    assert own_mesh.infer.calls["once"] == 1
     await client.channel.close()
 
 
@@ -98,8 +114,6 @@ async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
         return await echo(request, context)
 
     own_mesh.infer.model = waits
-    mongod.start()
-    await mongod.until_ready()
     ingest = start_ingest(mongo=mongod.uri)
     await ingest.until_ready()
     client = Client(ingest.address)
@@ -120,8 +134,6 @@ async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
 async def test_it_stops_in_order_while_its_database_is_gone(
     mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
-    mongod.start()
-    await mongod.until_ready()
     ingest = start_ingest(mongo=mongod.uri)
     await ingest.until_ready()
     client = Client(ingest.address)
@@ -160,8 +172,6 @@ def test_a_wrong_setting_is_named(start_ingest: StartIngest) -> None:
 async def test_a_stream_stops_its_producer_while_the_database_hangs(
     mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
-    mongod.start()
-    await mongod.until_ready()
     ingest = start_ingest(mongo=mongod.uri, stream_items=20)
     await ingest.until_ready()
     client, sent = Client(ingest.address), 0
@@ -185,34 +195,4 @@ async def test_a_stream_stops_its_producer_while_the_database_hangs(
     assert [answer.sequence for answer in answers] == list(range(1, 401))
     assert all(answer.job_id or answer.code == S.UNAVAILABLE.value[0] for answer in answers)
     assert all(answer.job_id for answer in answers[-300:])
-    await client.channel.close()
-
-
-async def test_a_submit_of_which_nothing_was_heard_runs_once_with_all_its_attempts(
-    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
-) -> None:
-    mongod.start()
-    await mongod.until_ready()
-    ingest = start_ingest(mongo=mongod.uri)
-    await ingest.until_ready()
-    client = Client(ingest.address)
-    once = submit(request_id="once", idempotency_key="k", retry=pb.RetryPolicy(max_attempts=1))
-    mongod.freeze()  # The write that would also claim it hangs: it is done, or not, once mongod goes on.
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await client.stub.Submit(once, timeout=30)
-    assert refused.value.code() is S.UNAVAILABLE
-    mongod.thaw()
-    accepted: list[pb.SubmitResponse] = []
-
-    async def is_accepted() -> bool:
-        try:
-            accepted.append(await client.stub.Submit(once, timeout=20))
-        except grpc.aio.AioRpcError:
-            return False
-        return True
-
-    await until(is_accepted, "the database takes jobs again")
-    job = await client.ended(accepted[0].job.id)
-    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
-    assert own_mesh.infer.calls["once"] == 1
     await client.channel.close()

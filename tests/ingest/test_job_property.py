@@ -43,6 +43,7 @@ from services.ingest.job import (
 )
 from services.ingest.job_store import DependencyState
 from shoal.errors import Code
+from tests.long_form import by_form
 
 LEASE = timedelta(seconds=5)
 WORKERS = 2
@@ -366,7 +367,7 @@ class World(RuleBasedStateMachine):
 
 
 TestWorld = World.TestCase
-TestWorld.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestWorld.settings = settings(max_examples=by_form(75, 150), stateful_step_count=50, deadline=None)
 
 
 def test_the_states_are_those_of_the_contract() -> None:

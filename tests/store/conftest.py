@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mesh.rpc.channel import connect
@@ -115,6 +118,19 @@ def config(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -
 async def store(config: StoreConfig) -> AsyncIterator[Store]:
     async with running_store(config) as running:
         yield running
+
+
+# A store that starts makes its collections and indexes. Tests that leave nothing behind, or only data that no other
+# test looks at, share one per module, and its event loop: they are marked `on_shared_loop`.
+on_shared_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_store(mongo_uri: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Store]:
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        socket, blobs = Path(folder) / "store-0.sock", tmp_path_factory.mktemp("blobs")
+        async with running_store(store_config(mongo_uri, f"test_{uuid.uuid4().hex[:16]}", socket, blobs)) as running:
+            yield running
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from grpc import StatusCode
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.store.conftest import Store, header, refused, running_store, sha256, upload
+from tests.store.conftest import Store, header, on_shared_loop, refused, running_store, sha256, upload
 
 pytestmark = pytest.mark.mongo
 
@@ -20,36 +20,39 @@ MIB = 1 << 20
 EMPTY = sha256(b"")
 
 
+@on_shared_loop
 @pytest.mark.parametrize("size", [0, 1, 1000, MIB - 1, MIB, MIB + 1, 9 * MIB + 12345])
-async def test_what_is_put_is_what_is_got(store: Store, size: int) -> None:
+async def test_what_is_put_is_what_is_got(shared_store: Store, size: int) -> None:
     data = os.urandom(size)
-    answer = await store.put(data, chunk_bytes=300_007)
+    answer = await shared_store.put(data, chunk_bytes=300_007)
     assert (answer.artifact.sha256, answer.artifact.size_bytes, answer.existed) == (sha256(data), size, False)
     assert answer.artifact.HasField("created_at")
-    assert await store.get(sha256(data)) == (size, data)
-    stat = await store.stub.StatArtifact(pb.StatArtifactRequest(sha256=sha256(data)))
+    assert await shared_store.get(sha256(data)) == (size, data)
+    stat = await shared_store.stub.StatArtifact(pb.StatArtifactRequest(sha256=sha256(data)))
     assert (stat.artifact, stat.received_bytes) == (answer.artifact, size)
-    assert store.staged == []
+    assert shared_store.staged == []
 
 
-async def test_the_same_again_is_not_read_again(store: Store) -> None:
+@on_shared_loop
+async def test_the_same_again_is_not_read_again(shared_store: Store) -> None:
     data = os.urandom(3 * MIB)
-    first = await store.put(data)
+    first = await shared_store.put(data)
 
     async def only_the_header():  # The stream stays open: the answer must come without its bytes.
         yield header(sha256=sha256(data), size_bytes=len(data))
         await asyncio.Event().wait()
 
-    again = await store.stub.PutArtifact(only_the_header(), timeout=20)
+    again = await shared_store.stub.PutArtifact(only_the_header(), timeout=20)
     assert again.existed
     assert again.artifact == first.artifact
 
 
+@on_shared_loop
 @pytest.mark.parametrize("offset", [0, 1, MIB - 1, MIB, 4 * MIB + 3, 5 * MIB + 99])
-async def test_get_from_an_offset(store: Store, offset: int) -> None:
+async def test_get_from_an_offset(shared_store: Store, offset: int) -> None:
     data = os.urandom(5 * MIB + 99)
-    await store.put(data)
-    assert await store.get(sha256(data), offset) == (len(data), data[offset:])
+    await shared_store.put(data)
+    assert await shared_store.get(sha256(data), offset) == (len(data), data[offset:])
 
 
 async def test_an_upload_goes_on_where_it_stopped(store: Store) -> None:
@@ -204,6 +207,7 @@ async def test_a_hostile_upload_is_named(
     assert (await store.put(b"abc")).artifact.size_bytes == 3
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "digest",
     [
@@ -220,10 +224,14 @@ async def test_a_hostile_upload_is_named(
         "*" * 64,
     ],
 )
-async def test_a_hostile_digest_is_named(store: Store, digest: str) -> None:
-    await refused(store.put(b"", sha256=digest), StatusCode.INVALID_ARGUMENT, "sha256", "64 lower-case hex digits")
-    await refused(store.stub.StatArtifact(pb.StatArtifactRequest(sha256=digest)), StatusCode.INVALID_ARGUMENT, "sha256")
-    await refused(store.get(digest), StatusCode.INVALID_ARGUMENT, "sha256")
+async def test_a_hostile_digest_is_named(shared_store: Store, digest: str) -> None:
+    await refused(
+        shared_store.put(b"", sha256=digest), StatusCode.INVALID_ARGUMENT, "sha256", "64 lower-case hex digits"
+    )
+    await refused(
+        shared_store.stub.StatArtifact(pb.StatArtifactRequest(sha256=digest)), StatusCode.INVALID_ARGUMENT, "sha256"
+    )
+    await refused(shared_store.get(digest), StatusCode.INVALID_ARGUMENT, "sha256")
 
 
 async def test_a_size_that_contradicts_what_is_there(store: Store) -> None:
@@ -240,12 +248,13 @@ async def test_offsets_of_get(store: Store) -> None:
     await refused(store.get(EMPTY, 0), StatusCode.NOT_FOUND)
 
 
+@on_shared_loop
 @pytest.mark.parametrize("harm", ["flip", "shorten", "lengthen", "remove"])
-async def test_rot_is_found_and_the_next_upload_repairs_it(store: Store, harm: str) -> None:
+async def test_rot_is_found_and_the_next_upload_repairs_it(shared_store: Store, harm: str) -> None:
     data = os.urandom(6 * MIB + 1)
     digest = sha256(data)
-    await store.put(data)
-    blob = store.blob(digest)
+    await shared_store.put(data)
+    blob = shared_store.blob(digest)
     if harm == "flip":
         with blob.open("r+b") as file:
             file.seek(5 * MIB)
@@ -254,11 +263,11 @@ async def test_rot_is_found_and_the_next_upload_repairs_it(store: Store, harm: s
         blob.unlink()
     else:
         os.truncate(blob, len(data) + (1 if harm == "lengthen" else -1))
-    await refused(store.get(digest), StatusCode.DATA_LOSS, digest)
+    await refused(shared_store.get(digest), StatusCode.DATA_LOSS, digest)
     # Known to be damaged now: it counts as missing until it is uploaded again.
-    await refused(store.get(digest), StatusCode.NOT_FOUND)
-    assert not (await store.put(data)).existed
-    assert await store.get(digest) == (len(data), data)
+    await refused(shared_store.get(digest), StatusCode.NOT_FOUND)
+    assert not (await shared_store.put(data)).existed
+    assert await shared_store.get(digest) == (len(data), data)
 
 
 async def test_an_upload_that_nobody_goes_on_with_is_discarded(config: StoreConfig) -> None:

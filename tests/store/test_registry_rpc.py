@@ -12,7 +12,7 @@ from pymongo import AsyncMongoClient
 
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb
-from tests.store.conftest import Store, refused, running_store, sha256, store_config, stored
+from tests.store.conftest import Store, on_shared_loop, refused, running_store, sha256, store_config, stored
 
 pytestmark = pytest.mark.mongo
 
@@ -114,54 +114,59 @@ async def test_files_must_be_stored(store: Store) -> None:
 BAD_NAMES = ["", ".m", "-m", "_m", "m/n", "../m", "m\0", "m\n", "ü", "m n", "x" * 129, "m\\n"]
 
 
+@on_shared_loop
 @pytest.mark.parametrize("name", BAD_NAMES)
-async def test_a_bad_name_is_named(store: Store, name: str) -> None:
-    await stored(store, A)
-    await refused(register(store, name, 1), StatusCode.INVALID_ARGUMENT, "name")
-    await refused(alias(store, name, "stable", 1), StatusCode.INVALID_ARGUMENT, "name")
-    await refused(store.stub.RemoveModel(pb.RemoveModelRequest(name=name)), StatusCode.INVALID_ARGUMENT, "name")
+async def test_a_bad_name_is_named(shared_store: Store, name: str) -> None:
+    await stored(shared_store, A)
+    await refused(register(shared_store, name, 1), StatusCode.INVALID_ARGUMENT, "name")
+    await refused(alias(shared_store, name, "stable", 1), StatusCode.INVALID_ARGUMENT, "name")
+    await refused(shared_store.stub.RemoveModel(pb.RemoveModelRequest(name=name)), StatusCode.INVALID_ARGUMENT, "name")
     if name:
-        await refused(listed(store, name), StatusCode.INVALID_ARGUMENT, "name")
-        await refused(store.stub.WatchModels(pb.WatchModelsRequest(name=name)), StatusCode.INVALID_ARGUMENT, "name")
+        await refused(listed(shared_store, name), StatusCode.INVALID_ARGUMENT, "name")
+        await refused(
+            shared_store.stub.WatchModels(pb.WatchModelsRequest(name=name)), StatusCode.INVALID_ARGUMENT, "name"
+        )
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "path",
     ["", "/", "/etc/passwd", "..", "../", "../..", "../../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", "a\\b",
      "a\0b", "a\nb", "../../../../etc/passwd", ".../..", "../2/model.onnx", "x" * 1025, "x" * 256, "é" * 128, ".",
      "..\\x"],
 )  # fmt: skip
-async def test_a_bad_path_is_named(store: Store, path: str) -> None:
+async def test_a_bad_path_is_named(shared_store: Store, path: str) -> None:
+    await stored(shared_store, A)
+    await refused(
+        register(shared_store, "m", 1, file("ok", A), file(path, A)), StatusCode.INVALID_ARGUMENT, "files[1].path"
+    )
+    assert await listed(shared_store) == []
+
+
+async def test_a_good_path_is_taken(store: Store) -> None:
     await stored(store, A)
-    await refused(register(store, "m", 1, file("ok", A), file(path, A)), StatusCode.INVALID_ARGUMENT, "files[1].path")
-    assert await listed(store) == []
+    for path in ["a", "a.b", "...", "..a", "a..", "../a", "../a/b", "../v2/x", "a b", "x" * 255, "日本"]:
+        assert (await register(store, "m", 0, file(path, A))).model.files[0].path == path
 
 
-@pytest.mark.parametrize(
-    "path", ["a", "a.b", "...", "..a", "a..", "../a", "../a/b", "../v2/x", "a b", "x" * 255, "日本"]
-)
-async def test_a_good_path_is_taken(store: Store, path: str) -> None:
-    await stored(store, A)
-    assert (await register(store, "m", 1, file(path, A))).model.files[0].path == path
-
-
-async def test_other_bad_fields_are_named(store: Store) -> None:
-    await stored(store, A)
+@on_shared_loop
+async def test_other_bad_fields_are_named(shared_store: Store) -> None:
+    await stored(shared_store, A)
     bad = StatusCode.INVALID_ARGUMENT
-    await refused(register(store, "m", -1), bad, "version", "-1")
+    await refused(register(shared_store, "m", -1), bad, "version", "-1")
     nothing = pb.RegisterModelRequest(model=pb.ModelVersion(name="m", version=1))
-    await refused(store.stub.RegisterModel(nothing), bad, "files")
-    await refused(store.stub.RegisterModel(pb.RegisterModelRequest()), bad, "name")
-    await refused(register(store, "m", 1, file("a", A), file("a", A)), bad, "twice")
-    await refused(register(store, "m", 1, file("a", A), file("a/b", A)), bad, "folder")
-    await refused(register(store, "m", 1, pb.ModelFile(path="a", sha256="xyz")), bad, "files[0].sha256")
-    await refused(register(store, "m", 1, file("a", A, -5)), bad, "files[0].size_bytes")
-    await refused(register(store, "m", 1, *(file(str(n), A) for n in range(4097))), bad, "files")
-    await refused(register(store, "m", 1, labels={str(n): "" for n in range(65)}), bad, "labels")
-    await refused(register(store, "m", 1, labels={"k" * 257: ""}), bad, "labels")
-    await refused(register(store, "m", 1, labels={"k": "v" * 257}), bad, "labels")
-    await refused(register(store, "m", 1, labels={"": "v"}), bad, "labels")
-    assert await listed(store) == []
+    await refused(shared_store.stub.RegisterModel(nothing), bad, "files")
+    await refused(shared_store.stub.RegisterModel(pb.RegisterModelRequest()), bad, "name")
+    await refused(register(shared_store, "m", 1, file("a", A), file("a", A)), bad, "twice")
+    await refused(register(shared_store, "m", 1, file("a", A), file("a/b", A)), bad, "folder")
+    await refused(register(shared_store, "m", 1, pb.ModelFile(path="a", sha256="xyz")), bad, "files[0].sha256")
+    await refused(register(shared_store, "m", 1, file("a", A, -5)), bad, "files[0].size_bytes")
+    await refused(register(shared_store, "m", 1, *(file(str(n), A) for n in range(4097))), bad, "files")
+    await refused(register(shared_store, "m", 1, labels={str(n): "" for n in range(65)}), bad, "labels")
+    await refused(register(shared_store, "m", 1, labels={"k" * 257: ""}), bad, "labels")
+    await refused(register(shared_store, "m", 1, labels={"k": "v" * 257}), bad, "labels")
+    await refused(register(shared_store, "m", 1, labels={"": "v"}), bad, "labels")
+    assert await listed(shared_store) == []
 
 
 async def test_the_largest_version_fits(store: Store) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from itertools import chain
+from itertools import chain, product
 
 import bson
 import pytest
@@ -22,7 +22,7 @@ from services.store.results.result_rules import check_results
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as pb
-from tests.store.conftest import Store, refused, running_store
+from tests.store.conftest import Store, on_shared_loop, refused, running_store
 
 pytestmark = pytest.mark.mongo
 
@@ -124,6 +124,7 @@ async def test_a_thousand_at_once(store: Store) -> None:
     assert [entry.recorded for entry in again] == [False] * 500 + [True] * 500
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -149,15 +150,18 @@ async def test_a_thousand_at_once(store: Store) -> None:
         (pb.Result(job_id="j", outcome=OK, labels={str(n): "" for n in range(65)}), ["labels", "65"]),
     ],
 )
-async def test_a_wrong_result_is_named_and_none_is_recorded(store: Store, wrong: pb.Result, words: list[str]) -> None:
-    await refused(put(store, result("ok"), wrong), BAD, "results[1]", *words)
-    assert await query(store) == ([], "")
+async def test_a_wrong_result_is_named_and_none_is_recorded(
+    shared_store: Store, wrong: pb.Result, words: list[str]
+) -> None:
+    await refused(put(shared_store, result("ok"), wrong), BAD, "results[1]", *words)
+    assert await query(shared_store) == ([], "")
 
 
-async def test_the_number_of_results(store: Store) -> None:
-    await refused(put(store), BAD, "1 to 1000")
-    await refused(put(store, *(result(f"j{n}", FAILED) for n in range(1001))), BAD, "1001")
-    assert await query(store) == ([], "")
+@on_shared_loop
+async def test_the_number_of_results(shared_store: Store) -> None:
+    await refused(put(shared_store), BAD, "1 to 1000")
+    await refused(put(shared_store, *(result(f"j{n}", FAILED) for n in range(1001))), BAD, "1001")
+    assert await query(shared_store) == ([], "")
 
 
 async def test_a_response_that_does_not_fit_a_document(store: Store) -> None:
@@ -250,11 +254,12 @@ async def test_an_answer_that_is_removed_while_it_is_read_is_not_damaged(
     await refused(get(store, "j"), StatusCode.NOT_FOUND, "job j: no result (yet)")
 
 
-async def test_a_job_without_a_result(store: Store) -> None:
-    await refused(get(store, "none"), StatusCode.NOT_FOUND, "none")
-    await refused(get(store, ""), BAD, "job_id")
-    await refused(get(store, "x" * 65), BAD, "job_id")
-    await refused(get(store, "a\0"), BAD, "job_id")
+@on_shared_loop
+async def test_a_job_without_a_result(shared_store: Store) -> None:
+    await refused(get(shared_store, "none"), StatusCode.NOT_FOUND, "none")
+    await refused(get(shared_store, ""), BAD, "job_id")
+    await refused(get(shared_store, "x" * 65), BAD, "job_id")
+    await refused(get(shared_store, "a\0"), BAD, "job_id")
 
 
 async def test_filters(store: Store) -> None:
@@ -307,15 +312,13 @@ async def test_the_time_window_is_half_open(store: Store) -> None:
     assert await query(store, **ages) == (["c", "b", "a"], "")
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 7, 24, 25, 26])
-@pytest.mark.parametrize("by_job", [False, True])
-async def test_pages_among_results_of_one_moment(store: Store, page_size: int, by_job: bool) -> None:
+async def test_pages_among_results_of_one_moment(store: Store) -> None:
     jobs = [f"j{n:02}" for n in range(25)]
     await put(store, *map(result, jobs))
-    filter_ = {"job_ids": jobs} if by_job else {}
-    found = await pages(store, page_size=page_size, **filter_)
-    assert [*chain(*found)] == jobs[::-1]
-    assert all(len(page) == page_size for page in found[:-1])
+    for page_size, filter_ in product([1, 2, 7, 24, 25, 26], [{}, {"job_ids": jobs}]):
+        found = await pages(store, page_size=page_size, **filter_)
+        assert [*chain(*found)] == jobs[::-1]
+        assert all(len(page) == page_size for page in found[:-1])
 
 
 async def test_pages_stand_still_while_results_come(store: Store) -> None:
@@ -347,6 +350,7 @@ def forged(*parts: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "token",
     ["x", "é", "\0", "====", "AAAA", "W10=", "bnVsbA==", "e30=",
@@ -354,20 +358,21 @@ def forged(*parts: object) -> str:
      forged(1, -1, "j", ""), forged(1, 10**30, "j", ""), forged(1, 0, None, ""), forged(1, 0, {"$gt": ""}, ""),
      forged(1, True, "j", ""), forged(1, 0, "\ud800", ""), "W1tb" * 200, "[" * 1000, "A" * 100_000],
 )  # fmt: skip
-async def test_a_bad_page_token_is_named(store: Store, token: str) -> None:
-    await refused(query(store, page_token=token), BAD, "page_token")
+async def test_a_bad_page_token_is_named(shared_store: Store, token: str) -> None:
+    await refused(query(shared_store, page_token=token), BAD, "page_token")
 
 
-async def test_bad_filters_are_named(store: Store) -> None:
-    await refused(query(store, job_ids=["j"] * 1001), BAD, "job_ids")
-    await refused(query(store, job_ids=["a", ""]), BAD, "job_ids[1]")
-    await refused(query(store, job_ids=["x" * 65]), BAD, "job_ids[0]")
-    await refused(query(store, outcome=99), BAD, "outcome")
-    await refused(query(store, model_name="x" * 1025), BAD, "model_name")
-    await refused(query(store, since=Timestamp(seconds=1 << 62)), BAD, "since")
-    await refused(query(store, until=Timestamp(nanos=1_000_000_000)), BAD, "until")
-    await refused(query(store, labels={"k": "v" * 257}), BAD, "labels", "'k'")
-    await refused(query(store, labels={str(n): "" for n in range(65)}), BAD, "labels", "65")
+@on_shared_loop
+async def test_bad_filters_are_named(shared_store: Store) -> None:
+    await refused(query(shared_store, job_ids=["j"] * 1001), BAD, "job_ids")
+    await refused(query(shared_store, job_ids=["a", ""]), BAD, "job_ids[1]")
+    await refused(query(shared_store, job_ids=["x" * 65]), BAD, "job_ids[0]")
+    await refused(query(shared_store, outcome=99), BAD, "outcome")
+    await refused(query(shared_store, model_name="x" * 1025), BAD, "model_name")
+    await refused(query(shared_store, since=Timestamp(seconds=1 << 62)), BAD, "since")
+    await refused(query(shared_store, until=Timestamp(nanos=1_000_000_000)), BAD, "until")
+    await refused(query(shared_store, labels={"k": "v" * 257}), BAD, "labels", "'k'")
+    await refused(query(shared_store, labels={str(n): "" for n in range(65)}), BAD, "labels", "65")
 
 
 def watch(store: Store, **fields: object):
@@ -421,6 +426,7 @@ def token_of(**fields: object) -> str:
     return base64.urlsafe_b64encode(bson.encode(fields)).decode()
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "token",
     ["x", "é", "\0", "AAAA", "====", "A" * 10_000, token_of(), token_of(_data=1), token_of(_data="zz"),
@@ -428,12 +434,13 @@ def token_of(**fields: object) -> str:
      token_of(_data="00"), token_of(_data="82", x=1), token_of(_data="8263", _typeBits=3), token_of(_data="FF" * 50),
      token_of(_data="8263" + "00" * 20), token_of(_data={"$gt": ""})],
 )  # fmt: skip
-async def test_a_bad_resume_token_is_named(store: Store, token: str) -> None:
-    await refused(watch(store, resume_token=token), BAD, "resume_token")
+async def test_a_bad_resume_token_is_named(shared_store: Store, token: str) -> None:
+    await refused(watch(shared_store, resume_token=token), BAD, "resume_token")
 
 
-async def test_a_watch_with_a_filter_that_is_too_long(store: Store) -> None:
-    await refused(watch(store, model_name="x" * 1025), BAD, "model_name")
+@on_shared_loop
+async def test_a_watch_with_a_filter_that_is_too_long(shared_store: Store) -> None:
+    await refused(watch(shared_store, model_name="x" * 1025), BAD, "model_name")
 
 
 async def test_a_limit_on_watches(config: StoreConfig) -> None:

@@ -19,7 +19,7 @@ from services.store.config import StoreConfig
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.store.conftest import Store, refused, running_store
+from tests.store.conftest import Store, on_shared_loop, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, forged, get, pages, put, result
 
 pytestmark = pytest.mark.mongo
@@ -257,14 +257,15 @@ async def test_blobs_that_are_away_are_not_passed_over(store: Store, monkeypatch
     assert [one.HasField("response") for piece in found for one in piece.results] == [True, True]
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "cursor",
     ["x", "é", "\0", "====", "bnVsbA==", forged(1, 0, "j", ""), forged(2, 0, "j", ""), forged(2, 0, "j", 0, 1, ""),
      forged(2, 0, "j", -1, "j", ""), forged(2, "0", "j", 0, "j", ""), forged(2, 0, "\ud800", 0, "j", ""),
      forged(3, 0, "j", 0, "j", ""), "A" * 100_000],
 )  # fmt: skip
-async def test_a_bad_cursor_is_named(store: Store, cursor: str) -> None:
-    await refused(stream(store, cursor=cursor), BAD, "cursor")
+async def test_a_bad_cursor_is_named(shared_store: Store, cursor: str) -> None:
+    await refused(stream(shared_store, cursor=cursor), BAD, "cursor")
 
 
 async def test_a_cursor_belongs_to_its_filter(store: Store) -> None:

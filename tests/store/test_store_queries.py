@@ -18,6 +18,7 @@ from services.store.results.result_documents import document
 from services.store.results.result_filter import find
 from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
+from tests.long_form import by_form
 from tests.store.conftest import running_store, store_config, stored
 
 pytestmark = pytest.mark.mongo
@@ -93,8 +94,10 @@ async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Coll
         yield collections
 
 
-@pytest.mark.parametrize("oldest_first", [False, True])
-@pytest.mark.parametrize("place", PLACES, ids=["first page", "next page"])
+@pytest.mark.parametrize(
+    ("place", "oldest_first"),
+    by_form([(PLACES[0], True), (PLACES[1], False)], [*product(PLACES, [False, True])]),
+)
 async def test_every_combination_of_filters_uses_an_index_and_no_sort(
     collections: Collections, place: Position | None, oldest_first: bool
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
-from tests.ingest.conftest import StartIngest
+from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.faults import Client, FakeInfer, FakeMesh
 
 ENDED = {pb.BATCH_STATE_SUCCEEDED, pb.BATCH_STATE_FAILED, pb.BATCH_STATE_CANCELLED}
@@ -136,6 +137,16 @@ class BatchClient(Client):
 
         await until(has_ended, f"the end of batch {batch_id}", within_s=within_s, every_s=0.1)
         return last
+
+
+@pytest.fixture(scope="module")
+def shared_ingest(mongo_uri: str, shared_database: str) -> Iterator[IngestProcess]:
+    """An instance with short leases, for the tests of a module."""
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        mesh = f"unix:{folder}/outbound.sock"
+        with IngestProcess(Path(folder), 0, mongo_uri, shared_database, mesh, **LEASE) as process:
+            process.wait_until_ready()
+            yield process
 
 
 @pytest.fixture

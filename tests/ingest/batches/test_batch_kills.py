@@ -24,11 +24,13 @@ from tests.breakable import until
 from tests.ingest.batches.conftest import LEASE, BatchClient, BatchMesh
 from tests.ingest.batches.making import write_lines, write_npz, write_parquet
 from tests.ingest.conftest import IngestProcess, StartIngest
+from tests.long_form import by_form
 
 pytestmark = pytest.mark.timeout(240)
 
-ROWS = 2_000
-KILLS = 6
+ROWS = by_form(1_000, 2_000)
+# Every third one kills both instances.
+KILLS = by_form(3, 6)
 
 
 async def slow(rows: list[int], context: Any) -> None:
@@ -60,7 +62,8 @@ def assert_each_row_once(out: Path, x: np.ndarray) -> None:
     assert np.array_equal(np.array(table.column("y").to_pylist(), np.float32), 2 * x[rows])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "npz"])
+# A kill is the same for every format; `test_batch_life.py` reads each of them.
+@pytest.mark.parametrize("kind", by_form(["jsonl"], ["jsonl", "parquet", "npz"]))
 async def test_killed_again_and_again(
     kind: str, mesh: BatchMesh, start_ingest: StartIngest, mongo_uri: str, mongo_database: str, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from shoal.node import processes
 from tests.breakable import PATIENCE_S, Process
 from tests.ingest.connectors.brokers import Received
 
-FAST = {"session.timeout.ms": 6_000, "heartbeat.interval.ms": 1_000}
+FAST = {"session.timeout.ms": 4_000, "heartbeat.interval.ms": 500}
 """A killed member is missed for so long, and joining takes half of it."""
 
 

@@ -20,8 +20,9 @@ from pymongo.asynchronous.collection import AsyncCollection
 from shoal.inference.v2 import inference_pb2
 from tests.breakable import until
 from tests.ingest.connectors.brokers import Broker, Received, message, number
-from tests.ingest.connectors.conftest import StartConnector
+from tests.ingest.connectors.conftest import BROKERS, StartConnector
 from tests.ingest.faults import FakeMesh, failing
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.mongo, pytest.mark.timeout(240)]
 PATIENT = {"within_s": 90.0, "every_s": 0.2}
@@ -108,12 +109,15 @@ async def test_each_message_is_answered_and_settled(
     assert not await broker.dead()
 
 
+# In the short form, `test_two_instances_share_a_stream_and_one_takes_over_what_the_other_had` kills under load, and
+# `test_nothing_is_settled_before_what_came_before_it` restarts, for each broker.
+@pytest.mark.parametrize("broker", by_form(["grpc", "pubsub"], ["grpc", *BROKERS]), indirect=True)
 async def test_kills_leave_one_result_for_each_message(
     broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:
     own_mesh.infer.model = slow
     await broker.publish([message(n) for n in range(120)])
-    for _ in range(3):
+    for _ in range(by_form(2, 3)):
         before = len(own_mesh.store.results)
         process = start_connector(broker, max_in_flight=8)
         await until(lambda before=before: len(own_mesh.store.results) >= min(before + 20, 115), "some", **PATIENT)  # type: ignore[misc]
@@ -174,6 +178,8 @@ async def test_what_has_no_answer_goes_to_the_dead_letters_and_holds_up_nobody(
     assert own_mesh.store.results[dead[values[5]]["shoal-job-id"]].message == "input 'x': no such shape"
 
 
+# The window is the same for every broker; `test_kafka.py` reads on after a pause.
+@pytest.mark.parametrize("broker", by_form(["grpc", "kafka"], ["grpc", *BROKERS]), indirect=True)
 async def test_a_slow_model_holds_the_broker_back(
     broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:
@@ -194,6 +200,8 @@ async def test_a_slow_model_holds_the_broker_back(
     await one_result_each(own_mesh, jobs, answers, range(60))
 
 
+# An outage stops every connector in the same way.
+@pytest.mark.parametrize("broker", by_form(["grpc", "kafka"], ["grpc", *BROKERS]), indirect=True)
 async def test_an_outage_of_everything_behind_ingest_loses_nothing(
     broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:
@@ -212,6 +220,8 @@ async def test_an_outage_of_everything_behind_ingest_loses_nothing(
     await one_result_each(own_mesh, jobs, answers, range(10))
 
 
+# A message has its job by its place, and each broker's places are those of the tests above.
+@pytest.mark.parametrize("real_broker", by_form(["kinesis"], BROKERS), indirect=True)
 async def test_a_message_keeps_its_job_when_the_connector_is_set_up_otherwise(
     real_broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
 ) -> None:

@@ -127,7 +127,7 @@ async def test_a_broker_that_is_back_is_not_said_to_be_away(tmp_path: Path) -> N
         kafka = await Kafka(broker.address).make()
         await kafka.publish([b"0", b"1"])
         # It stays a member, and no message comes any more: nothing else shows that the broker is back.
-        source = source_of(kafka, **{"socket.timeout.ms": "1000", "session.timeout.ms": "60000"})
+        source = source_of(kafka, **{"socket.timeout.ms": "1000", "session.timeout.ms": "12000"})
         async with shard_reader(source, []):
             await until(lambda: partitions(source) == [("1", 0)] * 2, "its place", **PATIENT)
             broker.freeze()

@@ -20,6 +20,7 @@ from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, failing, submit
+from tests.long_form import by_form
 
 S = grpc.StatusCode
 NOWHERE = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -222,7 +223,7 @@ async def chain(client: Client, n: int) -> list[str]:
 
 
 async def kill_in_turn(ingests: list[IngestProcess], is_done: asyncio.Event, count: Any) -> None:
-    for kill in range(6):
+    for kill in range(by_form(3, 6)):
         before = count()
         await until(lambda seen=before: count() >= seen + 3 or is_done.is_set(), "3 more results")
         for victim in ingests if kill % 3 == 2 else [ingests[kill % 2]]:

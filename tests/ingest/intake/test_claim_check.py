@@ -19,6 +19,7 @@ from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import ArtifactStore, Client, FakeMesh, mesh_at
+from tests.long_form import by_form
 from tests.store.conftest import Store, running_store, store_config
 
 pytestmark = pytest.mark.mongo
@@ -241,7 +242,7 @@ async def test_a_request_that_rotted_ends_its_job_and_says_so(
 async def test_kills_between_store_and_database_lose_nothing(
     mesh: FakeMesh, store: Store, start_ingest: StartIngest
 ) -> None:
-    data = [os.urandom(LARGE) for _ in range(5)]
+    data = [os.urandom(LARGE) for _ in range(by_form(2, 5))]
     mesh.infer.model, model = _held, mesh.infer.model
     jobs = []
     for number, each in enumerate(data):

@@ -15,11 +15,12 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, failing
+from tests.long_form import by_form
 
 S = grpc.StatusCode
 NOWHERE = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 JOBS = 80
-KILLS = 4
+KILLS = by_form(2, 4)
 
 
 class Watcher:

@@ -18,11 +18,13 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
+from tests.long_form import by_form
 
 S = grpc.StatusCode
 EVERY_SECOND = "* * * * * *"
 YEARLY = "0 0 1 1 *"
-KILLS = 5
+# The third one kills both instances.
+KILLS = by_form(3, 5)
 
 
 def schedule(**fields: Any) -> pb.Schedule:

@@ -25,7 +25,7 @@ from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
 from tests.seaweedfs import WeedProcess
-from tests.store.conftest import Store, refused, running_store
+from tests.store.conftest import Store, on_shared_loop, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, get, put, result
 from tests.store.test_result_stream import large, rot
 
@@ -284,6 +284,7 @@ def test_one_name_for_all_urls_of_a_place() -> None:
     assert {name_of(url, object()) for url in urls} == {"s3://bucket/a/b"}  # type: ignore[arg-type]
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     "cursor",
     [
@@ -299,8 +300,8 @@ def test_one_name_for_all_urls_of_a_place() -> None:
         "1.2.3.4.zz.x",
     ],
 )
-async def test_a_bad_cursor_is_named(store: Store, cursor: str) -> None:
-    await refused(export(store, cursor=cursor), BAD, "cursor")
+async def test_a_bad_cursor_is_named(shared_store: Store, cursor: str) -> None:
+    await refused(export(shared_store, cursor=cursor), BAD, "cursor")
 
 
 async def test_where_it_may_not_write(store: Store, allowed: Path, tmp_path: Path) -> None:
@@ -370,9 +371,10 @@ async def test_a_bucket_that_is_not_there_and_wrong_keys(
         await refused(export(store, s3_access.prefix()), DENIED, "credentials")
 
 
+@on_shared_loop
 @pytest.mark.parametrize("rows", [-1, 1_000_001])
-async def test_bad_part_sizes(store: Store, rows: int) -> None:
-    await refused(export(store, part_rows=rows), BAD, "part_rows")
+async def test_bad_part_sizes(shared_store: Store, rows: int) -> None:
+    await refused(export(shared_store, part_rows=rows), BAD, "part_rows")
 
 
 async def test_a_limit_on_exports(config: StoreConfig) -> None:

@@ -29,6 +29,7 @@ from services.store.registry.registry import Registry
 from services.store.usage.counters import Counters
 from services.store.usage.weight import Weight, weight_of_payloads
 from shoal.errors import Aborted, NotFound, Unavailable
+from tests.long_form import by_form
 from tests.store.artifacts.conftest import uploaded
 from tests.store.conftest import sha256
 from tests.store.garbage.conftest import Clock, Parts, make_parts
@@ -222,14 +223,22 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("first", ["in use", "condemned"])
-@pytest.mark.parametrize("others", [("push",), ("claim",), ("let_go", "push")], ids=" then ".join)
+# In the short form, each of `others` once, beside the rounds that it disturbs most.
+RESCUES = [("condemned", ("push",)), ("condemned", ("claim",)), ("in use", ("let_go", "push"))]
+OTHERS = [("push",), ("claim",), ("let_go", "push")]
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    by_form(RESCUES, [*itertools.product(["in use", "condemned"], OTHERS)]),
+    ids=lambda value: value if isinstance(value, str) else " then ".join(value),
+)
 def test_every_single_interruption(world: World, first: str, others: tuple[str, ...]) -> None:
     world.interrupt_everywhere(("collect_twice", "+".join(others)), FIRST[first])
 
 
 @pytest.mark.parametrize("other", ["claim+let_go", "count", "recount"])
-@pytest.mark.parametrize("act", ["claim", "let_go", "claim+claim+let_go"])
+@pytest.mark.parametrize("act", by_form(["claim", "let_go"], ["claim", "let_go", "claim+claim+let_go"]))
 def test_every_single_interruption_of_what_is_counted(world: World, act: str, other: str) -> None:
     """The same for those who change what a tenant has, beside those who add it up."""
     world.interrupt_everywhere((act, other), ("claim", "count", "claim"))
@@ -239,7 +248,7 @@ ACTS = st.sampled_from(["push", "claim", "let_go", "read", "stat", "collect", "c
 TURNS = st.tuples(st.integers(0, 4), st.integers(1, 12))
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=by_form(50, 200), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     first=st.sampled_from(sorted(FIRST)),
     acts=st.lists(ACTS, min_size=1, max_size=4),

@@ -21,7 +21,7 @@ from services.store.usage.quotas import Quotas
 from services.store.usage.weight import Weight, by_tenant, weight_of
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.store.conftest import Store, refused, running_store, stored
+from tests.store.conftest import Store, on_shared_loop, refused, running_store, stored
 from tests.store.retention.test_sweep import Held
 from tests.store.test_result_rpc import BAD, FAILED, answer, put, result
 from tests.store.test_store_queries import Heard, bare, stages
@@ -233,6 +233,7 @@ async def test_artifacts_are_added_up(store: Store) -> None:
     assert (found.artifacts, found.artifact_bytes) == (2, 1024)
 
 
+@on_shared_loop
 @pytest.mark.parametrize(
     ("request_", "word"),
     [
@@ -245,8 +246,8 @@ async def test_artifacts_are_added_up(store: Store) -> None:
     ],
     ids=str,
 )
-async def test_hostile_requests_are_named(store: Store, request_: Any, word: str) -> None:
-    call = store.stub.SetQuota if isinstance(request_, pb.SetQuotaRequest) else store.stub.ListUsage
+async def test_hostile_requests_are_named(shared_store: Store, request_: Any, word: str) -> None:
+    call = shared_store.stub.SetQuota if isinstance(request_, pb.SetQuotaRequest) else shared_store.stub.ListUsage
     await refused(call(request_), BAD, word)
 
 
