@@ -296,8 +296,10 @@ async def test_killed_again_and_again_with_the_real_store(
         is_done.set()
         await killing
         await settled(mongo_uri, mongo_database)
+        async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
+            recorded = [each["_id"] async for each in mongo[mongo_database]["results"].find({}, {"_id": 1})]
         results = {}
-        for job_id in acknowledged:
+        for job_id in recorded:
             response = await real_store.GetResult(store_pb2.GetResultRequest(job_id=job_id), timeout=10)
             results[job_id] = response.result
         await ledger(mongo_uri, mongo_database, acknowledged, results)
