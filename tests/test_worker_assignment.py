@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.test_layers import ROOT
-from tests.worker_assignment import LONG, PATIENT, SLOW, PatientScheduling, is_slow
+from tests.worker_assignment import LONG, PATIENT, SLOW, TOGETHER, PatientScheduling, is_slow
 
 
 class Worker:
@@ -57,8 +57,8 @@ def files_of(tests: list[str]) -> list[str]:
 
 
 def test_the_files_are_there() -> None:
-    assert [file for file in PATIENT + LONG if not (ROOT / file).is_file()] == []
-    assert [path for path in SLOW if not (ROOT / path).exists()] == []
+    assert [file for file in PATIENT + LONG if not (ROOT / file).is_file() and file not in TOGETHER] == []
+    assert [path for path in SLOW + TOGETHER if not (ROOT / path).exists()] == []
     assert len({*PATIENT, *LONG}) == len(PATIENT) + len(LONG)
 
 
@@ -75,6 +75,13 @@ def test_who_waits_runs_what_waits_and_the_long_files_come_first() -> None:
 def test_what_waits_is_run_by_others_too_when_they_have_nothing_else() -> None:
     ran = run({"tests/test_a.py": 1, **dict.fromkeys(PATIENT, 10)}, workers=3)
     assert len(files_of(ran["gw0"] + ran["gw1"])) > 1
+
+
+def test_one_worker_runs_the_files_of_a_folder_that_share_a_part() -> None:
+    together = [f"{TOGETHER[0]}/test_{n}.py" for n in range(3)]
+    ran = run({**dict.fromkeys(together, 2), "tests/test_a.py": 2, "tests/test_b.py": 2}, workers=3)
+    [worker] = [name for name, tests in ran.items() if together[0] in files_of(tests)]
+    assert [file for file in files_of(ran[worker]) if file in together] == together
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])

@@ -31,8 +31,12 @@ PATIENT = (
 )
 """Files that use less than a third of a core, the longest first."""
 
+TOGETHER = ("tests/node/one_node",)
+"""Folders whose files one worker runs one after the other, since they share an expensive part."""
+
 LONG = (
     "tests/node/test_up.py",
+    "tests/node/one_node",
     "tests/chaos/test_chaos.py",
     "tests/store/garbage/test_interleavings.py",
     "tests/node/test_fronts.py",
@@ -50,7 +54,8 @@ LONG = (
     "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files of 30 s and more, which run first: started last, one of them would keep one worker busy at the end."""
+"""Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker busy
+at the end."""
 
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
@@ -80,7 +85,11 @@ for each test. `make test` runs all of them, before a change is submitted."""
 
 
 class PatientScheduling(LoadFileScheduling):
-    """xdist's schedule by file, with the last worker reserved for PATIENT files."""
+    """xdist's schedule by file, or by folder of TOGETHER, with the last worker reserved for PATIENT files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
     def _assign_work_unit(self, node: Any) -> None:
         files = [scope for scope in self.workqueue if (scope in PATIENT) == self._is_patient(node)]
