@@ -54,8 +54,8 @@ LONG = (
     "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker busy
-at the end."""
+"""Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker
+busy at the end."""
 
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (

@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_is_back_and_the_ready_file_knows_it(running: A
     assert f"{name} was killed by SIGKILL" in running.output.read_text()
 
 
-def test_two_nodes_run_beside_each_other_one_with_parts_given_by_url_and_stop_without_a_trace(
+def test_parts_given_by_url_are_used_and_not_started_and_the_node_stops_without_a_trace(
     node: Any, running: Any, etcd_address: str, mongo_uri: str
 ) -> None:
     other = node("--node", "given", "--etcd", f"http://{etcd_address}", "--mongo", mongo_uri, "--json")
@@ -161,11 +161,6 @@ def test_two_nodes_run_beside_each_other_one_with_parts_given_by_url_and_stop_wi
     assert is_serving(running.gateway)
 
 
-def test_the_shared_node_stops_in_order(running: Any) -> None:
-    """Last of its tests: a node that is left alone uses a fifth of a core."""
-    stops_without_a_trace(running)
-
-
 def stops_without_a_trace(one: Any) -> None:
     """Stop a node, and check that nothing of it is left."""
     pids, gateway = [*one.pids().values(), one.process.pid], one.gateway
@@ -179,8 +174,13 @@ def stops_without_a_trace(one: Any) -> None:
     assert not (one.data_dir / "node.json").exists()
 
 
-def test_data_survives_a_restart_even_on_other_ports(node: Any, plain: list[Any], onnx_models: Path) -> None:
+def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_other_ports(
+    node: Any, running: Any, plain: list[Any], onnx_models: Path
+) -> None:
     first = node()
+    assert not set(first.pids().values()) & set(running.pids().values())
+    assert is_serving(first.gateway)
+    assert is_serving(running.gateway)
     first.shoal("models", "push", str(onnx_models / "double.onnx"))
     pids = first.pids()
     assert first.stop(signal.SIGINT) == 0
@@ -190,6 +190,11 @@ def test_data_survives_a_restart_even_on_other_ports(node: Any, plain: list[Any]
     second = node(data_dir=first.data_dir)
     assert "double" in second.shoal("models", "list").stdout
     plain.append(second)
+
+
+def test_the_shared_node_stops_in_order(running: Any) -> None:
+    """Last of its tests: a node that is left alone uses a fifth of a core."""
+    stops_without_a_trace(running)
 
 
 def test_kill_9_of_the_launcher_leaves_no_process_and_the_next_start_works(node: Any, plain: list[Any]) -> None:
