@@ -82,7 +82,7 @@ class Node:
         await until(so, f"answers from {expected}")
 
     @asynccontextmanager
-    async def load(self, pause_s: float = 0.02) -> AsyncIterator[Counter]:
+    async def load(self, pause_s: float = 0.005) -> AsyncIterator[Counter]:
         """Make steady calls from 8 tasks while the block lasts; none may fail."""
         answered: Counter[str] = Counter()
         errors: list[str] = []
