@@ -30,8 +30,14 @@ PATIENT = (
 )
 """Files that use less than a third of a core, the longest first."""
 
+TOGETHER = ("tests/infer/conformance", "tests/node/one_node")
+"""Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node, which
+each file would start again."""
+
 LONG = (
     "tests/node/test_up.py",
+    "tests/node/one_node",
+    "tests/infer/conformance",
     "tests/chaos/test_chaos.py",
     "tests/store/garbage/test_interleavings.py",
     "tests/node/test_fronts.py",
@@ -49,11 +55,8 @@ LONG = (
     "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files of 30 s and more, which run first: started last, one of them would keep one worker busy at the end."""
-
-# Their tests share servers, one for each front. File by file, each file would start all of them again.
-TOGETHER = ("tests/infer/conformance",)
-"""Folders of which one worker runs all files, in the order of the collection."""
+"""Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker
+busy at the end."""
 
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
@@ -84,10 +87,11 @@ for each test. `make test` runs all of them, before a change is submitted."""
 
 
 class PatientScheduling(LoadFileScheduling):
-    """xdist's schedule by file, with the last worker reserved for PATIENT files."""
+    """xdist's schedule by file, or by folder of TOGETHER, with the last worker reserved for PATIENT files."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((folder for folder in TOGETHER if nodeid.startswith(f"{folder}/")), super()._split_scope(nodeid))
+        file: str = super()._split_scope(nodeid)
+        return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
     def _assign_work_unit(self, node: Any) -> None:
         files = [scope for scope in self.workqueue if (scope in PATIENT) == self._is_patient(node)]

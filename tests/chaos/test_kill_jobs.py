@@ -1,14 +1,13 @@
 """The kill test of job queues, and the poison job: who works on jobs is killed, again and again, in the middle of it.
 
-500 jobs of 20 ms; after each further 60 results all that works on jobs (ingest and both infer) is killed at once, five
-times. bench/kill_jobs.py does the same beside other queues.
+Jobs of 20 ms; after each further 60 results all that works on jobs (ingest and infer) is killed at once: twice, and
+five times in the long form. bench/kill_jobs.py does the same beside other queues.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +17,12 @@ from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import until
 from tests.chaos.workload import are_ended, question
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(400)]
 
-JOBS, KILLS, BETWEEN = 500, 5, 60
+JOBS, KILLS = by_form((200, 2), (500, 5))
+BETWEEN = 60
 POISON = 666.0
 MODEL = """
 import os
@@ -42,11 +43,16 @@ class Model:
 CONFIG = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
 
 
-def pushed(one: Any, folder: Path) -> None:
-    (folder / "slow" / "1").mkdir(parents=True)
-    (folder / "slow" / "1" / "model.py").write_text(MODEL)
-    (folder / "slow" / "config.pbtxt").write_text(CONFIG)
-    one.shoal("models", "push", str(folder / "slow"), timeout_s=120)
+@pytest.fixture(scope="module")
+def running(node: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A node with one infer, which shares its process with the model."""
+    folder = tmp_path_factory.mktemp("models") / "slow"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(MODEL)
+    (folder / "config.pbtxt").write_text(CONFIG)
+    one = node()
+    one.shoal("models", "push", str(folder), timeout_s=120)
+    return one
 
 
 async def submitted(gateway: str, *numbers: float) -> list[str]:
@@ -71,21 +77,19 @@ async def results_of(gateway: str, ids: Sequence[str]) -> dict[str, store_pb2.Re
     return found
 
 
-async def test_killed_five_times_no_job_is_lost_doubled_or_stuck(node: Any, tmp_path: Path) -> None:
-    one = node("--replicas", "infer=2")
-    pushed(one, tmp_path)
-    ids = await submitted(one.gateway, *map(float, range(JOBS)))
+async def test_killed_again_and_again_no_job_is_lost_doubled_or_stuck(running: Any) -> None:
+    ids = await submitted(running.gateway, *map(float, range(JOBS)))
     for kill in range(1, KILLS + 1):
 
         async def are_there(count: int = kill * BETWEEN) -> bool:
-            return len(await results_of(one.gateway, ids)) >= count
+            return len(await results_of(running.gateway, ids)) >= count
 
-        await until(are_there, f"{kill * BETWEEN} results", within_s=90, every_s=0.1)
-        workers = {name: one.kill(name) for name in ("ingest-0", "infer-0", "infer-1")}
+        await until(are_there, f"{kill * BETWEEN} results", within_s=90, every_s=0.2)
+        workers = {name: running.kill(name) for name in ("ingest-0", "infer-0")}
         for name, pid in workers.items():
-            await asyncio.to_thread(one.wait_until_restarted, name, pid)
-    await until(lambda: are_ended(one.gateway), "every job ended", within_s=120, every_s=0.2)
-    results = await results_of(one.gateway, ids)
+            await asyncio.to_thread(running.wait_until_restarted, name, pid)
+    await until(lambda: are_ended(running.gateway), "every job ended", within_s=120, every_s=0.5)
+    results = await results_of(running.gateway, ids)
     assert results.keys() == set(ids)
     for number, job_id in enumerate(ids):
         result = results[job_id]
@@ -94,18 +98,16 @@ async def test_killed_five_times_no_job_is_lost_doubled_or_stuck(node: Any, tmp_
         assert result.response.raw_output_contents[0] == question(2.0 * number, "slow").raw_input_contents[0]
 
 
-async def test_a_job_that_kills_whoever_runs_it_ends_alone(node: Any, tmp_path: Path) -> None:
-    one = node()
-    pushed(one, tmp_path)
+async def test_a_job_that_kills_whoever_runs_it_ends_alone(running: Any) -> None:
     numbers = [float(n) for n in range(80)]
     numbers[17] = POISON
-    ids = await submitted(one.gateway, *numbers)
+    ids = await submitted(running.gateway, *numbers)
 
     async def all_have_one() -> bool:
-        return len(await results_of(one.gateway, ids)) == len(ids)
+        return len(await results_of(running.gateway, ids)) == len(ids)
 
-    await until(all_have_one, "every job has a result", within_s=180, every_s=0.2)
-    results = await results_of(one.gateway, ids)
+    await until(all_have_one, "every job has a result", within_s=180, every_s=0.5)
+    results = await results_of(running.gateway, ids)
     failed = [n for n, job_id in enumerate(ids) if results[job_id].outcome != store_pb2.Result.OUTCOME_SUCCEEDED]
     assert failed == [17], {n: results[ids[n]].message for n in failed}
     assert "the instance that ran this request died" in results[ids[17]].message

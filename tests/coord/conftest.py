@@ -20,6 +20,7 @@ class Coord(Process):
 
     def __init__(self, run_dir: Path, number: int, etcd: str, **settings: str) -> None:
         self.name = f"local/coord-{number}"
+        self.etcd = etcd
         self.socket = run_dir / f"coord-{number}.sock"
         told = {"INSTANCE": f"coord-{number}", "LISTEN": f"unix:{self.socket}", "ETCD": etcd, "NOTICE_MS": "0"}
         env = {f"SHOAL_COORD_{key}": value for key, value in (told | settings).items()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+from collections.abc import Iterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -18,6 +21,7 @@ from mesh.rpc.channel import connect
 from services.coord.traffic import COORD, PUBLIC
 from shoal.coord.v1 import coord_pb2 as pb
 from tests.breakable import EtcdProcess, until
+from tests.coord.conftest import Coord
 
 pytestmark = pytest.mark.etcd
 
@@ -52,11 +56,32 @@ async def has_leader(stub) -> bool:
     return True
 
 
-async def test_instances_are_listed_and_watched(coord, own_etcd, stub_of):
-    replica = coord()
-    await replica.until_ready()
+@pytest.fixture(scope="module")
+def shared_replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coord]:
+    """A coord replica and its etcd, for the tests that break neither."""
+    with EtcdProcess(tmp_path_factory.mktemp("etcd")) as etcd, tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        asyncio.run(etcd.until_ready())
+        with Coord(Path(folder), 0, etcd.address) as replica:
+            asyncio.run(replica.until_ready())
+            yield replica
+
+
+@pytest.fixture
+async def replica(shared_replica: Coord, stub_of) -> Coord:
+    """The same replica, which leads, and which knows no instance of another test."""
+    stub = await stub_of(shared_replica)
+
+    async def is_alone() -> bool:
+        return list(await listed(stub)) == ["local/coord-0"]
+
+    await until(is_alone, "only coord is registered")
+    await until(lambda: has_leader(stub), "it leads")
+    return shared_replica
+
+
+async def test_instances_are_listed_and_watched(replica, stub_of):
     stub = await stub_of(replica)
-    async with registered(own_etcd.address) as registration:
+    async with registered(replica.etcd) as registration:
         await until(lambda: has(stub, "local/infer-0", "local/coord-0"))
         infer = (await listed(stub))["local/infer-0"]
         assert infer.service == "infer"
@@ -88,11 +113,9 @@ async def gone(stub, name: str) -> bool:
     return name not in await listed(stub)
 
 
-async def test_drain_and_undrain(coord, own_etcd, stub_of):
-    replica = coord()
-    await replica.until_ready()
+async def test_drain_and_undrain(replica, stub_of):
     stub = await stub_of(replica)
-    async with registered(own_etcd.address), registered(own_etcd.address, node="far"):
+    async with registered(replica.etcd), registered(replica.etcd, node="far"):
         await until(lambda: has(stub, "local/infer-0", "far/infer-0"))
         answer = await stub.DrainInstance(pb.DrainInstanceRequest(name="local/infer-0"))
         assert answer.instance.drained_by_operator
@@ -119,14 +142,12 @@ async def test_drain_and_undrain(coord, own_etcd, stub_of):
             assert (await refusal(stub.UndrainInstance(pb.UndrainInstanceRequest(name=name))))[0] is expected
 
 
-async def test_a_new_process_is_not_drained_and_the_leader_clears_the_mark(coord, own_etcd, stub_of):
-    replica = coord()
-    await replica.until_ready()
+async def test_a_new_process_is_not_drained_and_the_leader_clears_the_mark(replica, stub_of):
     stub = await stub_of(replica)
-    async with registered(own_etcd.address):
+    async with registered(replica.etcd):
         await until(lambda: has(stub, "local/infer-0"))
         await stub.DrainInstance(pb.DrainInstanceRequest(name="infer-0"))
-    async with registered(own_etcd.address), Etcd(own_etcd.address) as etcd:
+    async with registered(replica.etcd), Etcd(replica.etcd) as etcd:
         await until(lambda: has(stub, "local/infer-0"))
         assert not (await listed(stub))["local/infer-0"].drained_by_operator
 
@@ -164,8 +185,6 @@ async def test_one_replica_leads_and_another_follows_when_it_is_killed(coord, st
 
 
 async def test_it_starts_without_etcd_and_finds_it_later(run_dir, tmp_path, stub_of):
-    from tests.coord.conftest import Coord
-
     with EtcdProcess(tmp_path) as etcd:
         etcd.kill()
         with Coord(run_dir, 0, etcd.address) as replica:
@@ -202,9 +221,7 @@ async def test_while_etcd_is_away_the_last_view_stands(coord, own_etcd, stub_of)
         await stub.DrainInstance(pb.DrainInstanceRequest(name="infer-0"))
 
 
-async def test_health_answers_for_every_public_service(coord, own_etcd):
-    replica = coord()
-    await replica.until_ready()
+async def test_health_answers_for_every_public_service(replica):
     async with connect(f"unix:{replica.socket}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
 
@@ -222,16 +239,14 @@ async def test_health_answers_for_every_public_service(coord, own_etcd):
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         unknown = stub.Watch(health_pb2.HealthCheckRequest(service="nonesuch"))
         assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        async with registered(own_etcd.address):
+        async with registered(replica.etcd):
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watch.cancel()
         unknown.cancel()
 
 
-async def test_reflection_lists_and_describes_every_public_service(coord):
-    replica = coord()
-    await replica.until_ready()
+async def test_reflection_lists_and_describes_every_public_service(replica):
     async with connect(f"unix:{replica.socket}") as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
 
@@ -249,9 +264,7 @@ async def test_reflection_lists_and_describes_every_public_service(coord):
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x0a\x7f"])
-async def test_garbage_is_refused_and_nothing_dies(coord, garbage):
-    replica = coord()
-    await replica.until_ready()
+async def test_garbage_is_refused_and_nothing_dies(replica, garbage):
     async with connect(f"unix:{replica.socket}") as channel:
         for method in COORD.methods:
             path = f"/{COORD.full_name}/{method.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,18 +14,28 @@ import numpy as np
 import pytest
 
 import shoal
-from examples.ocr import pages
+from examples.ocr import demo, pages
 from examples.ocr.build import build
 from examples.ocr.reading import Line, compare, read
 from examples.serving import serving
 from shoal.errors import InvalidArgument
+from tests.long_form import by_form
+
+IMAGES = by_form(8, 16)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shoal.Client]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The address and the pid of a server with the models of the example."""
     models = build(tmp_path_factory.mktemp("ocr") / "models")
     # Two threads for the models, whatever the machine has.
-    with serving(models, SHOAL_INFER_THREADS="2") as (address, _), shoal.Client(address) as client:
+    with serving(models, SHOAL_INFER_THREADS="2") as address_and_pid:
+        yield address_and_pid
+
+
+@pytest.fixture(scope="module")
+def client(served: tuple[str, int]) -> Iterator[shoal.Client]:
+    with shoal.Client(served[0]) as client:
         yield client
 
 
@@ -42,18 +53,17 @@ def test_the_example_agrees_with_the_original_package(repository_root: Path) -> 
     assert "Handle with care" in done.stdout
 
 
-def test_the_example_fails_when_a_file_is_no_image(repository_root: Path, tmp_path: Path) -> None:
+def test_the_example_fails_when_a_file_is_no_image(
+    served: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken.png").write_bytes(pages.gather()["receipt.png"][:2000])
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.ocr.demo", str(tmp_path / "broken.png")],
-        cwd=repository_root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "the example failed: in ensemble 'ocr', step 0, model 'ocr_decode': " in done.stderr
-    assert "Traceback" not in done.stderr
+    # The server of these tests instead of one more.
+    monkeypatch.setattr(demo, "serving", lambda _: contextlib.nullcontext(served))
+    monkeypatch.setattr(sys, "argv", ["demo", str(tmp_path / "broken.png")])
+    assert demo.main() == 1
+    said = capsys.readouterr().err
+    assert "the example failed: in ensemble 'ocr', step 0, model 'ocr_decode': " in said
+    assert "Traceback" not in said
 
 
 def test_an_image_without_text_has_no_lines(client: shoal.Client) -> None:
@@ -76,7 +86,7 @@ def test_what_is_no_image_is_refused_and_says_why(client: shoal.Client, broken: 
 
 def test_images_at_once_get_their_own_lines_and_share_executions(client: shoal.Client) -> None:
     # Of one size, so that the detector batches them too; lines of at most 320 pixels, so that the recogniser does.
-    images = [pages.png(pages.drawn([f"No. {n * 37}", f"{n * 1234} km"], (320, 200), 36)) for n in range(1, 17)]
+    images = [pages.png(pages.drawn([f"No. {n * 37}", f"{n * 1234} km"], (320, 200), 36)) for n in range(1, IMAGES + 1)]
     alone = [read(client, image) for image in images]
     before = executions(client)
     with ThreadPoolExecutor(len(images)) as pool:

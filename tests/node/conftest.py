@@ -19,6 +19,8 @@ Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
 
 READY_S = 60.0
 STOP_S = 60.0
+NOT_INHERITED = {"SHOAL_GATEWAY", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+"""Variables of the process of the tests that a node does not get."""
 
 
 class Node:
@@ -38,8 +40,8 @@ class Node:
         runtime = folder / "runtime"
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Of its own, so that a node that the user runs and the nodes of other tests are not found instead.
-        self.environ = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), **(env or {})}
-        self.environ.pop("SHOAL_GATEWAY", None)
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        self.environ = {**inherited, "XDG_RUNTIME_DIR": str(runtime), **(env or {})}
         command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(self.data_dir)]
         command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(self.ready_file), *args]
         with self.output.open("ab") as out:

@@ -18,12 +18,16 @@ import pytest
 
 import shoal
 from shoal.errors import Unavailable
+from tests.long_form import by_form
 from tests.seaweedfs import WeedProcess
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
-ROWS = 600
-VICTIMS = ("ingest-0", "infer-0", "ingest-1", "ingest-0", "infer-1", "store-0")
+ROWS = by_form(400, 600)
+VICTIMS = by_form(
+    ["ingest-0", "infer-0", "ingest-1", "store-0"],
+    ["ingest-0", "infer-0", "ingest-1", "ingest-0", "infer-1", "store-0"],
+)
 PATIENCE_S = 60.0
 
 

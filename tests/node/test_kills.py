@@ -23,10 +23,12 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
 
 PATIENCE_S = 40.0
+JOBS = by_form(60, 120)
 ENDED = {
     ingest_pb2.JOB_STATE_SUCCEEDED,
     ingest_pb2.JOB_STATE_FAILED,
@@ -281,7 +283,7 @@ async def every_job_ended_with_its_one_result(channel: grpc.aio.Channel, jobs: d
 async def test_every_acknowledged_job_ends_with_one_result(whole: Any, first: int, victims: list[str]) -> None:
     async with connect(whole.gateway) as channel:
         ingest = ingest_pb2_grpc.IngestServiceStub(channel)
-        jobs = await submit(ingest, range(first, first + 120))
+        jobs = await submit(ingest, range(first, first + JOBS))
         killed = [(name, whole.kill(name)) for name in victims]
         for name, pid in killed:
             await asyncio.to_thread(whole.wait_until_restarted, name, pid)

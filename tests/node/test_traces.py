@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -108,14 +107,3 @@ def test_one_trace_crosses_every_hop(collector: tuple[Collector, str], node: Any
     fast = hops - {("shoal-client", "the user's own")}
     assert {hop: received.paths[hop] for hop in fast} == {hop: {"fast"} for hop in fast}
     assert not any("Health" in name for names in received.spans.values() for _, name in names)
-
-
-def test_without_the_variables_nothing_is_exported(
-    node: Any, onnx_models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    running = node()
-    with urllib.request.urlopen(f"http://{running.admin}/config_dump?resource=dynamic_listeners", timeout=20) as answer:
-        dump = answer.read().decode()
-    assert "gateway" in dump
-    assert "opentelemetry" not in dump.lower()

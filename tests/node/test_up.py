@@ -144,31 +144,43 @@ def test_a_process_that_is_killed_is_back_and_the_ready_file_knows_it(running: A
     assert f"{name} was killed by SIGKILL" in running.output.read_text()
 
 
-def test_two_nodes_run_beside_each_other_and_stop_without_a_trace(node: Any, running: Any) -> None:
-    other = node("--node", "other")
+def test_parts_given_by_url_are_used_and_not_started_and_the_node_stops_without_a_trace(
+    node: Any, running: Any, etcd_address: str, mongo_uri: str
+) -> None:
+    other = node("--node", "given", "--etcd", f"http://{etcd_address}", "--mongo", mongo_uri, "--json")
+    assert set(other.pids()) == ALL - {"etcd", "mongod"}
     assert is_serving(other.gateway)
+    printed = re.search(r"^\{\n.*?^\}$", other.output.read_text(), re.MULTILINE | re.DOTALL)
+    assert printed
+    assert json.loads(printed[0]) == other.document()
     assert not set(other.pids().values()) & set(running.pids().values())
-    pids, gateway = [*other.pids().values(), other.process.pid], other.gateway
-    run_dir = Path(json.loads((other.data_dir / "node.lock").read_text())["run_dir"])
-    assert run_dir.is_dir()
-    assert other.stop() == 0
-    wait_until_gone(pids)
-    assert not listens(gateway)
-    assert not run_dir.exists()
-    assert not other.ready_file.exists()
-    assert not (other.data_dir / "node.json").exists()
+    namesake = node("--node", "given", "--etcd", etcd_address, "--mongo", mongo_uri, wait=False)
+    assert namesake.process.wait(60) == 1
+    assert "a node called 'given' already runs with the etcd" in namesake.output.read_text()
+    stops_without_a_trace(other)
     assert is_serving(running.gateway)
 
 
-def test_the_shared_node_stops_in_order(running: Any) -> None:
-    """Last of its tests: a node that is left alone uses a fifth of a core."""
-    pids = running.pids()
-    assert running.stop() == 0
-    wait_until_gone(pids.values())
+def stops_without_a_trace(one: Any) -> None:
+    """Stop a node, and check that nothing of it is left."""
+    pids, gateway = [*one.pids().values(), one.process.pid], one.gateway
+    run_dir = Path(json.loads((one.data_dir / "node.lock").read_text())["run_dir"])
+    assert run_dir.is_dir()
+    assert one.stop() == 0
+    wait_until_gone(pids)
+    assert not listens(gateway)
+    assert not run_dir.exists()
+    assert not one.ready_file.exists()
+    assert not (one.data_dir / "node.json").exists()
 
 
-def test_data_survives_a_restart_even_on_other_ports(node: Any, plain: list[Any], onnx_models: Path) -> None:
+def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_other_ports(
+    node: Any, running: Any, plain: list[Any], onnx_models: Path
+) -> None:
     first = node()
+    assert not set(first.pids().values()) & set(running.pids().values())
+    assert is_serving(first.gateway)
+    assert is_serving(running.gateway)
     first.shoal("models", "push", str(onnx_models / "double.onnx"))
     pids = first.pids()
     assert first.stop(signal.SIGINT) == 0
@@ -178,6 +190,11 @@ def test_data_survives_a_restart_even_on_other_ports(node: Any, plain: list[Any]
     second = node(data_dir=first.data_dir)
     assert "double" in second.shoal("models", "list").stdout
     plain.append(second)
+
+
+def test_the_shared_node_stops_in_order(running: Any) -> None:
+    """Last of its tests: a node that is left alone uses a fifth of a core."""
+    stops_without_a_trace(running)
 
 
 def test_kill_9_of_the_launcher_leaves_no_process_and_the_next_start_works(node: Any, plain: list[Any]) -> None:
@@ -219,19 +236,6 @@ def test_a_signal_while_it_starts_stops_it_in_order(node: Any) -> None:
     assert one.stop() == 0
     wait_until_gone(children)
     assert not one.ready_file.exists()
-
-
-def test_parts_given_by_url_are_used_and_not_started(node: Any, etcd_address: str, mongo_uri: str) -> None:
-    one = node("--node", "given", "--etcd", f"http://{etcd_address}", "--mongo", mongo_uri, "--json")
-    assert set(one.pids()) == ALL - {"etcd", "mongod"}
-    assert is_serving(one.gateway)
-    printed = re.search(r"^\{\n.*?^\}$", one.output.read_text(), re.MULTILINE | re.DOTALL)
-    assert printed
-    assert json.loads(printed[0]) == one.document()
-    namesake = node("--node", "given", "--etcd", etcd_address, "--mongo", mongo_uri, wait=False)
-    assert namesake.process.wait(60) == 1
-    assert "a node called 'given' already runs with the etcd" in namesake.output.read_text()
-    assert one.stop() == 0
 
 
 def test_only_the_services_that_are_named_are_started_and_what_they_need(node: Any) -> None:

@@ -1,21 +1,35 @@
-"""`shoal models convert`, as a user types it."""
+"""`shoal models convert`: as a user types it, or in the process of the tests."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from shoal.cli.main import main
 from shoal.convert.onnx_model import OnnxModel
 from tests.convert.originals import made
 
 
-def shoal(*args: object, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def shoal(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run `shoal models convert ARGS` in this process, which has the frameworks imported."""
+    argv, out, err = ["shoal", "models", "convert", *map(str, args)], io.StringIO(), io.StringIO()
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(argv, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def in_a_process(*args: object, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `shoal models convert ARGS` as a user does."""
     command = [sys.executable, "-m", "shoal.cli.main", "models", "convert", *map(str, args)]
     every = {**os.environ, **(environ or {})}
     return subprocess.run(command, env=every, capture_output=True, text=True, timeout=100, check=False)
@@ -28,7 +42,8 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "may run any code when it is opened" in refused.stderr
     assert "--trust-pickle" in refused.stderr
-    done = shoal(path, "-o", tmp_path / "models", "--trust-pickle", "--sample", tmp_path / "rows.csv", "--name", "iris")
+    sample = ("--sample", tmp_path / "rows.csv")
+    done = in_a_process(path, "-o", tmp_path / "models", "--trust-pickle", *sample, "--name", "iris")
     assert done.returncode == 0, done.stderr
     for said in (
         "logistic.joblib (scikit-learn) -> iris",
@@ -56,7 +71,8 @@ def test_another_process_makes_the_same_file(saved: dict[str, Path], tmp_path: P
     """Sets come in another order there, and an exporter's file may show it: then a second push were a new version."""
     files = []
     for seed in ("1", "2"):
-        done = shoal(saved["perceptron"], "-o", tmp_path / seed, "--trust-pickle", environ={"PYTHONHASHSEED": seed})
+        environ = {"PYTHONHASHSEED": seed}
+        done = in_a_process(saved["perceptron"], "-o", tmp_path / seed, "--trust-pickle", environ=environ)
         assert done.returncode == 0, done.stderr
         files.append((tmp_path / seed / "perceptron/1/model.onnx").read_bytes())
     assert files[0] == files[1]

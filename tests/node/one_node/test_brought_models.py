@@ -12,7 +12,7 @@ import pytest
 
 import shoal
 from shoal.client import JobRequest
-from tests.node.conftest import Node, NodeFactory
+from tests.node.conftest import Node
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(240)]
 
@@ -25,11 +25,6 @@ model = pipeline.make_pipeline(preprocessing.StandardScaler(), net)
 joblib.dump(model.fit(iris.data, iris.target_names[iris.target]), sys.argv[1] + "/flowers.joblib")
 numpy.savez(sys.argv[1] + "/flowers.npz", x=iris.data, label=model.predict(iris.data).astype("S16"))
 """
-
-
-@pytest.fixture(scope="module")
-def running(node: NodeFactory) -> Node:
-    return node()
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,8 @@ DOUBLED = [[0.0, 2.0, 4.0, 6.0], [8.0, 10.0, 12.0, 14.0]]
 
 
 @pytest.fixture(scope="module")
-def report(node: Any, onnx_models: Path, repository_root: Path) -> dict[str, Any]:
+def report(running: Any, repository_root: Path) -> dict[str, Any]:
     """Everything that the client saw."""
-    running = node("--replicas", "infer=2")
-    running.shoal("models", "push", str(onnx_models / "double.onnx"))
     python = repository_root / ".venv-tritonclient/bin/python"
     if not python.exists():
         pytest.fail("tritonclient has an environment of its own: run `make test`")
@@ -73,7 +71,8 @@ def test_config_is_completed_from_the_model(report: dict[str, Any]) -> None:
 
 
 def test_index(report: dict[str, Any]) -> None:
-    assert [(m["name"], m["version"], m["state"]) for m in report["index"]["models"]] == [("double", "1", "READY")]
+    found = [(m["name"], m["version"], m["state"]) for m in report["index"]["models"]]
+    assert found == [("double", "1", "READY"), ("slow", "1", "READY")]
 
 
 def test_infer(report: dict[str, Any]) -> None:

@@ -21,24 +21,23 @@ Ask = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
-def running(node: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def with_steps(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The node, with the model steps on it."""
     models = served_models.write(tmp_path_factory.mktemp("models") / "models")
     config = models / "steps/config.pbtxt"
     config.write_text(config.read_text().replace("direct { }", "oldest { max_candidate_sequences: 64 }"))
-    one = node("--replicas", "infer=2")
-    one.shoal("models", "push", str(models / "steps"))
-    one.shoal("models", "push", str(models / "double"))
-    return one
+    running.shoal("models", "push", str(models / "steps"))
+    return running
 
 
 @pytest.fixture
-def ask(running: Any, repository_root: Path) -> Iterator[Ask]:
+def ask(with_steps: Any, repository_root: Path) -> Iterator[Ask]:
     """`ask(step, ...)`, `ask(stream=[step, ...])`: what the client was told."""
     python = repository_root / ".venv-tritonclient/bin/python"
     if not python.exists():
         pytest.fail("tritonclient has an environment of its own: run `make test`")
     script = Path(__file__).parent / "foreign/tritonclient_sequences.py"
-    client = subprocess.Popen([python, script, running.gateway], stdin=-1, stdout=-1, stderr=sys.stderr, text=True)
+    client = subprocess.Popen([python, script, with_steps.gateway], stdin=-1, stdout=-1, stderr=sys.stderr, text=True)
     assert client.stdin
     assert client.stdout
 

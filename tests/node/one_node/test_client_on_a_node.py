@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,6 @@ from tests.breakable import until
 pytestmark = pytest.mark.node
 
 ROW = np.float32([[1, 2, 3, 4]])
-
-
-@pytest.fixture(scope="module")
-def running(node: Callable[..., Any], onnx_models: Path) -> Any:
-    """A node with two infer replicas, and both models on it."""
-    started = node("--replicas", "infer=2")
-    with shoal.Client(started.gateway) as client:
-        for name in ("double", "slow"):
-            [pushed] = client.models.push(onnx_models / f"{name}.onnx")
-            assert pushed.ready
-    return started
 
 
 @pytest.fixture
