@@ -31,8 +31,8 @@ PATIENT = (
 """Files that use less than a third of a core, the longest first."""
 
 TOGETHER = ("tests/infer/conformance", "tests/node/one_node")
-"""Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node, which
-each file would start again."""
+"""Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node.
+Alone, each file would start them again."""
 
 LONG = (
     "tests/node/test_up.py",
