@@ -140,7 +140,7 @@ def test_both_models_are_timed_equally_often(tmp_path: Path) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def answer(self, call: object) -> None:
+        def predict(self, call: object) -> None:
             asked.append(self.name)
 
     compare(Counting("a"), Counting("b"), {}, 1)  # type: ignore[arg-type]
