@@ -510,6 +510,17 @@ def after_stop(now: datetime, owner: str) -> BackToQueue:
     return BackToQueue(now, False, f"{owner} stops: the attempt is not counted")
 
 
+def after_stop_in_call(job: Job, now: datetime, owner: str) -> BackToQueue | End:
+    """Decide on a running job whose call has not ended when its instance stops: a model may have begun it.
+
+    A job of one attempt ends, as after a lapse. Any other job is due immediately, and the attempt is not counted.
+    """
+    if job.policy.max_attempts > 1:
+        return after_stop(now, owner)
+    message = f"{owner} stopped during attempt {job.attempts}, the only one, which a model may have begun"
+    return imposed_end(job, now) or End(Outcome.FAILED, Code.ABORTED, message)
+
+
 def backoff_ms(policy: Policy, attempts: int, drawn: float) -> float:
     """Return the wait after `attempts` counted attempts: full jitter under a doubling cap.
 

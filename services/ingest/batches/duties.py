@@ -47,7 +47,8 @@ from services.ingest.batches.outputs.part_summary import part_name
 from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, InvalidArgument
 
-MARKER_BYTES = 64 << 10
+# The marker has one short line. Markers of earlier versions also hold the inputs: up to 1,000 URLs of 2,048 characters.
+MARKER_BYTES = 4 << 20
 # Chunks in one write; chunks that are written can run while the rest is planned.
 _PLANNED_AT_ONCE = 64
 
@@ -153,7 +154,8 @@ def mark_output(locations: InputLocations, batch: Batch) -> None:
     Raises:
         AlreadyExists: the output belongs to another batch.
     """
-    marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
+    # The inputs are in the listing: the marker is read whole, so it stays small whatever a batch reads.
+    marker = json.dumps({"batch": batch.id, "model": batch.model_name}).encode()
     try:
         locations.put(batch.output_url(MARKER), marker, only_new=True)
     except AlreadyExists:
