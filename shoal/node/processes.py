@@ -119,8 +119,8 @@ _OPLOG_BYTES_PER_HOUR = 10_000_000 * 3_600
 def oplog(free_bytes: int) -> tuple[int, float]:
     """Return the size in MiB and the least retention in hours of mongod's log, for a disk with `free_bytes`.
 
-    The size is a twentieth of the free space, from 256 MiB to 16 GiB. The retention is an hour, or as long as the fastest
-    intake needs to fill a fifth of the free space: beyond the size, the log grows until its oldest entry is that old.
+    The size is a twentieth of the free space, from 256 MiB to 16 GiB. Beyond its size, the log grows until its oldest
+    entry is as old as the retention: an hour, or the time in which the fastest intake fills a fifth of the free space.
     """
     mib = min(max(free_bytes // 20 // _MIB, _OPLOG_MIN_MIB), _OPLOG_MAX_MIB)
     return mib, round(min(1.0, free_bytes / 5 / _OPLOG_BYTES_PER_HOUR), 4)
