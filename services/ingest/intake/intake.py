@@ -304,5 +304,13 @@ def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalErro
     return Accepted(earlier, True)
 
 
+# Bytes of a character of a label, at most, and of a label's two texts without their characters.
+_CHARACTER_BYTES, _LABEL_BYTES = 4, 128
+
+
 def _size(job: Job) -> int:
-    return len(job.request or b"") + 1_024
+    """Return the bytes that a job takes in memory, at most."""
+    size = len(job.request or b"") + 1_024
+    if job.labels:
+        size += sum(_LABEL_BYTES + _CHARACTER_BYTES * (len(key) + len(value)) for key, value in job.labels)
+    return size
