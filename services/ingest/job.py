@@ -117,6 +117,8 @@ class Policy:
     max_backoff_ms: int = 30_000
     codes: tuple[int, ...] = ()
     """The status codes that are retried; empty: all but PERMANENT."""
+    attempt_timeout_ms: int = 0
+    """Longest time of one attempt; 0: the instance's setting."""
 
     def is_permanent(self, code: int) -> bool:
         """Return True when a failure with `code` ends the job without a retry.

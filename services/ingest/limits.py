@@ -20,6 +20,8 @@ MOST_ATTEMPTS = 100
 LONGEST_BACKOFF = timedelta(days=1)
 LONGEST_DEADLINE = timedelta(days=3_660)
 LONGEST_DELAY = LONGEST_DEADLINE
+LONGEST_ATTEMPT = timedelta(hours=1)
+"""Longest time that a job may ask for one attempt: a model that never answers holds a place of its instance so long."""
 
 SCHEDULED = "schedule:"
 """Reserved prefix of the idempotency keys of scheduled jobs: a client's job with such a key would block that firing."""

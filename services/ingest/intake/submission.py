@@ -17,6 +17,7 @@ from services.ingest.limits import (
     KEY_CHARS,
     LABEL_CHARS,
     LABELS,
+    LONGEST_ATTEMPT,
     LONGEST_BACKOFF,
     LONGEST_DEADLINE,
     LONGEST_DELAY,
@@ -126,7 +127,12 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
             initial_ms = min(initial_ms, max_ms)
         elif max_ms < initial_ms:
             raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
-    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry))
+    attempt_ms = 0
+    if retry.HasField("attempt_timeout"):
+        attempt_ms = ms_of("retry.attempt_timeout", retry.attempt_timeout, LONGEST_ATTEMPT)
+        if attempt_ms < 1:
+            raise InvalidArgument("retry.attempt_timeout: at least 1 ms; leave it unset for the node's setting")
+    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry), attempt_ms)
 
 
 def _codes(retry: pb.RetryPolicy) -> tuple[int, ...]:
