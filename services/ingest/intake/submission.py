@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from services.ingest.dependencies.references import references_of
 from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
 from services.ingest.limits import (
+    CONNECTOR_LABEL,
     EXPLAIN,
     KEY_CHARS,
     LABEL_CHARS,
@@ -26,6 +27,7 @@ from services.ingest.limits import (
     MOST_ATTEMPTS,
     REQUEST_BYTES,
     SCHEDULED,
+    SOURCE_LABEL,
     TENANT_CHARS,
     ms_of,
 )
@@ -38,14 +40,19 @@ _FAILURES = frozenset(Code) - {Code.OK}
 
 
 def check_not_reserved(submit: pb.SubmitRequest) -> None:
-    """Reject an idempotency key that is reserved for schedules.
+    """Reject an idempotency key that is reserved for schedules, and a job that would pass for a connector's.
 
     Raises:
-        InvalidArgument: the key is reserved.
+        InvalidArgument: the key or the labels are reserved.
     """
     if submit.idempotency_key.startswith(SCHEDULED):
         key = submit.idempotency_key[:KEY_CHARS]
         raise InvalidArgument(f"idempotency_key: {key!r} is reserved: {SCHEDULED!r} begins the keys of schedules' jobs")
+    if submit.idempotency_key and CONNECTOR_LABEL in submit.labels and SOURCE_LABEL in submit.labels:
+        raise InvalidArgument(
+            f"labels: {CONNECTOR_LABEL!r} and {SOURCE_LABEL!r} together are reserved for the jobs of connectors: "
+            "rename one, or leave the idempotency_key out"
+        )
 
 
 def job_of(
