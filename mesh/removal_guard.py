@@ -94,7 +94,7 @@ class RemovalGuard:
         return min(self._clock(), self._certain + (self._steady() - self._certain_at))
 
     async def check(self) -> None:
-        """Compare the clock with the time that has certainly passed. Before each round.
+        """Compare the clock with the time that has certainly passed: at the start, and before each round.
 
         Raises:
             ShoalError: MongoDB is unavailable.
@@ -106,6 +106,9 @@ class RemovalGuard:
             self._certain = mark["at"] if mark else await self._removal.newest() or self._clock()
             self._certain_at = steady
         certain, now = self._certain + (steady - self._certain_at), self._clock()
+        if mark and mark["at"] > certain:
+            # Another process has accepted the clock.
+            certain = mark["at"]
         asked = mark.get("asked") if mark else None
         if now - certain <= _SLACK:
             if self._ahead_since is not None:

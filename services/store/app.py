@@ -124,7 +124,7 @@ async def run(config: StoreConfig) -> None:
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:
-            opening = tasks.create_task(_open(collections, clock, ready, server, registration))
+            opening = tasks.create_task(_open(collections, clock, guard, ready, server, registration))
             try:
                 await until_stopped()
             finally:
@@ -133,7 +133,12 @@ async def run(config: StoreConfig) -> None:
 
 
 async def _open(
-    collections: Collections, clock: DatabaseClock, ready: asyncio.Event, server: Server, registration: Registration
+    collections: Collections,
+    clock: DatabaseClock,
+    guard: RemovalGuard,
+    ready: asyncio.Event,
+    server: Server,
+    registration: Registration,
 ) -> None:
     """Create the collections, however long MongoDB is unavailable, and only then serve and register as ready."""
     while True:
@@ -141,6 +146,7 @@ async def _open(
             # Before this instance records or removes anything.
             await clock.synchronize()
             await collections.prepare()
+            await guard.check()
             break
         except Unavailable as err:
             log.warning("not serving yet: %s", err)

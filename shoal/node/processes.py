@@ -133,7 +133,8 @@ def mongod(data: Path, port: int) -> ProcessSpec:
     """
     argv = [str(find_binary("mongod")), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
     # Resume tokens are positions in this log. The size counts when the log is created, the retention at each start.
-    mib, hours = oplog(shutil.disk_usage(data).free)
+    existing = next(folder for folder in (data, *data.parents) if folder.exists())
+    mib, hours = oplog(shutil.disk_usage(existing).free)
     argv += ["--oplogSize", str(mib), "--oplogMinRetentionHours", str(hours)]
     argv += ["--replSet", "rs0", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--quiet"]
     # By default mongod waits up to 15 s at SIGTERM for another member to take over; there is none.

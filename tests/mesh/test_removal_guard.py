@@ -130,6 +130,21 @@ async def test_a_large_share_waits_until_a_rule_is_set(world: World) -> None:
     assert await world.round() == world.true
 
 
+async def test_one_confirmation_counts_for_all_processes(world: World) -> None:
+    await world.round()
+    world.wrong = 10 * HOUR
+    one, other = world.guard, world.started()
+    for guard in (one, other, one, other):
+        world.guard = guard
+        await world.round(REST)
+    world.removal.version = "2"
+    world.guard = other
+    await world.round()
+    assert await world.round() == world.true + 10 * HOUR
+    world.guard = one
+    assert await world.round() == world.true + 10 * HOUR
+
+
 async def test_a_clock_that_is_set_back_removes_less(world: World) -> None:
     await world.round()
     world.wrong = -HOUR

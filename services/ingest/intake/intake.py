@@ -312,7 +312,7 @@ def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalErro
 
 
 # Bytes of a character of a label, at most, and of a label's two texts without their characters.
-_CHARACTER_BYTES, _LABEL_BYTES = 4, 128
+_CHARACTER_BYTES, _LABEL_BYTES = 4, 160
 
 
 def _size(job: Job) -> int:

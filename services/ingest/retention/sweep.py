@@ -72,9 +72,10 @@ class JobSweep(Background):
         await for_ever("remove jobs past their retention", self._run_round, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _run_round(self) -> float:
+        # Also before this instance leads: the first check must precede what is recorded now.
+        if self._check is not None:
+            await self._check()
         if self._leads():
-            if self._check is not None:
-                await self._check()
             await self.round()
         return self._round_s
 
