@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
@@ -95,7 +96,7 @@ class Duties:
         await self._batches.record_listing(batch, entry, files)
 
     def _write_listing(self, batch: Batch, url: str) -> int:
-        path = Path(tempfile.mkstemp(dir=self._folder, suffix=".jsonl")[1])
+        path = _temporary_file(self._folder)
         try:
             files = 0
             with path.open("wb") as file:
@@ -137,7 +138,7 @@ class Duties:
     async def _write_end(self, batch: Batch, ending: Ending) -> None:
         assert batch.listing is not None
         await self._threads.run(self._locations.publish, batch.listing.url, batch.output_url(LISTING))
-        manifest = Path(tempfile.mkstemp(dir=self._folder, suffix=".json")[1])
+        manifest = _temporary_file(self._folder)
         try:
             await write_manifest(manifest, batch, self._chunks.done(batch.id))
             await self._threads.run(self._locations.adopt, batch.output_url(MANIFEST), manifest)
@@ -259,6 +260,12 @@ def summary_of(batch: Batch, ending: Ending) -> dict[str, Any]:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _temporary_file(folder: Path) -> Path:
+    descriptor, path = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    return Path(path)
 
 
 def _next_group(chunks: Iterator[Chunk]) -> list[Chunk]:
