@@ -12,18 +12,25 @@ Nothing is copied between host and device, and there is no fallback. Host and de
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib
 import importlib.util
 import os
+import shutil
 import tempfile
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 Backend = Literal["cuda", "cpu", "reference"]
 VARIABLE = "KERNELS_BACKEND"
+# Every folder with this prefix is locked while its process lives.
+_NUMBA_FOLDER = "shoal-tmp-numba-"
+_own_locks: list[int] = []
 _ON_HOST = {np.ndarray, type(None)}
 
 
@@ -159,8 +166,36 @@ def _imported(name: str) -> Any:
             raise
         # A container may have a read-only package, home folder and NUMBA_CACHE_DIR. The folder must be new and private
         # to this process, because numba unpickles the files in it.
-        importlib.import_module("numba").config.CACHE_DIR = tempfile.mkdtemp(prefix="shoal-numba-")
+        importlib.import_module("numba").config.CACHE_DIR = _private_folder()
         return importlib.import_module(name)
+
+
+def _private_folder() -> str:
+    """Return a new folder that this process locks until its end. Remove the unlocked folders of ended processes."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_NUMBA_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            descriptor = _locked(left)
+            if os.fstat(descriptor).st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    while True:
+        folder = tempfile.mkdtemp(prefix=_NUMBA_FOLDER)
+        # Until the folder is locked, another process that starts now may remove it.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            _own_locks.append(_locked(Path(folder)))
+            if os.path.exists(folder):
+                return folder
+
+
+def _locked(folder: Path) -> int:
+    """Return a descriptor that holds the lock of `folder`. Raises BlockingIOError when another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _kind(array: object) -> str:

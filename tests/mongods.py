@@ -18,6 +18,7 @@ class MongoProcess(Process):
         self._spec = processes.mongod(data, port)
         argv = list(self._spec.argv)
         argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
+        argv[argv.index("--oplogMinRetentionHours") + 1] = "0"
         super().__init__([*argv, *arguments], folder / "mongod.log", self._spec.env)
         self.address = f"127.0.0.1:{port}"
         self.uri = f"mongodb://{self.address}/?replicaSet=rs0"

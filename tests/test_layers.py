@@ -42,7 +42,7 @@ LAYERS = {
     "services/coord": """
         __main__ app rpc messages instances health duties configurations presence cluster drains traffic config
     """,
-    "mesh": "xds rpc h2 cluster mongo_lease change_tokens mongo process",
+    "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote errors
         _version

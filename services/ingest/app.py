@@ -15,6 +15,7 @@ from mesh.mongo import Document
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
+from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from mesh.rpc.server import Server
 from services.ingest import areas
 from services.ingest.areas import SharedComponents, TenantsArea
@@ -139,6 +140,7 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
             await _prepare_connectors(database)
             await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEASES, validator=LEASE_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, MARKS, validator=MARK_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await tenants.repository.open()

@@ -21,6 +21,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 from mesh import mongo
 from mesh.mongo import Document
 from mesh.mongo_lease import LEASES, LeaderLease
+from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc.client.channel import Channel
 from services.ingest.clock import DatabaseClock, milliseconds
 from services.ingest.config import IngestConfig
@@ -55,6 +56,7 @@ from services.ingest.queries.jobs import Jobs
 from services.ingest.queries.stored_results import StoredResults
 from services.ingest.queries.watch import ChangeFeed, Watch
 from services.ingest.queries.watch_many import WatchMany
+from services.ingest.retention.expired_share import ExpiredShare
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.sweep import JobSweep
 from services.ingest.schedules.documents import SCHEDULES
@@ -300,14 +302,22 @@ def build_retention(config: IngestConfig, shared: SharedComponents, schedules: S
     """Return the retention area."""
     repository = RetentionRepository(shared.database[JOB_RETENTION], config.retention)
     lease = schedules.lease
+    guard = RemovalGuard(
+        shared.database[MARKS],
+        "jobs",
+        ExpiredShare(shared.jobs, repository),
+        clock=shared.clock,
+        command="shoal jobs retention set succeeded 7d",
+    )
     sweep = JobSweep(
         shared.jobs,
         shared.payloads,
         repository,
         leads=lambda: lease.is_held,
-        clock=shared.clock,
+        clock=guard,
         ready=shared.instance.ready,
         round_s=config.retention_round_ms / 1_000,
+        check=guard.check,
     )
     return RetentionArea(repository, sweep)
 

@@ -117,6 +117,8 @@ class Policy:
     max_backoff_ms: int = 30_000
     codes: tuple[int, ...] = ()
     """The status codes that are retried; empty: all but PERMANENT."""
+    attempt_timeout_ms: int = 0
+    """Longest time of one attempt; 0: the instance's setting."""
 
     def is_permanent(self, code: int) -> bool:
         """Return True when a failure with `code` ends the job without a retry.
@@ -508,6 +510,17 @@ def _lapsed_wait_ms(lapses: int, drawn: float) -> float:
 def after_stop(now: datetime, owner: str) -> BackToQueue:
     """Decide on a running job whose instance stops: it is due immediately, and the attempt is not counted."""
     return BackToQueue(now, False, f"{owner} stops: the attempt is not counted")
+
+
+def after_stop_in_call(job: Job, now: datetime, owner: str) -> BackToQueue | End:
+    """Decide on a running job whose call has not ended when its instance stops: a model may have begun it.
+
+    A job of one attempt ends, as after a lapse. Any other job is due immediately, and the attempt is not counted.
+    """
+    if job.policy.max_attempts > 1:
+        return after_stop(now, owner)
+    message = f"{owner} stopped during attempt {job.attempts}, the only one, which a model may have begun"
+    return imposed_end(job, now) or End(Outcome.FAILED, Code.ABORTED, message)
 
 
 def backoff_ms(policy: Policy, attempts: int, drawn: float) -> float:

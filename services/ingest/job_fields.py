@@ -87,6 +87,8 @@ def encode_policy(policy: Policy) -> dict[str, Any]:
     # Few jobs have their own codes; an empty list would cost bytes in every job.
     if policy.codes:
         document["codes"] = policy.codes
+    if policy.attempt_timeout_ms:
+        document["attempt_timeout_ms"] = policy.attempt_timeout_ms
     return document
 
 

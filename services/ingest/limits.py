@@ -20,9 +20,15 @@ MOST_ATTEMPTS = 100
 LONGEST_BACKOFF = timedelta(days=1)
 LONGEST_DEADLINE = timedelta(days=3_660)
 LONGEST_DELAY = LONGEST_DEADLINE
+LONGEST_ATTEMPT = timedelta(hours=1)
+"""Longest time that a job may ask for one attempt: a model that never answers holds a place of its instance so long."""
 
 SCHEDULED = "schedule:"
 """Reserved prefix of the idempotency keys of scheduled jobs: a client's job with such a key would block that firing."""
+
+CONNECTOR_LABEL, SOURCE_LABEL = "connector", "source"
+"""Labels of a connector's jobs. A client's job with an idempotency key may not have both: a connector whose message has
+that key would take the job for its own, and send its answer."""
 
 EXPLAIN = "explain"
 """Request parameter that makes infer add the instance, versions and timings to its response."""

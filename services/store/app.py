@@ -6,13 +6,14 @@ import asyncio
 import logging
 import uuid
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
 
 from mesh import mongo
 from mesh.cluster.membership import Registration, State
+from mesh.mongo_clock import DatabaseClock, utc_now
 from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
+from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts
@@ -37,6 +38,7 @@ from services.store.results.large_responses import LargeResponses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.expired_share import ExpiredShare
 from services.store.retention.rounds import LEASE_MS, RENEW_MS, RetentionRounds
 from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.sweep import Sweep
@@ -64,20 +66,21 @@ async def run(config: StoreConfig) -> None:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         collections = Collections(client[config.database])
-        counters = await stack.enter_async_context(Counters(collections, _now))
-        quotas = Quotas(collections, counters, _now)
+        clock = await stack.enter_async_context(DatabaseClock(client[config.database]))
+        counters = await stack.enter_async_context(Counters(collections, clock))
+        quotas = Quotas(collections, counters, clock)
 
         # Artifacts and the registry of models.
         blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)
         staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
-        await stack.enter_async_context(StagingSweep(staging, threads, _now))
-        artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
-        registry = Registry(collections, artifacts, _now)
+        await stack.enter_async_context(StagingSweep(staging, threads, utc_now))
+        artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=clock)
+        registry = Registry(collections, artifacts, clock)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
 
         # Results.
         responses = LargeResponses(blobs, threads, config.inline_bytes)
-        results = Results(collections, responses, _now, counters.recorded)
+        results = Results(collections, responses, clock, counters.recorded)
         waiters = await stack.enter_async_context(results.waiters)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
@@ -85,23 +88,31 @@ async def run(config: StoreConfig) -> None:
         exports = Exports(collections, results, result_stream, export_locations, threads, config.max_exports)
 
         # Removal: retention by the leader, garbage collection by every instance.
-        rules = RuleRepository(collections, _now)
+        rules = RuleRepository(collections, clock)
         holder = f"{config.node}/{config.instance} {uuid.uuid4().hex}"
         leases = client[config.database][LEASES]
         lease = LeaderLease(leases, "store", holder, ready=ready, ttl_ms=LEASE_MS, renew_ms=RENEW_MS)
         await stack.enter_async_context(lease)
-        sweep = Sweep(collections, rules, counters, _now)
-        await stack.enter_async_context(RetentionRounds(sweep, lease, config.retention_ms / 1000))
-        collector = Collector(collections, blobs, _now)
+        marks = client[config.database][MARKS]
+        guard = RemovalGuard(
+            marks,
+            "results",
+            ExpiredShare(collections, rules),
+            clock=clock,
+            command="shoal store retention set results 30d",
+        )
+        sweep = Sweep(collections, rules, counters, clock, removal_clock=guard)
+        await stack.enter_async_context(RetentionRounds(sweep, lease, config.retention_ms / 1000, check=guard.check))
+        collector = Collector(collections, blobs, clock)
         await stack.enter_async_context(CollectorRounds(collector, config.collect_every_ms / 1000))
 
         # Backups.
         backup_locations = BackupLocations(config.backups, threads, checksums=config.s3_checksums)
         databases = config.backup_databases
-        backup = Backup(collections, blobs, backup_locations, folder, threads, _now, databases)
-        restore = Restore(collections, blobs, backup_locations, folder, threads, _now, counters, databases)
+        backup = Backup(collections, blobs, backup_locations, folder, threads, clock, databases)
+        restore = Restore(collections, blobs, backup_locations, folder, threads, clock, counters, databases)
 
-        references = References(collections, artifacts, _now)
+        references = References(collections, artifacts, clock)
         verification = Verification(collections, blobs, artifacts.reader, responses)
         idle_s = config.upload_idle_ms / 1000
         parts = ArtifactParts(artifacts, references, collector, verification, backup, restore, quotas, idle_s)
@@ -113,7 +124,7 @@ async def run(config: StoreConfig) -> None:
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:
-            opening = tasks.create_task(_open(collections, ready, server, registration))
+            opening = tasks.create_task(_open(collections, clock, guard, ready, server, registration))
             try:
                 await until_stopped()
             finally:
@@ -121,11 +132,21 @@ async def run(config: StoreConfig) -> None:
             opening.cancel()
 
 
-async def _open(collections: Collections, ready: asyncio.Event, server: Server, registration: Registration) -> None:
+async def _open(
+    collections: Collections,
+    clock: DatabaseClock,
+    guard: RemovalGuard,
+    ready: asyncio.Event,
+    server: Server,
+    registration: Registration,
+) -> None:
     """Create the collections, however long MongoDB is unavailable, and only then serve and register as ready."""
     while True:
         try:
+            # Before this instance records or removes anything.
+            await clock.synchronize()
             await collections.prepare()
+            await guard.check()
             break
         except Unavailable as err:
             log.warning("not serving yet: %s", err)
@@ -134,7 +155,3 @@ async def _open(collections: Collections, ready: asyncio.Event, server: Server, 
     await server.serve()
     await registration.update(state=State.READY)
     log.info("serving at %s", server.address)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

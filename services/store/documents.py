@@ -12,6 +12,7 @@ holds      {_id: a running backup, expires_at}: no blob is removed
 exports    {_id: a location, export, call, expires_at}: the export that writes there
 restores   {_id: a backup that is being restored here, began_at}: no garbage collection
 leads      {_id: "store", holder, token, expires_at}: the leader lease (mesh/mongo_lease.py)
+removals   {_id: "results", at, asked?}: the time by which removal is decided (mesh/removal_guard.py)
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -29,6 +30,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
+from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from shoal.errors import Unavailable
 
 Collection: TypeAlias = AsyncCollection[Document]
@@ -267,6 +269,7 @@ class Collections:
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
         await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
+        await ensure_collection(db, MARKS, validator=MARK_VALIDATOR, indexes=[])
         self._prepared = prepared
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mesh.process.private_folder import PrivateFolder
 from shoal.cli import bringing, quantizing
 from shoal.cli.output import AsJson, Gateway, connect, console, pairs, plain, show, show_json, size, text
 from shoal.convert import formats
@@ -83,7 +83,7 @@ def push(
     conversion = None
     with contextlib.ExitStack() as stack:
         if formats.is_brought(path):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
+            folder = stack.enter_context(PrivateFolder("shoal-tmp-push-"))
             options = bringing.ConversionOptions(sample, tolerance, max_flips, seed, trust_pickle, float64)
             conversion = bringing.convert(path, folder, name, options, as_json=json)
             labels = bringing.provenance(conversion) | labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mesh.process.private_folder import PrivateFolder
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json, size
 from shoal.compress.method import Method
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ShoalError
@@ -114,7 +114,7 @@ def command(
     if name is not None:
         bundle.checked(name)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
+        folder = stack.enter_context(PrivateFolder("shoal-tmp-quantize-"))
         source = _Source(model, version, gateway, folder, stack)
         target = _target(output, source.name, method, push=push, folder=folder)
         rows = _rows(source, OnnxModel(source.file), data, recorded, seed)

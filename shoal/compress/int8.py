@@ -42,7 +42,7 @@ def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
     Raises:
         FailedPrecondition: the model has no operator with weights that can be quantized.
     """
-    with _prepared(source) as prepared, _quiet():
+    with _prepared(source, target.parent) as prepared, _quiet():
         quantize_dynamic(
             prepared,
             target,
@@ -69,7 +69,7 @@ def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
         FailedPrecondition: the model has no operator with weights that can be quantized.
     """
     notes = []
-    with _prepared(source) as prepared, _quiet():
+    with _prepared(source, target.parent) as prepared, _quiet():
         try:
             _quantize(source, prepared, target, calls, per_channel=True)
             OnnxModel(target).predict(calls[0])
@@ -109,9 +109,12 @@ class _Rows(CalibrationDataReader):
 
 
 @contextmanager
-def _prepared(source: Path) -> Iterator[Path]:
-    """Yield a temporary copy of the model with inferred shapes and fused operators, as the tools require."""
-    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+def _prepared(source: Path, within: Path) -> Iterator[Path]:
+    """Yield a temporary copy of the model with inferred shapes and fused operators, as the tools require.
+
+    It lies in `within`, a temporary folder of the caller, which is removed even after a kill.
+    """
+    with tempfile.TemporaryDirectory(prefix="prepared-", dir=within) as folder:
         prepared = Path(folder) / "prepared.onnx"
         # Symbolic inference needs sympy, and finds more shapes only in transformer models.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)

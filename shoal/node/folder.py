@@ -5,7 +5,10 @@ DATA_DIR/node.lock     locked while a node runs; contains the pid of that proces
          ports.json    the private ports, for the next start
          logs/         a log for each process
          etcd/ mongo/ blobs/ cache/models/
-RUN_DIR/*.sock, envoy.json     /tmp/shoal-XXXXXXXX: short, since a socket's path has at most 107 bytes
+         envoy.json    Envoy's bootstrap file
+RUN_DIR/*.sock         /tmp/shoal-up-XXXXXXXX: short, since a socket's path has at most 107 bytes. Locked while the node
+                       runs, so that no cleaner of old files removes it. Not in XDG_RUNTIME_DIR, which goes with the
+                       user's last login: a node outlives the login that started it.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mesh.process.private_folder import PrivateFolder
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 _SUBFOLDERS = ("logs", "etcd", "mongo", "blobs", "cache/models")
-_RUN_PREFIX = "shoal-"
+_RUN_PREFIX = "shoal-up-"
+# Earlier versions used this prefix alone.
+_ANY_RUN_PREFIX = "shoal-"
 _PRIVATE_PREFIX = "shoal-serve-"
 # Bytes left of 107 after `/shoal-serve-XXXXXXXX/` and the longest name of a socket.
 _BASE_BYTES = 70
@@ -65,55 +71,14 @@ def lock(data_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def run_dir(data_dir: Path, environ: Mapping[str, str]) -> Iterator[Path]:
     """Create a folder for sockets. It is removed when the block ends, or, after a kill, at the next start."""
-    path = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX, dir=_base(environ)))
-    _write_holder(data_dir, {"pid": os.getpid(), "run_dir": str(path)})
-    try:
+    with PrivateFolder(_RUN_PREFIX, _base(environ)) as path:
+        _write_holder(data_dir, {"pid": os.getpid(), "run_dir": str(path)})
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def private(environ: Mapping[str, str]) -> Iterator[Path]:
-    """Create a private folder with a short path, and remove it when the block ends.
-
-    This process locks the folder. Unlocked folders were left by processes that were killed; they are removed here.
-    """
-    base = Path(_base(environ))
-    for path in base.glob(f"{_PRIVATE_PREFIX}*"):
-        _remove_abandoned(path)
-    path, descriptor = _locked(base)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _locked(base: Path) -> tuple[Path, int]:
-    """Return a new folder in `base`, and the descriptor that holds its lock."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=base))
-        # Until the folder is locked, another process that starts now may remove it as abandoned.
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if path.exists():
-                return path, descriptor
-            os.close(descriptor)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove a private folder that no process has locked."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) == 0o700:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
+def private(environ: Mapping[str, str]) -> PrivateFolder:
+    """Return a new private folder with a short path. Its end as a context manager removes it."""
+    return PrivateFolder(_PRIVATE_PREFIX, _base(environ))
 
 
 def last_ports(data_dir: Path) -> dict[str, int]:
@@ -140,8 +105,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _base(environ: Mapping[str, str]) -> str:
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
-    for folder in (runtime, tempfile.gettempdir()):
+    for folder in (environ.get("TMPDIR", ""), tempfile.gettempdir()):
         if folder and len(os.fsencode(folder)) <= _BASE_BYTES and os.access(folder, os.W_OK | os.X_OK):
             return folder
     return "/tmp"
@@ -167,7 +131,7 @@ def _holder_text(data_dir: Path) -> str:
 
 def _remove_run_dir(run_dir: object) -> None:
     """Remove the run folder of a node that was killed. A folder that may be anything else is left alone."""
-    if not isinstance(run_dir, str) or not Path(run_dir).name.startswith(_RUN_PREFIX):
+    if not isinstance(run_dir, str) or not Path(run_dir).name.startswith(_ANY_RUN_PREFIX):
         return
     with contextlib.suppress(OSError):
         status = os.lstat(run_dir)

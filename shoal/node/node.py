@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from shoal.node import folder, gateway, plan, probes
 from shoal.node.options import Options
 from shoal.node.plan import Layout
 from shoal.node.ports import PortInUse, Ports
-from shoal.node.process import raise_file_limit
+from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import ProcessSpec
 from shoal.node.ready import Ready, ReadyFiles
 from shoal.node.supervisor import Event, Started, Supervisor
@@ -53,7 +52,10 @@ class Screen(Protocol):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends everything immediately."""
+    """SIGINT, SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends everything immediately.
+
+    A SIGHUP that was ignored at the start (by `nohup`) stays ignored.
+    """
 
     def __init__(self, screen: Screen) -> None:
         self.stop = asyncio.Event()
@@ -74,7 +76,7 @@ class Signals:
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
@@ -100,7 +102,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         layout = replace(layout, run_dir=stack.enter_context(folder.run_dir(options.data_dir, environ)))
         signals.on_second_signal.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
         groups = plan.groups(options, layout, environ, os.getpid())
-        (layout.run_dir / "envoy.json").write_text(plan.envoy_bootstrap(options, layout))
+        folder.write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout))
         stack.enter_context(signals.caught())
         if options.etcd is not None:
             await check_unique(options.etcd, options.name)

@@ -88,11 +88,16 @@ def groups(
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd_port, layout.etcd_peer_port)])
     if options.mongo is None and needs_mongo(options):
         found.append([processes.mongod(options.data_dir / "mongo", layout.mongod_port)])
-    found.append([processes.envoy(layout.run_dir / "envoy.json", layout.admin, workers(os.cpu_count() or 1))])
+    found.append([processes.envoy(envoy_file(options), layout.admin, workers(os.cpu_count() or 1))])
     for service, count in options.replicas.items():
         instances = [f"{service}-{number}" for number in range(count)]
         found.append([_service(service, name, options, layout, environ, launcher) for name in instances])
     return found
+
+
+def envoy_file(options: Options) -> Path:
+    """Return the path of Envoy's bootstrap file, which each restart of Envoy reads."""
+    return options.data_dir / "envoy.json"
 
 
 def envoy_bootstrap(options: Options, layout: Layout) -> str:

@@ -84,6 +84,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that stop a launcher: SIGHUP only where the process did not start with it ignored.
+
+    `nohup` ignores SIGHUP for what it starts, so that the end of the user's login does not end that too.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if is_ignored else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def ending(status: int) -> str:
     """Return an exit status in words: `exited with 1`, `was killed by SIGKILL`."""
     if status >= 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from shoal.node import folder, probes
 from shoal.node.envoy_edge import Edge
 from shoal.node.front import Choice, choose
 from shoal.node.ports import PortInUse, Ports, listeners
-from shoal.node.process import raise_file_limit
+from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
 from shoal.node.workers import Workers
 
@@ -170,7 +169,7 @@ class _Serving:
 
     async def run(self, announce: Callable[[Workers, Screen], Awaitable[None]]) -> int:
         """Return the exit status when all processes have ended. `announce` runs concurrently."""
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        loop, numbers = asyncio.get_running_loop(), stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal)
         announcing = asyncio.ensure_future(announce(self._workers, self._screen))

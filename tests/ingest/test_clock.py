@@ -106,7 +106,7 @@ async def test_that_a_clock_is_wrong_is_told_once(caplog: pytest.LogCaptureFixtu
         await clock.synchronize()
         primary.true_s += 10
     (told,) = caplog.messages
-    assert told == "this machine's clock is 12.0 s ahead of MongoDB's, which jobs use: correct this machine's clock"
+    assert told == "this machine's clock is 12.0 s ahead of MongoDB's, which Shoal uses: correct this machine's clock"
     primary.offset_s = 12.0
     await clock.synchronize()
     assert caplog.messages[1:] == [

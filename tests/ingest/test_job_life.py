@@ -173,6 +173,15 @@ async def test_an_attempt_has_an_end(own_mesh: FakeMesh, start_ingest: StartInge
     client = Client(ingest.address)
     job = await client.ended((await client.submit(retry=QUICK)).job.id)
     assert (job.state, job.attempts, job.last_code) == (pb.JOB_STATE_DEAD, 3, Code.DEADLINE_EXCEEDED)
+
+    async def thinks(request: Any, context: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await echo(request, context)
+
+    own_mesh.infer.model = thinks
+    patient = pb.RetryPolicy(max_attempts=1, attempt_timeout=Duration(seconds=60))
+    job = await client.ended((await client.submit(retry=patient)).job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
     await client.channel.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.ingest import documents
 from services.ingest.intake.submission import digest_of, job_of
 from services.ingest.job import Job, Policy, State
 from services.ingest.messages import timestamp_of
@@ -54,6 +55,15 @@ def test_all_that_may_be_asked_for() -> None:
 def test_codes_that_are_worth_a_retry() -> None:
     assert made(submit()).policy.codes == ()
     assert made(submit(retry=pb.RetryPolicy(retry_codes=[14, 4]))).policy.codes == (4, 14)
+
+
+def test_a_job_may_ask_for_longer_attempts() -> None:
+    job = made(submit(retry=pb.RetryPolicy(attempt_timeout=Duration(seconds=3_600))))
+    assert job.policy == Policy(attempt_timeout_ms=3_600_000)
+    assert documents.job_of(documents.document_of(job)).policy == job.policy
+    for wrong, says in ((Duration(seconds=3_601), "at most 3600 s"), (Duration(nanos=1), "at least 1 ms")):
+        with pytest.raises(InvalidArgument, match=f"retry.attempt_timeout: {says}"):
+            made(submit(retry=pb.RetryPolicy(attempt_timeout=wrong)))
 
 
 def test_when_it_may_run() -> None:

@@ -35,6 +35,11 @@ async def test_submits_are_accepted_refused_and_streamed(ingest: IngestProcess, 
             S.INVALID_ARGUMENT,
             "idempotency_key: 'schedule:s:t' is reserved",
         ),
+        (
+            client.submit(idempotency_key="k", labels={"connector": "c", "source": "log/0/0"}),
+            S.INVALID_ARGUMENT,
+            "labels: 'connector' and 'source' together are reserved",
+        ),
         (client.submit(idempotency_key="one", data=b"other"), S.ALREADY_EXISTS, first.job.id),
         (client.channel.unary_unary("/shoal.ingest.v1.IngestService/Submit")(b"\xff"), S.INVALID_ARGUMENT, "1 bytes"),
     ):

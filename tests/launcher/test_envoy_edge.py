@@ -104,7 +104,7 @@ def test_the_error_without_an_envoy_says_how_to_install_one(asked: str, address:
 
 
 def test_a_private_folder_goes_at_the_end(run_dir: Path) -> None:
-    with folder.private({"XDG_RUNTIME_DIR": str(run_dir)}) as path:
+    with folder.private({"TMPDIR": str(run_dir)}) as path:
         assert (path.parent, path.stat().st_mode & 0o777) == (run_dir, 0o700)
         (path / "a.sock").touch()
     assert list(run_dir.iterdir()) == []
@@ -118,7 +118,7 @@ def test_only_private_folders_that_no_process_holds_are_removed(run_dir: Path) -
     (run_dir / "shoal-serve-link").symlink_to(run_dir)
     lock = os.open(held, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with folder.private({"XDG_RUNTIME_DIR": str(run_dir)}) as path:
+    with folder.private({"TMPDIR": str(run_dir)}) as path:
         left = {entry.name for entry in run_dir.iterdir()}
     os.close(lock)
     assert left == {path.name, "shoal-serve-held", "shoal-serve-shared", "shoal-serve-link"}

@@ -27,6 +27,20 @@ async def test_the_etcd_of_the_tests_answers(etcd_address: str) -> None:
         assert (await client.get(b"/test/parts")).value == b"here"
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "mib", "hours"),
+    [(0, 256, 0.0), (1, 256, 0.006), (20, 1_024, 0.1193), (200, 10_240, 1.0), (9_999, 16_384, 1.0)],
+)
+def test_the_log_of_mongod_has_an_hour_where_the_disk_has_room_for_it(free_gib: int, mib: int, hours: float) -> None:
+    assert processes.oplog(free_gib << 30) == (mib, hours)
+
+
+def test_mongod_keeps_its_log_for_a_time_and_not_for_a_size_alone(tmp_path: Path) -> None:
+    argv = processes.mongod(tmp_path, 1).argv
+    assert float(argv[argv.index("--oplogMinRetentionHours") + 1]) > 0
+    assert int(argv[argv.index("--oplogSize") + 1]) >= 256
+
+
 async def until_ready(part: processes.ProcessSpec) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(*part.argv, stdout=asyncio.subprocess.DEVNULL)
     async with asyncio.timeout(30):

@@ -18,6 +18,7 @@ from pymongo import AsyncMongoClient
 
 from services.store.artifacts.object_blobs import ObjectBlobs
 from services.store.config import StoreConfig
+from services.store.results import result_watch
 from services.store.results.result_rules import check_results
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
@@ -391,6 +392,27 @@ async def test_a_watch_shows_what_is_recorded_from_then_on(store: Store) -> None
     assert got.result == await get(store, "after")
     await put(store, result("large", response=answer(3 << 20)))
     assert (await call.read()).result == await get(store, "large")
+
+
+async def test_a_watch_that_finds_nothing_renews_its_token(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_watch, "_HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(result_watch, "_AWAIT_MS", 20)
+    call = watch(store, tenant="quiet")
+    first = (await call.read()).resume_token
+    await put(store, result("of another tenant", tenant="noisy"))
+    renewed = await call.read()
+    assert not renewed.HasField("result")
+    assert renewed.resume_token != first
+    call.cancel()
+    call = watch(store, resume_token=renewed.resume_token)
+    await call.read()
+    await put(store, result("later", tenant="quiet"))
+    seen = [(await call.read()).result.job_id]
+    while seen[-1] != "later":
+        seen.append((await call.read()).result.job_id)
+    # The token is past the other tenant's result, although the second watch would show it.
+    assert "of another tenant" not in seen
+    call.cancel()
 
 
 async def test_a_watch_goes_on_after_a_token(store: Store) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
 
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
 from mesh.mongo import Document
+from mesh.process.private_folder import PrivateFolder
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
 from services.ingest.batches.batch_control import BatchControl
@@ -67,8 +66,8 @@ class Batches:
         self._threads = Threads(_THREADS, "batch")
         self._submit_threads = Threads(_SUBMIT_THREADS, "batch-submit")
         self._readers = ReaderCache(locations)
-        self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
-        folder = Path(self._folder.name)
+        self._folder = PrivateFolder("shoal-tmp-batches-")
+        folder = self._folder.path
         self._chunks = ChunkRepository(
             database[CHUNKS],
             clock=clock,

@@ -140,6 +140,7 @@ class Batch:
 
     id: str
     inputs: tuple[str, ...]
+    """Empty where only the state of a batch was read."""
     output: str
     format: Format
     model_name: str

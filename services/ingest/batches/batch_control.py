@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
@@ -23,6 +24,9 @@ WATCH_S = 0.5
 """Interval at which a watcher polls for progress."""
 # Lifetime of a cached sum: many clients may watch one batch.
 _SUM_TTL_S = 0.25
+# A sum reads all chunks of its batch, 244,000 of a billion rows. It lives this many times as long as it took, so that
+# sums take at most a twentieth of MongoDB's time for a batch.
+_SUM_TTL_TIMES = 20
 _MAX_SUMS = 100
 # Time that CancelBatch waits for the batch's end before it responds.
 _CANCEL_WAIT_S = 3.0
@@ -42,14 +46,23 @@ class BatchControl:
     """Client operations on batches."""
 
     def __init__(
-        self, batches: BatchRepository, chunks: ChunkRepository, *, on_change: Callable[[], None], max_watches: int
+        self,
+        batches: BatchRepository,
+        chunks: ChunkRepository,
+        *,
+        on_change: Callable[[], None],
+        max_watches: int,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batches = batches
         self._chunks = chunks
         self._on_change = on_change
         self._max_watches = max_watches
+        self._monotonic = monotonic
         self._watches = 0
+        # Each with the time until which it is returned.
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
+        self._locks: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = WeakValueDictionary()
 
     async def get(self, batch_id: str) -> BatchView:
         """Return one batch.
@@ -148,16 +161,18 @@ class BatchControl:
         return BatchView(batch, await self._sum(batch))
 
     async def _sum(self, batch: Batch) -> Totals:
-        now = time.monotonic()
         # The key has `is_planned`, because a sum from before the plan was complete is too small.
         key = (batch.id, batch.is_planned)
-        if (known := self._sums.get(key)) is not None and now - known[0] < _SUM_TTL_S:
-            return known[1]
-        totals = await self._chunks.totals(batch.id)
-        self._sums[key] = (now, totals)
-        while len(self._sums) > _MAX_SUMS:
-            self._sums.popitem(last=False)
-        return totals
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            began = self._monotonic()
+            if (known := self._sums.get(key)) is not None and began < known[0]:
+                return known[1]
+            totals = await self._chunks.totals(batch.id)
+            ended = self._monotonic()
+            self._sums[key] = (ended + max(_SUM_TTL_S, (ended - began) * _SUM_TTL_TIMES), totals)
+            while len(self._sums) > _MAX_SUMS:
+                self._sums.popitem(last=False)
+            return totals
 
     async def _get_with_retry(self, batch_id: str) -> BatchView:
         give_up_at = time.monotonic() + _OUTAGE_S

@@ -89,9 +89,10 @@ class BatchRepository:
             return [batch_of(found) async for found in self._batches.find(query).sort("_id", -1).limit(size)]
 
     async def active(self) -> list[Batch]:
-        """Return the active batches, oldest first."""
+        """Return the active batches, oldest first, without their inputs: up to 2 MB of URLs each."""
         with translated("reading active batches"):
-            cursor = self._batches.find({"is_active": True}, hint="active").sort("_id", 1).limit(MAX_ACTIVE)
+            found = self._batches.find({"is_active": True}, {"inputs": 0}, hint="active")
+            cursor = found.sort("_id", 1).limit(MAX_ACTIVE)
             return [batch_of(found) async for found in cursor]
 
     async def filter_active(self, batch_ids: Collection[str]) -> set[str]:

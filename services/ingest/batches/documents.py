@@ -132,7 +132,7 @@ def batch_of(document: Mapping[str, Any]) -> Batch:
     ending, totals = document.get("ending"), document.get("totals")
     return Batch(
         id=document["_id"],
-        inputs=tuple(document["inputs"]),
+        inputs=tuple(document.get("inputs", ())),
         output=document["output"],
         format=Format(document["format"]),
         model_name=document["model_name"],

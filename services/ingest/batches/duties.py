@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
@@ -47,7 +48,8 @@ from services.ingest.batches.outputs.part_summary import part_name
 from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, InvalidArgument
 
-MARKER_BYTES = 64 << 10
+# The marker has one short line. Markers of earlier versions also hold the inputs: up to 1,000 URLs of 2,048 characters.
+MARKER_BYTES = 4 << 20
 # Chunks in one write; chunks that are written can run while the rest is planned.
 _PLANNED_AT_ONCE = 64
 
@@ -94,7 +96,7 @@ class Duties:
         await self._batches.record_listing(batch, entry, files)
 
     def _write_listing(self, batch: Batch, url: str) -> int:
-        path = Path(tempfile.mkstemp(dir=self._folder, suffix=".jsonl")[1])
+        path = _temporary_file(self._folder)
         try:
             files = 0
             with path.open("wb") as file:
@@ -136,7 +138,7 @@ class Duties:
     async def _write_end(self, batch: Batch, ending: Ending) -> None:
         assert batch.listing is not None
         await self._threads.run(self._locations.publish, batch.listing.url, batch.output_url(LISTING))
-        manifest = Path(tempfile.mkstemp(dir=self._folder, suffix=".json")[1])
+        manifest = _temporary_file(self._folder)
         try:
             await write_manifest(manifest, batch, self._chunks.done(batch.id))
             await self._threads.run(self._locations.adopt, batch.output_url(MANIFEST), manifest)
@@ -153,7 +155,8 @@ def mark_output(locations: InputLocations, batch: Batch) -> None:
     Raises:
         AlreadyExists: the output belongs to another batch.
     """
-    marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
+    # The inputs are in the listing: the marker is read whole, so it stays small whatever a batch reads.
+    marker = json.dumps({"batch": batch.id, "model": batch.model_name}).encode()
     try:
         locations.put(batch.output_url(MARKER), marker, only_new=True)
     except AlreadyExists:
@@ -257,6 +260,12 @@ def summary_of(batch: Batch, ending: Ending) -> dict[str, Any]:
 
 def _iso(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _temporary_file(folder: Path) -> Path:
+    descriptor, path = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    return Path(path)
 
 
 def _next_group(chunks: Iterator[Chunk]) -> list[Chunk]:

@@ -24,6 +24,7 @@ from services.ingest.connectors.progress import ConnectorProgress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
+from services.ingest.limits import CONNECTOR_LABEL, SOURCE_LABEL
 from services.ingest.queries.completions import Ended
 from shoal.errors import AlreadyExists, Code, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -43,9 +44,7 @@ T = TypeVar("T")
 class JobIntake(Protocol):
     """Interface to the intake."""
 
-    async def begin_when_there_is_room(
-        self, submit: pb.SubmitRequest, traceparent: str = ""
-    ) -> asyncio.Future[Accepted]: ...
+    async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]: ...
 
     async def by_key(self, tenant: str, key: str) -> Job | None: ...
 
@@ -151,6 +150,9 @@ class Connector(Background):
         accepted = await self._submitted(submit)
         if isinstance(accepted, MessageFailure):
             return accepted
+        if accepted.existed and not _is_of_message(accepted.job, submit):
+            other = f"its idempotency key belongs to job {accepted.job.id}, which is no job of this message"
+            return MessageFailure(Code.ALREADY_EXISTS, other)
         await self._endings.until_ended(accepted.job.id, is_old=accepted.existed)
         try:
             return (await self._retry_until_available(lambda: self._endings.result(accepted.job.id))).result
@@ -161,7 +163,7 @@ class Connector(Background):
 
     async def _submitted(self, submit: pb.SubmitRequest) -> Accepted | MessageFailure:
         async def submitted() -> Accepted:
-            return await (await self._intake.begin_when_there_is_room(submit))
+            return await (await self._intake.begin_of_connector(submit))
 
         try:
             return await self._retry_until_available(submitted)
@@ -222,6 +224,12 @@ class Connector(Background):
     def _log_problem(self, err: ShoalError) -> None:
         if self.progress.record_error(err.message):
             log.warning("connector %s: %s", self._spec.name, err.message)
+
+
+def _is_of_message(job: Job, submit: pb.SubmitRequest) -> bool:
+    """Return True when a connector submitted `job` for the message of `submit`; its other labels may have changed."""
+    labels = dict(job.labels)
+    return all(labels.get(name) == submit.labels[name] for name in (CONNECTOR_LABEL, SOURCE_LABEL))
 
 
 class Backoff:

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.connectors.connector_spec import ConnectorSpec
 from services.ingest.connectors.message import Message, Outgoing, job_key
-from services.ingest.limits import LABEL_CHARS
+from services.ingest.limits import CONNECTOR_LABEL, LABEL_CHARS, SOURCE_LABEL
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -42,7 +42,7 @@ def submit_of(spec: ConnectorSpec, message: Message) -> pb.SubmitRequest:
         idempotency_key=job_key(spec.name, message),
         tenant=spec.tenant,
         retry=spec.retry,
-        labels={**dict(spec.labels), "connector": spec.name, "source": message.location[-LABEL_CHARS:]},
+        labels={**dict(spec.labels), CONNECTOR_LABEL: spec.name, SOURCE_LABEL: message.location[-LABEL_CHARS:]},
     )
     if spec.deadline_s is not None:
         deadline = Duration()

@@ -181,9 +181,10 @@ class Attempts:
         return after_failure(job, failure, now, self._draw)
 
     def _remaining_s(self, job: Job) -> float:
+        timeout_s = job.policy.attempt_timeout_ms / 1000 or self._timeout_s
         if job.deadline is None:
-            return self._timeout_s
-        return min(self._timeout_s, (job.deadline - self._clock()).total_seconds())
+            return timeout_s
+        return min(timeout_s, (job.deadline - self._clock()).total_seconds())
 
     def _span(self, job: Job) -> Span:
         parent = propagate.extract({"traceparent": job.traceparent}) if job.traceparent else None

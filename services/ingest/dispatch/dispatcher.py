@@ -40,7 +40,7 @@ from services.ingest.dispatch.recorder import EndingJob, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.instance import Instance
 from services.ingest.intake.backlog import JobBacklog
-from services.ingest.job import BackToQueue, End, Job, Lease, after_stop, claim
+from services.ingest.job import BackToQueue, End, Job, Lease, after_stop, after_stop_in_call, claim
 from services.ingest.job_store import Inserted, UnknownOutcome
 from shoal.errors import ShoalError
 
@@ -150,9 +150,12 @@ class Dispatcher:
         assert self._stop_at is not None
         await asyncio.wait([self._loop_task], timeout=_UNAVAILABLE_WAIT_S)
         await end(self._loop_task)
-        self._release_all(self._is_queued)
+        self._release_all(self._is_queued, lambda _: after_stop(self._clock(), self._instance))
         await self._finish(self._stop_at - asyncio.get_running_loop().time())
-        self._release_all(lambda held_job: held_job.call is not None)
+        self._release_all(
+            lambda held_job: held_job.call is not None,
+            lambda job: after_stop_in_call(job, self._clock(), self._instance),
+        )
         await self._finish(_LAST_WRITES_S)
         await end(*self._tasks)
 
@@ -176,7 +179,11 @@ class Dispatcher:
         lease, closed = self._claims.lease(), self._undrained_models.union(self._closed(now))
         made: list[Job] = []
         for job in jobs:
-            if capacity > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
+            # An insert of unknown outcome may be made after its lease has lapsed. A lapse ends a job of one attempt, so
+            # the job is claimed after its insert.
+            may_lapse = job.policy.max_attempts > 1
+            is_due = job.due_at is not None and job.due_at <= now
+            if capacity > 0 and may_lapse and is_due and job.model_name not in closed:
                 capacity -= 1
                 self._in_writes += 1
                 job = claim(job, lease, now)
@@ -466,13 +473,12 @@ class Dispatcher:
             queue.waiting = deque(other for other in queue.waiting if other is not job)
         self._wake.set()
 
-    def _release_all(self, which: Callable[[HeldJob], bool]) -> None:
-        """Return the selected held jobs to the queue, without counting their attempts."""
+    def _release_all(self, which: Callable[[HeldJob], bool], decide: Callable[[Job], BackToQueue | End]) -> None:
+        """Release the selected held jobs, and record a decision about each."""
         leaving = [held_job for held_job in self._held.values() if which(held_job)]
         for held_job in leaving:
             self._release(held_job)
-        again = after_stop(self._clock(), self._instance)
-        self._record([(self._hold(held_job.job), again) for held_job in leaving])
+        self._record([(self._hold(held_job.job), decide(held_job.job)) for held_job in leaving])
 
     def _spawn(
         self, work: Coroutine[Any, Any, None], name: str, held_jobs: Sequence[HeldJob] = ()

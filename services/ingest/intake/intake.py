@@ -157,6 +157,13 @@ class Intake:
         The wait for memory has no deadline; the wait for `Admission` ends after half a minute.
         """
         check_not_reserved(submit)
+        return await self._begin_when_there_is_room(submit, traceparent)
+
+    async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]:
+        """Begin the submit of a connector's message, whose labels are reserved; wait as a stream does."""
+        return await self._begin_when_there_is_room(submit, "")
+
+    async def _begin_when_there_is_room(self, submit: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent)
         await self._limits.admission.wait(job.tenant)
         await self._limits.budget.wait_for(_size(job))
@@ -304,5 +311,13 @@ def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalErro
     return Accepted(earlier, True)
 
 
+# Bytes of a character of a label, at most, and of a label's two texts without their characters.
+_CHARACTER_BYTES, _LABEL_BYTES = 4, 160
+
+
 def _size(job: Job) -> int:
-    return len(job.request or b"") + 1_024
+    """Return the bytes that a job takes in memory, at most."""
+    size = len(job.request or b"") + 1_024
+    if job.labels:
+        size += sum(_LABEL_BYTES + _CHARACTER_BYTES * (len(key) + len(value)) for key, value in job.labels)
+    return size

@@ -13,10 +13,12 @@ from datetime import datetime, timedelta
 from services.ingest.dependencies.references import references_of
 from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
 from services.ingest.limits import (
+    CONNECTOR_LABEL,
     EXPLAIN,
     KEY_CHARS,
     LABEL_CHARS,
     LABELS,
+    LONGEST_ATTEMPT,
     LONGEST_BACKOFF,
     LONGEST_DEADLINE,
     LONGEST_DELAY,
@@ -25,6 +27,7 @@ from services.ingest.limits import (
     MOST_ATTEMPTS,
     REQUEST_BYTES,
     SCHEDULED,
+    SOURCE_LABEL,
     TENANT_CHARS,
     ms_of,
 )
@@ -37,14 +40,19 @@ _FAILURES = frozenset(Code) - {Code.OK}
 
 
 def check_not_reserved(submit: pb.SubmitRequest) -> None:
-    """Reject an idempotency key that is reserved for schedules.
+    """Reject an idempotency key that is reserved for schedules, and a job that would pass for a connector's.
 
     Raises:
-        InvalidArgument: the key is reserved.
+        InvalidArgument: the key or the labels are reserved.
     """
     if submit.idempotency_key.startswith(SCHEDULED):
         key = submit.idempotency_key[:KEY_CHARS]
         raise InvalidArgument(f"idempotency_key: {key!r} is reserved: {SCHEDULED!r} begins the keys of schedules' jobs")
+    if submit.idempotency_key and CONNECTOR_LABEL in submit.labels and SOURCE_LABEL in submit.labels:
+        raise InvalidArgument(
+            f"labels: {CONNECTOR_LABEL!r} and {SOURCE_LABEL!r} together are reserved for the jobs of connectors: "
+            "rename one, or leave the idempotency_key out"
+        )
 
 
 def job_of(
@@ -126,7 +134,12 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
             initial_ms = min(initial_ms, max_ms)
         elif max_ms < initial_ms:
             raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
-    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry))
+    attempt_ms = 0
+    if retry.HasField("attempt_timeout"):
+        attempt_ms = ms_of("retry.attempt_timeout", retry.attempt_timeout, LONGEST_ATTEMPT)
+        if attempt_ms < 1:
+            raise InvalidArgument("retry.attempt_timeout: at least 1 ms; leave it unset for the node's setting")
+    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry), attempt_ms)
 
 
 def _codes(retry: pb.RetryPolicy) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,8 @@ VALIDATOR: Mapping[str, Any] = {
             "state": {"enum": [*map(str, State), BATCHES]},
             # null: for ever.
             "keep_ms": {"bsonType": ["int", "long", "null"], "minimum": 60_000},
+            # New at each time that the rule is set.
+            "set": {"bsonType": "string"},
         },
     }
 }
@@ -50,7 +54,7 @@ class RetentionRepository:
             if is_full and await self._rules.find_one(rule_id, {"_id": 1}) is None:
                 raise ResourceExhausted(f"there are {MOST} rules, which is the limit: let some tenants inherit")
             keep_ms = None if rule.keep is None else rule.keep // _MS
-            document = {"tenant": rule.tenant, "state": str(rule.what), "keep_ms": keep_ms}
+            document = {"tenant": rule.tenant, "state": str(rule.what), "keep_ms": keep_ms, "set": uuid.uuid4().hex}
             await self._rules.replace_one(rule_id, document, upsert=True)
 
     async def inherit(self, tenant: str, what: What) -> None:
@@ -74,6 +78,18 @@ class RetentionRepository:
                 keep_ms = document["keep_ms"]
                 own[document["tenant"], what_of(document["state"])] = None if keep_ms is None else keep_ms * _MS
         return Rules(self._defaults, own)
+
+    async def version(self) -> str:
+        """Return a digest of the rules, which changes whenever one is set, also to the same value.
+
+        Raises:
+            Unavailable: MongoDB is unavailable.
+        """
+        digest = hashlib.sha256()
+        with translated("reading the retention rules"):
+            async for document in self._rules.find({}, {"set": 1}).sort("_id", 1):
+                digest.update(json.dumps([document["_id"], document.get("set", "")]).encode())
+        return digest.hexdigest()
 
 
 def _id(tenant: str, what: What) -> str:

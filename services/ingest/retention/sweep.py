@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -52,7 +52,9 @@ class JobSweep(Background):
         clock: Clock,
         ready: asyncio.Event,
         round_s: float = ROUND_S,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Store what a round needs; `check` runs before each round (mesh.removal_guard)."""
         self._jobs = jobs
         self._payloads = payloads
         self._repository = repository
@@ -60,6 +62,7 @@ class JobSweep(Background):
         self._clock = clock
         self._ready = ready
         self._round_s = round_s
+        self._check = check
         self._swept_to: dict[State, str] = {}
         self._began_at: datetime | None = None
         self._rules: Rules | None = None
@@ -69,6 +72,9 @@ class JobSweep(Background):
         await for_ever("remove jobs past their retention", self._run_round, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _run_round(self) -> float:
+        # Also before this instance leads: the first check must precede what is recorded now.
+        if self._check is not None:
+            await self._check()
         if self._leads():
             await self.round()
         return self._round_s

@@ -10,6 +10,7 @@ collection removes it when it is old (services/store/garbage).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -160,7 +161,8 @@ class Artifacts:
         return stored
 
     async def _open(self, upload: Upload) -> Partial:
-        now, blocks = self._clock().timestamp(), block_bytes(upload.size)
+        # Compared with the times of files, which are this machine's.
+        now, blocks = time.time(), block_bytes(upload.size)
         if upload.offset == 0:
             return await self._threads.run(self._staging.begin, upload.digest, now, blocks)
         return await self._threads.run(self._staging.resume, upload.digest, upload.offset, now, blocks)

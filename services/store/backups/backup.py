@@ -42,7 +42,7 @@ from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-NOT_CARRIED = frozenset({"holds", "graves", "exports", RESTORES, "fences", "leads", "tenant_rates"})
+NOT_CARRIED = frozenset({"holds", "graves", "exports", RESTORES, "fences", "leads", "removals", "tenant_rates"})
 """Collections that belong to this node only: pending deletions, leader leases and their tokens, rates of the last
 seconds. A node has them before it has any user data, and a restore ignores them."""
 _AT_ONCE = 8

@@ -51,6 +51,13 @@ def documents(data: bytes, key: str) -> list[RawBSONDocument]:
         raise DataLoss(f"{key}: not a file of documents") from err
 
 
+def without_field(doc: RawBSONDocument, field: str) -> RawBSONDocument:
+    """Return the document without `field`."""
+    return RawBSONDocument(
+        bson.encode({name: value for name, value in doc.items() if name != field}, codec_options=RAW)
+    )
+
+
 def with_field(doc: RawBSONDocument, field: str, value: Any) -> RawBSONDocument:
     """Return the document with another value in `field`; a document without that field stays as it is."""
     return RawBSONDocument(bson.encode({**doc, field: value}, codec_options=RAW)) if field in doc else doc

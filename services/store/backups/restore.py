@@ -10,6 +10,7 @@ would bring back, after the end of the later one, documents that the node has us
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bson.raw_bson import RawBSONDocument
+from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import BulkWriteError
 
@@ -38,9 +40,15 @@ from services.store.results.result_documents import BlobRef
 from services.store.usage.counters import Counters
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
+log = logging.getLogger(__name__)
+
 _AT_ONCE = 8
 _INSERTED_AT_ONCE = 500
 _DUPLICATE_KEY = 11000
+# The idempotency key of a job or batch, unique for each tenant.
+_TAKEN = "key"
+# Documents that one line of the log names.
+_NAMED = 20
 _LAST, _USAGE = "jobs", "usage"
 # Ingest's schedules carry the token of the last leader that wrote them (mesh/mongo_lease.py). Tokens of this node begin
 # anew, because leases are not restored: no leader could write a schedule with the old token.
@@ -220,15 +228,38 @@ class Restore:
         raw = self._database(dumped.database).get_collection(dumped.name, codec_options=dump.RAW)
         for first in range(0, len(docs), _INSERTED_AT_ONCE):
             await self._check_mark(made, call)
-            try:
-                await raw.insert_many(docs[first : first + _INSERTED_AT_ONCE], ordered=False)
-            except BulkWriteError as err:
-                # Duplicates: an interrupted restore inserted these documents.
-                failures = err.details.get("writeErrors", [])
-                if any(failure["code"] != _DUPLICATE_KEY for failure in failures):
-                    raise
-                existing += [docs[first + failure["index"]]["_id"] for failure in failures]
+            some, taken = await _insert_new(raw, docs[first : first + _INSERTED_AT_ONCE])
+            existing += some
+            if taken:
+                log.warning(
+                    "restoring %d documents of %s without their idempotency keys, which others took meanwhile: %s",
+                    len(taken),
+                    dumped.name,
+                    ", ".join(str(doc["_id"]) for doc in taken[:_NAMED]),
+                )
+                some, _ = await _insert_new(raw, [dump.without_field(doc, _TAKEN) for doc in taken])
+                existing += some
         return existing
+
+
+async def _insert_new(
+    raw: AsyncCollection[Any], docs: Sequence[RawBSONDocument]
+) -> tuple[list[Any], list[RawBSONDocument]]:
+    """Insert documents. Return the ids of those that exist already, and those whose idempotency key another one has.
+
+    An interrupted restore inserted the former. The latter's keys were taken since the restore began, by a submit, a
+    schedule or a connector.
+    """
+    try:
+        await raw.insert_many(docs, ordered=False)
+    except BulkWriteError as err:
+        failures = err.details.get("writeErrors", [])
+        if any(failure["code"] != _DUPLICATE_KEY for failure in failures):
+            raise
+        taken = [docs[each["index"]] for each in failures if _TAKEN in each.get("keyPattern", ())]
+        ids = [docs[each["index"]]["_id"] for each in failures if _TAKEN not in each.get("keyPattern", ())]
+        return ids, taken
+    return [], []
 
 
 async def complete_backups(source: BlobStore) -> list[str]:

@@ -5,7 +5,8 @@
 
 A part is named by its number and written whole or not at all; the cursor after a part holds its end. So an interrupted
 export resumes after its last part, and rewrites the unfinished part under the same name. The manifest is written last:
-with it, the export is complete. A running export claims its location (claim.py).
+with it, the export is complete. A running export claims its location (claim.py). Its first file, `_export-ID`, names
+the export: a cursor resumes only where that file is, so a made-up cursor replaces no file of another export.
 
 An export is written to a location that the operator allows (locations.py), or returned to a caller who gave no URL.
 """
@@ -153,6 +154,12 @@ class Exports:
                 location = ClaimedLocation(opened, await stack.enter_async_context(claim))
                 if status is None:
                     await _check_empty(opened, request.url)
+                    await location.put(_marker(export), b"shoal results 1\n")
+                elif await opened.size(_marker(export)) is None:
+                    raise FailedPrecondition(
+                        f"cursor: it belongs to no export at {request.url}: leave it out to export everything to "
+                        "another location"
+                    )
             if status is None:
                 status = ExportStatus(await self._stream.whole(request.filter), export)
             async with aclosing(self._write(request, digest, status, location)) as written:
@@ -267,6 +274,11 @@ def _new_part(rows: int) -> ExportPart:
     except ImportError as err:
         raise FailedPrecondition("exports need pyarrow where the store runs: pip install 'shoal[parquet]'") from err
     return ExportPart(rows)
+
+
+def _marker(export: str) -> str:
+    """Return the name of the file that says which export a location holds."""
+    return f"_export-{export}"
 
 
 async def _check_empty(location: ExportLocation, url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from pymongo.asynchronous.change_stream import AsyncCollectionChangeStream
@@ -17,6 +18,8 @@ from shoal.errors import ResourceExhausted, Unavailable
 from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 
 _AWAIT_MS = 1_000
+# A watch that finds no matching result sends a token this often: a token older than MongoDB's log is useless.
+_HEARTBEAT_S = 10.0
 _NOTHING: list[Document] = [{"$match": {"operationType": "none of these"}}]
 """Pipeline of a watch that is opened only for its start token: pymongo has that token only before the first event."""
 
@@ -38,6 +41,8 @@ class ResultWatch:
 
     async def follow(self, request: WatchResultsRequest) -> AsyncGenerator[tuple[Result | None, str], None]:
         """Yield (None, token) when the watch is open, then each result and the token to resume after it. Never ends.
+
+        While no result matches, (None, token) comes again with a newer token.
 
         Raises:
             InvalidArgument: a bad filter or token.
@@ -82,16 +87,24 @@ class ResultWatch:
     async def _items(
         self, pipeline: list[Document], after: Document | None
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
-        collection = self._db[self._collections.results.name]
+        collection, loop = self._db[self._collections.results.name], asyncio.get_running_loop()
         if after is None:
             async with await collection.watch(_NOTHING) as now:
                 after = _token(now.resume_token)
         stream = await _opened(collection, pipeline, after)
         async with stream:
             yield None, _written(after)
+            sent_at = loop.time()
             while stream.alive:
                 if (change := await _next(stream)) is not None:
-                    yield await self._results.readable(change["fullDocument"]), _written(change["_id"])
+                    after = _token(change["_id"])
+                    yield await self._results.readable(change["fullDocument"]), _written(after)
+                elif loop.time() < sent_at + _HEARTBEAT_S or (newest := _token(stream.resume_token)) == after:
+                    continue
+                else:
+                    after = newest
+                    yield None, _written(after)
+                sent_at = loop.time()
         raise Unavailable("MongoDB ended the watch: watch again")
 
 

@@ -1,12 +1,13 @@
 """Retention rounds: the instance that holds the store's leader lease removes what the rules no longer keep.
 
 lease held? ──no──> check again soon
-    └──yes──> sweep (about two seconds) ──more to remove──> sweep again ... ──nothing left──> wait for the next round
+    └──yes──> check the clock ──> sweep (about two seconds) ──more to remove──> again ... ──nothing left──> next round
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 
 from mesh.mongo_lease import LeaderLease
 from mesh.process.tasks import Background, for_ever
@@ -26,8 +27,17 @@ _AWAY_S = 5.0
 class RetentionRounds(Background):
     """Sweeps every `every_s`, and immediately again while there is more, while this instance holds `lease`."""
 
-    def __init__(self, sweep: Sweep, lease: LeaderLease, every_s: float) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        lease: LeaderLease,
+        every_s: float,
+        *,
+        check: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Store what a round needs; `check` runs before each round (mesh.removal_guard)."""
         self._sweep = sweep
+        self._check = check
         self._lease = lease
         self._every_s = every_s
 
@@ -37,6 +47,8 @@ class RetentionRounds(Background):
     async def _round(self) -> float:
         if not self._lease.is_held:
             return min(_CHECK_S, self._every_s)
+        if self._check is not None:
+            await self._check()
         swept = await self._sweep.apply(self._lease)
         if swept != Swept(more=swept.more):
             log.info(

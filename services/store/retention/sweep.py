@@ -71,13 +71,16 @@ class Sweep:
         counters: Counters,
         clock: Callable[[], datetime],
         *,
+        removal_clock: Callable[[], datetime] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Store what a call needs. `removal_clock` decides what is old (None: `clock`); `clock` dates the removals."""
         self._collections = collections
         self._rules = rules
         self._counters = counters
         self._deletions = PendingDeletions(collections)
         self._clock = clock
+        self._removal_clock = removal_clock or clock
         self._monotonic = monotonic
         # Last tenant reached. Another instance begins from the start, which costs one index read for each tenant.
         self._reached: dict[DataKind, str | None] = {}
@@ -120,7 +123,7 @@ class Sweep:
         return False
 
     async def _next_scope(self, kind: DataKind, snapshot: RuleSnapshot) -> RetentionScope | None:
-        planned = plan(snapshot.rules, kind, whole_milliseconds(self._clock()))
+        planned = plan(snapshot.rules, kind, whole_milliseconds(self._removal_clock()))
         if planned.is_empty:
             return None
         if kind is not DataKind.ANSWERS and planned.is_one_for_all:

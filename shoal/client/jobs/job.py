@@ -50,6 +50,8 @@ class JobRetry:
     codes: Collection[Code | str] = ()
     """Status codes to retry, `Code.UNAVAILABLE` or "unavailable"; any other code fails the job immediately.
     Empty: retry every code except those that put the request at fault."""
+    attempt_timeout_s: float | None = None
+    """Longest time of one attempt, at most an hour. None: the node's setting, a minute."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
                 retry_codes=[to_code(code) for code in job.retry.codes],
             )
         )
+        if job.retry.attempt_timeout_s is not None:
+            message.retry.attempt_timeout.CopyFrom(to_duration("attempt_timeout_s", job.retry.attempt_timeout_s))
     if job.deadline is not None:
         message.deadline.CopyFrom(to_duration("deadline", job.deadline))
     if job.not_before is not None:

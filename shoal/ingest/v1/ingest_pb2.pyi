@@ -102,16 +102,18 @@ CONNECTOR_PHASE_RUNNING: ConnectorPhase
 CONNECTOR_PHASE_WAITING: ConnectorPhase
 
 class RetryPolicy(_message.Message):
-    __slots__ = ("max_attempts", "initial_backoff", "max_backoff", "retry_codes")
+    __slots__ = ("max_attempts", "initial_backoff", "max_backoff", "retry_codes", "attempt_timeout")
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_BACKOFF_FIELD_NUMBER: _ClassVar[int]
     MAX_BACKOFF_FIELD_NUMBER: _ClassVar[int]
     RETRY_CODES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     max_attempts: int
     initial_backoff: _duration_pb2.Duration
     max_backoff: _duration_pb2.Duration
     retry_codes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, max_attempts: _Optional[int] = ..., initial_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry_codes: _Optional[_Iterable[int]] = ...) -> None: ...
+    attempt_timeout: _duration_pb2.Duration
+    def __init__(self, max_attempts: _Optional[int] = ..., initial_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry_codes: _Optional[_Iterable[int]] = ..., attempt_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("request", "idempotency_key", "tenant", "retry", "deadline", "labels", "keep_request", "priority", "not_before", "delay", "depends_on", "on_dependency_failure")

@@ -114,7 +114,11 @@ async def test_submit_sends_every_field_and_makes_a_key(served: Served, intake: 
             version=2,
             deadline=timedelta(seconds=90),
             retry=JobRetry(
-                max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4, codes=["unavailable", Code.INTERNAL]
+                max_attempts=3,
+                initial_backoff_s=0.5,
+                max_backoff_s=4,
+                codes=["unavailable", Code.INTERNAL],
+                attempt_timeout_s=600,
             ),
             delay=timedelta(seconds=7),
             labels={"a": "b"},
@@ -129,6 +133,7 @@ async def test_submit_sends_every_field_and_makes_a_key(served: Served, intake: 
     assert request.deadline.ToSeconds() == 90
     assert (request.retry.max_attempts, request.retry.initial_backoff.ToMilliseconds()) == (3, 500)
     assert list(request.retry.retry_codes) == [14, 13]
+    assert request.retry.attempt_timeout.ToSeconds() == 600
     assert request.delay.ToSeconds() == 7
 
 
@@ -683,6 +688,7 @@ async def test_invalid_seconds_are_named_and_not_sent(seconds: float) -> None:
         ("delay", {"delay": seconds}),
         ("initial_backoff_s", {"retry": JobRetry(initial_backoff_s=seconds)}),
         ("max_backoff_s", {"retry": JobRetry(max_backoff_s=seconds)}),
+        ("attempt_timeout_s", {"retry": JobRetry(attempt_timeout_s=seconds)}),
     ]
     for name, given in fields:
         with pytest.raises(InvalidArgument, match=f"{name}: expected seconds, got"):

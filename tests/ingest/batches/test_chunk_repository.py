@@ -292,6 +292,16 @@ async def ended(repository: BatchRepository, chunk_repository: ChunkRepository, 
     return await repository.get(one.id)
 
 
+async def test_the_poll_for_active_batches_reads_no_inputs(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    repository = BatchRepository(
+        database[BATCHES], chunk_repository_of(database, clock), clock=clock, instance="local/ingest-0"
+    )
+    one = batch(tmp_path, inputs=tuple(f"file:///{'x' * 2_000}-{number}" for number in range(1_000)))
+    await repository.add(one)
+    assert [found.inputs for found in await repository.active()] == [()]
+    assert (await repository.get(one.id)).inputs == one.inputs
+
+
 @pytest.mark.parametrize("keep", [timedelta(days=30), None], ids=["30-days", "for-ever"])
 async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
     database: Any, clock: TestClock, tmp_path: Path, keep: timedelta | None

@@ -13,7 +13,7 @@ from services.ingest.clock import utc_now
 from services.ingest.connectors.connector import Connector
 from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.message import Message, Outgoing, Partition, job_key
 from services.ingest.connectors.offset_tracker import OffsetTracker
 from services.ingest.connectors.progress import ConnectorProgress, Phase, SourceStatus
 from services.ingest.intake.intake import Accepted
@@ -102,12 +102,11 @@ class Jobs:
         self.free.set()
         self.waiting = 0
 
-    async def begin_when_there_is_room(
-        self, submit: pb.SubmitRequest, traceparent: str = ""
-    ) -> asyncio.Future[Accepted]:
+    async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]:
         self.fault()
         existed = submit.idempotency_key in self.by
-        made = self.by.setdefault(submit.idempotency_key, job(key=submit.idempotency_key))
+        labels = tuple(submit.labels.items())
+        made = self.by.setdefault(submit.idempotency_key, job(key=submit.idempotency_key, labels=labels))
         future: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         future.set_result(Accepted(made, existed))
         return future
@@ -196,6 +195,18 @@ async def test_a_key_that_was_freed_in_between_is_used_again() -> None:
     async with world.running():
         await world.until_all_are_settled()
     assert not world.dead.sent
+
+
+async def test_a_key_that_a_client_took_makes_a_dead_letter_and_no_foreign_answer() -> None:
+    world = World(2)
+    key = job_key("c", Message(Partition("0"), 0, "log/0/0", world.log.values[0]))
+    world.jobs.by[key] = job(key=key, labels=(("connector", "c"),))
+    async with world.running():
+        await until(lambda: world.log.committed == 2, "all settled")
+    (dead,) = world.dead.sent
+    assert dict(dead.headers)["shoal-code"] == b"ALREADY_EXISTS"
+    assert dict(dead.headers)["shoal-source"] == b"log/0/0"
+    assert [dict(sent.headers)["shoal-source"] for sent in world.sink.sent] == [b"log/0/1"]
 
 
 async def test_dead_letters_that_are_away_hold_up_what_is_dead_and_what_comes_after_it() -> None:

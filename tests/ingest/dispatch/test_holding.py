@@ -22,7 +22,9 @@ from services.ingest.intake.backlog import JobBacklog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import BackToQueue, End, Job, Lease, Outcome, Policy, State, claim
 from services.ingest.job_events import JobEvents
+from services.ingest.job_store import UnknownOutcome
 from services.ingest.mongo_jobs import MongoJobs
+from shoal.errors import Code, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.ingest.making import TestClock, instance, job
@@ -91,6 +93,7 @@ class Instance:
     written: Any = None
     lease_ms: int = 60_000
     poll_ms: int = 10
+    drain_ms: int = 1_000
     store: Store = field(default_factory=Store)
     changed: list[str] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,7 +113,7 @@ class Instance:
             backlog=backlog,
             max_in_flight=8,
             poll_ms=self.poll_ms,
-            drain_ms=1_000,
+            drain_ms=self.drain_ms,
         )
         self.keeper = LeaseKeeper(
             MongoJobs(self.jobs), claims, self.dispatcher, self.store, payloads, backlog, here, renew_ms=1_500
@@ -174,3 +177,39 @@ async def test_a_lapsed_lease_of_which_its_holder_knows_nothing_is_taken_up_by_i
         await here.keeper._recover_and_expire()
         await here.has_ended(made)
     assert [result.attempt for result in here.store.results] == [2]
+
+
+async def test_a_job_of_one_attempt_whose_call_outlasts_the_drain_is_dead_and_others_return(jobs: Collection) -> None:
+    attempts = Fails(failures=0)
+    here = Instance(jobs, utc_now, attempts, drain_ms=0)
+    once, often = job(policy=Policy(max_attempts=1)), job()
+    await jobs.insert_many([document_of(one) for one in (once, often)])
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await until(lambda: attempts.began == [1, 1], "both are in calls")
+    found = {one["_id"]: job_of(one) for one in await jobs.find().to_list()}
+    assert (found[once.id].state, found[once.id].attempts, found[once.id].last_code) == (State.DEAD, 1, Code.ABORTED)
+    assert (found[often.id].state, found[often.id].attempts) == (State.QUEUED, 0)
+    assert [result.job_id for result in here.store.results] == [once.id]
+
+
+async def test_an_insert_that_mongodb_makes_after_its_error_runs_a_job_of_one_attempt(jobs: Collection) -> None:
+    clock, attempts = TestClock(), Fails(failures=0)
+    attempts.may.set()
+    here = Instance(jobs, clock, attempts, lease_ms=5_000)
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        made = here.dispatcher.claim_in_write([job(policy=Policy(max_attempts=1))])
+        here.dispatcher.settle_write(made, UnknownOutcome(Unavailable("no answer")))
+        await until(lambda: not here.dispatcher.held(), "nothing of the job is known here")
+        await jobs.insert_many([document_of(one) for one in made])
+        clock.advance(seconds=30)
+        await here.keeper._recover_and_expire()
+        here.dispatcher.wake()
+
+        async def has_ended() -> bool:
+            return all(job_of(one).is_final for one in await jobs.find().to_list())
+
+        await until(has_ended, "its end")
+    assert [job_of(one).state for one in await jobs.find().to_list()] == [State.SUCCEEDED]
+    assert attempts.began == [1]

@@ -11,10 +11,12 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
+from mesh.removal_guard import MARKS, REST, RemovalGuard
 from services.ingest.clock import milliseconds
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
+from services.ingest.retention.expired_share import ExpiredShare
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import Keep, Rule, What
@@ -201,3 +203,36 @@ async def test_pages_are_read_by_an_index(world: World) -> None:
     found = await world.jobs.find(query).sort("_id", 1).limit(100).explain()
     assert found["executionStats"]["totalDocsExamined"] == 0
     assert "'SORT'" not in str(found["queryPlanner"]["winningPlan"])
+
+
+async def test_a_year_ahead_removes_no_job_until_a_rule_is_set(world: World) -> None:
+    steady = [timedelta(0)]
+    guard = RemovalGuard(
+        world.jobs.database[MARKS],
+        "jobs",
+        ExpiredShare(world.jobs, world.repository),
+        clock=world.clock,
+        command="set it",
+        steady_ns=lambda: steady[0] // timedelta(microseconds=1) * 1_000,
+    )
+    sweep = JobSweep(
+        world.jobs,
+        world.payloads,  # type: ignore[arg-type]
+        world.repository,
+        leads=lambda: True,
+        clock=guard,
+        ready=asyncio.Event(),
+        check=guard.check,
+    )
+    old = await world.put(State.SUCCEEDED, timedelta(days=6))
+    young = await world.put(State.SUCCEEDED)
+    await sweep._run_round()
+    world.clock.advance(days=365)
+    for _ in range(3):
+        world.clock.advance(days=0, seconds=REST.total_seconds())
+        steady[0] += REST
+        await sweep._run_round()
+    assert await world.left() == {old.id, young.id}
+    await world.repository.set(Rule(EVERYONE, State.SUCCEEDED, WEEK))
+    await sweep._run_round()
+    assert await world.left() == set()

@@ -448,6 +448,22 @@ async def test_nothing_is_collected_while_a_restore_is_half_done(node: Node, emp
     await all_of(empty.backup.run(folder))
 
 
+async def test_a_job_whose_key_is_taken_during_the_restore_is_restored_without_it(
+    node: Node, empty: Node, folder: str
+) -> None:
+    await node.fill(b"abc")
+    await node.db["jobs"].insert_one({"_id": "restored", "tenant": "t", "key": "k", "request": b"x"})
+    await all_of(node.backup.run(folder))
+    only_with_key = {"key": {"$exists": True}}
+    await empty.db["jobs"].create_index([("tenant", 1), ("key", 1)], unique=True, partialFilterExpression=only_with_key)
+    steps = empty.restore.run(folder, "")
+    await anext(steps)
+    await empty.db["jobs"].insert_one({"_id": "new", "tenant": "t", "key": "k"})
+    await all_of(steps)
+    assert await empty.db["jobs"].count_documents({}) == 52
+    assert await empty.db["jobs"].find_one({"_id": "restored"}) == {"_id": "restored", "tenant": "t", "request": b"x"}
+
+
 @pytest.mark.parametrize("collection", ["artifacts", "jobs", "anything"])
 async def test_a_store_that_is_not_empty_is_left_alone(node: Node, empty: Node, folder: str, collection: str) -> None:
     await node.fill(b"abc")

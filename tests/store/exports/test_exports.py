@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pyarrow.parquet as pq
 import pytest
 from grpc import StatusCode
@@ -97,7 +98,7 @@ async def test_to_a_folder(store: Store, allowed: Path) -> None:
     assert read(allowed / "monday") == rows
     assert [piece.rows for piece in told] == sorted(piece.rows for piece in told)
     assert (told[-1].rows, told[-1].parts) == (250, 3)
-    assert {path.name for path in (allowed / "monday").iterdir()} == {
+    assert {path.name for path in (allowed / "monday").iterdir() if not path.name.startswith("_export-")} == {
         "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "_manifest.json"
     }  # fmt: skip
 
@@ -143,6 +144,32 @@ async def test_a_filter_and_no_answers(store: Store, allowed: Path) -> None:
 async def test_nothing_to_export(store: Store, allowed: Path) -> None:
     await whole(export(store, f"{allowed.as_uri()}/none"))
     assert read(allowed / "none") == []
+
+
+async def test_a_made_up_cursor_replaces_no_file_of_an_export(store: Store, allowed: Path) -> None:
+    rows = await recorded(store, 20)
+    for name, count in (("finished", None), ("broken", 2)):
+        url = f"{allowed.as_uri()}/{name}"
+        call = export(store, url, part_rows=10)
+        told = await whole(call) if count is None else [await call.read() for _ in range(count)]
+        call.cancel()
+        before = {path.name: path.read_bytes() for path in (allowed / name).iterdir()}
+        parts, written_rows, size, lost, own, token = told[0].cursor.split(".")
+        forged = ".".join([parts, written_rows, size, lost, "0" * len(own), token])
+
+        async def is_free(url: str = url, forged: str = forged) -> bool:
+            """The broken export has let its place go."""
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await whole(export(store, url, part_rows=10, cursor=forged))
+            assert caught.value.code() == PRECONDITION
+            return "belongs to no export" in (caught.value.details() or "")
+
+        await until(is_free, "the refusal of the cursor")
+        after = {path.name: path.read_bytes() for path in (allowed / name).iterdir()}
+        assert {name: after[name] for name in before} == before
+        # Its own cursor still resumes.
+        await whole(export(store, url, part_rows=10, cursor=told[0].cursor))
+        assert read(allowed / name) == rows
 
 
 @pytest.mark.parametrize("to_caller", [False, True])

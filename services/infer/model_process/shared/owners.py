@@ -18,7 +18,6 @@ import os
 import socket
 import stat
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mesh.process.private_folder import PrivateFolder
 from services.infer.model_process.process import Program
 from shoal.errors import FailedPrecondition
 
@@ -62,7 +62,7 @@ class Owners:
         if folder is not None:
             _check(folder)
         self._folder = folder
-        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._own: PrivateFolder | None = None
         self._alive: int | None = None
         self._opening = threading.Lock()
 
@@ -74,7 +74,7 @@ class Owners:
             os.close(self._alive)
             self._alive = None
         if self._own is not None:
-            self._own.cleanup()
+            self._own.close()
 
     def join(self, key: str, program: Program) -> OwnerConnection:
         """Connect to the owner with this `key`; start `program` as the owner when there is none. Raises OSError."""
@@ -97,8 +97,8 @@ class Owners:
     def _open_folder(self) -> Path:
         with self._opening:
             if self._folder is None:
-                self._own = tempfile.TemporaryDirectory(prefix="shoal-")
-                self._folder = Path(self._own.name)
+                self._own = PrivateFolder("shoal-tmp-owners-")
+                self._folder = self._own.path
             if self._alive is None:
                 with contextlib.suppress(FileExistsError):
                     os.mkfifo(self._folder / ALIVE, 0o600)
