@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from shoal.errors import InvalidArgument, ResourceExhausted, Unimplemented
+from shoal.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ShoalError, Unimplemented
 
 PREFIX = struct.Struct(">BI")
 PREFIX_BYTES = PREFIX.size
@@ -17,6 +18,12 @@ PREFIX_BYTES = PREFIX.size
 
 ACCEPTED = b"identity,deflate,gzip"
 """Supported compressions, in the form of the header `grpc-accept-encoding`."""
+
+INLINE_BYTES = 256 << 10
+"""Largest message, compressed and decompressed, that is decompressed on the event loop: it costs at most 1 ms."""
+
+# Larger messages may grow by this factor. Tensors of numbers grow by 2 to 10; only constants and bombs reach 1000.
+_MAX_RATIO, _FREE_BYTES = 100, 1 << 20
 
 _PIECE_BYTES = 1 << 20
 
@@ -28,8 +35,12 @@ def framed(message: bytes) -> bytes:
     return PREFIX.pack(0, len(message)) + message
 
 
+class Compressed(bytes):
+    """A message that is compressed still."""
+
+
 class Deframer:
-    """Cuts the pieces of a body into whole messages.
+    """Cuts the pieces of a body into whole messages; compressed ones are yielded as `Compressed`.
 
     Args:
         encoding: the call's `grpc-encoding`, or None.
@@ -45,9 +56,8 @@ class Deframer:
         """Yield the messages that are complete with `data`.
 
         Raises:
-            InvalidArgument: the flags or the compressed data are invalid.
+            InvalidArgument: the flags are invalid.
             ResourceExhausted: a message is larger than the limit. Its prefix says so, before the message has arrived.
-            Unimplemented: the compression is not supported.
         """
         self._held += data
         while len(self._held) >= PREFIX_BYTES:
@@ -61,9 +71,11 @@ class Deframer:
             end = PREFIX_BYTES + size
             if len(self._held) < end:
                 return
-            message = bytes(memoryview(self._held)[PREFIX_BYTES:end])
+            if flags and self._encoding is None:
+                raise not_encoded()
+            message = (Compressed if flags else bytes)(memoryview(self._held)[PREFIX_BYTES:end])
             del self._held[:end]
-            yield self._inflated(message) if flags else message
+            yield message
 
     @property
     def holds(self) -> int:
@@ -75,35 +87,83 @@ class Deframer:
         if self._held:
             raise InvalidArgument(f"the request ends inside a message: {len(self._held)} bytes are left over")
 
-    def _inflated(self, message: bytes) -> bytes:
-        if self._encoding is None:
-            raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
-        return inflated(message, self._encoding, self._limit)
 
-
-def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
-    """Decompress a message. Raises Unimplemented, InvalidArgument or ResourceExhausted, as `Deframer.feed` does."""
-    check_encoding(encoding)
-    stream, plain, left = zlib.decompressobj(_WBITS[encoding]), bytearray(), message
+def inflated_inline(message: bytes, encoding: bytes) -> bytes | None:
+    """Decompress a small message. Return None for a large one. Raises InvalidArgument."""
+    if len(message) > INLINE_BYTES:
+        return None
+    stream = zlib.decompressobj(_WBITS[encoding])
     try:
-        # Decompressed piece by piece: the memory of an oversized message is freed here, not with its exception.
-        while not stream.eof:
+        plain = stream.decompress(message, INLINE_BYTES + 1)
+    except zlib.error as err:
+        raise _malformed(encoding, err) from err
+    if len(plain) > INLINE_BYTES:
+        return None
+    _check_end(stream, encoding)
+    return plain
+
+
+def most_inflated(message: bytes, encoding: bytes, limit: int) -> int:
+    """Return the most bytes that a message may have when it is decompressed: its memory is reserved before."""
+    most = min(limit, max(_FREE_BYTES, _MAX_RATIO * len(message)))
+    # The last bytes of gzip are the size (RFC 1952, section 2.3.1). Damaged data fails when it is decompressed.
+    return min(most, int.from_bytes(message[-4:], "little")) if encoding == b"gzip" else most
+
+
+def inflated(message: bytes, encoding: bytes, limit: int, opening: bytes, is_over: Callable[[], bool]) -> bytes:
+    """Return `opening` and the decompressed message. Runs in a thread, without the GIL for most of the time.
+
+    It ends early, with any result, when `is_over` returns True.
+
+    Raises:
+        InvalidArgument: the data is malformed, or grows too much.
+        ResourceExhausted: the message is larger than the limit.
+    """
+    most = most_inflated(message, encoding, limit)
+    stream, pieces, left, size = zlib.decompressobj(_WBITS[encoding]), [opening], message, 0
+    try:
+        while not stream.eof and not is_over():
             piece = stream.decompress(left, _PIECE_BYTES)
             left = stream.unconsumed_tail
             if not piece and not left:
                 break
-            plain += piece
-            if len(plain) > limit:
-                plain.clear()
-                raise too_large(limit + 1, limit)
+            size += len(piece)
+            if size > most:
+                pieces.clear()
+                raise _too_much(len(message), size, encoding, limit)
+            pieces.append(piece)
     except zlib.error as err:
-        plain.clear()
-        raise InvalidArgument(f"a message is marked as {encoding.decode()}, but is not: {err}") from err
+        pieces.clear()
+        raise _malformed(encoding, err) from err
+    if not is_over():
+        _check_end(stream, encoding)
+    return b"".join(pieces)
+
+
+def _too_much(sent: int, size: int, encoding: bytes, limit: int) -> ShoalError:
+    if size > limit:
+        return too_large(limit + 1, limit)
+    if size > max(_FREE_BYTES, _MAX_RATIO * sent):
+        return InvalidArgument(
+            f"a message of {encoding.decode()} grows from {sent} to more than {size - 1} bytes: at most "
+            f"{_MAX_RATIO} times its size is accepted beyond {_FREE_BYTES} bytes: send it uncompressed"
+        )
+    return InvalidArgument(f"a message of {encoding.decode()} is larger than its last bytes say")
+
+
+def _check_end(stream: Any, encoding: bytes) -> None:
     if not stream.eof or stream.unused_data:
-        plain.clear()
         problem = "is followed by something else" if stream.eof else "ends too early"
         raise InvalidArgument(f"a message of {encoding.decode()} {problem}")
-    return bytes(plain)
+
+
+def _malformed(encoding: bytes, err: zlib.error) -> InvalidArgument:
+    return InvalidArgument(f"a message is marked as {encoding.decode()}, but is not: {err}")
+
+
+def not_encoded() -> InvalidArgument:
+    """Return the error of a compressed message in a call without compression."""
+    return InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
 
 
 def check_encoding(encoding: bytes | None) -> None:
@@ -117,3 +177,30 @@ def check_encoding(encoding: bytes | None) -> None:
 def too_large(size: int, limit: int) -> ResourceExhausted:
     """Return the error of a message of `size` bytes that is larger than the limit."""
     return ResourceExhausted(f"Received message larger than max ({size} vs. {limit} bytes)")
+
+
+RETRY_MS = 1_000
+"""Time after which a call that found no memory may be tried again: bodies of 100 MB arrive within it."""
+
+PIECE_BYTES = 64
+"""Memory of a kept piece of a body beside its bytes."""
+
+
+def no_memory() -> ResourceExhausted:
+    """Return the error of a call whose body finds no room."""
+    return ResourceExhausted(
+        f"too many bytes of unfinished requests are held: retry after {RETRY_MS} ms", retry_after_ms=RETRY_MS
+    )
+
+
+def unread() -> ResourceExhausted:
+    """Return the error of a call whose response finds no room."""
+    return ResourceExhausted(
+        f"too many bytes of responses are not read by this client: read them, and retry after {RETRY_MS} ms",
+        retry_after_ms=RETRY_MS,
+    )
+
+
+def stalled(idle_s: float) -> DeadlineExceeded:
+    """Return the error of a call whose body does not arrive."""
+    return DeadlineExceeded(f"the body of the request made no progress for {idle_s:.0f} s: it is not whole")
