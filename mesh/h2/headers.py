@@ -95,6 +95,7 @@ class Decoder:
 
     def __init__(self, cache: HeaderCache) -> None:
         self._cache = cache
+        self._blocks = cache.blocks
         self._is_stateless = False
         self._table: deque[tuple[bytes, bytes]] = deque()
         self._table_bytes = 0
@@ -118,7 +119,7 @@ class Decoder:
                 not be decoded.
         """
         if self._is_stateless:
-            known = self._cache.blocks.get(block)
+            known = self._blocks.get(block)
             if known is not None:
                 return known
         try:
@@ -155,6 +156,8 @@ class Decoder:
                         field = self._field(block, at)
                         if len(field[0]) + len(field[1]) <= _CACHED_BYTES:
                             self._cache.add_field(piece, field)
+                        else:
+                            is_cacheable = False
                 else:
                     field = self._field(block, at)
                 at = end

@@ -204,10 +204,13 @@ class ServerConnection(Peer):
         if flags & frames.PADDED:
             payload = frames.without_padding(payload, flags)
         stream.received += size
-        stream.moved += size
         if stream.received > STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
-        stream.is_request_ended = is_end = flags & END_STREAM != 0
+        if flags & END_STREAM:
+            stream.is_request_ended = is_end = True
+        else:
+            stream.moved += size
+            is_end = False
         try:
             stream.handler.data(payload, size, is_end=is_end)
         except Exception:

@@ -27,6 +27,7 @@ class Inflater:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool: ThreadPoolExecutor | None = None
+        self._is_closed = False
         self._waiting: dict[bytes, deque[tuple[Work, Done]]] = {}
         """By tenant; a tenant is an entry while something of it runs."""
 
@@ -56,7 +57,7 @@ class Inflater:
 
     def _finish(self, tenant: bytes, done: Done, result: bytes | BaseException) -> None:
         waiting = self._waiting[tenant]
-        if waiting:
+        if waiting and not self._is_closed:
             self._submit(tenant, *waiting.popleft())
         else:
             del self._waiting[tenant]
@@ -67,5 +68,6 @@ class Inflater:
 
     def close(self) -> None:
         """Start nothing more. What runs ends within a second, by its bound of bytes."""
+        self._is_closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
