@@ -20,6 +20,7 @@ from mesh.h2.stream import ServerStream
 from mesh.rpc import status
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
+    JOIN_BYTES,
     PIECE_BYTES,
     PREFIX,
     PREFIX_BYTES,
@@ -33,8 +34,8 @@ from mesh.rpc.framing import (
     too_large,
     unread,
 )
-from mesh.rpc.inflater import Inflater
 from mesh.rpc.interceptors import status_of
+from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class CallLimits(Protocol):
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
     deadlines: Deadlines
-    inflater: Inflater
+    threads: MessageThreads
     tracer: FastTracer | None
     """None: no spans are exported."""
 
@@ -118,7 +119,11 @@ class FastCall:
                 return
             if self._parts is not None:
                 self._keep(piece)
-                piece, self._parts = b"".join(self._parts), None
+                parts, self._parts = self._parts, None
+                if self._held > JOIN_BYTES:
+                    self._start_thread(lambda: b"".join(parts))
+                    return
+                piece = b"".join(parts)
                 self._stream.release(self._stream.held)
             if not piece or piece[0] or len(piece) - PREFIX_BYTES != int.from_bytes(piece[1:5]):
                 plain = self._plain_message(piece)
@@ -178,30 +183,28 @@ class FastCall:
         if encoding is None or encoding == b"identity":
             raise not_encoded()
         check_encoding(encoding)
-        message = body[PREFIX_BYTES:]
+        message = memoryview(body)[PREFIX_BYTES:]
         plain = inflated_inline(message, encoding)
         if plain is not None:
             return bytes(PREFIX_BYTES) + plain
         limit = self._app.message_bytes
         if not self._stream.hold(len(message) + most_inflated(message, encoding, limit)):
             raise no_memory()
-
-        def work() -> bytes:
-            return inflated(message, encoding, limit, bytes(PREFIX_BYTES), lambda: self.is_over)
-
-        self._app.inflater.start(self.headers.get(TENANT, b""), work, self._on_inflated)
+        self._start_thread(lambda: inflated(message, encoding, limit, lambda: self.is_over, is_framed=True))
         return None
 
-    def _on_inflated(self, result: bytes | BaseException) -> None:
+    def _start_thread(self, work: Callable[[], bytes]) -> None:
+        """Do `work` on the body in a thread. Its result is then received as the whole body."""
+        self._app.threads.start(self.headers.get(TENANT, b""), work, self._on_thread_end)
+
+    def _on_thread_end(self, result: bytes | BaseException) -> None:
         if self.is_over:
             return
         self._stream.release(self._stream.held)
-        try:
-            if isinstance(result, BaseException):
-                raise result
-            self._handler(result, self)
-        except BaseException as err:
-            self.refuse(err)
+        if isinstance(result, BaseException):
+            self.refuse(result)
+        else:
+            self.data(result, 0, is_end=True)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end."""

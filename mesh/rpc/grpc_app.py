@@ -15,8 +15,8 @@ from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.rpc import status
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
-from mesh.rpc.inflater import Inflater
 from mesh.rpc.limits import MESSAGE_BYTES
+from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.slow_call import SlowCall
 from shoal.errors import Code, ShoalError
 
@@ -53,7 +53,7 @@ class GrpcApp:
         self.message_bytes = message_bytes
         self.clock = clock
         self.deadlines = Deadlines(clock)
-        self.inflater = Inflater()
+        self.threads = MessageThreads()
         self.tracer = tracer
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""

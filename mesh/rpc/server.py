@@ -123,4 +123,4 @@ class Server:
         await self._listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
-        self._app.inflater.close()
+        self._app.threads.close()

@@ -36,8 +36,8 @@ from mesh.rpc.framing import (
     too_large,
     unread,
 )
-from mesh.rpc.inflater import Inflater
 from mesh.rpc.interceptors import status_of
+from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class CallTable(Protocol):
     message_bytes: int
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
-    inflater: Inflater
+    threads: MessageThreads
     tasks: set[asyncio.Task[None]]
 
 
@@ -244,10 +244,10 @@ class _Messages:
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def work() -> bytes:
-            return inflated(message, self._encoding, limit, b"", done.done)
+            return inflated(message, self._encoding, limit, done.done)
 
         try:
-            self._app.inflater.start(self._stream.head.by_name.get(TENANT, b""), work, partial(_deliver, done))
+            self._app.threads.start(self._stream.head.by_name.get(TENANT, b""), work, partial(_deliver, done))
             return await done
         finally:
             self._inflating = 0

@@ -141,7 +141,7 @@ class Front:
     async def settle(self) -> None:
         for _ in range(30):
             await asyncio.sleep(0)
-        while self.app.inflater._waiting:
+        while self.app.threads._waiting:
             await asyncio.sleep(0.001)
         for _ in range(5):
             await asyncio.sleep(0)
@@ -235,7 +235,7 @@ async def play(steps: list[Any]) -> None:
     assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
     await asyncio.gather(*front.app.tasks, return_exceptions=True)
     assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
-    front.app.inflater.close()
+    front.app.threads.close()
 
 
 @settings(max_examples=150, deadline=None)

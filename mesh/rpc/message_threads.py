@@ -1,4 +1,4 @@
-"""Decompression of large messages, in threads: zlib releases the GIL, and the event loop goes on.
+"""Work on large messages, in threads: zlib and `bytes.join` release the GIL, and the event loop goes on.
 
 start(tenant, work, done) ──> one at a time of each tenant ──> a thread ──> done(result), on the loop
 """
@@ -21,7 +21,7 @@ Work = Callable[[], bytes]
 Done = Callable[["bytes | BaseException"], None]
 
 
-class Inflater:
+class MessageThreads:
     """Runs the work of a server's calls in threads. Calls bound what waits: it is held in their memory account."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Inflater:
 
     def _submit(self, tenant: bytes, work: Work, done: Done) -> None:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, "inflate")
+            self._pool = ThreadPoolExecutor(_THREADS, "messages")
         self._pool.submit(self._run, tenant, work, done)
 
     def _run(self, tenant: bytes, work: Work, done: Done) -> None:
@@ -64,7 +64,7 @@ class Inflater:
         try:
             done(result)
         except Exception:
-            log.exception("a call failed after its message was inflated")
+            log.exception("a call failed after a thread had worked on its message")
 
     def close(self) -> None:
         """Start nothing more. What runs ends within a second, by its bound of bytes."""

@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from mesh.rpc.framing import INLINE_BYTES, inflated, inflated_inline, most_inflated
-from mesh.rpc.inflater import Inflater
+from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import InvalidArgument, ResourceExhausted
 
 LIMIT = 8 << 20
@@ -20,7 +20,7 @@ NUMBERS = b"".join(b"%d," % (n * 7919 % 100_003) for n in range(400_000))
 
 
 def whole(message: bytes, encoding: bytes, limit: int = LIMIT) -> bytes:
-    return inflated(message, encoding, limit, b"", lambda: False)
+    return inflated(message, encoding, limit, lambda: False)
 
 
 @pytest.mark.parametrize("encoding", PACK)
@@ -67,7 +67,7 @@ def test_damaged_messages_are_invalid(encoding):
 
 
 async def test_a_tenant_has_one_thread_and_others_do_not_wait_for_it():
-    inflater = Inflater()
+    threads = MessageThreads()
     release, began, done = threading.Event(), [], []
 
     def work(name: str) -> bytes:
@@ -77,7 +77,7 @@ async def test_a_tenant_has_one_thread_and_others_do_not_wait_for_it():
         return name.encode()
 
     for name in ("a1", "a2", "a3", "b1", "b2"):
-        inflater.start(name[:1].encode(), lambda name=name: work(name), done.append)
+        threads.start(name[:1].encode(), lambda name=name: work(name), done.append)
     while len(done) < 2:
         await asyncio.sleep(0.001)
     assert done == [b"b1", b"b2"]
@@ -87,12 +87,12 @@ async def test_a_tenant_has_one_thread_and_others_do_not_wait_for_it():
         await asyncio.sleep(0.001)
     assert done[2:] == [b"a1", b"a2", b"a3"]
     assert not any(is_main for _, is_main in began)
-    assert not inflater._waiting
-    inflater.close()
+    assert not threads._waiting
+    threads.close()
 
 
 async def test_an_error_in_a_thread_reaches_its_call_and_harms_no_other():
-    inflater, done = Inflater(), []
+    threads, done = MessageThreads(), []
 
     def fails() -> bytes:
         raise InvalidArgument("bad")
@@ -101,10 +101,10 @@ async def test_an_error_in_a_thread_reaches_its_call_and_harms_no_other():
         done.append(result)
         raise ValueError("a fault of a call")
 
-    inflater.start(b"", fails, broken)
-    inflater.start(b"", lambda: b"next", done.append)
+    threads.start(b"", fails, broken)
+    threads.start(b"", lambda: b"next", done.append)
     while len(done) < 2:
         await asyncio.sleep(0.001)
     assert isinstance(done[0], InvalidArgument)
     assert done[1] == b"next"
-    inflater.close()
+    threads.close()
