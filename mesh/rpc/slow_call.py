@@ -24,8 +24,8 @@ from mesh.rpc.call_context import CallContext
 from mesh.rpc.framing import (
     ACCEPTED,
     PIECE_BYTES,
-    Compressed,
     Deframer,
+    Unfinished,
     check_encoding,
     framed,
     inflated,
@@ -161,11 +161,11 @@ class _Messages:
         self._deframer = Deframer(None, 0)
         self._is_single = False
         self._pieces: deque[tuple[bytes, int]] = deque()
-        # Bytes that the stream holds for the pieces, and for a message that is decompressed.
-        self._queued = self._inflating = 0
+        # Bytes that the stream holds for the pieces, and for a message that a thread works on.
+        self._queued = self._in_thread = 0
         self._is_ended = False
         self._error: ShoalError | None = None
-        self._read: Iterator[bytes] = iter(())
+        self._read: Iterator[bytes | Unfinished] = iter(())
         self._count = self._count_at_stall = 0
         self._changed = asyncio.Event()
 
@@ -206,7 +206,7 @@ class _Messages:
 
     def _release(self) -> None:
         """Release what was read. The stream holds nothing any more when it has ended."""
-        read = self._stream.held - self._queued - self._deframer.holds - self._inflating
+        read = self._stream.held - self._queued - self._deframer.holds - self._in_thread
         if read > 0:
             self._stream.release(read)
 
@@ -217,7 +217,7 @@ class _Messages:
             self._release()
             if message is not None:
                 self._count += 1
-                return await self._inflated(message) if type(message) is Compressed else message
+                return message if isinstance(message, bytes) else await self._finished(message)
             if self._error is not None:
                 raise self._error
             if self._pieces:
@@ -232,25 +232,29 @@ class _Messages:
                 self._changed.clear()
                 await self._changed.wait()
 
-    async def _inflated(self, message: bytes) -> bytes:
-        plain = inflated_inline(message, self._encoding)
-        if plain is not None:
-            return plain
+    async def _finished(self, message: Unfinished) -> bytes:
+        """Return a message that is joined and decompressed: in a thread, if it is large."""
         limit = self._app.message_bytes
-        size = len(message) + most_inflated(message, self._encoding, limit)
+        size = sum(map(len, message))
+        if message.is_compressed:
+            if len(message) == 1 and (plain := inflated_inline(message[0], self._encoding)) is not None:
+                return plain
+            size += most_inflated(message[0], self._encoding, limit) if len(message) == 1 else limit
         if not self._stream.hold(size):
             raise no_memory()
-        self._inflating = size
+        self._in_thread = size
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def work() -> bytes:
-            return inflated(message, self._encoding, limit, done.done)
+            whole = b"".join(message)
+            return inflated(whole, self._encoding, limit, done.done) if message.is_compressed else whole
 
         try:
-            self._app.threads.start(self._stream.head.by_name.get(TENANT, b""), work, partial(_deliver, done))
+            tenant = self._stream.head.by_name.get(TENANT, b"")
+            self._app.threads.start(tenant, work, partial(_deliver, done))
             return await done
         finally:
-            self._inflating = 0
+            self._in_thread = 0
             self._release()
 
     async def only(self) -> bytes:

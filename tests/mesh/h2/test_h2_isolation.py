@@ -206,22 +206,24 @@ async def test_tiny_pieces_are_counted_with_their_overhead(path):
         await front.until_nothing_is_held()
 
 
-async def test_credit_of_the_connection_returns_when_a_body_is_whole():
-    def credit(peer: Client) -> int:
-        windows = [of for kind, _, number, of in peer.seen if kind == frames.WINDOW_UPDATE and not number]
-        return sum(struct.unpack(">I", payload)[0] for payload in windows)
+def credit(peer: Client, of: int) -> int:
+    """What the front has given back of a stream, or of the connection."""
+    updates = [payload for kind, _, number, payload in peer.seen if kind == frames.WINDOW_UPDATE and number == of]
+    return sum(struct.unpack(">I", payload)[0] for payload in updates)
 
+
+async def test_credit_of_the_connection_returns_when_a_body_is_whole():
     async with serving() as front, front.peer() as peer:
         body = framed(bytes(3 * MIB))
         number = peer.open(ECHO)
         peer.data(number, body[:-1], is_end=False)
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
-        before = credit(peer)
+        before = credit(peer, 0)
         peer.data(number, body[-1:])
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
-        assert credit(peer) - before >= 2 * MIB
+        assert credit(peer, 0) - before >= 2 * MIB
 
 
 # -- progress
@@ -424,7 +426,38 @@ async def test_an_idle_connection_gives_way_to_a_new_one(monkeypatch):
             assert await idle.until_over() == Reason.NO_ERROR
 
 
-# -- compressed messages
+# -- large and compressed messages
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_a_large_message_is_joined_in_a_thread(path):
+    body = bytes(range(256)) * (36 << 10)
+    async with serving() as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 * MIB))
+        started = []
+        threads = front.server._app.threads
+        start = threads.start
+        threads.start = lambda *given: started.append(given[0]) or start(*given)
+        number = peer.open(path, ("x-shoal-tenant", "a"))
+        reading = asyncio.create_task(peer.status(number))
+        for data in (
+            framed(b"first") if path == STREAM else b"",
+            framed(body),
+            framed(b"x") if path == STREAM else b"",
+        ):
+            for at in range(0, len(data), MIB):
+                # The stream's window is 4 MiB.
+                while at - credit(peer, number) > 2 * MIB:
+                    await asyncio.sleep(0.001)
+                peer.data(number, data[at : at + MIB], is_end=False)
+        peer.data(number, b"")
+        assert await reading == 0
+        assert started == [b"a"]
+        if path == STREAM:
+            assert b"%d " % len(body) in peer.body(number)
+        else:
+            assert peer.body(number) == framed(body)
+
 
 NUMBERS = b"".join(b"%d," % (n * 7919 % 100_003) for n in range(400_000))
 
