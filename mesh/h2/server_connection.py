@@ -292,7 +292,7 @@ class ServerConnection(Peer):
         if stream.held:
             _release(stream)
         if reason is not None:
-            # The peer's next reset finds the bucket empty: this one may have come from anywhere.
+            # The bucket is checked at a frame of the peer: an exception here would reach the application.
             self._resets += 1
             _disconnect(stream)
         else:
