@@ -150,8 +150,8 @@ def inflated(
     It ends early, with any result, when `is_over` returns True.
 
     Raises:
-        InvalidArgument: the data is malformed, or grows too much.
-        ResourceExhausted: the message is larger than the limit.
+        InvalidArgument: the data is malformed.
+        ResourceExhausted: the message is larger than the limit, or grows too much.
     """
     most = most_inflated(message, encoding, limit)
     pieces: list[bytes] = []
@@ -186,7 +186,7 @@ def _too_much(sent: int, size: int, encoding: bytes, limit: int) -> ShoalError:
     if size > limit:
         return too_large(limit + 1, limit)
     if size > max(_FREE_BYTES, _MAX_RATIO * sent):
-        return InvalidArgument(
+        return ResourceExhausted(
             f"a message of {encoding.decode()} grows from {sent} to more than {size - 1} bytes: at most "
             f"{_MAX_RATIO} times its size is accepted beyond {_FREE_BYTES} bytes: send it uncompressed"
         )
