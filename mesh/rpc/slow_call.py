@@ -166,7 +166,7 @@ class _Messages:
         self._is_ended = False
         self._error: ShoalError | None = None
         self._read: Iterator[bytes | Unfinished] = iter(())
-        self._count = self._count_at_stall = 0
+        self._has_read = False
         self._changed = asyncio.Event()
 
     def begin(self, encoding: bytes | None, *, is_single: bool) -> None:
@@ -178,6 +178,9 @@ class _Messages:
     def add(self, piece: bytes, size: int, *, is_end: bool) -> None:
         self._is_ended = is_end
         if size and self._error is None:
+            # A message begins: it has its own time to arrive, however long the stream was silent.
+            if not self._pieces and not self._deframer.holds:
+                self._stream.idle_ticks = 0
             if self._stream.hold(size + PIECE_BYTES):
                 self._pieces.append((piece, size))
                 self._queued += size + PIECE_BYTES
@@ -187,12 +190,11 @@ class _Messages:
 
     def stalled(self, idle_s: float) -> None:
         """Fail the messages when the client is to blame for a pause of `idle_s`."""
-        has_stalled = self._deframer.holds and self._count == self._count_at_stall
-        self._count_at_stall = self._count
         # What waits for the handler is no fault of the client.
         if self._pieces:
             return
-        if self._is_single or has_stalled or (not self._count and idle_s >= _NEVER_SENT_S):
+        is_silent = not self._has_read and idle_s >= _NEVER_SENT_S
+        if self._is_single or self._deframer.holds or is_silent:
             self._fail(stalled(idle_s))
 
     def _fail(self, error: ShoalError) -> None:
@@ -216,7 +218,7 @@ class _Messages:
             message = next(self._read, None)
             self._release()
             if message is not None:
-                self._count += 1
+                self._has_read = True
                 return message if isinstance(message, bytes) else await self._finished(message)
             if self._error is not None:
                 raise self._error

@@ -263,7 +263,9 @@ async def test_a_stream_between_two_messages_may_be_silent(quick_ticks):
         number = peer.open(STREAM)
         peer.data(number, framed(b"one"), is_end=False)
         await asyncio.sleep(0.4)
-        peer.data(number, framed(b"two"))
+        peer.data(number, framed(b"two")[:3], is_end=False)
+        await asyncio.sleep(0.05)
+        peer.data(number, framed(b"two")[3:])
         assert await peer.status(number) == 0
 
 
