@@ -201,7 +201,8 @@ async def test_tiny_pieces_are_counted_with_their_overhead(path):
         peer.send(frames.frame(frames.DATA, 0, number, b"x") * 5_000)
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
-        assert front.server.memory.bodies.held > 5_000
+        # The slow path joins what it has read.
+        assert front.server.memory.bodies.held > 5_000 * (60 if path == ECHO else 1)
         peer.send(frames.rst_stream(number, Reason.CANCEL))
         await front.until_nothing_is_held()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import hpack
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mesh.h2 import frames, server_connection
@@ -240,6 +240,10 @@ async def play(steps: list[Any]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(STEPS)
+@example([("open", FAST, "a", "identity"), ("data", 0, 99_000, False, False)])
+@example([("open", SLOW, "a", "identity"), ("data", 0, 99_000, False, False)])
+@example([("open", FAST, "", "identity"), ("message", 0, 10, True, False), ("reply", 0, 300_000)])
+@example([("open", SLOW, "", "gzip"), ("message", 0, 400_000, True, True), ("settle",)])
 def test_every_way_to_end_returns_what_was_held(steps):
     log_level = server_connection.log.level
     server_connection.log.setLevel("CRITICAL")
