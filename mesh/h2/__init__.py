@@ -8,6 +8,8 @@ A connection that breaks the protocol is closed with GOAWAY. TLS, HTTP/1, priori
 
 frames      frame types, frame encoding, error codes
 headers     HPACK: each distinct field is decoded once, each distinct response head is encoded once
+static_table  HPACK's static table
+memory_account  bytes held of bodies and of unread responses, with limits and fair shares
 peer        base of a server's and a client's connection: frame parsing, settings, PING
 server_connection  server side of a connection: streams, flow control of requests, limits, the end
 stream      one request and its response, and the interface of an application

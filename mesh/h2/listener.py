@@ -9,7 +9,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from mesh.h2.server_connection import ServerConnection
+from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
 from mesh.process import sockets
 
@@ -27,13 +27,17 @@ class Listener:
 
     Args:
         share_port: other processes may listen at the same TCP port.
+        memory: limits of what the connections may hold.
     """
 
-    def __init__(self, listen: str, app: Application, *, share_port: bool = False) -> None:
+    def __init__(
+        self, listen: str, app: Application, *, share_port: bool = False, memory: Memory | None = None
+    ) -> None:
         self._listen = listen
         self._app = app
         self._share_port = share_port
-        self._connections: set[ServerConnection] = set()
+        self._memory = Memory() if memory is None else memory
+        self._connections: dict[ServerConnection, None] = {}
 
     async def start(self) -> str:
         """Listen. Return the address, with the port that was chosen for port 0.
@@ -44,7 +48,7 @@ class Listener:
         loop = asyncio.get_running_loop()
 
         def connection() -> ServerConnection:
-            return ServerConnection(self._app, self._connections)
+            return ServerConnection(self._app, self._connections, self._memory)
 
         sockets.prepare(self._listen)
         if (path := sockets.path_of(self._listen)) is not None:

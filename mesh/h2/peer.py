@@ -11,6 +11,7 @@ import logging
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from mesh.h2 import frames
 from mesh.h2.frames import (
@@ -34,7 +35,8 @@ from mesh.h2.frames import (
     ConnectionBroken,
     Reason,
 )
-from mesh.h2.headers import Block, Decoder
+from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
+from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,20 @@ class Peer(asyncio.Protocol, ABC):
 
     Args:
         awaits_preface: the other end is a client, which begins with the connection preface.
+        cache: header cache that connections share; None: the connection has its own.
+        unread: share of the memory for data that waits for the other end to read; None: the data has no limit.
     """
 
-    def __init__(self, *, awaits_preface: bool) -> None:
+    FRAMES_PER_TURN: ClassVar[int] = 1 << 30
+    """Frames that are handled in one iteration of the event loop. Meanwhile the connection is not read."""
+
+    def __init__(self, *, awaits_preface: bool, cache: HeaderCache | None = None, unread: Share | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder()
-        self._sender = Sender(self._ended)
+        self._decoder = Decoder(HeaderCache() if cache is None else cache)
+        self._sender = Sender(self._ended, unlimited() if unread is None else unread)
+        self._next_turn: asyncio.Handle | None = None
+        # Frames of earlier data wait for the next turn; the transport cannot write.
+        self._is_turn_over = self._is_write_paused = False
         self._unparsed = b""
         self._has_preface = not awaits_preface
         self._has_settings = False
@@ -74,15 +84,15 @@ class Peer(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
         self._sender.attach(self._transport)
 
-    def _send_settings(self, settings: Mapping[int, int]) -> None:
+    def _send_settings(self, settings: Mapping[int, int], window: int = CONNECTION_WINDOW) -> None:
         """Send `settings`, the settings that both ends share, and the connection's window."""
         ours = {
             frames.TABLE_SIZE: 0,
             **settings,
             frames.WINDOW_SIZE: STREAM_WINDOW,
-            frames.HEADER_LIST_SIZE: 64 << 10,
+            frames.HEADER_LIST_SIZE: LIST_BYTES,
         }
-        self._sender.write(frames.settings(ours) + frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW))
+        self._sender.write(frames.settings(ours) + frames.window_update(0, window - frames.DEFAULT_WINDOW))
 
     def pause_writing(self) -> None:
         self._sender.pause()
@@ -91,6 +101,9 @@ class Peer(asyncio.Protocol, ABC):
         self._sender.resume()
 
     def data_received(self, data: bytes) -> None:
+        if self._next_turn is not None:
+            self._unparsed += data
+            return
         try:
             self._receive(data)
         except ConnectionBroken as err:
@@ -99,6 +112,25 @@ class Peer(asyncio.Protocol, ABC):
             log.exception("a fault while reading a connection: the connection is closed")
             self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
         self._sender.flush()
+
+    def _continue(self) -> None:
+        """Handle the frames that the last turn has left over."""
+        self._next_turn = None
+        self.data_received(b"")
+        if self._next_turn is None:
+            self._is_turn_over = False
+            self._read_if_free()
+
+    def _end_turn(self) -> None:
+        self._next_turn = self._loop.call_soon(self._continue)
+        self._is_turn_over = True
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _read_if_free(self) -> None:
+        """Read from the transport again, unless there is another reason not to."""
+        if not self._is_turn_over and not self._is_write_paused and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _break(self, err: ConnectionBroken) -> None:
         log.warning("a connection is closed with %s: %s", err.reason.name, err)
@@ -122,7 +154,9 @@ class Peer(asyncio.Protocol, ABC):
                 return
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
-        while end - at >= HEADER_BYTES:
+        for _ in range(self.FRAMES_PER_TURN):
+            if end - at < HEADER_BYTES:
+                break
             high, low, kind, flags, number = unpack(data, at)
             size = high << 16 | low
             if size > DEFAULT_FRAME:
@@ -135,11 +169,13 @@ class Peer(asyncio.Protocol, ABC):
                 self._check_order(kind)
             payload = data[start:at]
             if kind == DATA:
-                self._on_data(number, flags, payload, size)
+                self._on_data(number & LARGEST_WINDOW, flags, payload, size)
             elif kind == HEADERS:
-                self._on_headers(number, flags, payload)
+                self._on_headers(number & LARGEST_WINDOW, flags, payload)
             else:
                 self._on_other(kind, flags, number & LARGEST_WINDOW, payload)
+        else:
+            self._end_turn()
         self._unparsed = data[at:]
 
     def _check_order(self, kind: int) -> None:
@@ -152,6 +188,8 @@ class Peer(asyncio.Protocol, ABC):
         if flags & (frames.PADDED | PRIORITIZED):
             payload = frames.without_padding(payload, flags)
             if flags & PRIORITIZED:
+                if len(payload) < 5:
+                    raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "HEADERS too short for their priority")
                 payload = payload[5:]
         if not flags & END_HEADERS:
             self._block, self._continuations = (number, flags, bytearray(payload)), 0

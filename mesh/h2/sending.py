@@ -1,9 +1,10 @@
 """Outgoing half of a connection: frames are collected and written together, and data keeps to the peer's windows.
 
     respond, request ──fits──> out ──once an iteration of the loop──> transport
-           └──does not──> waiting, by stream ──WINDOW_UPDATE──> out
+           └──does not──> waiting, by stream ──window──> ready ──a frame of each in turn──> out
 
 The room of a stream is the initial window of the peer's settings plus the stream's own change since it was opened.
+Waiting bytes are counted in the connection's share of the memory for responses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mesh.h2.frames import (
     CONTINUATION,
     DATA,
     DEFAULT_FRAME,
+    DEFAULT_TABLE,
     END_HEADERS,
     END_STREAM,
     HEADERS,
@@ -25,6 +27,8 @@ from mesh.h2.frames import (
     ConnectionBroken,
     Reason,
 )
+from mesh.h2.headers import TABLE_UPDATE
+from mesh.h2.memory_account import Share
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +37,29 @@ _MAX_UNREAD = 1000
 
 _LAST = END_HEADERS | END_STREAM
 
+# Waiting data that is written in one iteration of the event loop: 1 MiB costs 0.3 ms. The transport may then pause.
+_BURST_BYTES = 1 << 20
+
+# Frames of waiting data. Streams take turns by frame, so a peer that allows frames of 16 MiB gets smaller ones.
+_TURN_BYTES = 64 << 10
+
 
 class Outgoing:
-    """Data of one stream that waits for a window; then `after`, the frames that end the stream, if any."""
+    """Data of one stream that waits for a window; then its end, if any."""
 
-    __slots__ = ("after", "chunks", "on_sent")
+    __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "on_sent", "size")
 
     def __init__(self) -> None:
         self.chunks: deque[memoryview] = deque()
-        self.after = b""
+        self.size = 0
+        """Bytes of the chunks."""
+        self.end: bytes | None = None
+        """Trailers, or nothing, that end the stream. None: the stream goes on."""
         self.on_sent: Callable[[], None] | None = None
+        self.is_ready = False
+        """True: the stream is in the queue of the ready ones."""
+        self.idle_ticks = 0
+        """Ticks since the peer last took something."""
 
     def report_sent(self) -> None:
         """Call `on_sent`. An exception in it must not harm other streams."""
@@ -59,15 +76,22 @@ class Sender:
 
     Args:
         ended: called for each stream whose sending side has ended; with a reason when it was reset.
+        share: the connection's share of the memory for data that waits.
     """
 
-    def __init__(self, ended: Callable[[int, Reason | None], None]) -> None:
+    def __init__(self, ended: Callable[[int, Reason | None], None], share: Share) -> None:
         self._ended = ended
+        self._share = share
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._will_flush = False
         self._window_changes: dict[int, int] = {}
         self._waiting: dict[int, Outgoing] = {}
+        self._ready: deque[int] = deque()
+        self._pumped = 0
+        # A whole response may be written at once: nothing is paused, and no table size update is due.
+        self._is_direct = True
+        self._owes_update = self._has_updated = False
         self._window = self._initial_window = frames.DEFAULT_WINDOW
         self._frame = DEFAULT_FRAME
         self._is_paused = False
@@ -90,6 +114,7 @@ class Sender:
         self._window_changes.pop(number, None)
         outgoing = self._waiting.pop(number, None)
         if outgoing is not None:
+            self._share.remove(outgoing.size)
             outgoing.report_sent()
 
     def has_unsent(self, number: int) -> bool:
@@ -118,6 +143,10 @@ class Sender:
             self._out.clear()
             if not self._transport.is_closing():
                 self._transport.write(data)
+        if self._pumped:
+            self._pumped = 0
+            if self._ready:
+                self._loop.call_soon(self._pump)
 
     def acknowledge(self, data: bytes) -> None:
         """Write an acknowledgement. Raises ConnectionBroken for a peer that asks for many and reads none."""
@@ -129,15 +158,14 @@ class Sender:
             )
 
     def pause(self) -> None:
-        """Hold back data that waits for a window: the transport's buffer is full.
-
-        Headers, small whole requests and responses, and acknowledgements are written nevertheless.
-        """
+        """Hold back data: the transport's buffer is full. Headers and acknowledgements are written nevertheless."""
         self._is_paused = True
+        self._is_direct = False
 
     def resume(self) -> None:
         """Send waiting data again."""
         self._is_paused = False
+        self._is_direct = not self._owes_update
         self._unread = 0
         self._pump()
 
@@ -146,14 +174,19 @@ class Sender:
     def apply_settings(self, settings: Mapping[int, int]) -> None:
         """Apply the peer's settings, by number. Raises ConnectionBroken for invalid values."""
         window, frame = settings.get(frames.WINDOW_SIZE), settings.get(frames.FRAME_SIZE)
-        if window is not None:
-            if window > LARGEST_WINDOW:
-                raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"a window of {window}")
-            self._initial_window = window
+        if settings.get(frames.TABLE_SIZE, DEFAULT_TABLE) < DEFAULT_TABLE and not self._has_updated:
+            self._owes_update = self._has_updated = True
+            self._is_direct = False
         if frame is not None:
             if not DEFAULT_FRAME <= frame <= frames.LARGEST_FRAME:
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"frames of {frame}")
             self._frame = frame
+        if window is not None and window != self._initial_window:
+            if window + max(self._window_changes.values(), default=0) > LARGEST_WINDOW or window > LARGEST_WINDOW:
+                raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"a window of {window}")
+            self._initial_window = window
+            for number, outgoing in self._waiting.items():
+                self._wake(number, outgoing)
         self._pump()
 
     def add_window(self, number: int, size: int) -> None:
@@ -166,19 +199,34 @@ class Sender:
             self._window_changes[number] += size
             if self._room(number) > LARGEST_WINDOW:
                 self.reset(number, Reason.FLOW_CONTROL_ERROR)
-        self._pump()
+            outgoing = self._waiting.get(number)
+            if outgoing is None:
+                return
+            self._wake(number, outgoing)
+        if self._ready:
+            self._pump()
 
     def _room(self, number: int) -> int:
         return self._initial_window + self._window_changes[number]
 
     # -- requests and responses
 
+    def has_room(self, number: int, size: int) -> bool:
+        """Return True when a response of `size` bytes can be sent now, or may wait for the peer to read."""
+        if number not in self._window_changes:
+            return True
+        is_taken = self._is_direct and size <= self._window and size <= self._room(number)
+        return is_taken or self._share.has_room(size)
+
     def respond(self, number: int, head: bytes, body: bytes, trailers: bytes) -> None:
-        """Send a whole response: its head, its body if any, its trailers if any."""
+        """Send a whole response: its head, its body if any, its trailers if any.
+
+        The stream is reset instead when the connection has too many bytes that the peer does not read.
+        """
         if number not in self._window_changes:
             return
         size, opening = len(body), frames.opening
-        fits = size <= self._frame and size <= self._window and size <= self._room(number)
+        fits = self._is_direct and size <= self._frame and size <= self._window and size <= self._room(number)
         if trailers and fits and len(head) + len(trailers) <= DEFAULT_FRAME:
             # The common case: no function calls but these.
             self._window -= size
@@ -187,16 +235,17 @@ class Sender:
             self._end(number)
             return
         if not size and not trailers:
-            self.write(_header_frames(number, head, is_last=True))
+            self.write(self._header_frames(number, head, is_last=True))
             self._end(number)
             return
-        self.write(_header_frames(number, head))
+        if not self.has_room(number, size):
+            self.reset(number, Reason.ENHANCE_YOUR_CALM)
+            return
+        self.write(self._header_frames(number, head))
         if size:
-            self._send(number, body, b"", None)
-        if trailers:
-            self.end(number, trailers)
+            self._send(number, body, trailers, None)
         else:
-            self.end_data(number)
+            self.end(number, trailers)
 
     def request(self, number: int, head: bytes, body: bytes) -> None:
         """Send a whole request on an open stream: its head, and a body that ends our side.
@@ -205,32 +254,32 @@ class Sender:
         """
         size = len(body)
         self.headers(number, head)
-        if size <= self._frame and size <= self._window and size <= self._room(number):
+        if self._is_direct and size <= self._frame and size <= self._window and size <= self._room(number):
             self._window -= size
             self._out += (frames.opening(DATA, END_STREAM, number, size), body)
             self._end(number)
             return
-        self._send(number, body, frames.opening(DATA, END_STREAM, number, 0), None)
+        self._send(number, body, b"", None)
 
     def headers(self, number: int, head: bytes) -> None:
         """Send the head of a request or a response whose data follows."""
         if number in self._window_changes:
-            self.write(_header_frames(number, head))
+            self.write(self._header_frames(number, head))
 
     def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
         """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is closed."""
         if number in self._window_changes:
-            self._send(number, data, b"", on_sent)
+            self._send(number, data, None, on_sent)
         else:
             on_sent()
 
-    def end(self, number: int, trailers: bytes) -> None:
-        """End a stream with trailers, after its data."""
-        self._finish(number, _header_frames(number, trailers, is_last=True))
-
-    def end_data(self, number: int) -> None:
-        """End a stream that has no trailers, after its data."""
-        self._finish(number, frames.opening(DATA, END_STREAM, number, 0))
+    def end(self, number: int, trailers: bytes = b"") -> None:
+        """End a stream, after its data: with trailers, if any."""
+        if number in self._waiting:
+            self._send(number, b"", trailers, None)
+        elif number in self._window_changes:
+            self.write(self._end_frames(number, trailers))
+            self._end(number)
 
     def reset(self, number: int, reason: Reason) -> None:
         """End a stream with RST_STREAM."""
@@ -239,51 +288,86 @@ class Sender:
             self.write(frames.rst_stream(number, reason))
             self._ended(number, reason)
 
-    def _finish(self, number: int, last: bytes) -> None:
-        if number in self._waiting:
-            self._send(number, b"", last, None)
-        elif number in self._window_changes:
-            self.write(last)
-            self._end(number)
-
     def _end(self, number: int) -> None:
         del self._window_changes[number]
         self._ended(number, None)
 
-    def _send(self, number: int, data: bytes, after: bytes, on_sent: Callable[[], None] | None) -> None:
-        outgoing = self._waiting.setdefault(number, Outgoing())
+    def _send(self, number: int, data: bytes, end: bytes | None, on_sent: Callable[[], None] | None) -> None:
+        outgoing = self._waiting.get(number)
+        if outgoing is None:
+            outgoing = self._waiting[number] = Outgoing()
         if data:
             outgoing.chunks.append(memoryview(data))
-        outgoing.after += after
+            outgoing.size += len(data)
+            self._share.add(len(data))
+        outgoing.end = end
         outgoing.on_sent = on_sent or outgoing.on_sent
+        self._wake(number, outgoing)
         self._pump()
 
+    def _wake(self, number: int, outgoing: Outgoing) -> None:
+        if not outgoing.is_ready:
+            outgoing.is_ready = True
+            self._ready.append(number)
+
     def _pump(self) -> None:
-        """Send as much of the waiting data as the windows allow."""
-        for number in list(self._waiting):
-            if self._window <= 0 or self._is_paused:
-                return
-            # The callback of another stream may have dropped this one.
+        """Send waiting data as the windows allow, one frame of each ready stream in turn."""
+        ready = self._ready
+        while ready and self._window > 0 and not self._is_paused and self._pumped < _BURST_BYTES:
+            number = ready.popleft()
+            # The stream may have been dropped meanwhile.
             if (outgoing := self._waiting.get(number)) is None:
                 continue
-            while outgoing.chunks and self._window > 0:
+            if outgoing.chunks:
                 chunk = outgoing.chunks[0]
-                size = min(self._frame, self._window, self._room(number), len(chunk))
+                size = min(self._frame, _TURN_BYTES, self._window, self._room(number), len(chunk))
                 if size <= 0:
-                    break
+                    outgoing.is_ready = False
+                    continue
                 self.write(frames.opening(DATA, 0, number, size) + bytes(chunk[:size]))
                 self._window -= size
                 self._window_changes[number] -= size
+                self._pumped += size
+                outgoing.size -= size
+                outgoing.idle_ticks = 0
+                self._share.remove(size)
                 if size == len(chunk):
                     outgoing.chunks.popleft()
                 else:
                     outgoing.chunks[0] = chunk[size:]
-            if not outgoing.chunks:
-                del self._waiting[number]
-                if outgoing.after:
-                    self.write(outgoing.after)
-                    self._end(number)
-                outgoing.report_sent()
+                if outgoing.chunks:
+                    ready.append(number)
+                    continue
+            del self._waiting[number]
+            if outgoing.end is not None:
+                self.write(self._end_frames(number, outgoing.end))
+                self._end(number)
+            outgoing.report_sent()
+
+    def tick(self, max_ticks: int) -> None:
+        """Reset the streams whose peer has opened no window for more than `max_ticks` ticks."""
+        is_open = self._window > 0
+        for number, outgoing in list(self._waiting.items()):
+            # A ready stream waits for its turn, or for the transport.
+            if outgoing.is_ready and is_open:
+                continue
+            outgoing.idle_ticks += 1
+            if outgoing.idle_ticks > max_ticks:
+                log.info("stream %d is reset: its peer takes none of the %d bytes that wait", number, outgoing.size)
+                self.reset(number, Reason.CANCEL)
+
+    def _header_frames(self, number: int, block: bytes, *, is_last: bool = False) -> bytes:
+        """Encode a header block. The first one after a peer has lowered its table size begins with an update."""
+        if self._owes_update:
+            self._owes_update = False
+            self._is_direct = not self._is_paused
+            block = TABLE_UPDATE + block
+        return _header_frames(number, block, is_last=is_last)
+
+    def _end_frames(self, number: int, trailers: bytes) -> bytes:
+        if trailers:
+            return self._header_frames(number, trailers, is_last=True)
+        return frames.opening(DATA, END_STREAM, number, 0)
 
 
 def _header_frames(number: int, block: bytes, *, is_last: bool = False) -> bytes:

@@ -2,8 +2,9 @@
 
     HEADERS ──> ServerStream ──> Application.request ──> RequestHandler <── DATA ... END_STREAM
 
-Flow control bounds the memory of requests: credit is given back when the application has consumed the data. `sending`
-keeps to the peer's windows.
+Credit is given back when the application has consumed the data. What it holds meanwhile is counted (`memory_account`),
+and so is what the peer does not read. `sending` keeps to the peer's windows. A peer that makes no progress, in one
+direction or the other, loses the stream, and one that does not read loses the connection.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 import logging
 
 from mesh.h2 import frames
-from mesh.h2.frames import END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
-from mesh.h2.headers import Block
+from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
+from mesh.h2.headers import Block, HeaderCache
+from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
 from mesh.h2.stream import Application, ServerStream
 
@@ -27,9 +29,27 @@ _SETTINGS_TIMEOUT_S = 10.0
 # The Envoys of a node open a few dozen.
 _MAX_CONNECTIONS = 1024
 
-# Streams of one connection that were cancelled by the peer, or reset because of it, without one response in between.
-# No client does that.
-_MAX_RESETS = 20_000
+# Token bucket of streams that the peer cancels, or that are reset because of it. A response gives one token back: an
+# Envoy whose clients give up on every second call is no attack, and carries everybody's calls.
+_RESETS, _RESETS_A_S = 10_000, 1_000
+
+# SETTINGS that change windows cost as much as resets. Clients that adapt their windows send a few a second.
+_SETTINGS_TOKENS = 10
+
+# Ticks without progress after which a peer is given up: after 30 to 35 s.
+_TICK_S, _MAX_TICKS = 5.0, 6
+
+# Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
+_PROGRESS_BYTES = 1024
+
+# The connection's window. What is held is counted and bounded, so the window never closes before the account is full.
+_WINDOW_MARGIN = 64 << 20
+
+# Shares of tenants that hold nothing are dropped beyond this number.
+_MAX_IDLE_SHARES = 64
+
+TENANT = b"x-shoal-tenant"
+"""Header of a request that names the tenant whose share of memory its body takes."""
 
 # Longest wait for a peer to close a connection after its last response.
 _LINGER_S = 1.0
@@ -38,18 +58,36 @@ _LINGER_S = 1.0
 _SHUTDOWN_PING = b"shutdown"
 
 
+class Memory:
+    """What the connections of one server share: the header cache, and the accounts of held and of unread bytes."""
+
+    def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
+        self.headers = HeaderCache()
+        self.bodies = MemoryAccount(body_bytes)
+        self.unread = MemoryAccount(unread_bytes)
+
+
 class ServerConnection(Peer):
     """Connection of one peer; an entry of `connections` while open."""
 
-    def __init__(self, app: Application, connections: set[ServerConnection]) -> None:
-        super().__init__(awaits_preface=True)
+    # Tiny frames cost 1 us each, small calls 20: a turn takes at most some 5 ms.
+    FRAMES_PER_TURN = 512
+
+    def __init__(self, app: Application, connections: dict[ServerConnection, None], memory: Memory) -> None:
+        super().__init__(awaits_preface=True, cache=memory.headers, unread=memory.unread.share())
         self._app = app
         self._connections = connections
+        self._bodies = memory.bodies
+        self._shares: dict[bytes, Share] = {}
+        self._unread_bytes = 0
+        self._unread_ticks = 0
         self._streams: dict[int, ServerStream] = {}
         self._is_closing = False
         self._goaway_read: asyncio.Future[None] = self._loop.create_future()
         self._lingering: asyncio.TimerHandle | None = None
-        self._resets = 0
+        self._settings_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._resets, self._resets_counted_at = 0, 0.0
 
     # -- the transport
 
@@ -57,13 +95,24 @@ class ServerConnection(Peer):
         self._begin(transport)
         peer = transport.get_extra_info("peername")
         self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("unix", 0)
-        if len(self._connections) >= _MAX_CONNECTIONS:
-            log.warning("a connection is refused: %d are open", len(self._connections))
+        if len(self._connections) >= _MAX_CONNECTIONS and not self._displace_idle():
+            log.warning("a connection is refused: %d are open, and none is idle", len(self._connections))
             self._transport.abort()
             return
-        self._connections.add(self)
+        self._connections[self] = None
         self._settings_timer = self._loop.call_later(_SETTINGS_TIMEOUT_S, self._on_settings_timeout)
-        self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS})
+        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+        window = min(self._bodies.limit + _WINDOW_MARGIN, LARGEST_WINDOW)
+        self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS}, window)
+
+    def _displace_idle(self) -> bool:
+        """Close the oldest connection without streams. Return False when each has some."""
+        for connection in self._connections:
+            if not connection._streams:
+                del self._connections[connection]
+                connection.send_last_goaway()
+                return True
+        return False
 
     def _on_settings_timeout(self) -> None:
         if not self._has_settings:
@@ -74,17 +123,52 @@ class ServerConnection(Peer):
             super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self in self._connections:
-            self._connections.remove(self)
-            self._settings_timer.cancel()
-        if self._lingering is not None:
-            self._lingering.cancel()
+        self._connections.pop(self, None)
+        for timer in (self._settings_timer, self._tick_timer, self._lingering, self._next_turn):
+            if timer is not None:
+                timer.cancel()
         self._on_goaway_read()
         self._is_closing = True
         self._sender.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
+            _release(stream)
             _disconnect(stream)
+
+    def pause_writing(self) -> None:
+        """Stop reading, too: a peer that does not read may not ask for more."""
+        super().pause_writing()
+        self._is_write_paused = True
+        self._unread_bytes, self._unread_ticks = self._transport.get_write_buffer_size(), 0
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        super().resume_writing()
+        self._read_if_free()
+
+    def _tick(self) -> None:
+        """Give up the streams and the connection of a peer that makes no progress."""
+        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+        if self._is_write_paused:
+            unread = self._transport.get_write_buffer_size()
+            self._unread_ticks = self._unread_ticks + 1 if unread >= self._unread_bytes else 0
+            self._unread_bytes = unread
+            if self._unread_ticks > _MAX_TICKS:
+                seconds = _MAX_TICKS * _TICK_S
+                log.warning("a connection is closed: its peer reads none of %d bytes for %.0f s", unread, seconds)
+                self._transport.abort()
+            return
+        for stream in [stream for stream in self._streams.values() if not stream.is_request_ended]:
+            stream.idle_ticks = 0 if stream.moved >= _PROGRESS_BYTES else stream.idle_ticks + 1
+            stream.moved = 0
+            if stream.idle_ticks > _MAX_TICKS:
+                try:
+                    stream.handler.stalled((stream.idle_ticks - 1) * _TICK_S)
+                except Exception:
+                    _reset(stream)
+        self._sender.tick(_MAX_TICKS)
 
     # -- requests
 
@@ -95,9 +179,10 @@ class ServerConnection(Peer):
         self._newest = number
         if len(self._streams) >= _MAX_STREAMS or self._is_closing:
             self._sender.write(frames.rst_stream(number, Reason.REFUSED_STREAM))
+            self._spend(1)
             return
         is_ended = flags & END_STREAM != 0
-        self._streams[number] = stream = ServerStream(self._sender, number, block, self.peer, is_ended)
+        self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended)
         self._sender.open(number)
         try:
             stream.handler = self._app.request(stream)
@@ -121,7 +206,11 @@ class ServerConnection(Peer):
         stream.received += size
         if stream.received > STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
-        stream.is_request_ended = is_end = flags & END_STREAM != 0
+        if flags & END_STREAM:
+            stream.is_request_ended = is_end = True
+        else:
+            stream.moved += size
+            is_end = False
         try:
             stream.handler.data(payload, size, is_end=is_end)
         except Exception:
@@ -145,9 +234,30 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._close_when_done()
 
+    def share_of(self, head: Block) -> Share:
+        """Return the share of the memory for bodies that a request's tenant has on this connection."""
+        tenant = head.by_name.get(TENANT, b"")
+        share = self._shares.get(tenant)
+        if share is None:
+            if len(self._shares) >= _MAX_IDLE_SHARES:
+                self._shares = {name: share for name, share in self._shares.items() if share.held}
+            share = self._shares[tenant] = self._bodies.share()
+        return share
+
+    def return_credit(self, size: int) -> None:
+        """Give back flow-control credit of the connection; a negative `size` keeps it."""
+        self._credited(size)
+
     def _on_window(self, number: int, payload: bytes) -> None:
         super()._on_window(number, payload)
-        self._check_resets()
+        # A window that is too large resets its stream.
+        if self._resets > _RESETS:
+            self._spend(0)
+
+    def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
+        if self._has_settings and not flags & ACK:
+            self._spend(_SETTINGS_TOKENS)
+        super()._on_settings(number, flags, payload)
 
     def _on_reset(self, number: int, reason: int) -> None:
         if not 0 < number <= self._newest:
@@ -155,16 +265,23 @@ class ServerConnection(Peer):
         stream = self._streams.pop(number, None)
         if stream is None:
             return
-        self._resets += 1
-        self._check_resets()
         self._sender.forget(number)
+        _release(stream)
         _disconnect(stream)
         self._close_when_done()
+        self._spend(1)
 
-    def _check_resets(self) -> None:
-        if self._resets > _MAX_RESETS:
+    def _spend(self, tokens: int) -> None:
+        """Take tokens of the bucket of resets. Raises ConnectionBroken when it is empty."""
+        now = self._loop.time()
+        regained = int((now - self._resets_counted_at) * _RESETS_A_S)
+        if regained:
+            self._resets = max(0, self._resets - regained)
+            self._resets_counted_at = now
+        self._resets += tokens
+        if self._resets > _RESETS:
             raise ConnectionBroken(
-                Reason.ENHANCE_YOUR_CALM, f"{_MAX_RESETS} streams were cancelled, and none got a response"
+                Reason.ENHANCE_YOUR_CALM, f"more than {_RESETS} streams were cancelled, and {_RESETS_A_S} a second"
             )
 
     # -- the end
@@ -172,12 +289,18 @@ class ServerConnection(Peer):
     def _ended(self, number: int, reason: Reason | None) -> None:
         """Remove a stream whose response has ended (None), or that was reset."""
         stream = self._streams.pop(number)
-        self._resets = 0 if reason is None else self._resets + 1
+        if stream.held:
+            _release(stream)
         if reason is not None:
+            # The bucket is checked at a frame of the peer: an exception here would reach the application.
+            self._resets += 1
             _disconnect(stream)
-        elif not stream.is_request_ended:
-            # The response ended before the request: the rest of the request is not read.
-            self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
+        else:
+            if self._resets:
+                self._resets -= 1
+            if not stream.is_request_ended:
+                # The response ended before the request: the rest of the request is not read.
+                self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
         if self._is_closing:
             self._close_when_done()
 
@@ -235,6 +358,12 @@ def _reset(stream: ServerStream) -> None:
     """Reset the stream of a request whose handler has raised an exception."""
     log.exception("the handler of %s failed: its stream is reset", stream.head.path)
     stream.reset(Reason.INTERNAL_ERROR)
+
+
+def _release(stream: ServerStream) -> None:
+    """Release everything that a stream which has ended still holds."""
+    if stream.held:
+        stream.release(stream.held)
 
 
 def _disconnect(stream: ServerStream) -> None:

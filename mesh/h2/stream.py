@@ -15,6 +15,7 @@ from typing import Protocol
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block
+from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
 from mesh.h2.sending import Sender
 
@@ -25,8 +26,12 @@ class RequestHandler(Protocol):
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
         """Receive a piece of the body. The last piece has `is_end`, and may be empty.
 
-        `size` is the flow-control size of the piece: `ServerStream.consumed` gives it back.
+        `size` is the flow-control size of the piece: `ServerStream.consumed` gives it back. A handler that keeps the
+        piece beyond this call holds it (`ServerStream.hold`).
         """
+
+    def stalled(self, idle_s: float) -> None:
+        """End the request, or not: nothing of its body, which is not whole, has arrived for `idle_s`. Repeated."""
 
     def disconnected(self) -> None:
         """The client cancelled the request or closed the connection. Called once, and never after the response."""
@@ -45,12 +50,27 @@ class _NoHandler:
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
         pass
 
+    def stalled(self, idle_s: float) -> None:
+        pass
+
     def disconnected(self) -> None:
         pass
 
 
 NO_HANDLER: RequestHandler = _NoHandler()
 """Handler of a request whose body is ignored."""
+
+
+class Connection(Protocol):
+    """The part of a connection that a stream uses."""
+
+    peer: tuple[str, int]
+
+    def share_of(self, head: Block) -> Share:
+        """Return the share of the memory for bodies that a request's tenant has on this connection."""
+
+    def return_credit(self, size: int) -> None:
+        """Give back flow-control credit of the connection; a negative `size` keeps it."""
 
 
 class ServerStream:
@@ -60,23 +80,69 @@ class ServerStream:
     Everything is dropped after the response has ended or the client has disconnected.
     """
 
-    __slots__ = ("_sender", "_unreturned", "handler", "head", "is_request_ended", "number", "peer", "received")
+    __slots__ = (
+        "_connection",
+        "_sender",
+        "_share",
+        "_unreturned",
+        "handler",
+        "head",
+        "held",
+        "idle_ticks",
+        "is_request_ended",
+        "moved",
+        "number",
+        "received",
+    )
 
     handler: RequestHandler
+    _share: Share
 
-    def __init__(self, sender: Sender, number: int, head: Block, peer: tuple[str, int], is_request_ended: bool) -> None:
+    def __init__(
+        self, connection: Connection, sender: Sender, number: int, head: Block, is_request_ended: bool
+    ) -> None:
+        self._connection = connection
         self._sender = sender
         self._unreturned = 0
+        self.held = self.moved = self.idle_ticks = 0
         self.number = number
         self.head = head
         """Method, path and headers of the request."""
-        self.peer = peer
-        """Address of the client; ("unix", 0) for a unix socket."""
         self.is_request_ended = is_request_ended
         """True when the whole body has arrived."""
         self.received = 0
         """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
         self.handler = NO_HANDLER
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """Address of the client; ("unix", 0) for a unix socket."""
+        return self._connection.peer
+
+    def hold(self, size: int) -> bool:
+        """Keep `size` bytes of the body in memory, in the account of the request's tenant on this connection.
+
+        Return False, and keep nothing, when there is no room. The connection's credit for them is not given back until
+        they are released, at the latest when the stream ends.
+        """
+        if not self.held:
+            self._share = self._connection.share_of(self.head)
+        if not self._share.has_room(size) or not self._sender.is_open(self.number):
+            return False
+        self._share.add(size)
+        self.held += size
+        self._connection.return_credit(-size)
+        return True
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held."""
+        self.held -= size
+        self._share.remove(size)
+        self._connection.return_credit(size)
+
+    def has_room(self, size: int) -> bool:
+        """Return True when a response of `size` bytes can be sent now, or may wait for the client to read."""
+        return self._sender.has_room(self.number, size)
 
     def consumed(self, size: int) -> None:
         """Give back flow-control credit of a piece that needs no more memory. The client may send as much again.
@@ -106,10 +172,7 @@ class ServerStream:
 
     def end(self, trailers: bytes = b"") -> None:
         """End a streamed response, after the data that was sent."""
-        if trailers:
-            self._sender.end(self.number, trailers)
-        else:
-            self._sender.end_data(self.number)
+        self._sender.end(self.number, trailers)
 
     def reset(self, reason: Reason) -> None:
         """End the stream with RST_STREAM. The handler is notified as if the client had disconnected."""

@@ -13,12 +13,29 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mesh.h2.frames import DEFAULT_FRAME
 from mesh.h2.headers import encode, response_head
+from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
 from mesh.rpc import status
 from mesh.rpc.fast_spans import FastTracer, parent_of
-from mesh.rpc.framing import PREFIX, PREFIX_BYTES, check_encoding, inflated, too_large
+from mesh.rpc.framing import (
+    JOIN_BYTES,
+    PIECE_BYTES,
+    PREFIX,
+    PREFIX_BYTES,
+    check_encoding,
+    inflated,
+    inflated_inline,
+    most_inflated,
+    no_memory,
+    not_encoded,
+    stalled,
+    too_large,
+    unread,
+)
 from mesh.rpc.interceptors import status_of
+from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
@@ -38,6 +55,7 @@ class CallLimits(Protocol):
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
     deadlines: Deadlines
+    threads: MessageThreads
     tracer: FastTracer | None
     """None: no spans are exported."""
 
@@ -94,14 +112,24 @@ class FastCall:
             return
         try:
             if not is_end:
-                self._hold(piece)
+                if not self._stream.hold(size + PIECE_BYTES):
+                    raise no_memory()
+                self._keep(piece)
                 self._stream.consumed(size)
                 return
             if self._parts is not None:
-                self._hold(piece)
-                piece, self._parts = b"".join(self._parts), None
+                self._keep(piece)
+                parts, self._parts = self._parts, None
+                if self._held > JOIN_BYTES:
+                    self._start_thread(lambda: b"".join(parts))
+                    return
+                piece = b"".join(parts)
+                self._stream.release(self._stream.held)
             if not piece or piece[0] or len(piece) - PREFIX_BYTES != int.from_bytes(piece[1:5]):
-                piece = self._plain_message(piece)
+                plain = self._plain_message(piece)
+                if plain is None:
+                    return
+                piece = plain
             self._handler(piece, self)
         except BaseException as err:
             self.refuse(err)
@@ -114,7 +142,11 @@ class FastCall:
         if self.on_end is not None:
             self.on_end()
 
-    def _hold(self, piece: bytes) -> None:
+    def stalled(self, idle_s: float) -> None:
+        """End the call: its body does not arrive."""
+        self.refuse(stalled(idle_s))
+
+    def _keep(self, piece: bytes) -> None:
         if self._parts is None:
             self._parts, self._held = [], 0
         self._held += len(piece)
@@ -129,8 +161,11 @@ class FastCall:
         if self._held > limit + PREFIX_BYTES:
             raise too_large(self._held - PREFIX_BYTES, limit)
 
-    def _plain_message(self, body: bytes) -> bytes:
-        """Return a body that is not one plain message as one. Raises a ShoalError when it cannot be read as one."""
+    def _plain_message(self, body: bytes) -> bytes | None:
+        """Return a body that is not one plain message as one; None when a thread decompresses it.
+
+        Raises a ShoalError when it cannot be read as one.
+        """
         if len(body) < PREFIX_BYTES:
             raise InvalidArgument(f"expected one message, got a request of {len(body)} bytes")
         flags, size = PREFIX.unpack_from(body)
@@ -145,18 +180,39 @@ class FastCall:
         if not flags:
             return body
         encoding = self.headers.get(b"grpc-encoding")
-        if encoding in (None, b"identity"):
-            raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
+        if encoding is None or encoding == b"identity":
+            raise not_encoded()
         check_encoding(encoding)
-        return bytes(PREFIX_BYTES) + inflated(body[PREFIX_BYTES:], encoding, self._app.message_bytes)
+        message = memoryview(body)[PREFIX_BYTES:]
+        plain = inflated_inline(message, encoding)
+        if plain is not None:
+            return bytes(PREFIX_BYTES) + plain
+        limit = self._app.message_bytes
+        if not self._stream.hold(len(message) + most_inflated(message, encoding, limit)):
+            raise no_memory()
+        self._start_thread(lambda: inflated(message, encoding, limit, lambda: self.is_over, is_framed=True))
+        return None
+
+    def _start_thread(self, work: Callable[[], bytes]) -> None:
+        """Do `work` on the body in a thread. Its result is then received as the whole body."""
+        self._app.threads.start(self.headers.get(TENANT, b""), work, self._on_thread_end)
+
+    def _on_thread_end(self, result: bytes | BaseException) -> None:
+        if self.is_over:
+            return
+        self._stream.release(self._stream.held)
+        if isinstance(result, BaseException):
+            self.refuse(result)
+        else:
+            self.data(result, 0, is_end=True)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end."""
         if self.is_over:
             return
         try:
-            if size > self._app.message_bytes:
-                raise too_large(size, self._app.message_bytes)
+            if size > DEFAULT_FRAME:
+                self._check_large(size)
             body = b"".join((PREFIX.pack(0, size), *parts))
         # Too large, not bytes, or out of memory: the client needs a status.
         except Exception as err:
@@ -164,6 +220,12 @@ class FastCall:
             return
         self._finish()
         self._stream.respond(_HEAD, body, _OK)
+
+    def _check_large(self, size: int) -> None:
+        if size > self._app.message_bytes:
+            raise too_large(size, self._app.message_bytes)
+        if not self._stream.has_room(size):
+            raise unread()
 
     def refuse(self, error: BaseException) -> None:
         """End the call with an error. Does nothing after the end."""

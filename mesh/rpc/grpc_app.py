@@ -10,16 +10,28 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mesh.h2.headers import Block, response_head
+from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, OVERSIZED, Block, response_head
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
+from mesh.rpc import status
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.limits import MESSAGE_BYTES
+from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.slow_call import SlowCall
-from shoal.errors import ShoalError
+from shoal.errors import Code, ShoalError
 
 _UNSUPPORTED = response_head(415, [(b"content-type", b"text/plain")])
 _UNSUPPORTED_TEXT = b"this is a gRPC server: content-type application/grpc\n"
+# Status 431 is HTTP's for it; gRPC clients take the gRPC status.
+_OVERSIZED = response_head(
+    431,
+    [
+        status.CONTENT_TYPE,
+        *status.trailers(
+            Code.RESOURCE_EXHAUSTED, f"headers of more than {LIST_BYTES} bytes, or {LIST_FIELDS} fields: send less"
+        ),
+    ],
+)
 
 
 class GrpcApp:
@@ -41,6 +53,7 @@ class GrpcApp:
         self.message_bytes = message_bytes
         self.clock = clock
         self.deadlines = Deadlines(clock)
+        self.threads = MessageThreads()
         self.tracer = tracer
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""
@@ -57,6 +70,9 @@ class GrpcApp:
                 # An invalid header: the slow path responds with the error.
                 except ShoalError:
                     pass
+        if head is OVERSIZED:
+            stream.respond(_OVERSIZED)
+            return NO_HANDLER
         if not _is_grpc(head):
             stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
             return NO_HANDLER

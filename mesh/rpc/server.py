@@ -19,6 +19,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from mesh.h2.listener import Listener
+from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
+from mesh.h2.server_connection import Memory
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
@@ -51,6 +53,8 @@ class Server:
         methods: grpc.RpcMethodHandler by path, of methods that have no descriptor; reflection does not list them.
         share_port: other processes may listen at the same TCP port.
         serves_health: the server itself serves health checks; otherwise one of `rpcs` does.
+        body_bytes: limit of what all connections may hold of requests whose body is not whole, or not read.
+        unread_bytes: limit of what all connections may hold of responses that their clients do not read.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -66,6 +70,8 @@ class Server:
         methods: Mapping[str, Any] = MappingProxyType({}),
         share_port: bool = False,
         serves_health: bool = True,
+        body_bytes: int = BODY_BYTES,
+        unread_bytes: int = UNREAD_BYTES,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -76,13 +82,15 @@ class Server:
         self._share_port = share_port
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor()
+        self.memory = Memory(body_bytes, unread_bytes)
+        """Accounts of what the connections hold."""
         self.address = listen
         """The address it listens at, with the port that was chosen for port 0."""
 
     async def __aenter__(self) -> Server:
         self._set_health(is_serving=False)
         self._app = GrpcApp(self._method_table(), self._fast_methods, tracer=FastTracer.of_process())
-        self._listener = Listener(self._listen, self._app, share_port=self._share_port)
+        self._listener = Listener(self._listen, self._app, share_port=self._share_port, memory=self.memory)
         self.address = await self._listener.start()
         return self
 
@@ -115,3 +123,4 @@ class Server:
         await self._listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
+        self._app.threads.close()

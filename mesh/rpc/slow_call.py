@@ -11,19 +11,40 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
 
 from mesh.h2.headers import encode, response_head
+from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
 from mesh.rpc import status
 from mesh.rpc.call_context import CallContext
-from mesh.rpc.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
+from mesh.rpc.framing import (
+    ACCEPTED,
+    PIECE_BYTES,
+    Deframer,
+    Unfinished,
+    check_encoding,
+    framed,
+    inflated,
+    inflated_inline,
+    most_inflated,
+    no_memory,
+    stalled,
+    too_large,
+    unread,
+)
 from mesh.rpc.interceptors import status_of
+from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
+
+# A stream that has never sent a message is ended after so long, as at Envoy (stream_idle_timeout). One that has may be
+# silent as long as it likes.
+_NEVER_SENT_S = 300.0
 
 
 class CallTable(Protocol):
@@ -34,6 +55,7 @@ class CallTable(Protocol):
     message_bytes: int
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
+    threads: MessageThreads
     tasks: set[asyncio.Task[None]]
 
 
@@ -46,7 +68,7 @@ class SlowCall:
 
     def __init__(self, app: CallTable, stream: ServerStream) -> None:
         self._app = app
-        self._messages = _Messages(stream)
+        self._messages = _Messages(stream, app)
         self._response = _Response(stream, app.message_bytes)
         self._head = stream.head
         self._peer = stream.peer
@@ -58,6 +80,10 @@ class SlowCall:
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
         """Keep a piece of the body until the handler reads it. Flow control bounds the kept bytes."""
         self._messages.add(piece, size, is_end=is_end)
+
+    def stalled(self, idle_s: float) -> None:
+        """Fail the messages when one of them is not whole, or when none ever arrived."""
+        self._messages.stalled(idle_s)
 
     def disconnected(self) -> None:
         """Cancel the handler."""
@@ -87,7 +113,7 @@ class SlowCall:
             raise Unimplemented(f"Method not found: this server does not implement {self._head.path}")
         encoding = headers.get(b"grpc-encoding")
         check_encoding(encoding)
-        self._messages.deframer = Deframer(encoding, app.message_bytes)
+        self._messages.begin(encoding, is_single=not handler.request_streaming)
         deadline = status.deadline(headers, app.clock())
         context = CallContext(self._head.fields, f"{self._peer[0]}:{self._peer[1]}", deadline, app.clock)
         response.context = context
@@ -128,35 +154,110 @@ async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIt
 class _Messages:
     """Messages of a request. A piece of the body is parsed on demand; only then is its credit given back."""
 
-    def __init__(self, stream: ServerStream) -> None:
+    def __init__(self, stream: ServerStream, app: CallTable) -> None:
         self._stream = stream
-        self.deframer = Deframer(None, 0)
+        self._app = app
+        self._encoding = b""
+        self._deframer = Deframer(None, 0)
+        self._is_single = False
         self._pieces: deque[tuple[bytes, int]] = deque()
+        # Bytes that the stream holds for the pieces, and for a message that a thread works on.
+        self._queued = self._in_thread = 0
         self._is_ended = False
-        self._read: Iterator[bytes] = iter(())
+        self._error: ShoalError | None = None
+        self._read: Iterator[bytes | Unfinished] = iter(())
+        self._has_read = False
         self._changed = asyncio.Event()
 
+    def begin(self, encoding: bytes | None, *, is_single: bool) -> None:
+        """Set the compression, and whether the call is unary. Called before the first message is read."""
+        self._encoding = encoding or b""
+        self._is_single = is_single
+        self._deframer = Deframer(encoding, self._app.message_bytes)
+
     def add(self, piece: bytes, size: int, *, is_end: bool) -> None:
-        if size:
-            self._pieces.append((piece, size))
         self._is_ended = is_end
+        if size and self._error is None:
+            # A message begins: it has its own time to arrive, however long the stream was silent.
+            if not self._pieces and not self._deframer.holds:
+                self._stream.idle_ticks = 0
+            if self._stream.hold(size + PIECE_BYTES):
+                self._pieces.append((piece, size))
+                self._queued += size + PIECE_BYTES
+            else:
+                self._fail(no_memory())
         self._changed.set()
+
+    def stalled(self, idle_s: float) -> None:
+        """Fail the messages when the client is to blame for a pause of `idle_s`."""
+        # What waits for the handler is no fault of the client.
+        if self._pieces:
+            return
+        is_silent = not self._has_read and idle_s >= _NEVER_SENT_S
+        if self._is_single or self._deframer.holds or is_silent:
+            self._fail(stalled(idle_s))
+
+    def _fail(self, error: ShoalError) -> None:
+        self._error = error
+        self._pieces.clear()
+        self._queued = 0
+        self._read = iter(())
+        self._deframer = Deframer(None, 0)
+        self._release()
+        self._changed.set()
+
+    def _release(self) -> None:
+        """Release what was read. The stream holds nothing any more when it has ended."""
+        read = self._stream.held - self._queued - self._deframer.holds - self._in_thread
+        if read > 0:
+            self._stream.release(read)
 
     async def next(self) -> bytes | None:
         """Return the next message, or None after the last one. Raises a ShoalError for an invalid body."""
         while True:
-            if (message := next(self._read, None)) is not None:
-                return message
+            message = next(self._read, None)
+            self._release()
+            if message is not None:
+                self._has_read = True
+                return message if isinstance(message, bytes) else await self._finished(message)
+            if self._error is not None:
+                raise self._error
             if self._pieces:
                 piece, size = self._pieces.popleft()
+                self._queued -= size + PIECE_BYTES
                 self._stream.consumed(size)
-                self._read = self.deframer.feed(piece)
+                self._read = self._deframer.feed(piece)
             elif self._is_ended:
-                self.deframer.finish()
+                self._deframer.finish()
                 return None
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    async def _finished(self, message: Unfinished) -> bytes:
+        """Return a message that is joined and decompressed: in a thread, if it is large."""
+        limit = self._app.message_bytes
+        size = sum(map(len, message))
+        if message.is_compressed:
+            if len(message) == 1 and (plain := inflated_inline(message[0], self._encoding)) is not None:
+                return plain
+            size += most_inflated(message[0], self._encoding, limit) if len(message) == 1 else limit
+        if not self._stream.hold(size):
+            raise no_memory()
+        self._in_thread = size
+        done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def work() -> bytes:
+            whole = b"".join(message)
+            return inflated(whole, self._encoding, limit, done.done) if message.is_compressed else whole
+
+        try:
+            tenant = self._stream.head.by_name.get(TENANT, b"")
+            self._app.threads.start(tenant, work, partial(_deliver, done))
+            return await done
+        finally:
+            self._in_thread = 0
+            self._release()
 
     async def only(self) -> bytes:
         """Return the message of a unary call. Raises InvalidArgument for another number of messages."""
@@ -166,6 +267,15 @@ class _Messages:
         if await self.next() is not None:
             raise InvalidArgument("expected one message, got a second one")
         return found
+
+
+def _deliver(done: asyncio.Future[bytes], result: bytes | BaseException) -> None:
+    if done.done():
+        return
+    if isinstance(result, BaseException):
+        done.set_exception(result)
+    else:
+        done.set_result(result)
 
 
 class _Response:
@@ -219,3 +329,5 @@ class _Response:
             raise Disconnected("the client has disconnected")
         if len(message) > self._message_bytes:
             raise too_large(len(message), self._message_bytes)
+        if not self._stream.has_room(len(message)):
+            raise unread()

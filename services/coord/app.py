@@ -47,7 +47,15 @@ async def run(config: CoordConfig) -> None:
         health = MeshHealth(mirror, PUBLIC)
         rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health)
         server = await stack.enter_async_context(
-            Server(config.listen, rpcs, drain_ms=config.drain_ms, methods=ads.methods(), serves_health=False)
+            Server(
+                config.listen,
+                rpcs,
+                drain_ms=config.drain_ms,
+                methods=ads.methods(),
+                serves_health=False,
+                body_bytes=config.body_bytes,
+                unread_bytes=config.unread_bytes,
+            )
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))

@@ -73,6 +73,8 @@ async def run(config: InferConfig) -> None:
             drain_ms=config.drain_ms,
             fast_methods=fast_methods(core),
             share_port=config.share_port,
+            body_bytes=config.body_bytes,
+            unread_bytes=config.unread_bytes,
         )
         if not config.share_port:
             await stack.enter_async_context(server)

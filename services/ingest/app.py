@@ -107,6 +107,8 @@ async def run(config: IngestConfig) -> None:
                 [rpc(servicer)],
                 drain_ms=config.drain_ms,
                 fast_methods={SUBMIT: FastSubmit(intake.intake)},
+                body_bytes=config.body_bytes,
+                unread_bytes=config.unread_bytes,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

@@ -120,7 +120,14 @@ async def run(config: StoreConfig) -> None:
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         fast_methods = rpc.fast_methods(await stack.enter_async_context(TaskMethods()))
         server = await stack.enter_async_context(
-            Server(config.listen, [add], drain_ms=config.drain_ms, fast_methods=fast_methods)
+            Server(
+                config.listen,
+                [add],
+                drain_ms=config.drain_ms,
+                fast_methods=fast_methods,
+                body_bytes=config.body_bytes,
+                unread_bytes=config.unread_bytes,
+            )
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:

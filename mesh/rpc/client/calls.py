@@ -93,7 +93,7 @@ class Call(ABC):
                 return
             self._deframer = Deframer(None, MESSAGE_BYTES)
         for message in self._deframer.feed(data):
-            self._on_message(message)
+            self._on_message(message if isinstance(message, bytes) else b"".join(message))
 
     @abstractmethod
     def _on_message(self, message: bytes) -> None:

@@ -192,7 +192,7 @@ class ClientConnection(Peer):
             if self._sender.has_unsent(number):
                 self._reset(number, Reason.NO_ERROR)
             else:
-                self._sender.end_data(number)
+                self._sender.end(number)
         self._half_open.clear()
 
     def _on_call_removed(self) -> None:

@@ -67,7 +67,7 @@ class StreamCall(Call):
         """End the requests: no more messages will be written."""
         self._is_half_closed = True
         if self._sender is not None and not self.is_over:
-            self._sender.end_data(self.number)
+            self._sender.end(self.number)
 
     async def drain(self) -> None:
         """Wait until everything written is sent, or the call is over. Raises CallFailed."""

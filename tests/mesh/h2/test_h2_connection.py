@@ -372,6 +372,17 @@ BROKEN = {
         Reason.STREAM_CLOSED,
     ),
     "a window by nothing": (PRE + frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(4)), Reason.PROTOCOL_ERROR),
+    "a window setting that widens a stream too much": (
+        PRE
+        + frames.frame(frames.HEADERS, 4, 1, hpack.Encoder().encode([(":path", LATER), *CALL]))
+        + frames.window_update(1, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW)
+        + frames.settings({frames.WINDOW_SIZE: frames.DEFAULT_WINDOW + 1}),
+        Reason.FLOW_CONTROL_ERROR,
+    ),
+    "headers that are too short for their priority": (
+        PRE + frames.frame(frames.HEADERS, frames.END_HEADERS | frames.PRIORITIZED, 1, b"\x82"),
+        Reason.FRAME_SIZE_ERROR,
+    ),
     "too large a window": (PRE + frames.window_update(0, frames.LARGEST_WINDOW), Reason.FLOW_CONTROL_ERROR),
     "a window of 3 bytes": (PRE + frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(3)), Reason.FRAME_SIZE_ERROR),
     "settings of 5 bytes": (PRE + frames.frame(frames.SETTINGS, 0, 0, bytes(5)), Reason.FRAME_SIZE_ERROR),
@@ -429,14 +440,17 @@ async def test_streams_that_are_opened_and_cancelled_without_end_are_too_many(ca
         writer.write(PRE)
         opening = block.encode([(":path", LATER), *CALL])
         again = block.encode([(":path", LATER), *CALL])
+        # A few calls in between are answered, as an attacker would do it.
+        other = block.encode([(":path", ECHO), *CALL])
         for n in range(25_000):
-            writer.write(frames.frame(frames.HEADERS, 4, 2 * n + 1, again if n else opening))
-            writer.write(ending(2 * n + 1))
+            is_echo = n % 5_000 == 4_999
+            writer.write(frames.frame(frames.HEADERS, 4, 2 * n + 1, other if is_echo else again if n else opening))
+            writer.write(frames.frame(frames.DATA, 1, 2 * n + 1, framed(b"x")) if is_echo else ending(2 * n + 1))
         with contextlib.suppress(ConnectionResetError):  # It closes while this side still talks.
             while await asyncio.wait_for(reader.read(1 << 16), 20):
                 pass
         writer.close()
-        assert "ENHANCE_YOUR_CALM: 20000 streams were cancelled" in caplog.text
+        assert "ENHANCE_YOUR_CALM: more than 10000 streams were cancelled" in caplog.text
 
 
 async def test_more_streams_than_allowed_are_refused_not_queued():

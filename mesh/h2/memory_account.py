@@ -1,0 +1,61 @@
+"""Account of the bytes that the connections of one server hold, with a limit: of bodies, or of unread responses.
+
+    MemoryAccount (a server) <── Share (a connection, or a tenant on it): add, remove
+
+A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
+gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
+"""
+
+from __future__ import annotations
+
+BODY_BYTES = 384 << 20
+"""Default limit for bodies. One tenant's share is 256 MiB: two messages of the maximal size at once."""
+
+UNREAD_BYTES = 192 << 20
+"""Default limit for responses. One connection's share is 128 MiB: one message of the maximal size."""
+
+_FREE_FACTOR = 2
+
+
+class MemoryAccount:
+    """Bytes held, and their limit."""
+
+    __slots__ = ("held", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.held = 0
+        self.limit = limit
+
+    def share(self) -> Share:
+        """Open a share."""
+        return Share(self)
+
+
+class Share:
+    """Bytes of one holder. Everything that is added is removed once."""
+
+    __slots__ = ("_account", "held")
+
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account = account
+        self.held = 0
+
+    def has_room(self, size: int) -> bool:
+        """Return True when `size` bytes more may be held."""
+        account = self._account
+        return self.held + size <= _FREE_FACTOR * (account.limit - account.held - size)
+
+    def add(self, size: int) -> None:
+        """Add bytes, whether or not there is room for them."""
+        self.held += size
+        self._account.held += size
+
+    def remove(self, size: int) -> None:
+        """Remove bytes that were added."""
+        self.held -= size
+        self._account.held -= size
+
+
+def unlimited() -> Share:
+    """Return a share of an account of its own, for a client: its callers bound what it sends."""
+    return MemoryAccount(1 << 62).share()

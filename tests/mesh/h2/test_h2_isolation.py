@@ -1,0 +1,501 @@
+"""One peer of the server's front cannot delay or fail another: memory, progress, fairness and headers."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import struct
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from mesh.h2 import frames, server_connection
+from mesh.h2.frames import Reason
+from mesh.h2.memory_account import MemoryAccount
+from mesh.h2.sending import Sender
+from mesh.rpc import slow_call
+from mesh.rpc.framing import framed
+from mesh.rpc.server import Server
+from shoal.errors import Code
+from tests.mesh.h2.scripted import PATIENCE_S, Peer
+
+ECHO, SIZED, SLOW, STREAM = "/t.T/Echo", "/t.T/Sized", "/t.T/Slow", "/t.T/Stream"
+MIB = 1 << 20
+WIDE = {frames.WINDOW_SIZE: frames.LARGEST_WINDOW}
+
+
+def echo(body, call):
+    call.reply((body[5:],), len(body) - 5)
+
+
+async def slow(request, context):
+    return request
+
+
+async def stream(requests, context):
+    async for request in requests:
+        yield b"%d %s" % (len(request), threading.current_thread().name.encode())
+
+
+class Front:
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.sized = 0
+
+    def answer_sized(self, body, call):
+        """Answers with as many bytes as the request says."""
+        self.sized += 1
+        size = int(body[5:])
+        call.reply((bytes(size),), size)
+
+    @asynccontextmanager
+    async def peer(self, settings: dict[int, int] | None = None) -> AsyncIterator[Client]:
+        host, _, port = self.server.address.rpartition(":")
+        client = Client(*await asyncio.open_connection(host, int(port)))
+        client.send(frames.PREFACE, frames.settings(settings or {}))
+        await client.until(frames.SETTINGS)
+        client.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        try:
+            yield client
+        finally:
+            client.writer.close()
+
+    async def until_nothing_is_held(self) -> None:
+        memory = self.server.memory
+        async with asyncio.timeout(PATIENCE_S):
+            while memory.bodies.held or memory.unread.held:
+                await asyncio.sleep(0.005)
+
+
+class Client(Peer):
+    """One connection to the front."""
+
+    next_number = 1
+
+    def open(self, path: str, *extra: tuple[str, str]) -> int:
+        number, self.next_number = self.next_number, self.next_number + 2
+        head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), *extra]
+        self.send(self.headers(number, head))
+        return number
+
+    def data(self, number: int, body: bytes, *, is_end: bool = True) -> None:
+        for at in range(0, len(body) or 1, 16_384):
+            is_last = is_end and at + 16_384 >= len(body)
+            self.send(frames.frame(frames.DATA, is_last * frames.END_STREAM, number, body[at : at + 16_384]))
+
+    def call(self, path: str, message: bytes, *extra: tuple[str, str]) -> int:
+        number = self.open(path, *extra)
+        self.data(number, framed(message))
+        return number
+
+    def _note(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        if kind == frames.HEADERS:
+            self.ends = getattr(self, "ends", {})
+            self.ends[number] = dict(self._decoder.decode(payload))
+            if flags & frames.END_STREAM:
+                self.ended = getattr(self, "ended", set()) | {number}
+
+    async def end_of(self, number: int) -> dict[str, str]:
+        """The last headers of a response."""
+        while number not in getattr(self, "ended", ()):
+            assert await self.frame() is not None, f"the connection ended before response {number}"
+        return self.ends[number]
+
+    async def status(self, number: int) -> int:
+        return int((await self.end_of(number))["grpc-status"])
+
+    def body(self, number: int) -> bytes:
+        return b"".join(payload for kind, _, of, payload in self.seen if kind == frames.DATA and of == number)
+
+
+@asynccontextmanager
+async def serving(**limits: int) -> AsyncIterator[Front]:
+    fronts: list[Front] = []
+    methods = {
+        ECHO: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
+        SIZED: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
+        SLOW: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
+        STREAM: grpc.stream_stream_rpc_method_handler(stream, bytes, bytes),
+    }
+    fast = {ECHO: echo, SIZED: lambda body, call: fronts[0].answer_sized(body, call)}
+    async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods=fast, methods=methods, **limits) as server:
+        fronts.append(Front(server))
+        await server.serve()
+        async with fronts[0].peer() as bystander:
+            yield fronts[0]
+            assert await bystander.status(bystander.call(ECHO, b"bystander")) == 0
+        await fronts[0].until_nothing_is_held()
+
+
+@pytest.fixture
+def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_connection, "_TICK_S", 0.02)
+
+
+# -- headers
+
+
+async def test_oversized_headers_end_their_call_only():
+    async with serving() as front, front.peer() as peer:
+        wide = peer.open(ECHO, *[(f"x-{n}", "v") for n in range(300)])
+        end = await peer.end_of(wide)
+        assert (end[":status"], end["grpc-status"]) == ("431", str(int(Code.RESOURCE_EXHAUSTED)))
+        assert await peer.status(peer.call(ECHO, b"x", ("x-long", "v" * 16_000))) == 0
+        assert await peer.status(peer.call(ECHO, b"x")) == 0
+
+
+@pytest.mark.parametrize("size", [0, 100, 4095, 4096])
+async def test_a_lowered_table_size_is_followed_by_an_update(size):
+    async with serving() as front, front.peer({frames.TABLE_SIZE: size}) as peer:
+        # A strict decoder: a block must say that the table has shrunk.
+        peer._decoder.max_allowed_table_size = size
+        for path in (ECHO, SLOW, STREAM):
+            assert await peer.status(peer.call(path, b"x")) == 0
+        peer.send(frames.settings({frames.TABLE_SIZE: 0}))
+        await peer.until(frames.SETTINGS)
+        assert await peer.status(peer.call(ECHO, b"x")) == 0
+
+
+async def test_the_reserved_bit_of_a_stream_is_ignored():
+    async with serving() as front, front.peer() as peer:
+        head = [(":method", "POST"), (":path", ECHO), ("content-type", "application/grpc")]
+        peer.send(frames.frame(frames.HEADERS, frames.END_HEADERS, 1 | 1 << 31, peer.block(head)))
+        peer.send(frames.frame(frames.DATA, frames.END_STREAM, 1 | 1 << 31, framed(b"x")))
+        assert await peer.status(1) == 0
+
+
+# -- memory of bodies
+
+
+async def test_unfinished_bodies_are_bounded_and_other_tenants_find_room():
+    async with serving(body_bytes=3 * MIB) as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 * MIB))
+        numbers = [peer.open(ECHO, ("x-shoal-tenant", "hog")) for _ in range(40)]
+        for number in numbers:
+            peer.data(number, framed(bytes(MIB))[: 100 << 10], is_end=False)
+        for number in numbers[25:]:
+            end = await peer.end_of(number)
+            assert (end["grpc-status"], end["retry-after-ms"]) == (str(int(Code.RESOURCE_EXHAUSTED)), "1000")
+        held = front.server.memory.bodies.held
+        assert 1.5 * MIB < held <= 2 * MIB
+        for path in (ECHO, SLOW):
+            assert await peer.status(peer.call(path, bytes(300 << 10), ("x-shoal-tenant", "other"))) == 0
+        async with front.peer(WIDE) as another:
+            another.send(frames.window_update(0, 100 * MIB))
+            assert await another.status(another.call(ECHO, bytes(300 << 10))) == 0
+        assert front.server.memory.bodies.held == held
+        # Those that were admitted first go on.
+        peer.data(numbers[0], framed(bytes(MIB))[100 << 10 :])
+        await peer.end_of(numbers[0])
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_tiny_pieces_are_counted_with_their_overhead(path):
+    async with serving(body_bytes=MIB) as front, front.peer() as peer:
+        number = peer.open(path)
+        # The message is never whole; the bytes are few.
+        peer.send(frames.frame(frames.DATA, 0, number, framed(bytes(100_000))[:6]))
+        peer.send(frames.frame(frames.DATA, 0, number, b"x") * 5_000)
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        # The slow path joins what it has read.
+        assert front.server.memory.bodies.held > 5_000 * (60 if path == ECHO else 1)
+        peer.send(frames.rst_stream(number, Reason.CANCEL))
+        await front.until_nothing_is_held()
+
+
+def credit(peer: Client, of: int) -> int:
+    """What the front has given back of a stream, or of the connection."""
+    updates = [payload for kind, _, number, payload in peer.seen if kind == frames.WINDOW_UPDATE and number == of]
+    return sum(struct.unpack(">I", payload)[0] for payload in updates)
+
+
+async def test_credit_of_the_connection_returns_when_a_body_is_whole():
+    async with serving() as front, front.peer() as peer:
+        body = framed(bytes(3 * MIB))
+        number = peer.open(ECHO)
+        peer.data(number, body[:-1], is_end=False)
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        before = credit(peer, 0)
+        peer.data(number, body[-1:])
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        assert credit(peer, 0) - before >= 2 * MIB
+
+
+# -- progress
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+@pytest.mark.parametrize("begun", [b"", framed(bytes(1_000))[:50]], ids=["nothing", "a part"])
+async def test_a_body_without_progress_ends(path, begun, quick_ticks, monkeypatch):
+    monkeypatch.setattr(slow_call, "_NEVER_SENT_S", 0.3)
+    async with serving() as front, front.peer() as peer:
+        number = peer.open(path)
+        if begun:
+            peer.data(number, begun, is_end=False)
+        end = await peer.end_of(number)
+        assert end["grpc-status"] == str(int(Code.DEADLINE_EXCEEDED))
+        assert "no progress" in end["grpc-message"]
+        assert await peer.status(peer.call(path, b"x")) == 0
+
+
+async def test_a_body_that_trickles_ends(quick_ticks):
+    async with serving() as front, front.peer() as peer:
+        number = peer.open(ECHO)
+        peer.data(number, framed(bytes(100_000))[:5], is_end=False)
+        trickle = asyncio.create_task(repeat(lambda: peer.data(number, b"x", is_end=False), 0.005))
+        assert await peer.status(number) == Code.DEADLINE_EXCEEDED
+        trickle.cancel()
+
+
+async def repeat(act, every_s: float) -> None:
+    while True:
+        act()
+        await asyncio.sleep(every_s)
+
+
+async def test_a_stream_between_two_messages_may_be_silent(quick_ticks):
+    async with serving() as front, front.peer() as peer:
+        number = peer.open(STREAM)
+        peer.data(number, framed(b"one"), is_end=False)
+        await asyncio.sleep(0.4)
+        peer.data(number, framed(b"two")[:3], is_end=False)
+        await asyncio.sleep(0.05)
+        peer.data(number, framed(b"two")[3:])
+        assert await peer.status(number) == 0
+
+
+# -- clients that do not read
+
+
+async def test_a_client_that_does_not_read_is_not_read_and_then_disconnected(quick_ticks, caplog):
+    async with serving(unread_bytes=16 * MIB) as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
+        for _ in range(4_000):
+            peer.call(SIZED, b"10000")
+        last = -1
+        while front.sized != last or not last:
+            last = front.sized
+            await asyncio.sleep(0.05)
+        assert front.sized < 4_000
+        async with asyncio.timeout(PATIENCE_S):
+            while len(front.server._listener._connections) > 1:
+                await asyncio.sleep(0.01)
+        assert "its peer reads none of" in caplog.text
+
+
+async def test_a_response_whose_window_stays_closed_is_reset_and_others_are_answered(quick_ticks):
+    async with serving(unread_bytes=3 * MIB) as front, front.peer({frames.WINDOW_SIZE: 0}) as peer:
+        numbers = [peer.call(SIZED, b"200000") for _ in range(30)]
+        refused = 0
+        for number in numbers[12:]:
+            refused += await peer.status(number) == Code.RESOURCE_EXHAUSTED
+        assert refused == 18
+        assert front.server.memory.unread.held <= 2 * MIB
+        small = peer.call(ECHO, b"x")
+        peer.send(frames.window_update(small, 100))
+        assert await peer.status(small) == 0
+        resets = set()
+        while len(resets) < 10:
+            _, _, number, reason = await peer.until(frames.RST_STREAM)
+            assert struct.unpack(">I", reason)[0] == Reason.CANCEL
+            resets.add(number)
+        await front.until_nothing_is_held()
+
+
+# -- fairness of one connection
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(bytes(data))
+
+
+def sender_of(account: MemoryAccount) -> tuple[Sender, Transport]:
+    sender, transport = Sender(lambda number, reason: None, account.share()), Transport()
+    sender.attach(transport)
+    return sender, transport
+
+
+def data_frames(transport: Transport) -> list[int]:
+    data, at, found = b"".join(transport.written), 0, []
+    while at < len(data):
+        high, low, kind, _, number = frames.HEADER.unpack_from(data, at)
+        if kind == frames.DATA:
+            found.append(number)
+        at += 9 + (high << 16 | low)
+    return found
+
+
+async def test_a_window_update_wakes_only_its_stream(monkeypatch):
+    account = MemoryAccount(1 << 30)
+    sender, transport = sender_of(account)
+    sender.apply_settings({frames.WINDOW_SIZE: 0})
+    sender.add_window(0, MIB)
+    for number in range(1, 4_001, 2):
+        sender.open(number)
+        sender.respond(number, b"", b"body", b"trailers")
+    looked_at = []
+    room = Sender._room
+    monkeypatch.setattr(Sender, "_room", lambda self, number: looked_at.append(number) or room(self, number))
+    sender.add_window(501, 10)
+    sender.add_window(0, 10)
+    sender.flush()
+    assert set(looked_at) == {501}
+    assert data_frames(transport) == [501]
+    sender.close()
+    assert account.held == 0
+
+
+async def test_streams_take_turns_by_frame():
+    account = MemoryAccount(1 << 30)
+    sender, transport = sender_of(account)
+    sender.apply_settings({frames.WINDOW_SIZE: MIB})
+    # The first response takes the whole window.
+    for number, size in ((7, frames.DEFAULT_WINDOW), (1, 10 * 16_384), (3, 3 * 16_384), (5, 16_384)):
+        sender.open(number)
+        sender.respond(number, b"", bytes(size), b"trailers")
+    sender.flush()
+    transport.written.clear()
+    sender.add_window(0, MIB)
+    sender.flush()
+    order = data_frames(transport)
+    assert order == [1, 3, 5, 1, 3, 1, 3] + [1] * 7
+    assert account.held == 0
+
+
+async def test_a_large_response_leaves_the_loop_to_others():
+    account = MemoryAccount(1 << 30)
+    sender, transport = sender_of(account)
+    sender.apply_settings({frames.WINDOW_SIZE: 1 << 30})
+    sender.add_window(0, 1 << 30)
+    sender.open(1)
+    sender.respond(1, b"", bytes(20 * MIB), b"trailers")
+    iterations = 0
+    while account.held:
+        await asyncio.sleep(0)
+        iterations += 1
+    assert iterations >= 18
+    assert max(map(len, transport.written)) < 2 * MIB
+
+
+async def test_many_tiny_frames_are_handled_in_turns():
+    async with serving() as front, front.peer() as peer, front.peer() as other:
+        connection = next(c for c in front.server._listener._connections if c.peer[1] == peer_port(peer))
+        peer.send(frames.window_update(0, 1) * 200_000, frames.frame(frames.PING, 0, 0, bytes(8)))
+        handled = []
+        on_window = connection._on_window
+        connection._on_window = lambda number, payload: handled.append(None) or on_window(number, payload)
+        before = 0
+        for _ in range(20):
+            await asyncio.sleep(0)
+            assert len(handled) - before <= 512
+            before = len(handled)
+        assert await other.status(other.call(ECHO, b"x")) == 0
+        await peer.until(frames.PING)
+        assert len(handled) == 200_000
+
+
+def peer_port(peer: Client) -> int:
+    port: int = peer.writer.get_extra_info("sockname")[1]
+    return port
+
+
+async def test_an_idle_connection_gives_way_to_a_new_one(monkeypatch):
+    monkeypatch.setattr(server_connection, "_MAX_CONNECTIONS", 2)
+    async with (
+        Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo}) as server,
+        Front(server).peer() as busy,
+    ):
+        front = Front(server)
+        number = busy.open(ECHO)
+        busy.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await busy.until(frames.PING)
+        async with front.peer() as idle, front.peer() as new:
+            assert await new.status(new.call(ECHO, b"x")) == 0
+            busy.data(number, framed(b"x"))
+            assert await busy.status(number) == 0
+            assert await idle.until_over() == Reason.NO_ERROR
+
+
+# -- large and compressed messages
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_a_large_message_is_joined_in_a_thread(path):
+    body = bytes(range(256)) * (36 << 10)
+    async with serving() as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 * MIB))
+        started = []
+        threads = front.server._app.threads
+        start = threads.start
+        threads.start = lambda *given: started.append(given[0]) or start(*given)
+        number = peer.open(path, ("x-shoal-tenant", "a"))
+        reading = asyncio.create_task(peer.status(number))
+        for data in (
+            framed(b"first") if path == STREAM else b"",
+            framed(body),
+            framed(b"x") if path == STREAM else b"",
+        ):
+            for at in range(0, len(data), MIB):
+                # The stream's window is 4 MiB.
+                while at - credit(peer, number) > 2 * MIB:
+                    await asyncio.sleep(0.001)
+                peer.data(number, data[at : at + MIB], is_end=False)
+        peer.data(number, b"")
+        assert await reading == 0
+        assert started == [b"a"]
+        if path == STREAM:
+            assert b"%d " % len(body) in peer.body(number)
+        else:
+            assert peer.body(number) == framed(body)
+
+
+NUMBERS = b"".join(b"%d," % (n * 7919 % 100_003) for n in range(400_000))
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_a_large_compressed_message_is_served(path):
+    async with serving() as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 * MIB))
+        number = peer.open(path, ("grpc-encoding", "gzip"))
+        packed = gzip.compress(NUMBERS, 1)
+        peer.data(number, b"\1" + len(packed).to_bytes(4) + packed)
+        assert await peer.status(number) == 0
+        body = peer.body(number)[5:]
+        assert body == NUMBERS if path != STREAM else body.startswith(b"%d " % len(NUMBERS))
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_a_bomb_is_refused_and_nobody_waits_for_it(path):
+    async with serving() as front, front.peer() as peer, front.peer() as other:
+        packed = gzip.compress(bytes(100 * MIB), 9)
+        bombs = []
+        for _ in range(5):
+            bombs.append(peer.open(path, ("grpc-encoding", "gzip"), ("x-shoal-tenant", "bomber")))
+            peer.data(bombs[-1], b"\1" + len(packed).to_bytes(4) + packed)
+        assert await other.status(other.call(path, b"x")) == 0
+        for number in bombs:
+            assert await peer.status(number) == Code.RESOURCE_EXHAUSTED
+
+
+async def test_a_call_that_ends_while_its_message_is_inflated_returns_its_memory():
+    async with serving() as front, front.peer() as peer:
+        packed = gzip.compress(NUMBERS, 1)
+        for path in (ECHO, SLOW, STREAM):
+            number = peer.open(path, ("grpc-encoding", "gzip"))
+            peer.data(number, b"\1" + len(packed).to_bytes(4) + packed)
+            peer.send(frames.rst_stream(number, Reason.CANCEL))
+        await front.until_nothing_is_held()
+        assert await peer.status(peer.call(ECHO, b"x")) == 0

@@ -1,0 +1,253 @@
+"""The account of held memory returns to zero however requests end: a connection driven frame by frame."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import struct
+from typing import Any
+
+import grpc
+import hpack
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mesh.h2 import frames, server_connection
+from mesh.h2.frames import Reason
+from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount
+from mesh.h2.peer import CREDIT
+from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.process.config import ServiceConfig
+from mesh.rpc.framing import framed
+from mesh.rpc.grpc_app import GrpcApp
+
+FAST, SLOW, STREAM = "/t.T/Fast", "/t.T/Slow", "/t.T/Stream"
+LIMIT = 1 << 20
+
+
+def test_one_share_leaves_room_for_others():
+    account = MemoryAccount(300)
+    hog, newcomer = account.share(), account.share()
+    while hog.has_room(1):
+        hog.add(1)
+    assert hog.held == 200
+    assert newcomer.has_room(60)
+    assert not newcomer.has_room(80)
+    hog.remove(200)
+    assert account.held == 0
+
+
+def test_the_defaults_of_the_configuration_are_those_of_the_server():
+    fields = ServiceConfig.model_fields
+    assert (fields["body_bytes"].default, fields["unread_bytes"].default) == (BODY_BYTES, UNREAD_BYTES)
+
+
+class Transport:
+    """Takes everything that is written, or pauses its protocol."""
+
+    def __init__(self, protocol: ServerConnection) -> None:
+        self._protocol = protocol
+        self.written = bytearray()
+        self._is_closing = False
+        self.is_reading = True
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def pause_reading(self) -> None:
+        self.is_reading = False
+
+    def resume_reading(self) -> None:
+        self.is_reading = True
+
+    def write_eof(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            asyncio.get_running_loop().call_soon(self._protocol.connection_lost, None)
+
+    abort = close
+
+
+class Front:
+    """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.calls: list[Any] = []
+        self.memory = Memory(limit, limit)
+        slow = grpc.unary_unary_rpc_method_handler(self._slow, bytes, bytes)
+        stream = grpc.stream_stream_rpc_method_handler(self._stream, bytes, bytes)
+        self.app = GrpcApp({FAST: slow, SLOW: slow, STREAM: stream}, {FAST: self._fast}, message_bytes=LIMIT // 2)
+        self.connection = ServerConnection(self.app, {}, self.memory)
+        self.transport: Any = Transport(self.connection)
+        self.connection.connection_made(self.transport)
+        self._encoder = hpack.Encoder()
+        self._encoder.header_table_size = 0
+        self.next = 1
+        self.sent = 0
+        """Bytes of DATA."""
+        self.feed(frames.PREFACE + frames.settings({}) + frames.frame(frames.SETTINGS, frames.ACK, 0))
+
+    def _fast(self, body: bytes, call: Any) -> None:
+        self.calls.append(call)
+
+    async def _slow(self, request: bytes, context: Any) -> bytes:
+        return request
+
+    async def _stream(self, requests: Any, context: Any) -> Any:
+        async for request in requests:
+            yield request
+
+    def feed(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.connection.data_received(data)
+
+    def open(self, path: str, tenant: str = "", encoding: str = "identity") -> int:
+        number, self.next = self.next, self.next + 2
+        head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), ("grpc-encoding", encoding)]
+        head += [("grpc-timeout", "20S")] if number % 4 == 1 else []
+        head += [("x-shoal-tenant", tenant)] if tenant else []
+        self.feed(frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head)))
+        return number
+
+    def data(self, number: int, payload: bytes, *, is_end: bool) -> None:
+        for at in range(0, len(payload) or 1, 16_384):
+            piece = payload[at : at + 16_384]
+            is_last = is_end and at + 16_384 >= len(payload)
+            self.sent += len(piece)
+            self.feed(frames.frame(frames.DATA, frames.END_STREAM if is_last else 0, number, piece))
+
+    def credit(self) -> int:
+        """What the connection has given back by WINDOW_UPDATE."""
+        data, at, total = bytes(self.transport.written), 0, 0
+        while at + 9 <= len(data):
+            high, low, kind, _, number = frames.HEADER.unpack_from(data, at)
+            if kind == frames.WINDOW_UPDATE and not number:
+                total += struct.unpack_from(">I", data, at + 9)[0]
+            at += 9 + (high << 16 | low)
+        return total
+
+    async def settle(self) -> None:
+        for _ in range(30):
+            await asyncio.sleep(0)
+        while self.app.threads._waiting:
+            await asyncio.sleep(0.001)
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("open"),
+            st.sampled_from([FAST, SLOW, STREAM, "/t.T/Unknown"]),
+            st.sampled_from(["", "a", "b"]),
+            st.sampled_from(["identity", "gzip", "br"]),
+        ),
+        st.tuples(st.just("data"), st.integers(0, 9), st.integers(0, 200_000), st.booleans(), st.booleans()),
+        st.tuples(st.just("message"), st.integers(0, 9), st.integers(0, 400_000), st.booleans(), st.booleans()),
+        st.tuples(st.just("reset"), st.integers(0, 9)),
+        st.tuples(st.just("window"), st.integers(0, 10), st.integers(1, 300_000)),
+        st.tuples(st.just("reply"), st.integers(0, 9), st.integers(0, 400_000)),
+        st.tuples(st.just("fail"), st.integers(0, 9)),
+        st.tuples(st.just("expire"), st.integers(0, 9)),
+        st.tuples(st.just("pause")),
+        st.tuples(st.just("resume")),
+        st.tuples(st.just("ticks"), st.integers(1, 80)),
+        st.tuples(st.just("settle")),
+    ),
+    max_size=40,
+)
+
+
+async def play(steps: list[Any]) -> None:
+    front = Front()
+    connection = front.connection
+    open_: list[int] = []
+    for kind, *given_ in steps:
+        match kind, given_:
+            case "open", (path, tenant, encoding):
+                open_.append(front.open(path, tenant, encoding))
+            case (("data" | "message"), (index, size, is_end, is_compressed)):
+                number = open_[index % len(open_)] if open_ else 0
+                stream = connection._streams.get(number)
+                if stream is None or stream.is_request_ended:
+                    continue
+                payload = bytes(size)
+                if kind == "message":
+                    noise = gzip.compress(bytes(n * n % 251 for n in range(size // 4)) * 4, 1) if is_compressed else b""
+                    payload = bytes([1]) + len(noise).to_bytes(4) + noise if is_compressed else framed(payload)
+                if stream.received + len(payload) > frames.DEFAULT_WINDOW * 60:
+                    continue
+                front.data(number, payload, is_end=is_end)
+            case "reset", (index,):
+                if open_:
+                    front.feed(frames.rst_stream(open_[index % len(open_)], Reason.CANCEL))
+            case "window", (index, size):
+                number = 0 if index == 10 or not open_ else open_[index % len(open_)]
+                front.feed(frames.window_update(number, size))
+            case "reply", (index, size):
+                if front.calls:
+                    front.calls[index % len(front.calls)].reply((bytes(size),), size)
+            case "fail", (index,):
+                if front.calls:
+                    front.calls[index % len(front.calls)].refuse(ValueError("a fault"))
+            case "expire", (index,):
+                if front.calls:
+                    front.calls[index % len(front.calls)].expire()
+            case "pause", _:
+                connection.pause_writing()
+            case "resume", _:
+                connection.resume_writing()
+            case "ticks", (count,):
+                for _ in range(count):
+                    connection._tick_timer.cancel()
+                    connection._tick()
+            case _:
+                await front.settle()
+        memory = front.memory
+        held = sum(stream.held for stream in connection._streams.values())
+        assert memory.bodies.held == held == sum(share.held for share in connection._shares.values())
+        assert 0 <= held <= memory.bodies.limit
+        waiting = sum(outgoing.size for outgoing in connection._sender._waiting.values())
+        assert memory.unread.held == waiting >= 0
+        # Everything else has been given back: the window never closes, so no body waits for another one.
+        connection._sender.flush()
+        if not front.transport.is_closing():
+            window = front.credit() + frames.DEFAULT_WINDOW - front.sent
+            assert window >= LIMIT + (64 << 20) - held - CREDIT
+    await front.settle()
+    if front.transport.is_closing():
+        await asyncio.sleep(0)
+    connection.connection_lost(None)
+    await front.settle()
+    assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
+    await asyncio.gather(*front.app.tasks, return_exceptions=True)
+    assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
+    front.app.threads.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+@example([("open", FAST, "a", "identity"), ("data", 0, 99_000, False, False)])
+@example([("open", SLOW, "a", "identity"), ("data", 0, 99_000, False, False)])
+@example([("open", FAST, "", "identity"), ("message", 0, 10, True, False), ("reply", 0, 300_000)])
+@example([("open", SLOW, "", "gzip"), ("message", 0, 400_000, True, True), ("settle",)])
+def test_every_way_to_end_returns_what_was_held(steps):
+    log_level = server_connection.log.level
+    server_connection.log.setLevel("CRITICAL")
+    try:
+        asyncio.run(play(steps))
+    finally:
+        server_connection.log.setLevel(log_level)
