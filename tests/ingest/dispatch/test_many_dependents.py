@@ -160,6 +160,19 @@ async def test_a_job_that_has_not_ended_has_only_one_page_read(world: World) -> 
     assert not world.released
 
 
+async def test_counting_dependents_reads_none_of_them(jobs: Collection) -> None:
+    first, second = job(due_at=None, state=State.DEAD), job()
+    waits = {"due_at": None, "depends_on": (first.id, second.id), "waits_for": (first.id, second.id)}
+    await jobs.insert_many([document_of(one) for one in (first, second, *(job(**waits) for _ in range(30)))])
+    await jobs.database.command("profile", 2)
+    assert await MongoJobs(jobs).count_waiting(1_000) == 31
+    assert await MongoJobs(jobs).count_waiting(20) == 20
+    await jobs.database.command("profile", 0)
+    commands = await jobs.database["system.profile"].find({"command.aggregate": jobs.name}).to_list()
+    assert len(commands) >= 4
+    assert sum(one["docsExamined"] for one in commands) == 0
+
+
 async def test_jobs_that_wait_for_others_count_in_the_backlog(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
     may = asyncio.Event()
 
