@@ -199,7 +199,7 @@ async def ensure_indexes(
     """Build the missing ones of `indexes`; then drop the indexes named in `retired`. Other indexes are kept.
 
     The collection can be read and written meanwhile. MongoDB builds an index once: concurrent callers wait for the same
-    build, which goes on when they are killed.
+    build.
 
     Raises:
         FailedPrecondition: an index with the same name or keys exists with other options.
@@ -207,8 +207,8 @@ async def ensure_indexes(
     """
     name = f"{collection.database.name}.{collection.name}"
     with translated(f"building indexes of {name}"):
-        # Checked before a drop, too: a drop locks the whole collection even if the index does not exist, and waits for
-        # a transaction of a killed process.
+        # For the log, and for the drops: a drop locks the whole collection even if the index does not exist, and waits
+        # for a transaction of a killed process.
         existing = await collection.index_information() if indexes or retired else {}
         missing = sorted({index.document["name"] for index in indexes} - set(existing))
         if missing and (size := await collection.estimated_document_count()) >= _LARGE_DOCUMENTS:

@@ -126,7 +126,8 @@ class WatchMany:
         if not filter_.ids:
             return await scan(self._jobs, filter_.query(), _LISTED_AT_ONCE, after=after, order=1)
         query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
-        return ScanPage(await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).to_list(), None)
+        found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+        return ScanPage(found, found[-1]["_id"] if len(found) == _LISTED_AT_ONCE else None)
 
     async def _changed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         loop = asyncio.get_running_loop()
