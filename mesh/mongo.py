@@ -7,6 +7,7 @@ acknowledged write nor data that was read can be rolled back.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -42,6 +43,8 @@ from shoal.errors import (
     Unavailable,
 )
 
+log = logging.getLogger(__name__)
+
 Document: TypeAlias = dict[str, Any]
 T = TypeVar("T")
 
@@ -61,6 +64,12 @@ TIMEOUT_MS = 6_000
 """Timeout of one operation, retries included. With our timeouts, an election in a healthy replica set takes up to 3 s,
 so an operation survives it. An unreachable set is reported before most deadlines of callers.
 `with pymongo.timeout(seconds)` allows a longer operation."""
+
+BUILD_TIMEOUT_S = 12 * 3_600.0
+"""Timeout of an index build or a schema change. A build reads the whole collection: some 2 s per million small
+documents in memory, hours for a terabyte on disk. Under `TIMEOUT_MS`, MongoDB would abort it each time."""
+# From this size on, a build takes long enough to be logged.
+_LARGE_DOCUMENTS = 100_000
 
 _CLOSE_S = 1.0
 
@@ -93,8 +102,10 @@ _OUT_OF_DISK_SPACE = 14031
 # Unauthorized, AuthenticationFailed, and Atlas' own code.
 _NOT_ALLOWED = frozenset({13, 18, 8000})
 # HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later.
-_RETRYABLE = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251, 262, 317}) | frozenset(
-    {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436}
+# IndexBuildAborted (276) and BackgroundOperationInProgressForNamespace (12587): an index of the collection is being
+# built.
+_RETRYABLE = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251, 262, 276, 317}) | frozenset(
+    {9001, 10058, 10107, 11600, 11602, 12587, 13388, 13435, 13436}
 )
 
 
@@ -164,8 +175,8 @@ async def ensure_collection(
 ) -> AsyncCollection[Document]:
     """Create collection `name` with its validator and indexes, or update the existing collection.
 
-    Idempotent, and safe when several processes call it concurrently. Unlisted indexes are kept, except the names in
-    `retired`, which are dropped after the listed indexes exist.
+    Idempotent, and safe when several processes call it concurrently. Waits for missing indexes, however large the
+    collection is; `ensure_indexes` builds the ones that nobody has to wait for.
 
     Raises:
         FailedPrecondition: an index with the same name or keys exists with other options.
@@ -178,21 +189,45 @@ async def ensure_collection(
             if err.code != _NAMESPACE_EXISTS:
                 raise
             await _update_validator(db, name, validator)
-        collection = db[name]
-        if indexes:
-            try:
-                await collection.create_indexes(list(indexes))
-            except OperationFailure as err:
-                if err.code in _INDEX_CONFLICTS:
-                    hint = "drop the old index, then start again"
-                    raise FailedPrecondition(f"an index of {db.name}.{name} has changed: {err}: {hint}") from err
-                raise
-        # Check for the index first: a drop locks the whole collection even if the index does not exist, and waits for a
-        # transaction of a killed process.
-        existing = await collection.index_information() if retired else {}
-        for old in set(retired) & set(existing):
-            await _drop_index(collection, old)
-        return collection
+    await ensure_indexes(db[name], indexes, retired)
+    return db[name]
+
+
+async def ensure_indexes(
+    collection: AsyncCollection[Document], indexes: Sequence[IndexModel], retired: Sequence[str] = ()
+) -> None:
+    """Build the missing ones of `indexes`; then drop the indexes named in `retired`. Other indexes are kept.
+
+    The collection can be read and written meanwhile. MongoDB builds an index once: concurrent callers wait for the same
+    build.
+
+    Raises:
+        FailedPrecondition: an index with the same name or keys exists with other options.
+        Unavailable: MongoDB is unreachable.
+    """
+    name = f"{collection.database.name}.{collection.name}"
+    with translated(f"building indexes of {name}"):
+        # For the log, and for the drops: a drop locks the whole collection even if the index does not exist, and waits
+        # for a transaction of a killed process.
+        existing = await collection.index_information() if indexes or retired else {}
+        missing = sorted({index.document["name"] for index in indexes} - set(existing))
+        if missing and (size := await collection.estimated_document_count()) >= _LARGE_DOCUMENTS:
+            log.info("building the indexes %s of %s, which has about %d documents", ", ".join(missing), name, size)
+        with pymongo.timeout(BUILD_TIMEOUT_S):
+            if indexes:
+                await _create_indexes(collection, indexes)
+            for old in set(retired) & set(existing):
+                await _drop_index(collection, old)
+
+
+async def _create_indexes(collection: AsyncCollection[Document], indexes: Sequence[IndexModel]) -> None:
+    try:
+        await collection.create_indexes(list(indexes))
+    except OperationFailure as err:
+        if err.code in _INDEX_CONFLICTS:
+            name, hint = f"{collection.database.name}.{collection.name}", "drop the old index, then start again"
+            raise FailedPrecondition(f"an index of {name} has changed: {err}: {hint}") from err
+        raise
 
 
 async def _drop_index(collection: AsyncCollection[Document], name: str) -> None:
@@ -210,7 +245,8 @@ async def _update_validator(db: AsyncDatabase[Document], name: str, validator: M
         return
     for attempt in range(5):
         try:
-            await db.command("collMod", name, validator=dict(validator), validationLevel="strict")
+            with pymongo.timeout(BUILD_TIMEOUT_S):
+                await db.command("collMod", name, validator=dict(validator), validationLevel="strict")
             return
         except OperationFailure as err:
             if err.code != _CONFLICTING_OPERATION or attempt == 4:

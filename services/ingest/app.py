@@ -7,6 +7,7 @@ import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
+from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
@@ -26,12 +27,21 @@ from services.ingest.connectors.reports import CONNECTORS
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.dispatch.claims import Claims
-from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
+from services.ingest.documents import (
+    JOBS,
+    LATER_INDEXES,
+    NEEDED_INDEXES,
+    PAYLOAD_VALIDATOR,
+    PAYLOADS,
+    RETIRED_INDEXES,
+    VALIDATOR,
+)
 from services.ingest.fast_submit import SUBMIT, FastSubmit
 from services.ingest.retention.retention_repository import JOB_RETENTION
 from services.ingest.retention.retention_repository import VALIDATOR as RETENTION_VALIDATOR
 from services.ingest.rpc import IngestRpc, RpcComponents, rpc
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
+from services.ingest.schedules.documents import RETIRED_INDEXES as RETIRED_SCHEDULE_INDEXES
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.tenants.tenant_status import TenantStatuses
@@ -43,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_INDEX_RETRY_S = 10.0
 
 
 async def run(config: IngestConfig) -> None:
@@ -121,6 +132,7 @@ async def run(config: IngestConfig) -> None:
             await server.serve()
             await registration.update(state=State.READY)
             log.info("serving at %s", server.address)
+            await _build_later_indexes(shared.jobs)
 
         starting = asyncio.create_task(start(), name="start")
         starting.add_done_callback(log_failure)
@@ -143,8 +155,14 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
             await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEASES, validator=LEASE_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, MARKS, validator=MARK_VALIDATOR, indexes=[])
-            await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
-            await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            await mongo.ensure_collection(
+                database,
+                SCHEDULES,
+                validator=SCHEDULE_VALIDATOR,
+                indexes=SCHEDULE_INDEXES,
+                retired=RETIRED_SCHEDULE_INDEXES,
+            )
+            await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=NEEDED_INDEXES)
             await tenants.repository.open()
             await tenants.buckets.open()
             if migrated := await claims.add_tenant_queues():
@@ -157,6 +175,17 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
+
+
+async def _build_later_indexes(jobs: AsyncCollection[Document]) -> None:
+    """Build the indexes that the service can do without, which takes hours on a large collection of an old version."""
+    while True:
+        try:
+            await mongo.ensure_indexes(jobs, LATER_INDEXES, RETIRED_INDEXES)
+            return
+        except ShoalError as err:
+            log.warning("lists of jobs are slow for now: %s", err)
+            await asyncio.sleep(_INDEX_RETRY_S)
 
 
 async def _prepare_connectors(database: AsyncDatabase[Document]) -> None:

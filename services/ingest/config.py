@@ -40,7 +40,8 @@ class IngestConfig(ServiceConfig):
     inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 256 << 10
     """Maximum size of a request in the job's document. Larger requests go to the store, which keeps claims fast."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
-    """Maximum number of queued jobs, of all instances together; submits beyond it are rejected."""
+    """Maximum number of queued jobs, of all instances together; submits beyond it are rejected. Includes the jobs that
+    wait for other jobs."""
     max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000
     """Maximum expected wait for a write to MongoDB; submits beyond it are rejected. Half of a submit's timeout."""
     min_free_disk_bytes: Annotated[int, Field(ge=0)] = 512 << 20

@@ -22,7 +22,7 @@ import bson
 from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateMany, UpdateOne
 
 from mesh.mongo import Document
-from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, End, Job, Lease, State
+from services.ingest.job import TRANSITIONS_KEPT, End, Job, Lease, State
 from services.ingest.job_fields import FIELDS, REQUEST, TRANSITIONS, encode_end, encode_lease, encode_step, properties
 
 JOBS = "jobs"
@@ -46,11 +46,9 @@ earliest due time. In this form MongoDB skips from queue to queue, however many 
 WITHOUT_REQUEST: Mapping[str, int] = {"request": 0}
 """Projection without the request, for everything except running a job."""
 
-_IS_DEAD_LETTER = {"state": {"$in": sorted(map(str, DEAD_LETTERS))}}
-
 # The planner uses a partial index only for a query that implies its condition: any comparison with a time implies
 # `$exists: True`. The claim index holds the id, so that finding jobs reads no documents.
-INDEXES = (
+NEEDED_INDEXES = (
     IndexModel(
         [("lane", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
         name="lanes",
@@ -73,7 +71,6 @@ INDEXES = (
         partialFilterExpression={"key": {"$exists": True}},
     ),
     # Jobs that wait for others, by dependency, and dead letters that would. Most jobs are in none of these indexes.
-    IndexModel([("waits_for", ASCENDING)], name="dependents", partialFilterExpression={"waits_for": {"$exists": True}}),
     IndexModel([("unmet", ASCENDING)], name="failed_dependents", partialFilterExpression={"unmet": {"$exists": True}}),
     IndexModel(
         [("state", ASCENDING), ("_id", ASCENDING)],
@@ -85,20 +82,24 @@ INDEXES = (
         name="dependents_by_lane",
         partialFilterExpression={"waits_for": {"$exists": True}},
     ),
-    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
-    IndexModel([("model_name", ASCENDING), ("_id", DESCENDING)], name="by_model"),
-    IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),
-    IndexModel(
-        [("state", ASCENDING), ("tenant", ASCENDING), ("_id", DESCENDING)],
-        name="dead_by_tenant",
-        partialFilterExpression=_IS_DEAD_LETTER,
-    ),
-    IndexModel(
-        [("state", ASCENDING), ("model_name", ASCENDING), ("_id", DESCENDING)],
-        name="dead_by_model",
-        partialFilterExpression=_IS_DEAD_LETTER,
-    ),
 )
+"""Indexes that the service needs before it serves: for correctness, or as hints of queries."""
+LATER_INDEXES = (
+    # The dependents of one job, in pages. Until it is built, the sweep of all dependents finds them.
+    IndexModel(
+        [("waits_for", ASCENDING), ("_id", ASCENDING)],
+        name="dependents_of",
+        partialFilterExpression={"waits_for": {"$exists": True}},
+    ),
+    # Lists (`job_scan.py`) and retention.
+    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
+    IndexModel([("tenant", ASCENDING), ("state", ASCENDING), ("_id", DESCENDING)], name="by_tenant_state"),
+    IndexModel([("model_name", ASCENDING), ("state", ASCENDING), ("_id", DESCENDING)], name="by_model_state"),
+)
+"""Indexes that only make queries faster: built while the service serves. No query may name them as its hint."""
+INDEXES = (*NEEDED_INDEXES, *LATER_INDEXES)
+RETIRED_INDEXES = ("dependents", "by_model", "by_tenant", "dead_by_tenant", "dead_by_model")
+"""Indexes of earlier versions. They are dropped when all others exist."""
 
 VALIDATOR: Mapping[str, Any] = {
     "$jsonSchema": {

@@ -108,7 +108,7 @@ class JobStore(Protocol):
         """Return the states of a tenant's jobs with one of these ids or keys; a job that has both may occur twice."""
 
     async def count_waiting(self, limit: int) -> int:
-        """Return the number of jobs that wait for a claim, at most `limit`."""
+        """Return the number of jobs that wait for a claim or for other jobs, at most `limit`."""
 
     async def tenant_queues(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
         """Return up to `limit` tenant queues that have jobs, with their earliest due times, by text after `after`."""
@@ -153,8 +153,11 @@ class JobStore(Protocol):
     async def read(self, ids: Collection[str]) -> dict[str, Job]:
         """Return the existing jobs among `ids`, by id."""
 
-    async def dead_letters(self, filter_: DeadFilter, limit: int) -> list[Job]:
-        """Return up to `limit` dead letters, oldest first."""
+    async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:
+        """Return up to `limit` dead letters, by id after `after`, and the id after which the next page begins.
+
+        A page may have fewer, or none, although more match; the id is empty after the last page.
+        """
 
     async def requeue(self, changes: Sequence[Change]) -> None:
         """Write the change of each dead letter that was not requeued or removed since it was read."""
@@ -162,8 +165,11 @@ class JobStore(Protocol):
     async def purge(self, letters: Sequence[Job]) -> None:
         """Remove each dead letter that was not requeued since it was read."""
 
-    async def dependents(self, ended: Collection[str]) -> list[Job]:
-        """Return the unheld jobs that wait for one of the ended jobs."""
+    async def dependents(self, ended: Collection[str], limit: int) -> list[Job]:
+        """Return up to `limit` unheld jobs that wait for one of the ended jobs, in any order."""
+
+    async def dependents_of(self, ended: str, after: str, limit: int) -> list[Job]:
+        """Return up to `limit` unheld jobs that wait for the ended job, by id after `after`."""
 
     async def dependents_among(self, ids: Collection[str]) -> list[Job]:
         """Return the unheld jobs among `ids` that wait for other jobs."""

@@ -32,6 +32,7 @@ from services.ingest.documents import (
     unleased,
 )
 from services.ingest.job import End, Job, Lease, State, claim, take_over
+from services.ingest.job_scan import scan
 from services.ingest.job_store import (
     Change,
     Claimed,
@@ -51,6 +52,8 @@ _DUPLICATE_KEY = 11000
 _MIGRATED_AT_ONCE = 1_000
 _TENANT_QUEUE_FIELDS = {"tenant": 1, "model_name": 1}
 _DEPENDENCY_FIELDS = {"state": 1, "key": 1, "last_message": 1}
+# This form is counted in an index, without reading the jobs.
+_DEPENDENTS: Document = {"waits_for": {"$gt": ""}}
 _FREE_DEPENDENTS: Document = {"waits_for": {"$exists": True}, "lease": {"$exists": False}}
 
 
@@ -98,7 +101,10 @@ class MongoJobs:
 
     async def count_waiting(self, limit: int) -> int:
         with translated("counting queued jobs"):
-            return await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
+            waiting = await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
+            if waiting < limit:
+                waiting += await self._jobs.count_documents(_DEPENDENTS, limit=limit - waiting)
+            return waiting
 
     async def tenant_queues(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
         pipeline: list[Document] = [
@@ -226,10 +232,10 @@ class MongoJobs:
             cursor = self._jobs.find({"_id": {"$in": list(ids)}}, WITHOUT_REQUEST)
             return {document["_id"]: job_of(document) async for document in cursor}
 
-    async def dead_letters(self, filter_: DeadFilter, limit: int) -> list[Job]:
+    async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:
         with translated("finding dead letters"):
-            cursor = self._jobs.find(filter_.query(), WITHOUT_REQUEST).sort("_id", 1).limit(limit)
-            return [job_of(document) async for document in cursor]
+            page = await scan(self._jobs, filter_.query(), limit, after=after, order=1)
+        return [job_of(document) for document in page.documents], page.end or ""
 
     async def requeue(self, changes: Sequence[Change]) -> None:
         with translated("requeueing dead letters"):
@@ -239,11 +245,21 @@ class MongoJobs:
         with translated("purging dead letters"):
             await self._jobs.bulk_write([purging(letter) for letter in letters], ordered=False)
 
-    async def dependents(self, ended: Collection[str]) -> list[Job]:
-        return await self._dependents({"waits_for": {"$in": list(ended)}})
+    async def dependents(self, ended: Collection[str], limit: int) -> list[Job]:
+        with translated("finding jobs that wait for dependencies"):
+            query = {**_FREE_DEPENDENTS, "waits_for": {"$in": list(ended)}}
+            return [job_of(document) async for document in self._jobs.find(query, WITHOUT_REQUEST).limit(limit)]
+
+    async def dependents_of(self, ended: str, after: str, limit: int) -> list[Job]:
+        query = {**_FREE_DEPENDENTS, "waits_for": ended, "_id": {"$gt": after}}
+        with translated("listing jobs that wait for a job"):
+            cursor = self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(limit)
+            return [job_of(document) async for document in cursor]
 
     async def dependents_among(self, ids: Collection[str]) -> list[Job]:
-        return await self._dependents({"_id": {"$in": list(ids)}})
+        with translated("finding jobs that wait for dependencies"):
+            query = {**_FREE_DEPENDENTS, "_id": {"$in": list(ids)}}
+            return [job_of(document) async for document in self._jobs.find(query, WITHOUT_REQUEST)]
 
     async def dependents_page(self, after: str, limit: int) -> list[Job]:
         query = {**_FREE_DEPENDENTS, "state": str(State.QUEUED), "_id": {"$gt": after}}
@@ -261,13 +277,6 @@ class MongoJobs:
         with translated("ending jobs whose dependencies failed"):
             await self._jobs.bulk_write(writes, ordered=False)
             return await self._held_by(lease, [job.id for job, _, _ in dooms], WITHOUT_REQUEST)
-
-    async def _dependents(self, condition: Document) -> list[Job]:
-        with translated("finding jobs that wait for dependencies"):
-            return [
-                job_of(document)
-                async for document in self._jobs.find({**_FREE_DEPENDENTS, **condition}, WITHOUT_REQUEST)
-            ]
 
     async def _held_by(self, lease: Lease, ids: Sequence[str], fields: Mapping[str, int] | None = None) -> list[Job]:
         cursor = self._jobs.find({"_id": {"$in": list(ids)}, "lease.id": lease.id}, fields)

@@ -28,7 +28,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
-from mesh.mongo import Document, ensure_collection
+from mesh.mongo import Document, ensure_collection, ensure_indexes
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from shoal.errors import Unavailable
@@ -181,17 +181,20 @@ def _newest(name: str, *first: str, among: Mapping[str, Any] = _RECORDED) -> Ind
     return IndexModel(keys, name=name, partialFilterExpression=dict(among))
 
 
-RESULT_INDEXES = [
+_RESULT_INDEXES = [
     _newest("by_time"),
-    _newest("by_model", "model_name"),
     _newest("by_tenant", "tenant"),
+    # Not for queries: garbage collection looks up whether a blob belongs to a result.
+    IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
+    IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
+]
+# Only make queries faster, and no query names them as its hint: built while the store serves.
+_LATER_RESULT_INDEXES = [
+    _newest("by_model", "model_name"),
     # Most results succeeded; an index by time finds those soon. Failures are few, so this index costs a success
     # nothing. Likewise a result without labels costs the index of labels nothing.
     _newest("by_failure", "outcome", among={**_RECORDED, "outcome": {"$gt": 1}}),
     _newest("by_label", "labels", among={"labels": {"$exists": True}}),
-    # Not for queries: garbage collection looks up whether a blob belongs to a result.
-    IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
-    IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
 _RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest", "by_batch")
 REFERENCE_INDEXES = [
@@ -251,11 +254,7 @@ class Collections:
                 db, "aliases", validator=_validator(ALIASES), indexes=[IndexModel(_BY_VERSION, name="versions")]
             ),
             "results": await ensure_collection(
-                db,
-                "results",
-                validator=_validator(RESULTS, TOMBSTONES),
-                indexes=RESULT_INDEXES,
-                retired=_RETIRED_RESULT_INDEXES,
+                db, "results", validator=_validator(RESULTS, TOMBSTONES), indexes=_RESULT_INDEXES
             ),
             "retention": await ensure_collection(db, "retention", validator=_validator(RETENTION), indexes=[]),
             "usage": await ensure_collection(db, "usage", validator=_validator(USAGE), indexes=USAGE_INDEXES),
@@ -271,6 +270,15 @@ class Collections:
         await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
         await ensure_collection(db, MARKS, validator=MARK_VALIDATOR, indexes=[])
         self._prepared = prepared
+
+    async def build_later_indexes(self) -> None:
+        """Build the indexes that the store can do without, which takes hours on a large collection of an old version.
+
+        Raises:
+            Unavailable: MongoDB is unavailable.
+            FailedPrecondition: an existing index contradicts ours.
+        """
+        await ensure_indexes(self.results, _LATER_RESULT_INDEXES, _RETIRED_RESULT_INDEXES)
 
     @property
     def artifacts(self) -> Collection:

@@ -10,6 +10,7 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
+from services.ingest import job_scan
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import (
     EPOCH,
@@ -273,7 +274,7 @@ NOW = {"$lte": START, "$gt": EPOCH}
         ({"lease.expires_at": {"$gt": EPOCH}, "lease.owner": "o", "lease.process": {"$ne": "p"}}, None, "leased"),
         ({"$or": [{"tenant": "t", "key": "k"}, {"tenant": "t", "key": "l"}]}, None, "idempotency"),
         *(
-            (Filter(state, model, tenant).query() | after, "-_id", None)
+            (job_scan._split(Filter(state, model, tenant).query())[0] | after, "-_id", None)
             for state in (None, State.DEAD)
             for model in ("", "m")
             for tenant in ("", "t")

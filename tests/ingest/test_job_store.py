@@ -211,11 +211,13 @@ async def dead(store: JobStore, name: str, **fields: Any) -> Job:
 async def test_dead_letters_are_found_oldest_first(store: JobStore) -> None:
     first, second, other = await dead(store, "a"), await dead(store, "b", model_name="n"), await dead(store, "c")
     await insert(store, job())
-    assert await store.dead_letters(DeadFilter(), 10) == [first, second, other]
-    assert await store.dead_letters(DeadFilter(model_name="m", code=Code.INTERNAL), 1) == [first]
-    assert await store.dead_letters(DeadFilter(before=START), 10) == []
-    assert await store.dead_letters(DeadFilter(State.FAILED), 10) == []
-    assert await store.dead_letters(DeadFilter(tenant="t"), 10) == []
+    assert await store.dead_letters(DeadFilter(), 10) == ([first, second, other], "")
+    assert await store.dead_letters(DeadFilter(), 2) == ([first, second], second.id)
+    assert await store.dead_letters(DeadFilter(), 2, second.id) == ([other], "")
+    assert await store.dead_letters(DeadFilter(model_name="m", code=Code.INTERNAL), 1) == ([first], first.id)
+    assert await store.dead_letters(DeadFilter(before=START), 10) == ([], "")
+    assert await store.dead_letters(DeadFilter(State.FAILED), 10) == ([], "")
+    assert await store.dead_letters(DeadFilter(tenant="t"), 10) == ([], "")
 
 
 async def test_of_two_that_requeue_or_purge_a_dead_letter_one_does(store: JobStore) -> None:
@@ -240,8 +242,14 @@ async def test_dependents_are_found_by_what_they_wait_for_by_id_and_by_page(stor
     one, both = dependent(a), dependent(a, b)
     await insert(store, a, b, one, both)
     by_id = lambda found: [each.id for each in found]  # noqa: E731
-    assert sorted(by_id(await store.dependents([a.id]))) == [one.id, both.id]
-    assert by_id(await store.dependents([b.id])) == [both.id]
+    assert sorted(by_id(await store.dependents([a.id], 10))) == [one.id, both.id]
+    assert by_id(await store.dependents([b.id], 10)) == [both.id]
+    assert len(await store.dependents([a.id, b.id], 1)) == 1
+    assert by_id(await store.dependents_of(a.id, "", 1)) == [one.id]
+    assert by_id(await store.dependents_of(a.id, one.id, 10)) == [both.id]
+    assert by_id(await store.dependents_of(b.id, both.id, 10)) == []
+    assert await store.count_waiting(10) == 4
+    assert await store.count_waiting(3) == 3
     assert by_id(await store.dependents_among([one.id, a.id])) == [one.id]
     assert by_id(await store.dependents_page("", 1)) == [one.id]
     assert by_id(await store.dependents_page(one.id, 10)) == [both.id]

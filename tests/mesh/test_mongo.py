@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
+import pymongo
 import pytest
 from bson.errors import InvalidDocument
 from pymongo import ASCENDING, AsyncMongoClient, IndexModel
@@ -25,7 +26,7 @@ from pymongo.errors import (
 from pymongo.lock import _async_cond_wait, _async_create_condition, _async_create_lock
 
 from mesh import mongo
-from mesh.mongo import Document, connect, ensure_collection, next_change, translate, translated
+from mesh.mongo import Document, connect, ensure_collection, ensure_indexes, next_change, translate, translated
 from shoal.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -262,3 +263,39 @@ async def turns() -> None:
     """Lets everybody else go on."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+async def test_an_index_of_a_full_collection_is_built_beyond_the_timeout_of_one_operation(
+    db: AsyncDatabase[Document], mongo_uri: str
+) -> None:
+    await ensure_collection(db, "c", validator=VALIDATOR, indexes=[])
+    await db["c"].insert_many([{"n": n} for n in range(1_000)])
+    async with connect(f"{mongo_uri}&timeoutMS=1000") as client:
+        with pymongo.timeout(20):
+            await client.admin.command("ping")
+        async with db.client.start_session() as session, await session.start_transaction():
+            # The build waits for this transaction, as a build of a large collection takes its time.
+            await db["c"].insert_one({"n": -1}, session=session)
+            building = asyncio.create_task(
+                ensure_collection(client[db.name], "c", validator=VALIDATOR, indexes=[INDEX])
+            )
+
+            async def takes_longer() -> bool:
+                longer = {"microsecs_running": {"$gt": 1_200_000}}
+                command = {"currentOp": 1, "command.createIndexes": "c", "command.$db": db.name, **longer}
+                return bool((await db.client.admin.command(command))["inprog"]) or building.done()
+
+            await until(takes_longer, "the build takes longer than an operation may")
+            assert not building.done()
+        await building
+    assert "by_n" in await db["c"].index_information()
+
+
+async def test_retired_indexes_go_when_the_others_are_there(db: AsyncDatabase[Document]) -> None:
+    await db["c"].create_indexes([IndexModel("a", name="old"), IndexModel("b", name="older")])
+    await ensure_indexes(db["c"], [INDEX], retired=["old", "never"])
+    assert set(await db["c"].index_information()) == {"_id_", "by_n", "older"}
+    other = IndexModel("x", name="by_n")
+    with pytest.raises(FailedPrecondition, match="drop the old index"):
+        await ensure_indexes(db["c"], [other], retired=["older"])
+    assert "older" in await db["c"].index_information()

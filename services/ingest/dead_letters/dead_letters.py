@@ -5,13 +5,17 @@
 
 Each write applies only to a job with the state and the number of transitions that were read. So of two clients that
 requeue or purge one dead letter concurrently, one succeeds, and the other's write changes nothing.
+
+A filter has pages, by id. All pages are of dead letters from before the first page, so each is changed once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from services.ingest.dead_letters import page_tokens
 from services.ingest.dead_letters.filters import DeadLetterSelection
+from services.ingest.dead_letters.page_tokens import PagePosition
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import DEAD_LETTERS, Job, requeue
@@ -24,11 +28,14 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalErr
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterOutcome:
-    """Outcome of a bulk operation: the changed jobs, the errors of others by id, and True when more may match."""
+    """Outcome of a bulk operation: the changed jobs, the errors of others by id, and the token of the next page.
+
+    The token is empty when no more dead letters match.
+    """
 
     ids: list[str]
     refused: dict[str, ShoalError]
-    more: bool
+    next_token: str
 
 
 class DeadLetters:
@@ -58,7 +65,7 @@ class DeadLetters:
         """
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
-        letters, refused = await self._letters(selected)
+        letters, refused, next_token = await self._letters(selected)
         now = self._clock()
         requeued = {letter.id: requeue(letter, reason, self._instance, now) for letter in letters}
         if letters:
@@ -71,7 +78,7 @@ class DeadLetters:
         ]
         refused |= {job_id: _not_found(job_id) for job_id in requeued if job_id not in found}
         self._events.due_again([requeued[job_id] for job_id in done])
-        return DeadLetterOutcome(done, refused, selected.filter is not None and len(letters) == selected.limit)
+        return DeadLetterOutcome(done, refused, next_token)
 
     async def purge(self, selected: DeadLetterSelection) -> DeadLetterOutcome:
         """Remove dead letters with their requests, permanently.
@@ -79,7 +86,7 @@ class DeadLetters:
         Raises:
             Unavailable: MongoDB is unavailable; some may be removed: repeat.
         """
-        letters, refused = await self._letters(selected)
+        letters, refused, next_token = await self._letters(selected)
         ids = [letter.id for letter in letters]
         if ids:
             await self._store.purge(letters)
@@ -87,17 +94,25 @@ class DeadLetters:
         await self._payloads.drop([letter.id for letter in letters if letter.is_apart and letter.id not in left])
         refused |= {job_id: _not_dead_letter(job) for job_id, job in left.items()}
         done = [job_id for job_id in ids if job_id not in left]
-        return DeadLetterOutcome(done, refused, selected.filter is not None and len(letters) == selected.limit)
+        return DeadLetterOutcome(done, refused, next_token)
 
-    async def _letters(self, selected: DeadLetterSelection) -> tuple[list[Job], dict[str, ShoalError]]:
-        """Return the selected dead letters, and the errors of selected ids that are none."""
+    async def _letters(self, selected: DeadLetterSelection) -> tuple[list[Job], dict[str, ShoalError], str]:
+        """Return the selected dead letters, the errors of selected ids that are none, and the next page's token."""
         if selected.filter is not None:
-            return await self._store.dead_letters(selected.filter, selected.limit), {}
+            return await self._page(selected.filter, selected.limit, selected.page_token)
         found = await self._store.read(selected.ids)
         letters = [job for job in found.values() if job.state in DEAD_LETTERS]
         refused: dict[str, ShoalError] = {job_id: _not_found(job_id) for job_id in selected.ids if job_id not in found}
         refused |= {job.id: _not_dead_letter(job) for job in found.values() if job.state not in DEAD_LETTERS}
-        return letters, refused
+        return letters, refused, ""
+
+    async def _page(self, filter_: DeadFilter, limit: int, token: str) -> tuple[list[Job], dict[str, ShoalError], str]:
+        position = page_tokens.read(token, filter_) if token else PagePosition("", self._clock())
+        # A job that dies again after its requeue is not on a later page, and new dead letters do not add pages.
+        before = position.began if filter_.before is None else min(filter_.before, position.began)
+        letters, end = await self._store.dead_letters(replace(filter_, before=before), limit, position.after)
+        next_token = page_tokens.encode(replace(position, after=end), filter_) if end else ""
+        return letters, {}, next_token
 
 
 def _not_found(job_id: str) -> ShoalError:

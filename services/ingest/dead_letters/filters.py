@@ -22,6 +22,8 @@ class DeadLetterSelection:
     ids: tuple[str, ...] = ()
     filter: DeadFilter | None = None
     limit: int = MOST
+    page_token: str = ""
+    """Token of the page before; empty: the first page."""
 
 
 def checked_filter(state: State | None, model_name: str, tenant: str, code: int, before: datetime | None) -> DeadFilter:
@@ -38,11 +40,13 @@ def checked_filter(state: State | None, model_name: str, tenant: str, code: int,
     return DeadFilter(state, model_name, tenant, code, before)
 
 
-def checked_selection(ids: Sequence[str], filter_: DeadFilter | None, limit: int) -> DeadLetterSelection:
+def checked_selection(
+    ids: Sequence[str], filter_: DeadFilter | None, limit: int, page_token: str
+) -> DeadLetterSelection:
     """Return the selection by `ids` or by `filter_`.
 
     Raises:
-        InvalidArgument: neither or both are set, there are too many ids, or one is invalid.
+        InvalidArgument: neither or both are set, there are too many ids, one is invalid, or ids have a page token.
     """
     if bool(ids) == (filter_ is not None):
         raise InvalidArgument("ids, filter: give one of them; an empty filter means every dead letter")
@@ -50,7 +54,9 @@ def checked_selection(ids: Sequence[str], filter_: DeadFilter | None, limit: int
         raise InvalidArgument(f"limit: 1 to {MOST}, or 0 for {MOST}; got {limit}")
     if len(ids) > MOST:
         raise InvalidArgument(f"ids: at most {MOST}, got {len(ids)}")
+    if ids and page_token:
+        raise InvalidArgument("page_token: only a filter has pages")
     for at, job_id in enumerate(ids):
         if not is_ulid(job_id):
             raise InvalidArgument(f"ids[{at}]: not a job's id: {job_id[:64]!r}")
-    return DeadLetterSelection(tuple(dict.fromkeys(ids)), filter_, limit or MOST)
+    return DeadLetterSelection(tuple(dict.fromkeys(ids)), filter_, limit or MOST, page_token)

@@ -26,13 +26,17 @@ class DeadLettersRpc:
         self, request: pb.RequeueDeadLettersRequest, context: Context
     ) -> pb.RequeueDeadLettersResponse:
         done = await self._letters.requeue(_selected(request), request.reason)
-        return pb.RequeueDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
+        return pb.RequeueDeadLettersResponse(
+            ids=done.ids, refused=_refused(done), more=bool(done.next_token), next_page_token=done.next_token
+        )
 
     async def PurgeDeadLetters(
         self, request: pb.PurgeDeadLettersRequest, context: Context
     ) -> pb.PurgeDeadLettersResponse:
         done = await self._letters.purge(_selected(request))
-        return pb.PurgeDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
+        return pb.PurgeDeadLettersResponse(
+            ids=done.ids, refused=_refused(done), more=bool(done.next_token), next_page_token=done.next_token
+        )
 
 
 def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
@@ -42,7 +46,7 @@ def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
 
 def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterSelection:
     filter_ = _filter(request.filter) if request.HasField("filter") else None
-    return checked_selection(request.ids, filter_, request.limit)
+    return checked_selection(request.ids, filter_, request.limit, request.page_token)
 
 
 def _refused(done: DeadLetterOutcome) -> Sequence[pb.DeadLetterRefusal]:

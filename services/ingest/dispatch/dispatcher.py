@@ -206,7 +206,7 @@ class Dispatcher:
         if not jobs:
             return
         now = self._clock()
-        self._backlog.added(sum(job.due_at is not None for job in jobs))
+        self._backlog.added(sum(job.due_at is not None or bool(job.waits_for) for job in jobs))
         self._claims.note_queued(jobs)
         light = [job.replaced(request=None) if job.is_apart else job for job in jobs]
         self._enqueue([job for job in light if job.lease is not None])
@@ -227,6 +227,10 @@ class Dispatcher:
         self._backlog.added(len(jobs))
         self._claims.note_queued(jobs)
         self.wake()
+
+    def unblocked(self, jobs: int) -> None:
+        """Take jobs out of the backlog that waited for others. The ones that are due are added by `due_again`."""
+        self._backlog.removed(jobs)
 
     def wake(self) -> None:
         """Read the queue immediately, rather than at the next poll."""

@@ -1,4 +1,7 @@
-"""Estimate of the number of queued jobs: counted now and then, and adjusted in between, to reject submits cheaply."""
+"""Estimate of the number of queued jobs: counted now and then, and adjusted in between, to reject submits cheaply.
+
+Jobs that wait for other jobs count, too: they use disk, and memory once the others end.
+"""
 
 from __future__ import annotations
 

@@ -16,13 +16,12 @@ from mesh.mongo import Document, translated
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.job_scan import scan
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 PAGE_DEFAULT = 100
 PAGE_MOST = 1_000
-PAGE_BYTES = 16 << 20
-"""Size at which a page ends early (labels, long histories), so that it fits into a message of any client."""
 _TOKEN_CHARS = 500
 
 
@@ -103,7 +102,7 @@ class Jobs:
         return bytes(request)
 
     async def page(self, selection: Query, size: int, token: str) -> Page:
-        """Return a page of jobs, newest first. `size` 0 means 100.
+        """Return a page of jobs, newest first. `size` 0 means 100. A page may be short or empty, and have a next one.
 
         Raises:
             InvalidArgument: a bad size, or a token of another filter. Unavailable: MongoDB is unavailable.
@@ -111,24 +110,11 @@ class Jobs:
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
         query = selection.query()
-        if token:
-            query["_id"] = {"$lt": _read_token(token, selection.query())}
-        size = size or PAGE_DEFAULT
-        found: list[Job] = []
-        nbytes = 0
+        after = _read_token(token, query) if token else ""
         with translated("listing jobs"):
-            async for document in self._jobs.find(query, WITHOUT_REQUEST).sort("_id", -1).limit(size + 1):
-                if len(found) == size or (found and nbytes > PAGE_BYTES):
-                    return Page(found, _token(found[-1].id, selection.query()))
-                found.append(job_of(document))
-                nbytes += _weight(found[-1])
-        return Page(found, "")
-
-
-def _weight(job: Job) -> int:
-    """Return the approximate size of a job's message in bytes."""
-    labels = sum(len(key) + len(value) for key, value in job.labels)
-    return 500 + len(job.last_message) + 4 * labels + sum(80 + len(step.reason) for step in job.transitions)
+            page = await scan(self._jobs, query, size or PAGE_DEFAULT, after=after, order=-1)
+        next_token = "" if page.end is None else _token(page.end, query)
+        return Page([job_of(document) for document in page.documents], next_token)
 
 
 def _token(after: str, query: Mapping[str, Any]) -> str:

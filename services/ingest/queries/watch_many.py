@@ -28,6 +28,7 @@ from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
+from services.ingest.job_scan import ScanPage, scan
 from services.ingest.queries.filters import JobFilter
 from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
@@ -76,12 +77,14 @@ class WatchMany:
         The watch never ends by itself.
 
         Raises:
-            InvalidArgument: `token` does not belong to this filter.
+            InvalidArgument: `token` does not belong to this filter, or no index finds the existing jobs.
             OutOfRange: the token's position is no longer in MongoDB's log.
             ResourceExhausted: too many watches.
             Unavailable: MongoDB is unavailable: continue with the last token.
         """
         position = _read_token(token, filter_) if token else None
+        if existing if position is None else position.listed is not None:
+            _check_listed(filter_)
         if self._open >= self._max_watches:
             raise ResourceExhausted(f"{self._open} watches are open, which is the limit", retry_after_ms=1_000)
         self._open += 1
@@ -108,13 +111,23 @@ class WatchMany:
     async def _listed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         after = position.listed or ""
         while True:
-            query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
-            found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
-            for document in found:
+            page = await self._existing(filter_, after)
+            for document in page.documents:
                 after = document["_id"]
                 yield WatchUpdate(_token(replace(position, listed=after), filter_), job_of(document), is_existing=True)
-            if len(found) < _LISTED_AT_ONCE:
+            if page.end is None:
                 return
+            # The token saves another walk over jobs that do not match.
+            if not page.documents:
+                yield WatchUpdate(_token(replace(position, listed=page.end), filter_))
+            after = page.end
+
+    async def _existing(self, filter_: JobFilter, after: str) -> ScanPage:
+        if not filter_.ids:
+            return await scan(self._jobs, filter_.query(), _LISTED_AT_ONCE, after=after, order=1)
+        query = {"$and": [filter_.query(), {"_id": {"$gt": after}}]}
+        found = await self._jobs.find(query, WITHOUT_REQUEST).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+        return ScanPage(found, found[-1]["_id"] if len(found) == _LISTED_AT_ONCE else None)
 
     async def _changed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         loop = asyncio.get_running_loop()
@@ -140,6 +153,13 @@ class WatchMany:
             )
         except OperationFailure as err:
             raise change_tokens.client_error(err) from err
+
+
+def _check_listed(filter_: JobFilter) -> None:
+    if filter_.labels and not (filter_.ids or filter_.tenant or filter_.model_name):
+        raise InvalidArgument(
+            "labels: existing jobs are not found by labels alone: set ids, tenant or model_name too, or leave them out"
+        )
 
 
 async def _next(stream: AsyncChangeStream[Document]) -> Document | None:

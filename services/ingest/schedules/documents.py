@@ -1,6 +1,7 @@
 """Documents of schedules in MongoDB.
 
-schedules  {_id: '["tenant","name"]', ..., next_at: missing while paused, revision, fence}
+schedules  {_id: '["tenant","name"]', ..., next_at: missing while paused, revision, fence,
+            try_again_at, tries: missing unless its last firing failed}
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
 
 SCHEDULES = "schedules"
 INDEXES = (
-    IndexModel([("next_at", ASCENDING)], name="due", partialFilterExpression={"next_at": {"$exists": True}}),
+    # Holds all that the search for due schedules reads: templates are large.
+    IndexModel(
+        [("next_at", ASCENDING), ("try_again_at", ASCENDING), ("tenant", ASCENDING), ("_id", ASCENDING)],
+        name="due_by_tenant",
+        partialFilterExpression={"next_at": {"$exists": True}},
+    ),
     IndexModel([("tenant", ASCENDING), ("_id", ASCENDING)], name="by_tenant"),
 )
+RETIRED_INDEXES = ("due",)
 VALIDATOR: Mapping[str, Any] = {
     "$jsonSchema": {
         "bsonType": "object",
@@ -34,6 +41,8 @@ VALIDATOR: Mapping[str, Any] = {
             # Fencing token of the leader that fired the schedule last; tokens of later leaders are greater.
             "fence": {"bsonType": ["int", "long"], "minimum": 0},
             "next_at": {"bsonType": "date"},
+            "try_again_at": {"bsonType": "date"},
+            "tries": {"bsonType": ["int", "long"], "minimum": 1},
         },
     }
 }
@@ -65,6 +74,7 @@ def schedule_of(document: Mapping[str, Any]) -> Schedule:
         overlap=Overlap(document["overlap"]),
         is_paused=document["is_paused"],
         next_at=document.get("next_at"),
+        tries=document.get("tries", 0),
         last_at=document.get("last_at"),
         last_job=document.get("last_job", ""),
         last_skip=document.get("last_skip", ""),

@@ -1,6 +1,10 @@
 """Firing of schedules by the leader: due times become jobs.
 
     due ──plan──> for each time: a job with that time's idempotency key ──> the schedule advances (fenced)
+     ^                                └─ fails (a full quota)
+     └── after 1 s, 2 s, 4 s ... ────────┘
+
+The tenants take turns: one that has many schedules, or whose quota is full, delays only its own.
 
 The job of a time is created first, with its own idempotency key; then the schedule advances. After a crash in between,
 the next leader fires the time again, and finds the existing job. The advance applies only to a schedule unchanged since
@@ -11,19 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from mesh.mongo_lease import LeaderLease, fenced
-from mesh.process.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever, together
 from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.schedules.documents import id_of, schedule_of
-from services.ingest.schedules.schedule import Overlap, Schedule, SchedulePlan, label_of, plan
+from services.ingest.schedules.schedule import Overlap, Schedule, SchedulePlan, label_of, plan, retry_delay
+from services.ingest.schedules.turns import turns
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -31,7 +37,12 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """Interval of the leader's search for due schedules, and so the usual maximum delay of a firing."""
-_DUE_AT_ONCE = 100
+DUE_AT_ONCE = 100
+"""Maximum schedules of one round, shared by the tenants in turn: about a second of one tenant."""
+TURN_S = 1.0
+"""Time of one tenant in a round: after it, the tenant's other due times wait for the next round."""
+# Tenants that fire at the same time. Each holds one schedule with its template, of at most a mebibyte.
+_TENANTS_AT_ONCE = 16
 _UNAVAILABLE_WAIT_S = 1.0
 NAME_LABEL = "schedule"
 TIME_LABEL = "scheduled_for"
@@ -76,31 +87,61 @@ class Firing(Background):
         return TICK_S
 
     async def fire_due(self) -> None:
-        """Fire the due schedules, when this instance leads.
+        """Fire the due schedules, when this instance leads. Each tenant gets its turn, however many others have.
 
         Raises:
             ShoalError: the schedules cannot be read.
         """
         if self._lease.token is None:
             return
+        now = self._clock()
+        due = {"next_at": {"$lte": now}, "try_again_at": {"$not": {"$gt": now}}}
         with translated("finding due schedules"):
-            due = {"next_at": {"$lte": self._clock()}}
-            documents = await self._schedules.find(due).sort("next_at", 1).limit(_DUE_AT_ONCE).to_list()
-        for document in documents:
-            schedule = schedule_of(document)
-            # An error of one schedule must not delay the others.
-            try:
-                await self._fire(schedule)
-            except ShoalError as err:
-                log.warning("cannot fire schedule %s of tenant %r: %s", schedule.name, schedule.tenant, err)
+            found = await self._schedules.find(due, {"tenant": 1}).sort("next_at", 1).to_list()
+        at_once = asyncio.Semaphore(_TENANTS_AT_ONCE)
+        by_tenant = turns([(document["tenant"], document["_id"]) for document in found], DUE_AT_ONCE)
+        await together(self._take_turn(ids, at_once) for ids in by_tenant.values())
 
-    async def _fire(self, schedule: Schedule) -> None:
+    async def _take_turn(self, ids: Sequence[str], at_once: asyncio.Semaphore) -> None:
+        """Fire the schedules of one tenant, for at most `TURN_S`."""
+        async with at_once:
+            until = asyncio.get_running_loop().time() + TURN_S
+            for schedule_id in ids:
+                if asyncio.get_running_loop().time() < until:
+                    await self._fire_one(schedule_id, until)
+
+    async def _fire_one(self, schedule_id: str, until: float) -> None:
+        document: Document | None = None
+        # An error of one schedule must not delay the others.
+        try:
+            with translated("reading a schedule"):
+                document = await self._schedules.find_one({"_id": schedule_id})
+            if document is not None:
+                await self._fire(schedule_of(document), until)
+        except Exception as err:
+            await self._try_later(schedule_id, document, err)
+
+    async def _try_later(self, schedule_id: str, document: Document | None, err: Exception) -> None:
+        """Postpone a schedule whose firing failed. Only the first failure in a row is logged."""
+        tries = (document or {}).get("tries", 0) + 1
+        if tries == 1:
+            unexpected = None if isinstance(err, ShoalError) else err
+            log.warning("cannot fire schedule %s, which is tried again: %s", schedule_id, err, exc_info=unexpected)
+        if document is None or (token := self._lease.token) is None:
+            return
+        unchanged = {"_id": schedule_id, "revision": document["revision"], **fenced(token)}
+        later = {"tries": tries, "try_again_at": self._clock() + retry_delay(tries)}
+        # Without MongoDB, the next round finds the schedule as it was.
+        with suppress(ShoalError), translated("postponing a schedule"):
+            await self._schedules.update_one(unchanged, {"$set": later})
+
+    async def _fire(self, schedule: Schedule, until: float) -> None:
         planned = plan(schedule, self._clock())
         if planned is None:
             return
         for time in planned.fire:
-            # The next leader continues.
-            if (token := self._lease.token) is None:
+            # The next round or leader continues.
+            if (token := self._lease.token) is None or asyncio.get_running_loop().time() >= until:
                 return
             job, skip = await self._job_of(schedule, time)
             last = time == planned.fire[-1]
@@ -158,10 +199,16 @@ class Firing(Background):
             done["last_skip"] = skip
             counts["skipped"] = 1
         update: Document = {"$set": done, "$inc": counts}
+        unset: dict[str, str] = {}
+        # A time that is skipped because its firing failed is no success.
+        if schedule.tries and time is not None:
+            unset |= {"tries": "", "try_again_at": ""}
         if next_at is None:
-            update["$unset"] = {"next_at": ""}
+            unset["next_at"] = ""
         else:
             done["next_at"] = next_at
+        if unset:
+            update["$unset"] = unset
         with translated("advancing a schedule"):
             written = await self._schedules.find_one_and_update(as_planned, update, return_document=True)
         return None if written is None else schedule_of(written)

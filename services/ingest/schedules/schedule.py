@@ -18,6 +18,9 @@ FIRED_AT_ONCE = 100
 """Maximum missed times that one plan fires, so that other schedules are not delayed."""
 GRACE = timedelta(seconds=60)
 """Delay up to which a time counts as on time: a killed leader has a successor after a few seconds."""
+_RETRY_FIRST = timedelta(seconds=1)
+# Half of the grace: a time of a full queue is tried again before it is skipped.
+_RETRY_MOST = GRACE / 2
 
 
 class Misfire(StrEnum):
@@ -64,6 +67,8 @@ class Schedule:
     skipped: int = 0
     last_skip: str = ""
     """Reason of the last skip."""
+    tries: int = 0
+    """Number of attempts to fire that have failed since the last success."""
 
     def key_of(self, time: datetime) -> str:
         """Return the idempotency key of a time's job: firing the time again finds the existing job."""
@@ -89,6 +94,11 @@ def label_of(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def retry_delay(tries: int) -> timedelta:
+    """Return the pause after a number of failed attempts in a row: 1 s, 2 s, 4 s and so on, up to 30 s."""
+    return min(_RETRY_MOST, _RETRY_FIRST * (1 << min(tries - 1, 10)))
+
+
 def plan(schedule: Schedule, now: datetime) -> SchedulePlan | None:
     """Return the plan for a schedule at `now`; None when no time is due."""
     due = schedule.next_at
@@ -101,5 +111,6 @@ def plan(schedule: Schedule, now: datetime) -> SchedulePlan | None:
     last = cron.latest(schedule.cron, zone, due, now) or due
     next_at = schedule.next_after(max(last, now))
     if schedule.misfire is Misfire.SKIP and now - last > GRACE:
-        return SchedulePlan((), next_at, f"no leader ran at {label_of(last)}")
+        reason = "it could not be fired" if schedule.tries else "no leader ran"
+        return SchedulePlan((), next_at, f"{reason} at {label_of(last)}")
     return SchedulePlan((last,), next_at, f"no leader ran before {label_of(last)}" if last > due else "")

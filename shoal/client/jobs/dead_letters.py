@@ -82,7 +82,8 @@ class AsyncDeadLetters:
     ) -> Handled:
         """Requeue dead letters: the jobs of `ids`, or with `all` every one that matches the filters.
 
-        A requeued job gets all its attempts and its whole deadline again; its result replaces the failure.
+        A requeued job gets all its attempts and its whole deadline again; its result replaces the failure. `all` means
+        every dead letter from before the call: a job that dies again meanwhile is not requeued twice.
         `timeout` applies to each thousand jobs.
 
         Raises:
@@ -90,13 +91,15 @@ class AsyncDeadLetters:
         """
         handled = Handled()
         for chunk_ids, criteria in self._chunks(ids, all, self._filter(state, model, tenant, code, before)):
-            more = True
-            while more:
-                request = ingest.RequeueDeadLettersRequest(ids=chunk_ids, filter=criteria, reason=reason)
+            token = ""
+            while True:
+                request = ingest.RequeueDeadLettersRequest(
+                    ids=chunk_ids, filter=criteria, reason=reason, page_token=token
+                )
                 response = await self._caller.call(methods.REQUEUE_DEAD_LETTERS, request, timeout_s=timeout)
-                # A job that died again meanwhile would match again: stop rather than requeue it twice.
-                more = response.more and not {*response.ids} & {*handled.ids}
-                handled = _joined(handled, response)
+                handled, token = _joined(handled, response), response.next_page_token
+                if not token:
+                    break
         return handled
 
     async def purge(
@@ -120,11 +123,13 @@ class AsyncDeadLetters:
         """
         handled = Handled()
         for chunk_ids, criteria in self._chunks(ids, all, self._filter(state, model, tenant, code, before)):
-            more = True
-            while more:
-                request = ingest.PurgeDeadLettersRequest(ids=chunk_ids, filter=criteria)
+            token = ""
+            while True:
+                request = ingest.PurgeDeadLettersRequest(ids=chunk_ids, filter=criteria, page_token=token)
                 response = await self._caller.call(methods.PURGE_DEAD_LETTERS, request, timeout_s=timeout)
-                handled, more = _joined(handled, response), response.more
+                handled, token = _joined(handled, response), response.next_page_token
+                if not token:
+                    break
         return handled
 
     def _chunks(

@@ -544,7 +544,7 @@ class Letters:
             why = [ingest.DeadLetterRefusal(id=one, code=5, message=f"no job {one}") for one in refused]
             return {"ids": done, "refused": why}
         done, self.left = self.left[:2], self.left[2:]
-        return {"ids": done, "more": bool(self.left)}
+        return {"ids": done, "more": bool(self.left), "next_page_token": "".join(self.left)}
 
 
 async def test_dead_letters(served: Served) -> None:
@@ -560,6 +560,7 @@ async def test_dead_letters(served: Served) -> None:
         assert isinstance(handled.refused["x"], NotFound)
         assert letters.asked[-1].reason == "mended"
         assert (await dead.purge(all=True, state="failed", code="internal")).ids == ("a", "b", "c", "d", "e")
+        assert [asked.page_token for asked in letters.asked[-3:]] == ["", "cde", "e"]
         among = letters.asked[-1].filter
         assert (among.state, among.tenant, among.code) == (ingest.JOB_STATE_FAILED, "blue", 13)
         for wrong in (dead.requeue(), dead.purge(["a"], all=True), dead.list(state="running"), dead.list(code="no")):
@@ -567,14 +568,17 @@ async def test_dead_letters(served: Served) -> None:
                 await wrong
 
 
-async def test_a_job_that_dies_again_is_not_requeued_twice(served: Served) -> None:
-    async def again(request: Any, context: Any) -> Any:
-        return ingest.RequeueDeadLettersResponse(ids=["a", "b"], more=True)
+async def test_a_requeue_of_all_goes_from_page_to_page_over_empty_ones(served: Served) -> None:
+    pages = {"": (["a", "b"], "1"), "1": ([], "2"), "2": (["c"], "")}
 
-    served.on(methods.REQUEUE_DEAD_LETTERS, again)
+    async def page(request: Any, context: Any) -> Any:
+        ids, token = pages[request.page_token]
+        return ingest.RequeueDeadLettersResponse(ids=ids, more=bool(token), next_page_token=token)
+
+    served.on(methods.REQUEUE_DEAD_LETTERS, page)
     async with client_of(served) as client:
-        await client.jobs.dead.requeue(all=True)
-    assert served.count(methods.REQUEUE_DEAD_LETTERS) == 2
+        assert (await client.jobs.dead.requeue(all=True)).ids == ("a", "b", "c")
+    assert served.count(methods.REQUEUE_DEAD_LETTERS) == 3
 
 
 async def test_result_waits_for_a_requeued_job(served: Served) -> None:

@@ -171,6 +171,44 @@ async def test_a_filter_requeues_and_purges_many(client: Client, mesh: FakeMesh)
     assert await listed(client, tenant=tenant) == [[]]
 
 
+async def test_jobs_that_die_again_are_not_requeued_twice_and_none_is_left(client: Client, mesh: FakeMesh) -> None:
+    tenant = uuid.uuid4().hex
+    mesh.infer.model = Mood()
+    jobs = await asyncio.gather(*(dead(client, tenant=tenant) for _ in range(9)))
+    requeued: list[str] = []
+    token = ""
+    for page in range(3):
+        request = pb.RequeueDeadLettersRequest(filter=pb.DeadLetterFilter(tenant=tenant), limit=4, page_token=token)
+        answer = await client.stub.RequeueDeadLetters(request, timeout=20)
+        requeued += answer.ids
+        token = answer.next_page_token
+        assert answer.more == bool(token) == (page < 2)
+        # They die again before the next page, and so do new jobs.
+        for job_id in answer.ids:
+            assert (await client.ended(job_id)).generation == 2
+        await dead(client, tenant=tenant)
+    assert requeued == sorted(job.id for job in jobs)
+    assert [(await client.get(job.id)).generation for job in jobs] == [2] * len(jobs)
+
+
+async def test_pages_of_a_purge_are_of_letters_from_before_the_first(client: Client, mesh: FakeMesh) -> None:
+    tenant = uuid.uuid4().hex
+    mesh.infer.model = Mood()
+    ids = sorted([(await dead(client, tenant=tenant)).id for _ in range(3)])
+    among = pb.DeadLetterFilter(tenant=tenant)
+    first = await client.stub.PurgeDeadLetters(pb.PurgeDeadLettersRequest(filter=among, limit=2), timeout=20)
+    late = await dead(client, tenant=tenant)
+    request = pb.PurgeDeadLettersRequest(filter=among, limit=2, page_token=first.next_page_token)
+    second = await client.stub.PurgeDeadLetters(request, timeout=20)
+    assert ([*first.ids, *second.ids], second.next_page_token) == (ids, "")
+    assert await listed(client, tenant=tenant) == [[late.id]]
+    other = pb.PurgeDeadLettersRequest(filter=pb.DeadLetterFilter(tenant="other"), page_token=first.next_page_token)
+    for wrong in (other, pb.PurgeDeadLettersRequest(filter=among, page_token="nonsense")):
+        assert "page_token: not the next_page_token" in await refusal(client.stub.PurgeDeadLetters(wrong))
+    by_id = pb.PurgeDeadLettersRequest(ids=[late.id], page_token=first.next_page_token)
+    assert "page_token: only a filter has pages" in await refusal(client.stub.PurgeDeadLetters(by_id))
+
+
 async def test_what_is_purged_is_gone_with_its_request(
     client: Client, mesh: FakeMesh, mongo_uri: str, shared_database: str
 ) -> None:

@@ -274,7 +274,9 @@ async def test_the_questions_are_answered_by_indexes(mongo_uri: str, mongo_datab
         await jobs.insert_many([{"_id": f"{n:04}", "state": "queued", "tenant": "", "key": f"{n}"} for n in range(500)])
         waits = {"waits_for": {"$exists": True}, "lease": {"$exists": False}}
         for query, index in (
-            ({**waits, "waits_for": {"$in": ["a", "b"]}}, "dependents"),
+            ({**waits, "waits_for": {"$in": ["a", "b"]}}, "dependents_of"),
+            ({**waits, "waits_for": "a", "_id": {"$gt": ""}}, "dependents_of"),
+            ({"waits_for": {"$gt": ""}}, "dependents_of"),
             ({"tenant": "", "key": {"$in": ["a"]}}, "idempotency"),
             ({**waits, "state": "queued", "_id": {"$gt": ""}}, "all_dependents"),
         ):

@@ -10,11 +10,18 @@ from typing import Any
 
 import grpc
 import pytest
+from pymongo.asynchronous.collection import AsyncCollection
 
+from mesh.mongo import Document
+from services.ingest import job_scan
+from services.ingest.documents import document_of
+from services.ingest.queries.filters import checked
+from services.ingest.queries.watch_many import WatchMany
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, failing
+from tests.ingest.making import job
 from tests.long_form import by_form
 
 S = grpc.StatusCode
@@ -132,6 +139,27 @@ async def test_existing_jobs_come_first(client: Client, mesh: FakeMesh) -> None:
     watch.call.cancel()
 
 
+async def test_existing_jobs_with_a_label_are_found_in_parts_of_the_tenants(
+    jobs: AsyncCollection[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_scan, "SCANNED_MOST", 10)
+    made = [job(tenant="t", labels=(("k", "v"),) if n in (0, 35) else ()) for n in range(40)]
+    await jobs.insert_many([document_of(one) for one in made])
+    filter_ = checked((), frozenset(), "", "t", {"k": "v"})
+    told: list[str] = []
+    token = ""
+    # Each token goes on where it was, also one between two jobs that match.
+    for _ in range(5):
+        async with aclosing(WatchMany(jobs, 9).follow(filter_, existing=True, token=token)) as updates:
+            await anext(updates)
+            update = await anext(updates)
+            token = update.token
+            if update.job is not None:
+                assert update.is_existing
+                told.append(update.job.id)
+    assert told == [made[0].id, made[35].id]
+
+
 async def test_what_makes_no_sense_is_refused(client: Client, mesh: FakeMesh) -> None:
     watch = await Watcher(client, tenant="t").stand()
     watch.call.cancel()
@@ -142,6 +170,7 @@ async def test_what_makes_no_sense_is_refused(client: Client, mesh: FakeMesh) ->
         ({"tenant": "t" * 1_000_000}, "tenant: too long"),
         ({"labels": {"k": "v" * 10_000}}, "labels['k']: too long"),
         ({"labels": {str(n): "" for n in range(65)}}, "labels: at most 64, got 65"),
+        ({"labels": {"k": "v"}, "include_existing": True}, "labels: existing jobs are not found by labels alone"),
         ({"resume_token": "nonsense"}, "resume_token: not a token of this service"),
         ({"resume_token": "A" * 1_000_000}, "resume_token: not a token of this service"),
         ({"resume_token": watch.token}, "resume_token: it belongs to another filter"),
