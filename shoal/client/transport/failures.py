@@ -58,7 +58,7 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
 
 
 def timed_out(doing: str, timeout_s: float | None) -> DeadlineExceeded:
-    """Return the error of a call without an response in time; a server's own limit has no `timeout_s`."""
+    """Return the error of a call without a response in time; a server's own limit has no `timeout_s`."""
     within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
     return DeadlineExceeded(f"{doing}: no response {within}: allow more time, or see `shoal status`")
 
