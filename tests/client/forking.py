@@ -23,8 +23,11 @@ LONGEST_S = 20.0
 REQUEST = shoal.InferRequest("m", {"x": np.float32([1])})
 
 
-def forked(work: Callable[[], object], leave: Callable[[int], Any] = sys.exit) -> None:
-    """Run `work` in a child, and check that the child ends well, and in time."""
+def forked(work: Callable[[], object], leave: Callable[[int], Any] = os._exit) -> None:
+    """Run `work` in a child, and check that the child ends well, and in time.
+
+    `sys.exit` finalizes the interpreter, which takes half a second.
+    """
     child = os.fork()
     if not child:
         work()
@@ -45,9 +48,9 @@ def call(client: shoal.Client) -> None:
 def a_used_client() -> None:
     client = shoal.Client(ADDRESS)
     call(client)
-    forked(lambda: call(client))
+    forked(lambda: call(client), sys.exit)
     call(client)
-    forked(lambda: call(shoal.Client(ADDRESS)), os._exit)
+    forked(lambda: call(shoal.Client(ADDRESS)))
     call(client)
     client.close()
     forked(lambda: None)
@@ -90,9 +93,9 @@ def calls_in_flight_and_a_held_lock() -> None:
     call(client)
     for thread in threads:
         thread.start()
-    for _ in range(3):
+    for leave in (os._exit, os._exit, sys.exit):
         with client._loop._lock:
-            forked(lambda: call(client))
+            forked(lambda: call(client), leave)
     is_over.set()
     for thread in threads:
         thread.join(LONGEST_S)
@@ -130,8 +133,8 @@ async def an_async_client() -> None:
         asyncio.run(last())
 
     await once()
-    # In a thread, where no event loop runs. sys.exit would only end the thread's work.
-    await asyncio.to_thread(forked, child, os._exit)
+    # In a thread, where no event loop runs.
+    await asyncio.to_thread(forked, child)
     await once()
     await client.close()
 
