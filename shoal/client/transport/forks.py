@@ -10,6 +10,7 @@ Preforking servers (gunicorn, Celery, `multiprocessing` with "fork") make a clie
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Protocol
 from weakref import WeakSet
@@ -39,7 +40,17 @@ def keep(state: object) -> None:
     _kept.append(state)
 
 
+def leave_garbage() -> None:
+    """Exclude everything that exists from garbage collection, in the child, for the same reason as `keep`.
+
+    A collection there finalizes grpc's calls and channels, too, which ends the child with SIGSEGV.
+    """
+    gc.freeze()
+
+
 def _after_fork() -> None:
+    if _renewables:
+        leave_garbage()
     for renewable in list(_renewables):
         renewable.after_fork()
 

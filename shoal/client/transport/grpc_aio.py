@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from shoal.client.transport import forks
 from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.transport import MESSAGE_BYTES, A, Bidi, Metadata, closed_in_flight, serialized
 
@@ -39,7 +40,9 @@ def is_usable() -> bool:
 
 def _after_fork() -> None:
     global _is_lost
-    _is_lost = _is_lost or _has_channels
+    if _has_channels:
+        _is_lost = True
+        forks.leave_garbage()
 
 
 if hasattr(os, "register_at_fork"):
