@@ -123,6 +123,10 @@ class Internal(ShoalError):
 
 RETRY_AFTER_KEY = "retry-after-ms"
 """Key of the trailing metadata with the time after which a rejected call may be retried, in milliseconds."""
+ERROR_CODE_PARAMETER = "error_code"
+"""Parameter of a failed response within an inference stream: the number of the gRPC status code."""
+RETRY_AFTER_PARAMETER = "retry_after_ms"
+"""Parameter of a failed response within an inference stream: the same as RETRY_AFTER_KEY."""
 _LONGEST_WAIT_MS = 3_600_000
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 from services.infer.decoupled_responses import FINAL
-from shoal.errors import ShoalError
+from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ async def stream_responses(
 ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
     """Yield the responses to `requests`: in request order, except those of decoupled models.
 
-    The response to a failed request carries `error_message` and the request's id.
+    The response to a failed request carries `error_message`, the request's id, and the status code as a parameter.
 
     Raises what reading `requests` raises, after the responses to the requests read before.
     """
@@ -160,13 +160,12 @@ class _Stream:
 
 def _error_response(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
     if isinstance(error, ShoalError):
-        message = error.message
+        code, message, retry_after_ms = error.code, error.message, error.retry_after_ms
     else:
         log.error("unexpected error in a stream's inference", exc_info=error)
-        message = "internal error: the log of the service has the cause"
-    return pb.ModelStreamInferResponse(
-        error_message=message,
-        infer_response=pb.ModelInferResponse(
-            model_name=request.model_name, model_version=request.model_version, id=request.id
-        ),
-    )
+        code, message, retry_after_ms = Code.INTERNAL, "internal error: the log of the service has the cause", None
+    response = pb.ModelInferResponse(model_name=request.model_name, model_version=request.model_version, id=request.id)
+    response.parameters[ERROR_CODE_PARAMETER].int64_param = code
+    if retry_after_ms is not None:
+        response.parameters[RETRY_AFTER_PARAMETER].int64_param = retry_after_ms
+    return pb.ModelStreamInferResponse(error_message=message, infer_response=response)

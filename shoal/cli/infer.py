@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def infer(
     """
     from shoal.cli import tensors
 
+    started = time.monotonic()
     request = tensors.read(written)
     parameters = {**request.parameters, **tensors.of_options(parameter or [], "--parameter")}
     if explain:
@@ -71,6 +73,6 @@ def infer(
             parameters=parameters,
             datatypes=ready.datatypes,
             request_id=request.request_id,
-            timeout=timeout,
+            timeout=max(timeout - (time.monotonic() - started), 0.0),
         )
     tensors.show_result(result, as_json=json, output=output)

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from types import TracebackType
 
 from shoal.client.inference.arrays import ArrayLike
-from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_response
-from shoal.client.inference.requests import RequestEncoder, as_async
+from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_parameters, of_response
+from shoal.client.inference.requests import RequestEncoder, as_async, encoded, is_fresh
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.jobs import AsyncJobs
 from shoal.client.models.models import AsyncModels
@@ -18,9 +18,10 @@ from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller, Headers
+from shoal.client.transport.deadline import Deadline
 from shoal.client.transport.retry import RetryPolicy
 from shoal.discovery import find_gateway
-from shoal.errors import ShoalError
+from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, InvalidArgument, from_status
 from shoal.inference.v2 import inference_pb2 as oip
 
 INFER_S = 60.0
@@ -38,10 +39,13 @@ class AsyncClient:
 
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
-    Use `async with`, or close the client with `await client.close()`. Many tasks of one event loop may share a client.
+    Use `async with`, or close the client with `await client.close()`. Many tasks may share a client; each event loop,
+    and each forked child, has its own connection.
 
-    Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when no node responds, NotFound, InvalidArgument ...
+    Every call has one deadline for everything that it does (`timeout`, in seconds; None: none), is retried where that
+    is safe (see RetryPolicy), and raises a class of `shoal.errors`: Unavailable when no node responds, NotFound ...
+
+    Every call names `tenant`, whose share of the models it counts for, and carries `headers`.
 
     The constructor raises:
         InvalidArgument: `address` is not an address.
@@ -56,7 +60,8 @@ class AsyncClient:
         headers: Headers | None = None,
         tenant: str = "",
     ) -> None:
-        self._caller = Caller(find_gateway(address, os.environ), retry=retry, headers=headers)
+        self._caller = Caller(find_gateway(address, os.environ), retry=retry, headers=headers, tenant=tenant)
+        self._encoder = RequestEncoder(self._caller)
         self.models = AsyncModels(self._caller)
         self.jobs = AsyncJobs(self._caller, tenant)
         self.batches = AsyncBatches(self._caller, tenant)
@@ -78,7 +83,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection and cancel the calls in flight."""
+        """Close the connections and cancel the calls in flight."""
         await self._caller.close()
 
     async def infer(
@@ -92,44 +97,67 @@ class AsyncClient:
         datatypes: Mapping[str, str] | None = None,
         request_id: str = "",
         headers: Headers | None = None,
-        timeout: float = INFER_S,
+        retries: int | None = None,
+        timeout: float | None = INFER_S,
     ) -> InferResult:
         """Run one inference and return its result.
 
         `inputs` are arrays by input name; an array's dtype is the datatype sent. Lists and scalars take the datatype of
-        the model's metadata, which costs one more call; `datatypes={"x": "FP32"}` avoids it. `outputs` selects outputs.
-        With `parameters={"explain": True}` the result's parameters name the replica and the size of the batch.
+        the model's metadata, which costs one more call now and then; `datatypes={"x": "FP32"}` avoids it. `outputs`
+        selects outputs. With `parameters={"explain": True}` the result's parameters name the replica and the size of
+        the batch.
+
+        `retries` is how often this client repeats the request after UNAVAILABLE or RESOURCE_EXHAUSTED; None follows the
+        client's policy. Set 0 for a model that acts on the world: a failed request may have run. A step of a sequence
+        is never repeated.
 
         Raises:
-            InvalidArgument: the message names the input, the expected value and the received one.
+            InvalidArgument: the message names the input or argument, the expected value and the received one.
             NotFound: no such model or version.
             ResourceExhausted: the model's queue is full.
             DeadlineExceeded: no response within `timeout` seconds; a request that has not started by then never runs.
             Unavailable: no node responds.
         """
+        begun = self._caller.clock()
         request = InferRequest(model, inputs, outputs, version, parameters, request_id, datatypes or {})
-        message = await RequestEncoder(self._caller).encode(request)
-        response = await self._caller.call(
-            methods.MODEL_INFER,
-            message,
-            timeout_s=timeout,
-            headers=headers,
-            doing=f"infer with {model}",
-            # A step of a sequence changes the model's state, so a retry would run the step twice.
-            idempotent="sequence_id" not in message.parameters,
-        )
-        return of_response(response)
+        deadline = self._caller.deadline(timeout)
+        first, signature = await self._encoder.encode_signed(request, deadline)
+        # A step of a sequence changes the model's state, so a retry would run the step twice.
+        repeatable = "sequence_id" not in first.parameters
+
+        async def send(message: oip.ModelInferRequest) -> InferResult:
+            response = await self._caller.call(
+                methods.MODEL_INFER,
+                message,
+                timeout_s=deadline,
+                headers=headers,
+                doing=f"infer with {model}",
+                idempotent=repeatable,
+                retries=retries,
+            )
+            return of_response(response)
+
+        try:
+            return await send(first)
+        except InvalidArgument:
+            if is_fresh(signature, begun):
+                raise
+            newer = await self._encoder.newer(request, signature, deadline)
+            if newer is None or retries == 0 or not repeatable:
+                raise
+        return await send(encoded(request, newer))
 
     async def infer_stream(
         self,
         requests: AsyncIterable[InferRequest] | Iterable[InferRequest],
         *,
         headers: Headers | None = None,
-        timeout: float = STREAM_S,
+        timeout: float | None = STREAM_S,
     ) -> AsyncGenerator[InferResult, None]:
         """Run inferences over one stream and yield the results in the order of arrival; match them by `request_id`.
 
-        A failed request yields an InferResult whose `error` is the reason, and the stream continues. A broken stream is
+        A failed request yields an InferResult whose `error` is the reason, and the stream continues. The error has the
+        class that `infer` would raise; a ShoalError of other servers, which do not send the code. A broken stream is
         not reopened: only the caller knows which steps of a sequence, or which responses, are missing.
 
         Raises:
@@ -137,25 +165,47 @@ class AsyncClient:
             InvalidArgument: a request cannot be encoded.
         """
         failed: list[Exception] = []
-        messages = self._messages(requests, failed)
-        with self._caller.bidi(methods.MODEL_STREAM_INFER, messages, timeout_s=timeout, headers=headers) as call:
+        deadline = self._caller.deadline(timeout)
+        messages = self._messages(requests, deadline, failed)
+        with self._caller.bidi(methods.MODEL_STREAM_INFER, messages, timeout_s=deadline, headers=headers) as call:
             async for response in call:
-                yield _of_stream(response)
+                result = _of_stream(response)
+                if isinstance(result.error, InvalidArgument):
+                    self._encoder.forget(result.model_name)
+                yield result
         if failed:
             raise failed[0]
 
     async def _messages(
-        self, requests: AsyncIterable[InferRequest] | Iterable[InferRequest], failed: list[Exception]
+        self,
+        requests: AsyncIterable[InferRequest] | Iterable[InferRequest],
+        deadline: Deadline,
+        failed: list[Exception],
     ) -> AsyncIterator[oip.ModelInferRequest]:
         """Yield the messages. An error of `requests` ends the stream and goes to `failed`: grpc would swallow it."""
-        encoder = RequestEncoder(self._caller)
         try:
             async for request in as_async(requests):
-                yield await encoder.encode(request)
+                yield await self._encoder.encode(request, deadline)
         except Exception as err:
             failed.append(err)
 
-    async def status(self, *, timeout: float = STATUS_S) -> Status:
+    async def live(self, *, timeout: float | None = STATUS_S) -> bool:
+        """Return True when the inference server runs.
+
+        Raises:
+            Unavailable: no node responds.
+        """
+        return (await self._caller.call(methods.SERVER_LIVE, oip.ServerLiveRequest(), timeout_s=timeout)).live
+
+    async def ready(self, *, timeout: float | None = STATUS_S) -> bool:
+        """Return True when the inference server is ready: all its models are loaded.
+
+        Raises:
+            Unavailable: no node responds.
+        """
+        return (await self._caller.call(methods.SERVER_READY, oip.ServerReadyRequest(), timeout_s=timeout)).ready
+
+    async def status(self, *, timeout: float | None = STATUS_S) -> Status:
         """Return an overview of the node: instances, leader, models, and the state of each Envoy's configuration.
 
         Raises:
@@ -168,4 +218,12 @@ def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:
     if not response.error_message:
         return of_response(response.infer_response)
     about = response.infer_response
-    return InferResult(about.model_name, about.model_version, id=about.id, error=ShoalError(response.error_message))
+    found = of_parameters(about.parameters)
+    # Servers other than Shoal send neither.
+    code, after = (found.get(name) for name in (ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER))
+    error = from_status(
+        code if isinstance(code, int) else Code.UNKNOWN,
+        response.error_message,
+        retry_after_ms=after if isinstance(after, int) else None,
+    )
+    return InferResult(about.model_name, about.model_version, id=about.id, error=error)

@@ -33,6 +33,8 @@ class Models(SyncFacade[AsyncModels]):
     config = blocking(AsyncModels.config)
     statistics = blocking(AsyncModels.statistics)
     index = blocking(AsyncModels.index)
+    load = blocking(AsyncModels.load)
+    unload = blocking(AsyncModels.unload)
 
 
 class DeadLetters(SyncFacade[AsyncDeadLetters]):
@@ -143,10 +145,13 @@ class Client(SyncFacade[AsyncClient]):
         async with shoal.Client() as client:       # an AsyncClient
             result = await client.infer("mymodel", {"x": ...})
 
-    Without `with`, close the client with `client.close()`, or drop the last reference. Many threads may share a client.
+    Without `with`, close the client with `client.close()`, or drop the last reference. Many threads may share a client;
+    a forked child has its own connection. A function that the client calls (`progress`) cannot call the client.
 
-    Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when no node responds, NotFound, InvalidArgument ...
+    Every call has one deadline for everything that it does (`timeout`, in seconds; None: none), is retried where that
+    is safe (see RetryPolicy), and raises a class of `shoal.errors`: Unavailable when no node responds, NotFound ...
+
+    Every call names `tenant`, whose share of the models it counts for, and carries `headers`.
 
     The constructor raises:
         InvalidArgument: `address` is not an address.
@@ -155,6 +160,8 @@ class Client(SyncFacade[AsyncClient]):
 
     infer = blocking(AsyncClient.infer)
     infer_stream = iterating(AsyncClient.infer_stream)
+    live = blocking(AsyncClient.live)
+    ready = blocking(AsyncClient.ready)
     status = blocking(AsyncClient.status)
 
     def __init__(

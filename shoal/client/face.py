@@ -18,6 +18,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from shoal.client.transport import forks
 from shoal.errors import Cancelled, FailedPrecondition
 
 A = TypeVar("A")
@@ -41,18 +42,32 @@ class LoopThread:
     """Event loop in a thread. It starts with the first `run`.
 
     It ends with `close`, with the last reference to this object, or with the interpreter. `before_end()` runs first.
+    A forked child, where the parent's threads do not exist, starts its own.
     """
 
     def __init__(self, before_end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._lock = threading.Lock()
         self._state = _LoopState(before_end)
         self._end = weakref.finalize(self, _end, self._state)
+        forks.renew_in_child(self)
+
+    def after_fork(self) -> None:
+        """Drop loop, thread and lock of the parent, in a forked child."""
+        self._lock = threading.Lock()
+        old = self._state
+        if self._end.detach() is not None:
+            self._state = _LoopState(old.before_end)
+            self._end = weakref.finalize(self, _end, self._state)
+        if old.loop is not None:
+            # The end of the interpreter would report the parent's tasks as pending.
+            old.loop.set_exception_handler(lambda loop, context: None)
+        forks.keep(old)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop and return its result or raise its error. An interrupt (Ctrl-C) cancels it.
 
         Raises:
-            FailedPrecondition: the loop is closed.
+            FailedPrecondition: the loop is closed, or this is its own thread, which cannot wait for itself.
             Cancelled: another thread closed the loop meanwhile.
         """
         try:
@@ -70,7 +85,12 @@ class LoopThread:
             raise
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        """Yield the items in the order of arrival. Leaving early closes `items`."""
+        """Yield the items in the order of arrival. Leaving early closes `items`.
+
+        Raises:
+            FailedPrecondition: the process has forked since the first item.
+        """
+        begun = self._state
 
         # An interrupted step may still be running when `items` is to be closed.
         step_lock = asyncio.Lock()
@@ -89,8 +109,10 @@ class LoopThread:
         try:
             while (item := self.run(step())) is not None:
                 yield item[0]
+                if self._state is not begun:
+                    raise FailedPrecondition("this iteration belongs to the parent process: begin another one")
         finally:
-            if self._end.alive:
+            if self._end.alive and self._state is begun:
                 self.run(end())
 
     def close(self) -> None:
@@ -103,6 +125,10 @@ class LoopThread:
             if not self._end.alive:
                 raise FailedPrecondition("this client is closed: create a new one")
             state = self._state
+            if state.thread is threading.current_thread():
+                raise FailedPrecondition(
+                    "a callback of this client cannot wait for a call of the same client: make the call elsewhere"
+                )
             if state.loop is None:
                 state.loop = asyncio.new_event_loop()
                 state.thread = threading.Thread(target=_serve, args=(state.loop,), name="shoal-client", daemon=True)

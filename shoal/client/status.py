@@ -13,6 +13,7 @@ from shoal.client.jobs.connectors import Connector, of_connector
 from shoal.client.models.registry import ModelVersion, of_model, of_time
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
+from shoal.client.transport.deadline import Timeout
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -105,12 +106,13 @@ class Status:
         return not (self.stale or self.problems or any(envoy.refused for envoy in self.envoys))
 
 
-async def fetch_status(caller: Caller, timeout_s: float) -> Status:
+async def fetch_status(caller: Caller, timeout_s: Timeout) -> Status:
     """Read the parts of the status concurrently.
 
     Raises:
         ShoalError: every call failed.
     """
+    timeout_s = caller.deadline(timeout_s)
     problems: list[ShoalError] = []
 
     async def part(call: Awaitable[T], default: T, what: str) -> T:

@@ -54,20 +54,20 @@ class AsyncTenants:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    async def list(self, *, limit: int = 1_000, timeout: float = TIMEOUT_S) -> builtins.list[Tenant]:
+    async def list(self, *, limit: int = 1_000, timeout: float | None = TIMEOUT_S) -> builtins.list[Tenant]:
         """Return the tenants that have settings or waiting jobs, ordered by name."""
         found: builtins.list[Tenant] = []
-        token = ""
+        token, deadline = "", self._caller.deadline(timeout)
         while len(found) < limit:
             request = ingest.ListTenantsRequest(page_size=min(limit - len(found), _PAGE), page_token=token)
-            response = await self._caller.call(methods.LIST_TENANTS, request, timeout_s=timeout, doing="list tenants")
+            response = await self._caller.call(methods.LIST_TENANTS, request, timeout_s=deadline, doing="list tenants")
             found += [_tenant(tenant) for tenant in response.tenants]
             token = response.next_page_token
             if not token:
                 break
         return found[:limit]
 
-    async def get(self, name: str, *, timeout: float = TIMEOUT_S) -> Tenant:
+    async def get(self, name: str, *, timeout: float | None = TIMEOUT_S) -> Tenant:
         """Return one tenant, also one without settings."""
         response = await self._caller.call(methods.GET_TENANT, ingest.GetTenantRequest(name=name), timeout_s=timeout)
         return _tenant(response.tenant)
@@ -81,7 +81,7 @@ class AsyncTenants:
         rate: float | None = None,
         burst: float | None = None,
         inherit: Iterable[str] = (),
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> Tenant:
         """Change the settings that are not None; settings named in `inherit` follow `*` again.
 

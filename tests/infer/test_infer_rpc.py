@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from services.infer import model_stream_infer
+from shoal.errors import ERROR_CODE_PARAMETER, Code
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer import onnx_files
@@ -405,6 +406,7 @@ async def test_stream_keeps_the_order_and_survives_errors(served):
     for n, response in enumerate(responses):
         if n % 7 == 3:
             assert response.error_message == "Request for unknown model: 'nope' is not found"
+            assert response.infer_response.parameters[ERROR_CODE_PARAMETER].int64_param == Code.NOT_FOUND
         else:
             assert not response.error_message
             np.testing.assert_array_equal(output(response.infer_response, "y"), np.full((1, 4), 2 * n))

@@ -98,6 +98,15 @@ class Channel(StubChannel):
         for connection in tuple(self._connections):
             connection.abort("the channel is closed")
 
+    def leave_to_parent(self) -> None:
+        """Give the connections up in a forked child, which shares their sockets with the parent; see ClientConnection.
+
+        The child's event loop is another one, so nothing is cancelled or closed. The channel is not usable any more.
+        """
+        self._is_closed = True
+        for connection in self._connections:
+            connection.leave_to_parent()
+
     # -- calls
 
     async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:

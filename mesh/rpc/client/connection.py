@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import struct
 from collections.abc import Mapping
 from typing import Protocol
@@ -99,6 +100,19 @@ class ClientConnection(Peer):
         """End the connection and its calls immediately."""
         self._transport.abort()
         self._on_lost(why)
+
+    def leave_to_parent(self) -> None:
+        """Replace the socket by the null device in a forked child, which shares the socket with the parent.
+
+        No byte of the child reaches the peer, and the peer sees the end when the parent closes the connection. Closing
+        the socket object instead would free its number, which later clean-up of the transport might close once more.
+        """
+        socket = self._transport.get_extra_info("socket")
+        number = -1 if socket is None else socket.fileno()
+        if number >= 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number, inheritable=False)
+            os.close(null)
 
     def _on_lost(self, why: str) -> None:
         if self._is_lost:

@@ -70,6 +70,21 @@ class InferResult:
             raise KeyError(f"no output {name!r}: the outputs are {', '.join(self.outputs) or 'none'}") from None
 
 
+def check_types(request: InferRequest) -> None:
+    """Check the containers of `request`, which users get wrong where no type checker runs. Raises InvalidArgument."""
+    containers: dict[str, object] = {
+        "inputs": request.inputs,
+        "parameters": {} if request.parameters is None else request.parameters,
+        "datatypes": request.datatypes,
+    }
+    for argument, value in containers.items():
+        if not isinstance(value, Mapping):
+            example = '{"x": array}' if argument == "inputs" else '{"x": value}'
+            raise InvalidArgument(f"{argument}: expected a mapping, such as {example}, got {type(value).__name__}")
+    if isinstance(request.outputs, str):
+        raise InvalidArgument(f"outputs: expected a list of names, such as [{request.outputs!r}], got text")
+
+
 def to_request(request: InferRequest, metadata: Mapping[str, str] | None = None) -> oip.ModelInferRequest:
     """Return the message of `request`; `metadata` has the model's datatypes by input name.
 
@@ -78,9 +93,17 @@ def to_request(request: InferRequest, metadata: Mapping[str, str] | None = None)
     """
     if not request.model:
         raise InvalidArgument("no model: set the name of a model")
+    try:
+        return _to_request(request, metadata or {})
+    except (TypeError, ValueError) as err:
+        # A name, id or version of a wrong type, or text that UTF-8 cannot carry.
+        raise InvalidArgument(f"infer with {request.model}: {err}") from err
+
+
+def _to_request(request: InferRequest, metadata: Mapping[str, str]) -> oip.ModelInferRequest:
     message = oip.ModelInferRequest(model_name=request.model, model_version=str(request.version), id=request.request_id)
     for name, value in request.inputs.items():
-        datatype = request.datatypes.get(name) or (None if is_exact(value) else (metadata or {}).get(name))
+        datatype = request.datatypes.get(name) or (None if is_exact(value) else metadata.get(name))
         tensor = to_tensor(name, value, datatype)
         message.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_input_contents.append(tensor.raw)

@@ -47,7 +47,7 @@ class AsyncBatches:
         labels: Mapping[str, str] | None = None,
         chunk_rows: int = 0,
         max_attempts: int = 0,
-        timeout: float = SUBMIT_S,
+        timeout: float | None = SUBMIT_S,
     ) -> Batch:
         """Submit a batch: run all rows of `inputs` through `model` and write the outputs to `output`.
 
@@ -81,7 +81,7 @@ class AsyncBatches:
         response = await self._caller.call(methods.SUBMIT_BATCH, request, timeout_s=timeout, doing=doing)
         return of_batch(response.batch)
 
-    async def get(self, batch_id: str, *, timeout: float = READ_S) -> Batch:
+    async def get(self, batch_id: str, *, timeout: float | None = READ_S) -> Batch:
         """Return a batch.
 
         Raises:
@@ -97,11 +97,11 @@ class AsyncBatches:
         model: str = "",
         tenant: str = "",
         limit: int = 100,
-        timeout: float = READ_S,
+        timeout: float | None = READ_S,
     ) -> builtins.list[Batch]:
         """Return the newest `limit` batches; `state`, `model` and `tenant` are filters."""
         found: builtins.list[Batch] = []
-        token = ""
+        token, deadline = "", self._caller.deadline(timeout)
         while len(found) < limit:
             request = ingest.ListBatchesRequest(
                 state=_state(state),
@@ -110,14 +110,14 @@ class AsyncBatches:
                 page_size=min(limit - len(found), 1_000),
                 page_token=token,
             )
-            response = await self._caller.call(methods.LIST_BATCHES, request, timeout_s=timeout, doing="list batches")
+            response = await self._caller.call(methods.LIST_BATCHES, request, timeout_s=deadline, doing="list batches")
             found += [of_batch(batch) for batch in response.batches]
             token = response.next_page_token
             if not token:
                 break
         return found[:limit]
 
-    async def watch(self, batch_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Batch, None]:
+    async def watch(self, batch_id: str, *, timeout: float | None = WATCH_S) -> AsyncGenerator[Batch, None]:
         """Yield the batch now and after each change, until it has ended. A broken stream is reopened.
 
         Raises:
@@ -134,13 +134,13 @@ class AsyncBatches:
         async for response in responses:
             yield of_batch(response.batch)
 
-    async def wait(self, batch_id: str, *, timeout: float = WATCH_S) -> Batch:
+    async def wait(self, batch_id: str, *, timeout: float | None = WATCH_S) -> Batch:
         """Wait until the batch has ended and return it. Raises as `watch` does."""
         # A watch ends with an ended batch or raises.
         ended = [batch async for batch in self.watch(batch_id, timeout=timeout) if batch.ended]
         return ended[-1]
 
-    async def cancel(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
+    async def cancel(self, batch_id: str, reason: str = "", *, timeout: float | None = READ_S) -> Batch:
         """Request the end of a batch and return it; its written results stay. Usually the batch has ended on return.
 
         Raises:
@@ -149,7 +149,7 @@ class AsyncBatches:
         request = ingest.CancelBatchRequest(id=batch_id, reason=reason)
         return of_batch((await self._caller.call(methods.CANCEL_BATCH, request, timeout_s=timeout)).batch)
 
-    async def pause(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
+    async def pause(self, batch_id: str, reason: str = "", *, timeout: float | None = READ_S) -> Batch:
         """Pause a batch until `resume`.
 
         Raises:
@@ -158,7 +158,7 @@ class AsyncBatches:
         request = ingest.PauseBatchRequest(id=batch_id, reason=reason)
         return of_batch((await self._caller.call(methods.PAUSE_BATCH, request, timeout_s=timeout)).batch)
 
-    async def resume(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
+    async def resume(self, batch_id: str, reason: str = "", *, timeout: float | None = READ_S) -> Batch:
         """Resume a paused batch. Raises as `pause` does."""
         request = ingest.ResumeBatchRequest(id=batch_id, reason=reason)
         return of_batch((await self._caller.call(methods.RESUME_BATCH, request, timeout_s=timeout)).batch)

@@ -44,7 +44,7 @@ class AsyncDeadLetters:
         code: Code | str | None = None,
         before: datetime | None = None,
         limit: int = 100,
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> builtins.list[Job]:
         """Return the newest `limit` dead letters.
 
@@ -55,12 +55,12 @@ class AsyncDeadLetters:
         """
         criteria = self._filter(state, model, tenant, code, before)
         found: builtins.list[Job] = []
-        token = ""
+        token, deadline = "", self._caller.deadline(timeout)
         while len(found) < limit:
             request = ingest.ListDeadLettersRequest(
                 filter=criteria, page_size=min(limit - len(found), _PAGE), page_token=token
             )
-            response = await self._caller.call(methods.LIST_DEAD_LETTERS, request, timeout_s=timeout)
+            response = await self._caller.call(methods.LIST_DEAD_LETTERS, request, timeout_s=deadline)
             found += [of_job(job) for job in response.jobs]
             token = response.next_page_token
             if not token:
@@ -78,7 +78,7 @@ class AsyncDeadLetters:
         code: Code | str | None = None,
         before: datetime | None = None,
         reason: str = "",
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> Handled:
         """Requeue dead letters: the jobs of `ids`, or with `all` every one that matches the filters.
 
@@ -112,7 +112,7 @@ class AsyncDeadLetters:
         tenant: str = "",
         code: Code | str | None = None,
         before: datetime | None = None,
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> Handled:
         """Remove dead letters and their inputs: the jobs of `ids`, or with `all` every one that matches the filters.
 

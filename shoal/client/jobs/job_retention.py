@@ -37,7 +37,7 @@ class AsyncJobRetention:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    async def list(self, *, timeout: float = TIMEOUT_S) -> builtins.list[JobRetention]:
+    async def list(self, *, timeout: float | None = TIMEOUT_S) -> builtins.list[JobRetention]:
         """Return the rules of every tenant (`*`), and of tenants with their own."""
         response = await self._caller.call(
             methods.LIST_JOB_RETENTION, ingest.ListJobRetentionRequest(), timeout_s=timeout
@@ -50,7 +50,7 @@ class AsyncJobRetention:
         keep: float | timedelta | None,
         *,
         tenant: str = EVERYONE,
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> JobRetention:
         """Set a rule: jobs that ended in `state` are kept for `keep` seconds, at least 60; None keeps for ever.
 
@@ -67,7 +67,7 @@ class AsyncJobRetention:
         return _rule((await self._caller.call(methods.SET_JOB_RETENTION, request, timeout_s=timeout)).rule)
 
     async def inherit(
-        self, state: JobState | str, *, tenant: str = EVERYONE, timeout: float = TIMEOUT_S
+        self, state: JobState | str, *, tenant: str = EVERYONE, timeout: float | None = TIMEOUT_S
     ) -> JobRetention:
         """Remove a rule; the rule of `*`, or the node's setting, applies again."""
         request = _request(state, tenant)

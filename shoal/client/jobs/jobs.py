@@ -23,6 +23,7 @@ from shoal.client.jobs.schedules import AsyncSchedules
 from shoal.client.jobs.submit_stream import WINDOW, SubmitStream
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
+from shoal.client.transport.deadline import Deadline, Timeout
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.oip.tensors import Array
@@ -78,7 +79,7 @@ class AsyncJobs:
         depends_on: Sequence[str] = (),
         depends_on_keys: Sequence[str] = (),
         fails_with_dependencies: bool = False,
-        timeout: float = SUBMIT_S,
+        timeout: float | None = SUBMIT_S,
     ) -> Job:
         """Submit one job and return it. The job is durable when this returns, and runs even after crashes.
 
@@ -114,8 +115,9 @@ class AsyncJobs:
             depends_on_keys=depends_on_keys,
             fails_with_dependencies=fails_with_dependencies,
         )
-        message = await self._message(RequestEncoder(self._caller), request)
-        response = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
+        limit = self._caller.deadline(timeout)
+        message = await self._message(RequestEncoder(self._caller), request, limit)
+        response = await self._caller.call(methods.SUBMIT, message, timeout_s=limit, doing=f"submit to {model}")
         return of_job(response.job)
 
     async def submit_many(
@@ -167,20 +169,25 @@ class AsyncJobs:
             except ShoalError as err:
                 yield err
 
-    async def _message(self, encoder: RequestEncoder, request: JobRequest) -> ingest.SubmitRequest:
+    async def _message(
+        self, encoder: RequestEncoder, request: JobRequest, limit: Deadline | None = None
+    ) -> ingest.SubmitRequest:
         key = request.idempotency_key or uuid.uuid4().hex
-        return to_submit(request, await encoder.encode(request), key=key, tenant=self._tenant)
+        return to_submit(request, await encoder.encode(request, limit), key=key, tenant=self._tenant)
 
-    async def get(self, job_id: str, *, timeout: float = READ_S) -> Job:
+    async def get(self, job_id: str, *, timeout: float | None = READ_S) -> Job:
         """Return a job.
 
         Raises:
             NotFound: no such job.
         """
+        return await self._get(job_id, timeout)
+
+    async def _get(self, job_id: str, timeout: Timeout) -> Job:
         request = ingest.GetJobRequest(id=job_id)
         return of_job((await self._caller.call(methods.GET_JOB, request, timeout_s=timeout)).job)
 
-    async def inputs(self, job_id: str, *, timeout: float = READ_S) -> dict[str, Array]:
+    async def inputs(self, job_id: str, *, timeout: float | None = READ_S) -> dict[str, Array]:
         """Return the inputs of a job by name.
 
         The node keeps them until the job has succeeded, expired or been cancelled; for good with `keep_request`.
@@ -200,25 +207,30 @@ class AsyncJobs:
         model: str = "",
         tenant: str = "",
         limit: int = 100,
-        timeout: float = READ_S,
+        timeout: float | None = READ_S,
     ) -> builtins.list[Job]:
         """Return the newest `limit` jobs; `state`, `model` and `tenant` are filters."""
-        jobs = self.each(state=state, model=model, tenant=tenant, most=limit, timeout=timeout)
+        jobs = self._each(state, model, tenant, limit, self._caller.deadline(timeout))
         return [job async for job in jobs]
 
-    async def each(
+    def each(
         self,
         *,
         state: JobState | str | None = None,
         model: str = "",
         tenant: str = "",
         most: int | None = None,
-        timeout: float = READ_S,
+        timeout: float | None = READ_S,
     ) -> AsyncGenerator[Job, None]:
         """Yield jobs, newest first, at most `most`; a page is read when its first job is needed. Filters as in `list`.
 
         `timeout` applies to each page.
         """
+        return self._each(state, model, tenant, most, timeout)
+
+    async def _each(
+        self, state: JobState | str | None, model: str, tenant: str, most: int | None, timeout: Timeout
+    ) -> AsyncGenerator[Job, None]:
         left, token = most if most is not None else sys.maxsize, ""
         while left > 0:
             request = ingest.ListJobsRequest(
@@ -235,13 +247,16 @@ class AsyncJobs:
             if not token:
                 return
 
-    async def watch(self, job_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Job, None]:
+    def watch(self, job_id: str, *, timeout: float | None = WATCH_S) -> AsyncGenerator[Job, None]:
         """Yield the job now and after each transition, until it has ended. A broken stream is reopened.
 
         Raises:
             NotFound: no such job.
             DeadlineExceeded: the job has not ended in time.
         """
+        return self._watch(job_id, timeout)
+
+    async def _watch(self, job_id: str, timeout: Timeout) -> AsyncGenerator[Job, None]:
         last: Job | None = None
         responses = self._caller.follow(
             methods.WATCH_JOB,
@@ -263,7 +278,7 @@ class AsyncJobs:
         *,
         include_existing: bool = False,
         resume_token: str = "",
-        timeout: float = WATCH_ALL_S,
+        timeout: float | None = WATCH_ALL_S,
     ) -> AsyncGenerator[JobChange, None]:
         """Yield every later transition of every job that matches, each once, for `timeout` seconds at most.
 
@@ -289,7 +304,7 @@ class AsyncJobs:
                 yield JobChange(of_job(response.job), response.resume_token, response.existing)
             last = response.resume_token
 
-    async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
+    async def cancel(self, job_id: str, reason: str = "", *, timeout: float | None = READ_S) -> Job:
         """Cancel a job: prevent its run, or the recording of its answer. Return the job, which may have ended before.
 
         Raises:
@@ -298,7 +313,7 @@ class AsyncJobs:
         request = ingest.CancelJobRequest(id=job_id, reason=reason)
         return of_job((await self._caller.call(methods.CANCEL_JOB, request, timeout_s=timeout)).job)
 
-    async def result(self, job_id: str, *, wait: bool = True, timeout: float = RESULT_S) -> InferResult:
+    async def result(self, job_id: str, *, wait: bool = True, timeout: float | None = RESULT_S) -> InferResult:
         """Return the answer of a job from the store; wait for the job's end at most `timeout` seconds.
 
         Raises:
@@ -309,50 +324,59 @@ class AsyncJobs:
             Cancelled: the job was cancelled.
             ShoalError: the job failed; class and message are those of its last attempt, with the job's id.
         """
-        found = await self._result(job_id, min(timeout, _SOON_S) if wait else 0.0)
-        if found is not None and not await self._is_requeued(found):
+        deadline = self._caller.deadline(timeout)
+        left_s = deadline.left_s(self._caller.clock())
+        # Half of the time at most, so that the store responds before the deadline.
+        soon_s = _SOON_S if left_s is None else min(left_s / 2, _SOON_S)
+        found = await self._result(job_id, deadline, soon_s if wait else 0.0)
+        if found is not None and not await self._is_requeued(found, deadline):
             return of_result(found)
         if not wait:
-            job = await self.get(job_id)
+            job = await self._get(job_id, self._soon(deadline))
             if not job.ended:
                 raise FailedPrecondition(f"job {job_id} is {job.state}: it has no result yet")
         else:
-            job = await self._until_ended(job_id, timeout)
-        found = await self._result(job_id)
+            job = await self._until_ended(job_id, deadline)
+        found = await self._result(job_id, deadline)
         if found is None:
             raise missing_result(job)
         return of_result(found)
 
-    async def _is_requeued(self, found: store.Result) -> bool:
+    def _soon(self, deadline: Deadline) -> Deadline:
+        """Return the deadline of a read within a longer wait."""
+        return deadline.capped(READ_S, self._caller.clock())
+
+    async def _is_requeued(self, found: store.Result, deadline: Deadline) -> bool:
         """Return True when a recorded failure belongs to a generation of the job before the present one."""
         if found.outcome != store.Result.OUTCOME_FAILED:
             return False
         try:
-            return (await self.get(found.job_id)).generation > max(1, found.generation)
+            return (await self._get(found.job_id, self._soon(deadline))).generation > max(1, found.generation)
         except ShoalError:
-            # The job is deleted, or ingest is unavailable: the recorded failure is returned.
+            # The job is deleted, ingest is unavailable, or time is up: the recorded failure is the best response.
             return False
 
-    async def _result(self, job_id: str, wait_s: float = 0.0) -> store.Result | None:
+    async def _result(self, job_id: str, deadline: Deadline, wait_s: float = 0.0) -> store.Result | None:
         request = store.GetResultRequest(job_id=job_id)
         if wait_s > 0:
             request.wait.FromNanoseconds(int(wait_s * 1e9))
         try:
             response = await self._caller.call(
-                methods.GET_RESULT, request, timeout_s=READ_S, doing=f"result of job {job_id}"
+                methods.GET_RESULT, request, timeout_s=self._soon(deadline), doing=f"result of job {job_id}"
             )
         except NotFound:
             return None
         return response.result
 
-    async def _until_ended(self, job_id: str, timeout: float) -> Job:
+    async def _until_ended(self, job_id: str, deadline: Deadline) -> Job:
         last: Job | None = None
         try:
-            async for job in self.watch(job_id, timeout=timeout):
+            async for job in self._watch(job_id, deadline):
                 last = job
         except DeadlineExceeded as err:
             state = f"is still {last.state}" if last is not None else "is in an unknown state"
-            raise DeadlineExceeded(f"job {job_id} {state} after {timeout:g} s: try again later") from err
+            after = "" if deadline.timeout_s is None else f" after {deadline.timeout_s:g} s"
+            raise DeadlineExceeded(f"job {job_id} {state}{after}: try again later") from err
         # A watch ends with an ended job or raises.
         assert last is not None
         return last

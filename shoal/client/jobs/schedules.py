@@ -71,7 +71,7 @@ class AsyncSchedules:
         overlap: Overlap = "allow",
         paused: bool = False,
         replace: bool = False,
-        timeout: float = TIMEOUT_S,
+        timeout: float | None = TIMEOUT_S,
     ) -> Schedule:
         """Create a schedule: at each time of `cron` in `time_zone`, `job` is submitted once.
 
@@ -83,9 +83,9 @@ class AsyncSchedules:
             InvalidArgument: the message names the field.
             AlreadyExists: a schedule of that name exists, and `replace` is False.
         """
-        submit = to_submit(
-            job, await RequestEncoder(self._caller).encode(job), key=job.idempotency_key, tenant=self._tenant
-        )
+        deadline = self._caller.deadline(timeout)
+        encoded = await RequestEncoder(self._caller).encode(job, deadline)
+        submit = to_submit(job, encoded, key=job.idempotency_key, tenant=self._tenant)
         message = ingest.Schedule(
             name=name,
             tenant=submit.tenant,
@@ -97,9 +97,9 @@ class AsyncSchedules:
             paused=paused,
         )
         request = ingest.PutScheduleRequest(schedule=message, replace=replace)
-        return _schedule((await self._caller.call(methods.PUT_SCHEDULE, request, timeout_s=timeout)).schedule)
+        return _schedule((await self._caller.call(methods.PUT_SCHEDULE, request, timeout_s=deadline)).schedule)
 
-    async def get(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
+    async def get(self, name: str, *, tenant: str = "", timeout: float | None = TIMEOUT_S) -> Schedule:
         """Return one schedule.
 
         Raises:
@@ -108,13 +108,13 @@ class AsyncSchedules:
         request = ingest.GetScheduleRequest(name=name, tenant=tenant or self._tenant)
         return _schedule((await self._caller.call(methods.GET_SCHEDULE, request, timeout_s=timeout)).schedule)
 
-    async def list(self, *, tenant: str | None = None, timeout: float = TIMEOUT_S) -> builtins.list[Schedule]:
+    async def list(self, *, tenant: str | None = None, timeout: float | None = TIMEOUT_S) -> builtins.list[Schedule]:
         """Return all schedules, ordered by tenant and name; only one tenant's when it is set here or in the client."""
         request = ingest.ListSchedulesRequest(tenant=tenant if tenant is not None else self._tenant or None)
         response = await self._caller.call(methods.LIST_SCHEDULES, request, timeout_s=timeout)
         return [_schedule(one) for one in response.schedules]
 
-    async def pause(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
+    async def pause(self, name: str, *, tenant: str = "", timeout: float | None = TIMEOUT_S) -> Schedule:
         """Pause a schedule. Times within the pause are skipped.
 
         Raises:
@@ -122,7 +122,7 @@ class AsyncSchedules:
         """
         return await self._pause(name, tenant, False, timeout)
 
-    async def resume(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
+    async def resume(self, name: str, *, tenant: str = "", timeout: float | None = TIMEOUT_S) -> Schedule:
         """Resume a paused schedule, from now on.
 
         Raises:
@@ -130,7 +130,7 @@ class AsyncSchedules:
         """
         return await self._pause(name, tenant, True, timeout)
 
-    async def remove(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
+    async def remove(self, name: str, *, tenant: str = "", timeout: float | None = TIMEOUT_S) -> Schedule:
         """Remove a schedule. Its jobs stay.
 
         Raises:
@@ -139,7 +139,7 @@ class AsyncSchedules:
         request = ingest.RemoveScheduleRequest(name=name, tenant=tenant or self._tenant)
         return _schedule((await self._caller.call(methods.REMOVE_SCHEDULE, request, timeout_s=timeout)).schedule)
 
-    async def _pause(self, name: str, tenant: str, resume: bool, timeout: float) -> Schedule:
+    async def _pause(self, name: str, tenant: str, resume: bool, timeout: float | None) -> Schedule:
         request = ingest.PauseScheduleRequest(name=name, tenant=tenant or self._tenant, resume=resume)
         return _schedule((await self._caller.call(methods.PAUSE_SCHEDULE, request, timeout_s=timeout)).schedule)
 

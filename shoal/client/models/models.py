@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class AsyncModels:
         renumber: bool = False,
         progress: Callable[[Progress], None] = ignore,
         wait: bool = True,
-        timeout: float = READY_S,
+        timeout: float | None = READY_S,
     ) -> builtins.list[Pushed]:
         """Upload a model, register it, wait until it is ready everywhere, and point `alias` at its newest version.
 
@@ -89,7 +90,7 @@ class AsyncModels:
         labels: Mapping[str, str],
         progress: Callable[[Progress], None],
         wait: bool,
-        timeout: float,
+        timeout: float | None,
     ) -> builtins.list[Pushed]:
         """Push all versions of one model."""
         files = dict.fromkeys(file for each in bundles for _, file in each.files)
@@ -109,7 +110,7 @@ class AsyncModels:
                 raise readiness.not_served(newest.name, newest.version)
         return pushed
 
-    async def _wait_pushed(self, pushed: builtins.list[Pushed], timeout_s: float) -> builtins.list[Pushed]:
+    async def _wait_pushed(self, pushed: builtins.list[Pushed], timeout_s: float | None) -> builtins.list[Pushed]:
         name = pushed[0].model.name
         not_served = await readiness.wait_ready(self._caller, name, [each.model.version for each in pushed], timeout_s)
         return [replace(each, ready=each.model.version not in not_served) for each in pushed]
@@ -151,7 +152,7 @@ class AsyncModels:
         sent_bytes = sum(sent[sha256] for sha256 in {file.sha256 for file in model.files})
         return Pushed(of_model(response.model), response.existed, sent_bytes)
 
-    async def list(self, name: str = "", *, timeout: float = READ_S) -> builtins.list[ModelVersion]:
+    async def list(self, name: str = "", *, timeout: float | None = READ_S) -> builtins.list[ModelVersion]:
         """Return the versions in the registry, or those of one model, ordered by name and version."""
         response = await self._caller.call(
             methods.LIST_MODELS, store.ListModelsRequest(name=name), timeout_s=timeout, doing="list models"
@@ -159,7 +160,7 @@ class AsyncModels:
         return [of_model(model) for model in response.models]
 
     async def remove(
-        self, name: str, version: int | None = None, *, timeout: float = READ_S
+        self, name: str, version: int | None = None, *, timeout: float | None = READ_S
     ) -> builtins.list[ModelVersion]:
         """Remove one version, or all, from the registry and from service. Return the removed versions.
 
@@ -175,7 +176,7 @@ class AsyncModels:
         return [of_model(model) for model in response.removed]
 
     async def alias(
-        self, name: str, alias: str, version: int | None, *, timeout: float = READ_S
+        self, name: str, alias: str, version: int | None, *, timeout: float | None = READ_S
     ) -> ModelVersion | None:
         """Point `alias` (such as `stable`) at a version; None removes the alias.
 
@@ -212,13 +213,13 @@ class AsyncModels:
             raise NotFound(f"no {what} {name!r}{known}")
         return await download.pull(self._caller, versions[number], Path(into), progress)
 
-    async def ready(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> bool:
+    async def ready(self, name: str, version: int | str = "", *, timeout: float | None = READ_S) -> bool:
         """Return True when the responding instance has the version (empty: any) of the model ready."""
         request = oip.ModelReadyRequest(name=name, version=str(version))
         response = await self._caller.call(methods.MODEL_READY, request, timeout_s=timeout)
         return response.ready
 
-    async def wait_ready(self, name: str, version: int | None = None, *, timeout: float = READY_S) -> None:
+    async def wait_ready(self, name: str, version: int | None = None, *, timeout: float | None = READY_S) -> None:
         """Wait until every infer instance that takes traffic has the version (None: any) of the model ready.
 
         Raises:
@@ -228,7 +229,7 @@ class AsyncModels:
         if await readiness.wait_ready(self._caller, name, [version], timeout):
             raise readiness.not_served(name, version)
 
-    async def metadata(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> ModelMetadata:
+    async def metadata(self, name: str, version: int | str = "", *, timeout: float | None = READ_S) -> ModelMetadata:
         """Return the versions, inputs and outputs of a model.
 
         Raises:
@@ -237,7 +238,7 @@ class AsyncModels:
         request = oip.ModelMetadataRequest(name=name, version=str(version))
         return of_metadata(await self._caller.call(methods.MODEL_METADATA, request, timeout_s=timeout))
 
-    async def config(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> dict[str, Any]:
+    async def config(self, name: str, version: int | str = "", *, timeout: float | None = READ_S) -> dict[str, Any]:
         """Return the configuration of a model, completed by the server, with the names of Triton's `config.pbtxt`.
 
         Raises:
@@ -247,8 +248,43 @@ class AsyncModels:
         response = await self._caller.call(methods.MODEL_CONFIG, request, timeout_s=timeout)
         return MessageToDict(response.config, preserving_proto_field_name=True)
 
+    async def load(
+        self,
+        name: str,
+        *,
+        config: Mapping[str, Any] | str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        timeout: float | None = READY_S,
+    ) -> None:
+        """Load a model of the responding instance's repository, or load it again, and wait until it is ready.
+
+        `config` (as of `config`, or JSON) replaces the model's configuration for this load. `files` (`1/model.onnx`:
+        its bytes) replace the model's files, and need a `config`. The server must allow model control.
+
+        Raises:
+            InvalidArgument: the model cannot be loaded; the message has the reason.
+            FailedPrecondition, PermissionDenied, Unavailable: the server does not allow model control.
+        """
+        request = oip.RepositoryModelLoadRequest(model_name=name)
+        if config is not None:
+            text = config if isinstance(config, str) else json.dumps(config)
+            request.parameters["config"].string_param = text
+        for path, content in (files or {}).items():
+            request.parameters[f"file:{path}"].bytes_param = content
+        await self._caller.call(methods.MODEL_LOAD, request, timeout_s=timeout, doing=f"load {name}")
+
+    async def unload(self, name: str, *, dependents: bool = False, timeout: float | None = READY_S) -> None:
+        """Stop serving a model at the responding instance, until it is loaded again; requests in flight finish.
+
+        With `dependents`, the models that an ensemble consists of are unloaded, too.
+        """
+        request = oip.RepositoryModelUnloadRequest(model_name=name)
+        if dependents:
+            request.parameters["unload_dependents"].bool_param = True
+        await self._caller.call(methods.MODEL_UNLOAD, request, timeout_s=timeout, doing=f"unload {name}")
+
     async def statistics(
-        self, name: str = "", version: int | str = "", *, timeout: float = READ_S
+        self, name: str = "", version: int | str = "", *, timeout: float | None = READ_S
     ) -> builtins.list[ModelStatistics]:
         """Return the statistics of one model, or all, at the responding instance.
 
@@ -259,7 +295,7 @@ class AsyncModels:
         response = await self._caller.call(methods.MODEL_STATISTICS, request, timeout_s=timeout)
         return [of_statistics(entry) for entry in response.model_stats]
 
-    async def index(self, *, timeout: float = READ_S) -> builtins.list[IndexEntry]:
+    async def index(self, *, timeout: float | None = READ_S) -> builtins.list[IndexEntry]:
         """Return every model that the responding instance knows, with its state there, and why it is unavailable."""
         response = await self._caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout)
         return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in response.models]

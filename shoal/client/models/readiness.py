@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
-from shoal.client.transport.failures import bounded
+from shoal.client.transport.deadline import Deadline, Timeout
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
@@ -114,28 +114,33 @@ class ReadinessWait:
             self.not_served.add(version)
 
 
-async def wait_ready(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> set[int | None]:
+async def wait_ready(
+    caller: Caller, name: str, versions: Collection[int | None], timeout_s: Timeout
+) -> set[int | None]:
     """Wait until every infer instance in traffic has the versions ready. Return the versions that are not served.
 
     Raises:
         FailedPrecondition: an instance cannot load a version; the message has the reason.
         DeadlineExceeded: an instance was not ready in time; the message names it.
     """
-    deadline = caller.clock() + bounded(timeout_s)
+    deadline = caller.deadline(timeout_s)
     state = ReadinessWait(name, set(versions))
     progress = ""
     while state.waiting:
-        left = deadline - caller.clock()
+        left_s = deadline.left_s(caller.clock())
+        # A last poll at the deadline has a moment, so that the error can say what is missing.
+        poll_s = POLL_TIMEOUT_S if left_s is None else min(POLL_TIMEOUT_S, max(left_s, POLL_S))
         try:
-            poll = await _poll(caller, name, state.waiting, min(POLL_TIMEOUT_S, max(left, POLL_S)))
+            poll = await _poll(caller, name, state.waiting, caller.deadline(poll_s))
             state.add(poll, caller.clock())
             progress = "; ".join(f"{_named(name, v)}: {poll.readiness[v]}" for v in state.waiting)
         except (Unavailable, DeadlineExceeded) as err:
             progress = err.message
-        if state.waiting and caller.clock() >= deadline:
-            raise DeadlineExceeded(f"not ready everywhere after {timeout_s:g} s: {progress}")
+        left_s = deadline.left_s(caller.clock())
+        if state.waiting and left_s is not None and left_s <= 0:
+            raise DeadlineExceeded(f"not ready everywhere after {deadline.timeout_s:g} s: {progress}")
         if state.waiting:
-            await caller.pause(min(POLL_S, max(deadline - caller.clock(), 0)))
+            await caller.pause(POLL_S if left_s is None else min(POLL_S, left_s))
     return state.not_served
 
 
@@ -151,7 +156,7 @@ def _named(name: str, version: int | None) -> str:
     return name if version is None else f"{name} version {version}"
 
 
-async def _poll(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Poll:
+async def _poll(caller: Caller, name: str, versions: Collection[int | None], timeout_s: Deadline) -> Poll:
     try:
         listed = await caller.call(
             methods.LIST_INSTANCES, coord.ListInstancesRequest(service="infer"), timeout_s=timeout_s
@@ -165,7 +170,7 @@ async def _poll(caller: Caller, name: str, versions: Collection[int | None], tim
     return Poll(readiness, any_everywhere, await _index(caller, name, timeout_s) if waiting else None)
 
 
-async def _poll_server(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Poll:
+async def _poll_server(caller: Caller, name: str, versions: Collection[int | None], timeout_s: Deadline) -> Poll:
     """Poll a standalone inference server (`shoal serve`), which is the only instance."""
 
     async def ready(version: int | None) -> bool:
@@ -183,7 +188,7 @@ async def _poll_server(caller: Caller, name: str, versions: Collection[int | Non
 
 
 async def _index(
-    caller: Caller, name: str, timeout_s: float
+    caller: Caller, name: str, timeout_s: Deadline
 ) -> Mapping[int, oip.RepositoryIndexResponse.ModelIndex] | None:
     try:
         index = await caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout_s)

@@ -29,7 +29,7 @@ class AsyncResults:
         self._caller = caller
         self._tenant = tenant
 
-    async def get(self, job_id: str, *, timeout: float = READ_S) -> JobResult:
+    async def get(self, job_id: str, *, timeout: float | None = READ_S) -> JobResult:
         """Return the result of a job with its answer; `answer_lost` is set when the answer is damaged in the store.
 
         Raises:
@@ -45,7 +45,7 @@ class AsyncResults:
         *,
         limit: int = 100,
         answers: bool = False,
-        timeout: float = READ_S,
+        timeout: float | None = READ_S,
     ) -> builtins.list[JobResult]:
         """Return the newest `limit` results that match; with `answers` including their answers.
 
@@ -56,11 +56,11 @@ class AsyncResults:
         """
         matching = self._filter(filter)
         found: builtins.list[JobResult] = []
-        token = ""
+        token, deadline = "", self._caller.deadline(timeout)
         while len(found) < limit:
             size = min(limit - len(found), _PAGE)
             query = to_query(matching, page_size=size, page_token=token, omit_response=not answers)
-            response = await self._caller.call(methods.QUERY_RESULTS, query, timeout_s=timeout, doing="list results")
+            response = await self._caller.call(methods.QUERY_RESULTS, query, timeout_s=deadline, doing="list results")
             found += map(of_stored, response.results)
             token = response.next_page_token
             if not token:
@@ -72,7 +72,7 @@ class AsyncResults:
         filter: ResultFilter = ResultFilter(),  # noqa: B008 - frozen
         *,
         answers: bool = True,
-        timeout: float = STREAM_S,
+        timeout: float | None = STREAM_S,
     ) -> AsyncGenerator[JobResult, None]:
         """Yield every recorded result that matches, oldest first, each once. A broken stream is resumed.
 
@@ -104,7 +104,7 @@ class AsyncResults:
         answers: bool = True,
         part_rows: int = 0,
         cursor: str = "",
-        timeout: float = STREAM_S,
+        timeout: float | None = STREAM_S,
     ) -> AsyncGenerator[Exported, None]:
         """Write every recorded result that matches to Parquet files, oldest first, and yield the progress.
 

@@ -78,14 +78,14 @@ class RetentionAndQuotas:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
-    async def retention(self, *, timeout: float = CALL_S) -> builtins.list[RetentionRule]:
+    async def retention(self, *, timeout: float | None = CALL_S) -> builtins.list[RetentionRule]:
         """Return all retention rules."""
         request = store.ListRetentionRequest()
         response = await self._caller.call(methods.LIST_RETENTION, request, timeout_s=timeout, doing="list retention")
         return [_of_rule(rule) for rule in response.rules]
 
     async def set_retention(
-        self, kept: Kept | str, keep: timedelta | None, *, tenant: str | None = None, timeout: float = CALL_S
+        self, kept: Kept | str, keep: timedelta | None, *, tenant: str | None = None, timeout: float | None = CALL_S
     ) -> None:
         """Set a rule: remove `kept` older than `keep` (None: never), of one tenant or of all without their own rule.
 
@@ -98,7 +98,9 @@ class RetentionAndQuotas:
         request = store.SetRetentionRequest(rule=rule)
         await self._caller.call(methods.SET_RETENTION, request, timeout_s=timeout, doing="set retention")
 
-    async def remove_retention(self, kept: Kept | str, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
+    async def remove_retention(
+        self, kept: Kept | str, *, tenant: str | None = None, timeout: float | None = CALL_S
+    ) -> None:
         """Remove a rule; the rule for all tenants, if any, applies again."""
         request = store.SetRetentionRequest(rule=_to_rule(kept, tenant), remove=True)
         await self._caller.call(methods.SET_RETENTION, request, timeout_s=timeout, doing="remove retention")
@@ -106,17 +108,17 @@ class RetentionAndQuotas:
     async def usage(self, *, recount: bool = False, timeout: float | None = None) -> StoreUsage:
         """Return the space that each tenant's results and payloads take. With `recount`, count everything first."""
         tenants: builtins.list[TenantUsage] = []
-        token = ""
+        limit_s = (RECOUNT_S if recount else CALL_S) if timeout is None else timeout
+        token, deadline = "", self._caller.deadline(limit_s)
         while True:
             request = store.ListUsageRequest(page_size=_PAGE, page_token=token, recount=recount)
-            limit_s = timeout or (RECOUNT_S if recount else CALL_S)
-            response = await self._caller.call(methods.LIST_USAGE, request, timeout_s=limit_s, doing="list usage")
+            response = await self._caller.call(methods.LIST_USAGE, request, timeout_s=deadline, doing="list usage")
             tenants += map(_of_usage, response.usages)
             token = response.next_page_token
             if not token:
                 return StoreUsage(tuple(tenants), response.artifacts, response.artifact_bytes)
 
-    async def set_quota(self, most_bytes: int, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
+    async def set_quota(self, most_bytes: int, *, tenant: str | None = None, timeout: float | None = CALL_S) -> None:
         """Set the quota of a tenant's results and payloads, or of each tenant without its own quota.
 
         A tenant over its quota cannot submit jobs until space is free again.
@@ -127,7 +129,7 @@ class RetentionAndQuotas:
         request = store.SetQuotaRequest(bytes=most_bytes, tenant=tenant)
         await self._caller.call(methods.SET_QUOTA, request, timeout_s=timeout, doing="set a quota")
 
-    async def remove_quota(self, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
+    async def remove_quota(self, *, tenant: str | None = None, timeout: float | None = CALL_S) -> None:
         """Remove a quota; the quota for all tenants, if any, applies again."""
         request = store.SetQuotaRequest(remove=True, tenant=tenant)
         await self._caller.call(methods.SET_QUOTA, request, timeout_s=timeout, doing="remove a quota")

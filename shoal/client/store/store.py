@@ -81,7 +81,9 @@ class Collected:
 class AsyncStore(RetentionAndQuotas):
     """`client.store`: verify, collect, back up and restore; retention and quotas."""
 
-    async def verify(self, *, sizes_only: bool = False, timeout: float = VERIFY_S) -> AsyncGenerator[Verified, None]:
+    async def verify(
+        self, *, sizes_only: bool = False, timeout: float | None = VERIFY_S
+    ) -> AsyncGenerator[Verified, None]:
         """Verify every blob and yield the progress after each. `sizes_only`: compare existence and size, not content.
 
         A damaged blob counts as missing from then on; its next upload (a push of the model) repairs it.
@@ -96,14 +98,14 @@ class AsyncStore(RetentionAndQuotas):
             finding = _finding(step.finding) if step.HasField("finding") else None
             yield Verified(step.blobs, step.blobs_in_all, step.bytes, finding)
 
-    async def collect(self, *, strays: bool = False, timeout: float = COLLECT_S) -> Collected:
+    async def collect(self, *, strays: bool = False, timeout: float | None = COLLECT_S) -> Collected:
         """Collect garbage now, as the store does every few minutes; with `strays` also stray blobs, as once a day."""
         request = store.CollectArtifactsRequest(strays=strays)
         done = await self._caller.call(methods.COLLECT_ARTIFACTS, request, timeout_s=timeout, doing="collect artifacts")
         return Collected(done.condemned, done.collected, done.removed, done.strays)
 
     async def backup(
-        self, to: str, *, trust_sizes: bool = False, timeout: float = BACKUP_S
+        self, to: str, *, trust_sizes: bool = False, timeout: float | None = BACKUP_S
     ) -> AsyncGenerator[BackupProgress, None]:
         """Back up everything to the URL `to` (`file:///folder`, `s3://bucket/prefix`, ...) and yield the progress.
 
@@ -122,7 +124,7 @@ class AsyncStore(RetentionAndQuotas):
             yield progress
 
     async def restore(
-        self, source: str, *, backup_id: str = "", timeout: float = BACKUP_S
+        self, source: str, *, backup_id: str = "", timeout: float | None = BACKUP_S
     ) -> AsyncGenerator[BackupProgress, None]:
         """Restore a backup (the newest, or `backup_id`) into this store, which must be empty.
 

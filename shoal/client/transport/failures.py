@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import grpc
@@ -11,7 +10,6 @@ from shoal.errors import (
     Code,
     DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
     ShoalError,
     Unavailable,
     Unimplemented,
@@ -39,7 +37,7 @@ _NO_METHOD = "Method not found"
 _NOT_GRPC_RESPONSE = "the response is not gRPC's"
 
 
-def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
+def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float | None) -> ShoalError:
     """Return the ShoalError of a failed call to `address`; `doing` names the call, `timeout_s` is its time limit."""
     code, details = err.code(), err.details() or "no details"
     if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
@@ -59,9 +57,10 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
     return from_status(code.value[0], details, retry_after_ms=retry_after_of(err.trailing_metadata() or ()))
 
 
-def timed_out(doing: str, timeout_s: float) -> DeadlineExceeded:
-    """Return the error of a call without a response in time."""
-    return DeadlineExceeded(f"{doing}: no response within {timeout_s:g} s: allow more time, or see `shoal status`")
+def timed_out(doing: str, timeout_s: float | None) -> DeadlineExceeded:
+    """Return the error of a call without a response in time; a server's own limit has no `timeout_s`."""
+    within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
+    return DeadlineExceeded(f"{doing}: no response {within}: allow more time, or see `shoal status`")
 
 
 def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
@@ -81,10 +80,3 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
 def of_rejection(code: int, message: str) -> ShoalError:
     """Return the error of a rejection inside a response message."""
     return from_status(code or Code.UNKNOWN, message or "no details")
-
-
-def bounded(timeout_s: float) -> float:
-    """Return `timeout_s`, limited to what grpc can represent. Raises InvalidArgument when it is not a duration."""
-    if math.isnan(timeout_s) or timeout_s < 0:
-        raise InvalidArgument(f"timeout={timeout_s}: expected seconds, 0 or more")
-    return min(timeout_s, 365 * 86_400.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from shoal.client.transport import forks
 from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.transport import MESSAGE_BYTES, A, Bidi, Metadata, closed_in_flight, serialized
 
@@ -24,15 +26,39 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
+_has_channels = False
+_is_lost = False
+
+
+def is_usable() -> bool:
+    """Return False in a forked child whose parent has used grpc.aio.
+
+    grpc's threads do not survive the fork: every call of the child would wait for ever, on a new channel, too.
+    """
+    return not _is_lost
+
+
+def _after_fork() -> None:
+    global _is_lost
+    if _has_channels:
+        _is_lost = True
+        forks.leave_garbage()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 class GrpcAio:
     """Transport over a grpc.aio channel."""
 
     def __init__(self, address: str) -> None:
+        global _has_channels
+        _has_channels = True
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self.is_closed = False
 
-    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
+    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float | None, metadata: Metadata) -> R:
         call = self._channel.unary_unary(method.path, serialized, method.response.FromString)
         with self.closed_as_cancelled():
             response: R = await call(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
@@ -49,6 +75,9 @@ class GrpcAio:
     async def close(self) -> None:
         self.is_closed = True
         await self._channel.close()
+
+    def leave_to_parent(self) -> None:
+        """Do nothing: the child keeps the channel untouched, and uses none of its own (`is_usable`)."""
 
     @contextmanager
     def closed_as_cancelled(self) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Transport over mesh.h2, for nodes on this machine, where most of a call's time would be grpc.aio's own."""
+"""Transport over mesh.h2, for nodes on this machine, where most of a call's time would be grpc.aio's own.
+
+A forked child whose parent has used grpc.aio uses this transport for other machines, too.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class LocalH2:
         self._finalizer = weakref.finalize(self, _finalizer, asyncio.get_running_loop(), self._channel)
         self._finalizer.atexit = False
 
-    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
+    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float | None, metadata: Metadata) -> R:
         with self.closed_as_cancelled():
             data = await self._channel.unary(method.path, serialized(request), timeout_s=timeout_s, metadata=metadata)
         response: R = parsed(data, method.response.FromString)
@@ -55,6 +58,10 @@ class LocalH2:
         self._is_closed = True
         self._finalizer.detach()
         await self._channel.close()
+
+    def leave_to_parent(self) -> None:
+        self._finalizer.detach()
+        self._channel.leave_to_parent()
 
     @contextmanager
     def closed_as_cancelled(self) -> Iterator[None]:

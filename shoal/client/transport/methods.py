@@ -38,11 +38,17 @@ class Method(Generic[Q, R]):
 _OIP = "/inference.GRPCInferenceService/"
 MODEL_INFER = Method(_OIP + "ModelInfer", oip.ModelInferRequest, oip.ModelInferResponse)
 MODEL_STREAM_INFER = Method(_OIP + "ModelStreamInfer", oip.ModelInferRequest, oip.ModelStreamInferResponse, False)
+SERVER_LIVE = Method(_OIP + "ServerLive", oip.ServerLiveRequest, oip.ServerLiveResponse)
+SERVER_READY = Method(_OIP + "ServerReady", oip.ServerReadyRequest, oip.ServerReadyResponse)
 MODEL_READY = Method(_OIP + "ModelReady", oip.ModelReadyRequest, oip.ModelReadyResponse)
 MODEL_METADATA = Method(_OIP + "ModelMetadata", oip.ModelMetadataRequest, oip.ModelMetadataResponse)
 MODEL_CONFIG = Method(_OIP + "ModelConfig", oip.ModelConfigRequest, oip.ModelConfigResponse)
 MODEL_STATISTICS = Method(_OIP + "ModelStatistics", oip.ModelStatisticsRequest, oip.ModelStatisticsResponse)
 REPOSITORY_INDEX = Method(_OIP + "RepositoryIndex", oip.RepositoryIndexRequest, oip.RepositoryIndexResponse)
+MODEL_LOAD = Method(_OIP + "RepositoryModelLoad", oip.RepositoryModelLoadRequest, oip.RepositoryModelLoadResponse)
+MODEL_UNLOAD = Method(
+    _OIP + "RepositoryModelUnload", oip.RepositoryModelUnloadRequest, oip.RepositoryModelUnloadResponse
+)
 
 _STORE = "/shoal.store.v1.StoreService/"
 PUT_ARTIFACT = Method(_STORE + "PutArtifact", store.PutArtifactRequest, store.PutArtifactResponse)

@@ -1,6 +1,6 @@
 """Transport interface: the connection that carries calls to a node, with two implementations.
 
-    Caller ──> Transport ──> lean      this machine: mesh.rpc.client, less processor time a call
+    Caller ──> Transport ──> local_h2  this machine: mesh.rpc.client, less processor time a call
                         └──> grpc_aio  other machines: names with several addresses, HTTP proxies, long networks
 
 Both raise grpc.aio.AioRpcError, which `failures` converts, and Cancelled when the transport is closed meanwhile.
@@ -48,10 +48,10 @@ class Bidi(ABC, Generic[A]):
 
 
 class Transport(Protocol):
-    """Connection to one address, opened when it is needed and reopened after a loss."""
+    """Connection to one address, opened when it is needed and reopened after a loss. Used by one event loop."""
 
-    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
-        """Return the response to one request."""
+    async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float | None, metadata: Metadata) -> R:
+        """Return the response to one request. `timeout_s` None: no deadline."""
 
     def stream(
         self, method: Method[Q, R], requests: Q | AsyncIterator[Q], *, timeout_s: float | None, metadata: Metadata
@@ -64,6 +64,9 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Cancel the calls in flight and close the connection."""
+
+    def leave_to_parent(self) -> None:
+        """Give the connection up in a forked child: send nothing on it, and do not keep it open."""
 
 
 def closed_in_flight() -> Cancelled:
