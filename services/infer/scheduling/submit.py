@@ -14,6 +14,9 @@ class Waiter:
 
     __slots__ = ("future",)
 
+    # The awaiting task continues in a later iteration of the loop.
+    is_direct = True
+
     def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future
 
