@@ -151,7 +151,8 @@ class Scheduler:
         try:
             await self._is_drained.wait()
         finally:
-            self.end_all()
+            # Not empty only when leaving was cancelled.
+            self._end_queued()
             self._close_workers()
             for timer in (self._timer, self._wake_timer):
                 if timer is not None:
@@ -160,14 +161,17 @@ class Scheduler:
     def end_all(self) -> None:
         """End all requests that are queued or running, with UNAVAILABLE; leaving then does not wait for the workers."""
         self._is_closing = self._is_ended = True
+        self._end_queued()
+        running, self._running = self._running, {}
+        for batch in running.values():
+            for queued in batch.requests:
+                self._settle(queued, self._unloading_error())
+        self._is_drained.set()
+
+    def _end_queued(self) -> None:
         while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
             for queued in batch.requests:
                 self._settle(queued, self._unloading_error())
-        for batch in self._running.values():
-            for queued in batch.requests:
-                self._settle(queued, self._unloading_error())
-        self._idle = []
-        self._is_drained.set()
 
     def _close_workers(self) -> None:
         self._idle, self._is_ended = [], True
@@ -393,11 +397,12 @@ class Scheduler:
     def _on_batch_done(
         self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float
     ) -> None:
-        del self._free_at[worker], self._running[worker]
-        # The requests of the batch were ended by `end_all`.
-        if self._is_ended:
+        del self._free_at[worker]
+        if self._running.pop(worker, None) is None:
+            # `end_all` has ended the requests.
             return
-        self._idle.append(worker)
+        if not self._is_ended:
+            self._idle.append(worker)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True

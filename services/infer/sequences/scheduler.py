@@ -104,7 +104,8 @@ class SequenceScheduler:
         try:
             await self._is_drained.wait()
         finally:
-            self.end_all()
+            # None are queued unless leaving was cancelled.
+            self._end_queued()
             self._close_workers()
             if self._timer is not None:
                 self._timer.cancel()
@@ -112,11 +113,16 @@ class SequenceScheduler:
     def end_all(self) -> None:
         """End all steps that are queued or running, as `RequestScheduler.end_all`."""
         self._is_closing = self._is_ended = True
-        for steps in (self.table.waiting_steps(), *self._running.values()):
+        self._end_queued()
+        running, self._running = self._running, {}
+        for steps in running.values():
             for step in steps:
                 self._settle(step, self._unloading_error())
-        self._idle = set()
         self._is_drained.set()
+
+    def _end_queued(self) -> None:
+        for step in self.table.waiting_steps():
+            self._settle(step, self._unloading_error())
 
     def _close_workers(self) -> None:
         self._idle, self._is_ended = set(), True
@@ -220,11 +226,11 @@ class SequenceScheduler:
         _: float,
     ) -> None:
         now = self._clock()
-        del self._running[instance]
-        # The steps were ended by `end_all`.
-        if self._is_ended:
+        if self._running.pop(instance, None) is None:
+            # `end_all` has ended the steps.
             return
-        self._idle.add(instance)
+        if not self._is_ended:
+            self._idle.add(instance)
         started_sequences = set()
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, InferenceResult)
