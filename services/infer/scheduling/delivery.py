@@ -43,7 +43,7 @@ class PendingRequest:
         self.outcome: InferenceResult | BaseException | None = None
         """Set from the outcome until its delivery."""
         self.is_abandoned = False
-        """True once the caller has left."""
+        """True once no caller waits for a run of the request."""
 
     @property
     def is_over(self) -> bool:

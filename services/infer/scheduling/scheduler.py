@@ -166,6 +166,8 @@ class Scheduler:
         for batch in running.values():
             for queued in batch.requests:
                 self._settle(queued, self._unloading_error())
+                # The run may end early.
+                queued.is_abandoned = True
         self._is_drained.set()
 
     def _end_queued(self) -> None:

@@ -118,6 +118,8 @@ class SequenceScheduler:
         for steps in running.values():
             for step in steps:
                 self._settle(step, self._unloading_error())
+                # The run may end early.
+                step.is_abandoned = True
         self._is_drained.set()
 
     def _end_queued(self) -> None:
