@@ -283,7 +283,8 @@ class World:
         scheduler = DecoupledScheduler(
             "decoupled", 1, session, QueueLimits(calls=4), statistics=virtual_time.Statistics(), clock=self.clock
         )
-        self._add("decoupled", scheduler).decoupled = scheduler
+        version = self._add("decoupled", scheduler)
+        version._scheduler, version.decoupled = None, scheduler
 
     # Calls
 
