@@ -138,7 +138,7 @@ class Version:
 
     @property
     def loaded(self) -> Loaded:
-        if self._loaded is None and self._is_overdue:
+        if self._loaded is None and self.state is State.UNLOADING:
             raise self._unloading_error()
         assert self._loaded is not None, "only a version that was READY is used"
         return self._loaded
@@ -152,10 +152,10 @@ class Version:
 
         Raises:
             Unimplemented: the model is decoupled.
-            Unavailable: the unload no longer waits for requests.
+            Unavailable: the version is unloaded, and did not wait for the request.
         """
         if self._scheduler is None:
-            if self._is_overdue:
+            if self.state is State.UNLOADING:
                 raise self._unloading_error()
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler

@@ -46,7 +46,6 @@ from services.infer.sequences.scheduler import SequenceScheduler
 from shoal.inference.v2 import bulk_pb2
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2 as config_pb
-from shoal.oip.datatypes import BY_NAME
 from tests.infer.ensembles.conftest import parameter, step, tensor, written
 from tests.infer.scheduling import virtual_time
 from tests.infer.scheduling.virtual_time import SIGNATURE, Model, SimulatedWorker, VirtualLoop, Y
@@ -135,7 +134,7 @@ class Stream:
     def start(self, header: Any, parts: Any, handler: Callable[[Message | None], None]) -> int:
         self._count += 1
         self._handlers[self._count] = handler
-        x = np.concatenate([array for part in parts for array in part.arrays]).view(np.float64).reshape(-1, 1)
+        x = np.concatenate([chunk for part in parts for chunk in part.chunks]).view(np.float64).reshape(-1, 1)
         loop = asyncio.get_running_loop()
         for n, delay_s in enumerate((0.001, 0.003)):
             loop.call_later(delay_s, self._send, self._count, {"op": "response"}, [("y", "FP64", 2 * x + 1 + n)])
@@ -276,7 +275,7 @@ class World:
             limits=SimpleNamespace(streams=1, execution_s=math.inf),
             poison=SimpleNamespace(rejected_for_s=lambda request: 0.0, record_crash=lambda requests, **more: None),
             check_running=lambda: None,
-            datatypes={"x": BY_NAME["FP64"]},
+            datatypes={"x": "FP64"},
             wants_requests=False,
             textual=lambda array: array,
         )

@@ -124,7 +124,8 @@ def test_deadlines_that_pass_together_end_each_call_once():
         (error,) = world.clients[number].responses
         assert isinstance(error, DeadlineExceeded)
     assert users(world) == {}
-    assert world.versions["ordered"].statistics.cancelled + world.versions["ordered"].statistics.success.count == 7
+    # The six others had been executed.
+    assert world.versions["ordered"].statistics.cancelled == 1
 
 
 def test_entries_of_a_bulk_that_expire_together_end_once():
@@ -132,6 +133,7 @@ def test_entries_of_a_bulk_that_expire_together_end_once():
         hold_first(world, "ordered")
         numbers = range(101, 121, 2)
         world.bulk(numbers, ["ordered"] * len(numbers), timeout_ms=30)
+        await asyncio.sleep(0.005)
         world.call(0, "ordered", rows=1, timeout_ms=0, is_fast=True)
 
     world = played(story)
