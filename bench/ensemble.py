@@ -104,6 +104,8 @@ class Target:
 class Caller:
     """Closed-loop caller: starts the next request in the loop iteration after a result, as a network server does."""
 
+    is_direct = False
+
     def __init__(self, calls: int, expected: float) -> None:
         self.left, self.expected = calls, expected
         self.done = asyncio.Event()
@@ -171,6 +173,8 @@ class Chain(Caller):
 
 class FanBranch:
     """Receiver of the result of one model of a fan."""
+
+    is_direct = False
 
     def __init__(self, fan: Fan, index: int) -> None:
         self.fan, self.index = fan, index

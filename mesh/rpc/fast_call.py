@@ -285,6 +285,11 @@ class Deadlines:
         now = self._clock()
         try:
             for call in [call for call in self._calls if call.deadline <= now]:
-                call.expire()
+                try:
+                    call.expire()
+                # An error of one call must not affect the deadlines of the others.
+                except Exception:
+                    self.discard(call)
+                    log.exception("the end of a call at its deadline failed")
         finally:
             self._timer = self._loop.call_later(_DEADLINE_CHECK_S, self._check) if self._calls else None

@@ -59,6 +59,7 @@ async def run(config: InferConfig) -> None:
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
             wrap_execution=partial(journaled, journal) if journal else identity,
+            drain_ms=config.drain_ms,
         )
         models = await stack.enter_async_context(Models(context))
         control = await stack.enter_async_context(_control(config, models))
@@ -96,6 +97,8 @@ async def run(config: InferConfig) -> None:
             await server.serve()
             await registration.update(state=State.READY)
         await stopped
+        # The server's drain is part of this time.
+        models.stop_by(context.clock() + context.drain_s)
 
 
 def _runtimes(config: InferConfig, inner_calls: InnerCalls, owners: Owners) -> Runtimes:

@@ -232,6 +232,7 @@ class InferenceServer:
             return request, await waiter.future
         except asyncio.CancelledError:
             scheduler.abandon(ticket)
+            waiter.drop()
             raise
 
     def is_decoupled(self, message: pb.ModelInferRequest) -> bool:

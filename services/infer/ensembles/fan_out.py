@@ -86,7 +86,6 @@ class FanOut:
     _rows_left: int = 0
     _in_flight: set[StepCall] = field(default_factory=set)
     _outputs_by_row: list[list[Tensor]] = field(default_factory=list)
-    _is_starting: bool = False
     _is_over: bool = False
 
     def start(self) -> None:
@@ -98,9 +97,9 @@ class FanOut:
     def abandon(self) -> None:
         """Cancel all calls in flight; the receiver is not called any more."""
         self._is_over = True
-        for call in self._in_flight:
+        calls, self._in_flight = self._in_flight, set()
+        for call in calls:
             call.abandon()
-        self._in_flight.clear()
 
     @property
     def is_waiting(self) -> bool:
@@ -109,16 +108,9 @@ class FanOut:
 
     def _advance(self) -> None:
         """Start rows up to the limit; deliver the outputs after the last row."""
-        # A call was completed before its `start` returned: the loop below continues.
-        if self._is_starting:
-            return
-        self._is_starting = True
-        try:
-            while self._next_row < self.rows and len(self._in_flight) < self.max_in_flight and not self._is_over:
-                row, self._next_row = self._next_row, self._next_row + 1
-                self._start_row(row)
-        finally:
-            self._is_starting = False
+        while self._next_row < self.rows and len(self._in_flight) < self.max_in_flight and not self._is_over:
+            row, self._next_row = self._next_row, self._next_row + 1
+            self._start_row(row)
         if not self._rows_left and not self._is_over:
             self._is_over = True
             self.receiver.rows_succeeded(self, self._outputs())
@@ -127,12 +119,12 @@ class FanOut:
         context = self.context
         try:
             request = feeding.row_request(self.step, self.inputs, row, context.parameters, context.source)
+            call = StepCall(self, row, self.step.version, request)
+            call.start(context.expires, context.tenant, context.check)
         except Exception as err:
             self._fail(row, err)
-            return
-        call = StepCall(self, row, self.step.version, request)
-        self._in_flight.add(call)
-        call.start(context.expires, context.tenant, context.check)
+        else:
+            self._in_flight.add(call)
 
     def step_succeeded(self, call: StepCall, result: InferenceResult) -> None:
         self._in_flight.discard(call)

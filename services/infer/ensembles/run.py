@@ -9,7 +9,6 @@ fails, the request fails: calls in flight are abandoned, and no further step sta
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,10 +25,8 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.parameters import NONE
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.queue import Receiver
+from services.infer.scheduling.delivery import PendingRequest, Receiver
 from shoal.errors import InvalidArgument
-
-log = logging.getLogger(__name__)
 
 
 class RunOwner(Protocol):
@@ -38,28 +35,25 @@ class RunOwner(Protocol):
     def record(self, run: EnsembleRun, result: InferenceResult) -> None:
         """Record a successful result in the statistics."""
 
-    def release(self, run: EnsembleRun) -> None:
-        """Release all that an ended run holds."""
+    def end(self, run: EnsembleRun) -> None:
+        """Release all that a concluded run holds, and deliver its outcome."""
 
 
-class EnsembleRun:
+class EnsembleRun(PendingRequest):
     """One request in execution. Implements `step_call.StepReceiver` and `fan_out.RowsReceiver`."""
 
     __slots__ = (
         "_candidates",
         "_context",
         "_in_flight",
-        "_is_advancing",
         "_measurements",
         "_missing",
         "_outputs_left",
         "_owner",
         "_ready",
-        "_receiver",
         "_route",
         "_values",
         "arrived",
-        "is_over",
         "plan",
         "request",
     )
@@ -75,11 +69,11 @@ class EnsembleRun:
         expires: float,
         tenant: str,
     ) -> None:
+        super().__init__(receiver)
         self._owner = owner
         self.plan = plan
         self.request = request
         self.arrived = arrived
-        self._receiver = receiver
         parameters = request.parameters
         # `expires` includes `timeout`, and holds for all steps together.
         step_parameters = NONE if parameters is NONE else replace(parameters, timeout_us=0, explain=False)
@@ -94,24 +88,23 @@ class EnsembleRun:
         self._ready: deque[int] = deque()
         self._in_flight: set[StepCall | FanOut] = set()
         self._measurements: dict[int, StepMeasurements] = {}
-        self._is_advancing = False
-        self.is_over = False
 
     def begin(self) -> None:
-        """Start the steps that need inputs only. The receiver may be called before this method returns."""
+        """Start the steps that need inputs only. The run may be concluded before this method returns."""
         plan, inputs = self.plan, self.request.inputs
-        self._is_advancing = True
         for spec in plan.completed.signature.inputs:
             self._store(plan.slots[spec.name], inputs.get(spec.name, SKIPPED))
-        self._is_advancing = False
         self._advance()
 
-    def abandon(self) -> None:
-        """Cancel all step calls in flight; the receiver is not called any more."""
-        self.is_over = True
-        for work in self._in_flight:
+    def cancel_steps(self) -> None:
+        """Cancel all step calls in flight. Called once the run is over."""
+        in_flight, self._in_flight = self._in_flight, set()
+        for work in in_flight:
             work.abandon()
-        self._in_flight.clear()
+
+    def fail(self, error: Exception) -> None:
+        """End the run with an error. Does nothing when the run is over."""
+        self._end(error)
 
     @property
     def is_waiting(self) -> bool:
@@ -122,20 +115,13 @@ class EnsembleRun:
 
     def _advance(self) -> None:
         """Start all ready steps; finish when all requested outputs are known."""
-        # A step was completed before its `start` returned. The outer call's loop continues with the steps now ready.
-        if self._is_advancing:
-            return
-        self._is_advancing = True
-        try:
-            while self._ready and not self.is_over:
-                index = self._ready.popleft()
-                step = self.plan.steps[index]
-                try:
-                    self._start_step(index, step)
-                except Exception as err:
-                    self._fail(step, err)
-        finally:
-            self._is_advancing = False
+        while self._ready and not self.is_over:
+            index = self._ready.popleft()
+            step = self.plan.steps[index]
+            try:
+                self._start_step(index, step)
+            except Exception as err:
+                self._fail(step, err)
         if not self._outputs_left and not self.is_over:
             self._finish()
 
@@ -161,8 +147,8 @@ class EnsembleRun:
             self._store_outputs(index, step, feeding.outputs_without_rows(step))
             return
         call = StepCall(self, index, step.version, request)
-        self._in_flight.add(call)
         call.start(self._context.expires, self._context.tenant, self._context.check)
+        self._in_flight.add(call)
 
     def _start_rows(self, index: int, step: PlannedStep, inputs: feeding.StepInputs) -> None:
         split, rows = feeding.split_rows(inputs)
@@ -270,13 +256,6 @@ class EnsembleRun:
             self._end(located(error, f"in ensemble '{self.plan.graph.name}', {step.title}"))
 
     def _end(self, outcome: InferenceResult | BaseException) -> None:
-        self.abandon()
-        self._owner.release(self)
-        try:
-            if isinstance(outcome, InferenceResult):
-                self._receiver.succeeded(outcome)
-            else:
-                self._receiver.failed(outcome)
-        except Exception:
-            # An error in one caller's receiver must not affect other requests.
-            log.exception("ensemble %s: a result could not be delivered", self.plan.graph.name)
+        if self.conclude(outcome):
+            self.cancel_steps()
+            self._owner.end(self)

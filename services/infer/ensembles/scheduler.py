@@ -16,7 +16,8 @@ from services.infer.ensembles.plan import EnsemblePlan
 from services.infer.ensembles.run import EnsembleRun
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.queue import QueueLimits, Receiver
+from services.infer.scheduling.delivery import OutcomeQueue, Receiver
+from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
@@ -32,6 +33,7 @@ class EnsembleScheduler:
     Args:
         renew: returns the current plan for an older one. Raises Unavailable, with the step's name.
         limits: requests in progress, and the bytes of their inputs. The models bound their own queues.
+        outcomes: delivers the outcomes; shared by the schedulers of a process.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class EnsembleScheduler:
         limits: QueueLimits,
         *,
         statistics: Statistics,
+        outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = plan.graph.name
@@ -49,6 +52,7 @@ class EnsembleScheduler:
         self._max_requests = plan.graph.max_in_flight or limits.calls
         self._max_bytes = limits.size_bytes
         self._statistics = statistics
+        self._outcomes = outcomes or OutcomeQueue()
         self._clock = clock
         self._runs: dict[EnsembleRun, None] = {}
         self._size_bytes = 0
@@ -68,8 +72,16 @@ class EnsembleScheduler:
                 self._is_drained.clear()
                 await self._is_drained.wait()
         finally:
-            for run in list(self._runs):
-                self.abandon(run)
+            self.end_all()
+
+    def end_all(self) -> None:
+        """End all runs, as `RequestScheduler.end_all`."""
+        self._is_closing = True
+        for run in list(self._runs):
+            run.fail(self._unloading_error())
+
+    def _unloading_error(self) -> Unavailable:
+        return Unavailable(f"model '{self._name}' is being unloaded")
 
     def refresh(self) -> None:
         """Resolve the steps' versions again. Raises Unavailable, with a step's name."""
@@ -86,7 +98,7 @@ class EnsembleScheduler:
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> EnsembleRun:
         """Start one request, as `RequestScheduler.start`."""
         if self._is_closing:
-            raise Unavailable(f"model '{self._name}' is being unloaded")
+            raise self._unloading_error()
         self.refresh()
         now, timeout_us = self._clock(), request.parameters.timeout_us
         expires = min(deadline, now + timeout_us / 1e6) if timeout_us else deadline
@@ -102,13 +114,16 @@ class EnsembleScheduler:
         run.begin()
         return run
 
-    def abandon(self, ticket: EnsembleRun) -> None:
+    def abandon(self, ticket: EnsembleRun) -> bool:
         """Cancel a run, as `RequestScheduler.abandon`."""
-        if ticket.is_over:
-            return
-        self._statistics.cancelled += 1
-        ticket.abandon()
-        self.release(ticket)
+        if not ticket.abandon():
+            return False
+        # A run with an outcome is in the statistics already.
+        if ticket.outcome is None:
+            self._statistics.cancelled += 1
+            ticket.cancel_steps()
+            self._release(ticket)
+        return True
 
     def is_waiting(self, request: InferenceRequest) -> bool:
         """Return True while no step of `request` has begun its execution."""
@@ -137,10 +152,14 @@ class EnsembleScheduler:
         self._statistics.executed(result.times, time.time_ns() // 1_000_000)
         self._statistics.succeeded(result.times, queue_ns=result.queue_ns, total_ns=int(total_s * 1e9))
 
-    def release(self, run: EnsembleRun) -> None:
-        """Release the bytes and the model versions of an ended run. Does nothing for a released run."""
-        if self._runs.pop(run, self) is self:
-            return
+    def end(self, run: EnsembleRun) -> None:
+        """Release what a concluded run holds, and deliver its outcome."""
+        self._release(run)
+        self._outcomes.add(run)
+
+    def _release(self, run: EnsembleRun) -> None:
+        """Release the bytes and the model versions of a run that is over."""
+        del self._runs[run]
         self._size_bytes -= run.request.size_bytes
         for version in run.plan.versions:
             version.__exit__(None, None, None)

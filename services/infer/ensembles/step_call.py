@@ -20,7 +20,7 @@ Check: TypeAlias = Callable[[str, InferenceRequest], Awaitable[InferenceRequest]
 class StepReceiver(Protocol):
     """Receiver of one step call's outcome.
 
-    A call invokes exactly one of these methods once, on the event loop, possibly before `StepCall.start` returns.
+    A call that has started invokes exactly one of these methods once, on the event loop, after `StepCall.start`.
     """
 
     def step_succeeded(self, call: StepCall, result: InferenceResult) -> None: ...
@@ -29,9 +29,12 @@ class StepReceiver(Protocol):
 
 
 class StepCall:
-    """One request to one version of a step's model. Implements `queue.Receiver`."""
+    """One request to one version of a step's model. Implements `delivery.Receiver`."""
 
     __slots__ = ("_is_over", "_receiver", "_started_ns", "_task", "_ticket", "index", "request", "version")
+
+    # An outcome may start and abandon other calls.
+    is_direct = False
 
     def __init__(self, receiver: StepReceiver, index: int, version: StepVersion, request: InferenceRequest) -> None:
         """Store the call; `index` lets `receiver` identify it."""
@@ -46,6 +49,8 @@ class StepCall:
     def start(self, expires: float, tenant: str, check: Check | None) -> None:
         """Start the call. The model does not begin its execution at or after `expires`, on the server's clock.
 
+        Raises the errors that are known immediately: the call has ended then, and its receiver is not called.
+
         Args:
             check: for a retry: returns the request as it may be executed, or raises. Awaited before the execution.
         """
@@ -55,8 +60,10 @@ class StepCall:
             return
         try:
             self._ticket = self.version.scheduler.start(self.request, expires, tenant, self)
-        except Exception as err:
-            self.failed(err)
+        except Exception:
+            self._is_over = True
+            self._count_failed()
+            raise
 
     async def _run(self, expires: float, tenant: str, check: Check | None) -> None:
         try:
@@ -99,8 +106,11 @@ class StepCall:
     def failed(self, error: BaseException) -> None:
         if not self._is_over:
             self._is_over = True
-            self.version.statistics.failed(perf_counter_ns() - self._started_ns)
+            self._count_failed()
             self._receiver.step_failed(self, error)
+
+    def _count_failed(self) -> None:
+        self.version.statistics.failed(perf_counter_ns() - self._started_ns)
 
 
 def located(error: BaseException, where: str) -> BaseException:

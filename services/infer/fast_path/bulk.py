@@ -175,7 +175,9 @@ class Entry:
         return int((self._clock() - self._arrived) * 1e9)
 
     def expire(self, error: ShoalError) -> None:
-        """End the entry because its deadline has passed."""
+        """End the entry because its deadline has passed. Does nothing after the end."""
+        if self.is_over:
+            return
         self.refuse(error)
         if self.on_end is not None:
             self.on_end()

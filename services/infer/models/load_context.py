@@ -12,6 +12,7 @@ from services.infer.ensembles.other_models import OtherModels
 from services.infer.response_cache.store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.runtime import Runtime
+from services.infer.scheduling.delivery import OutcomeQueue
 from services.infer.scheduling.execution import Execution, Executor
 from services.infer.scheduling.queue import QueueLimits
 
@@ -36,6 +37,10 @@ class LoadContext:
     """Results of all models with a response cache."""
     wrap_execution: Callable[[str, Execution], Executor] = identity
     """Wraps each execution of a model, by the model's name."""
+    outcomes: OutcomeQueue = field(default_factory=OutcomeQueue)
+    """Delivers the outcomes of all models' requests."""
+    drain_s: float = 5.0
+    """Longest time that an unload waits for the requests of its version; the same default as SHOAL_INFER_DRAIN_MS."""
     other_models: OtherModels | None = None
     """The other models, for ensembles."""
 
@@ -48,6 +53,7 @@ class LoadContext:
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
         wrap_execution: Callable[[str, Execution], Executor] = identity,
+        drain_ms: int = 5_000,
     ) -> LoadContext:
         """Return a context. `threads` 0 means the number of cores that this process may use."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
@@ -58,4 +64,5 @@ class LoadContext:
             asyncio.Semaphore(cores),
             responses=responses,
             wrap_execution=wrap_execution,
+            drain_s=drain_ms / 1000,
         )

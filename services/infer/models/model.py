@@ -221,19 +221,20 @@ class Model:
                 self._choose_default()
                 self._unload(version)
 
-    def _unload(self, version: Version) -> None:
+    def _unload(self, version: Version, drain_s: float | None = None) -> None:
+        """Start the unload of a loaded version, after its requests or `drain_s` (None: the context's)."""
         if not version.is_loaded:
             return
         version.state = State.UNLOADING
         self.leaving.add(version)
-        task = asyncio.create_task(self._finish(version), name=f"unload-{version.name}-{version.number}")
+        task = asyncio.create_task(self._finish(version, drain_s), name=f"unload-{version.name}-{version.number}")
         self._unloads.add(task)
         task.add_done_callback(self._unloads.discard)
         task.add_done_callback(log_failure)
 
-    async def _finish(self, version: Version) -> None:
+    async def _finish(self, version: Version, drain_s: float | None) -> None:
         try:
-            await version.unload()
+            await version.unload(self.context.drain_s if drain_s is None else drain_s)
         finally:
             self.leaving.discard(version)
             self.on_change.set()
@@ -243,10 +244,10 @@ class Model:
         if self._unloads:
             await asyncio.wait(self._unloads)
 
-    async def close(self) -> None:
-        """Unload all versions, each after the requests that use it."""
+    async def close(self, drain_s: float) -> None:
+        """Unload all versions, each after the requests that use it or `drain_s`."""
         for version in self.versions.values():
-            self._unload(version)
+            self._unload(version, drain_s)
         self.versions = {}
         await self.left()
 

@@ -8,6 +8,7 @@ want(...) ──> a task for each model (`model`): load missing versions ──>
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -44,6 +45,10 @@ def version_number(text: str) -> int | None:
     return int(text)
 
 
+# Time for requests whose callers the server has just disconnected.
+_MIN_DRAIN_S = 0.5
+
+
 class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
 
@@ -55,6 +60,7 @@ class Models:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._has_desired = asyncio.Event()
+        self._stop_by = math.inf
         self.ready_set: Watched[ReadySet] = Watched(())
         """The models that are ready now, as a watched value."""
 
@@ -66,7 +72,12 @@ class Models:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         await end(*self._tasks.values(), self._publisher)
-        await all_to_the_end(model.close() for model in self._models.values())
+        drain_s = min(self._context.drain_s, max(self._stop_by - self._context.clock(), _MIN_DRAIN_S))
+        await all_to_the_end(model.close(drain_s) for model in self._models.values())
+
+    def stop_by(self, at: float) -> None:
+        """Let the requests in progress end until `at`, on the context's clock, when the block is left."""
+        self._stop_by = at
 
     def want(self, wanted: Sequence[WantedModel]) -> None:
         """Serve exactly these models. Returns immediately; `settled` waits for the first attempts."""

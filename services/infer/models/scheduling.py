@@ -49,7 +49,14 @@ def scheduler_of(
 
 
 def _ensemble(loaded: Composed, context: LoadContext, statistics: Statistics) -> EnsembleScheduler:
-    return EnsembleScheduler(loaded.plan, loaded.renew, context.limits, statistics=statistics, clock=context.clock)
+    return EnsembleScheduler(
+        loaded.plan,
+        loaded.renew,
+        context.limits,
+        statistics=statistics,
+        outcomes=context.outcomes,
+        clock=context.clock,
+    )
 
 
 def _batching(name: str, number: int, loaded: Loaded, context: LoadContext, statistics: Statistics) -> Scheduler:
@@ -63,6 +70,7 @@ def _batching(name: str, number: int, loaded: Loaded, context: LoadContext, stat
         instances=model_config.instances(config),
         statistics=statistics,
         cost=loaded.cost,
+        outcomes=context.outcomes,
         clock=context.clock,
         worker=_worker,
     )
@@ -116,6 +124,7 @@ def _sequencing(
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
         statistics=statistics,
+        outcomes=context.outcomes,
         clock=context.clock,
     )
 

@@ -32,7 +32,7 @@ from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.arrival_order import ArrivalOrder
-from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
+from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Version:
     _scheduler: RequestScheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
     _users: int = 0
+    _is_overdue: bool = False
+    """True once the unload waits for requests no longer."""
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -136,13 +138,25 @@ class Version:
 
     @property
     def loaded(self) -> Loaded:
+        if self._loaded is None and self.state is State.UNLOADING:
+            raise self._unloading_error()
         assert self._loaded is not None, "only a version that was READY is used"
         return self._loaded
 
+    def _unloading_error(self) -> Unavailable:
+        return Unavailable(f"model '{self.name}' is being unloaded")
+
     @property
     def scheduler(self) -> RequestScheduler:
-        """Scheduler of a version that was READY. Raises Unimplemented for a decoupled model."""
+        """Scheduler of a version that was READY.
+
+        Raises:
+            Unimplemented: the model is decoupled.
+            Unavailable: the version is unloaded, and did not wait for the request.
+        """
         if self._scheduler is None:
+            if self.state is State.UNLOADING:
+                raise self._unloading_error()
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler
 
@@ -260,22 +274,44 @@ class Version:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._users:
+            log.error("model %s version %d: a request left the version twice", self.name, self.number, stack_info=True)
+            return
         self._users -= 1
         if not self._users:
             self._is_idle.set()
 
-    async def unload(self) -> None:
-        """Wait for the requests that use the version, then release its resources. `find` no longer returns it."""
+    async def unload(self, drain_s: float) -> None:
+        """Wait for the requests that use the version, then release its resources. `find` no longer returns it.
+
+        After `drain_s` seconds, the requests that are left end with UNAVAILABLE, and runs of the model are not awaited.
+        """
         self.state = State.UNLOADING
-        while self._users:
-            self._is_idle.clear()
-            await self._is_idle.wait()
-        await self._resources.aclose()
+        timer = asyncio.get_running_loop().call_later(drain_s, self._end_requests)
+        try:
+            while self._users and not self._is_overdue:
+                self._is_idle.clear()
+                await self._is_idle.wait()
+            await self._resources.aclose()
+        finally:
+            timer.cancel()
         self._loaded = self._scheduler = self.decoupled = self.response_cache = self.arrival_order = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were executed after their deadline", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
+
+    def _end_requests(self) -> None:
+        """End all requests of the version: the time to unload is over."""
+        log.warning(
+            "model %s version %d: %d requests did not end in time; the unload does not wait for them",
+            *(self.name, self.number, self._users),
+        )
+        self._is_overdue = True
+        if self._scheduler is not None:
+            self._scheduler.end_all()
+        # Set last: the outcomes are delivered before `unload` continues.
+        self._is_idle.set()
 
 
 def _has_sequences(loaded: Loaded) -> bool:

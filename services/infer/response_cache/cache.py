@@ -33,7 +33,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.response_cache.store import ResponseStore, frozen
 from services.infer.scheduling.statistics import Statistics
-from shoal.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ShoalError
+from shoal.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
 from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2 import InferParameter
 
@@ -182,6 +182,8 @@ class ResponseCache:
             flight.has_leader = False
             raise
         try:
+            if flight.task.cancelled():
+                raise Unavailable("the model is being unloaded")
             result = flight.task.result()
             self._statistics.missed(lookup_ns + flight.store_ns)
             return result

@@ -125,7 +125,11 @@ class DecoupledScheduler:
         arrived = self._clock()
         stream = await self._admit(request, arrived, deadline)
         started = self._clock()
-        self._start(stream, deadline)
+        try:
+            self._start(stream, deadline)
+        except BaseException:
+            self._release(stream)
+            raise
         try:
             read_count = 0
             while True:

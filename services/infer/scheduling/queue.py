@@ -17,14 +17,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Protocol, cast
+from typing import cast
 
-from services.infer.requests.outcome import InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.deadline_heap import DeadlineHeap
+from services.infer.scheduling.delivery import PendingRequest, Receiver
 from services.infer.scheduling.fairness import TenantQueue, TenantQueues
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.stack_group import Member, StackGroup, fair_order_key
@@ -34,15 +34,7 @@ _ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")
 NO_TENANT = TenantQueue("", 1.0, 0.0)
 
 
-class Receiver(Protocol):
-    """Receives the outcome of one request: exactly one method is called, once, on the event loop."""
-
-    def succeeded(self, result: InferenceResult) -> None: ...
-
-    def failed(self, error: BaseException) -> None: ...
-
-
-class QueuedRequest:
+class QueuedRequest(PendingRequest):
     """One request from its arrival to its outcome. The loop's thread writes; a worker thread only reads."""
 
     __slots__ = (
@@ -51,13 +43,10 @@ class QueuedRequest:
         "deadline",
         "due",
         "expires",
-        "is_abandoned",
         "is_waiting",
         "level",
         "on_abandoned",
-        "outcome",
         "rank",
-        "receiver",
         "request",
         "rows",
         "size_bytes",
@@ -66,8 +55,8 @@ class QueuedRequest:
     )
 
     def __init__(self, request: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
+        super().__init__(receiver)
         self.request = request
-        self.receiver = receiver
         self.rows = request.rows
         self.size_bytes = request.size_bytes
         self.arrived = self.rank = arrived
@@ -80,12 +69,8 @@ class QueuedRequest:
         """Time by which the model's goal wants the request completed."""
         self.level = self.band = 0
         self.tenant_queue = NO_TENANT
-        self.outcome: Outcome | None = None
-        """Set for a model that preserves order, until it is delivered."""
         self.is_waiting = False
         """True while the request is in a queue."""
-        self.is_abandoned = False
-        """True once no outcome is to be delivered any more."""
         self.on_abandoned: Callable[[], None] | None = None
         """Set by a worker that ends its batch when all callers have left."""
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.queue import Receiver
+from services.infer.scheduling.delivery import Receiver
 
 Ticket: TypeAlias = Any
 """Result of `start`, for `abandon`; its type is the scheduler's own."""
@@ -45,13 +45,20 @@ class RequestScheduler(Protocol):
         """
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
-        """Enqueue a request without waiting; `receiver` may be called before `start` returns.
+        """Enqueue a request without waiting. Raises the errors that are known immediately.
 
-        Raises the errors that are known immediately.
+        `receiver` is called at the end of an iteration of the event loop. Only a receiver with `is_direct` may be
+        called before `start` returns.
         """
 
-    def abandon(self, ticket: Ticket) -> None:
-        """Drop a request whose caller has left: its receiver is not called. No effect once the outcome is delivered."""
+    def abandon(self, ticket: Ticket) -> bool:
+        """Drop a request whose caller has left: its receiver is not called.
+
+        Return False, without an effect, once the outcome is delivered or the request was abandoned.
+        """
+
+    def end_all(self) -> None:
+        """End all requests that are queued or running, with UNAVAILABLE; leaving then waits for none of them."""
 
     def is_waiting(self, request: InferenceRequest) -> bool:
         """Return True while the execution of `request` has not begun; `request` was started here and has no outcome."""

@@ -22,9 +22,10 @@ from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Out
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
+from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
-from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits, Receiver
+from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submit import submit_and_wait
@@ -70,6 +71,7 @@ class Scheduler:
         execution: makes the executor of one worker; called once for each instance.
         instances: number of executions that may run at the same time.
         cost: execution costs known from warm-up.
+        outcomes: delivers the outcomes; shared by the schedulers of a process.
         clock: seconds; deadlines and the executions' expiry are on this clock.
         worker: makes the worker of one instance.
     """
@@ -85,6 +87,7 @@ class Scheduler:
         instances: int = 1,
         statistics: Statistics,
         cost: CostCurve | None = None,
+        outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
@@ -98,6 +101,7 @@ class Scheduler:
         self._execution = execution
         self._instances = instances
         self._statistics = statistics
+        self._outcomes = outcomes or OutcomeQueue()
         self._clock = clock
         self._make_worker = worker
         self._goal_s = policy.slo_s if policy.has_goal else math.inf
@@ -113,6 +117,8 @@ class Scheduler:
         self._workers: list[Worker] = []
         self._may_run_on_loop = False
         self._free_at: dict[Worker, float] = {}
+        # The batches on workers, which `end_all` ends.
+        self._running: dict[Worker, Batch] = {}
         self._was_busy = False
         self._undelivered: deque[QueuedRequest] | None = deque() if self._rules.preserves_order else None
         self._is_closing = self._is_ended = False
@@ -145,14 +151,29 @@ class Scheduler:
         try:
             await self._is_drained.wait()
         finally:
+            # Not empty only when leaving was cancelled.
+            self._end_queued()
             self._close_workers()
             for timer in (self._timer, self._wake_timer):
                 if timer is not None:
                     timer.cancel()
-            # Leaving was cancelled before the queue was drained: fail the requests that are still queued.
-            while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
-                for queued in batch.requests:
-                    self._settle(queued, self._unloading_error())
+
+    def end_all(self) -> None:
+        """End all requests that are queued or running, with UNAVAILABLE; leaving then does not wait for the workers."""
+        self._is_closing = self._is_ended = True
+        self._end_queued()
+        running, self._running = self._running, {}
+        for batch in running.values():
+            for queued in batch.requests:
+                self._settle(queued, self._unloading_error())
+                # The run may end early.
+                queued.is_abandoned = True
+        self._is_drained.set()
+
+    def _end_queued(self) -> None:
+        while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
+            for queued in batch.requests:
+                self._settle(queued, self._unloading_error())
 
     def _close_workers(self) -> None:
         self._idle, self._is_ended = [], True
@@ -175,7 +196,10 @@ class Scheduler:
         return await submit_and_wait(self, request, deadline, tenant)
 
     def start(self, request: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> QueuedRequest:
-        """Enqueue a request without waiting; `receiver` is called with its outcome. Raises errors known immediately."""
+        """Enqueue a request without waiting; `receiver` is called with its outcome. Raises errors known immediately.
+
+        Only a receiver with `is_direct` may be called before `start` returns.
+        """
         if self._is_closing:
             raise self._unloading_error()
         now = self._clock()
@@ -217,17 +241,22 @@ class Scheduler:
         """Return True while `request` is queued: its execution has not begun."""
         return self._queue.holds(request)
 
-    def abandon(self, queued: QueuedRequest) -> None:
-        """Drop a request whose caller has left: its receiver is not called. No effect once the outcome is delivered."""
-        if queued.is_abandoned:
-            return
-        queued.is_abandoned = True
-        self._statistics.cancelled += 1
-        self._queue.discard(queued)
-        if queued.on_abandoned is not None:
-            queued.on_abandoned()
+    def abandon(self, queued: QueuedRequest) -> bool:
+        """Drop a request whose caller has left: its receiver is not called.
+
+        Return False, without an effect, once the outcome is delivered or the request was abandoned.
+        """
+        if not queued.abandon():
+            return False
+        # A request with an outcome is in the statistics already.
+        if queued.outcome is None:
+            self._statistics.cancelled += 1
+            self._queue.discard(queued)
+            if queued.on_abandoned is not None:
+                queued.on_abandoned()
         if self._undelivered is not None:
             self._release()
+        return True
 
     def _apply_rules(self, queued: QueuedRequest) -> None:
         parameters = queued.request.parameters
@@ -306,8 +335,12 @@ class Scheduler:
             self._will_dispatch = True
             self._loop.call_soon(self._dispatch)
 
-    def _dispatch(self) -> None:
-        """Start batches of queued requests on idle workers."""
+    def _dispatch(self, *, is_direct: bool = True) -> None:
+        """Start batches of queued requests on idle workers.
+
+        Args:
+            is_direct: the outcome of a lone request that runs on the loop may be delivered before this method returns.
+        """
         self._will_dispatch = False
         now = self._clock()
         if self._queue.next_expiry() <= now:
@@ -326,7 +359,7 @@ class Scheduler:
             worker = self._idle.pop()
             self._wake_timer_at = math.inf
             if self._may_run_on_loop and self._is_short(batch):
-                self._run_on_loop(worker, batch, now)
+                self._run_on_loop(worker, batch, now, is_direct=is_direct)
                 break
             self._run_on_worker(worker, batch, now)
         if not self._queue:
@@ -342,7 +375,7 @@ class Scheduler:
             return self._compute.is_known and self._compute.expected(batch.rows) < limit_s
         return seconds < limit_s
 
-    def _run_on_loop(self, worker: Worker, batch: Batch, now: float) -> None:
+    def _run_on_loop(self, worker: Worker, batch: Batch, now: float, *, is_direct: bool) -> None:
         start, cpu = time.perf_counter_ns(), time.thread_time_ns()
         outcomes = worker.execution.run(batch.requests)
         # As in ThreadWorker: waiting for a core is not a cost of the model.
@@ -352,23 +385,31 @@ class Scheduler:
             self._was_busy = True
             # Not now: requests that arrived during the run should join the batch.
             self._dispatch_soon()
-        self._deliver_outcomes(worker, batch, outcomes, now, seconds)
+        concluded = self._conclude(worker, batch, outcomes, now, seconds)
+        if is_direct and len(concluded) == 1:
+            self._outcomes.add_direct(concluded[0])
+        else:
+            self._outcomes.extend(concluded)
 
     def _run_on_worker(self, worker: Worker, batch: Batch, now: float) -> None:
         self._free_at[worker] = now + (self.cost.mean_of(batch.rows) or 0.0)
+        self._running[worker] = batch
         worker.run(batch.requests, partial(self._on_batch_done, worker, batch, now))
 
     def _on_batch_done(
         self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float
     ) -> None:
         del self._free_at[worker]
+        if self._running.pop(worker, None) is None:
+            # `end_all` has ended the requests.
+            return
         if not self._is_ended:
             self._idle.append(worker)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True
-            self._dispatch()
-        self._deliver_outcomes(worker, batch, outcomes, started, seconds)
+            self._dispatch(is_direct=False)
+        self._outcomes.extend(self._conclude(worker, batch, outcomes, started, seconds))
         if self._is_closing:
             self._check_drained()
 
@@ -396,16 +437,17 @@ class Scheduler:
 
     # Outcomes
 
-    def _deliver_outcomes(
+    def _conclude(
         self, worker: Worker, batch: Batch, outcomes: Sequence[Outcome], started: float, seconds: float
-    ) -> None:
+    ) -> list[QueuedRequest]:
+        """Record and count the outcomes of a batch. Return the requests that are to be delivered now, in order."""
+        concluded: list[QueuedRequest] = []
         self._delivered_at = now = self._clock()
         fired = batch.fired
         arrived = 0.0
         count = 0
         times: ExecutionTimes | None = None
         is_whole = True
-        undelivered, deliver = self._undelivered, self._deliver
         for queued, outcome in zip(batch.requests, outcomes, strict=True):
             if type(outcome) is InferenceResult:
                 if outcome.times is not times:
@@ -419,10 +461,11 @@ class Scheduler:
                 outcome.fired = fired
             else:
                 is_whole = False
-            if undelivered is not None:
+                if isinstance(outcome, DeadlineExceeded) and not queued.is_over:
+                    self._statistics.expired += 1
+            if queued.receiver is not None:
                 queued.outcome = outcome
-            elif not queued.is_abandoned:
-                deliver(queued, outcome)
+                concluded.append(queued)
         if times is not None:
             self._count_succeeded(times, count, arrived, started, now)
         if is_whole:
@@ -430,31 +473,17 @@ class Scheduler:
         tally = worker.execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        if undelivered is not None:
+        if self._undelivered is not None:
             self._release()
-
-    def _deliver(self, queued: QueuedRequest, outcome: Outcome) -> None:
-        # From here on, `abandon` has no effect.
-        queued.is_abandoned = True
-        try:
-            if isinstance(outcome, InferenceResult):
-                queued.receiver.succeeded(outcome)
-            else:
-                if isinstance(outcome, DeadlineExceeded):
-                    self._statistics.expired += 1
-                queued.receiver.failed(outcome)
-        # An error of one receiver must not affect the others.
-        except Exception:
-            log.exception("model %s: the receiver of an outcome failed", self._name)
+            return []
+        return concluded
 
     def _release(self) -> None:
-        """Deliver the outcomes that are next in order of arrival."""
+        """Pass on the outcomes that are next in order of arrival."""
         undelivered = self._undelivered
         assert undelivered is not None, "only called where order is preserved"
-        while undelivered and (undelivered[0].is_abandoned or undelivered[0].outcome is not None):
-            queued = undelivered.popleft()
-            if not queued.is_abandoned and queued.outcome is not None:
-                self._deliver(queued, queued.outcome)
+        while undelivered and undelivered[0].is_over:
+            self._outcomes.add(undelivered.popleft())
 
     def _count_succeeded(self, times: ExecutionTimes, count: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
@@ -478,11 +507,13 @@ class Scheduler:
     # Ends without an execution
 
     def _settle(self, queued: QueuedRequest, error: Exception) -> None:
+        if not queued.conclude(error):
+            return
+        if isinstance(error, DeadlineExceeded):
+            self._statistics.expired += 1
         if self._undelivered is None:
-            if not queued.is_abandoned:
-                self._deliver(queued, error)
+            self._outcomes.add(queued)
         else:
-            queued.outcome = error
             self._release()
 
     def _expire(self, now: float) -> None:

@@ -19,8 +19,9 @@ from types import TracebackType
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
+from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
-from services.infer.scheduling.queue import QueueLimits, Receiver
+from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
@@ -54,6 +55,7 @@ class SequenceScheduler:
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
         statistics: Statistics,
+        outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
@@ -64,14 +66,18 @@ class SequenceScheduler:
             limits: bounds of queued steps.
             weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
             first_shapes: shapes of the initial states.
+            outcomes: delivers the outcomes; shared by the schedulers of a process.
             clock: seconds; deadlines and the executions' expiry are on this clock.
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
+        self._outcomes = outcomes or OutcomeQueue()
         self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
         self._instances = instances
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
+        # The steps on workers, by instance, which `end_all` ends.
+        self._running: dict[int, Sequence[SequenceStep]] = {}
         self._id_datatype = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
         self._undelivered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
         self._will_dispatch = self._is_closing = self._is_ended = False
@@ -98,12 +104,27 @@ class SequenceScheduler:
         try:
             await self._is_drained.wait()
         finally:
+            # None are queued unless leaving was cancelled.
+            self._end_queued()
             self._close_workers()
             if self._timer is not None:
                 self._timer.cancel()
-            # Leaving was cancelled before the table was drained: fail the steps that are still queued.
-            for step in self.table.waiting_steps():
+
+    def end_all(self) -> None:
+        """End all steps that are queued or running, as `RequestScheduler.end_all`."""
+        self._is_closing = self._is_ended = True
+        self._end_queued()
+        running, self._running = self._running, {}
+        for steps in running.values():
+            for step in steps:
                 self._settle(step, self._unloading_error())
+                # The run may end early.
+                step.is_abandoned = True
+        self._is_drained.set()
+
+    def _end_queued(self) -> None:
+        for step in self.table.waiting_steps():
+            self._settle(step, self._unloading_error())
 
     def _close_workers(self) -> None:
         self._idle, self._is_ended = set(), True
@@ -139,13 +160,15 @@ class SequenceScheduler:
     def is_waiting(self, request: InferenceRequest) -> bool:
         return self.table.holds(request)
 
-    def abandon(self, step: SequenceStep) -> None:
-        if step.is_abandoned:
-            return
-        step.is_abandoned = True
-        self._statistics.cancelled += 1
-        self._drop(step)
+    def abandon(self, step: SequenceStep) -> bool:
+        if not step.abandon():
+            return False
+        # A step with an outcome is in the statistics already.
+        if step.outcome is None:
+            self._statistics.cancelled += 1
+            self._drop(step)
         self._release()
+        return True
 
     def _check_capacity(self, request: InferenceRequest) -> None:
         count, size = self.table.waiting, self.table.waiting_bytes
@@ -169,6 +192,8 @@ class SequenceScheduler:
     def _dispatch(self) -> None:
         """Start batches of steps that may run on idle workers."""
         self._will_dispatch = False
+        if self._is_ended:
+            return
         now = self._clock()
         self._expire(now)
         for instance in sorted(self._idle):
@@ -180,6 +205,7 @@ class SequenceScheduler:
             self._idle.discard(instance)
             self.table.take(chosen.steps)
             steps = sorted(chosen.steps, key=lambda step: step.slot) if self._settings.is_direct else chosen.steps
+            self._running[instance] = steps
             self._workers[instance].run(steps, partial(self._on_batch_done, instance, steps, chosen.fired, now))
         self._set_timer(self.table.next_expiry(), now)
         if self._is_closing and not self.table.waiting and len(self._idle) == len(self._workers):
@@ -202,6 +228,9 @@ class SequenceScheduler:
         _: float,
     ) -> None:
         now = self._clock()
+        if self._running.pop(instance, None) is None:
+            # `end_all` has ended the steps.
+            return
         if not self._is_ended:
             self._idle.add(instance)
         started_sequences = set()
@@ -217,7 +246,7 @@ class SequenceScheduler:
         tally = self._workers[instance].execution.tally
         if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        # Before outcomes are delivered: a client may send its next step immediately.
+        # The model runs the next steps while responses are written.
         self._dispatch()
         for step, outcome in zip(steps, outcomes, strict=True):
             self._settle(step, outcome)
@@ -240,33 +269,20 @@ class SequenceScheduler:
     # Outcomes
 
     def _settle(self, step: SequenceStep, outcome: Outcome) -> None:
-        step.outcome = outcome
+        if not step.conclude(outcome):
+            return
+        if isinstance(outcome, DeadlineExceeded):
+            self._statistics.expired += 1
         if self._undelivered is None:
-            self._deliver(step)
+            self._outcomes.add(step)
         else:
             self._release()
 
     def _release(self) -> None:
-        """Deliver the outcomes that are next in order of arrival, for a model that preserves order."""
+        """Pass on the outcomes that are next in order of arrival, for a model that preserves order."""
         undelivered = self._undelivered
-        while undelivered and (undelivered[0].is_abandoned or undelivered[0].outcome is not None):
-            self._deliver(undelivered.popleft())
-
-    def _deliver(self, step: SequenceStep) -> None:
-        if step.is_abandoned or step.outcome is None:
-            return
-        # From here on, `abandon` has no effect.
-        step.is_abandoned = True
-        try:
-            if isinstance(step.outcome, InferenceResult):
-                step.receiver.succeeded(step.outcome)
-            else:
-                if isinstance(step.outcome, DeadlineExceeded):
-                    self._statistics.expired += 1
-                step.receiver.failed(step.outcome)
-        # An error of one receiver must not affect the others.
-        except Exception:
-            log.exception("model %s: the receiver of an outcome failed", self._name)
+        while undelivered and undelivered[0].is_over:
+            self._outcomes.add(undelivered.popleft())
 
     def _reject_unknown(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:

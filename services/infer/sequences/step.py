@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from services.infer.requests.outcome import Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
-from services.infer.scheduling.queue import Receiver
+from services.infer.scheduling.delivery import PendingRequest, Receiver
 from services.infer.sequences.rows import SequenceId
 
 
@@ -26,7 +25,7 @@ class SequenceSlot:
     """Row of the sequence, in an instance of a `direct` model."""
 
 
-class SequenceStep:
+class SequenceStep(PendingRequest):
     """One request of a sequence. The loop's thread writes; a worker thread writes only `after` and `is_lost`."""
 
     __slots__ = (
@@ -35,12 +34,9 @@ class SequenceStep:
         "deadline",
         "ends",
         "expires",
-        "is_abandoned",
         "is_dropped",
         "is_lost",
         "is_waiting",
-        "outcome",
-        "receiver",
         "request",
         "sequence",
         "slot",
@@ -48,8 +44,8 @@ class SequenceStep:
     )
 
     def __init__(self, request: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
+        super().__init__(receiver)
         self.request = request
-        self.receiver = receiver
         self.arrived = arrived
         """Seconds, on the scheduler's clock."""
         self.deadline = deadline
@@ -60,12 +56,8 @@ class SequenceStep:
         self.sequence: Sequence
         self.slot = 0
         self.is_waiting = False
-        self.is_abandoned = False
-        """True once no outcome is to be delivered any more."""
         self.is_dropped = False
         """True: the step will not run, and stays queued only to end its sequence in order."""
-        self.outcome: Outcome | None = None
-        """Set for a model that preserves order, until it is delivered."""
         self.after: Mapping[str, Tensor] = {}
         """States after the step, once it has run."""
         self.is_lost = False

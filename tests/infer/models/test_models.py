@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -226,3 +227,18 @@ async def test_many_models_come_and_go(models, files, tmp_path):
         responses = await asyncio.gather(*(core.infer(request(name, x=X)) for name in names))
         for response in responses:
             np.testing.assert_array_equal(output(response, "y"), 2 * X)
+
+
+async def test_leaving_ends_in_time_although_a_request_runs_on(files):
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits(), drain_ms=600_000)) as models:
+        models.want([wanted(files.version(1, onnx_files.slow(20_000)))])
+        await models.settled()
+        calls = [asyncio.create_task(version_and_factor(models)) for _ in range(3)]
+        # Its caller leaves, and the run goes on.
+        calls.append(asyncio.create_task(version_and_factor(models)))
+        version = models.find("m", "")
+        await until(lambda: version._users == 4)
+        calls.pop().cancel()
+        models.stop_by(time.monotonic())
+    assert [type(outcome) for outcome in await asyncio.gather(*calls, return_exceptions=True)] == [Unavailable] * 3
+    assert states(models) == {}

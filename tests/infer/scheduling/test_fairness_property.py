@@ -21,6 +21,8 @@ from tests.long_form import by_form
 class Receiver:
     """Nobody is told: the queue never tells."""
 
+    is_direct = False
+
     def succeeded(self, result) -> None:
         raise AssertionError
 

@@ -74,6 +74,8 @@ def call(*values: float, key: object = "k", timeout_us: int = 0) -> InferenceReq
 class Nobody:
     """Receives, and does not care."""
 
+    is_direct = True
+
     def succeeded(self, result) -> None: ...
 
     def failed(self, error) -> None: ...
