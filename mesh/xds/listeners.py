@@ -65,7 +65,9 @@ _BODY_LUA = """
 local STREAMS = {%(streams)s}
 
 function envoy_on_request(handle)
-  for _ in handle:bodyChunks() do return end
+  for chunk in handle:bodyChunks() do
+    if chunk:length() > 0 then return end
+  end
   local status, message = "3", "the request has no message"
   if STREAMS[handle:headers():get(":path")] then
     status, message = "0", ""
