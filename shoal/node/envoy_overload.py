@@ -2,8 +2,8 @@
 
 As the heap grows towards its ceiling, Envoy sheds the load that costs the most first:
 
-    heap  60 %  reset the streams that hold the most memory, more of them the fuller the heap
-          70 %  return free memory to the system
+    heap  70 %  return free memory to the system
+          75 %  reset the streams that hold the most memory, more of them the fuller the heap
           95 %  reject new requests
           98 %  accept no new connections
 
@@ -20,7 +20,8 @@ from shoal.errors import InvalidArgument
 
 VARIABLE = "SHOAL_ENVOY_HEAP_MB"
 """Environment variable with the ceiling of Envoy's heap, in MiB."""
-# One request of the largest size needs twice its 128 MiB: one copy for a retry, one on its way to the instance.
+# One request of the largest size needs twice its 128 MiB: one copy for a retry, one on its way to the instance. That
+# and an idle Envoy stay below the share at which streams are reset.
 DEFAULT_HEAP_MB = 512
 # Below this, Envoy with a few hundred models would reject requests while it is idle.
 _LEAST_HEAP_MB = 128
@@ -53,7 +54,7 @@ def overload_manager(heap: int) -> dict[str, Any]:
     config = "type.googleapis.com/envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig"
     monitor = "envoy.resource_monitors.fixed_heap"
     actions = {
-        "reset_high_memory_stream": {"scaled": {"scaling_threshold": 0.6, "saturation_threshold": 0.9}},
+        "reset_high_memory_stream": {"scaled": {"scaling_threshold": 0.75, "saturation_threshold": 0.92}},
         "shrink_heap": {"threshold": {"value": 0.7}},
         "stop_accepting_requests": {"threshold": {"value": 0.95}},
         "stop_accepting_connections": {"threshold": {"value": 0.98}},
