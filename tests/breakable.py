@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 
 PATIENCE_S = 30.0
 """Default limit of a wait: longer than any step takes on a busy machine."""
@@ -99,14 +100,28 @@ class EtcdProcess(Process):
 class EnvoyProcess(Process):
     """An Envoy for one test, started with the launcher's command."""
 
-    def __init__(self, folder: Path, coords: Sequence[Path], node: str = "local", concurrency: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        coords: Sequence[Path],
+        node: str = "local",
+        concurrency: int = 1,
+        heap: int = DEFAULT_HEAP_MB << 20,
+    ) -> None:
         self.gateway = f"127.0.0.1:{processes.free_port()}"
         self.admin = f"127.0.0.1:{processes.free_port()}"
         self.outbound = folder / "outbound.sock"
         config = folder / "envoy.json"
         sockets = [str(path) for path in coords]
         config.write_text(
-            bootstrap(node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets)
+            bootstrap(
+                node=node,
+                gateway=self.gateway,
+                outbound=str(self.outbound),
+                admin=self.admin,
+                coords=sockets,
+                heap=heap,
+            )
         )
         self._spec = processes.envoy(config, self.admin, concurrency)
         super().__init__(self._spec.argv, folder / "envoy.log", self._spec.env)

@@ -2,7 +2,8 @@
 
 Fields: envoy.config.listener.v3.Listener. Both listeners get the same routes over RDS, and extract the model of a call:
 
-    (gateway: drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to headers, route again ──> router
+    (gateway: drop x-shoal-model) ──> Lua: calls without a message ──> grpc_field_extraction
+        ──> Lua: metadata to headers, route again ──> router
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds.clusters import address
+from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
 from mesh.xds.routes import (
+    BODY_FILTER,
     EXTRACTION_FILTER,
     LUA_FILTER,
     MODEL_HEADER,
@@ -36,11 +38,45 @@ from mesh.xds.routes import (
     STEP_EXTRACTION_FILTER,
     ModelRoutes,
     RouteTable,
+    path_of,
 )
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
+
+# Concurrent calls of one connection; a client waits with more. Services share one connection with all their callers:
+# theirs has the limit of an instance's connection.
+_STREAMS = {GATEWAY: 1024, OUTBOUND: 4096}
+# Bytes that a client may send before Envoy takes them. Calls of services share one connection: see CONNECTION_WINDOW.
+_WINDOWS = {GATEWAY: 16 << 20, OUTBOUND: CONNECTION_WINDOW}
+# Request headers of one call. A larger block, or one more header, costs its own call only. Real clients send a few kB.
+_HEADERS_KB = 32
+_HEADERS = 256
+# Longest time for a header block to arrive whole.
+_HEADERS_TIMEOUT = "10s"
+# Longest time for a client to take the rest of a response after the instance has sent all of it.
+_FLUSH_TIMEOUT = "300s"
+
+# The extraction holds a call until its message is whole, and rejects a body without a message. The script answers calls
+# that end with their headers. It marks streams whose body ends without a byte: `respond` fails there, as the headers
+# have passed, and the local reply of the extraction becomes OK.
+_BODY_LUA = """
+local STREAMS = {%(streams)s}
+
+function envoy_on_request(handle)
+  for chunk in handle:bodyChunks() do
+    if chunk:length() > 0 then return end
+  end
+  local status, message = "3", "the request has no message"
+  if STREAMS[handle:headers():get(":path")] then
+    status, message = "0", ""
+    handle:streamInfo():dynamicMetadata():set("%(filter)s", "empty", true)
+  end
+  local headers = {[":status"] = "200", ["grpc-status"] = status, ["grpc-message"] = message}
+  pcall(handle.respond, handle, headers, "")
+end
+"""
 
 # The script accepts only names that are valid in a header and as a cluster name: see routes.MODEL_NAME. The sequence of
 # a step is the parameter `sequence_id`, an InferParameter. A number has one form, whichever field carries it.
@@ -83,7 +119,8 @@ def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None)
         listen_address["pipe"]["mode"] = 0o600
     manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing))
     if table.models is not None:
-        manager.http_filters[:0] = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
+        extractions = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
+        manager.http_filters[1:1] = extractions
     filter_chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
     message = Listener.from_dict(
         {
@@ -110,10 +147,24 @@ def _connection_manager(name: str, table: RouteTable, tracing: Tracing | None) -
         },
         # Watches may be idle for days. Pings detect a client that has disappeared without closing its connection.
         "stream_idle_timeout": "0s",
-        "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
+        "stream_flush_timeout": _FLUSH_TIMEOUT,
+        "request_headers_timeout": _HEADERS_TIMEOUT,
+        "max_request_headers_kb": _HEADERS_KB,
+        "common_http_protocol_options": {"max_headers_count": _HEADERS},
+        "http2_protocol_options": {
+            "max_concurrent_streams": _STREAMS[name],
+            "initial_stream_window_size": STREAM_WINDOW,
+            "initial_connection_window_size": _WINDOWS[name],
+            "connection_keepalive": {"interval": "30s", "timeout": "10s"},
+        },
         "use_remote_address": True,
-        # Clients of the outbound socket are services of this node, which may forbid Envoy to retry a call.
-        **({"internal_address_config": {"unix_sockets": True}, "skip_xff_append": True} if name == OUTBOUND else {}),
+        # Clients of the outbound socket are services of this node, which may forbid Envoy to retry a call. No client of
+        # the gateway is internal. Without a range, Envoy treats private addresses as internal; no client has this one.
+        "internal_address_config": {
+            "unix_sockets": name == OUTBOUND,
+            "cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": {"value": 32}}],
+        },
+        "skip_xff_append": name == OUTBOUND,
         # Only traces use a request id. Without it, repeated calls have equal headers, which servers parse from a cache.
         "generate_request_id": tracing is not None,
         # Clients must not set the model or the sequence of a call. Services of the mesh may set the model.
@@ -125,9 +176,21 @@ def _connection_manager(name: str, table: RouteTable, tracing: Tracing | None) -
         ],
         "http_filters": [*_lua(table), _router()],
     }
+    if table.models is not None:
+        document["local_reply_config"] = {"mappers": [_empty_stream()]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document
+
+
+def _empty_stream() -> dict[str, Any]:
+    """Return the mapper that makes the local reply OK for a stream that ended without a message."""
+    matcher = {"filter": BODY_FILTER, "path": [{"key": "empty"}], "value": {"bool_match": True}}
+    status = {"header": {"key": "grpc-status", "value": "0"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    return {
+        "filter": {"metadata_filter": {"matcher": matcher, "match_if_key_not_found": {"value": False}}},
+        "headers_to_add": [status],
+    }
 
 
 def _router() -> dict[str, Any]:
@@ -135,16 +198,21 @@ def _router() -> dict[str, Any]:
 
 
 def _lua(table: RouteTable) -> list[dict[str, Any]]:
+    """Return the filters before and after the extraction."""
     if table.models is None:
         return []
+    streams = ", ".join(f'["{path_of(method)}"] = true' for method in table.models.streams)
+    before = _BODY_LUA % {"filter": BODY_FILTER, "streams": streams}
     code = _LUA % {
         "filter": EXTRACTION_FILTER,
         "model": MODEL_HEADER,
         "sequence": SEQUENCE_HEADER,
         "parameters": table.models.parameters,
     }
-    lua = typed(Lua, {"default_source_code": {"inline_string": code}})
-    return [{"name": LUA_FILTER, "typed_config": lua}]
+    return [
+        {"name": name, "typed_config": typed(Lua, {"default_source_code": {"inline_string": script}})}
+        for name, script in ((BODY_FILTER, before), (LUA_FILTER, code))
+    ]
 
 
 def _extraction(models: ModelRoutes, *, has_steps: bool) -> HttpFilter:

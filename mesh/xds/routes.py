@@ -33,11 +33,17 @@ EXTRACTION_FILTER = "envoy.filters.http.grpc_field_extraction"
 STEP_EXTRACTION_FILTER = "shoal.steps"
 """The same filter for models with sequences, in place of EXTRACTION_FILTER: extracts the parameters as well."""
 LUA_FILTER = "envoy.filters.http.lua"
+BODY_FILTER = "shoal.body"
+"""Lua filter before the extraction: answers calls without a message, for which the extraction would wait for ever."""
+_MODEL_FILTERS = (BODY_FILTER, EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER)
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
 """Names of models that get a cluster of their own. Calls of other models go to any instance of the service."""
 
 _STREAM_BUFFER_BYTES = 64 << 10
+# Longest time without progress while Envoy waits for the whole message of a unary call, to extract its model. The
+# bodies of other calls go to the instance as they arrive, and the instance ends those that make no progress.
+_MESSAGE_IDLE = "30s"
 # Field numbers of RouteConfiguration.virtual_hosts, VirtualHost.routes, Route.match and Route.route.
 _HOSTS, _ROUTE, _MATCH, _ACTION = 2, 3, 1, 2
 
@@ -75,6 +81,8 @@ class ModelRoutes:
     """A serialized FileDescriptorSet with these methods."""
     steps: tuple[str, ...] = ()
     """Methods whose messages may be steps of a sequence."""
+    streams: tuple[str, ...] = ()
+    """Methods with endless request streams: their first message may take any time, and there may be none."""
     parameters: str = ""
     """Field of a step's message that holds the parameters. `descriptors` must declare the field as repeated bytes, one
     map entry with a string key each. The entry with the key `sequence_id` names the sequence."""
@@ -113,7 +121,10 @@ def route_configuration(
             routes += [_model(service, model) for model in models]
         if service.names_model_itself:
             routes += [_named(service, model) for model in models]
-        routes += _service(service, is_searched=names_model and bool(models), has_steps=bool(sequenced))
+        waiting = _unary_paths(table.models) if names_model and table.models is not None else ()
+        routes += _service(
+            service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
+        )
     host = VirtualHost.from_dict(
         {
             "name": "any",
@@ -133,12 +144,15 @@ def route_configuration(
 
 
 @lru_cache(64)
-def _service(service: ServiceRoutes, *, is_searched: bool, has_steps: bool = False) -> tuple[bytes, ...]:
+def _service(
+    service: ServiceRoutes, *, is_searched: bool, has_steps: bool = False, waiting: tuple[str, ...] = ()
+) -> tuple[bytes, ...]:
     """Return the serialized routes of a service: one for each listed method, and one for all other methods.
 
     Args:
         is_searched: filters extract the model of each call.
         has_steps: filters extract the sequence as well.
+        waiting: paths of unary methods whose whole message Envoy waits for, to extract the model.
     """
     to = service.cluster
     routes = []
@@ -158,9 +172,27 @@ def _service(service: ServiceRoutes, *, is_searched: bool, has_steps: bool = Fal
         routes = [{**route, "tracing": sampling} for route in routes]
     unused = [EXTRACTION_FILTER if has_steps else STEP_EXTRACTION_FILTER]
     if not is_searched:
-        unused = [EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER]
-    routes = [{**route, "typed_per_filter_config": _disabled(*unused)} for route in routes]
+        unused = [*_MODEL_FILTERS]
+    else:
+        routes = [*_before_extraction(service, waiting), *routes]
+    routes = [{"typed_per_filter_config": _disabled(*unused), **route} for route in routes]
     return tuple(bytes(Route.from_dict(route)) for route in routes)
+
+
+def _before_extraction(service: ServiceRoutes, waiting: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return routes that apply until the model of a call is known; then Envoy selects the route anew.
+
+    Methods other than POST have no message: the instance rejects them. A unary call that has no model yet must make
+    progress.
+    """
+    retry_on = _IDEMPOTENT if service.all_idempotent else _ALWAYS
+    no_post = {"name": ":method", "string_match": {"exact": "POST"}, "invert_match": True}
+    other = _route({"prefix": service.prefix, "headers": [no_post]}, service.cluster, retry_on)
+    no_model = [{"name": MODEL_HEADER, "present_match": True, "invert_match": True}]
+    found = [_route({"path": path, "headers": no_model}, service.cluster, retry_on) for path in waiting]
+    for route in found:
+        route["route"]["idle_timeout"] = _MESSAGE_IDLE
+    return [{**other, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}, *found]
 
 
 def _disabled(*filters: str) -> dict[str, Any]:
@@ -181,14 +213,24 @@ def _named(service: ServiceRoutes, model: str) -> bytes:
     """Return the serialized route of calls whose header names `model`."""
     match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
     route = _route(match, model_cluster(model), _ALWAYS)
-    disabled = _disabled(EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER)
+    disabled = _disabled(*_MODEL_FILTERS)
     small = {"request_body_buffer_limit": _STREAM_BUFFER_BYTES}
     return bytes(Route.from_dict({**route, **small, "typed_per_filter_config": disabled}))
 
 
 def _step_paths(models: ModelRoutes) -> tuple[str, ...]:
     """Return the paths of the methods whose messages may be steps of a sequence."""
-    return tuple("/{}/{}".format(*method.rpartition(".")[::2]) for method in models.steps)
+    return tuple(path_of(method) for method in models.steps)
+
+
+def _unary_paths(models: ModelRoutes) -> tuple[str, ...]:
+    """Return the paths of the unary methods that name a model."""
+    return tuple(path_of(method) for method, _ in models.fields if method not in models.streams)
+
+
+def path_of(method: str) -> str:
+    """Return the path of `package.Service.Method`."""
+    return "/{}/{}".format(*method.rpartition(".")[::2])
 
 
 @lru_cache(8192)
@@ -234,7 +276,7 @@ def _compressed(service: ServiceRoutes) -> bytes:
         ],
     }
     route = _route(match, service.cluster, _IDEMPOTENT if service.all_idempotent else _ALWAYS)
-    disabled = _disabled(EXTRACTION_FILTER, STEP_EXTRACTION_FILTER)
+    disabled = _disabled(BODY_FILTER, EXTRACTION_FILTER, STEP_EXTRACTION_FILTER)
     return bytes(Route.from_dict({**route, "typed_per_filter_config": disabled}))
 
 

@@ -118,6 +118,7 @@ def table() -> RouteTable:
             fields=tuple((f"{INFER.full_name}.{method}", field) for method, field in sorted(_MODEL_FIELDS.items())),
             descriptors=_with_raw_entries(descriptors(INFER.file)),
             steps=tuple(f"{INFER.full_name}.{method}" for method in _STEPS),
+            streams=(f"{INFER.full_name}.ModelStreamInfer",),
             parameters=_PARAMETERS,
         ),
     )

@@ -9,17 +9,29 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from shoal.node.envoy_runtime import RUNTIME
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
+from shoal.node.envoy_runtime import runtime
 
 ADS_CLUSTER = "ads"
 NODE_CLUSTER = "shoal"
+# Names of the listeners in mesh.xds.listeners. An import of that module takes most of a second.
+_LISTENERS = ("gateway", "outbound")
 
 
-def bootstrap(*, node: str, gateway: str, outbound: str, admin: str, coords: Sequence[str]) -> str:
+def bootstrap(
+    *,
+    node: str,
+    gateway: str,
+    outbound: str,
+    admin: str,
+    coords: Sequence[str],
+    heap: int = DEFAULT_HEAP_MB << 20,
+) -> str:
     """Return the bootstrap of `node`'s Envoy, as JSON.
 
     `gateway` and `admin` are `host:port`. `outbound` is the path of the socket through which services call each other.
     `coords` are the socket paths of the node's coord replicas; each replica serves the whole configuration.
+    `heap` is the ceiling of Envoy's heap in bytes.
     """
     host, _, port = admin.rpartition(":")
     document = {
@@ -32,7 +44,8 @@ def bootstrap(*, node: str, gateway: str, outbound: str, admin: str, coords: Seq
         "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
         "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},
         "static_resources": {"clusters": [_coord_cluster(coords)]},
-        "layered_runtime": RUNTIME,
+        "layered_runtime": runtime(*_LISTENERS),
+        "overload_manager": overload_manager(heap),
     }
     return json.dumps(document, indent=2)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.node import probes, processes
-from shoal.node.envoy_runtime import RUNTIME
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
+from shoal.node.envoy_runtime import runtime
 from shoal.node.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,13 @@ _CONNECTION_WINDOW = 16 << 20
 _WORKER_WINDOW = (1 << 31) - 1
 # Concurrent calls of one client connection. A worker's queue would reject more.
 _STREAMS = 4096
+# Request headers of one call. A larger block, or one more header, costs its own call only. Real clients send a few kB.
+_HEADERS_KB = 32
+_HEADERS = 256
+# Longest time for a header block to arrive whole.
+_HEADERS_TIMEOUT = "10s"
+# Longest time for a client to take the rest of a response after the worker has sent all of it.
+_FLUSH_TIMEOUT = "300s"
 # Messages are forwarded as they arrive; no filter needs a whole one. Larger buffers would only hold more data for
 # clients that do not read.
 _BUFFER_BYTES = 1 << 20
@@ -58,20 +66,24 @@ _UNSENT = (
 )
 
 
-def bootstrap(*, host: str, port: int, workers: Sequence[str], admin: str) -> dict[str, Any]:
+def bootstrap(
+    *, host: str, port: int, workers: Sequence[str], admin: str, heap: int = DEFAULT_HEAP_MB << 20
+) -> dict[str, Any]:
     """Return the configuration of an Envoy that listens at `host`:`port` and calls the workers.
 
     Args:
         host: an IP address in numbers.
         workers: paths of the sockets of the workers.
         admin: path of the socket of the admin endpoint.
+        heap: ceiling of Envoy's heap in bytes.
     """
     is_sticky = len(workers) > 1
     return {
         "node": {"id": "serve", "cluster": "shoal"},
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
         "static_resources": {"listeners": [_listener(host, port, is_sticky)], "clusters": [_cluster(workers)]},
-        "layered_runtime": RUNTIME,
+        "layered_runtime": runtime(_STAT_PREFIX),
+        "overload_manager": overload_manager(heap),
     }
 
 
@@ -104,6 +116,10 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
         },
         # Calls have deadlines of their own, and a stream may be idle for hours.
         "stream_idle_timeout": "0s",
+        "stream_flush_timeout": _FLUSH_TIMEOUT,
+        "request_headers_timeout": _HEADERS_TIMEOUT,
+        "max_request_headers_kb": _HEADERS_KB,
+        "common_http_protocol_options": {"max_headers_count": _HEADERS},
         "drain_timeout": "0.5s",
         "generate_request_id": False,
         "server_header_transformation": "PASS_THROUGH",
@@ -244,6 +260,7 @@ class Edge:
         folder: a private folder with a short path, for Envoy's configuration and admin socket.
         threads: Envoy's worker threads.
         report: called when an Envoy has ended, with its name, its status and the seconds until its restart.
+        heap: ceiling of Envoy's heap in bytes.
 
     Raises:
         FailedPrecondition: no Envoy binary is installed.
@@ -258,10 +275,12 @@ class Edge:
         folder: Path,
         threads: int,
         report: Callable[[str, int, float], None],
+        heap: int = DEFAULT_HEAP_MB << 20,
     ) -> None:
         self._admin = str(folder / "admin.sock")
         config = folder / "envoy.json"
-        config.write_text(json.dumps(bootstrap(host=host, port=port, workers=workers, admin=self._admin)))
+        document = bootstrap(host=host, port=port, workers=workers, admin=self._admin, heap=heap)
+        config.write_text(json.dumps(document))
         self._count = len(workers)
         self._was_ready = False
         spec = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")

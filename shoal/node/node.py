@@ -102,7 +102,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         layout = replace(layout, run_dir=stack.enter_context(folder.run_dir(options.data_dir, environ)))
         signals.on_second_signal.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
         groups = plan.groups(options, layout, environ, os.getpid())
-        folder.write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout))
+        folder.write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout, environ))
         stack.enter_context(signals.caught())
         if options.etcd is not None:
             await check_unique(options.etcd, options.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from mesh.process import crash_journal
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
+from shoal.node.envoy_overload import heap_bytes
 from shoal.node.options import Options
 from shoal.node.ports import HOST
 
@@ -100,11 +101,16 @@ def envoy_file(options: Options) -> Path:
     return options.data_dir / "envoy.json"
 
 
-def envoy_bootstrap(options: Options, layout: Layout) -> str:
+def envoy_bootstrap(options: Options, layout: Layout, environ: Mapping[str, str]) -> str:
     """Return the bootstrap configuration of the node's Envoy, as JSON."""
     coords = [str(layout.socket_of(f"coord-{number}")) for number in range(options.replicas["coord"])]
     return bootstrap(
-        node=options.name, gateway=layout.gateway, outbound=str(layout.outbound), admin=layout.admin, coords=coords
+        node=options.name,
+        gateway=layout.gateway,
+        outbound=str(layout.outbound),
+        admin=layout.admin,
+        coords=coords,
+        heap=heap_bytes(environ),
     )
 
 

@@ -22,6 +22,7 @@ from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import folder, probes
 from shoal.node.envoy_edge import Edge
+from shoal.node.envoy_overload import heap_bytes
 from shoal.node.front import Choice, choose
 from shoal.node.ports import PortInUse, Ports, listeners
 from shoal.node.process import raise_file_limit, stop_signals
@@ -124,6 +125,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             folder=run_dir,
             threads=threads,
             report=screen.ended,
+            heap=heap_bytes(environ),
         )
         return await _Serving(workers, edge, screen).run(partial(_announce_behind, edge, specs, address, front))
 

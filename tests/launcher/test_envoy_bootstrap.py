@@ -15,8 +15,10 @@ from envoy_data_plane.envoy.config.listener.v3 import Listener
 from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
 from envoy_data_plane.google.protobuf import Any as Packed
 
+from shoal.errors import InvalidArgument
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
+from shoal.node.envoy_overload import heap_bytes
 from shoal.node.ports import Ports
 from shoal.node.probes import http_ok
 from tests.breakable import Process, until
@@ -39,6 +41,25 @@ def test_the_bootstrap_has_the_node_and_the_coord_cluster_only() -> None:
     assert "listeners" not in document["static_resources"]
     endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     assert [one["endpoint"]["address"]["pipe"]["path"] for one in endpoints] == ["/r/a", "/r/b"]
+
+
+def test_envoy_has_a_ceiling_of_memory_and_of_connections() -> None:
+    document = json.loads(
+        bootstrap(node="n", gateway="127.0.0.1:80", outbound="/o", admin="127.0.0.1:99", coords=["/a"], heap=200 << 20)
+    )
+    manager = document["overload_manager"]
+    assert manager["resource_monitors"][0]["typed_config"]["max_heap_size_bytes"] == 200 << 20
+    limits = document["layered_runtime"]["layers"][0]["static_layer"]
+    for listener in ("gateway", "outbound"):
+        assert limits[f"envoy.resource_limits.listener.{listener}.connection_limit"] == 1024
+
+
+@pytest.mark.parametrize("wrong", ["many", "-1", "127", "1e3"])
+def test_a_wrong_ceiling_of_memory_is_named(wrong: str) -> None:
+    assert heap_bytes({}) == 512 << 20
+    assert heap_bytes({"SHOAL_ENVOY_HEAP_MB": "128"}) == 128 << 20
+    with pytest.raises(InvalidArgument, match="SHOAL_ENVOY_HEAP_MB"):
+        heap_bytes({"SHOAL_ENVOY_HEAP_MB": wrong})
 
 
 class Coord:

@@ -34,6 +34,7 @@ from services.coord.traffic import table
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, Process, until
 from tests.http2 import INFER, Connection, framed
@@ -64,7 +65,10 @@ class Changing:
 class Mesh:
     """An Envoy, its ADS server, and tiny inference servers."""
 
-    def __init__(self, folder: Path, stack: AsyncExitStack, tracing: Tracing | None) -> None:
+    def __init__(
+        self, folder: Path, stack: AsyncExitStack, tracing: Tracing | None, heap: int = DEFAULT_HEAP_MB << 20
+    ) -> None:
+        self.heap = heap
         self.folder = folder
         self.stack = stack
         self.source = Changing(tracing)
@@ -75,7 +79,7 @@ class Mesh:
         self.coord = self.folder / "coord-0.sock"
         server = Server(f"unix:{self.coord}", [], drain_ms=0, methods=self.ads.methods())
         await (await self.stack.enter_async_context(server)).serve()
-        self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, [self.coord]))
+        self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, [self.coord], heap=self.heap))
         self.channel = await self.stack.enter_async_context(connect(self.envoy.gateway))
         self.stub = pb_grpc.GRPCInferenceServiceStub(self.channel)
 

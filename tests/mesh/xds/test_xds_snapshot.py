@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
+from envoy_data_plane.envoy.config.listener.v3 import Listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
 
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, model_cluster
@@ -22,7 +24,7 @@ BULK = "/shoal.inference.v2.BulkInference/"
 INFERENCE = "/inference.GRPCInferenceService/"
 INFER = "inference.GRPCInferenceService.ModelInfer"
 MODEL_FINDER, STEP_FINDER = "envoy.filters.http.grpc_field_extraction", "shoal.steps"
-LUA = "envoy.filters.http.lua"
+LUA, BODY = "envoy.filters.http.lua", "shoal.body"
 TABLE = RouteTable(
     (
         ServiceRoutes(BULK, "infer", streaming=(BULK + "InferBulk",), names_model_itself=True),
@@ -160,15 +162,16 @@ def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matche
 def test_a_hundred_models_are_all_there():
     shot = made(infer(0, *(f"m{number}" for number in range(100))), infer(9))
     assert len(shot.of(CLUSTER)) == 102
-    # Each of its own for the protocol's calls and for bulks. One more: compressed messages cannot be searched.
-    assert len(routes_of(shot)) == 2 * 100 + 1 + len(routes_of(made()))
+    # Each of its own for the protocol's calls and for bulks. Three more: compressed messages cannot be searched, other
+    # methods than POST have no message, and a unary call that waits for its message has an idle timeout.
+    assert len(routes_of(shot)) == 2 * 100 + 3 + len(routes_of(made()))
 
 
 def test_calls_are_searched_for_their_model_only_where_instances_differ():
     alike = routes_of(made(infer(0, "a", "b"), infer(1, "a", "b")))
     (inference,) = [route for route in alike if route.match.prefix == INFERENCE]
     assert inference.route.cluster == "infer"
-    assert set(inference.typed_per_filter_config) == {MODEL_FINDER, STEP_FINDER, LUA}
+    assert set(inference.typed_per_filter_config) == {BODY, MODEL_FINDER, STEP_FINDER, LUA}
     apart = routes_of(made(infer(0, "a", "b"), infer(1, "a")))
     named = [r for r in apart if r.match.prefix == INFERENCE and r.match.headers]
     assert [r.route.cluster for r in named if r.match.headers[0].name == "x-shoal-model"] == ["model/b"]
@@ -176,9 +179,30 @@ def test_calls_are_searched_for_their_model_only_where_instances_differ():
     assert set(inference.typed_per_filter_config) == {STEP_FINDER}
     for route in apart:
         if (route.match.path or route.match.prefix or "").startswith("/shoal"):
-            assert set(route.typed_per_filter_config) == {MODEL_FINDER, STEP_FINDER, LUA}
+            assert set(route.typed_per_filter_config) == {BODY, MODEL_FINDER, STEP_FINDER, LUA}
     drained = routes_of(made(infer(0, "a"), infer(1, "a"), drained=frozenset({"local/infer-1"})))
     assert len(drained) == len(alike), "what is drained is drained of all models alike"
+
+
+def test_only_a_unary_call_without_its_whole_message_has_an_idle_timeout():
+    for route in routes_of(made(infer(0, "a", "b"), infer(1, "a")))[1:]:
+        is_waiting = route.match.path == INFERENCE + "ModelInfer"
+        assert route.route.idle_timeout.total_seconds() == (30 if is_waiting else 0)
+        if is_waiting:
+            (header,) = route.match.headers
+            assert (header.name, header.present_match, header.invert_match) == ("x-shoal-model", True, True)
+
+
+def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
+    for name, streams in (("gateway", 1024), ("outbound", 4096)):
+        message = Listener.parse(made().of(LISTENER)[name].packed.value)
+        packed = message.filter_chains[0].filters[0].typed_config
+        manager = HttpConnectionManager.parse(packed.value)
+        assert manager.http2_protocol_options.max_concurrent_streams == streams
+        assert (manager.max_request_headers_kb, manager.common_http_protocol_options.max_headers_count) == (32, 256)
+        internal = manager.internal_address_config
+        assert internal.unix_sockets is (name == "outbound")
+        assert [each.address_prefix for each in internal.cidr_ranges] == ["0.0.0.0"]
 
 
 def test_bulks_are_routed_by_their_header_and_not_at_all_without_it():
@@ -196,7 +220,8 @@ def test_bulks_are_routed_by_their_header_and_not_at_all_without_it():
 def test_steps_go_by_the_hash_of_their_sequence_and_are_not_run_twice():
     shot = made(infer(0, "a", "steps"), infer(1, "a", "steps"))
     found = routes_of(shot)
-    (step,) = [route for route in found if route.match.path == INFERENCE + "ModelInfer" and route.match.headers]
+    (step, waiting) = [route for route in found if route.match.path == INFERENCE + "ModelInfer" and route.match.headers]
+    assert (waiting.route.cluster, waiting.match.headers[0].invert_match) == ("infer", True)
     assert step.route.cluster == "model/steps"
     assert [policy.header.header_name for policy in step.route.hash_policy] == ["x-shoal-sequence"]
     assert step.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"

@@ -1,0 +1,75 @@
+"""Envoy's limits as a process: memory, and connections per listener.
+
+As the heap grows towards its ceiling, Envoy sheds the load that costs the most first:
+
+    heap  70 %  return free memory to the system
+          75 %  reset the streams that hold the most memory, more of them the fuller the heap
+          95 %  reject new requests
+          98 %  accept no new connections
+
+Fields: envoy.config.overload.v3.OverloadManager.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.errors import InvalidArgument
+
+VARIABLE = "SHOAL_ENVOY_HEAP_MB"
+"""Environment variable with the ceiling of Envoy's heap, in MiB."""
+# One request of the largest size needs twice its 128 MiB: one copy for a retry, one on its way to the instance. That
+# and an idle Envoy stay below the share at which streams are reset.
+DEFAULT_HEAP_MB = 512
+# Below this, Envoy with a few hundred models would reject requests while it is idle.
+_LEAST_HEAP_MB = 128
+
+CONNECTIONS = 1024
+"""Most client connections to one listener. A further connection is closed at once. An idle connection costs about
+50 KiB, so all of them fit the heap."""
+
+# Envoy samples its heap at this interval. With the default of 1 s, fast clients overrun the ceiling in between.
+_REFRESH = "0.05s"
+# Smallest memory of a stream that Envoy tracks, and may reset: 128 KiB. Envoy has eight classes above, each of twice
+# the memory of the one before. The last class has all streams of 16 MiB and more.
+_TRACKED_POWER = 17
+
+
+def heap_bytes(environ: Mapping[str, str]) -> int:
+    """Return the ceiling of Envoy's heap that `environ` sets, or the default.
+
+    Raises:
+        InvalidArgument: the variable is not a number of MiB of at least 128.
+    """
+    text = environ.get(VARIABLE, "").strip() or str(DEFAULT_HEAP_MB)
+    if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) < _LEAST_HEAP_MB:
+        raise InvalidArgument(f"{VARIABLE} is {text!r}: give a whole number of MiB, at least {_LEAST_HEAP_MB}")
+    return int(text) << 20
+
+
+def overload_manager(heap: int) -> dict[str, Any]:
+    """Return the field `overload_manager` of a bootstrap, for a heap of at most `heap` bytes."""
+    config = "type.googleapis.com/envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig"
+    monitor = "envoy.resource_monitors.fixed_heap"
+    actions = {
+        "reset_high_memory_stream": {"scaled": {"scaling_threshold": 0.75, "saturation_threshold": 0.92}},
+        "shrink_heap": {"threshold": {"value": 0.7}},
+        "stop_accepting_requests": {"threshold": {"value": 0.95}},
+        "stop_accepting_connections": {"threshold": {"value": 0.98}},
+    }
+    return {
+        "refresh_interval": _REFRESH,
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": _TRACKED_POWER},
+        "resource_monitors": [{"name": monitor, "typed_config": {"@type": config, "max_heap_size_bytes": heap}}],
+        "actions": [
+            {"name": f"envoy.overload_actions.{name}", "triggers": [{"name": monitor, **trigger}]}
+            for name, trigger in actions.items()
+        ],
+    }
+
+
+def connection_limits(*listeners: str) -> dict[str, Any]:
+    """Return the entries of a runtime layer that limit the connections of each listener."""
+    return {f"envoy.resource_limits.listener.{name}.connection_limit": CONNECTIONS for name in listeners}

@@ -1,0 +1,154 @@
+"""The limits of Envoy with a real Envoy: each is crossed while another client calls."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from mesh.xds import routes
+from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.node.envoy_overload import CONNECTIONS
+from tests.breakable import until
+from tests.http2 import INFER, STREAM, Answer, Connection, framed
+from tests.mesh.xds.test_xds_envoy import Mesh, request, told
+
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
+
+HEAP = 192 << 20
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh() -> AsyncIterator[Mesh]:
+    """A mesh whose Envoy has a small heap and a short idle timeout; only `infer-1` has `steps`, which has sequences."""
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "_MESSAGE_IDLE", "0.5s")
+        _forget()
+        async with AsyncExitStack() as stack:
+            made = Mesh(folder, stack, None, heap=HEAP)
+            await made.start()
+            await made.envoy.until_ready()
+            await made.replica(0)
+            await made.replica(1)
+            await made.show(made.instance(0, "a"), made.instance(1, "a", "steps", steps="steps"))
+            yield made
+    _forget()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget() -> None:
+    """Forget built routes: they have the timeout of the time when they were built."""
+    routes.route_configuration.cache_clear()
+    routes._service.cache_clear()
+
+
+def headers_only(mesh: Mesh, path: str, method: str) -> Answer:
+    """Make a call that ends with its headers."""
+    with Connection(mesh.envoy.gateway) as connection:
+        stream = connection.h2.get_next_available_stream_id()
+        connection.answers[stream] = Answer()
+        sent = {":method": method, ":scheme": "http", ":path": path, ":authority": "shoal", "te": "trailers"}
+        sent["content-type"] = "application/grpc"
+        connection.h2.send_headers(stream, list(sent.items()), end_stream=True)
+        connection.flush()
+        return connection.answer(stream)
+
+
+async def test_a_call_that_ends_with_its_headers_is_answered_while_a_model_has_sequences(mesh: Mesh):
+    answer = await asyncio.to_thread(headers_only, mesh, INFER, "POST")
+    assert (answer.http_status, answer.status) == (200, 3), answer
+    answer = await asyncio.to_thread(headers_only, mesh, STREAM, "POST")
+    assert (answer.http_status, answer.status, answer.data) == (200, 0, b""), answer
+    for method in ("GET", "DELETE"):
+        answer = await asyncio.to_thread(headers_only, mesh, INFER, method)
+        assert not answer.is_cut
+        assert answer.http_status is not None
+    assert told(await mesh.infer("steps"), "replica") == "infer-1"
+
+
+async def test_a_stream_without_a_message_is_ok_while_a_model_has_sequences(mesh: Mesh):
+    call = mesh.stub.ModelStreamInfer(timeout=10)
+    await call.done_writing()
+    assert await call.read() == grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+    call = mesh.stub.ModelStreamInfer(timeout=10)
+    await call.write(request("steps"))
+    assert told((await call.read()).infer_response, "replica") == "infer-1"
+    await call.done_writing()
+    assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_half_a_message_ends_and_a_slow_call_and_an_idle_stream_do_not(mesh: Mesh):
+    def send_half() -> Answer:
+        with Connection(mesh.envoy.gateway) as connection:
+            stream = connection.open()
+            connection.send(stream, framed(b"x" * 50, size=100))
+            return connection.answer(stream)
+
+    idle = mesh.stub.ModelStreamInfer(timeout=20)
+    slow = asyncio.create_task(mesh.infer("a", sleep_ms=1_500))
+    answer = await asyncio.to_thread(send_half)
+    assert answer.status not in (None, 0), answer
+    assert told(await slow, "replica") in ("infer-0", "infer-1")
+    await idle.write(request("a"))
+    assert told((await idle.read()).infer_response, "header") == "a"
+    idle.cancel()
+
+
+async def test_headers_beyond_the_limits_cost_their_own_call_only(mesh: Mesh):
+    message = framed(request("a").SerializeToString())
+
+    def cross() -> tuple[list[Answer], list[Answer]]:
+        with Connection(mesh.envoy.gateway) as connection:
+            few = [(f"x-{n}".encode(), b"v") for n in range(200)]
+            many = [(f"x-{n}".encode(), b"v") for n in range(300)]
+            taken = [connection.call(message), connection.call(message, more=few)]
+            taken.append(connection.call(message, more=[(b"x-long", b"v" * 20_000)]))
+            refused = [connection.call(message, more=many)]
+            refused.append(connection.call(message, more=[(b"x-long", b"v" * 40_000)]))
+            taken.append(connection.call(message))
+            return taken, refused
+
+    taken, refused = await asyncio.to_thread(cross)
+    assert [answer.status for answer in taken] == [0, 0, 0, 0]
+    assert all(answer.status != 0 and not answer.is_cut for answer in refused), refused
+
+
+async def test_a_connection_has_a_limit_of_streams_and_others_go_on(mesh: Mesh):
+    def fill(connection: Connection) -> int:
+        connection.call(framed(request("a").SerializeToString()))
+        limit = connection.h2.remote_settings.max_concurrent_streams
+        for _ in range(limit):
+            connection.open(STREAM)
+        return limit
+
+    with Connection(mesh.envoy.gateway) as connection:
+        assert await asyncio.to_thread(fill, connection) == 1024
+        assert told(await mesh.infer("a"), "header") == "a"
+
+
+async def test_connections_beyond_the_limit_are_closed_and_others_go_on(mesh: Mesh):
+    await mesh.infer("a")
+    host, _, port = mesh.envoy.gateway.rpartition(":")
+
+    async def has_closed_some() -> bool:
+        stats = await mesh.envoy.stats("downstream_cx_overflow")
+        return sum(count for name, count in stats.items() if "admin" not in name) > 0
+
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS + 8):
+            stack.enter_context(socket.create_connection((host, int(port)), 10))
+        await until(has_closed_some, "Envoy closes connections beyond the limit")
+        assert told(await mesh.infer("a"), "header") == "a"
+    async with grpc.aio.insecure_channel(mesh.envoy.gateway) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        assert told(await stub.ModelInfer(request("a"), timeout=20, wait_for_ready=True), "header") == "a"
