@@ -93,6 +93,16 @@ def broken() -> onnx.ModelProto:
     )
 
 
+def unservable() -> onnx.ModelProto:
+    """y has a datatype that no response can carry: the model cannot be loaded."""
+    return cast(TensorProto.FLOAT, TensorProto.FLOAT8E4M3FN)
+
+
+def parsing() -> onnx.ModelProto:
+    """y = the INT64 number that the text x holds; raises for other text, also for empty text."""
+    return cast(TensorProto.STRING, TensorProto.INT64, (1, 4))
+
+
 def slow(rounds: int = 200) -> onnx.ModelProto:
     """y = 2x after some milliseconds of arithmetic, whatever the number of rows."""
     matrix = numpy_helper.from_array(np.eye(128, dtype=np.float32), "eye")

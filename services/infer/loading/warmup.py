@@ -6,8 +6,9 @@
     4  the samples of the configuration's `model_warmup`, which must succeed
     5  a batch of each size 2, 4, 8, ... up to max_batch_size, as far as memory and time allow, on each device
 
-A model that fails the first step with nothing left to guess is broken and is not served. When sizes had to be guessed
-and none worked, the model is served anyway, unbatched unless its configuration sets max_batch_size.
+A model may need other data than the first step makes up: divisors, sizes, text that holds a number. A failure there is
+a warning, and the model is served, unbatched unless its configuration sets max_batch_size. A sample of step 4 that
+fails keeps the model from being served.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ def run(
     """Run the model `name` on made-up data and on the samples of its `folder`. Return the confirmed configuration.
 
     Args:
-        made_up: True when made-up data must work. Otherwise it is only used to test a guessed batch dimension.
+        made_up: False when made-up data is only used to test a guessed batch dimension.
         cost: receives the durations of the batches.
 
     Raises:
-        FailedPrecondition: the model cannot run; the message has the model's error and says what to do.
+        FailedPrecondition: a sample or a batch fails, or an output contradicts the signature.
     """
-    first = _first_run(name, model, session, clock, must_suit=made_up) if made_up or model.is_batch_guessed else None
+    first = _first_run(name, model, session, clock) if made_up or model.is_batch_guessed else None
     if model.is_batch_guessed:
         model = _with_batch_tested(name, model, session, first.size if first else None)
     batched = model.signature.max_batch_size
@@ -95,14 +96,14 @@ class First:
     outputs: Sequence[Tensor]
 
 
-def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, must_suit: bool) -> First | None:
+def _first_run(name: str, model: Completed, session: Session, clock: Clock) -> First | None:
     rows = 1 if model.signature.max_batch_size else None
     is_free = any(-1 in spec.shape[rows or 0 :] for spec in _needed(model))
     failure = ""
     for size in _FREE_SIZES if is_free else _FREE_SIZES[:1]:
         size_bytes = _size_bytes(model, rows, size)
         if size_bytes > (_LARGEST_BYTES if is_free else _MAX_CALL_BYTES):
-            failure, must_suit = failure or f"its inputs have {size_bytes} bytes", must_suit and is_free
+            failure = failure or f"its inputs have {size_bytes} bytes"
             break
         try:
             inputs = _zeros(model, rows, size)
@@ -113,12 +114,11 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, m
             return First(size, clock() - start, outputs)
         except ModelFailed as err:
             failure = str(err)
-    if must_suit and not is_free and not model.config.model_warmup:
-        raise FailedPrecondition(
-            f"the model failed its warm-up run (zeros in every input): {failure}; "
-            "if it needs other data, give it as model_warmup in config.pbtxt"
-        )
-    log.warning("model %s: not warmed up, because every made-up input failed: %s", name, failure)
+    log.warning(
+        "model %s: not warmed up, because every made-up input (zeros) failed: %s; "
+        "if it needs other data, give it as model_warmup in config.pbtxt",
+        *(name, failure),
+    )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import numpy as np
 import pytest
 from onnx import TensorProto
@@ -44,14 +45,38 @@ async def test_the_configuration_overrides_the_finding(serve, models_folder: Rep
     assert [await max_batch_size(served, name) for name in ("double", "mixing")] == [0, 5]
 
 
-async def test_a_model_that_fails_is_not_served_and_says_what_to_do(serve, models_folder: Repository):
+async def test_a_model_that_fails_on_zeros_is_served_with_a_warning(serve, models_folder: Repository, caplog):
+    models_folder.bare("parsing", onnx_files.parsing())
     models_folder.bare("broken", onnx_files.broken())
     models_folder.bare("double", onnx_files.scale())
     served = await serve(models_folder.root)
-    assert "failed its warm-up run" in reason(served, "broken")
-    assert "model_warmup" in reason(served, "broken")
+    assert {row.name: row.state for row in served.models.index()} == dict.fromkeys(
+        ("parsing", "broken", "double"), State.READY
+    )
+    assert (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
+    warned = [record.args[0] for record in caplog.records if "not warmed up" in record.message]
+    assert sorted(warned) == ["broken", "parsing"]
+    asked = pb.ModelInferRequest(model_name="parsing")
+    asked.inputs.add(name="x", datatype="BYTES", shape=[1, 4]).contents.bytes_contents.extend([b"7", b"-1", b"0", b"2"])
+    assert output(await served.stub.ModelInfer(asked), "y").tolist() == [[7, -1, 0, 2]]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.stub.ModelInfer(request("broken", x=floats([1, 2, 3, 4])))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+async def test_a_stated_warm_up_that_fails_fails_the_load(serve, models_folder: Repository):
+    models_folder.put("parsing", onnx_files.parsing(), config=PARSING % "zero_data: true")
+    served = await serve(models_folder.root)
+    assert "model_warmup 'sample'" in reason(served, "parsing")
     assert not (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
-    assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="double"))).ready
+
+
+PARSING = """
+model_warmup [{
+  name: "sample"
+  inputs { key: "x" value { data_type: TYPE_STRING dims: [1, 4] %s } }
+}]
+"""
 
 
 SAMPLE = """
