@@ -151,8 +151,9 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
 
 def _warn_of_dependence(name: str, model: Completed, session: Session, first: First | None, dependence: str) -> None:
     """Log a warning when the rows of a model depend on each other whose configuration sets a batch size."""
-    # The trial is three runs: a slow model is not tried, as its batches are not warmed up.
-    if not dependence and first is not None and 3 * first.took_s < _BATCHES_S:
+    # The trial is three runs, within the bounds of the batches.
+    is_small = first is not None and 2 * _size_bytes(model, 1, first.size) <= _LARGEST_BYTES
+    if not dependence and first is not None and is_small and 3 * first.took_s < _BATCHES_S:
         with suppress(ModelFailed):
             dependence = _mixed_rows(model, session, first.size)
     if dependence:
