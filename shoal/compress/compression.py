@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from shoal.compress.latency import Latency, compare
 from shoal.compress.method import Method
@@ -105,8 +106,19 @@ def run(
         threads=threads,
         bounds=bounds,
         refused="" if bounds is None else refusal(drift, bounds),
-        notes=notes,
+        notes=[*notes, *_batching(original, target)],
     )
+
+
+def _batching(original: OnnxModel, target: Path) -> Iterator[str]:
+    """Yield a note when the rows of a batch influence each other in the compressed model."""
+    graph = onnx.load(target, load_external_data=False).graph
+    if original.is_batched and any(node.op_type.startswith("DynamicQuantize") for node in graph.node):
+        yield (
+            "activations are quantized with one scale for all rows of a batch, so a row's results depend on the rows "
+            "beside it: Shoal does not batch this model unless max_batch_size in config.pbtxt is set; "
+            "static int8 and float16 batch safely"
+        )
 
 
 def split(calls: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:

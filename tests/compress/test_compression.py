@@ -48,6 +48,12 @@ def test_it_becomes_smaller_and_stays_near(
     assert made.refused == ""
 
 
+def test_the_report_says_when_rows_of_a_batch_influence_each_other(tmp_path: Path) -> None:
+    source = models.perceptron(tmp_path / "m.onnx", wide=512)
+    assert any("does not batch this model" in note for note in run(Method.DYNAMIC, source).notes)
+    assert not any("does not batch this model" in note for note in run(Method.FLOAT16, source).notes)
+
+
 def test_pruning_leaves_out_what_nobody_reads_and_no_bit_changes(tmp_path: Path) -> None:
     made = run(Method.PRUNE, models.perceptron(tmp_path / "m.onnx", dead=True), bounds=Bounds(0.0, 0))
     assert made.refused == ""

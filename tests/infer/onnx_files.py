@@ -93,6 +93,47 @@ def broken() -> onnx.ModelProto:
     )
 
 
+def unservable() -> onnx.ModelProto:
+    """y has a datatype that no response can carry: the model cannot be loaded."""
+    return cast(TensorProto.FLOAT, TensorProto.FLOAT8E4M3FN)
+
+
+def parsing() -> onnx.ModelProto:
+    """y = the INT64 number that the text x holds; raises for other text, also for empty text."""
+    return cast(TensorProto.STRING, TensorProto.INT64, (1, 4))
+
+
+def loudness(dims: Dims = ("n", 4)) -> onnx.ModelProto:
+    """y = x rounded to 1/255 of the largest |x| of the whole batch: dynamic quantization of ordinary operators."""
+    return model(
+        [
+            helper.make_node("Abs", ["x"], ["size"]),
+            helper.make_node("ReduceMax", ["size"], ["largest"], keepdims=0),
+            helper.make_node("Add", ["largest", "tiny"], ["positive"]),
+            helper.make_node("Div", ["positive", "steps"], ["step"]),
+            helper.make_node("Div", ["x", "step"], ["quotient"]),
+            helper.make_node("Round", ["quotient"], ["level"]),
+            helper.make_node("Mul", ["level", "step"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, dims)],
+        [("y", TensorProto.FLOAT, dims)],
+        [numpy_helper.from_array(np.float32(1e-9), "tiny"), numpy_helper.from_array(np.float32(255), "steps")],
+    )
+
+
+def dynamically_quantized() -> onnx.ModelProto:
+    """y = i as FP32 through DynamicQuantizeLinear: exact for 0 and 1, so that no trial with small numbers finds it."""
+    return model(
+        [
+            helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("DynamicQuantizeLinear", ["f"], ["q", "scale", "zero"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+        ],
+        [("i", TensorProto.INT64, ("n", 4))],
+        [("y", TensorProto.FLOAT, ("n", 4))],
+    )
+
+
 def slow(rounds: int = 200) -> onnx.ModelProto:
     """y = 2x after some milliseconds of arithmetic, whatever the number of rows."""
     matrix = numpy_helper.from_array(np.eye(128, dtype=np.float32), "eye")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from services.infer.loading import model_config, warmup
+from services.infer.loading import model_config, onnx_graph, warmup
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.config_json import as_json
 from services.infer.model_files.wanted_models import ModelFiles, read_text
@@ -88,7 +88,8 @@ def load(
     labels = labels_of(config, files.folder)
     about = About(name, version, files.folder, config, model_config.instances(config), is_given_up, digest)
     options = replace(_options(config, threads, runtime), about=about)
-    session = runtime.load(_model_file(config, files, runtime), options)
+    file = _model_file(config, files, runtime)
+    session = runtime.load(file, options)
     try:
         sets_max_batch_size = model_config.says_max_batch_size(text)
         config = session.completed(config, sets_max_batch_size=sets_max_batch_size)
@@ -112,7 +113,8 @@ def load(
         made_up = session.allows_trial_run
         sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
         tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
-        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
+        dependence = _dependence(file, runtime)
+        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost, dependence=dependence)
         if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
             raise FailedPrecondition(
                 "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
@@ -125,6 +127,13 @@ def load(
         if isinstance(err, StopIteration):
             raise RuntimeError("a model's session ended an iteration that is not its own") from err
         raise
+
+
+def _dependence(file: Path, runtime: Runtime) -> str:
+    """Return the reason why rows of a batch influence each other, as far as the model's file tells."""
+    if runtime.backend != model_config.ONNX or not (operator := onnx_graph.dynamic_quantizer(file)):
+        return ""
+    return f"{operator} in the model takes one scale for all rows of a batch"
 
 
 def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionOptions:

@@ -20,8 +20,25 @@ from shoal.errors import FailedPrecondition
 VARIABLE = "SHOAL_PYTHON"
 
 _NAME = re.compile(r"python(3(\.\d+)?)?")
-# LD_PRELOAD names a library for the embedding program. PYTHONHOME may be of another Python than the child's.
-_DROPPED = ("LD_PRELOAD", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT")
+# A model's code is not the operator's: it gets variables by an allow-list, and none with the server's secrets (database
+# addresses with passwords, cloud credentials, tokens). docs/python-models.md has the same list.
+_ALLOWED = frozenset(
+    {
+        *("PATH", "HOME", "LANG", "LANGUAGE", "TMPDIR", "TZ", "LD_LIBRARY_PATH"),
+        # Numbers of threads.
+        *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
+        *("NUMEXPR_MAX_THREADS", "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+        # The backend of `kernels`, and the launcher's pid, by which an operator finds a server's processes.
+        *("KERNELS_BACKEND", "SHOAL_PARENT_PID"),
+    }
+)
+# SHOAL_MODEL_ is the operator's own way to pass values on. OMP_ to NUMBA_ tune threads; CUDA_ to MIOPEN_ choose GPUs.
+_ALLOWED_PREFIXES = (
+    *("LC_", "PYTHON", "SHOAL_MODEL_", "OMP_", "KMP_", "GOMP_", "MKL_", "NUMBA_"),
+    *("CUDA_", "NVIDIA_", "NCCL_", "CUPY_", "ROCM_", "ROCR_", "HIP_", "HSA_", "MIOPEN_"),
+)
+# PYTHONHOME may be of another Python than the child's. The others are for a person's own sessions.
+_DROPPED = ("PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT")
 
 
 def find_interpreter(environ: Mapping[str, str]) -> str:
@@ -53,8 +70,8 @@ def _version() -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a model process: the server's own, with the server's packages in PYTHONPATH."""
-    kept = {key: value for key, value in environ.items() if key not in _DROPPED}
+    """Return the environment of a model process: the allowed variables, and the server's packages in PYTHONPATH."""
+    kept = {key: value for key, value in environ.items() if _is_allowed(key)}
     packages = [str(Path(entry).absolute()) for entry in sys.path if entry and os.path.exists(entry)]
     ours = str(Path(__file__).resolve().parents[3])
     kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ours, *packages]))
@@ -62,3 +79,7 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     # A model's folder may be in the server's model cache, whose files must not change.
     kept["PYTHONDONTWRITEBYTECODE"] = "1"
     return kept
+
+
+def _is_allowed(key: str) -> bool:
+    return (key in _ALLOWED or key.startswith(_ALLOWED_PREFIXES)) and key not in _DROPPED

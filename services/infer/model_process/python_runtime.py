@@ -59,7 +59,7 @@ class PythonRuntime:
         """Store the arguments.
 
         Args:
-            environ: the environment of model processes; None: the server's own.
+            environ: the environment from which model processes get the allowed variables; None: the server's own.
             call: runs the calls that models make of other models; None: such calls are rejected.
             owners: registry of shared model processes; None: they are shared within this infer process only.
             isolation: the default of the parameter `isolation`.

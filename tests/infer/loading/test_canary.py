@@ -57,13 +57,21 @@ def warm(session: Session, what: Completed) -> Completed:
 def test_each_size_is_run(largest, sizes):
     session = Recorded()
     warm(session, model(largest))
-    assert session.rows == [1, 1, *sizes]
+    trial = [2, 1, 1] if largest > 1 else []
+    assert session.rows == [1, 1, *trial, *sizes]
 
 
 def test_a_slow_model_is_not_run_for_long():
     session = Recorded(took=lambda rows: 0.03 * rows)
     warm(session, model(64))
-    assert session.rows == [1, 1, 2, 4]  # Four more would take 0.24 s.
+    # Four more would take 0.24 s.
+    assert session.rows == [1, 1, 2, 1, 1, 2, 4]
+
+
+def test_a_model_whose_trial_would_take_too_long_has_none():
+    session = Recorded(took=lambda rows: 0.1 * rows)
+    warm(session, model(64))
+    assert session.rows == [1, 1]
 
 
 def test_large_rows_are_not_run_in_large_batches():

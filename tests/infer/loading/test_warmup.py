@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import grpc
 import numpy as np
 import pytest
 from onnx import TensorProto
 
+from services.infer.loading import onnx_graph
 from services.infer.models.version import State
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -37,6 +39,41 @@ async def test_a_free_first_dimension_is_a_batch_only_when_rows_are_independent(
     np.testing.assert_array_equal(output(await served.stub.ModelInfer(request("mixing", x=x)), "y"), x - x.mean(0))
 
 
+async def test_rows_that_share_a_scale_are_not_batched_unasked(serve, models_folder: Repository, caplog):
+    models_folder.bare("trial", onnx_files.loudness())
+    models_folder.bare("graph", onnx_files.dynamically_quantized())
+    models_folder.put("stated", onnx_files.dynamically_quantized(), config="max_batch_size: 8")
+    models_folder.put("stated_trial", onnx_files.loudness(), config="max_batch_size: 8")
+    models_folder.put("independent", onnx_files.scale(), config="max_batch_size: 8")
+    models_folder.put("off", onnx_files.dynamically_quantized(), config="max_batch_size: 0")
+    with caplog.at_level("INFO"):
+        served = await serve(models_folder.root)
+    assert [await max_batch_size(served, name) for name in ("trial", "graph", "stated", "off")] == [0, 0, 8, 0]
+    warned = [record.args[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(warned) == ["stated", "stated_trial"]
+    assert "model graph: not batched (DynamicQuantizeLinear in the model takes one scale" in caplog.text
+    assert "model trial: not batched (output 'y' of a row depends on the rows beside it)" in caplog.text
+
+
+async def test_halves_of_different_scale_are_still_batched(serve, models_folder: Repository):
+    for name, datatype in [("half", TensorProto.FLOAT16), ("brain", TensorProto.BFLOAT16)]:
+        models_folder.bare(name, onnx_files.cast(TensorProto.FLOAT, datatype))
+    served = await serve(models_folder.root)
+    assert [await max_batch_size(served, name) for name in ("half", "brain")] == [64, 64]
+
+
+def test_an_operator_is_told_from_a_name(tmp_path):
+    model = onnx_files.identity()
+    model.graph.node[0].name = "DynamicQuantizeLinear"
+    model.graph.node[0].input[0] = model.graph.input[0].name = "DynamicQuantizeLinear"
+    (tmp_path / "named.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "used.onnx").write_bytes(onnx_files.dynamically_quantized().SerializeToString())
+    (tmp_path / "empty.onnx").touch()
+    assert onnx_graph.dynamic_quantizer(tmp_path / "named.onnx") == ""
+    assert onnx_graph.dynamic_quantizer(tmp_path / "used.onnx") == "DynamicQuantizeLinear"
+    assert onnx_graph.dynamic_quantizer(tmp_path / "empty.onnx") == ""
+
+
 async def test_the_configuration_overrides_the_finding(serve, models_folder: Repository):
     models_folder.put("double", onnx_files.scale(), config="max_batch_size: 0")
     models_folder.put("mixing", onnx_files.mixing(), config="max_batch_size: 5")
@@ -44,14 +81,38 @@ async def test_the_configuration_overrides_the_finding(serve, models_folder: Rep
     assert [await max_batch_size(served, name) for name in ("double", "mixing")] == [0, 5]
 
 
-async def test_a_model_that_fails_is_not_served_and_says_what_to_do(serve, models_folder: Repository):
+async def test_a_model_that_fails_on_zeros_is_served_with_a_warning(serve, models_folder: Repository, caplog):
+    models_folder.bare("parsing", onnx_files.parsing())
     models_folder.bare("broken", onnx_files.broken())
     models_folder.bare("double", onnx_files.scale())
     served = await serve(models_folder.root)
-    assert "failed its warm-up run" in reason(served, "broken")
-    assert "model_warmup" in reason(served, "broken")
+    assert {row.name: row.state for row in served.models.index()} == dict.fromkeys(
+        ("parsing", "broken", "double"), State.READY
+    )
+    assert (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
+    warned = [record.args[0] for record in caplog.records if "not warmed up" in record.message]
+    assert sorted(warned) == ["broken", "parsing"]
+    asked = pb.ModelInferRequest(model_name="parsing")
+    asked.inputs.add(name="x", datatype="BYTES", shape=[1, 4]).contents.bytes_contents.extend([b"7", b"-1", b"0", b"2"])
+    assert output(await served.stub.ModelInfer(asked), "y").tolist() == [[7, -1, 0, 2]]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.stub.ModelInfer(request("broken", x=floats([1, 2, 3, 4])))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+async def test_a_stated_warm_up_that_fails_fails_the_load(serve, models_folder: Repository):
+    models_folder.put("parsing", onnx_files.parsing(), config=PARSING % "zero_data: true")
+    served = await serve(models_folder.root)
+    assert "model_warmup 'sample'" in reason(served, "parsing")
     assert not (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
-    assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="double"))).ready
+
+
+PARSING = """
+model_warmup [{
+  name: "sample"
+  inputs { key: "x" value { data_type: TYPE_STRING dims: [1, 4] %s } }
+}]
+"""
 
 
 SAMPLE = """

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from services.infer.model_process import interpreter
+from services.infer.model_process.python_runtime import PythonRuntime
+from services.infer.runtimes.runtime import About, SessionOptions
 from shoal.errors import FailedPrecondition
 
 
@@ -44,3 +47,46 @@ def test_variables_of_an_embedding_program_are_dropped():
     assert "PYTHONHOME" not in made
     assert made["HOME"] == "/home/me"
     assert {path for path in sys.path if path and os.path.exists(path)} <= set(made["PYTHONPATH"].split(os.pathsep))
+
+
+KEPT = """
+PATH HOME TMPDIR TZ LANG LC_ALL PYTHONHASHSEED OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES
+NVIDIA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES LD_LIBRARY_PATH KERNELS_BACKEND SHOAL_MODEL_DATA
+"""
+DROPPED = """
+SHOAL_STORE_MONGO SHOAL_INFER_MESH SHOAL_TOKEN MONGODB_URI AWS_SECRET_ACCESS_KEY AZURE_CLIENT_SECRET HF_TOKEN
+GITHUB_TOKEN GOOGLE_APPLICATION_CREDENTIALS LANGSMITH_API_KEY SSH_AUTH_SOCK PYTHONHOME PYTHONSTARTUP PYTHONINSPECT
+LD_PRELOAD
+"""
+
+
+def test_a_model_process_gets_only_the_listed_variables():
+    made = interpreter.environment({key: f"{key}'s value" for key in (KEPT + DROPPED).split()})
+    assert made.keys() == {*KEPT.split(), "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"}
+    assert all(made[key] == f"{key}'s value" for key in KEPT.split())
+
+
+def test_a_model_cannot_read_the_servers_secrets(tmp_path):
+    (tmp_path / "model.py").write_text(READS_ENVIRONMENT)
+    environ = {**os.environ, "MONGODB_URI": "mongodb://user:password@host", "SHOAL_MODEL_GREETING": "hello"}
+    session = PythonRuntime(environ).load(tmp_path / "model.py", SessionOptions(1, about=About("m")))
+    try:
+        (found,) = session.run({"x": np.array([[b"MONGODB_URI"], [b"SHOAL_MODEL_GREETING"]], object)}, ["y"])
+    finally:
+        session.close()
+    assert found.tolist() == [[b"unset"], [b"hello"]]
+
+
+READS_ENVIRONMENT = """
+import os
+import numpy as np
+
+
+class Model:
+    inputs = {"x": ("BYTES", [-1, 1])}
+    outputs = {"y": ("BYTES", [-1, 1])}
+
+    def predict(self, batch):
+        values = [[os.environ.get(name.decode(), "unset").encode()] for name in batch["x"].ravel()]
+        return {"y": np.array(values, object)}
+"""

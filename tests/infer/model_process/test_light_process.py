@@ -24,7 +24,7 @@ from shoal.inference.v2 import model_config_pb2 as pb
 from tests.breakable import PATIENCE_S
 from tests.infer.runtimes.test_reshape import BATCHED, sums
 
-FOLDER = "TEST_MODULES_FOLDER"
+FOLDER = "SHOAL_MODEL_MODULES_FOLDER"
 PROBE = f"""
 import os, signal, sys
 

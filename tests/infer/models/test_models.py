@@ -125,7 +125,7 @@ async def test_a_new_version_takes_over_without_a_failed_call(models, files):
 
 
 async def test_a_version_that_fails_does_not_take_the_old_one_away(models, files):
-    one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.broken())
+    one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.unservable())
     models.want([wanted(one)])
     await models.settled()
     models.want([wanted(two, available=(1,))])
@@ -155,7 +155,7 @@ async def test_the_alias_decides_for_calls_that_name_no_version(models, files):
 
 
 async def test_an_alias_of_a_version_that_is_not_ready_leaves_the_newest(models, files):
-    one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.broken())
+    one, two = files.version(1, onnx_files.scale(1)), files.version(2, onnx_files.unservable())
     models.want([wanted(one, two, stable=2)])
     await models.settled()
     assert await version_and_factor(models) == ("1", 1.0)
@@ -200,7 +200,7 @@ async def test_files_that_could_not_be_had_are_asked_for_again(models, files):
 
 
 async def test_a_broken_model_is_not_tried_again_and_again(models, files):
-    bad = wanted(files.version(1, onnx_files.broken()))
+    bad = wanted(files.version(1, onnx_files.unservable()))
     models.want([bad])
     await models.settled()
     models.want([wanted(*bad.versions, available=(7,))])

@@ -142,7 +142,7 @@ async def test_models_come_from_the_store_and_go_with_it(node):
             await node.alias("m", 1)
             await node.until_outcome("m", ("1", 2.0))
             assert await node.index() == {("m", "1"): "READY", ("m", "2"): "READY"}
-            await node.push("bad", onnx_files.broken())
+            await node.push("bad", onnx_files.unservable())
             await until(lambda: _has(node, ("bad", "1"), "UNAVAILABLE"))
             await node.push("own", onnx_files.scale(7), config='name: "other" max_batch_size: 2')
             await node.until_outcome("own", ("1", 7.0))
