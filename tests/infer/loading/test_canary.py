@@ -69,7 +69,7 @@ def test_a_slow_model_is_not_run_for_long():
 
 
 def test_a_model_whose_trial_would_take_too_long_has_none():
-    session = Recorded(took=lambda rows: 0.1 * rows)
+    session = Recorded(took=lambda rows: 0.15 * rows)
     warm(session, model(64))
     assert session.rows == [1, 1]
 
