@@ -95,6 +95,15 @@ class Client:
         self.head = SimpleNamespace(by_name=headers, path="/call")
         self.responses: list[bytes | BaseException] = []
         self.is_cancelled = self.is_expired = False
+        self.held = 0
+
+    def hold(self, size: int) -> bool:
+        return True
+
+    def release(self, size: int) -> None: ...
+
+    def has_room(self, size: int) -> bool:
+        return True
 
     def consumed(self, size: int) -> None: ...
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from services.infer.model_files.wanted_models import WantedVersion
 from services.infer.models.version import Version
 from services.infer.scheduling.delivery import PendingRequest
 from shoal.errors import DeadlineExceeded, Internal, Unavailable
@@ -227,7 +228,7 @@ def test_an_unload_ends_within_its_time_whatever_the_model_does():
 
 
 async def test_a_version_refuses_to_be_left_more_often_than_it_is_used(caplog):
-    version = Version("m", wanted=None)  # type: ignore[arg-type]
+    version = Version("m", WantedVersion(1, "digest", open=lambda: None))
     with version:
         assert version._users == 1
     version.__exit__(None, None, None)
