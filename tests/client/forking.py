@@ -165,8 +165,9 @@ if TRANSPORT == "grpc":
 a_used_client()
 a_closed_client()
 several_generations()
-calls_in_flight_and_a_held_lock()
-an_iteration()
 asyncio.run(an_async_client())
+# With calls in flight, grpc's threads may hold its locks at the fork: a child may then crash (docs/client.md).
 if TRANSPORT == "lean":
+    calls_in_flight_and_a_held_lock()
+    an_iteration()
     the_parents_connection()
