@@ -51,7 +51,8 @@ _STREAMS = {GATEWAY: 1024, OUTBOUND: 4096}
 # Bytes that a client may send before Envoy takes them. Calls of services share one connection: see CONNECTION_WINDOW.
 _WINDOWS = {GATEWAY: 16 << 20, OUTBOUND: CONNECTION_WINDOW}
 # Request headers of one call. A larger block, or one more header, costs its own call only. Real clients send a few kB.
-_HEADERS_KB = 32
+# Envoy refuses responses with a larger error text, too, and a service may send one of 54 kB.
+_HEADERS_KB = 60
 _HEADERS = 256
 # Longest time for a header block to arrive whole.
 _HEADERS_TIMEOUT = "10s"

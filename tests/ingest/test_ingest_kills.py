@@ -220,7 +220,7 @@ async def test_a_stop_finishes_what_it_can_and_releases_the_rest(own_mesh: FakeM
     await first.until_ready()
     one = Client(first.address)
     finishes = await one.submit(request_id="finishes")
-    hangs = await one.submit(request_id="hangs", retry=pb.RetryPolicy(max_attempts=1))
+    hangs = await one.submit(request_id="hangs", retry=pb.RetryPolicy(max_attempts=2))
     await until(lambda: runs == {"finishes", "hangs"}, "both running")
     stopping = asyncio.create_task(asyncio.to_thread(first.terminate, 30))
     may_answer.set()

@@ -12,6 +12,7 @@ Loading a model checks that this build of ONNX Runtime supports the settings, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from services.infer.error_text import enumerated, quoted
@@ -28,6 +29,7 @@ _MAX_THREADS = 1024
 _LEVELS = (-1, 0, 1, 2)
 _FLAGS = {"0": False, "1": True, "false": False, "true": True}
 _SHRINKAGE = "memory.enable_memory_arena_shrinkage"
+_SHRINKING = re.compile(r"(cpu|gpu):\d{1,4}(;(cpu|gpu):\d{1,4})*")
 
 _CUDA_PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "gpu_mem_limit": {},
@@ -78,7 +80,7 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
         has_arena=_flag(values, "enable_mem_arena", True),
         has_pattern=_flag(values, "enable_mem_pattern", True),
         entries={key: value for key, value in values.items() if key.startswith("session.")},
-        run_entries={_SHRINKAGE: values[_SHRINKAGE]} if values.get(_SHRINKAGE) else {},
+        run_entries=_run_entries(values),
         shares_stream=_shares_stream(values),
         placements=tuple(_placements(config.instance_group)),
         gpu_providers=_gpu_providers(config, values),
@@ -145,6 +147,16 @@ def _cpu_providers(config: pb.ModelConfig) -> tuple[Provider, ...]:
 
 def _unsupported(setting: str, name: str, supported: str) -> FailedPrecondition:
     return FailedPrecondition(f"{setting} {quoted(name)} is not supported: expected {supported}")
+
+
+def _run_entries(values: Mapping[str, str]) -> dict[str, str]:
+    devices = values.get(_SHRINKAGE)
+    if not devices:
+        return {}
+    # ONNX Runtime checks the value in each run only.
+    if not _SHRINKING.fullmatch(devices):
+        raise FailedPrecondition(f"parameter {_SHRINKAGE} {quoted(devices)}: expected devices such as 'cpu:0;gpu:0'")
+    return {_SHRINKAGE: devices}
 
 
 def _flag(values: Mapping[str, str], key: str, default: bool) -> bool:

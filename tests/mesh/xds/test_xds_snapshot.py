@@ -199,7 +199,7 @@ def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
         packed = message.filter_chains[0].filters[0].typed_config
         manager = HttpConnectionManager.parse(packed.value)
         assert manager.http2_protocol_options.max_concurrent_streams == streams
-        assert (manager.max_request_headers_kb, manager.common_http_protocol_options.max_headers_count) == (32, 256)
+        assert (manager.max_request_headers_kb, manager.common_http_protocol_options.max_headers_count) == (60, 256)
         internal = manager.internal_address_config
         assert internal.unix_sockets is (name == "outbound")
         assert [each.address_prefix for each in internal.cidr_ranges] == ["0.0.0.0"]
