@@ -157,8 +157,8 @@ def _route(is_sticky: bool) -> dict[str, Any]:
         "cluster": _CLUSTER,
         "timeout": "0s",
         "idle_timeout": "0s",
-        # No max_stream_duration: the worker ends a call at its deadline, with a status. Envoy would be as early, and would
-        # reset a stream whose response has begun.
+        # No max_stream_duration: the worker ends a call at its deadline, with a status. Envoy would reset a stream that
+        # has begun its response.
         "retry_policy": {
             # Only calls that no worker has begun are retried.
             "retry_on": "connect-failure,refused-stream",

@@ -222,7 +222,7 @@ class Model:
                 self._unload(version)
 
     def _unload(self, version: Version, drain_s: float | None = None) -> None:
-        """Start the unload of a loaded version, after its requests or `drain_s` (None: the context's)."""
+        """Start the unload of a loaded version, after its requests, or after `drain_s` when it is given."""
         if not version.is_loaded:
             return
         version.state = State.UNLOADING
@@ -234,7 +234,7 @@ class Model:
 
     async def _finish(self, version: Version, drain_s: float | None) -> None:
         try:
-            await version.unload(self.context.drain_s if drain_s is None else drain_s)
+            await version.unload(drain_s)
         finally:
             self.leaving.discard(version)
             self.on_change.set()
@@ -246,6 +246,9 @@ class Model:
 
     async def close(self, drain_s: float) -> None:
         """Unload all versions, each after the requests that use it or `drain_s`."""
+        # Of those, each unload waits for its requests without a limit until now.
+        for version in self.leaving:
+            version.end_within(drain_s)
         for version in self.versions.values():
             self._unload(version, drain_s)
         self.versions = {}

@@ -75,6 +75,7 @@ class Version:
     _users: int = 0
     _is_overdue: bool = False
     """True once the unload waits for requests no longer."""
+    _end_timer: asyncio.TimerHandle | None = None
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -281,32 +282,41 @@ class Version:
         if not self._users:
             self._is_idle.set()
 
-    async def unload(self, drain_s: float) -> None:
+    async def unload(self, drain_s: float | None = None) -> None:
         """Wait for the requests that use the version, then release its resources. `find` no longer returns it.
 
         After `drain_s` seconds, the requests that are left end with UNAVAILABLE, and runs of the model are not awaited.
+        None waits for all of them: a new version does not cut the requests of the old one.
         """
         self.state = State.UNLOADING
-        timer = asyncio.get_running_loop().call_later(drain_s, self._end_requests)
+        if drain_s is not None:
+            self.end_within(drain_s)
         try:
             while self._users and not self._is_overdue:
                 self._is_idle.clear()
                 await self._is_idle.wait()
             await self._resources.aclose()
         finally:
-            timer.cancel()
+            if self._end_timer is not None:
+                self._end_timer.cancel()
         self._loaded = self._scheduler = self.decoupled = self.response_cache = self.arrival_order = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were executed after their deadline", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
 
+    def end_within(self, drain_s: float) -> None:
+        """End the requests that are left after `drain_s` seconds, while the version is unloading."""
+        if self._end_timer is None:
+            self._end_timer = asyncio.get_running_loop().call_later(drain_s, self._end_requests)
+
     def _end_requests(self) -> None:
         """End all requests of the version: the time to unload is over."""
-        log.warning(
-            "model %s version %d: %d requests did not end in time; the unload does not wait for them",
-            *(self.name, self.number, self._users),
-        )
+        if self._users:
+            log.warning(
+                "model %s version %d: %d requests did not end in time; the unload does not wait for them",
+                *(self.name, self.number, self._users),
+            )
         self._is_overdue = True
         if self._scheduler is not None:
             self._scheduler.end_all()

@@ -229,7 +229,9 @@ async def test_many_models_come_and_go(models, files, tmp_path):
             np.testing.assert_array_equal(output(response, "y"), 2 * X)
 
 
-async def test_leaving_ends_in_time_although_a_request_runs_on(files):
+async def test_leaving_ends_in_time_although_a_request_runs_on(files, monkeypatch):
+    # The time of a stop is over already.
+    monkeypatch.setattr("services.infer.models.models._MIN_DRAIN_S", 0.0)
     async with Models(LoadContext.of(OnnxRuntime(), QueueLimits(), drain_ms=600_000)) as models:
         models.want([wanted(files.version(1, onnx_files.slow(20_000)))])
         await models.settled()
@@ -242,3 +244,16 @@ async def test_leaving_ends_in_time_although_a_request_runs_on(files):
         models.stop_by(time.monotonic())
     assert [type(outcome) for outcome in await asyncio.gather(*calls, return_exceptions=True)] == [Unavailable] * 3
     assert states(models) == {}
+
+
+async def test_a_new_version_does_not_cut_the_requests_of_the_old_one(files):
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits(), drain_ms=0)) as models:
+        models.want([wanted(files.version(1, onnx_files.slow(3_000)))])
+        await models.settled()
+        call = asyncio.create_task(version_and_factor(models))
+        old = models.find("m", "")
+        await until(lambda: old._users == 1)
+        models.want([wanted(files.version(2, onnx_files.scale(3)))])
+        await models.settled()
+        assert (await version_and_factor(models))[0] == "2"
+        assert (await call)[0] == "1"
