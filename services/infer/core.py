@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2 without a transport: parsed messages in, response messages out, shoal.errors raised.
 
-Each method of `InferenceServer` is one method of the protocol. `rpc` passes messages and deadlines, and translates
-errors.
+Each method of `InferenceServer` is one method of the protocol. `fast_path` (for unary ModelInfer) and `rpc` (for the
+others) pass messages and deadlines, and translate errors.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ _FIRED = {
     "slots": "steps of sequences, which have fixed rows",
     "slo": "more waiting would have missed the latency goal",
     "alone": "the request runs alone",
+    "closing": "the model is being unloaded",
 }
 _CACHE = {
     "off": "the model has none",
