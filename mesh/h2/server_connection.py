@@ -18,6 +18,7 @@ from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
 from mesh.h2.stream import Application, ServerStream
+from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _WINDOW_MARGIN = 64 << 20
 # Shares of tenants that hold nothing are dropped beyond this number.
 _MAX_IDLE_SHARES = 64
 
-TENANT = b"x-shoal-tenant"
+TENANT = TENANT_HEADER.encode()
 """Header of a request that names the tenant whose share of memory its body takes."""
 
 # Longest wait for a peer to close a connection after its last response.
@@ -59,7 +60,7 @@ _SHUTDOWN_PING = b"shutdown"
 
 
 class Memory:
-    """What the connections of one server share: the header cache, and the accounts of held and of unread bytes."""
+    """Memory that connections of one server share: header cache, and accounts of bodies and of unread responses."""
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()

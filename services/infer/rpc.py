@@ -16,12 +16,13 @@ from mesh.rpc.server import Rpc
 from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
-from services.infer.fast_path.infer_fast import TENANT, FastInfer
+from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.tenant_header import TENANT_HEADER
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
@@ -158,7 +159,7 @@ def _is_retry(context: Context) -> bool:
 def _tenant(context: Context) -> str:
     """Return the tenant that the caller names; empty without one."""
     for key, value in context.invocation_metadata() or ():
-        if key == TENANT:
+        if key == TENANT_HEADER:
             return value if isinstance(value, str) else ""
     return ""
 

@@ -18,16 +18,17 @@ from typing import Any
 from mesh.process.tasks import end, log_failure
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import status_of
-from services.infer.fast_path.infer_fast import TENANT, FastInfer
+from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
+from shoal.tenant_header import TENANT_HEADER
 
 MAX_ENTRIES = 4_096
 # Size of the outcomes in one message; a larger outcome is sent alone, further outcomes in the next message.
 _MESSAGE_BYTES = 4 << 20
 _RETRY = {ATTEMPT.encode(): b"2"}
-_TENANT = TENANT.encode()
+_TENANT = TENANT_HEADER.encode()
 _NO_PREFIX = bytes(PREFIX_BYTES)
 
 

@@ -26,12 +26,11 @@ from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
-TENANT = "x-shoal-tenant"
-"""Header in which the caller names its tenant."""
-_TENANT, _ATTEMPT = TENANT.encode(), ATTEMPT.encode()
+_TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024

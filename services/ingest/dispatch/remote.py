@@ -23,6 +23,7 @@ from services.ingest.store_calls import store_errors
 from shoal.errors import Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
+from shoal.tenant_header import TENANT_HEADER, header_value
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _INFER_BULK = "/shoal.inference.v2.BulkInference/InferBulk"
@@ -40,7 +41,6 @@ _NO_RETRIES = (("x-envoy-max-retries", "0"),)
 
 # The mesh routes bulk calls by the model header. Only a service's own Envoy accepts the headers.
 _MODEL_HEADER = "x-shoal-model"
-_TENANT_HEADER = "x-shoal-tenant"
 # The entries of a bulk have their own deadlines; the deadline of the call is for an instance that is cut off.
 _BULK_MARGIN_S = 5.0
 # Pause of bulk calls after an infer without support for them.
@@ -130,7 +130,7 @@ class RemoteModel:
         self, request: bytes, timeout_s: float, tenant: str = ""
     ) -> inference_pb2.ModelInferResponse | Failure:
         """Run one serialised ModelInferRequest once; infer's fairness counts it for `tenant`."""
-        metadata = (*_NO_RETRIES, (_TENANT_HEADER, _printable(tenant))) if tenant else _NO_RETRIES
+        metadata = (*_NO_RETRIES, (TENANT_HEADER, header_value(tenant))) if tenant else _NO_RETRIES
         try:
             response: inference_pb2.ModelInferResponse = await self._infer(
                 request, timeout=timeout_s, metadata=metadata
@@ -149,7 +149,7 @@ class RemoteModel:
         Raises:
             BulkUnavailable: bulk calls are not supported; no entry ran.
         """
-        metadata = [*_NO_RETRIES, (_MODEL_HEADER, _printable(model))]
+        metadata = [*_NO_RETRIES, (_MODEL_HEADER, header_value(model))]
         if traceparent:
             metadata.append(("traceparent", traceparent))
         timeout_s = max(entry.timeout_s for entry in entries) + _BULK_MARGIN_S
@@ -204,11 +204,6 @@ def _bulk_outcome(entry: bulk_pb2.InferBulkResponse.Answer, instance: str) -> At
         return AttemptResponse(entry.response, instance)
     is_shed = entry.HasField("retry_after_ms") and entry.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
     return Failure(entry.code, entry.message, not is_shed, entry.retry_after_ms)
-
-
-def _printable(name: str) -> str:
-    """Return `name`, or "?" when a header cannot carry it. No model has such a name; such tenants share one share."""
-    return name if name.isascii() and name.isprintable() else "?"
 
 
 def failure_of(error: grpc.RpcError) -> Failure:

@@ -23,10 +23,10 @@ from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.retry import RetryPolicy
 from shoal.client.transport.transport import Bidi, Transport
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
+from shoal.tenant_header import TENANT_HEADER, header_value
 
 Headers: TypeAlias = Mapping[str, str]
 
-TENANT_HEADER = "x-shoal-tenant"
 """Header that names the tenant of a call."""
 
 _HEADER = re.compile(r"^(?!grpc-)[a-z0-9][a-z0-9_.-]*(?<!-bin)$")
@@ -53,8 +53,7 @@ class Caller:
         self.address = address
         self.clock = clock
         self._retry = retry or RetryPolicy()
-        # The header cannot carry other characters. The node replaces the tenants of jobs in the same way.
-        named = {TENANT_HEADER: tenant if tenant.isascii() and tenant.isprintable() else "?"} if tenant else {}
+        named = {TENANT_HEADER: header_value(tenant)} if tenant else {}
         self._headers = {**named, **_validated(headers or {})}
         self._sleep = sleep
         self._draw = draw
