@@ -62,7 +62,10 @@ async def test_halves_of_different_scale_are_still_batched(serve, models_folder:
     assert [await max_batch_size(served, name) for name in ("half", "brain")] == [64, 64]
 
 
-def test_an_operator_is_told_from_a_name(tmp_path):
+# The second size cuts the operator's name, wherever it lies.
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 7])
+def test_an_operator_is_told_from_a_name(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(onnx_graph, "_PIECE_BYTES", piece_bytes)
     model = onnx_files.identity()
     model.graph.node[0].name = "DynamicQuantizeLinear"
     model.graph.node[0].input[0] = model.graph.input[0].name = "DynamicQuantizeLinear"
