@@ -38,14 +38,14 @@ class Block:
 
 
 LIST_BYTES = 64 << 10
-"""Limit for all decoded fields of a block, each with 32 bytes more (RFC 9113, section 6.5.2). Envoy's limit is 60 KiB,
-and 16 KiB at the gateway."""
+"""Limit for all decoded fields of a block, each with 32 bytes more (RFC 9113, section 6.5.2). The limit of an Envoy in
+front is 60 KiB."""
 
 LIST_FIELDS = 256
-"""Limit for the fields of a block: each costs 2 us. Envoy's is 100."""
+"""Limit for the fields of a block, as at Envoy: each costs 2 us."""
 
 OVERSIZED = Block(())
-"""Stands for a block beyond the limits: the request is to be rejected."""
+"""Block in place of one beyond the limits, whose request is to be rejected."""
 
 # A value that is longer is a token or a list of its own request: it would displace what repeats.
 _CACHED_BYTES = 1 << 10
@@ -146,27 +146,21 @@ class Decoder:
                     raise IndexError("a table size update that is not allowed")
                 self._limit_table(limit)
                 continue
-            if is_stateless:
-                end = _field_end(block, at)
-                field = None
-                if end - at <= _CACHED_BYTES:
-                    piece = block[at:end]
-                    field = known.get(piece)
-                    if field is None:
-                        field = self._field(block, at)
-                        if len(field[0]) + len(field[1]) <= _CACHED_BYTES:
-                            self._cache.add_field(piece, field)
-                        else:
-                            is_cacheable = False
-                else:
+            end = _field_end(block, at)
+            if is_stateless and end - at <= _CACHED_BYTES:
+                piece = block[at:end]
+                field = known.get(piece)
+                if field is None:
                     field = self._field(block, at)
-                at = end
+                    if len(field[0]) + len(field[1]) <= _CACHED_BYTES:
+                        self._cache.add_field(piece, field)
+                    else:
+                        is_cacheable = False
             else:
-                end = _field_end(block, at)
                 field = self._field(block, at)
-                if first & 0xC0 == 0x40:
+                if not is_stateless and first & 0xC0 == 0x40:
                     self._add(field)
-                at = end
+            at = end
             size += len(field[0]) + len(field[1]) + _ENTRY_BYTES
             if size > LIST_BYTES or len(fields) >= LIST_FIELDS:
                 raise _Oversized

@@ -21,7 +21,7 @@ from mesh.rpc import status
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
     JOIN_BYTES,
-    PIECE_BYTES,
+    PIECE_OVERHEAD,
     PREFIX,
     PREFIX_BYTES,
     check_encoding,
@@ -112,7 +112,7 @@ class FastCall:
             return
         try:
             if not is_end:
-                if not self._stream.hold(size + PIECE_BYTES):
+                if not self._stream.hold(size + PIECE_OVERHEAD):
                     raise no_memory()
                 self._keep(piece)
                 self._stream.consumed(size)

@@ -22,11 +22,20 @@ ACCEPTED = b"identity,deflate,gzip"
 INLINE_BYTES = 256 << 10
 """Largest message, compressed and decompressed, that is decompressed on the event loop: it costs at most 1 ms."""
 
+JOIN_BYTES = 4 << 20
+"""Larger bodies are joined in a thread. On the event loop, 32 MiB took 57 ms: most of it for fresh memory."""
+
+RETRY_MS = 1_000
+"""Time after which a call that found no memory may be tried again: bodies of 100 MB arrive within it."""
+
+PIECE_OVERHEAD = 64
+"""Memory of a kept piece of a body beside its bytes."""
+
 # Larger messages may grow by this factor. Tensors of numbers grow by 2 to 10; only constants and bombs reach 1000.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 20
 
 # Output and input of one step.
-_PIECE_BYTES, _SLICE_BYTES = 1 << 20, 64 << 10
+_STEP_BYTES, _SLICE_BYTES = 1 << 20, 64 << 10
 
 _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
@@ -34,10 +43,6 @@ _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 def framed(message: bytes) -> bytes:
     """Return one message with its prefix, uncompressed."""
     return PREFIX.pack(0, len(message)) + message
-
-
-JOIN_BYTES = 4 << 20
-"""Larger bodies are joined in a thread. On the event loop, 32 MiB took 57 ms: most of it for fresh memory."""
 
 
 class Unfinished(list[bytes]):
@@ -161,8 +166,8 @@ def inflated(
         for at in range(0, len(view), _SLICE_BYTES):
             left: bytes | memoryview = view[at : at + _SLICE_BYTES]
             piece = left
-            while not stream.eof and (left or len(piece) == _PIECE_BYTES) and not is_over():
-                piece = stream.decompress(left, _PIECE_BYTES)
+            while not stream.eof and (left or len(piece) == _STEP_BYTES) and not is_over():
+                piece = stream.decompress(left, _STEP_BYTES)
                 left = stream.unconsumed_tail
                 size += len(piece)
                 if size > most:
@@ -220,13 +225,6 @@ def check_encoding(encoding: bytes | None) -> None:
 def too_large(size: int, limit: int) -> ResourceExhausted:
     """Return the error of a message of `size` bytes that is larger than the limit."""
     return ResourceExhausted(f"Received message larger than max ({size} vs. {limit} bytes)")
-
-
-RETRY_MS = 1_000
-"""Time after which a call that found no memory may be tried again: bodies of 100 MB arrive within it."""
-
-PIECE_BYTES = 64
-"""Memory of a kept piece of a body beside its bytes."""
 
 
 def no_memory() -> ResourceExhausted:

@@ -23,7 +23,7 @@ from mesh.rpc import status
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.framing import (
     ACCEPTED,
-    PIECE_BYTES,
+    PIECE_OVERHEAD,
     Deframer,
     Unfinished,
     check_encoding,
@@ -181,9 +181,9 @@ class _Messages:
             # A message begins: it has its own time to arrive, however long the stream was silent.
             if not self._pieces and not self._deframer.holds:
                 self._stream.idle_ticks = 0
-            if self._stream.hold(size + PIECE_BYTES):
+            if self._stream.hold(size + PIECE_OVERHEAD):
                 self._pieces.append((piece, size))
-                self._queued += size + PIECE_BYTES
+                self._queued += size + PIECE_OVERHEAD
             else:
                 self._fail(no_memory())
         self._changed.set()
@@ -224,7 +224,7 @@ class _Messages:
                 raise self._error
             if self._pieces:
                 piece, size = self._pieces.popleft()
-                self._queued -= size + PIECE_BYTES
+                self._queued -= size + PIECE_OVERHEAD
                 self._stream.consumed(size)
                 self._read = self._deframer.feed(piece)
             elif self._is_ended:

@@ -1,4 +1,4 @@
-"""What a response says of itself when the request asks for it: over the wire, in streams, and on the command line."""
+"""Explanations of responses, which requests ask for: over the wire, in streams, and on the command line."""
 
 from __future__ import annotations
 

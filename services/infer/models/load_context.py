@@ -40,7 +40,7 @@ class LoadContext:
     outcomes: OutcomeQueue = field(default_factory=OutcomeQueue)
     """Delivers the outcomes of all models' requests."""
     drain_s: float = 5.0
-    """Longest time that an unload waits for the requests of its version; the same default as SHOAL_INFER_DRAIN_MS."""
+    """Longest time, in seconds, that a stop waits for requests; the same default as SHOAL_INFER_DRAIN_MS."""
     other_models: OtherModels | None = None
     """The other models, for ensembles."""
 

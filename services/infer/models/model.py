@@ -246,7 +246,7 @@ class Model:
 
     async def close(self, drain_s: float) -> None:
         """Unload all versions, each after the requests that use it or `drain_s`."""
-        # Of those, each unload waits for its requests without a limit until now.
+        # Versions that were replaced wait for their last request: from now on, they have a limit, too.
         for version in self.leaving:
             version.end_within(drain_s)
         for version in self.versions.values():

@@ -1,4 +1,4 @@
-"""What a version must show before it is READY: batches of each size run, and the outputs are what was promised."""
+"""Trial runs of a version before it is READY: batches of each size run, and the outputs fit the signature."""
 
 from __future__ import annotations
 

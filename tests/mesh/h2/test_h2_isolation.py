@@ -208,7 +208,7 @@ async def test_tiny_pieces_are_counted_with_their_overhead(path):
 
 
 def credit(peer: Client, of: int) -> int:
-    """What the front has given back of a stream, or of the connection."""
+    """Return the credit that the front has given back, of a stream or of the connection, in bytes."""
     updates = [payload for kind, _, number, payload in peer.seen if kind == frames.WINDOW_UPDATE and number == of]
     return sum(struct.unpack(">I", payload)[0] for payload in updates)
 

@@ -129,7 +129,7 @@ class Front:
             self.feed(frames.frame(frames.DATA, frames.END_STREAM if is_last else 0, number, piece))
 
     def credit(self) -> int:
-        """What the connection has given back by WINDOW_UPDATE."""
+        """Return the credit that the connection has given back by WINDOW_UPDATE, in bytes."""
         data, at, total = bytes(self.transport.written), 0, 0
         while at + 9 <= len(data):
             high, low, kind, _, number = frames.HEADER.unpack_from(data, at)
