@@ -112,7 +112,7 @@ class _Rows(CalibrationDataReader):
 def _prepared(source: Path, within: Path) -> Iterator[Path]:
     """Yield a temporary copy of the model with inferred shapes and fused operators, as the tools require.
 
-    It lies in `within`, a temporary folder of the caller, which is removed even after a kill.
+    The copy lies in `within`, a temporary folder of the caller, which is removed even after a kill.
     """
     with tempfile.TemporaryDirectory(prefix="prepared-", dir=within) as folder:
         prepared = Path(folder) / "prepared.onnx"
