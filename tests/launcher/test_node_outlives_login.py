@@ -59,6 +59,7 @@ async def test_a_hangup_that_was_ignored_at_the_start_stops_nothing(handlers: No
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals = Signals(Silent())
     with signals.caught():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGHUP)
         await asyncio.sleep(0)
         assert not signals.stop.is_set()
