@@ -18,6 +18,7 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import until
 from tests.chaos.workload import are_ended, question
 from tests.long_form import by_form
+from tests.node.conftest import python_model
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(400)]
 
@@ -40,16 +41,12 @@ class Model:
         time.sleep(0.02 * len(x))
         return {"y": 2 * x}
 """
-CONFIG = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
 
 
 @pytest.fixture(scope="module")
 def running(node: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A node with one infer, which shares its process with the model."""
-    folder = tmp_path_factory.mktemp("models") / "slow"
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / "model.py").write_text(MODEL)
-    (folder / "config.pbtxt").write_text(CONFIG)
+    folder = python_model(tmp_path_factory.mktemp("models") / "slow", MODEL)
     one = node()
     one.shoal("models", "push", str(folder), timeout_s=120)
     return one

@@ -21,6 +21,16 @@ READY_S = 60.0
 STOP_S = 60.0
 NOT_INHERITED = {"SHOAL_GATEWAY", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 """Variables of the process of the tests that a node does not get."""
+IN_PROCESS = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
+"""Configuration of a Python model that runs in the process of its infer instance, and takes it down when it dies."""
+
+
+def python_model(folder: Path, source: str) -> Path:
+    """Write a Python model of the configuration IN_PROCESS as the new folder `folder`, and return the folder."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(source)
+    (folder / "config.pbtxt").write_text(IN_PROCESS)
+    return folder
 
 
 class Node:

@@ -11,6 +11,7 @@ import pytest
 
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from tests.node.conftest import python_model
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
 
@@ -29,16 +30,12 @@ class Model:
             os.abort()
         return {"y": 2 * x}
 """
-CONFIG = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
 
 
 @pytest.fixture(scope="module")
 def running(node: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A node with three instances of a model that shares their process."""
-    folder = tmp_path_factory.mktemp("models") / "fragile"
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / "model.py").write_text(MODEL)
-    (folder / "config.pbtxt").write_text(CONFIG)
+    folder = python_model(tmp_path_factory.mktemp("models") / "fragile", MODEL)
     one = node("--replicas", "infer=3")
     one.shoal("models", "push", str(folder))
     return one
