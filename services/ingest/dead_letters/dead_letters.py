@@ -11,19 +11,24 @@ A filter has pages, by id. All pages are of dead letters from before the first p
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
-from services.ingest.dead_letters import page_tokens
+from mesh.mongo_clock import milliseconds
 from services.ingest.dead_letters.filters import DeadLetterSelection
-from services.ingest.dead_letters.page_tokens import PagePosition
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import DEAD_LETTERS, Job, requeue
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import DeadFilter, JobStore
 from services.ingest.limits import REASON_CHARS
+from services.ingest.queries import page_tokens
 from services.ingest.queries.jobs import Jobs, Page
+from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ShoalError
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +112,21 @@ class DeadLetters:
         return letters, refused, ""
 
     async def _page(self, filter_: DeadFilter, limit: int, token: str) -> tuple[list[Job], dict[str, ShoalError], str]:
-        position = page_tokens.read(token, filter_) if token else PagePosition("", self._clock())
+        after, began = _position(token, filter_) if token else ("", self._clock())
         # A job that dies again after its requeue is not on a later page, and new dead letters do not add pages.
-        before = position.began if filter_.before is None else min(filter_.before, position.began)
-        letters, end = await self._store.dead_letters(replace(filter_, before=before), limit, position.after)
-        next_token = page_tokens.encode(replace(position, after=end), filter_) if end else ""
+        before = began if filter_.before is None else min(filter_.before, began)
+        letters, end = await self._store.dead_letters(replace(filter_, before=before), limit, after)
+        next_token = page_tokens.encode([end, milliseconds(began)], filter_.query()) if end else ""
         return letters, {}, next_token
+
+
+def _position(token: str, filter_: DeadFilter) -> tuple[str, datetime]:
+    """Return the id after which a page begins, and the time of the first page."""
+    match page_tokens.read(token, filter_.query()):
+        case [str(after), int(began_ms)] if is_ulid(after):
+            with suppress(OverflowError):
+                return after, _EPOCH + timedelta(milliseconds=began_ms)
+    raise page_tokens.bad_token()
 
 
 def _not_found(job_id: str) -> ShoalError:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,12 +14,12 @@ from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
 from services.ingest.job_scan import scan
+from services.ingest.queries import page_tokens
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 PAGE_DEFAULT = 100
 PAGE_MOST = 1_000
-_TOKEN_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +107,15 @@ class Jobs:
         if not 0 <= size <= PAGE_MOST:
             raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
         query = selection.query()
-        after = _read_token(token, query) if token else ""
+        after = _position(token, query) if token else ""
         with translated("listing jobs"):
             page = await scan(self._jobs, query, size or PAGE_DEFAULT, after=after, order=-1)
-        next_token = "" if page.end is None else _token(page.end, query)
+        next_token = "" if page.end is None else page_tokens.encode([page.end], query)
         return Page([job_of(document) for document in page.documents], next_token)
 
 
-def _token(after: str, query: Mapping[str, Any]) -> str:
-    return base64.urlsafe_b64encode(json.dumps([after, _plain(query)], separators=(",", ":")).encode()).decode()
-
-
-def _plain(query: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(query, default=str))
-
-
-def _read_token(token: str, query: Mapping[str, Any]) -> str:
-    bad = InvalidArgument("page_token: not the next_page_token of a page with this filter")
-    if len(token) > _TOKEN_CHARS * 4:
-        raise bad
-    try:
-        after, of_query = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
-    except (ValueError, TypeError, binascii.Error, RecursionError):
-        raise bad from None
-    if not isinstance(after, str) or not is_ulid(after) or of_query != _plain(query):
-        raise bad
-    return after
+def _position(token: str, query: Mapping[str, Any]) -> str:
+    match page_tokens.read(token, query):
+        case [str(after)] if is_ulid(after):
+            return after
+    raise page_tokens.bad_token()
