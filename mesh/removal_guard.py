@@ -1,13 +1,13 @@
 """Guard of automatic removal against a wrong clock: a clock that was set forward makes everything look old at once.
 
     the clock is as far as the steady clock says ──> removal goes by the clock
-    it is ahead ──> removal goes by the time that has certainly passed, and for REST_S nothing else happens
+    it is ahead ──> removal goes by the time that has certainly passed, and for REST nothing else happens
         the clock is corrected ──────────────────────────────────> removal goes by the clock again
         what would be removed is less than SHARE of all ─────────> removal goes by the clock again
         else: the log asks for a confirmation ──an operator sets a retention rule──> removal goes by the clock again
 
 The certain time is the time of the last round plus what the steady clock has counted since. Between two processes it
-stands still, so that a start after a long stop counts as a jump, which mostly passes by its small share. It is stored,
+does not advance: a start after a long stop counts as a jump, which mostly passes by its small share. It is stored,
 because a restart must not make a wrong time the right one.
 """
 
@@ -35,7 +35,8 @@ MARK_VALIDATOR: Mapping[str, Any] = {
     }
 }
 SHARE = 0.25
-"""Share of what is stored that a jump of the clock may remove unasked: two days' absence of a week's retention."""
+"""Share of what is stored that a jump of the clock may remove without a confirmation. A stop of two days removes about
+as much, with a retention of a week."""
 SAMPLE = 200
 """Documents by which a share is estimated, to within some three hundredths; a larger sample would read for seconds."""
 REST = timedelta(minutes=10)
@@ -111,13 +112,13 @@ class RemovalGuard:
             certain = mark["at"]
         asked = mark.get("asked") if mark else None
         if now - certain <= _SLACK:
+            is_accepted = True
             if self._ahead_since is not None:
                 log.info("the clock is right again: removal of %s goes by it", self._name)
-            certain, asked, self._ahead_since, self._asked_at = now, None, None, None
         else:
             is_accepted, asked = await self._judge(now, now - certain, steady, asked)
-            if is_accepted:
-                certain, asked, self._ahead_since, self._asked_at = now, None, None, None
+        if is_accepted:
+            certain, asked, self._ahead_since, self._asked_at = now, None, None, None
         await self._store(certain, asked)
         self._certain, self._certain_at = certain, steady
 
