@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mesh.mongo import connect, ensure_collection
-from services.ingest.clock import milliseconds, utc_now
+from mesh.mongo_clock import milliseconds, utc_now
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, WAITING, document_of
 from services.ingest.instance import Instance

@@ -33,7 +33,7 @@ LAYERS = {
         __main__ app areas fast_submit rpc dead_letters batches schedules mongo_jobs dispatch config retention
         connectors queries
         intake job_events tracing tenants job_scan documents job_fields instance store_calls messages dependencies ulid
-        job_store job tenant_queue limits group_commit clock
+        job_store job tenant_queue limits group_commit
     """,
     "services/store": """
         __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results allowed_locations

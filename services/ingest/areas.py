@@ -20,10 +20,10 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
 from mesh.mongo import Document
+from mesh.mongo_clock import DatabaseClock, milliseconds
 from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc.client.channel import Channel
-from services.ingest.clock import DatabaseClock, milliseconds
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
 from services.ingest.connectors.connectors import ConnectorContext, Connectors

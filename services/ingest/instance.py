@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.ingest.clock import Clock
+from mesh.mongo_clock import Clock
 
 
 @dataclass(frozen=True, slots=True)

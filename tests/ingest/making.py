@@ -6,7 +6,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from services.ingest.clock import Clock, milliseconds
+from mesh.mongo_clock import Clock, milliseconds
 from services.ingest.instance import Instance
 from services.ingest.job import Job, acceptance
 from services.ingest.ulid import Ulids

@@ -15,7 +15,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import AutoReconnect
 
-from services.ingest.clock import DatabaseClock, earliest, latest, utc_now
+from mesh.mongo_clock import DatabaseClock, earliest, latest, utc_now
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import document_of
 from services.ingest.mongo_jobs import MongoJobs

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mesh.mongo import connect
-from services.ingest.clock import milliseconds
+from mesh.mongo_clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, document_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job, State

@@ -11,6 +11,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
 from mesh.mongo import Document
+from mesh.mongo_clock import Clock
 from mesh.process.private_folder import PrivateFolder
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
@@ -33,7 +34,6 @@ from services.ingest.batches.model_metadata import ModelMetadata
 from services.ingest.batches.readers import ReaderCache
 from services.ingest.batches.row_inference import InferenceClient
 from services.ingest.batches.submission import Submissions
-from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
 from services.ingest.retention.retention_repository import RetentionRepository
 

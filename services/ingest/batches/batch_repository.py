@@ -11,11 +11,11 @@ from pymongo import ReturnDocument
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import Clock, earliest, milliseconds
 from services.ingest.batches.batch import FINAL, Batch, BatchState, BatchStep, Ending, Totals
 from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.locations import Entry
-from services.ingest.clock import Clock, earliest, milliseconds
 from services.ingest.documents import EPOCH
 from services.ingest.queries.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
+from mesh.mongo_clock import Clock
 from mesh.process.tasks import end
 from services.ingest.batches.batch import (
     EXCLUSIVE_AFTER,
@@ -36,7 +37,6 @@ from services.ingest.batches.chunk_repository import ChunkCounts, ChunkRepositor
 from services.ingest.batches.chunk_runner import ChunkProgress, ChunkRunner
 from services.ingest.batches.duties import Duties
 from services.ingest.batches.row_inference import MODEL_WAIT_S
-from services.ingest.clock import Clock
 from services.ingest.job import Lease
 from services.ingest.retention.retention_repository import RetentionRepository
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable

@@ -16,10 +16,10 @@ from pymongo import ReturnDocument, UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import Clock, earliest, latest
 from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
 from services.ingest.batches.outputs.part_summary import PartSummary
-from services.ingest.clock import Clock, earliest, latest
 from services.ingest.documents import EPOCH, RESTORES
 from services.ingest.job import Lease
 from shoal.errors import AlreadyExists

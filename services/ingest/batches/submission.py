@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mesh.mongo_clock import Clock
 from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
 from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
@@ -29,7 +30,6 @@ from services.ingest.batches.model_metadata import ModelMetadata
 from services.ingest.batches.outputs.part_summary import is_reserved_output_name
 from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
-from services.ingest.clock import Clock
 from services.ingest.intake.submission import at_most, digest_of, labels_of
 from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS, TENANT_CHARS
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted

@@ -16,7 +16,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from services.ingest.clock import Clock, earliest, latest
+from mesh.mongo_clock import Clock, earliest, latest
 from services.ingest.connectors.shards import Checkpoint
 
 CHECKPOINTS = "checkpoints"

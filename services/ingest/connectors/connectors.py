@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document
-from services.ingest.clock import Clock
+from mesh.mongo_clock import Clock
 from services.ingest.connectors import settings
 from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, JobCompletions, JobIntake

@@ -25,8 +25,8 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document
+from mesh.mongo_clock import Clock, milliseconds
 from mesh.process.tasks import end
-from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
 from services.ingest.connectors.checkpoints import CheckpointRepository
 from services.ingest.connectors.message import Message, Outgoing, Partition

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from services.ingest.clock import Clock
+from mesh.mongo_clock import Clock
 
 _TEXT_CHARS = 500
 

@@ -17,8 +17,8 @@ from pymongo import ASCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import Clock
 from mesh.process.tasks import Background
-from services.ingest.clock import Clock
 from services.ingest.connectors.progress import ConnectorProgress, PartitionProgress, Phase
 from shoal.errors import ShoalError
 

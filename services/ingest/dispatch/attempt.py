@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from services.ingest.clock import Clock
+from mesh.mongo_clock import Clock
 from services.ingest.dispatch.bulk_calls import is_ambiguous
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of

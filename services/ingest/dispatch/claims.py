@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
-from services.ingest.clock import earliest, latest
+from mesh.mongo_clock import earliest, latest
 from services.ingest.dispatch.tenant_queues import TenantQueues
 from services.ingest.documents import EPOCH
 from services.ingest.instance import Instance

@@ -20,8 +20,8 @@ from bson import Binary
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import milliseconds
 from mesh.process.tasks import together
-from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
 from services.ingest.job import PAYLOAD_DROPPABLE, Job
 from services.ingest.ulid import floor

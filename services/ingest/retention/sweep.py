@@ -20,8 +20,8 @@ from datetime import datetime, timedelta
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import Clock, milliseconds
 from mesh.process.tasks import Background, for_ever
-from services.ingest.clock import Clock, milliseconds
 from services.ingest.dependencies.references import by_key
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads

@@ -22,9 +22,9 @@ from datetime import datetime
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.mongo_clock import Clock
 from mesh.mongo_lease import LeaderLease, fenced
 from mesh.process.tasks import Background, for_ever, together
-from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.schedules.documents import id_of, schedule_of

@@ -10,7 +10,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from services.ingest.clock import Clock
+from mesh.mongo_clock import Clock
 from services.ingest.schedules.documents import document_of, id_of, schedule_of
 from services.ingest.schedules.schedule import Schedule
 from shoal.errors import Aborted, AlreadyExists, NotFound, ResourceExhausted

@@ -13,6 +13,7 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from mesh import mongo
+from mesh.mongo_clock import milliseconds
 from services.ingest.batches import batch_repository
 from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
 from services.ingest.batches.batch_repository import BatchRepository
@@ -31,7 +32,6 @@ from services.ingest.batches.duties import Duties
 from services.ingest.batches.inputs.locations import Entry
 from services.ingest.batches.inputs.piece import Span
 from services.ingest.batches.outputs.part_summary import PartSummary
-from services.ingest.clock import milliseconds
 from services.ingest.retention.retention_repository import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.retention_repository import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import BATCHES as RULED

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.ingest.clock import utc_now
+from mesh.mongo_clock import utc_now
 from services.ingest.connectors.connector import Connector
 from services.ingest.connectors.connector_spec import ConnectorSpec, Endpoints
 from services.ingest.connectors.formats import Format

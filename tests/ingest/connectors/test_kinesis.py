@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 from pymongo import AsyncMongoClient
 
-from services.ingest.clock import utc_now
+from mesh.mongo_clock import utc_now
 from services.ingest.connectors import envelope
 from services.ingest.connectors import kinesis as kinesis_module
 from services.ingest.connectors.checkpoints import CHECKPOINTS, CheckpointRepository

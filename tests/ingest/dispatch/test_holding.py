@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from services.ingest.clock import Clock, utc_now
+from mesh.mongo_clock import Clock, utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher

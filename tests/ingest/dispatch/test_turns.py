@@ -9,7 +9,7 @@ from typing import Any
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from services.ingest.clock import utc_now
+from mesh.mongo_clock import utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.documents import document_of

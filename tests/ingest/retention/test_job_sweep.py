@@ -11,8 +11,8 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
+from mesh.mongo_clock import milliseconds
 from mesh.removal_guard import MARKS, REST, RemovalGuard
-from services.ingest.clock import milliseconds
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
