@@ -68,6 +68,7 @@ so an operation survives it. An unreachable set is reported before most deadline
 BUILD_TIMEOUT_S = 12 * 3_600.0
 """Timeout of an index build or a schema change. A build reads the whole collection: some 2 s per million small
 documents in memory, hours for a terabyte on disk. Under `TIMEOUT_MS`, MongoDB would abort it each time."""
+_BUILD_RETRY_S = 10.0
 # From this size on, a build takes long enough to be logged.
 _LARGE_DOCUMENTS = 100_000
 
@@ -176,7 +177,7 @@ async def ensure_collection(
     """Create collection `name` with its validator and indexes, or update the existing collection.
 
     Idempotent, and safe when several processes call it concurrently. Waits for missing indexes, however large the
-    collection is; `ensure_indexes` builds the ones that nobody has to wait for.
+    collection is; `build_later_indexes` builds the ones that a service can do without.
 
     Raises:
         FailedPrecondition: an index with the same name or keys exists with other options.
@@ -218,6 +219,25 @@ async def ensure_indexes(
                 await _create_indexes(collection, indexes)
             for old in set(retired) & set(existing):
                 await _drop_index(collection, old)
+
+
+async def build_later_indexes(
+    collection: AsyncCollection[Document], indexes: Sequence[IndexModel], retired: Sequence[str], *, meanwhile: str
+) -> None:
+    """Do the same as `ensure_indexes`, for indexes that a service can do without; log errors, and retry.
+
+    On a large collection of an earlier version, this takes hours.
+
+    Args:
+        meanwhile: effect of a missing index, as in "lists are slow": begins the log message of an error.
+    """
+    while True:
+        try:
+            await ensure_indexes(collection, indexes, retired)
+            return
+        except ShoalError as err:
+            log.warning("%s for now: %s", meanwhile, err)
+            await asyncio.sleep(_BUILD_RETRY_S)
 
 
 async def _create_indexes(collection: AsyncCollection[Document], indexes: Sequence[IndexModel]) -> None:

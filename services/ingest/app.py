@@ -7,7 +7,6 @@ import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
-from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_INDEX_RETRY_S = 10.0
 
 
 async def run(config: IngestConfig) -> None:
@@ -132,7 +130,9 @@ async def run(config: IngestConfig) -> None:
             await server.serve()
             await registration.update(state=State.READY)
             log.info("serving at %s", server.address)
-            await _build_later_indexes(shared.jobs)
+            await mongo.build_later_indexes(
+                shared.jobs, LATER_INDEXES, RETIRED_INDEXES, meanwhile="lists of jobs are slow"
+            )
 
         starting = asyncio.create_task(start(), name="start")
         starting.add_done_callback(log_failure)
@@ -175,17 +175,6 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
-
-
-async def _build_later_indexes(jobs: AsyncCollection[Document]) -> None:
-    """Build the indexes that the service can do without, which takes hours on a large collection of an old version."""
-    while True:
-        try:
-            await mongo.ensure_indexes(jobs, LATER_INDEXES, RETIRED_INDEXES)
-            return
-        except ShoalError as err:
-            log.warning("lists of jobs are slow for now: %s", err)
-            await asyncio.sleep(_INDEX_RETRY_S)
 
 
 async def _prepare_connectors(database: AsyncDatabase[Document]) -> None:

@@ -45,14 +45,13 @@ from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
-from shoal.errors import ShoalError, Unavailable
+from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 _DESCRIPTOR = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
 _RETRY_S = 0.5
-_INDEX_RETRY_S = 10.0
 # Threads for files and hashing. Per 1 MiB, on a virtual machine with two EPYC cores: SHA-256 0.7 ms, a write into the
 # page cache 0.4 to 3 ms; an fsync of 200 MiB 75 ms (seconds on a spinning disk). On the event loop, each would delay
 # every other call that long.
@@ -166,10 +165,4 @@ async def _open(
     await server.serve()
     await registration.update(state=State.READY)
     log.info("serving at %s", server.address)
-    while True:
-        try:
-            await collections.build_later_indexes()
-            return
-        except ShoalError as err:
-            log.warning("some queries of results are slow for now: %s", err)
-            await asyncio.sleep(_INDEX_RETRY_S)
+    await collections.build_later_indexes()

@@ -28,7 +28,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
-from mesh.mongo import Document, ensure_collection, ensure_indexes
+from mesh.mongo import Document, build_later_indexes, ensure_collection
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from shoal.errors import Unavailable
@@ -272,13 +272,13 @@ class Collections:
         self._prepared = prepared
 
     async def build_later_indexes(self) -> None:
-        """Build the indexes that the store can do without, which takes hours on a large collection of an old version.
-
-        Raises:
-            Unavailable: MongoDB is unavailable.
-            FailedPrecondition: an existing index contradicts ours.
-        """
-        await ensure_indexes(self.results, _LATER_RESULT_INDEXES, _RETIRED_RESULT_INDEXES)
+        """Build the indexes that the store can do without, however often that fails."""
+        await build_later_indexes(
+            self.results,
+            _LATER_RESULT_INDEXES,
+            _RETIRED_RESULT_INDEXES,
+            meanwhile="some queries of results are slow",
+        )
 
     @property
     def artifacts(self) -> Collection:

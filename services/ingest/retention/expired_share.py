@@ -13,7 +13,7 @@ from services.ingest.retention.retention_repository import RetentionRepository
 
 
 class ExpiredShare:
-    """The jobs, as the guard of their removal sees them."""
+    """Ended jobs: the `Removal` that ingest's removal guard watches."""
 
     def __init__(self, jobs: AsyncCollection[Document], repository: RetentionRepository) -> None:
         self._jobs = jobs

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 8
 _INSERTED_AT_ONCE = 500
 _DUPLICATE_KEY = 11000
-# The idempotency key of a job or batch, unique for each tenant.
-_TAKEN = "key"
+# Field with the idempotency key of a job or batch, which is unique for each tenant.
+_IDEMPOTENCY_KEY = "key"
 # Documents that one line of the log names.
 _NAMED = 20
 _LAST, _USAGE = "jobs", "usage"
@@ -232,12 +232,12 @@ class Restore:
             existing += some
             if taken:
                 log.warning(
-                    "restoring %d documents of %s without their idempotency keys, which others took meanwhile: %s",
+                    "restoring %d documents of %s without their idempotency keys, which newer documents have: %s",
                     len(taken),
                     dumped.name,
                     ", ".join(str(doc["_id"]) for doc in taken[:_NAMED]),
                 )
-                some, _ = await _insert_new(raw, [dump.without_field(doc, _TAKEN) for doc in taken])
+                some, _ = await _insert_new(raw, [dump.without_field(doc, _IDEMPOTENCY_KEY) for doc in taken])
                 existing += some
         return existing
 
@@ -245,10 +245,10 @@ class Restore:
 async def _insert_new(
     raw: AsyncCollection[Any], docs: Sequence[RawBSONDocument]
 ) -> tuple[list[Any], list[RawBSONDocument]]:
-    """Insert documents. Return the ids of those that exist already, and those whose idempotency key another one has.
+    """Insert documents. Return the ids of existing documents, and the documents whose idempotency key is in use.
 
-    An interrupted restore inserted the former. The latter's keys were taken since the restore began, by a submit, a
-    schedule or a connector.
+    An interrupted restore inserted the existing documents. A submit, a schedule or a connector has used the keys since
+    the restore began.
     """
     try:
         await raw.insert_many(docs, ordered=False)
@@ -256,8 +256,8 @@ async def _insert_new(
         failures = err.details.get("writeErrors", [])
         if any(failure["code"] != _DUPLICATE_KEY for failure in failures):
             raise
-        taken = [docs[each["index"]] for each in failures if _TAKEN in each.get("keyPattern", ())]
-        ids = [docs[each["index"]]["_id"] for each in failures if _TAKEN not in each.get("keyPattern", ())]
+        taken = [docs[each["index"]] for each in failures if _IDEMPOTENCY_KEY in each.get("keyPattern", ())]
+        ids = [docs[each["index"]]["_id"] for each in failures if _IDEMPOTENCY_KEY not in each.get("keyPattern", ())]
         return ids, taken
     return [], []
 

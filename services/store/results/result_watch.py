@@ -42,7 +42,7 @@ class ResultWatch:
     async def follow(self, request: WatchResultsRequest) -> AsyncGenerator[tuple[Result | None, str], None]:
         """Yield (None, token) when the watch is open, then each result and the token to resume after it. Never ends.
 
-        While no result matches, (None, token) comes again with a newer token.
+        While no result matches, it yields (None, token) with a newer token every ten seconds or so.
 
         Raises:
             InvalidArgument: a bad filter or token.

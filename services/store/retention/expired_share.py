@@ -19,7 +19,7 @@ _FIELDS = ("recorded_at", "removed_at", "answer_removed_at", "tenant", "outcome"
 
 
 class ExpiredShare:
-    """The store's data, as the guard of its removal sees it."""
+    """Results, answers and tombstones: the `Removal` that the store's removal guard watches."""
 
     def __init__(self, collections: Collections, rules: RuleRepository) -> None:
         self._collections = collections
@@ -33,7 +33,7 @@ class ExpiredShare:
         return None if doc is None else doc["recorded_at"]
 
     async def share(self, now: datetime) -> float:
-        """Return the share of the kind of data of which most would be removed."""
+        """Return the largest share, from 0 to 1, of a kind of data that would be removed at `now`."""
         rules = (await self._rules.read()).rules
         plans = {kind: plan(rules, kind, now) for kind in DataKind}
         stages = [{"$sample": {"size": SAMPLE}}, {"$project": dict.fromkeys(_FIELDS, 1)}]
