@@ -212,7 +212,7 @@ async def test_the_next_backup_copies_only_what_is_new(node: Node, empty: Node, 
 
 
 async def test_what_rotted_in_the_place_is_replaced(node: Node, empty: Node, folder: str, tmp_path: Path) -> None:
-    contents = [b"small", os.urandom(9 * MIB), b"fine"]
+    contents = [b"small", b"x" + os.urandom(9 * MIB), b"fine"]
     await node.fill(*contents)
     await all_of(node.backup.run(folder))
     for content in contents[:2]:
