@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import connect, ensure_collection
+from mesh.mongo import Document, connect, ensure_collection
 from mesh.removal_guard import MARK_VALIDATOR, MARKS, REST, RemovalGuard
+from tests.removal_guards import guard_of
 
 pytestmark = pytest.mark.mongo
 
@@ -37,7 +39,7 @@ class Removal:
 class World:
     """True time, a wall clock that may be wrong, and guards of several processes."""
 
-    def __init__(self, marks: object) -> None:
+    def __init__(self, marks: AsyncCollection[Document]) -> None:
         self.passed = timedelta(0)
         self.wrong = timedelta(0)
         self.removal = Removal()
@@ -46,14 +48,7 @@ class World:
 
     def started(self) -> RemovalGuard:
         """The guard of a process that starts now."""
-        return RemovalGuard(
-            self.marks,  # type: ignore[arg-type]
-            "results",
-            self.removal,
-            clock=lambda: self.true + self.wrong,
-            command="set it",
-            steady_ns=lambda: self.passed // timedelta(microseconds=1) * 1_000,
-        )
+        return guard_of(self.marks, "results", self.removal, lambda: self.true + self.wrong, lambda: self.passed)
 
     @property
     def true(self) -> datetime:

@@ -12,7 +12,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
 from mesh.mongo_clock import milliseconds
-from mesh.removal_guard import MARKS, REST, RemovalGuard
+from mesh.removal_guard import MARKS, REST
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
@@ -25,6 +25,7 @@ from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
 from shoal.errors import ResourceExhausted
 from tests.ingest.making import START, TestClock, job
+from tests.removal_guards import guard_of
 
 Collection = AsyncCollection[dict[str, Any]]
 WEEK = timedelta(days=7)
@@ -207,14 +208,8 @@ async def test_pages_are_read_by_an_index(world: World) -> None:
 
 async def test_a_year_ahead_removes_no_job_until_a_rule_is_set(world: World) -> None:
     steady = [timedelta(0)]
-    guard = RemovalGuard(
-        world.jobs.database[MARKS],
-        "jobs",
-        ExpiredShare(world.jobs, world.repository),
-        clock=world.clock,
-        command="set it",
-        steady_ns=lambda: steady[0] // timedelta(microseconds=1) * 1_000,
-    )
+    share = ExpiredShare(world.jobs, world.repository)
+    guard = guard_of(world.jobs.database[MARKS], "jobs", share, world.clock, lambda: steady[0])
     sweep = JobSweep(
         world.jobs,
         world.payloads,  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ from datetime import timedelta
 
 import pytest
 
-from mesh.removal_guard import MARKS, REST, RemovalGuard
+from mesh.removal_guard import MARKS, REST
 from services.store.retention.expired_share import ExpiredShare
 from services.store.retention.rounds import RetentionRounds
+from tests.removal_guards import guard_of
 from tests.store.retention.test_sweep import DAY, HOUR, RESULTS, START, TOMBSTONES, World, threads, world
 
 pytestmark = pytest.mark.mongo
@@ -21,14 +22,8 @@ class Leader:
 
 
 def rounds(world: World, steady: list[timedelta]) -> RetentionRounds:
-    guard = RemovalGuard(
-        world.collections.db[MARKS],
-        "results",
-        ExpiredShare(world.collections, world.book),
-        clock=world.clock,
-        command="set it",
-        steady_ns=lambda: steady[0] // timedelta(microseconds=1) * 1_000,
-    )
+    share = ExpiredShare(world.collections, world.book)
+    guard = guard_of(world.collections.db[MARKS], "results", share, world.clock, lambda: steady[0])
     sweep = world.another(removal_clock=guard)
     return RetentionRounds(sweep, Leader(), 60, check=guard.check)  # type: ignore[arg-type]
 
