@@ -147,9 +147,15 @@ async def test_a_new_process_is_not_drained_and_the_leader_clears_the_mark(repli
     async with registered(replica.etcd):
         await until(lambda: has(stub, "local/infer-0"))
         await stub.DrainInstance(pb.DrainInstanceRequest(name="infer-0"))
-    async with registered(replica.etcd), Etcd(replica.etcd) as etcd:
-        await until(lambda: has(stub, "local/infer-0"))
-        assert not (await listed(stub))["local/infer-0"].drained_by_operator
+    async with registered(replica.etcd) as new_process, Etcd(replica.etcd) as etcd:
+
+        async def undrained() -> bool:
+            found = (await listed(stub)).get("local/infer-0")
+            if found is None or found.drained_by_operator:
+                return False
+            return abs(found.started_at.ToNanoseconds() / 1e9 - new_process.instance.started_at) < 1e-3
+
+        await until(undrained, "the new process is listed, and not drained")
 
         async def cleared() -> bool:
             return not (await etcd.list(b"/shoal/drains/")).entries
