@@ -178,16 +178,16 @@ class _FastRequest:
         try:
             # A template has no ragged outputs.
             outputs = cast("Sequence[Tensor]", result.outputs)
-            opening = self._template.opening(self._prefix, outputs)
-            parts: list[Any] = [self._prefix, self._id, opening.outputs]
-            for raw, output in zip(opening.raw, outputs, strict=True):
+            template = self._template.response_template(self._prefix, outputs)
+            parts: list[Any] = [self._prefix, self._id, template.outputs]
+            for raw, output in zip(template.raw, outputs, strict=True):
                 parts.append(raw)
                 parts.append(output if output.flags.c_contiguous else output.tobytes())
         # For example without memory for a copy: the caller needs an outcome.
         except Exception as err:
             self._exchange.refuse(err)
             return
-        self._exchange.reply(parts, opening.size + len(self._id))
+        self._exchange.reply(parts, template.size + len(self._id))
 
     def failed(self, error: BaseException) -> None:
         """Called by the scheduler."""

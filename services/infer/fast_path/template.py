@@ -43,14 +43,13 @@ class Slot:
     dtype: np.dtype[Any]
     elements: int
     shape: tuple[int, ...]
-    opening: bytes
-    """Tag and length."""
+    tag_and_length: bytes
     size: int
     """Bytes of numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class ResponseTemplate:
     """A response without its id and numbers, for outputs of certain shapes."""
 
     outputs: bytes
@@ -69,15 +68,15 @@ class Template:
     rows: int
     size_bytes: int
     key: Hashable
-    openings: dict[Any, Opening] = field(default_factory=dict)
+    response_templates: dict[Any, ResponseTemplate] = field(default_factory=dict)
     """By the shapes of the outputs."""
 
     def request(self, body: bytes, at: int) -> InferenceRequest | None:
         """Return the request whose numbers begin at `at` of `body`, or None when they do not match. Copies nothing."""
         inputs: dict[str, Tensor] = {}
         for slot in self.slots:
-            start = at + len(slot.opening)
-            if body[at:start] != slot.opening:
+            start = at + len(slot.tag_and_length)
+            if body[at:start] != slot.tag_and_length:
                 return None
             at = start + slot.size
             if at > len(body):
@@ -87,14 +86,14 @@ class Template:
             return None
         return InferenceRequest(inputs, self.outputs, self.rows, self.size_bytes, self.key, parameters.NONE)
 
-    def opening(self, prefix: bytes, outputs: Sequence[Tensor]) -> Opening:
-        """Return the opening of a response with `outputs`; `prefix` is its model and version."""
+    def response_template(self, prefix: bytes, outputs: Sequence[Tensor]) -> ResponseTemplate:
+        """Return the template of a response with `outputs`; `prefix` is its model and version."""
         shapes = outputs[0].shape if len(outputs) == 1 else tuple([output.shape for output in outputs])
-        known = self.openings.get(shapes)
+        known = self.response_templates.get(shapes)
         if known is None:
-            if len(self.openings) >= _MAX_SHAPES:
-                self.openings.clear()
-            known = self.openings[shapes] = _opening(prefix, self.outputs, outputs)
+            if len(self.response_templates) >= _MAX_SHAPES:
+                self.response_templates.clear()
+            known = self.response_templates[shapes] = _response_template(prefix, self.outputs, outputs)
         return known
 
 
@@ -133,7 +132,7 @@ def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> t
     slots = _slots(message, request)
     if slots is None:
         return None
-    raw_at = len(body) - sum(len(slot.opening) + slot.size for slot in slots)
+    raw_at = len(body) - sum(len(slot.tag_and_length) + slot.size for slot in slots)
     name_bytes = pb.ModelInferRequest(
         model_name=message.model_name, model_version=message.model_version
     ).SerializeToString()
@@ -163,8 +162,8 @@ def _slots(message: pb.ModelInferRequest, request: InferenceRequest) -> tuple[Sl
     slots = []
     for tensor in message.inputs:
         array = request.tensors[tensor.name]
-        opening = _tag_and_length(RAW_INPUT, array.nbytes)
-        slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, opening, array.nbytes))
+        tag_and_length = _tag_and_length(RAW_INPUT, array.nbytes)
+        slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, tag_and_length, array.nbytes))
     return tuple(slots)
 
 
@@ -179,7 +178,7 @@ def _is_head(head: bytes, message: pb.ModelInferRequest) -> bool:
     return parsed == same
 
 
-def _opening(prefix: bytes, requested: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> Opening:
+def _response_template(prefix: bytes, requested: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> ResponseTemplate:
     response = pb.ModelInferResponse()
     for requested_output, output in zip(requested, outputs, strict=True):
         response.outputs.add(
@@ -188,7 +187,7 @@ def _opening(prefix: bytes, requested: Sequence[WantedOutput], outputs: Sequence
     heads = response.SerializeToString()
     raw = tuple(_tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
     size = len(prefix) + len(heads) + sum(map(len, raw)) + sum(output.nbytes for output in outputs)
-    return Opening(heads, raw, size)
+    return ResponseTemplate(heads, raw, size)
 
 
 def _tag_and_length(tag: int, size: int) -> bytes:

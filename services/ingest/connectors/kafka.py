@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from operator import methodcaller
 from typing import Any
 
@@ -133,7 +134,7 @@ class KafkaSource:
             except Exception as err:
                 log.warning("leaving topic %s: %s", self._topic, err)
             for partition, _ in self._assigned.values():
-                self._on_loop(partition.mark_revoked)
+                _call_on(self._loop, partition.mark_revoked)
 
     def _poll(self, consumer: Any) -> None:
         requested_at = time.monotonic()
@@ -165,7 +166,7 @@ class KafkaSource:
         messages = [made for each in consumed if (made := self._message(each)) is not None]
         if messages:
             self._request = None
-            self._on_loop(_resolve, request[1], messages)
+            _call_on(self._loop, _resolve, request[1], messages)
 
     def _seek_back(self, consumer: Any, message: Any) -> None:
         """Seek back to a message that arrived although all partitions are paused, so that it is fetched again."""
@@ -273,7 +274,7 @@ class KafkaSource:
     def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
             if (held := self._assigned.pop(each.partition, None)) is not None:
-                self._on_loop(held[0].mark_revoked)
+                _call_on(self._loop, held[0].mark_revoked)
 
     def _update_status(self, consumer: Any) -> None:
         """Replace the status that reports show."""
@@ -319,14 +320,7 @@ class KafkaSource:
             if self._request is not None and not self._request[1].done():
                 self._request[1].set_exception(error)
 
-        self._on_loop(report)
-
-    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(act, *args)
-        except RuntimeError:
-            # The loop is closed, so there is no receiver.
-            pass
+        _call_on(self._loop, report)
 
 
 class KafkaSink:
@@ -364,7 +358,7 @@ class KafkaSink:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def delivered(error: Any, _: Any) -> None:
-            self._on_loop(_settle, future, None if error is None else self._send_error(error))
+            _call_on(self._loop, _settle, future, None if error is None else self._send_error(error))
 
         while True:
             try:
@@ -399,11 +393,11 @@ class KafkaSink:
         self._producer.purge()
         self._producer.poll(0)
 
-    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(act, *args)
-        except RuntimeError:
-            pass
+
+def _call_on(loop: asyncio.AbstractEventLoop, act: Callable[..., object], *args: object) -> None:
+    """Call `act` on `loop` from another thread. A closed loop has no receiver, so nothing happens."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, *args)
 
 
 def _without_errors(partitions: Sequence[Any]) -> Sequence[Any]:
