@@ -90,6 +90,21 @@ async def test_branches_that_give_one_tensor(serve, models_folder):
     assert "send these rows in separate requests" in why
 
 
+async def test_a_tensor_of_two_branches_has_the_shapes_of_either(serve, models_folder):
+    models_folder.bare("four", onnx_files.scale(dims=("n", 4)))
+    models_folder.bare("any", onnx_files.scale(dims=("n", "k")))
+    models_folder.bare("eight", onnx_files.scale(dims=("n", 8)))
+    more = parameter("when.0", "kind > 0") + parameter("when.1", "kind <= 0")
+    more += "max_batch_size: 8 " + tensor("input", "w", "4") + tensor("input", "x", "-1")
+    more += tensor("input", "kind", "1") + tensor("output", "z", "8")
+    branches = step("four", {"x": "w"}, {"y": "y"}), step("any", {"x": "x"}, {"y": "y"})
+    models_folder.ensemble("e", *branches, step("eight", {"x": "y"}, {"y": "z"}), more=more)
+    served = await serve(models_folder.root)
+    x = floats([*range(8)])
+    asked = request("e", w=floats([1, 2, 3, 4]), x=x, kind=floats([-1]))
+    assert np.array_equal(output(await served.stub.ModelInfer(asked), "z"), 4 * x)
+
+
 async def test_the_first_that_ran_counts_when_several_did(serve, models_folder):
     more = parameter("when.0", "x > 5") + parameter("when.1", "x > 0")
     models_folder.ensemble("e", *BRANCHES, more=more)

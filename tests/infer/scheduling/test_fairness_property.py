@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.infer.scheduling import slo
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.fairness import MAX_TENANTS, TenantQueues
@@ -133,6 +135,23 @@ def test_requests_of_worse_levels_are_evicted_for_memory():
     assert [pending.is_waiting for pending in low] == [True] * 7 + [False] * 3
     with pytest.raises(ResourceExhausted):
         add(to, level=1)
+
+
+def test_a_decision_examines_few_of_many_shapes(monkeypatch):
+    decide = Mock(wraps=slo.decide)
+    monkeypatch.setattr(slo, "decide", decide)
+
+    def examined(shapes: int) -> int:
+        to = Queue("m", QueueLimits(), BatchPolicy(8, 1 << 20, slo_s=0.05), Rules(), CostCurve())
+        for shape in range(shapes):
+            add(to, key=shape)
+        decide.reset_mock()
+        take(to)
+        return decide.call_count
+
+    # With a goal, the 16 most urgent shapes are candidates, and the one whose turn it is.
+    assert (examined(2), examined(16)) == (2, 16)
+    assert 16 <= examined(300) <= 17
 
 
 def test_each_level_has_its_own_bound():

@@ -81,6 +81,8 @@ def test_nearly_all_of_the_capacity_is_completed_in_time(fixed_s, row_s, deadlin
     assert len(refused) > 0.95 * (len(outcomes) - len(succeeded))
     assert sum(seconds < deadline_s / 5 for seconds, _ in refused) > 0.75 * len(refused)
     assert all(err.retry_after_ms > 0 for _, err in refused)
+    expired = sum(isinstance(err, DeadlineExceeded) for _, err in outcomes)
+    assert (bench.statistics.shed, bench.statistics.expired) == (len(refused), expired)
     assert bench.statistics.expired_executed == 0
 
 

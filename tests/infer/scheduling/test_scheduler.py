@@ -245,6 +245,7 @@ async def test_a_request_that_expires_before_its_run_is_left_out_of_the_batch():
         with pytest.raises(DeadlineExceeded):
             await soon[0]
     assert bench.model.executed == [-1, 1]
+    assert bench.statistics.expired == 1
 
 
 async def test_a_timeout_bounds_the_queue_and_not_the_execution():
@@ -338,6 +339,27 @@ def test_a_request_that_expires_during_bisection_is_not_run():
     ]
     assert execution.tally.expired_rows == 0
     assert execution.tally.bisections == 2
+
+
+async def test_a_request_that_expires_during_bisection_is_counted_as_expired():
+    bench = Bench()
+
+    def slow(inputs, outputs, run=bench.model.run):
+        bench.clock.now += 0.6
+        return run(inputs, outputs)
+
+    async with bench.scheduler:
+        first = await bench.occupied()
+        (poison,) = await bench.queued(call(13))
+        (late,) = await bench.queued(call(2), deadline=bench.clock.now + 1)
+        bench.model.run = slow
+        bench.model.gate.set()
+        await first
+        with pytest.raises(Internal):
+            await poison
+        with pytest.raises(DeadlineExceeded):
+            await late
+    assert bench.statistics.expired == 1
 
 
 def test_batch_mates_of_an_internal_error_succeed():
