@@ -70,6 +70,21 @@ def test_the_tables_of_configuration_variables_are_fresh() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_setting_of_a_limit_is_on_the_page_of_limits_with_its_default() -> None:
+    limits = [line for line in (ROOT / "docs/limits.md").read_text().splitlines() if line.startswith("|")]
+    settings = re.findall(
+        r"^\| `(SHOAL_\S+)` \| `(\d+)`(?: \((.*?)\))?", (ROOT / "docs/running.md").read_text(), re.MULTILINE
+    )
+    wrong = []
+    for variable, number, readable in settings:
+        if re.search(r"_(MAX|QUEUE|STREAM|RUN|MIN)_|_BYTES$", variable):
+            default = readable or f"{int(number):,}"
+            if not any(f"`{variable}`" in line and default in line for line in limits):
+                wrong.append(f"{variable}: {default}")
+    assert len(settings) > 40
+    assert not wrong
+
+
 def test_every_option_of_shoal_up_is_described() -> None:
     table = (ROOT / "docs/running.md").read_text().partition("### Options of shoal up")[2].partition("\n#")[0]
     described = set(re.findall(r"^\| `(--[\w-]+)", table, re.MULTILINE))
