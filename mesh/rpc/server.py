@@ -21,14 +21,20 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from mesh.h2.listener import Listener
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
 from mesh.h2.server_connection import Memory
+from mesh.process.stall_watch import StallWatch
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
 from mesh.rpc.health import Health
-from mesh.rpc.interceptors import ServerInterceptor
+from mesh.rpc.interceptors import Context, ServerInterceptor
 
 # A stream that has sent nothing for so long has nothing in flight: a drain ends it.
 _IDLE_STREAM_S = 0.25
+
+_HEALTH_CHECK = f"/{health.SERVICE_NAME}/Check"
+
+STALLS_KEY = "shoal-event-loop"
+"""Trailing metadata of a health check: the stalls of this process's event loop (`StallWatch.report`)."""
 
 # Longest wait, after the drain, for the cancelled handlers of calls that did not finish in it.
 _CANCEL_S = 1.0
@@ -82,6 +88,7 @@ class Server:
         self._share_port = share_port
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor()
+        self._stalls = StallWatch()
         self.memory = Memory(body_bytes, unread_bytes)
         """Accounts of what the connections hold."""
         self.address = listen
@@ -92,6 +99,7 @@ class Server:
         self._app = GrpcApp(self._method_table(), self._fast_methods, tracer=FastTracer.of_process())
         self._listener = Listener(self._listen, self._app, share_port=self._share_port, memory=self.memory)
         self.address = await self._listener.start()
+        self._stalls.start()
         return self
 
     def _method_table(self) -> Mapping[str, Any]:
@@ -105,8 +113,18 @@ class Server:
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         # `enable_server_reflection` would treat the table as a server with threads.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), table)
-        found: Mapping[str, Any] = table.by_path
+        found: dict[str, Any] = table.by_path
+        # Without `serves_health`, the server may have no health checks.
+        if (check := found.get(_HEALTH_CHECK)) is not None:
+            found[_HEALTH_CHECK] = self._with_stalls(check)
         return found
+
+    def _with_stalls(self, handler: Any) -> Any:
+        async def call(request: Any, ctx: Context) -> Any:
+            ctx.set_trailing_metadata(((STALLS_KEY, self._stalls.report()),))
+            return await handler.unary_unary(request, ctx)
+
+        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
 
     async def serve(self) -> None:
         """Set the health to SERVING, for the server as a whole and for each of its services."""
@@ -124,3 +142,4 @@ class Server:
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
         self._app.threads.close()
+        self._stalls.stop()

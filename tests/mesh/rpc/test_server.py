@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mesh.process.config import ConfigError, ServiceConfig, load
 from mesh.process.logs import JsonFormatter
 from mesh.rpc.channel import connect
 from mesh.rpc.interceptors import translated
-from mesh.rpc.server import Rpc, Server
+from mesh.rpc.server import STALLS_KEY, Rpc, Server
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
@@ -128,6 +129,31 @@ async def test_health_is_serving_only_after_serve(run_dir: Path) -> None:
         await running.serve()
         answer = await stub.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_health_check_reports_the_stalls_of_the_event_loop(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with server(Answers(), run_dir) as running, connect(running.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def report() -> dict[str, Any]:
+            call = stub.Check(health_pb2.HealthCheckRequest())
+            await call
+            return dict(json.loads(dict(await call.trailing_metadata())[STALLS_KEY]))
+
+        before = await report()
+        began = time.time()
+        # The call below blocks the event loop itself.
+        time.sleep(0.4)
+        await asyncio.sleep(0.05)
+        after = await report()
+    assert after["count"] > before["count"]
+    assert after["total_ms"] >= before["total_ms"] + 370
+    assert after["longest_ms"] >= 370
+    assert [ms for at, ms in after["recent"] if at >= began - 0.001 and ms >= 370]
+    warnings = [record for record in caplog.records if record.name == "mesh.process.stall_watch"]
+    assert any(vars(record)["stall_ms"] >= 370 for record in warnings)
 
 
 async def test_the_error_names_a_port_in_use() -> None:
