@@ -71,6 +71,10 @@ class TenantQueues:
             tenant_queue.virtual_time = self._common_time
         return tenant_queue
 
+    def find(self, tenant: str) -> TenantQueue | None:
+        """Return the queue of `tenant`; None for a tenant that has none."""
+        return self._by_tenant.get(tenant)
+
     def waiting(self) -> list[TenantQueue]:
         """Return the tenants that have queued requests."""
         return [tenant_queue for tenant_queue in self._by_tenant.values() if tenant_queue.count]

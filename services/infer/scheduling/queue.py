@@ -14,10 +14,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import cast
+from typing import NamedTuple, cast
 
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
@@ -30,7 +30,7 @@ from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.stack_group import Member, StackGroup, fair_order_key
 from shoal.errors import ResourceExhausted
 
-_ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")
+_RANK = attrgetter("rank")
 NO_TENANT = TenantQueue("", 1.0, 0.0)
 
 
@@ -119,6 +119,7 @@ class Queue:
         self._waiting = [0] * len(rules.levels)
         self._tenant_queues = tuple(TenantQueues(rules.weights) for _ in range(self._bands))
         self._groups: dict[Hashable, StackGroup] = {}
+        self._loads: dict[int, _Loads] = {}
         self._count = 0
         self.rows = 0
         self.size_bytes = 0
@@ -311,6 +312,8 @@ class Queue:
         return min(best.values(), key=_rank_of_first)[1]
 
     def _pop(self, key: Hashable, requests: list[QueuedRequest], fired: str) -> Batch:
+        if self._loads:
+            self._loads = {}
         group = self._groups[key]
         group.take(requests)
         if not group.count:
@@ -341,6 +344,8 @@ class Queue:
         return Batch(requests, rows, fired, leaves_rows=self._count > 0)
 
     def _insert(self, queued: QueuedRequest, arrived: float) -> None:
+        if self._loads:
+            self._loads = {}
         group = self._groups.get(queued.request.key)
         if group is None:
             group = self._spare_group or StackGroup(self._bands, by_due=self._has_goal)
@@ -358,11 +363,11 @@ class Queue:
         if tenant_queue.count == 1:
             self._tenant_queues[queued.band].advanced(tenant_queue)
         elif len(tenant_queue.order) > 2 * tenant_queue.count + _ORDER_SLACK:
-            tenant_queue.order = deque(
-                other for other in tenant_queue.order if other.is_waiting and other.tenant_queue is tenant_queue
-            )
+            tenant_queue.order = deque(other for other in tenant_queue.order if _is_in(other, tenant_queue))
 
     def _unlink(self, queued: QueuedRequest) -> None:
+        if self._loads:
+            self._loads = {}
         group = self._groups[queued.request.key]
         group.remove(queued)
         if not group.count:
@@ -370,7 +375,12 @@ class Queue:
         queued.is_waiting = False
         queued.tenant_queue.count -= 1
         queued.tenant_queue.rows -= queued.rows
-        queued.tenant_queue.order.remove(queued)
+        order = queued.tenant_queue.order
+        # An evicted request is the newest one: it is not searched for.
+        if order[-1] is queued:
+            order.pop()
+        else:
+            order.remove(queued)
 
     def _full_error(self, level: int, after_ms: int) -> ResourceExhausted:
         return ResourceExhausted(
@@ -400,34 +410,33 @@ class Queue:
             for band in bands:
                 if band // self._bands_each > queued.level:
                     for tenant_queue in self._tenant_queues[band].waiting():
-                        yield from self._newest_first(band, tenant_queue)
+                        yield from _newest_first(tenant_queue)
         bands_of_level = [band for band in bands if band // self._bands_each == queued.level]
-        held: dict[str, float] = {}
-        for band in bands_of_level:
-            for tenant_queue in self._tenant_queues[band].waiting():
-                held[tenant_queue.tenant] = (
-                    held.get(tenant_queue.tenant, 0.0) + tenant_queue.count / tenant_queue.weight
-                )
-        if len(held) < (1 if queued.tenant_queue.tenant not in held else 2):
+        loads = self._loads.get(queued.level) or self._sum_loads(queued.level, bands_of_level)
+        own = loads.by_tenant.get(queued.tenant_queue.tenant)
+        if len(loads.by_tenant) < (1 if own is None else 2):
             return
-        most = max(held, key=lambda tenant: held[tenant])
-        load = held[most]
+        load = loads.by_tenant[loads.heaviest]
         for band in bands_of_level:
-            for tenant_queue in self._tenant_queues[band].waiting():
-                if tenant_queue.tenant != most:
-                    continue
-                for victim in self._newest_first(band, tenant_queue):
-                    # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
-                    if load <= held.get(queued.tenant_queue.tenant, 0.0) + 1 / queued.tenant_queue.weight:
-                        return
-                    load -= 1 / tenant_queue.weight
-                    yield victim
+            tenant_queue = self._tenant_queues[band].find(loads.heaviest)
+            if tenant_queue is None or not tenant_queue.count:
+                continue
+            for victim in _newest_first(tenant_queue):
+                # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
+                if load <= (own or 0.0) + 1 / queued.tenant_queue.weight:
+                    return
+                load -= 1 / tenant_queue.weight
+                yield victim
 
-    def _newest_first(self, band: int, tenant_queue: TenantQueue) -> list[QueuedRequest]:
-        members: Iterable[Member] = (
-            member for group in self._groups.values() for member in group.of(band, tenant_queue)
-        )
-        return cast("list[QueuedRequest]", sorted(members, key=_ARRIVED)[::-1])
+    def _sum_loads(self, level: int, bands: Sequence[int]) -> _Loads:
+        """Return the loads of one level, and keep them until the queue changes: rejections change nothing."""
+        by_tenant: dict[str, float] = {}
+        for band in bands:
+            for tenant_queue in self._tenant_queues[band].waiting():
+                load = tenant_queue.count / tenant_queue.weight
+                by_tenant[tenant_queue.tenant] = by_tenant.get(tenant_queue.tenant, 0.0) + load
+        loads = self._loads[level] = _Loads(by_tenant, max(by_tenant, key=by_tenant.__getitem__, default=""))
+        return loads
 
 
 # Longest distance of levels: 30 years, and still exact to a microsecond when added to a clock.
@@ -441,13 +450,34 @@ _MAX_DECIDED_GROUPS = 16
 _ORDER_SLACK = 64
 
 
+class _Loads(NamedTuple):
+    """Queued requests of each tenant in one level, divided by the tenant's weight."""
+
+    by_tenant: dict[str, float]
+    heaviest: str
+    """Tenant with the most; empty without any."""
+
+
+def _is_in(queued: QueuedRequest, tenant_queue: TenantQueue) -> bool:
+    """Return True unless a request of the queue's order has run, or has moved to another band."""
+    return queued.is_waiting and queued.tenant_queue is tenant_queue
+
+
+def _newest_first(tenant_queue: TenantQueue) -> Iterator[QueuedRequest]:
+    """Yield the requests of a tenant in one band, the last of the order first. The queue must not change meanwhile."""
+    order: deque[QueuedRequest] = tenant_queue.order
+    while order and not _is_in(order[-1], tenant_queue):
+        order.pop()
+    return (queued for queued in reversed(order) if _is_in(queued, tenant_queue))
+
+
 def _band_head(tenant_queues: TenantQueues) -> QueuedRequest | None:
     """Return the next request of one band: the first of the tenant with the least virtual time."""
     tenant_queue = tenant_queues.first()
     if tenant_queue is None:
         return None
     order: deque[QueuedRequest] = tenant_queue.order
-    while not (order[0].is_waiting and order[0].tenant_queue is tenant_queue):
+    while not _is_in(order[0], tenant_queue):
         order.popleft()
     return order[0]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -64,9 +64,16 @@ class StackGroup:
         """Remove one request from any position; return False when it is not in the group."""
         flows = self._bands[queued.band]
         flow = flows.get(queued.tenant_queue)
-        if flow is None or queued not in flow:
+        if flow is None:
             return False
-        flow.remove(queued)
+        # An evicted request is the newest one: it is not searched for.
+        if flow[-1] is queued:
+            flow.pop()
+        else:
+            try:
+                flow.remove(queued)
+            except ValueError:
+                return False
         self._count_removed(queued, flows, flow)
         return True
 
@@ -104,10 +111,6 @@ class StackGroup:
         for flows in self._bands:
             if flows:
                 yield min((flow[0] for flow in flows.values()), key=fair_order_key)
-
-    def of(self, band: int, tenant_queue: TenantQueue) -> Iterable[Member]:
-        """Return the requests of one tenant in one band."""
-        return self._bands[band].get(tenant_queue, ())
 
     def order(self) -> Iterator[Member]:
         """Yield all requests in execution order."""
