@@ -1,15 +1,16 @@
 """Two checkouts of `shoal serve` side by side, and Triton: on loopback, and from another network namespace.
 
     python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--starts 5] [--seconds 1.5]
+    python bench/fronts.py --before FOLDER --loopback --loads tiny@1,tiny@64 --rounds 20
 
 loopback     both checkouts with `--host 127.0.0.1`
 namespace    both checkouts, and Triton, at one end of a veth pair, with the clients at the other end. Both ends are in
              namespaces of this run. Each checkout uses its default front for that address.
 
-Needs root, for the namespaces. Each checkout has its own .venv. A shell runs COMMAND, which starts a Triton with the
-models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of their ONNX files. Servers run on processor 0 with one
-thread for the model, the generator on the other processors. Rounds interleave the servers; a ratio is the median of the
-rounds' ratios.
+Needs root, for the namespaces, unless --loopback says that there are none. Each checkout has its own .venv. A shell
+runs COMMAND, which starts a Triton with the models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of their
+ONNX files. Servers run on processor 0 with one thread for the model, the generator on the other processors. Rounds
+interleave the servers; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from rich.table import Table
 
 from shoal.node.processes import free_port
 
-LOADS = tuple((model, in_flight) for model in ("tiny", "mlp", "cnn") for in_flight in (1, 8, 64))
+Load = tuple[str, int]
+"""A model, and the number of calls in flight."""
+
+LOADS: tuple[Load, ...] = tuple((model, in_flight) for model in ("tiny", "mlp", "cnn") for in_flight in (1, 8, 64))
 SERVER_IP, CLIENT_IP = "10.77.31.1", "10.77.31.2"
 _CLONE_NEWNET = 0x4000_0000
 _READY_S = 60.0
@@ -164,25 +168,27 @@ def triton(command: str, models: Path, network: Network) -> Contender:
     return Contender("Triton", network, port, ["sh", "-c", f"exec {command}"], environ, models)
 
 
-def measure(contenders: Sequence[Contender], samples: dict[str, Sample], rounds: int, seconds: float) -> None:
+def measure(
+    contenders: Sequence[Contender], samples: dict[str, Sample], loads: Sequence[Load], rounds: int, seconds: float
+) -> None:
     """Load all contenders in interleaved rounds."""
     requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(contender.running(samples["tiny"])) for contender in contenders]
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            for load in LOADS:
+            for load in loads:
                 for contender, server in zip(contenders, servers, strict=True):
                     with contender.network.client_side():
                         count, cpu_s = uvloop.run(loaded(server, requests[load[0]], load[1], seconds))
                     contender.loads.setdefault(load, Measured()).add(count, cpu_s)
 
 
-def show(title: str, contenders: Sequence[Contender], console: Console) -> None:
+def show(title: str, contenders: Sequence[Contender], loads: Sequence[Load], console: Console) -> None:
     table = Table(title=f"{title}: medians; ratios to {contenders[0].name}, least and most", title_justify="left")
     for column in ("model", "in flight", "server", "requests/s", "ratio", "CPU us/request", "ratio", "p99 ms", "wrong"):
         table.add_column(column, justify="left" if column in ("model", "server") else "right")
-    for model, in_flight in LOADS:
+    for model, in_flight in loads:
         first = contenders[0].loads[model, in_flight]
         for contender in contenders:
             one = contender.loads[model, in_flight]
@@ -222,6 +228,14 @@ def show_starts(contenders: Sequence[Contender], console: Console) -> None:
     console.print(table)
 
 
+def _loads(text: str) -> list[Load]:
+    """Return the loads of `tiny@1,cnn@64`. Raises ValueError, which argparse reports, when there is no such load."""
+    loads = [(model, int(in_flight)) for model, _, in_flight in (part.partition("@") for part in text.split(","))]
+    if not set(loads) <= set(LOADS):
+        raise ValueError(text)
+    return loads
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, metavar="FOLDER", help="a checkout with its .venv")
@@ -230,31 +244,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=5, help="of each server, to measure start and memory")
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--loads", type=_loads, default=LOADS, metavar="MODEL@N,...", help="default: all nine")
+    parser.add_argument("--loopback", action="store_true", help="only on loopback")
     args = parser.parse_args()
     console = Console(width=140)
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
-    with tempfile.TemporaryDirectory() as scratch, namespaces() as elsewhere:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         models = Path(scratch)
         samples = save(models)
-        here = Network("127.0.0.1")
+        networks = {"on loopback": Network("127.0.0.1")}
+        if not args.loopback:
+            networks["from another namespace"] = elsewhere = stack.enter_context(namespaces())
         groups: dict[str, list[Contender]] = {}
-        for title, network in (("on loopback", here), ("from another namespace", elsewhere)):
+        for title, network in networks.items():
             groups[title] = [
                 shoal("before", args.before.resolve(), models, network),
                 shoal("after", args.after.resolve(), models, network),
             ]
-        if args.triton:
+        if args.triton and not args.loopback:
             groups["from another namespace"].append(triton(args.triton, models, elsewhere))
         contenders = [contender for group in groups.values() for contender in group]
         for _ in range(args.starts):
             for contender in contenders:
                 with contender.running(samples["tiny"]):
                     pass
-        show_starts(contenders, console)
+        if args.starts:
+            show_starts(contenders, console)
         for title, group in groups.items():
-            measure(group, samples, args.rounds, args.seconds)
-            show(title, group, console)
+            measure(group, samples, args.loads, args.rounds, args.seconds)
+            show(title, group, args.loads, console)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mesh.h2 import frames
-from mesh.h2.headers import Decoder, encode
+from mesh.h2.headers import Decoder, HeaderCache, encode
 from shoal.inference.v2 import inference_pb2 as oip
 
 _PATH = "/inference.GRPCInferenceService/ModelInfer"
@@ -175,7 +175,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._decoder = Decoder()
+        self._decoder = Decoder(HeaderCache())
         self._rest = b""
         self._number = 1
         self._open: dict[int, tuple[int, float]] = {}

@@ -418,14 +418,14 @@ class Queue:
             return
         load = loads.by_tenant[loads.heaviest]
         for band in bands_of_level:
-            tenant_queue = self._tenant_queues[band].find(loads.heaviest)
-            if tenant_queue is None or not tenant_queue.count:
+            heaviest = self._tenant_queues[band].find(loads.heaviest)
+            if heaviest is None or not heaviest.count:
                 continue
-            for victim in _newest_first(tenant_queue):
+            for victim in _newest_first(heaviest):
                 # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
                 if load <= (own or 0.0) + 1 / queued.tenant_queue.weight:
                     return
-                load -= 1 / tenant_queue.weight
+                load -= 1 / heaviest.weight
                 yield victim
 
     def _sum_loads(self, level: int, bands: Sequence[int]) -> _Loads:
