@@ -77,7 +77,7 @@ class Caller:
                     await self._one(stub)
                 await self._leave(stub)
 
-    async def _one(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def _one(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         kind, act = self._rng.choices(_ACTS, _WEIGHTS)[0]
         try:
             await asyncio.wait_for(act(self, stub), _LOST_AFTER_S)
@@ -91,12 +91,12 @@ class Caller:
             self._tally.add(kind, err.code().name)
             self._tally.wrong.append(f"{kind}: {err.code().name} {(err.details() or '')[:200]}")
 
-    async def ask(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def ask(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         question = self._question()
         answer = await stub.ModelInfer(question.request, timeout=_LOST_AFTER_S, **self._extras())
         self._check("unary", question, answer)
 
-    async def ask_with_deadline(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def ask_with_deadline(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         """Send a request with a short deadline."""
         question = self._question("slow" if self._rng.random() < 0.6 else "")
         seconds = self._rng.choice((0.0005, 0.002, 0.01, 0.05))
@@ -106,13 +106,13 @@ class Caller:
         call = stub.ModelInfer(question.request, timeout=seconds)
         await self._answer_or("deadline", question, call, _IF_SHORT_DEADLINE)
 
-    async def cancel(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def cancel(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         question = self._question(self._rng.choice(("slow", "slow", "triple", "python", "")))
         call = stub.ModelInfer(question.request, timeout=_LOST_AFTER_S, **self._extras())
         asyncio.get_running_loop().call_later(self._rng.uniform(0, 0.01), call.cancel)
         await self._answer_or("cancelled", question, call, _IF_CANCELLED)
 
-    async def send_bad(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def send_bad(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         """Send a bad request, which must be rejected with the right status."""
         request, code = self._bad_request()
         try:
@@ -124,7 +124,7 @@ class Caller:
         else:
             raise Wrong(f"a bad request was answered: {str(request)[:200]}")
 
-    async def stream(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def stream(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         """Send a stream of good and bad requests; sometimes cancel it midway."""
         sent: list[Question | None] = []
 
@@ -152,7 +152,7 @@ class Caller:
         if count != len(sent):
             raise Wrong(f"{len(sent)} requests on a stream, {count} answers")
 
-    async def count(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def count(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         """Call a decoupled model; sometimes cancel midway."""
         many, leave_at = self._rng.randint(0, 40), self._rng.choice((None, None, 0, 5))
         request = _request("counting", n=np.array([many], np.int32))
@@ -171,7 +171,7 @@ class Caller:
             raise Wrong(f"decoupled: requested {many}, got {got[:50]}")
         self._tally.add("decoupled", "OK")
 
-    async def _leave(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+    async def _leave(self, stub: pb_grpc.GRPCInferenceServiceStub) -> None:
         """Start calls that are in flight when the connection is closed."""
         for _ in range(self._rng.randint(0, 5)):
             question = self._question("slow")
