@@ -89,6 +89,10 @@ def start(root: Path, front: str) -> tuple[subprocess.Popen[str], int, str]:
         "--json",
         "--front",
         front,
+        "--model-control",
+        "explicit",
+        "--load-model",
+        "*",
     ]
     environ = {
         **os.environ,

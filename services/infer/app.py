@@ -60,6 +60,7 @@ async def run(config: InferConfig) -> None:
             response_cache_bytes=config.response_cache_bytes,
             wrap_execution=partial(journaled, journal) if journal else identity,
             drain_ms=config.drain_ms,
+            allow_code=config.allows_code,
         )
         models = await stack.enter_async_context(Models(context))
         control = await stack.enter_async_context(_control(config, models))
@@ -118,7 +119,14 @@ def _runtimes(config: InferConfig, inner_calls: InnerCalls, owners: Owners) -> R
 
 def _control(config: InferConfig, models: Models) -> Control:
     read_model = partial(repository.look, config.repository) if config.repository is not None else None
-    return Control(models, read_model, initially=config.load_models if config.model_control == "explicit" else None)
+    is_explicit = config.model_control == "explicit"
+    return Control(
+        models,
+        read_model,
+        initially=config.load_models if is_explicit else None,
+        allow_requests=is_explicit,
+        allow_files=config.allows_code,
+    )
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mesh.process.config import ServiceConfig
+from mesh.process.sockets import is_local
 from services.infer.response_cache.store import DEFAULT_BYTES
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources import repository
@@ -29,11 +30,15 @@ class InferConfig(ServiceConfig):
     repository: Path | None = None
     """A folder of models in the usual layout, or of bare .onnx files."""
     model_control: Literal["none", "explicit", "poll"] = "none"
-    """Models to serve. none: all, read once; explicit: only `load_models`; poll: all, and the folder is re-read."""
+    """Models to serve. none: all, read once; explicit: only `load_models`, and callers may load and unload models;
+    poll: all, and the folder is re-read."""
     load_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     """With `model_control` explicit: the models to serve at start, separated by commas; `*`: all."""
     poll_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 15_000
     """With `model_control` poll: interval at which the folder is re-read."""
+    allow_code: bool | None = None
+    """Serve models that run code or read this server's files and variables, and accept the files of a load request.
+    Unset: only where no other machine can reach `listen`."""
     share_port: bool = False
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
     crash_journal: Path | None = None
@@ -76,6 +81,10 @@ class InferConfig(ServiceConfig):
             except FailedPrecondition as err:
                 raise ValueError(err.message) from err
         return root
+
+    @property
+    def allows_code(self) -> bool:
+        return is_local(self.listen) if self.allow_code is None else self.allow_code
 
     @property
     def queue_limits(self) -> QueueLimits:

@@ -137,22 +137,26 @@ class InferenceServer:
 
     async def load_model(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         """Load or reload a model; return once it serves. Raises as `Control.load` does, and Unimplemented."""
+        control = self._controlled()
         _only_repository(request.repository_name)
-        await self._controlled().load(request)
+        await control.load(request)
         return pb.RepositoryModelLoadResponse()
 
     async def unload_model(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
         """Stop serving a model until it is loaded again. Raises as `Control.unload` does, and Unimplemented."""
+        control = self._controlled()
         _only_repository(request.repository_name)
-        await self._controlled().unload(request)
+        await control.unload(request)
         return pb.RepositoryModelUnloadResponse()
 
     def _controlled(self) -> Control:
         if self._control is None:
             raise Unimplemented(
                 "models are not loaded or unloaded on request where several processes share a port: "
-                "use one (--workers 1), or let all of them follow the folder (--model-control poll)"
+                "use one (--workers 1) with --model-control explicit, or let all of them follow the folder "
+                "(--model-control poll)"
             )
+        self._control.check_allowed()
         return self._control
 
     async def infer(

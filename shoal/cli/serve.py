@@ -15,7 +15,7 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 class ModelControl(StrEnum):
-    """Models that are loaded at the start."""
+    """Models that are loaded at the start, and changes to them."""
 
     none = "none"
     explicit = "explicit"
@@ -44,8 +44,9 @@ def serve(
     model_control: Annotated[
         ModelControl | None,
         typer.Option(
-            help="Models to load without a request. none: every model. explicit: those of --load-model. "
-            "poll: every model, and changes in the folder. [dim]default: none[/dim]",
+            help="Models to load without a request. none: every model. explicit: those of --load-model; only here "
+            "clients may load and unload models. poll: every model, and changes in the folder. "
+            "[dim]default: none[/dim]",
             show_default=False,
         ),
     ] = None,
@@ -63,6 +64,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Where other machines can reach the address: allow models that run code or read files and variables "
+            "of this machine (Python models, remote models with secrets), and files in a request to load a model.",
+        ),
+    ] = False,
     front: Annotated[
         Front,
         typer.Option(
@@ -106,6 +115,8 @@ def serve(
       shoal serve ./models --workers 4
 
       shoal serve ./models --model-control explicit --load-model double
+
+      shoal serve ./models --host 0.0.0.0 --allow-code
     """
     import asyncio
     import os
@@ -122,6 +133,7 @@ def serve(
         "MODEL_CONTROL": model_control.value if model_control else "",
         "LOAD_MODELS": ",".join(load_model or ()),
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
+        "ALLOW_CODE": "true" if allow_code else "",
     }
     settings = {name: value for name, value in variables.items() if value}
     options = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)

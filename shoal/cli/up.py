@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     from shoal.cli.screen import NodeScreen
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+class ModelControl(StrEnum):
+    """Ways to change the models that are served."""
+
+    none = "none"
+    explicit = "explicit"
 
 
 @app.command()
@@ -55,6 +63,23 @@ def up(
             help="Run the connectors of this file: streams from Kafka and others (docs/streams.md).", metavar="FILE"
         ),
     ] = None,
+    model_control: Annotated[
+        ModelControl | None,
+        typer.Option(
+            help="none: models are pushed and removed. explicit: clients may also load and unload models at one "
+            "instance. [dim]default: none[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Where other machines can reach the gateway: allow models that run code or read files and variables "
+            "of this machine (Python models, remote models with secrets). The gateway listens on 127.0.0.1, where "
+            "they are allowed.",
+        ),
+    ] = False,
     node: Annotated[
         str, typer.Option(help="Name of this node; nodes that share an etcd need different names.", metavar="NAME")
     ] = "local",
@@ -96,6 +121,8 @@ def up(
         etcd=etcd,
         mongo=mongo,
         name=node,
+        model_control=model_control.value if model_control else "",
+        allow_code=allow_code,
     )
     if options.connectors is not None:
         check_connectors(options.connectors)

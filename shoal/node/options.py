@@ -33,6 +33,10 @@ class Options:
     name: str = "local"
     connectors: Path | None = None
     """A file of connectors, for every instance of ingest."""
+    model_control: str = ""
+    """none or explicit; empty: the environment decides."""
+    allow_code: bool = False
+    """Models may run code although other machines can reach the gateway."""
 
 
 def checked(
@@ -46,6 +50,8 @@ def checked(
     mongo: str | None = None,
     name: str = "local",
     connectors: Path | None = None,
+    model_control: str = "",
+    allow_code: bool = False,
 ) -> Options:
     """Return the options of a command line.
 
@@ -64,6 +70,9 @@ def checked(
     chosen = parse_services(services)
     if connectors is not None and "ingest" not in chosen:
         raise InvalidArgument("--connectors is for ingest, which --services leaves out: add ingest to --services")
+    for option, value in (("--model-control", model_control), ("--allow-code", allow_code)):
+        if value and "infer" not in chosen:
+            raise InvalidArgument(f"{option} is for infer, which --services leaves out: add infer to --services")
     return Options(
         data_dir=data_dir.expanduser().absolute(),
         gateway_port=gateway_port,
@@ -73,6 +82,8 @@ def checked(
         mongo=parse_mongo(mongo) if mongo is not None else None,
         name=name,
         connectors=connectors.expanduser().absolute() if connectors is not None else None,
+        model_control=model_control,
+        allow_code=allow_code,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.process import crash_journal
+from mesh.process.sockets import is_local
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import heap_bytes
@@ -133,8 +134,8 @@ def _service(
         **_own_settings(service, instance, options, layout),
     }
     # The user's environment overrides these defaults: services inherit it.
-    defaults = {"DRAIN_MS": str(DRAIN_MS), **_own_defaults(service, options)}
-    settings |= {key: value for key, value in defaults.items() if prefix + key not in environ}
+    defaults = {"DRAIN_MS": str(DRAIN_MS), **_own_defaults(service, options, layout, environ)}
+    settings = {key: value for key, value in defaults.items() if prefix + key not in environ} | settings
     env = {prefix + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(launcher)}
     journal = layout.crash_journal_of(instance) if service == "infer" else None
     return processes.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")), journal)
@@ -148,11 +149,20 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
         cache = options.data_dir / "cache" / "models"
         # Several instances share models on a GPU: otherwise each would load the weights there.
         shared = {"SHARED_DIR": str(layout.run_dir)} if options.replicas["infer"] > 1 else {}
-        return {"CACHE_DIR": str(cache), "CRASH_JOURNAL": str(layout.crash_journal_of(instance)), **shared}
+        control = {"MODEL_CONTROL": options.model_control} if options.model_control else {}
+        code = {"ALLOW_CODE": "true"} if options.allow_code else {}
+        journal = str(layout.crash_journal_of(instance))
+        return {"CACHE_DIR": str(cache), "CRASH_JOURNAL": journal, **shared, **control, **code}
     return {}
 
 
-def _own_defaults(service: str, options: Options) -> dict[str, str]:
+def _own_defaults(service: str, options: Options, layout: Layout, environ: Mapping[str, str]) -> dict[str, str]:
+    if service == "infer":
+        control = options.model_control or environ.get("SHOAL_INFER_MODEL_CONTROL")
+        # A model that is pushed is served in explicit mode, too: the push is the request.
+        pushed = {"LOAD_MODELS": "*"} if control == "explicit" else {}
+        # An instance listens on a unix socket; its callers use the gateway.
+        return {**pushed, "ALLOW_CODE": str(is_local(layout.gateway)).lower()}
     if service == "store":
         exports = (options.data_dir / "exports").as_uri()
         return {

@@ -282,10 +282,12 @@ def _spec(number: int, listen: str, options: ServeOptions, environ: Mapping[str,
     }
     # The server logs to the user's terminal: warnings only. No Envoy watches its registration, so no notice is needed.
     defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}
+    # The server may listen behind an Envoy: the address of its callers decides.
+    defaults["ALLOW_CODE"] = str(is_local(_address(options.host, options.port))).lower()
     if options.workers > 1:
         settings |= {"SHARE_PORT": "true", "SHARED_DIR": shared}
         defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // options.workers))
-    settings |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
+    settings = {key: value for key, value in defaults.items() if _VARIABLES + key not in environ} | settings
     env = {_VARIABLES + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
     ready = partial(_serves, listen)
     return ProcessSpec(name, service_command("infer"), ready, env, at_launcher_death=SERVICE_DEATH)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.infer import onnx_files
 from tests.infer.conformance import served_models
-from tests.infer.conformance.instance import Instance
+from tests.infer.conformance.instance import EXPLICIT, Instance
 
 CONFIGS = {
     "double": "max_batch_size: 64",
@@ -42,8 +42,7 @@ def write(root: Path) -> Path:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A running instance."""
     folder = tmp_path_factory.mktemp("clients")
-    control = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "*"}
-    with Instance.serving(write(folder / "models"), folder / "serve.log", control) as running:
+    with Instance.serving(write(folder / "models"), folder / "serve.log", EXPLICIT) as running:
         yield running
 
 

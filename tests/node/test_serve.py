@@ -27,9 +27,16 @@ from tests.http2 import framed
 from tests.infer import onnx_files
 from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.node.conftest import SERVE as COMMAND
-from tests.node.conftest import Start
+from tests.node.conftest import Start, python_model
 
 FRONTS = ("h2", "envoy")
+PYTHON = """
+class Model:
+    inputs = outputs = {"x": ("FP32", [-1, 4])}
+
+    def predict(self, batch):
+        return {"x": batch["x"]}
+"""
 
 
 def wait_until_gone(pid: int) -> None:
@@ -57,6 +64,10 @@ def is_ready(address: str, model: str) -> bool:
 def test_a_folder_of_models_is_served_and_said_to_be(start: Start, onnx_models: Path) -> None:
     process, said = start(str(onnx_models))
     assert {(model["name"], model["state"]) for model in said["models"]} == {("double", "READY"), ("slow", "READY")}
+    with grpc.insecure_channel(said["address"], options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match="start the server with --model-control explicit"):
+            stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="double"), timeout=30)
     assert double(said["address"]) == [2, 4, 6, 8]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
@@ -149,8 +160,16 @@ def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyP
     assert (status, "SHOAL_INFER_THREADS='many'" in said) == (2, True)
 
 
+def with_code(onnx_models: Path, folder: Path) -> str:
+    """Return a new folder of models: double, and the Python model code."""
+    (folder / "models").mkdir()
+    (folder / "models" / "double.onnx").write_bytes((onnx_models / "double.onnx").read_bytes())
+    python_model(folder / "models" / "code", PYTHON)
+    return str(folder / "models")
+
+
 def test_the_front_is_chosen_and_reported_and_kill_9_of_the_command_leaves_no_server(
-    start: Start, onnx_models: Path
+    start: Start, onnx_models: Path, tmp_path: Path
 ) -> None:
     process, said = start(str(onnx_models))
     assert said["front"] == {"name": "h2", "why": "the fastest, and only this machine can reach the address"}
@@ -159,17 +178,22 @@ def test_the_front_is_chosen_and_reported_and_kill_9_of_the_command_leaves_no_se
     process.kill()
     process.wait()
     wait_until_gone(said["pid"])
-    _, said = start(str(onnx_models), "--host", "0.0.0.0")
+    _, said = start(with_code(onnx_models, tmp_path), "--host", "0.0.0.0")
     assert said["front"] == {"name": "envoy", "why": "other machines can reach the address"}
     assert double(said["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
+    # The worker listens on a unix socket; the address of its clients decides about code.
+    (code,) = (model for model in said["models"] if model["name"] == "code")
+    assert (code["state"], "--allow-code" in code["reason"]) == ("UNAVAILABLE", True), code
 
 
-def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecure(
-    start: Start, onnx_models: Path
+def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecure_and_runs_code_only_when_allowed(
+    start: Start, onnx_models: Path, tmp_path: Path
 ) -> None:
     status, said = fails(str(onnx_models), "--host", "0.0.0.0", "--port", "0", "--front", "h2")
     assert (status, "--front h2 at 0.0.0.0:" in said, "or add --insecure if you trust" in said) == (2, True, True), said
-    _, ready = start(str(onnx_models), "--host", "0.0.0.0", "--front", "h2", "--insecure")
+    folder = with_code(onnx_models, tmp_path)
+    _, ready = start(folder, "--host", "0.0.0.0", "--front", "h2", "--insecure", "--allow-code")
+    assert {model["name"]: model["state"] for model in ready["models"]} == {"code": "READY", "double": "READY"}
     assert ready["front"]["name"] == "h2"
     assert double(ready["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
 

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.cli.endpoints import fetch
 from shoal.client import Client
+from shoal.errors import NotFound
 
 pytestmark = pytest.mark.node
 
@@ -187,9 +188,26 @@ def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_o
     wait_until_gone(pids.values())
     ports = first.data_dir / "ports.json"
     ports.write_text(json.dumps({name: port + 1 for name, port in json.loads(ports.read_text()).items()}))
-    second = node(data_dir=first.data_dir)
+    second = node("--model-control", "explicit", "--allow-code", data_dir=first.data_dir)
     assert "double" in second.shoal("models", "list").stdout
+    loads_and_unloads(second, onnx_models)
     plain.append(second)
+
+
+def loads_and_unloads(one: Any, onnx_models: Path) -> None:
+    """Check that a node in explicit mode serves what is pushed, and loads and unloads it on request."""
+    x = np.ones((1, 4), np.float32)
+    with Client(one.gateway) as client:
+        client.models.wait_ready("double")
+        client.models.unload("double")
+        with pytest.raises(NotFound):
+            client.infer("double", {"x": x}, timeout=30)
+        client.models.load("double")
+        assert (client.infer("double", {"x": x}, timeout=30).outputs["y"] == 2).all()
+        # A push is served without a request to load it.
+        [pushed] = client.models.push(onnx_models / "slow.onnx")
+        assert pushed.ready
+        client.models.remove("slow")
 
 
 def test_the_shared_node_stops_in_order(running: Any) -> None:

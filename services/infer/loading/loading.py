@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from services.infer.loading import model_config, onnx_graph, warmup
+from services.infer.loading import model_config, onnx_graph, privileges, warmup
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.config_json import as_json
 from services.infer.model_files.wanted_models import ModelFiles, read_text
@@ -65,6 +65,7 @@ def load(
     clock: Callable[[], float],
     is_given_up: Callable[[], bool] = bool,
     digest: str = "",
+    allow_code: bool = True,
 ) -> Loaded:
     """Load one version of the model `name` and warm it up.
 
@@ -72,6 +73,7 @@ def load(
         threads: threads of one execution, unless the configuration sets them.
         is_given_up: ends the load early when it returns True, where the runtime can.
         digest: identifies the content of the files.
+        allow_code: False rejects a model that runs code or reads the server's files and variables.
 
     Raises:
         FailedPrecondition: the model cannot be served; the message says why, and names the setting, tensor or file.
@@ -84,6 +86,8 @@ def load(
         )
     config.name = name
     runtime = _runtime(runtimes, config, files)
+    if not allow_code:
+        privileges.check(config, runtime)
     model_config.check(config, runtime)
     labels = labels_of(config, files.folder)
     about = About(name, version, files.folder, config, model_config.instances(config), is_given_up, digest)

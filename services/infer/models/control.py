@@ -4,8 +4,9 @@
                                           ├──> models.want
     operator ──load, unload, overrides ───┘
 
-Without a command, all offered models are served; in explicit mode, only the models named at the start. A command holds
-until the next one, or until the source no longer offers the model; no command outlives the process.
+Without a command, all offered models are served; in explicit mode, only the models named at the start, and only then
+are commands accepted from callers. A command holds until the next one, or until the source no longer offers the model;
+no command outlives the process.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from weakref import WeakValueDictionary
 
 from mesh.process.tasks import end
 from services.infer.error_text import quoted
+from services.infer.loading.privileges import HOW_TO_ALLOW
 from services.infer.model_files.wanted_models import WantedModel
 from services.infer.models import override
 from services.infer.models.model import Model
@@ -61,6 +63,8 @@ class Control:
     Args:
         look: reads the source before a load; None when the source reports every change by itself.
         initially: models that are served without a command; None: all of them.
+        allow_requests: False makes `check_allowed` fail.
+        allow_files: False rejects loads whose parameters hold files.
         folder: folder for the files of overrides; None: the machine's temporary folder.
     """
 
@@ -70,11 +74,15 @@ class Control:
         look: Look | None = None,
         *,
         initially: Collection[str] | None = None,
+        allow_requests: bool = True,
+        allow_files: bool = True,
         folder: Path | None = None,
     ) -> None:
         self._models = models
         self._look = look
         self._initially = initially
+        self._allow_requests = allow_requests
+        self._allow_files = allow_files
         self._folder = folder or Path(tempfile.gettempdir())
         self._offered: dict[str, WantedModel] = {}
         self._commands: dict[str, Command] = {}
@@ -115,6 +123,14 @@ class Control:
             self._commands[name] = Command(is_served=True)
             self._models.want_one(self._wanted(name))
 
+    def check_allowed(self) -> None:
+        """Check that callers may load and unload models. Raises FailedPrecondition otherwise."""
+        if not self._allow_requests:
+            raise FailedPrecondition(
+                "explicit model load / unload is not allowed: start the server with --model-control explicit "
+                "(shoal serve, shoal up), or SHOAL_INFER_MODEL_CONTROL=explicit"
+            )
+
     async def load(self, asked: pb.RepositoryModelLoadRequest) -> None:
         """Serve a model as the source has it now, or as the request's parameters override it.
 
@@ -122,10 +138,15 @@ class Control:
         does not stop the load.
 
         Raises:
+            FailedPrecondition: the request has files, and they are not allowed.
             InvalidArgument: an unknown parameter, or a version of the model cannot be served.
             Internal: no such model exists, or the files given in its place are not a model.
             Aborted: another command for the same model arrived meanwhile.
         """
+        if not self._allow_files and override.has_files(asked.parameters):
+            raise FailedPrecondition(
+                f"a load with files brings code, and other machines can reach this server: {HOW_TO_ALLOW}"
+            )
         try:
             given = override.read(asked.parameters)
         except FailedPrecondition as err:

@@ -41,6 +41,8 @@ class LoadContext:
     """Delivers the outcomes of all models' requests."""
     drain_s: float = 5.0
     """Longest time, in seconds, that a stop waits for requests; the same default as SHOAL_INFER_DRAIN_MS."""
+    allow_code: bool = True
+    """False rejects models that run code or read the server's files and variables."""
     other_models: OtherModels | None = None
     """The other models, for ensembles."""
 
@@ -54,6 +56,7 @@ class LoadContext:
         response_cache_bytes: int = DEFAULT_BYTES,
         wrap_execution: Callable[[str, Execution], Executor] = identity,
         drain_ms: int = 5_000,
+        allow_code: bool = True,
     ) -> LoadContext:
         """Return a context. `threads` 0 means the number of cores that this process may use."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
@@ -65,4 +68,5 @@ class LoadContext:
             responses=responses,
             wrap_execution=wrap_execution,
             drain_s=drain_ms / 1000,
+            allow_code=allow_code,
         )

@@ -55,6 +55,11 @@ class Given:
     """By their path in the model's folder."""
 
 
+def has_files(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> bool:
+    """Return True when a request carries files."""
+    return any(name.startswith(_FILE) for name in parameters)
+
+
 def read(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> Given | None:
     """Return the override that a request carries, or None.
 

@@ -234,6 +234,7 @@ class Version:
             clock=context.clock,
             is_given_up=given_up.is_set,
             digest=self.wanted.digest,
+            allow_code=context.allow_code,
         )
         return asyncio.ensure_future(work)
 

@@ -16,6 +16,9 @@ FRONTS = ("h2", "envoy")
 
 STOP_S = 30
 
+EXPLICIT = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "*"}
+"""Environment of an instance that serves every model, and loads and unloads models on request."""
+
 
 @dataclass(frozen=True)
 class Instance:

@@ -25,10 +25,19 @@ from services.infer.sources.repository import look, scan
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node.processes import free_port
 from tests.breakable import until
 from tests.infer import onnx_files
-from tests.infer.conftest import Repository
+from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.test_infer_process import Infer, serves
+
+_PYTHON = """
+class Model:
+    inputs = outputs = {"x": ("FP32", [-1, 4])}
+
+    def predict(self, batch):
+        return {"x": batch["x"]}
+"""
 
 
 @pytest.fixture
@@ -234,6 +243,89 @@ async def test_a_process_that_is_told(python, models_folder: Repository, tmp_pat
             with pytest.raises(grpc.aio.AioRpcError):
                 await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="c"))
             assert (await stub.ModelReady(pb.ModelReadyRequest(name="a"))).ready
+
+
+@pytest.mark.parametrize("mode", ["none", "poll"])
+async def test_load_and_unload_are_rejected_unread_in_other_modes(python, models_folder: Repository, tmp_path, mode):
+    models_folder.put("a", onnx_files.scale(2))
+    infer = Infer(python, tmp_path / "log", repository=str(models_folder.root), model_control=mode)
+    load = pb.RepositoryModelLoadRequest(model_name="a")
+    odd = pb.RepositoryModelLoadRequest(model_name="missing", repository_name="other")
+    odd.parameters["file:1/../../x"].bool_param = True
+    unload = pb.RepositoryModelUnloadRequest(model_name="a")
+    odd_unload = pb.RepositoryModelUnloadRequest(model_name="missing", repository_name="other")
+    with infer:
+        async with connect(infer.address) as channel:
+            await until(lambda: serves(channel), "infer serving")
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            calls = [stub.RepositoryModelLoad(load), stub.RepositoryModelLoad(odd)]
+            calls += [stub.RepositoryModelUnload(unload), stub.RepositoryModelUnload(odd_unload)]
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError, match="start the server with --model-control explicit") as err:
+                    await call
+                assert err.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            response = await stub.ModelInfer(request("a", x=floats([1, 2, 3, 4])))
+            assert output(response, "y").tolist() == [[2, 4, 6, 8]]
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+async def test_code_needs_permission_where_other_machines_reach_the_server(
+    python, models_folder: Repository, tmp_path, is_allowed
+):
+    models_folder.put("a", onnx_files.scale(2))
+    (models_folder.root / "b" / "1").mkdir(parents=True)
+    (models_folder.root / "b" / "1" / "model.py").write_text(_PYTHON)
+    port = free_port()
+    settings = {"listen": f"0.0.0.0:{port}", "insecure": "true", "model_control": "explicit", "load_models": "*"}
+    settings |= {"allow_code": "true"} if is_allowed else {}
+    infer = Infer(python, tmp_path / "log", repository=str(models_folder.root), **settings)
+    with infer:
+        async with connect(f"127.0.0.1:{port}") as channel:
+            await until(lambda: serves(channel), "infer serving")
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+            async def load(name: str, config: str, **files: bytes) -> str:
+                asked = pb.RepositoryModelLoadRequest(model_name=name)
+                asked.parameters["config"].string_param = config
+                for file, data in files.items():
+                    asked.parameters[file].bytes_param = data
+                try:
+                    await stub.RepositoryModelLoad(asked)
+                except grpc.aio.AioRpcError as err:
+                    return err.code().name if "--allow-code" in err.details() else err.details()
+                return "OK"
+
+            found = {row.name: row for row in (await stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
+            assert found["a"].state == "READY"
+            assert found["b"].state == ("READY" if is_allowed else "UNAVAILABLE")
+            assert ("--allow-code" in found["b"].reason) is not is_allowed
+            # Files of any kind count as code; a configuration alone does not.
+            data = onnx_files.scale(3).SerializeToString()
+            assert await load("c", "{}", **{"file:1/model.onnx": data}) == (
+                "OK" if is_allowed else "FAILED_PRECONDITION"
+            )
+            evil = {"file:1/model.py": _PYTHON.encode()}
+            assert await load("d", "{}", **evil) == ("OK" if is_allowed else "FAILED_PRECONDITION")
+            assert await load("b", '{"backend": "python"}') == ("OK" if is_allowed else "INVALID_ARGUMENT")
+            assert await load("a", '{"max_batch_size": 2}') == "OK"
+            response = await stub.ModelInfer(request("a", x=floats([1, 2, 3, 4])))
+            assert output(response, "y").tolist() == [[2, 4, 6, 8]]
+
+
+@pytest.mark.parametrize(
+    ("listen", "given", "allows"),
+    [
+        ("unix:/tmp/x.sock", None, True),
+        ("127.0.0.1:1", None, True),
+        ("0.0.0.0:1", None, False),
+        ("0.0.0.0:1", "true", True),
+        ("unix:/tmp/x.sock", "false", False),
+    ],
+)
+def test_code_is_allowed_by_address_unless_said(tmp_path, listen, given, allows):
+    environ = {"SHOAL_INFER_LISTEN": listen, "SHOAL_INFER_REPOSITORY": str(tmp_path), "SHOAL_INFER_INSECURE": "true"}
+    environ |= {"SHOAL_INFER_ALLOW_CODE": given} if given is not None else {}
+    assert load_config(InferConfig, "infer", environ).allows_code is allows
 
 
 async def test_processes_that_share_a_port_are_not_split(python, models_folder: Repository, tmp_path):

@@ -42,7 +42,7 @@ async def unload(node: Node, name: str) -> None:
 
 
 async def test_the_word_holds_over_the_stores(node):
-    with node.store, node.infer:
+    with node.store, node.infer_with(SHOAL_INFER_MODEL_CONTROL="explicit", SHOAL_INFER_LOAD_MODELS="*"):
         await until(node.is_store_reachable, "store")
         await node.push("m", onnx_files.scale(2))
         await node.push("other", onnx_files.scale(9))

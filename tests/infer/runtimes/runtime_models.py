@@ -24,7 +24,7 @@ from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
 from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
-from tests.infer.conformance.instance import Instance
+from tests.infer.conformance.instance import EXPLICIT, Instance
 
 ONNX_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -265,7 +265,8 @@ class RemoteModels:
     @cached_property
     def _address(self) -> str:
         (self._root / "models").mkdir()
-        return self._stack.enter_context(Instance.serving(self._root / "models", self._root / "far.log")).address
+        far = Instance.serving(self._root / "models", self._root / "far.log", EXPLICIT)
+        return self._stack.enter_context(far).address
 
     @cached_property
     def _stub(self) -> GRPCInferenceServiceStub:

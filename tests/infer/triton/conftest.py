@@ -10,7 +10,7 @@ import pytest
 
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.infer.conformance import wire
-from tests.infer.conformance.instance import Instance
+from tests.infer.conformance.instance import EXPLICIT, Instance
 from tests.infer.triton import differences, repository, triton_process
 from tests.infer.triton.differences import Difference
 
@@ -29,7 +29,7 @@ def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
     folder = tmp_path_factory.mktemp("shoal")
     models = repository.write(folder / "models")
-    with Instance.serving(models, folder / "serve.log") as running:
+    with Instance.serving(models, folder / "serve.log", EXPLICIT) as running:
         with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
             yield GRPCInferenceServiceStub(channel)
 

@@ -31,7 +31,8 @@ ERRORS = {
     "metadata of unknown": ("NOT_FOUND", ["nope"]),
     "config of unknown": ("NOT_FOUND", ["nope"]),
     "statistics of unknown": ("INVALID_ARGUMENT", ["requested model 'nope' is not available"]),
-    "load": ("INTERNAL", ["failed to load 'nope'"]),
+    "load": ("FAILED_PRECONDITION", ["load / unload is not allowed", "--model-control explicit"]),
+    "unload": ("FAILED_PRECONDITION", ["load / unload is not allowed", "--model-control explicit"]),
     "shared memory": ("UNIMPLEMENTED", []),
 }
 DOUBLED = [[0.0, 2.0, 4.0, 6.0], [8.0, 10.0, 12.0, 14.0]]

@@ -89,7 +89,8 @@ def errors(client: triton.InferenceServerClient) -> dict[str, list[str]]:
         "metadata of unknown": outcome(lambda: client.get_model_metadata("nope")),
         "config of unknown": outcome(lambda: client.get_model_config("nope")),
         "statistics of unknown": outcome(lambda: client.get_inference_statistics("nope")),
-        "load": outcome(lambda: client.load_model("nope")),
+        "load": outcome(lambda: client.load_model(MODEL)),
+        "unload": outcome(lambda: client.unload_model(MODEL)),
         "shared memory": outcome(lambda: client.get_system_shared_memory_status()),
     }
 
