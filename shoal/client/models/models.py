@@ -259,11 +259,11 @@ class AsyncModels:
         """Load a model of the responding instance's repository, or load it again, and wait until it is ready.
 
         `config` (as of `config`, or JSON) replaces the model's configuration for this load. `files` (`1/model.onnx`:
-        its bytes) replace the model's files, and need a `config`. The server must allow model control.
+        its bytes) replace the model's files, and need a `config`. The server must allow it: `--model-control explicit`.
 
         Raises:
             InvalidArgument: the model cannot be loaded; the message has the reason.
-            FailedPrecondition, PermissionDenied, Unavailable: the server does not allow model control.
+            FailedPrecondition: the server does not allow it. Triton and others answer Unavailable or PermissionDenied.
         """
         request = oip.RepositoryModelLoadRequest(model_name=name)
         if config is not None:
@@ -277,6 +277,9 @@ class AsyncModels:
         """Stop serving a model at the responding instance, until it is loaded again; requests in flight finish.
 
         With `dependents`, the models that an ensemble consists of are unloaded, too.
+
+        Raises:
+            FailedPrecondition: the server does not allow it, as in `load`.
         """
         request = oip.RepositoryModelUnloadRequest(model_name=name)
         if dependents:
