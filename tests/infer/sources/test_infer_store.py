@@ -64,11 +64,14 @@ class Node:
         }
         return Infer(self._python, self._log, {**settings, **env})
 
-    async def push(self, name: str, model: onnx.ModelProto, *, config: str = "") -> int:
-        """Stores and registers the next version of a model; returns its number."""
+    async def push(self, name: str, model: onnx.ModelProto | str, *, config: str = "") -> int:
+        """Stores and registers the next version of a model, or of the source of a model.py; returns its number."""
         async with connect(self.store_at) as channel:
             stub = store_pb2_grpc.StoreServiceStub(channel)
-            files = [await put(stub, "model.onnx", model.SerializeToString())]
+            if isinstance(model, str):
+                files = [await put(stub, "model.py", model.encode())]
+            else:
+                files = [await put(stub, "model.onnx", model.SerializeToString())]
             if config:
                 files.append(await put(stub, "../config.pbtxt", config.encode()))
             asked = store_pb2.RegisterModelRequest(model=store_pb2.ModelVersion(name=name, files=files))
@@ -167,8 +170,11 @@ async def test_models_come_from_the_store_and_go_with_it(node):
 
 
 @pytest.mark.etcd
-async def test_what_is_ready_is_told_to_the_membership(node, etcd_address):
-    node.infer = node.infer_with(SHOAL_INFER_ETCD=etcd_address, SHOAL_INFER_NODE=f"n{uuid.uuid4().hex[:8]}")
+async def test_the_membership_has_what_is_ready_and_code_from_the_store_does_not_run_where_it_is_forbidden(
+    node, etcd_address, tmp_path
+):
+    settings = {"SHOAL_INFER_ETCD": etcd_address, "SHOAL_INFER_NODE": f"n{uuid.uuid4().hex[:8]}"}
+    node.infer = node.infer_with(**settings, SHOAL_INFER_ALLOW_CODE="false")
     async with Etcd(etcd_address) as etcd, Directory(etcd) as directory:
 
         def told() -> tuple[State, tuple[ReadyModel, ...]] | None:
@@ -180,6 +186,11 @@ async def test_what_is_ready_is_told_to_the_membership(node, etcd_address):
             await until(lambda: told() == (State.READY, ()))
             await node.push("m", onnx_files.scale(2))
             await until(lambda: told() == (State.READY, (ReadyModel("m", (1,)),)))
+            await node.push("code", f"open({str(tmp_path / 'ran')!r}, 'x')")
+            await until(lambda: _has(node, ("code", "1"), "UNAVAILABLE"))
+            assert not (tmp_path / "ran").exists()
+            assert await node.outcome("m") == ("1", 2.0)
+            await node.remove("code")
             await node.push("m", onnx_files.scale(3))
             await until(lambda: told() == (State.READY, (ReadyModel("m", (2,)),)))
             await node.remove("m")
