@@ -23,10 +23,12 @@ Fields = Sequence[tuple[bytes, bytes]]
 class Block:
     """One decoded block, immutable: requests with equal headers share it."""
 
-    __slots__ = ("by_name", "fields", "path")
+    __slots__ = ("by_name", "fields", "list_bytes", "path")
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: Fields, list_bytes: int = 0) -> None:
         self.fields = fields
+        self.list_bytes = list_bytes
+        """Size of the fields, each with 32 bytes more (RFC 9113, section 6.5.2)."""
         self.by_name = dict(fields)
         self.path = self.by_name.get(b":path", b"").decode("latin-1")
         """The query string is a part of it. Empty in a response."""
@@ -165,7 +167,7 @@ class Decoder:
             if size > LIST_BYTES or len(fields) >= LIST_FIELDS:
                 raise _Oversized
             fields.append(field)
-        found = Block(fields)
+        found = Block(fields, size)
         if is_cacheable:
             self._cache.add_block(block, found, size)
         return found

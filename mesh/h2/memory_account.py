@@ -1,6 +1,8 @@
-"""Account of the bytes that the connections of one server hold, with a limit: of bodies, or of unread responses.
+"""Account of the bytes that the calls of one server hold, with a limit: of requests, or of unread responses.
 
     MemoryAccount (a server) <── Share (a connection, or a tenant on it): add, remove
+
+A request counts from its first frame to its end, with the copies that are made of it.
 
 A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
 gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
@@ -9,12 +11,13 @@ gets two thirds of the limit, and never all of it: the more is held, the less a 
 from __future__ import annotations
 
 BODY_BYTES = 384 << 20
-"""Default limit for bodies. One tenant's share is 256 MiB: two messages of the maximal size at once."""
+"""Default limit for requests. One tenant's share is 256 MiB: two messages of the maximal size at once."""
 
 UNREAD_BYTES = 192 << 20
 """Default limit for responses. One connection's share is 128 MiB: one message of the maximal size."""
 
-_FREE_FACTOR = 2
+FREE_FACTOR = 2
+"""A share may hold so many times what is free."""
 
 
 class MemoryAccount:
@@ -43,7 +46,7 @@ class Share:
     def has_room(self, size: int) -> bool:
         """Return True when `size` bytes more may be held."""
         account = self._account
-        return self.held + size <= _FREE_FACTOR * (account.limit - account.held - size)
+        return self.held + size <= FREE_FACTOR * (account.limit - account.held - size)
 
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""

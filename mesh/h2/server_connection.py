@@ -15,9 +15,9 @@ import logging
 from mesh.h2 import frames
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import Block, HeaderCache
-from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share
+from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
-from mesh.h2.stream import Application, ServerStream
+from mesh.h2.stream import STREAM_BYTES, Application, ServerStream
 from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ _SHUTDOWN_PING = b"shutdown"
 
 
 class Memory:
-    """Memory that connections of one server share: header cache, and accounts of bodies and of unread responses."""
+    """Memory that connections of one server share: header cache, and accounts of requests and of unread responses."""
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()
@@ -75,11 +75,15 @@ class ServerConnection(Peer):
     FRAMES_PER_TURN = 512
 
     def __init__(self, app: Application, connections: dict[ServerConnection, None], memory: Memory) -> None:
-        super().__init__(awaits_preface=True, cache=memory.headers, unread=memory.unread.share())
+        self._unread = memory.unread.share()
+        self._written_bytes = 0
+        super().__init__(awaits_preface=True, cache=memory.headers, unread=self._unread)
         self._app = app
         self._connections = connections
+        self._memory = memory
         self._bodies = memory.bodies
         self._shares: dict[bytes, Share] = {}
+        self._max_shares = _MAX_IDLE_SHARES
         self._unread_bytes = 0
         self._unread_ticks = 0
         self._streams: dict[int, ServerStream] = {}
@@ -130,6 +134,7 @@ class ServerConnection(Peer):
                 timer.cancel()
         self._on_goaway_read()
         self._is_closing = True
+        self._count_written(0)
         self._sender.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -141,19 +146,30 @@ class ServerConnection(Peer):
         super().pause_writing()
         self._is_write_paused = True
         self._unread_bytes, self._unread_ticks = self._transport.get_write_buffer_size(), 0
+        self._count_written(self._unread_bytes)
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
+        self._count_written(0)
         super().resume_writing()
         self._read_if_free()
+
+    def _count_written(self, size: int) -> None:
+        """Count what is written and waits in the transport. Close the connection when the account is over its limit."""
+        added, self._written_bytes = size - self._written_bytes, size
+        self._unread.add(added)
+        if added > 0 and self._memory.unread.held > self._memory.unread.limit:
+            log.warning("a connection is closed: its peer does not read, and %d bytes find no room", size)
+            self._transport.abort()
 
     def _tick(self) -> None:
         """Give up the streams and the connection of a peer that makes no progress."""
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
         if self._is_write_paused:
             unread = self._transport.get_write_buffer_size()
+            self._count_written(unread)
             self._unread_ticks = self._unread_ticks + 1 if unread >= self._unread_bytes else 0
             self._unread_bytes = unread
             if self._unread_ticks > _MAX_TICKS:
@@ -183,9 +199,18 @@ class ServerConnection(Peer):
             self._spend(1)
             return
         is_ended = flags & END_STREAM != 0
-        self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended)
+        # As `Share.has_room` and `Share.add`: the common case calls no function.
+        share, account = self._shares.get(block.by_name.get(TENANT, b"")) or self._new_share(block), self._bodies
+        size = STREAM_BYTES + block.list_bytes
+        has_room = share.held + size <= FREE_FACTOR * (account.limit - account.held - size)
+        share.held += size
+        account.held += size
+        self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended, share, size)
         self._sender.open(number)
         try:
+            if not has_room:
+                self._app.reject(stream)
+                return
             stream.handler = self._app.request(stream)
             if is_ended:
                 stream.handler.data(b"", 0, is_end=True)
@@ -235,14 +260,12 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._close_when_done()
 
-    def share_of(self, head: Block) -> Share:
-        """Return the share of the memory for bodies that a request's tenant has on this connection."""
-        tenant = head.by_name.get(TENANT, b"")
-        share = self._shares.get(tenant)
-        if share is None:
-            if len(self._shares) >= _MAX_IDLE_SHARES:
-                self._shares = {name: share for name, share in self._shares.items() if share.held}
-            share = self._shares[tenant] = self._bodies.share()
+    def _new_share(self, head: Block) -> Share:
+        """Open the share of the memory for requests that a request's tenant has on this connection."""
+        if len(self._shares) >= self._max_shares:
+            self._shares = {name: share for name, share in self._shares.items() if share.held}
+            self._max_shares = max(_MAX_IDLE_SHARES, 2 * len(self._shares))
+        share = self._shares[head.by_name.get(TENANT, b"")] = self._bodies.share()
         return share
 
     def return_credit(self, size: int) -> None:
@@ -290,8 +313,12 @@ class ServerConnection(Peer):
     def _ended(self, number: int, reason: Reason | None) -> None:
         """Remove a stream whose response has ended (None), or that was reset."""
         stream = self._streams.pop(number)
-        if stream.held:
-            _release(stream)
+        # As `_release`, for the common case.
+        held, stream.held, stream.least_held = stream.held, 0, 0
+        stream.share.held -= held
+        self._bodies.held -= held
+        if stream.withheld:
+            stream.return_withheld()
         if reason is not None:
             # The bucket is checked at a frame of the peer: an exception here would reach the application.
             self._resets += 1
@@ -363,8 +390,10 @@ def _reset(stream: ServerStream) -> None:
 
 def _release(stream: ServerStream) -> None:
     """Release everything that a stream which has ended still holds."""
-    if stream.held:
-        stream.release(stream.held)
+    held, stream.held, stream.least_held = stream.held, 0, 0
+    stream.share.remove(held)
+    if stream.withheld:
+        stream.return_withheld()
 
 
 def _disconnect(stream: ServerStream) -> None:

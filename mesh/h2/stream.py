@@ -43,6 +43,9 @@ class Application(Protocol):
     def request(self, stream: ServerStream) -> RequestHandler:
         """Begin a request whose head has arrived, and maybe respond. An exception resets the stream."""
 
+    def reject(self, stream: ServerStream) -> None:
+        """Respond to a request for which there is no memory. An exception resets the stream."""
+
 
 class _NoHandler:
     """Ignores the body of a request."""
@@ -61,13 +64,17 @@ NO_HANDLER: RequestHandler = _NoHandler()
 """Handler of a request whose body is ignored."""
 
 
+STREAM_BYTES = 8 << 10
+"""Memory that is counted for each request beside its head: 4 KiB for its objects, and SMALL_BODY for its body."""
+
+SMALL_BODY = 4 << 10
+"""Bytes of a body that STREAM_BYTES covers: a small call is counted once, when it begins."""
+
+
 class Connection(Protocol):
     """The part of a connection that a stream uses."""
 
     peer: tuple[str, int]
-
-    def share_of(self, head: Block) -> Share:
-        """Return the share of the memory for bodies that a request's tenant has on this connection."""
 
     def return_credit(self, size: int) -> None:
         """Give back flow-control credit of the connection; a negative `size` keeps it."""
@@ -83,28 +90,41 @@ class ServerStream:
     __slots__ = (
         "_connection",
         "_sender",
-        "_share",
         "_unreturned",
         "handler",
         "head",
         "held",
         "idle_ticks",
         "is_request_ended",
+        "least_held",
         "moved",
         "number",
         "received",
+        "share",
+        "withheld",
     )
 
     handler: RequestHandler
-    _share: Share
 
     def __init__(
-        self, connection: Connection, sender: Sender, number: int, head: Block, is_request_ended: bool
+        self,
+        connection: Connection,
+        sender: Sender,
+        number: int,
+        head: Block,
+        is_request_ended: bool,
+        share: Share,
+        size: int,
     ) -> None:
+        """Begin a request; `share` already counts `size` bytes for it."""
         self._connection = connection
         self._sender = sender
         self._unreturned = 0
-        self.held = self.moved = self.idle_ticks = 0
+        self.withheld = self.moved = self.idle_ticks = 0
+        self.share = share
+        """Share of the memory for requests that the request's tenant has on its connection."""
+        self.held = self.least_held = size
+        """Bytes that the share counts for this request; those that it counts from the beginning. Both 0 after its end."""
         self.number = number
         self.head = head
         """Method, path and headers of the request."""
@@ -120,25 +140,42 @@ class ServerStream:
         return self._connection.peer
 
     def hold(self, size: int) -> bool:
-        """Keep `size` bytes of the body in memory, in the account of the request's tenant on this connection.
+        """Keep `size` bytes of the body in memory, as `reserve` does.
 
-        Return False, and keep nothing, when there is no room. The connection's credit for them is not given back until
-        they are released, at the latest when the stream ends.
+        The connection's credit for them is not given back until they are released.
         """
-        if not self.held:
-            self._share = self._connection.share_of(self.head)
-        if not self._share.has_room(size) or not self._sender.is_open(self.number):
+        if not self.reserve(size):
             return False
-        self._share.add(size)
-        self.held += size
+        self.withheld += size
         self._connection.return_credit(-size)
         return True
 
+    def reserve(self, size: int) -> bool:
+        """Count `size` bytes of memory for this request, until they are released or the stream ends.
+
+        Return False, and count nothing, when there is no room, or the stream has ended.
+        """
+        if not self.share.has_room(size) or not self._sender.is_open(self.number):
+            return False
+        self.share.add(size)
+        self.held += size
+        return True
+
     def release(self, size: int) -> None:
-        """Release bytes that were held."""
+        """Release bytes that were held or reserved. Does nothing after the end of the stream, which has released all."""
+        if not self.held:
+            return
         self.held -= size
-        self._share.remove(size)
-        self._connection.return_credit(size)
+        self.share.remove(size)
+        # Bytes that withheld no credit are released last.
+        if returned := min(size, self.withheld):
+            self.withheld -= returned
+            self._connection.return_credit(returned)
+
+    def return_withheld(self) -> None:
+        """Give back the credit that was withheld. Called at the end of the stream."""
+        returned, self.withheld = self.withheld, 0
+        self._connection.return_credit(returned)
 
     def has_room(self, size: int) -> bool:
         """Return True when a response of `size` bytes can be sent now, or may wait for the client to read."""

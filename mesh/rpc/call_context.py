@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
@@ -13,16 +13,35 @@ from mesh.rpc.status import metadata
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
+class CallMemory(Protocol):
+    """Memory of one call, in the account of requests of its server."""
+
+    message_bytes: int
+    """Size of the message that was read last."""
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the call ends."""
+
+
 class CallContext:
     """Context of one call. `headers` are the request's; `deadline` is on `clock`, infinite without a timeout."""
 
     def __init__(
-        self, headers: Sequence[tuple[bytes, bytes]], peer: str, deadline: float, clock: Callable[[], float]
+        self,
+        headers: Sequence[tuple[bytes, bytes]],
+        peer: str,
+        deadline: float,
+        clock: Callable[[], float],
+        memory: CallMemory,
     ) -> None:
         self._headers = headers
         self._peer = peer
         self._deadline = deadline
         self._clock = clock
+        self.memory = memory
         self.status: tuple[int, str] = (0, "")
         self.trailing: Metadata = ()
         self.leading: Metadata = ()

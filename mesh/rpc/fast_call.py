@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from mesh.h2.frames import DEFAULT_FRAME
 from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
-from mesh.h2.stream import ServerStream
+from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
@@ -118,13 +118,12 @@ class FastCall:
                 self._stream.consumed(size)
                 return
             if self._parts is not None:
-                self._keep(piece)
-                parts, self._parts = self._parts, None
-                if self._held > JOIN_BYTES:
-                    self._start_thread(lambda: b"".join(parts))
+                whole = self._joined(piece)
+                if whole is None:
                     return
-                piece = b"".join(parts)
-                self._stream.release(self._stream.held)
+                piece = whole
+            elif size > SMALL_BODY and not self._stream.reserve(size):
+                raise no_memory()
             if not piece or piece[0] or len(piece) - PREFIX_BYTES != int.from_bytes(piece[1:5]):
                 plain = self._plain_message(piece)
                 if plain is None:
@@ -161,6 +160,33 @@ class FastCall:
         if self._held > limit + PREFIX_BYTES:
             raise too_large(self._held - PREFIX_BYTES, limit)
 
+    def _joined(self, last: bytes) -> bytes | None:
+        """Return the body, whose last piece this is; None when a thread joins it. Raises a ShoalError."""
+        self._keep(last)
+        assert self._parts is not None, "only called for a body of several pieces"
+        parts, self._parts = self._parts, None
+        # The joined body, beside its pieces.
+        if not self._stream.reserve(self._held):
+            raise no_memory()
+        if self._held > JOIN_BYTES:
+            self._start_thread(lambda: b"".join(parts))
+            return None
+        self._release_all_but(self._held)
+        return b"".join(parts)
+
+    def _release_all_but(self, size: int) -> None:
+        """Release what the call holds, except for its own memory and a body of `size` bytes."""
+        self._stream.release(max(self._stream.held - self._stream.least_held - size, 0))
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
+        if not self._stream.reserve(size):
+            raise no_memory()
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the call ends."""
+        self._stream.release(size)
+
     def _plain_message(self, body: bytes) -> bytes | None:
         """Return a body that is not one plain message as one; None when a thread decompresses it.
 
@@ -186,10 +212,10 @@ class FastCall:
         message = memoryview(body)[PREFIX_BYTES:]
         plain = inflated_inline(message, encoding)
         if plain is not None:
+            self.hold(len(plain))
             return bytes(PREFIX_BYTES) + plain
         limit = self._app.message_bytes
-        if not self._stream.hold(len(message) + most_inflated(message, encoding, limit)):
-            raise no_memory()
+        self.hold(most_inflated(message, encoding, limit))
         self._start_thread(lambda: inflated(message, encoding, limit, lambda: self.is_over, is_framed=True))
         return None
 
@@ -200,10 +226,11 @@ class FastCall:
     def _on_thread_end(self, result: bytes | BaseException) -> None:
         if self.is_over:
             return
-        self._stream.release(self._stream.held)
         if isinstance(result, BaseException):
             self.refuse(result)
         else:
+            self._release_all_but(len(result))
+            # With a size of 0: the body is counted already.
             self.data(result, 0, is_end=True)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
@@ -220,6 +247,9 @@ class FastCall:
             return
         self._finish()
         self._stream.respond(_HEAD, body, _OK)
+        # The response waits for the client to read: it counts by itself.
+        if self._stream.held:
+            self._release_all_but(0)
 
     def _check_large(self, size: int) -> None:
         if size > self._app.message_bytes:

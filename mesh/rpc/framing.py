@@ -228,7 +228,7 @@ def too_large(size: int, limit: int) -> ResourceExhausted:
 
 
 def no_memory() -> ResourceExhausted:
-    """Return the error of a call whose body finds no room."""
+    """Return the error of a call whose request, or a copy that it needs, finds no room."""
     return ResourceExhausted(
         f"too many bytes of unfinished requests are held: retry after {RETRY_MS} ms", retry_after_ms=RETRY_MS
     )

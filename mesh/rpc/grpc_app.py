@@ -15,10 +15,11 @@ from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.rpc import status
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.framing import no_memory
 from mesh.rpc.limits import MESSAGE_BYTES
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.slow_call import SlowCall
-from shoal.errors import Code, ShoalError
+from shoal.errors import RETRY_AFTER_KEY, Code, ShoalError
 
 _UNSUPPORTED = response_head(415, [(b"content-type", b"text/plain")])
 _UNSUPPORTED_TEXT = b"this is a gRPC server: content-type application/grpc\n"
@@ -29,6 +30,18 @@ _OVERSIZED = response_head(
         status.CONTENT_TYPE,
         *status.trailers(
             Code.RESOURCE_EXHAUSTED, f"headers of more than {LIST_BYTES} bytes, or {LIST_FIELDS} fields: send less"
+        ),
+    ],
+)
+
+
+_NO_MEMORY_ERROR = no_memory()
+_NO_MEMORY = response_head(
+    200,
+    [
+        status.CONTENT_TYPE,
+        *status.trailers(
+            _NO_MEMORY_ERROR.code, _NO_MEMORY_ERROR.message, ((RETRY_AFTER_KEY, str(_NO_MEMORY_ERROR.retry_after_ms)),)
         ),
     ],
 )
@@ -77,6 +90,10 @@ class GrpcApp:
             stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
             return NO_HANDLER
         return SlowCall(self, stream)
+
+    def reject(self, stream: ServerStream) -> None:
+        """Respond to a call for which there is no memory."""
+        stream.respond(_NO_MEMORY)
 
 
 class MethodTable:

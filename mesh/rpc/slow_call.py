@@ -115,7 +115,8 @@ class SlowCall:
         check_encoding(encoding)
         self._messages.begin(encoding, is_single=not handler.request_streaming)
         deadline = status.deadline(headers, app.clock())
-        context = CallContext(self._head.fields, f"{self._peer[0]}:{self._peer[1]}", deadline, app.clock)
+        peer = f"{self._peer[0]}:{self._peer[1]}"
+        context = CallContext(self._head.fields, peer, deadline, app.clock, self._messages)
         response.context = context
         try:
             async with asyncio.timeout(None if deadline == math.inf else max(deadline - app.clock(), 0.0)):
@@ -152,7 +153,11 @@ async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIt
 
 
 class _Messages:
-    """Messages of a request. A piece of the body is parsed on demand; only then is its credit given back."""
+    """Messages of a request. A piece of the body is parsed on demand; only then is its credit given back.
+
+    The message of a unary call counts in the memory of requests until the call ends; those of a stream until they are
+    read. A handler that keeps them longer, or makes copies, counts them (`hold`).
+    """
 
     def __init__(self, stream: ServerStream, app: CallTable) -> None:
         self._stream = stream
@@ -161,8 +166,11 @@ class _Messages:
         self._deframer = Deframer(None, 0)
         self._is_single = False
         self._pieces: deque[tuple[bytes, int]] = deque()
-        # Bytes that the stream holds for the pieces, and for a message that a thread works on.
-        self._queued = self._in_thread = 0
+        # Bytes that the stream holds for the pieces, for a message that a thread works on, for the message of a unary
+        # call, and for the handler.
+        self._queued = self._in_thread = self._kept = self._reserved = 0
+        self.message_bytes = 0
+        """Size of the message that was read last."""
         self._is_ended = False
         self._error: ShoalError | None = None
         self._read: Iterator[bytes | Unfinished] = iter(())
@@ -208,18 +216,33 @@ class _Messages:
 
     def _release(self) -> None:
         """Release what was read. The stream holds nothing any more when it has ended."""
-        read = self._stream.held - self._queued - self._deframer.holds - self._in_thread
+        needed = self._queued + self._deframer.holds + self._in_thread + self._kept + self._reserved
+        read = self._stream.held - self._stream.least_held - needed
         if read > 0:
             self._stream.release(read)
+
+    def _reserve(self, size: int) -> None:
+        if not self._stream.reserve(size):
+            raise no_memory()
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
+        self._reserve(size)
+        self._reserved += size
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the call ends."""
+        self._reserved -= size
+        self._stream.release(size)
 
     async def next(self) -> bytes | None:
         """Return the next message, or None after the last one. Raises a ShoalError for an invalid body."""
         while True:
             message = next(self._read, None)
-            self._release()
             if message is not None:
                 self._has_read = True
-                return message if isinstance(message, bytes) else await self._finished(message)
+                return self._read_whole(message) if isinstance(message, bytes) else await self._finished(message)
+            self._release()
             if self._error is not None:
                 raise self._error
             if self._pieces:
@@ -234,17 +257,27 @@ class _Messages:
                 self._changed.clear()
                 await self._changed.wait()
 
+    def _read_whole(self, message: bytes) -> bytes:
+        """Return a message that is whole; release its pieces, and count that of a unary call until the call ends."""
+        self.message_bytes = len(message)
+        if self._is_single:
+            self._kept = len(message)
+        self._release()
+        return message
+
     async def _finished(self, message: Unfinished) -> bytes:
         """Return a message that is joined and decompressed: in a thread, if it is large."""
         limit = self._app.message_bytes
         size = sum(map(len, message))
+        # The copies that are made.
+        copies = size if len(message) > 1 else 0
         if message.is_compressed:
-            if len(message) == 1 and (plain := inflated_inline(message[0], self._encoding)) is not None:
-                return plain
-            size += most_inflated(message[0], self._encoding, limit) if len(message) == 1 else limit
-        if not self._stream.hold(size):
-            raise no_memory()
-        self._in_thread = size
+            if not copies and (plain := inflated_inline(message[0], self._encoding)) is not None:
+                self._reserve(len(plain))
+                return self._read_whole(plain)
+            copies += limit if copies else most_inflated(message[0], self._encoding, limit)
+        self._reserve(copies)
+        self._in_thread = size + copies
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def work() -> bytes:
@@ -254,10 +287,13 @@ class _Messages:
         try:
             tenant = self._stream.head.by_name.get(TENANT, b"")
             self._app.threads.start(tenant, work, partial(_deliver, done))
-            return await done
-        finally:
+            found = await done
+        except BaseException:
             self._in_thread = 0
             self._release()
+            raise
+        self._in_thread = 0
+        return self._read_whole(found)
 
     async def only(self) -> bytes:
         """Return the message of a unary call. Raises InvalidArgument for another number of messages."""

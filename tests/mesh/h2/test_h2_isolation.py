@@ -173,9 +173,10 @@ async def test_the_reserved_bit_of_a_stream_is_ignored():
 async def test_unfinished_bodies_are_bounded_and_other_tenants_find_room():
     async with serving(body_bytes=3 * MIB) as front, front.peer(WIDE) as peer:
         peer.send(frames.window_update(0, 100 * MIB))
-        numbers = [peer.open(ECHO, ("x-shoal-tenant", "hog")) for _ in range(40)]
-        for number in numbers:
-            peer.data(number, framed(bytes(MIB))[: 100 << 10], is_end=False)
+        numbers = []
+        for _ in range(40):
+            numbers.append(peer.open(ECHO, ("x-shoal-tenant", "hog")))
+            peer.data(numbers[-1], framed(bytes(MIB))[: 100 << 10], is_end=False)
         for number in numbers[25:]:
             end = await peer.end_of(number)
             assert (end["grpc-status"], end["retry-after-ms"]) == (str(int(Code.RESOURCE_EXHAUSTED)), "1000")
