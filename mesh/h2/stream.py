@@ -124,7 +124,7 @@ class ServerStream:
         self.share = share
         """Share of the memory for requests that the request's tenant has on its connection."""
         self.held = self.least_held = size
-        """Bytes that the share counts for this request; those that it counts from the beginning. Both 0 after its end."""
+        """Bytes that the share counts for this request, and those of them from its beginning. Both 0 after its end."""
         self.number = number
         self.head = head
         """Method, path and headers of the request."""
@@ -162,7 +162,7 @@ class ServerStream:
         return True
 
     def release(self, size: int) -> None:
-        """Release bytes that were held or reserved. Does nothing after the end of the stream, which has released all."""
+        """Release bytes that were held or reserved. Does nothing after the stream's end, which has released all."""
         if not self.held:
             return
         self.held -= size

@@ -68,7 +68,6 @@ async def run(config: InferConfig) -> None:
         # Of processes that share a port, only one would receive a load or unload: their models would differ.
         on_request = None if config.share_port else control
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
-        inner_calls.bind(core)
         server = Server(
             config.listen,
             rpcs_of(config, core),
@@ -78,6 +77,7 @@ async def run(config: InferConfig) -> None:
             body_bytes=config.body_bytes,
             unread_bytes=config.unread_bytes,
         )
+        inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:
             await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))

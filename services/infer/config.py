@@ -39,6 +39,11 @@ class InferConfig(ServiceConfig):
     allow_code: bool | None = None
     """Serve models that run code or read this server's files and variables, and accept the files of a load request.
     Unset: only where no other machine can reach `listen`."""
+    body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 776 << 20
+    """Most bytes that the process holds for requests, from the first byte to the response: bodies, decompressed, parsed
+    and queued copies, tensors between the steps of an ensemble, responses that are being written. One tenant of a
+    connection gets at most two thirds; beyond it, calls get RESOURCE_EXHAUSTED. The default admits one request and one
+    response of 128 MiB at once, with their copies."""
     share_port: bool = False
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
     crash_journal: Path | None = None

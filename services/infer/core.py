@@ -20,7 +20,8 @@ from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
 from services.infer.requests import parameters
 from services.infer.requests.outcome import InferenceResult
-from services.infer.requests.request import InferenceRequest, is_long_read, read, read_async
+from services.infer.requests.request import InferenceRequest, held_bytes, is_long_read, read, read_async, read_bytes
+from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
 from services.infer.requests.response import explain, write_response_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.scheduling.crash_guard import CrashGuard
@@ -160,7 +161,14 @@ class InferenceServer:
         return self._control
 
     async def infer(
-        self, message: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = "", *, is_retry: bool = False
+        self,
+        message: pb.ModelInferRequest,
+        deadline: float = math.inf,
+        tenant: str = "",
+        *,
+        is_retry: bool = False,
+        memory: RequestMemory = UNCOUNTED,
+        message_bytes: int = 0,
     ) -> pb.ModelInferResponse:
         """Run one inference and return its response.
 
@@ -169,33 +177,50 @@ class InferenceServer:
             deadline: on this server's clock; the request never starts at or after the deadline.
             tenant: the caller's tenant, for its fair share of a busy model.
             is_retry: the mesh has sent the request to another instance before.
+            memory: memory of the request's call, which counts the message already.
+            message_bytes: size of the message.
 
         Raises:
             InvalidArgument: the request does not fit the model; the error names the tensor or parameter.
             NotFound, Unavailable: the model or version does not exist; or is not ready.
-            ResourceExhausted: the queue is full. DeadlineExceeded: the request could not be started in time.
+            ResourceExhausted: the queue or the memory is full.
+            DeadlineExceeded: the request could not be started in time.
             Internal: the model cannot process the request. Unimplemented: the request uses shared memory.
         """
         with self.models.use(message.model_name, message.model_version) as version:
             start = self._clock()
             try:
-                return await self._infer(message, version, deadline, tenant, is_retry)
+                tensor_bytes = read_bytes(message, message_bytes)
+                memory.hold(tensor_bytes)
+                return await self._infer(message, version, deadline, tenant, is_retry, memory, tensor_bytes)
             except (Exception, asyncio.CancelledError):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
 
     async def _infer(
-        self, message: pb.ModelInferRequest, version: Version, deadline: float, tenant: str, is_retry: bool
+        self,
+        message: pb.ModelInferRequest,
+        version: Version,
+        deadline: float,
+        tenant: str,
+        is_retry: bool,
+        memory: RequestMemory,
+        tensor_bytes: int,
     ) -> pb.ModelInferResponse:
         cache = CacheState.OFF
         if version.arrival_order is not None:
             request, result = await self._step(message, version, version.arrival_order, deadline, tenant, is_retry)
         else:
             request = await self._read(message, version, is_retry)
+            request.memory = memory
             if version.response_cache is None:
                 result = await version.scheduler.submit(request, deadline, tenant)
             else:
                 result, cache = await version.response_cache.result(request, message.parameters, deadline, tenant)
+        # The inputs are not needed any more. The outputs are copied into the response.
+        request.inputs = {}
+        memory.release(tensor_bytes)
+        memory.hold(2 * held_bytes(result.outputs))
         response = await write_response_async(
             result,
             request,
@@ -244,13 +269,20 @@ class InferenceServer:
         return self.models.find(message.model_name, message.model_version).decoupled is not None
 
     async def responses(
-        self, message: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
+        self,
+        message: pb.ModelInferRequest,
+        deadline: float = math.inf,
+        tenant: str = "",
+        memory: RequestMemory = UNCOUNTED,
+        message_bytes: int = 0,
     ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
         """Yield the responses of a decoupled model and the model's own errors. Raises other errors as `infer` does."""
         with self.models.use(message.model_name, message.model_version) as version:
             start = self._clock()
             try:
+                memory.hold(read_bytes(message, message_bytes))
                 request = await read_async(message, version.loaded.model.signature)
+                request.memory = memory
                 async with aclosing(
                     decoupled_responses.responses(version, request, message, deadline, tenant)
                 ) as responses:

@@ -5,7 +5,7 @@
                            └──> decoupled: any number, as they arrive ────┘
 
 At most AHEAD requests run at a time. A client that does not read slows its stream down: a decoupled request pauses
-while 32 responses wait for the client.
+while 32 responses wait for the client. The call's memory counts requests, and the responses that wait.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
+from mesh.rpc.call_context import CallMemory
 from services.infer.decoupled_responses import FINAL
-from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, ShoalError
+from services.infer.requests.request_memory import UNCOUNTED, RequestPart
+from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, ResourceExhausted, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -29,14 +31,19 @@ client that sends faster than it reads is slowed down and not buffered."""
 # Responses of decoupled requests that wait for the client; each request may add one more.
 _UNREAD = 32
 
-Infer = Callable[[pb.ModelInferRequest], Awaitable[pb.ModelInferResponse]]
+Infer = Callable[[pb.ModelInferRequest, RequestPart], Awaitable[pb.ModelInferResponse]]
 
-Respond = Callable[[pb.ModelInferRequest], "AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None"]
+Respond = Callable[
+    [pb.ModelInferRequest, RequestPart], "AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None"
+]
 """Returns the responses and errors of a request to a decoupled model; None for any other model."""
 
 
 async def stream_responses(
-    requests: AsyncIterator[pb.ModelInferRequest], infer: Infer, respond: Respond = lambda request: None
+    requests: AsyncIterator[pb.ModelInferRequest],
+    infer: Infer,
+    respond: Respond = lambda request, part: None,
+    memory: CallMemory = UNCOUNTED,
 ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
     """Yield the responses to `requests`: in request order, except those of decoupled models.
 
@@ -44,7 +51,7 @@ async def stream_responses(
 
     Raises what reading `requests` raises, after the responses to the requests read before.
     """
-    stream = _Stream(infer, respond)
+    stream = _Stream(infer, respond, memory)
     try:
         async for response in stream.responses(requests):
             yield response
@@ -55,14 +62,14 @@ async def stream_responses(
 class _Stream:
     """State of one client's stream."""
 
-    def __init__(self, infer: Infer, respond: Respond) -> None:
-        self._infer, self._respond = infer, respond
+    def __init__(self, infer: Infer, respond: Respond, memory: CallMemory) -> None:
+        self._infer, self._respond, self._memory = infer, respond, memory
         self._capacity = asyncio.Semaphore(AHEAD)
-        self._in_order: deque[asyncio.Task[pb.ModelStreamInferResponse]] = deque()
+        self._in_order: deque[tuple[asyncio.Task[pb.ModelStreamInferResponse], RequestPart]] = deque()
         self._tasks: set[asyncio.Task[object]] = set()
-        # Responses that the client has not read, each with True when reading it ends its request.
+        # Responses that the client has not read, each with its memory, and True when reading it ends its request.
         # Bounded by `_capacity` and `_may_add`: an unread response still counts as a running request.
-        self._out: deque[tuple[pb.ModelStreamInferResponse, bool]] = deque()
+        self._out: deque[tuple[pb.ModelStreamInferResponse, RequestPart, bool]] = deque()
         self._may_add = asyncio.Event()
         self._may_add.set()
         self._is_new = asyncio.Event()
@@ -73,7 +80,8 @@ class _Stream:
         reader = self._task(self._read(requests))
         while True:
             while self._out:
-                response, ends_request = self._out.popleft()
+                response, part, ends_request = self._out.popleft()
+                part.close()
                 if ends_request:
                     self._capacity.release()
                 if len(self._out) < _UNREAD:
@@ -94,34 +102,41 @@ class _Stream:
 
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
-        while self._in_order and self._in_order[0].done() and not self._in_order[0].cancelled():
-            self._out.append((self._in_order.popleft().result(), True))
+        while self._in_order and self._in_order[0][0].done() and not self._in_order[0][0].cancelled():
+            first, part = self._in_order.popleft()
+            self._out.append((first.result(), part, True))
         self._is_new.set()
 
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
         await self._capacity.acquire()
         async for request in requests:
-            responses = self._decoupled_responses(request)
+            part = RequestPart(self._memory, self._memory.message_bytes)
+            refusal = _held(part)
+            responses = self._decoupled_responses(request, part)
             if responses is None:
-                task = asyncio.create_task(self._infer_one(request))
-                self._in_order.append(task)
+                task = asyncio.create_task(self._infer_one(request, part, refusal))
+                self._in_order.append((task, part))
                 self._tasks.add(task)
                 task.add_done_callback(self._done)
             else:
-                self._task(self._forward(request, responses))
+                self._task(self._forward(request, responses, part, refusal))
             await self._capacity.acquire()
 
     def _decoupled_responses(
-        self, request: pb.ModelInferRequest
+        self, request: pb.ModelInferRequest, part: RequestPart
     ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None:
         try:
-            return self._respond(request)
+            return self._respond(request, part)
         except ShoalError:
             return None  # The model is not served: its inference reports the error.
 
-    async def _infer_one(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+    async def _infer_one(
+        self, request: pb.ModelInferRequest, part: RequestPart, refusal: ShoalError | None
+    ) -> pb.ModelStreamInferResponse:
         try:
-            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+            if refusal is not None:
+                raise refusal
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, part))
         except Exception as err:
             return _error_response(request, err)
         # Stream clients rely on this parameter for every model, as Triton sets it.
@@ -129,22 +144,33 @@ class _Stream:
         return response
 
     async def _forward(
-        self, request: pb.ModelInferRequest, responses: AsyncGenerator[pb.ModelInferResponse | ShoalError, None]
+        self,
+        request: pb.ModelInferRequest,
+        responses: AsyncGenerator[pb.ModelInferResponse | ShoalError, None],
+        part: RequestPart,
+        refusal: ShoalError | None,
     ) -> None:
         try:
+            if refusal is not None:
+                raise refusal
             async with aclosing(responses):
                 async for response in responses:
                     if isinstance(response, ShoalError):
                         await self._add(_error_response(request, response))
                     else:
-                        await self._add(pb.ModelStreamInferResponse(infer_response=response))
+                        message = pb.ModelStreamInferResponse(infer_response=response)
+                        await self._add(message, message.ByteSize())
         except Exception as err:
             await self._add(_error_response(request, err))
         finally:
+            part.close()
             self._capacity.release()
 
-    async def _add(self, response: pb.ModelStreamInferResponse) -> None:
-        self._out.append((response, False))
+    async def _add(self, response: pb.ModelStreamInferResponse, size: int = 0) -> None:
+        """Add a response of `size` bytes. Raises ResourceExhausted when there is no room for them."""
+        unread = RequestPart(self._memory)
+        unread.hold(size)
+        self._out.append((response, unread, False))
         self._is_new.set()
         if len(self._out) >= _UNREAD:
             self._may_add.clear()
@@ -156,6 +182,15 @@ class _Stream:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+def _held(part: RequestPart) -> ShoalError | None:
+    """Hold the memory of a request's message; return the error when there is no room."""
+    try:
+        part.hold(part.message_bytes)
+    except ResourceExhausted as err:
+        return err
+    return None
 
 
 def _error_response(request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:

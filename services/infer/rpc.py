@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 
+from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
@@ -56,7 +57,15 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return self._server.index(request)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        return await self._server.infer(request, _deadline(context), _tenant(context), is_retry=_is_retry(context))
+        memory = _memory(context)
+        return await self._server.infer(
+            request,
+            _deadline(context),
+            _tenant(context),
+            is_retry=_is_retry(context),
+            memory=memory,
+            message_bytes=memory.message_bytes,
+        )
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
@@ -65,8 +74,15 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         is_retry = _is_retry(context)
         responses = model_stream_infer.stream_responses(
             request_iterator,
-            lambda message: server.infer(message, deadline, tenant, is_retry=is_retry),
-            lambda message: server.responses(message, deadline, tenant) if server.is_decoupled(message) else None,
+            lambda message, part: server.infer(
+                message, deadline, tenant, is_retry=is_retry, memory=part, message_bytes=part.message_bytes
+            ),
+            lambda message, part: (
+                server.responses(message, deadline, tenant, part, part.message_bytes)
+                if server.is_decoupled(message)
+                else None
+            ),
+            _memory(context),
         )
         async with aclosing(responses):
             async for response in responses:
@@ -132,7 +148,8 @@ class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
     ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
-        async with aclosing(Bulk(self._infer, self._replica).responses(request_iterator)) as responses:
+        bulk = Bulk(self._infer, self._replica, memory=_memory(context))
+        async with aclosing(bulk.responses(request_iterator)) as responses:
             async for response in responses:
                 yield response
 
@@ -144,6 +161,11 @@ def bulk_rpc(server: InferenceServer) -> Rpc:
         bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server), to)
 
     return Rpc(bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"], add)
+
+
+def _memory(context: Any) -> CallMemory:
+    memory: CallMemory = context.memory
+    return memory
 
 
 def _deadline(context: Context) -> float:

@@ -480,7 +480,7 @@ async def test_a_stream_is_read_no_faster_than_its_responses_are_sent(served):
     class Infer:
         running = most = 0
 
-        async def __call__(self, asked: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        async def __call__(self, asked: pb.ModelInferRequest, part: object) -> pb.ModelInferResponse:
             self.running += 1
             self.most = max(self.most, self.running)
             await asyncio.sleep(0)

@@ -16,7 +16,8 @@ from services.infer.ensembles.step_call import StepCall, located
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request import InferenceRequest, held_bytes
+from services.infer.requests.request_memory import RequestMemory
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -42,6 +43,8 @@ class RequestContext:
     check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None
     expires: float
     tenant: str
+    memory: RequestMemory
+    """Counts the outputs of steps: they are kept until the request ends."""
 
 
 @dataclass(eq=False, slots=True)
@@ -119,6 +122,7 @@ class FanOut:
         context = self.context
         try:
             request = feeding.row_request(self.step, self.inputs, row, context.parameters, context.source)
+            request.memory = context.memory
             call = StepCall(self, row, self.step.version, request)
             call.start(context.expires, context.tenant, context.check)
         except Exception as err:
@@ -129,6 +133,7 @@ class FanOut:
     def step_succeeded(self, call: StepCall, result: InferenceResult) -> None:
         self._in_flight.discard(call)
         try:
+            self.context.memory.hold(held_bytes(result.outputs))
             self._outputs_by_row[call.index] = feeding.row_outputs(self.step, result.outputs)
         except Exception as err:
             self._fail(call.index, err)

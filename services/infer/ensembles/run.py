@@ -24,7 +24,7 @@ from services.infer.ensembles.values import SKIPPED, Skipped
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.parameters import NONE
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request import InferenceRequest, held_bytes
 from services.infer.scheduling.delivery import PendingRequest, Receiver
 from shoal.errors import InvalidArgument
 
@@ -77,7 +77,7 @@ class EnsembleRun(PendingRequest):
         parameters = request.parameters
         # `expires` includes `timeout`, and holds for all steps together.
         step_parameters = NONE if parameters is NONE else replace(parameters, timeout_us=0, explain=False)
-        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant)
+        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant, request.memory)
         self._route = plan.route(request.outputs)
         self._outputs_left = len(self._route.targets)
         self._missing = list(self._route.missing)
@@ -146,6 +146,7 @@ class EnsembleRun(PendingRequest):
         if request is None:
             self._store_outputs(index, step, feeding.outputs_without_rows(step))
             return
+        request.memory = self._context.memory
         call = StepCall(self, index, step.version, request)
         call.start(self._context.expires, self._context.tenant, self._context.check)
         self._in_flight.add(call)
@@ -215,6 +216,7 @@ class EnsembleRun(PendingRequest):
         self._in_flight.discard(call)
         index, step = call.index, self.plan.steps[call.index]
         try:
+            self._context.memory.hold(held_bytes(result.outputs))
             feeding.check_outputs(step, result.outputs)
         except Exception as err:
             self._fail(step, err)

@@ -16,11 +16,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from mesh.process.tasks import end, log_failure
+from mesh.rpc.call_context import CallMemory
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import status_of
 from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
-from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
+from shoal.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
@@ -35,8 +37,17 @@ _NO_PREFIX = bytes(PREFIX_BYTES)
 class Bulk:
     """State of one InferBulk call."""
 
-    def __init__(self, infer: FastInfer, instance: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        infer: FastInfer,
+        instance: str,
+        clock: Callable[[], float] = time.monotonic,
+        memory: CallMemory = UNCOUNTED,
+    ) -> None:
         self._infer = infer
+        self._memory = memory
+        # Bytes of the outcomes that the client has not read, and those that the memory counts for them.
+        self._unread_bytes = self._held_bytes = 0
         self._instance = instance
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -56,6 +67,8 @@ class Bulk:
         first = await anext(requests, None)
         self._check(first.entries if first is not None else ())
         assert first is not None
+        # The message, and a copy of each request.
+        self._memory.hold(2 * self._memory.message_bytes)
         reader = asyncio.create_task(self._read_cancellations(requests), name="bulk")
         try:
             self._start(first.entries)
@@ -88,7 +101,9 @@ class Bulk:
         now = self._clock()
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
-            self._entries[message.number] = Entry(self._on_outcome, message, now, deadline, self._clock)
+            self._entries[message.number] = Entry(
+                self._on_outcome, message, now, deadline, self._clock, RequestPart(self._memory)
+            )
         for message, entry in zip(entries, list(self._entries.values()), strict=True):
             try:
                 self._infer(_NO_PREFIX + message.request, entry)
@@ -96,11 +111,24 @@ class Bulk:
                 entry.refuse(err)
         self._expire_entries()
 
-    def _on_outcome(self, outcome: pb.InferBulkResponse.Answer | None, number: int) -> None:
+    def _on_outcome(self, outcome: pb.InferBulkResponse.Answer | None, number: int, size: int) -> None:
+        """Add the outcome of an entry; `size` is that of its response."""
         self._entries.pop(number, None)
         if outcome is not None:
+            if self._unread_bytes + size > self._held_bytes:
+                try:
+                    self._hold_outcomes(size)
+                except ResourceExhausted as err:
+                    outcome, size = _refusal(number, err), 0
+            self._unread_bytes += size
             self._ready.append(outcome)
         self._has_outcomes.set()
+
+    def _hold_outcomes(self, size: int) -> None:
+        """Count `size` bytes more of outcomes; many small ones are counted together."""
+        step = max(size, _MESSAGE_BYTES)
+        self._memory.hold(step)
+        self._held_bytes += step
 
     def _next_outcomes(self) -> list[pb.InferBulkResponse.Answer]:
         count, nbytes = 0, 0
@@ -110,6 +138,9 @@ class Bulk:
                 break
             count += 1
         sent, self._ready = self._ready[:count], self._ready[count:]
+        if not self._ready:
+            self._memory.release(self._held_bytes)
+            self._unread_bytes = self._held_bytes = 0
         return sent
 
     def _expire_entries(self) -> None:
@@ -133,17 +164,19 @@ class Bulk:
 class Entry:
     """One entry of a bulk; an `infer_fast.Exchange`."""
 
-    __slots__ = ("_arrived", "_clock", "_number", "_on_outcome", "deadline", "headers", "is_over", "on_end")
+    __slots__ = ("_arrived", "_clock", "_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end")
 
     def __init__(
         self,
-        on_outcome: Callable[[pb.InferBulkResponse.Answer | None, int], None],
+        on_outcome: Callable[[pb.InferBulkResponse.Answer | None, int, int], None],
         message: pb.InferBulkRequest.Entry,
         now: float,
         deadline: float,
         clock: Callable[[], float],
+        part: RequestPart,
     ) -> None:
         self._on_outcome = on_outcome
+        self._part = part
         self._number = message.number
         self._arrived = now
         self._clock = clock
@@ -157,19 +190,28 @@ class Entry:
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the entry with a response."""
         if not self.is_over:
-            self.is_over = True
-            self._on_outcome(pb.InferBulkResponse.Answer(number=self._number, response=b"".join(parts)), self._number)
+            self._end(pb.InferBulkResponse.Answer(number=self._number, response=b"".join(parts)), size)
 
     def refuse(self, error: BaseException) -> None:
         """End the entry with an error."""
         if self.is_over:
             return
+        self._end(_refusal(self._number, error))
+
+    def _end(self, outcome: pb.InferBulkResponse.Answer | None, size: int = 0) -> None:
         self.is_over = True
-        code, message, _ = status_of(error)
-        outcome = pb.InferBulkResponse.Answer(number=self._number, code=code.value[0], message=message)
-        if isinstance(error, ShoalError) and error.retry_after_ms is not None:
-            outcome.retry_after_ms = error.retry_after_ms
-        self._on_outcome(outcome, self._number)
+        if self._part.held:
+            self._part.close()
+        self._on_outcome(outcome, self._number, size)
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the entry ends. Raises ResourceExhausted when there is no room."""
+        if not self.is_over:
+            self._part.hold(size)
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the entry ends."""
+        self._part.release(size)
 
     def age_ns(self) -> int:
         """Return the time since the entry's arrival, in nanoseconds."""
@@ -186,7 +228,15 @@ class Entry:
     def cancel(self) -> None:
         """End the entry without an outcome: the client has cancelled it."""
         if not self.is_over:
-            self.is_over = True
-            self._on_outcome(None, self._number)
+            self._end(None)
             if self.on_end is not None:
                 self.on_end()
+
+
+def _refusal(number: int, error: BaseException) -> pb.InferBulkResponse.Answer:
+    """Return the outcome of an entry that has failed."""
+    code, message, _ = status_of(error)
+    outcome = pb.InferBulkResponse.Answer(number=number, code=code.value[0], message=message)
+    if isinstance(error, ShoalError) and error.retry_after_ms is not None:
+        outcome.retry_after_ms = error.retry_after_ms
+    return outcome

@@ -57,6 +57,12 @@ class Exchange(Protocol):
     def age_ns(self) -> int:
         """Return the time since the request's arrival, in nanoseconds."""
 
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the exchange ends. Raises ResourceExhausted without room."""
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the exchange ends."""
+
 
 class FastInfer:
     """Handler of ModelInfer on the fast path (a mesh.rpc.fast_call.FastHandler), also of each entry of a bulk."""
@@ -110,9 +116,14 @@ class FastInfer:
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
+            # The message is a copy.
+            size = len(body)
+            exchange.hold(size)
             message = _parse(body)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
-            response = await self._server.infer(message, exchange.deadline, tenant, is_retry=is_retry)
+            response = await self._server.infer(
+                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=size
+            )
             data = response.SerializeToString()
             exchange.reply((data,), len(data))
             self._learn(body, message)
@@ -159,6 +170,7 @@ class _FastRequest:
         exchange, version = self._exchange, self._version
         tenant = exchange.headers.get(_TENANT)
         name = tenant.decode("latin-1") if tenant else ""
+        request.memory = exchange
         version.__enter__()
         try:
             self._queued = version.scheduler.start(request, exchange.deadline, name, self)

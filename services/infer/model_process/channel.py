@@ -64,6 +64,11 @@ class Message:
         """The operation that the frame requests or replies to."""
         return str(self.header.get("op", ""))
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(array.nbytes for _, _, array in self.tensors)
+
     def arrays(self) -> dict[str, Tensor]:
         return {name: array for name, _, array in self.tensors}
 

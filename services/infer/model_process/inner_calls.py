@@ -14,9 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mesh.h2.memory_account import MemoryAccount, Share
+from mesh.rpc.framing import no_memory
 from services.infer.model_process.channel import Message
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.request_info import SEQUENCE_END, SEQUENCE_START
+from services.infer.requests.request_memory import UNCOUNTED, RequestMemory, RequestPart
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
@@ -33,7 +36,33 @@ _FIELDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "
 class Core(Protocol):
     """The InferenceServer, as far as inner calls need it."""
 
-    async def infer(self, request: pb.ModelInferRequest, deadline: float = ...) -> pb.ModelInferResponse: ...
+    async def infer(
+        self,
+        request: pb.ModelInferRequest,
+        deadline: float = ...,
+        *,
+        memory: RequestMemory = ...,
+        message_bytes: int = ...,
+    ) -> pb.ModelInferResponse: ...
+
+
+# Memory of a call beside its tensors.
+_CALL_BYTES = 8 << 10
+
+
+class _SharedMemory:
+    """Memory of all inner calls: one share of the account of requests."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+
+    def hold(self, size: int) -> None:
+        if not self._share.has_room(size):
+            raise no_memory()
+        self._share.add(size)
+
+    def release(self, size: int) -> None:
+        self._share.remove(size)
 
 
 class InnerCalls:
@@ -41,11 +70,14 @@ class InnerCalls:
 
     def __init__(self) -> None:
         self._core: Core | None = None
+        self._memory: RequestMemory = UNCOUNTED
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def bind(self, core: Core) -> None:
-        """Run all later calls on `core`, in the running event loop."""
+    def bind(self, core: Core, account: MemoryAccount | None = None) -> None:
+        """Run all later calls on `core`, in the running event loop, and count them in the account of requests."""
         self._core, self._loop = core, asyncio.get_running_loop()
+        if account is not None:
+            self._memory = _SharedMemory(account.share())
 
     def __call__(self, message: Message, reply: Reply) -> None:
         """Start a call, from any thread; `reply` gets the response on another thread."""
@@ -64,11 +96,25 @@ class InnerCalls:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, core: Core, message: Message, reply: Reply) -> None:
-        parts: Sequence[TensorPart] = ()
+        memory = RequestPart(self._memory, message.tensor_bytes)
         try:
+            header, parts = await self._outcome(core, message, memory)
+            # On a thread: the model process may be slow to read.
+            await asyncio.to_thread(reply, header, parts)
+        finally:
+            memory.close()
+
+    async def _outcome(
+        self, core: Core, message: Message, memory: RequestPart
+    ) -> tuple[dict[str, Any], Sequence[TensorPart]]:
+        parts: Sequence[TensorPart] = ()
+        size = memory.message_bytes
+        try:
+            # The tensors, and their copy in the request.
+            memory.hold(_CALL_BYTES + 2 * size)
             timeout_us = message.header.get("timeout_us") or 0
             deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else math.inf
-            response = await core.infer(_request(message), deadline)
+            response = await core.infer(_request(message), deadline, memory=memory, message_bytes=size)
             header: dict[str, Any] = {}
             parts = [
                 _part(output, raw) for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
@@ -81,8 +127,7 @@ class InnerCalls:
         except Exception:
             log.exception("unexpected error in a call that a model made")
             header = {"error": "internal error: the log of the service has the cause", "code": "INTERNAL"}
-        # On a thread: the model process may be slow to read.
-        await asyncio.to_thread(reply, header, parts)
+        return header, parts
 
 
 def _request(message: Message) -> pb.ModelInferRequest:

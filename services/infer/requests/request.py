@@ -11,7 +11,8 @@ from services.infer.error_text import listed, quoted
 from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
-from services.infer.requests.ragged import Value
+from services.infer.requests.ragged import Value, arrays
+from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
 from services.infer.requests.resident import is_resident
 from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor
@@ -56,6 +57,8 @@ class InferenceRequest:
     """Message of the request, for models that use it; None on the fast path."""
     check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None = None
     """Crash guard of a retry: an ensemble checks the request of each step, by its model's name."""
+    memory: RequestMemory = UNCOUNTED
+    """Memory of the request's call, for tensors and responses that are made before the end."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -98,6 +101,30 @@ def is_long_read(message: pb.ModelInferRequest) -> bool:
         if len(tensor.shape) <= MAX_DIMS and math.prod(tensor.shape) > limit:
             return True
     return False
+
+
+# Memory of an element of BYTES beside its characters: a Python object, and its place in an array.
+_ELEMENT_BYTES = 56
+
+
+def read_bytes(message: pb.ModelInferRequest, message_bytes: int) -> int:
+    """Return the most memory that the tensors of a message of `message_bytes` take beside the message."""
+    elements = sum(
+        math.prod(tensor.shape)
+        for tensor in message.inputs
+        if tensor.datatype == "BYTES" and 0 < len(tensor.shape) <= MAX_DIMS
+    )
+    # An element takes at least two bytes of the message: a tag and a length.
+    return message_bytes + _ELEMENT_BYTES * max(min(elements, message_bytes // 2), 0)
+
+
+def held_bytes(values: Sequence[Value]) -> int:
+    """Return the memory of tensors."""
+    size = 0
+    for value in values:
+        for array in arrays(value):
+            size += tensors.size_bytes(array) + (_ELEMENT_BYTES * array.size if array.dtype == object else 0)
+    return size
 
 
 def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:

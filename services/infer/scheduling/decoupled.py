@@ -133,7 +133,10 @@ class DecoupledScheduler:
         try:
             read_count = 0
             while True:
-                response = self._response(await stream.events.get(), request)
+                event = await stream.events.get()
+                if isinstance(event, Message):
+                    request.memory.release(event.tensor_bytes)
+                response = self._response(event, request)
                 yield response
                 if response.is_final:
                     break
@@ -269,7 +272,11 @@ class DecoupledScheduler:
                 Internal(f"Failed to process the request(s) for model '{self._name}': the model's process died ({end})")
             )
         elif not stream.is_abandoned:
-            stream.events.put_nowait(message)
+            try:
+                stream.request.memory.hold(message.tensor_bytes)
+                stream.events.put_nowait(message)
+            except ResourceExhausted as err:
+                stream.events.put_nowait(err)
         if message is None or message.op == "end" or message.header.get("final") is True:
             self._release(stream)
 

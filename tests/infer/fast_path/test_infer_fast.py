@@ -20,6 +20,7 @@ from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.requests import request as reading
+from services.infer.requests.request_memory import Uncounted
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import scan
@@ -32,7 +33,7 @@ from tests.long_form import by_form
 DTYPES = {"FP32": np.float32, "INT64": np.int64}
 
 
-class Asked:
+class Asked(Uncounted):
     """Stands for the exchange of a front: keeps what the call ends with."""
 
     def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:

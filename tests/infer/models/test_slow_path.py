@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.requests.request_memory import Uncounted
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request
 
@@ -35,7 +36,7 @@ CASES = {
 }
 
 
-class Caller:
+class Caller(Uncounted):
     """Takes the outcome of one call."""
 
     def __init__(self) -> None:

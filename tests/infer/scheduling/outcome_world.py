@@ -100,6 +100,8 @@ class Client:
     def hold(self, size: int) -> bool:
         return True
 
+    reserve = hold
+
     def release(self, size: int) -> None: ...
 
     def has_room(self, size: int) -> bool:

@@ -1,0 +1,64 @@
+"""Memory of a request: bytes that its server counts, from the request's first frame to its end.
+
+RequestMemory (a call) <── RequestPart (one request of several in a call): hold, release, close
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class RequestMemory(Protocol):
+    """Memory of one call, in the account of its server."""
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more until the call ends. Raises ResourceExhausted when there is no room."""
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the call ends."""
+
+
+class Uncounted:
+    """Memory of calls without an account."""
+
+    message_bytes = 0
+
+    def hold(self, size: int) -> None:
+        pass
+
+    def release(self, size: int) -> None:
+        pass
+
+
+UNCOUNTED = Uncounted()
+
+
+class RequestPart:
+    """Memory of one request in a call with several. Closed when the request has ended."""
+
+    __slots__ = ("_is_closed", "_memory", "held", "message_bytes")
+
+    def __init__(self, memory: RequestMemory, message_bytes: int = 0) -> None:
+        """Store the memory of the call, and the size of the request's message; nothing is held yet."""
+        self._memory = memory
+        self.message_bytes = message_bytes
+        self.held = 0
+        self._is_closed = False
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more. Counts nothing after the end. Raises ResourceExhausted when there is no room."""
+        if not self._is_closed:
+            self._memory.hold(size)
+            self.held += size
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held. Does nothing after the end."""
+        if not self._is_closed:
+            self.held -= size
+            self._memory.release(size)
+
+    def close(self) -> None:
+        """Release everything. Does nothing the second time."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._memory.release(self.held)

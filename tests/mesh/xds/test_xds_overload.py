@@ -1,0 +1,142 @@
+"""The ceiling of Envoy's heap with a real Envoy: clients that hold memory lose their streams, and others are served."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from mesh.h2 import frames
+from mesh.h2.headers import LIST_BYTES
+from mesh.rpc.framing import framed
+from tests.breakable import until
+from tests.http2 import INFER
+from tests.mesh.h2.test_h2_isolation import Client, credit
+from tests.mesh.xds.test_xds_envoy import Mesh, request, told
+
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
+
+MIB = 1 << 20
+HEAP = 64 * MIB
+RESETS = "envoy.overload_actions.reset_high_memory_stream.count"
+PRESSURE = "overload.envoy.resource_monitors.fixed_heap.pressure"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh() -> AsyncIterator[Mesh]:
+    """A mesh whose Envoy has a small heap, and waits for whole messages: no instance has both models."""
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    async with AsyncExitStack() as stack:
+        made = Mesh(folder, stack, None, heap=HEAP)
+        await made.start()
+        await made.envoy.until_ready()
+        await made.replica(0)
+        await made.replica(1)
+        await made.show(made.instance(0, "a"), made.instance(1, "b"))
+        yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def client(mesh: Mesh, window: int = frames.LARGEST_WINDOW) -> AsyncIterator[Client]:
+    host, _, port = mesh.envoy.gateway.rpartition(":")
+    made = Client(*await asyncio.open_connection(host, int(port)))
+    made.send(frames.PREFACE, frames.settings({frames.WINDOW_SIZE: window, frames.HEADER_LIST_SIZE: LIST_BYTES}))
+    await made.until(frames.SETTINGS)
+    made.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+    try:
+        yield made
+    finally:
+        made.writer.close()
+
+
+async def half_of_large_messages(mesh: Mesh, stack: AsyncExitStack) -> None:
+    """Hold bodies of 10 MiB that are not whole."""
+    peer = await stack.enter_async_context(client(mesh))
+    for _ in range(8):
+        number, sent = peer.open(INFER), 0
+        while sent < 10 * MIB and not is_ended(peer, number):
+            peer.data(number, (framed(bytes(100 * MIB)) if not sent else bytes(MIB))[:MIB], is_end=False)
+            sent += MIB
+            # The stream's window is 1 MiB.
+            while credit(peer, number) < sent - MIB // 2 and not is_ended(peer, number):
+                assert await peer.frame() is not None
+
+
+async def half_of_many_messages(mesh: Mesh, stack: AsyncExitStack) -> None:
+    """Hold many bodies of 60 KiB that are not whole."""
+    body = framed(bytes(100_000))[: 60 << 10]
+    for _ in range(2):
+        peer = await stack.enter_async_context(client(mesh))
+        sent = 0
+        for _ in range(900):
+            peer.data(peer.open(INFER), body, is_end=False)
+            sent += len(body)
+            # The connection's window is 16 MiB.
+            while credit(peer, 0) < sent - 8 * MIB:
+                assert await peer.frame() is not None
+
+
+async def unread_responses(mesh: Mesh, stack: AsyncExitStack) -> None:
+    """Read nothing of large responses."""
+    body = framed(request("a", 900_000, echo=1).SerializeToString())
+    peer = await stack.enter_async_context(client(mesh, window=0))
+    sent = 0
+    for _ in range(150):
+        peer.data(peer.open(INFER), body)
+        sent += len(body)
+        while credit(peer, 0) < sent - 8 * MIB:
+            assert await peer.frame() is not None
+
+
+def is_ended(peer: Client, number: int) -> bool:
+    return any(kind == frames.RST_STREAM and of == number for kind, _, of, _ in peer.seen)
+
+
+@pytest.mark.parametrize("attack", [half_of_large_messages, half_of_many_messages, unread_responses])
+async def test_streams_that_hold_much_of_the_heap_are_reset_and_others_are_served(
+    mesh: Mesh, attack: Callable[[Mesh, AsyncExitStack], Awaitable[None]]
+):
+    idle_mib = rss_mib(mesh)
+    before = (await mesh.envoy.stats(RESETS))[RESETS]
+    peak_mib = served = 0
+    is_over = asyncio.Event()
+
+    async def bystander() -> None:
+        nonlocal peak_mib, served
+        while not is_over.is_set():
+            assert told(await mesh.infer("b"), "header") == "b"
+            served += 1
+            peak_mib = max(peak_mib, rss_mib(mesh))
+            await asyncio.sleep(0.005)
+
+    async def has_reset() -> bool:
+        return (await mesh.envoy.stats(RESETS))[RESETS] > before
+
+    calling = asyncio.create_task(bystander())
+    async with AsyncExitStack() as stack:
+        await attack(mesh, stack)
+        await until(has_reset, "Envoy resets streams")
+        seen = served
+        await until(lambda: served >= seen + 10, "the bystander is served")
+    is_over.set()
+    await calling
+    print(attack.__name__, idle_mib, peak_mib, served, (await mesh.envoy.stats(RESETS))[RESETS] - before)
+    assert peak_mib - idle_mib < 1.3 * (HEAP >> 20)
+
+    async def has_room() -> bool:
+        return (await mesh.envoy.stats(PRESSURE))[PRESSURE] < 50
+
+    await until(has_room, "the heap is free again")
+    assert told(await mesh.infer("a"), "header") == "a"
+
+
+def rss_mib(mesh: Mesh) -> int:
+    lines = Path(f"/proc/{mesh.envoy.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmRSS"))
