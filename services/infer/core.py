@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 
 from services.infer import decoupled_responses
+from services.infer.ensembles.loading import Composed
+from services.infer.ensembles.other_models import StepVersion
 from services.infer.error_text import quoted
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
@@ -24,6 +26,7 @@ from services.infer.requests.request import InferenceRequest, held_bytes, is_lon
 from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
 from services.infer.requests.response import explain, write_response_async
 from services.infer.response_cache.cache import CacheState
+from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.crash_guard import CrashGuard
 from services.infer.scheduling.submit import Waiter
 from services.infer.sequences.arrival_order import ArrivalOrder
@@ -160,6 +163,13 @@ class InferenceServer:
         self._control.check_allowed()
         return self._control
 
+    def sessions(self, name: str, version: str) -> list[Session]:
+        """Return the sessions that every request to a model needs; empty for an unknown model."""
+        try:
+            return list(_sessions(self.models.find(name, version)))
+        except ShoalError:
+            return []
+
     async def infer(
         self,
         message: pb.ModelInferRequest,
@@ -167,6 +177,7 @@ class InferenceServer:
         tenant: str = "",
         *,
         is_retry: bool = False,
+        inner_call: object = None,
         memory: RequestMemory = UNCOUNTED,
         message_bytes: int = 0,
     ) -> pb.ModelInferResponse:
@@ -177,6 +188,7 @@ class InferenceServer:
             deadline: on this server's clock; the request never starts at or after the deadline.
             tenant: the caller's tenant, for its fair share of a busy model.
             is_retry: the mesh has sent the request to another instance before.
+            inner_call: the call of a model that the request belongs to; None for a client's request.
             memory: memory of the request's call, which counts the message already.
             message_bytes: size of the message.
 
@@ -192,7 +204,7 @@ class InferenceServer:
             try:
                 tensor_bytes = read_bytes(message, message_bytes)
                 memory.hold(tensor_bytes)
-                return await self._infer(message, version, deadline, tenant, is_retry, memory, tensor_bytes)
+                return await self._infer(message, version, deadline, tenant, is_retry, inner_call, memory, tensor_bytes)
             except (Exception, asyncio.CancelledError):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
@@ -204,14 +216,17 @@ class InferenceServer:
         deadline: float,
         tenant: str,
         is_retry: bool,
+        inner_call: object,
         memory: RequestMemory,
         tensor_bytes: int,
     ) -> pb.ModelInferResponse:
         cache = CacheState.OFF
         if version.arrival_order is not None:
-            request, result = await self._step(message, version, version.arrival_order, deadline, tenant, is_retry)
+            request, result = await self._step(
+                message, version, version.arrival_order, deadline, tenant, is_retry, inner_call
+            )
         else:
-            request = await self._read(message, version, is_retry)
+            request = await self._read(message, version, is_retry, inner_call)
             request.memory = memory
             if version.response_cache is None:
                 result = await version.scheduler.submit(request, deadline, tenant)
@@ -233,8 +248,12 @@ class InferenceServer:
             explain(response, result, self._replica, cache)
         return response
 
-    async def _read(self, message: pb.ModelInferRequest, version: Version, is_retry: bool) -> InferenceRequest:
+    async def _read(
+        self, message: pb.ModelInferRequest, version: Version, is_retry: bool, inner_call: object
+    ) -> InferenceRequest:
         request = await read_async(message, version.loaded.model.signature)
+        if inner_call is not None:
+            request = replace(request, parameters=replace(request.parameters, inner_call=inner_call))
         if is_retry and self._crash_guard is not None:
             request = replace(await self._crash_guard.checked(version.name, request), check=self._crash_guard.checked)
         return request
@@ -247,14 +266,15 @@ class InferenceServer:
         deadline: float,
         tenant: str,
         is_retry: bool,
+        inner_call: object,
     ) -> tuple[InferenceRequest, InferenceResult]:
         """Run one step of a sequence; steps start in the order of their arrival, even when one takes longer to read."""
         scheduler, id = version.scheduler, parameters.sequence_id(message.parameters)
-        if order.is_free(id) and not is_retry and not is_long_read(message):
+        if order.is_free(id) and not is_retry and inner_call is None and not is_long_read(message):
             request = read(message, version.loaded.model.signature)
             return request, await scheduler.submit(request, deadline, tenant)
         async with order.in_order(id):
-            request = await self._read(message, version, is_retry)
+            request = await self._read(message, version, is_retry, inner_call)
             waiter = Waiter(asyncio.get_running_loop().create_future())
             ticket = scheduler.start(request, deadline, tenant, waiter)
         try:
@@ -291,6 +311,17 @@ class InferenceServer:
             except (Exception, asyncio.CancelledError, GeneratorExit):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
+
+
+def _sessions(version: StepVersion) -> Iterator[Session]:
+    loaded = version.loaded
+    if loaded.session is not None:
+        yield loaded.session
+    elif isinstance(loaded, Composed):
+        for planned in loaded.plan.steps:
+            # The other steps may have nothing to do.
+            if not planned.step.when and not planned.step.each:
+                yield from _sessions(planned.version)
 
 
 def _only_repository(name: str) -> None:

@@ -1,6 +1,9 @@
 """Inner calls: calls that a model makes of another model of this server (Triton's "business logic scripting").
 
 model process ──"call"──> session ──> event loop: core.infer ──> "answer" ──> model process
+
+An inner call inherits deadline, tenant and priority from the requests in execution (its outer call), and ends with
+them. A call that no instance would ever become free for is rejected at once (`InnerCalls._cycle`).
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +25,9 @@ from mesh.rpc.framing import no_memory
 from services.infer.model_process.channel import Message
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.request_info import SEQUENCE_END, SEQUENCE_START
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.request_memory import UNCOUNTED, RequestMemory, RequestPart
-from shoal.errors import ShoalError
+from shoal.errors import Code, DeadlineExceeded, FailedPrecondition, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import to_raw
@@ -38,12 +45,107 @@ class Core(Protocol):
 
     async def infer(
         self,
-        request: pb.ModelInferRequest,
+        message: pb.ModelInferRequest,
         deadline: float = ...,
+        tenant: str = ...,
         *,
+        inner_call: object = ...,
         memory: RequestMemory = ...,
         message_bytes: int = ...,
     ) -> pb.ModelInferResponse: ...
+
+    def sessions(self, name: str, version: str) -> Sequence[object]:
+        """Return the sessions that every request to a model needs; empty for an unknown model."""
+
+
+class OuterItem(Protocol):
+    """A request in execution, an `execution.ExecutionItem`."""
+
+    @property
+    def request(self) -> InferenceRequest: ...
+
+    @property
+    def deadline(self) -> float: ...
+
+    @property
+    def is_abandoned(self) -> bool: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class InnerCall:
+    """One call that a model makes of another one. Compared by identity."""
+
+    sessions: Sequence[object]
+    """The sessions that execute it."""
+
+
+@dataclass(frozen=True)
+class OuterCall:
+    """Values that inner calls inherit from the requests in execution."""
+
+    deadline: float = math.inf
+    """On the server's clock."""
+    tenant: str = ""
+    priority: int = 0
+    """0: the called model's default."""
+    inner_calls: frozenset[object] = frozenset()
+    """The calls of other models that the requests belong to."""
+
+
+def outer_of(batch: Sequence[OuterItem]) -> OuterCall:
+    """Return the values for a batch: the latest deadline; tenant and priority of the first request that waits."""
+    waiting = [item for item in batch if not item.is_abandoned] or batch
+    first = waiting[0]
+    return OuterCall(
+        max(item.deadline for item in waiting),
+        first.tenant,
+        first.request.parameters.priority,
+        frozenset(item.request.parameters.inner_call for item in batch),
+    )
+
+
+class CallingModel(Protocol):
+    """A model that makes calls: a `session.ProcessSession`. Compared by identity."""
+
+    name: str
+
+    @property
+    def instances(self) -> Sequence[object]: ...
+
+
+class ModelRun:
+    """One run of a model in its process, or one request of a decoupled model. Any thread may use it."""
+
+    __slots__ = ("_on_end", "executes", "is_over", "model", "outer")
+
+    def __init__(self, model: CallingModel, outer: Callable[[], OuterCall]) -> None:
+        """Store the model, and the function that returns the values that its inner calls inherit."""
+        self.model = model
+        self.outer = outer
+        self.executes: frozenset[object] = frozenset()
+        """Inner calls that the run executes, once it has made one itself. Only the event loop's thread uses it."""
+        self.is_over = False
+        self._on_end: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        """End the inner calls of the run; later ones are rejected."""
+        self.is_over = True
+        if self._on_end is not None:
+            self._on_end()
+
+    def watch(self, on_end: Callable[[], None]) -> bool:
+        """Set the function that `end` calls. Return False when the run is over, and the function may not be called."""
+        self._on_end = on_end
+        # Read last: another thread's `end` either finds the function, or is found here.
+        return not self.is_over
+
+
+def error_reply(text: str, code: Code) -> tuple[dict[str, Any], Sequence[TensorPart]]:
+    """Return the arguments of a `Reply` with an error."""
+    return {"error": text[:_MAX_ERROR_CHARACTERS], "code": code.name}, ()
 
 
 # Memory of a call beside its tensors.
@@ -71,7 +173,9 @@ class InnerCalls:
     def __init__(self) -> None:
         self._core: Core | None = None
         self._memory: RequestMemory = UNCOUNTED
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[ModelRun, set[asyncio.Task[None]]] = {}
+        # Calls of each run that have no response yet. Only the event loop's thread uses both.
+        self._calls: dict[ModelRun, list[InnerCall]] = {}
 
     def bind(self, core: Core, account: MemoryAccount | None = None) -> None:
         """Run all later calls on `core`, in the running event loop, and count them in the account of requests."""
@@ -79,62 +183,155 @@ class InnerCalls:
         if account is not None:
             self._memory = _SharedMemory(account.share())
 
-    def __call__(self, message: Message, reply: Reply) -> None:
-        """Start a call, from any thread; `reply` gets the response on another thread."""
+    def __call__(self, message: Message, run: ModelRun, reply: Reply) -> None:
+        """Start a call of `run`, from any thread; `reply` gets the response on another thread."""
         if self._core is None:
-            reply({"error": "the server is not ready for calls of models", "code": "UNAVAILABLE"}, ())
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._start, self._core, message, reply)
+            reply(*error_reply("the server is not ready for calls of models", Code.UNAVAILABLE))
+        else:
+            self._on_loop(self._start, self._core, message, run, run.outer(), reply)
+
+    def _on_loop(self, callback: Callable[..., None], *args: Any) -> None:
         # The loop is closed: the server is shutting down, and the model process with it.
-        except RuntimeError:
-            pass
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
 
-    def _start(self, core: Core, message: Message, reply: Reply) -> None:
-        task = asyncio.create_task(self._run(core, message, reply))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _start(self, core: Core, message: Message, run: ModelRun, outer: OuterCall, reply: Reply) -> None:
+        if not run.watch(partial(self._on_loop, self._end, run)):
+            self._loop.run_in_executor(None, reply, *_ended())
+            return
+        task = asyncio.create_task(self._run(core, message, run, outer, reply))
+        self._tasks.setdefault(run, set()).add(task)
+        task.add_done_callback(partial(self._drop, run))
 
-    async def _run(self, core: Core, message: Message, reply: Reply) -> None:
+    def _drop(self, run: ModelRun, task: asyncio.Task[None]) -> None:
+        self._tasks[run].discard(task)
+        if not self._tasks[run]:
+            del self._tasks[run]
+
+    def _end(self, run: ModelRun) -> None:
+        for task in self._tasks.get(run, ()):
+            task.cancel()
+
+    async def _run(self, core: Core, message: Message, run: ModelRun, outer: OuterCall, reply: Reply) -> None:
         memory = RequestPart(self._memory, message.tensor_bytes)
         try:
-            header, parts = await self._outcome(core, message, memory)
+            header, parts = await self._outcome(core, message, run, outer, memory)
             # On a thread: the model process may be slow to read.
             await asyncio.to_thread(reply, header, parts)
         finally:
             memory.close()
 
     async def _outcome(
-        self, core: Core, message: Message, memory: RequestPart
+        self, core: Core, message: Message, run: ModelRun, outer: OuterCall, memory: RequestPart
     ) -> tuple[dict[str, Any], Sequence[TensorPart]]:
         parts: Sequence[TensorPart] = ()
-        size = memory.message_bytes
+        header: dict[str, Any] = {}
         try:
             # The tensors, and their copy in the request.
-            memory.hold(_CALL_BYTES + 2 * size)
-            timeout_us = message.header.get("timeout_us") or 0
-            deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else math.inf
-            response = await core.infer(_request(message), deadline, memory=memory, message_bytes=size)
-            header: dict[str, Any] = {}
+            memory.hold(_CALL_BYTES + 2 * memory.message_bytes)
+            response = await self._infer(core, message, run, outer, memory)
             parts = [
                 _part(output, raw) for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
             ]
+        except asyncio.CancelledError:
+            header, _ = _ended()
         except ShoalError as err:
-            header = {"error": err.message[:_MAX_ERROR_CHARACTERS], "code": err.code.name}
+            header, _ = error_reply(err.message, err.code)
         except (TypeError, ValueError, KeyError) as err:
-            text = f"the request cannot be read: {err}"[:_MAX_ERROR_CHARACTERS]
-            header = {"error": text, "code": "INVALID_ARGUMENT"}
+            header, _ = error_reply(f"the request cannot be read: {err}", Code.INVALID_ARGUMENT)
         except Exception:
             log.exception("unexpected error in a call that a model made")
-            header = {"error": "internal error: the log of the service has the cause", "code": "INTERNAL"}
+            header, _ = error_reply("internal error: the log of the service has the cause", Code.INTERNAL)
         return header, parts
 
+    async def _infer(
+        self, core: Core, message: Message, run: ModelRun, outer: OuterCall, memory: RequestPart
+    ) -> pb.ModelInferResponse:
+        request = _request(message, outer.priority)
+        now, timeout_us = time.monotonic(), message.header.get("timeout_us") or 0
+        deadline = min(outer.deadline, now + timeout_us / 1e6) if timeout_us else outer.deadline
+        run.executes = outer.inner_calls
+        call = InnerCall(core.sessions(request.model_name, request.model_version))
+        with self._waiting(run, call):
+            try:
+                async with asyncio.timeout(deadline - now if deadline != math.inf else None):
+                    return await core.infer(
+                        request,
+                        deadline,
+                        outer.tenant,
+                        inner_call=call,
+                        memory=memory,
+                        message_bytes=memory.message_bytes,
+                    )
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"the deadline of the call of model '{request.model_name}' has passed: that of the caller of model "
+                    f"'{run.model.name}', or the timeout of the call"
+                ) from None
 
-def _request(message: Message) -> pb.ModelInferRequest:
+    @contextmanager
+    def _waiting(self, run: ModelRun, call: InnerCall) -> Iterator[None]:
+        """Count `run` as waiting for `call` in the block. Raises FailedPrecondition when it would wait for ever."""
+        calls = self._calls.setdefault(run, [])
+        calls.append(call)
+        try:
+            if cycle := self._cycle(run, call):
+                raise FailedPrecondition(
+                    f"model '{cycle[0]}' cannot call model '{cycle[1]}' now: {' -> '.join(cycle)} is a cycle, in which "
+                    "all instances wait for such calls; set more instances (instance_group count)"
+                )
+            yield
+        finally:
+            calls.remove(call)
+            if not calls:
+                del self._calls[run]
+
+    def _cycle(self, run: ModelRun, call: InnerCall) -> list[str]:
+        """Return the names of the models in the cycle that `run` would wait in for ever with `call`; or none.
+
+        A run waits for all of its calls. A call waits for the runs that execute it; before them, for an instance.
+        """
+        executors: dict[object, list[ModelRun]] = {}
+        for each in self._calls:
+            for executed in each.executes:
+                executors.setdefault(executed, []).append(each)
+        stuck = set(self._calls)
+
+        def blocking(waiting: InnerCall) -> ModelRun | None:
+            """Return a stuck run that `waiting` waits for; None when there is none."""
+            for executor in executors.get(waiting, ()):
+                if executor in stuck:
+                    return executor
+            if waiting not in executors:
+                for session in waiting.sessions:
+                    holders = [each for each in stuck if each.model is session]
+                    if holders and len(holders) >= len(holders[0].model.instances):
+                        return holders[0]
+            return None
+
+        while free := {each for each in stuck if not any(map(blocking, self._calls[each]))}:
+            stuck -= free
+        path, next_run = [run], blocking(call)
+        if next_run is None:
+            return []
+        while next_run not in path:
+            path.append(next_run)
+            next_run = next(filter(None, map(blocking, self._calls[next_run])))
+        return [each.model.name for each in (*path, next_run)]
+
+
+def _ended() -> tuple[dict[str, Any], Sequence[TensorPart]]:
+    return error_reply("the request that this call was made for has ended", Code.CANCELLED)
+
+
+def _request(message: Message, priority: int) -> pb.ModelInferRequest:
+    """Return the request of a call. Its priority is `priority`, unless the calling model has set one."""
     header = message.header
     request = pb.ModelInferRequest(model_name=header["model"], model_version=header["version"], id=header["request_id"])
     for name, value in header["parameters"].items():
         setattr(request.parameters[name], _FIELDS[type(value)], value)
+    if priority and "priority" not in request.parameters:
+        request.parameters["priority"].uint64_param = priority
     if header.get("sequence_id"):
         _set_sequence(request, header["sequence_id"], int(header["flags"]))
     for name, datatype, array in message.tensors:

@@ -23,6 +23,7 @@ from services.infer.model_files.config_json import from_json
 from services.infer.model_process import payload
 from services.infer.model_process.channel import ChannelClosed, Message
 from services.infer.model_process.decoupled_streams import DecoupledStreams
+from services.infer.model_process.inner_calls import ModelRun, OuterCall, Reply, error_reply
 from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.poison import PoisonTable
@@ -78,8 +79,8 @@ class Limits:
     """Concurrent requests of one instance of a decoupled model."""
 
 
-RunInnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
-"""Runs an inner call (of another model); passes the response to the function, later and from any thread."""
+RunInnerCall = Callable[[Message, ModelRun, Reply], None]
+"""Runs an inner call (of another model) of a run; passes the response to the function, later and from any thread."""
 
 
 class ProcessSession(Session):
@@ -192,6 +193,7 @@ class ProcessSession(Session):
         patience_s: float = 0.0,
         on: Runner | None = None,
         most_rows: int = 0,
+        outer: Callable[[], OuterCall] = OuterCall,
         on_waited: Callable[[int], None] = lambda waited_ns: None,
     ) -> list[list[Tensor] | Exception]:
         """Run the requests of one batch.
@@ -204,6 +206,7 @@ class ProcessSession(Session):
             patience_s: longest wait for a process that is restarting.
             on: the process that must run the batch, without retries elsewhere; None: a free process.
             most_rows: largest batch after a shared process has stacked rows of other infer processes; 0: no stacking.
+            outer: returns what the inner calls of the run inherit; called for each of them, while the batch runs.
             on_waited: called with the nanoseconds that the batch waited inside a shared process.
 
         Returns:
@@ -221,13 +224,15 @@ class ProcessSession(Session):
         elif most_rows:
             header["most"] = most_rows
         if on is not None:
-            return self._results(self._exchange_on(on, header, parts, is_wanted), outputs)
+            return self._results(self._exchange_on(on, header, parts, is_wanted, outer), outputs)
         with self._free_instance() as instance:
             for is_last in (*(False,) * _UNREAD_TRIES, True):
                 process = instance.running(patience_s)
                 with process.using:
                     response = (
-                        self._exchange(process, header, parts, is_wanted, is_last) if _is_alive(process) else None
+                        self._exchange(process, header, parts, is_wanted, outer, is_last)
+                        if _is_alive(process)
+                        else None
                     )
                 if response is not None:
                     on_waited(int(response.header.get("waited_ns", 0)))
@@ -255,10 +260,15 @@ class ProcessSession(Session):
             self._free.put(chosen)
 
     def _exchange_on(
-        self, process: Runner, header: dict[str, Any], parts: Sequence[TensorPart], is_wanted: Callable[[], bool]
+        self,
+        process: Runner,
+        header: dict[str, Any],
+        parts: Sequence[TensorPart],
+        is_wanted: Callable[[], bool],
+        outer: Callable[[], OuterCall],
     ) -> Message:
         with process.using:
-            response = self._exchange(process, header, parts, is_wanted, False) if _is_alive(process) else None
+            response = self._exchange(process, header, parts, is_wanted, outer, False) if _is_alive(process) else None
         if response is None:
             raise ModelDied(f"the model's process died ({process.end})", is_confirmed=False, is_unread=True)
         return response
@@ -273,13 +283,15 @@ class ProcessSession(Session):
         header: dict[str, Any],
         parts: Sequence[TensorPart],
         is_wanted: Callable[[], bool],
+        outer: Callable[[], OuterCall],
         is_last: bool,
     ) -> Message | None:
         """Send the batch and return the response.
 
         Returns None when the process died before it had read the batch, unless this is the last try.
         """
-        exchange = _Exchange(self, process, header["id"], is_wanted)
+        run = ModelRun(self, outer)
+        exchange = _Exchange(self, process, header["id"], is_wanted, run)
         try:
             process.channel.send(header, parts)
             return exchange.receive()
@@ -290,6 +302,8 @@ class ProcessSession(Session):
                 return None
             text = f"the model's process died ({process.end})"
             raise ModelDied(text, is_confirmed=process.is_own_crash(), is_alone=process.is_alone()) from err
+        finally:
+            run.end()
 
     def rejection(self, name: str, after_s: float) -> Internal:
         """Return the error for a poison request."""
@@ -298,8 +312,8 @@ class ProcessSession(Session):
             f"before; it is rejected for {after_s:.0f} s"
         )
 
-    def call_other(self, process: Runner, message: Message) -> None:
-        """Run a call that the model makes of another model, and send the response to `process`."""
+    def call_other(self, process: Runner, message: Message, run: ModelRun) -> None:
+        """Run a call that the model makes of another model during `run`, and send the response to `process`."""
 
         def send(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             try:
@@ -307,21 +321,23 @@ class ProcessSession(Session):
             except (ChannelClosed, OSError) as err:
                 log.info("model %s: the response to its inner call could not be sent: %s", self.title, err)
 
-        self._run_inner_call(message, send)
+        self._run_inner_call(message, run, send)
 
-    def _call_from_stream(self, message: Message, streams: DecoupledStreams) -> None:
-        self._run_inner_call(message, streams.reply)
+    def _call_from_stream(self, message: Message, run: ModelRun | None, streams: DecoupledStreams) -> None:
+        self._run_inner_call(message, run, streams.reply)
 
-    def _run_inner_call(self, message: Message, send: Callable[[dict[str, Any], Sequence[TensorPart]], None]) -> None:
+    def _run_inner_call(self, message: Message, run: ModelRun | None, send: Reply) -> None:
         number = message.header.get("id")
 
         def reply(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             send({**header, "op": "answer", "id": number}, parts)
 
         if self._call is None:
-            reply({"error": "calls to other models are not supported here", "code": "UNIMPLEMENTED"}, ())
+            reply(*error_reply("calls to other models are not supported here", Code.UNIMPLEMENTED))
+        elif run is None:
+            reply(*error_reply("other models can be called only while a request is executed", Code.CANCELLED))
         else:
-            self._call(message, reply)
+            self._call(message, run, reply)
 
     def _results(self, response: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         if response.op == "error":
@@ -359,8 +375,15 @@ class ProcessSession(Session):
 class _Exchange:
     """One run in a process: waits for the response, kills a process that exceeds its limits."""
 
-    def __init__(self, session: ProcessSession, process: Runner, number: int, is_wanted: Callable[[], bool]) -> None:
-        self._session, self._process = session, process
+    def __init__(
+        self,
+        session: ProcessSession,
+        process: Runner,
+        number: int,
+        is_wanted: Callable[[], bool],
+        run: ModelRun,
+    ) -> None:
+        self._session, self._process, self._run = session, process, run
         self._number, self._is_wanted = number, is_wanted
         self.has_sent_more = False
         """True once the process was sent anything after the request."""
@@ -374,7 +397,7 @@ class _Exchange:
             if message is not None:
                 if message.op == "call":
                     self.has_sent_more = True
-                    self._session.call_other(self._process, message)
+                    self._session.call_other(self._process, message, self._run)
                     continue
                 if message.op not in ("result", "error") or message.header.get("id") != self._number:
                     self._process.kill("killed: it sent a response that does not match the request")
@@ -394,6 +417,7 @@ class _Exchange:
             self._process.kill(f"killed: the run did not end within {_ABANDONED_S:.0f} s after its last caller left")
             raise ChannelClosed("no caller waits")
         if abandoned_s and not self._is_cancel_sent:
+            self._run.end()
             self.has_sent_more = self._is_cancel_sent = True
             self._process.channel.send({"op": "cancel", "id": self._number})
 

@@ -46,6 +46,8 @@ class Parameters:
     sequence_start: bool = False
     sequence_end: bool = False
     """True for the first, or the last step."""
+    inner_call: object = None
+    """The call of a model that the request belongs to, an `inner_calls.InnerCall`; None for a client's request."""
 
 
 NONE = Parameters()

@@ -22,6 +22,7 @@ from services.infer.model_process import payload, request_info
 from services.infer.model_process.channel import Message
 from services.infer.model_process.checks import check_outputs
 from services.infer.model_process.decoupled_streams import DecoupledStreams
+from services.infer.model_process.inner_calls import ModelRun, OuterCall
 from services.infer.model_process.session import ProcessSession, error_of
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.requests.request import InferenceRequest
@@ -57,6 +58,7 @@ class _ActiveStream:
 
     link: DecoupledStreams
     request: InferenceRequest
+    run: ModelRun
     # Bounded by the credit.
     events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)
     number: int = 0
@@ -68,6 +70,7 @@ class _ActiveStream:
 @dataclass(eq=False)
 class _Waiter:
     request: InferenceRequest
+    outer: OuterCall
     admitted: asyncio.Future[_ActiveStream]
 
 
@@ -123,7 +126,8 @@ class DecoupledScheduler:
             Internal: the model's process died. An error of the model itself is a response.
         """
         arrived = self._clock()
-        stream = await self._admit(request, arrived, deadline)
+        outer = OuterCall(deadline, tenant, request.parameters.priority)
+        stream = await self._admit(request, arrived, outer)
         started = self._clock()
         try:
             self._start(stream, deadline)
@@ -145,6 +149,7 @@ class DecoupledScheduler:
                     stream.link.send_control(stream.number, "credit", more=CREDIT // 2)
         finally:
             stream.is_abandoned = True
+            stream.run.end()
             if stream in self._streams:
                 stream.link.send_control(stream.number, "cancel")
                 stream.timers.append(self._loop.call_later(_CANCEL_GRACE_S, self._kill_if_stuck, stream))
@@ -153,23 +158,23 @@ class DecoupledScheduler:
     def _unloading_error(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
 
-    async def _admit(self, request: InferenceRequest, now: float, deadline: float) -> _ActiveStream:
+    async def _admit(self, request: InferenceRequest, now: float, outer: OuterCall) -> _ActiveStream:
         if self._is_closing:
             raise self._unloading_error()
         self._check_poison(request)
         timeout_us = request.parameters.timeout_us
-        expires = min(deadline, now + self._default_timeout_s, now + timeout_us / 1e6 if timeout_us else math.inf)
+        expires = min(outer.deadline, now + self._default_timeout_s, now + timeout_us / 1e6 if timeout_us else math.inf)
         if expires <= now:
             self._statistics.expired += 1
             raise self._expired_error()
         self._session.check_running()
         if not self._waiting and (link := self._free_link()) is not None:
-            return self._occupy(link, request)
-        return await self._wait_for_slot(request, expires - now)
+            return self._occupy(link, request, outer)
+        return await self._wait_for_slot(request, outer, expires - now)
 
-    async def _wait_for_slot(self, request: InferenceRequest, at_most_s: float) -> _ActiveStream:
+    async def _wait_for_slot(self, request: InferenceRequest, outer: OuterCall, at_most_s: float) -> _ActiveStream:
         self._check_capacity(request)
-        waiter = _Waiter(request, self._loop.create_future())
+        waiter = _Waiter(request, outer, self._loop.create_future())
         self._waiting.append(waiter)
         timer = self._loop.call_later(at_most_s, self._expire, waiter) if at_most_s != math.inf else None
         try:
@@ -219,8 +224,8 @@ class DecoupledScheduler:
         free = min(in_flight, key=lambda link: in_flight[link], default=None)
         return free if free is not None and in_flight[free] < self._session.limits.streams else None
 
-    def _occupy(self, link: DecoupledStreams, request: InferenceRequest) -> _ActiveStream:
-        stream = _ActiveStream(link, request)
+    def _occupy(self, link: DecoupledStreams, request: InferenceRequest, outer: OuterCall) -> _ActiveStream:
+        stream = _ActiveStream(link, request, ModelRun(self._session, lambda: outer))
         self._streams.add(stream)
         return stream
 
@@ -229,7 +234,7 @@ class DecoupledScheduler:
         while self._waiting and (link := self._free_link()) is not None:
             waiter = self._waiting.popleft()
             if not waiter.admitted.done():
-                waiter.admitted.set_result(self._occupy(link, waiter.request))
+                waiter.admitted.set_result(self._occupy(link, waiter.request, waiter.outer))
         if self._waiting and not self._session.streams():
             try:
                 self._session.check_running()
@@ -250,7 +255,7 @@ class DecoupledScheduler:
         if session.wants_requests:
             header["details"] = [request_info.of(request, self._name, self._version)]
         stream.number = stream.link.start(
-            header, parts, lambda message: self._from_thread(self._on_message, stream, message)
+            header, parts, stream.run, lambda message: self._from_thread(self._on_message, stream, message)
         )
         if deadline != math.inf:
             late = DeadlineExceeded("Deadline Exceeded: the responses did not end in time")

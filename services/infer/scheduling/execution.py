@@ -49,6 +49,9 @@ class ExecutionItem(Protocol):
     @property
     def is_abandoned(self) -> bool: ...
 
+    @property
+    def tenant(self) -> str: ...
+
 
 @dataclass(slots=True)
 class Tally:

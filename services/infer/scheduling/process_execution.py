@@ -13,6 +13,7 @@ from typing import Any
 from kernels.stack_rows import split_rows
 from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.inner_calls import outer_of
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
@@ -115,6 +116,7 @@ class ProcessExecution(Execution):
             is_wanted=self._has_waiting_caller,
             patience_s=max(self._restart_deadline - self._clock(), 0.0),
             most_rows=self._most_rows if self._batched and not self._runs_one_by_one else 0,
+            outer=lambda: outer_of(self._items),
             on_waited=self._record_wait,
         )
 

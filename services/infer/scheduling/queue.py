@@ -74,6 +74,10 @@ class QueuedRequest(PendingRequest):
         self.on_abandoned: Callable[[], None] | None = None
         """Set by a worker that ends its batch when all callers have left."""
 
+    @property
+    def tenant(self) -> str:
+        return self.tenant_queue.tenant
+
 
 @dataclass(frozen=True)
 class QueueLimits:

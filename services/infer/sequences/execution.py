@@ -13,6 +13,7 @@ from typing import cast
 
 from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.inner_calls import outer_of
 from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
@@ -154,6 +155,7 @@ class ProcessSequenceExecution(SequenceExecution):
     def _run_in_process(self, to_run: Sequence[SequenceStep]) -> list[Outcome]:
         assert isinstance(self._steps, ProcessSteps), "made for a ProcessSession"
         self._steps.on, self._steps.is_wanted = self._process, self._has_waiting_caller
+        self._steps.outer = lambda: outer_of(self._batch)
         try:
             return super()._execute(to_run)
         except ModelDied as err:

@@ -67,6 +67,10 @@ class SequenceStep(PendingRequest):
     def id(self) -> SequenceId:
         return self.request.parameters.sequence_id
 
+    @property
+    def tenant(self) -> str:
+        return self.sequence.tenant
+
     rows = 1
     """For the policies: a step has one row, and no due time."""
     due = math.inf

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from services.infer.model_process.inner_calls import OuterCall
 from services.infer.model_process.instance import Runner
 from services.infer.model_process.session import ProcessSession
 from services.infer.requests.signature import fits
@@ -109,6 +110,7 @@ class ProcessSteps:
         self.on: Runner | None = None
         """The process; None: any free one."""
         self.is_wanted: Callable[[], bool] = lambda: True
+        self.outer: Callable[[], OuterCall] = OuterCall
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
         """Run rows as `SessionSteps.run` does.
@@ -125,6 +127,7 @@ class ProcessSteps:
             [row.request_info if row is not None else {} for row in rows] if self._session.wants_requests else (),
             is_wanted=self.is_wanted,
             on=self.on,
+            outer=self.outer,
         )
         if len(results) == len(rows):
             pairs = zip(rows, results, strict=True)

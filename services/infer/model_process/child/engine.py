@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.child.mailbox import WAKE, Abandoned, RequestListener
+from services.infer.model_process.child.mailbox import RUNNING_ID, WAKE, Abandoned, RequestListener
 from services.infer.model_process.hosted import Batch, Hosted, RunFailed
 from services.infer.model_process.payload import TensorPart
 
@@ -75,6 +75,7 @@ class _Cancellable:
 def _run(channel: MessageSink, mailbox: MessageSource, hosted: Hosted, message: Message) -> None:
     number, listener = message.header["id"], _Cancellable()
     mailbox.listeners[number] = listener
+    RUNNING_ID.set(number)
     try:
         result = hosted.run(_batch(message, listener))
         header = {"op": "result", "id": number}
@@ -187,6 +188,7 @@ class _Streams:
         stream = _Stream(number, self._channel, self._mailbox, message.header["credit"])
         self._streams[number] = self._mailbox.listeners[number] = stream
         batch = _batch(message)
+        RUNNING_ID.set(number)
         steps = self._hosted.start(Batch(batch.inputs, batch.outputs, (), batch.details, stream.is_cancelled), stream)
         if steps is not None:
             self._steps[number] = steps
@@ -194,6 +196,7 @@ class _Streams:
     def _step(self) -> None:
         for number in list(self._steps):
             stream, steps = self._streams[number], self._steps[number]
+            RUNNING_ID.set(number)
             if stream.is_cancelled():
                 self._close(steps)
                 stream.end()

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class RequestListener(Protocol):
 
     def credit(self, more: int) -> None: ...
 
+
+RUNNING_ID: ContextVar[int | None] = ContextVar("running_id", default=None)
+"""Id of the request, or batch, that this thread or task runs; None in a thread that the model has started."""
 
 WAKE = object()
 """Mailbox item without content: the state of a request has changed, so the engine checks all requests again."""
@@ -81,7 +85,7 @@ class Mailbox:
         number, response = next(self._numbers), Future[Message]()
         self._calls[number] = response
         try:
-            self._channel.send({**header, "op": "call", "id": number}, parts)
+            self._channel.send({**header, "op": "call", "id": number, "for": RUNNING_ID.get()}, parts)
             message = response.result()
         except ChannelClosed as err:
             raise RunFailed("the server has closed the channel") from err

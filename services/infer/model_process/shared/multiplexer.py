@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.child.mailbox import WAKE, RequestListener
+from services.infer.model_process.child.mailbox import RUNNING_ID, WAKE, RequestListener
 from services.infer.model_process.hosted import RunFailed
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.shared import merging
@@ -267,11 +267,13 @@ class Multiplexer:
         with self._changed:
             if not self._running:
                 raise RunFailed("other models can be called only while a request is executed")
-            connection = next(reversed(self._running.values()))[0].connection
+            # A thread that the model has started knows no batch: the call is made for the newest one.
+            batch = self._running.get(RUNNING_ID.get() or 0, next(reversed(self._running.values())))[0]
+            connection = batch.connection
             number = next(self._numbers)
             self._calls[number] = connection, response
         try:
-            connection.send({**header, "op": "call", "id": number}, parts)
+            connection.send({**header, "op": "call", "id": number, "for": batch.number}, parts)
             message = response.result()
         finally:
             # Under the lock: `disconnect` iterates over `_calls`.
