@@ -281,9 +281,9 @@ class StoreServiceServicer:
         """Writes the results that StreamResults would send as Parquet files, to a URL or, without one, to the caller. Streams
         the progress. A call that ends early ends the export after its last complete part; another call with its `cursor`
         resumes there. INVALID_ARGUMENT: an invalid filter, URL or cursor. PERMISSION_DENIED: the store may not write to
-        that location. FAILED_PRECONDITION: the location has an export, or another one is being written to it.
-        RESOURCE_EXHAUSTED: too many exports run. ABORTED: the export made no progress for a minute, so another may be
-        writing to the location.
+        that location. FAILED_PRECONDITION: the location has an export, not the one of the cursor, or is a file; another
+        export is being written to it; or the store has no pyarrow. RESOURCE_EXHAUSTED: too many exports run. ABORTED: the
+        export made no progress for a minute, so another may be writing to the location.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
