@@ -79,7 +79,6 @@ class FastCall:
         "_held",
         "_parts",
         "_stream",
-        "arrived",
         "deadline",
         "headers",
         "is_over",
@@ -96,9 +95,8 @@ class FastCall:
         self.headers = headers = stream.head.by_name
         self.span = None if app.tracer is None else app.tracer.begin(headers)
         """None: the call is not sampled."""
-        self.arrived = now = app.clock()
         timeout = headers.get(b"grpc-timeout")
-        self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
+        self.deadline = _NEVER if timeout is None else app.clock() + status.timeout_s(timeout)
         """On the app's clock; infinite without a timeout."""
         self.on_end: Callable[[], None] | None = None
         """Callback for a passed deadline or a disconnected client. Set by the handler."""
@@ -280,10 +278,6 @@ class FastCall:
     def traceparent(self) -> str:
         """Trace context for work after the call: the call's span, else the caller's; empty without a trace."""
         return parent_of(self.headers) if self.span is None else self.span.traceparent
-
-    def age_ns(self) -> int:
-        """Return the nanoseconds since the call began."""
-        return int((self._app.clock() - self.arrived) * 1e9)
 
     def _finish(self, code: int = 0, message: str = "") -> None:
         self.is_over = True

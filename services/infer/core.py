@@ -28,7 +28,7 @@ from services.infer.requests.response import explain, write_response_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.crash_guard import CrashGuard
-from services.infer.scheduling.submit import Waiter
+from services.infer.scheduling.submit import Waiter, outcome_of
 from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
@@ -204,12 +204,29 @@ class InferenceServer:
             try:
                 tensor_bytes = read_bytes(message, message_bytes)
                 memory.hold(tensor_bytes)
-                return await self._infer(message, version, deadline, tenant, is_retry, inner_call, memory, tensor_bytes)
+                request, result, cache = await self._execute(
+                    message, version, deadline, tenant, is_retry, inner_call, memory
+                )
             except (Exception, asyncio.CancelledError):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
+            # The inputs are not needed any more. The outputs are copied into the response.
+            request.inputs = {}
+            memory.release(tensor_bytes)
+            memory.hold(2 * held_bytes(result.outputs))
+            response = await write_response_async(
+                result,
+                request,
+                model=version.name,
+                version=version.number,
+                id=message.id,
+                batched=version.loaded.model.signature.max_batch_size > 0,
+            )
+            if request.parameters.explain:
+                explain(response, result, self._replica, cache)
+            return response
 
-    async def _infer(
+    async def _execute(
         self,
         message: pb.ModelInferRequest,
         version: Version,
@@ -218,35 +235,18 @@ class InferenceServer:
         is_retry: bool,
         inner_call: object,
         memory: RequestMemory,
-        tensor_bytes: int,
-    ) -> pb.ModelInferResponse:
-        cache = CacheState.OFF
+    ) -> tuple[InferenceRequest, InferenceResult, CacheState]:
         if version.arrival_order is not None:
             request, result = await self._step(
                 message, version, version.arrival_order, deadline, tenant, is_retry, inner_call
             )
-        else:
-            request = await self._read(message, version, is_retry, inner_call)
-            request.memory = memory
-            if version.response_cache is None:
-                result = await version.scheduler.submit(request, deadline, tenant)
-            else:
-                result, cache = await version.response_cache.result(request, message.parameters, deadline, tenant)
-        # The inputs are not needed any more. The outputs are copied into the response.
-        request.inputs = {}
-        memory.release(tensor_bytes)
-        memory.hold(2 * held_bytes(result.outputs))
-        response = await write_response_async(
-            result,
-            request,
-            model=version.name,
-            version=version.number,
-            id=message.id,
-            batched=version.loaded.model.signature.max_batch_size > 0,
-        )
-        if request.parameters.explain:
-            explain(response, result, self._replica, cache)
-        return response
+            return request, result, CacheState.OFF
+        request = await self._read(message, version, is_retry, inner_call)
+        request.memory = memory
+        if version.response_cache is None:
+            return request, await version.scheduler.submit(request, deadline, tenant), CacheState.OFF
+        result, cache = await version.response_cache.result(request, message.parameters, deadline, tenant)
+        return request, result, cache
 
     async def _read(
         self, message: pb.ModelInferRequest, version: Version, is_retry: bool, inner_call: object
@@ -277,12 +277,7 @@ class InferenceServer:
             request = await self._read(message, version, is_retry, inner_call)
             waiter = Waiter(asyncio.get_running_loop().create_future())
             ticket = scheduler.start(request, deadline, tenant, waiter)
-        try:
-            return request, await waiter.future
-        except asyncio.CancelledError:
-            scheduler.abandon(ticket)
-            waiter.drop()
-            raise
+        return request, await outcome_of(scheduler, ticket, waiter)
 
     def is_decoupled(self, message: pb.ModelInferRequest) -> bool:
         """Return True when the model is decoupled: a request has any number of responses. Raises as `Models.find`."""

@@ -125,6 +125,9 @@ class EnsembleScheduler:
             self._release(ticket)
         return True
 
+    def age_ns(self, ticket: EnsembleRun) -> int:
+        return int((self._clock() - ticket.arrived) * 1e9)
+
     def is_waiting(self, request: InferenceRequest) -> bool:
         """Return True while no step of `request` has begun its execution."""
         return any(run.request is request and run.is_waiting for run in self._runs)

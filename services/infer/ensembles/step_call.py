@@ -68,6 +68,9 @@ class StepCall:
     async def _run(self, expires: float, tenant: str, check: Check | None) -> None:
         try:
             result = await self._result(expires, tenant, check)
+        except asyncio.CancelledError:
+            self._count_failed()
+            raise
         except Exception as err:
             self.failed(err)
         else:
@@ -90,8 +93,13 @@ class StepCall:
         self._is_over = True
         if self._task is not None:
             self._task.cancel()
-        elif self._ticket is not None:
-            self.version.scheduler.abandon(self._ticket)
+        # A result that was not delivered yet is counted as a success already.
+        elif (
+            self._ticket is not None
+            and self.version.scheduler.abandon(self._ticket)
+            and not isinstance(self._ticket.outcome, InferenceResult)
+        ):
+            self._count_failed()
 
     @property
     def is_waiting(self) -> bool:
@@ -110,7 +118,9 @@ class StepCall:
             self._receiver.step_failed(self, error)
 
     def _count_failed(self) -> None:
-        self.version.statistics.failed(perf_counter_ns() - self._started_ns)
+        version, ticket = self.version, self._ticket
+        ns = perf_counter_ns() - self._started_ns if ticket is None else version.scheduler.age_ns(ticket)
+        version.statistics.failed(ns)
 
 
 def located(error: BaseException, where: str) -> BaseException:

@@ -101,9 +101,7 @@ class Bulk:
         now = self._clock()
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
-            self._entries[message.number] = Entry(
-                self._on_outcome, message, now, deadline, self._clock, RequestPart(self._memory)
-            )
+            self._entries[message.number] = Entry(self._on_outcome, message, deadline, RequestPart(self._memory))
         for message, entry in zip(entries, list(self._entries.values()), strict=True):
             try:
                 self._infer(_NO_PREFIX + message.request, entry)
@@ -164,22 +162,18 @@ class Bulk:
 class Entry:
     """One entry of a bulk; an `infer_fast.Exchange`."""
 
-    __slots__ = ("_arrived", "_clock", "_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end")
+    __slots__ = ("_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end")
 
     def __init__(
         self,
         on_outcome: Callable[[pb.InferBulkResponse.Answer | None, int, int], None],
         message: pb.InferBulkRequest.Entry,
-        now: float,
         deadline: float,
-        clock: Callable[[], float],
         part: RequestPart,
     ) -> None:
         self._on_outcome = on_outcome
         self._part = part
         self._number = message.number
-        self._arrived = now
-        self._clock = clock
         self.deadline = deadline
         self.headers: dict[bytes, bytes] = _RETRY if message.is_retry else {}
         if message.tenant:
@@ -212,10 +206,6 @@ class Entry:
     def release(self, size: int) -> None:
         """Release bytes that were held, before the entry ends."""
         self._part.release(size)
-
-    def age_ns(self) -> int:
-        """Return the time since the entry's arrival, in nanoseconds."""
-        return int((self._clock() - self._arrived) * 1e9)
 
     def expire(self, error: ShoalError) -> None:
         """End the entry because its deadline has passed. Does nothing after the end."""

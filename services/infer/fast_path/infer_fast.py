@@ -54,9 +54,6 @@ class Exchange(Protocol):
     def refuse(self, error: BaseException) -> None:
         """End the exchange with an error."""
 
-    def age_ns(self) -> int:
-        """Return the time since the request's arrival, in nanoseconds."""
-
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the exchange ends. Raises ResourceExhausted without room."""
 
@@ -176,13 +173,17 @@ class _FastRequest:
             self._queued = version.scheduler.start(request, exchange.deadline, name, self)
         except BaseException:
             version.__exit__(None, None, None)
-            version.statistics.failed(exchange.age_ns())
+            version.statistics.failed(0)
             raise
         exchange.on_end = self._abandon
 
     def _abandon(self) -> None:
-        if self._version.scheduler.abandon(self._queued):
-            self._version.__exit__(None, None, None)
+        version, queued = self._version, self._queued
+        if version.scheduler.abandon(queued):
+            version.__exit__(None, None, None)
+            # A result that was not delivered yet is counted as a success already.
+            if not isinstance(queued.outcome, InferenceResult):
+                version.statistics.failed(version.scheduler.age_ns(queued))
 
     def succeeded(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
@@ -205,7 +206,7 @@ class _FastRequest:
         """Called by the scheduler."""
         exchange, version = self._exchange, self._version
         version.__exit__(None, None, None)
-        version.statistics.failed(exchange.age_ns())
+        version.statistics.failed(version.scheduler.age_ns(self._queued))
         exchange.refuse(error)
 
 

@@ -147,6 +147,10 @@ class DecoupledScheduler:
                 read_count += 1
                 if read_count % (CREDIT // 2) == 0:
                     stream.link.send_control(stream.number, "credit", more=CREDIT // 2)
+        # The caller has left, or its deadline has passed while the request ran.
+        except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
+            self._statistics.cancelled += 1
+            raise
         finally:
             stream.is_abandoned = True
             stream.run.end()
@@ -180,6 +184,7 @@ class DecoupledScheduler:
         try:
             return await waiter.admitted
         except asyncio.CancelledError:
+            self._statistics.cancelled += 1
             if waiter.admitted.done() and not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
                 # A slot was assigned at the same time.
                 self._release(waiter.admitted.result())

@@ -25,7 +25,7 @@ class Receiver(Protocol):
 
     @property
     def is_direct(self) -> bool:
-        """True when the receiver starts and ends no other request, and may be called inside `start`."""
+        """True when the receiver starts and ends no other request, and may get a result inside `start`."""
 
     def succeeded(self, result: InferenceResult) -> None: ...
 
@@ -105,12 +105,18 @@ class OutcomeQueue:
             self._deliver_soon()
 
     def add_direct(self, request: PendingRequest) -> None:
-        """Deliver a concluded request now when its receiver allows that and no other outcome waits; else soon.
+        """Deliver a result now when its receiver allows that and no other outcome waits; else soon, as any error.
 
         Called last by a scheduler that iterates over nothing.
         """
         receiver = request.receiver
-        if self._concluded or self._will_deliver or receiver is None or not receiver.is_direct:
+        if (
+            self._concluded
+            or self._will_deliver
+            or receiver is None
+            or not receiver.is_direct
+            or not isinstance(request.outcome, InferenceResult)
+        ):
             self.add(request)
         else:
             request.deliver()

@@ -15,7 +15,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.delivery import Receiver
 
 Ticket: TypeAlias = Any
-"""Result of `start`, for `abandon`; its type is the scheduler's own."""
+"""Result of `start`, for `abandon`: a `delivery.PendingRequest` of the scheduler's own type."""
 
 
 class RequestScheduler(Protocol):
@@ -56,6 +56,9 @@ class RequestScheduler(Protocol):
 
         Return False, without an effect, once the outcome is delivered or the request was abandoned.
         """
+
+    def age_ns(self, ticket: Ticket) -> int:
+        """Return the nanoseconds since a request arrived."""
 
     def end_all(self) -> None:
         """End all requests that are queued or running, with UNAVAILABLE; leaving then waits for none of them."""

@@ -258,6 +258,10 @@ class Scheduler:
             self._release()
         return True
 
+    def age_ns(self, queued: QueuedRequest) -> int:
+        """Return the nanoseconds since the request arrived."""
+        return int((self._clock() - queued.arrived) * 1e9)
+
     def _apply_rules(self, queued: QueuedRequest) -> None:
         parameters = queued.request.parameters
         queued.level = self._rules.level(parameters.priority)
@@ -455,8 +459,10 @@ class Scheduler:
                         is_whole = False
                         self._count_succeeded(times, count, arrived, started, now)
                     times, count, arrived = outcome.times, 0, 0.0
-                count += 1
-                arrived += queued.arrived
+                # A request whose caller has left is counted as failed.
+                if queued.receiver is not None:
+                    count += 1
+                    arrived += queued.arrived
                 outcome.queue_ns = int((started - queued.arrived) * 1e9) + outcome.times.waited_ns
                 outcome.fired = fired
             else:

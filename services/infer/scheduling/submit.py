@@ -6,22 +6,26 @@ import asyncio
 
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.scheduling.request_scheduler import RequestScheduler
+from services.infer.scheduling.request_scheduler import RequestScheduler, Ticket
 
 
 class Waiter:
     """A receiver with a future."""
 
-    __slots__ = ("future",)
+    __slots__ = ("future", "late_result")
 
     # The awaiting task continues in a later iteration of the loop.
     is_direct = True
 
     def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future
+        self.late_result: InferenceResult | None = None
+        """Set when the future was cancelled before the result came."""
 
     def succeeded(self, result: InferenceResult) -> None:
-        if not self.future.done():
+        if self.future.done():
+            self.late_result = result
+        else:
             self.future.set_result(result)
 
     def failed(self, error: BaseException) -> None:
@@ -40,13 +44,25 @@ async def submit_and_wait(
 ) -> InferenceResult:
     """Start `request` and return its result; when cancelled, abandon it. Raises the request's error."""
     waiter = Waiter(asyncio.get_running_loop().create_future())
-    ticket = to.start(request, deadline, tenant, waiter)
+    try:
+        return await outcome_of(to, to.start(request, deadline, tenant, waiter), waiter)
+    finally:
+        # The error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
+        del waiter
+
+
+async def outcome_of(scheduler: RequestScheduler, ticket: Ticket, waiter: Waiter) -> InferenceResult:
+    """Return the result of a started request; when cancelled, abandon it. Raises the request's error.
+
+    A result that came before the cancellation is returned: the statistics have the request as a success already.
+    """
     try:
         return await waiter.future
     except asyncio.CancelledError:
-        to.abandon(ticket)
-        waiter.drop()
+        result = ticket.outcome if scheduler.abandon(ticket) else waiter.late_result or waiter.future.result()
+        if isinstance(result, InferenceResult):
+            return result
         raise
     finally:
-        # Their error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
+        # As above.
         del waiter, ticket

@@ -170,6 +170,9 @@ class SequenceScheduler:
         self._release()
         return True
 
+    def age_ns(self, step: SequenceStep) -> int:
+        return int((self._clock() - step.arrived) * 1e9)
+
     def _check_capacity(self, request: InferenceRequest) -> None:
         count, size = self.table.waiting, self.table.waiting_bytes
         limits = self._limits
@@ -262,6 +265,9 @@ class SequenceScheduler:
             if id(times) not in executions:
                 executions.add(id(times))
                 self._statistics.executed(times, time.time_ns() // 1_000_000)
+            # A step whose caller has left is counted as failed.
+            if step.is_over:
+                continue
             outcome.queue_ns, outcome.fired = int((started - step.arrived) * 1e9), fired
             total_ns = int((now - step.arrived) * 1e9)
             self._statistics.succeeded(times, queue_ns=outcome.queue_ns, total_ns=total_ns)

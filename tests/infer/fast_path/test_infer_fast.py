@@ -53,9 +53,6 @@ class Asked(Uncounted):
         self.is_over = True
         self.end.set_result(error)
 
-    def age_ns(self) -> int:
-        return 1
-
 
 class Server:
     """Both ways over the same models."""

@@ -54,9 +54,6 @@ class Caller(Uncounted):
     def refuse(self, error: BaseException) -> None:
         raise error
 
-    def age_ns(self) -> int:
-        return 0
-
 
 ARRAYS = {
     "texts": np.array([[b"a"] * 4], object),

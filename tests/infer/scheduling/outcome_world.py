@@ -142,7 +142,7 @@ class Stream:
         self._handlers: dict[int, Callable[[Message | None], None]] = {}
         self._count = 0
 
-    def start(self, header: Any, parts: Any, handler: Callable[[Message | None], None]) -> int:
+    def start(self, header: Any, parts: Any, run: Any, handler: Callable[[Message | None], None]) -> int:
         self._count += 1
         self._handlers[self._count] = handler
         x = np.concatenate([chunk for part in parts for chunk in part.chunks]).view(np.float64).reshape(-1, 1)
@@ -358,7 +358,13 @@ class World:
     async def _run(self, version: Version, request: InferenceRequest, exchange: Any) -> None:
         try:
             with version:
-                outputs = await self._outputs(version, request, exchange.deadline)
+                began = self.clock()
+                try:
+                    outputs = await self._outputs(version, request, exchange.deadline)
+                except (Exception, asyncio.CancelledError):
+                    # As in `InferenceServer.infer`.
+                    version.statistics.failed(int((self.clock() - began) * 1e9))
+                    raise
             response = pb.ModelInferResponse(raw_output_contents=[output.tobytes() for output in outputs])
             data = response.SerializeToString()
             exchange.reply((data,), len(data))

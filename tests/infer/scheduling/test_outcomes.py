@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from services.infer import model_stream_infer
+from services.infer.core import InferenceServer
 from services.infer.model_files.wanted_models import WantedVersion
 from services.infer.models.version import Version
 from services.infer.scheduling.delivery import PendingRequest
 from shoal.errors import DeadlineExceeded, Internal, Unavailable
-from tests.infer.scheduling.outcome_world import Errors, SteppedLoop, World, outputs_of, request_of, run, value
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer.scheduling.outcome_world import FAST, Errors, SteppedLoop, World, outputs_of, request_of, run, value
 
 ROWS = 12
 
@@ -60,6 +64,102 @@ async def called_with_rows(world: World, number: int, target: str = "rows", *, t
     """Call a model for each of ROWS rows: the first row runs for long, the outcomes of the others are held back."""
     world.call(number, target, rows=ROWS, timeout_ms=timeout_ms, is_fast=True)
     await asyncio.sleep(0.005)
+
+
+def core_of(world: World) -> InferenceServer:
+    """Return a core that serves the world's models."""
+    models: Any = SimpleNamespace(
+        use=lambda name, version: world.versions[name], find=lambda name, version: world.versions[name]
+    )
+    return InferenceServer(models, "i", world.clock)
+
+
+def message_of(world: World, target: str) -> pb.ModelInferRequest:
+    message = pb.ModelInferRequest(model_name=target, raw_input_contents=[bytes(8)])
+    message.inputs.add(name="x", datatype="FP64", shape=[1, 1])
+    return message
+
+
+async def begin(world: World, target: str, path: str, *, is_late: bool) -> Callable[[], Any]:
+    """Make a call; return the function with which its caller leaves, or its deadline passes."""
+    if path in ("fast", "slow"):
+        world.call(0, target, rows=1, timeout_ms=1000, is_fast=path == "fast")
+        return partial(world.expire if is_late else world.disconnect, [0])
+    if path == "bulk":
+        world.bulk([0], [target], timeout_ms=0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return partial(world.give_up, 0)
+
+    async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+        yield message_of(world, target)
+        await asyncio.Event().wait()
+
+    async def read() -> None:
+        core = core_of(world)
+        responses = model_stream_infer.stream_responses(
+            requests(), core.infer, lambda message: core.responses(message) if core.is_decoupled(message) else None
+        )
+        async with aclosing(responses):
+            async for _ in responses:
+                pass
+
+    return world._task(read()).cancel
+
+
+PATHS = [
+    (target, path, is_late)
+    for target in ("plain", "ordered", "rows", "sequence", "decoupled")
+    for path in ("fast", "slow", "bulk", "stream")
+    for is_late in (False, True)
+    if (target in FAST or path not in ("fast", "bulk"))
+    and not (is_late and path in ("bulk", "stream"))
+    and (target, path) != ("sequence", "stream")
+]
+
+
+@pytest.mark.parametrize(("target", "path", "is_late"), PATHS)
+def test_a_running_call_that_its_caller_leaves_counts_the_same_on_every_path(target, path, is_late):
+    model = "ordered" if target == "rows" else target
+    before: list[Any] = []
+
+    def counts(world: World, name: str) -> dict[str, int]:
+        found = world.versions[name].statistics
+        fail = {"fail": found.fail.count, "fail ms": round(found.fail.ns / 1e6), "success": found.success.count}
+        return fail | {"cancelled": found.cancelled, "expired": found.expired, "shed": found.shed}
+
+    async def story(world: World) -> None:
+        if model in ("plain", "ordered"):
+            hold_first(world, model)
+        elif model == "sequence":
+            for worker in world.versions[model].scheduler._workers:  # type: ignore[attr-defined]
+                worker._cost = lambda rows: 10.0
+        leave = await begin(world, target, path, is_late=is_late)
+        await asyncio.sleep(0.0025)
+        leave()
+        await asyncio.sleep(0.001)
+        before.extend(counts(world, name) for name in (target, model))
+
+    world = played(story)
+    left = {"fail": 1, "fail ms": 2, "success": 0, "cancelled": 1, "expired": 0, "shed": 0}
+    assert before == [left, left]
+    assert [counts(world, name) for name in (target, model)] == before, "after the end of the run"
+    assert world.versions[model].statistics.executions == (0 if model == "decoupled" else 1)
+    assert users(world) == {}
+
+
+def test_a_result_that_comes_with_the_cancellation_counts_once():
+    async def story(world: World) -> None:
+        for number, is_fast in enumerate((True, False)):
+            world.call(number, "plain", rows=1, timeout_ms=0, is_fast=is_fast)
+        await asyncio.sleep(0)
+        world.outcomes.extend = lambda requests, extend=world.outcomes.extend: (  # type: ignore[method-assign]
+            extend(requests),
+            world.disconnect([0, 1]),
+        )
+
+    statistics = played(story).versions["plain"].statistics
+    assert (statistics.success.count, statistics.fail.count, statistics.cancelled) == (2, 0, 0)
 
 
 @pytest.mark.parametrize("target", ["rows", "nested"])

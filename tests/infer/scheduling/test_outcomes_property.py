@@ -134,6 +134,11 @@ def test_each_call_ends_once_with_its_own_answer(story, interference, bulk, drai
         assert len(client.responses) == (0 if client.is_cancelled else 1), (number, call)
         for response in client.responses:
             check(number, call, response, world, drain_s)
+    # The other models are called by ensembles, too.
+    for target in ("quick rows", "nested", "sequence", "cached", "decoupled"):
+        counted = world.versions[target].statistics
+        entries = sum(FAST[entry % len(FAST)] == target for entry in world.entries)
+        assert counted.success.count + counted.fail.count == entries + sum(c.target == target for c in story), target
     for entry in world.entries.values():
         assert len(entry.responses) == 1 or (entry.is_given_up and not entry.responses), entry.number
         for response in entry.responses:
