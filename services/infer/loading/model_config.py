@@ -40,7 +40,8 @@ _OF = {KERNELS: "of an operation", REMOTE: "of a remote model"}
 MOST_SAMPLES = 1000
 """Runs of one sample of `model_warmup`."""
 
-_MAX_INSTANCES = 64
+# Instances of one group, and of all groups: each is a thread or a process.
+_MAX_INSTANCES, _MAX_ALL_INSTANCES = 64, 256
 _MAX_BATCH_SIZE = 1 << 16
 
 
@@ -192,6 +193,8 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
     for group in config.instance_group:
         if not 0 <= group.count <= _MAX_INSTANCES:
             yield f"instance_group count {group.count}: expected 0 (which means 1) to {_MAX_INSTANCES}"
+    if instances(config) > _MAX_ALL_INSTANCES:
+        yield f"instance_group: {instances(config)} instances in all groups: expected {_MAX_ALL_INSTANCES} at most"
     for size in config.dynamic_batching.preferred_batch_size:
         if not 1 <= size <= max(config.max_batch_size, 1):
             yield f"preferred_batch_size {size}: expected 1 to max_batch_size, {config.max_batch_size}"

@@ -36,6 +36,8 @@ REFUSED = {
     "model_transaction_policy { decoupled: true }": "decoupled is not supported",
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",
+    f"instance_group [{', '.join(['{ count: 64 }'] * 5)}]": "320 instances in all groups: expected 256 at most",
+    "instance_group { count: 33 kind: KIND_GPU gpus: [0, 1, 2, 3, 4, 5, 6, 7] }": "264 instances in all groups",
     "max_batch_size: 4 dynamic_batching { preferred_batch_size: [8] }": "preferred_batch_size 8: expected 1 to",
     'default_model_filename: "../../etc/passwd"': "expected a name without folders",
     'input [{ name: "x" data_type: TYPE_FP32 dims: [0] }]': "dims [0]: expected 1 or more",
