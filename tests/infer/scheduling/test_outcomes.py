@@ -98,7 +98,9 @@ async def begin(world: World, target: str, path: str, *, is_late: bool) -> Calla
     async def read() -> None:
         core = core_of(world)
         responses = model_stream_infer.stream_responses(
-            requests(), core.infer, lambda message: core.responses(message) if core.is_decoupled(message) else None
+            requests(),
+            lambda message, part: core.infer(message, memory=part),
+            lambda message, part: core.responses(message, memory=part) if core.is_decoupled(message) else None,
         )
         async with aclosing(responses):
             async for _ in responses:
