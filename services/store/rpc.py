@@ -14,7 +14,7 @@ from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
-from services.store.registry.registry import Registry, Version
+from services.store.registry.registry import Draft, Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.results.result_documents import timestamp
 from services.store.results.result_rules import check_wait
@@ -70,10 +70,12 @@ class StoreRpc(ArtifactRpc):
         }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
-        model = request.model
-        files = [File(file.path, file.sha256, file.size_bytes) for file in model.files]
-        version, existed = await self._registry.register(model.name, model.version, files, dict(model.labels))
-        return pb.RegisterModelResponse(model=_version(version), existed=existed)
+        registered = await self._registry.register([_draft(model) for model in (request.model, *request.others)])
+        first, *others = (
+            pb.RegisterModelResponse(model=_version(version), existed=existed) for version, existed in registered
+        )
+        first.others.extend(others)
+        return first
 
     async def ListModels(self, request: pb.ListModelsRequest, ctx: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=map(_version, await self._registry.versions(request.name)))
@@ -151,6 +153,11 @@ class StoreRpc(ArtifactRpc):
 
     async def ListUsage(self, request: pb.ListUsageRequest, ctx: Context) -> pb.ListUsageResponse:
         return await usage_of(self._quotas, request)
+
+
+def _draft(model: pb.ModelVersion) -> Draft:
+    files = tuple(File(file.path, file.sha256, file.size_bytes) for file in model.files)
+    return Draft(model.name, model.version, files, dict(model.labels))
 
 
 def _version(version: Version) -> pb.ModelVersion:

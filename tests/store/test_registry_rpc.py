@@ -102,6 +102,47 @@ async def test_many_pushes_of_the_same_at_once_are_one(store: Store) -> None:
     assert len(await listed(store)) == 1
 
 
+async def register_all(store: Store, *models: pb.ModelVersion) -> pb.RegisterModelResponse:
+    return await store.stub.RegisterModel(pb.RegisterModelRequest(model=models[0], others=models[1:]))
+
+
+async def test_several_versions_are_registered_together(store: Store) -> None:
+    await stored(store, A, B)
+    first = await register(store, "m", 2)
+    versions = [model("m", 1, file("model.onnx", B)), model("m", 2), model("m", 3, file("model.onnx", B))]
+    answer = await register_all(store, *versions)
+    assert [each.existed for each in (answer, *answer.others)] == [False, True, False]
+    assert answer.others[0].model == first.model
+    assert [each.model for each in (answer, *answer.others)] == await listed(store)
+
+
+async def test_of_several_versions_none_is_registered_when_one_cannot_be(store: Store) -> None:
+    await stored(store, A, B)
+    await register(store, "m", 2)
+    other = model("m", 2, file("model.onnx", B))
+    missing = model("m", 3, file("model.onnx", C))
+    for last, status in ((other, StatusCode.ALREADY_EXISTS), (missing, StatusCode.NOT_FOUND)):
+        await refused(register_all(store, model("m", 1), last), status, "")
+    for second in (model("m", 0), model("m", 1), model("n", 2)):
+        await refused(register_all(store, model("m", 1), second), StatusCode.INVALID_ARGUMENT, "")
+    assert [each.version for each in await listed(store)] == [2]
+
+
+async def test_pushes_of_the_same_versions_at_once_never_mix(store: Store) -> None:
+    await stored(store, A, B)
+    for at in range(5):
+        name = f"m{at}"
+        pushes = [
+            register_all(store, *(model(name, number, file("model.onnx", content)) for number in numbers))
+            for content, numbers in ((A, (1, 2, 3)), (B, (3, 2, 4)))
+        ]
+        outcomes = await asyncio.gather(*pushes, return_exceptions=True)
+        [failed] = [each for each in outcomes if isinstance(each, grpc.aio.AioRpcError)]
+        assert failed.code() is StatusCode.ALREADY_EXISTS
+        digests = {version.files[0].sha256 for version in await listed(store, name)}
+        assert len(digests) == 1
+
+
 async def test_files_must_be_stored(store: Store) -> None:
     await stored(store, A)
     await refused(register(store, "m", 1, file("a", A), file("b", B)), StatusCode.NOT_FOUND, "'b'", sha256(B))

@@ -6,7 +6,7 @@ and the others get a conflict, in every instance.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -44,6 +44,17 @@ class Version:
     aliases: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Version to register."""
+
+    name: str
+    version: int
+    """0: the next free number."""
+    files: tuple[File, ...]
+    labels: Mapping[str, str]
+
+
 class Registry:
     """Registers, lists and removes versions, and sets aliases. Safe beside other instances on the same MongoDB."""
 
@@ -52,30 +63,35 @@ class Registry:
         self._artifacts = artifacts
         self._clock = clock
 
-    async def register(
-        self, name: str, version: int, files: list[File], labels: Mapping[str, str]
-    ) -> tuple[Version, bool]:
-        """Register a version; `version` 0 chooses the next number. Return True when the same content was registered.
+    async def register(self, drafts: Sequence[Draft]) -> list[tuple[Version, bool]]:
+        """Register versions of one model, all or none. Return each, and True when the same content was registered.
+
+        Version 0, of a single draft, chooses the next number.
 
         Raises:
-            InvalidArgument: a bad name, version, path, digest, size or label.
+            InvalidArgument: a bad name, version, path, digest, size or label; several models, or one number twice.
             NotFound: a file's artifact is not stored.
-            AlreadyExists: that version exists with other content.
+            AlreadyExists: one of the versions exists with other content.
         """
-        rules.check_name(name, "model.name")
-        rules.check_version(version)
-        checked_labels = rules.check_labels(labels)
-        stored = await self._stored(rules.check_files(files))
-        doc: Document = {
-            "name": name,
+        _check_together(drafts)
+        docs = [await self._document(draft) for draft in drafts]
+        with translated(f"registering model {drafts[0].name}"):
+            existing = await (self._insert(docs) if drafts[0].version else self._insert_next(docs[0]))
+            return [(await self._with_aliases(old or new), old is not None) for old, new in zip(existing, docs, strict=True)]
+
+    async def _document(self, draft: Draft) -> Document:
+        """Return the document of a new version. Its artifacts are stored."""
+        labels = rules.check_labels(draft.labels)
+        stored = await self._stored(rules.check_files(draft.files))
+        return {
+            **(_key(draft.name, draft.version) if draft.version else {}),
+            "name": draft.name,
+            "version": draft.version,
             "files": [vars(file) for file in stored],
             "content_digest": rules.content_digest(stored),
             "created_at": whole_milliseconds(self._clock()),
-            "labels": [{"key": key, "value": value} for key, value in checked_labels.items()],
+            "labels": [{"key": key, "value": value} for key, value in labels.items()],
         }
-        with translated(f"registering model {name}"):
-            existing = await (self._insert(doc, version) if version else self._insert_next(doc))
-            return await self._with_aliases(existing or doc), existing is not None
 
     async def versions(self, name: str) -> list[Version]:
         """Return every version of model `name`, or of every model when it is empty, sorted by name and version."""
@@ -150,47 +166,49 @@ class Registry:
                 )
         return tuple(File(file.path, file.sha256, found[file.sha256].size) for file in files)
 
-    async def _insert(self, doc: Document, version: int) -> Document | None:
-        """Insert `doc` as this version and return None; or return the existing version of the same content."""
-        doc.update(_key(doc["name"], version), version=version)
-        digests = {file["sha256"] for file in doc["files"]}
+    async def _insert(self, docs: Sequence[Document]) -> list[Document | None]:
+        """Insert the documents, all or none. Return for each None, or the existing version of the same content."""
+        name, models = docs[0]["name"], self._collections.models
 
-        async def work(session: AsyncClientSession) -> bool:
+        async def work(session: AsyncClientSession) -> list[Document | None]:
+            query = {"_id": {"$in": [doc["_id"] for doc in docs]}}
+            existing = {doc["_id"]: doc async for doc in models.find(query, session=session)}
+            for doc in docs:
+                if doc["_id"] in existing and existing[doc["_id"]]["content_digest"] != doc["content_digest"]:
+                    raise _taken(name, doc["version"])
+            new = [doc for doc in docs if doc["_id"] not in existing]
+            digests = {file["sha256"] for doc in new for file in doc["files"]}
             # The write to the artifacts conflicts with a concurrent collection of one of them.
-            if are_stored := await self._artifacts.touch(digests, session):
-                await self._collections.models.insert_one(doc, session=session)
-            return are_stored
-
-        try:
-            if not await transaction(self._collections, work):
+            if new and not await self._artifacts.touch(digests, session):
                 raise NotFound("an artifact has just been collected, because nothing referred to it: upload it again")
-        except DuplicateKeyError:
-            existing = await self._collections.models.find_one({"_id": doc["_id"]})
-            if existing is None:
-                raise Aborted(f"version {version} of model {doc['name']} was removed meanwhile: try again") from None
-            if existing["content_digest"] != doc["content_digest"]:
-                raise AlreadyExists(
-                    f"version {version} of model {doc['name']} exists with other content, and versions are "
-                    "immutable: register it under another version, or 0 for the next"
-                ) from None
-            return existing
-        return None
+            for doc in new:
+                await models.insert_one(doc, session=session)
+            return [existing.get(doc["_id"]) for doc in docs]
 
-    async def _insert_next(self, doc: Document) -> Document | None:
-        """Insert `doc` under the next number and return None; or return the newest version if its content is equal."""
+        for _ in range(_NUMBER_ATTEMPTS):
+            try:
+                return await transaction(self._collections, work)
+            except DuplicateKeyError:
+                # Another push has registered one of the numbers since the transaction began: read it.
+                continue
+        raise _overtaken(name)
+
+    async def _insert_next(self, doc: Document) -> list[Document | None]:
+        """Insert `doc` under the next number, as `_insert`; or return the newest version if its content is equal."""
         for _ in range(_NUMBER_ATTEMPTS):
             newest = await self._collections.models.find_one({"name": doc["name"]}, sort=[("version", DESCENDING)])
             if newest and newest["content_digest"] == doc["content_digest"]:
-                return newest
+                return [newest]
             version = newest["version"] + 1 if newest else 1
             if version > rules.MAX_VERSION:
                 raise FailedPrecondition(f"model {doc['name']} has no number left: remove version {version - 1}")
+            doc.update(_key(doc["name"], version), version=version)
             try:
-                return await self._insert(doc, version)
-            except (AlreadyExists, Aborted):
+                return await self._insert([doc])
+            except AlreadyExists:
                 # Another push took the number between our read and our write.
                 continue
-        raise Aborted(f"model {doc['name']}: {_NUMBER_ATTEMPTS} other pushes came first: try again")
+        raise _overtaken(doc["name"])
 
     async def _with_aliases(self, doc: Document) -> Version:
         query = {"name": doc["name"], "version": doc["version"]}
@@ -200,6 +218,29 @@ class Registry:
         """Run `work` in one transaction, possibly more than once."""
         with translated(doing):
             return await transaction(self._collections, work)
+
+
+def _check_together(drafts: Sequence[Draft]) -> None:
+    """Check that the drafts are different versions of one model. Raises InvalidArgument otherwise."""
+    for at, draft in enumerate(drafts):
+        rules.check_name(draft.name, f"others[{at - 1}].name" if at else "model.name")
+        rules.check_version(draft.version)
+        if draft.name != drafts[0].name:
+            raise InvalidArgument(f"others[{at - 1}].name: expected {drafts[0].name}, as model.name; got {draft.name}")
+    numbers = [draft.version for draft in drafts]
+    if len(numbers) > 1 and (0 in numbers or len(set(numbers)) < len(numbers)):
+        raise InvalidArgument(f"version: several versions need a number each, got {', '.join(map(str, numbers))}")
+
+
+def _taken(name: str, version: int) -> AlreadyExists:
+    return AlreadyExists(
+        f"version {version} of model {name} exists with other content, and versions are immutable: register it under "
+        "another version, or 0 for the next"
+    )
+
+
+def _overtaken(name: str) -> Aborted:
+    return Aborted(f"model {name}: {_NUMBER_ATTEMPTS} other pushes came first: try again")
 
 
 def _key(name: str, version: int) -> Document:

@@ -119,18 +119,22 @@ class ModelVersion(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., files: _Optional[_Iterable[_Union[ModelFile, _Mapping]]] = ..., content_digest: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "others")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     model: ModelVersion
-    def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ...) -> None: ...
+    others: _containers.RepeatedCompositeFieldContainer[ModelVersion]
+    def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., others: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class RegisterModelResponse(_message.Message):
-    __slots__ = ("model", "existed")
+    __slots__ = ("model", "existed", "others")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXISTED_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     model: ModelVersion
     existed: bool
-    def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., existed: _Optional[bool] = ...) -> None: ...
+    others: _containers.RepeatedCompositeFieldContainer[RegisterModelResponse]
+    def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., existed: _Optional[bool] = ..., others: _Optional[_Iterable[_Union[RegisterModelResponse, _Mapping]]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ("name",)

@@ -24,7 +24,7 @@ from services.store.garbage.collector import Collector
 from services.store.garbage.references import References
 from services.store.garbage.verification import Verification
 from services.store.registry.model_rules import File
-from services.store.registry.registry import Registry
+from services.store.registry.registry import Draft, Registry
 from services.store.results.large_responses import LargeResponses
 from tests.store.artifacts.conftest import uploaded
 from tests.store.conftest import sha256
@@ -71,7 +71,7 @@ class Parts:
 
     async def register(self, name: str, *contents: bytes) -> None:
         files = [File(f"f{n}", sha256(content), len(content)) for n, content in enumerate(contents)]
-        await self.registry.register(name, 0, files, {})
+        await self.registry.register([Draft(name, 0, tuple(files), {})])
 
     async def collect_all(self, **ages: float) -> None:
         """Rounds enough for everything that nobody refers to, when nothing else goes on."""
