@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
 from shoal.coord.v1 import coord_pb2
-from shoal.inference.v2 import bulk_pb2, inference_pb2
+from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 
@@ -23,6 +23,7 @@ INGEST: ServiceDescriptor = ingest_pb2.DESCRIPTOR.services_by_name["IngestServic
 COORD: ServiceDescriptor = coord_pb2.DESCRIPTOR.services_by_name["CoordService"]
 INFER: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 BULK: ServiceDescriptor = bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"]
+TRIALS: ServiceDescriptor = trial_pb2.DESCRIPTOR.services_by_name["ModelTrials"]
 HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 PUBLIC: dict[str, str] = {
@@ -96,6 +97,7 @@ def table() -> RouteTable:
                 f"/{BULK.full_name}/", "infer", streaming=paths(BULK, ("InferBulk",)), names_model_itself=True
             ),
             ServiceRoutes(inference, "infer", all_idempotent=True),
+            ServiceRoutes(f"/{TRIALS.full_name}/", "infer"),
             ServiceRoutes(
                 "/shoal.store.v1.",
                 "store",

@@ -27,9 +27,10 @@ from services.infer.model_process.shared.owners import Owners
 from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext, identity
 from services.infer.models.models import Models
+from services.infer.models.trials import Trials
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.remote.remote_runtime import RemoteRuntime
-from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
+from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc, trials_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -41,9 +42,11 @@ from services.infer.sources.registry import Registry
 from services.infer.sources.store_client import StoreClient
 
 
-def rpcs_of(config: InferConfig, core: InferenceServer) -> list[Rpc]:
-    """Return the gRPC services: the inference protocol, and in a mesh the bulk calls of jobs."""
-    return [inference_rpc(core), bulk_rpc(core)] if config.mesh is not None else [inference_rpc(core)]
+def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials) -> list[Rpc]:
+    """Return the gRPC services: the inference protocol; in a mesh the bulk calls of jobs; with the store the trials."""
+    bulk = [bulk_rpc(core)] if config.mesh is not None else []
+    trying = [trials_rpc(trials, core.replica)] if config.cache_dir is not None else []
+    return [inference_rpc(core), *bulk, *trying]
 
 
 async def run(config: InferConfig) -> None:
@@ -63,6 +66,7 @@ async def run(config: InferConfig) -> None:
             allow_code=config.allows_code,
         )
         models = await stack.enter_async_context(Models(context))
+        trials = await stack.enter_async_context(Trials(context, models, limit_s=config.trial_ms / 1000))
         control = await stack.enter_async_context(_control(config, models))
         guard = CrashGuard(config.crash_journal.parent) if config.crash_journal else None
         # Of processes that share a port, only one would receive a load or unload: their models would differ.
@@ -70,7 +74,7 @@ async def run(config: InferConfig) -> None:
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
         server = Server(
             config.listen,
-            rpcs_of(config, core),
+            rpcs_of(config, core, trials),
             drain_ms=config.drain_ms,
             fast_methods=fast_methods(core),
             share_port=config.share_port,
@@ -87,6 +91,7 @@ async def run(config: InferConfig) -> None:
             first_attempts = models.settled()
         else:
             registry = await stack.enter_async_context(_registry(config, control))
+            trials.bind(registry.unregistered)
             first_attempts = _first_attempts(registry, models)
         starting = await stack.enter_async_context(_background(first_attempts))
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -50,6 +50,8 @@ class InferConfig(ServiceConfig):
     """File of this instance's crash journal, `<instance>.flights`, in the folder of the node's journals."""
     shared_dir: Path | None = None
     """Private folder of the infer processes that share models: each shared model runs once, in its own process."""
+    trial_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 900_000
+    """Longest time of one trial load, before a model is registered: a GPU may compile a large model for minutes."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one execution, unless the model's configuration sets them; 0: one per core of this process."""
     queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls

@@ -18,9 +18,10 @@ from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.models.trials import Trials
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import Unimplemented
-from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.tenant_header import TENANT_HEADER
@@ -161,6 +162,31 @@ def bulk_rpc(server: InferenceServer) -> Rpc:
         bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server), to)
 
     return Rpc(bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"], add)
+
+
+class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
+    """gRPC servicer of trial loads."""
+
+    def __init__(self, trials: Trials, replica: str) -> None:
+        self._trials = trials
+        self._replica = replica
+
+    async def TryModel(
+        self, request: trial_pb2.TryModelRequest, context: Context
+    ) -> AsyncIterator[trial_pb2.TryModelResponse]:
+        async with aclosing(self._trials.run(request.model)) as begun:
+            async for _ in begun:
+                yield trial_pb2.TryModelResponse(instance=self._replica)
+        yield trial_pb2.TryModelResponse(instance=self._replica, passed=True)
+
+
+def trials_rpc(trials: Trials, replica: str) -> Rpc:
+    """Return the gRPC service of trial loads on the instance `replica`."""
+
+    def add(to: grpc.aio.Server) -> None:
+        trial_pb2_grpc.add_ModelTrialsServicer_to_server(TrialServicer(trials, replica), to)
+
+    return Rpc(trial_pb2.DESCRIPTOR.services_by_name["ModelTrials"], add)
 
 
 def _memory(context: Any) -> CallMemory:

@@ -69,6 +69,8 @@ class Version:
     """Versions that an ensemble's steps resolved to at the last check."""
     arrival_order: ArrivalOrder | None = None
     """Only for a model with sequences, or an ensemble with such a step: keeps each sequence's requests in order."""
+    _thread: asyncio.Future[Loaded] | None = None
+    """The thread that loads the version; it outlives a cancelled load."""
     _loaded: Loaded | None = None
     _scheduler: RequestScheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -195,11 +197,17 @@ class Version:
 
     async def _load_single(self, files: ModelFiles, context: LoadContext) -> Loaded:
         given_up = threading.Event()
-        loaded = await _finished(self._loading(files, context, given_up), given_up)
+        self._thread = self._loading(files, context, given_up)
+        loaded = await _finished(self._thread, given_up)
         if loaded.session is not None:
             # In a thread: a model's own finalizer may take long.
             self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
         return loaded
+
+    async def thread_ended(self) -> None:
+        """Wait until the thread of a load that was cancelled has ended."""
+        if self._thread is not None:
+            await asyncio.wait({self._thread})
 
     async def _composed(self, files: ModelFiles, context: LoadContext) -> Composed:
         graph, other_models = self.graph, context.other_models

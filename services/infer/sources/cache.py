@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
@@ -32,6 +32,8 @@ _BLOCK_BYTES = 1 << 20
 _LOCK_POLL_S = 0.1
 # A blob that no registered version needs is kept this long after its last use, so that roll-backs are quick.
 _UNUSED_S = 7 * 24 * 3600
+# A blob of a failed trial is kept for the other instance, and for a push that shares it.
+_EXPIRED_S = 600
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -138,6 +140,13 @@ class Cache:
             return self._registry_file.read_bytes()
         except FileNotFoundError:
             return None
+
+    def expire(self, digests: Iterable[str], now: float) -> None:
+        """Let `prune` remove blobs, and parts of them, after minutes instead of a week, unless they are used again."""
+        used_at = now - _UNUSED_S + _EXPIRED_S
+        for name in (sha256 + ending for sha256 in digests if _SHA256.fullmatch(sha256) for ending in ("", ".part")):
+            with suppress(OSError):
+                os.utime(self._blobs_folder / name, (used_at, used_at))
 
     def prune(self, needed: frozenset[str], now: float) -> None:
         """Remove blobs that are not `needed` and were not used for a week. `now`: unix seconds."""

@@ -10,11 +10,13 @@ the alias `stable` is always among them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +36,7 @@ from services.infer.model_files.wanted_models import (
     read_text,
 )
 from services.infer.sources.cache import Cache
-from shoal.errors import FailedPrecondition, ShoalError
+from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError
 from shoal.store.v1 import store_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CONFIG_PATH = f"../{CONFIG_FILE}"
 _MAX_CONFIG_BYTES = 4 << 20
+# Files of one version, as the store limits them.
+_MOST_FILES = 4_096
 
 
 class Registered(Protocol):
@@ -56,6 +60,16 @@ class Registered(Protocol):
     def watch(self) -> AsyncIterator[pb.WatchModelsResponse]:
         """Yield the whole registry now and after each change. Raises ShoalError when the watch breaks."""
         ...
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A model as the last snapshot has it, and what follows from that."""
+
+    versions: list[pb.ModelVersion]
+    wanted: WantedModel
+    is_certain: bool
+    """False when its configuration could not be read."""
 
 
 class Registry:
@@ -73,6 +87,9 @@ class Registry:
         self._cache = cache
         self._want = want
         self._clock = clock
+        self._models: dict[str, _Read] = {}
+        self._needed: frozenset[str] = frozenset()
+        """Digests of the files of all registered versions."""
         self.is_tried = asyncio.Event()
         """Set after the first snapshot, or the first failure to reach the store."""
 
@@ -95,6 +112,32 @@ class Registry:
             self.is_tried.set()
             await asyncio.sleep(backoff.next_s())
 
+    @asynccontextmanager
+    async def unregistered(self, version: pb.ModelVersion) -> AsyncIterator[WantedVersion]:
+        """Provide a version that is not registered, with its files in the cache. Version 0 becomes version 1.
+
+        After an error, the files that no registered version needs leave the cache soon.
+
+        Raises:
+            InvalidArgument: an invalid name, or too many files.
+            ShoalError, OSError: the files cannot be fetched.
+        """
+        numbered = pb.ModelVersion()
+        numbered.CopyFrom(version)
+        numbered.version = version.version or 1
+        if not _is_valid(numbered) or len(version.files) > _MOST_FILES:
+            raise InvalidArgument(f"{quoted(version.name)} with {len(version.files)} files is no model version")
+        digests = {file.sha256 for file in version.files}
+        try:
+            for file in version.files:
+                await self._cache.fetch(file.sha256, file.size_bytes)
+            content = "".join(f"{file.path} {file.sha256}\n" for file in version.files)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            yield WantedVersion(numbered.version, digest, self._opener(numbered))
+        except BaseException:
+            self._cache.expire(digests - self._needed, self._clock())
+            raise
+
     async def _take_saved(self) -> None:
         data = self._cache.remembered()
         if data is None:
@@ -110,36 +153,46 @@ class Registry:
     async def _take(self, snapshot: Iterable[pb.ModelVersion]) -> None:
         by_name = sorted(snapshot, key=lambda version: (version.name, version.version))
         models = [list(versions) for _, versions in groupby(by_name, key=lambda version: version.name)]
-        self._want([await self._wanted(versions) for versions in models if _is_named(versions[0])])
+        before, self._models = self._models, {}
+        for versions in models:
+            if _is_named(versions[0]):
+                # Most models are as before: their configurations are not read again.
+                known = before.get(versions[0].name)
+                if known is None or known.versions != versions or not known.is_certain:
+                    known = await self._read(versions)
+                self._models[versions[0].name] = known
+        self._want([model.wanted for model in self._models.values()])
         self.is_tried.set()
 
     def _keep(self, response: pb.WatchModelsResponse) -> None:
-        needed = frozenset(file.sha256 for version in response.snapshot for file in version.files)
+        self._needed = frozenset(file.sha256 for version in response.snapshot for file in version.files)
         try:
             self._cache.remember(response.SerializeToString())
-            self._cache.prune(needed, self._clock())
+            self._cache.prune(self._needed, self._clock())
         except OSError as err:
             log.warning("the cache cannot be written: %s", err)
 
-    async def _wanted(self, versions: Sequence[pb.ModelVersion]) -> WantedModel:
+    async def _read(self, versions: list[pb.ModelVersion]) -> _Read:
         by_number = {version.version: version for version in versions}
         stable = next((v.version for v in versions if STABLE in v.aliases), None)
         there = {n: WantedVersion(n, v.content_digest, self._opener(v)) for n, v in by_number.items()}
-        return picked(versions[0].name, there, await self._picked(versions[-1], there, stable), stable)
-
-    async def _picked(self, newest: pb.ModelVersion, available: Iterable[int], stable: int | None) -> tuple[int, ...]:
-        numbers = list(available)
-        file = next((file for file in newest.files if file.path == _CONFIG_PATH), None)
+        is_certain = True
         try:
-            if file is None:
-                return model_config.served_versions(model_config.parse(""), numbers, stable)
-            if file.size_bytes > _MAX_CONFIG_BYTES:
-                raise FailedPrecondition(f"{CONFIG_FILE} has {file.size_bytes} bytes")
-            text = read_text(await self._cache.fetch(file.sha256, file.size_bytes))
-            return model_config.served_versions(model_config.parse(text), numbers, stable)
+            config = model_config.parse(await self._config_text(versions[-1]))
+            served = model_config.served_versions(config, [*there], stable)
         except (ShoalError, OSError):
             # The load will fail for the same reason, and the index will show it.
-            return model_config.served_versions(model_config.parse(""), numbers, stable)
+            served, is_certain = model_config.served_versions(model_config.parse(""), [*there], stable), False
+        return _Read(versions, picked(versions[0].name, there, served, stable), is_certain)
+
+    async def _config_text(self, version: pb.ModelVersion) -> str:
+        """Return the configuration of a version; empty when it has none. Raises ShoalError or OSError."""
+        file = next((file for file in version.files if file.path == _CONFIG_PATH), None)
+        if file is None:
+            return ""
+        if file.size_bytes > _MAX_CONFIG_BYTES:
+            raise FailedPrecondition(f"{CONFIG_FILE} has {file.size_bytes} bytes")
+        return read_text(await self._cache.fetch(file.sha256, file.size_bytes))
 
     def _opener(self, version: pb.ModelVersion) -> Callable[[], AbstractAsyncContextManager[ModelFiles]]:
         return partial(_opened, self._cache, version)
@@ -152,8 +205,12 @@ async def _opened(cache: Cache, version: pb.ModelVersion) -> AsyncIterator[Model
         yield ModelFiles(folder, Path(folder, str(version.version)))
 
 
+def _is_valid(version: pb.ModelVersion) -> bool:
+    return _NAME.fullmatch(version.name) is not None and version.version > 0
+
+
 def _is_named(version: pb.ModelVersion) -> bool:
-    is_named = _NAME.fullmatch(version.name) is not None and version.version > 0
+    is_named = _is_valid(version)
     if not is_named:
         log.error("the registry has a model with the invalid name %s, which is ignored", quoted(version.name))
     return is_named

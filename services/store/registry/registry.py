@@ -77,7 +77,9 @@ class Registry:
         docs = [await self._document(draft) for draft in drafts]
         with translated(f"registering model {drafts[0].name}"):
             existing = await (self._insert(docs) if drafts[0].version else self._insert_next(docs[0]))
-            return [(await self._with_aliases(old or new), old is not None) for old, new in zip(existing, docs, strict=True)]
+            return [
+                (await self._with_aliases(old or new), old is not None) for old, new in zip(existing, docs, strict=True)
+            ]
 
     async def _document(self, draft: Draft) -> Document:
         """Return the document of a new version. Its artifacts are stored."""
