@@ -11,12 +11,27 @@ import typer
 
 from mesh.process.private_folder import PrivateFolder
 from shoal.cli import bringing, quantizing
-from shoal.cli.output import AsJson, Gateway, connect, console, pairs, plain, show, show_json, size, text
+from shoal.cli.output import (
+    AsJson,
+    Gateway,
+    connect,
+    console,
+    pairs,
+    plain,
+    printable,
+    show,
+    show_json,
+    size,
+    text,
+)
 from shoal.convert import formats
 from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from shoal.client import ModelVersion, Progress
+    from shoal.client import ModelPush, ModelVersion, Progress, Pushed
+
+_MOST_LINES = 20
+"""Models of a repository that are listed one by one; of more, only the number and the failures."""
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -53,8 +68,17 @@ def push(
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the version. May be repeated.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Load the model on one infer instance first, and register it only if that works. --no-check registers "
+            "it untried, such as for GPUs that are added later."
+        ),
+    ] = True,
     wait: Annotated[bool, typer.Option(help="Wait until the model is ready on every infer instance.")] = True,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the wait.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time limit of a model's trial, and then of the wait.")
+    ] = 120.0,
     sample: bringing.Sample = None,
     tolerance: bringing.Tolerance = 1e-4,
     max_flips: bringing.MaxFlips = 0,
@@ -64,9 +88,10 @@ def push(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Upload a model, register it, and wait until it is ready everywhere.
+    """Upload a model, try it on one instance, register it, and wait until it is ready everywhere.
 
-    Files that the store has are not sent again; an interrupted upload is resumed.
+    A model that cannot be loaded is not registered. Files that the store has are not sent again; an interrupted upload
+    is resumed. Of a folder of models, several are pushed at a time, and a bad one does not stop the others.
 
     [bold]Examples[/bold]
 
@@ -88,6 +113,15 @@ def push(
             conversion = bringing.convert(path, folder, name, options, as_json=json)
             labels = bringing.provenance(conversion) | labels
         client = stack.enter_context(connect(gateway))
+        from shoal.client.models import repository
+
+        if name is None and version is None and (count := len(repository.models_in(path))):
+            with _count(count) as settled:
+                outcomes = client.models.push_all(
+                    path, alias=alias or "", labels=labels, check=check, settled=settled, wait=wait, timeout=timeout
+                )
+            _show_outcomes(outcomes, as_json=json)
+            return
         with _bar() as progress:
             pushed = client.models.push(
                 conversion.folder if conversion else path,
@@ -96,6 +130,7 @@ def push(
                 alias=alias or "",
                 labels=labels,
                 renumber=conversion is not None,
+                check=check,
                 progress=progress,
                 wait=wait,
                 timeout=timeout,
@@ -105,9 +140,35 @@ def push(
         show_json([plain(each) | report for each in pushed])
         return
     for each in pushed:
-        how = "already registered" if each.existed else f"registered, {size(each.sent_bytes)} sent"
-        served = {None: "", True: ", ready", False: ", not served (version policy)"}[each.ready]
-        typer.echo(f"{each.model.name} version {each.model.version}: {how}{served}")
+        _show_pushed(each)
+
+
+def _show_pushed(each: Pushed) -> None:
+    how = "already registered" if each.existed else f"registered, {size(each.sent_bytes)} sent"
+    served = {None: "", True: ", ready", False: ", not served (version policy)"}[each.ready]
+    typer.echo(f"{each.model.name} version {each.model.version}: {how}{served}")
+
+
+def _show_outcomes(outcomes: list[ModelPush], *, as_json: bool) -> None:
+    """Print what was pushed of a repository and what was not. Exits with 1 when a model failed."""
+    failed = {each.name: each.error for each in outcomes if each.error is not None}
+    versions = [pushed for each in outcomes for pushed in each.pushed]
+    if as_json:
+        errors = [{"name": name, "error": err.message, "code": err.code.name} for name, err in failed.items()]
+        show_json([*plain(versions), *errors])
+    else:
+        if len(outcomes) <= _MOST_LINES:
+            for each in versions:
+                _show_pushed(each)
+        for name, err in failed.items():
+            typer.echo(f"{name}: not pushed: {printable(err.message)}", err=True)
+        sent = size(sum(each.sent_bytes for each in versions))
+        known = sum(each.existed for each in versions)
+        before = f", {known} of them registered before" if known else ""
+        done = f"{len(outcomes) - len(failed)} of {len(outcomes)} models pushed"
+        typer.echo(f"{done}: {len(versions)} versions{before}; {sent} sent")
+    if failed:
+        raise typer.Exit(1)
 
 
 app.command("convert")(bringing.command)
@@ -204,6 +265,26 @@ def show_models(models: list[ModelVersion], title: str = "") -> None:
     ]
     hint = "no models: push one with `shoal models push PATH`"
     show(("model", "version", "aliases", "size", "files", "registered", "labels"), rows, title=title, empty=hint)
+
+
+@contextlib.contextmanager
+def _count(total: int) -> Iterator[Callable[[ModelPush], None]]:
+    """Count the settled models of a repository on standard error, if that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    err = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("models pushed", total=total)
+        failed = 0
+
+        def settled(outcome: ModelPush) -> None:
+            nonlocal failed
+            failed += outcome.error is not None
+            bar.update(task, advance=1, description="models pushed" + (f", {failed} failed" if failed else ""))
+
+        yield settled
 
 
 @contextlib.contextmanager

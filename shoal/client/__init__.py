@@ -13,7 +13,7 @@ from shoal.client.jobs.job import Job, JobRequest, JobRetry, JobState, Ran, Subm
 from shoal.client.jobs.job_retention import JobRetention
 from shoal.client.jobs.job_watch import JobChange, JobFilter
 from shoal.client.jobs.schedules import Schedule
-from shoal.client.models.registry import ModelFile, ModelVersion, Progress, Pushed
+from shoal.client.models.registry import ModelFile, ModelPush, ModelVersion, Progress, Pushed
 from shoal.client.models.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
 from shoal.client.store.backups import BackupProgress
@@ -59,6 +59,7 @@ __all__ = [
     "Leader",
     "ModelFile",
     "ModelMetadata",
+    "ModelPush",
     "ModelStatistics",
     "ModelVersion",
     "Outcome",

@@ -23,6 +23,7 @@ class Models(SyncFacade[AsyncModels]):
     """`client.models`."""
 
     push = blocking(AsyncModels.push)
+    push_all = blocking(AsyncModels.push_all)
     list = blocking(AsyncModels.list)
     remove = blocking(AsyncModels.remove)
     alias = blocking(AsyncModels.alias)

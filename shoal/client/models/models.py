@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from shoal.client.models import bundle, download, readiness, repository, upload
-from shoal.client.models.registry import ModelVersion, Progress, Pushed, of_model
+from shoal.client.models import bundle, download, readiness, repository
+from shoal.client.models.push import Push, PushOptions
+from shoal.client.models.registry import ModelPush, ModelVersion, Progress, Pushed, of_model
 from shoal.client.models.serving import IndexEntry, ModelMetadata, ModelStatistics, of_metadata, of_statistics
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
@@ -31,6 +31,10 @@ def ignore(progress: Progress) -> None:
     """Ignore the progress."""
 
 
+def ignore_outcome(outcome: ModelPush) -> None:
+    """Ignore the outcome of one model."""
+
+
 class AsyncModels:
     """`client.models`: push, list, alias, pull and remove models; read what the servers know of them."""
 
@@ -46,111 +50,69 @@ class AsyncModels:
         alias: str = "",
         labels: Mapping[str, str] | None = None,
         renumber: bool = False,
+        check: bool = True,
         progress: Callable[[Progress], None] = ignore,
         wait: bool = True,
         timeout: float | None = READY_S,
     ) -> builtins.list[Pushed]:
-        """Upload a model, register it, wait until it is ready everywhere, and point `alias` at its newest version.
+        """Upload, try and register a model, wait until it is ready everywhere, and point `alias` at its newest version.
 
         `path` is one of
         - a bare `.onnx` file, which becomes `version`, or the next version;
         - a model folder in Triton's layout: all its versions, or only `version`. With `renumber` the folder must have
           one version, which becomes `version`, or the next version;
-        - a folder of model folders (a repository), pushed one by one, ensembles after their models. When one fails, the
-          models pushed before it stay.
+        - a folder of model folders (a repository), see `push_all`. The error follows when all others are pushed.
 
-        Files that the store has are not sent again. `progress` receives the upload's progress. `timeout` limits the
-        wait at the end; the upload has its own limit.
+        With `check`, one instance loads and warms each new version first. A model that cannot be loaded is not
+        registered. All versions are registered, or none. Files that the store has are not sent again. `progress`
+        receives the upload's progress. `timeout` limits the trial, and then the wait; the upload has its own limit.
 
         Raises:
             InvalidArgument, NotFound: `path` is not a model, or is a repository with `name` or `version` set.
-            AlreadyExists: the version is registered with other content.
+            AlreadyExists: a version is registered with other content.
             FailedPrecondition: a file cannot be read, the model cannot be loaded, or the model's version policy serves
                 none of the pushed versions; the message says which.
-            DeadlineExceeded: the model is registered, but was not ready everywhere in time.
+            Unavailable: no infer instance is ready to try the model.
+            DeadlineExceeded: the trial took too long; or the model is registered, but was not ready everywhere in time.
         """
         folders = repository.models_in(Path(path))
-        if folders and not (name is None and version is None):
-            raise InvalidArgument(
-                f"{path} is a repository of models ({', '.join(folder.name for folder in folders[:5])}): a name or a "
-                f"version needs one model: push that model's folder, such as {folders[-1]}"
-            )
-        pushed: builtins.list[Pushed] = []
-        for each in folders or [Path(path)]:
-            bundles = bundle.read(each, name=name, version=None if renumber else version)
-            if renumber:
-                bundles = [bundle.renumbered(bundles, version)]
-            pushed += await self._push(bundles, alias, labels or {}, progress, wait, timeout)
-        return pushed
+        if folders:
+            if not (name is None and version is None):
+                raise InvalidArgument(
+                    f"{path} is a repository of models ({', '.join(folder.name for folder in folders[:5])}): a name or "
+                    f"a version needs one model: push that model's folder, such as {folders[-1]}"
+                )
+            outcomes = await self.push_all(path, alias=alias, labels=labels, check=check, wait=wait, timeout=timeout)
+            return _all_pushed(outcomes)
+        bundles = bundle.read(Path(path), name=name, version=None if renumber else version)
+        if renumber:
+            bundles = [bundle.renumbered(bundles, version)]
+        return await Push(self._caller, PushOptions(alias, labels or {}, check, wait, timeout)).model(bundles, progress)
 
-    async def _push(
+    async def push_all(
         self,
-        bundles: builtins.list[bundle.Bundle],
-        alias: str,
-        labels: Mapping[str, str],
-        progress: Callable[[Progress], None],
-        wait: bool,
-        timeout: float | None,
-    ) -> builtins.list[Pushed]:
-        """Push all versions of one model."""
-        files = dict.fromkeys(file for each in bundles for _, file in each.files)
-        artifacts = {file: await upload.digest(file) for file in files}
-        sent = await self._upload(artifacts.values(), progress)
-        pushed = [await self._register(each, artifacts, labels, sent) for each in bundles]
-        if wait:
-            pushed = await self._wait_pushed(pushed, timeout)
-        newest = pushed[-1].model
-        if alias:
-            aliased = await self.alias(newest.name, alias, newest.version)
-            pushed[-1] = replace(pushed[-1], model=aliased or newest)
-        if wait and not any(each_pushed.ready for each_pushed in pushed):
-            # The version policy left them out. `stable` is always served, so the alias may have changed that.
-            pushed = await self._wait_pushed(pushed, timeout) if alias else pushed
-            if not any(each_pushed.ready for each_pushed in pushed):
-                raise readiness.not_served(newest.name, newest.version)
-        return pushed
+        path: str | Path,
+        *,
+        alias: str = "",
+        labels: Mapping[str, str] | None = None,
+        check: bool = True,
+        settled: Callable[[ModelPush], None] = ignore_outcome,
+        wait: bool = True,
+        timeout: float | None = READY_S,
+    ) -> builtins.list[ModelPush]:
+        """Push all models of the repository `path`, several at a time, each as `push` does; return their outcomes.
 
-    async def _wait_pushed(self, pushed: builtins.list[Pushed], timeout_s: float | None) -> builtins.list[Pushed]:
-        name = pushed[0].model.name
-        not_served = await readiness.wait_ready(self._caller, name, [each.model.version for each in pushed], timeout_s)
-        return [replace(each, ready=each.model.version not in not_served) for each in pushed]
+        A model that fails has its error in its outcome, and does not keep the others from being pushed. Ensembles
+        follow their models. `settled` receives each outcome when it is known.
 
-    async def _upload(
-        self, artifacts: Iterable[upload.Artifact], progress: Callable[[Progress], None]
-    ) -> Mapping[str, int]:
-        """Upload each distinct artifact once. Return the bytes sent, by digest."""
-        distinct = {artifact.sha256: artifact for artifact in artifacts}
-        total = sum(artifact.size_bytes for artifact in distinct.values())
-        done = 0
-        sent: dict[str, int] = {}
-        for sha256, artifact in distinct.items():
-            start = done
-
-            def report(offset: int, artifact: upload.Artifact = artifact, start: int = start) -> None:
-                progress(Progress(artifact.path.name, start + offset, total))
-
-            sent[sha256] = await upload.put(self._caller, artifact, report)
-            done += artifact.size_bytes
-        return sent
-
-    async def _register(
-        self,
-        each: bundle.Bundle,
-        artifacts: Mapping[Path, upload.Artifact],
-        labels: Mapping[str, str],
-        sent: Mapping[str, int],
-    ) -> Pushed:
-        model = store.ModelVersion(name=each.name, version=each.version, labels=labels)
-        for relative_path, file in each.files:
-            model.files.add(path=relative_path, sha256=artifacts[file].sha256, size_bytes=artifacts[file].size_bytes)
-        response = await self._caller.call(
-            methods.REGISTER_MODEL,
-            store.RegisterModelRequest(model=model),
-            timeout_s=READ_S,
-            doing=f"register {each.name}",
-        )
-        sent_bytes = sum(sent[sha256] for sha256 in {file.sha256 for file in model.files})
-        return Pushed(of_model(response.model), response.existed, sent_bytes)
+        Raises:
+            InvalidArgument: `path` is no repository, or its ensembles contain each other.
+        """
+        folders = repository.models_in(Path(path))
+        if not folders:
+            raise InvalidArgument(f"{path} is not a folder of model folders")
+        options = PushOptions(alias, labels or {}, check, wait, timeout)
+        return await Push(self._caller, options).repository(folders, settled)
 
     async def list(self, name: str = "", *, timeout: float | None = READ_S) -> builtins.list[ModelVersion]:
         """Return the versions in the registry, or those of one model, ordered by name and version."""
@@ -302,6 +264,15 @@ class AsyncModels:
         """Return every model that the responding instance knows, with its state there, and why it is unavailable."""
         response = await self._caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout)
         return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in response.models]
+
+
+def _all_pushed(outcomes: Sequence[ModelPush]) -> builtins.list[Pushed]:
+    """Return the pushed versions. Raises an error of the first failure's class, with the reasons of all failures."""
+    failed = {each.name: each.error for each in outcomes if each.error is not None}
+    if failed:
+        reasons = "; ".join(f"{name}: {error.message}" for name, error in failed.items())
+        raise type(next(iter(failed.values())))(f"{len(failed)} of {len(outcomes)} models were not pushed: {reasons}")
+    return [pushed for each in outcomes for pushed in each.pushed]
 
 
 def _version(version: int | None) -> int:

@@ -6,8 +6,10 @@ serve is never ready anywhere; the wait then ends, and returns the version as no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
@@ -15,6 +17,8 @@ from shoal.client.transport.deadline import Deadline, Timeout
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
+
+T = TypeVar("T")
 
 # Loading takes tenths of a second or more; the polls are served from memory.
 POLL_S = 0.1
@@ -46,16 +50,30 @@ class VersionReadiness:
         return f"{have}not on {', '.join(self.missing)}"
 
 
-def readiness_of(instances: Iterable[coord.Instance], name: str, version: int | None) -> VersionReadiness:
+Index = Mapping[str, Mapping[int, oip.RepositoryIndexResponse.ModelIndex]]
+"""Repository index of one instance, by model and version."""
+
+Serving = Mapping[str, Mapping[str, Sequence[int]]]
+"""Ready versions by instance and model, of the infer instances that take traffic."""
+
+
+def serving_of(instances: Iterable[coord.Instance]) -> Serving:
+    """Return what the infer instances in traffic serve."""
+    return {
+        instance.name: {model.name: model.versions for model in instance.models}
+        for instance in instances
+        if instance.service == "infer" and instance.state == coord.INSTANCE_STATE_READY
+    }
+
+
+def readiness_of(serving: Serving, name: str, version: int | None) -> VersionReadiness:
     """Return the readiness of a version (None: any) of model `name` on the instances."""
     ready: list[str] = []
     missing: list[str] = []
-    for instance in instances:
-        if instance.service != "infer" or instance.state != coord.INSTANCE_STATE_READY:
-            continue
-        versions = {v for model in instance.models if model.name == name for v in model.versions}
+    for instance, models in serving.items():
+        versions = models.get(name, ())
         has = bool(versions) if version is None else version in versions
-        (ready if has else missing).append(instance.name)
+        (ready if has else missing).append(instance)
     return VersionReadiness(tuple(ready), tuple(missing))
 
 
@@ -115,23 +133,25 @@ class ReadinessWait:
 
 
 async def wait_ready(
-    caller: Caller, name: str, versions: Collection[int | None], timeout_s: Timeout
+    caller: Caller, name: str, versions: Collection[int | None], timeout_s: Timeout, polls: Polls | None = None
 ) -> set[int | None]:
     """Wait until every infer instance in traffic has the versions ready. Return the versions that are not served.
+
+    Waits of several models at a time share one `polls`.
 
     Raises:
         FailedPrecondition: an instance cannot load a version; the message has the reason.
         DeadlineExceeded: an instance was not ready in time; the message names it.
     """
     deadline = caller.deadline(timeout_s)
-    state = ReadinessWait(name, set(versions))
+    state, polls = ReadinessWait(name, set(versions)), polls or Polls(caller)
     progress = ""
     while state.waiting:
         left_s = deadline.left_s(caller.clock())
         # A last poll at the deadline has a moment, so that the error can say what is missing.
         poll_s = POLL_TIMEOUT_S if left_s is None else min(POLL_TIMEOUT_S, max(left_s, POLL_S))
         try:
-            poll = await _poll(caller, name, state.waiting, caller.deadline(poll_s))
+            poll = await polls.poll(name, state.waiting, caller.deadline(poll_s))
             state.add(poll, caller.clock())
             progress = "; ".join(f"{_named(name, v)}: {poll.readiness[v]}" for v in state.waiting)
         except (Unavailable, DeadlineExceeded) as err:
@@ -156,18 +176,57 @@ def _named(name: str, version: int | None) -> str:
     return name if version is None else f"{name} version {version}"
 
 
-async def _poll(caller: Caller, name: str, versions: Collection[int | None], timeout_s: Deadline) -> Poll:
-    try:
-        listed = await caller.call(
-            methods.LIST_INSTANCES, coord.ListInstancesRequest(service="infer"), timeout_s=timeout_s
-        )
-    except Unimplemented:
-        return await _poll_server(caller, name, versions, timeout_s)
-    readiness = {version: readiness_of(listed.instances, name, version) for version in versions}
-    served = {number for each in listed.instances for model in each.models for number in model.versions}
-    any_everywhere = any(readiness_of(listed.instances, name, number).everywhere for number in served)
-    waiting = not all(each.everywhere for each in readiness.values())
-    return Poll(readiness, any_everywhere, await _index(caller, name, timeout_s) if waiting else None)
+class Polls:
+    """Reads the instances and the index of a node, once for all waits that poll at a time."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._serving = _Shared[Serving](caller.clock)
+        self._index = _Shared[Index | None](caller.clock)
+
+    async def poll(self, name: str, versions: Collection[int | None], timeout_s: Deadline) -> Poll:
+        """Poll for versions of a model. Raises as a call."""
+        try:
+            serving = await self._serving.get(lambda: self._fetch_serving(timeout_s))
+        except Unimplemented:
+            return await _poll_server(self._caller, name, versions, timeout_s)
+        readiness = {version: readiness_of(serving, name, version) for version in versions}
+        served = {number for models in serving.values() for number in models.get(name, ())}
+        any_everywhere = any(readiness_of(serving, name, number).everywhere for number in served)
+        if all(each.everywhere for each in readiness.values()):
+            return Poll(readiness, any_everywhere, None)
+        index = await self._index.get(lambda: _fetch_index(self._caller, timeout_s))
+        return Poll(readiness, any_everywhere, None if index is None else index.get(name, {}))
+
+    async def _fetch_serving(self, timeout_s: Deadline) -> Serving:
+        request = coord.ListInstancesRequest(service="infer")
+        return serving_of((await self._caller.call(methods.LIST_INSTANCES, request, timeout_s=timeout_s)).instances)
+
+
+class _Shared(Generic[T]):
+    """Value that is fetched again when it is old; callers that need it at one time share the fetch."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._fetching: asyncio.Task[T] | None = None
+        self._fresh_until = 0.0
+
+    async def get(self, fetch: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return the value, fetched now or a moment ago."""
+        fetching = self._fetching
+        is_failed = fetching is not None and fetching.done() and (fetching.cancelled() or fetching.exception())
+        if fetching is None or is_failed or (fetching.done() and self._clock() >= self._fresh_until):
+            fetching = self._fetching = asyncio.create_task(self._timed(fetch))
+        return await asyncio.shield(fetching)
+
+    async def _timed(self, fetch: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        start = self._clock()
+        value = await fetch()
+        # A view of many models takes long to read: at most a quarter of the time goes into it. The view of a small node
+        # is old at the next poll.
+        now = self._clock()
+        self._fresh_until = now + min(3 * (now - start), POLL_TIMEOUT_S)
+        return value
 
 
 async def _poll_server(caller: Caller, name: str, versions: Collection[int | None], timeout_s: Deadline) -> Poll:
@@ -184,17 +243,17 @@ async def _poll_server(caller: Caller, name: str, versions: Collection[int | Non
     }
     if all(each.everywhere for each in readiness.values()):
         return Poll(readiness, True, None)
-    return Poll(readiness, await ready(None), await _index(caller, name, timeout_s))
+    index = await _fetch_index(caller, timeout_s)
+    return Poll(readiness, await ready(None), None if index is None else index.get(name, {}))
 
 
-async def _index(
-    caller: Caller, name: str, timeout_s: Deadline
-) -> Mapping[int, oip.RepositoryIndexResponse.ModelIndex] | None:
+async def _fetch_index(caller: Caller, timeout_s: Deadline) -> Index | None:
     try:
         index = await caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout_s)
     except ShoalError:
         # The index only explains why a version is not ready: the wait can continue without it.
         return None
-    return {
-        int(entry.version) if entry.version.isdecimal() else 0: entry for entry in index.models if entry.name == name
-    }
+    found: dict[str, dict[int, oip.RepositoryIndexResponse.ModelIndex]] = {}
+    for entry in index.models:
+        found.setdefault(entry.name, {})[int(entry.version) if entry.version.isdecimal() else 0] = entry
+    return found

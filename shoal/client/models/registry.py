@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from shoal.errors import ShoalError
 from shoal.store.v1 import store_pb2 as store
 
 
@@ -52,6 +53,17 @@ class Pushed:
     """Bytes uploaded for the version; 0 when the store had all of its files."""
     ready: bool | None = None
     """True: ready on every infer instance. False: the model's version policy excludes it. None: no wait requested."""
+
+
+@dataclass(frozen=True)
+class ModelPush:
+    """Outcome of one model of a repository."""
+
+    name: str
+    pushed: tuple[Pushed, ...] = ()
+    """Its versions; empty when it was not pushed."""
+    error: ShoalError | None = None
+    """Reason why the model was not pushed, or is registered and not ready."""
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ def models_in(path: Path) -> list[Path]:
     if not path.is_dir() or bundle.looks_like_model(path):
         return []
     folders = {child.name: child for child in sorted(path.iterdir()) if bundle.looks_like_model(child)}
-    members = {name: sorted(_models_of_steps(folder) & folders.keys()) for name, folder in folders.items()}
+    graph = {name: sorted(members(folder) & folders.keys()) for name, folder in folders.items()}
     try:
-        return [folders[name] for name in TopologicalSorter(members).static_order()]
+        return [folders[name] for name in TopologicalSorter(graph).static_order()]
     except CycleError as err:
         cycle = " -> ".join(reversed(err.args[1]))
         raise InvalidArgument(f"{path}: ensembles contain each other: {cycle}") from err
 
 
-def _models_of_steps(folder: Path) -> set[str]:
+def members(folder: Path) -> set[str]:
     """Return the models that an ensemble's steps name; empty for other models."""
     return {step.model_name for step in bundle.configuration(folder).ensemble_scheduling.step}

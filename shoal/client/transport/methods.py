@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.inference.v2 import trial_pb2 as trial
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 
@@ -49,6 +50,8 @@ MODEL_LOAD = Method(_OIP + "RepositoryModelLoad", oip.RepositoryModelLoadRequest
 MODEL_UNLOAD = Method(
     _OIP + "RepositoryModelUnload", oip.RepositoryModelUnloadRequest, oip.RepositoryModelUnloadResponse
 )
+# Not idempotent: a model that ends its instance would end others.
+TRY_MODEL = Method("/shoal.inference.v2.ModelTrials/TryModel", trial.TryModelRequest, trial.TryModelResponse, False)
 
 _STORE = "/shoal.store.v1.StoreService/"
 PUT_ARTIFACT = Method(_STORE + "PutArtifact", store.PutArtifactRequest, store.PutArtifactResponse)

@@ -1,5 +1,6 @@
 """Models into a store that breaks on purpose, and out of it."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.inference.v2 import trial_pb2 as trial
 from shoal.store.v1 import store_pb2 as store
 from tests.client.served import Served
 
@@ -46,6 +48,25 @@ class Store:
         served.on(methods.GET_ARTIFACT, self.get, "unary_stream")
         served.on(methods.REGISTER_MODEL, self.register)
         served.on(methods.LIST_MODELS, self.list)
+        self.tried: list[tuple[str, int]] = []
+        self.trials: dict[str, list[str]] = {}
+        """What happens to the next trials of a model: it is the reason of a failure, `dies`, or `away`."""
+        served.on(methods.TRY_MODEL, self.try_model, "unary_stream")
+
+    async def try_model(self, request: Any, context: Any) -> Any:
+        model = request.model
+        assert all(file.sha256 in self.whole for file in model.files)
+        self.tried.append((model.name, model.version))
+        [outcome, *self.trials[model.name]] = self.trials.get(model.name) or ["passes"]
+        instance = f"local/infer-{len(self.tried) % 2}"
+        if outcome == "away":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
+        yield trial.TryModelResponse(instance=instance)
+        if outcome == "dies":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "upstream connect error: connection termination")
+        if outcome != "passes":
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, outcome)
+        yield trial.TryModelResponse(instance=instance, passed=True)
 
     async def stat(self, request: Any, context: Any) -> Any:
         if request.sha256 in self.whole:
@@ -85,15 +106,17 @@ class Store:
             yield store.GetArtifactResponse(chunk=b"!" + chunk[1:] if self.corrupt else chunk)
 
     async def register(self, request: Any, context: Any) -> Any:
-        model = request.model
-        for known in self.models:
-            if (known.name, known.version) == (model.name, model.version):
-                if [file.sha256 for file in known.files] != [file.sha256 for file in model.files]:
-                    await context.abort(grpc.StatusCode.ALREADY_EXISTS, "version 1 has other content")
-                return store.RegisterModelResponse(model=known, existed=True)
-        model.version = model.version or 1 + max((m.version for m in self.models if m.name == model.name), default=0)
-        self.models.append(model)
-        return store.RegisterModelResponse(model=model)
+        responses = []
+        for model in (request.model, *request.others):
+            known = next((m for m in self.models if (m.name, m.version) == (model.name, model.version)), None)
+            if known and [file.sha256 for file in known.files] != [file.sha256 for file in model.files]:
+                await context.abort(grpc.StatusCode.ALREADY_EXISTS, "version 1 has other content")
+            number = model.version or 1 + max((m.version for m in self.models if m.name == model.name), default=0)
+            model.version = number
+            responses.append(store.RegisterModelResponse(model=known or model, existed=known is not None))
+        self.models += [response.model for response in responses if not response.existed]
+        responses[0].others.extend(responses[1:])
+        return responses[0]
 
     async def list(self, request: Any, context: Any) -> Any:
         return store.ListModelsResponse(models=[m for m in self.models if request.name in ("", m.name)])
@@ -216,6 +239,118 @@ async def test_a_repository_is_pushed_model_by_model_and_ensembles_last(
                 InvalidArgument, match=r"is a repository of models .*: push that model's folder, such as .*/a$"
             ):
                 await client.models.push(tmp_path, **options, wait=False)
+
+
+def folder_of(root: Path, *models: str) -> Path:
+    """A repository of models of one version each; the ensemble "all" consists of the others."""
+    for name in models:
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1" / "model.onnx").write_bytes(name.encode())
+    return root
+
+
+async def test_a_model_that_cannot_be_loaded_is_not_registered(served: Served, kept: Store, onnx: Path) -> None:
+    kept.trials["digits"] = ["model.onnx: not an ONNX file"]
+    async with client_of(served) as client:
+        with pytest.raises(FailedPrecondition, match=r"digits cannot be loaded: model\.onnx: not an ONNX file"):
+            await client.models.push(onnx, wait=False)
+        assert (kept.models, kept.tried) == ([], [("digits", 0)])
+        [pushed] = await client.models.push(onnx, check=False, wait=False)
+        assert (pushed.model.version, len(kept.tried)) == (1, 1)
+
+
+async def test_all_new_versions_are_tried_before_any_is_registered(served: Served, kept: Store, tmp_path: Path) -> None:
+    for version in (1, 2):
+        (tmp_path / "m" / str(version)).mkdir(parents=True)
+        (tmp_path / "m" / str(version) / "model.onnx").write_bytes(b"%d" % version)
+    async with client_of(served) as client:
+        await client.models.push(tmp_path / "m", version=1, wait=False)
+        kept.trials["m"] = ["no luck"]
+        with pytest.raises(FailedPrecondition, match="m version 2 cannot be loaded: no luck"):
+            await client.models.push(tmp_path / "m", wait=False)
+        assert [model.version for model in kept.models] == [1]
+        pushed = await client.models.push(tmp_path / "m", wait=False)
+        assert [(each.model.version, each.existed) for each in pushed] == [(1, True), (2, False)]
+    assert kept.tried == [("m", 1), ("m", 2), ("m", 2)]
+
+
+async def test_an_instance_that_ends_during_a_trial_is_replaced_once(served: Served, kept: Store, onnx: Path) -> None:
+    kept.trials["digits"] = ["dies", "away", "passes"]
+    async with client_of(served) as client:
+        assert await client.models.push(onnx, wait=False)
+        assert len(kept.tried) == 3
+        kept.trials["killer"] = ["dies", "dies"]
+        with pytest.raises(FailedPrecondition, match=r"killer is not registered, .* local/infer-0, then local/infer-1"):
+            await client.models.push(onnx, "killer", wait=False)
+        assert len(kept.tried) == 5
+    assert [model.name for model in kept.models] == ["digits"]
+
+
+async def test_without_an_instance_nothing_is_registered_and_the_error_names_the_option(
+    served: Served, kept: Store, onnx: Path
+) -> None:
+    kept.trials["digits"] = ["away"] * 99
+    listing(served, [instance("local/infer-0", coord.INSTANCE_STATE_STARTING)])
+    async with client_of(served) as client:
+        with pytest.raises(Unavailable, match=r"no infer instance is ready to try digits: .*--no-check"):
+            await client.models.push(onnx, wait=False)
+        assert kept.models == []
+        await client.models.push(onnx, check=False, wait=False)
+
+
+async def test_an_upload_that_is_cut_registers_nothing(served: Served, kept: Store, onnx: Path) -> None:
+    kept.break_after = [CHUNK_BYTES] + [0] * 99
+    async with client_of(served) as client:
+        with pytest.raises(Unavailable):
+            await client.models.push(onnx, wait=False)
+    assert (kept.models, kept.tried) == ([], [])
+
+
+async def test_a_repository_goes_on_after_a_bad_model(served: Served, kept: Store, tmp_path: Path) -> None:
+    folder_of(tmp_path, *"abcdefghijkl")
+    (tmp_path / "empty" / "config.pbtxt").parent.mkdir()
+    (tmp_path / "empty" / "config.pbtxt").touch()
+    for name, step in (("over", "b"), ("overover", "over"), ("good", "c")):
+        (tmp_path / name / "1").mkdir(parents=True)
+        step = f'ensemble_scheduling {{ step {{ model_name: "{step}" }} }}'
+        (tmp_path / name / "config.pbtxt").write_text(step)
+    kept.trials["b"] = ["no luck"]
+    heard: list[str] = []
+    async with client_of(served) as client:
+        outcomes = await client.models.push_all(tmp_path, settled=lambda each: heard.append(each.name), wait=False)
+        failed = {each.name: each.error.message for each in outcomes if each.error}
+        assert failed.keys() == {"b", "empty", "over", "overover"}
+        assert failed["b"] == "b version 1 cannot be loaded: no luck"
+        assert failed["over"] == "its model b was not pushed"
+        assert (
+            sorted(heard)
+            == sorted(each.name for each in outcomes)
+            == sorted([*"abcdefghijkl", "empty", "over", "overover", "good"])
+        )
+        assert {model.name for model in kept.models} == {*"acdefghijkl", "good"}
+        kept.trials["b"] = ["no luck"]
+        with pytest.raises(FailedPrecondition, match=r"4 of 16 models were not pushed: .*b: b version 1 cannot be"):
+            await client.models.push(tmp_path, wait=False)
+
+
+async def test_models_of_a_repository_are_pushed_at_the_same_time(served: Served, kept: Store, tmp_path: Path) -> None:
+    folder_of(tmp_path, *"abcdefghijkl")
+    both = asyncio.Event()
+
+    async def register(request: Any, context: Any) -> Any:
+        # Two calls meet here, or none returns.
+        if served.count(methods.REGISTER_MODEL) >= 2:
+            both.set()
+        await both.wait()
+        return await kept.register(request, context)
+
+    served.on(methods.REGISTER_MODEL, register)
+    listing(served, [instance("local/infer-0", **{name: [1] for name in "abcdefghijkl"})])
+    index(served)
+    async with client_of(served) as client:
+        outcomes = await client.models.push_all(tmp_path)
+    assert [each.error for each in outcomes] == [None] * 12
+    assert served.count(methods.LIST_INSTANCES) <= 12
 
 
 async def test_pull_restores_the_pushed_folder(served: Served, kept: Store, tmp_path: Path) -> None:

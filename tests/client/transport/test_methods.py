@@ -15,6 +15,7 @@ NOT_REPEATED = {
     "BACK_UP",
     "RESTORE",
     "PUT_SCHEDULE",
+    "TRY_MODEL",
     "REMOVE_SCHEDULE",
 }
 

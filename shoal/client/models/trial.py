@@ -1,0 +1,72 @@
+"""Trial load of a model version on one infer instance, before the version is registered."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller
+from shoal.client.transport.deadline import Deadline
+from shoal.coord.v1 import coord_pb2 as coord
+from shoal.errors import FailedPrecondition, ResourceExhausted, ShoalError, Unavailable
+from shoal.inference.v2 import trial_pb2 as pb
+from shoal.store.v1 import store_pb2 as store
+
+_MOST_ENDED = 2
+_LIST_S = 5.0
+
+
+async def run(caller: Caller, model: store.ModelVersion, deadline: Deadline) -> None:
+    """Have one infer instance load and warm the version. Its files are stored.
+
+    When the instance ends during the trial, another one tries the version once.
+
+    Raises:
+        FailedPrecondition: the version cannot be loaded, or two instances ended during its trial.
+        Unavailable: no infer instance is ready.
+        DeadlineExceeded: the trial took too long.
+    """
+    title = f"{model.name} version {model.version}" if model.version else model.name
+    ended: list[str] = []
+    attempt = 0
+    while True:
+        instance = ""
+        try:
+            request = pb.TryModelRequest(model=model)
+            trial = caller.stream(methods.TRY_MODEL, request, timeout_s=deadline, doing=f"trial load of {title}")
+            async with aclosing(trial) as responses:
+                async for response in responses:
+                    instance = response.instance
+                    if response.passed:
+                        return
+            error: ShoalError = Unavailable(f"trial load of {title}: it ended early")
+        except FailedPrecondition as err:
+            raise FailedPrecondition(f"{title} cannot be loaded: {err.message}") from err
+        except (Unavailable, ResourceExhausted) as err:
+            error = err
+        if instance:
+            ended.append(instance)
+            attempt = 0
+            if len(ended) == _MOST_ENDED:
+                raise FailedPrecondition(
+                    f"{title} is not registered, because the infer instances that loaded it on trial ended meanwhile: "
+                    f"{', then '.join(ended)}. It probably ends any process that loads it: see their logs"
+                ) from error
+        attempt += 1
+        wait = caller.stream_wait_s(error, attempt=attempt, begun=bool(ended), deadline=deadline)
+        if wait is None:
+            raise await _unavailable(caller, title, ended, error) from error
+        await caller.pause(wait)
+
+
+async def _unavailable(caller: Caller, title: str, ended: list[str], error: ShoalError) -> ShoalError:
+    """Return the error of a trial that no instance takes."""
+    if ended:
+        return FailedPrecondition(f"{ended[0]} ended during the trial load of {title}, and no other took it: {error}")
+    request = coord.ListInstancesRequest(service="infer")
+    listed = await caller.call(methods.LIST_INSTANCES, request, timeout_s=_LIST_S)
+    if any(each.state == coord.INSTANCE_STATE_READY for each in listed.instances):
+        return error
+    return Unavailable(
+        f"no infer instance is ready to try {title}: start one, or register it untried (push with --no-check)"
+    )
