@@ -50,6 +50,8 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CONFIG_PATH = f"../{CONFIG_FILE}"
 _MAX_CONFIG_BYTES = 4 << 20
+# Pruning looks at every file of the cache, and a folder of models is pushed in hundreds of snapshots.
+_PRUNE_S = 60.0
 # Files of one version, as the store limits them.
 _MOST_FILES = 4_096
 
@@ -88,6 +90,7 @@ class Registry:
         self._want = want
         self._clock = clock
         self._models: dict[str, _Read] = {}
+        self._prune_at = 0.0
         self._needed: frozenset[str] = frozenset()
         """Digests of the files of all registered versions."""
         self.is_tried = asyncio.Event()
@@ -168,7 +171,9 @@ class Registry:
         self._needed = frozenset(file.sha256 for version in response.snapshot for file in version.files)
         try:
             self._cache.remember(response.SerializeToString())
-            self._cache.prune(self._needed, self._clock())
+            if (now := self._clock()) >= self._prune_at:
+                self._prune_at = now + _PRUNE_S
+                self._cache.prune(self._needed, now)
         except OSError as err:
             log.warning("the cache cannot be written: %s", err)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # A push registers and then sets an alias: one snapshot for both.
 _BURST_S = 0.05
+# A large registry takes long to read: while a folder of models is pushed, at most a quarter of the time goes into it.
+_READ_SHARE, _LONGEST_BURST_S = 3, 0.5
 _RETRY_S = 0.5
 _AWAIT_MS = 1_000
 _PIPELINE: list[Document] = [
@@ -81,12 +84,15 @@ class RegistryWatch:
             self._latest.set(tuple(await self._registry.versions("")))
 
     async def _read_for_ever(self) -> None:
+        took_s = 0.0
         while True:
             await self._changed.wait()
-            await asyncio.sleep(_BURST_S)
+            await asyncio.sleep(min(max(_BURST_S, _READ_SHARE * took_s), _LONGEST_BURST_S))
             self._changed.clear()
+            start = time.monotonic()
             try:
                 await self._read()
+                took_s = time.monotonic() - start
             except Exception as err:
                 self._changed.set()
                 await _log_and_wait("reading the registry", err)

@@ -83,12 +83,14 @@ class Push:
 
     async def _registered(self, bundles: Sequence[bundle.Bundle], progress: Callable[[Progress], None]) -> list[Pushed]:
         """Upload the versions, try the new ones, and register all or none."""
+        # First of all, so that an unreachable node is reported at once: an upload has more patience.
+        known = await self._known(bundles[0].name)
         files = dict.fromkeys(file for each in bundles for _, file in each.files)
         artifacts = {file: await upload.digest(file) for file in files}
         sent = await self._upload(artifacts.values(), progress)
         models = [self._message(each, artifacts) for each in bundles]
         if self._options.check:
-            await self._try(models)
+            await self._try(models, known)
         response = await self._caller.call(
             methods.REGISTER_MODEL,
             store.RegisterModelRequest(model=models[0], others=models[1:]),
@@ -100,16 +102,16 @@ class Push:
             for each, model in zip((response, *response.others), models, strict=True)
         ]
 
-    async def _try(self, models: Sequence[store.ModelVersion]) -> None:
+    async def _known(self, name: str) -> Mapping[int, Mapping[str, str]]:
+        """Return the contents of the registered versions."""
+        listed = await self._caller.call(
+            methods.LIST_MODELS, store.ListModelsRequest(name=name), timeout_s=_REGISTRY_S, doing="list models"
+        )
+        return {each.version: _content(each) for each in listed.models}
+
+    async def _try(self, models: Sequence[store.ModelVersion], known: Mapping[int, Mapping[str, str]]) -> None:
         """Try each version that the registry lacks. Raises as `trial.run`."""
         deadline = self._caller.deadline(self._options.timeout_s)
-        listed = await self._caller.call(
-            methods.LIST_MODELS,
-            store.ListModelsRequest(name=models[0].name),
-            timeout_s=_REGISTRY_S,
-            doing="list models",
-        )
-        known = {each.version: _content(each) for each in listed.models}
         newest = known.get(max(known, default=0))
         for model in models:
             # An equal version is not registered again, and a different one of this number is refused.

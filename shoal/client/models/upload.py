@@ -68,15 +68,17 @@ async def put(caller: Caller, artifact: Artifact, sent: Callable[[int], None] = 
     while True:
         transfer: _Transfer | None = None
         try:
-            offset = await _resume_offset(caller, artifact)
+            # A file of one chunk is sent without asking: the store reads no byte that it has.
+            is_small = artifact.size_bytes <= CHUNK_BYTES
+            offset = 0 if is_small else await _resume_offset(caller, artifact)
             if offset is None:
                 sent(artifact.size_bytes)
                 return total
             if offset > best:
                 best, attempt = offset, 0
             transfer = _Transfer(artifact, 0 if restarted else offset, sent)
-            await _send(caller, artifact, transfer)
-            return total + transfer.sent_bytes
+            existed = await _send(caller, artifact, transfer)
+            return total if existed else total + transfer.sent_bytes
         except ShoalError as err:
             error = err
         if transfer is not None:
@@ -149,7 +151,8 @@ class _Transfer:
                 self._sent(self.offset + self.sent_bytes)
 
 
-async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> None:
+async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> bool:
+    """Send the upload. Return True when the store had the whole file."""
     try:
         response = await caller.upload(
             methods.PUT_ARTIFACT,
@@ -161,3 +164,4 @@ async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> None
         raise transfer.failure or err from err
     if response.artifact.sha256 != artifact.sha256:
         raise DataLoss(f"upload of {artifact.path}: the store has {response.artifact.sha256}, not {artifact.sha256}")
+    return response.existed
