@@ -40,7 +40,8 @@ LAYERS = {
         page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app rpc messages instances health duties configurations presence cluster drains traffic config
+        __main__ app rpc messages instances health duties configurations presence traffic inference statistics cluster
+        drains config
     """,
     "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """

@@ -75,6 +75,8 @@ class Instance:
     """Unix seconds."""
     models: tuple[ReadyModel, ...] = ()
     version: str = ""
+    awaited: tuple[str, ...] | None = ()
+    """Models that the instance is to serve, has no ready version of, and has not given up. None: not known yet."""
 
     @property
     def name(self) -> str:
@@ -90,7 +92,10 @@ class Instance:
 def encode(instance: Instance) -> bytes:
     """Return the value of an instance's key: JSON with the fields of Instance."""
     models = [_written(model) for model in instance.models]
-    return json.dumps({**vars(instance), "models": models}, separators=(",", ":")).encode()
+    document = {**vars(instance), "models": models}
+    if instance.awaited == ():
+        del document["awaited"]
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def _written(model: ReadyModel) -> dict[str, Any]:
@@ -121,6 +126,7 @@ def decode(key: bytes, value: bytes) -> Instance:
         started_at=_seconds(raw, "started_at"),
         models=tuple(_model(model) for model in _list(raw, "models")),
         version=_text(raw, "version") if "version" in raw else "",
+        awaited=_names(raw, "awaited"),
     )
     if instance.key != key:
         raise ValueError(f"the value names {instance.service}/{instance.name}")
@@ -154,6 +160,15 @@ def _list(raw: Mapping[str, Any], field: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{field}: expected a list, got {value!r}")
     return value
+
+
+def _names(raw: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
+    if raw.get(field, ()) is None:
+        return None
+    names = _list(raw, field)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field}: expected strings, got {names!r}")
+    return tuple(names)
 
 
 def _model(raw: Any) -> ReadyModel:
@@ -198,13 +213,23 @@ class Registration:
         """Desired entry: etcd has it, or gets it as soon as etcd is reachable."""
         return self._instance
 
-    async def update(self, *, state: State | None = None, models: Sequence[ReadyModel] | None = None) -> None:
-        """Change the entry. Never raises and never waits: the background task writes the change."""
+    async def update(
+        self,
+        *,
+        state: State | None = None,
+        models: Sequence[ReadyModel] | None = None,
+        awaited: Sequence[str] | None = (),
+    ) -> None:
+        """Change the entry. Never raises and never waits: the background task writes the change.
+
+        `awaited` goes with `models`.
+        """
         after = self._instance
         if state is not None:
             after = replace(after, state=state)
         if models is not None:
-            after = replace(after, models=tuple(sorted(models, key=lambda model: model.name)))
+            ready = tuple(sorted(models, key=lambda model: model.name))
+            after = replace(after, models=ready, awaited=None if awaited is None else tuple(awaited))
         if after != self._instance:
             self._instance = after
             self._has_changed.set()

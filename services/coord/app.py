@@ -22,10 +22,12 @@ from services.coord.config import CoordConfig
 from services.coord.configurations import Configurations
 from services.coord.duties import Duties
 from services.coord.health import MeshHealth
+from services.coord.inference import MeshInference
 from services.coord.instances import Instances
 from services.coord.rpc import CoordRpc
-from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, table
+from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, TRIALS, table
 from shoal.coord.v1 import coord_pb2_grpc
+from shoal.inference.v2 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ async def run(config: CoordConfig) -> None:
         )
         ads = AdsServer(configurations)
         health = MeshHealth(mirror, PUBLIC)
-        rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health)
+        rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health, MeshInference(mirror, config.node))
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -67,13 +69,14 @@ async def run(config: CoordConfig) -> None:
         await until_stopped()
 
 
-def _rpcs(coord: CoordRpc, health: MeshHealth) -> list[Rpc]:
+def _rpcs(coord: CoordRpc, health: MeshHealth, inference: MeshInference) -> list[Rpc]:
     """Return coord's own services, and for reflection only the services that the gateway routes elsewhere."""
     own = [
         Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(coord, server)),
         Rpc(HEALTH, lambda server: health_pb2_grpc.add_HealthServicer_to_server(health, server)),
+        Rpc(INFER, lambda server: inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)),
     ]
-    return own + [Rpc(descriptor, _served_elsewhere) for descriptor in (STORE, INGEST, INFER)]
+    return own + [Rpc(descriptor, _served_elsewhere) for descriptor in (STORE, INGEST, TRIALS)]
 
 
 def _served_elsewhere(server: grpc.aio.Server) -> None:

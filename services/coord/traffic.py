@@ -13,6 +13,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorS
 from grpc_health.v1 import health_pb2
 
 from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
+from services.coord.inference import METHODS
 from shoal.coord.v1 import coord_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
 from shoal.ingest.v1 import ingest_pb2
@@ -71,7 +72,6 @@ _MODEL_FIELDS = {
     "ModelReady": "name",
     "ModelMetadata": "name",
     "ModelConfig": "name",
-    "ModelStatistics": "name",
 }
 
 
@@ -96,6 +96,8 @@ def table() -> RouteTable:
             ServiceRoutes(
                 f"/{BULK.full_name}/", "infer", streaming=paths(BULK, ("InferBulk",)), names_model_itself=True
             ),
+            # Coord responds for all infer instances.
+            *(ServiceRoutes(path, "coord", all_idempotent=True) for path in paths(INFER, METHODS)),
             ServiceRoutes(inference, "infer", all_idempotent=True),
             ServiceRoutes(f"/{TRIALS.full_name}/", "infer"),
             ServiceRoutes(

@@ -17,6 +17,7 @@ from mesh.cluster.membership import ReadyModel, Registration, State
 from mesh.process.crash_journal import CrashJournal
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
+from mesh.process.watched import Watched
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Rpc, Server
 from services.infer.config import InferConfig
@@ -85,7 +86,8 @@ async def run(config: InferConfig) -> None:
         if not config.share_port:
             await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
-        await stack.enter_async_context(_background(_publish_ready_models(models, registration)))
+        await stack.enter_async_context(_background(_publish(models, models.ready_set, registration)))
+        await stack.enter_async_context(_background(_publish(models, models.awaited, registration)))
         if config.repository is not None:
             await stack.enter_async_context(_folder(config, config.repository, control))
             first_attempts = models.settled()
@@ -165,9 +167,11 @@ async def _first_attempts(registry: Registry, models: Models) -> None:
         await models.settled()
 
 
-async def _publish_ready_models(models: Models, registration: Registration) -> None:
-    async for ready in models.ready_set.follow():
-        await registration.update(models=[ReadyModel(*model) for model in ready])
+async def _publish(models: Models, changes: Watched[Any], registration: Registration) -> None:
+    """Publish the ready and the awaited models, now and after each of `changes`."""
+    async for _ in changes.follow():
+        ready = [ReadyModel(*model) for model in models.ready_set.value]
+        await registration.update(models=ready, awaited=models.awaited.value)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from shoal.node.probes import CHANNEL_OPTIONS, PROBE_S, health
 _CALLS = {
     "coord": "/shoal.coord.v1.CoordService/GetLeader",
     "store": "/shoal.store.v1.StoreService/ListModels",
-    "infer": "/inference.GRPCInferenceService/ServerLive",
+    "infer": "/inference.GRPCInferenceService/ServerMetadata",
     "ingest": "/shoal.ingest.v1.IngestService/GetJob",
 }
 # Statuses that Envoy itself returns without a route or an instance, and statuses that are no sign of health.

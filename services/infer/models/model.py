@@ -81,6 +81,14 @@ class Model:
         failed = [version for version in self.versions.values() if version.state is State.UNAVAILABLE]
         return bool(self.ready()) and not failed
 
+    def is_awaited(self) -> bool:
+        """Return True when the model is desired, has no ready version, and may still get one."""
+        return not self.ready() and any(self._is_pending(version) for version in self.wanted.versions)
+
+    def _is_pending(self, wanted: WantedVersion) -> bool:
+        tried = self.versions.get(wanted.version)
+        return tried is None or tried.wanted.digest != wanted.digest or tried.may_retry
+
     def is_gone(self) -> bool:
         """Return True when no version is loaded, loading or unloading."""
         return not self.versions and not self.leaving and not self.loading

@@ -63,6 +63,8 @@ class Models:
         self._stop_by = math.inf
         self.ready_set: Watched[ReadySet] = Watched(())
         """The models that are ready now, as a watched value."""
+        self.awaited: Watched[tuple[str, ...] | None] = Watched(None)
+        """The models that are desired, not ready, and not given up, sorted; None until the desired ones are known."""
 
     async def __aenter__(self) -> Models:
         self._publisher = asyncio.create_task(self._publish(), name="ready-set")
@@ -196,6 +198,8 @@ class Models:
                 if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
                     del self._models[name]
                     self._tasks.pop(name).cancel()
+            if self.has_desired:
+                self.awaited.set(tuple(name for name in sorted(self._models) if self._models[name].is_awaited()))
             ready = ((name, self._models[name].ready()) for name in sorted(self._models))
             self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
 
