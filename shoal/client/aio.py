@@ -198,7 +198,7 @@ class AsyncClient:
         return (await self._caller.call(methods.SERVER_LIVE, oip.ServerLiveRequest(), timeout_s=timeout)).live
 
     async def ready(self, *, timeout: float | None = STATUS_S) -> bool:
-        """Return True when the inference server is ready: all its models are loaded.
+        """Return True when the inference server is ready: each model that can be loaded is ready on an instance.
 
         Raises:
             Unavailable: no node responds.

@@ -251,10 +251,11 @@ class AsyncModels:
     async def statistics(
         self, name: str = "", version: int | str = "", *, timeout: float | None = READ_S
     ) -> builtins.list[ModelStatistics]:
-        """Return the statistics of one model, or all, at the responding instance.
+        """Return the statistics of one model, or all, summed over the node's instances.
 
         Raises:
             InvalidArgument: no such model.
+            Unavailable: an instance does not respond, so the sums would lack its counts.
         """
         request = oip.ModelStatisticsRequest(name=name, version=str(version))
         response = await self._caller.call(methods.MODEL_STATISTICS, request, timeout_s=timeout)

@@ -63,6 +63,9 @@ class Push:
                 for member in [await pushing[member] for member in members]:
                     if member.error is not None:
                         raise FailedPrecondition(f"its model {member.name} was not pushed")
+                    if self._options.check and not self._options.wait:
+                        # The trial of an ensemble needs its models.
+                        await self._waited(list(member.pushed))
                 async with slots:
                     registered = await self._registered(bundle.read(folder), _ignore)
                 outcome = ModelPush(folder.name, tuple(await self._ready(registered)))

@@ -42,7 +42,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """Statistics of one version of a model at one instance, since it was loaded there."""
+    """Statistics of one version of a model, since it was loaded; at a gateway summed over the node's instances."""
 
     name: str
     version: str

@@ -229,6 +229,7 @@ async def test_a_repository_is_pushed_model_by_model_and_ensembles_last(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "a/1").mkdir()
+    listing(served, [instance("local/infer-0", b=[1])])
     async with client_of(served) as client:
         pushed = await client.models.push(tmp_path, labels={"by": "ada"}, wait=False)
         assert {p.model.name for p in pushed} == {"a", "b", "c"}
@@ -315,6 +316,7 @@ async def test_a_repository_goes_on_after_a_bad_model(served: Served, kept: Stor
         step = f'ensemble_scheduling {{ step {{ model_name: "{step}" }} }}'
         (tmp_path / name / "config.pbtxt").write_text(step)
     kept.trials["b"] = ["no luck"]
+    listing(served, [instance("local/infer-0", c=[1])])
     heard: list[str] = []
     async with client_of(served) as client:
         outcomes = await client.models.push_all(tmp_path, settled=lambda each: heard.append(each.name), wait=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from shoal.errors import (
     ShoalError,
 )
 from tests.breakable import until
+from tests.node.conftest import python_model
+from tests.node.one_node.conftest import is_whole
 
 pytestmark = pytest.mark.node
 
@@ -109,11 +112,76 @@ async def answers_as(client: AsyncClient, model: str, version: str) -> bool:
     return (await client.infer(model, {"x": ROW})).model_version == version
 
 
-async def test_a_model_that_cannot_be_loaded_says_why(client: AsyncClient, tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_loaded_says_why_and_leaves_nothing(
+    running: Any, client: AsyncClient, onnx_models: Path, tmp_path: Path
+) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"this is no model")
-    with pytest.raises(FailedPrecondition, match=r"broken version 1 cannot be loaded: .+"):
+    with pytest.raises(FailedPrecondition, match=r"broken cannot be loaded: .+"):
         await client.models.push(tmp_path / "broken.onnx", timeout=60)
-    await client.models.remove("broken")
+    await client.models.push(onnx_models / "double.onnx", "broken")
+    # The served version stays.
+    with pytest.raises(FailedPrecondition, match=r"broken version 2 cannot be loaded: .+"):
+        await client.models.push(tmp_path / "broken.onnx", version=2, timeout=60)
+    assert [version.version for version in await client.models.list("broken")] == [1]
+    assert (await client.infer("broken", {"x": ROW})).model_version == "1"
+    assert await client.ready()
+    # Untried, it is registered, and does not keep the server from being ready for ever.
+    with pytest.raises(FailedPrecondition, match=r"worse version 1 cannot be loaded: .+"):
+        await client.models.push(tmp_path / "broken.onnx", "worse", check=False, timeout=60)
+    assert await client.ready()
+    for name in ("broken", "worse"):
+        await client.models.remove(name)
+
+
+async def test_a_model_that_ends_every_instance_is_not_registered(
+    running: Any, client: AsyncClient, tmp_path: Path
+) -> None:
+    deadly = (
+        "import os\n\nclass TritonPythonModel:\n    def initialize(self, args):\n        os._exit(13)\n"
+        "    def execute(self, requests):\n        pass\n"
+    )
+    folder = python_model(tmp_path / "deadly", deadly)
+    with pytest.raises(
+        FailedPrecondition, match=r"deadly version 1 is not registered, .* ended meanwhile: local/infer"
+    ):
+        await client.models.push(folder, timeout=60)
+    assert not await client.models.list("deadly")
+    with shoal.Client(running.gateway) as blocking:
+        await until(lambda: is_whole(running, blocking), "the instances are back", 60)
+
+
+async def test_two_pushes_of_one_name_at_once_are_two_versions(
+    client: AsyncClient, onnx_models: Path, tmp_path: Path
+) -> None:
+    content = (onnx_models / "double.onnx").read_bytes()
+    paths = [tmp_path / f"{number}.onnx" for number in range(2)]
+    for number, path in enumerate(paths):
+        # A field that ONNX Runtime ignores makes the two files different.
+        path.write_bytes(content + b"\x32\x01%d" % number)
+    outcomes = await asyncio.gather(
+        *(client.models.push(path, "twins", check=number > 0, wait=False) for number, path in enumerate(paths))
+    )
+    assert {pushed.model.version for [pushed] in outcomes} == {1, 2}
+    versions = {version.version: version.files[0].sha256 for version in await client.models.list("twins")}
+    for path, [pushed] in zip(paths, outcomes, strict=True):
+        assert versions[pushed.model.version] == hashlib.sha256(path.read_bytes()).hexdigest()
+    await client.models.remove("twins")
+
+
+async def test_statistics_of_the_gateway_cover_both_replicas(client: AsyncClient, onnx_models: Path) -> None:
+    await client.models.push(onnx_models / "double.onnx", "counted")
+    replicas = set()
+    calls = 0
+    while len(replicas) < 2 or calls < 20:
+        result = await client.infer("counted", {"x": ROW}, parameters={"explain": True})
+        replicas.add(result.parameters["replica"])
+        calls += 1
+    for _ in range(10):
+        [statistics] = await client.models.statistics("counted")
+        assert (statistics.inference_count, statistics.success.count) == (calls, calls)
+        assert statistics.batches[1].count == calls
+    assert {"counted", "double", "slow"} <= {each.name for each in await client.models.statistics()}
+    await client.models.remove("counted")
 
 
 async def test_an_old_version_that_is_not_served_says_so(client: AsyncClient, onnx_models: Path) -> None:
