@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -176,8 +177,8 @@ class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
     ) -> AsyncIterator[trial_pb2.TryModelResponse]:
         async with aclosing(self._trials.run(request.model)) as begun:
             async for _ in begun:
-                yield trial_pb2.TryModelResponse(instance=self._replica)
-        yield trial_pb2.TryModelResponse(instance=self._replica, passed=True)
+                yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid())
+        yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid(), passed=True)
 
 
 def trials_rpc(trials: Trials, replica: str) -> Rpc:

@@ -13,9 +13,11 @@ class TryModelRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[_store_pb2.ModelVersion, _Mapping]] = ...) -> None: ...
 
 class TryModelResponse(_message.Message):
-    __slots__ = ("instance", "passed")
+    __slots__ = ("instance", "passed", "pid")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     PASSED_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     instance: str
     passed: bool
-    def __init__(self, instance: _Optional[str] = ..., passed: _Optional[bool] = ...) -> None: ...
+    pid: int
+    def __init__(self, instance: _Optional[str] = ..., passed: _Optional[bool] = ..., pid: _Optional[int] = ...) -> None: ...

@@ -61,7 +61,7 @@ class Store:
         instance = f"local/infer-{len(self.tried) % 2}"
         if outcome == "away":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
-        yield trial.TryModelResponse(instance=instance)
+        yield trial.TryModelResponse(instance=instance, pid=7)
         if outcome == "dies":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "upstream connect error: connection termination")
         if outcome != "passes":
@@ -80,6 +80,8 @@ class Store:
     async def put(self, requests: AsyncIterator[Any], context: Any) -> Any:
         header = (await anext(requests)).header
         self.offsets.append(header.offset)
+        if header.sha256 in self.whole:
+            return store.PutArtifactResponse(artifact=store.Artifact(sha256=header.sha256), existed=True)
         got = self.partial.get(header.sha256, b"")[: header.offset]
         limit = self.break_after.pop(0) if self.break_after else None
         if limit == 0:
@@ -277,6 +279,10 @@ async def test_all_new_versions_are_tried_before_any_is_registered(served: Serve
 
 async def test_an_instance_that_ends_during_a_trial_is_replaced_once(served: Served, kept: Store, onnx: Path) -> None:
     kept.trials["digits"] = ["dies", "away", "passes"]
+    # First the one that has ended is still listed, then its successor.
+    again = [instance("local/infer-0"), instance("local/infer-1")]
+    old = [coord.Instance(service="infer", name=each.name, state=each.state, pid=7) for each in again]
+    listing(served, old, old, again)
     async with client_of(served) as client:
         assert await client.models.push(onnx, wait=False)
         assert len(kept.tried) == 3

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import signal
 import uuid
 from collections.abc import AsyncIterator
@@ -141,13 +142,31 @@ async def test_a_model_that_ends_every_instance_is_not_registered(
         "    def execute(self, requests):\n        pass\n"
     )
     folder = python_model(tmp_path / "deadly", deadly)
+    ports = '{ name: "x" data_type: TYPE_FP32 dims: [4] }'
+    with (folder / "config.pbtxt").open("a") as file:
+        file.write(f"input {ports}\noutput {ports.replace('x', 'y')}\n")
+
+    def restarts() -> int:
+        return len(re.findall(r"infer-\d restarted", running.output.read_text()))
+
+    before = restarts()
+    calls = asyncio.create_task(calls_until_cancelled(client))
     with pytest.raises(
         FailedPrecondition, match=r"deadly version 1 is not registered, .* ended meanwhile: local/infer"
     ):
         await client.models.push(folder, timeout=60)
     assert not await client.models.list("deadly")
     with shoal.Client(running.gateway) as blocking:
-        await until(lambda: is_whole(running, blocking), "the instances are back", 60)
+        await until(lambda: restarts() == before + 2 and is_whole(running, blocking), "the instances are back", 60)
+    # One instance was always there: no call failed.
+    assert not calls.done(), await calls
+    calls.cancel()
+
+
+async def calls_until_cancelled(client: AsyncClient) -> None:
+    while True:
+        await client.infer("double", {"x": ROW}, retries=0)
+        await asyncio.sleep(0.01)
 
 
 async def test_two_pushes_of_one_name_at_once_are_two_versions(
@@ -203,7 +222,7 @@ async def test_a_large_file_survives_the_death_of_the_store(running: Any, client
         if progress.done_bytes >= 16 << 20 and not killed:
             killed.append(running.kill("store-0"))
 
-    [pushed] = await client.models.push(path, wait=False, progress=progress)
+    [pushed] = await client.models.push(path, check=False, wait=False, progress=progress)
     assert killed
     assert pushed.model.size_bytes == 48 << 20
     home = await client.models.pull("large", into=tmp_path / "back")
