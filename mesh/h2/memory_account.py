@@ -48,6 +48,11 @@ class Share:
         account = self._account
         return self.held + size <= FREE_FACTOR * (account.limit - account.held - size)
 
+    def fits(self, size: int) -> bool:
+        """Return True when the account's limit allows `size` bytes more, whatever this share holds."""
+        account = self._account
+        return account.held + size <= account.limit
+
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""
         self.held += size

@@ -150,12 +150,14 @@ class ServerStream:
         self._connection.return_credit(-size)
         return True
 
-    def reserve(self, size: int) -> bool:
+    def reserve(self, size: int, *, is_response: bool = False) -> bool:
         """Count `size` bytes of memory for this request, until they are released or the stream ends.
 
+        A response may take all that is free: its request was admitted, and its memory is free soon.
         Return False, and count nothing, when there is no room, or the stream has ended.
         """
-        if not self.share.has_room(size) or not self._sender.is_open(self.number):
+        has_room = self.share.fits(size) if is_response else self.share.has_room(size)
+        if not has_room or not self._sender.is_open(self.number):
             return False
         self.share.add(size)
         self.held += size

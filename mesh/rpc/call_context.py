@@ -22,6 +22,9 @@ class CallMemory(Protocol):
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
 

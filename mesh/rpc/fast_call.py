@@ -181,6 +181,11 @@ class FastCall:
         if not self._stream.reserve(size):
             raise no_memory()
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+        if not self._stream.reserve(size, is_response=True):
+            raise no_memory()
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
         self._stream.release(size)

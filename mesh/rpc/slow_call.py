@@ -230,6 +230,12 @@ class _Messages:
         self._reserve(size)
         self._reserved += size
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+        if not self._stream.reserve(size, is_response=True):
+            raise no_memory()
+        self._reserved += size
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
         self._reserved -= size

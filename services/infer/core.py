@@ -213,7 +213,7 @@ class InferenceServer:
             # The inputs are not needed any more. The outputs are copied into the response.
             request.inputs = {}
             memory.release(tensor_bytes)
-            memory.hold(2 * held_bytes(result.outputs))
+            memory.hold_response(2 * held_bytes(result.outputs))
             response = await write_response_async(
                 result,
                 request,

@@ -110,7 +110,7 @@ class _Stream:
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
         await self._capacity.acquire()
         async for request in requests:
-            part = RequestPart(self._memory, self._memory.message_bytes)
+            part = RequestPart(self._memory, self._memory.message_bytes, waits=True)
             refusal = _held(part)
             responses = self._decoupled_responses(request, part)
             if responses is None:

@@ -33,8 +33,8 @@ CONNECTIONS = 1024
 
 # Envoy samples its heap at this interval. With the default of 1 s, fast clients overrun the ceiling in between.
 _REFRESH = "0.05s"
-# Smallest memory of a stream that Envoy tracks, and may reset: 64 KiB. A small call is charged 16 KiB and more, whatever
-# its size. Envoy has eight classes above, each of twice the memory of the one before.
+# Smallest memory of a stream that Envoy tracks, and may reset: 64 KiB. A small call is charged 16 KiB and more, since
+# buffers have that size. Envoy has eight classes above, each of twice the memory of the one before.
 _TRACKED_POWER = 16
 # Resets happen only while the pressure changes, 50 streams at a time: many small streams that are held would stay. At
 # high pressure, those without progress end early: the rest of a message, and the reading of a response, may pause for

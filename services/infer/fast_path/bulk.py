@@ -203,6 +203,11 @@ class Entry:
         if not self.is_over:
             self._part.hold(size)
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+        if not self.is_over:
+            self._part.hold_response(size)
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the entry ends."""
         self._part.release(size)

@@ -57,6 +57,9 @@ class Exchange(Protocol):
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the exchange ends. Raises ResourceExhausted without room."""
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the exchange ends."""
 

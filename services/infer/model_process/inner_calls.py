@@ -163,6 +163,11 @@ class _SharedMemory:
             raise no_memory()
         self._share.add(size)
 
+    def hold_response(self, size: int) -> None:
+        if not self._share.fits(size):
+            raise no_memory()
+        self._share.add(size)
+
     def release(self, size: int) -> None:
         self._share.remove(size)
 

@@ -14,6 +14,9 @@ class RequestMemory(Protocol):
     def hold(self, size: int) -> None:
         """Count `size` bytes more until the call ends. Raises ResourceExhausted when there is no room."""
 
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
 
@@ -26,6 +29,9 @@ class Uncounted:
     def hold(self, size: int) -> None:
         pass
 
+    def hold_response(self, size: int) -> None:
+        pass
+
     def release(self, size: int) -> None:
         pass
 
@@ -36,11 +42,15 @@ UNCOUNTED = Uncounted()
 class RequestPart:
     """Memory of one request in a call with several. Closed when the request has ended."""
 
-    __slots__ = ("_is_closed", "_memory", "held", "message_bytes")
+    __slots__ = ("_is_closed", "_memory", "_waits", "held", "message_bytes")
 
-    def __init__(self, memory: RequestMemory, message_bytes: int = 0) -> None:
-        """Store the memory of the call, and the size of the request's message; nothing is held yet."""
+    def __init__(self, memory: RequestMemory, message_bytes: int = 0, *, waits: bool = False) -> None:
+        """Store the memory of the call, and the size of the request's message; nothing is held yet.
+
+        `waits`: the response may wait for the client. It gets no more room than the request.
+        """
         self._memory = memory
+        self._waits = waits
         self.message_bytes = message_bytes
         self.held = 0
         self._is_closed = False
@@ -49,6 +59,14 @@ class RequestPart:
         """Count `size` bytes more. Counts nothing after the end. Raises ResourceExhausted when there is no room."""
         if not self._is_closed:
             self._memory.hold(size)
+            self.held += size
+
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response, as `hold`. It may take all that is free, unless it may wait."""
+        if self._waits:
+            self.hold(size)
+        elif not self._is_closed:
+            self._memory.hold_response(size)
             self.held += size
 
     def release(self, size: int) -> None:

@@ -127,9 +127,10 @@ async def test_streams_that_hold_much_of_the_heap_are_reset_and_others_are_serve
             try:
                 assert told(await mesh.infer("b"), "header") == "b"
                 served += 1
-            # Above 95 % of the ceiling, until the next streams are reset.
             except grpc.aio.AioRpcError as err:
-                assert (err.code(), err.details()) == (grpc.StatusCode.UNAVAILABLE, "envoy overloaded")
+                # Above 95 % of the ceiling, until streams end.
+                if (err.code(), err.details()) != (grpc.StatusCode.UNAVAILABLE, "envoy overloaded"):
+                    raise
                 refused += 1
             peak_mib = max(peak_mib, rss_mib(mesh))
             await asyncio.sleep(0.005)
