@@ -187,8 +187,9 @@ class FastCall:
             raise no_memory()
 
     def release(self, size: int) -> None:
-        """Release bytes that were held, before the call ends."""
-        self._stream.release(size)
+        """Release bytes that were held, before the call ends. Does nothing after the end."""
+        if not self.is_over:
+            self._stream.release(size)
 
     def _plain_message(self, body: bytes) -> bytes | None:
         """Return a body that is not one plain message as one; None when a thread decompresses it.

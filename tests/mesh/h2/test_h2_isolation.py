@@ -7,7 +7,7 @@ import gzip
 import struct
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
@@ -23,6 +23,7 @@ from shoal.errors import Code
 from tests.mesh.h2.scripted import PATIENCE_S, Peer
 
 ECHO, SIZED, SLOW, STREAM = "/t.T/Echo", "/t.T/Sized", "/t.T/Slow", "/t.T/Stream"
+KEPT, KEPT_SLOW = "/t.T/Kept", "/t.T/KeptSlow"
 MIB = 1 << 20
 WIDE = {frames.WINDOW_SIZE: frames.LARGEST_WINDOW}
 
@@ -44,6 +45,12 @@ class Front:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.sized = 0
+        self.kept = asyncio.Event()
+        """Calls of KEPT and KEPT_SLOW are answered once it is set."""
+
+    def keep(self, body, call):
+        task = asyncio.create_task(self.kept.wait())
+        task.add_done_callback(lambda _: call.reply((), 0))
 
     def answer_sized(self, body, call):
         """Answers with as many bytes as the request says."""
@@ -114,13 +121,23 @@ class Client(Peer):
 @asynccontextmanager
 async def serving(**limits: int) -> AsyncIterator[Front]:
     fronts: list[Front] = []
+
+    async def keep_slow(request, context):
+        await fronts[0].kept.wait()
+        return b""
+
     methods = {
         ECHO: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         SIZED: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         SLOW: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         STREAM: grpc.stream_stream_rpc_method_handler(stream, bytes, bytes),
+        KEPT_SLOW: grpc.unary_unary_rpc_method_handler(keep_slow, bytes, bytes),
     }
-    fast = {ECHO: echo, SIZED: lambda body, call: fronts[0].answer_sized(body, call)}
+    fast = {
+        ECHO: echo,
+        SIZED: lambda body, call: fronts[0].answer_sized(body, call),
+        KEPT: lambda body, call: fronts[0].keep(body, call),
+    }
     async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods=fast, methods=methods, **limits) as server:
         fronts.append(Front(server))
         await server.serve()
@@ -228,6 +245,45 @@ async def test_credit_of_the_connection_returns_when_a_body_is_whole():
         assert credit(peer, 0) - before >= 2 * MIB
 
 
+@pytest.mark.parametrize("path", [KEPT, KEPT_SLOW])
+async def test_a_whole_request_counts_until_it_is_answered(path):
+    async with serving(body_bytes=3 * MIB) as front, front.peer(WIDE) as peer, front.peer() as other:
+        peer.send(frames.window_update(0, 100 * MIB))
+        numbers = [peer.call(path, bytes(300 << 10)) for _ in range(12)]
+        for number in numbers[7:]:
+            assert await peer.status(number) == Code.RESOURCE_EXHAUSTED
+        assert front.server.memory.bodies.held > 5 * (300 << 10)
+        assert await other.status(other.call(SLOW, b"x")) == 0
+        front.kept.set()
+        assert await peer.status(numbers[0]) == 0
+
+
+async def test_streams_that_send_nothing_are_bounded_with_their_headers():
+    async with serving(body_bytes=MIB) as front, front.peer() as peer, front.peer() as other:
+        numbers = [peer.open(STREAM, ("x-long", "v" * 4_000)) for _ in range(80)]
+        end = await peer.end_of(numbers[-1])
+        assert (end["grpc-status"], end["retry-after-ms"]) == (str(int(Code.RESOURCE_EXHAUSTED)), "1000")
+        assert front.server.memory.bodies.held <= MIB * 2 // 3
+        assert len(front.server._listener._connections) == 3
+        assert await other.status(other.call(ECHO, b"x")) == 0
+
+
+async def test_many_tenants_on_a_connection_cost_no_more_than_their_number():
+    async with serving() as front, front.peer() as peer:
+        for n in range(300):
+            peer.open(STREAM, ("x-shoal-tenant", str(n)))
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        shares = max((c._shares for c in front.server._listener._connections), key=len)
+        assert len(shares) == 300
+        for n in range(300):
+            peer.send(frames.rst_stream(1 + 2 * n, Reason.CANCEL))
+        for n in range(300, 900):
+            assert await peer.status(peer.call(ECHO, b"x", ("x-shoal-tenant", str(n)))) == 0
+        shares = max((c._shares for c in front.server._listener._connections), key=len)
+        assert len(shares) <= 600
+
+
 # -- progress
 
 
@@ -288,6 +344,55 @@ async def test_a_client_that_does_not_read_is_not_read_and_then_disconnected(qui
             while len(front.server._listener._connections) > 1:
                 await asyncio.sleep(0.01)
         assert "its peer reads none of" in caplog.text
+
+
+async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_time(monkeypatch):
+    # The test ticks by hand.
+    monkeypatch.setattr(server_connection, "_TICK_S", 3_600.0)
+    async with serving(unread_bytes=64 * MIB) as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
+        connection = next(c for c in front.server._listener._connections if c.peer[1] == peer_port(peer))
+        peer.writer.transport.pause_reading()
+        while connection._transport.is_reading():
+            peer.call(SIZED, b"10000")
+            await asyncio.sleep(0)
+        # What waits in the transport is counted.
+        assert front.server.memory.unread.held >= connection._transport.get_write_buffer_size() > 0
+        served = front.sized
+        for _ in range(100):
+            peer.call(SIZED, b"10000")
+            await asyncio.sleep(0)
+        assert front.sized == served
+        for _ in range(server_connection._MAX_TICKS):
+            connection._tick()
+            connection._tick_timer.cancel()
+        assert not connection._transport.is_reading()
+        assert not connection._transport.is_closing()
+        connection._tick()
+        assert connection._transport.is_closing()
+        async with asyncio.timeout(PATIENCE_S):
+            while front.server.memory.unread.held:
+                await asyncio.sleep(0.001)
+
+
+async def test_connections_that_do_not_read_are_closed_when_the_account_is_full(caplog):
+    async with serving(unread_bytes=256 << 10) as front, AsyncExitStack() as stack:
+        peers = [await stack.enter_async_context(front.peer(WIDE)) for _ in range(3)]
+        for peer in peers:
+            peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
+            peer.writer.transport.pause_reading()
+        async with asyncio.timeout(PATIENCE_S):
+            while "find no room" not in caplog.text:
+                for peer in peers:
+                    for _ in range(100):
+                        peer.call(SIZED, b"16000")
+                await asyncio.sleep(0.001)
+        async with front.peer() as other:
+            assert await other.status(other.call(ECHO, b"x")) == 0
+
+
+def test_the_stated_time_is_30_seconds():
+    assert server_connection._TICK_S * server_connection._MAX_TICKS == 30
 
 
 async def test_a_response_whose_window_stays_closed_is_reset_and_others_are_answered(quick_ticks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import struct
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.process.config import ServiceConfig
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
+from shoal.errors import ResourceExhausted
 
 FAST, SLOW, STREAM = "/t.T/Fast", "/t.T/Slow", "/t.T/Stream"
 LIMIT = 1 << 20
@@ -50,6 +52,7 @@ class Transport:
         self.written = bytearray()
         self._is_closing = False
         self.is_reading = True
+        self.buffered = 0
 
     def get_extra_info(self, name: str) -> None:
         return None
@@ -58,7 +61,7 @@ class Transport:
         self.written += data
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.buffered
 
     def is_closing(self) -> bool:
         return self._is_closing
@@ -162,7 +165,9 @@ STEPS = st.lists(
         st.tuples(st.just("reply"), st.integers(0, 9), st.integers(0, 400_000)),
         st.tuples(st.just("fail"), st.integers(0, 9)),
         st.tuples(st.just("expire"), st.integers(0, 9)),
-        st.tuples(st.just("pause")),
+        st.tuples(st.just("hold"), st.integers(0, 9), st.integers(0, 300_000), st.booleans()),
+        st.tuples(st.just("release"), st.integers(0, 9)),
+        st.tuples(st.just("pause"), st.integers(0, 600_000)),
         st.tuples(st.just("resume")),
         st.tuples(st.just("ticks"), st.integers(1, 80)),
         st.tuples(st.just("settle")),
@@ -175,6 +180,7 @@ async def play(steps: list[Any]) -> None:
     front = Front()
     connection = front.connection
     open_: list[int] = []
+    held_by_calls: dict[Any, list[int]] = {}
     for kind, *given_ in steps:
         match kind, given_:
             case "open", (path, tenant, encoding):
@@ -206,7 +212,17 @@ async def play(steps: list[Any]) -> None:
             case "expire", (index,):
                 if front.calls:
                     front.calls[index % len(front.calls)].expire()
-            case "pause", _:
+            case "hold", (index, size, is_response):
+                if front.calls:
+                    call = front.calls[index % len(front.calls)]
+                    with suppress(ResourceExhausted):
+                        (call.hold_response if is_response else call.hold)(size)
+                        held_by_calls.setdefault(call, []).append(size)
+            case "release", (index,):
+                if front.calls and (sizes := held_by_calls.get(front.calls[index % len(front.calls)])):
+                    front.calls[index % len(front.calls)].release(sizes.pop())
+            case "pause", (size,):
+                front.transport.buffered = size
                 connection.pause_writing()
             case "resume", _:
                 connection.resume_writing()
@@ -221,7 +237,7 @@ async def play(steps: list[Any]) -> None:
         assert memory.bodies.held == held == sum(share.held for share in connection._shares.values())
         assert 0 <= held <= memory.bodies.limit
         waiting = sum(outgoing.size for outgoing in connection._sender._waiting.values())
-        assert memory.unread.held == waiting >= 0
+        assert memory.unread.held == waiting + connection._written_bytes >= 0
         # Everything else has been given back: the window never closes, so no body waits for another one.
         connection._sender.flush()
         if not front.transport.is_closing():
