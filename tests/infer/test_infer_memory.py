@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.model_process.channel import Message
-from services.infer.model_process.inner_calls import InnerCalls
+from services.infer.model_process.inner_calls import InnerCalls, ModelRun, OuterCall
 from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
@@ -312,16 +313,19 @@ async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, g
         replies: list[dict[str, Any]] = []
         header = {"model": "one", "version": "", "request_id": "", "parameters": {}, "outputs": []}
         tensor = ("x", "FP32", np.ones((1, FLOATS_PER_MIB), np.float32))
+        model: Any = SimpleNamespace(name="caller", instances=[0])
+        hog, other = (ModelRun(model, lambda tenant=tenant: OuterCall(tenant=tenant)) for tenant in ("hog", "other"))
         gate.is_closed = True
         for _ in range(12):
-            calls(Message(header, [tensor]), lambda header, parts: replies.append(header))
+            calls(Message(header, [tensor]), hog, lambda header, parts: replies.append(header))
         await until(lambda: len(replies) == 7, "calls without room end")
         assert {reply["code"] for reply in replies} == {"RESOURCE_EXHAUSTED"}
+        calls(Message(header, [tensor]), other, lambda header, parts: replies.append(header))
         bystander = await send(peer, INFER, wide("two", 0.1))
         gate.open()
         assert await peer.status(bystander) == 0
-        await until(lambda: len(replies) == 12, "the others are answered")
-        assert [reply.get("code") for reply in replies[7:]] == [None] * 5
+        await until(lambda: len(replies) == 13, "the others are answered")
+        assert [reply.get("code") for reply in replies[7:]] == [None] * 6
 
 
 def test_the_memory_of_one_request_of_a_call_is_released_once():

@@ -151,12 +151,19 @@ def error_reply(text: str, code: Code) -> tuple[dict[str, Any], Sequence[TensorP
 # Memory of a call beside its tensors.
 _CALL_BYTES = 8 << 10
 
+# Shares of tenants that hold nothing are dropped beyond this number.
+_MAX_IDLE_SHARES = 64
 
-class _SharedMemory:
-    """Memory of all inner calls: one share of the account of requests."""
+
+class _TenantMemory:
+    """Memory of the inner calls of one tenant: a share of the account of requests."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
+
+    @property
+    def held(self) -> int:
+        return self._share.held
 
     def hold(self, size: int) -> None:
         if not self._share.has_room(size):
@@ -177,16 +184,25 @@ class InnerCalls:
 
     def __init__(self) -> None:
         self._core: Core | None = None
-        self._memory: RequestMemory = UNCOUNTED
+        self._account: MemoryAccount | None = None
+        self._memories: dict[str, _TenantMemory] = {}
         self._tasks: dict[ModelRun, set[asyncio.Task[None]]] = {}
         # Calls of each run that have no response yet. Only the event loop's thread uses both.
         self._calls: dict[ModelRun, list[InnerCall]] = {}
 
     def bind(self, core: Core, account: MemoryAccount | None = None) -> None:
         """Run all later calls on `core`, in the running event loop, and count them in the account of requests."""
-        self._core, self._loop = core, asyncio.get_running_loop()
-        if account is not None:
-            self._memory = _SharedMemory(account.share())
+        self._core, self._loop, self._account = core, asyncio.get_running_loop(), account
+
+    def _memory_of(self, tenant: str) -> RequestMemory:
+        if self._account is None:
+            return UNCOUNTED
+        memory = self._memories.get(tenant)
+        if memory is None:
+            if len(self._memories) >= _MAX_IDLE_SHARES:
+                self._memories = {name: memory for name, memory in self._memories.items() if memory.held}
+            memory = self._memories[tenant] = _TenantMemory(self._account.share())
+        return memory
 
     def __call__(self, message: Message, run: ModelRun, reply: Reply) -> None:
         """Start a call of `run`, from any thread; `reply` gets the response on another thread."""
@@ -218,7 +234,7 @@ class InnerCalls:
             task.cancel()
 
     async def _run(self, core: Core, message: Message, run: ModelRun, outer: OuterCall, reply: Reply) -> None:
-        memory = RequestPart(self._memory, message.tensor_bytes)
+        memory = RequestPart(self._memory_of(outer.tenant), message.tensor_bytes)
         try:
             header, parts = await self._outcome(core, message, run, outer, memory)
             # On a thread: the model process may be slow to read.
