@@ -155,8 +155,8 @@ async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIt
 class _Messages:
     """Messages of a request. A piece of the body is parsed on demand; only then is its credit given back.
 
-    The message of a unary call counts in the memory of requests until the call ends; those of a stream until they are
-    read. A handler that keeps them longer, or makes copies, counts them (`hold`).
+    The message of a unary call counts in the memory of requests until the call ends; that of a stream until the
+    handler asks for the next one. A handler that keeps messages longer, or makes copies, counts them (`hold`).
     """
 
     def __init__(self, stream: ServerStream, app: CallTable) -> None:
@@ -166,8 +166,8 @@ class _Messages:
         self._deframer = Deframer(None, 0)
         self._is_single = False
         self._pieces: deque[tuple[bytes, int]] = deque()
-        # Bytes that the stream holds for the pieces, for a message that a thread works on, for the message of a unary
-        # call, and for the handler.
+        # Bytes that the stream holds for the pieces, for a message that a thread works on, for the message that the
+        # handler has, and for what the handler itself holds.
         self._queued = self._in_thread = self._kept = self._reserved = 0
         self.message_bytes = 0
         """Size of the message that was read last."""
@@ -243,6 +243,8 @@ class _Messages:
 
     async def next(self) -> bytes | None:
         """Return the next message, or None after the last one. Raises a ShoalError for an invalid body."""
+        if not self._is_single:
+            self._kept = 0
         while True:
             message = next(self._read, None)
             if message is not None:
@@ -264,10 +266,8 @@ class _Messages:
                 await self._changed.wait()
 
     def _read_whole(self, message: bytes) -> bytes:
-        """Return a message that is whole; release its pieces, and count that of a unary call until the call ends."""
-        self.message_bytes = len(message)
-        if self._is_single:
-            self._kept = len(message)
+        """Return a message that is whole, and release everything but its bytes."""
+        self.message_bytes = self._kept = len(message)
         self._release()
         return message
 

@@ -177,6 +177,14 @@ class Stream:
             return Internal("internal error: the log of the service has the cause")
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """An accepted job, as its acknowledgement names it."""
+
+    job_id: str
+    existed: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Item:
     """One job of a stream, and its outcome."""
@@ -185,10 +193,20 @@ class _Item:
     nbytes: int
     is_of_several: bool
     """True: received in a message of several, and acknowledged in one."""
-    outcome: asyncio.Future[Accepted] | ShoalError
+    outcome: asyncio.Future[Accepted] | ShoalError | _Written
+
+    def __post_init__(self) -> None:
+        if isinstance(self.outcome, asyncio.Future):
+            self.outcome.add_done_callback(self._on_written)
+
+    def _on_written(self, outcome: asyncio.Future[Accepted]) -> None:
+        """Drop the job with its request: the acknowledgement may wait for a client that does not read."""
+        if not outcome.cancelled() and outcome.exception() is None:
+            accepted = outcome.result()
+            self.outcome = _Written(accepted.job.id, accepted.existed)
 
     def has_ended(self) -> bool:
-        return isinstance(self.outcome, ShoalError) or self.outcome.done()
+        return not isinstance(self.outcome, asyncio.Future) or self.outcome.done()
 
     async def ended(self) -> None:
         """Wait until the outcome is known."""
@@ -196,11 +214,14 @@ class _Item:
             with suppress(ShoalError):
                 await self.outcome
 
-    def accepted(self) -> Accepted:
+    def written(self) -> _Written:
         """Return the accepted job, or raise the error of a rejected one."""
         if isinstance(self.outcome, ShoalError):
             raise self.outcome
-        return self.outcome.result()
+        if isinstance(self.outcome, _Written):
+            return self.outcome
+        accepted = self.outcome.result()
+        return _Written(accepted.job.id, accepted.existed)
 
     def give_up(self) -> None:
         if isinstance(self.outcome, asyncio.Future):
@@ -215,7 +236,7 @@ def _response(items: Sequence[_Item]) -> pb.SubmitStreamResponse:
 
 def _acknowledged(item: _Item, make: type[A]) -> A:
     try:
-        accepted = item.accepted()
+        written = item.written()
     except ShoalError as err:
         return make(sequence=item.sequence, code=err.code, message=err.message)
-    return make(sequence=item.sequence, job_id=accepted.job.id, existed=accepted.existed)
+    return make(sequence=item.sequence, job_id=written.job_id, existed=written.existed)

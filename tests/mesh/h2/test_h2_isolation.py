@@ -23,7 +23,7 @@ from shoal.errors import Code
 from tests.mesh.h2.scripted import PATIENCE_S, Peer
 
 ECHO, SIZED, SLOW, STREAM = "/t.T/Echo", "/t.T/Sized", "/t.T/Slow", "/t.T/Stream"
-KEPT, KEPT_SLOW = "/t.T/Kept", "/t.T/KeptSlow"
+KEPT, KEPT_SLOW, KEPT_STREAM = "/t.T/Kept", "/t.T/KeptSlow", "/t.T/KeptStream"
 MIB = 1 << 20
 WIDE = {frames.WINDOW_SIZE: frames.LARGEST_WINDOW}
 
@@ -46,7 +46,7 @@ class Front:
         self.server = server
         self.sized = 0
         self.kept = asyncio.Event()
-        """Calls of KEPT and KEPT_SLOW are answered once it is set."""
+        """Calls of KEPT, KEPT_SLOW and KEPT_STREAM are answered once it is set."""
 
     def keep(self, body, call):
         task = asyncio.create_task(self.kept.wait())
@@ -126,11 +126,17 @@ async def serving(**limits: int) -> AsyncIterator[Front]:
         await fronts[0].kept.wait()
         return b""
 
+    async def keep_stream(requests, context):
+        async for _ in requests:
+            await fronts[0].kept.wait()
+            yield b""
+
     methods = {
         ECHO: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         SIZED: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         SLOW: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes),
         STREAM: grpc.stream_stream_rpc_method_handler(stream, bytes, bytes),
+        KEPT_STREAM: grpc.stream_stream_rpc_method_handler(keep_stream, bytes, bytes),
         KEPT_SLOW: grpc.unary_unary_rpc_method_handler(keep_slow, bytes, bytes),
     }
     fast = {
@@ -256,6 +262,21 @@ async def test_a_whole_request_counts_until_it_is_answered(path):
         assert await other.status(other.call(SLOW, b"x")) == 0
         front.kept.set()
         assert await peer.status(numbers[0]) == 0
+
+
+async def test_a_message_of_a_stream_counts_until_the_handler_asks_for_the_next_one():
+    async with serving(body_bytes=3 * MIB) as front, front.peer(WIDE) as peer, front.peer() as other:
+        numbers = [peer.open(KEPT_STREAM) for _ in range(12)]
+        for number in numbers:
+            peer.data(number, framed(bytes(300 << 10)), is_end=False)
+        for number in numbers[7:]:
+            assert await peer.status(number) == Code.RESOURCE_EXHAUSTED
+        assert front.server.memory.bodies.held > 5 * (300 << 10)
+        assert await other.status(other.call(STREAM, b"x")) == 0
+        front.kept.set()
+        async with asyncio.timeout(PATIENCE_S):
+            while front.server.memory.bodies.held > 100 << 10:
+                await asyncio.sleep(0.001)
 
 
 async def test_streams_that_send_nothing_are_bounded_with_their_headers():
