@@ -2,13 +2,16 @@
 
     request ──key──> stored?  ──yes──> hit
                      │no
-                   in flight?  ──yes──> wait for that flight: shared     (joined by any number of callers)
+                   in flight?  ──yes──> wait for that flight: shared     (joined by any number of the tenant's callers)
                      │no
                    start a flight: a task submits the request ──> outputs copied, stored, given to all who wait
 
 A flight (single-flight execution) has no owner: a caller that leaves (cancelled, expired) does not end it for the
 others, and it is cancelled when none is left. When a flight fails for a cause other than the request itself (its
 leader expired, the queue was full), the callers that joined it retry: one of them leads the next flight.
+
+Requests of one priority share a flight: none is delayed by a leader with a worse one. A request of a model (an inner
+call) shares none, since the flight's run may wait for this request itself.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from weakref import WeakSet
 
 from mesh.process.tasks import end
@@ -49,6 +52,10 @@ _MAX_JOINS = 2
 # Beyond these bounds, a digest or a copy takes longer than a handoff to a thread.
 _LONG_BYTES = 256 << 10
 _LONG_ELEMENTS = 1 << 12
+
+
+FlightKey: TypeAlias = tuple[bytes, int, object]
+"""Key of the request, its priority, and its inner call, if any."""
 
 
 class CacheState(StrEnum):
@@ -111,7 +118,7 @@ class ResponseCache:
         self._ttl_s = ttl_s
         self._clock = clock
         self._owner = store.owner()
-        self._flights: dict[bytes, _Flight] = {}
+        self._flights: dict[FlightKey, _Flight] = {}
         self._detached_tasks: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()
 
     async def __aenter__(self) -> ResponseCache:
@@ -143,7 +150,7 @@ class ResponseCache:
         """
         arrived, began = self._clock(), time.perf_counter_ns()
         key = await offload_if_long(
-            lambda: self._keys.key(request, parameters), _is_long(request.size_bytes, request.inputs.values())
+            lambda: self._keys.key(request, parameters, tenant), _is_long(request.size_bytes, request.inputs.values())
         )
         outputs = self._store.get(self._owner, key, self._clock())
         lookup_ns = time.perf_counter_ns() - began
@@ -152,14 +159,15 @@ class ResponseCache:
             return InferenceResult(outputs, ExecutionTimes(), 0, "cache"), CacheState.HIT
         timeout_us = request.parameters.timeout_us
         expires = min(deadline, arrived + timeout_us / 1e6) if timeout_us else deadline
+        flight_key: FlightKey = key, request.parameters.priority, request.parameters.inner_call
         for _ in range(_MAX_JOINS):
-            flight = self._flights.get(key)
+            flight = self._flights.get(flight_key)
             if flight is None:
-                return await self._lead(key, request, expires, tenant, lookup_ns), CacheState.MISS
+                return await self._lead(flight_key, request, expires, tenant, lookup_ns), CacheState.MISS
             # Expired, perhaps while it waited for a flight that failed.
             if expires <= self._clock():
-                raise _expired_error()
-            result = await self._join(key, flight, expires)
+                raise self._expired_error()
+            result = await self._join(flight_key, flight, expires)
             if result is not None:
                 if flight.has_leader:
                     self._statistics.hit(lookup_ns, time.perf_counter_ns() - began)
@@ -173,7 +181,7 @@ class ResponseCache:
         return result, CacheState.MISS
 
     async def _lead(
-        self, key: bytes, request: InferenceRequest, expires: float, tenant: str, lookup_ns: int
+        self, key: FlightKey, request: InferenceRequest, expires: float, tenant: str, lookup_ns: int
     ) -> InferenceResult:
         flight = self._start_flight(key, request, expires, tenant)
         try:
@@ -191,7 +199,7 @@ class ResponseCache:
             # Its error's traceback refers to this frame: without `del`, a reference cycle keeps the request in memory.
             del flight
 
-    async def _join(self, key: bytes, flight: _Flight, expires: float) -> InferenceResult | None:
+    async def _join(self, key: FlightKey, flight: _Flight, expires: float) -> InferenceResult | None:
         """Return the flight's result; None when it failed for a cause other than the request.
 
         Raises the request's own error.
@@ -206,13 +214,13 @@ class ResponseCache:
             raise _copy_of_error(error) from error
         return None
 
-    def _start_flight(self, key: bytes, request: InferenceRequest, expires: float, tenant: str) -> _Flight:
+    def _start_flight(self, key: FlightKey, request: InferenceRequest, expires: float, tenant: str) -> _Flight:
         task = asyncio.create_task(self._execute(key, request, expires, tenant), name="cached-call")
         task.add_done_callback(_retrieve_exception)
         flight = self._flights[key] = _Flight(request, task)
         return flight
 
-    async def _execute(self, key: bytes, request: InferenceRequest, expires: float, tenant: str) -> InferenceResult:
+    async def _execute(self, key: FlightKey, request: InferenceRequest, expires: float, tenant: str) -> InferenceResult:
         flight, owner = self._flights[key], self._owner
         try:
             result = computed = await self._runner.submit(request, expires, tenant)
@@ -221,30 +229,40 @@ class ResponseCache:
             if size <= self._store.largest_bytes:
                 outputs = await offload_if_long(lambda: frozen(computed.outputs), _is_long(size, computed.outputs))
                 result = InferenceResult(outputs, computed.times, computed.queue_ns, computed.fired)
-                self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
+                self._store.put(owner, key[0], outputs, expires=self._clock() + self._ttl_s)
             flight.store_ns = time.perf_counter_ns() - began
             return result
         finally:
             self._remove_flight(key, flight)
             del flight
 
-    async def _wait_for(self, key: bytes, flight: _Flight, expires: float) -> None:
+    async def _wait_for(self, key: FlightKey, flight: _Flight, expires: float) -> None:
         """Wait for the flight's end. Raises DeadlineExceeded when `expires` passes before the execution has begun."""
         flight.waiter_count += 1
         try:
             while not flight.task.done():
                 remaining_s = expires - self._clock()
                 if remaining_s <= 0 and self._runner.is_waiting(flight.request):
-                    raise _expired_error()
+                    raise self._expired_error()
                 # A running execution is awaited beyond `expires`, as one of the request's own would be.
                 await asyncio.wait((flight.task,), timeout=remaining_s if 0 < remaining_s < math.inf else None)
+        except asyncio.CancelledError:
+            # The scheduler counts the last one, with the flight.
+            self._statistics.cancelled += flight.waiter_count > 1
+            raise
         finally:
             flight.waiter_count -= 1
             if not flight.waiter_count and not flight.task.done():
                 self._remove_flight(key, flight)
                 flight.task.cancel()
 
-    def _remove_flight(self, key: bytes, flight: _Flight) -> None:
+    def _expired_error(self) -> DeadlineExceeded:
+        self._statistics.expired += 1
+        return DeadlineExceeded(
+            "Request timeout expired while the same request of another caller waited: it was not executed"
+        )
+
+    def _remove_flight(self, key: FlightKey, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
@@ -273,12 +291,6 @@ def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
             "a request has any number of responses"
         )
     return int(ttl_text) / 1000 if ttl_text else math.inf
-
-
-def _expired_error() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "Request timeout expired while the same request of another caller waited: it was not executed"
-    )
 
 
 def _copy_of_error(error: ShoalError) -> ShoalError:

@@ -1,10 +1,11 @@
-"""Keys of the response cache: SHA-256 over everything that a response may depend on.
+"""Keys of the response cache: SHA-256 over everything that a response may depend on, and the tenant.
 
-    seed (the model)  |  inputs: name, datatype, shape  |  outputs: name, classes  |  parameters  |  the inputs' bytes
+    seed (the model)  |  tenant  |  inputs: name, datatype, shape  |  outputs: name, classes  |  parameters  |  bytes
 
 The header determines the length of the rest, and is preceded by its own length: two different requests never give the
 same bytes to the digest. SHA-256 because processors have instructions for it (1.5 GB/s here; BLAKE2 0.6), and because
-clients choose the inputs: with a weaker digest, a client could forge the key of another request.
+clients choose the inputs: with a weaker digest, a client could forge the key of another request. Tenants share nothing:
+the time of a response would tell a tenant what the others have asked.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class ResponseKeys:
         self._seeded = hashlib.sha256(repr(model_identity).encode("utf-8", "surrogatepass"))
         self._datatypes = {spec.name: spec.datatype.name for spec in signature.inputs}
 
-    def key(self, request: InferenceRequest, parameters: Mapping[str, InferParameter]) -> bytes:
-        """Return the key of `request`; `parameters` are those of its message."""
+    def key(self, request: InferenceRequest, parameters: Mapping[str, InferParameter], tenant: str = "") -> bytes:
+        """Return the key of the tenant's `request`; `parameters` are those of its message."""
         inputs = sorted(request.inputs.items())
         header = repr(
             (
+                tenant,
                 [(name, self._datatypes.get(name), isinstance(value, list), _shapes(value)) for name, value in inputs],
                 [(output.spec.name, output.classes) for output in request.outputs],
                 _model_parameters(parameters) if parameters else [],

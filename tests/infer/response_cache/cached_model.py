@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Run:
     request: InferenceRequest
     deadline: float
     end: asyncio.Future[None]
+    tenant: str = ""
     is_waiting: bool = True
     is_abandoned: bool = False
 
@@ -63,7 +64,7 @@ class Runs:
     async def submit(self, request: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         if self.clock() >= deadline:
             raise DeadlineExceeded("too late")
-        run = Run(request, deadline, asyncio.get_running_loop().create_future())
+        run = Run(request, deadline, asyncio.get_running_loop().create_future(), tenant)
         self.all.append(run)
         if deadline != math.inf:
             asyncio.get_running_loop().call_later(deadline - self.clock(), self._expire, run)
@@ -102,9 +103,12 @@ class Bench:
         keys = ResponseKeys("m", 1, "digest", model_config_pb2.ModelConfig(), Signature(ANY, ANY))
         self.cache = ResponseCache(keys, self.runs, self.store, self.statistics, ttl_s=ttl_s, clock=self.clock)
 
-    def ask(self, asked: pb.ModelInferRequest, deadline: float = math.inf) -> asyncio.Task:
+    def ask(
+        self, asked: pb.ModelInferRequest, deadline: float = math.inf, *, tenant: str = "", inner_call: object = None
+    ) -> asyncio.Task:
         request = read(asked)
-        return asyncio.create_task(self.cache.result(request, asked.parameters, deadline))
+        request = replace(request, parameters=replace(request.parameters, inner_call=inner_call))
+        return asyncio.create_task(self.cache.result(request, asked.parameters, deadline, tenant))
 
 
 def read(asked: pb.ModelInferRequest) -> InferenceRequest:

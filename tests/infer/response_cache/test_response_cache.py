@@ -118,6 +118,61 @@ async def test_identical_requests_in_flight_run_once():
     assert (told.cache_hit.count, told.cache_miss.count) == (19, 1)
 
 
+async def test_tenants_share_neither_answers_nor_flights():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4), tenant=tenant) for tenant in ("blue", "red", "", "blue")]
+    await settle()
+    assert [run.tenant for run in bench.runs.all] == ["blue", "red", ""]
+    for _ in range(3):
+        bench.runs.finish()
+    assert [state for _, state in await asyncio.gather(*asked)] == [MISS, MISS, MISS, SHARED]
+    assert (await bench.ask(floats(1, 4), tenant="blue"))[1] is HIT
+    green = bench.ask(floats(1, 4), tenant="green")
+    await settle()
+    bench.runs.finish()
+    assert (await green)[1] is MISS
+
+
+async def test_a_request_waits_only_for_one_of_its_own_priority():
+    bench = Bench()
+    low, high, low_too = (bench.ask(floats(1, 4, priority=priority)) for priority in (3, 1, 3))
+    await settle()
+    assert [run.request.parameters.priority for run in bench.runs.all] == [3, 1]
+    bench.runs.finish(bench.runs.all[1])
+    assert (await high)[1] is MISS
+    assert not low.done()
+    assert (await bench.ask(floats(1, 4)))[1] is HIT
+    bench.runs.finish()
+    assert [(await low)[1], (await low_too)[1]] == [MISS, SHARED]
+
+
+async def test_a_request_of_a_model_waits_for_no_other():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4), inner_call=inner_call) for inner_call in (None, object(), object(), None)]
+    await settle()
+    assert len(bench.runs.all) == 3
+    for _ in range(3):
+        bench.runs.finish()
+    assert [state for _, state in await asyncio.gather(*asked)] == [MISS, MISS, MISS, SHARED]
+    assert (await bench.ask(floats(1, 4), inner_call=object()))[1] is HIT
+
+
+async def test_callers_that_leave_a_flight_or_expire_in_it_are_counted_once_each():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4)) for _ in range(4)]
+    late = bench.ask(floats(1, 4), bench.clock() + 0.01)
+    await settle()
+    bench.clock.now += 1
+    with pytest.raises(DeadlineExceeded):
+        await late
+    for task in asked[:3]:
+        task.cancel()
+    await settle()
+    assert (bench.statistics.cancelled, bench.statistics.expired) == (3, 1)
+    bench.runs.finish()
+    assert (await asked[3])[1] is MISS
+
+
 async def test_a_caller_that_leaves_does_not_affect_the_others():
     bench = Bench()
     leader, *others = (bench.ask(floats(1, 4)) for _ in range(4))

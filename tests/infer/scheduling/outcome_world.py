@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
@@ -176,6 +177,8 @@ class World:
         self.given_up: asyncio.Queue[int] = asyncio.Queue()
         self.tasks: set[asyncio.Task[None]] = set()
         self.actions: dict[int, Callable[[], None]] = {}
+        # Calls that reached each model: not those whose task was cancelled before its first step.
+        self.begun: Counter[str] = Counter()
         self.moments = 0
         # What a FastCall uses of its application.
         self.message_bytes, self.tracer = 1 << 20, None
@@ -349,6 +352,7 @@ class World:
         request = request_of(number, target, rows)
         version = self.versions[target]
         if is_fast:
+            self.begun[target] += 1
             template = Template((), request.outputs, rows, request.size_bytes, request.key)
             _FastRequest(exchange, version, b"", template, b"").start(request)
             return
@@ -359,6 +363,7 @@ class World:
         try:
             with version:
                 began = self.clock()
+                self.begun[version.name] += 1
                 try:
                     outputs = await self._outputs(version, request, exchange.deadline)
                 except (Exception, asyncio.CancelledError):
