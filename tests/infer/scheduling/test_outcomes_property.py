@@ -137,7 +137,9 @@ def test_each_call_ends_once_with_its_own_answer(story, interference, bulk, drai
     # The other models are called by ensembles, too.
     for target in ("quick rows", "nested", "sequence", "cached", "decoupled"):
         counted = world.versions[target].statistics
-        assert counted.success.count + counted.fail.count == world.begun[target], target
+        total = counted.success.count + counted.fail.count
+        # A flight of the cache that ends while its last caller leaves counts beside that caller.
+        assert total == world.begun[target] or (target == "cached" and total > world.begun[target]), target
     for entry in world.entries.values():
         assert len(entry.responses) == 1 or (entry.is_given_up and not entry.responses), entry.number
         for response in entry.responses:
