@@ -1,0 +1,109 @@
+"""Attacks as data, and the loop that runs them at the full rate of one core."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bench.siege.wire import Connection, Script
+
+ATTACKER = "attacker"
+"""Tenant of the attacker, and of one of the bystanders."""
+
+# The loop looks after parked scripts and lost connections so often.
+_TICK_S = 0.01
+
+# An attack opens at most this many connections, one after the other.
+MAX_CONNECTIONS = 20_000
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack: `connections` at a time, each with `scripts` scripts. A connection that ends is opened again."""
+
+    name: str
+    what: str
+    script: Callable[[Connection], Script]
+    connections: int = 8
+    scripts: int = 1
+    settings: Mapping[int, int] = field(default_factory=dict)
+    is_raw: bool = False
+    """The script begins before the server's SETTINGS have arrived."""
+    is_brief: bool = False
+    """A connection is closed at the end of its scripts."""
+
+
+class Siege:
+    """Attacks on one address, several at a time."""
+
+    def __init__(self, attacks: Sequence[Attack], address: str) -> None:
+        self._address = address
+        self._epoll = select.epoll()
+        self._places = [attack for attack in attacks for _ in range(attack.connections)]
+        self._open: list[Connection | None] = [None] * len(self._places)
+        self._place_of: dict[int, int] = {}
+        self._watched: dict[int, int] = {}
+        self.tally: Counter[str] = Counter()
+
+    def run(self, until: float) -> Counter[str]:
+        """Attack until `until` (time.monotonic), then close all connections."""
+        next_tick = 0.0
+        while (now := time.monotonic()) < until:
+            if now >= next_tick:
+                next_tick = now + _TICK_S
+                self._tick()
+            for number, events in self._epoll.poll(max(0.0, min(next_tick, until) - time.monotonic()), 64):
+                self._serve(self._place_of[number], number, events)
+        for connection in self._open:
+            if connection is not None and connection.is_open:
+                self.tally["calls in flight at the end"] += len(connection.streams)
+                connection.close()
+        return self.tally
+
+    def _tick(self) -> None:
+        """Open what is missing, and continue parked scripts."""
+        for place, connection in enumerate(self._open):
+            if connection is None or not connection.is_open:
+                self._connect(place)
+            elif connection.is_parked:
+                connection.is_parked = False
+                self._watch(connection)
+
+    def _connect(self, place: int) -> None:
+        if self.tally["connections"] >= MAX_CONNECTIONS:
+            return
+        attack = self._places[place]
+        connection = Connection(self._address, self.tally, settings=attack.settings)
+        connection.scripts = [attack.script(connection) for _ in range(attack.scripts)]
+        connection.is_greeted = attack.is_raw
+        self._open[place] = connection
+        self.tally["connections"] += 1
+        number = connection.socket.fileno()
+        self._place_of[number] = place
+        self._watched[number] = select.EPOLLIN | select.EPOLLOUT
+        self._epoll.register(number, self._watched[number])
+
+    def _serve(self, place: int, number: int, events: int) -> None:
+        connection = self._open[place]
+        assert connection is not None
+        if events & ~select.EPOLLOUT:
+            connection.read()
+        if connection.is_open and connection.has_output:
+            connection.write()
+        if connection.is_open and not connection.scripts and self._places[place].is_brief:
+            self.tally["connections closed by the attacker"] += 1
+            connection.close()
+        if connection.is_open:
+            self._watch(connection)
+        elif self._places[place].is_brief:
+            self._connect(place)
+
+    def _watch(self, connection: Connection) -> None:
+        number = connection.socket.fileno()
+        events = select.EPOLLIN * connection.is_reading | select.EPOLLOUT * connection.has_output
+        if events != self._watched[number]:
+            self._epoll.modify(number, events)
+            self._watched[number] = events

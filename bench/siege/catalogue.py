@@ -1,0 +1,43 @@
+"""All attacks by name; the last runs several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from bench.siege import connections, floods, header_attacks, memory, messages, scheduling
+from bench.siege.attack import Attack
+
+_EACH = (
+    *messages.ATTACKS,
+    *header_attacks.ATTACKS,
+    *floods.ATTACKS,
+    *memory.ATTACKS,
+    *connections.ATTACKS,
+    *scheduling.ATTACKS,
+)
+_AT_ONCE = (
+    "gzip-zeros",
+    "proto-empties",
+    "headers-55k",
+    "rapid-reset",
+    "windows",
+    "half-bodies",
+    "unread",
+    "idle-streams",
+    "shapes",
+    "full-queue",
+    "expire-rows",
+    "slow-senders",
+)
+
+CATALOGUE: Mapping[str, Sequence[Attack]] = {
+    **{attack.name: (attack,) for attack in _EACH},
+    "all-at-once": tuple(replace(attack, connections=2) for attack in _EACH if attack.name in _AT_ONCE),
+}
+
+
+def described(name: str) -> str:
+    """Return what an attack is, in one line."""
+    attacks = CATALOGUE[name]
+    return attacks[0].what if len(attacks) == 1 else ", ".join(attack.name for attack in attacks)

@@ -1,0 +1,154 @@
+"""Attacks with messages that cost more to read than to send: compression, protobuf, shapes, elements."""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.siege.attack import ATTACKER, Attack
+from bench.siege.wire import INFER, Connection, Script, framed, head
+from shoal.inference.v2 import bulk_pb2, inference_pb2
+
+pb: Any = inference_pb2
+MIB = 1 << 20
+BULK = b"/shoal.inference.v2.BulkInference/InferBulk"
+GZIP = (b"grpc-encoding", b"gzip")
+
+# Wire forms of one empty element: the tag of a field with the length 0.
+_INPUT, _PARAMETER, _OUTPUT, _RAW = b"\x2a\x00", b"\x22\x00", b"\x32\x00", b"\x3a\x00"
+
+
+def repeated(
+    body: Callable[[], bytes], *more: tuple[bytes, bytes], path: bytes = INFER, in_flight: int = 4
+) -> Callable[[Connection], Script]:
+    """Return a script that keeps calls with one body in flight."""
+    made = functools.cache(body)
+
+    def script(connection: Connection) -> Script:
+        block, data = head(path, *more, tenant=ATTACKER), made()
+        while True:
+            yield from connection.fewer(in_flight)
+            connection.tally["calls"] += 1
+            yield from connection.call(block, data)
+
+    return script
+
+
+def named(model: str, rest: bytes = b"") -> bytes:
+    """Return a request for `model`, with `rest` in its wire form."""
+    return bytes(pb.ModelInferRequest(model_name=model).SerializeToString()) + rest
+
+
+def gzipped(message: bytes) -> bytes:
+    packer = zlib.compressobj(9, wbits=31)
+    return framed(packer.compress(message) + packer.flush(), is_compressed=True)
+
+
+def tensor(model: str, datatype: str, shape: Sequence[int], raw: bytes) -> bytes:
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="x", datatype=datatype, shape=shape)
+    request.raw_input_contents.append(raw)
+    return bytes(request.SerializeToString())
+
+
+def _zeros() -> bytes:
+    return gzipped(tensor("echo", "FP32", [1, 24 * MIB], bytes(96 * MIB)))
+
+
+def _noisy_empties() -> bytes:
+    """Return empty inputs with enough noise that the message grows less than a bound of the ratio allows."""
+    noise = b"\x3a\x64" + os.urandom(100)
+    return gzipped(named("echo", b"".join(_INPUT * 4_000 + noise[:2] + os.urandom(100) for _ in range(1000))))
+
+
+def _nested() -> bytes:
+    # Groups of unknown fields, 90 deep, as often as fits.
+    nest = b"\x7b" * 90 + b"\x7c" * 90
+    return framed(named("echo", nest * (4 * MIB // len(nest))))
+
+
+def _parameters() -> bytes:
+    request = pb.ModelInferRequest(model_name="small")
+    for n in range(50_000):
+        request.parameters[f"p{n}"].int64_param = n
+    return framed(bytes(request.SerializeToString()))
+
+
+def _tags() -> bytes:
+    # An unknown varint field, two bytes each.
+    return framed(named("echo", b"\x78\x01" * (4 * MIB)))
+
+
+def _typed() -> bytes:
+    request = pb.ModelInferRequest(model_name="echo")
+    values = request.inputs.add(name="x", datatype="FP32", shape=[1, 4 * MIB])
+    values.contents.fp32_contents.extend(np.zeros(4 * MIB, np.float32).tolist())
+    return framed(bytes(request.SerializeToString()))
+
+
+def _typed_elements() -> bytes:
+    request = pb.ModelInferRequest(model_name="text")
+    values = request.inputs.add(name="x", datatype="BYTES", shape=[1, 2 * MIB])
+    values.contents.bytes_contents.extend([b""] * (2 * MIB))
+    return framed(bytes(request.SerializeToString()))
+
+
+def _elements() -> bytes:
+    return framed(tensor("text", "BYTES", [1, 4 * MIB], bytes(16 * MIB)))
+
+
+def _huge_shapes(connection: Connection) -> Script:
+    shapes = ([1 << 31], [1, 1 << 31], [1 << 31, 1 << 31], [-1, 4], [1 << 62, 4], [0, 1 << 62], [1] * 10_000)
+    bodies = [framed(tensor(model, "FP32", shape, bytes(16))) for shape in shapes for model in ("echo", "small")]
+    bodies += [framed(tensor("text", "BYTES", shape, bytes(16))) for shape in shapes]
+    block = head(tenant=ATTACKER)
+    while True:
+        for body in bodies:
+            yield from connection.fewer(64)
+            connection.tally["calls"] += 1
+            yield from connection.call(block, body)
+
+
+def _classify() -> bytes:
+    request = pb.ModelInferRequest(model_name="echo")
+    request.inputs.add(name="x", datatype="FP32", shape=[1, MIB])
+    request.outputs.add(name="y").parameters["classification"].int64_param = MIB
+    request.raw_input_contents.append(np.random.default_rng(1).random(MIB, np.float32).tobytes())
+    return framed(bytes(request.SerializeToString()))
+
+
+def _bulk() -> bytes:
+    one = tensor("small", "FP32", [1, 4], bytes(16))
+    entries = [bulk_pb2.InferBulkRequest.Entry(number=n, request=one) for n in range(4096)]  # type: ignore[attr-defined]
+    return framed(bulk_pb2.InferBulkRequest(entries=entries).SerializeToString())  # type: ignore[attr-defined]
+
+
+ATTACKS = (
+    Attack("gzip-zeros", "96 MiB of zeros, 95 kB compressed", repeated(_zeros, GZIP)),
+    Attack(
+        "gzip-empties",
+        "gzip of 16 M empty inputs, 32 kB on the wire",
+        repeated(lambda: gzipped(named("echo", _INPUT * (16 * MIB))), GZIP),
+    ),
+    Attack("gzip-mixed", "gzip of 4 M empty inputs that grows less than 100 times", repeated(_noisy_empties, GZIP)),
+    Attack("proto-empties", "8 M empty inputs", repeated(lambda: framed(named("echo", _INPUT * (8 * MIB))))),
+    Attack(
+        "proto-mixed",
+        "2 M each of empty parameters, outputs and raw contents",
+        repeated(lambda: framed(named("echo", (_PARAMETER + _OUTPUT + _RAW) * (2 * MIB)))),
+    ),
+    Attack("proto-nested", "4 MiB of groups, 90 deep", repeated(_nested)),
+    Attack("proto-tags", "4 M unknown fields", repeated(_tags)),
+    Attack("proto-params", "50,000 parameters", repeated(_parameters)),
+    Attack("typed-floats", "4 M floats in fp32_contents", repeated(_typed)),
+    Attack("typed-bytes", "2 M empty elements in bytes_contents", repeated(_typed_elements)),
+    Attack("raw-bytes", "4 M empty elements of BYTES, raw", repeated(_elements)),
+    Attack("huge-shapes", "shapes of up to 2^62 elements with 16 bytes of data", _huge_shapes),
+    Attack("classify", "classification of 1 M values", repeated(_classify, in_flight=2)),
+    Attack("bulk", "InferBulk with 4,096 entries", repeated(_bulk, path=BULK)),
+)

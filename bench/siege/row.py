@@ -1,0 +1,212 @@
+"""One attack on one server: bystanders before, during and after it, and the server's memory.
+
+processor 0: the server, with everything that belongs to it
+processor 1: the bystanders, the probe, and the attacker, who gets what they leave
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bench.siege.attack import ATTACKER
+from bench.siege.bystander import OK, Call
+from bench.siege.servers import ROOT, Server, peak_mib, reset_peak, resident_mib
+
+RATE = 50
+"""Calls a second of each bystander."""
+PROBES = 100
+TENANTS = (ATTACKER, "neighbour")
+_START_S = 0.05
+# Processes get so much longer than their time until they are killed.
+_PATIENCE_S = 60.0
+# Memory is given back a while after the last connection.
+_SETTLE_S = 3.0
+
+CEILINGS_MIB = {"infer": 1024.0, "envoy": 512.0}
+"""Above idle for infer, altogether for Envoy."""
+RETURNED = 1.1
+MAX_RATIO, MAX_MS = 5.0, 100.0
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Lengths in seconds."""
+
+    quiet: float
+    during: float
+    after: float
+
+
+@dataclass
+class Latencies:
+    """Latencies of the worse bystander in one phase, in ms."""
+
+    p50: float = 0.0
+    p99: float = 0.0
+
+
+@dataclass
+class Memory:
+    """Resident MiB of one process."""
+
+    before: float = 0.0
+    peak: float = 0.0
+    after: float = 0.0
+
+
+@dataclass
+class Row:
+    """Results of one attack."""
+
+    attack: str
+    server: str
+    quiet: Latencies = field(default_factory=Latencies)
+    during: Latencies = field(default_factory=Latencies)
+    after: Latencies = field(default_factory=Latencies)
+    calls: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
+    memory: dict[str, Memory] = field(default_factory=dict)
+    stall_ms: float = 0.0
+    tally: dict[str, int] = field(default_factory=dict)
+    is_alive: bool = True
+    stop_s: float | None = math.nan
+    """Seconds from SIGTERM under attack to the end; None: killed; nan: not tried."""
+
+    def missed(self, drain_s: float) -> Sequence[str]:
+        """Return the goals that are missed."""
+        found = []
+        if self.errors:
+            found.append("errors")
+        if self.during.p99 > min(MAX_RATIO * self.quiet.p99, MAX_MS):
+            found.append("p99")
+        for name, memory in self.memory.items():
+            if memory.peak - (memory.before if name == "infer" else 0) > CEILINGS_MIB[name]:
+                found.append(f"{name} ceiling")
+            if memory.after > RETURNED * memory.before:
+                found.append(f"{name} memory kept")
+        if not self.is_alive:
+            found.append("ended")
+        if self.stop_s is None or self.stop_s > drain_s:
+            found.append("SIGTERM")
+        return found
+
+
+def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
+    """Run one attack. The bystanders call all the time."""
+    row = Row(attack, name)
+    pids = {"infer": server.infer, **({"envoy": server.envoy} if server.envoy else {})}
+    with contextlib.ExitStack() as stack:
+        command = ["bench.siege.bystander", server.address]
+        bystanders = [stack.enter_context(_process(*command, tenant, str(RATE))) for tenant in TENANTS]
+        probe = stack.enter_context(_process("bench.siege.bystander", server.probe, "probe", str(PROBES), "live"))
+        attacker = stack.enter_context(_process("bench.siege.attacker", attack, server.address))
+        for process in (*bystanders, probe, attacker):
+            _line(process)
+        start = time.monotonic() + _START_S
+        attacked, left = start + phases.quiet, start + phases.quiet + phases.during
+        end = left + phases.after
+        for process in (*bystanders, probe):
+            _tell(process, start, end)
+        _tell(attacker, attacked, left)
+        _sleep_until(attacked)
+        for part, pid in pids.items():
+            row.memory[part] = Memory(before=resident_mib(pid))
+            reset_peak(pid)
+        row.tally = _result(attacker, left + _PATIENCE_S)
+        for part, pid in pids.items():
+            row.memory[part].peak = peak_mib(pid)
+        calls = []
+        for process in bystanders:
+            found = _result(process, end + _PATIENCE_S)
+            calls.append([tuple(call) for call in found["calls"]])
+            row.repeated += found["repeated"]
+        probes = _result(probe, end + _PATIENCE_S)["calls"]
+    _settle(row, pids)
+    row.quiet, row.during, row.after = (
+        _worse(calls, begin, stop) for begin, stop in ((start, attacked), (attacked, left), (left, end))
+    )
+    row.calls = sum(map(len, calls))
+    row.errors.update(outcome for each in calls for _, _, outcome in each if outcome != OK)
+    row.stall_ms = max(
+        (1000 * (math.inf if took is None else took) for due, took, _ in probes if due > attacked), default=0
+    )
+    row.is_alive = server.is_running()
+    return row
+
+
+def stop_under_attack(server: Server, attack: str) -> float | None:
+    """Send SIGTERM during an attack. Return the seconds until the end; None when the server had to be killed."""
+    with _process("bench.siege.attacker", attack, server.address) as attacker:
+        _line(attacker)
+        now = time.monotonic()
+        _tell(attacker, now, now + 8.0)
+        time.sleep(0.5)
+        took = server.stop()
+        attacker.kill()
+    return took
+
+
+def _worse(calls: Sequence[Sequence[Call]], begin: float, stop: float) -> Latencies:
+    each = []
+    for some in calls:
+        took = sorted(
+            1000 * (math.inf if seconds is None else seconds) for due, seconds, _ in some if begin <= due < stop
+        )
+        each.append(Latencies(_quantile(took, 0.5), _quantile(took, 0.99)))
+    return Latencies(max(one.p50 for one in each), max(one.p99 for one in each))
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else math.nan
+
+
+def _settle(row: Row, pids: dict[str, int]) -> None:
+    """Wait until the memory is back, for a while at most."""
+    until = time.monotonic() + _SETTLE_S
+    while True:
+        for part, pid in pids.items():
+            row.memory[part].after = resident_mib(pid)
+        if all(each.after <= RETURNED * each.before for each in row.memory.values()) or time.monotonic() > until:
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _line(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        sys.exit(f"{process.args!r} ended with {process.wait()}")
+
+
+def _tell(process: subprocess.Popen[str], start: float, end: float) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps({"start": start, "end": end}) + "\n")
+    process.stdin.flush()
+
+
+def _result(process: subprocess.Popen[str], until: float) -> dict[str, object] | object:
+    out, _ = process.communicate(timeout=until - time.monotonic())
+    return json.loads(out)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.monotonic()))

@@ -1,0 +1,184 @@
+"""Servers under attack, `shoal serve` and the node of `shoal up`, of this checkout or another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 90.0
+STOP_S = 60.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A checkout of Shoal, with the interpreter of its environment."""
+
+    name: str
+    folder: Path
+    python: str
+
+    def command(self, *arguments: str) -> list[str]:
+        return [self.python, "-m", "shoal.cli.main", *arguments]
+
+    def environ(self, **more: str) -> dict[str, str]:
+        # The checkout's modules take precedence, even if its environment was built for another checkout.
+        return {**os.environ, "PYTHONPATH": str(self.folder), "SHOAL_INFER_THREADS": "1", **more}
+
+
+def here() -> Checkout:
+    return Checkout("now", ROOT, sys.executable)
+
+
+def other(folder: Path) -> Checkout:
+    return Checkout("before", folder, str(folder / ".venv/bin/python"))
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    """For bystanders and attackers."""
+    probe: str
+    """The infer process itself, without anything in front."""
+    infer: int
+    envoy: int | None
+    log: Path
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None and all(_exists(pid) for pid in (self.infer, self.envoy) if pid)
+
+    def stop(self) -> float | None:
+        """Send SIGTERM. Return the seconds until the end; None when the server had to be killed."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            return None
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def serve(checkout: Checkout, models: Path, folder: Path) -> Iterator[Server]:
+    """Run `shoal serve` on loopback."""
+    log = folder / "serve.log"
+    arguments = checkout.command("serve", str(models), "--port", "0", "--json")
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            _pinned(arguments), stdout=subprocess.PIPE, stderr=errors, env=checkout.environ(), cwd=folder
+        )
+    try:
+        assert process.stdout is not None
+        text = ""
+        for line in process.stdout:
+            text += line.decode()
+            if text.endswith("\n}\n"):
+                break
+        if process.poll() is not None:
+            sys.exit(f"the server ended with {process.returncode}: {log.read_text()[-2000:]}")
+        document = json.loads(text)
+        yield Server(process, document["address"], document["address"], document["pids"][0], None, log)
+    finally:
+        _end(process)
+
+
+@contextlib.contextmanager
+def node(checkout: Checkout, models: Path, folder: Path) -> Iterator[Server]:
+    """Run `shoal up` with the models pushed; clients call its gateway."""
+    ready, runtime, log = folder / "ready.json", folder / "runtime", folder / "up.log"
+    ready.unlink(missing_ok=True)
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    environ = checkout.environ(XDG_RUNTIME_DIR=str(runtime))
+    arguments = ["up", "--data-dir", str(folder / "data"), "--gateway-port", "0", "--admin-port", "0"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            _pinned(checkout.command(*arguments, "--ready-file", str(ready))),
+            stdout=out,
+            stderr=out,
+            env=environ,
+            cwd=folder,
+        )
+    try:
+        _wait_for(ready, process, log)
+        push = checkout.command("models", "push", str(models))
+        subprocess.run(push, check=True, stdout=subprocess.DEVNULL, env=environ, cwd=folder, timeout=READY_S)
+        document = json.loads(ready.read_text())
+        pids = document["pids"]
+        yield Server(process, document["gateway"], _listen(pids["infer-0"]), pids["infer-0"], pids["envoy"], log)
+    finally:
+        _end(process)
+
+
+FRONTS = {"serve": serve, "gateway": node}
+
+
+def _wait_for(ready: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + READY_S
+    while not ready.exists():
+        if process.poll() is not None or time.monotonic() > until:
+            sys.exit(f"the node did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def _pinned(command: Sequence[str]) -> list[str]:
+    return ["taskset", "-c", "0", *command] if len(os.sched_getaffinity(0)) > 1 else list(command)
+
+
+def _listen(pid: int) -> str:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(each.partition(b"=")[2].decode() for each in variables if each.startswith(b"SHOAL_INFER_LISTEN="))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+# -- memory
+
+
+def resident_mib(pid: int) -> float:
+    """Return the resident memory of a process; 0 after its end."""
+    return _status(pid).get("VmRSS", 0) / 1024
+
+
+def peak_mib(pid: int) -> float:
+    """Return the largest resident memory since the last `reset_peak`."""
+    return _status(pid).get("VmHWM", 0) / 1024
+
+
+def reset_peak(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _status(pid: int) -> Mapping[str, int]:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return {}
+    return {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)}

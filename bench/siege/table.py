@@ -1,0 +1,126 @@
+"""Tables of a siege, as Markdown."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+
+from bench.siege.catalogue import described
+from bench.siege.row import MAX_MS, MAX_RATIO, RATE, Latencies, Phases, Row
+
+DRAIN_S = 5.0 + 1.5
+"""The drain of infer, and half a second for what is left; a second for the process."""
+NODE_DRAIN_S = 20.0
+
+_COLUMNS = (
+    "attack",
+    "server",
+    "quiet",
+    "during",
+    "after",
+    "errors",
+    "infer MiB",
+    "Envoy MiB",
+    "stall ms",
+    "SIGTERM s",
+    "goals",
+)
+
+
+def missed(row: Row) -> Sequence[str]:
+    return row.missed(NODE_DRAIN_S if "envoy" in row.memory else DRAIN_S)
+
+
+def brief(front: str, row: Row) -> str:
+    """Return one line on a row."""
+    return " | ".join((front, *_cells(row)))
+
+
+def document(rows: Mapping[str, Sequence[Row]], phases: Phases, arguments: Sequence[str]) -> str:
+    """Return all tables, with the machine that they come from."""
+    lines = ["# Siege: attacks, and what bystanders see of them", ""]
+    lines += [f"    python -m bench.siege {' '.join(arguments)}".rstrip(), "", _machine(), "", _method(phases)]
+    for front, found in rows.items():
+        lines += ["", f"## {front}", "", *_markdown(_COLUMNS, [_cells(row) for row in _by_attack(found)])]
+        for server in dict.fromkeys(row.server for row in found):
+            some = [row for row in found if row.server == server]
+            met = sum(not missed(row) for row in some)
+            lines += ["", f"{server}: {met} of {len(some)} attacks met every goal."]
+    lines += ["", "## What the attacker did", ""]
+    tallies = [
+        (front, row.attack, row.server, described(row.attack), _tally(row.tally))
+        for front, found in rows.items()
+        for row in _by_attack(found)
+    ]
+    lines += _markdown(("front", "attack", "server", "what it is", "counts"), tallies)
+    return "\n".join(lines)
+
+
+def _by_attack(rows: Sequence[Row]) -> Sequence[Row]:
+    order = {name: n for n, name in enumerate(dict.fromkeys(row.attack for row in rows))}
+    return sorted(rows, key=lambda row: order[row.attack])
+
+
+def _machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} {platform.machine()} cores, {memory} GiB, Linux "
+        f"{platform.release()}, Python {platform.python_version()}, load average {os.getloadavg()[0]:.1f} at the end."
+    )
+
+
+def _method(phases: Phases) -> str:
+    return (
+        f"The server, and its Envoy, MongoDB and etcd, run on processor 0; two bystanders ({RATE} calls/s each), the "
+        f"probe and the attacker on processor 1, where the attacker gets what the others leave. Quiet {phases.quiet:g} s, attack {phases.during:g} s, after "
+        f"{phases.after:g} s. Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Memory is "
+        f"before/peak/after. A stall is the longest wait of a ServerLive every 10 ms at infer. Goals: no errors, "
+        f"p99 during at most {MAX_RATIO:g} times quiet and {MAX_MS:g} ms, infer at most 1 GiB above before, Envoy 512 "
+        f"MiB, memory back within 10 %, SIGTERM under the attack ends within the drain."
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    memory = {name: f"{m.before:.0f}/{m.peak:.0f}/{m.after:.0f}" for name, m in row.memory.items()}
+    return (
+        row.attack,
+        row.server,
+        _latencies(row.quiet),
+        _latencies(row.during),
+        _latencies(row.after),
+        _errors(row),
+        memory.get("infer", ""),
+        memory.get("envoy", ""),
+        _number(row.stall_ms),
+        "killed" if row.stop_s is None else _number(row.stop_s),
+        ", ".join(missed(row)) or "met",
+    )
+
+
+def _latencies(latencies: Latencies) -> str:
+    return f"{_number(latencies.p50)}/{_number(latencies.p99)}"
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "never"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _errors(row: Row) -> str:
+    named = ", ".join(f"{outcome} {count}" for outcome, count in row.errors.most_common(3))
+    return f"{row.errors.total()} of {row.calls}" + (f" ({named})" if named else "")
+
+
+def _tally(tally: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(tally.items(), key=lambda pair: -pair[1]) if count)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Sequence[str]:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
