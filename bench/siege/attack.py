@@ -32,6 +32,8 @@ class Attack:
     settings: Mapping[int, int] = field(default_factory=dict)
     is_raw: bool = False
     """The script begins before the server's SETTINGS have arrived."""
+    fills_own_queue: bool = False
+    """The bystander of the attacker's tenant may be refused: its tenant's part of the model's queue is full."""
     is_brief: bool = False
     """A connection is closed at the end of its scripts."""
 

@@ -13,6 +13,7 @@ from bench.siege.wire import Connection, Script, dataframes, framed, head, heade
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 
+THEIRS = framed(tensor("small", "FP32", [1, 4], bytes(16)))
 SLOW = framed(tensor("slow", "FP32", [1, 4], bytes(16)))
 
 
@@ -160,6 +161,13 @@ ATTACKS = (
     Attack("empty-data", "empty DATA frames", _empty_data),
     Attack("padding", "DATA of padding only", _padding),
     Attack("late-headers", "HEADERS of a stream that has ended", _late_data),
-    Attack("calls", "calls of the bystanders' model, 64 in flight on each connection", _calls(SMALL, 64)),
-    Attack("calls-64", "the same on 64 connections", _calls(SMALL, 64), connections=64),
+    Attack(
+        "calls", "calls of the bystanders' model, 16 in flight on each connection", _calls(THEIRS, 16), connections=64
+    ),
+    Attack(
+        "calls-2048",
+        "calls of the bystanders' model beyond its queue",
+        _calls(THEIRS, 1000),
+        fills_own_queue=True,
+    ),
 )

@@ -13,7 +13,7 @@ from bench.siege.messages import named, tensor
 from bench.siege.wire import INFER, Connection, Script, dataframes, framed, head, headers
 from mesh.h2 import frames
 
-SMALL = framed(tensor("small", "FP32", [1, 4], bytes(16)))
+SMALL = framed(tensor("echo", "FP32", [1, 4], bytes(16)))
 STATISTICS = b"/inference.GRPCInferenceService/ModelStatistics"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.siege.attack import ATTACKER
 from bench.siege.bystander import OK, Call
+from bench.siege.catalogue import CATALOGUE
 from bench.siege.servers import ROOT, Server, peak_mib, reset_peak, resident_mib
 
 RATE = 50
@@ -72,7 +73,8 @@ class Row:
     during: Latencies = field(default_factory=Latencies)
     after: Latencies = field(default_factory=Latencies)
     calls: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, Counter[str]] = field(default_factory=dict)
+    """Outcomes that are no right answer, by tenant."""
     repeated: int = 0
     memory: dict[str, Memory] = field(default_factory=dict)
     stall_ms: float = 0.0
@@ -84,7 +86,8 @@ class Row:
     def missed(self, drain_s: float) -> Sequence[str]:
         """Return the goals that are missed."""
         found = []
-        if self.errors:
+        own, others = (self.errors[tenant].total() for tenant in TENANTS)
+        if others or (own and not any(attack.fills_own_queue for attack in CATALOGUE[self.attack])):
             found.append("errors")
         if self.during.p99 > min(MAX_RATIO * self.quiet.p99, MAX_MS):
             found.append("p99")
@@ -135,7 +138,10 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
         _worse(calls, begin, stop) for begin, stop in ((start, attacked), (attacked, left), (left, end))
     )
     row.calls = sum(map(len, calls))
-    row.errors.update(outcome for each in calls for _, _, outcome in each if outcome != OK)
+    row.errors = {
+        tenant: Counter(outcome for _, _, outcome in each if outcome != OK)
+        for tenant, each in zip(TENANTS, calls, strict=True)
+    }
     row.stall_ms = max(
         (1000 * (math.inf if took is None else took) for due, took, _ in probes if due > attacked), default=0
     )

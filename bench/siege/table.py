@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bench.siege.catalogue import described
@@ -75,11 +76,13 @@ def _machine() -> str:
 def _method(phases: Phases) -> str:
     return (
         f"The server, and its Envoy, MongoDB and etcd, run on processor 0; two bystanders ({RATE} calls/s each), the "
-        f"probe and the attacker on processor 1, where the attacker gets what the others leave. Quiet {phases.quiet:g} s, attack {phases.during:g} s, after "
-        f"{phases.after:g} s. Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Memory is "
-        f"before/peak/after. A stall is the longest wait of a ServerLive every 10 ms at infer. Goals: no errors, "
-        f"p99 during at most {MAX_RATIO:g} times quiet and {MAX_MS:g} ms, infer at most 1 GiB above before, Envoy 512 "
-        f"MiB, memory back within 10 %, SIGTERM under the attack ends within the drain."
+        "probe and the attacker on processor 1, where the attacker gets what the others leave. "
+        f"Quiet {phases.quiet:g} s, attack {phases.during:g} s, after {phases.after:g} s.\n\n"
+        "Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Errors are those of the "
+        "bystander of the attacker's tenant + those of the other. Memory is before/peak/after. A stall is the longest "
+        "wait of a ServerLive, sent to infer itself every 10 ms. SIGTERM is sent during a second attack.\n\n"
+        f"Goals: no errors; p99 during the attack at most {MAX_RATIO:g} times the quiet one and {MAX_MS:g} ms; infer "
+        "at most 1 GiB above before, Envoy 512 MiB; memory back within 10 %; SIGTERM ends within the drain."
     )
 
 
@@ -113,8 +116,10 @@ def _number(value: float) -> str:
 
 
 def _errors(row: Row) -> str:
-    named = ", ".join(f"{outcome} {count}" for outcome, count in row.errors.most_common(3))
-    return f"{row.errors.total()} of {row.calls}" + (f" ({named})" if named else "")
+    own, other = (errors.total() for errors in row.errors.values())
+    named = sum(row.errors.values(), Counter()).most_common(2)
+    causes = "; ".join(f"{count} {outcome[:100]}" for outcome, count in named)
+    return f"{own} + {other} of {row.calls}" + (f" ({causes})" if causes else "")
 
 
 def _tally(tally: Mapping[str, int]) -> str:

@@ -53,7 +53,7 @@ class Connection:
     """One connection, whose socket never blocks.
 
     `tally` counts frames that were sent by a script's own account, and what came back: statuses, resets, ends.
-    `on_end(stream, outcome, body)` is called at the end of each call; outcomes are "status N", "reset REASON".
+    `on_end(stream, outcome, body)` is called at the end of each call; outcomes are "status N MESSAGE", "reset REASON".
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Connection:
             block = self._decoder.decode(payload)
             if flags & END_STREAM:
                 code = block.by_name.get(b"grpc-status", b"http " + block.by_name.get(b":status", b"?"))
-                self._end(number, f"status {code.decode()}")
+                self._end(number, f"status {code.decode()}", block.by_name.get(b"grpc-message", b"").decode())
         elif kind == frames.RST_STREAM:
             self._end(number, f"reset {_reason(struct.unpack('>I', payload)[0])}")
         elif kind == frames.WINDOW_UPDATE:
@@ -248,13 +248,13 @@ class Connection:
         self._out += frames.frame(frames.SETTINGS, frames.ACK, 0)
         self.is_greeted = True
 
-    def _end(self, number: int, outcome: str) -> None:
+    def _end(self, number: int, outcome: str, message: str = "") -> None:
         body = bytes(self._bodies.pop(number, b""))
         if number in self.streams:
             self.forget(number)
             self.tally[outcome] += 1
             if self._on_end is not None:
-                self._on_end(number, outcome, body)
+                self._on_end(number, f"{outcome} {message}".rstrip(), body)
 
     def _close(self, why: str) -> None:
         self.tally[f"connection {why}"] += 1
