@@ -11,7 +11,6 @@ import logging
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 from mesh.h2 import frames
 from mesh.h2.frames import (
@@ -38,6 +37,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
+from mesh.h2.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ CONNECTION_WINDOW = 256 << 20
 
 # Flow-control credit is given back in steps of this size: a WINDOW_UPDATE costs as much as a small request.
 CREDIT = 1 << 20
+
+# More frames than data can have.
+_ALL = 1 << 30
 
 _BLOCK_BYTES = 128 << 10
 # Frames of one block: 128 KiB in frames of 16 KiB, with room. Without a bound, empty frames could go on without end.
@@ -60,18 +63,23 @@ class Peer(asyncio.Protocol, ABC):
         awaits_preface: the other end is a client, which begins with the connection preface.
         cache: header cache that connections share; None: the connection has its own.
         unread: share of the memory for data that waits for the other end to read; None: the data has no limit.
+        turns: queue that connections share; None: all frames are handled when they arrive.
     """
 
-    FRAMES_PER_TURN: ClassVar[int] = 1 << 30
-    """Frames that are handled in one iteration of the event loop. Meanwhile the connection is not read."""
-
-    def __init__(self, *, awaits_preface: bool, cache: HeaderCache | None = None, unread: Share | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        awaits_preface: bool,
+        cache: HeaderCache | None = None,
+        unread: Share | None = None,
+        turns: Turns | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(HeaderCache() if cache is None else cache)
         self._sender = Sender(self._ended, unlimited() if unread is None else unread)
-        self._next_turn: asyncio.Handle | None = None
-        # Frames of earlier data wait for the next turn; the transport cannot write.
-        self._is_turn_over = self._is_write_paused = False
+        self._turns = turns
+        # Frames of earlier data wait for their turn; the transport cannot write.
+        self._is_waiting = self._is_write_paused = False
         self._unparsed = b""
         self._has_preface = not awaits_preface
         self._has_settings = False
@@ -101,11 +109,14 @@ class Peer(asyncio.Protocol, ABC):
         self._sender.resume()
 
     def data_received(self, data: bytes) -> None:
-        if self._next_turn is not None:
+        if self._is_waiting:
             self._unparsed += data
             return
+        self._handle(data, _ALL if self._turns is None else self._turns.at_once)
+
+    def _handle(self, data: bytes, most: int) -> None:
         try:
-            self._receive(data)
+            self._receive(data, most)
         except ConnectionBroken as err:
             self._break(err)
         except Exception:
@@ -113,23 +124,26 @@ class Peer(asyncio.Protocol, ABC):
             self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
         self._sender.flush()
 
-    def _continue(self) -> None:
-        """Handle the frames that the last turn has left over."""
-        self._next_turn = None
-        self.data_received(b"")
-        if self._next_turn is None:
-            self._is_turn_over = False
-            self._read_if_free()
+    def take_turn(self, frames: int) -> bool:
+        """Handle some of the frames that wait. Return False when the connection is lost."""
+        if not self._is_waiting:
+            return False
+        self._is_waiting = False
+        self._handle(b"", frames)
+        self._read_if_free()
+        return True
 
-    def _end_turn(self) -> None:
-        self._next_turn = self._loop.call_soon(self._continue)
-        self._is_turn_over = True
+    def _wait_for_turn(self) -> None:
+        """Handle the rest later. Meanwhile the connection is not read."""
+        assert self._turns is not None
+        self._is_waiting = True
+        self._turns.wait(self)
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
     def _read_if_free(self) -> None:
         """Read from the transport again, unless there is another reason not to."""
-        if not self._is_turn_over and not self._is_write_paused and not self._transport.is_closing():
+        if not self._is_waiting and not self._is_write_paused and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _break(self, err: ConnectionBroken) -> None:
@@ -140,7 +154,7 @@ class Peer(asyncio.Protocol, ABC):
 
     # -- frames
 
-    def _receive(self, data: bytes) -> None:
+    def _receive(self, data: bytes, most: int) -> None:
         if self._transport.is_closing():
             return
         if self._unparsed:
@@ -154,7 +168,7 @@ class Peer(asyncio.Protocol, ABC):
                 return
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
-        for _ in range(self.FRAMES_PER_TURN):
+        for _ in range(most):
             if end - at < HEADER_BYTES:
                 break
             high, low, kind, flags, number = unpack(data, at)
@@ -175,7 +189,8 @@ class Peer(asyncio.Protocol, ABC):
             else:
                 self._on_other(kind, flags, number & LARGEST_WINDOW, payload)
         else:
-            self._end_turn()
+            if at < end:
+                self._wait_for_turn()
         self._unparsed = data[at:]
 
     def _check_order(self, kind: int) -> None:

@@ -191,8 +191,8 @@ class ClientConnection(Peer):
             self.has_responded = True
             self._retire()
 
-    def _receive(self, data: bytes) -> None:
-        super()._receive(data)
+    def _receive(self, data: bytes, most: int) -> None:
+        super()._receive(data, most)
         if self._half_open:
             self._close_half_open()
 

@@ -1,0 +1,79 @@
+"""Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
+
+    data ──first frames──> handled at once
+         └──more──> queue of the connections ──one turn in each iteration of the event loop──> handled
+
+The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
+frames cost 1 us and others, with the task that they start, a thousand times as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+# Length of an iteration of the event loop that a turn aims at. Calls on other connections wait about so long.
+_ITERATION_S = 0.005
+
+# Frames of a turn. A call is two of them.
+_FEWEST, _FIRST, _MOST = 8, 64, 512
+
+# Frames that a connection handles at once while others wait for their turn: some calls, of a connection with few.
+_AT_ONCE = 16
+
+
+class Waiting(Protocol):
+    """A connection with frames that wait."""
+
+    def take_turn(self, frames: int) -> bool:
+        """Handle some frames. Return False when there were none: the connection was lost."""
+
+
+class Turns:
+    """Queue of the connections of one server, or of one client."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._waiting: deque[Waiting] = deque()
+        self._frames = _FIRST
+        self._is_scheduled = False
+        self._began: float | None = None
+        self.at_once = self._frames
+        """Frames that a connection handles at once when data arrives."""
+
+    def wait(self, connection: Waiting) -> None:
+        """Add a connection that has more frames than it may handle at once."""
+        self._waiting.append(connection)
+        if not self._is_scheduled:
+            self._began = None
+            self._schedule()
+
+    def _next(self) -> None:
+        """Give the first connection its turn."""
+        waiting = self._waiting
+        now = self._clock()
+        if self._began is not None:
+            self._adapt(now - self._began)
+        self._began = now
+        # One that is not done is added again.
+        while waiting and not waiting.popleft().take_turn(self._frames):
+            pass
+        if waiting:
+            self._schedule()
+        else:
+            self._is_scheduled = False
+            self.at_once = self._frames
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        asyncio.get_running_loop().call_soon(self._next)
+        self.at_once = min(_AT_ONCE, self._frames)
+
+    def _adapt(self, took_s: float) -> None:
+        if took_s > _ITERATION_S:
+            self._frames = max(_FEWEST, int(self._frames * _ITERATION_S / took_s))
+        elif took_s < _ITERATION_S / 2:
+            self._frames = min(_MOST, self._frames * 2)

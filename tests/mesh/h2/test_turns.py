@@ -1,0 +1,128 @@
+"""Connections take turns: a flood on many of them does not delay the calls of another."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import hpack
+
+from mesh.h2 import frames
+from mesh.h2.turns import Turns
+from mesh.rpc.framing import framed
+from mesh.rpc.server import Server
+
+PATIENCE_S = 30.0
+FLOOD, CALL = "/t.T/Flood", "/t.T/Call"
+CONNECTIONS, CALLS = 16, 500
+
+
+def greeting() -> bytes:
+    return frames.PREFACE + frames.settings({})
+
+
+def calls(path: str, count: int) -> bytes:
+    encoder = hpack.Encoder()
+    encoder.header_table_size = 0
+    block = encoder.encode([(":method", "POST"), (":path", path), ("content-type", "application/grpc")])
+    return b"".join(
+        frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)
+        + frames.frame(frames.DATA, frames.END_STREAM, number, framed(b"x"))
+        for number in range(1, 2 * count, 2)
+    )
+
+
+async def test_a_call_is_not_behind_the_floods_of_other_connections():
+    handled: list[str] = []
+
+    def fast(name: str):
+        def handler(body, call):
+            handled.append(name)
+            call.reply((body[5:],), len(body) - 5)
+
+        return handler
+
+    async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods={FLOOD: fast("flood"), CALL: fast("call")}) as one:
+        await one.serve()
+        host, _, port = one.address.rpartition(":")
+        peers = [socket.create_connection((host, int(port))) for _ in range(CONNECTIONS + 1)]
+        # Everything is there before the server reads any of it.
+        for peer in peers[:-1]:
+            peer.sendall(greeting() + calls(FLOOD, CALLS))
+        peers[-1].sendall(greeting() + calls(CALL, 1))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(handled) < CONNECTIONS * CALLS + 1:
+                await asyncio.sleep(0.005)
+        for peer in peers:
+            peer.close()
+    # Some of each connection, and some turns.
+    assert handled.index("call") < CONNECTIONS * 40
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Endless:
+    """A connection whose frames cost `frame_s` each, and never end."""
+
+    def __init__(self, turns: Turns, clock: Clock, frame_s: float) -> None:
+        self._turns, self._clock, self._frame_s = turns, clock, frame_s
+        self.taken: list[int] = []
+        self.is_lost = False
+
+    def take_turn(self, count: int) -> bool:
+        if self.is_lost:
+            return False
+        self.taken.append(count)
+        self._clock.now += count * self._frame_s
+        self._turns.wait(self)
+        return True
+
+
+async def turned(*costs: float, iterations: int = 40) -> list[Endless]:
+    clock = Clock()
+    turns = Turns(clock)
+    connections = [Endless(turns, clock, cost) for cost in costs]
+    for connection in connections:
+        turns.wait(connection)
+    for _ in range(iterations):
+        await asyncio.sleep(0)
+    for connection in connections:
+        connection.is_lost = True
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert turns.at_once > 0
+    return connections
+
+
+async def test_turns_grow_while_they_are_short_and_shrink_after_a_long_one():
+    [cheap] = await turned(1e-6)
+    assert cheap.taken[-1] == 512
+    [dear] = await turned(1e-3)
+    assert dear.taken[0] == 64
+    assert dear.taken[-1] == 8
+
+
+async def test_connections_take_turns():
+    one, two, three = await turned(1e-6, 1e-6, 1e-6, iterations=30)
+    assert abs(len(one.taken) - len(two.taken)) <= 1
+    assert abs(len(two.taken) - len(three.taken)) <= 1
+
+
+async def test_a_lost_connection_costs_no_turn():
+    clock = Clock()
+    turns = Turns(clock)
+    lost, alive = Endless(turns, clock, 1e-6), Endless(turns, clock, 1e-6)
+    lost.is_lost = True
+    turns.wait(lost)
+    turns.wait(alive)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert alive.taken
+    alive.is_lost = True
+    await asyncio.sleep(0)
