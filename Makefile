@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech environments test test-fast test-long soak chaos check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech environments test test-fast test-long soak chaos siege check format lint types proto proto-check lock clean
 
 # Without compiled modules a node needs 12 s of processor time to be ready instead of 6, and each worker of the tests
 # rewrites the assertions of every file.
@@ -72,6 +72,9 @@ soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, fl
 
 chaos: $(STAMP) ## Kill parts of a node at random under load (MINUTES=3), then compare every job with its result
 	@SHOAL_CHAOS_MINUTES=$(MINUTES) $(PY) -m pytest -q -s tests/chaos/test_chaos.py $(ARGS)
+
+siege: $(STAMP) ## Attack the server while bystanders call, straight and through a gateway: a table (ARGS="--only ping")
+	@$(PY) -m bench.siege $(ARGS)
 
 check: $(STAMP) lint types proto-check test ## Format, lint, types, fresh generated code, and every test
 

@@ -12,31 +12,39 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.siege import models, servers, table
 from bench.siege.catalogue import CATALOGUE
 from bench.siege.row import Phases, Row, besiege, stop_under_attack
-from bench.siege.servers import Checkout
+from bench.siege.servers import Checkout, Server
+
+Prepare = Callable[[Server], None]
 
 
-def attacked_by_each(checkout: Checkout, repository: Path, attacks: Sequence[str], phases: Phases) -> Iterator[Row]:
+def attacked_by_each(
+    checkout: Checkout, repository: Path, attacks: Sequence[str], phases: Phases, prepare: Prepare
+) -> Iterator[Row]:
     """Attack `shoal serve`: each attack has a server of its own, which gets SIGTERM under the attack."""
     for attack in attacks:
         with tempfile.TemporaryDirectory(prefix="shoal-siege-") as folder:
             with servers.serve(checkout, repository, Path(folder)) as server:
+                prepare(server)
                 row = besiege(server, attack, checkout.name, phases)
                 row.stop_s = stop_under_attack(server, attack)
         yield row
 
 
-def attacked_by_all(checkout: Checkout, repository: Path, attacks: Sequence[str], phases: Phases) -> Iterator[Row]:
+def attacked_by_all(
+    checkout: Checkout, repository: Path, attacks: Sequence[str], phases: Phases, prepare: Prepare
+) -> Iterator[Row]:
     """Attack the gateway of a node, which starts again only after its infer or Envoy has ended."""
     waiting = list(attacks)
     while waiting:
         with tempfile.TemporaryDirectory(prefix="shoal-siege-") as folder:
             with servers.node(checkout, repository, Path(folder)) as server:
+                prepare(server)
                 is_usable = True
                 while waiting and is_usable:
                     row = besiege(server, waiting.pop(0), checkout.name, phases)
@@ -44,6 +52,10 @@ def attacked_by_all(checkout: Checkout, repository: Path, attacks: Sequence[str]
                     if not waiting or not is_usable:
                         row.stop_s = stop_under_attack(server, row.attack)
                     yield row
+
+
+def unprepared(server: Server) -> None:
+    """Leave a server as it is."""
 
 
 RUNS = {"serve": attacked_by_each, "gateway": attacked_by_all}
@@ -55,6 +67,7 @@ def main() -> None:
     parser.add_argument("--front", choices=tuple(RUNS), help="default: both")
     parser.add_argument("--seconds", type=float, default=2.5, help="of each attack")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, with a .venv")
+    parser.add_argument("--precedence", action="store_true", help="before other work of the machine (root)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there, too")
     args = parser.parse_args()
     attacks = args.only.split(",") if args.only else list(CATALOGUE)
@@ -63,12 +76,13 @@ def main() -> None:
     phases = Phases(quiet=1.5, during=args.seconds, after=1.5)
     checkouts = [servers.here(), *([servers.other(args.before.resolve())] if args.before else [])]
     rows: dict[str, list[Row]] = {front: [] for front in ([args.front] if args.front else RUNS)}
+    prepare = Server.take_precedence if args.precedence else unprepared
     with tempfile.TemporaryDirectory(prefix="shoal-siege-") as scratch:
         repository = Path(scratch) / "models"
         models.write(repository)
         for front, found in rows.items():
             for checkout in checkouts:
-                for row in RUNS[front](checkout, repository, attacks, phases):
+                for row in RUNS[front](checkout, repository, attacks, phases, prepare):
                     found.append(row)
                     print(table.brief(front, row), file=sys.stderr, flush=True)
     text = table.document(rows, phases, sys.argv[1:])

@@ -320,6 +320,7 @@ def pin_to_client_core(*, has_precedence: bool) -> None:
     """
     if 1 in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {1})
+    os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), 0))
     if has_precedence:
         with contextlib.suppress(PermissionError):
-            os.nice(-10)
+            os.setpriority(os.PRIO_PROCESS, 0, -15)
