@@ -17,7 +17,7 @@ from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Re
 from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
-from mesh.h2.stream import STREAM_BYTES, Application, ServerStream
+from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, RequestHandler, ServerStream
 from mesh.h2.turns import Turns
 from shoal.tenant_header import TENANT_HEADER
 
@@ -139,7 +139,8 @@ class ServerConnection(Peer):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             _release(stream)
-            _disconnect(stream)
+            _disconnect(stream, stream.handler)
+        self._unparsed, self._block = b"", None
 
     def pause_writing(self) -> None:
         """Stop reading, too: a peer that does not read may not ask for more."""
@@ -291,7 +292,7 @@ class ServerConnection(Peer):
             return
         self._sender.forget(number)
         _release(stream)
-        _disconnect(stream)
+        _disconnect(stream, stream.handler)
         self._close_when_done()
         self._spend(1)
 
@@ -313,6 +314,9 @@ class ServerConnection(Peer):
     def _ended(self, number: int, reason: Reason | None) -> None:
         """Remove a stream whose response has ended (None), or that was reset."""
         stream = self._streams.pop(number)
+        # Handler and stream refer to each other. Unless that ends here, the body waits for Python's garbage collector,
+        # which counts objects and not bytes.
+        handler, stream.handler = stream.handler, NO_HANDLER
         # As `_release`, for the common case.
         held, stream.held, stream.least_held = stream.held, 0, 0
         stream.share.held -= held
@@ -322,7 +326,7 @@ class ServerConnection(Peer):
         if reason is not None:
             # The bucket is checked at a frame of the peer: an exception here would reach the application.
             self._resets += 1
-            _disconnect(stream)
+            _disconnect(stream, handler)
         else:
             if self._resets:
                 self._resets -= 1
@@ -396,9 +400,10 @@ def _release(stream: ServerStream) -> None:
         stream.return_withheld()
 
 
-def _disconnect(stream: ServerStream) -> None:
+def _disconnect(stream: ServerStream, handler: RequestHandler) -> None:
     """Notify the handler that the client has disconnected."""
+    stream.handler = NO_HANDLER
     try:
-        stream.handler.disconnected()
+        handler.disconnected()
     except Exception:
         log.exception("the handler of %s failed when its client disconnected", stream.head.path)

@@ -54,6 +54,8 @@ class MessageThreads:
         # The loop is closed: the process ends.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._finish, tenant, done, result)
+        # An exception refers to this frame: as a local variable it would keep the message until a garbage collection.
+        del result
 
     def _finish(self, tenant: bytes, done: Done, result: bytes | BaseException) -> None:
         waiting = self._waiting[tenant]

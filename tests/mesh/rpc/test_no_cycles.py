@@ -1,0 +1,98 @@
+"""A fast call that has ended is freed at once, however it ended: its body does not wait for a garbage collection."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import gzip
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from mesh.h2 import frames
+from mesh.h2.frames import Reason
+from mesh.rpc.fast_call import FastCall
+from mesh.rpc.framing import framed
+from mesh.rpc.server import Server
+from tests.mesh.h2.test_h2_isolation import WIDE, Client, Front
+
+FAST, SLOW = "/t.T/Fast", "/t.T/Slow"
+GZIP = ("grpc-encoding", "gzip")
+BOMB = gzip.compress(bytes(40 << 20))
+PATIENCE_S = 3.0
+
+
+def fast(body, call):
+    call.reply((body[5:],), len(body) - 5)
+
+
+async def slow(request, context):
+    return request
+
+
+@pytest.fixture
+async def front():
+    methods = {path: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes) for path in (FAST, SLOW)}
+    async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods={FAST: fast}, methods=methods) as server:
+        await server.serve()
+        yield Front(server)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def until_all_are_freed() -> None:
+    """Wait until no fast call is left, without the garbage collector."""
+    async with asyncio.timeout(PATIENCE_S):
+        while any(isinstance(each, FastCall) for each in gc.get_objects()):
+            await asyncio.sleep(0.01)
+
+
+async def answered(peer: Client, path: str = FAST) -> None:
+    await peer.end_of(peer.call(path, b"x"))
+
+
+async def reset(peer: Client) -> None:
+    number = peer.open(FAST)
+    peer.data(number, framed(bytes(100_000))[:50_000], is_end=False)
+    peer.send(frames.rst_stream(number, Reason.CANCEL))
+    await answered(peer, SLOW)
+
+
+async def left_unfinished(peer: Client) -> None:
+    number = peer.open(FAST)
+    peer.data(number, framed(bytes(100_000))[:50_000], is_end=False)
+    await answered(peer, SLOW)
+
+
+async def bomb(peer: Client) -> None:
+    number = peer.open(FAST, GZIP)
+    body = framed(BOMB)
+    peer.data(number, bytes([1]) + body[1:])
+    await peer.end_of(number)
+
+
+async def malformed(peer: Client) -> None:
+    number = peer.open(FAST)
+    peer.data(number, b"\x07" + bytes(10))
+    await peer.end_of(number)
+
+
+async def expired(peer: Client) -> None:
+    number = peer.open(FAST, ("grpc-timeout", "50m"))
+    peer.data(number, framed(b"x")[:3], is_end=False)
+    await peer.end_of(number)
+
+
+@pytest.mark.parametrize("way", [answered, reset, left_unfinished, bomb, malformed, expired])
+async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way):
+    async with front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 << 20))
+        await way(peer)
+    await until_all_are_freed()
