@@ -53,6 +53,9 @@ _MAX_IDLE_SHARES = 64
 TENANT = TENANT_HEADER.encode()
 """Header of a request that names the tenant whose share of memory its body takes."""
 
+# The end of a stream whose connection is lost costs as much as so many frames.
+_FRAMES_A_STREAM = 8
+
 # Longest wait for a peer to close a connection after its last response.
 _LINGER_S = 1.0
 
@@ -73,6 +76,8 @@ class Memory:
 class ServerConnection(Peer):
     """Connection of one peer; an entry of `connections` while open."""
 
+    _turns: Turns
+
     def __init__(self, app: Application, connections: dict[ServerConnection, None], memory: Memory) -> None:
         self._unread = memory.unread.share()
         self._written_bytes = 0
@@ -86,6 +91,8 @@ class ServerConnection(Peer):
         self._unread_bytes = 0
         self._unread_ticks = 0
         self._streams: dict[int, ServerStream] = {}
+        self._lost: list[ServerStream] = []
+        self._is_aborted = False
         self._is_closing = False
         self._goaway_read: asyncio.Future[None] = self._loop.create_future()
         self._lingering: asyncio.TimerHandle | None = None
@@ -110,13 +117,17 @@ class ServerConnection(Peer):
         self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS}, window)
 
     def _displace_idle(self) -> bool:
-        """Close the oldest connection without streams. Return False when each has some."""
-        for connection in self._connections:
-            if not connection._streams:
-                del self._connections[connection]
-                connection.send_last_goaway()
-                return True
-        return False
+        """Close the oldest connection without streams: of those without any request so far, if there are some.
+
+        Return False when each has streams.
+        """
+        idle = [connection for connection in self._connections if not connection._streams]
+        if not idle:
+            return False
+        displaced = next((connection for connection in idle if not connection._newest), idle[0])
+        del self._connections[displaced]
+        displaced.send_last_goaway()
+        return True
 
     def _on_settings_timeout(self) -> None:
         if not self._has_settings:
@@ -136,11 +147,26 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._count_written(0)
         self._sender.close()
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
+        self._lost, self._streams = [*self._streams.values()], {}
+        for stream in self._lost:
             _release(stream)
-            _disconnect(stream, stream.handler)
+        self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         self._unparsed, self._block = b"", None
+
+    def _end_lost(self, most: int) -> None:
+        """Notify the handlers of the lost connection's streams, not of thousands in one iteration of the loop."""
+        for _ in range(min(most, len(self._lost))):
+            stream = self._lost.pop()
+            _disconnect(stream, stream.handler)
+        if self._lost:
+            self._turns.wait(self)
+
+    def take_turn(self, frames: int) -> bool:
+        """Handle some of the frames that wait; of a lost connection, end some of its streams."""
+        if not self._lost:
+            return super().take_turn(frames)
+        self._end_lost(frames // _FRAMES_A_STREAM)
+        return True
 
     def pause_writing(self) -> None:
         """Stop reading, too: a peer that does not read may not ask for more."""
@@ -364,7 +390,8 @@ class ServerConnection(Peer):
             self._close_when_done()
 
     def abort(self) -> None:
-        """Close the connection immediately. Its handlers are notified that their clients have disconnected."""
+        """Close the connection immediately. Its handlers are notified at once that their clients have disconnected."""
+        self._is_aborted = True
         self._transport.abort()
 
     def _close_when_done(self) -> None:

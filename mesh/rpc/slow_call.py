@@ -75,7 +75,7 @@ class SlowCall:
         task = asyncio.create_task(self._run(), name=stream.head.path)
         app.tasks.add(task)
         task.add_done_callback(app.tasks.discard)
-        self._task = task
+        self._task: asyncio.Task[None] | None = task
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
         """Keep a piece of the body until the handler reads it. Flow control bounds the kept bytes."""
@@ -88,7 +88,10 @@ class SlowCall:
     def disconnected(self) -> None:
         """Cancel the handler."""
         self._response.is_disconnected = True
-        self._task.cancel()
+        # The task keeps the exception that ends it, which refers to this call.
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
 
     async def _run(self) -> None:
         response = self._response
@@ -105,6 +108,8 @@ class SlowCall:
                 log.error("unexpected error in a call", exc_info=err)
             code, message, trailing = status_of(err)
             response.end(code.value[0], message, trailing)
+            # It refers to the frames that it passed, some of which refer to it.
+            err.__traceback__ = None
 
     async def _call(self) -> None:
         app, response, headers = self._app, self._response, self._head.by_name

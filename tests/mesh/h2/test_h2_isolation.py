@@ -556,6 +556,49 @@ async def test_an_idle_connection_gives_way_to_a_new_one(monkeypatch):
             assert await idle.until_over() == Reason.NO_ERROR
 
 
+async def test_a_connection_without_requests_gives_way_before_one_with_some(monkeypatch):
+    monkeypatch.setattr(server_connection, "_MAX_CONNECTIONS", 2)
+    async with (
+        Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo}) as server,
+        Front(server).peer() as caller,
+    ):
+        front = Front(server)
+        assert await caller.status(caller.call(ECHO, b"x")) == 0
+        async with front.peer() as unused, front.peer() as new:
+            assert await new.status(new.call(ECHO, b"x")) == 0
+            assert await unused.until_over() == Reason.NO_ERROR
+            assert await caller.status(caller.call(ECHO, b"x")) == 0
+
+
+async def test_the_streams_of_a_lost_connection_end_in_pieces():
+    """So that another connection's call is not behind the end of thousands."""
+    order: list[str] = []
+
+    class Stuck:
+        def __init__(self, call) -> None:
+            call.on_end = lambda: order.append("end")
+
+    async with Server(
+        "127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo, SLOW: lambda _, call: Stuck(call)}
+    ) as server:
+        await server.serve()
+        front = Front(server)
+        async with front.peer() as caller:
+            async with front.peer() as leaver:
+                for _ in range(2000):
+                    leaver.call(SLOW, b"x")
+                leaver.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+                await leaver.until(frames.PING)
+            async with asyncio.timeout(PATIENCE_S):
+                while not order:
+                    await asyncio.sleep(0)
+            assert len(order) <= 64
+            assert await caller.status(caller.call(ECHO, b"x")) == 0
+            async with asyncio.timeout(PATIENCE_S):
+                while len(order) < 2000:
+                    await asyncio.sleep(0.005)
+
+
 # -- large and compressed messages
 
 

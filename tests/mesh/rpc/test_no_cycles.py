@@ -1,4 +1,4 @@
-"""A fast call that has ended is freed at once, however it ended: its body does not wait for a garbage collection."""
+"""A call that has ended is freed at once, however it ended: its body does not wait for a garbage collection."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mesh.h2.frames import Reason
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import framed
 from mesh.rpc.server import Server
+from mesh.rpc.slow_call import SlowCall
 from tests.mesh.h2.test_h2_isolation import WIDE, Client, Front
 
 FAST, SLOW = "/t.T/Fast", "/t.T/Slow"
@@ -48,51 +49,52 @@ def no_collection() -> Iterator[None]:
 
 
 async def until_all_are_freed() -> None:
-    """Wait until no fast call is left, without the garbage collector."""
+    """Wait until no call is left, without the garbage collector."""
     async with asyncio.timeout(PATIENCE_S):
-        while any(isinstance(each, FastCall) for each in gc.get_objects()):
+        while any(isinstance(each, FastCall | SlowCall) for each in gc.get_objects()):
             await asyncio.sleep(0.01)
 
 
-async def answered(peer: Client, path: str = FAST) -> None:
+async def answered(peer: Client, path: str) -> None:
     await peer.end_of(peer.call(path, b"x"))
 
 
-async def reset(peer: Client) -> None:
-    number = peer.open(FAST)
+async def reset(peer: Client, path: str) -> None:
+    number = peer.open(path)
     peer.data(number, framed(bytes(100_000))[:50_000], is_end=False)
     peer.send(frames.rst_stream(number, Reason.CANCEL))
     await answered(peer, SLOW)
 
 
-async def left_unfinished(peer: Client) -> None:
-    number = peer.open(FAST)
+async def left_unfinished(peer: Client, path: str) -> None:
+    number = peer.open(path)
     peer.data(number, framed(bytes(100_000))[:50_000], is_end=False)
     await answered(peer, SLOW)
 
 
-async def bomb(peer: Client) -> None:
-    number = peer.open(FAST, GZIP)
+async def bomb(peer: Client, path: str) -> None:
+    number = peer.open(path, GZIP)
     body = framed(BOMB)
     peer.data(number, bytes([1]) + body[1:])
     await peer.end_of(number)
 
 
-async def malformed(peer: Client) -> None:
-    number = peer.open(FAST)
+async def malformed(peer: Client, path: str) -> None:
+    number = peer.open(path)
     peer.data(number, b"\x07" + bytes(10))
     await peer.end_of(number)
 
 
-async def expired(peer: Client) -> None:
-    number = peer.open(FAST, ("grpc-timeout", "50m"))
+async def expired(peer: Client, path: str) -> None:
+    number = peer.open(path, ("grpc-timeout", "50m"))
     peer.data(number, framed(b"x")[:3], is_end=False)
     await peer.end_of(number)
 
 
+@pytest.mark.parametrize("path", [FAST, SLOW])
 @pytest.mark.parametrize("way", [answered, reset, left_unfinished, bomb, malformed, expired])
-async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way):
+async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way, path):
     async with front.peer(WIDE) as peer:
         peer.send(frames.window_update(0, 100 << 20))
-        await way(peer)
+        await way(peer, path)
     await until_all_are_freed()
