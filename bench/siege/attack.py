@@ -27,6 +27,8 @@ class Attack:
     name: str
     what: str
     script: Callable[[Connection], Script]
+    prepare: Callable[[], object] = lambda: None
+    """Makes the bodies, before the time of the attack begins."""
     connections: int = 8
     scripts: int = 1
     settings: Mapping[int, int] = field(default_factory=dict)
@@ -44,6 +46,8 @@ class Siege:
     def __init__(self, attacks: Sequence[Attack], address: str) -> None:
         self._address = address
         self._epoll = select.epoll()
+        for attack in attacks:
+            attack.prepare()
         self._places = [attack for attack in attacks for _ in range(attack.connections)]
         self._open: list[Connection | None] = [None] * len(self._places)
         self._place_of: dict[int, int] = {}

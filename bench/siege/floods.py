@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from bench.siege.attack import ATTACKER, Attack
 from bench.siege.header_attacks import SMALL
-from bench.siege.messages import tensor
+from bench.siege.messages import repeating, tensor
 from bench.siege.wire import Connection, Script, dataframes, framed, head, headers
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
@@ -131,17 +131,6 @@ def _late_data(connection: Connection) -> Script:
         yield flood
 
 
-def _calls(body: bytes, in_flight: int) -> Callable[[Connection], Script]:
-    def script(connection: Connection) -> Script:
-        block = head(tenant=ATTACKER)
-        while True:
-            yield from connection.fewer(in_flight)
-            connection.tally["calls"] += 1
-            yield from connection.call(block, body)
-
-    return script
-
-
 ATTACKS = (
     Attack("rapid-reset", "calls that are reset at once", _resets(SMALL)),
     Attack("rapid-reset-slow", "calls of a slow model that are reset at once", _resets(SLOW)),
@@ -161,13 +150,18 @@ ATTACKS = (
     Attack("empty-data", "empty DATA frames", _empty_data),
     Attack("padding", "DATA of padding only", _padding),
     Attack("late-headers", "HEADERS of a stream that has ended", _late_data),
-    Attack(
-        "calls", "calls of the bystanders' model, 16 in flight on each connection", _calls(THEIRS, 16), connections=64
+    repeating(
+        "calls",
+        "calls of the bystanders' model, 16 in flight on each connection",
+        lambda: THEIRS,
+        in_flight=16,
+        connections=64,
     ),
-    Attack(
+    repeating(
         "calls-2048",
         "calls of the bystanders' model beyond its queue",
-        _calls(THEIRS, 1000),
+        lambda: THEIRS,
+        in_flight=1000,
         fills_own_queue=True,
     ),
 )

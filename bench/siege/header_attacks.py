@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import hpack
 
@@ -37,14 +38,19 @@ def _varied(connection: Connection, blocks: Iterator[bytes], body: bytes = SMALL
         yield from connection.call(next(blocks), body)
 
 
+@functools.cache
+def _long_values() -> Sequence[bytes]:
+    # Encoding costs more than decoding: a few values take turns.
+    return [_huffman(55_000) for _ in range(8)]
+
+
 def _long(connection: Connection) -> Script:
-    # Encoding costs more than decoding: a few values, in an order that repeats late.
-    values = [_huffman(55_000) for _ in range(8)]
+    values = _long_values()
     base = head(tenant=ATTACKER)
     yield from _varied(connection, (base + value for value in itertools.cycle(values)), in_flight=8)
 
 
-def _distinct(size: int) -> object:
+def _distinct(size: int) -> Callable[[Connection], Script]:
     def script(connection: Connection) -> Script:
         blocks = (head(INFER, (b"x-new", _text(size)), tenant=ATTACKER) for _ in itertools.count())
         yield from _varied(connection, blocks)
@@ -103,7 +109,7 @@ def _slow_pages(connection: Connection) -> Script:
 
 
 ATTACKS = (
-    Attack("headers-55k", "calls with a header of 55 kB, Huffman-coded", _long),
+    Attack("headers-55k", "calls with a header of 55 kB, Huffman-coded", _long, prepare=_long_values),
     Attack("headers-many", "calls with 240 headers of 200 bytes", _many),
     Attack("hpack-fill-900", "calls with distinct headers of 900 bytes", _distinct(900)),
     Attack("hpack-fill-50k", "calls with distinct headers of 50 kB", _distinct(50_000)),

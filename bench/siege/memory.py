@@ -110,6 +110,6 @@ ATTACKS = (
     Attack("unread-small", "responses of 4 KiB, no reading", _unread(4096)),
     Attack("unread-streams", "streams of responses of 1 MiB, no reading", _unread_streams),
     Attack("no-window", "responses of 1 MiB, and no window", _no_window, settings={frames.WINDOW_SIZE: 0}),
-    Attack("large", "messages of 100 MB, and responses of 100 MB", _large),
+    Attack("large", "messages of 100 MB, and responses of 100 MB", _large, prepare=lambda: echo(100_000_000)),
     Attack("slow-senders", "4,000 bodies, a byte of each twice a second", _slow),
 )

@@ -23,10 +23,16 @@ GZIP = (b"grpc-encoding", b"gzip")
 _INPUT, _PARAMETER, _OUTPUT, _RAW = b"\x2a\x00", b"\x22\x00", b"\x32\x00", b"\x3a\x00"
 
 
-def repeated(
-    body: Callable[[], bytes], *more: tuple[bytes, bytes], path: bytes = INFER, in_flight: int = 4
-) -> Callable[[Connection], Script]:
-    """Return a script that keeps calls with one body in flight."""
+def repeating(
+    name: str,
+    what: str,
+    body: Callable[[], bytes],
+    *more: tuple[bytes, bytes],
+    path: bytes = INFER,
+    in_flight: int = 4,
+    **options: Any,
+) -> Attack:
+    """Return an attack that keeps so many calls with one body in flight on each connection."""
     made = functools.cache(body)
 
     def script(connection: Connection) -> Script:
@@ -36,7 +42,7 @@ def repeated(
             connection.tally["calls"] += 1
             yield from connection.call(block, data)
 
-    return script
+    return Attack(name, what, script, prepare=made, **options)
 
 
 def named(model: str, rest: bytes = b"") -> bytes:
@@ -124,31 +130,32 @@ def _classify() -> bytes:
 
 def _bulk() -> bytes:
     one = tensor("small", "FP32", [1, 4], bytes(16))
-    entries = [bulk_pb2.InferBulkRequest.Entry(number=n, request=one) for n in range(4096)]  # type: ignore[attr-defined]
-    return framed(bulk_pb2.InferBulkRequest(entries=entries).SerializeToString())  # type: ignore[attr-defined]
+    entries = [bulk_pb2.InferBulkRequest.Entry(number=n, request=one) for n in range(4096)]
+    return framed(bulk_pb2.InferBulkRequest(entries=entries).SerializeToString())
 
 
 ATTACKS = (
-    Attack("gzip-zeros", "96 MiB of zeros, 95 kB compressed", repeated(_zeros, GZIP)),
-    Attack(
+    repeating("gzip-zeros", "96 MiB of zeros, 95 kB compressed", _zeros, GZIP),
+    repeating(
         "gzip-empties",
         "gzip of 16 M empty inputs, 32 kB on the wire",
-        repeated(lambda: gzipped(named("echo", _INPUT * (16 * MIB))), GZIP),
+        lambda: gzipped(named("echo", _INPUT * (16 * MIB))),
+        GZIP,
     ),
-    Attack("gzip-mixed", "gzip of 4 M empty inputs that grows less than 100 times", repeated(_noisy_empties, GZIP)),
-    Attack("proto-empties", "8 M empty inputs", repeated(lambda: framed(named("echo", _INPUT * (8 * MIB))))),
-    Attack(
+    repeating("gzip-mixed", "gzip of 4 M empty inputs that grows less than 100 times", _noisy_empties, GZIP),
+    repeating("proto-empties", "8 M empty inputs", lambda: framed(named("echo", _INPUT * (8 * MIB)))),
+    repeating(
         "proto-mixed",
         "2 M each of empty parameters, outputs and raw contents",
-        repeated(lambda: framed(named("echo", (_PARAMETER + _OUTPUT + _RAW) * (2 * MIB)))),
+        lambda: framed(named("echo", (_PARAMETER + _OUTPUT + _RAW) * (2 * MIB))),
     ),
-    Attack("proto-nested", "4 MiB of groups, 90 deep", repeated(_nested)),
-    Attack("proto-tags", "4 M unknown fields", repeated(_tags)),
-    Attack("proto-params", "50,000 parameters", repeated(_parameters)),
-    Attack("typed-floats", "4 M floats in fp32_contents", repeated(_typed)),
-    Attack("typed-bytes", "2 M empty elements in bytes_contents", repeated(_typed_elements)),
-    Attack("raw-bytes", "4 M empty elements of BYTES, raw", repeated(_elements)),
+    repeating("proto-nested", "4 MiB of groups, 90 deep", _nested),
+    repeating("proto-tags", "4 M unknown fields", _tags),
+    repeating("proto-params", "50,000 parameters", _parameters),
+    repeating("typed-floats", "4 M floats in fp32_contents", _typed),
+    repeating("typed-bytes", "2 M empty elements in bytes_contents", _typed_elements),
+    repeating("raw-bytes", "4 M empty elements of BYTES, raw", _elements),
     Attack("huge-shapes", "shapes of up to 2^62 elements with 16 bytes of data", _huge_shapes),
-    Attack("classify", "classification of 1 M values", repeated(_classify, in_flight=2)),
-    Attack("bulk", "InferBulk with 4,096 entries", repeated(_bulk, path=BULK)),
+    repeating("classify", "classification of 1 M values", _classify, in_flight=2),
+    repeating("bulk", "InferBulk with 4,096 entries", _bulk, path=BULK),
 )

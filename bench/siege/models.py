@@ -80,7 +80,7 @@ def _slow(rounds: int) -> ModelProto:
     ]
     constants = [
         numpy_helper.from_array(np.eye(128, dtype=np.float32), "eye"),
-        numpy_helper.from_array(np.int64(0), "zero"),
-        numpy_helper.from_array(np.float32(0), "nought"),
+        numpy_helper.from_array(np.array(0, np.int64), "zero"),
+        numpy_helper.from_array(np.array(0, np.float32), "nought"),
     ]
     return _model(nodes, TensorProto.FLOAT, ("n", 4), constants)

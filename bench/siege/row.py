@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.siege.attack import ATTACKER
 from bench.siege.bystander import OK, Call
@@ -209,9 +210,10 @@ def _tell(process: subprocess.Popen[str], start: float, end: float) -> None:
     process.stdin.flush()
 
 
-def _result(process: subprocess.Popen[str], until: float) -> dict[str, object] | object:
+def _result(process: subprocess.Popen[str], until: float) -> dict[str, Any]:
     out, _ = process.communicate(timeout=until - time.monotonic())
-    return json.loads(out)
+    found: dict[str, Any] = json.loads(out)
+    return found
 
 
 def _sleep_until(moment: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 from bench.siege.attack import ATTACKER, Attack
 from bench.siege.messages import tensor
@@ -32,7 +33,7 @@ def _full_queue(connection: Connection) -> Script:
         yield from connection.call(next(blocks), body)
 
 
-def _cancelled(model: str, rows: int, timeouts: bool) -> object:
+def _cancelled(model: str, rows: int, timeouts: bool) -> Callable[[Connection], Script]:
     """Call, with deadlines or cancellations at any moment."""
 
     def script(connection: Connection) -> Script:
