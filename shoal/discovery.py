@@ -2,6 +2,8 @@
 
     --gateway  ->  $SHOAL_GATEWAY  ->  the ready file of the node that this user runs on this machine
 
+`https://HOST:PORT` is called with TLS; `HOST:PORT` and `http://HOST:PORT` in plaintext.
+
 A running node keeps a copy of its ready file, the pointer, in a folder of its user. The file is named after the node's
 process (`<pid>-<start>.json`), so a file left by a killed node is recognized as stale even when its pid is reused.
 Linux only, as the node is.
@@ -21,9 +23,33 @@ from pathlib import Path
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 GATEWAY_VARIABLE = "SHOAL_GATEWAY"
+CA_VARIABLE = "SHOAL_CA"
+"""File of the authorities that clients trust."""
+TOKEN_VARIABLE = "SHOAL_TOKEN"
+"""Token that clients send."""
 
 _ADDRESS = re.compile(r"^(unix:.+|[^/:\s@]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})$")
 _POINTER = re.compile(r"^(\d+)-(\d+)\.json$")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway, and the knowledge that its certificate is checked with."""
+
+    address: str
+    """`host:port` or `unix:/path`."""
+    has_tls: bool = False
+    is_here: bool = False
+    """True for a node of this machine that the discovery found."""
+    ca: Path | None = None
+    """PEM file of the trusted authorities; None: those of the machine."""
+    name: str = ""
+    """Name that the certificate must have; empty: the one in the address."""
+
+    @property
+    def url(self) -> str:
+        """The address as the user writes it: with `https://`, where the gateway has TLS."""
+        return f"https://{self.address}" if self.has_tls else self.address
 
 
 @dataclass(frozen=True)
@@ -39,10 +65,18 @@ class RunningNode:
     """The process that runs the node: `shoal up`."""
     pids: Mapping[str, int] = field(default_factory=dict)
     """Each process of the node by name: `infer-0`, `envoy` ..."""
+    ca: Path | None = None
+    """File that clients trust; None: the gateway speaks plaintext."""
+    name: str = ""
+    """A name that the gateway's certificate is valid for."""
+
+    @property
+    def url(self) -> str:
+        return self.gateway if self.ca is None else f"https://{self.gateway}"
 
 
-def find_gateway(flag: str | None, environ: Mapping[str, str]) -> str:
-    """Return the gateway's address, `host:port` (or `unix:/path`).
+def find_gateway(flag: str | None, environ: Mapping[str, str]) -> Gateway:
+    """Return the gateway that the user set, else the one of the node that runs on this machine.
 
     Raises:
         InvalidArgument: the flag or the variable is not an address.
@@ -50,10 +84,11 @@ def find_gateway(flag: str | None, environ: Mapping[str, str]) -> str:
         FailedPrecondition: neither is set, and several nodes run on this machine.
     """
     if flag:
-        return _address(flag, "--gateway")
+        return parse_gateway(flag, "--gateway")
     if environ.get(GATEWAY_VARIABLE):
-        return _address(environ[GATEWAY_VARIABLE], GATEWAY_VARIABLE)
-    return find_node(environ).gateway
+        return parse_gateway(environ[GATEWAY_VARIABLE], GATEWAY_VARIABLE)
+    node = find_node(environ)
+    return Gateway(node.gateway, node.ca is not None, True, node.ca, node.name)
 
 
 def find_node(environ: Mapping[str, str]) -> RunningNode:
@@ -70,7 +105,7 @@ def find_node(environ: Mapping[str, str]) -> RunningNode:
             f"or set the address with --gateway HOST:PORT or {GATEWAY_VARIABLE}"
         )
     if len(nodes) > 1:
-        choices = "; ".join(f"{node.gateway} (data in {node.data_dir}, pid {node.pid})" for node in nodes)
+        choices = "; ".join(f"{node.url} (data in {node.data_dir}, pid {node.pid})" for node in nodes)
         raise FailedPrecondition(
             f"{len(nodes)} nodes are running on this machine: choose one with --gateway HOST:PORT or "
             f"{GATEWAY_VARIABLE}: {choices}"
@@ -80,7 +115,7 @@ def find_node(environ: Mapping[str, str]) -> RunningNode:
 
 def admin_of(gateway: str, environ: Mapping[str, str]) -> str | None:
     """Return Envoy's admin endpoint of the local node with this gateway; None when the node runs elsewhere."""
-    return next((node.admin for node in running_nodes(environ) if node.gateway == gateway), None)
+    return next((node.admin for node in running_nodes(environ) if node.url == gateway), None)
 
 
 def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
@@ -111,12 +146,16 @@ def pointer_path(environ: Mapping[str, str], pid: int) -> Path:
     return folder / f"{pid}-{_started(pid)}.json"
 
 
-def _address(text: str, source: str) -> str:
-    address = re.sub(r"^(https?|grpc)://", "", text.strip()).rstrip("/")
+def parse_gateway(text: str, source: str) -> Gateway:
+    """Return the gateway of an address. Raises InvalidArgument, with `source` as the subject."""
+    scheme, _, rest = text.strip().rpartition("://")
+    address = rest.rstrip("/") if scheme in ("", "http", "https", "grpc") else text
     port = address.rpartition(":")[2]
     if not _ADDRESS.match(address) or (not address.startswith("unix:") and not 0 < int(port) < 65536):
-        raise InvalidArgument(f"{source}={text!r} is no address: expected HOST:PORT, such as 127.0.0.1:8080")
-    return address
+        raise InvalidArgument(
+            f"{source}={text!r} is no address: expected HOST:PORT, such as 127.0.0.1:8080, or https://HOST:PORT"
+        )
+    return Gateway(address, scheme == "https")
 
 
 def _folders(environ: Mapping[str, str]) -> list[Path]:
@@ -148,12 +187,15 @@ def _nodes_in(folder: Path) -> Iterator[RunningNode]:
         if _is_alive(path):
             try:
                 document = json.loads(path.read_text())
+                tls = document.get("tls") or {}
                 yield RunningNode(
                     gateway=str(document["gateway"]),
                     admin=str(document["admin"]),
                     data_dir=Path(document["data_dir"]),
                     pid=int(path.name.partition("-")[0]),
                     pids={str(name): int(pid) for name, pid in document["pids"].items()},
+                    ca=Path(tls["ca"]) if tls else None,
+                    name=str(tls.get("name", "")),
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 # The file was removed meanwhile, or is not a pointer.

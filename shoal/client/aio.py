@@ -17,10 +17,12 @@ from shoal.client.store.results import AsyncResults
 from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.client.transport import methods
+from shoal.client.transport.address import is_local
 from shoal.client.transport.calls import Caller, Headers
 from shoal.client.transport.deadline import Deadline
 from shoal.client.transport.retry import RetryPolicy
-from shoal.discovery import find_gateway
+from shoal.client.transport.security import PathLike, Security, security
+from shoal.discovery import CA_VARIABLE, TOKEN_VARIABLE, Gateway, find_gateway
 from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, InvalidArgument, from_status
 from shoal.inference.v2 import inference_pb2 as oip
 
@@ -35,9 +37,13 @@ STATUS_S = 5.0
 
 
 class AsyncClient:
-    """Async client of the node at `address` (`host:port`).
+    """Async client of the node at `address`: `https://host:port`, or `host:port` in plaintext.
 
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
+
+    `ca` is a PEM file of the authorities to trust (else $SHOAL_CA, else those of the machine). `cert` and `key` are the
+    client's own certificate. `token` (else $SHOAL_TOKEN) is sent with each call; in plaintext to another machine only
+    with `plaintext_token`.
 
     Use `async with`, or close the client with `await client.close()`. Many tasks may share a client; each event loop,
     and each forked child, has its own connection.
@@ -48,7 +54,7 @@ class AsyncClient:
     Every call names `tenant`, whose share of the models it counts for, and carries `headers`.
 
     The constructor raises:
-        InvalidArgument: `address` is not an address.
+        InvalidArgument: `address` is not an address, a file cannot be used, or the token would be sent in plaintext.
         NotFound, FailedPrecondition: no address was set, and no node or several nodes run on this machine.
     """
 
@@ -59,8 +65,29 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         headers: Headers | None = None,
         tenant: str = "",
+        ca: PathLike | None = None,
+        cert: PathLike | None = None,
+        key: PathLike | None = None,
+        token: str | None = None,
+        plaintext_token: bool = False,
     ) -> None:
-        self._caller = Caller(find_gateway(address, os.environ), retry=retry, headers=headers, tenant=tenant)
+        gateway = find_gateway(address, os.environ)
+        secured = _security(gateway, ca, cert, key)
+        token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+        if token and not (plaintext_token or gateway.has_tls or is_local(gateway.address)):
+            raise InvalidArgument(
+                f"the token is not sent to {gateway.address} in plaintext: use https://{gateway.address}; or "
+                "plaintext_token=True, where nobody on the way is to be feared"
+            )
+        self._caller = Caller(
+            gateway.address,
+            retry=retry,
+            headers=headers,
+            tenant=tenant,
+            token=token,
+            security=secured,
+            is_near=gateway.is_here,
+        )
         self._encoder = RequestEncoder(self._caller)
         self.models = AsyncModels(self._caller)
         self.jobs = AsyncJobs(self._caller, tenant)
@@ -71,8 +98,8 @@ class AsyncClient:
 
     @property
     def address(self) -> str:
-        """Address of the gateway that the client calls."""
-        return self._caller.address
+        """Address of the gateway that the client calls; with `https://`, where it has TLS."""
+        return self._caller.url
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -227,3 +254,12 @@ def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:
         retry_after_ms=after if isinstance(after, int) else None,
     )
     return InferResult(about.model_name, about.model_version, id=about.id, error=error)
+
+
+def _security(gateway: Gateway, ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -> Security | None:
+    if not gateway.has_tls:
+        if ca is not None or cert is not None or key is not None:
+            raise InvalidArgument(f"ca, cert and key are for https: call https://{gateway.address}")
+        return None
+    ca = ca if ca is not None else os.environ.get(CA_VARIABLE) or gateway.ca
+    return security(ca=ca, cert=cert, key=key, name=gateway.name)

@@ -17,6 +17,7 @@ from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.client.transport.calls import Headers
 from shoal.client.transport.retry import RetryPolicy
+from shoal.client.transport.security import PathLike
 
 
 class Models(SyncFacade[AsyncModels]):
@@ -133,9 +134,13 @@ class Store(SyncFacade[AsyncStore]):
 
 
 class Client(SyncFacade[AsyncClient]):
-    """Blocking client of the node at `address` (`host:port`).
+    """Blocking client of the node at `address`: `https://host:port`, or `host:port` in plaintext.
 
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
+
+    `ca` is a PEM file of the authorities to trust (else $SHOAL_CA, else those of the machine). `cert` and `key` are the
+    client's own certificate. `token` (else $SHOAL_TOKEN) is sent with each call; in plaintext to another machine only
+    with `plaintext_token`.
 
         with shoal.Client() as client:
             client.models.push("mymodel.onnx")
@@ -155,7 +160,7 @@ class Client(SyncFacade[AsyncClient]):
     Every call names `tenant`, whose share of the models it counts for, and carries `headers`.
 
     The constructor raises:
-        InvalidArgument: `address` is not an address.
+        InvalidArgument: `address` is not an address, a file cannot be used, or the token would be sent in plaintext.
         NotFound, FailedPrecondition: no address was set, and no node or several nodes run on this machine.
     """
 
@@ -172,8 +177,23 @@ class Client(SyncFacade[AsyncClient]):
         retry: RetryPolicy | None = None,
         headers: Headers | None = None,
         tenant: str = "",
+        ca: PathLike | None = None,
+        cert: PathLike | None = None,
+        key: PathLike | None = None,
+        token: str | None = None,
+        plaintext_token: bool = False,
     ) -> None:
-        inner = AsyncClient(address, retry=retry, headers=headers, tenant=tenant)
+        inner = AsyncClient(
+            address,
+            retry=retry,
+            headers=headers,
+            tenant=tenant,
+            ca=ca,
+            cert=cert,
+            key=key,
+            token=token,
+            plaintext_token=plaintext_token,
+        )
         loop = LoopThread(inner.close)
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
@@ -185,7 +205,7 @@ class Client(SyncFacade[AsyncClient]):
 
     @property
     def address(self) -> str:
-        """Address of the gateway that the client calls."""
+        """Address of the gateway that the client calls; with `https://`, where it has TLS."""
         return self._inner.address
 
     def __enter__(self) -> Client:

@@ -153,7 +153,7 @@ async def fetch_status(caller: Caller, timeout_s: Timeout) -> Status:
             caller.call(methods.LIST_CONNECTORS, query, timeout_s=timeout_s), connectors, "connectors"
         )
     return Status(
-        gateway=caller.address,
+        gateway=caller.url,
         instances=tuple(of_instance(instance) for instance in listed.instances),
         stale=listed.stale,
         leader=_of_leader(leader) if leader.instance else None,

@@ -27,10 +27,10 @@ def announce(environ: dict[str, str], gateway: str = "127.0.0.1:8080", pid: int 
 def test_the_flag_wins_over_the_variable_and_the_variable_over_the_running_node(environ: dict[str, str]) -> None:
     announce(environ, "127.0.0.1:3")
     environ["SHOAL_GATEWAY"] = "127.0.0.1:2"
-    assert find_gateway("127.0.0.1:1", environ) == "127.0.0.1:1"
-    assert find_gateway(None, environ) == "127.0.0.1:2"
+    assert find_gateway("127.0.0.1:1", environ).address == "127.0.0.1:1"
+    assert find_gateway(None, environ).address == "127.0.0.1:2"
     del environ["SHOAL_GATEWAY"]
-    assert find_gateway(None, environ) == "127.0.0.1:3"
+    assert find_gateway(None, environ).address == "127.0.0.1:3"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_flag_wins_over_the_variable_and_the_variable_over_the_running_node(
     ],
 )
 def test_every_form_of_address_is_accepted(given: str, meant: str) -> None:
-    assert find_gateway(given, {}) == meant
+    assert find_gateway(given, {}).address == meant
 
 
 @pytest.mark.parametrize("given", ["localhost", ":8080", "h:0", "h:65536", "h:x", "a b:1", "http://h:1/path", "h:1:2"])

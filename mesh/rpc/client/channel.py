@@ -1,4 +1,4 @@
-"""Channel to one peer of this machine: one connection at a time, opened on demand, and again after a loss.
+"""Channel to one peer: one connection at a time, opened on demand, and again after a loss.
 
     unary, stream ──> connection accepts the call ──> begin
                          └── no connection, or no capacity: the call waits ──connected, has_capacity──> begin
@@ -14,6 +14,8 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from ssl import SSLContext
 from types import TracebackType
 
 import grpc
@@ -34,9 +36,21 @@ log = logging.getLogger(__name__)
 
 S = grpc.StatusCode
 
+NO_HTTP2 = "the peer does not agree to HTTP/2 over TLS"
+
 _CONNECT_S = 5.0
 # Envoy restarts within about a second.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Tls:
+    """TLS of a channel's connections."""
+
+    context: SSLContext
+    """Client context; the channel makes it offer HTTP/2."""
+    name: str
+    """Name or address that the server's certificate must have."""
 
 
 class Channel(StubChannel):
@@ -47,6 +61,7 @@ class Channel(StubChannel):
         sends_trace: the channel adds the current trace to each call's metadata. Otherwise the caller does.
         tick_s: seconds between checks of a silent peer.
         draw: returns a random number, 0 to 1.
+        tls: None: plaintext.
     """
 
     def __init__(
@@ -57,8 +72,12 @@ class Channel(StubChannel):
         sends_trace: bool = True,
         tick_s: float = TICK_S,
         draw: Callable[[], float] = random.random,
+        tls: Tls | None = None,
     ) -> None:
         self._address = address
+        self._tls = tls
+        if tls is not None:
+            tls.context.set_alpn_protocols(["h2"])
         self._authority = authority
         self._sends_trace = sends_trace
         self._tick_s = tick_s
@@ -261,7 +280,14 @@ class Channel(StubChannel):
             await loop.create_unix_connection(lambda: connection, str(path))
         else:
             host, _, port = self._address.rpartition(":")
-            await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
+            host, tls = host.strip("[]"), self._tls
+            context, name = (None, None) if tls is None else (tls.context, tls.name)
+            transport, _ = await loop.create_connection(
+                lambda: connection, host, int(port), ssl=context, server_hostname=name
+            )
+            if tls is not None and transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+                transport.abort()
+                raise ConnectionError(NO_HTTP2)
 
     def _abandon(self, connection: ClientConnection, why: str) -> None:
         if connection in self._connections:

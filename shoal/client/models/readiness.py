@@ -236,7 +236,7 @@ async def _poll_server(caller: Caller, name: str, versions: Collection[int | Non
         request = oip.ModelReadyRequest(name=name, version="" if version is None else str(version))
         return (await caller.call(methods.MODEL_READY, request, timeout_s=timeout_s)).ready
 
-    server = (f"the server at {caller.address}",)
+    server = (f"the server at {caller.url}",)
     readiness = {
         version: VersionReadiness(server, ()) if await ready(version) else VersionReadiness((), server)
         for version in versions

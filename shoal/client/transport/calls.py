@@ -21,6 +21,7 @@ from shoal.client.transport.deadline import Deadline, Timeout
 from shoal.client.transport.failures import explain, timed_out
 from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.retry import RetryPolicy
+from shoal.client.transport.security import Security
 from shoal.client.transport.transport import Bidi, Transport
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
 from shoal.tenant_header import TENANT_HEADER, header_value
@@ -36,7 +37,8 @@ class Caller:
     """RPC caller of the node at `address`. The connection opens with the first call; `close()` ends it.
 
     Each event loop that makes calls has its own connection, and so has a forked child. Every call carries `headers`,
-    and `tenant` in TENANT_HEADER. `clock`, `sleep` and `draw` are injected for the tests of retries.
+    `tenant` in TENANT_HEADER, and `token` as `authorization`. `security` None: plaintext. `is_near`: the node
+    is on this machine, whatever its address is. `clock`, `sleep` and `draw` are injected for the tests of retries.
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class Caller:
         retry: RetryPolicy | None = None,
         headers: Headers | None = None,
         tenant: str = "",
+        token: str = "",
+        security: Security | None = None,
+        is_near: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Callable[[], float] = random.random,
@@ -54,7 +59,11 @@ class Caller:
         self.clock = clock
         self._retry = retry or RetryPolicy()
         named = {TENANT_HEADER: header_value(tenant)} if tenant else {}
-        self._headers = {**named, **_validated(headers or {})}
+        bearer = {"authorization": f"Bearer {_validated_token(token)}"} if token else {}
+        self._headers = {**named, **bearer, **_validated(headers or {})}
+        self._security = security
+        self._is_near = is_near
+        self.url = address if security is None else f"https://{address}"
         self._sleep = sleep
         self._draw = draw
         self._tracer = trace.get_tracer("shoal.client")
@@ -124,7 +133,7 @@ class Caller:
                     left_s = self._left_s(deadline, doing)
                     return await self._transport().unary(method, request, timeout_s=left_s, metadata=metadata)
                 except grpc.aio.AioRpcError as err:
-                    error = explain(err, address=self.address, doing=doing, timeout_s=deadline.timeout_s)
+                    error = explain(err, address=self.url, doing=doing, timeout_s=deadline.timeout_s)
                     wait = self._wait_s(policy, error, attempt, repeatable, deadline)
                     if wait is None:
                         raise error from err
@@ -246,7 +255,7 @@ class Caller:
         try:
             yield
         except grpc.aio.AioRpcError as err:
-            raise explain(err, address=self.address, doing=doing, timeout_s=deadline.timeout_s) from err
+            raise explain(err, address=self.url, doing=doing, timeout_s=deadline.timeout_s) from err
 
     def _transport(self) -> Transport:
         """Return the transport of the running event loop."""
@@ -259,9 +268,18 @@ class Caller:
         if transport is None:
             for ended in [other for other in list(self._transports) if other.is_closed()]:
                 self._transports.pop(ended, None)
-            transport = self._transports[loop] = _transport_to(self.address)
+            transport = self._transports[loop] = self._new_transport()
         self._last_used = loop, transport
         return transport
+
+    def _new_transport(self) -> Transport:
+        """Return a transport; it connects at the first call, on the running event loop."""
+        if self._is_near or is_local(self.address) or not grpc_aio.is_usable():
+            # Imported here: the import takes 23 ms, which clients of other machines save.
+            from shoal.client.transport.local_h2 import LocalH2
+
+            return LocalH2(self.address, self._security)
+        return grpc_aio.GrpcAio(self.address, self._security)
 
     @contextmanager
     def _span(
@@ -287,16 +305,6 @@ class Caller:
             span.end()
 
 
-def _transport_to(address: str) -> Transport:
-    """Return a transport to `address`; it connects at the first call, on the running event loop."""
-    if is_local(address) or not grpc_aio.is_usable():
-        # Imported here: the import takes 23 ms, which clients of other machines save.
-        from shoal.client.transport.local_h2 import LocalH2
-
-        return LocalH2(address)
-    return grpc_aio.GrpcAio(address)
-
-
 # Loops refer to their tasks weakly.
 _closing: set[asyncio.Task[None]] = set()
 
@@ -311,6 +319,13 @@ def _validated_retries(retries: int) -> int:
     if not isinstance(retries, int) or retries < 0:
         raise InvalidArgument(f"retries={retries!r}: expected 0 or more, or None for the client's policy")
     return retries
+
+
+def _validated_token(token: str) -> str:
+    # The message never has the token.
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise InvalidArgument("the token has characters that no header carries: expected printable ASCII, no spaces")
+    return token
 
 
 def _validated(headers: Headers) -> Headers:

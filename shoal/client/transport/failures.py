@@ -24,6 +24,13 @@ _UNREACHABLE = re.compile(
 )
 _UNKNOWN_HOST = re.compile(r"errors resolving|DNS resolution failed")
 _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: the peer broke HTTP/2")
+# Messages of OpenSSL, BoringSSL (grpc's) and asyncio about a failed handshake.
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED\W+(?:certificate verify failed: )?(?P<why>[^:(]+)")
+_WRONG_NAME = re.compile(r"Hostname mismatch|IP address mismatch|Hostname Verification Check failed")
+_NOT_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST")
+_CLIENT_CERTIFICATE = re.compile(r"CERTIFICATE_REQUIRED|ALERT_(?:UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE_\w+)")
+# A server of TLS closes the connection of a client that speaks plaintext, without a word.
+_CLOSED_AT_ONCE = re.compile(r"^cannot reach \S+: the connection was closed|last error: .*Socket closed")
 # A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
 # which hides the real status. The code is INTERNAL, but neither is a fault of the service.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
@@ -64,6 +71,8 @@ def timed_out(doing: str, timeout_s: float | None) -> DeadlineExceeded:
 
 
 def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
+    if address.startswith("https://") and (failed := _handshake_failure(details, address)):
+        return failed
     if _UNREACHABLE.search(details):
         return Unavailable(f"no node responds at {address}: start one with `shoal up`, or give --gateway")
     if _UNKNOWN_HOST.search(details):
@@ -72,9 +81,36 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
         return FailedPrecondition(f"the server at {address} does not speak gRPC: is that Envoy's admin port?")
     if _NO_INSTANCE.search(details):
         return Unavailable(f"{doing}: no instance is available at present: see `shoal status`")
+    if not address.startswith("https://") and _CLOSED_AT_ONCE.search(details):
+        return Unavailable(
+            f"{doing}: the server at {address} closed the connection immediately: it is restarting; or it accepts TLS "
+            f"only, so call https://{address}"
+        )
     if lost := _LOST.match(details):
         return Unavailable(f"{doing}: the connection broke: {details[lost.end() :]}")
     return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
+
+
+def _handshake_failure(details: str, address: str) -> ShoalError | None:
+    """Return the error of a failed TLS handshake. A retry would fail in the same way."""
+    if _WRONG_NAME.search(details):
+        return FailedPrecondition(
+            f"the certificate of {address} is for other names: call the server by a name or address of its certificate "
+            "(with `--tls auto`, `--tls-name` adds one)"
+        )
+    if untrusted := _UNTRUSTED.search(details):
+        return FailedPrecondition(
+            f"the certificate of {address} is not trusted ({untrusted['why'].strip()}): give the CA that signed it "
+            "with ca=FILE or SHOAL_CA=FILE; on a server with `--tls auto`, `shoal ca show` prints it"
+        )
+    if _CLIENT_CERTIFICATE.search(details):
+        return FailedPrecondition(
+            f"the server at {address} wants a certificate of the client, or does not accept the given one: cert, key"
+        )
+    if _NOT_TLS.search(details):
+        plain = address.removeprefix("https://")
+        return FailedPrecondition(f"the server at {address} does not speak TLS: call http://{plain}, if that is meant")
+    return None
 
 
 def of_rejection(code: int, message: str) -> ShoalError:

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from shoal.client.transport import forks
 from shoal.client.transport.methods import Method, Q, R
+from shoal.client.transport.security import Security
 from shoal.client.transport.transport import MESSAGE_BYTES, A, Bidi, Metadata, closed_in_flight, serialized
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -52,10 +53,14 @@ if hasattr(os, "register_at_fork"):
 class GrpcAio:
     """Transport over a grpc.aio channel."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security | None = None) -> None:
         global _has_channels
         _has_channels = True
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        if security is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            named = (("grpc.ssl_target_name_override", security.name),) if security.name else ()
+            self._channel = grpc.aio.secure_channel(address, security.grpc_credentials(), options=(*_OPTIONS, *named))
         self.is_closed = False
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float | None, metadata: Metadata) -> R:

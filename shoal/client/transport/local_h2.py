@@ -16,10 +16,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.channel import Channel, Tls
 from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.client.stubs import cancel_if_failed, feed, parsed
 from shoal.client.transport.methods import Method, Q, R
+from shoal.client.transport.security import Security
 from shoal.client.transport.transport import A, Bidi, Metadata, closed_in_flight, serialized
 
 # The caller gets these warnings as errors: without this handler, Python also prints them to stderr.
@@ -33,10 +34,13 @@ _TICK_S = 10.0
 class LocalH2:
     """Transport over a mesh.h2 channel."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security | None = None) -> None:
         # The authority that grpc sends for a Unix socket.
         authority = "localhost" if address.startswith("unix:") else address
-        self._channel = Channel(address, authority=authority, sends_trace=False, tick_s=_TICK_S)
+        tls = None
+        if security is not None:
+            tls = Tls(security.context, security.name or address.rpartition(":")[0].strip("[]"))
+        self._channel = Channel(address, authority=authority, sends_trace=False, tick_s=_TICK_S, tls=tls)
         self._is_closed = False
         # Without this, the loop would keep the connection of an unclosed client for as long as the loop runs.
         self._finalizer = weakref.finalize(self, _finalizer, asyncio.get_running_loop(), self._channel)
