@@ -27,10 +27,14 @@ def remove(listen: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_local(listen: str) -> bool:
-    """Return True when only this machine can reach the address."""
+PRIVATE_MODE = 0o600
+"""Mode of a unix socket that only its user can reach."""
+
+
+def is_local(listen: str, mode: int = PRIVATE_MODE) -> bool:
+    """Return True when only this machine can reach the address; a unix socket of `mode`, when only its user can."""
     if listen.startswith("unix:"):
-        return True
+        return not mode & ~PRIVATE_MODE
     host = listen.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -24,8 +24,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpFilter,
 )
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
+from mesh.xds import tls
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
 from mesh.xds.routes import (
@@ -113,8 +115,11 @@ end
 
 
 @lru_cache(64)
-def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None) -> Resource:
-    """Build the listener `name` at the address `listen`, `unix:/path` or `host:port`."""
+def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None, sds: str = "") -> Resource:
+    """Build the listener `name` at the address `listen`, `unix:/path` or `host:port`.
+
+    With `sds`, clients must speak TLS; the file of that name on Envoy's machine has the certificate.
+    """
     listen_address = address(listen)
     if "pipe" in listen_address:
         listen_address["pipe"]["mode"] = 0o600
@@ -122,7 +127,10 @@ def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None)
     if table.models is not None:
         extractions = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
         manager.http_filters[1:1] = extractions
-    filter_chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
+    filter_chain: dict[str, Any] = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
+    if sds:
+        filter_chain["transport_socket"] = tls.transport_socket(sds)
+        filter_chain["transport_socket_connect_timeout"] = tls.HANDSHAKE_TIMEOUT
     message = Listener.from_dict(
         {
             "name": name,

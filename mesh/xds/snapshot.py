@@ -31,6 +31,8 @@ class EnvoyNode:
     """`host:port`."""
     outbound: str
     """Path of a unix socket."""
+    sds: str = ""
+    """File of the gateway's certificate, on Envoy's machine; empty: clients of the gateway speak plaintext."""
 
 
 def envoy_node(id: str, metadata: Mapping[str, Any]) -> EnvoyNode:
@@ -49,7 +51,10 @@ def envoy_node(id: str, metadata: Mapping[str, Any]) -> EnvoyNode:
         raise InvalidArgument(
             f"Envoy {id!r}: metadata.shoal.outbound: expected a path of up to {_MAX_PIPE_PATH} bytes, got {outbound!r}"
         )
-    return EnvoyNode(id, gateway, outbound.removeprefix("unix:"))
+    sds = shoal.get("sds", "")
+    if not isinstance(sds, str) or (sds and not sds.startswith("/")):
+        raise InvalidArgument(f"Envoy {id!r}: metadata.shoal.sds: expected an absolute path, got {sds!r}")
+    return EnvoyNode(id, gateway, outbound.removeprefix("unix:"), sds)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def snapshot(
     built = [cluster(name, is_sticky=name in sticky) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
-        listener(GATEWAY, node.gateway, table, tracing),
+        listener(GATEWAY, node.gateway, table, tracing, node.sds),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
         route_configuration(table, _routed_models(found, sequenced, table), sequenced),
     ]

@@ -11,6 +11,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mesh.process.sockets import is_local
 from shoal.node.options import Options
 from shoal.node.process import ending
 from shoal.node.ready import Ready
@@ -25,6 +26,12 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+
+def _callers(ready: Ready) -> str:
+    is_private = is_local(ready.listen or ready.gateway)
+    callers = "every user of this machine" if is_private else "everyone who can reach the address"
+    return f"not authenticated: {callers} may call every method"
 
 
 class NodeScreen:
@@ -105,7 +112,11 @@ class NodeScreen:
         table = Table(title=f"node {self._options.name}", title_justify="left", show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        table.add_row("gateway", f"{ready.gateway}   gRPC, for every client")
+        scheme = "" if ready.trust is None else "https://"
+        table.add_row("gateway", f"{scheme}{ready.listen or ready.gateway}   gRPC, {_callers(ready)}")
+        if (trust := ready.trust) is not None:
+            issuer = "own CA, for clients: `shoal ca show`" if trust.has_own_ca else trust.ca
+            table.add_row("TLS", f"{issuer}\nSHA-256 {trust.fingerprint}")
         table.add_row("admin", f"http://{ready.admin}   Envoy")
         table.add_row("data", str(ready.data_dir))
         table.add_row("logs", self._logs, end_section=True)

@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from shoal.node.standalone import Served
 
+from shoal.cli.tls import Insecure, TlsAuto, TlsCert, TlsKey, TlsName, tls_options
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
@@ -79,13 +81,11 @@ def serve(
             "auto: h2 where only this machine can reach the address, else envoy."
         ),
     ] = Front.auto,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure",
-            help="Allow --front h2 where other machines can reach the address: all who can reach it must be trusted.",
-        ),
-    ] = False,
+    insecure: Insecure = False,
+    tls: TlsAuto = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     workers: Annotated[
         int,
         typer.Option(
@@ -110,17 +110,18 @@ def serve(
 
       shoal serve ./double.onnx
 
-      shoal serve ./models --port 9000 --host 0.0.0.0
+      shoal serve ./models --port 9000 --host 0.0.0.0 --tls auto --insecure
 
       shoal serve ./models --workers 4
 
       shoal serve ./models --model-control explicit --load-model double
 
-      shoal serve ./models --host 0.0.0.0 --allow-code
+      shoal serve ./models --host 0.0.0.0 --insecure --allow-code
     """
     import asyncio
     import os
 
+    from shoal.cli.up import default_data_dir
     from shoal.node import standalone
 
     _check_kind(repository)
@@ -136,7 +137,17 @@ def serve(
         "ALLOW_CODE": "true" if allow_code else "",
     }
     settings = {name: value for name, value in variables.items() if value}
-    options = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)
+    options = standalone.ServeOptions(
+        repository.expanduser(),
+        host,
+        port,
+        front.value,
+        insecure,
+        workers,
+        settings,
+        tls=tls_options(tls, tls_cert, tls_key, tls_name),
+        data_dir=default_data_dir(os.environ.get("XDG_DATA_HOME")).expanduser(),
+    )
     raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 
 
@@ -167,8 +178,12 @@ class _Screen:
             return
         pids = ("pid " if len(served.pids) == 1 else "pids ") + ", ".join(map(str, served.pids))
         envoy = "" if served.envoy is None else f", Envoy's {served.envoy}"
-        typer.echo(f"serving at {served.address} ({pids}{envoy}); Ctrl-C stops the server")
+        scheme = "" if served.tls is None else "https://"
+        typer.echo(f"serving at {scheme}{served.address} ({pids}{envoy}); Ctrl-C stops the server")
         typer.echo(f"front: {served.front.name} ({served.front.why})")
+        if served.tls is not None:
+            issuer = "own CA, for clients: `shoal ca show`" if served.tls.has_own_ca else served.tls.ca
+            typer.echo(f"TLS: {issuer}; SHA-256 {served.tls.fingerprint}")
         if not served.models:
             typer.echo("no models in the folder", err=True)
         for model in served.models:
@@ -180,6 +195,9 @@ class _Screen:
         from shoal.node.process import ending
 
         typer.echo(f"{name} {ending(status)}: restart in {again_in_s:.1f} s", err=True)
+
+    def trouble(self, text: str) -> None:
+        typer.echo(text, err=True)
 
     def stopping(self) -> None:
         typer.echo("stopping: calls in flight end first; a second signal stops immediately", err=True)

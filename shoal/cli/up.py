@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.tls import Insecure, TlsAuto, TlsCert, TlsKey, TlsName, tls_options
+
 if TYPE_CHECKING:
     from shoal.cli.screen import NodeScreen
 
@@ -28,8 +30,26 @@ def up(
         typer.Option(help="Folder for all data of the node.", show_default="~/.local/share/shoal", metavar="DIR"),
     ] = None,
     gateway_port: Annotated[
-        int, typer.Option(help="Port for clients, on 127.0.0.1. 0: any free one.", metavar="N")
-    ] = 8080,
+        int | None,
+        typer.Option(
+            help="Port for clients, on 127.0.0.1. 0: any free one. [dim]default: 8080[/dim]",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="Address for clients, in place of --gateway-port: 0.0.0.0:8443 opens the gateway to other machines.",
+            metavar="HOST:PORT",
+            show_default=False,
+        ),
+    ] = "",
+    tls: TlsAuto = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
+    insecure: Insecure = False,
     admin_port: Annotated[
         int, typer.Option(help="Port of Envoy's admin endpoint, on 127.0.0.1. 0: any free one.", metavar="N")
     ] = 9901,
@@ -76,8 +96,7 @@ def up(
         typer.Option(
             "--allow-code",
             help="Where other machines can reach the gateway: allow models that run code or read files and variables "
-            "of this machine (Python models, remote models with secrets). The gateway listens on 127.0.0.1, where "
-            "they are allowed.",
+            "of this machine (Python models, remote models with secrets). At 127.0.0.1 they are allowed.",
         ),
     ] = False,
     node: Annotated[
@@ -101,6 +120,8 @@ def up(
 
       shoal up --connectors streams.toml
 
+      shoal up --listen 0.0.0.0:8443 --tls auto --insecure
+
       shoal up --etcd http://10.0.0.5:2379 --mongo 'mongodb://10.0.0.6/?replicaSet=rs0' --node b --services infer
     """
     import asyncio
@@ -115,6 +136,9 @@ def up(
         connectors=connectors,
         data_dir=data_dir or default_data_dir(os.environ.get("XDG_DATA_HOME")),
         gateway_port=gateway_port,
+        listen=listen,
+        tls=tls_options(tls, tls_cert, tls_key, tls_name),
+        is_insecure=insecure,
         admin_port=admin_port,
         replicas=replicas,
         services=services,

@@ -26,12 +26,13 @@ def bootstrap(
     admin: str,
     coords: Sequence[str],
     heap: int = DEFAULT_HEAP_MB << 20,
+    sds: str = "",
 ) -> str:
     """Return the bootstrap of `node`'s Envoy, as JSON.
 
     `gateway` and `admin` are `host:port`. `outbound` is the path of the socket through which services call each other.
     `coords` are the socket paths of the node's coord replicas; each replica serves the whole configuration.
-    `heap` is the ceiling of Envoy's heap in bytes.
+    `heap` is the ceiling of Envoy's heap in bytes. `sds` is the file of the gateway's certificate; empty: plaintext.
     """
     host, _, port = admin.rpartition(":")
     document = {
@@ -39,7 +40,7 @@ def bootstrap(
             "id": node,
             "cluster": NODE_CLUSTER,
             # coord generates the node's listeners from this metadata.
-            "metadata": {"shoal": {"gateway": gateway, "outbound": outbound}},
+            "metadata": {"shoal": {"gateway": gateway, "outbound": outbound, **({"sds": sds} if sds else {})}},
         },
         "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
         "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},

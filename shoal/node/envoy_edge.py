@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mesh.xds import tls
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
@@ -68,7 +69,7 @@ _UNSENT = (
 
 
 def bootstrap(
-    *, host: str, port: int, workers: Sequence[str], admin: str, heap: int = DEFAULT_HEAP_MB << 20
+    *, host: str, port: int, workers: Sequence[str], admin: str, heap: int = DEFAULT_HEAP_MB << 20, sds: str = ""
 ) -> dict[str, Any]:
     """Return the configuration of an Envoy that listens at `host`:`port` and calls the workers.
 
@@ -77,26 +78,32 @@ def bootstrap(
         workers: paths of the sockets of the workers.
         admin: path of the socket of the admin endpoint.
         heap: ceiling of Envoy's heap in bytes.
+        sds: file of the certificate; empty: clients speak plaintext.
     """
     is_sticky = len(workers) > 1
     return {
         "node": {"id": "serve", "cluster": "shoal"},
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
-        "static_resources": {"listeners": [_listener(host, port, is_sticky)], "clusters": [_cluster(workers)]},
+        "static_resources": {"listeners": [_listener(host, port, is_sticky, sds)], "clusters": [_cluster(workers)]},
         "layered_runtime": runtime(_STAT_PREFIX),
         "overload_manager": overload_manager(heap),
     }
 
 
-def _listener(host: str, port: int, is_sticky: bool) -> dict[str, Any]:
+def _listener(host: str, port: int, is_sticky: bool, sds: str) -> dict[str, Any]:
     filters = [{"name": "http", "typed_config": _connection_manager(is_sticky)}]
+    chain: dict[str, Any] = {"filters": [_connection_name(), *filters] if is_sticky else filters}
+    if sds:
+        # The connection manager speaks HTTP/2 only.
+        chain["transport_socket"] = tls.transport_socket(sds, alpn=("h2",))
+        chain["transport_socket_connect_timeout"] = tls.HANDSHAKE_TIMEOUT
     return {
         "name": _STAT_PREFIX,
         "address": {"socket_address": {"address": host, "port_value": port}},
         # With SO_REUSEPORT a second Envoy on the same port would not fail: it would take every other connection.
         "enable_reuse_port": False,
         "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
-        "filter_chains": [{"filters": [_connection_name(), *filters] if is_sticky else filters}],
+        "filter_chains": [chain],
     }
 
 
@@ -263,6 +270,7 @@ class Edge:
         threads: Envoy's worker threads.
         report: called when an Envoy has ended, with its name, its status and the seconds until its restart.
         heap: ceiling of Envoy's heap in bytes.
+        sds: file of the certificate for clients; empty: plaintext.
 
     Raises:
         FailedPrecondition: no Envoy binary is installed.
@@ -278,10 +286,11 @@ class Edge:
         threads: int,
         report: Callable[[str, int, float], None],
         heap: int = DEFAULT_HEAP_MB << 20,
+        sds: str = "",
     ) -> None:
         self._admin = str(folder / "admin.sock")
         config = folder / "envoy.json"
-        document = bootstrap(host=host, port=port, workers=workers, admin=self._admin, heap=heap)
+        document = bootstrap(host=host, port=port, workers=workers, admin=self._admin, heap=heap, sds=sds)
         config.write_text(json.dumps(document))
         self._count = len(workers)
         self._was_ready = False

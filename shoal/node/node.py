@@ -12,20 +12,25 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from shoal.errors import FailedPrecondition
+from mesh.process.tasks import end
+from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import folder, gateway, plan, probes
 from shoal.node.options import Options
 from shoal.node.plan import Layout
-from shoal.node.ports import PortInUse, Ports
+from shoal.node.ports import HOST, PortInUse, Ports, joined
 from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import ProcessSpec
 from shoal.node.ready import Ready, ReadyFiles
 from shoal.node.supervisor import Event, Started, Supervisor
 from shoal.node.unique_name import check_unique
+
+if TYPE_CHECKING:
+    from shoal.node.tls.served import ServedCertificate
 
 _POLL_S = 0.1
 _SLOW_START_S = 20.0
@@ -90,7 +95,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
     """Run a node until a signal stops it, then leave nothing behind but its data.
 
     Raises:
-        InvalidArgument: a folder or file in the options cannot be used.
+        InvalidArgument: a folder, file or certificate in the options cannot be used.
         FailedPrecondition: a port is in use, another node uses the data folder, or a binary is missing.
     """
     signals = Signals(screen)
@@ -101,6 +106,8 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         layout = _reserve(options, stack.enter_context(Ports()))
         layout = replace(layout, run_dir=stack.enter_context(folder.run_dir(options.data_dir, environ)))
         signals.on_second_signal.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
+        served = _certificate(options, layout)
+        layout = replace(layout, sds=None if served is None else served.sds)
         groups = plan.groups(options, layout, environ, os.getpid())
         folder.write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout, environ))
         stack.enter_context(signals.caught())
@@ -108,12 +115,16 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
             await check_unique(options.etcd, options.name)
         raise_file_limit()
         if not signals.stop.is_set():
-            await _run(_Running(options, layout, files, screen), groups, signals)
+            await _run(_Running(options, layout, files, screen, served), groups, signals)
 
 
 async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signals: Signals) -> None:
     started = time.monotonic()
-    async with Supervisor(running.options.data_dir / "logs", running.on_event) as supervisor:
+    async with AsyncExitStack() as stack:
+        if running.served is not None:
+            keeping = asyncio.create_task(running.served.keep(running.on_certificate))
+            stack.push_async_callback(end, keeping)
+        supervisor = await stack.enter_async_context(Supervisor(running.options.data_dir / "logs", running.on_event))
         running.supervisor = supervisor
         signals.on_second_signal.append(supervisor.kill_all)
         for group in groups:
@@ -132,16 +143,22 @@ class _Running:
 
     supervisor: Supervisor
 
-    def __init__(self, options: Options, layout: Layout, files: ReadyFiles, screen: Screen) -> None:
+    def __init__(
+        self, options: Options, layout: Layout, files: ReadyFiles, screen: Screen, served: ServedCertificate | None
+    ) -> None:
         self.options = options
         self.layout = layout
         self.files = files
         self.screen = screen
+        self.served = served
         self.is_ready = False
 
     def ready_now(self) -> Ready:
         layout = self.layout
-        return Ready(layout.gateway, layout.admin, self.options.data_dir, self.supervisor.pids())
+        trust = None if self.served is None else self.served.trust
+        return Ready(
+            layout.gateway_here, layout.admin, self.options.data_dir, self.supervisor.pids(), layout.gateway, trust
+        )
 
     def write_ready_files(self) -> None:
         """Write the ready files, now and again whenever a process gets a new pid."""
@@ -154,11 +171,18 @@ class _Running:
         if self.is_ready and isinstance(event, Started):
             self.write_ready_files()
 
+    def on_certificate(self, text: str) -> None:
+        self.screen.trouble(text)
+        # The names of the new certificate may be others.
+        if self.is_ready:
+            self.write_ready_files()
+
     async def until_ready(self, started: float) -> None:
         """Wait until every process and external server is ready and calls pass through the gateway."""
         waiting = {keeper.spec.name: keeper.spec.ready for keeper in self.supervisor.keepers} | self._external_probes()
         await self._until_all(waiting, started)
-        await self._until_all(gateway.probes(self.layout.gateway, tuple(self.options.replicas)), started)
+        services, has_tls = tuple(self.options.replicas), self.served is not None
+        await self._until_all(gateway.probes(self.layout.gateway_here, services, has_tls=has_tls), started)
 
     def _external_probes(self) -> dict[str, Callable[[], Awaitable[bool]]]:
         found: dict[str, Callable[[], Awaitable[bool]]] = {}
@@ -193,15 +217,22 @@ class _Running:
 def _reserve(options: Options, ports: Ports) -> Layout:
     """Reserve a node's ports: the requested public ones, and the last run's private ones where they are still free."""
     public = {}
-    for option, port in (("--gateway-port", options.gateway_port), ("--admin-port", options.admin_port)):
+    gateway_option = "--gateway-port" if options.gateway_host == HOST else "--listen"
+    for option, host, port in (
+        (gateway_option, options.gateway_host, options.gateway_port),
+        ("--admin-port", HOST, options.admin_port),
+    ):
         try:
-            public[option] = ports.reserve(port)
+            public[option] = ports.reserve(port, host)
         except PortInUse as err:
             message = f"{err}: is another node running? Give another port with {option} (0: any free one)"
             raise FailedPrecondition(message) from err
         except PermissionError as err:
             message = f"{option} {port}: only root may listen there: give a port above 1023"
             raise FailedPrecondition(message) from err
+        except OSError as err:
+            reason = err.strerror or str(err)
+            raise InvalidArgument(f"{option} {joined(host, port)}: not an address of this machine ({reason})") from err
     last = folder.last_ports(options.data_dir)
     private_names = [] if options.etcd else ["etcd", "etcd-peer"]
     private_names += ["mongod"] if options.mongo is None and plan.needs_mongo(options) else []
@@ -209,12 +240,23 @@ def _reserve(options: Options, ports: Ports) -> Layout:
     folder.save_ports(options.data_dir, {**last, **private})
     return Layout(
         run_dir=Path(),
-        gateway_port=public["--gateway-port"],
+        gateway_port=public[gateway_option],
         admin_port=public["--admin-port"],
         etcd_port=private.get("etcd", 0),
         etcd_peer_port=private.get("etcd-peer", 0),
         mongod_port=private.get("mongod", 0),
+        gateway_host=options.gateway_host,
     )
+
+
+def _certificate(options: Options, layout: Layout) -> ServedCertificate | None:
+    if options.tls is None:
+        return None
+    # Imported here: the library for certificates takes 0.1 s to import.
+    from shoal.node.tls.served import ServedCertificate, source_of
+
+    source = source_of(options.tls, options.gateway_host, options.data_dir)
+    return ServedCertificate(layout.run_dir / "tls", source)
 
 
 async def _finished_before(stop: asyncio.Event, work: Awaitable[None]) -> bool:

@@ -6,12 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.errors import InvalidArgument
+from shoal.node import exposure
+from shoal.node.ports import HOST, joined, numeric
+
+if TYPE_CHECKING:
+    from shoal.node.tls.served import TlsOptions
 
 SERVICES = ("coord", "store", "infer", "ingest")
 """Services in the order of their start: a service that others call starts earlier, and stops later."""
 MAX_REPLICAS = 64
+DEFAULT_GATEWAY_PORT = 8080
 _NODE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 _HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})$")
 
@@ -21,7 +28,7 @@ class Options:
     """Validated options of a node."""
 
     data_dir: Path
-    gateway_port: int = 8080
+    gateway_port: int = DEFAULT_GATEWAY_PORT
     """0: any free one."""
     admin_port: int = 9901
     replicas: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 1))
@@ -37,12 +44,19 @@ class Options:
     """none or explicit; empty: the environment decides."""
     allow_code: bool = False
     """Models may run code although other machines can reach the gateway."""
+    gateway_host: str = HOST
+    """IP address of the gateway."""
+    tls: TlsOptions | None = None
+    """Certificate of the gateway; None: clients speak plaintext."""
 
 
 def checked(
     *,
     data_dir: Path,
-    gateway_port: int = 8080,
+    gateway_port: int | None = None,
+    listen: str = "",
+    tls: TlsOptions | None = None,
+    is_insecure: bool = False,
     admin_port: int = 9901,
     replicas: str = "",
     services: str = "",
@@ -62,6 +76,12 @@ def checked(
         raise InvalidArgument(
             f"--node {name!r}: letters, digits, '_', '.' and '-', at most 63, a letter or digit first"
         )
+    if listen and gateway_port is not None:
+        raise InvalidArgument("--listen and --gateway-port are both given: --listen has the port already")
+    gateway_host, gateway_port = (
+        parse_listen(listen) if listen else (HOST, DEFAULT_GATEWAY_PORT if gateway_port is None else gateway_port)
+    )
+    exposure.check("--listen", joined(gateway_host, gateway_port), has_tls=tls is not None, is_insecure=is_insecure)
     for option, port in (("--gateway-port", gateway_port), ("--admin-port", admin_port)):
         if not 0 <= port <= 65535:
             raise InvalidArgument(f"{option} {port}: a port is 1 to 65535, or 0 for any free one")
@@ -84,7 +104,20 @@ def checked(
         connectors=connectors.expanduser().absolute() if connectors is not None else None,
         model_control=model_control,
         allow_code=allow_code,
+        gateway_host=gateway_host,
+        tls=tls,
     )
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return the IP address and port of `HOST:PORT`."""
+    match = _HOST_PORT.match(text.strip())
+    if not match or int(match[2]) > 65535:
+        raise InvalidArgument(f"--listen {text!r}: expected HOST:PORT, such as 0.0.0.0:8443 or [::]:8443")
+    try:
+        return numeric(match[1].strip("[]")), int(match[2])
+    except OSError as err:
+        raise InvalidArgument(f"--listen {text!r}: no address has this name ({err.strerror or err})") from err
 
 
 def parse_services(text: str) -> tuple[str, ...]:

@@ -18,15 +18,16 @@ from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.options import Options
-from shoal.node.ports import HOST
+from shoal.node.ports import HOST, callable_here, joined
 
 DRAIN_MS = 20_000
 """Longest time for calls in flight to finish when the node stops. A second signal ends the node immediately."""
 # Time beyond the drain, for the notice to Envoys, deregistration and closing of connections.
 _MARGIN_S = 5.0
 _WITH_MONGO = ("store", "ingest")
-# For backups and batches. The gateway listens on this machine only, and its callers may use whatever its user may use.
+# For backups and batches of a gateway that only this machine can reach: its callers may use whatever its user may use.
 _EVERYWHERE = "file:///,s3://,gs://,az://"
+_BUCKETS = "s3://,gs://,az://"
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,19 @@ class Layout:
     etcd_port: int = 0
     etcd_peer_port: int = 0
     mongod_port: int = 0
+    gateway_host: str = HOST
+    sds: Path | None = None
+    """File of the gateway's certificate."""
 
     @property
     def gateway(self) -> str:
-        return f"{HOST}:{self.gateway_port}"
+        """Address that the gateway listens at."""
+        return joined(self.gateway_host, self.gateway_port)
+
+    @property
+    def gateway_here(self) -> str:
+        """Address of the gateway for processes of this machine."""
+        return joined(callable_here(self.gateway_host), self.gateway_port)
 
     @property
     def admin(self) -> str:
@@ -112,6 +122,7 @@ def envoy_bootstrap(options: Options, layout: Layout, environ: Mapping[str, str]
         admin=layout.admin,
         coords=coords,
         heap=heap_bytes(environ),
+        sds="" if layout.sds is None else str(layout.sds),
     )
 
 
@@ -157,22 +168,27 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
 
 
 def _own_defaults(service: str, options: Options, layout: Layout, environ: Mapping[str, str]) -> dict[str, str]:
+    is_private = is_local(layout.gateway)
     if service == "infer":
         control = options.model_control or environ.get("SHOAL_INFER_MODEL_CONTROL")
         # A model that is pushed is served in explicit mode, too: the push is the request.
         pushed = {"LOAD_MODELS": "*"} if control == "explicit" else {}
         # An instance listens on a unix socket; its callers use the gateway.
-        return {**pushed, "ALLOW_CODE": str(is_local(layout.gateway)).lower()}
+        return {**pushed, "ALLOW_CODE": str(is_private).lower()}
     if service == "store":
         exports = (options.data_dir / "exports").as_uri()
+        backups = (options.data_dir / "backups").as_uri()
         return {
             "DATABASE": "shoal",
             "BLOBS": (options.data_dir / "blobs").as_uri(),
             # Any bucket that the user's credentials open. On this machine, only the node's own folder.
-            "EXPORTS": f"{exports},s3://,gs://,az://",
-            "BACKUPS": _EVERYWHERE,
+            "EXPORTS": f"{exports},{_BUCKETS}",
+            "BACKUPS": _EVERYWHERE if is_private else f"{backups},{_BUCKETS}",
         }
-    return {"DATABASE": "shoal", "BATCH_URLS": _EVERYWHERE} if service == "ingest" else {}
+    if service == "ingest":
+        batches = (options.data_dir / "batches").as_uri()
+        return {"DATABASE": "shoal", "BATCH_URLS": _EVERYWHERE if is_private else f"{batches},{_BUCKETS}"}
+    return {}
 
 
 def _grace_s(drain_ms: str) -> float:

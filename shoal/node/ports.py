@@ -14,6 +14,7 @@ import socket
 from types import TracebackType
 
 HOST = "127.0.0.1"
+"""Host of addresses that only this machine can reach."""
 _ATTEMPTS = 32
 _LISTEN = "0A"
 
@@ -77,6 +78,22 @@ class Ports:
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+
+def numeric(host: str) -> str:
+    """Return the numeric address of `host`: Envoy does not resolve names to listen at. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
+
+
+def joined(host: str, port: int) -> str:
+    """Return `host:port`, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def callable_here(host: str) -> str:
+    """Return the address by which this machine calls a server that listens at `host`."""
+    return {"0.0.0.0": HOST, "::": "::1"}.get(host, host)
 
 
 def listeners(port: int) -> int:

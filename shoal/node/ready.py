@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from shoal.errors import InvalidArgument
 from shoal.node.folder import write_atomically
+
+if TYPE_CHECKING:
+    from shoal.node.tls.served import Trust
 
 
 @dataclass(frozen=True)
@@ -18,16 +23,22 @@ class Ready:
     """Addresses and processes of a ready node."""
 
     gateway: str
-    """`host:port`"""
+    """`host:port`, as processes of this machine call it."""
     admin: str
     """`host:port`"""
     data_dir: Path
     pids: Mapping[str, int]
     """Pids by name: `infer-0`, `envoy`, `etcd` ... An etcd or MongoDB that runs elsewhere has none."""
+    listen: str = ""
+    """`host:port` that the gateway listens at."""
+    trust: Trust | None = None
+    """Certificate of the gateway; None: clients speak plaintext."""
 
     def as_json(self) -> str:
         document: dict[str, object] = {
             "gateway": self.gateway,
+            "listen": self.listen or self.gateway,
+            "tls": None if self.trust is None else dataclasses.asdict(self.trust),
             "admin": self.admin,
             "data_dir": str(self.data_dir),
             "pids": dict(self.pids),

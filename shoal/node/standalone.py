@@ -9,25 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mesh.process.exits import WRONG_SETTINGS
 from mesh.process.sockets import is_local
 from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
-from shoal.node import folder, probes
+from shoal.node import exposure, folder, probes
 from shoal.node.envoy_edge import Edge
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.front import Choice, choose
-from shoal.node.ports import PortInUse, Ports, listeners
+from shoal.node.ports import PortInUse, Ports, joined, listeners, numeric
 from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
 from shoal.node.workers import Workers
+
+if TYPE_CHECKING:
+    from shoal.node.tls.served import ServedCertificate, TlsOptions, Trust
 
 _POLL_S = 0.05
 _INDEX_S = 10.0
@@ -60,11 +62,15 @@ class ServeOptions:
     front: str = "auto"
     """h2, envoy or auto."""
     is_insecure: bool = False
-    """Allow h2 at an address that other machines can reach."""
+    """Allow an address that other machines can reach without TLS or authentication, and h2 there."""
     workers: int = 1
     """Processes that share the address."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Further settings of the server, by their names without SHOAL_INFER_. They override the environment."""
+    tls: TlsOptions | None = None
+    """Certificate of the address; None: clients speak plaintext."""
+    data_dir: Path = Path()
+    """Folder of the own CA."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Served:
     envoy: int | None
     """The pid of the Envoy in front."""
     models: Sequence[ModelState]
+    tls: Trust | None = None
+    """Certificate of the address; None: clients speak plaintext."""
 
 
 class Screen(Protocol):
@@ -86,6 +94,9 @@ class Screen(Protocol):
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
         """Show that a process ended unexpectedly and is restarted."""
+
+    def trouble(self, text: str) -> None:
+        """Show a problem, or news, that does not end the server."""
 
     def stopping(self) -> None: ...
 
@@ -98,8 +109,8 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     Returns the exit status of the server: 0 after an orderly stop, 128 + N when signal N killed it.
 
     Raises:
-        InvalidArgument: the folder or file does not exist, this machine has no such address, or the requested front is
-            insecure at the address.
+        InvalidArgument: the folder or file does not exist, this machine has no such address, others can reach the
+            address and `is_insecure` is not set, or the certificate cannot be used.
         FailedPrecondition: the port is in use, or no Envoy is installed.
     """
     check(options.repository)
@@ -107,8 +118,10 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         port = _reserve(stack.enter_context(Ports()), options.host, options.port)
-        address = _address(options.host, port)
-        front = choose(options.front, address, environ, is_insecure=options.is_insecure)
+        address = joined(options.host, port)
+        has_tls = options.tls is not None
+        front = choose(options.front, address, environ, is_insecure=options.is_insecure, has_tls=has_tls)
+        exposure.check("--host", address, has_tls=has_tls, is_insecure=options.is_insecure)
         has_envoy = front.name == "envoy"
         run_dir = stack.enter_context(folder.private(environ)) if has_envoy or options.workers > 1 else None
         sockets = [f"{run_dir}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
@@ -118,16 +131,20 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
         workers = Workers(specs, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or options.workers > 1))
         if run_dir is None or not has_envoy:
             return await _Serving(workers, None, screen).run(partial(_announce, address, front, options.workers))
+        served = _certificate(options, run_dir)
         edge = Edge(
-            host=_numeric(options.host),
+            host=numeric(options.host),
             port=port,
             workers=sockets,
             folder=run_dir,
             threads=threads,
             report=screen.ended,
             heap=heap_bytes(environ),
+            sds="" if served is None else str(served.sds),
         )
-        return await _Serving(workers, edge, screen).run(partial(_announce_behind, edge, specs, address, front))
+        announce = partial(_announce_behind, edge, specs, address, front, served)
+        keep = None if served is None else partial(served.keep, screen.trouble)
+        return await _Serving(workers, edge, screen, keep).run(announce)
 
 
 def _is_final(status: int, *, is_kept: bool) -> bool:
@@ -163,22 +180,31 @@ class _Serving:
     second signal ──> all end now
     """
 
-    def __init__(self, workers: Workers, edge: Edge | None, screen: Screen) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        edge: Edge | None,
+        screen: Screen,
+        keep: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._workers = workers
         self._edge = edge
         self._screen = screen
+        self._keep = keep
         self._shutdown_task: asyncio.Task[None] | None = None
 
     async def run(self, announce: Callable[[Workers, Screen], Awaitable[None]]) -> int:
-        """Return the exit status when all processes have ended. `announce` runs concurrently."""
+        """Return the exit status when all processes have ended. `announce` and `keep` run concurrently."""
         loop, numbers = asyncio.get_running_loop(), stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal)
-        announcing = asyncio.ensure_future(announce(self._workers, self._screen))
+        beside = [asyncio.ensure_future(announce(self._workers, self._screen))]
+        if self._keep is not None:
+            beside.append(asyncio.ensure_future(self._keep()))
         try:
             return await (self._workers.run() if self._edge is None else self._run_behind(self._edge))
         finally:
-            await end(announcing, *([self._shutdown_task] if self._shutdown_task else []))
+            await end(*beside, *([self._shutdown_task] if self._shutdown_task else []))
             for number in numbers:
                 loop.remove_signal_handler(number)
 
@@ -231,15 +257,21 @@ async def _all_listen(port: int, count: int, address: str) -> bool:
 
 
 async def _announce_behind(
-    edge: Edge, specs: Sequence[ProcessSpec], address: str, front: Choice, workers: Workers, screen: Screen
+    edge: Edge,
+    specs: Sequence[ProcessSpec],
+    address: str,
+    front: Choice,
+    served: ServedCertificate | None,
+    workers: Workers,
+    screen: Screen,
 ) -> None:
     """Report that the workers serve behind `edge`, once each of them serves and calls pass through Envoy."""
     await _until(edge.is_ready)
     for spec in specs:
         await _until(spec.ready)
     await _until(edge.all_healthy)
-    await _until(lambda: probes.health(address))
-    await _ready(address, front, edge.pid, workers, screen)
+    await _until(lambda: probes.health(address, has_tls=served is not None))
+    await _ready(address, front, edge.pid, workers, screen, None if served is None else served.trust)
 
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
@@ -248,19 +280,21 @@ async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _ready(address: str, front: Choice, envoy: int | None, workers: Workers, screen: Screen) -> None:
-    models = await _models(address)
+async def _ready(
+    address: str, front: Choice, envoy: int | None, workers: Workers, screen: Screen, trust: Trust | None = None
+) -> None:
+    models = await _models(address, has_tls=trust is not None)
     # The terminal or pipe may be closed: the server continues.
     with contextlib.suppress(OSError):
-        screen.ready(Served(address, workers.pids, front, envoy, models))
+        screen.ready(Served(address, workers.pids, front, envoy, models, trust))
 
 
-async def _models(address: str) -> list[ModelState]:
+async def _models(address: str, *, has_tls: bool) -> list[ModelState]:
     import grpc
 
     from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address, options=probes.CHANNEL_OPTIONS) as channel:
+    async with probes.channel_to(address, has_tls=has_tls) as channel:
         stub: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             index = await stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest(), timeout=_INDEX_S)
@@ -283,7 +317,7 @@ def _spec(number: int, listen: str, options: ServeOptions, environ: Mapping[str,
     # The server logs to the user's terminal: warnings only. No Envoy watches its registration, so no notice is needed.
     defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}
     # The server may listen behind an Envoy: the address of its callers decides.
-    defaults["ALLOW_CODE"] = str(is_local(_address(options.host, options.port))).lower()
+    defaults["ALLOW_CODE"] = str(is_local(joined(options.host, options.port))).lower()
     if options.workers > 1:
         settings |= {"SHARE_PORT": "true", "SHARED_DIR": shared}
         defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // options.workers))
@@ -315,11 +349,10 @@ def _reserve(ports: Ports, host: str, port: int) -> int:
         raise InvalidArgument(f"--host {host!r}: not an address of this machine ({err.strerror or err})") from err
 
 
-def _numeric(host: str) -> str:
-    """Return the numeric address of `host`: Envoy does not resolve names to listen at."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
+def _certificate(options: ServeOptions, run_dir: Path) -> ServedCertificate | None:
+    if options.tls is None:
+        return None
+    # Imported here: the library for certificates takes 0.1 s to import.
+    from shoal.node.tls.served import ServedCertificate, source_of
 
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return ServedCertificate(run_dir / "tls", source_of(options.tls, options.host, options.data_dir))

@@ -13,6 +13,7 @@ import pytest
 from shoal.cli.up import default_data_dir
 from shoal.errors import InvalidArgument
 from shoal.node.options import SERVICES, checked, parse_etcd, parse_mongo, parse_replicas, parse_services
+from tests.certificates import issued
 
 
 def test_a_node_has_one_of_each_service_unless_told_otherwise(tmp_path: Path) -> None:
@@ -156,6 +157,25 @@ def test_a_missing_part_is_named_before_anything_starts(tmp_path: Path) -> None:
     status, said = up(*args, SHOAL_ENVOY_BINARY="/nowhere/envoy")
     assert (status, said) == (1, "shoal: SHOAL_ENVOY_BINARY=/nowhere/envoy: no executable file there\n")
     assert not list((tmp_path / "logs").iterdir())
+
+
+def test_an_address_of_other_machines_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    status, said = up("--data-dir", str(data), "--listen", "0.0.0.0:0")
+    assert status == 2
+    assert "--listen 0.0.0.0:0: other machines can reach this address" in said
+    for way in ("--tls-cert FILE --tls-key FILE", "--tls auto", "--insecure"):
+        assert way in said
+    assert not data.exists()
+
+
+def test_a_key_of_another_certificate_ends_the_start_before_anything_runs(tmp_path: Path) -> None:
+    cert, _, _ = issued(tmp_path / "a")
+    _, key, _ = issued(tmp_path / "b")
+    args = ("--data-dir", str(tmp_path / "data"), "--gateway-port", "0", "--admin-port", "0")
+    status, said = up(*args, "--tls-cert", str(cert), "--tls-key", str(key))
+    assert (status, f"--tls-key {key}: the key belongs to another certificate" in said) == (2, True), said
+    assert not list((tmp_path / "data" / "logs").iterdir())
 
 
 def test_every_command_has_help_with_an_example() -> None:

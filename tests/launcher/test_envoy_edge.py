@@ -56,6 +56,25 @@ def test_the_listener_does_not_share_its_port_and_the_admin_endpoint_is_private(
     assert document["admin"] == {"address": {"pipe": {"path": "/run/shoal/admin.sock", "mode": 0o600}}}
 
 
+def test_with_a_certificate_clients_speak_http_2_over_tls_within_a_bounded_handshake() -> None:
+    document = bootstrap(host="0.0.0.0", port=1, workers=WORKERS, admin="/run/admin.sock", sds="/run/tls/sds.json")
+    [chain] = document["static_resources"]["listeners"][0]["filter_chains"]
+    assert chain["transport_socket_connect_timeout"] == "10s"
+    common = chain["transport_socket"]["typed_config"]["common_tls_context"]
+    assert common["alpn_protocols"] == ["h2"]
+    assert "transport_socket" not in made()["static_resources"]["listeners"][0]["filter_chains"][0]
+
+
+def test_tls_needs_the_envoy() -> None:
+    envoy = {"SHOAL_ENVOY_BINARY": "/bin/true"}
+    chosen = choose("auto", "127.0.0.1:1", envoy, is_insecure=False, has_tls=True)
+    assert (chosen.name, chosen.why) == ("envoy", "clients speak TLS")
+    with pytest.raises(InvalidArgument, match="h2 speaks no TLS"):
+        choose("h2", "127.0.0.1:1", envoy, is_insecure=True, has_tls=True)
+    with pytest.raises(FailedPrecondition, match="TLS needs an Envoy in front"):
+        choose("auto", "127.0.0.1:1", {"SHOAL_ENVOY_BINARY": "/none"}, is_insecure=False, has_tls=True)
+
+
 def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
     retry = route_of(made())["retry_policy"]
     assert retry["retry_on"] == "connect-failure,refused-stream"

@@ -19,7 +19,7 @@ Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
 
 READY_S = 60.0
 STOP_S = 60.0
-NOT_INHERITED = {"SHOAL_GATEWAY", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+NOT_INHERITED = {"SHOAL_GATEWAY", "SHOAL_TOKEN", "SHOAL_CA", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 """Variables of the process of the tests that a node does not get."""
 IN_PROCESS = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
 """Configuration of a Python model that runs in the process of its infer instance, and takes it down when it dies."""
@@ -51,9 +51,11 @@ class Node:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Of its own, so that a node that the user runs and the nodes of other tests are not found instead.
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        self.environ = {**inherited, "XDG_RUNTIME_DIR": str(runtime), **(env or {})}
+        own = {"XDG_RUNTIME_DIR": str(runtime), "XDG_CONFIG_HOME": str(folder / "config")}
+        self.environ = {**inherited, **own, **(env or {})}
         command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(self.data_dir)]
-        command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(self.ready_file), *args]
+        command += [] if "--listen" in args else ["--gateway-port", "0"]
+        command += ["--admin-port", "0", "--ready-file", str(self.ready_file), *args]
         with self.output.open("ab") as out:
             where = subprocess.PIPE if piped else out
             self.process = subprocess.Popen(command, stdout=where, stderr=subprocess.STDOUT, env=self.environ)

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 
+import shoal
 from shoal.cli.main import main
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
@@ -178,7 +179,7 @@ def test_the_front_is_chosen_and_reported_and_kill_9_of_the_command_leaves_no_se
     process.kill()
     process.wait()
     wait_until_gone(said["pid"])
-    _, said = start(with_code(onnx_models, tmp_path), "--host", "0.0.0.0")
+    _, said = start(with_code(onnx_models, tmp_path), "--host", "0.0.0.0", "--insecure")
     assert said["front"] == {"name": "envoy", "why": "other machines can reach the address"}
     assert double(said["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
     # The worker listens on a unix socket; the address of its clients decides about code.
@@ -196,6 +197,23 @@ def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecur
     assert {model["name"]: model["state"] for model in ready["models"]} == {"code": "READY", "double": "READY"}
     assert ready["front"]["name"] == "h2"
     assert double(ready["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
+
+
+def test_an_address_of_others_needs_a_word_also_behind_envoy(onnx_models: Path) -> None:
+    for tls in ((), ("--tls", "auto")):
+        status, said = fails(str(onnx_models), "--host", "0.0.0.0", "--port", "0", *tls)
+        assert (status, "--host 0.0.0.0:" in said, "--insecure" in said) == (2, True, True), said
+
+
+def test_a_server_with_a_certificate_of_its_own_ca(
+    start: Start, onnx_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    _, said = start(str(onnx_models), "--host", "0.0.0.0", "--tls", "auto", "--insecure", "--workers", "2")
+    assert said["tls"]["ca"] == str(tmp_path / "shoal" / "ca" / "ca.pem")
+    address = said["address"].replace("0.0.0.0", "https://localhost")
+    with shoal.Client(address, ca=said["tls"]["ca"]) as client:
+        assert client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=30)["y"].tolist() == [[2.0] * 4]
 
 
 @pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])

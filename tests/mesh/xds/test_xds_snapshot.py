@@ -10,6 +10,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.config.listener.v3 import Listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext
 
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, model_cluster
@@ -256,6 +257,7 @@ def test_only_what_may_run_twice_is_retried_after_it_may_have_run():
         {"shoal": {"gateway": "x", "outbound": "/y"}},
         {"shoal": {"gateway": "127.0.0.1:80"}},
         {"shoal": {"gateway": "127.0.0.1:80", "outbound": "/" + "x" * 200}},
+        {"shoal": {"gateway": "127.0.0.1:80", "outbound": "/y", "sds": "relative.json"}},
     ],
 )
 def test_an_envoy_that_does_not_say_where_it_listens_is_refused(metadata):
@@ -266,6 +268,22 @@ def test_an_envoy_that_does_not_say_where_it_listens_is_refused(metadata):
 def test_an_envoy_says_where_it_listens():
     metadata = {"shoal": {"gateway": "127.0.0.1:8080", "outbound": "/tmp/shoal-x/outbound.sock"}}
     assert envoy_node("local", metadata) == NODE
+    metadata["shoal"]["sds"] = "/tmp/shoal-x/tls/sds.json"
+    assert envoy_node("local", metadata) == replace(NODE, sds="/tmp/shoal-x/tls/sds.json")
+
+
+def test_only_the_gateway_speaks_tls_with_a_certificate_that_can_be_renewed_and_a_bounded_handshake():
+    shot = snapshot([infer(0)], frozenset(), replace(NODE, sds="/run/tls/sds.json"), TABLE)
+    for name, has_tls in (("gateway", True), ("outbound", False)):
+        chain = Listener.parse(shot.of(LISTENER)[name].packed.value).filter_chains[0]
+        assert (chain.transport_socket is not None) is has_tls
+        if has_tls:
+            assert chain.transport_socket_connect_timeout.total_seconds() == 10
+            common = DownstreamTlsContext.parse(chain.transport_socket.typed_config.value).common_tls_context
+            assert common.tls_params.tls_minimum_protocol_version.name == "TLS_V1_2"
+            assert common.alpn_protocols == ["h2", "http/1.1"]
+            [secret] = common.tls_certificate_sds_secret_configs
+            assert secret.sds_config.path_config_source.path == "/run/tls/sds.json"
 
 
 def test_tracing_adds_a_cluster_and_changes_the_listeners():
