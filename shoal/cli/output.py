@@ -29,8 +29,9 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 Gateway = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT",
-        help="Gateway of the node. Default: $SHOAL_GATEWAY, else the node that runs on this machine.",
+        metavar="URL",
+        help="Gateway of the node: https://HOST:PORT, HOST:PORT, or the name of a context. Default: $SHOAL_GATEWAY, "
+        "else the context in use, else the node that runs on this machine.",
         show_default=False,
     ),
 ]
@@ -41,10 +42,20 @@ def connect(gateway: str | None, *, tenant: str = "") -> Client:
     """Return a client of the command's node. Use the client with `with`."""
     # grpc's C core logs to standard error; its errors reach the caller as exceptions.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from shoal.cli.contexts import chosen
     from shoal.client import Client, RetryPolicy
 
     # An interactive user waits: an unreachable node must be reported within 2 s.
-    return Client(gateway, tenant=tenant, retry=RetryPolicy(attempts=5))
+    retry = RetryPolicy(attempts=5)
+    context = chosen(gateway, os.environ)
+    if context is None:
+        return Client(gateway, tenant=tenant, retry=retry)
+    # The variables have priority, as in a program.
+    ca = os.environ.get("SHOAL_CA") or context.ca or None
+    token = os.environ.get("SHOAL_TOKEN") or context.read_token()
+    return Client(
+        context.url, tenant=tenant, retry=retry, ca=ca if context.url.startswith("https") else None, token=token
+    )
 
 
 def console(*, stderr: bool = False) -> Console:
