@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from shoal.errors import InvalidArgument
 from shoal.node.tls import own_ca
 from shoal.node.tls.own_ca import names_of_machine, open_ca
 from shoal.node.tls.pair import read_pair
 from shoal.node.tls.served import Files, Issued, ServedCertificate
-from tests.certificates import NAMES, ca_in, issued, now, write_pair
+from tests.certificates import NAMES, ca_in, issued, now, write_pair, written
 
 
 def test_a_pair_is_read_with_a_name_of_its_certificate(tmp_path: Path) -> None:
@@ -57,37 +59,14 @@ def test_a_wrong_file_is_named_with_the_remedy(tmp_path: Path, cert: str, key: s
 
 def write_others(folder: Path) -> None:
     """Files of no use: expired, not yet valid, encrypted, without a name, no PEM."""
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import (
-        BestAvailableEncryption,
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-    )
-
-    def make(name: str, start: timedelta, end: timedelta, *, has_name: bool) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "server")])
-        builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(now() + start).not_valid_after(now() + end)
-        if has_name:
-            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        (folder / f"{name}.pem").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
-        private(f"{name}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-
-    def private(name: str, content: bytes) -> None:
+    written(folder / "old", days=(-2, -1))
+    written(folder / "future", days=(1, 2))
+    written(folder / "nameless", names=())
+    encryption = BestAvailableEncryption(b"secret")
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    for name, content in (("encrypted", key), ("junk", b"junk"), ("big", bytes((1 << 20) + 1))):
         (folder / name).touch(mode=0o600)
         (folder / name).write_bytes(content)
-
-    day = timedelta(days=1)
-    make("old", -2 * day, -day, has_name=True)
-    make("future", day, 2 * day, has_name=True)
-    make("nameless", -day, day, has_name=False)
-    key = ec.generate_private_key(ec.SECP256R1())
-    private("encrypted", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")))
-    private("junk", b"junk")
-    private("big", bytes((1 << 20) + 1))
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -205,15 +205,20 @@ def test_an_address_of_others_needs_a_word_also_behind_envoy(onnx_models: Path) 
         assert (status, "--host 0.0.0.0:" in said, "--insecure" in said) == (2, True, True), said
 
 
-def test_a_server_with_a_certificate_of_its_own_ca(
+def test_a_server_with_a_certificate_of_its_own_ca_keeps_the_ca(
     start: Start, onnx_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    _, said = start(str(onnx_models), "--host", "0.0.0.0", "--tls", "auto", "--insecure", "--workers", "2")
-    assert said["tls"]["ca"] == str(tmp_path / "shoal" / "ca" / "ca.pem")
-    address = said["address"].replace("0.0.0.0", "https://localhost")
-    with shoal.Client(address, ca=said["tls"]["ca"]) as client:
-        assert client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=30)["y"].tolist() == [[2.0] * 4]
+    ca = tmp_path / "first.pem"
+    for _ in range(2):
+        process, said = start(str(onnx_models), "--host", "0.0.0.0", "--tls", "auto", "--insecure")
+        assert said["tls"]["ca"] == str(tmp_path / "shoal" / "ca" / "ca.pem")
+        if not ca.exists():
+            ca.write_bytes(Path(said["tls"]["ca"]).read_bytes())
+        with shoal.Client(said["address"].replace("0.0.0.0", "https://localhost"), ca=ca) as client:
+            assert client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=30)["y"].tolist() == [[2.0] * 4]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])

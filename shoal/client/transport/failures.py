@@ -29,7 +29,7 @@ _UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED\W+(?:certificate verify fail
 _WRONG_NAME = re.compile(r"Hostname mismatch|IP address mismatch|Hostname Verification Check failed")
 _NOT_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST")
 _CLIENT_CERTIFICATE = re.compile(r"CERTIFICATE_REQUIRED|ALERT_(?:UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE_\w+)")
-# A server of TLS closes the connection of a client that speaks plaintext, without a word.
+# A server closes the connection of a client that speaks plaintext, or lacks a certificate, without a word.
 _CLOSED_AT_ONCE = re.compile(r"^cannot reach \S+: the connection was closed|last error: .*Socket closed")
 # A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
 # which hides the real status. The code is INTERNAL, but neither is a fault of the service.
@@ -81,10 +81,15 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
         return FailedPrecondition(f"the server at {address} does not speak gRPC: is that Envoy's admin port?")
     if _NO_INSTANCE.search(details):
         return Unavailable(f"{doing}: no instance is available at present: see `shoal status`")
-    if not address.startswith("https://") and _CLOSED_AT_ONCE.search(details):
+    if _CLOSED_AT_ONCE.search(details):
+        is_plain = not address.startswith("https://")
+        cause = (
+            f"accepts TLS only, so call https://{address}"
+            if is_plain
+            else "wants a certificate of the client: cert, key"
+        )
         return Unavailable(
-            f"{doing}: the server at {address} closed the connection immediately: it is restarting; or it accepts TLS "
-            f"only, so call https://{address}"
+            f"{doing}: the server at {address} closed the connection immediately: it is restarting, or {cause}"
         )
     if lost := _LOST.match(details):
         return Unavailable(f"{doing}: the connection broke: {details[lost.end() :]}")

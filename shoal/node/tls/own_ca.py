@@ -51,10 +51,10 @@ class OwnCa:
         """SHA-256 of the CA's certificate."""
         return fingerprint(self.certificate)
 
-    def issue(self, names: Iterable[str], now: datetime, days: float = LEAF_DAYS) -> Pair:
+    def issue(self, names: Iterable[str], now: datetime) -> Pair:
         """Return a new certificate for `names` (DNS names and IP addresses) with a new key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        until = min(now + timedelta(days=days), self.certificate.not_valid_after_utc)
+        until = min(now + timedelta(days=LEAF_DAYS), self.certificate.not_valid_after_utc)
         leaf = (
             _builder("shoal gateway", self.certificate.subject, key.public_key(), now, until)
             .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)

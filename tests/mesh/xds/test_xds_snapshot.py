@@ -280,7 +280,7 @@ def test_only_the_gateway_speaks_tls_with_a_certificate_that_can_be_renewed_and_
         if has_tls:
             assert chain.transport_socket_connect_timeout.total_seconds() == 10
             common = DownstreamTlsContext.parse(chain.transport_socket.typed_config.value).common_tls_context
-            assert common.tls_params.tls_minimum_protocol_version.name == "TLS_V1_2"
+            assert common.tls_params.tls_minimum_protocol_version.name == "TLSv1_2"
             assert common.alpn_protocols == ["h2", "http/1.1"]
             [secret] = common.tls_certificate_sds_secret_configs
             assert secret.sds_config.path_config_source.path == "/run/tls/sds.json"
