@@ -15,12 +15,11 @@ from tests.node.conftest import NodeFactory
 
 pytestmark = pytest.mark.node
 
-# Without MongoDB and its services: their start costs more than everything that is tested here.
-OPEN = ("--listen", "0.0.0.0:0", "--tls", "auto", "--insecure", "--services", "infer")
+OPEN = ("--listen", "0.0.0.0:0", "--tls", "auto", "--insecure", "--services", "infer,store")
 
 
 def test_commands_and_clients_use_a_node_with_tls(node: NodeFactory, onnx_models: Path, tmp_path: Path) -> None:
-    running = node(*OPEN, "--tls-name", "shoal.test", env={"SHOAL_INFER_REPOSITORY": str(onnx_models)})
+    running = node(*OPEN, "--tls-name", "shoal.test")
     document = running.document()
     port = document["listen"].rpartition(":")[2]
     assert (document["gateway"], document["listen"]) == (f"127.0.0.1:{port}", f"0.0.0.0:{port}")
@@ -42,6 +41,7 @@ def test_commands_and_clients_use_a_node_with_tls(node: NodeFactory, onnx_models
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     # Commands find the node of this machine, and its CA, by themselves.
+    running.shoal("models", "push", str(onnx_models / "double.onnx"))
     answer = running.shoal("infer", "double", '{"x": [[1, 2, 3, 4]]}', "--json")
     [output] = json.loads(answer.stdout)["outputs"]
     assert output["data"] == [[2, 4, 6, 8]]
