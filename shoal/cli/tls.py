@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +57,17 @@ Insecure = Annotated[
 ]
 
 
+_DNS_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
+
+
+def _is_name(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return _DNS_NAME.fullmatch(text) is not None
+    return True
+
+
 def tls_options(auto: Auto | None, cert: Path | None, key: Path | None, names: list[str] | None) -> TlsOptions | None:
     """Return the requested certificate; None for plaintext.
 
@@ -63,6 +76,11 @@ def tls_options(auto: Auto | None, cert: Path | None, key: Path | None, names: l
     """
     if names and auto is None:
         raise InvalidArgument("--tls-name is for --tls auto: a certificate of --tls-cert has its names already")
+    for name in names or ():
+        if not _is_name(name):
+            raise InvalidArgument(
+                f"--tls-name {name!r}: expected a DNS name or an IP address; international names in ASCII form (xn--)"
+            )
     if auto is not None and (cert is not None or key is not None):
         raise InvalidArgument("--tls auto and --tls-cert, --tls-key are both given: choose one")
     if (cert is None) != (key is None):

@@ -41,9 +41,9 @@ class AsyncClient:
 
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
-    `ca` is a PEM file of the authorities to trust (else $SHOAL_CA, else those of the machine). `cert` and `key` are the
-    client's own certificate. `token` (else $SHOAL_TOKEN) is sent with each call; in plaintext to another machine only
-    with `plaintext_token`.
+    `ca` is a PEM file of the authorities to trust: else the CA of this machine's node, else $SHOAL_CA, else those that
+    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, is sent with each
+    call; in plaintext to another machine only with `plaintext_token`.
 
     Use `async with`, or close the client with `await client.close()`. Many tasks may share a client; each event loop,
     and each forked child, has its own connection.
@@ -261,5 +261,5 @@ def _security(gateway: Gateway, ca: PathLike | None, cert: PathLike | None, key:
         if ca is not None or cert is not None or key is not None:
             raise InvalidArgument(f"ca, cert and key are for https: call https://{gateway.address}")
         return None
-    ca = ca if ca is not None else os.environ.get(CA_VARIABLE) or gateway.ca
+    ca = ca if ca is not None else gateway.ca or os.environ.get(CA_VARIABLE)
     return security(ca=ca, cert=cert, key=key, name=gateway.name)

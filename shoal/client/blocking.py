@@ -138,9 +138,9 @@ class Client(SyncFacade[AsyncClient]):
 
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
-    `ca` is a PEM file of the authorities to trust (else $SHOAL_CA, else those of the machine). `cert` and `key` are the
-    client's own certificate. `token` (else $SHOAL_TOKEN) is sent with each call; in plaintext to another machine only
-    with `plaintext_token`.
+    `ca` is a PEM file of the authorities to trust: else the CA of this machine's node, else $SHOAL_CA, else those that
+    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, is sent with each
+    call; in plaintext to another machine only with `plaintext_token`.
 
         with shoal.Client() as client:
             client.models.push("mymodel.onnx")

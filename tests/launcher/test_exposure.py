@@ -65,11 +65,14 @@ def test_options_of_tls_that_contradict_one_another_are_named(tmp_path: Path) ->
     assert tls_options(None, None, None, None) is None
     assert tls_options(Auto.auto, None, None, ["n"]) == TlsOptions(names=("n",))
     assert tls_options(None, cert, key, None) == TlsOptions(cert, key)
+    assert tls_options(Auto.auto, None, None, ["*.a.b", "10.0.0.1", "::1"]) is not None
     for given, named in (
         ((None, cert, None, None), "--tls-cert needs --tls-key"),
         ((None, None, key, None), "--tls-key needs --tls-cert"),
         ((Auto.auto, cert, key, None), "--tls auto and --tls-cert"),
         ((None, cert, key, ["n"]), "--tls-name is for --tls auto"),
+        ((Auto.auto, None, None, ["a b"]), "--tls-name 'a b': expected a DNS name or an IP address"),
+        ((Auto.auto, None, None, ["münchen.de"]), "--tls-name 'münchen.de': .*ASCII form"),
     ):
         with pytest.raises(InvalidArgument, match=named):
             tls_options(*given)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
@@ -27,7 +28,6 @@ class Pair:
     key: bytes
     name: str
     """A name or address that the certificate is valid for."""
-    not_before: datetime
     not_after: datetime
     fingerprint: str
     """SHA-256 of the server's certificate."""
@@ -57,7 +57,7 @@ def checked(chain: bytes, key: bytes, now: datetime, about_chain: str, about_key
         private = load_pem_private_key(key, None)
     except TypeError as err:
         raise InvalidArgument(f"{about_key}: the key is encrypted: give a file without a password") from err
-    except Exception as err:
+    except (ValueError, UnsupportedAlgorithm) as err:
         raise InvalidArgument(f"{about_key}: no private key in PEM form") from err
     if _public(private.public_key()) != _public(leaf.public_key()):
         raise InvalidArgument(
@@ -68,9 +68,7 @@ def checked(chain: bytes, key: bytes, now: datetime, about_chain: str, about_key
         verb = "expired at" if now >= leaf.not_valid_after_utc else "is valid only from"
         at = leaf.not_valid_after_utc if now >= leaf.not_valid_after_utc else leaf.not_valid_before_utc
         raise InvalidArgument(f"{about_chain}: the certificate {verb} {at:%Y-%m-%d %H:%M} UTC: renew it")
-    return Pair(
-        chain, key, _name(leaf, about_chain), leaf.not_valid_before_utc, leaf.not_valid_after_utc, fingerprint(leaf)
-    )
+    return Pair(chain, key, _name(leaf, about_chain), leaf.not_valid_after_utc, fingerprint(leaf))
 
 
 def read_key(option: str, path: Path) -> bytes:
