@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any, cast
 
+from mesh.rpc.call_context import CallMemory
 from mesh.rpc.interceptors import Context
 from services.ingest.connectors.reports import Report, Reports
 from services.ingest.connectors.run_stream import RunStreams
@@ -22,7 +24,8 @@ class StreamsRpc:
     async def RunStream(
         self, request_iterator: AsyncIterator[pb.RunStreamRequest], context: Context
     ) -> AsyncIterator[pb.RunStreamResponse]:
-        async with aclosing(self._run_streams.serve(request_iterator)) as responses:
+        memory: CallMemory = cast("Any", context).memory
+        async with aclosing(self._run_streams.serve(request_iterator, memory)) as responses:
             async for response in responses:
                 yield response
 

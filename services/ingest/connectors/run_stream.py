@@ -21,6 +21,7 @@ from functools import partial
 from typing import Protocol
 
 from mesh.process.tasks import end, together
+from mesh.rpc.call_context import CallMemory
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns
@@ -79,16 +80,18 @@ class RunStreams:
         self._budget = Budget(all_items, "jobs of open streams")
         self._open = 0
 
-    async def serve(self, requests: AsyncIterator[pb.RunStreamRequest]) -> AsyncGenerator[pb.RunStreamResponse, None]:
-        """Yield the responses of one stream.
+    async def serve(
+        self, requests: AsyncIterator[pb.RunStreamRequest], memory: CallMemory | None = None
+    ) -> AsyncGenerator[pb.RunStreamResponse, None]:
+        """Yield the responses of one stream; `memory` counts those that wait for the client.
 
         Raises:
-            ResourceExhausted: too many streams are open.
+            ResourceExhausted: too many streams are open, or responses find no room: jobs go on, request them again.
         """
         if self._open >= self._max_open:
             raise ResourceExhausted(f"{self._open} streams are open, which is the limit", retry_after_ms=_TOO_MANY_MS)
         self._open += 1
-        stream = RunStream(self._intake, self._endings, items=self._items, budget=self._budget)
+        stream = RunStream(self._intake, self._endings, items=self._items, budget=self._budget, memory=memory)
         try:
             async for response in stream.responses(requests):
                 yield response
@@ -115,7 +118,16 @@ class StreamItem:
 class RunStream:
     """Stream of one client."""
 
-    def __init__(self, intake: StreamIntake, endings: StreamCompletions, *, items: int, budget: Budget) -> None:
+    def __init__(
+        self,
+        intake: StreamIntake,
+        endings: StreamCompletions,
+        *,
+        items: int,
+        budget: Budget,
+        memory: CallMemory | None,
+    ) -> None:
+        self._memory = memory
         self._intake = intake
         self._endings = endings
         self._budget = budget
@@ -138,9 +150,15 @@ class RunStream:
             while self._outbox:
                 group = self._next_group()
                 responses = await together(self._response(*each) for each in group)
-                for message in _messages([item for item, _ in group], responses):
+                sizes = [response.ByteSize() for response in responses]
+                # Released by the end of the call, if it ends here.
+                if self._memory is not None:
+                    self._memory.hold(sum(sizes))
+                for message in _messages([item for item, _ in group], responses, sizes):
                     message.most_requests, most_requests = most_requests, 0
                     yield message
+                if self._memory is not None:
+                    self._memory.release(sum(sizes))
             if self._reader.done() and not self._in_flight:
                 # Raises the error that ended the stream, if there was one.
                 self._reader.result()
@@ -264,11 +282,12 @@ class RunStream:
         self._window.leave(0)
 
 
-def _messages(items: list[StreamItem], responses: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
+def _messages(
+    items: list[StreamItem], responses: list[pb.RunStreamResponse], sizes: list[int]
+) -> Iterator[pb.RunStreamResponse]:
     """Yield messages of the responses, in which responses to bundled requests are bundled up to _MESSAGE_BYTES."""
     bundle, nbytes = list[pb.RunStreamResponse](), 0
-    for item, response in zip(items, responses, strict=True):
-        size = response.ByteSize()
+    for item, response, size in zip(items, responses, sizes, strict=True):
         if bundle and (not item.is_bundled or nbytes + size > _MESSAGE_BYTES):
             yield pb.RunStreamResponse(answers=bundle)
             bundle, nbytes = [], 0

@@ -12,8 +12,10 @@ import pytest
 from services.ingest.connectors import run_stream
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.queries.completions import Ended
-from shoal.errors import Unavailable
+from shoal.errors import ResourceExhausted, Unavailable
+from shoal.inference.v2.inference_pb2 import ModelInferResponse
 from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.store.v1 import store_pb2
 from tests.breakable import until
 
 BROKEN, SLOW = "01JD8Y3V5M2Q4R6T8W0X2Z4B6D", "01JD8Y3V5M2Q4R6T8W0X2Z4B6E"
@@ -88,3 +90,47 @@ async def test_its_reader_has_ended_when_it_has() -> None:
     serving.cancel()
     await asyncio.wait([serving])
     assert goodbyes == 1
+
+
+class LargeResults(Completions):
+    """Jobs that have ended with large results."""
+
+    async def result(self, job_id: str) -> Ended:
+        response = ModelInferResponse(raw_output_contents=[bytes(1 << 20)])
+        result = store_pb2.Result(outcome=store_pb2.Result.OUTCOME_SUCCEEDED, response=response)
+        return Ended(result)
+
+
+class CallMemory:
+    """Memory of a call with a limit."""
+
+    message_bytes = 0
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def hold(self, size: int) -> None:
+        if size > self.left:
+            raise ResourceExhausted("no room")
+        self.left -= size
+
+    hold_response = hold
+
+    def release(self, size: int) -> None:
+        self.left += size
+
+
+async def test_results_that_wait_for_the_client_count_in_the_memory_of_its_call() -> None:
+    async def requests() -> AsyncIterator[pb.RunStreamRequest]:
+        yield pb.RunStreamRequest(requests=[{"sequence": n, "job_id": BROKEN[:-1] + str(n)} for n in range(6)])
+
+    memory = CallMemory(7 << 20)
+    async with aclosing(streams(LargeResults()).serve(requests(), memory)) as answers:
+        await anext(answers)
+        assert memory.left < 2 << 20
+        async for _ in answers:
+            pass
+    assert memory.left == 7 << 20
+    with pytest.raises(ResourceExhausted):
+        async for _ in streams(LargeResults()).serve(requests(), CallMemory(5 << 20)):
+            pass
