@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from services.infer.core import InferenceServer
-from shoal.errors import DeadlineExceeded, ShoalError
+from shoal.errors import DeadlineExceeded, ResourceExhausted, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import output, request
@@ -279,3 +279,47 @@ async def test_big_responses(repo, serve):
     serving = await serve()
     sums = [int(output(r, "i").sum()) async for r in each(serving.core, count(30), math.inf)]
     assert sums == [n << 20 for n in range(30)]
+
+
+LARGE = """
+    import numpy as np
+    class Model:
+        def predict(self, batch):
+            for i in range(int(batch["n"][0])):
+                yield {"i": np.full([1 << 18], i, np.int32)}
+"""
+
+
+class CallMemory:
+    """Memory of a call with a limit of 5 MiB."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.refused = 0
+
+    def hold(self, size: int) -> None:
+        if self.held + size > 5 << 20:
+            self.refused += 1
+            raise ResourceExhausted("no room")
+        self.held += size
+
+    hold_response = hold
+
+    def release(self, size: int) -> None:
+        self.held -= size
+        assert self.held >= 0
+
+
+async def test_responses_that_are_not_read_count_and_a_request_beyond_the_limit_ends(serve, repo):
+    repo.python("large", LARGE, COUNT_CONFIG.replace("dims: [ 1 ]\n}\n", "dims: [ -1 ]\n}\n"))
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    memory = CallMemory()
+    asked = request("large", n=np.array([8], np.int32))
+    async with aclosing(serving.core.responses(asked, memory=memory)) as responses:
+        await anext(responses)
+        await until(lambda: memory.refused > 0, "a response finds no room")
+        assert [output(response, "i").tolist() async for response in each(serving.core, count(2))] == [[0], [1]]
+        with pytest.raises(ResourceExhausted):
+            async for _ in responses:
+                pass
