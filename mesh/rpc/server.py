@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from mesh.h2.listener import Listener
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
 from mesh.h2.server_connection import Memory
+from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
@@ -35,6 +36,9 @@ _HEALTH_CHECK = f"/{health.SERVICE_NAME}/Check"
 
 STALLS_KEY = "shoal-event-loop"
 """Trailing metadata of a health check: the stalls of this process's event loop (`StallWatch.report`)."""
+
+# Memory of requests and responses below which a server has freed what it held at its peak.
+_QUIET_BYTES = 8 << 20
 
 # Longest wait, after the drain, for the cancelled handlers of calls that did not finish in it.
 _CANCEL_S = 1.0
@@ -89,6 +93,7 @@ class Server:
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor()
         self._stalls = StallWatch()
+        self._freed_memory = FreedMemory(self._is_quiet)
         self.memory = Memory(body_bytes, unread_bytes)
         """Accounts of what the connections hold."""
         self.address = listen
@@ -100,7 +105,11 @@ class Server:
         self._listener = Listener(self._listen, self._app, share_port=self._share_port, memory=self.memory)
         self.address = await self._listener.start()
         self._stalls.start()
+        self._freed_memory.start()
         return self
+
+    def _is_quiet(self) -> bool:
+        return self.memory.bodies.held + self.memory.unread.held < _QUIET_BYTES
 
     def _method_table(self) -> Mapping[str, Any]:
         table: Any = MethodTable(self._interceptor.wrap)
@@ -143,3 +152,4 @@ class Server:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
         self._app.threads.close()
         self._stalls.stop()
+        self._freed_memory.stop()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from mesh.process.freed_memory import return_freed_memory
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -102,7 +102,7 @@ class OnnxSession(Session):
 
     def close(self) -> None:
         self._session = self._run = None
-        _return_freed_memory()
+        return_freed_memory()
 
 
 def _run_options(entries: Mapping[str, str]) -> Any:
@@ -154,9 +154,3 @@ def plain(error: Exception, file: Path | None = None) -> str:
     message = _SOURCE.sub("", _NODE.sub("", message))
     where = f" (node '{node[2] or node[1]}')" if node else ""
     return " ".join(message.split())[:1000] + where
-
-
-def _return_freed_memory() -> None:
-    # glibc keeps freed memory for reuse: without the trim, unloading a model would not shrink the process.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
