@@ -10,8 +10,9 @@ gets two thirds of the limit, and never all of it: the more is held, the less a 
 
 from __future__ import annotations
 
-BODY_BYTES = 384 << 20
-"""Default limit for requests. One tenant's share is 256 MiB: two messages of the maximal size at once."""
+BODY_BYTES = 400 << 20
+"""Default limit for requests. One tenant's share is 266 MiB: the pieces of one message of the maximal size, and the
+whole message."""
 
 UNREAD_BYTES = 192 << 20
 """Default limit for responses. One connection's share is 128 MiB: one message of the maximal size."""

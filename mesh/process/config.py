@@ -45,7 +45,7 @@ class ServiceConfig(BaseModel):
     """Longest time for calls in flight to finish at a stop."""
     notice_ms: Annotated[int, Field(ge=0, le=60_000)] = 300
     """Time that the instance continues to serve after it has deregistered, so that every Envoy learns of it."""
-    body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 384 << 20
+    body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 400 << 20
     """Most bytes that all connections hold for requests, unary ones until they are answered, with their headers and
     decompressed copies. One tenant of a connection gets at most two thirds; beyond it, calls get RESOURCE_EXHAUSTED."""
     unread_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 192 << 20

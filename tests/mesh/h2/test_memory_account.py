@@ -18,9 +18,12 @@ from mesh.h2.frames import Reason
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount
 from mesh.h2.peer import CREDIT
 from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.h2.stream import STREAM_BYTES
 from mesh.process.config import ServiceConfig
-from mesh.rpc.framing import framed
+from mesh.rpc.framing import PIECE_OVERHEAD, framed
 from mesh.rpc.grpc_app import GrpcApp
+from mesh.rpc.limits import MESSAGE_BYTES
+from services.infer.config import InferConfig
 from shoal.errors import ResourceExhausted
 
 FAST, SLOW, STREAM = "/t.T/Fast", "/t.T/Slow", "/t.T/Stream"
@@ -42,6 +45,15 @@ def test_one_share_leaves_room_for_others():
 def test_the_defaults_of_the_configuration_are_those_of_the_server():
     fields = ServiceConfig.model_fields
     assert (fields["body_bytes"].default, fields["unread_bytes"].default) == (BODY_BYTES, UNREAD_BYTES)
+
+
+def test_one_message_of_the_maximal_size_fits_the_defaults():
+    pieces = MESSAGE_BYTES + PIECE_OVERHEAD * (MESSAGE_BYTES // frames.DEFAULT_FRAME) + STREAM_BYTES
+    assert MemoryAccount(BODY_BYTES).share().has_room(pieces + MESSAGE_BYTES)
+    # In infer: body, message, and a response of the same size, twice.
+    infer_bytes = InferConfig.model_fields["body_bytes"].default
+    assert MemoryAccount(infer_bytes).share().has_room(4 * MESSAGE_BYTES + STREAM_BYTES)
+    assert infer_bytes + UNREAD_BYTES < 1 << 30
 
 
 class Transport:
