@@ -10,5 +10,6 @@ slow_call     a call of any kind on the slow path
 task_methods  fast methods that are coroutine functions
 call_context  context of a slow call for its handler
 framing       messages in bodies; compression
+parsing       messages from bytes: bounds, and turns of the event loop
 status        statuses, timeouts and metadata as headers
 """

@@ -18,6 +18,7 @@ from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import no_memory
 from mesh.rpc.limits import MESSAGE_BYTES
 from mesh.rpc.message_threads import MessageThreads
+from mesh.rpc.parsing import ParseTurns
 from mesh.rpc.slow_call import SlowCall
 from shoal.errors import RETRY_AFTER_KEY, Code, ShoalError
 
@@ -67,6 +68,7 @@ class GrpcApp:
         self.clock = clock
         self.deadlines = Deadlines(clock)
         self.threads = MessageThreads()
+        self.turns = ParseTurns()
         self.tracer = tracer
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""

@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Token
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -22,7 +21,6 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from shoal.errors import (
     RETRY_AFTER_KEY,
     Code,
-    InvalidArgument,
     ResourceExhausted,
     ShoalError,
     Unimplemented,
@@ -117,16 +115,14 @@ class ServerInterceptor:
             # Our methods are all asynchronous: this is the default of the generated base class.
             behaviour = _unimplemented(method)
         wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single
-        validate = _valid_messages if handler.request_streaming else _valid_message
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        parse = _tolerant_parser(handler.request_deserializer)
-        return make(wrap(method, behaviour, validate), parse, handler.response_serializer)
+        return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
 
-    def _single(self, method: str, behaviour: Callable[..., Any], validate: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> Any:
             with self._span(method, ctx) as span:
                 try:
-                    return await behaviour(validate(request), ctx)
+                    return await behaviour(request, ctx)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
                 # SystemExit, too: an exception of one call must not end the others.
@@ -135,7 +131,7 @@ class ServerInterceptor:
 
         return call
 
-    def _stream(self, method: str, behaviour: Callable[..., Any], validate: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _stream(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             # Every call on the slow path has a task.
@@ -144,7 +140,7 @@ class ServerInterceptor:
             self._streams[task] = clock()
             with self._span(method, ctx) as span:
                 try:
-                    async for response in behaviour(validate(request), ctx):
+                    async for response in behaviour(request, ctx):
                         yield response
                         self._streams[task] = clock()
                 except asyncio.CancelledError:
@@ -188,42 +184,6 @@ def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
         raise Unimplemented(f"this server does not implement {method}")
 
     return refuse
-
-
-@dataclass(frozen=True)
-class _Malformed:
-    """Request that could not be parsed. The wrapped handler rejects it with INVALID_ARGUMENT.
-
-    gRPC itself would reject such bytes with INTERNAL, as if the service were at fault.
-    """
-
-    why: str
-
-
-def _tolerant_parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    def parsed(data: bytes) -> Any:
-        try:
-            return parse(data) if parse else data
-        except Exception as err:
-            return _Malformed(malformed(len(data), err).message)
-
-    return parsed
-
-
-def malformed(size: int, error: Exception) -> InvalidArgument:
-    """Return the error for a request of `size` bytes that could not be parsed."""
-    return InvalidArgument(f"these {size} bytes are not a message of the expected type: {error}")
-
-
-def _valid_message(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise InvalidArgument(request.why)
-    return request
-
-
-async def _valid_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _valid_message(request)
 
 
 async def _reject(method: str, error: BaseException, ctx: Context, span: Span) -> None:

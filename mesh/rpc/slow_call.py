@@ -38,6 +38,7 @@ from mesh.rpc.framing import (
 )
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
+from mesh.rpc.parsing import Parser, ParseTurns
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class CallTable(Protocol):
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
     threads: MessageThreads
+    turns: ParseTurns
     tasks: set[asyncio.Task[None]]
 
 
@@ -132,11 +134,12 @@ class SlowCall:
             response.end(*context.status, context.trailing)
 
     async def _handle(self, handler: Any, context: CallContext) -> None:
-        messages, response = self._messages, self._response
+        app, messages, response = self._app, self._messages, self._response
+        parser = Parser(handler.request_deserializer)
         if handler.request_streaming:
-            request: Any = _parsed(messages, handler.request_deserializer)
+            request: Any = _parsed(messages, app.turns, parser)
         else:
-            request = handler.request_deserializer(await messages.only())
+            request = await app.turns.parse(parser, await messages.only())
         kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
         behaviour = getattr(handler, kind)
         if not handler.response_streaming:
@@ -152,9 +155,15 @@ class SlowCall:
         response.end(*context.status, context.trailing)
 
 
-async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+async def _parsed(messages: _Messages, turns: ParseTurns, parser: Parser[Any]) -> AsyncIterator[Any]:
     while (message := await messages.next()) is not None:
-        yield parse(message)
+        size = len(message)
+        messages.hold(size)
+        try:
+            request = await turns.parse(parser, message)
+        finally:
+            messages.release(size)
+        yield request
 
 
 class _Messages:

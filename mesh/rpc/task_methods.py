@@ -1,6 +1,6 @@
 """Fast unary methods that are coroutine functions: one task for each call, and nothing else of the slow path.
 
-body ──parsed──> task ──> response        client disconnected, or deadline passed ──> task cancelled
+body ──> task: parse ──> response        client disconnected, or deadline passed ──> task cancelled
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from google.protobuf.message import DecodeError
-
 from mesh.process.tasks import end
 from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.interceptors import log_error, malformed
+from mesh.rpc.interceptors import log_error
+from mesh.rpc.parsing import Parser, ParseTurns
 from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.
@@ -38,6 +37,7 @@ class TaskMethods:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = ParseTurns()
 
     async def __aenter__(self) -> TaskMethods:
         return self
@@ -52,13 +52,14 @@ class TaskMethods:
     ) -> dict[str, FastHandler]:
         """Return the handler of one method, by its path (`/package.Service/Method`)."""
 
+        parser, turns = Parser(parse), self._turns
+
         def handle(body: bytes, call: FastCall) -> None:
-            try:
-                request = parse(body[PREFIX_BYTES:])
-            except DecodeError as err:
-                raise malformed(len(body) - PREFIX_BYTES, err) from err
+            async def answer() -> Message:
+                return await respond(await turns.parse(parser, body[PREFIX_BYTES:]))
+
             with call.span.current() if call.span is not None else _NO_SPAN:
-                task = asyncio.create_task(_reply(path, respond, request, call), name=path)
+                task = asyncio.create_task(_reply(path, answer, call), name=path)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             # The boolean that `cancel` returns is not used.
@@ -67,9 +68,9 @@ class TaskMethods:
         return {path: handle}
 
 
-async def _reply(path: str, respond: Callable[[Q], Coroutine[Any, Any, Message]], request: Q, call: FastCall) -> None:
+async def _reply(path: str, answer: Callable[[], Coroutine[Any, Any, Message]], call: FastCall) -> None:
     try:
-        message = (await respond(request)).SerializeToString()
+        message = (await answer()).SerializeToString()
     except asyncio.CancelledError:
         # No effect when the call is over: its client has disconnected, or its deadline has passed.
         call.refuse(Unavailable("this instance is stopping"))

@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from google.protobuf.message import DecodeError
-
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.interceptors import malformed
+from mesh.rpc.parsing import TURN_BYTES, Parser, ParseTurns
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
 from shoal.errors import Unavailable
@@ -20,15 +18,37 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 SUBMIT = "/shoal.ingest.v1.IngestService/Submit"
 
+_PARSER = Parser(pb.SubmitRequest.FromString)
+
 
 class FastSubmit:
     """FastHandler (mesh.rpc.fast_call) of Submit."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        self._turns = ParseTurns()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, body: bytes, call: FastCall) -> None:
-        future = self._intake.begin(_parsed(body), call.traceparent)
+        if len(body) <= TURN_BYTES:
+            self._begin(_PARSER(body[PREFIX_BYTES:]), call)
+            return
+        task = asyncio.create_task(self._begin_in_turn(body, call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        call.on_end = task.cancel  # type: ignore[assignment]
+
+    async def _begin_in_turn(self, body: bytes, call: FastCall) -> None:
+        try:
+            self._begin(await self._turns.parse(_PARSER, body[PREFIX_BYTES:]), call)
+        except asyncio.CancelledError:
+            call.refuse(_stopping())
+            raise
+        except BaseException as err:
+            call.refuse(err)
+
+    def _begin(self, request: pb.SubmitRequest, call: FastCall) -> None:
+        future = self._intake.begin(request, call.traceparent)
         # When the caller disconnects before its write begins, the job is not written. The boolean that `cancel` returns
         # is not used.
         call.on_end = future.cancel  # type: ignore[assignment]
@@ -37,7 +57,7 @@ class FastSubmit:
 
 def _reply(call: FastCall, future: asyncio.Future[Accepted]) -> None:
     if future.cancelled():
-        call.refuse(Unavailable("this instance is stopping: retry at another instance"))
+        call.refuse(_stopping())
     elif (error := future.exception()) is not None:
         call.refuse(error)
     else:
@@ -46,8 +66,5 @@ def _reply(call: FastCall, future: asyncio.Future[Accepted]) -> None:
         call.reply((message,), len(message))
 
 
-def _parsed(body: bytes) -> pb.SubmitRequest:
-    try:
-        return pb.SubmitRequest.FromString(body[PREFIX_BYTES:])
-    except DecodeError as err:
-        raise malformed(len(body) - PREFIX_BYTES, err) from err
+def _stopping() -> Unavailable:
+    return Unavailable("this instance is stopping: retry at another instance")

@@ -11,10 +11,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
-from google.protobuf.message import DecodeError
-
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.interceptors import malformed
+from mesh.rpc.parsing import Parser, ParseTurns
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
@@ -31,6 +29,8 @@ from shoal.tenant_header import TENANT_HEADER
 log = logging.getLogger(__name__)
 
 _TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
+
+_PARSER = Parser(pb.ModelInferRequest.FromString)
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
@@ -72,6 +72,7 @@ class FastInfer:
         self._models = models
         self._by_name: dict[bytes, ModelTemplates] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = ParseTurns()
 
     def __call__(self, body: bytes, exchange: Exchange) -> None:
         is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
@@ -119,7 +120,7 @@ class FastInfer:
             # The message is a copy.
             size = len(body)
             exchange.hold(size)
-            message = _parse(body)
+            message = await self._turns.parse(_PARSER, body[PREFIX_BYTES:])
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=size
@@ -211,10 +212,3 @@ class _FastRequest:
         version.__exit__(None, None, None)
         version.statistics.failed(version.scheduler.age_ns(self._queued))
         exchange.refuse(error)
-
-
-def _parse(body: bytes) -> pb.ModelInferRequest:
-    try:
-        return pb.ModelInferRequest.FromString(body[PREFIX_BYTES:])
-    except DecodeError as err:
-        raise malformed(len(body) - PREFIX_BYTES, err) from err

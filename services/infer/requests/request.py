@@ -27,6 +27,12 @@ _MANY_ELEMENTS = 1 << 20
 _FEW_ELEMENTS = 1 << 13
 _MANY_INPUTS = 256
 
+MAX_TENSORS = 4_096
+"""Inputs, and requested outputs, of one request: each costs some microseconds. Tables have a few hundred columns."""
+
+MAX_PARAMETERS = 1_024
+"""Parameters of one request."""
+
 
 @dataclass(frozen=True)
 class WantedOutput:
@@ -73,6 +79,7 @@ def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceReques
         InvalidArgument: names the tensor or parameter, what was expected and what was sent.
         Unimplemented: the message refers to shared memory.
     """
+    _check_counts(message)
     model = message.model_name
     given = parameters.read(message.parameters)
     specs = [_spec(tensor, signature, model) for tensor in message.inputs]
@@ -140,6 +147,20 @@ def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signatu
         for name, value in sorted(inputs.items())
     )
     return shapes, tuple((output.spec.name, output.stays) for output in outputs)
+
+
+def _check_counts(message: pb.ModelInferRequest) -> None:
+    inputs, outputs, raw = len(message.inputs), len(message.outputs), len(message.raw_input_contents)
+    for what, count, most in (
+        ("inputs", inputs, MAX_TENSORS),
+        ("outputs", outputs, MAX_TENSORS),
+        ("raw_input_contents", raw, MAX_TENSORS),
+        ("parameters", len(message.parameters), MAX_PARAMETERS),
+    ):
+        if count > most:
+            raise InvalidArgument(
+                f"{what}: a request for model '{message.model_name}' has {count}, at most {most} are accepted"
+            )
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

@@ -19,6 +19,7 @@ from mesh.process.logs import JsonFormatter
 from mesh.rpc.channel import connect
 from mesh.rpc.interceptors import translated
 from mesh.rpc.server import STALLS_KEY, Rpc, Server
+from mesh.rpc.task_methods import TaskMethods
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
@@ -129,6 +130,28 @@ async def test_health_is_serving_only_after_serve(run_dir: Path) -> None:
         await running.serve()
         answer = await stub.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+async def test_a_message_beyond_the_bounds_of_its_parse_is_rejected_on_both_paths(run_dir: Path, is_fast: bool) -> None:
+    path = f"/{SERVICE.full_name}/GetLeader"
+    servicer = Answers()
+
+    async def leader(request: pb.GetLeaderRequest) -> pb.GetLeaderResponse:
+        return await servicer.leader()
+
+    async with TaskMethods() as tasks:
+        fast = tasks.method(path, pb.GetLeaderRequest.FromString, leader) if is_fast else {}
+        add = lambda target: rpc.add_CoordServiceServicer_to_server(servicer, target)  # noqa: E731
+        running = Server(f"unix:{run_dir}/x.sock", [Rpc(SERVICE, add)], drain_ms=5_000, fast_methods=fast)
+        async with running, connect(running.address) as channel:
+            call = channel.unary_unary(path)
+            with pytest.raises(errors.InvalidArgument, match="more than 100000 fields"), translated():
+                await call(b"\x78\x01" * 200_000)
+            with pytest.raises(errors.InvalidArgument, match="not a message"), translated():
+                await call(b"\x78\x01" * 5_000 + b"\x07")
+            with pytest.raises(errors.Unavailable, match="nobody leads"), translated():
+                await call(b"\x78\x01" * 90_000)
 
 
 async def test_a_health_check_reports_the_stalls_of_the_event_loop(

@@ -1,0 +1,123 @@
+"""A message that is costly to parse is rejected by name, on every path, and another connection is served meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from mesh.rpc.channel import connect
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc
+from tests.breakable import until
+from tests.infer import onnx_files
+from tests.infer.conftest import Repository, Serving, floats, output, request
+
+SERVICE = "/inference.GRPCInferenceService/"
+# Half a million inputs of two bytes each: of 1 MiB, gzip makes 1 kB.
+BOMB = b"\x0a\x06double" + b"\x2a\x00" * 524_000
+REJECTED = "more than 100000 fields and submessages, the last is inference.ModelInferRequest.inputs"
+
+
+@pytest.fixture
+async def served(serve: Callable[..., object], models_folder: Repository) -> Serving:
+    models_folder.bare("double", onnx_files.scale(2))
+    models_folder.bare("text", onnx_files.identity(TensorProto.STRING, ("n", "m")))
+    models_folder.bare("numbers", onnx_files.identity(TensorProto.FLOAT, ("n", "m")))
+    return await serve(models_folder.root)
+
+
+async def rejection(call: grpc.aio.Call) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return caught.value.details()
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+async def test_a_bomb_is_rejected_while_another_connection_is_served(
+    served: Serving, run_dir: Path, compression: grpc.Compression
+) -> None:
+    infer = served.channel.unary_unary(SERVICE + "ModelInfer")
+    async with connect(f"unix:{run_dir}/infer.sock") as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        answered = 0
+
+        async def bystand() -> None:
+            nonlocal answered
+            while True:
+                assert (await stub.ServerLive(pb.ServerLiveRequest(), timeout=30)).live
+                answered += 1
+
+        bystander = asyncio.ensure_future(bystand())
+        await until(lambda: answered > 0)
+        before = answered
+        bombs = [asyncio.ensure_future(rejection(infer(BOMB, compression=compression))) for _ in range(3)]
+        for details in await asyncio.gather(*bombs):
+            assert REJECTED in details
+        assert answered > before
+        bystander.cancel()
+    response = await served.stub.ModelInfer(request("double", x=floats([1, 2, 3, 4])))
+    assert output(response, "y").tolist() == [[2, 4, 6, 8]]
+
+
+async def test_a_bomb_in_a_stream_ends_the_stream(served: Serving) -> None:
+    async def requests() -> AsyncIterator[bytes]:
+        yield request("double", x=floats([1, 2, 3, 4])).SerializeToString()
+        yield BOMB
+
+    call = served.channel.stream_stream(SERVICE + "ModelStreamInfer")(requests())
+    assert pb.ModelStreamInferResponse.FromString(await call.read()).infer_response.model_name == "double"
+    with pytest.raises(grpc.aio.AioRpcError, match=REJECTED):
+        await call.read()
+
+
+async def test_a_bomb_of_file_overrides_is_rejected(served: Serving) -> None:
+    load = served.channel.unary_unary(SERVICE + "RepositoryModelLoad")
+    details = await rejection(load(b"\x12\x06double" + b"\x1a\x00" * 200_000))
+    assert "more than 100000 fields and submessages, the last is inference.RepositoryModelLoadRequest" in details
+
+
+@pytest.mark.parametrize(
+    ("fill", "named"),
+    [
+        (lambda made: made.inputs.extend([pb.ModelInferRequest.InferInputTensor(name="x")] * 5_000), "inputs"),
+        (lambda made: made.outputs.extend([pb.ModelInferRequest.InferRequestedOutputTensor()] * 5_000), "outputs"),
+        (lambda made: made.raw_input_contents.extend([b""] * 5_000), "raw_input_contents"),
+        (lambda made: [made.parameters[str(n)].SetInParent() for n in range(5_000)], "parameters"),
+    ],
+    ids=["inputs", "outputs", "raw", "parameters"],
+)
+async def test_the_tensors_and_parameters_of_a_request_are_bounded(
+    served: Serving, fill: Callable[[pb.ModelInferRequest], object], named: str
+) -> None:
+    made = request("double", x=floats([1, 2, 3, 4]))
+    fill(made)
+    details = await rejection(served.stub.ModelInfer(made))
+    assert f"{named}: a request for model 'double' has 500" in details
+    assert "at most" in details
+
+
+async def test_a_request_of_ten_thousand_typed_strings_is_served(served: Serving) -> None:
+    strings = [f"a string of some length, number {n}".encode() for n in range(10_000)]
+    made = pb.ModelInferRequest(model_name="text")
+    made.inputs.add(
+        name="x", datatype="BYTES", shape=[2, 5_000], contents=pb.InferTensorContents(bytes_contents=strings)
+    )
+    assert made.ByteSize() > 256 << 10
+    assert output(await served.stub.ModelInfer(made), "y").reshape(-1).tolist() == strings
+
+
+async def test_a_request_of_four_million_typed_numbers_is_served(served: Serving) -> None:
+    values = np.arange(4_000_000, dtype=np.float32)
+    made = pb.ModelInferRequest(model_name="numbers")
+    made.inputs.add(
+        name="x", datatype="FP32", shape=[4, 1_000_000], contents=pb.InferTensorContents(fp32_contents=values)
+    )
+    response = await served.stub.ModelInfer(made)
+    np.testing.assert_array_equal(output(response, "y").reshape(-1), values)
