@@ -26,6 +26,9 @@ _OUTLIER_FACTOR = 3.0
 _ENOUGH_SAMPLES = 8
 
 
+_BARRED_FACTOR, _LONGEST_BAR_S = 1_000, 3_600.0
+
+
 @dataclass(slots=True, eq=False)
 class _Bucket:
     rows: float
@@ -130,6 +133,43 @@ class CostCurve:
         for left, right in pairwise(fitted):
             right.worst = max(right.worst, left.worst)
         self._points, self._rows = fitted, [point.rows for point in fitted]
+
+
+class LoopCost:
+    """Decides whether a batch may run on the event loop: by the processor time of runs with as much input.
+
+    Input within a factor of two, in rows and in bytes, has one mean. Input of another size is measured on a worker
+    first: a model with a free dimension may take a thousand times as long for it. The content of an input may do the
+    same. So a run that holds the loop too long bars the model from the loop for a thousand times as long: such runs
+    take at most a thousandth of the loop's time, and a pause of the interpreter costs a fast model a few seconds.
+    """
+
+    __slots__ = ("_barred_until", "_means")
+
+    def __init__(self) -> None:
+        self._means: dict[int, list[float]] = {}
+        """Number and mean of the last runs, by size."""
+        self._barred_until = 0.0
+
+    def is_below(self, limit_s: float, rows: int, size_bytes: int, now: float) -> bool:
+        """Return True when a run of about this size is expected to take less than `limit_s`."""
+        known = self._means.get(_bucket(rows) << 6 | size_bytes.bit_length())
+        return known is not None and known[1] < limit_s and now >= self._barred_until
+
+    def add(self, rows: int, size_bytes: int, seconds: float) -> None:
+        """Add a run that took `seconds` of a processor."""
+        size = _bucket(rows) << 6 | size_bytes.bit_length()
+        known = self._means.get(size)
+        if known is None:
+            self._means[size] = [1, seconds]
+            return
+        count, mean = known
+        known[0] = count = count + 1
+        known[1] = mean + (min(seconds, mean * _OUTLIER_FACTOR) - mean) * max(1 / count, _NEWEST_WEIGHT)
+
+    def add_stall(self, seconds: float, now: float) -> None:
+        """Bar the model from the loop, which a run has held for `seconds`."""
+        self._barred_until = now + min(seconds * _BARRED_FACTOR, _LONGEST_BAR_S)
 
 
 class Backlog:

@@ -92,11 +92,14 @@ class QueueLimits:
 class Batch:
     """Requests that run as one."""
 
-    __slots__ = ("fired", "leaves_rows", "requests", "rows")
+    __slots__ = ("fired", "leaves_rows", "requests", "rows", "size_bytes")
 
-    def __init__(self, requests: Sequence[QueuedRequest], rows: int, fired: str, *, leaves_rows: bool) -> None:
+    def __init__(
+        self, requests: Sequence[QueuedRequest], rows: int, size_bytes: int, fired: str, *, leaves_rows: bool
+    ) -> None:
         self.requests = requests
         self.rows = rows
+        self.size_bytes = size_bytes
         self.fired = fired
         """Reason for running the batch now, in one word."""
         self.leaves_rows = leaves_rows
@@ -345,7 +348,7 @@ class Queue:
                 self._tenant_queues[band].advanced(tenant_queue)
             else:
                 tenant_queue.order.clear()
-        return Batch(requests, rows, fired, leaves_rows=self._count > 0)
+        return Batch(requests, rows, size, fired, leaves_rows=self._count > 0)
 
     def _insert(self, queued: QueuedRequest, arrived: float) -> None:
         if self._loads:

@@ -21,7 +21,7 @@ from types import TracebackType
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
-from services.infer.scheduling.cost import Backlog, CostCurve
+from services.infer.scheduling.cost import Backlog, CostCurve, LoopCost
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
@@ -46,6 +46,9 @@ _THREAD_HANDOFF_S = 150e-6
 # The same for a lone request: both threads sleep by then, and waking them takes 0.3 to 1.1 ms on an idle machine.
 # Running on the loop then delays only the few requests of other models.
 _LONE_HANDOFF_S = 500e-6
+
+# A run on the loop that takes longer has misled the forecast by 2 ms and more: see LoopCost.
+_STALL_S = 2.5e-3
 
 # Python work of an execution per request. It holds the interpreter's lock, so that a thread would not spare the loop.
 _REQUEST_S = 2e-6
@@ -96,7 +99,7 @@ class Scheduler:
         self._rules = rules or Rules()
         self.cost = cost if cost is not None else CostCurve()
         # Processor time of the model alone: the cost of a run on the loop.
-        self._compute = CostCurve()
+        self._loop_cost = LoopCost()
         self._queue = Queue(name, limits, policy, self._rules, self.cost)
         self._execution = execution
         self._instances = instances
@@ -362,7 +365,7 @@ class Scheduler:
                 break
             worker = self._idle.pop()
             self._wake_timer_at = math.inf
-            if self._may_run_on_loop and self._is_short(batch):
+            if self._may_run_on_loop and self._is_short(batch, now):
                 self._run_on_loop(worker, batch, now, is_direct=is_direct)
                 break
             self._run_on_worker(worker, batch, now)
@@ -371,19 +374,18 @@ class Scheduler:
         if self._is_closing:
             self._check_drained()
 
-    def _is_short(self, batch: Batch) -> bool:
+    def _is_short(self, batch: Batch, now: float) -> bool:
         is_lone = self._idle_gaps > _IDLE_GAPS and len(batch.requests) == 1
         limit_s = (_LONE_HANDOFF_S if is_lone else _THREAD_HANDOFF_S) + len(batch.requests) * _REQUEST_S
-        seconds = self._compute.mean_of(batch.rows)
-        if seconds is None:
-            return self._compute.is_known and self._compute.expected(batch.rows) < limit_s
-        return seconds < limit_s
+        return self._loop_cost.is_below(limit_s, batch.rows, batch.size_bytes, now)
 
     def _run_on_loop(self, worker: Worker, batch: Batch, now: float, *, is_direct: bool) -> None:
         start, cpu = time.perf_counter_ns(), time.thread_time_ns()
         outcomes = worker.execution.run(batch.requests)
         # As in ThreadWorker: waiting for a core is not a cost of the model.
         seconds = min(time.perf_counter_ns() - start, time.thread_time_ns() - cpu) / 1e9
+        if seconds > _STALL_S:
+            self._loop_cost.add_stall(seconds, now)
         self._idle.append(worker)
         if self._queue:
             self._was_busy = True
@@ -499,7 +501,7 @@ class Scheduler:
 
     def _update_costs(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
         if self._may_run_on_loop:
-            self._compute.add(batch.rows, seconds)
+            self._loop_cost.add(batch.rows, batch.size_bytes, seconds)
         if not self._may_run_on_loop or elapsed_s > _THREAD_HANDOFF_S or self._goal_s != math.inf:
             self.cost.add(batch.rows, elapsed_s)
             if self.cost.samples == _GOAL_CHECK_AFTER and self.cost.expected(1) > self._goal_s:

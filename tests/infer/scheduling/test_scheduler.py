@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -499,3 +500,95 @@ async def test_closing_runs_the_queue_and_accepts_no_more():
     assert values(await task) == [2]
     with pytest.raises(Unavailable, match="being unloaded"):
         await bench.scheduler.submit(call(2))
+
+
+def wide(length: int) -> InferenceRequest:
+    """A request of one row with a length of its own, as of a model with a free dimension."""
+    x = np.ones((1, length), np.float32)
+    return InferenceRequest({"x": x}, (WantedOutput(Y),), 1, x.nbytes, ("k", length), Parameters())
+
+
+def burn(ms: float) -> None:
+    """Use the processor for so long."""
+    end = time.thread_time() + ms / 1e3
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """Keep the garbage of the whole test run out of the measured times."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class OnLoop(Bench):
+    """A scheduler whose model may run on the event loop; `threads` has True for each run that did."""
+
+    def __init__(self, cost_ms) -> None:
+        super().__init__()
+        self.model.only_computes = True
+        self.threads: list[bool] = []
+
+        def compute(x):
+            self.threads.append(threading.current_thread() is threading.main_thread())
+            cost_ms(x)
+            return 2 * x[:, :1]
+
+        self.model.compute = compute
+
+    async def one(self, made: InferenceRequest) -> bool:
+        """Run a lone request; return True when it ran on the loop."""
+        self.clock.now += 1e-3
+        await self.scheduler.submit(made)
+        return self.threads[-1]
+
+
+@pytest.mark.usefixtures("no_collections")
+async def test_a_larger_input_than_those_that_were_learned_from_does_not_run_on_the_loop():
+    """As a model with attention: short inputs are quick, and a long one takes as long as thousands of them."""
+    bench = OnLoop(lambda x: burn(5 if x.shape[1] > 100 else 0.01))
+    async with bench.scheduler:
+        for _ in range(60):
+            await bench.one(wide(8))
+        assert await bench.one(wide(8))
+        for _ in range(8):
+            assert not await bench.one(wide(3_000))
+            assert await bench.one(wide(8))
+
+
+@pytest.mark.usefixtures("no_collections")
+async def test_inputs_of_another_size_run_on_the_loop_once_their_cost_is_known():
+    bench = OnLoop(lambda x: burn(0.01))
+    async with bench.scheduler:
+        for _ in range(60):
+            await bench.one(wide(8))
+        for length in (40, 200, 1_000):
+            ran = [await bench.one(wide(length)) for _ in range(3)]
+            assert ran == [False, True, True]
+
+
+@pytest.mark.usefixtures("no_collections")
+async def test_a_run_that_holds_the_loop_too_long_bars_its_model_from_the_loop_for_a_while():
+    bench = OnLoop(lambda x: burn(10 if 99 in x else 0.01))
+    async with bench.scheduler:
+        for _ in range(60):
+            await bench.one(call(1))
+        assert await bench.one(call(99))
+        assert not await bench.one(call(99))
+        assert not await bench.one(call(1))
+        bench.clock.now += 1_000 * 0.010 - 1
+        assert not await bench.one(call(1))
+        bench.clock.now += 3_600
+        assert await bench.one(call(1))
+
+
+@pytest.mark.usefixtures("no_collections")
+async def test_a_run_that_waited_for_a_processor_bars_nothing():
+    bench = OnLoop(lambda x: time.sleep(0.02) if 99 in x else burn(0.01))
+    async with bench.scheduler:
+        for _ in range(60):
+            await bench.one(call(1))
+        assert await bench.one(call(99))
+        assert await bench.one(call(1))
