@@ -157,7 +157,7 @@ def scan(data: bytes, message: Descriptor) -> Iterator[None]:
             if tag < 128:
                 at += 1
             else:
-                tag, at = _varint(data, at)
+                tag, at = varint(data, at)
             count += 1
             if count % _SLICE_FIELDS == 0:
                 yield
@@ -165,13 +165,13 @@ def scan(data: bytes, message: Descriptor) -> Iterator[None]:
                 raise _too_many(data, message, f"{MAX_FIELDS} fields and submessages", fields.message, tag)
             wire = tag & 7
             if wire != _LENGTH:
-                at = at + _SIZES[wire] if wire else _varint(data, at)[1]
+                at = at + _SIZES[wire] if wire else varint(data, at)[1]
                 continue
             size = data[at]
             if size < 128:
                 at += 1
             else:
-                size, at = _varint(data, at)
+                size, at = varint(data, at)
             is_jumped = tag not in fields
             if not is_jumped:
                 inner = fields[tag]
@@ -209,7 +209,7 @@ def scan(data: bytes, message: Descriptor) -> Iterator[None]:
         raise _malformed(data, "it ends inside a field, or has a field of an unknown kind") from None
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def varint(data: bytes, at: int) -> tuple[int, int]:
     """Return the varint at `at`, and the place after it. Raises IndexError when it is too long, or cut."""
     value = 0
     for shift in range(0, 7 * _VARINT_BYTES, 7):

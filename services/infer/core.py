@@ -22,7 +22,15 @@ from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
 from services.infer.requests import parameters
 from services.infer.requests.outcome import InferenceResult
-from services.infer.requests.request import InferenceRequest, held_bytes, is_long_read, read, read_async, read_bytes
+from services.infer.requests.request import (
+    InferenceRequest,
+    check_counts,
+    held_bytes,
+    is_long_read,
+    read,
+    read_async,
+    read_bytes,
+)
 from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
 from services.infer.requests.response import explain, write_response_async
 from services.infer.response_cache.cache import CacheState
@@ -202,6 +210,7 @@ class InferenceServer:
         with self.models.use(message.model_name, message.model_version) as version:
             start = self._clock()
             try:
+                check_counts(message)
                 tensor_bytes = read_bytes(message, message_bytes)
                 memory.hold(tensor_bytes)
                 request, result, cache = await self._execute(
@@ -295,6 +304,7 @@ class InferenceServer:
         with self.models.use(message.model_name, message.model_version) as version:
             start = self._clock()
             try:
+                check_counts(message)
                 memory.hold(read_bytes(message, message_bytes))
                 request = await read_async(message, version.loaded.model.signature)
                 request.memory = memory

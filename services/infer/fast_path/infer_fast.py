@@ -15,6 +15,7 @@ from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import Parser, ParseTurns
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
+from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest, cut
 from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
@@ -117,13 +118,10 @@ class FastInfer:
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
-            # The message is a copy.
-            size = len(body)
-            exchange.hold(size)
-            message = await self._turns.parse(_PARSER, body[PREFIX_BYTES:])
+            message = await self._parse(body, exchange)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
             response = await self._server.infer(
-                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=size
+                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
             )
             data = response.SerializeToString()
             exchange.reply((data,), len(data))
@@ -135,6 +133,13 @@ class FastInfer:
                 raise
         except BaseException as err:
             exchange.refuse(err)
+
+    async def _parse(self, body: bytes, exchange: Exchange) -> pb.ModelInferRequest:
+        data, raw = cut(body) if len(body) > LARGE_BYTES else (body[PREFIX_BYTES:], None)
+        # The message is a copy.
+        exchange.hold(len(data))
+        message = await self._turns.parse(_PARSER, data)
+        return cast("pb.ModelInferRequest", LargeRequest(message, raw)) if raw else message
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)

@@ -72,6 +72,21 @@ class InferenceRequest:
         return cast("Mapping[str, Tensor]", self.inputs)
 
 
+def check_counts(message: pb.ModelInferRequest) -> None:
+    """Raise InvalidArgument for too many tensors or parameters: all other work on a message goes through them."""
+    inputs, outputs, raw = len(message.inputs), len(message.outputs), len(message.raw_input_contents)
+    for what, count, most in (
+        ("inputs", inputs, MAX_TENSORS),
+        ("outputs", outputs, MAX_TENSORS),
+        ("raw_input_contents", raw, MAX_TENSORS),
+        ("parameters", len(message.parameters), MAX_PARAMETERS),
+    ):
+        if count > most:
+            raise InvalidArgument(
+                f"{what}: a request for model '{message.model_name}' has {count}, at most {most} are accepted"
+            )
+
+
 def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
     """Return the request in `message`, for a model with this signature.
 
@@ -79,7 +94,6 @@ def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceReques
         InvalidArgument: names the tensor or parameter, what was expected and what was sent.
         Unimplemented: the message refers to shared memory.
     """
-    _check_counts(message)
     model = message.model_name
     given = parameters.read(message.parameters)
     specs = [_spec(tensor, signature, model) for tensor in message.inputs]
@@ -147,20 +161,6 @@ def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signatu
         for name, value in sorted(inputs.items())
     )
     return shapes, tuple((output.spec.name, output.stays) for output in outputs)
-
-
-def _check_counts(message: pb.ModelInferRequest) -> None:
-    inputs, outputs, raw = len(message.inputs), len(message.outputs), len(message.raw_input_contents)
-    for what, count, most in (
-        ("inputs", inputs, MAX_TENSORS),
-        ("outputs", outputs, MAX_TENSORS),
-        ("raw_input_contents", raw, MAX_TENSORS),
-        ("parameters", len(message.parameters), MAX_PARAMETERS),
-    ):
-        if count > most:
-            raise InvalidArgument(
-                f"{what}: a request for model '{message.model_name}' has {count}, at most {most} are accepted"
-            )
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

@@ -294,3 +294,57 @@ def test_numbers_are_views_of_the_request(folder):
         assert all(np.may_share_memory(array, memory) for array in call.inputs.values())
 
     both_ways(folder, work)
+
+
+def bodies() -> dict[str, bytes]:
+    """Requests of many forms, good and bad."""
+    plain, two, asked = request(), request("two", 3, inputs=("a", "b")), request(id="x" * 200)
+    asked.parameters["custom"].string_param = "more"
+    words = pb.ModelInferRequest(model_name="words", raw_input_contents=[b"\1\0\0\0a\2\0\0\0bc"])
+    words.inputs.add(name="x", datatype="BYTES", shape=[2])
+    typed = pb.ModelInferRequest(model_name="double")
+    typed.inputs.add(name="x", datatype="FP32", shape=[1, 4], contents=pb.InferTensorContents(fp32_contents=[1] * 4))
+    both, many, wrong = pb.ModelInferRequest(), request(), request(width=3)
+    both.CopyFrom(typed)
+    both.raw_input_contents.append(bytes(16))
+    many.raw_input_contents.append(b"")
+    good = {"plain": plain, "two": two, "parameters": asked, "words": words, "typed": typed}
+    found = {
+        name: made.SerializeToString() for name, made in {**good, "both": both, "many": many, "wrong": wrong}.items()
+    }
+    data = found["two"]
+    return found | {
+        "raw first": data[-50:] + data[:-50],
+        "cut": data[:-3],
+        "tail": data + b"\x3a",
+        "too long": data + b"\x3a\xff\xff\xff\xff\x0f",
+        "unknown fields": b"\x78\x05" + data + b"\x7a\x01x",
+        "reserved": data + b"\x07",
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("form", bodies())
+def test_a_large_request_whose_raw_contents_are_cut_out_responds_as_any_other(folder, monkeypatch, form):
+    monkeypatch.setattr("services.infer.fast_path.infer_fast.LARGE_BYTES", 0)
+
+    async def work(server):
+        for _ in range(2):
+            await server.agree(bodies()[form])
+
+    both_ways(folder, work)
+
+
+def test_numbers_of_a_large_request_are_never_copied(folder):
+    async def work(server):
+        asked = request("two", 1, inputs=("a", "b"), width=200_000)
+        asked.parameters["custom"].string_param = "no template has parameters"
+        body = asked.SerializeToString()
+        framed = struct.pack(">BI", 0, len(body)) + body
+        message = await server.short._parse(framed, Asked())
+        read = reading.read(message, server.models.find("two", "").loaded.model.signature)
+        memory = np.frombuffer(framed, np.uint8)
+        assert all(np.may_share_memory(array, memory) for array in read.inputs.values())
+        await server.agree(body)
+
+    both_ways(folder, work)
