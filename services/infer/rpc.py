@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
@@ -21,10 +22,11 @@ from services.infer.fast_path.bulk import Bulk
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.models.trials import Trials
 from services.infer.scheduling.crash_guard import ATTEMPT
-from shoal.errors import Unimplemented
+from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.store.v1 import store_pb2
 from shoal.tenant_header import TENANT_HEADER
 
 
@@ -175,7 +177,11 @@ class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
     async def TryModel(
         self, request: trial_pb2.TryModelRequest, context: Context
     ) -> AsyncIterator[trial_pb2.TryModelResponse]:
-        async with aclosing(self._trials.run(request.model)) as begun:
+        try:
+            model = store_pb2.ModelVersion.FromString(request.model)
+        except DecodeError as err:
+            raise InvalidArgument(f"model: it is no serialised shoal.store.v1.ModelVersion: {err}") from err
+        async with aclosing(self._trials.run(model)) as begun:
             async for _ in begun:
                 yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid())
         yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid(), passed=True)

@@ -36,7 +36,7 @@ async def run(caller: Caller, model: store.ModelVersion, deadline: Deadline) -> 
     while True:
         begun: pb.TryModelResponse | None = None
         try:
-            request = pb.TryModelRequest(model=model)
+            request = pb.TryModelRequest(model=model.SerializeToString())
             trial = caller.stream(methods.TRY_MODEL, request, timeout_s=deadline, doing=f"trial load of {title}")
             async with aclosing(trial) as responses:
                 async for response in responses:

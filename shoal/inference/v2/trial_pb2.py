@@ -22,20 +22,19 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from shoal.store.v1 import store_pb2 as shoal_dot_store_dot_v1_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshoal/inference/v2/trial.proto\x12\x12shoal.inference.v2\x1a\x1ashoal/store/v1/store.proto\">\n\x0fTryModelRequest\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.shoal.store.v1.ModelVersion\"A\n\x10TryModelResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x32\x66\n\x0bModelTrials\x12W\n\x08TryModel\x12#.shoal.inference.v2.TryModelRequest\x1a$.shoal.inference.v2.TryModelResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshoal/inference/v2/trial.proto\x12\x12shoal.inference.v2\" \n\x0fTryModelRequest\x12\r\n\x05model\x18\x01 \x01(\x0c\"A\n\x10TryModelResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x32\x66\n\x0bModelTrials\x12W\n\x08TryModel\x12#.shoal.inference.v2.TryModelRequest\x1a$.shoal.inference.v2.TryModelResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.inference.v2.trial_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRYMODELREQUEST']._serialized_start=82
-  _globals['_TRYMODELREQUEST']._serialized_end=144
-  _globals['_TRYMODELRESPONSE']._serialized_start=146
-  _globals['_TRYMODELRESPONSE']._serialized_end=211
-  _globals['_MODELTRIALS']._serialized_start=213
-  _globals['_MODELTRIALS']._serialized_end=315
+  _globals['_TRYMODELREQUEST']._serialized_start=54
+  _globals['_TRYMODELREQUEST']._serialized_end=86
+  _globals['_TRYMODELRESPONSE']._serialized_start=88
+  _globals['_TRYMODELRESPONSE']._serialized_end=153
+  _globals['_MODELTRIALS']._serialized_start=155
+  _globals['_MODELTRIALS']._serialized_end=257
 # @@protoc_insertion_point(module_scope)

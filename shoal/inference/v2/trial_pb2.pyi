@@ -1,16 +1,14 @@
-from shoal.store.v1 import store_pb2 as _store_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TryModelRequest(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    model: _store_pb2.ModelVersion
-    def __init__(self, model: _Optional[_Union[_store_pb2.ModelVersion, _Mapping]] = ...) -> None: ...
+    model: bytes
+    def __init__(self, model: _Optional[bytes] = ...) -> None: ...
 
 class TryModelResponse(_message.Message):
     __slots__ = ("instance", "passed", "pid")

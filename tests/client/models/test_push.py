@@ -54,7 +54,7 @@ class Store:
         served.on(methods.TRY_MODEL, self.try_model, "unary_stream")
 
     async def try_model(self, request: Any, context: Any) -> Any:
-        model = request.model
+        model = store.ModelVersion.FromString(request.model)
         assert all(file.sha256 in self.whole for file in model.files)
         self.tried.append((model.name, model.version))
         [outcome, *self.trials[model.name]] = self.trials.get(model.name) or ["passes"]
