@@ -1,4 +1,4 @@
-"""Envoy's runtime layer: limits of connections, and of calls that a client may reset on one connection.
+"""Envoy's runtime layer: limits of connections, of calls in one iteration, and of calls that a client may reset.
 
 By default, Envoy closes a connection with all its calls when half of the first 500 calls were reset within a second.
 Callers with deadlines and cancellations reset many calls: one such caller would end the calls of all that share its
@@ -14,8 +14,16 @@ from shoal.node.envoy_overload import connection_limits
 # A connection reaches this number of resets only after seconds.
 _CALLS = 50_000
 
+# Calls of one connection that Envoy begins in one iteration of its event loop; by default, all that have arrived.
+# Callers on other connections wait for the iteration.
+_CALLS_AT_ONCE = 4
+
 
 def runtime(*listeners: str) -> dict[str, Any]:
     """Return the field `layered_runtime` of a bootstrap, for an Envoy with these listeners."""
-    limits = {"overload.premature_reset_total_stream_count": _CALLS, **connection_limits(*listeners)}
+    limits = {
+        "overload.premature_reset_total_stream_count": _CALLS,
+        "http.max_requests_per_io_cycle": _CALLS_AT_ONCE,
+        **connection_limits(*listeners),
+    }
     return {"layers": [{"name": "shoal", "static_layer": limits}, {"name": "admin", "admin_layer": {}}]}

@@ -21,14 +21,16 @@ def greeting() -> bytes:
     return frames.PREFACE + frames.settings({})
 
 
-def calls(path: str, count: int) -> bytes:
+def calls(path: str, count: int, first: int = 1) -> bytes:
+    """Return the frames of whole calls, on the streams from `first` on."""
     encoder = hpack.Encoder()
     encoder.header_table_size = 0
-    block = encoder.encode([(":method", "POST"), (":path", path), ("content-type", "application/grpc")])
+    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "shoal"}
+    block = encoder.encode({**fields, "content-type": "application/grpc", "te": "trailers"}.items())
     return b"".join(
         frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)
         + frames.frame(frames.DATA, frames.END_STREAM, number, framed(b"x"))
-        for number in range(1, 2 * count, 2)
+        for number in range(first, first + 2 * count, 2)
     )
 
 

@@ -1,0 +1,77 @@
+"""A burst of calls on one connection to Envoy does not delay the calls of another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from mesh.rpc.server import Server
+from shoal.node import processes
+from shoal.node.envoy_edge import bootstrap
+from tests.breakable import until
+from tests.mesh.h2.test_turns import CALL, FLOOD, calls, greeting
+
+CALLS = 500
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+async def handled(run_dir: Path) -> AsyncIterator[list[str]]:
+    """The methods of the calls that a server at `run_dir/s.sock` has handled, in order."""
+    order: list[str] = []
+
+    def handler(name: str) -> Callable[..., None]:
+        def handle(body, call) -> None:
+            order.append(name)
+            call.reply((body[5:],), len(body) - 5)
+
+        return handle
+
+    fast = {path: handler(path) for path in (FLOOD, CALL)}
+    async with Server(f"unix:{run_dir}/s.sock", [], drain_ms=500, fast_methods=fast) as server:
+        await server.serve()
+        yield order
+
+
+def connected(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.envoy
+async def test_a_burst_of_calls_does_not_delay_another_connection(run_dir: Path, handled: list[str]) -> None:
+    port, config = processes.free_port(), run_dir / "envoy.json"
+    document = bootstrap(host="127.0.0.1", port=port, workers=[f"{run_dir}/s.sock"], admin=f"{run_dir}/a.sock")
+    config.write_text(json.dumps(document))
+    command = [str(processes.find_binary("envoy")), "--config-path", str(config), "--concurrency", "1"]
+    envoy = subprocess.Popen([*command, "--disable-hot-restart", "--log-level", "error"])
+    try:
+        await until(lambda: connected(port), "Envoy listens")
+        flood, other = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+        with flood, other:
+            for peer in (flood, other):
+                # Each call is whole: both connections are open, and Envoy is connected to the server.
+                peer.sendall(greeting() + calls(CALL, 1))
+            await until(lambda: len(handled) == 2, "both connections work")
+            handled.clear()
+            # Envoy finds both at the same time, the burst first.
+            os.kill(envoy.pid, signal.SIGSTOP)
+            flood.sendall(calls(FLOOD, CALLS, first=3))
+            other.sendall(calls(CALL, 1, first=3))
+            os.kill(envoy.pid, signal.SIGCONT)
+            await until(lambda: len(handled) > CALLS, "all calls are handled")
+    finally:
+        os.kill(envoy.pid, signal.SIGCONT)
+        envoy.terminate()
+        envoy.wait(PATIENCE_S)
+    assert handled.index(CALL) < CALLS / 4
