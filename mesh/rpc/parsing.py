@@ -70,10 +70,10 @@ class Parser(Generic[Q]):
         self._parse = parse
         self.message: Descriptor | None = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
 
-    def __call__(self, data: bytes) -> Q:
-        """Parse a message that is small, or has had its turn."""
+    def __call__(self, data: bytes, start: int = 0) -> Q:
+        """Parse a message that is small, or has its turn. It begins at `start`."""
         try:
-            return self._parse(data)
+            return self._parse(data[start:] if start else data)
         except Exception as err:
             raise _malformed(data, err) from err
 
@@ -86,17 +86,18 @@ class ParseTurns:
         self._scan = asyncio.Lock()
         self._turn = asyncio.Lock()
 
-    async def parse(self, parser: Parser[Q], data: bytes) -> Q:
-        """Return the message in `data`; mostly without a wait. The caller counts the memory of `data`.
+    async def parse(self, parser: Parser[Q], data: bytes, start: int = 0) -> Q:
+        """Return the message that begins at `start` of `data`; mostly without a wait. The caller counts its memory.
 
         Raises:
             InvalidArgument: `data` is malformed, or out of bounds.
         """
         size = len(data)
         if size > TURN_BYTES:
+            # Before its turn, a message is not even copied.
             if size > UNSCANNED_BYTES and parser.message is not None:
                 async with self._scan:
-                    for _ in scan(data, parser.message):
+                    for _ in scan(data, parser.message, start):
                         await asyncio.sleep(0)
             if self._turn.locked() or self._is_full(size):
                 async with self._turn:
@@ -105,7 +106,7 @@ class ParseTurns:
             if not self._parsed_bytes:
                 asyncio.get_running_loop().call_soon(self._begin_iteration)
             self._parsed_bytes += size
-        return parser(data)
+        return parser(data, start)
 
     def _is_full(self, size: int) -> bool:
         # A larger message has an iteration of its own.
@@ -134,16 +135,16 @@ def _fields(message: Descriptor) -> _Fields:
     return found
 
 
-def scan(data: bytes, message: Descriptor) -> Iterator[None]:
-    """Check that protobuf can parse `data` in a short time; yield after each slice of the work.
+def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
+    """Check that protobuf can parse what begins at `start` in a short time; yield after each slice of the work.
 
     Raises:
         InvalidArgument: `data` has too many fields or packed integers, or is malformed; its tail is not checked.
     """
-    fields, at, end = _fields(message), 0, len(data)
+    fields, at, end = _fields(message), start, len(data)
     count = elements = packed = 0
     # What is left when the scanned tensors are jumped over.
-    left = end
+    left = end - start
     outer: list[tuple[_Fields, int]] = []
     try:
         while True:

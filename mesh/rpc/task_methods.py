@@ -56,7 +56,7 @@ class TaskMethods:
 
         def handle(body: bytes, call: FastCall) -> None:
             async def answer() -> Message:
-                return await respond(await turns.parse(parser, body[PREFIX_BYTES:]))
+                return await respond(await turns.parse(parser, body, PREFIX_BYTES))
 
             with call.span.current() if call.span is not None else _NO_SPAN:
                 task = asyncio.create_task(_reply(path, answer, call), name=path)

@@ -31,7 +31,7 @@ class FastSubmit:
 
     def __call__(self, body: bytes, call: FastCall) -> None:
         if len(body) <= TURN_BYTES:
-            self._begin(_PARSER(body[PREFIX_BYTES:]), call)
+            self._begin(_PARSER(body, PREFIX_BYTES), call)
             return
         task = asyncio.create_task(self._begin_in_turn(body, call))
         self._tasks.add(task)
@@ -40,7 +40,7 @@ class FastSubmit:
 
     async def _begin_in_turn(self, body: bytes, call: FastCall) -> None:
         try:
-            self._begin(await self._turns.parse(_PARSER, body[PREFIX_BYTES:]), call)
+            self._begin(await self._turns.parse(_PARSER, body, PREFIX_BYTES), call)
         except asyncio.CancelledError:
             call.refuse(_stopping())
             raise

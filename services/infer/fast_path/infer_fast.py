@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.parsing import Parser, ParseTurns
+from mesh.rpc.parsing import ParseTurns
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
-from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest, cut
+from services.infer.fast_path.large_request import RequestParser
 from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
 
-_PARSER = Parser(pb.ModelInferRequest.FromString)
+_PARSER = RequestParser()
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
@@ -118,7 +118,9 @@ class FastInfer:
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
-            message = await self._parse(body, exchange)
+            # The message is a copy.
+            exchange.hold(len(body))
+            message = await self._turns.parse(_PARSER, body, PREFIX_BYTES)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
@@ -133,13 +135,6 @@ class FastInfer:
                 raise
         except BaseException as err:
             exchange.refuse(err)
-
-    async def _parse(self, body: bytes, exchange: Exchange) -> pb.ModelInferRequest:
-        data, raw = cut(body) if len(body) > LARGE_BYTES else (body[PREFIX_BYTES:], None)
-        # The message is a copy.
-        exchange.hold(len(data))
-        message = await self._turns.parse(_PARSER, data)
-        return cast("pb.ModelInferRequest", LargeRequest(message, raw)) if raw else message
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.fast_path.large_request import RequestParser
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.requests import request as reading
@@ -326,7 +327,7 @@ def bodies() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", bodies())
 def test_a_large_request_whose_raw_contents_are_cut_out_responds_as_any_other(folder, monkeypatch, form):
-    monkeypatch.setattr("services.infer.fast_path.infer_fast.LARGE_BYTES", 0)
+    monkeypatch.setattr("services.infer.fast_path.large_request.LARGE_BYTES", 0)
 
     async def work(server):
         for _ in range(2):
@@ -341,7 +342,7 @@ def test_numbers_of_a_large_request_are_never_copied(folder):
         asked.parameters["custom"].string_param = "no template has parameters"
         body = asked.SerializeToString()
         framed = struct.pack(">BI", 0, len(body)) + body
-        message = await server.short._parse(framed, Asked())
+        message = RequestParser()(framed, 5)
         read = reading.read(message, server.models.find("two", "").loaded.model.signature)
         memory = np.frombuffer(framed, np.uint8)
         assert all(np.may_share_memory(array, memory) for array in read.inputs.values())
