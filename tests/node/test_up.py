@@ -191,24 +191,23 @@ def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_o
     ports.write_text(json.dumps({name: port + 1 for name, port in json.loads(ports.read_text()).items()}))
     second = node("--model-control", "explicit", "--allow-code", data_dir=first.data_dir)
     assert "double" in second.shoal("models", "list").stdout
-    loads_and_unloads(second, onnx_models)
     plain.append(second)
 
 
-def loads_and_unloads(one: Any, onnx_models: Path) -> None:
-    """Check that a node in explicit mode serves what is pushed, and loads and unloads it on request."""
+def test_a_node_in_explicit_mode_serves_what_is_pushed_and_loads_and_unloads_on_request(
+    node: Any, plain: list[Any], onnx_models: Path
+) -> None:
+    if not plain:
+        plain.append(node("--model-control", "explicit"))
     x = np.ones((1, 4), np.float32)
-    with Client(one.gateway) as client:
-        client.models.wait_ready("double")
+    with Client(plain[0].gateway) as client:
+        [pushed] = client.models.push(onnx_models / "double.onnx")
+        assert pushed.ready
         client.models.unload("double")
         with pytest.raises(NotFound):
             client.infer("double", {"x": x}, timeout=30)
         client.models.load("double")
         assert (client.infer("double", {"x": x}, timeout=30).outputs["y"] == 2).all()
-        # A push is served without a request to load it.
-        [pushed] = client.models.push(onnx_models / "slow.onnx")
-        assert pushed.ready
-        client.models.remove("slow")
 
 
 def test_the_shared_node_stops_in_order(running: Any) -> None:
