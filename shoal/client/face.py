@@ -94,15 +94,23 @@ class LoopThread:
 
         # An interrupted step may still be running when `items` is to be closed.
         step_lock = asyncio.Lock()
+        running: asyncio.Task[Any] | None = None
 
         async def step() -> tuple[T] | None:
+            nonlocal running
             async with step_lock:
+                running = asyncio.current_task()
                 try:
                     return (await anext(items),)
                 except StopAsyncIteration:
                     return None
+                finally:
+                    running = None
 
         async def end() -> None:
+            # `run` cancels an interrupted step, unless the interrupt comes before `run` waits for it.
+            if running is not None:
+                running.cancel()
             async with step_lock:
                 await items.aclose()
 

@@ -274,7 +274,8 @@ def test_an_invalid_address_is_rejected() -> None:
         shoal.Client("nowhere")
 
 
-def test_an_interrupt_while_an_iterator_waits(client: shoal.Client, served: Served) -> None:
+def never_answered(served: Served) -> threading.Event:
+    """Serve streams without responses; return the event of the first request."""
     arrived = threading.Event()
 
     async def silent(requests: Any, context: Any) -> Any:
@@ -284,6 +285,30 @@ def test_an_interrupt_while_an_iterator_waits(client: shoal.Client, served: Serv
         yield
 
     served.on(methods.MODEL_STREAM_INFER, silent, "stream_stream")
+    return arrived
+
+
+def test_an_interrupt_between_the_start_of_a_step_and_the_wait_for_it(client: shoal.Client, served: Served) -> None:
+    arrived = never_answered(served)
+
+    start = asyncio.run_coroutine_threadsafe
+    patch = pytest.MonkeyPatch()
+
+    def interrupted(coroutine: Any, loop: Any) -> Any:
+        patch.undo()
+        start(coroutine, loop)
+        assert arrived.wait(30)
+        raise KeyboardInterrupt
+
+    stream = client.infer_stream([shoal.InferRequest("m", {"x": np.zeros(1)})])
+    patch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert client.infer("m", {"x": np.zeros(1)})["x"].tolist() == [0]
+
+
+def test_an_interrupt_while_an_iterator_waits(client: shoal.Client, served: Served) -> None:
+    arrived = never_answered(served)
 
     main = threading.get_ident()
 
