@@ -46,7 +46,7 @@ LAYERS = {
     "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote errors
-        tenant_header _version
+        tenant_header no_retry_header _version
     """,
     "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
     "kernels": """
@@ -99,7 +99,15 @@ def within(name: str, *packages: str) -> bool:
 
 def allowed(module: str) -> tuple[str, ...]:
     """What of ours `module` may import."""
-    bottom = (*STUBS, "shoal.errors", "shoal.tenant_header", "shoal.oip", "shoal.__version__", "shoal._version")
+    bottom = (
+        *STUBS,
+        "shoal.errors",
+        "shoal.tenant_header",
+        "shoal.no_retry_header",
+        "shoal.oip",
+        "shoal.__version__",
+        "shoal._version",
+    )
     if within(module, "kernels"):
         return ("kernels",)
     if within(module, "mesh"):

@@ -22,6 +22,7 @@ from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import Previ
 
 from mesh.xds.clusters import model_cluster
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
+from shoal.no_retry_header import NO_RETRY_HEADER
 
 NAME = "services"
 """The only route configuration, which the gateway and the outbound listener share."""
@@ -285,12 +286,15 @@ def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]
         "match": match,
         "route": {
             "cluster": cluster,
-            # The default of 15 s would end long inferences and watches. Envoy enforces the caller's deadline instead.
+            # The default of 15 s would end long inferences and watches. No max_stream_duration: the instance ends a
+            # call at its deadline, with a status. Envoy would be as early, and reset a stream whose response has begun.
             "timeout": "0s",
-            "max_stream_duration": {"grpc_timeout_header_max": "0s"},
             "idle_timeout": "0s",
             "retry_policy": {
                 "retry_on": retry_on,
+                # A call with the header is not retried at all. Envoy removes its own headers for retries from the calls
+                # of clients, since they can ask for more retries, too.
+                "retriable_request_headers": [{"name": NO_RETRY_HEADER, "present_match": True, "invert_match": True}],
                 # The bound also limits the damage of a poison request, which kills each instance that runs it.
                 "num_retries": 2,
                 "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.1s"},

@@ -34,6 +34,7 @@ from services.coord.traffic import table
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from shoal.no_retry_header import NO_RETRY_HEADER
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, Process, until
@@ -482,8 +483,17 @@ async def until_asked(mesh: Mesh, name: str) -> None:
     await until(is_there, f"the call is at {name}")
 
 
-@pytest.mark.parametrize("by", ["service", "client"])
-async def test_only_services_may_say_that_their_calls_are_not_retried(mesh: Mesh, by: str):
+@pytest.mark.parametrize(
+    ("by", "header", "is_retried"),
+    [
+        ("service", ("x-envoy-max-retries", "0"), False),
+        ("client", ("x-envoy-max-retries", "0"), True),
+        ("client", (NO_RETRY_HEADER, "1"), False),
+    ],
+)
+async def test_envoys_header_against_retries_is_for_services_and_ours_for_clients(
+    mesh: Mesh, by: str, header: tuple[str, str], is_retried: bool
+):
     await mesh.replica(0)
     await mesh.replica(1)
     await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
@@ -492,20 +502,19 @@ async def test_only_services_may_say_that_their_calls_are_not_retried(mesh: Mesh
     before = sum(retries.values())
     async with Channel(address) as channel:
         call = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
-        once = [("x-envoy-max-retries", "0")]
-        under_way = asyncio.create_task(call(request("b", sleep_ms=60_000), timeout=60, metadata=once))
+        under_way = asyncio.create_task(call(request("b", sleep_ms=60_000), timeout=60, metadata=[header]))
         await until_asked(mesh, "infer-1")
         mesh.replicas[1].kill()
         code, text = await refusal(under_way)
     assert code is grpc.StatusCode.UNAVAILABLE
     retries = await mesh.envoy.stats("cluster.model/b.upstream_rq_retry$")
     assert list(retries) == ["cluster.model/b.upstream_rq_retry"]
-    if by == "service":
-        assert text.endswith("reset reason: connection termination")
-        assert sum(retries.values()) == before
-    else:
+    if is_retried:
         assert "retried and the latest reset reason" in text
         assert sum(retries.values()) > before
+    else:
+        assert text.endswith("reset reason: connection termination")
+        assert sum(retries.values()) == before
 
 
 async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):

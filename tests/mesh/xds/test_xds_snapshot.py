@@ -136,13 +136,15 @@ def routes_of(shot) -> list:
     return RouteConfiguration.parse(shot.of(ROUTES)[NAME].packed.value).virtual_hosts[0].routes
 
 
-def test_every_route_retries_elsewhere_has_no_timeout_of_its_own_and_obeys_the_callers():
+def test_every_route_retries_elsewhere_unless_the_caller_forbids_it_and_leaves_deadlines_to_the_instances():
     refusal, *routes = routes_of(made(infer(0, "a")))
     assert refusal.direct_response is not None  # Of paths that are no text.
     for route in routes:
         action = route.route
         assert action.timeout.total_seconds() == 0
-        assert action.max_stream_duration.grpc_timeout_header_max.total_seconds() == 0
+        assert action.max_stream_duration is None, "an instance ends a call at its deadline"
+        (allowed,) = action.retry_policy.retriable_request_headers
+        assert (allowed.name, allowed.present_match, allowed.invert_match) == ("x-shoal-no-retry", True, True)
         assert action.retry_policy.retry_host_predicate[0].name == "envoy.retry_host_predicates.previous_hosts"
         assert 1 <= action.retry_policy.num_retries <= 3
 
