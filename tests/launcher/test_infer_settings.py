@@ -16,7 +16,8 @@ from shoal.node.plan import Layout
 def settings(folder: Path, environ: Mapping[str, str] | None = None, **options: object) -> dict[str, str]:
     """Return the settings of model control and code that an instance of infer gets."""
     chosen = checked(data_dir=folder, **options)  # type: ignore[arg-type]
-    groups = plan.groups(chosen, Layout(folder / "run", 1, 2), environ or {}, 1)
+    layout = Layout(folder / "run", 1, 2, gateway_host=chosen.gateway_host)
+    groups = plan.groups(chosen, layout, environ or {}, 1)
     (infer,) = (spec for group in groups for spec in group if spec.name == "infer-0")
     found = {**(environ or {}), **infer.env}
     names = ("MODEL_CONTROL", "LOAD_MODELS", "ALLOW_CODE")
@@ -37,14 +38,13 @@ def test_pushed_models_are_served_in_explicit_mode(tmp_path: Path, by: str) -> N
     assert settings(tmp_path, {**environ, "SHOAL_INFER_LOAD_MODELS": "a"}, **options)["LOAD_MODELS"] == "a"
 
 
-def test_code_needs_the_option_where_other_machines_reach_the_gateway(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "HOST", "0.0.0.0")
-    assert settings(tmp_path)["ALLOW_CODE"] == "false"
-    assert settings(tmp_path, allow_code=True)["ALLOW_CODE"] == "true"
-    assert settings(tmp_path, {"SHOAL_INFER_ALLOW_CODE": "true"})["ALLOW_CODE"] == "true"
-    assert settings(tmp_path, {"SHOAL_INFER_ALLOW_CODE": "false"}, allow_code=True)["ALLOW_CODE"] == "true"
+def test_code_needs_the_option_where_other_machines_reach_the_gateway(tmp_path: Path) -> None:
+    listens = {"listen": "0.0.0.0:8443", "is_insecure": True}
+    no, yes = {"SHOAL_INFER_ALLOW_CODE": "false"}, {"SHOAL_INFER_ALLOW_CODE": "true"}
+    assert settings(tmp_path, **listens)["ALLOW_CODE"] == "false"
+    assert settings(tmp_path, **listens, allow_code=True)["ALLOW_CODE"] == "true"
+    assert settings(tmp_path, yes, **listens)["ALLOW_CODE"] == "true"
+    assert settings(tmp_path, no, **listens, allow_code=True)["ALLOW_CODE"] == "true"
 
 
 @pytest.mark.parametrize(
