@@ -15,7 +15,7 @@ from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import ParseTurns
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
-from services.infer.fast_path.large_request import RequestParser
+from services.infer.fast_path.large_request import RequestParser, shared_bytes
 from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
@@ -121,6 +121,8 @@ class FastInfer:
             # The message is a copy.
             exchange.hold(len(body))
             message = await self._turns.parse(_PARSER, body, PREFIX_BYTES)
+            if shared := shared_bytes(message):
+                exchange.release(shared)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)

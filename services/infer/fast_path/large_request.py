@@ -34,6 +34,11 @@ class LargeRequest:
         return getattr(self._message, name)
 
 
+def shared_bytes(message: object) -> int:
+    """Return the bytes of a message that are views of its body, and no copies."""
+    return sum(map(len, message.raw_input_contents)) if isinstance(message, LargeRequest) else 0
+
+
 class RequestParser(Parser[pb.ModelInferRequest]):
     """Parser of the bodies of ModelInfer. Of a large one it returns a LargeRequest."""
 

@@ -17,7 +17,7 @@ from onnx import TensorProto
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.infer_fast import FastInfer
-from services.infer.fast_path.large_request import RequestParser
+from services.infer.fast_path.large_request import RequestParser, shared_bytes
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.requests import request as reading
@@ -346,6 +346,8 @@ def test_numbers_of_a_large_request_are_never_copied(folder):
         read = reading.read(message, server.models.find("two", "").loaded.model.signature)
         memory = np.frombuffer(framed, np.uint8)
         assert all(np.may_share_memory(array, memory) for array in read.inputs.values())
+        assert shared_bytes(message) == 2 * 4 * 200_000
+        assert shared_bytes(message.inputs[0]) == 0
         await server.agree(body)
 
     both_ways(folder, work)
