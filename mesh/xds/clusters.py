@@ -100,6 +100,11 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
     return pack(ENDPOINTS, name, ClusterLoadAssignment.from_dict(assignment))
 
 
+MAX_FRAMES = 1 << 30
+"""Frames that wait for an upstream to read. At 10,000, the default, Envoy closes the connection with all calls on it:
+one client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes."""
+
+
 def http2() -> dict[str, Any]:
     """Return the typed options of a cluster that uses HTTP/2, with pings that detect a frozen upstream."""
     options = {
@@ -107,6 +112,7 @@ def http2() -> dict[str, Any]:
         "connection_keepalive": {"interval": "2s", "timeout": "5s"},
         "initial_stream_window_size": STREAM_WINDOW,
         "initial_connection_window_size": CONNECTION_WINDOW,
+        "max_outbound_frames": MAX_FRAMES,
     }
     protocol = {"explicit_http_config": {"http2_protocol_options": options}}
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(HttpProtocolOptions, protocol)}

@@ -84,6 +84,13 @@ def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
     assert "retry_budget" in cluster["circuit_breakers"]["thresholds"][0]
 
 
+def test_a_client_can_neither_hold_an_iteration_nor_flood_the_connection_to_a_worker() -> None:
+    [listener], [cluster] = (made()["static_resources"][kind] for kind in ("listeners", "clusters"))
+    assert listener["per_connection_buffer_limit_bytes"] == 32 << 10
+    [options] = cluster["typed_extension_protocol_options"].values()
+    assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_frames"] > 1_000_000
+
+
 def test_calls_end_by_their_own_deadlines_only() -> None:
     route = route_of(made())
     assert (route["timeout"], route["idle_timeout"]) == ("0s", "0s")

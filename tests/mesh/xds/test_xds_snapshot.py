@@ -13,7 +13,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext
 
 from mesh.cluster.membership import Instance, ReadyModel, State
-from mesh.xds.clusters import Endpoint, cluster, model_cluster
+from mesh.xds.clusters import Endpoint, cluster, http2, model_cluster
 from mesh.xds.resource import CLUSTER, ENDPOINTS, LISTENER, ROUTES, pack
 from mesh.xds.routes import NAME, ModelRoutes, RouteTable, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, checked, clusters_of, envoy_node, snapshot
@@ -199,6 +199,7 @@ def test_only_a_unary_call_without_its_whole_message_has_an_idle_timeout():
 def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
     for name, streams in (("gateway", 1024), ("outbound", 4096)):
         message = Listener.parse(made().of(LISTENER)[name].packed.value)
+        assert message.per_connection_buffer_limit_bytes == 32 << 10
         packed = message.filter_chains[0].filters[0].typed_config
         manager = HttpConnectionManager.parse(packed.value)
         assert manager.http2_protocol_options.max_concurrent_streams == streams
@@ -206,6 +207,11 @@ def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
         internal = manager.internal_address_config
         assert internal.unix_sockets is (name == "outbound")
         assert [each.address_prefix for each in internal.cidr_ranges] == ["0.0.0.0"]
+
+
+def test_frames_of_one_client_cannot_close_the_connection_to_an_instance():
+    [options] = http2().values()
+    assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_frames"] > 1_000_000
 
 
 def test_bulks_are_routed_by_their_header_and_not_at_all_without_it():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -48,30 +49,37 @@ def connected(port: int) -> bool:
     return True
 
 
-@pytest.mark.envoy
-async def test_a_burst_of_calls_does_not_delay_another_connection(run_dir: Path, handled: list[str]) -> None:
+@asynccontextmanager
+async def envoy(run_dir: Path) -> AsyncIterator[tuple[int, int]]:
+    """Run an Envoy with one thread in front of `run_dir/s.sock`; give its pid and port."""
     port, config = processes.free_port(), run_dir / "envoy.json"
     document = bootstrap(host="127.0.0.1", port=port, workers=[f"{run_dir}/s.sock"], admin=f"{run_dir}/a.sock")
     config.write_text(json.dumps(document))
     command = [str(processes.find_binary("envoy")), "--config-path", str(config), "--concurrency", "1"]
-    envoy = subprocess.Popen([*command, "--disable-hot-restart", "--log-level", "error"])
+    process = subprocess.Popen([*command, "--disable-hot-restart", "--log-level", "error"])
     try:
         await until(lambda: connected(port), "Envoy listens")
+        yield process.pid, port
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        process.terminate()
+        process.wait(PATIENCE_S)
+
+
+@pytest.mark.envoy
+async def test_a_burst_of_calls_does_not_delay_another_connection(run_dir: Path, handled: list[str]) -> None:
+    async with envoy(run_dir) as (pid, port):
         flood, other = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
         with flood, other:
             for peer in (flood, other):
-                # Each call is whole: both connections are open, and Envoy is connected to the server.
+                # Both connections are open, and Envoy is connected to the server.
                 peer.sendall(greeting() + calls(CALL, 1))
             await until(lambda: len(handled) == 2, "both connections work")
             handled.clear()
             # Envoy finds both at the same time, the burst first.
-            os.kill(envoy.pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
             flood.sendall(calls(FLOOD, CALLS, first=3))
             other.sendall(calls(CALL, 1, first=3))
-            os.kill(envoy.pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
             await until(lambda: len(handled) > CALLS, "all calls are handled")
-    finally:
-        os.kill(envoy.pid, signal.SIGCONT)
-        envoy.terminate()
-        envoy.wait(PATIENCE_S)
     assert handled.index(CALL) < CALLS / 4
