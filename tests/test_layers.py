@@ -6,6 +6,7 @@ shoal.compress -> shoal.convert -> shoal's errors; only when a model is converte
 services  -> mesh, kernels, shoal's stubs, errors, tensor codec and own_packages; never each other
 mesh      -> shoal's stubs and errors; names no service, not even in a string
 kernels   -> nothing of ours, no grpc, no asyncio
+shoal.access -> shoal's errors; all others may ask it who may call what
 shoal.client, shoal.discovery -> shoal's stubs, errors and tensor codec
 shoal.client -> mesh.rpc.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
                 which ingest calls the others, too
@@ -25,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shoal", "mesh", "services", "kernels")
 LAYERS = {
     "services/infer": """
-        __main__ app rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config sources
+        __main__ app rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config
+        policy_file sources
         loading response_cache sequences scheduling remote model_process runtimes requests model_files sans_io offload
         error_text
     """,
@@ -45,9 +47,10 @@ LAYERS = {
     """,
     "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
-        cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote errors
-        tenant_header no_retry_header _version
+        cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
+        errors tenant_header no_retry_header _version
     """,
+    "shoal/access": "gateway decision tokens policy patterns rpc_groups caller_header",
     "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
@@ -101,6 +104,7 @@ def allowed(module: str) -> tuple[str, ...]:
     """What of ours `module` may import."""
     bottom = (
         *STUBS,
+        "shoal.access",
         "shoal.errors",
         "shoal.tenant_header",
         "shoal.no_retry_header",
@@ -108,6 +112,8 @@ def allowed(module: str) -> tuple[str, ...]:
         "shoal.__version__",
         "shoal._version",
     )
+    if within(module, "shoal.access"):
+        return ("shoal.access", "shoal.errors")
     if within(module, "kernels"):
         return ("kernels",)
     if within(module, "mesh"):

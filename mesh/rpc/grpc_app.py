@@ -13,6 +13,7 @@ from typing import Any
 from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, OVERSIZED, Block, response_head
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.rpc import status
+from mesh.rpc.access import Access
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import no_memory
@@ -61,6 +62,7 @@ class GrpcApp:
         message_bytes: int = MESSAGE_BYTES,
         clock: Callable[[], float] = time.monotonic,
         tracer: FastTracer | None = None,
+        access: Access | None = None,
     ) -> None:
         self.methods = methods
         self._fast_methods = fast_methods
@@ -70,6 +72,8 @@ class GrpcApp:
         self.threads = MessageThreads()
         self.turns = ParseTurns()
         self.tracer = tracer
+        self.access = access
+        """Admits calls on the slow path. Fast methods admit their calls themselves."""
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""
 

@@ -23,6 +23,7 @@ from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
 from mesh.h2.server_connection import Memory
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
+from mesh.rpc.access import Access
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
@@ -65,6 +66,7 @@ class Server:
         serves_health: the server itself serves health checks; otherwise one of `rpcs` does.
         body_bytes: limit of what all connections may hold of requests whose body is not whole, or not read.
         unread_bytes: limit of what all connections may hold of responses that their clients do not read.
+        access: admits calls; None: every caller may call every method. Fast methods must ask it themselves.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -82,6 +84,7 @@ class Server:
         serves_health: bool = True,
         body_bytes: int = BODY_BYTES,
         unread_bytes: int = UNREAD_BYTES,
+        access: Access | None = None,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -90,6 +93,7 @@ class Server:
         self._fast_methods = fast_methods
         self._methods = methods
         self._share_port = share_port
+        self._access = access
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor()
         self._stalls = StallWatch()
@@ -101,7 +105,9 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._set_health(is_serving=False)
-        self._app = GrpcApp(self._method_table(), self._fast_methods, tracer=FastTracer.of_process())
+        self._app = GrpcApp(
+            self._method_table(), self._fast_methods, tracer=FastTracer.of_process(), access=self._access
+        )
         self._listener = Listener(self._listen, self._app, share_port=self._share_port, memory=self.memory)
         self.address = await self._listener.start()
         self._stalls.start()

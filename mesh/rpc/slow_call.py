@@ -20,6 +20,7 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
 from mesh.rpc import status
+from mesh.rpc.access import Access
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.framing import (
     ACCEPTED,
@@ -39,6 +40,7 @@ from mesh.rpc.framing import (
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, ParseTurns
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 # A stream that has never sent a message is ended after so long, as at Envoy (stream_idle_timeout). One that has may be
 # silent as long as it likes.
 _NEVER_SENT_S = 300.0
+CALLER = CALLER_HEADER.encode()
 
 
 class CallTable(Protocol):
@@ -59,6 +62,8 @@ class CallTable(Protocol):
     threads: MessageThreads
     turns: ParseTurns
     tasks: set[asyncio.Task[None]]
+    access: Access | None
+    """None: every caller may call every method."""
 
 
 class Disconnected(OSError):
@@ -74,6 +79,7 @@ class SlowCall:
         self._response = _Response(stream, app.message_bytes)
         self._head = stream.head
         self._peer = stream.peer
+        self._refusal: ShoalError | None = None
         task = asyncio.create_task(self._run(), name=stream.head.path)
         app.tasks.add(task)
         task.add_done_callback(app.tasks.discard)
@@ -95,6 +101,12 @@ class SlowCall:
         if task is not None:
             task.cancel()
 
+    def end(self, error: ShoalError) -> None:
+        """Cancel the handler, and end the call with `error`."""
+        self._refusal = error
+        if self._task is not None:
+            self._task.cancel()
+
     async def _run(self) -> None:
         response = self._response
         try:
@@ -102,6 +114,9 @@ class SlowCall:
         except Disconnected:
             pass
         except asyncio.CancelledError:
+            if self._refusal is not None:
+                response.end(self._refusal.code, self._refusal.message)
+                return
             response.end(Code.UNAVAILABLE, "this instance is stopping")
             raise
         # SystemExit, too: an exception of one call must not end the others.
@@ -114,10 +129,18 @@ class SlowCall:
             err.__traceback__ = None
 
     async def _call(self) -> None:
-        app, response, headers = self._app, self._response, self._head.by_name
+        app, headers = self._app, self._head.by_name
         handler = app.methods.get(self._head.path)
         if handler is None:
             raise Unimplemented(f"Method not found: this server does not implement {self._head.path}")
+        if app.access is None:
+            await self._admitted(handler)
+        else:
+            with app.access.open_call(self._head.path, headers.get(CALLER), self.end):
+                await self._admitted(handler)
+
+    async def _admitted(self, handler: Any) -> None:
+        app, response, headers = self._app, self._response, self._head.by_name
         encoding = headers.get(b"grpc-encoding")
         check_encoding(encoding)
         self._messages.begin(encoding, is_single=not handler.request_streaming)

@@ -18,6 +18,7 @@ from mesh.process.crash_journal import CrashJournal
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
 from mesh.process.watched import Watched
+from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Rpc, Server
 from services.infer.config import InferConfig
@@ -30,6 +31,7 @@ from services.infer.models.load_context import LoadContext, identity
 from services.infer.models.models import Models
 from services.infer.models.trials import Trials
 from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.policy_file import followed
 from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc, trials_rpc
 from services.infer.runtimes.choice import Runtimes
@@ -43,11 +45,11 @@ from services.infer.sources.registry import Registry
 from services.infer.sources.store_client import StoreClient
 
 
-def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials) -> list[Rpc]:
+def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:
     """Return the gRPC services: the inference protocol; in a mesh the bulk calls of jobs; with the store the trials."""
-    bulk = [bulk_rpc(core)] if config.mesh is not None else []
+    bulk = [bulk_rpc(core, access)] if config.mesh is not None else []
     trying = [trials_rpc(trials, core.replica)] if config.cache_dir is not None else []
-    return [inference_rpc(core), *bulk, *trying]
+    return [inference_rpc(core, access), *bulk, *trying]
 
 
 async def run(config: InferConfig) -> None:
@@ -73,14 +75,16 @@ async def run(config: InferConfig) -> None:
         # Of processes that share a port, only one would receive a load or unload: their models would differ.
         on_request = None if config.share_port else control
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
+        access = await stack.enter_async_context(followed(config.policy)) if config.policy is not None else None
         server = Server(
             config.listen,
-            rpcs_of(config, core, trials),
+            rpcs_of(config, core, trials, access),
             drain_ms=config.drain_ms,
-            fast_methods=fast_methods(core),
+            fast_methods=fast_methods(core, access),
             share_port=config.share_port,
             body_bytes=config.body_bytes,
             unread_bytes=config.unread_bytes,
+            access=access,
         )
         inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:

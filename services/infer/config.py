@@ -58,6 +58,9 @@ class InferConfig(ServiceConfig):
     """Requests that may wait for one model version, unless its configuration sets a bound."""
     queue_bytes: Annotated[int, Field(ge=1)] = _DEFAULT.size_bytes
     """Bytes of inputs that may wait for one model version."""
+    policy: Path | None = None
+    """Policy of access, as JSON, for a server behind a gateway that verifies callers. The file is re-read when it is
+    replaced. `listen` must then be a unix socket, to which only that gateway can connect."""
     response_cache_bytes: Annotated[int, Field(ge=0)] = DEFAULT_BYTES
     """Size of the response cache, shared by all models that use it; 0: no response is cached."""
 
@@ -76,6 +79,15 @@ class InferConfig(ServiceConfig):
         if self.model_control == "poll" and self.repository is None:
             raise ValueError(
                 "SHOAL_INFER_MODEL_CONTROL=poll needs SHOAL_INFER_REPOSITORY: the store is followed anyway"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_behind_a_gateway(self) -> InferConfig:
+        if self.policy is not None and not self.listen.startswith("unix:"):
+            raise ValueError(
+                "SHOAL_INFER_POLICY needs a unix socket as SHOAL_INFER_LISTEN: callers at another address could name "
+                "themselves whoever they like"
             )
         return self
 

@@ -48,6 +48,10 @@ EXTENSIONS = ("classification", "model_configuration", "schedule_policy", "stati
 CONTROL_EXTENSIONS = ("model_repository", "model_repository(unload_dependents)")
 
 
+def _everything(model: str) -> bool:
+    return True
+
+
 class InferenceServer:
     """Inference over the models of one instance; `replica` is its name, `<node>/<instance>`."""
 
@@ -116,24 +120,34 @@ class InferenceServer:
         """Return the completed configuration. Raises as `model_metadata` does."""
         return pb.ModelConfigResponse(config=self.models.find(request.name, request.version).loaded.model.config)
 
-    def model_statistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
-        """Return the statistics of every requested ready version.
+    def model_statistics(
+        self, request: pb.ModelStatisticsRequest, may_see: Callable[[str], bool] = _everything
+    ) -> pb.ModelStatisticsResponse:
+        """Return the statistics of every requested ready version; without a name, of the models that `may_see` allows.
 
         Raises:
             InvalidArgument: no such version is ready, or the version is not a number.
         """
         number = version_number(request.version)
-        names = [request.name] if request.name else self.models.names()
+        names = [request.name] if request.name else [name for name in self.models.names() if may_see(name)]
         versions = [v for name in names for v in self.models.versions(name) if number in (None, v.number)]
         if request.name and not versions:
             which = quoted(request.name) + (f" version {number}" if number is not None else "")
             raise InvalidArgument(f"requested model {which} is not available")
         return pb.ModelStatisticsResponse(model_stats=[v.statistics.message(v.name, v.number) for v in versions])
 
-    def index(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
-        """Return the state of every version of every model. Raises Unimplemented for a named repository."""
+    def index(
+        self, request: pb.RepositoryIndexRequest, may_see: Callable[[str], bool] = _everything
+    ) -> pb.RepositoryIndexResponse:
+        """Return the state of every version of every model that `may_see` allows.
+
+        Raises:
+            Unimplemented: the request names a repository.
+        """
         _only_repository(request.repository_name)
-        rows = [row for row in self.models.index() if row.state is State.READY or not request.ready]
+        rows = [
+            row for row in self.models.index() if (row.state is State.READY or not request.ready) and may_see(row.name)
+        ]
         index = pb.RepositoryIndexResponse.ModelIndex
         return pb.RepositoryIndexResponse(
             models=[

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from mesh.rpc.access import Access
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.interceptors import Context
@@ -22,6 +23,8 @@ from services.infer.fast_path.bulk import Bulk
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.models.trials import Trials
 from services.infer.scheduling.crash_guard import ATTEMPT
+from shoal.access import rpc_groups
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -29,12 +32,28 @@ from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.store.v1 import store_pb2
 from shoal.tenant_header import TENANT_HEADER
 
+_SERVICE = "/inference.GRPCInferenceService/"
+
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """gRPC servicer of an InferenceServer."""
 
-    def __init__(self, server: InferenceServer) -> None:
+    def __init__(self, server: InferenceServer, access: Access | None = None) -> None:
+        """Serve `server`; `access` decides about each model that a message names."""
         self._server = server
+        self._access = access
+
+    def _check(self, context: Context, method: str, model: str) -> None:
+        if self._access is not None:
+            self._access.check(_SERVICE + method, _caller(context), model)
+
+    def _may_see(self, context: Context, method: str) -> Callable[[str], bool]:
+        """Return a function that returns True for the models that the caller may see in a list."""
+        access = self._access
+        if access is None:
+            return lambda model: True
+        caller = _caller(context)
+        return lambda model: access.allows(_SERVICE + method, caller, model)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         return self._server.live()
@@ -43,29 +62,34 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return self._server.ready()
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        self._check(context, "ModelReady", request.name)
         return self._server.model_ready(request)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         return self._server.metadata()
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        self._check(context, "ModelMetadata", request.name)
         return self._server.model_metadata(request)
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        self._check(context, "ModelConfig", request.name)
         return self._server.model_config(request)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
-        return self._server.model_statistics(request)
+        if request.name:
+            self._check(context, "ModelStatistics", request.name)
+        return self._server.model_statistics(request, self._may_see(context, "ModelStatistics"))
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
-        return self._server.index(request)
+        return self._server.index(request, self._may_see(context, "RepositoryIndex"))
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         memory = _memory(context)
         return await self._server.infer(
             request,
             _deadline(context),
-            _tenant(context),
+            _tenants(context, self._access, rpc_groups.MODEL_INFER)(request.model_name),
             is_retry=_is_retry(context),
             memory=memory,
             message_bytes=memory.message_bytes,
@@ -74,15 +98,20 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        server, deadline, tenant = self._server, _deadline(context), _tenant(context)
-        is_retry = _is_retry(context)
+        server, deadline, is_retry = self._server, _deadline(context), _is_retry(context)
+        tenant_of = _tenants(context, self._access, rpc_groups.MODEL_STREAM_INFER)
         responses = model_stream_infer.stream_responses(
             request_iterator,
             lambda message, part: server.infer(
-                message, deadline, tenant, is_retry=is_retry, memory=part, message_bytes=part.message_bytes
+                message,
+                deadline,
+                tenant_of(message.model_name),
+                is_retry=is_retry,
+                memory=part,
+                message_bytes=part.message_bytes,
             ),
             lambda message, part: (
-                server.responses(message, deadline, tenant, part, part.message_bytes)
+                server.responses(message, deadline, tenant_of(message.model_name), part, part.message_bytes)
                 if server.is_decoupled(message)
                 else None
             ),
@@ -95,11 +124,16 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
+        self._check(context, "RepositoryModelLoad", request.model_name)
+        # A configuration may name another backend, or another address. A file may be code.
+        if request.parameters:
+            self._check(context, "RepositoryModelLoad#code", request.model_name)
         return await self._server.load_model(request)
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
+        self._check(context, "RepositoryModelUnload", request.model_name)
         return await self._server.unload_model(request)
 
     async def SystemSharedMemoryStatus(self, request: pb.SystemSharedMemoryStatusRequest, context: Context) -> NoReturn:
@@ -133,11 +167,11 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         _unsupported("LogSettings", "the log level is set by SHOAL_INFER_LOG_LEVEL")
 
 
-def inference_rpc(server: InferenceServer) -> Rpc:
-    """Return the gRPC service of `server`."""
+def inference_rpc(server: InferenceServer, access: Access | None = None) -> Rpc:
+    """Return the gRPC service of `server`. `access` decides about models, `mesh.rpc.server` about methods."""
 
     def add(to: grpc.aio.Server) -> None:
-        pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server), to)
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server, access), to)
 
     return Rpc(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"], add)
 
@@ -145,24 +179,27 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
     """gRPC servicer of bulks, on the fast path of an InferenceServer."""
 
-    def __init__(self, server: InferenceServer) -> None:
+    def __init__(self, server: InferenceServer, access: Access | None = None) -> None:
         self._replica = server.replica
-        self._infer = FastInfer(server, server.models)
+        self._infer = FastInfer(server, server.models, access)
 
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
     ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
-        bulk = Bulk(self._infer, self._replica, memory=_memory(context))
+        bulk = Bulk(self._infer, self._replica, memory=_memory(context), caller=_caller(context))
         async with aclosing(bulk.responses(request_iterator)) as responses:
             async for response in responses:
                 yield response
 
 
-def bulk_rpc(server: InferenceServer) -> Rpc:
-    """Return the gRPC service of bulks, an endpoint of `server` for the services of its mesh."""
+def bulk_rpc(server: InferenceServer, access: Access | None = None) -> Rpc:
+    """Return the gRPC service of bulks, an endpoint of `server` for the services of its mesh.
+
+    `access` decides about each entry by its model, and by the caller of the bulk.
+    """
 
     def add(to: grpc.aio.Server) -> None:
-        bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server), to)
+        bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server, access), to)
 
     return Rpc(bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"], add)
 
@@ -211,12 +248,35 @@ def _is_retry(context: Context) -> bool:
     return any(key == ATTEMPT and value != "1" for key, value in context.invocation_metadata() or ())
 
 
-def _tenant(context: Context) -> str:
-    """Return the tenant that the caller names; empty without one."""
+def _header(context: Context, name: str) -> str | None:
     for key, value in context.invocation_metadata() or ():
-        if key == TENANT_HEADER:
-            return value if isinstance(value, str) else ""
-    return ""
+        if key == name:
+            return value if isinstance(value, str) else None
+    return None
+
+
+def _caller(context: Context) -> bytes | None:
+    """Return the verified caller as the gateway passes it; None without one."""
+    value = _header(context, CALLER_HEADER)
+    return None if value is None else value.encode("latin-1", "replace")
+
+
+def _tenants(context: Context, access: Access | None, rpc: str) -> Callable[[str], str]:
+    """Return a function that returns the tenant of a request to a model: the verified caller's.
+
+    Without `access`, every request has the tenant that the caller names. With it, the function raises PermissionDenied
+    or Unauthenticated when the caller may not call `rpc` for the model.
+    """
+    if access is None:
+        named = _header(context, TENANT_HEADER) or ""
+        return lambda model: named
+    value = _caller(context)
+
+    def tenant_of(model: str) -> str:
+        caller = access.check(rpc, value, model)
+        return "" if caller is None else caller.tenant
+
+    return tenant_of
 
 
 def _unsupported(method: str, instead: str) -> NoReturn:
@@ -227,6 +287,6 @@ def _no_shared_memory(method: str) -> NoReturn:
     _unsupported(method, "send tensors in the request")
 
 
-def fast_methods(server: InferenceServer) -> dict[str, FastHandler]:
+def fast_methods(server: InferenceServer, access: Access | None = None) -> dict[str, FastHandler]:
     """Return the handlers of the methods that a server serves on its fast path."""
-    return {"/inference.GRPCInferenceService/ModelInfer": FastInfer(server, server.models)}
+    return {rpc_groups.MODEL_INFER: FastInfer(server, server.models, access)}

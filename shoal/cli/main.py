@@ -18,7 +18,21 @@ from shoal import __version__, own_packages
 from shoal.cli.output import printable
 from shoal.errors import InvalidArgument, ShoalError
 
-COMMANDS = ("up", "serve", "models", "infer", "jobs", "tenants", "results", "store", "status", "context", "ca")
+COMMANDS = (
+    "up",
+    "serve",
+    "models",
+    "infer",
+    "jobs",
+    "tenants",
+    "results",
+    "store",
+    "status",
+    "context",
+    "ca",
+    "keys",
+    "policy",
+)
 """Each command is `app` of the module of that name in shoal.cli; the order is the one for newcomers."""
 
 

@@ -86,6 +86,14 @@ def serve(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_name: TlsName = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Who may call what (docs/policy.md). Calls then need a key; changes of the file are in force at once.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int,
         typer.Option(
@@ -113,6 +121,8 @@ def serve(
       shoal serve ./models --port 9000 --host 0.0.0.0 --tls auto --insecure
 
       shoal serve ./models --workers 4
+
+      shoal serve ./models --policy policy.yaml
 
       shoal serve ./models --model-control explicit --load-model double
 
@@ -147,6 +157,7 @@ def serve(
         settings,
         tls=tls_options(tls, tls_cert, tls_key, tls_name),
         data_dir=default_data_dir(os.environ.get("XDG_DATA_HOME")).expanduser(),
+        policy=policy,
     )
     raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mesh.process.exits import WRONG_SETTINGS
 from mesh.process.sockets import is_local
 from mesh.process.tasks import end
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import exposure, folder, probes
 from shoal.node.envoy_edge import Edge
@@ -29,6 +30,7 @@ from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
 from shoal.node.workers import Workers
 
 if TYPE_CHECKING:
+    from shoal.access.policy import Policy
     from shoal.node.tls.served import ServedCertificate, TlsOptions, Trust
 
 _POLL_S = 0.05
@@ -71,6 +73,8 @@ class ServeOptions:
     """Certificate of the address; None: clients speak plaintext."""
     data_dir: Path = Path()
     """Folder of the own CA."""
+    policy: Path | None = None
+    """Policy of access. None: every caller may call everything."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,22 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
         FailedPrecondition: the port is in use, or no Envoy is installed.
     """
     check(options.repository)
+    policy = _policy(options)
     threads = _threads(environ.get(_THREADS, "1"))
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         port = _reserve(stack.enter_context(Ports()), options.host, options.port)
         address = joined(options.host, port)
-        has_tls = options.tls is not None
-        front = choose(options.front, address, environ, is_insecure=options.is_insecure, has_tls=has_tls)
-        exposure.check("--host", address, has_tls=has_tls, is_insecure=options.is_insecure)
+        has_tls, has_policy, is_insecure = options.tls is not None, policy is not None, options.is_insecure
+        front = choose(options.front, address, environ, is_insecure=is_insecure, has_tls=has_tls, has_policy=has_policy)
+        exposure.check("--host", address, has_tls=has_tls, has_policy=has_policy, is_insecure=is_insecure)
         has_envoy = front.name == "envoy"
         run_dir = stack.enter_context(folder.private(environ)) if has_envoy or options.workers > 1 else None
         sockets = [f"{run_dir}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
         listens = [f"unix:{path}" for path in sockets] or [address] * options.workers
         shared = str(run_dir) if options.workers > 1 else ""
-        specs = [_spec(number, listen, options, environ, shared) for number, listen in enumerate(listens)]
+        policy_file = None if run_dir is None or policy is None else run_dir / "policy.json"
+        specs = [_spec(number, listen, options, environ, shared, policy_file) for number, listen in enumerate(listens)]
         workers = Workers(specs, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or options.workers > 1))
         if run_dir is None or not has_envoy:
             return await _Serving(workers, None, screen).run(partial(_announce, address, front, options.workers))
@@ -141,10 +147,28 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             report=screen.ended,
             heap=heap_bytes(environ),
             sds="" if served is None else str(served.sds),
+            policy=policy,
         )
-        announce = partial(_announce_behind, edge, specs, address, front, served)
+        announce = partial(
+            _announce_behind, edge, specs, address, front, served, None if policy is None else listens[0]
+        )
         keep = None if served is None else partial(served.keep, screen.trouble)
-        return await _Serving(workers, edge, screen, keep).run(announce)
+        serving = _Serving(workers, edge, screen, keep)
+        if policy is None or policy_file is None or options.policy is None:
+            return await serving.run(announce)
+        from shoal.node.policy_file import PolicyFile
+
+        async with PolicyFile(options.policy, policy, policy_file, edge, screen.trouble):
+            return await serving.run(announce)
+
+
+def _policy(options: ServeOptions) -> Policy | None:
+    if options.policy is None:
+        return None
+    # Imported here: servers without a policy start a fifth of a second earlier.
+    from shoal.access import policy as policies
+
+    return policies.load(options.policy)
 
 
 def _is_final(status: int, *, is_kept: bool) -> bool:
@@ -262,16 +286,22 @@ async def _announce_behind(
     address: str,
     front: Choice,
     served: ServedCertificate | None,
+    worker: str | None,
     workers: Workers,
     screen: Screen,
 ) -> None:
-    """Report that the workers serve behind `edge`, once each of them serves and calls pass through Envoy."""
+    """Report that the workers serve behind `edge`, once each of them serves and calls pass through Envoy.
+
+    `worker` is the address of one of them, to ask for its models where calls at `address` need a key.
+    """
     await _until(edge.is_ready)
     for spec in specs:
         await _until(spec.ready)
     await _until(edge.all_healthy)
-    await _until(lambda: probes.health(address, has_tls=served is not None))
-    await _ready(address, front, edge.pid, workers, screen, None if served is None else served.trust)
+    if worker is None:
+        await _until(lambda: probes.health(address, has_tls=served is not None))
+    trust = None if served is None else served.trust
+    await _ready(address, front, edge.pid, workers, screen, trust, worker)
 
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
@@ -281,9 +311,15 @@ async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def _ready(
-    address: str, front: Choice, envoy: int | None, workers: Workers, screen: Screen, trust: Trust | None = None
+    address: str,
+    front: Choice,
+    envoy: int | None,
+    workers: Workers,
+    screen: Screen,
+    trust: Trust | None = None,
+    worker: str | None = None,
 ) -> None:
-    models = await _models(address, has_tls=trust is not None)
+    models = await _models(worker or address, has_tls=trust is not None and worker is None)
     # The terminal or pipe may be closed: the server continues.
     with contextlib.suppress(OSError):
         screen.ready(Served(address, workers.pids, front, envoy, models, trust))
@@ -297,7 +333,10 @@ async def _models(address: str, *, has_tls: bool) -> list[ModelState]:
     async with probes.channel_to(address, has_tls=has_tls) as channel:
         stub: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
-            index = await stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest(), timeout=_INDEX_S)
+            # A worker takes the header from its own socket only, where this process alone can connect.
+            launcher = ((CALLER_HEADER, LAUNCHER.decode()),)
+            request = inference_pb2.RepositoryIndexRequest()
+            index = await stub.RepositoryIndex(request, timeout=_INDEX_S, metadata=launcher)
         except grpc.RpcError:
             # The server responded before, so it is being stopped.
             return []
@@ -305,13 +344,16 @@ async def _models(address: str, *, has_tls: bool) -> list[ModelState]:
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _spec(number: int, listen: str, options: ServeOptions, environ: Mapping[str, str], shared: str) -> ProcessSpec:
+def _spec(
+    number: int, listen: str, options: ServeOptions, environ: Mapping[str, str], shared: str, policy: Path | None
+) -> ProcessSpec:
     name = f"infer-{number}"
     settings = {
         **options.settings,
         "INSTANCE": name,
         "LISTEN": listen,
         **({} if is_local(listen) else {"INSECURE": "true"}),
+        **({} if policy is None else {"POLICY": str(policy)}),
         "REPOSITORY": str(options.repository.absolute()),
     }
     # The server logs to the user's terminal: warnings only. No Envoy watches its registration, so no notice is needed.

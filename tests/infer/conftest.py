@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
@@ -20,7 +21,7 @@ from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.operators.kernels_runtime import KernelsRuntime
-from services.infer.rpc import bulk_rpc, inference_rpc
+from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.runtime import Runtime
@@ -79,12 +80,19 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 
 @asynccontextmanager
 async def serving(
-    root: Path, socket: Path, limits: QueueLimits, runtime: Runtime | Runtimes | None = None
+    root: Path,
+    socket: Path,
+    limits: QueueLimits,
+    runtime: Runtime | Runtimes | None = None,
+    access: Access | None = None,
 ) -> AsyncIterator[Serving]:
+    """Serve a repository; with `access` also on the fast path, as a process does."""
     context = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
     async with Models(context) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
-        async with Server(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
+        fast = fast_methods(core, access) if access is not None else {}
+        rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
+        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, fast_methods=fast, access=access):
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

@@ -22,6 +22,7 @@ from mesh.rpc.interceptors import status_of
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
@@ -31,6 +32,7 @@ MAX_ENTRIES = 4_096
 _MESSAGE_BYTES = 4 << 20
 _RETRY = {ATTEMPT.encode(): b"2"}
 _TENANT = TENANT_HEADER.encode()
+CALLER = CALLER_HEADER.encode()
 _NO_PREFIX = bytes(PREFIX_BYTES)
 
 
@@ -43,9 +45,12 @@ class Bulk:
         instance: str,
         clock: Callable[[], float] = time.monotonic,
         memory: CallMemory = UNCOUNTED,
+        caller: bytes | None = None,
     ) -> None:
+        """`caller` is the verified caller of the call, as x-shoal-caller has it; each entry is one of its requests."""
         self._infer = infer
         self._memory = memory
+        self._caller = caller
         # Bytes of the outcomes that the client has not read, and those that the memory counts for them.
         self._unread_bytes = self._held_bytes = 0
         self._instance = instance
@@ -101,7 +106,10 @@ class Bulk:
         now = self._clock()
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
-            self._entries[message.number] = Entry(self._on_outcome, message, deadline, RequestPart(self._memory))
+            entry = Entry(self._on_outcome, message, deadline, RequestPart(self._memory))
+            if self._caller is not None:
+                entry.headers = {**entry.headers, CALLER: self._caller}
+            self._entries[message.number] = entry
         for message, entry in zip(entries, list(self._entries.values()), strict=True):
             try:
                 self._infer(_NO_PREFIX + message.request, entry)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+from mesh.rpc.access import Access
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import ParseTurns
 from services.infer.core import InferenceServer
@@ -23,13 +24,14 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
-_TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
+_TENANT, _ATTEMPT, _CALLER = TENANT_HEADER.encode(), ATTEMPT.encode(), CALLER_HEADER.encode()
 
 _PARSER = RequestParser()
 
@@ -68,7 +70,9 @@ class Exchange(Protocol):
 class FastInfer:
     """Handler of ModelInfer on the fast path (a mesh.rpc.fast_call.FastHandler), also of each entry of a bulk."""
 
-    def __init__(self, server: InferenceServer, models: Models) -> None:
+    def __init__(self, server: InferenceServer, models: Models, access: Access | None = None) -> None:
+        """Serve `models` of `server`; `access` decides about each request by its caller and its model."""
+        self._access = access
         self._server = server
         self._models = models
         self._by_name: dict[bytes, ModelTemplates] = {}
@@ -110,10 +114,16 @@ class FastInfer:
             return False
         if request is None or not id_field.isascii():
             return False
+        if self._access is None:
+            header = exchange.headers.get(_TENANT)
+            tenant = header.decode("latin-1") if header else ""
+        else:
+            caller = self._access.check_infer(exchange.headers.get(_CALLER), model_templates.name)
+            tenant = caller.tenant if caller is not None else ""
         version = self._models.find(model_templates.name, model_templates.number)
         if version is not model_templates.version:
             return False
-        _FastRequest(exchange, version, model_templates.prefix, found, id_field).start(request)
+        _FastRequest(exchange, version, model_templates.prefix, found, id_field).start(request, tenant)
         return True
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
@@ -123,7 +133,11 @@ class FastInfer:
             message = await self._turns.parse(_PARSER, body, PREFIX_BYTES)
             if shared := shared_bytes(message):
                 exchange.release(shared)
-            tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
+            if self._access is None:
+                tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
+            else:
+                caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
+                tenant = caller.tenant if caller is not None else ""
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
             )
@@ -169,14 +183,12 @@ class _FastRequest:
         self._template = found
         self._id = id_field
 
-    def start(self, request: InferenceRequest) -> None:
+    def start(self, request: InferenceRequest, tenant: str) -> None:
         exchange, version = self._exchange, self._version
-        tenant = exchange.headers.get(_TENANT)
-        name = tenant.decode("latin-1") if tenant else ""
         request.memory = exchange
         version.__enter__()
         try:
-            self._queued = version.scheduler.start(request, exchange.deadline, name, self)
+            self._queued = version.scheduler.start(request, exchange.deadline, tenant, self)
         except BaseException:
             version.__exit__(None, None, None)
             version.statistics.failed(0)

@@ -1,0 +1,153 @@
+"""Access to a server behind a gateway: decisions about calls, by the caller that the gateway has verified.
+
+    gateway ──x-shoal-caller──> Access ──decide(policy, caller, rpc, model)──> handler
+                                  └── a changed policy, an expired token ──> open calls end
+
+The policy is a snapshot. A new one replaces it with all cached decisions. The server must listen where only its gateway
+can connect: whoever connects may name any caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mesh.process.tasks import Background
+from shoal.access import caller_header
+from shoal.access.caller_header import LAUNCHER
+from shoal.access.decision import Applicable, Caller, Decision, caller_of
+from shoal.access.policy import Policy
+from shoal.access.rpc_groups import INDEX, MODEL_INFER, is_health_check
+from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+# Callers whose decisions are cached: as many as the gateway caches tokens. Beyond it, the cache is cleared.
+_CALLERS = 8192
+# Cached decisions of one caller, who chooses the names of models.
+_DECISIONS = 1024
+# Pause between two checks for expired tokens of open calls.
+_EXPIRY_CHECK_S = 2.0
+
+_ALLOWED = Decision(True, "a check of the server's health, or its launcher")
+
+
+class _Known:
+    """A caller and the decisions about its calls."""
+
+    __slots__ = ("_decisions", "applicable", "caller", "inferable")
+
+    def __init__(self, applicable: Applicable) -> None:
+        self.applicable = applicable
+        self.caller = applicable.caller
+        self.inferable: set[str] = set()
+        """Models of which the caller may call ModelInfer."""
+        self._decisions: dict[tuple[str, str | None], Decision] = {}
+
+    def decide(self, rpc: str, model: str | None) -> Decision:
+        found = self._decisions.get((rpc, model))
+        if found is None:
+            if len(self._decisions) >= _DECISIONS:
+                self._decisions.clear()
+                self.inferable.clear()
+            found = self._decisions[rpc, model] = self.applicable.decide(rpc, model)
+            if found.allowed and rpc == MODEL_INFER and model is not None:
+                self.inferable.add(model)
+        return found
+
+
+class Access(Background):
+    """Decides about the calls of one server. Use as `async with`, for the end of calls whose token expires.
+
+    `now` is the Unix time. A caller is given as the value of the header x-shoal-caller; None without one.
+    """
+
+    def __init__(self, policy: Policy, now: Callable[[], float] = time.time) -> None:
+        self._policy = policy
+        self._now = now
+        self._callers: dict[bytes | None, _Known] = {}
+        self._open: dict[object, tuple[str, bytes | None, Callable[[ShoalError], None]]] = {}
+
+    def set_policy(self, policy: Policy) -> None:
+        """Replace the policy. Open calls that it does not allow end with PERMISSION_DENIED."""
+        self._policy = policy
+        self._callers.clear()
+        self._end_open_calls()
+
+    def check(self, rpc: str, caller: bytes | None, model: str | None = None) -> Caller | None:
+        """Return the caller when it may call `rpc` for `model`; None for a call without one.
+
+        Args:
+            model: None: the RPC names no model, or its message is not read yet.
+
+        Raises:
+            Unauthenticated: there is no verified caller. PermissionDenied: the caller may not; the message says why.
+        """
+        decision = self._decide(rpc, caller, model)
+        if not decision.allowed:
+            raise (Unauthenticated if caller is None else PermissionDenied)(f"not allowed: {decision.rule}")
+        return None if caller is None or caller == LAUNCHER else self._known(caller).caller
+
+    def check_infer(self, caller: bytes | None, model: str) -> Caller | None:
+        """Return and raise as `check` does for ModelInfer. Two lookups for a decision that is cached."""
+        known = self._callers.get(caller)
+        if known is not None and model in known.inferable:
+            return known.caller
+        return self.check(MODEL_INFER, caller, model)
+
+    def allows(self, rpc: str, caller: bytes | None, model: str) -> bool:
+        """Return True when the caller may call `rpc` for `model`. Raises Unauthenticated for an invalid caller."""
+        return self._decide(rpc, caller, model).allowed
+
+    @contextmanager
+    def open_call(self, rpc: str, caller: bytes | None, end: Callable[[ShoalError], None]) -> Iterator[None]:
+        """Admit a call for as long as the block lasts. Raises as `check` does.
+
+        Args:
+            end: called at most once, when the call is not allowed any more.
+        """
+        self.check(rpc, caller)
+        call = object()
+        self._open[call] = (rpc, caller, end)
+        try:
+            yield
+        finally:
+            self._open.pop(call, None)
+
+    def _decide(self, rpc: str, caller: bytes | None, model: str | None) -> Decision:
+        # The gateway's own checks of this instance name no caller. It lets no such call of others pass.
+        if (caller is None and is_health_check(rpc)) or (caller == LAUNCHER and rpc == INDEX):
+            return _ALLOWED
+        return self._known(caller).decide(rpc, model)
+
+    def _known(self, caller: bytes | None) -> _Known:
+        known = self._callers.get(caller)
+        if known is None:
+            if len(self._callers) >= _CALLERS:
+                self._callers.clear()
+            verified = None if caller is None else caller_of(self._policy, caller_header.claims(caller))
+            known = self._callers[caller] = _Known(Applicable(self._policy, verified))
+        return known
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRY_CHECK_S)
+            self._end_open_calls()
+
+    def _end_open_calls(self) -> None:
+        """End the open calls that are not allowed, or whose token has expired."""
+        now = self._now()
+        for call, (rpc, caller, end) in list(self._open.items()):
+            try:
+                admitted = self.check(rpc, caller)
+                if admitted is None or now <= admitted.expires_at:
+                    continue
+                error: ShoalError = Unauthenticated("the token has expired")
+            except ShoalError as err:
+                error = err
+            del self._open[call]
+            log.info("a call of %s ends: %s", rpc, error.message)
+            end(error)

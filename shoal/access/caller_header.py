@@ -1,0 +1,41 @@
+"""Headers in which a gateway passes a verified caller. It removes them from every request before it sets them.
+
+`x-shoal-caller` holds the claims of the verified token: base64url of a JSON object, as the token has them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.errors import Unauthenticated
+
+TRUSTED_PREFIX = "x-shoal-"
+"""Prefix of all headers that services trust."""
+CALLER_HEADER = "x-shoal-caller"
+ROLE_HEADER = "x-shoal-role"
+KEY_HEADER = "x-shoal-key"
+ISSUER_HEADER = "x-shoal-issuer"
+
+LAUNCHER = b"launcher"
+"""Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""
+
+
+def claims(value: bytes) -> Mapping[str, Any]:
+    """Return the claims in a value of CALLER_HEADER. Raises Unauthenticated when it holds no claims."""
+    try:
+        found = json.loads(base64.urlsafe_b64decode(value + b"=" * (-len(value) % 4)), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Unauthenticated("the gateway passed no claims of a token")
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a claim occurs twice")
+    return found

@@ -1,0 +1,395 @@
+"""The policy document: issuers of tokens, roles, grants, host names and revoked keys. Nothing is allowed by default.
+
+    version: 1
+    issuers:
+      - {issuer: shoal, audiences: [shoal], token_prefix: shoal_, jwks_file: keys.jwks.json}
+    grants:
+      - {name: roles, models: ["*"]}                     # every caller: the groups of its role
+      - {name: no-secrets, tenants: [acme], deny: [infer], models: ["secret*"]}
+
+A document is read whole, and each error names its line. Its size, and the time to match its patterns, are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shoal.access.rpc_groups import ADMINISTER, GRANTABLE, HEALTH, INFER, JOBS, MODELS, OPERATE, READ
+from shoal.errors import InvalidArgument
+
+ANY = "*"
+"""In a list of names or groups: all of them. In a list of models: the pattern that matches every name."""
+
+BYTES = 1 << 20
+"""Size of a document, and of a file of keys: parsing takes most of a second."""
+GRANTS = 1_000
+"""Grants of a document. A decision that is not cached looks at each that applies to the caller."""
+NAMES = 1_000
+"""Names or patterns in one list of a grant."""
+REVOKED = 10_000
+"""Revoked keys. Envoy takes their list in a tenth of a second."""
+ISSUERS = 16
+KEYS = 8
+"""Public keys of one issuer. A token without the id of its key is tried with each, at 0.1 ms."""
+
+BUILTIN_ROLES: Mapping[str, tuple[str, ...]] = {
+    "viewer": (HEALTH, READ),
+    "user": (HEALTH, READ, INFER, JOBS),
+    "publisher": (HEALTH, READ, INFER, MODELS),
+    "operator": (HEALTH, READ, OPERATE),
+    "admin": (HEALTH, READ, INFER, JOBS, MODELS, OPERATE, ADMINISTER),
+}
+"""Groups of the roles that every policy has. No role has `code`: a grant must name it."""
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,127}$"
+Name = Annotated[str, Field(pattern=_NAME)]
+NameOrAny = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._@:/+|-]*)$", max_length=255)]
+Pattern = Annotated[str, Field(min_length=1, max_length=255)]
+Names = Annotated[tuple[NameOrAny, ...], Field(min_length=1, max_length=NAMES)]
+Group = Literal["health", "read", "infer", "jobs", "models", "code", "operate", "administer"]
+GroupOrAny = Literal["*", "health", "read", "infer", "jobs", "models", "code", "operate", "administer"]
+Host = Annotated[
+    str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])$", max_length=253)
+]
+ClaimPath = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$", max_length=255)]
+
+assert set(GRANTABLE) == set(Group.__args__)  # type: ignore[attr-defined]
+
+# Asymmetric algorithms that Envoy and PyJWT verify, by the type of the key. A symmetric key would be a secret here.
+_ALGORITHMS = {
+    "EC": {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512"},
+    "OKP": {"Ed25519": "EdDSA"},
+}
+_RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+# Base64 characters of a modulus of 2,048 bits.
+_RSA_CHARACTERS = 342
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Claims(_Part):
+    """Claims of a token that describe its caller. `a.b` is the claim b within the object a."""
+
+    tenant: ClaimPath | None = "tenant"
+    subject: ClaimPath | None = "sub"
+    role: ClaimPath | None = "role"
+    """One plain role. A list is no role."""
+    key: ClaimPath | None = "jti"
+    """Id of the key, under which it is revoked."""
+    models: ClaimPath | None = None
+    """Patterns of models: a list, or one text with spaces between. When set, a token without the claim is for no model.
+    Unset: tokens are not limited to models."""
+    grants: ClaimPath | None = None
+    """Names of grants with `by_name`, in the same form."""
+
+
+KEY_CLAIMS = Claims(models="models", grants="grants")
+"""Claims of the keys that `shoal keys create` makes."""
+
+
+class Issuer(_Part):
+    """An issuer of tokens, with its public keys."""
+
+    issuer: Annotated[str, Field(pattern=r"^[!-~]+$", max_length=255)]
+    """The claim `iss`."""
+    audiences: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=255)], ...], Field(min_length=1, max_length=16)
+    ]
+    """A token is for one of them (claim `aud`)."""
+    jwks: dict[str, Any] | None = None
+    """Public keys, as a JSON Web Key Set."""
+    jwks_file: Path | None = None
+    """File with the set instead, relative to the policy."""
+    clock_skew_s: Annotated[int, Field(ge=0, le=300)] = 30
+    """Difference between the clocks of issuer and server, in seconds."""
+    token_prefix: Literal["", "shoal_"] = ""
+    """Prefix of the issuer's tokens after `Bearer `. `shoal_`: keys that `shoal keys create` made."""
+    tenant: Name | None = None
+    """Tenant of every caller of this issuer, instead of a claim."""
+    role: Name | None = None
+    """Role of every caller of this issuer, instead of a claim."""
+    claims: Claims | None = None
+    """Claims of foreign tokens. The claims of Shoal's own keys are fixed."""
+
+    @property
+    def claim_names(self) -> Claims:
+        """Claims that describe the caller."""
+        return KEY_CLAIMS if self.token_prefix else self.claims or Claims()
+
+    @field_validator("jwks")
+    @classmethod
+    def _public_keys(cls, jwks: dict[str, Any] | None) -> dict[str, Any] | None:
+        if jwks is not None:
+            check_jwks(jwks)
+        return jwks
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.jwks is None) == (self.jwks_file is None):
+            raise ValueError("give the public keys in one of jwks and jwks_file")
+        if self.token_prefix and self.claims is not None:
+            raise ValueError("claims is only for foreign tokens: leave it out beside token_prefix")
+        if self.tenant is None and self.claim_names.tenant is None:
+            raise ValueError("tenant is missing: give a tenant, or the claim that names it in claims.tenant")
+        return self
+
+
+class Grant(_Part):
+    """One rule: a caller in all of `tenants`, `roles` and `subjects` may, or with `deny` may not, call `groups`."""
+
+    name: Name
+    tenants: Names = (ANY,)
+    roles: Names = (ANY,)
+    subjects: Names = (ANY,)
+    by_name: bool = False
+    """True: the grant is only for keys that list its name."""
+    allow: tuple[GroupOrAny, ...] | None = None
+    """Groups of RPCs. Unset, without `deny`: the groups of the caller's role."""
+    deny: Annotated[tuple[GroupOrAny, ...], Field(min_length=1)] | None = None
+    """Groups that are refused, whatever other grants allow."""
+    models: Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=NAMES)]
+    """Patterns of the models' names; `*` stands for any characters."""
+
+    @model_validator(mode="after")
+    def _one_effect(self) -> Self:
+        if self.allow is not None and self.deny is not None:
+            raise ValueError("a grant either allows or denies: make two of it")
+        return self
+
+
+class Policy(_Part):
+    """A policy of access. Every call that it does not allow is refused."""
+
+    version: Literal[1]
+    issuers: Annotated[tuple[Issuer, ...], Field(min_length=1, max_length=ISSUERS)]
+    roles: Annotated[dict[Name, tuple[Group, ...]], Field(max_length=100)] = {}
+    """Further roles, as names of groups; a built-in role may be given other groups."""
+    grants: Annotated[tuple[Grant, ...], Field(max_length=GRANTS)] = ()
+    hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=100)] = (ANY,)
+    """Names by which clients reach the server, without ports; `*.` may begin one. Other names are refused."""
+    open: tuple[Literal["health"], ...] = ()
+    """Groups that need no token."""
+    revoked: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[!-~]+$", max_length=255)], ...], Field(max_length=REVOKED)
+    ] = ()
+    """Ids of revoked keys."""
+
+    @field_validator("issuers")
+    @classmethod
+    def _distinct_issuers(cls, issuers: tuple[Issuer, ...]) -> tuple[Issuer, ...]:
+        _check_distinct([issuer.issuer for issuer in issuers], "issuer")
+        return issuers
+
+    @field_validator("grants")
+    @classmethod
+    def _distinct_grants(cls, grants: tuple[Grant, ...]) -> tuple[Grant, ...]:
+        _check_distinct([grant.name for grant in grants], "grant")
+        return grants
+
+    @model_validator(mode="after")
+    def _known_roles(self) -> Self:
+        known = {*BUILTIN_ROLES, *self.roles}
+        for grant in self.grants:
+            for role in grant.roles:
+                if role != ANY and role not in known:
+                    raise ValueError(f"grant {grant.name!r}: no role {role!r}: there are {', '.join(sorted(known))}")
+        return self
+
+    @cached_property
+    def revoked_ids(self) -> frozenset[str]:
+        return frozenset(self.revoked)
+
+    def groups_of(self, role: str) -> tuple[str, ...]:
+        """Return the groups of a role; none for an unknown one."""
+        return self.roles[role] if role in self.roles else BUILTIN_ROLES.get(role, ())
+
+    def issuer_of(self, name: object) -> Issuer | None:
+        """Return the issuer that tokens name `name`."""
+        return next((issuer for issuer in self.issuers if issuer.issuer == name), None)
+
+
+def is_name(text: str) -> bool:
+    """Return True when `text` can be the name of a tenant, a role or a grant."""
+    return re.match(_NAME, text) is not None and not text.endswith("\n")
+
+
+def _check_distinct(names: list[str], what: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"the {what} {name!r} occurs twice")
+        seen.add(name)
+
+
+def check_jwks(jwks: object) -> None:
+    """Raise ValueError when `jwks` is no set of public keys with ids, of the algorithms that a gateway verifies."""
+    keys = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(keys, list) or not 1 <= len(keys) <= KEYS:
+        raise ValueError(f"expected a JSON Web Key Set with 1 to {KEYS} keys in 'keys'")
+    ids = []
+    for at, key in enumerate(keys):
+        what = f"keys[{at}]"
+        if not isinstance(key, dict) or not isinstance(key.get("kid"), str) or not key["kid"]:
+            raise ValueError(f"{what}: expected an object with a 'kid'")
+        what += f" ({key['kid']!r})"
+        if "d" in key or "k" in key:
+            raise ValueError(f"{what}: this is a secret key: give the public key only, and replace the key")
+        if not key.get("alg"):
+            raise ValueError(f"{what}: 'alg' is missing: name the algorithm, such as ES256")
+        if key["alg"] not in _algorithms(key):
+            raise ValueError(f"{what}: kty {key.get('kty')!r} with alg {key['alg']!r} is not supported: use ES256")
+        ids.append(key["kid"])
+    _check_distinct(ids, "kid")
+
+
+def _algorithms(key: Mapping[str, Any]) -> tuple[str, ...]:
+    if key.get("kty") == "RSA":
+        return _RSA if len(str(key.get("n", ""))) >= _RSA_CHARACTERS else ()
+    algorithm = _ALGORITHMS.get(str(key.get("kty")), {}).get(str(key.get("crv")))
+    return () if algorithm is None else (algorithm,)
+
+
+def load(path: Path) -> Policy:
+    """Read a policy and the files of keys that it names. The keys are in the result, not the names of files.
+
+    Raises:
+        InvalidArgument: a file cannot be read, or is no valid policy. The message names file, line and remedy.
+    """
+    policy = parse(_read(path), str(path))
+    issuers = [_with_keys(issuer, path) for issuer in policy.issuers]
+    return policy.model_copy(update={"issuers": tuple(issuers)})
+
+
+def files(policy: Path) -> list[Path]:
+    """Return the files that make up a policy: the document, and the files of keys that it names. Raises as `load`."""
+    named = [issuer.jwks_file for issuer in parse(_read(policy), str(policy)).issuers]
+    return [policy, *(policy.parent / name for name in named if name is not None)]
+
+
+def _with_keys(issuer: Issuer, policy: Path) -> Issuer:
+    if issuer.jwks_file is None:
+        return issuer
+    path = policy.parent / issuer.jwks_file
+    try:
+        jwks = json.loads(_read(path))
+        check_jwks(jwks)
+    except (ValueError, RecursionError) as err:
+        raise InvalidArgument(f"{path}: {err}") from err
+    return issuer.model_copy(update={"jwks": jwks, "jwks_file": None})
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(BYTES + 1)
+    except OSError as err:
+        raise InvalidArgument(f"cannot read {path}: {err.strerror}") from err
+    if len(data) > BYTES:
+        raise InvalidArgument(f"{path} has more than {BYTES} bytes: a policy may not be larger")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise InvalidArgument(f"{path}: byte {err.start} is no UTF-8") from err
+
+
+def parse(text: str, source: str = "policy") -> Policy:
+    """Return the policy of a YAML document.
+
+    Raises:
+        InvalidArgument: each line of the message names one error: source, line, path in the document, and remedy.
+    """
+    import yaml
+
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        root = loader.get_single_node()
+        if root is None:
+            raise InvalidArgument(f"{source}: the document is empty")
+        _check_nodes(root, source)
+        document = loader.construct_document(root)
+    except yaml.MarkedYAMLError as err:
+        line = err.problem_mark.line + 1 if err.problem_mark else 1
+        raise InvalidArgument(f"{source}:{line}: not YAML: {err.problem}") from err
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
+        raise InvalidArgument(f"{source}: not YAML: {err}") from err
+    try:
+        return Policy.model_validate(document)
+    except ValidationError as err:
+        raise InvalidArgument("\n".join(_lines(err, root, source))) from err
+
+
+def _check_nodes(root: Any, source: str) -> None:
+    """Raise InvalidArgument for an alias, which could make a small document large, and for a repeated key."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        where = f"{source}:{node.start_mark.line + 1}"
+        if id(node) in seen:
+            raise InvalidArgument(f"{where}: anchors and aliases are not supported: write the value twice")
+        seen.add(id(node))
+        if node.id == "sequence":
+            waiting += node.value
+        elif node.id == "mapping":
+            keys: set[str] = set()
+            for key, value in node.value:
+                if key.id != "scalar" or key.value in keys:
+                    raise InvalidArgument(f"{source}:{key.start_mark.line + 1}: the key {key.value!r} occurs twice")
+                keys.add(key.value)
+                waiting.append(value)
+
+
+# Errors that a message lists.
+_LISTED = 20
+
+
+def _lines(error: ValidationError, root: Any, source: str) -> list[str]:
+    errors = error.errors(include_url=False)
+    places = [item["loc"] for item in errors]
+    found = []
+    for item in errors[:_LISTED]:
+        # A list is too short because its only items are wrong.
+        if item["type"] == "too_short" and any(
+            len(place) > len(item["loc"]) and place[: len(item["loc"])] == item["loc"] for place in places
+        ):
+            continue
+        line, path = _place(root, item["loc"])
+        message = "there is no such key" if item["type"] == "extra_forbidden" else item["msg"]
+        found.append(f"{source}:{line}: {path or 'policy'}: {message.removeprefix('Value error, ')}")
+    return found
+
+
+def _place(root: Any, location: tuple[int | str, ...]) -> tuple[int, str]:
+    """Return the line and the path of a location in the document; of its nearest parent when it is missing."""
+    node, line, path = root, root.start_mark.line + 1, ""
+    for step in location:
+        child = None
+        if node.id == "sequence" and isinstance(step, int) and step < len(node.value):
+            child = node.value[step]
+        elif node.id == "mapping":
+            pairs = [(key, value) for key, value in node.value if key.value == str(step)]
+            if pairs:
+                child, line = pairs[0][1], pairs[0][0].start_mark.line + 1
+        path += f"[{step}]" if isinstance(step, int) else ("." if path else "") + str(step)
+        if child is None:
+            break
+        node = child
+        if isinstance(step, int):
+            line = node.start_mark.line + 1
+    return line, path
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the document, for editors."""
+    schema = Policy.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema

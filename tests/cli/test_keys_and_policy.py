@@ -1,0 +1,104 @@
+"""`shoal keys` and `shoal policy`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoal.cli.main import main
+
+POLICY = """
+version: 1
+issuers:
+  - {issuer: shoal, audiences: [shoal], token_prefix: shoal_, jwks_file: keys.jwks.json}
+grants:
+  - {name: roles, models: ["*"]}
+  - {name: no-secrets, tenants: [acme], deny: [infer], models: ["secret*"]}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run `shoal ARGS` in an empty folder; return the exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SHOAL_TOKEN", raising=False)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shoal", *args])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err
+
+    return run
+
+
+def test_from_a_signer_to_an_explanation(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("keys", "init")[0] == 0
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    assert run("policy", "check", "policy.yaml")[:2] == (
+        0,
+        "policy.yaml: valid: 1 issuers, 2 grants, 0 revoked keys\n",
+    )
+    options = ("--tenant", "acme", "--role", "user", "--models", "ocr*", "--models", "secret1", "--expires", "12h")
+    status, key, note = run("keys", "create", *options)
+    assert (status, key.count("\n")) == (0, 1)
+    assert "to revoke it" in note
+    assert key.strip() not in note
+    for model, expected, rule in [
+        ("ocr-1", 0, "allowed: grant 'roles' allows infer of the model 'ocr-1'"),
+        ("secret1", 1, "refused: grant 'no-secrets' denies infer of the model 'secret1'"),
+        ("det", 1, "refused: the key is not for the model 'det'"),
+    ]:
+        monkeypatch.setenv("SHOAL_TOKEN", key.strip())
+        status, said, _ = run("policy", "explain", "policy.yaml", "--call", "ModelInfer", "--model", model)
+        assert (status, said.splitlines()[-1]) == (expected, rule)
+        assert key.strip() not in said
+    monkeypatch.delenv("SHOAL_TOKEN")
+    status, said, _ = run("policy", "explain", "policy.yaml", "--call", "ModelInfer", "--key", key.strip()[:-4])
+    assert status == 1
+    assert "caller: not verified" in said
+    id = json.loads(run("keys", "create", "--tenant", "a", "--role", "user", "--json")[1])["id"]
+    assert id.startswith("k-")
+
+
+def test_errors_say_what_to_do(run, tmp_path: Path) -> None:
+    assert "make a signer with `shoal keys init`" in run("keys", "create", "--tenant", "a", "--role", "user")[2]
+    assert run("keys", "init")[0] == 0
+    assert "exists already" in run("keys", "init")[2]
+    assert "exists already" in run("keys", "init", "--jwks", "other.json")[2]
+    for expires in ("90", "d", "1y", "-1d", "0d", "9999999999d"):
+        status, _, said = run("keys", "create", "--tenant", "a", "--role", "user", "--expires", expires)
+        assert status == 2, said
+    (tmp_path / "bad.yaml").write_text("version: 1\nissuers: []\ngrants:\n  - {name: x}\n")
+    status, _, said = run("policy", "check", "bad.yaml")
+    assert status == 2
+    assert "bad.yaml:4: grants[0].models: Field required" in said
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    assert "there is no such RPC" in run("policy", "explain", "policy.yaml", "--call", "Fly")[2]
+
+
+def test_the_schema_is_json(run) -> None:
+    status, said, _ = run("policy", "schema")
+    assert status == 0
+    assert json.loads(said)["title"] == "Policy"
+
+
+def test_a_server_with_an_invalid_policy_does_not_start(run, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "policy.yaml").write_text("version: 1\n")
+    status, _, said = run("serve", "models", "--policy", "policy.yaml", "--port", "0")
+    assert status == 2
+    assert "policy.yaml:1: issuers: Field required" in said
+
+
+def test_a_policy_without_tls_is_refused_where_other_machines_can_reach_the_address(run, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    assert run("keys", "init")[0] == 0
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    status, _, said = run("serve", "models", "--policy", "policy.yaml", "--port", "0", "--host", "0.0.0.0")
+    assert status == 2
+    assert "--insecure" in said

@@ -1,0 +1,154 @@
+"""Access to a server: decisions by the caller that the gateway passes, and the end of open calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mesh.rpc.access import Access
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Server
+from shoal.access import tokens
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.rpc_groups import INDEX, LOAD, MODEL_INFER
+from shoal.access.tokens import Signer
+from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
+from tests.access.policies import claims_of, key, passed, policy
+from tests.breakable import until
+
+CHECK = "/grpc.health.v1.Health/Check"
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    return tokens.create_signer(tmp_path_factory.mktemp("signer") / "signer.json")
+
+
+def caller(signer: Signer, **options: object) -> bytes:
+    return passed(claims_of(key(signer, **options)))[1].encode()
+
+
+def test_a_caller_is_who_the_gateway_says(signer: Signer) -> None:
+    access = Access(policy(signer))
+    ann = access.check(MODEL_INFER, caller(signer, subject="ann"), "m")
+    assert ann is not None
+    assert (ann.tenant, ann.subject) == ("acme", "ann")
+    with pytest.raises(PermissionDenied, match="no grant allows infer of the model 'm' to the role 'viewer'"):
+        access.check_infer(caller(signer, role="viewer"), "m")
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"e30", b"W10", b"eyJh", b"!" * 50, b"[" * 100_000, b"\xff"])
+def test_a_value_that_no_gateway_sends_is_refused(signer: Signer, value: bytes) -> None:
+    with pytest.raises(ShoalError):
+        Access(policy(signer)).check_infer(value, "m")
+
+
+def test_a_call_without_a_caller_may_check_the_health_and_nothing_else(signer: Signer) -> None:
+    access = Access(policy(signer))
+    assert access.check(CHECK, None) is None
+    for rpc in (MODEL_INFER, INDEX, LOAD, "/inference.GRPCInferenceService/ServerLive"):
+        with pytest.raises(Unauthenticated):
+            access.check(rpc, None)
+
+
+def test_the_launcher_may_list_the_models_and_nothing_else(signer: Signer) -> None:
+    access = Access(policy(signer))
+    assert access.check(INDEX, LAUNCHER) is None
+    assert access.allows(INDEX, LAUNCHER, "m")
+    for rpc in (MODEL_INFER, LOAD):
+        with pytest.raises(Unauthenticated):
+            access.check(rpc, LAUNCHER, "m")
+
+
+def test_a_new_policy_replaces_cached_decisions(signer: Signer) -> None:
+    access, ann = Access(policy(signer)), caller(signer)
+    access.check_infer(ann, "m")
+    access.set_policy(policy(signer, grants=[]))
+    with pytest.raises(PermissionDenied):
+        access.check_infer(ann, "m")
+    access.set_policy(policy(signer))
+    access.check_infer(ann, "m")
+
+
+def test_many_callers_and_models_fill_no_memory(signer: Signer) -> None:
+    access = Access(policy(signer))
+    ann = caller(signer)
+    for number in range(3_000):
+        access.check_infer(ann, f"m{number}")
+    (known,) = access._callers.values()
+    assert len(known.inferable) <= 1024
+    claims = claims_of(key(signer))
+    for number in range(9_000):
+        access.check_infer(passed({**claims, "jti": f"k-{number}"})[1].encode(), "m")
+    assert len(access._callers) <= 8192
+
+
+@pytest.fixture
+async def watched(signer: Signer, tmp_path: Path) -> AsyncIterator[tuple[Access, Clock, grpc.aio.Channel]]:
+    clock = Clock()
+    socket = f"unix:{tmp_path}/s"
+    async with Access(policy(signer), clock) as access, Server(socket, [], drain_ms=1000, access=access) as server:
+        await server.serve()
+        async with connect(socket) as channel:
+            yield access, clock, channel
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def opened(channel: grpc.aio.Channel, caller: bytes) -> object:
+    """Return a call that has had its first response and stays open."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    call = stub.Watch(health_pb2.HealthCheckRequest(), metadata=((CALLER_HEADER, caller.decode()),), timeout=60)
+    await call.read()
+    return call
+
+
+async def outcome(call: object) -> tuple[grpc.StatusCode, str]:
+    async with asyncio.timeout(30):
+        return await call.code(), await call.details()
+
+
+async def test_an_open_call_ends_when_its_key_is_revoked_and_others_go_on(
+    signer: Signer, watched: tuple[Access, Clock, grpc.aio.Channel]
+) -> None:
+    access, _, channel = watched
+    ann, bob = key(signer), key(signer)
+    first = await opened(channel, passed(claims_of(ann))[1].encode())
+    second = await opened(channel, passed(claims_of(bob))[1].encode())
+    access.set_policy(policy(signer, revoked=[ann.id]))
+    assert await outcome(first) == (grpc.StatusCode.PERMISSION_DENIED, f"not allowed: the key {ann.id} is revoked")
+    assert not second.done()
+    second.cancel()
+    await until(lambda: not access._open, "the end of all calls")
+
+
+async def test_an_open_call_ends_when_its_token_expires(
+    signer: Signer, watched: tuple[Access, Clock, grpc.aio.Channel]
+) -> None:
+    _, clock, channel = watched
+    short = key(signer, life_s=60)
+    call = await opened(channel, passed(claims_of(short))[1].encode())
+    clock.now = short.expires_at + 31
+    assert await outcome(call) == (grpc.StatusCode.UNAUTHENTICATED, "the token has expired")
+
+
+async def test_a_call_that_the_policy_does_not_allow_does_not_begin(
+    signer: Signer, watched: tuple[Access, Clock, grpc.aio.Channel]
+) -> None:
+    access, _, channel = watched
+    access.set_policy(policy(signer, grants=[]))
+    stub = health_pb2_grpc.HealthStub(channel)
+    call = stub.Check(health_pb2.HealthCheckRequest(), metadata=((CALLER_HEADER, caller(signer).decode()),))
+    assert (await outcome(call))[0] is grpc.StatusCode.PERMISSION_DENIED
+    assert (await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)).status == 1

@@ -1,0 +1,692 @@
+"""Attacks on `shoal serve --policy`: each is refused as said here, by one real Envoy and one real server.
+
+The policy: two tenants; acme may call every model but `secret`, globex every model. Health checks need a key.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jwt
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from shoal.access import tokens
+from shoal.access.caller_header import LAUNCHER
+from shoal.access.decision import caller_of, decide
+from shoal.access.policy import Policy
+from shoal.access.rpc_groups import GROUP_OF, INDEX, MODEL_INFER
+from shoal.access.tokens import PREFIX, Key, Signer
+from shoal.errors import ERROR_CODE_PARAMETER, Code
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc
+from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
+from tests.http2 import Connection, framed, raw
+from tests.infer import onnx_files
+from tests.infer.conftest import floats, request
+from tests.node.conftest import SERVE
+
+pytestmark = [pytest.mark.timeout(180)]
+
+CHANNEL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+X = floats([1, 2, 3, 4])
+OPEN, SECRET = "open", "secret"
+GRANTS = [
+    {"name": "roles", "models": ["*"]},
+    {"name": "no-secrets", "tenants": ["acme"], "deny": ["*"], "models": [SECRET]},
+]
+REVOKED = "k-revoked"
+PATIENCE_S = 30.0
+
+
+@dataclass
+class World:
+    """The running server, its policy, and every secret that the tests have used."""
+
+    address: str
+    folder: Path
+    signer: Signer
+    idp: Signer
+    envoy: int
+    worker: int
+    process: subprocess.Popen[str]
+    stderr: Path
+    secrets: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    """What calls returned."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        # Tokens of the foreign issuer have no prefix, and name their tenant otherwise.
+        foreign = issuer(
+            self.idp, token_prefix="", audiences=["models"], claims={"tenant": "org.id", "models": "may", "role": "job"}
+        )
+        return document(self.signer, issuers=[issuer(self.signer), foreign], grants=GRANTS, revoked=[REVOKED])
+
+    @property
+    def policy(self) -> Policy:
+        made = self.document
+        return policy(self.signer, **{name: made[name] for name in ("issuers", "grants", "revoked")})
+
+    def key(self, tenant: str = "acme", role: str = "user", **options: Any) -> Key:
+        made = key(self.signer, tenant, role, **options)
+        self.secrets.add(made.text)
+        return made
+
+    def set_policy(self, **parts: Any) -> None:
+        write(self.folder / "policy.yaml", {**self.document, **parts})
+
+    @contextmanager
+    def with_policy(self, **parts: Any) -> Iterator[None]:
+        """Apply another policy for as long as the block lasts; the test waits for its effect."""
+        self.set_policy(**parts)
+        try:
+            yield
+        finally:
+            self.set_policy()
+            self.until(lambda: self.infer(self.key().text) == "OK" and self.infer(self.key().text, SECRET) != "OK")
+
+    def channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.address, options=CHANNEL)
+
+    def infer(self, token: str | None, model: str = OPEN, more: tuple[tuple[str, str], ...] = ()) -> str:
+        """Return the outcome of a ModelInfer: OK, or the status and its text."""
+        bearer = () if token is None else (("authorization", f"Bearer {token}"),)
+        with self.channel() as channel:
+            found = outcome(channel, model, (*bearer, *more))
+        self.texts.append(found)
+        return found
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not is_so():
+            assert time.monotonic() < deadline, f"it did not happen: {self.stderr.read_text()}"
+            time.sleep(0.05)
+
+
+def outcome(channel: grpc.Channel, model: str, metadata: tuple[tuple[str, str], ...]) -> str:
+    try:
+        answer = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
+            request(model, x=X), metadata=metadata, timeout=PATIENCE_S
+        )
+    except grpc.RpcError as err:
+        return f"{err.code().name} {err.details()}"
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [2, 4, 6, 8]
+    return "OK"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("attacked")
+    (folder / "models").mkdir()
+    for name in (OPEN, SECRET):
+        (folder / "models" / f"{name}.onnx").write_bytes(onnx_files.scale(2).SerializeToString())
+    signer = tokens.create_signer(folder / "signer.json")
+    idp = tokens.create_signer(folder / "idp.json", "https://idp.example")
+    made = World("", folder, signer, idp, 0, 0, None, folder / "stderr")  # type: ignore[arg-type]
+    made.set_policy()
+    command = [*SERVE, str(folder / "models"), "--policy", str(folder / "policy.yaml"), "--port", "0", "--json"]
+    environ = {**os.environ, "SHOAL_INFER_LOG_LEVEL": "DEBUG"}
+    with made.stderr.open("w") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=environ)
+    assert process.stdout is not None
+    try:
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, f"it ended with {process.wait()}: {made.stderr.read_text()}"
+            text += line
+        said = json.loads(text)
+        assert {model["name"]: model["state"] for model in said["models"]} == {OPEN: "READY", SECRET: "READY"}
+        made.address, made.envoy, made.worker, made.process = said["address"], said["envoy"], said["pid"], process
+        made.secrets.add((folder / "signer.json").read_text().split("-----")[2].strip()[:60])
+        yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+        process.stdout.close()
+
+
+def b64(data: bytes | dict[str, Any]) -> str:
+    raw_bytes = data if isinstance(data, bytes) else json.dumps(data).encode()
+    return base64.urlsafe_b64encode(raw_bytes).rstrip(b"=").decode()
+
+
+# Tokens.
+
+
+def test_a_good_key_is_admitted(world: World) -> None:
+    assert world.infer(world.key().text) == "OK"
+    assert world.infer(world.key("globex").text, SECRET) == "OK"
+
+
+def test_no_token_and_something_else_instead_of_one(world: World) -> None:
+    assert world.infer(None).startswith("UNAUTHENTICATED Jwt is missing")
+    for value in ("Basic YTpi", "Bearer", "Bearer ", "bearer", PREFIX, f"Token {world.key().text}"):
+        assert world.infer(None, more=(("authorization", value),)).startswith("UNAUTHENTICATED")
+    for garbage in ("shoal_", "shoal_..", "shoal_a.b.c", "shoal_" + "x" * 4000):
+        assert world.infer(garbage).startswith("UNAUTHENTICATED")
+
+
+def test_times(world: World) -> None:
+    now = int(time.time())
+    assert "Jwt is expired" in world.infer(signed(world.signer, exp=now - 60))
+    assert world.infer(signed(world.signer, exp=now - 10)) == "OK", "within the skew of the clocks"
+    assert "Jwt not yet valid" in world.infer(signed(world.signer, nbf=now + 600))
+    assert world.infer(signed(world.signer, exp=None)).startswith("UNAUTHENTICATED")
+
+
+def test_audience_and_issuer(world: World) -> None:
+    assert world.infer(signed(world.signer, aud="other")) == "PERMISSION_DENIED Audiences in Jwt are not allowed"
+    assert world.infer(signed(world.signer, aud=None)).startswith("PERMISSION_DENIED")
+    assert world.infer(signed(world.signer, iss="other")).startswith("UNAUTHENTICATED")
+    assert world.infer(signed(world.signer, iss=None)).startswith("UNAUTHENTICATED")
+
+
+def test_key_ids_and_signatures(world: World, tmp_path: Path) -> None:
+    other = tokens.create_signer(tmp_path / "other.json")
+    assert world.infer(signed(world.signer, kid="unknown")).startswith("UNAUTHENTICATED")
+    assert world.infer(signed(world.signer, kid=None)).startswith("PERMISSION_DENIED")
+    assert world.infer(key(other).text).startswith("UNAUTHENTICATED"), "a key of another installation"
+    forged = Signer(world.signer.issuer, world.signer.kid, other.private_key)
+    assert "Jwt verification fails" in world.infer(key(forged).text)
+    head, body, signature = world.key().text.split(".")
+    assert world.infer(f"{head}.{body}.{signature[:-4]}AAAA").startswith("UNAUTHENTICATED")
+    other_body = b64({**claims_of(world.key()), "tenant": "globex"})
+    assert world.infer(f"{head}.{other_body}.{signature}").startswith("UNAUTHENTICATED")
+    assert world.infer(f"{head}.{body}.").startswith("UNAUTHENTICATED")
+
+
+def test_algorithms_that_need_no_private_key(world: World) -> None:
+    claims, kid = claims_of(world.key()), world.signer.kid
+    for algorithm in ("none", "None", "NONE", ""):
+        token = f"{PREFIX}{b64({'alg': algorithm, 'kid': kid})}.{b64(claims)}."
+        assert world.infer(token).startswith("UNAUTHENTICATED"), algorithm
+    public = world.signer.private_key.public_key()
+    for secret in (
+        public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
+        json.dumps(world.signer.public_jwk()).encode(),
+    ):
+        unsigned = f"{b64({'alg': 'HS256', 'typ': 'JWT', 'kid': kid})}.{b64(claims)}"
+        mac = hmac.new(secret, unsigned.encode(), hashlib.sha256).digest()
+        assert world.infer(f"{PREFIX}{unsigned}.{b64(mac)}").startswith("UNAUTHENTICATED")
+
+
+def test_a_token_that_brings_its_own_key(world: World) -> None:
+    mine = ec.generate_private_key(ec.SECP256R1())
+    jwk = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(mine.public_key()))
+    headers = {"kid": world.signer.kid, "jwk": jwk, "jku": "http://127.0.0.1:9/keys"}
+    assert world.infer(PREFIX + jwt.encode(claims_of(world.key()), mine, "ES256", headers)).startswith(
+        "UNAUTHENTICATED"
+    )
+
+
+def test_a_revoked_key(world: World) -> None:
+    assert world.infer(signed(world.signer, jti=REVOKED)).startswith("PERMISSION_DENIED")
+
+
+def test_a_key_without_its_prefix_and_a_foreign_token_with_it(world: World) -> None:
+    assert world.infer(world.key().text.removeprefix(PREFIX)).startswith("UNAUTHENTICATED")
+    claims = {"iss": world.idp.issuer, "aud": "models", "exp": int(time.time()) + 60, "jti": "t", "may": "*"}
+    claims |= {"org": {"id": "acme"}, "job": "user"}
+    token = jwt.encode(claims, world.idp.private_key, "ES256", {"kid": world.idp.kid})
+    world.secrets.add(token)
+    assert world.infer(token) == "OK"
+    assert world.infer(token, SECRET).startswith("PERMISSION_DENIED")
+    assert world.infer(PREFIX + token).startswith("UNAUTHENTICATED")
+
+
+def test_foreign_claims_that_are_no_names(world: World) -> None:
+    base = {"iss": world.idp.issuer, "aud": "models", "exp": int(time.time()) + 60, "may": "*", "job": "user"}
+
+    def foreign(**claims: Any) -> str:
+        return jwt.encode({**base, **claims}, world.idp.private_key, "ES256", {"kid": world.idp.kid})
+
+    assert world.infer(foreign(org={"id": "globex"}), SECRET) == "OK"
+    assert world.infer(foreign(org={"id": "globex"}, may="open"), SECRET).startswith("PERMISSION_DENIED")
+    for claims in (
+        {},
+        {"org": "globex"},
+        {"org": {"id": ["globex"]}},
+        {"org": {"id": "globex\r\nx-shoal-role: admin"}},
+        {"org": {"id": ""}},
+        {"org": {"id": "globex"}, "job": ["user"]},
+        {"org": {"id": "globex"}, "job": "boss"},
+    ):
+        assert world.infer(foreign(**claims)) != "OK", claims
+
+
+# Headers.
+
+
+def test_a_token_in_another_place(world: World) -> None:
+    good = world.key().text
+    for name in ("x-api-key", "x-authorization", "proxy-authorization", "cookie", "x-shoal-caller", "grpc-metadata"):
+        assert world.infer(None, more=((name, f"Bearer {good}"),)).startswith("UNAUTHENTICATED"), name
+    with Connection(world.address) as client:
+        answer = client.call(framed(b""), path=f"{MODEL_INFER}?access_token={good}")
+        assert answer.status == Code.UNAUTHENTICATED
+
+
+def test_two_tokens(world: World) -> None:
+    acme, globex = (f"Bearer {world.key(tenant).text}" for tenant in ("acme", "globex"))
+    for pair in ((acme, globex), (globex, acme), (acme, "Bearer x"), ("Bearer x", acme)):
+        found = world.infer(None, SECRET, more=tuple(("authorization", value) for value in pair))
+        assert found.startswith("UNAUTHENTICATED"), pair
+
+
+SPOOFED = (
+    ("x-shoal-tenant", "globex"),
+    ("x-shoal-role", "admin"),
+    ("x-shoal-issuer", "shoal"),
+    ("x-shoal-key", "k-other"),
+    ("x-shoal-model", OPEN),
+    ("x_shoal_tenant", "globex"),
+    ("x_shoal_caller", LAUNCHER.decode()),
+    ("x-shoal-caller", LAUNCHER.decode()),
+)
+
+
+def test_headers_that_only_the_gateway_may_set(world: World) -> None:
+    admin = passed({**claims_of(world.key("globex", "admin"))})
+    acme = (("authorization", f"Bearer {world.key().text}"),)
+    for spoofed in (*((header,) for header in SPOOFED), SPOOFED, (admin,), (admin, admin)):
+        assert world.infer(None, more=spoofed).startswith("UNAUTHENTICATED"), spoofed
+        assert world.infer(None, SECRET, more=(*acme, *spoofed)).startswith("PERMISSION_DENIED"), spoofed
+        assert world.infer(None, more=(*acme, *spoofed)) == "OK", spoofed
+
+
+def test_headers_in_capitals_and_in_trailers(world: World) -> None:
+    body = framed(request(SECRET, x=X).SerializeToString())
+    bearer = (b"authorization", f"Bearer {world.key().text}".encode())
+    name, value = (part.encode() for part in passed(claims_of(world.key("globex", "admin"))))
+    with Connection(world.address) as client:
+        # Capitals are malformed in HTTP/2.
+        assert client.call(body, more=[bearer, (name.upper(), value)]).status in (None, Code.PERMISSION_DENIED)
+    with Connection(world.address) as client:
+        stream = client.open(more=[bearer])
+        client.send(stream, body)
+        client.h2.send_headers(stream, [(name, value)], end_stream=True)
+        client.flush()
+        assert client.answer(stream).status in (None, Code.PERMISSION_DENIED)
+
+
+def test_many_and_large_headers(world: World) -> None:
+    bearer = (b"authorization", f"Bearer {world.key().text}".encode())
+    for more in ([(b"a", b"x" * (70 << 10))], [(f"h{number}".encode(), b"") for number in range(400)]):
+        with Connection(world.address) as client:
+            answer = client.call(framed(b""), more=[bearer, *more])
+            assert answer.status != 0
+    assert world.infer(world.key().text) == "OK"
+
+
+# Paths, hosts and protocols.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/",
+        "*",
+        "/inference.GRPCInferenceService/../inference.GRPCInferenceService/ModelInfer",
+        "/inference.GRPCInferenceService/%4dodelInfer",
+        "/inference.GRPCInferenceService//ModelInfer",
+        "//inference.GRPCInferenceService/ModelInfer",
+        "/inference.GRPCInferenceService/ModelInfer/",
+        "/inference.GRPCInferenceService/ModelInfer#x",
+        "/inference.GRPCInferenceService/ModelInfer?x=1",
+        "/inference.GRPCInferenceService/modelinfer",
+        "/inference.GRPCInferenceService/ModelInfer;x",
+        "/inference.GRPCInferenceService/Unknown",
+        "/shoal.inference.v2.BulkInference/InferBulk",
+        "/shoal.store.v1.StoreService/PutResults",
+        "/grpc.health.v1.Health/../../inference.GRPCInferenceService/ModelInfer",
+        "/config_dump",
+        "/quitquitquit",
+    ],
+)
+def test_a_path_that_is_no_rpc_of_the_policy(world: World, path: str) -> None:
+    bearer = (b"authorization", f"Bearer {world.key('globex', 'admin').text}".encode())
+    with Connection(world.address) as client:
+        answer = client.call(framed(request(OPEN, x=X).SerializeToString()), path=path, more=[bearer])
+        assert answer.status != 0
+        assert answer.data == b"" or answer.http_status != 200
+
+
+def test_what_is_for_other_roles(world: World) -> None:
+    with world.channel() as channel:
+        for role, allowed in [
+            ("viewer", {"ServerLive", "RepositoryIndex"}),
+            ("user", {"ServerLive", "RepositoryIndex", "ModelInfer"}),
+            ("publisher", {"ServerLive", "RepositoryIndex", "ModelInfer", "RepositoryModelUnload"}),
+            ("operator", {"ServerLive", "RepositoryIndex", "TraceSetting"}),
+            ("boss", set()),
+        ]:
+            bearer = (("authorization", f"Bearer {world.key(role=role).text}"),)
+            for method in ("ServerLive", "RepositoryIndex", "ModelInfer", "RepositoryModelUnload", "TraceSetting"):
+                call = channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+                body = pb.RepositoryModelUnloadRequest(model_name="none").SerializeToString()
+                code = code_of(call, body, bearer)
+                denied = code in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+                assert denied is (method not in allowed), (role, method, code)
+
+
+def code_of(call: Any, body: bytes, metadata: tuple[tuple[str, str], ...]) -> str:
+    future = call.future(body, metadata=metadata, timeout=PATIENCE_S)
+    return str(future.code().name)
+
+
+def test_health_and_reflection_need_a_key(world: World) -> None:
+    with world.channel() as channel:
+        for path in (
+            "/grpc.health.v1.Health/Check",
+            "/grpc.health.v1.Health/Watch",
+            "/inference.GRPCInferenceService/ServerLive",
+        ):
+            assert code_of(channel.unary_unary(path), b"", ()) == "UNAUTHENTICATED"
+        bearer = (("authorization", f"Bearer {world.key().text}"),)
+        assert code_of(channel.unary_unary("/grpc.health.v1.Health/Check"), b"", bearer) == "OK"
+        assert code_of(
+            channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"), b"", ()
+        ) == ("UNAUTHENTICATED")
+
+
+def test_a_foreign_host(world: World) -> None:
+    bearer = (b"authorization", f"Bearer {world.key().text}".encode())
+    body = framed(request(OPEN, x=X).SerializeToString())
+
+    def is_served(host: str) -> bool:
+        with Connection(world.address) as client:
+            answer = client.call(body, change={":authority": host}, more=[bearer])
+        # An empty name is malformed, and ends the connection.
+        assert answer.status == 0 or answer.is_cut or "this server has another name" in answer.message
+        return answer.status == 0
+
+    assert is_served("anything")
+    with world.with_policy(hosts=["ai.example", "*.svc.local", "127.0.0.1"]):
+        world.until(lambda: not is_served("evil.example"))
+        for host in ("127.0.0.1.nip.io", "evil.example", "", "ai.example.evil.example", "svc.local", "[::1]"):
+            assert not is_served(host), host
+        for host in ("ai.example", "AI.example", "ai.example:8001", "a.svc.local", world.address):
+            assert is_served(host), host
+
+
+def test_http_1_and_smuggled_requests(world: World) -> None:
+    post = f"POST {MODEL_INFER} HTTP/1.1\r\nhost: a\r\n"
+    key_line = f"authorization: Bearer {world.key().text}\r\n"
+    heads = (
+        f"GET / HTTP/1.1\r\nhost: a\r\n{key_line}\r\n",
+        f"{post}{key_line}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        f"{post}content-length: 0\r\ncontent-length: 9\r\n\r\nGET / HTT",
+        "GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\nconnection: upgrade, http2-settings\r\n"
+        "http2-settings: AA\r\n\r\n",
+        "CONNECT 127.0.0.1:22 HTTP/1.1\r\nhost: a\r\n\r\n",
+    )
+    bearer = (b"authorization", f"Bearer {world.key().text}".encode())
+    body = framed(request(OPEN, x=X).SerializeToString())
+    headers = (
+        [(b"content-length", b"3")],
+        [(b"content-length", b"3"), (b"content-length", b"9")],
+        [(b"transfer-encoding", b"chunked")],
+        [(b"x", b"a\r\nx-shoal-role: admin")],
+        [(b":path", INDEX.encode())],
+    )
+
+    def status(more: list[tuple[bytes, bytes]]) -> int | None:
+        with Connection(world.address) as client:
+            return client.call(body, more=[bearer, *more]).status
+
+    # At once, since Envoy keeps a broken connection for a second.
+    with ThreadPoolExecutor(len(heads) + len(headers)) as threads:
+        answers = threads.map(lambda head: raw(world.address, head.encode()), heads)
+        statuses = threads.map(status, headers)
+        assert not [answer for answer in answers if b"HTTP/1.1 2" in answer]
+        assert 0 not in list(statuses)
+    assert world.infer(world.key().text) == "OK"
+
+
+# Models.
+
+
+def test_a_second_message_of_a_stream_that_names_another_model(world: World) -> None:
+    names = [OPEN, SECRET, OPEN]
+    with world.channel() as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        bearer = (("authorization", f"Bearer {world.key().text}"),)
+        stream = stub.ModelStreamInfer(
+            iter([request(name, x=X) for name in names]), metadata=bearer, timeout=PATIENCE_S
+        )
+        codes = [answer.infer_response.parameters[ERROR_CODE_PARAMETER].int64_param for answer in stream]
+    assert codes == [0, Code.PERMISSION_DENIED, 0]
+
+
+def test_a_name_twice_in_one_message(world: World) -> None:
+    known = request(OPEN, x=X).SerializeToString()
+    second = pb.ModelInferRequest(model_name=SECRET).SerializeToString()
+    bearer = (("authorization", f"Bearer {world.key().text}"),)
+    with world.channel() as channel:
+        call = channel.unary_unary(MODEL_INFER)
+        for body, expected in [
+            (known, "OK"),
+            (known + second, "PERMISSION_DENIED"),
+            (second + known, "OK"),
+            (known + second, "PERMISSION_DENIED"),
+        ]:
+            assert code_of(call, body, bearer) == expected
+
+
+def test_names_that_are_read_differently(world: World) -> None:
+    good = world.key().text
+    for name in ("", " ", "secret/", "./secret", "SECRET", "secre%74", "open/../secret", "secret\0", "*"):
+        assert world.infer(good, name) != "OK", name
+
+
+def test_a_key_for_some_models(world: World) -> None:
+    made = world.key("globex", models=["o*n"])
+    assert world.infer(made.text) == "OK"
+    assert world.infer(made.text, SECRET).startswith("PERMISSION_DENIED not allowed: the key is not for the model")
+    assert world.infer(world.key("globex", models=["o", "*x"]).text).startswith("PERMISSION_DENIED")
+
+
+# Changes of the policy.
+
+
+def test_a_revocation_ends_the_open_stream_and_the_next_call_and_nobody_elses(world: World) -> None:
+    revoked, other = world.key(), world.key()
+    done = threading.Event()
+
+    def messages() -> Iterator[pb.ModelInferRequest]:
+        yield request(OPEN, x=X)
+        done.wait(PATIENCE_S)
+
+    with world.channel() as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        streams = {
+            made.id: stub.ModelStreamInfer(
+                messages(), metadata=(("authorization", f"Bearer {made.text}"),), timeout=4 * PATIENCE_S
+            )
+            for made in (revoked, other)
+        }
+        for stream in streams.values():
+            next(stream)
+        with world.with_policy(revoked=[REVOKED, revoked.id]):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(streams[revoked.id])
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            assert f"the key {revoked.id} is revoked" in caught.value.details()
+            # On the connection that was open before.
+            denied = outcome(channel, OPEN, (("authorization", f"Bearer {revoked.text}"),))
+            assert denied.startswith("PERMISSION_DENIED")
+            assert outcome(channel, OPEN, (("authorization", f"Bearer {other.text}"),)) == "OK"
+            assert streams[other.id].is_active()
+        done.set()
+        assert list(streams[other.id]) == []
+
+
+def test_a_grant_that_is_taken_away_and_an_invalid_policy(world: World) -> None:
+    globex = world.key("globex").text
+    grants = [*GRANTS, {"name": "none", "tenants": ["globex"], "deny": ["infer"], "models": [SECRET]}]
+    with world.with_policy(grants=grants):
+        world.until(lambda: world.infer(globex, SECRET).startswith("PERMISSION_DENIED"))
+        (world.folder / "policy.yaml").write_text("version: 2\n")
+        world.until(lambda: "policy.yaml:1: version: Input should be 1" in world.stderr.read_text())
+        assert world.infer(globex, SECRET).startswith("PERMISSION_DENIED"), "the former policy stays in force"
+        assert world.infer(globex) == "OK"
+    world.until(lambda: world.infer(globex, SECRET) == "OK")
+
+
+def test_a_signer_that_is_replaced_ends_its_keys(world: World, tmp_path: Path) -> None:
+    other = tokens.create_signer(tmp_path / "other.json")
+    old, new = world.key().text, key(other).text
+    world.secrets.add(new)
+    with world.with_policy(
+        issuers=[issuer(world.signer, jwks={"keys": [*world.signer.jwks()["keys"], other.public_jwk()]})]
+    ):
+        world.until(lambda: world.infer(new) == "OK")
+        assert world.infer(old) == "OK", "both signers are valid while keys are exchanged"
+        world.set_policy(issuers=[issuer(world.signer, jwks=other.jwks())])
+        world.until(lambda: world.infer(old).startswith("UNAUTHENTICATED"))
+        assert world.infer(new) == "OK"
+
+
+def test_open_health_checks(world: World) -> None:
+    def check(path: str) -> str:
+        with world.channel() as channel:
+            return code_of(channel.unary_unary(path), b"", ())
+
+    with world.with_policy(open=["health"]):
+        world.until(lambda: check("/grpc.health.v1.Health/Check") == "OK")
+        world.until(lambda: check("/inference.GRPCInferenceService/ServerReady") == "OK")
+        assert check("/inference.GRPCInferenceService/ServerMetadata") == "UNAUTHENTICATED"
+        assert world.infer(None).startswith("UNAUTHENTICATED")
+        admin = passed(claims_of(world.key("globex", "admin")))
+        assert world.infer(None, more=(admin,)).startswith("UNAUTHENTICATED")
+    world.until(lambda: check("/grpc.health.v1.Health/Check") == "UNAUTHENTICATED")
+
+
+# Floods.
+
+
+def test_wrong_tokens_do_not_delay_a_bystander(world: World, tmp_path: Path) -> None:
+    """2,000 wrong signatures, as fast as they go, beside calls that all succeed."""
+    other = tokens.create_signer(tmp_path / "other.json")
+    forged = Signer(world.signer.issuer, world.signer.kid, other.private_key)
+    wrong = [f"Bearer {key(forged).text}".encode() for _ in range(20)]
+    refused: list[int | None] = []
+
+    def flood() -> None:
+        with Connection(world.address) as client:
+            for number in range(2_000):
+                refused.append(client.call(framed(b""), more=[(b"authorization", wrong[number % 20])]).status)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    good = (("authorization", f"Bearer {world.key().text}"),)
+    with world.channel() as channel:
+        calls = 0
+        while thread.is_alive() or not calls:
+            assert outcome(channel, OPEN, good) == "OK"
+            calls += 1
+    thread.join()
+    assert refused == [Code.UNAUTHENTICATED] * 2_000
+
+
+# The same decision everywhere.
+
+
+def test_the_server_decides_as_the_function_does(world: World) -> None:
+    """A few hundred random calls: `decide` and the real server agree about each."""
+    chance = random.Random(14)
+    grants = [
+        {"name": "a", "roles": ["user", "publisher"], "models": ["*"]},
+        {"name": "b", "tenants": ["acme"], "roles": ["viewer"], "allow": ["read"], "models": ["o*"]},
+        {"name": "c", "tenants": ["globex"], "allow": ["infer"], "models": [OPEN]},
+        {"name": "d", "subjects": ["eve"], "deny": ["*"], "models": ["*"]},
+        {"name": "e", "tenants": ["acme"], "deny": ["infer"], "models": ["s*"]},
+        {"name": "f", "by_name": True, "allow": ["*"], "models": ["*"]},
+    ]
+    methods = {
+        "ServerLive": lambda model: (pb.ServerLiveRequest(), None),
+        "ServerMetadata": lambda model: (pb.ServerMetadataRequest(), None),
+        "ModelMetadata": lambda model: (pb.ModelMetadataRequest(name=model), model),
+        "ModelReady": lambda model: (pb.ModelReadyRequest(name=model), model),
+        "ModelInfer": lambda model: (request(model, x=X), model),
+        "RepositoryIndex": lambda model: (pb.RepositoryIndexRequest(), None),
+        "TraceSetting": lambda model: (pb.TraceSettingRequest(), None),
+    }
+    made = world.document
+    expected = policy(world.signer, issuers=made["issuers"], grants=grants, revoked=[REVOKED], open=["health"])
+    with world.with_policy(grants=grants, open=["health"]), world.channel() as channel:
+        viewer = world.key("globex", "viewer").text
+        world.until(lambda: world.infer(viewer) == "OK")
+        disagreed = []
+        for _ in range(300):
+            options = {
+                "tenant": chance.choice(["acme", "globex", "third"]),
+                "role": chance.choice(["viewer", "user", "publisher", "operator", "boss"]),
+                "subject": chance.choice(["", "", "eve"]),
+                "models": chance.choice([["*"], ["*"], ["o*"], ["x"]]),
+                "grants": chance.choice([[], [], ["f"]]),
+            }
+            token = None if chance.random() < 0.1 else world.key(**options).text
+            method, model = chance.choice([*methods]), chance.choice([OPEN, SECRET])
+            message, named = methods[method](model)
+            rpc = f"/inference.GRPCInferenceService/{method}"
+            caller = (
+                None if token is None else caller_of(expected, tokens.verified_claims(expected, token, time.time()))
+            )
+            bearer = () if token is None else (("authorization", f"Bearer {token}"),)
+            code = code_of(channel.unary_unary(rpc), message.SerializeToString(), bearer)
+            allowed = code not in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+            if allowed is not decide(expected, caller, rpc, named).allowed:
+                disagreed.append((options, method, model, code))
+        assert disagreed == []
+    assert set(GROUP_OF) >= {f"/inference.GRPCInferenceService/{method}" for method in methods}
+
+
+# Secrets. This test is the last: it looks for everything that the others have used.
+
+
+def test_no_secret_is_in_logs_configuration_files_or_process_lists(world: World) -> None:
+    assert world.infer(world.key().text, SECRET) != "OK"
+    with socket.socket(socket.AF_UNIX) as admin:
+        (run_dir,) = {path.parent for path in Path("/tmp").glob("shoal-serve-*/admin.sock") if is_of(world.envoy, path)}
+        admin.connect(str(run_dir / "admin.sock"))
+        admin.sendall(b"GET /config_dump?include_eds HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        dump = b""
+        while piece := admin.recv(1 << 20):
+            dump += piece
+    assert b"local_jwks" in dump
+    ps = subprocess.run(["ps", "axeww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    written = {str(path): path.read_text() for path in run_dir.glob("*") if path.is_file()}
+    places = {"stderr": world.stderr.read_text(), "config_dump": dump.decode(errors="replace"), "ps": ps, **written}
+    places["responses"] = "\n".join(world.texts)
+    for place, text in places.items():
+        assert "PRIVATE KEY" not in text, place
+        for secret in world.secrets:
+            # The signature is the secret part of a token; Envoy passes the rest to the worker.
+            assert secret.rpartition(".")[2] not in text, place
+
+
+def is_of(pid: int, path: Path) -> bool:
+    return str(path.parent) in Path(f"/proc/{pid}/cmdline").read_text()
