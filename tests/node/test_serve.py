@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 
 import shoal
+from shoal.access import tokens
 from shoal.cli.main import main
+from shoal.errors import PermissionDenied, Unauthenticated
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from shoal.node.ports import listeners
+from tests.access import policies
 from tests.breakable import until
 from tests.http2 import framed
 from tests.infer import onnx_files
@@ -219,6 +222,28 @@ def test_a_server_with_a_certificate_of_its_own_ca_keeps_the_ca(
             assert client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=30)["y"].tolist() == [[2.0] * 4]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def test_with_tls_and_a_policy_an_address_of_others_needs_no_word_and_a_key_is_all_that_a_client_needs(
+    start: Start, onnx_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    signer = tokens.create_signer(tmp_path / "signer.json")
+    policies.write(tmp_path / "policy.yaml", policies.document(signer))
+    options = ("--tls", "auto", "--policy", str(tmp_path / "policy.yaml"), "--workers", "2")
+    _, said = start(str(onnx_models), "--host", "0.0.0.0", *options)
+    address, ca = said["address"].replace("0.0.0.0", "https://localhost"), said["tls"]["ca"]
+    x = {"x": np.ones((1, 4), np.float32)}
+    for models, expected in (("double", [[2.0] * 4]), ("slow", None)):
+        key = policies.key(signer, models=[models]).text
+        with shoal.Client(address, ca=ca, token=key) as client:
+            if expected is None:
+                with pytest.raises(PermissionDenied, match="the key is not for the model 'double'"):
+                    client.infer("double", x, timeout=30)
+            else:
+                assert client.infer("double", x, timeout=30)["y"].tolist() == expected
+    with shoal.Client(address, ca=ca) as client, pytest.raises(Unauthenticated):
+        client.infer("double", x, timeout=30)
 
 
 @pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])
