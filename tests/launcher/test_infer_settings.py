@@ -13,11 +13,12 @@ from shoal.node.options import checked
 from shoal.node.plan import Layout
 
 
-def settings(folder: Path, environ: Mapping[str, str] | None = None, **options: object) -> dict[str, str]:
-    """Return the settings of model control and code that an instance of infer gets."""
+def settings(
+    folder: Path, environ: Mapping[str, str] | None = None, host: str = "127.0.0.1", **options: object
+) -> dict[str, str]:
+    """Return the settings of model control and code that an instance of infer gets, with the gateway at `host`."""
     chosen = checked(data_dir=folder, **options)  # type: ignore[arg-type]
-    layout = Layout(folder / "run", 1, 2, gateway_host=chosen.gateway_host)
-    groups = plan.groups(chosen, layout, environ or {}, 1)
+    groups = plan.groups(chosen, Layout(folder / "run", 1, 2, gateway_host=host), environ or {}, 1)
     (infer,) = (spec for group in groups for spec in group if spec.name == "infer-0")
     found = {**(environ or {}), **infer.env}
     names = ("MODEL_CONTROL", "LOAD_MODELS", "ALLOW_CODE")
@@ -39,12 +40,21 @@ def test_pushed_models_are_served_in_explicit_mode(tmp_path: Path, by: str) -> N
 
 
 def test_code_needs_the_option_where_other_machines_reach_the_gateway(tmp_path: Path) -> None:
-    listens = {"listen": "0.0.0.0:8443", "is_insecure": True}
-    no, yes = {"SHOAL_INFER_ALLOW_CODE": "false"}, {"SHOAL_INFER_ALLOW_CODE": "true"}
-    assert settings(tmp_path, **listens)["ALLOW_CODE"] == "false"
-    assert settings(tmp_path, **listens, allow_code=True)["ALLOW_CODE"] == "true"
-    assert settings(tmp_path, yes, **listens)["ALLOW_CODE"] == "true"
-    assert settings(tmp_path, no, **listens, allow_code=True)["ALLOW_CODE"] == "true"
+    everywhere = "0.0.0.0"
+    assert settings(tmp_path, host=everywhere)["ALLOW_CODE"] == "false"
+    assert settings(tmp_path, host=everywhere, allow_code=True)["ALLOW_CODE"] == "true"
+    assert settings(tmp_path, {"SHOAL_INFER_ALLOW_CODE": "true"}, everywhere)["ALLOW_CODE"] == "true"
+    assert settings(tmp_path, {"SHOAL_INFER_ALLOW_CODE": "false"}, everywhere, allow_code=True)["ALLOW_CODE"] == "true"
+
+
+def test_files_of_the_machine_are_not_open_to_other_machines(tmp_path: Path) -> None:
+    for host, is_open in (("127.0.0.1", True), ("0.0.0.0", False)):
+        groups = plan.groups(checked(data_dir=tmp_path), Layout(tmp_path / "run", 1, 2, gateway_host=host), {}, 1)
+        env = {name: value for group in groups for spec in group for name, value in spec.env.items()}
+        for variable in ("SHOAL_STORE_BACKUPS", "SHOAL_INGEST_BATCH_URLS"):
+            places = env[variable].split(",")
+            assert ("file:///" in places) is is_open
+            assert any(place.startswith(f"file://{tmp_path}/") for place in places) is not is_open
 
 
 @pytest.mark.parametrize(
