@@ -150,7 +150,8 @@ async def test_streams_that_hold_much_of_the_heap_are_reset_and_others_are_serve
     assert peak_mib - idle_mib < 1.3 * (HEAP >> 20)
 
     async def has_room() -> bool:
-        return (await mesh.envoy.stats(PRESSURE))[PRESSURE] < 50
+        # Below this, no stream is reset.
+        return (await mesh.envoy.stats(PRESSURE))[PRESSURE] < 75
 
     await until(has_room, "the heap is free again")
     assert told(await mesh.infer("a"), "header") == "a"
