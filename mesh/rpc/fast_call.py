@@ -135,9 +135,10 @@ class FastCall:
         """End the call without a response: the client has disconnected."""
         if self.is_over:
             return
+        on_end = self.on_end
         self._finish(Code.CANCELLED)
-        if self.on_end is not None:
-            self.on_end()
+        if on_end is not None:
+            on_end()
 
     def stalled(self, idle_s: float) -> None:
         """End the call: its body does not arrive."""
@@ -276,9 +277,10 @@ class FastCall:
         """End the call: its deadline has passed."""
         if self.is_over:
             return
+        on_end = self.on_end
         self.refuse(DeadlineExceeded("the deadline of the call has passed"))
-        if self.on_end is not None:
-            self.on_end()
+        if on_end is not None:
+            on_end()
 
     @property
     def traceparent(self) -> str:
@@ -287,6 +289,8 @@ class FastCall:
 
     def _finish(self, code: int = 0, message: str = "") -> None:
         self.is_over = True
+        # It refers to the handler's work, which refers to this call.
+        self.on_end = None
         if self.span is not None:
             assert self._app.tracer is not None
             self._app.tracer.end(self.span, self._stream.head.path, code, message)

@@ -24,7 +24,18 @@ BOMB = gzip.compress(bytes(40 << 20))
 PATIENCE_S = 3.0
 
 
+class Work:
+    """Work on a call, as a model's scheduler has it."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def abandon(self) -> None:
+        pass
+
+
 def fast(body, call):
+    call.on_end = Work(call).abandon
     call.reply((body[5:],), len(body) - 5)
 
 
