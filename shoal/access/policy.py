@@ -195,6 +195,12 @@ class Policy(_Part):
         _check_distinct([grant.name for grant in grants], "grant")
         return grants
 
+    @field_validator("hosts")
+    @classmethod
+    def _distinct_hosts(cls, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
+        _check_distinct([host.lower() for host in hosts], "host")
+        return hosts
+
     @model_validator(mode="after")
     def _known_roles(self) -> Self:
         known = {*BUILTIN_ROLES, *self.roles}
@@ -266,6 +272,8 @@ def load(path: Path) -> Policy:
     """
     policy = parse(_read(path), str(path))
     issuers = [_with_keys(issuer, path) for issuer in policy.issuers]
+    for issuer in issuers:
+        _check_keys(issuer, path)
     return policy.model_copy(update={"issuers": tuple(issuers)})
 
 
@@ -285,6 +293,17 @@ def _with_keys(issuer: Issuer, policy: Path) -> Issuer:
     except (ValueError, RecursionError) as err:
         raise InvalidArgument(f"{path}: {err}") from err
     return issuer.model_copy(update={"jwks": jwks, "jwks_file": None})
+
+
+def _check_keys(issuer: Issuer, policy: Path) -> None:
+    """Raise InvalidArgument for a key whose numbers are no key. Envoy would refuse the whole policy for it."""
+    import jwt
+
+    for key in (issuer.jwks or {})["keys"]:
+        try:
+            jwt.PyJWK(key)
+        except (jwt.PyJWTError, ValueError, TypeError) as err:
+            raise InvalidArgument(f"{policy}: issuer {issuer.issuer}: the key {key['kid']!r} is no key: {err}") from err
 
 
 def _read(path: Path) -> str:

@@ -30,8 +30,8 @@ _RBAC = f"{_FILTERS}.rbac.v3.RBAC"
 _ROUTES = f"{_API}/envoy.config.route.v3.RouteConfiguration"
 
 CALLERS, RULES, HOSTS = "shoal.callers", "shoal.rules", "shoal.hosts"
-REJECTED = tuple(f"extension_config_discovery.http_filter.{name}.config_fail" for name in (CALLERS, RULES))
-"""Counters of policies that Envoy has refused. It keeps the former one."""
+REJECTED = tuple(f"extension_config_discovery.http_filter.{name}.update_rejected" for name in (CALLERS, RULES))
+"""Counters of parts of policies that Envoy has refused. It keeps the former ones."""
 
 # Verified tokens that a worker thread of Envoy keeps, with 1 to 2 kB each. Verification costs 0.1 ms, a look-up 10 us.
 _CACHED_TOKENS = 8192

@@ -355,8 +355,10 @@ class Edge:
         _envoy_access().write(policy, self._folder, _SERVICES, _virtual_host(self._count > 1))
 
     async def rejected_policies(self) -> int:
-        """Return the number of policies that Envoy has refused. It keeps the former one."""
-        return sum((await self._stats(*_envoy_access().REJECTED)).values())
+        """Return the number of parts of policies that Envoy has refused. It keeps the former ones."""
+        access = _envoy_access()
+        hosts = f"http.{_STAT_PREFIX}.rds.{access.HOSTS}.update_rejected"
+        return sum((await self._stats(*access.REJECTED, hosts)).values())
 
     @property
     def pid(self) -> int | None:

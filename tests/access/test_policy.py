@@ -79,6 +79,7 @@ def test_an_unknown_role_and_names_that_occur_twice_are_refused(signer: Signer) 
     assert "no role 'boss': there are admin, operator" in error_of(signer, grants=grants)
     twice = [{"name": "a", "models": ["*"]}] * 2
     assert "the grant 'a' occurs twice" in error_of(signer, grants=yaml.safe_load(json.dumps(twice)))
+    assert "the host 'a.example' occurs twice" in error_of(signer, hosts=["a.example", "A.example"])
     assert "the issuer 'shoal' occurs twice" in error_of(signer, issuers=[issuer(signer), {**issuer(signer)}])
 
 
@@ -97,6 +98,15 @@ def test_an_unknown_role_and_names_that_occur_twice_are_refused(signer: Signer) 
 def test_only_public_keys_of_supported_algorithms_are_taken(signer: Signer, change: dict[str, Any], words: str) -> None:
     bad = {name: value for name, value in {**signer.public_jwk(), **change}.items() if value is not None}
     assert words in error_of(signer, issuers=[issuer(signer, jwks={"keys": [bad]})])
+
+
+def test_numbers_that_are_no_key_are_refused(signer: Signer, tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    for change in ({"x": "AAAA"}, {"y": None}, {"x": 7}):
+        keys = {"keys": [{**signer.public_jwk(), **change}]}
+        file.write_text(yaml.safe_dump(document(signer, issuers=[issuer(signer, jwks=keys)])))
+        with pytest.raises(InvalidArgument, match=f"the key '{signer.kid}' is no key"):
+            policies.load(file)
 
 
 def test_an_issuer_has_few_keys(signer: Signer) -> None:
