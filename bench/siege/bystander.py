@@ -24,7 +24,7 @@ from mesh.h2 import frames
 from shoal.inference.v2 import inference_pb2 as pb
 
 OK = "status 0"
-PATIENCE_S = 15.0
+PATIENCE_S = 30.0
 """Time that calls without a response are waited for at the end."""
 
 Call = tuple[float, float | None, str]

@@ -65,7 +65,7 @@ def _many(connection: Connection) -> Script:
 
 def _tenants(connection: Connection) -> Script:
     blocks = (head(INFER, tenant=_text(200).decode()) for _ in itertools.count())
-    yield from _varied(connection, blocks, framed(tensor("slow", "FP32", [1, 4], bytes(16))), 1000)
+    yield from _varied(connection, blocks, framed(tensor("slow", "FP32", [1, 4], bytes(16))), 200)
 
 
 def _paths(connection: Connection) -> Script:

@@ -58,14 +58,17 @@ class Turns:
         if self._began is not None:
             self._adapt(now - self._began)
         self._began = now
-        # One that is not done is added again.
-        while waiting and not waiting.popleft().take_turn(self._frames):
-            pass
-        if waiting:
-            self._schedule()
-        else:
-            self._is_scheduled = False
-            self.at_once = self._frames
+        try:
+            # One that is not done is added again.
+            while waiting and not waiting.popleft().take_turn(self._frames):
+                pass
+        # A fault of one connection must not end the turns of the others.
+        finally:
+            if waiting:
+                self._schedule()
+            else:
+                self._is_scheduled = False
+                self.at_once = self._frames
 
     def _schedule(self) -> None:
         self._is_scheduled = True

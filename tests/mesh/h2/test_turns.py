@@ -128,3 +128,22 @@ async def test_a_lost_connection_costs_no_turn():
     assert alive.taken
     alive.is_lost = True
     await asyncio.sleep(0)
+
+
+async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
+    clock = Clock()
+    turns = Turns(clock)
+
+    class Faulty:
+        def take_turn(self, count: int) -> bool:
+            raise RuntimeError("a fault")
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    alive = Endless(turns, clock, 1e-6)
+    turns.wait(Faulty())
+    turns.wait(alive)
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert alive.taken
+    alive.is_lost = True
+    await asyncio.sleep(0)
