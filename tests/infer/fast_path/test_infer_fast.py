@@ -338,7 +338,7 @@ def test_a_large_request_whose_raw_contents_are_cut_out_responds_as_any_other(fo
 
 def test_numbers_of_a_large_request_are_never_copied(folder):
     async def work(server):
-        asked = request("two", 1, inputs=("a", "b"), width=200_000)
+        asked = request("two", 1, inputs=("a", "b"), width=600_000)
         asked.parameters["custom"].string_param = "no template has parameters"
         body = asked.SerializeToString()
         framed = struct.pack(">BI", 0, len(body)) + body
@@ -346,7 +346,7 @@ def test_numbers_of_a_large_request_are_never_copied(folder):
         read = reading.read(message, server.models.find("two", "").loaded.model.signature)
         memory = np.frombuffer(framed, np.uint8)
         assert all(np.may_share_memory(array, memory) for array in read.inputs.values())
-        assert shared_bytes(message) == 2 * 4 * 200_000
+        assert shared_bytes(message) == 2 * 4 * 600_000
         assert shared_bytes(message.inputs[0]) == 0
         await server.agree(body)
 
