@@ -135,8 +135,8 @@ class AsyncClient:
         the batch.
 
         `retries` is how often this client repeats the request after UNAVAILABLE or RESOURCE_EXHAUSTED; None follows the
-        client's policy. Set 0 for a model that acts on the world, since a failed request may have run: then the node
-        does not repeat it on another instance either. A step of a sequence is never repeated.
+        client's policy. Set 0 for a model that acts on the world, since a failed request may have run; the header
+        `x-shoal-no-retry` forbids the node to repeat it. A step of a sequence is never repeated.
 
         Raises:
             InvalidArgument: the message names the input or argument, the expected value and the received one.

@@ -24,7 +24,6 @@ from shoal.client.transport.retry import RetryPolicy
 from shoal.client.transport.security import Security
 from shoal.client.transport.transport import Bidi, Transport
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
-from shoal.no_retry_header import NO_RETRY_HEADER
 from shoal.tenant_header import TENANT_HEADER, header_value
 
 Headers: TypeAlias = Mapping[str, str]
@@ -117,8 +116,7 @@ class Caller:
     ) -> R:
         """Make a unary call and return its response; retry as the policy allows within `timeout_s`.
 
-        `retries` replaces the policy's number of attempts; it never repeats a call that is not idempotent. 0 also
-        forbids the node to repeat it.
+        `retries` replaces the policy's number of attempts; it never repeats a call that is not idempotent.
 
         Raises:
             ShoalError: the class follows the service's status code.
@@ -127,8 +125,6 @@ class Caller:
         deadline = self.deadline(timeout_s)
         repeatable = method.idempotent if idempotent is None else idempotent
         policy = self._retry if retries is None else replace(self._retry, attempts=_validated_retries(retries) + 1)
-        if retries == 0:
-            headers = {**(headers or {}), NO_RETRY_HEADER: "1"}
         with self._span(method, headers) as (span, metadata):
             attempt = 0
             while True:
