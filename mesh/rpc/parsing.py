@@ -75,7 +75,7 @@ class Parser(Generic[Q]):
         try:
             return self._parse(data[start:] if start else data)
         except Exception as err:
-            raise _malformed(data, err) from err
+            raise _malformed(len(data) - start, err) from err
 
 
 class ParseTurns:
@@ -144,13 +144,13 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
     fields, at, end = _fields(message), start, len(data)
     count = elements = packed = 0
     # What is left when the scanned tensors are jumped over.
-    left = end - start
+    left = size_bytes = end - start
     outer: list[tuple[_Fields, int]] = []
     try:
         while True:
             while at >= end:
                 if at > end:
-                    raise _malformed(data, f"a field of {fields.message.full_name} is longer than its message")
+                    raise _malformed(size_bytes, f"a field of {fields.message.full_name} is longer than its message")
                 if not outer:
                     return
                 fields, end = outer.pop()
@@ -163,7 +163,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
             if count % _SLICE_FIELDS == 0:
                 yield
             if count > MAX_FIELDS:
-                raise _too_many(data, message, f"{MAX_FIELDS} fields and submessages", fields.message, tag)
+                raise _too_many(size_bytes, message, f"{MAX_FIELDS} fields and submessages", fields.message, tag)
             wire = tag & 7
             if wire != _LENGTH:
                 at = at + _SIZES[wire] if wire else varint(data, at)[1]
@@ -180,12 +180,12 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
                     outer.append((fields, end))
                     fields, end = _fields(inner), at + size
                     if end > outer[-1][1]:
-                        raise _malformed(data, f"a {inner.full_name} is longer than the message around it")
+                        raise _malformed(size_bytes, f"a {inner.full_name} is longer than the message around it")
                     continue
                 packed += size
                 if packed > PACKED_BYTES:
                     most = f"{PACKED_BYTES} bytes of packed integers or booleans"
-                    raise _too_many(data, message, most, fields.message, tag)
+                    raise _too_many(size_bytes, message, most, fields.message, tag)
             at += size
             left -= size
             # More elements of the same field, as in BYTES tensors.
@@ -203,11 +203,11 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
                 if elements % (4 * _SLICE_FIELDS) == 0:
                     yield
                 if elements > MAX_ELEMENTS:
-                    raise _too_many(data, message, f"{MAX_ELEMENTS} elements", fields.message, tag)
+                    raise _too_many(size_bytes, message, f"{MAX_ELEMENTS} elements", fields.message, tag)
             if left <= UNSCANNED_BYTES:
                 return
     except (IndexError, KeyError):
-        raise _malformed(data, "it ends inside a field, or has a field of an unknown kind") from None
+        raise _malformed(size_bytes, "it ends inside a field, or has a field of an unknown kind") from None
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -222,14 +222,14 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
     raise IndexError
 
 
-def _malformed(data: bytes, error: Exception | str) -> InvalidArgument:
-    return InvalidArgument(f"these {len(data)} bytes are not a message of the expected type: {error}")
+def _malformed(size_bytes: int, error: Exception | str) -> InvalidArgument:
+    return InvalidArgument(f"these {size_bytes} bytes are not a message of the expected type: {error}")
 
 
-def _too_many(data: bytes, message: Descriptor, most: str, inner: Descriptor, tag: int) -> InvalidArgument:
+def _too_many(size_bytes: int, message: Descriptor, most: str, inner: Descriptor, tag: int) -> InvalidArgument:
     field = inner.fields_by_number.get(tag >> 3)
     name = field.full_name if field is not None else f"field {tag >> 3} of {inner.full_name}"
     return InvalidArgument(
-        f"a {message.full_name} of {len(data)} bytes has more than {most}, the last is {name}: send fewer at a time, "
+        f"a {message.full_name} of {size_bytes} bytes has more than {most}, the last is {name}: send fewer at a time, "
         "and tensors in raw contents"
     )

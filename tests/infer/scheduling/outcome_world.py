@@ -354,7 +354,7 @@ class World:
         if is_fast:
             self.begun[target] += 1
             template = Template((), request.outputs, rows, request.size_bytes, request.key)
-            _FastRequest(exchange, version, b"", template, b"").start(request)
+            _FastRequest(exchange, version, b"", template, b"").start(request, "")
             return
         task = self._task(self._run(version, request, exchange))
         exchange.on_end = task.cancel
