@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.cli.endpoints import fetch
 from shoal.client import Client
+from tests.breakable import until
 from shoal.errors import NotFound
 
 pytestmark = pytest.mark.node
@@ -105,6 +107,8 @@ def test_the_gateway_answers(running: Any) -> None:
 
 
 def test_it_says_so_on_the_screen(running: Any) -> None:
+    # The screen follows the ready file.
+    asyncio.run(until(lambda: "ready after" in running.output.read_text(), "the node says that it is ready"))
     screen = running.output.read_text()
     for word in (running.gateway, running.admin, str(running.data_dir), *running.pids()):
         assert word in screen
