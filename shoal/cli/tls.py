@@ -51,8 +51,8 @@ Insecure = Annotated[
     bool,
     typer.Option(
         "--insecure",
-        help="Allow an address that other machines can reach. Callers are not authenticated yet: everyone who reaches "
-        "the address may call every method. Without TLS, everyone on the way can read and change the calls, too.",
+        help="Allow an address that other machines can reach. Without a policy (`shoal serve --policy`), everyone who "
+        "reaches the address may call every method. Without TLS, everyone on the way can read and change the calls.",
     ),
 ]
 
