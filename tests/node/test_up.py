@@ -21,8 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.cli.endpoints import fetch
 from shoal.client import Client
-from tests.breakable import until
 from shoal.errors import NotFound
+from tests.breakable import until
 
 pytestmark = pytest.mark.node
 
