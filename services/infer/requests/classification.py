@@ -9,9 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.top_k import top_k
+from services.infer.error_text import quoted
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
+from shoal.errors import InvalidArgument
 from shoal.oip import bfloat16
+
+MAX_CLASSES = 100_000
+"""Classes of one output in all rows. Their texts take some 0.3 s of the interpreter for each million."""
 
 
 def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -> Tensor:
@@ -23,10 +28,19 @@ def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -
 
     Returns:
         `str` objects, [rows, k] when `batched`, else [k].
+
+    Raises:
+        InvalidArgument: the classes of all rows are more than MAX_CLASSES.
     """
     numbers = bfloat16.to_float32(output) if spec.datatype.name == "BF16" else output
     rows = output.shape[0] if batched else 1
     flat = numbers.reshape(rows, int(np.prod(output.shape[1:])) if batched else output.size)
+    count = rows * min(classes, flat.shape[1])
+    if count > MAX_CLASSES:
+        raise InvalidArgument(
+            f"output {quoted(spec.name)}: a classification of {count} classes in {rows} rows: at most {MAX_CLASSES} "
+            "in all; ask for fewer, or for the output itself"
+        )
     values, indices = top_k(flat, classes)
     texts = np.empty(values.shape, object)
     for at, value in np.ndenumerate(values):

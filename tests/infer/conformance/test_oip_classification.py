@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import numpy as np
 import pytest
 
@@ -75,3 +76,13 @@ def test_one_output_classified_and_the_other_as_it_is(stub):
     assert [output.datatype for output in response.outputs] == ["BYTES", "FP32"]
     assert wire.unpacked(response.raw_output_contents[0]) == [b"8.000000:3"]
     assert wire.array(response, "difference").tolist() == [[0, 0, 0, 0]]
+
+
+def test_the_classes_of_a_response_are_bounded(stub):
+    given = Given("x", "INT64", (1, 100_001), np.arange(100_001, dtype="<i8").tobytes())
+    with pytest.raises(grpc.RpcError) as caught:
+        classify(stub, "same_int64", given, 2**62)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "output 'y': a classification of 100001 classes in 1 rows: at most 100000" in caught.value.details()
+    (row,) = texts(classify(stub, "same_int64", given, 100_000))
+    assert (len(row), row[0]) == (100_000, "100000:100000")
