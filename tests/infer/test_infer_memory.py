@@ -27,6 +27,7 @@ from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.model_process.channel import Message
 from services.infer.model_process.inner_calls import InnerCalls, ModelRun, OuterCall
+from services.infer.model_stream_infer import stream_responses
 from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
@@ -37,7 +38,7 @@ from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.sources.repository import look, scan
-from shoal.errors import ERROR_CODE_PARAMETER, Code, ResourceExhausted
+from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, ResourceExhausted, Unavailable
 from shoal.inference.v2 import bulk_pb2
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
@@ -304,6 +305,25 @@ async def test_outcomes_of_a_bulk_that_are_not_read_are_bounded():
     full = (int(Code.RESOURCE_EXHAUSTED), 1000, 0)
     assert outcomes == [(0, 0, 5 * MIB)] * 3 + [full] * 3
     assert memory.held == 2000
+
+
+async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memory_is_full():
+    memory = Limited(1 * MIB)
+
+    async def responses() -> AsyncIterator[Any]:
+        memory._share.add(2 * MIB)
+        yield InvalidArgument("the model's own error")
+        raise Unavailable("the model has failed")
+
+    async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+        yield pb.ModelInferRequest(model_name="m", id="7")
+
+    async def infer(*_: Any) -> pb.ModelInferResponse:
+        raise AssertionError("the model is decoupled")
+
+    stream = stream_responses(requests(), infer, lambda *_: responses(), memory)
+    errors = [(response.error_message, response.infer_response.id) async for response in stream]
+    assert errors == [("the model's own error", "7"), ("the model has failed", "7")]
 
 
 async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, gate: Gate):
