@@ -202,6 +202,8 @@ class Entry:
 
     def _end(self, outcome: pb.InferBulkResponse.Answer | None, size: int = 0) -> None:
         self.is_over = True
+        # It refers to the request, which refers to this entry.
+        self.on_end = None
         if self._part.held:
             self._part.close()
         self._on_outcome(outcome, self._number, size)
@@ -224,16 +226,18 @@ class Entry:
         """End the entry because its deadline has passed. Does nothing after the end."""
         if self.is_over:
             return
+        on_end = self.on_end
         self.refuse(error)
-        if self.on_end is not None:
-            self.on_end()
+        if on_end is not None:
+            on_end()
 
     def cancel(self) -> None:
         """End the entry without an outcome: the client has cancelled it."""
         if not self.is_over:
+            on_end = self.on_end
             self._end(None)
-            if self.on_end is not None:
-                self.on_end()
+            if on_end is not None:
+                on_end()
 
 
 def _refusal(number: int, error: BaseException) -> pb.InferBulkResponse.Answer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.infer.fast_path.bulk import MAX_ENTRIES, Bulk, Entry
+from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import InvalidArgument, ResourceExhausted
 from shoal.inference.v2 import bulk_pb2 as pb
@@ -180,6 +183,35 @@ async def test_deadlines_are_each_entrys_own() -> None:
         assert [(outcome.number, outcome.code) for outcome in late] == [(3, 4), (2, 4)]
         assert core.ended == [b"sooner", b"soon"]
         assert core.asked[0][1].deadline == math.inf
+
+
+@pytest.mark.parametrize("end", ["reply", "refuse", "cancel", "expire"])
+def test_the_work_on_an_entry_that_has_ended_is_freed_at_once(end: str) -> None:
+    class Work:
+        """Work on an entry, as a model's scheduler has it."""
+
+        def __init__(self, one: Entry) -> None:
+            self.entry = one
+            one.on_end = self.abandon
+
+        def abandon(self) -> None:
+            abandoned.append(end)
+
+    abandoned: list[str] = []
+    one = Entry(lambda *_: None, entry(1, b"x"), math.inf, RequestPart(UNCOUNTED))
+    work = Work(one)
+    freed = weakref.ref(work)
+    gc.collect()
+    gc.disable()
+    try:
+        late = InvalidArgument("late")
+        arguments = {"reply": ((b"y",), 1), "refuse": (late,), "cancel": (), "expire": (late,)}[end]
+        getattr(one, end)(*arguments)
+        del one, work
+        assert freed() is None
+        assert abandoned == ([end] if end in ("cancel", "expire") else [])
+    finally:
+        gc.enable()
 
 
 async def _first(
