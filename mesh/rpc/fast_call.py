@@ -226,11 +226,13 @@ class FastCall:
 
     def _start_thread(self, work: Callable[[], bytes]) -> None:
         """Do `work` on the body in a thread. Its result is then received as the whole body."""
-        self._app.threads.start(self.headers.get(TENANT, b""), work, self._on_thread_end)
+        begun = self._app.threads.start(self.headers.get(TENANT, b""), work, self._on_thread_end)
+        self.on_end = begun.cancel
 
     def _on_thread_end(self, result: bytes | BaseException) -> None:
         if self.is_over:
             return
+        self.on_end = None
         if isinstance(result, BaseException):
             self.refuse(result)
         else:

@@ -21,6 +21,20 @@ Work = Callable[[], bytes]
 Done = Callable[["bytes | BaseException"], None]
 
 
+class MessageWork:
+    """Work on one message, which it refers to until a thread begins."""
+
+    __slots__ = ("done", "work")
+
+    def __init__(self, work: Work, done: Done) -> None:
+        self.work: Work | None = work
+        self.done: Done | None = done
+
+    def cancel(self) -> None:
+        """Drop the message of a call that has ended: its memory counts no more. `done` is not called any more."""
+        self.work = self.done = None
+
+
 class MessageThreads:
     """Runs the work of a server's calls in threads. Calls bound what waits: it is held in their memory account."""
 
@@ -28,43 +42,50 @@ class MessageThreads:
         self._loop = asyncio.get_running_loop()
         self._pool: ThreadPoolExecutor | None = None
         self._is_closed = False
-        self._waiting: dict[bytes, deque[tuple[Work, Done]]] = {}
+        self._waiting: dict[bytes, deque[MessageWork]] = {}
         """By tenant; a tenant is an entry while something of it runs."""
 
-    def start(self, tenant: bytes, work: Work, done: Done) -> None:
+    def start(self, tenant: bytes, work: Work, done: Done) -> MessageWork:
         """Run `work` after the tenant's earlier work; then `done` with its result or exception, on the loop."""
+        begun = MessageWork(work, done)
         waiting = self._waiting.get(tenant)
         if waiting is None:
             self._waiting[tenant] = deque()
-            self._submit(tenant, work, done)
+            self._submit(tenant, begun)
         else:
-            waiting.append((work, done))
+            waiting.append(begun)
+        return begun
 
-    def _submit(self, tenant: bytes, work: Work, done: Done) -> None:
+    def _submit(self, tenant: bytes, begun: MessageWork) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, "messages")
-        self._pool.submit(self._run, tenant, work, done)
+        self._pool.submit(self._run, tenant, begun)
 
-    def _run(self, tenant: bytes, work: Work, done: Done) -> None:
-        result: bytes | BaseException
+    def _run(self, tenant: bytes, begun: MessageWork) -> None:
+        result: bytes | BaseException = b""
         try:
-            result = work()
+            work, begun.work = begun.work, None
+            if work is not None:
+                result = work()
         except BaseException as err:
             result = err
         # The loop is closed: the process ends.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._finish, tenant, done, result)
+            self._loop.call_soon_threadsafe(self._finish, tenant, begun, result)
         # An exception refers to this frame: as a local variable it would keep the message until a garbage collection.
         del result
 
-    def _finish(self, tenant: bytes, done: Done, result: bytes | BaseException) -> None:
+    def _finish(self, tenant: bytes, begun: MessageWork, result: bytes | BaseException) -> None:
         waiting = self._waiting[tenant]
+        while waiting and waiting[0].work is None:
+            waiting.popleft()
         if waiting and not self._is_closed:
-            self._submit(tenant, *waiting.popleft())
+            self._submit(tenant, waiting.popleft())
         else:
             del self._waiting[tenant]
         try:
-            done(result)
+            if begun.done is not None:
+                begun.done(result)
         except Exception:
             log.exception("a call failed after a thread had worked on its message")
 

@@ -329,8 +329,11 @@ class _Messages:
 
         try:
             tenant = self._stream.head.by_name.get(TENANT, b"")
-            self._app.threads.start(tenant, work, partial(_deliver, done))
-            found = await done
+            begun = self._app.threads.start(tenant, work, partial(_deliver, done))
+            try:
+                found = await done
+            finally:
+                begun.cancel()
         except BaseException:
             self._in_thread = 0
             self._release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import gzip
+import threading
 from collections.abc import Iterator
 
 import grpc
@@ -109,3 +110,30 @@ async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way
         peer.send(frames.window_update(0, 100 << 20))
         await way(peer, path)
     await until_all_are_freed()
+
+
+@pytest.mark.parametrize("path", [FAST, SLOW])
+async def test_a_call_that_waits_for_a_thread_is_freed_when_its_client_leaves(
+    front: Front, no_collection: None, path
+):
+    threads, release, done = front.server._app.threads, threading.Event(), []
+    threads.start(b"", lambda: b"%d" % release.wait(PATIENCE_S * 10), done.append)
+    async with front.peer(WIDE) as peer:
+        number = peer.open(path, GZIP)
+        body = framed(BOMB)
+        peer.data(number, bytes([1]) + body[1:])
+        async with asyncio.timeout(PATIENCE_S * 10):
+            while not threads._waiting[b""]:
+                await asyncio.sleep(0.01)
+        peer.send(frames.rst_stream(number, Reason.CANCEL))
+        await answered(peer, SLOW)
+    await until_all_are_freed()
+    assert not done
+    # What the tenant does later is not behind the call that was freed.
+    threads.start(b"", lambda: b"later", done.append)
+    release.set()
+    async with asyncio.timeout(PATIENCE_S * 10):
+        while len(done) < 2:
+            await asyncio.sleep(0.01)
+    assert done == [b"1", b"later"]
+    assert not threads._waiting
