@@ -94,7 +94,7 @@ class Sender:
         self._owes_update = self._has_updated = False
         self._window = self._initial_window = frames.DEFAULT_WINDOW
         self._frame = DEFAULT_FRAME
-        self._is_paused = False
+        self._is_paused = self._is_eof_written = False
         self._unread = 0
 
     def attach(self, transport: asyncio.Transport) -> None:
@@ -141,12 +141,17 @@ class Sender:
         if self._out:
             data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
             self._out.clear()
-            if not self._transport.is_closing():
+            if not self._is_eof_written and not self._transport.is_closing():
                 self._transport.write(data)
         if self._pumped:
             self._pumped = 0
             if self._ready:
                 self._loop.call_soon(self._pump)
+
+    def write_eof(self) -> None:
+        """Close our side, after everything that was added. What is added later is dropped."""
+        self._is_eof_written = True
+        self._transport.write_eof()
 
     def acknowledge(self, data: bytes) -> None:
         """Write an acknowledgement. Raises ConnectionBroken for a peer that asks for many and reads none."""

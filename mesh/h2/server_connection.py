@@ -194,7 +194,8 @@ class ServerConnection(Peer):
     def _tick(self) -> None:
         """Give up the streams and the connection of a peer that makes no progress."""
         self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
-        if self._is_write_paused:
+        # A connection that ends stays open, too, until its peer has read the last responses.
+        if self._is_write_paused or self._lingering is not None or self._transport.is_closing():
             unread = self._transport.get_write_buffer_size()
             self._count_written(unread)
             self._unread_ticks = self._unread_ticks + 1 if unread >= self._unread_bytes else 0
@@ -403,7 +404,7 @@ class ServerConnection(Peer):
         # Only our side is closed. A peer whose own write fails may drop responses that it has not read yet, so the
         # connection stays open until the peer closes it.
         self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
-        self._transport.write_eof()
+        self._sender.write_eof()
 
     def _end_lingering(self) -> None:
         # The peer may still be reading the last responses.

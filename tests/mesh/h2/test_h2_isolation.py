@@ -8,6 +8,8 @@ import struct
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -16,11 +18,13 @@ from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
 from mesh.h2.sending import Sender
+from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.rpc import slow_call
 from mesh.rpc.framing import framed
 from mesh.rpc.server import Server
 from shoal.errors import Code
 from tests.mesh.h2.scripted import PATIENCE_S, Peer
+from tests.mesh.h2.test_memory_account import Transport
 
 ECHO, SIZED, SLOW, STREAM = "/t.T/Echo", "/t.T/Sized", "/t.T/Slow", "/t.T/Stream"
 KEPT, KEPT_SLOW, KEPT_STREAM = "/t.T/Kept", "/t.T/KeptSlow", "/t.T/KeptStream"
@@ -394,6 +398,42 @@ async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_t
         async with asyncio.timeout(PATIENCE_S):
             while front.server.memory.unread.held:
                 await asyncio.sleep(0.001)
+
+
+class Unread(Transport):
+    """Its peer reads nothing: `close` waits for it."""
+
+    def close(self) -> None:
+        self._is_closing = True
+
+    def abort(self) -> None:
+        self._protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("is_broken", [False, True], ids=["goaway", "broken"])
+async def test_a_connection_that_ends_does_not_wait_longer_for_a_peer_that_does_not_read(is_broken):
+    connections: dict[Any, None] = {}
+    connection = ServerConnection(SimpleNamespace(), connections, Memory())
+    transport: Any = Unread(connection)
+    connection.connection_made(transport)
+    connection.data_received(frames.PREFACE + frames.settings({}))
+    # Too few bytes for the transport to pause.
+    transport.buffered = 100
+    connection.data_received(frames.frame(frames.PING, 0, 0) if is_broken else frames.goaway(0, Reason.NO_ERROR))
+    for _ in range(server_connection._MAX_TICKS):
+        connection._tick_timer.cancel()
+        connection._tick()
+    assert connections
+    connection._tick_timer.cancel()
+    connection._tick()
+    assert not connections
+
+
+async def test_frames_behind_a_goaway_are_no_fault(caplog):
+    async with serving() as front, front.peer() as peer:
+        peer.send(frames.goaway(0, Reason.NO_ERROR), frames.frame(frames.PING, 0, 0, bytes(8)))
+        assert await peer.until_over() is None
+    assert "RuntimeError" not in caplog.text
 
 
 async def test_connections_that_do_not_read_are_closed_when_the_account_is_full(caplog):
