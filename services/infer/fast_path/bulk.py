@@ -28,6 +28,8 @@ from shoal.inference.v2 import bulk_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
 MAX_ENTRIES = 4_096
+# Entries that are started in one iteration of the event loop. On the slow path, 4,096 held it for 390 ms.
+_STARTED_AT_ONCE = 128
 # Size of the outcomes in one message; a larger outcome is sent alone, further outcomes in the next message.
 _MESSAGE_BYTES = 4 << 20
 _RETRY = {ATTEMPT.encode(): b"2"}
@@ -76,7 +78,7 @@ class Bulk:
         self._memory.hold(2 * self._memory.message_bytes)
         reader = asyncio.create_task(self._read_cancellations(requests), name="bulk")
         try:
-            self._start(first.entries)
+            await self._start(first.entries)
             instance = self._instance
             while self._entries or self._ready:
                 if not self._ready:
@@ -102,7 +104,7 @@ class Bulk:
                 raise InvalidArgument(f"entries[{at}].number: {entry.number} is another entry's already")
             numbers.add(entry.number)
 
-    def _start(self, entries: Sequence[pb.InferBulkRequest.Entry]) -> None:
+    async def _start(self, entries: Sequence[pb.InferBulkRequest.Entry]) -> None:
         now = self._clock()
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
@@ -110,7 +112,12 @@ class Bulk:
             if self._caller is not None:
                 entry.headers = {**entry.headers, CALLER: self._caller}
             self._entries[message.number] = entry
-        for message, entry in zip(entries, list(self._entries.values()), strict=True):
+        for at, (message, entry) in enumerate(zip(entries, list(self._entries.values()), strict=True), 1):
+            if at % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            # Cancelled meanwhile.
+            if entry.is_over:
+                continue
             try:
                 self._infer(_NO_PREFIX + message.request, entry)
             except Exception as err:

@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from itertools import pairwise
 
 import grpc
 import numpy as np
@@ -163,6 +164,22 @@ async def test_cancelled_entries_are_abandoned() -> None:
         core.asked[0][1].reply((b"x",), 1)
         assert [outcome.number for outcome in (await waiting).answers] == [1]
     assert core.ended == [b"b", b"c"]  # The caller went away.
+
+
+async def test_the_start_of_many_entries_leaves_iterations_of_the_loop_to_others() -> None:
+    core = Core()
+    requests = Requests(*(entry(n, b"%d" % n) for n in range(MAX_ENTRIES)))
+    requests.queue.put_nowait(pb.InferBulkRequest(given_up=[MAX_ENTRIES - 1]))
+    started = [0]
+    async with bulk(core, requests) as responses:
+        waiting = asyncio.ensure_future(anext(responses))
+        while started[-1] < MAX_ENTRIES - 1:
+            await asyncio.sleep(0)
+            started.append(len(core.asked))
+        assert max(after - before for before, after in pairwise(started)) <= 128
+        core.asked[0][1].reply((b"x",), 1)
+        await waiting
+    assert b"%d" % (MAX_ENTRIES - 1) not in dict(core.asked)
 
 
 async def test_a_bulk_ends_when_all_entries_are_cancelled() -> None:
