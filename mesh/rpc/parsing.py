@@ -41,8 +41,12 @@ MAX_ELEMENTS = 300_000
 PACKED_BYTES = 2 << 20
 """Packed integers and booleans of a larger message: each byte may become 8. 2 MiB take 7 ms to parse, 4 MiB took 83."""
 
-# A slice of the scan takes 0.6 ms. Then the event loop has an iteration for others.
-_SLICE_FIELDS = 1_024
+# A slice of the scan takes 0.6 ms. Then the event loop has an iteration for others. The first slice is shorter: with it,
+# the scan of a message of some large tensors ends, and waits for no other scan.
+_SLICE_FIELDS, _FIRST_FIELDS = 1_024, 64
+
+# Yielded by no scan.
+_END = object()
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -96,9 +100,11 @@ class ParseTurns:
         if size > TURN_BYTES:
             # Before its turn, a message is not even copied.
             if size > UNSCANNED_BYTES and parser.message is not None:
-                async with self._scan:
-                    for _ in scan(data, parser.message, start):
-                        await asyncio.sleep(0)
+                slices = scan(data, parser.message, start)
+                if next(slices, _END) is not _END:
+                    async with self._scan:
+                        for _ in slices:
+                            await asyncio.sleep(0)
             if self._turn.locked() or self._is_full(size):
                 async with self._turn:
                     while self._is_full(size):  # noqa: ASYNC110 - the next iteration of the loop is no event.
@@ -160,7 +166,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
             else:
                 tag, at = varint(data, at)
             count += 1
-            if count % _SLICE_FIELDS == 0:
+            if count % _SLICE_FIELDS == _FIRST_FIELDS:
                 yield
             if count > MAX_FIELDS:
                 raise _too_many(size_bytes, message, f"{MAX_FIELDS} fields and submessages", fields.message, tag)
@@ -200,7 +206,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
                     break
                 left -= size
                 elements += 1
-                if elements % (4 * _SLICE_FIELDS) == 0:
+                if elements % (4 * _SLICE_FIELDS) == _FIRST_FIELDS:
                     yield
                 if elements > MAX_ELEMENTS:
                     raise _too_many(size_bytes, message, f"{MAX_ELEMENTS} elements", fields.message, tag)

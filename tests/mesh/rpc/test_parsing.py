@@ -181,6 +181,16 @@ async def test_small_messages_do_not_wait_for_large_ones() -> None:
     await asyncio.gather(*large)
 
 
+async def test_a_message_of_large_tensors_does_not_wait_for_the_scan_of_another() -> None:
+    turns = ParseTurns()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        others = [group.create_task(turns.parse(PARSER, NAME + b"\x2a\x00" * 80_000)) for _ in range(3)]
+        await asyncio.sleep(0)
+        tensors = group.create_task(turns.parse(PARSER, NAME + field(5, field(1, b"x")) * 8 + field(7, bytes(4 << 20))))
+        await tensors
+        assert not any(other.done() for other in others)
+
+
 async def test_a_cancelled_message_gives_its_turn_back() -> None:
     turns = ParseTurns()
     data = NAME + b"\x2a\x00" * 80_000
