@@ -169,7 +169,7 @@ def pack_bytes(elements: Iterable[Any]) -> bytes:
     Raises:
         TypeError: an element is neither text nor bytes.
     """
-    parts: list[bytes] = []
+    parts: list[Any] = []
     pack = _LENGTH.pack
     for element in elements:
         # Exact types first: `isinstance` and a call for each element would take half of the time again.
@@ -207,6 +207,8 @@ def split_bytes(raw: bytes | memoryview, elements: int, what: str, error: Error)
     parts: list[Any] = []
     at, end = 0, len(raw)
     unpack = _LENGTH.unpack_from
+    # One by one: a view takes four times the memory of a short element.
+    is_view = not isinstance(raw, bytes)
     for index in range(elements):
         start = at + 4
         if start > end:
@@ -215,10 +217,11 @@ def split_bytes(raw: bytes | memoryview, elements: int, what: str, error: Error)
         at = start + size
         if at > end:
             raise error(f"{what}: element {index} says it has {size} bytes, but {end - start} are left")
-        parts.append(raw[start:at])
+        part = raw[start:at]
+        parts.append(bytes(part) if is_view else part)
     if at != end:
         raise error(f"{what}: byte size mismatch: {end - at} bytes are left after {elements} BYTES elements")
-    return parts if isinstance(raw, bytes) else [bytes(part) for part in parts]
+    return parts
 
 
 def object_array(elements: Sequence[Any], shape: Sequence[int]) -> Array:

@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,6 +91,21 @@ def test_raw_bytes_come_back(parts) -> None:
     split = tensors.split_bytes(memoryview(raw), len(parts), "x", ValueError)
     assert split == parts
     assert all(type(each) is bytes for each in split)
+
+
+def test_the_elements_of_a_view_take_no_more_memory_than_those_of_bytes() -> None:
+    raw = tensors.pack_bytes([b"two"] * 20_000)
+    peaks = []
+    tracemalloc.start()
+    try:
+        for given_raw in (raw, memoryview(raw)):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            assert len(tensors.split_bytes(given_raw, 20_000, "x", ValueError)) == 20_000
+            peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert peaks[1] <= 1.2 * peaks[0]
 
 
 @given(hnp.arrays(object, SHAPES, elements=st.text(max_size=9) | st.binary(max_size=9), fill=st.nothing()))
