@@ -41,8 +41,8 @@ MAX_ELEMENTS = 300_000
 PACKED_BYTES = 2 << 20
 """Packed integers and booleans of a larger message: each byte may become 8. 2 MiB take 7 ms to parse, 4 MiB took 83."""
 
-# A slice of the scan takes 0.6 ms. Then the event loop has an iteration for others. The first slice is shorter: with it,
-# the scan of a message of some large tensors ends, and waits for no other scan.
+# A slice of the scan takes 0.6 ms. Then the event loop has an iteration for others. The first slice is shorter: it is
+# the whole scan of a message of some large tensors, which waits for no other scan.
 _SLICE_FIELDS, _FIRST_FIELDS = 1_024, 64
 
 # Yielded by no scan.

@@ -113,9 +113,7 @@ async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way
 
 
 @pytest.mark.parametrize("path", [FAST, SLOW])
-async def test_a_call_that_waits_for_a_thread_is_freed_when_its_client_leaves(
-    front: Front, no_collection: None, path
-):
+async def test_a_call_that_waits_for_a_thread_is_freed_when_its_client_leaves(front: Front, no_collection: None, path):
     threads, release, done = front.server._app.threads, threading.Event(), []
     threads.start(b"", lambda: b"%d" % release.wait(PATIENCE_S * 10), done.append)
     async with front.peer(WIDE) as peer:
