@@ -38,6 +38,9 @@ _PARSER = RequestParser()
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
 
+# Heads that are learnt before all templates are dropped: callers may invent parameters and shapes.
+_MAX_LEARNT_BYTES = 32 << 20
+
 
 class Exchange(Protocol):
     """Exchange with the caller of one request: that of a gRPC call, or an entry of a bulk (`bulk.Entry`)."""
@@ -76,6 +79,7 @@ class FastInfer:
         self._server = server
         self._models = models
         self._by_name: dict[bytes, ModelTemplates] = {}
+        self._learnt_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = ParseTurns()
 
@@ -160,6 +164,10 @@ class FastInfer:
         if learnt is None:
             return
         name_bytes, head, found = learnt
+        self._learnt_bytes += len(head)
+        if self._learnt_bytes > _MAX_LEARNT_BYTES:
+            self._by_name.clear()
+            self._learnt_bytes = len(head)
         model_templates = self._by_name.get(name_bytes)
         if model_templates is None or model_templates.version is not version:
             if len(self._by_name) >= _MAX_NAMES:

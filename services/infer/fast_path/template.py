@@ -32,6 +32,7 @@ NAME, VERSION, ID, RAW_INPUT, RAW_OUTPUT = 0x0A, 0x12, 0x1A, 0x3A, 0x32
 # Bounds of one model: a client that varies the number of rows sends one head for each number.
 # A message beyond the bounds is parsed.
 _MAX_TEMPLATES = 64
+_MAX_HEAD_BYTES = 16 << 10
 _MAX_SHAPES = 256
 
 
@@ -138,9 +139,9 @@ def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> t
     ).SerializeToString()
     id_bytes = len(message.id.encode())
     head_at = PREFIX_BYTES + len(name_bytes) + (2 + id_bytes if id_bytes else 0)
-    head = body[head_at:raw_at]
-    if id_bytes > 127 or not body.startswith(name_bytes, PREFIX_BYTES) or not head:
+    if id_bytes > 127 or not body.startswith(name_bytes, PREFIX_BYTES) or not 0 < raw_at - head_at <= _MAX_HEAD_BYTES:
         return None
+    head = body[head_at:raw_at]
     if not _is_head(head, message) or Template(slots, (), 0, 0, None).request(body, raw_at) is None:
         return None
     return name_bytes, head, Template(slots, request.outputs, request.rows, request.size_bytes, request.key)

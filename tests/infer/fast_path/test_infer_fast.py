@@ -250,6 +250,26 @@ def test_many_shapes_and_names_fill_no_memory(folder):
     both_ways(folder, work)
 
 
+def test_heads_with_invented_parameters_fill_no_memory(folder, monkeypatch):
+    def parametrised(size):
+        asked = request()
+        asked.inputs[0].parameters["invented"].string_param = "x" * size
+        return asked.SerializeToString()
+
+    async def work(server):
+        def learnt():
+            return [len(head) for named in server.short._by_name.values() for head in named.templates]
+
+        await server.agree(parametrised(100_000))
+        assert not learnt()
+        monkeypatch.setattr("services.infer.fast_path.infer_fast._MAX_LEARNT_BYTES", 100_000)
+        for size in range(15_000, 15_060):
+            await server.agree(parametrised(size))
+            assert 15_000 < sum(learnt()) <= 100_000
+
+    both_ways(folder, work)
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"\x0a", b"\x0a\xff", b"\x0a\x06double\x1a", b"\x0a\x06double\x12", b"\x0a\x06double"]
 )
