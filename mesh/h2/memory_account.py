@@ -45,14 +45,14 @@ class Share:
         self.held = 0
 
     def has_room(self, size: int) -> bool:
-        """Return True when `size` bytes more may be held."""
+        """Return True when `size` bytes more may be held. Nothing always fits: errors and ends carry no bytes."""
         account = self._account
-        return self.held + size <= FREE_FACTOR * (account.limit - account.held - size)
+        return not size or self.held + size <= FREE_FACTOR * (account.limit - account.held - size)
 
     def fits(self, size: int) -> bool:
-        """Return True when the account's limit allows `size` bytes more, whatever this share holds."""
+        """Return True when the account's limit allows `size` bytes more, whatever this share holds; as `has_room`."""
         account = self._account
-        return account.held + size <= account.limit
+        return not size or account.held + size <= account.limit
 
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""

@@ -169,9 +169,7 @@ class _Stream:
     async def _add(self, response: pb.ModelStreamInferResponse, size: int = 0) -> None:
         """Add a response of `size` bytes. Raises ResourceExhausted when there is no room for them."""
         unread = RequestPart(self._memory)
-        # An error takes no memory: its request ends with it, also when the account is full.
-        if size:
-            unread.hold(size)
+        unread.hold(size)
         self._out.append((response, unread, False))
         self._is_new.set()
         if len(self._out) >= _UNREAD:

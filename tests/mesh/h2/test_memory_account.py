@@ -42,6 +42,17 @@ def test_one_share_leaves_room_for_others():
     assert account.held == 0
 
 
+def test_nothing_fits_a_full_account():
+    account = MemoryAccount(100)
+    share = account.share()
+    account.share().add(90)
+    share.add(30)
+    assert not share.has_room(1)
+    assert not share.fits(1)
+    assert share.has_room(0)
+    assert share.fits(0)
+
+
 def test_the_defaults_of_the_configuration_are_those_of_the_server():
     fields = ServiceConfig.model_fields
     assert (fields["body_bytes"].default, fields["unread_bytes"].default) == (BODY_BYTES, UNREAD_BYTES)
