@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from mesh.process.tasks import Background
 from shoal.access import caller_header
 from shoal.access.caller_header import LAUNCHER
-from shoal.access.decision import Applicable, Caller, Decision, caller_of
+from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import INDEX, MODEL_INFER, is_health_check
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
@@ -48,6 +48,9 @@ class _Known:
         self._decisions: dict[tuple[str, str | None], Decision] = {}
 
     def decide(self, rpc: str, model: str | None) -> Decision:
+        # A caller could fill the memory with the longest names that fit into a message.
+        if model is not None and len(model) > MODEL_NAME:
+            return self.applicable.decide(rpc, model)
         found = self._decisions.get((rpc, model))
         if found is None:
             if len(self._decisions) >= _DECISIONS:

@@ -15,6 +15,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from shoal.access import tokens
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.decision import MODEL_NAME
 from shoal.access.rpc_groups import INDEX, LOAD, MODEL_INFER
 from shoal.access.tokens import Signer
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
@@ -86,6 +87,17 @@ def test_many_callers_and_models_fill_no_memory(signer: Signer) -> None:
     for number in range(9_000):
         access.check_infer(passed({**claims, "jti": f"k-{number}"})[1].encode(), "m")
     assert len(access._callers) <= 8192
+
+
+def test_long_names_of_models_are_refused_in_short_words_and_not_kept(signer: Signer) -> None:
+    access, ann = Access(policy(signer)), caller(signer)
+    for number in range(64):
+        with pytest.raises(PermissionDenied, match="no model has a name of 1000002 characters") as refused:
+            access.check_infer(ann, f"{number:02}" + "m" * 1_000_000)
+        assert len(refused.value.message) < 200
+    access.check_infer(ann, "m" * MODEL_NAME)
+    (known,) = access._callers.values()
+    assert sum(len(model or "") for _, model in known._decisions) <= 2 * MODEL_NAME
 
 
 @pytest.fixture
