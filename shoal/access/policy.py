@@ -340,6 +340,9 @@ def parse(text: str, source: str = "policy") -> Policy:
         raise InvalidArgument(f"{source}:{line}: not YAML: {err.problem}") from err
     except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise InvalidArgument(f"{source}: not YAML: {err}") from err
+    # The library's own errors for a value that its tag does not fit, such as `!!bool maybe`.
+    except (AttributeError, LookupError, TypeError) as err:
+        raise InvalidArgument(f"{source}: not YAML: a value does not fit its tag: leave out tags (!!...)") from err
     try:
         return Policy.model_validate(document)
     except ValidationError as err:

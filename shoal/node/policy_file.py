@@ -7,6 +7,7 @@ the user's file, files of keys ──> validated ──> policy.json ──> wor
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from shoal.access import policy as policies
 from shoal.access.policy import Policy
 from shoal.errors import ShoalError
 from shoal.node.envoy_edge import Edge
+
+log = logging.getLogger(__name__)
 
 # Some stats of files. Changes are in force after so long, and half a second more in the workers.
 _POLL_S = 0.25
@@ -37,12 +40,14 @@ class PolicyFile(Background):
 
     def __init__(self, source: Path, policy: Policy, target: Path, edge: Edge, report: Callable[[str], None]) -> None:
         self._source = source
-        self._policy = policy
+        self._policy: Policy | None = policy
+        """Policy in force; None: a part of a policy could not be written."""
         self._target = target
         self._edge = edge
         self._report = report
         self._files = policies.files(source)
-        self._seen = _stamps(self._files)
+        # The files may have changed since `policy` was read: the first look reads them again.
+        self._seen: _Stamps = ()
         _write(policy, target)
 
     async def _run(self) -> None:
@@ -62,6 +67,7 @@ class PolicyFile(Background):
             if policy == self._policy:
                 return
             refused = await self._edge.rejected_policies()
+            self._policy = None
             # Workers first: what the new policy refuses ends there, whatever Envoy still lets pass.
             await asyncio.to_thread(_write, policy, self._target)
             await asyncio.to_thread(self._edge.apply, policy)
@@ -69,7 +75,12 @@ class PolicyFile(Background):
             self._report(f"{err.message}\nthe former policy stays in force")
             return
         except OSError as err:
-            self._report(f"the policy cannot be applied: {err}")
+            self._report(f"the policy cannot be applied: {err}: correct the cause, and write {self._source} again")
+            return
+        # The task goes on: later revocations must be in force.
+        except Exception as err:
+            log.exception("%s cannot be applied", self._source)
+            self._report(f"{self._source}: the policy cannot be applied ({type(err).__name__}): change it")
             return
         self._policy = policy
         await asyncio.sleep(_TAKEN_S)

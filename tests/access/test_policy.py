@@ -68,6 +68,9 @@ grants:
         ("a: {b: 1}\n? [c]\n: 1", "p.yaml:2: the key"),
         ("[" * 5000, "not YAML"),
         ("just text", "p.yaml:1: policy: Input should be"),
+        ("version: !!bool maybe", "p.yaml: not YAML: a value does not fit its tag"),
+        ("version: !!timestamp q", "p.yaml: not YAML: a value does not fit its tag"),
+        ("version: !!int ''", "p.yaml: not YAML: a value does not fit its tag"),
     ],
 )
 def test_what_is_no_document_is_refused(text: str, words: str) -> None:
