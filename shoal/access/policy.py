@@ -241,6 +241,10 @@ def check_jwks(jwks: object) -> None:
     keys = jwks.get("keys") if isinstance(jwks, dict) else None
     if not isinstance(keys, list) or not 1 <= len(keys) <= KEYS:
         raise ValueError(f"expected a JSON Web Key Set with 1 to {KEYS} keys in 'keys'")
+    try:
+        json.dumps(jwks, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError) as err:
+        raise ValueError(f"a value of the JSON Web Key Set is no JSON ({err}): export the set again") from err
     ids = []
     for at, key in enumerate(keys):
         what = f"keys[{at}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from pathlib import Path
@@ -110,6 +111,19 @@ def test_numbers_that_are_no_key_are_refused(signer: Signer, tmp_path: Path) -> 
         file.write_text(yaml.safe_dump(document(signer, issuers=[issuer(signer, jwks=keys)])))
         with pytest.raises(InvalidArgument, match=f"the key '{signer.kid}' is no key"):
             policies.load(file)
+
+
+def test_a_set_of_keys_that_is_no_json_is_refused(signer: Signer, tmp_path: Path) -> None:
+    file, keys = tmp_path / "policy.yaml", tmp_path / "k.json"
+    named = issuer(signer)
+    del named["jwks"]
+    for change in ({"use": "\ud800"}, {"x5t": float("nan")}):
+        keys.write_text(json.dumps({"keys": [{**signer.public_jwk(), **change}]}))
+        file.write_text(yaml.safe_dump(document(signer, issuers=[{**named, "jwks_file": keys.name}])))
+        with pytest.raises(InvalidArgument, match=r"k.json: a value of the JSON Web Key Set is no JSON"):
+            policies.load(file)
+    dated = {"keys": [{**signer.public_jwk(), "x5t": datetime.date(2026, 1, 1)}]}
+    assert "is no JSON" in error_of(signer, issuers=[issuer(signer, jwks=dated)])
 
 
 def test_an_issuer_has_few_keys(signer: Signer) -> None:
