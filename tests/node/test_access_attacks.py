@@ -30,13 +30,14 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import shoal
 from shoal.access import tokens
 from shoal.access.caller_header import LAUNCHER
 from shoal.access.decision import caller_of, decide
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import GROUP_OF, INDEX, MODEL_INFER
 from shoal.access.tokens import PREFIX, Key, Signer
-from shoal.errors import ERROR_CODE_PARAMETER, Code
+from shoal.errors import ERROR_CODE_PARAMETER, Code, PermissionDenied
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
@@ -394,6 +395,13 @@ def test_what_is_for_other_roles(world: World) -> None:
 def code_of(call: Any, body: bytes, metadata: tuple[tuple[str, str], ...]) -> str:
     future = call.future(body, metadata=metadata, timeout=PATIENCE_S)
     return str(future.code().name)
+
+
+def test_a_client_waits_for_a_model_that_its_key_may_read(world: World) -> None:
+    with shoal.Client(world.address, token=world.key().text) as client:
+        client.models.wait_ready(OPEN, timeout=PATIENCE_S)
+        with pytest.raises(PermissionDenied, match="denies read"):
+            client.models.wait_ready(SECRET, timeout=PATIENCE_S)
 
 
 def test_health_and_reflection_need_a_key(world: World) -> None:

@@ -15,7 +15,7 @@ from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
 from shoal.client.transport.deadline import Deadline, Timeout
 from shoal.coord.v1 import coord_pb2 as coord
-from shoal.errors import DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented
+from shoal.errors import DeadlineExceeded, FailedPrecondition, PermissionDenied, ShoalError, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
 
 T = TypeVar("T")
@@ -188,7 +188,8 @@ class Polls:
         """Poll for versions of a model. Raises as a call."""
         try:
             serving = await self._serving.get(lambda: self._fetch_serving(timeout_s))
-        except Unimplemented:
+        # A server with a policy refuses the RPCs that it lacks.
+        except (Unimplemented, PermissionDenied):
             return await _poll_server(self._caller, name, versions, timeout_s)
         readiness = {version: readiness_of(serving, name, version) for version in versions}
         served = {number for models in serving.values() for number in models.get(name, ())}
