@@ -168,11 +168,16 @@ class InferenceServer:
         await control.load(request)
         return pb.RepositoryModelLoadResponse()
 
-    async def unload_model(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
-        """Stop serving a model until it is loaded again. Raises as `Control.unload` does, and Unimplemented."""
+    async def unload_model(
+        self, request: pb.RepositoryModelUnloadRequest, check: Callable[[str], None] = lambda model: None
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Stop serving a model until it is loaded again. `check` is as for `Control.unload`.
+
+        Raises as `Control.unload` does, and Unimplemented.
+        """
         control = self._controlled()
         _only_repository(request.repository_name)
-        await control.unload(request)
+        await control.unload(request, check)
         return pb.RepositoryModelUnloadResponse()
 
     def _controlled(self) -> Control:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -133,8 +134,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        self._check(context, "RepositoryModelUnload", request.model_name)
-        return await self._server.unload_model(request)
+        check = partial(self._check, context, "RepositoryModelUnload")
+        check(request.model_name)
+        return await self._server.unload_model(request, check)
 
     async def SystemSharedMemoryStatus(self, request: pb.SystemSharedMemoryStatusRequest, context: Context) -> NoReturn:
         _no_shared_memory("SystemSharedMemoryStatus")

@@ -150,6 +150,18 @@ async def test_each_method_that_names_a_model_is_decided_by_it(
     assert await code_of(call(message, metadata=by(key(signer, "globex", "publisher")), timeout=30)) == "OK"
 
 
+async def test_an_unload_with_the_models_of_an_ensemble_needs_a_grant_for_each(served: Serving, signer: Signer) -> None:
+    unload = pb.RepositoryModelUnloadRequest(model_name="both")
+    unload.parameters["unload_dependents"].bool_param = True
+    acme, globex = by(key(signer, "acme", "publisher")), by(key(signer, "globex", "publisher"))
+    call = served.stub.RepositoryModelUnload(unload, metadata=acme, timeout=30)
+    assert await code_of(call) == "PERMISSION_DENIED"
+    for model in ("both", "secret"):
+        assert await code_of(served.stub.ModelInfer(request(model, x=X), metadata=globex, timeout=30)) == "OK"
+    assert await code_of(served.stub.RepositoryModelUnload(unload, metadata=globex, timeout=30)) == "OK"
+    assert await code_of(served.stub.ModelInfer(request("secret", x=X), metadata=globex, timeout=30)) != "OK"
+
+
 async def test_a_load_with_parameters_needs_the_grant_of_code(served: Serving, access: Access, signer: Signer) -> None:
     load = pb.RepositoryModelLoadRequest(model_name="open")
     load.parameters["config"].string_param = "{}"

@@ -156,10 +156,16 @@ class Control:
         task.add_done_callback(self._ended)
         await asyncio.shield(task)
 
-    async def unload(self, asked: pb.RepositoryModelUnloadRequest) -> None:
+    async def unload(
+        self, asked: pb.RepositoryModelUnloadRequest, check: Callable[[str], None] = lambda model: None
+    ) -> None:
         """Stop serving the model until it is loaded again. An unknown model counts as unloaded.
 
         Requests that use the model finish; the call waits for them up to `_UNLOAD_S` seconds.
+
+        Args:
+            check: raises for a model that the caller may not unload. It is called for the models that an ensemble
+                needs, before one of them is unloaded.
 
         Raises:
             InvalidArgument: an unknown parameter.
@@ -167,8 +173,10 @@ class Control:
         with_dependents = _with_dependents(asked)
         if not self._models.knows(asked.model_name):
             return
-        names = [asked.model_name, *(self._made_of(asked.model_name) if with_dependents else ())]
-        models = [self._unwanted(name) for name in names]
+        needed = self._made_of(asked.model_name) if with_dependents else []
+        for name in needed:
+            check(name)
+        models = [self._unwanted(name) for name in [asked.model_name, *needed]]
         try:
             async with asyncio.timeout(_UNLOAD_S):
                 for model in models:
