@@ -67,8 +67,7 @@ def add(
         token_file = str(Path(token_file).expanduser().absolute())
         contexts.read_token(Path(token_file))
     new = contexts.Context(gateway.url, "" if ca is None else str(ca.expanduser().absolute()), token_file, token)
-    known = contexts.load(os.environ).adding(name, new, may_replace=replace)
-    contexts.save(known, os.environ)
+    known = contexts.change(lambda known: known.adding(name, new, may_replace=replace), os.environ)
     typer.echo(f"context {name}: {new.url}" + (", in use" if known.current == name else ""))
 
 
@@ -79,7 +78,7 @@ def use(
     ] = "",
 ) -> None:
     """Make a context the one that commands use without --gateway."""
-    contexts.save(contexts.load(os.environ).using(name), os.environ)
+    contexts.change(lambda known: known.using(name), os.environ)
     typer.echo(f"context {name} is in use" if name else "no context is in use: commands find the node of this machine")
 
 
@@ -107,5 +106,5 @@ def list_(json: AsJson = False) -> None:
 @app.command()
 def remove(name: Name) -> None:
     """Remove a context."""
-    contexts.save(contexts.load(os.environ).removing(name), os.environ)
+    contexts.change(lambda known: known.removing(name), os.environ)
     typer.echo(f"context {name} is removed")

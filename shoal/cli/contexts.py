@@ -11,12 +11,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from shoal.node.folder import write_atomically
+from shoal.node.folder import locked, write_atomically
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 
@@ -101,10 +101,24 @@ def load(environ: Mapping[str, str]) -> Contexts:
         raise FailedPrecondition(f"{file} cannot be read ({reason}): correct it, or remove it") from err
 
 
-def save(contexts: Contexts, environ: Mapping[str, str]) -> None:
+def change(changed: Callable[[Contexts], Contexts], environ: Mapping[str, str]) -> Contexts:
+    """Replace the user's contexts by `changed` of them, and return those. Changes of several commands take turns.
+
+    Raises:
+        FailedPrecondition: as `load`.
+        OSError: the file cannot be written.
+    """
+    folder = path(environ).parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(folder):
+        contexts = changed(load(environ))
+        _save(contexts, environ)
+    return contexts
+
+
+def _save(contexts: Contexts, environ: Mapping[str, str]) -> None:
     """Write the user's contexts, readable by the user only. Raises OSError."""
     file = path(environ)
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     known = {name: {k: v for k, v in asdict(context).items() if v} for name, context in contexts.contexts.items()}
     document = {"current": contexts.current, "contexts": known}
     write_atomically(file, json.dumps(document, indent=2) + "\n", is_private=True)

@@ -94,6 +94,17 @@ def save_ports(data_dir: Path, ports: Mapping[str, int]) -> None:
     write_atomically(data_dir / "ports.json", json.dumps(dict(ports), indent=2))
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, the file `lock` in it. Waits while another process holds it. Raises OSError."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, content: str | bytes, *, is_private: bool = False) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from shoal.cli import contexts
+from shoal.cli import context, contexts
 from shoal.cli.context import app
 from shoal.cli.contexts import Context, Contexts, chosen
 from shoal.cli.output import connect
@@ -146,3 +148,10 @@ def test_removing_the_context_in_use_leaves_none_in_use() -> None:
     assert both.removing("a") == Contexts("", {"b": Context("127.0.0.1:2")})
     assert both.removing("b").current == "a"
     assert chosen(None, {"XDG_CONFIG_HOME": "/none"}) is None
+
+
+def test_contexts_that_are_added_at_the_same_time_are_all_kept(home: Path) -> None:
+    names = [f"c{number}" for number in range(32)]
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(lambda name: context.add(name, "127.0.0.1:1"), names))
+    assert sorted(contexts.load(os.environ).contexts) == sorted(names)

@@ -8,11 +8,10 @@ DATA_DIR/ca/ca.pem   the CA's certificate, for clients: `shoal ca show`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shoal.errors import InvalidArgument
-from shoal.node.folder import write_atomically
+from shoal.node.folder import locked, write_atomically
 from shoal.node.tls.pair import Pair, checked, fingerprint, read_key
 
 FOLDER, CERTIFICATE, KEY = "ca", "ca.pem", "ca.key"
@@ -78,7 +77,7 @@ def open_ca(data_dir: Path, now: datetime) -> OwnCa:
     folder = data_dir / FOLDER
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             if not (folder / CERTIFICATE).exists() and not (folder / KEY).exists():
                 _make(folder, now)
     except OSError as err:
@@ -116,16 +115,6 @@ def _own_addresses() -> list[str]:
     with contextlib.suppress(OSError), open("/proc/net/if_inet6") as lines:
         found += [str(ipaddress.IPv6Address(bytes.fromhex(line.split()[0]))) for line in lines]
     return found
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _make(folder: Path, now: datetime) -> None:
