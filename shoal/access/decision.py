@@ -17,7 +17,6 @@ from shoal.access.policy import ANY, Grant, Issuer, Policy, is_name
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 from shoal.errors import Unauthenticated
 
-
 MODEL_NAME = 255
 """Longest name of a model, in characters: that of a file. Callers may send names of any length."""
 

@@ -216,6 +216,9 @@ def _verified(issuer: Issuer, token: str, header: Mapping[str, Any], now: float)
         )
     except jwt.PyJWTError as err:
         raise Unauthenticated(f"the token is not valid: {err}") from None
+    for name in ("exp", "nbf"):
+        if name in claims and not isinstance(claims[name], int | float):
+            raise Unauthenticated(f"the token is not valid: its claim {name!r} is no number")
     if now > claims["exp"] + issuer.clock_skew_s:
         raise Unauthenticated("the token has expired")
     if now < claims.get("nbf", 0) - issuer.clock_skew_s:

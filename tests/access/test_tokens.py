@@ -45,6 +45,11 @@ def test_a_key_says_who_its_holder_is(signer: Signer, trusted: Policy) -> None:
     assert caller_of(trusted, tokens.verified_claims(trusted, f"Bearer {made.text}\n", time.time())) == caller
 
 
+@pytest.mark.parametrize("claim", ["exp", "nbf"])
+def test_times_that_are_no_numbers_are_refused(signer: Signer, trusted: Policy, claim: str) -> None:
+    assert f"its claim '{claim}' is no number" in refusal(trusted, signed(signer, **{claim: "tomorrow"}))
+
+
 def test_the_signer_is_a_secret_of_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "signer.json"
     made = tokens.create_signer(path, "mine")
