@@ -51,7 +51,8 @@ class SequenceTable:
         self._idle_s = idle_s
         self._first_shapes = first_shapes
         self._weights = weights or {}
-        self._known: dict[SequenceId, Sequence] = {}
+        # By tenant and id: a tenant that uses the id of another's sequence has one of its own.
+        self._known: dict[tuple[str, SequenceId], Sequence] = {}
         self._backlog: dict[Sequence, None] = {}
         # In order of time, since all sequences may be idle for equally long.
         self._idle: dict[Sequence, float] = {}
@@ -66,11 +67,11 @@ class SequenceTable:
 
     def add(self, step: SequenceStep, tenant: str) -> None:
         """Add a step behind those of its sequence. Raises UnknownSequence."""
-        sequence = self._known.get(step.id)
+        sequence = self._known.get((tenant, step.id))
         if not step.starts and (sequence is None or not sequence.is_open):
             raise UnknownSequence
         if sequence is None:
-            sequence = self._known[step.id] = Sequence(step.id, tenant)
+            sequence = self._known[tenant, step.id] = Sequence(step.id, tenant)
         step.sequence = sequence
         sequence.waiting.append(step)
         step.is_waiting = True
@@ -218,7 +219,7 @@ class SequenceTable:
             self._backlog[sequence] = None
         else:
             self._backlog.pop(sequence, None)
-            del self._known[sequence.id]
+            del self._known[sequence.tenant, sequence.id]
         self._assign_slots()
 
     def _after_step(self, sequence: Sequence, now: float) -> None:

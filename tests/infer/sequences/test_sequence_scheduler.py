@@ -120,6 +120,22 @@ def test_tenants_get_their_shares_of_slots():
     run(scene())
 
 
+def test_tenants_with_one_id_have_sequences_of_their_own():
+    async def scene() -> None:
+        bench = Bench(settings(slots=2, rows=2))
+        async with bench.scheduler:
+            assert await bench.total(step(7, 1, start=True), tenant="acme") == 1
+            with pytest.raises(InvalidArgument):
+                await bench.total(step(7, 100), tenant="globex")
+            assert await bench.total(step(7, 100, start=True), tenant="globex") == 100
+            assert await bench.total(step(7, 2), tenant="acme") == 3
+            assert await bench.total(step(7, 200, end=True), tenant="globex") == 300
+            assert await bench.total(step(7, 3, end=True), tenant="acme") == 6
+            assert len(bench.scheduler.table) == 0
+
+    run(scene())
+
+
 def test_a_full_queue_refuses():
     async def scene() -> None:
         bench = Bench(settings(slots=1, rows=1), limits=QueueLimits(calls=3))
