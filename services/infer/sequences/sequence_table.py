@@ -51,7 +51,7 @@ class SequenceTable:
         self._idle_s = idle_s
         self._first_shapes = first_shapes
         self._weights = weights or {}
-        # By tenant and id: a tenant that uses the id of another's sequence has one of its own.
+        # By owner and id: a tenant that uses the id of another's sequence has one of its own.
         self._known: dict[tuple[str, SequenceId], Sequence] = {}
         self._backlog: dict[Sequence, None] = {}
         # In order of time, since all sequences may be idle for equally long.
@@ -67,11 +67,13 @@ class SequenceTable:
 
     def add(self, step: SequenceStep, tenant: str) -> None:
         """Add a step behind those of its sequence. Raises UnknownSequence."""
-        sequence = self._known.get((tenant, step.id))
+        # A model that calls another one may run requests of several tenants at once: its sequences are no tenant's.
+        owner = tenant if step.request.parameters.inner_call is None else ""
+        sequence = self._known.get((owner, step.id))
         if not step.starts and (sequence is None or not sequence.is_open):
             raise UnknownSequence
         if sequence is None:
-            sequence = self._known[tenant, step.id] = Sequence(step.id, tenant)
+            sequence = self._known[owner, step.id] = Sequence(step.id, owner, tenant)
         step.sequence = sequence
         sequence.waiting.append(step)
         step.is_waiting = True
@@ -219,7 +221,7 @@ class SequenceTable:
             self._backlog[sequence] = None
         else:
             self._backlog.pop(sequence, None)
-            del self._known[sequence.tenant, sequence.id]
+            del self._known[sequence.owner, sequence.id]
         self._assign_slots()
 
     def _after_step(self, sequence: Sequence, now: float) -> None:

@@ -81,7 +81,10 @@ class Sequence:
     """The steps of one sequence id that have no outcome, and the states that the last step left."""
 
     id: SequenceId
+    owner: str
+    """Tenant within which the id is unique; empty for the sequences of calling models."""
     tenant: str
+    """Tenant whose share the sequence counts in."""
     waiting: deque[SequenceStep] = field(default_factory=deque)
     running: SequenceStep | None = None
     position: SequenceSlot | None = None

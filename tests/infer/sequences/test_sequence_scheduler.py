@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 
 import pytest
 
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
@@ -131,6 +133,23 @@ def test_tenants_with_one_id_have_sequences_of_their_own():
             assert await bench.total(step(7, 2), tenant="acme") == 3
             assert await bench.total(step(7, 200, end=True), tenant="globex") == 300
             assert await bench.total(step(7, 3, end=True), tenant="acme") == 6
+            assert len(bench.scheduler.table) == 0
+
+    run(scene())
+
+
+def test_a_model_continues_its_sequence_for_another_tenant():
+    def inner(made: InferenceRequest) -> InferenceRequest:
+        return replace(made, parameters=replace(made.parameters, inner_call=object()))
+
+    async def scene() -> None:
+        bench = Bench(settings(slots=2, rows=2))
+        async with bench.scheduler:
+            assert await bench.total(inner(step(7, 1, start=True)), tenant="acme") == 1
+            assert await bench.total(inner(step(7, 2)), tenant="globex") == 3
+            with pytest.raises(InvalidArgument):
+                await bench.total(step(7, 100), tenant="acme")
+            assert await bench.total(inner(step(7, 3, end=True)), tenant="acme") == 6
             assert len(bench.scheduler.table) == 0
 
     run(scene())
