@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from shoal.oip.tensors import to_raw
 log = logging.getLogger(__name__)
 
 Reply = Callable[[dict[str, Any], Sequence[TensorPart]], None]
+
+_Response: TypeAlias = tuple[dict[str, Any], Sequence[TensorPart]]
+"""Arguments of a `Reply`."""
 
 _MAX_ERROR_CHARACTERS = 1000
 _FIELDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
@@ -143,7 +146,7 @@ class ModelRun:
         return not self.is_over
 
 
-def error_reply(text: str, code: Code) -> tuple[dict[str, Any], Sequence[TensorPart]]:
+def error_reply(text: str, code: Code) -> _Response:
     """Return the arguments of a `Reply` with an error."""
     return {"error": text[:_MAX_ERROR_CHARACTERS], "code": code.name}, ()
 
@@ -186,7 +189,7 @@ class InnerCalls:
         self._core: Core | None = None
         self._account: MemoryAccount | None = None
         self._memories: dict[str, _TenantMemory] = {}
-        self._tasks: dict[ModelRun, set[asyncio.Task[None]]] = {}
+        self._tasks: dict[ModelRun, set[asyncio.Task[_Response]]] = {}
         # Calls of each run that have no response yet. Only the event loop's thread uses both.
         self._calls: dict[ModelRun, list[InnerCall]] = {}
 
@@ -220,31 +223,29 @@ class InnerCalls:
         if not run.watch(partial(self._on_loop, self._end, run)):
             self._loop.run_in_executor(None, reply, *_ended())
             return
-        task = asyncio.create_task(self._run(core, message, run, outer, reply))
+        memory = RequestPart(self._memory_of(outer.tenant), message.tensor_bytes)
+        task = asyncio.create_task(self._outcome(core, message, run, outer, memory))
         self._tasks.setdefault(run, set()).add(task)
-        task.add_done_callback(partial(self._drop, run))
+        task.add_done_callback(partial(self._reply, run, reply, memory))
 
-    def _drop(self, run: ModelRun, task: asyncio.Task[None]) -> None:
+    def _reply(self, run: ModelRun, reply: Reply, memory: RequestPart, task: asyncio.Task[_Response]) -> None:
+        """Send the response of a call, whose task has ended; the model waits for it even when the run has ended."""
         self._tasks[run].discard(task)
         if not self._tasks[run]:
             del self._tasks[run]
+        # A task that is cancelled before its first step has no result.
+        header, parts = _ended() if task.cancelled() else task.result()
+        # On a thread: the model process may be slow to read.
+        sent = self._loop.run_in_executor(None, reply, header, parts)
+        sent.add_done_callback(lambda _: memory.close())
 
     def _end(self, run: ModelRun) -> None:
         for task in self._tasks.get(run, ()):
             task.cancel()
 
-    async def _run(self, core: Core, message: Message, run: ModelRun, outer: OuterCall, reply: Reply) -> None:
-        memory = RequestPart(self._memory_of(outer.tenant), message.tensor_bytes)
-        try:
-            header, parts = await self._outcome(core, message, run, outer, memory)
-            # On a thread: the model process may be slow to read.
-            await asyncio.to_thread(reply, header, parts)
-        finally:
-            memory.close()
-
     async def _outcome(
         self, core: Core, message: Message, run: ModelRun, outer: OuterCall, memory: RequestPart
-    ) -> tuple[dict[str, Any], Sequence[TensorPart]]:
+    ) -> _Response:
         parts: Sequence[TensorPart] = ()
         header: dict[str, Any] = {}
         try:
@@ -341,7 +342,7 @@ class InnerCalls:
         return [each.model.name for each in (*path, next_run)]
 
 
-def _ended() -> tuple[dict[str, Any], Sequence[TensorPart]]:
+def _ended() -> _Response:
     return error_reply("the request that this call was made for has ended", Code.CANCELLED)
 
 

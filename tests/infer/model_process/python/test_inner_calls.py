@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import pytest
 
-from services.infer.model_process.inner_calls import ModelRun, OuterCall, outer_of
+from services.infer.model_process.channel import Message
+from services.infer.model_process.inner_calls import InnerCalls, ModelRun, OuterCall, outer_of
 from services.infer.requests.parameters import Parameters
 from shoal.errors import Internal, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -279,15 +282,66 @@ def test_a_batch_gives_its_inner_calls_the_latest_deadline_and_the_first_waiting
     assert outer_of(batch[:1]).tenant == "gone"
 
 
-def test_a_run_that_is_over_calls_nothing_and_one_that_ends_calls_its_watcher():
-    class Model:
-        name, instances = "m", ()
+class IdleModel:
+    name, instances = "m", ()
 
+
+def test_a_run_that_is_over_calls_nothing_and_one_that_ends_calls_its_watcher():
     ended = []
-    run = ModelRun(Model(), OuterCall)
+    run = ModelRun(IdleModel(), OuterCall)
     assert run.watch(lambda: ended.append(1))
     run.end()
     assert ended
-    over = ModelRun(Model(), OuterCall)
+    over = ModelRun(IdleModel(), OuterCall)
     over.end()
     assert not over.watch(lambda: None)
+
+
+class IdleCore:
+    """A core whose calls end at once, without outputs."""
+
+    async def infer(self, message: pb.ModelInferRequest, *_: object, **__: object) -> pb.ModelInferResponse:
+        return pb.ModelInferResponse()
+
+    def sessions(self, name: str, version: str) -> tuple[object, ...]:
+        return ()
+
+
+class EndsFirst(ModelRun):
+    """A run that another thread ends before the task of its call has begun."""
+
+    def watch(self, on_end: Callable[[], None]) -> bool:
+        was_watched = super().watch(on_end)
+        self.end()
+        return was_watched
+
+
+async def replies_to_a_call(run: ModelRun, between: Callable[[], None]) -> list[dict[str, Any]]:
+    """Return the replies to one call of `run`; `between` runs once the reply waits for a thread."""
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    may_go_on = threading.Event()
+    loop.run_in_executor(None, may_go_on.wait)
+    calls, replies = InnerCalls(), []
+    calls.bind(IdleCore())
+    header = {"model": "m", "version": "", "request_id": "", "parameters": {}, "outputs": []}
+    calls(Message(header, []), run, lambda header, parts: replies.append(header))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    between()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    may_go_on.set()
+    # The executor has one thread: the reply, if any, was before this.
+    await loop.run_in_executor(None, lambda: None)
+    return replies
+
+
+async def test_the_model_gets_a_response_when_its_run_ends_before_the_call_begins():
+    (reply,) = await replies_to_a_call(EndsFirst(IdleModel(), OuterCall), lambda: None)
+    assert reply["code"] == "CANCELLED"
+
+
+async def test_the_model_gets_a_response_when_its_run_ends_while_the_response_waits_for_a_thread():
+    run = ModelRun(IdleModel(), OuterCall)
+    assert await replies_to_a_call(run, run.end) == [{}]
