@@ -40,6 +40,11 @@ class Attack:
     """A connection is closed at the end of its scripts."""
 
 
+def has_begun(tally: Mapping[str, int]) -> bool:
+    """Return True when a script has sent something: each waits for the SETTINGS of the server, and counts its work."""
+    return any(tally.get(sent) for sent in ("calls", "frames", "greetings", "messages", "resets", "streams"))
+
+
 class Siege:
     """Attacks on one address, several at a time."""
 
@@ -52,22 +57,31 @@ class Siege:
         self._open: list[Connection | None] = [None] * len(self._places)
         self._place_of: dict[int, int] = {}
         self._watched: dict[int, int] = {}
+        self._next_tick = 0.0
         self.tally: Counter[str] = Counter()
+
+    def begin(self, until: float) -> bool:
+        """Attack until a script has sent something, or until `until` (time.monotonic). Return `has_begun`."""
+        while not has_begun(self.tally) and time.monotonic() < until:
+            self._attack(until)
+        return has_begun(self.tally)
 
     def run(self, until: float) -> Counter[str]:
         """Attack until `until` (time.monotonic), then close all connections."""
-        next_tick = 0.0
-        while (now := time.monotonic()) < until:
-            if now >= next_tick:
-                next_tick = now + _TICK_S
-                self._tick()
-            for number, events in self._epoll.poll(max(0.0, min(next_tick, until) - time.monotonic()), 64):
-                self._serve(self._place_of[number], number, events)
+        while time.monotonic() < until:
+            self._attack(until)
         for connection in self._open:
             if connection is not None and connection.is_open:
                 self.tally["calls in flight at the end"] += len(connection.streams)
                 connection.close()
         return self.tally
+
+    def _attack(self, until: float) -> None:
+        if (now := time.monotonic()) >= self._next_tick:
+            self._next_tick = now + _TICK_S
+            self._tick()
+        for number, events in self._epoll.poll(max(0.0, min(self._next_tick, until) - time.monotonic()), 64):
+            self._serve(self._place_of[number], number, events)
 
     def _tick(self) -> None:
         """Open what is missing, and continue parked scripts."""

@@ -24,11 +24,13 @@ def _too_many_streams(connection: Connection) -> Script:
 
 
 def _greeting(connection: Connection) -> Script:
+    connection.tally["greetings"] += 1
     return
     yield
 
 
 def _one_call(connection: Connection) -> Script:
+    connection.tally["calls"] += 1
     number, opening = connection.open(head(LIVE, tenant=ATTACKER))
     yield opening + dataframes(number, framed(b""), frames.END_STREAM)
     yield from connection.fewer(1)

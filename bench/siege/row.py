@@ -17,15 +17,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.siege.attack import ATTACKER
+from bench.siege.attack import ATTACKER, Attack, has_begun
 from bench.siege.bystander import OK, Call
 from bench.siege.catalogue import CATALOGUE
 from bench.siege.servers import ROOT, Server, peak_mib, reset_peak, resident_mib
+from shoal.errors import Code
 
 RATE = 50
 """Calls a second of each bystander."""
 PROBES = 100
 TENANTS = (ATTACKER, "neighbour")
+_REFUSED = f"status {int(Code.RESOURCE_EXHAUSTED)}"
 _START_S = 0.05
 # Processes get so much longer than their time until they are killed.
 _PATIENCE_S = 60.0
@@ -86,9 +88,9 @@ class Row:
 
     def missed(self, drain_s: float) -> Sequence[str]:
         """Return the goals that are missed."""
-        found = []
-        own, others = (self.errors[tenant].total() for tenant in TENANTS)
-        if others or (own and not any(attack.fills_own_queue for attack in CATALOGUE[self.attack])):
+        found = [] if has_begun(self.tally) else ["no attack"]
+        own, others = (self.errors[tenant] for tenant in TENANTS)
+        if others or any(not is_allowed(outcome, CATALOGUE[self.attack]) for outcome in own):
             found.append("errors")
         if self.during.p99 > min(MAX_RATIO * self.quiet.p99, MAX_MS):
             found.append("p99")
@@ -102,6 +104,11 @@ class Row:
         if self.stop_s is None or self.stop_s > drain_s:
             found.append("SIGTERM")
         return found
+
+
+def is_allowed(outcome: str, attacks: Sequence[Attack]) -> bool:
+    """Return True for an outcome that the bystander of the attacker's tenant may get during `attacks`."""
+    return outcome == OK or (outcome.startswith(_REFUSED) and any(attack.fills_own_queue for attack in attacks))
 
 
 def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
@@ -144,7 +151,12 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
         for tenant, each in zip(TENANTS, calls, strict=True)
     }
     row.stall_ms = max(
-        (1000 * (math.inf if took is None else took) for due, took, _ in probes if due > attacked), default=0
+        (
+            1000 * (took if took is not None and outcome == OK else math.inf)
+            for due, took, outcome in probes
+            if due > attacked
+        ),
+        default=0,
     )
     row.is_alive = server.is_running()
     return row
