@@ -12,11 +12,10 @@ import numpy as np
 
 from bench.siege.attack import ATTACKER, Attack
 from bench.siege.wire import INFER, Connection, Script, framed, head
-from shoal.inference.v2 import bulk_pb2, inference_pb2
+from shoal.inference.v2 import inference_pb2
 
 pb: Any = inference_pb2
 MIB = 1 << 20
-BULK = b"/shoal.inference.v2.BulkInference/InferBulk"
 GZIP = (b"grpc-encoding", b"gzip")
 
 # Wire forms of one empty element: the tag of a field with the length 0.
@@ -28,7 +27,6 @@ def repeating(
     what: str,
     body: Callable[[], bytes],
     *more: tuple[bytes, bytes],
-    path: bytes = INFER,
     in_flight: int = 4,
     **options: Any,
 ) -> Attack:
@@ -36,7 +34,7 @@ def repeating(
     made = functools.cache(body)
 
     def script(connection: Connection) -> Script:
-        block, data = head(path, *more, tenant=ATTACKER), made()
+        block, data = head(INFER, *more, tenant=ATTACKER), made()
         while True:
             yield from connection.fewer(in_flight)
             connection.tally["calls"] += 1
@@ -128,12 +126,6 @@ def _classify() -> bytes:
     return framed(bytes(request.SerializeToString()))
 
 
-def _bulk() -> bytes:
-    one = tensor("small", "FP32", [1, 4], bytes(16))
-    entries = [bulk_pb2.InferBulkRequest.Entry(number=n, request=one) for n in range(4096)]
-    return framed(bulk_pb2.InferBulkRequest(entries=entries).SerializeToString())
-
-
 ATTACKS = (
     repeating("gzip-zeros", "96 MiB of zeros, 95 kB compressed", _zeros, GZIP),
     repeating(
@@ -157,5 +149,4 @@ ATTACKS = (
     repeating("raw-bytes", "4 M empty elements of BYTES, raw", _elements),
     Attack("huge-shapes", "shapes of up to 2^62 elements with 16 bytes of data", _huge_shapes),
     repeating("classify", "classification of 1 M values", _classify, in_flight=2),
-    repeating("bulk", "InferBulk with 4,096 entries", _bulk, path=BULK),
 )
