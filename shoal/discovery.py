@@ -34,7 +34,7 @@ _POINTER = re.compile(r"^(\d+)-(\d+)\.json$")
 
 @dataclass(frozen=True)
 class Gateway:
-    """A gateway, and the knowledge that its certificate is checked with."""
+    """A gateway, and the data with which its certificate is checked."""
 
     address: str
     """`host:port` or `unix:/path`."""

@@ -1,1 +1,1 @@
-"""Attack suite: bystanders call a small model while an attacker does its worst."""
+"""Attack suite: bystanders call a small model during attacks."""

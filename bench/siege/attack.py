@@ -13,7 +13,7 @@ from bench.siege.wire import Connection, Script
 ATTACKER = "attacker"
 """Tenant of the attacker, and of one of the bystanders."""
 
-# The loop looks after parked scripts and lost connections so often.
+# Interval at which lost connections are opened again and parked scripts continue.
 _TICK_S = 0.01
 
 # An attack opens at most this many connections, one after the other.

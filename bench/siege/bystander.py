@@ -107,7 +107,7 @@ class Bystander:
         self._connections = [one for one in self._connections if one.is_open]
 
     def _settle(self, connection: Connection) -> None:
-        """Repeat what the server has not begun, and end what a closed connection has cut off."""
+        """Repeat the calls that the server has not begun, and end those of a closed connection."""
         if connection.goaway is None and connection.is_open:
             return
         last = connection.goaway

@@ -16,7 +16,7 @@ def _idle_streams(connection: Connection) -> Script:
 
 
 def _too_many_streams(connection: Connection) -> Script:
-    """Open streams beyond the server's limit, and ignore what it says."""
+    """Open streams beyond the server's limit, and ignore its resets."""
     block = head(STREAM, tenant=ATTACKER)
     while True:
         connection.tally["streams"] += 100

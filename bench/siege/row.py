@@ -29,9 +29,9 @@ PROBES = 100
 TENANTS = (ATTACKER, "neighbour")
 _REFUSED = f"status {int(Code.RESOURCE_EXHAUSTED)}"
 _START_S = 0.05
-# Processes get so much longer than their time until they are killed.
+# Time beyond its own after which a process is killed.
 _PATIENCE_S = 60.0
-# Memory is given back a while after the last connection.
+# Longest wait for memory to return to the system after the last connection.
 _SETTLE_S = 3.0
 
 CEILINGS_MIB = {"infer": 1024.0, "envoy": 512.0}

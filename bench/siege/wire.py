@@ -154,7 +154,7 @@ class Connection:
         return bool(self._out) or (self.is_greeted and bool(self.scripts) and not self.is_parked)
 
     def write(self) -> None:
-        """Send what is there, then what one turn of the scripts yields."""
+        """Send the pending data, then the next data of each script."""
         if not self._flush() or not self.is_greeted:
             return
         is_idle = True

@@ -56,7 +56,7 @@ class FreedMemory:
         resident = _resident_bytes()
         self._least_bytes = min(self._least_bytes, resident)
         if resident > self._least_bytes + _KEPT_BYTES and self._is_quiet():
-            # What is left after a trim is in use.
+            # Memory that a trim does not return is in use.
             self._least_bytes = resident
             self._pool.submit(return_freed_memory)
 

@@ -45,7 +45,7 @@ class StallWatch:
 
     def _set(self) -> None:
         self._cpu_s = time.thread_time()
-        # uvloop's clock stands still during one iteration.
+        # uvloop's clock does not advance during one iteration.
         self._due = time.monotonic() + _TICK_S
         self._timer = self._loop.call_later(_TICK_S, self._tick)
 

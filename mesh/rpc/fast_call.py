@@ -291,7 +291,7 @@ class FastCall:
 
     def _finish(self, code: int = 0, message: str = "") -> None:
         self.is_over = True
-        # It refers to the handler's work, which refers to this call.
+        # The callback refers to the handler's work, which refers to this call.
         self.on_end = None
         if self.span is not None:
             assert self._app.tracer is not None

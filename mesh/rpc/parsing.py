@@ -149,7 +149,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
     """
     fields, at, end = _fields(message), start, len(data)
     count = elements = packed = 0
-    # What is left when the scanned tensors are jumped over.
+    # The message without the scanned tensors.
     left = size_bytes = end - start
     outer: list[tuple[_Fields, int]] = []
     try:

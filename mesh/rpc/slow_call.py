@@ -125,7 +125,7 @@ class SlowCall:
                 log.error("unexpected error in a call", exc_info=err)
             code, message, trailing = status_of(err)
             response.end(code.value[0], message, trailing)
-            # It refers to the frames that it passed, some of which refer to it.
+            # A traceback refers to frames, some of which refer to the exception: a reference cycle.
             err.__traceback__ = None
 
     async def _call(self) -> None:

@@ -50,7 +50,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Applicable:
-    """The grants of a policy that apply to one caller, or to nobody verified. Immutable, for many decisions."""
+    """The grants of a policy that apply to one caller, or to unverified callers. Immutable, for many decisions."""
 
     policy: Policy
     caller: Caller | None

@@ -1,4 +1,4 @@
-"""Patterns of names: `*` stands for any characters, everything else for itself. Matching takes linear time."""
+"""Patterns of names: `*` matches any characters, everything else itself. Matching takes linear time."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ANY = "*"
 BYTES = 1 << 20
 """Size of a document, and of a file of keys: parsing takes most of a second."""
 GRANTS = 1_000
-"""Grants of a document. A decision that is not cached looks at each that applies to the caller."""
+"""Grants of a document. A decision that is not cached evaluates each that applies to the caller."""
 NAMES = 1_000
 """Names or patterns in one list of a grant."""
 REVOKED = 10_000
@@ -157,7 +157,7 @@ class Grant(_Part):
     deny: Annotated[tuple[GroupOrAny, ...], Field(min_length=1)] | None = None
     """Groups that are refused, whatever other grants allow."""
     models: Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=NAMES)]
-    """Patterns of the models' names; `*` stands for any characters."""
+    """Patterns of the models' names; `*` matches any characters."""
 
     @model_validator(mode="after")
     def _one_effect(self) -> Self:

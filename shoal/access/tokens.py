@@ -26,7 +26,7 @@ ISSUER = "shoal"
 AUDIENCE = "shoal"
 _ALGORITHM = "ES256"
 LIFE_S = 90 * 86_400
-"""Life of a key, unless another one is asked for."""
+"""Life of a key, by default."""
 _LONGEST_LIFE_S = 10 * 366 * 86_400
 
 
@@ -55,7 +55,7 @@ class Key:
     """A new key."""
 
     id: str
-    """Under which the key is revoked."""
+    """Id under which the key is revoked."""
     text: str
     """The key itself: a secret."""
     expires_at: int

@@ -1,4 +1,4 @@
-"""Rule for addresses that other machines or users can reach: TLS and authentication, or the operator's word."""
+"""Rule for addresses that other machines or users can reach: TLS and authentication, or an explicit option."""
 
 from __future__ import annotations
 

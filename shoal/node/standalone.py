@@ -100,7 +100,7 @@ class Screen(Protocol):
         """Show that a process ended unexpectedly and is restarted."""
 
     def trouble(self, text: str) -> None:
-        """Show a problem, or news, that does not end the server."""
+        """Show a problem or an event that does not end the server."""
 
     def stopping(self) -> None: ...
 

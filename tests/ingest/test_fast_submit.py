@@ -16,7 +16,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class Requests:
-    """Stands for the intake: keeps the requests, and never writes them."""
+    """Fake intake: keeps the requests, and never writes them."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
@@ -27,7 +27,7 @@ class Requests:
 
 
 class Call:
-    """Stands for a fast call: keeps the error that ends it."""
+    """Fake fast call: keeps the error that ends it."""
 
     traceparent = ""
 

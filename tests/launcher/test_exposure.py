@@ -1,4 +1,4 @@
-"""Addresses that other machines can reach need the operator's word, and the options about TLS fit together."""
+"""Addresses that other machines can reach need an explicit option, and the options about TLS fit together."""
 
 from __future__ import annotations
 

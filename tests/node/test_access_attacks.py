@@ -73,7 +73,7 @@ class World:
     stderr: Path
     secrets: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
-    """What calls returned."""
+    """Outcomes of calls."""
 
     @property
     def document(self) -> dict[str, Any]:

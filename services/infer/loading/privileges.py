@@ -53,7 +53,7 @@ def _reasons(config: pb.ModelConfig, backend: str) -> Iterator[str]:
 
 
 def _onnx_settings(config: pb.ModelConfig) -> Iterator[tuple[str, str]]:
-    """Yield what ONNX Runtime and its execution providers are given as it is."""
+    """Yield the options that ONNX Runtime and its execution providers get unchanged."""
     yield from ((key, value) for key, value in texts(config).items() if key.startswith("session."))
     accelerators = config.optimization.execution_accelerators
     for each in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):

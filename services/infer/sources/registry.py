@@ -50,7 +50,7 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CONFIG_PATH = f"../{CONFIG_FILE}"
 _MAX_CONFIG_BYTES = 4 << 20
-# Pruning looks at every file of the cache, and a folder of models is pushed in hundreds of snapshots.
+# Pruning checks every file of the cache, and a folder of models is pushed in hundreds of snapshots.
 _PRUNE_S = 60.0
 # Files of one version, as the store limits them.
 _MOST_FILES = 4_096

@@ -49,7 +49,7 @@ class TlsOptions:
 
 @dataclass(frozen=True)
 class Trust:
-    """What a client needs to trust the served certificate."""
+    """Data with which a client checks the served certificate."""
 
     ca: str
     """File of the CA's certificate, or of the operator's chain."""

@@ -50,7 +50,7 @@ class Store:
         served.on(methods.LIST_MODELS, self.list)
         self.tried: list[tuple[str, int]] = []
         self.trials: dict[str, list[str]] = {}
-        """What happens to the next trials of a model: it is the reason of a failure, `dies`, or `away`."""
+        """Outcomes of the next trials of a model: the reason of a failure, `dies`, or `away`."""
         served.on(methods.TRY_MODEL, self.try_model, "unary_stream")
 
     async def try_model(self, request: Any, context: Any) -> Any:

@@ -381,7 +381,7 @@ async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_t
         while connection._transport.is_reading():
             peer.call(SIZED, b"10000")
             await asyncio.sleep(0)
-        # What waits in the transport is counted.
+        # Data that waits in the transport is counted.
         assert front.server.memory.unread.held >= connection._transport.get_write_buffer_size() > 0
         served = front.sized
         for _ in range(100):
@@ -611,7 +611,7 @@ async def test_a_connection_without_requests_gives_way_before_one_with_some(monk
 
 
 async def test_the_streams_of_a_lost_connection_end_in_pieces():
-    """So that another connection's call is not behind the end of thousands."""
+    """Otherwise, the call of another connection would wait for the ends of thousands."""
     order: list[str] = []
 
     class Stuck:

@@ -20,7 +20,7 @@ async def test_memory_is_returned_when_requests_hold_little(monkeypatch):
     monkeypatch.setattr(freed_memory, "_CHECK_S", 0.01)
     is_quiet = False
     watch = FreedMemory(lambda: is_quiet)
-    # What earlier tests have freed would be used again.
+    # Otherwise, memory that earlier tests have freed would be used again.
     freed_memory.return_freed_memory()
     watch.start()
     before = freed_memory._resident_bytes()

@@ -267,7 +267,7 @@ class Multiplexer:
         with self._changed:
             if not self._running:
                 raise RunFailed("other models can be called only while a request is executed")
-            # A thread that the model has started knows no batch: the call is made for the newest one.
+            # A thread that the model has started has no batch of its own: the call is made for the newest one.
             batch = self._running.get(RUNNING_ID.get() or 0, next(reversed(self._running.values())))[0]
             connection = batch.connection
             number = next(self._numbers)

@@ -193,7 +193,7 @@ async def test_a_cycle_with_a_free_instance_works(repo, serve):
     assert await called(serving, "itself", 2) == [0]
     with pytest.raises(Internal, match="itself -> itself is a cycle"):
         await called(serving, "itself", 3)
-    # Those that hold an instance each without a call may be waited for.
+    # A call may wait for runs that make no call themselves.
     outcomes = await asyncio.gather(*(called(serving, "itself", n % 2) for n in range(12)), return_exceptions=True)
     assert [outcome for outcome in outcomes[::2] if outcome != [0]] == []
     assert all(outcome == [0] or "is a cycle" in str(outcome) for outcome in outcomes)
