@@ -51,7 +51,15 @@ async def test_many_requests_get_their_own_results(served, model, priority):
         if priority:
             asked.parameters["priority"].uint64_param = priority
         metadata = (("x-shoal-tenant", ["gold", "free", "other"][n % 3]),)
-        response = await served.stub.ModelInfer(asked, timeout=30, metadata=metadata)
+        while True:
+            try:
+                response = await served.stub.ModelInfer(asked, timeout=30, metadata=metadata)
+                break
+            except grpc.aio.AioRpcError as err:
+                # On a busy machine the backlog may be too long for the goal.
+                if model != "goal" or err.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
+                await asyncio.sleep(0.05)
         np.testing.assert_array_equal(output(response, "y"), floats([2 * n] * 4))
         assert response.id == str(n)
 
