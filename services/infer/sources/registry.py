@@ -36,7 +36,7 @@ from services.infer.model_files.wanted_models import (
     read_text,
 )
 from services.infer.sources.cache import Cache
-from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError
+from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ STABLE = "stable"
 """Alias of the version that serves requests without a version."""
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+
+# Time in which an unavailable store is asked again for the files of a trial: a node that has just become ready may
+# still connect its services.
+_FETCH_RETRY_S = 10.0
 # A new watch costs the store little, and a model that was pushed should be there soon.
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -132,14 +136,27 @@ class Registry:
             raise InvalidArgument(f"{quoted(version.name)} with {len(version.files)} files is no model version")
         digests = {file.sha256 for file in version.files}
         try:
-            for file in version.files:
-                await self._cache.fetch(file.sha256, file.size_bytes)
+            await self._fetch_all(version.files)
             content = "".join(f"{file.path} {file.sha256}\n" for file in version.files)
             digest = hashlib.sha256(content.encode()).hexdigest()
             yield WantedVersion(numbered.version, digest, self._opener(numbered))
         except BaseException:
             self._cache.expire(digests - self._needed, self._clock())
             raise
+
+    async def _fetch_all(self, files: Iterable[pb.ModelFile]) -> None:
+        """Fetch the files into the cache; while the store is unavailable, try again for a while."""
+        backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
+        give_up_at = time.monotonic() + _FETCH_RETRY_S
+        for file in files:
+            while True:
+                try:
+                    await self._cache.fetch(file.sha256, file.size_bytes)
+                    break
+                except Unavailable:
+                    if time.monotonic() > give_up_at:
+                        raise
+                await asyncio.sleep(backoff.next_s())
 
     async def _take_saved(self) -> None:
         data = self._cache.remembered()

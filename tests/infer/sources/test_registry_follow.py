@@ -102,6 +102,15 @@ async def test_the_newest_versions_configuration_picks(bench):
         assert "selects none" in bench.heard[-1][0].problem
 
 
+async def test_a_trial_waits_for_a_store_that_is_unavailable_for_a_moment(bench):
+    data = b"a model"
+    file = bench.store.file("model.onnx", data)
+    del bench.store.artifacts[file.sha256]
+    asyncio.get_running_loop().call_later(0.5, bench.store.artifacts.__setitem__, file.sha256, data)
+    async with bench.registry.unregistered(version("a", 1, file)) as wanted:
+        assert wanted.version == 1
+
+
 async def test_a_watch_that_breaks_is_opened_again(bench):
     async with bench.following():
         bench.store.said.put_nowait([version("a", 1)])

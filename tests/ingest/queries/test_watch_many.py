@@ -233,6 +233,7 @@ async def test_kills_of_those_who_tell_lose_nothing(own_mesh: FakeMesh, start_in
     made: list[str] = []
 
     async def is_told() -> bool:
+        assert not watching.done(), watching.exception()
         made.append((await clients[0].submit(tenant="watched")).job.id)
         return bool(told)
 
