@@ -128,10 +128,11 @@ class DecoupledStreams:
         handler(message)
 
     def _caller(self, number: object) -> ModelRun | None:
-        """Return the request that a call is made for; without its number, all that are in progress."""
+        """Return the request that a call is made for, None when it has ended; without its number, all in progress."""
         with self._lock:
-            if isinstance(number, int) and number in self._requests:
-                return self._requests[number][1]
+            if isinstance(number, int):
+                found = self._requests.get(number)
+                return found[1] if found is not None else None
             runs = [run for _, run in self._requests.values() if not run.is_over]
             if runs and self._common_run is None:
                 self._common_run = ModelRun(runs[0].model, self._common_outer)

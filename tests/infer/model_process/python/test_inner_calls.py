@@ -263,6 +263,46 @@ async def test_inner_calls_of_a_decoupled_model_inherit_from_their_own_request(r
     assert all(call.deadline < time.monotonic() + 300 for call in calls)
 
 
+AFTER_THE_END = """
+    import threading, time
+    import triton_python_backend_utils as pb_utils
+
+    class TritonPythonModel:
+        def execute(self, requests):
+            for request in requests:
+                x, sender = pb_utils.get_input_tensor_by_name(request, "x"), request.get_response_sender()
+                if x.as_numpy()[0] == 1:
+                    self.waiting = request, sender
+                    sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("y", x.as_numpy())]))
+                    continue
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                inner = pb_utils.InferenceRequest(model_name="plain", requested_output_names=["y"], inputs=[x])
+                error = inner.exec().error()
+                text = error.message() if error else "it was made"
+                self.waiting[1].send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text)),
+                    flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+async def test_a_call_for_a_decoupled_request_that_has_ended_is_not_made_for_another_one(repo, serve, seen):
+    caller(repo, "plain", "nobody")
+    config = CONFIG.replace("COUNT", "1").replace("dynamic_batching", "model_transaction_policy { decoupled: true } #")
+    repo.python("stream", AFTER_THE_END, config)
+    serving = await serve()
+    calls = seen(serving)
+    waiting = serving.stub.ModelStreamInfer(metadata=[(TENANT_HEADER, "blue")], timeout=300)
+    await waiting.write(request("stream", x=floats([1])[0]))
+    assert not (await waiting.read()).error_message
+    ending = serving.stub.ModelStreamInfer(metadata=[(TENANT_HEADER, "red")], timeout=300)
+    await ending.write(request("stream", x=floats([0])[0]))
+    assert "only while a request is executed" in (await waiting.read()).error_message
+    assert calls == []
+    for call in (waiting, ending):
+        await call.done_writing()
+        async for _ in call:
+            pass
+
+
 @dataclass
 class Item:
     deadline: float
