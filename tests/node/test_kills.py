@@ -201,8 +201,19 @@ async def test_the_leader_dies_another_leads_and_traffic_does_not_notice(whole: 
             return now.fencing_token > before.fencing_token
 
         await until(another_leads, "another replica leads, with a greater token")
-        # xDS goes on: a change reaches Envoy through the replica that is left.
-        await coord.DrainInstance(coord_pb2.DrainInstanceRequest(name="infer-1"))
+
+        # xDS goes on: a change reaches Envoy through the replica that is left. Envoy may find that replica a moment later;
+        # clients try again.
+        async def is_accepted() -> bool:
+            try:
+                await coord.DrainInstance(coord_pb2.DrainInstanceRequest(name="infer-1"))
+            except grpc.aio.AioRpcError as err:
+                if err.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return False
+            return True
+
+        await until(is_accepted, "the drain is accepted")
 
         async def drained() -> bool:
             seen = load.answered["local/infer-1"]
