@@ -202,8 +202,7 @@ async def test_the_leader_dies_another_leads_and_traffic_does_not_notice(whole: 
 
         await until(another_leads, "another replica leads, with a greater token")
 
-        # xDS goes on: a change reaches Envoy through the replica that is left. Envoy may find that one a moment later, so
-        # clients try again.
+        # xDS goes on: a change reaches Envoy through the replica that is left, which Envoy may find a moment later.
         async def is_accepted() -> bool:
             try:
                 await coord.DrainInstance(coord_pb2.DrainInstanceRequest(name="infer-1"))
