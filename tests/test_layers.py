@@ -48,7 +48,7 @@ LAYERS = {
     "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
-        errors tenant_header no_retry_header _version
+        errors tenant_header _version
     """,
     "shoal/access": "gateway decision tokens policy patterns rpc_groups caller_header",
     "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
@@ -107,7 +107,6 @@ def allowed(module: str) -> tuple[str, ...]:
         "shoal.access",
         "shoal.errors",
         "shoal.tenant_header",
-        "shoal.no_retry_header",
         "shoal.oip",
         "shoal.__version__",
         "shoal._version",

@@ -22,7 +22,9 @@ from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import Previ
 
 from mesh.xds.clusters import model_cluster
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
-from shoal.no_retry_header import NO_RETRY_HEADER
+
+NO_RETRY_HEADER = "x-shoal-no-retry"
+"""Header with which a client forbids the nodes to repeat its call on another instance."""
 
 NAME = "services"
 """The only route configuration, which the gateway and the outbound listener share."""

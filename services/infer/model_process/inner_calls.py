@@ -25,7 +25,7 @@ from mesh.rpc.framing import no_memory
 from services.infer.model_process.channel import Message
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.request_info import SEQUENCE_END, SEQUENCE_START
-from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request import RunningRequest
 from services.infer.requests.request_memory import UNCOUNTED, RequestMemory, RequestPart
 from shoal.errors import Code, DeadlineExceeded, FailedPrecondition, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -61,22 +61,6 @@ class Core(Protocol):
         """Return the sessions that every request to a model needs; empty for an unknown model."""
 
 
-class OuterItem(Protocol):
-    """A request in execution, an `execution.ExecutionItem`."""
-
-    @property
-    def request(self) -> InferenceRequest: ...
-
-    @property
-    def deadline(self) -> float: ...
-
-    @property
-    def is_abandoned(self) -> bool: ...
-
-    @property
-    def tenant(self) -> str: ...
-
-
 @dataclass(frozen=True, eq=False)
 class InnerCall:
     """One call that a model makes of another one. Compared by identity."""
@@ -98,7 +82,7 @@ class OuterCall:
     """The calls of other models that the requests belong to."""
 
 
-def outer_of(batch: Sequence[OuterItem]) -> OuterCall:
+def outer_of(batch: Sequence[RunningRequest]) -> OuterCall:
     """Return the values for a batch: the latest deadline; tenant and priority of the first request that waits."""
     waiting = [item for item in batch if not item.is_abandoned] or batch
     first = waiting[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from services.infer.error_text import listed, quoted
 from services.infer.offload import offload_if_long
@@ -70,6 +70,23 @@ class InferenceRequest:
     def tensors(self) -> Mapping[str, Tensor]:
         """The inputs of a model without ragged inputs."""
         return cast("Mapping[str, Tensor]", self.inputs)
+
+
+class RunningRequest(Protocol):
+    """A request in execution, with what the calls inherit that its model makes meanwhile."""
+
+    @property
+    def request(self) -> InferenceRequest: ...
+
+    @property
+    def deadline(self) -> float:
+        """On the server's clock, in seconds; infinite without one."""
+
+    @property
+    def is_abandoned(self) -> bool: ...
+
+    @property
+    def tenant(self) -> str: ...
 
 
 def check_counts(message: pb.ModelInferRequest) -> None:

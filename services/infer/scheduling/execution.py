@@ -19,7 +19,7 @@ import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
-from services.infer.requests.request import InferenceRequest
+from services.infer.requests.request import InferenceRequest, RunningRequest
 from services.infer.requests.resident import is_resident, joined
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
@@ -34,23 +34,11 @@ log = logging.getLogger(__name__)
 _KEPT_BYTES = 16 << 20
 
 
-class ExecutionItem(Protocol):
+class ExecutionItem(RunningRequest, Protocol):
     """A queued request as an execution sees it."""
 
     @property
-    def request(self) -> InferenceRequest: ...
-
-    @property
     def expires(self) -> float: ...
-
-    @property
-    def deadline(self) -> float: ...
-
-    @property
-    def is_abandoned(self) -> bool: ...
-
-    @property
-    def tenant(self) -> str: ...
 
 
 @dataclass(slots=True)

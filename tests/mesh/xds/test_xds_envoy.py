@@ -27,14 +27,13 @@ from mesh.rpc.client.channel import Channel
 from mesh.rpc.server import Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.resource import CLUSTER, pack
-from mesh.xds.routes import ServiceRoutes
+from mesh.xds.routes import NO_RETRY_HEADER, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, Snapshot, checked, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.traffic import table
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
-from shoal.no_retry_header import NO_RETRY_HEADER
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, Process, until
