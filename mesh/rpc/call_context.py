@@ -13,11 +13,8 @@ from mesh.rpc.status import metadata
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-class CallMemory(Protocol):
-    """Memory of one call, in the account of requests of its server."""
-
-    message_bytes: int
-    """Size of the message that was read last."""
+class RequestMemory(Protocol):
+    """Memory of one request, in the account of its server."""
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
@@ -27,6 +24,13 @@ class CallMemory(Protocol):
 
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
+
+
+class CallMemory(RequestMemory, Protocol):
+    """Memory of one call, which may have several requests."""
+
+    message_bytes: int
+    """Size of the message that was read last."""
 
 
 class CallContext:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 
+from mesh.rpc.call_context import RequestMemory
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.other_models import StepVersion
@@ -31,7 +32,7 @@ from services.infer.requests.request import (
     read_async,
     read_bytes,
 )
-from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
+from services.infer.requests.request_memory import UNCOUNTED
 from services.infer.requests.response import explain, write_response_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.runtimes.runtime import Session

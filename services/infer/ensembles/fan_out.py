@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mesh.rpc.call_context import RequestMemory
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import StepInputs
 from services.infer.ensembles.plan import PlannedStep
@@ -17,7 +18,6 @@ from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import InferenceRequest, held_bytes
-from services.infer.requests.request_memory import RequestMemory
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 

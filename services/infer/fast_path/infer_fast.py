@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from mesh.rpc.access import Access
+from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import ParseTurns
 from services.infer.core import InferenceServer
@@ -42,7 +43,7 @@ _MAX_NAMES = 1024
 _MAX_LEARNT_BYTES = 32 << 20
 
 
-class Exchange(Protocol):
+class Exchange(RequestMemory, Protocol):
     """Exchange with the caller of one request: that of a gRPC call, or an entry of a bulk (`bulk.Entry`)."""
 
     deadline: float
@@ -59,15 +60,6 @@ class Exchange(Protocol):
 
     def refuse(self, error: BaseException) -> None:
         """End the exchange with an error."""
-
-    def hold(self, size: int) -> None:
-        """Count `size` bytes more of memory until the exchange ends. Raises ResourceExhausted without room."""
-
-    def hold_response(self, size: int) -> None:
-        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
-
-    def release(self, size: int) -> None:
-        """Release bytes that were held, before the exchange ends."""
 
 
 class FastInfer:

@@ -21,12 +21,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from mesh.h2.memory_account import MemoryAccount, Share
+from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.framing import no_memory
 from services.infer.model_process.channel import Message
 from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.request_info import SEQUENCE_END, SEQUENCE_START
 from services.infer.requests.request import RunningRequest
-from services.infer.requests.request_memory import UNCOUNTED, RequestMemory, RequestPart
+from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from shoal.errors import Code, DeadlineExceeded, FailedPrecondition, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME

@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+from mesh.rpc.call_context import RequestMemory
 from services.infer.error_text import listed, quoted
 from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value, arrays
-from services.infer.requests.request_memory import UNCOUNTED, RequestMemory
+from services.infer.requests.request_memory import UNCOUNTED
 from services.infer.requests.resident import is_resident
 from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor

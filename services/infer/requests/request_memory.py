@@ -5,20 +5,7 @@ RequestMemory (a call) <── RequestPart (one request of several in a call): h
 
 from __future__ import annotations
 
-from typing import Protocol
-
-
-class RequestMemory(Protocol):
-    """Memory of one call, in the account of its server."""
-
-    def hold(self, size: int) -> None:
-        """Count `size` bytes more until the call ends. Raises ResourceExhausted when there is no room."""
-
-    def hold_response(self, size: int) -> None:
-        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
-
-    def release(self, size: int) -> None:
-        """Release bytes that were held, before the call ends."""
+from mesh.rpc.call_context import RequestMemory
 
 
 class Uncounted:
