@@ -327,7 +327,8 @@ async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memor
 
 
 async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, gate: Gate):
-    async with serving(tmp_path / "m", 24 * MIB) as front, front.peer(WIDE) as peer:
+    # Five calls of 3 MiB are two thirds of the limit. Six with their responses take 24 MiB and some KiB.
+    async with serving(tmp_path / "m", 25 * MIB) as front, front.peer(WIDE) as peer:
         calls = InnerCalls()
         calls.bind(front.core, front.server.memory.bodies)
         replies: list[dict[str, Any]] = []
@@ -340,7 +341,9 @@ async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, g
             calls(Message(header, [tensor]), hog, lambda header, parts: replies.append(header))
         await until(lambda: len(replies) == 7, "calls without room end")
         assert {reply["code"] for reply in replies} == {"RESOURCE_EXHAUSTED"}
+        held = front.held
         calls(Message(header, [tensor]), other, lambda header, parts: replies.append(header))
+        await until(lambda: front.held >= held + 3 * MIB, "the other tenant's call waits for the model")
         bystander = await send(peer, INFER, wide("two", 0.1))
         gate.open()
         assert await peer.status(bystander) == 0

@@ -287,6 +287,10 @@ def test_a_node_whose_output_nobody_reads_any_more_goes_on(node: Any, plain: lis
     one.wait_until_ready()
     one.wait_until_restarted("store-0", one.kill("store-0"))
     assert is_serving(one.gateway)
+    # The next test needs the store, which Envoy does not call until it has found it healthy again.
+    deadline = time.monotonic() + 30
+    while one.shoal("models", "list", check=False).returncode:
+        assert time.monotonic() < deadline, one.story()
     plain.append(one)
 
 
