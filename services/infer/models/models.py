@@ -48,6 +48,10 @@ def version_number(text: str) -> int | None:
 # Time for requests whose callers the server has just disconnected.
 _MIN_DRAIN_S = 0.5
 
+# Pause after a publication, as a multiple of its time. Each publication walks all models here, in coord and in Envoy's
+# configuration. With this pause, 500 models that are pushed at a time take a sixth less processor time.
+_PAUSE_SHARE, _LONGEST_PAUSE_S = 30, 0.25
+
 
 class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
@@ -62,12 +66,12 @@ class Models:
         self._has_desired = asyncio.Event()
         self._stop_by = math.inf
         self.ready_set: Watched[ReadySet] = Watched(())
-        """The models that are ready now, as a watched value."""
+        """The models that were ready at the last publication, as a watched value."""
         self.awaited: Watched[tuple[str, ...] | None] = Watched(None)
         """The models that are desired, not ready, and not given up, sorted; None until the desired ones are known."""
 
     async def __aenter__(self) -> Models:
-        self._publisher = asyncio.create_task(self._publish(), name="ready-set")
+        self._publisher = asyncio.create_task(self._follow_changes(), name="ready-set")
         return self
 
     async def __aexit__(
@@ -114,10 +118,11 @@ class Models:
         return self._has_desired.is_set()
 
     async def settled(self) -> None:
-        """Wait until every desired version has had its first attempt, successful or not."""
+        """Wait until every desired version has had its first attempt, successful or not; publish what is ready."""
         await self._has_desired.wait()
         while waiting := [model for model in self._models.values() if not model.is_settled.is_set()]:
             await asyncio.gather(*(model.is_settled.wait() for model in waiting))
+        self._publish()
 
     async def need(self, name: str, by: str) -> None:
         """Have the model `name` served for the ensemble `by`, unless an operator has unloaded it."""
@@ -168,7 +173,7 @@ class Models:
 
     def names(self) -> list[str]:
         """Return the names of the models with a ready version, sorted."""
-        return [name for name, *_ in self.ready_set.value]
+        return [name for name in sorted(self._models) if self._models[name].ready()]
 
     def find(self, name: str, version: str) -> Version:
         """Return the version of a model that a request names; an empty `version` selects the default version.
@@ -188,20 +193,26 @@ class Models:
         """Return the version of `find`, for a `with` block that keeps it loaded. Raises what `find` raises."""
         return self.find(name, version)
 
-    async def _publish(self) -> None:
-        """Publish the ready set after each change, and drop models of which nothing is loaded or desired."""
+    async def _follow_changes(self) -> None:
+        """Publish after each change. Changes during the pause after a publication are published together."""
         while True:
             await self._changed.wait()
-            self._changed.clear()
-            self._update_ensembles()
-            for name, model in list(self._models.items()):
-                if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
-                    del self._models[name]
-                    self._tasks.pop(name).cancel()
-            if self.has_desired:
-                self.awaited.set(tuple(name for name in sorted(self._models) if self._models[name].is_awaited()))
-            ready = ((name, self._models[name].ready()) for name in sorted(self._models))
-            self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
+            begun = self._context.clock()
+            self._publish()
+            await asyncio.sleep(min(_PAUSE_SHARE * (self._context.clock() - begun), _LONGEST_PAUSE_S))
+
+    def _publish(self) -> None:
+        """Publish the ready set, and drop models of which nothing is loaded or desired."""
+        self._changed.clear()
+        self._update_ensembles()
+        for name, model in list(self._models.items()):
+            if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
+                del self._models[name]
+                self._tasks.pop(name).cancel()
+        if self.has_desired:
+            self.awaited.set(tuple(name for name in sorted(self._models) if self._models[name].is_awaited()))
+        ready = ((name, self._models[name].ready()) for name in sorted(self._models))
+        self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
 
 
 def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool, str]:

@@ -14,6 +14,7 @@ import pytest
 
 from services.infer.core import InferenceServer
 from services.infer.model_files.wanted_models import ModelFiles, WantedModel, WantedVersion
+from services.infer.models import models as models_module
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.version import State
@@ -177,6 +178,31 @@ async def test_a_removed_model_finishes_its_calls_and_frees_its_files(models, fi
     await until(lambda: models.index() == [])
     assert models.is_ready()
     await until(lambda: models.ready_set.value == ())
+
+
+async def test_changes_shortly_after_each_other_are_published_together(models, files, monkeypatch):
+    monkeypatch.setattr(models_module, "_LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(models_module, "_PAUSE_SHARE", 1e15)
+    published: list[tuple] = []
+
+    async def follow() -> None:
+        async for ready in models.ready_set.follow():
+            published.append(tuple(name for name, *_ in ready))
+
+    following = asyncio.create_task(follow())
+    version = files.version(1, onnx_files.scale())
+    names = [f"m{number}" for number in range(5)]
+    try:
+        for name in names:
+            await models.want_one(WantedModel(name, (version,), frozenset({1}))).is_settled.wait()
+        models.want([WantedModel(name, (version,), frozenset({1})) for name in names])
+        assert models.names() == names
+        assert not any(published), "the first publication precedes the loads, and a pause of 1000 s follows"
+        await models.settled()
+        await until(lambda: published[-1] == tuple(names))
+        assert len(published) == 2
+    finally:
+        following.cancel()
 
 
 async def test_other_content_under_the_same_number_is_another_version(models, files):
