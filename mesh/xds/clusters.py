@@ -50,17 +50,19 @@ def address(text: str) -> dict[str, Any]:
 
 
 @lru_cache(_CACHED)
-def cluster(name: str, *, is_sticky: bool = False) -> Resource:
+def cluster(name: str, *, is_sticky: bool = False, tries_unhealthy: bool = False) -> Resource:
     """Build the cluster `name`, whose endpoints Envoy gets over EDS.
 
-    With `is_sticky`, all calls with one hash go to one endpoint.
+    With `is_sticky`, all calls with one hash go to one endpoint. With `tries_unhealthy`, a call goes to any endpoint
+    when none is healthy.
     """
-    common = _cluster(is_model=name.startswith(MODEL_PREFIX), is_sticky=is_sticky)
+    is_model = name.startswith(MODEL_PREFIX)
+    common = _cluster(is_model=is_model, is_sticky=is_sticky, tries_unhealthy=tries_unhealthy)
     return pack_serialized(CLUSTER, name, bytes(Cluster(name=name)) + common)
 
 
-@lru_cache(4)
-def _cluster(*, is_model: bool, is_sticky: bool) -> bytes:
+@lru_cache(8)
+def _cluster(*, is_model: bool, is_sticky: bool, tries_unhealthy: bool) -> bytes:
     """Return the serialized fields of a cluster, without its name."""
     message = Cluster.from_dict(
         {
@@ -75,8 +77,8 @@ def _cluster(*, is_model: bool, is_sticky: bool) -> bytes:
             # Otherwise Envoy keeps an endpoint that coord has removed until its health check fails.
             "ignore_health_on_host_removal": True,
             "common_lb_config": {
-                # Panic mode would send calls to drained and dead endpoints.
-                "healthy_panic_threshold": {"value": 0},
+                # Panic mode sends calls to drained and dead endpoints: at 0, never; at 1, when none is healthy.
+                "healthy_panic_threshold": {"value": int(tries_unhealthy)},
                 # Apply each change of the endpoints immediately, without merging.
                 "update_merge_window": "0s",
             },
@@ -165,7 +167,7 @@ def _outlier_detection() -> OutlierDetection:
         enforcing_consecutive_gateway_failure=0,
         enforcing_success_rate=0,
         enforcing_local_origin_success_rate=0,
-        # The last endpoint is never ejected.
+        # A single endpoint is never ejected.
         max_ejection_percent=50,
         interval=timedelta(seconds=1),
         base_ejection_time=timedelta(seconds=1),

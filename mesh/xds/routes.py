@@ -97,6 +97,8 @@ class RouteTable:
 
     services: tuple[ServiceRoutes, ...]
     models: ModelRoutes | None = None
+    tried_unhealthy: frozenset[str] = frozenset()
+    """Clusters whose calls go to any endpoint when none is healthy. The others reject a call then."""
     body_bytes: int = 192 << 20
     """Bytes of a request that Envoy buffers, to extract the model and for a retry. The limit exceeds the limit of every
     server, so a message that is too large gets the server's clear error instead of the filter's."""

@@ -112,7 +112,8 @@ def snapshot(
     found = clusters_of(instances, drained, node.id, table)
     sequenced = _sequence_models(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
     sticky = {model_cluster(model) for model in sequenced}
-    built = [cluster(name, is_sticky=name in sticky) for name in sorted(found)]
+    tried = table.tried_unhealthy
+    built = [cluster(name, is_sticky=name in sticky, tries_unhealthy=name in tried) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
         listener(GATEWAY, node.gateway, table, tracing, node.sds),

@@ -61,6 +61,7 @@ async def run(config: CoordConfig) -> None:
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
+        configurations.own = lambda: registration.instance
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
         health.serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 
+from mesh.cluster.membership import Instance
 from mesh.cluster.mirror import Mirror
 from mesh.process.tasks import Background
 from mesh.process.watched import Watched
@@ -12,7 +13,7 @@ from mesh.xds.routes import RouteTable
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.cluster import cluster_of
-from services.coord.presence import Presence, observe
+from services.coord.presence import Presence, observe, with_own
 
 
 class Configurations(Background):
@@ -32,6 +33,8 @@ class Configurations(Background):
         self._tracing = tracing
         self._settle_s = settle_s
         self._clock = clock
+        self.own: Callable[[], Instance | None] = lambda: None
+        """Return the entry of this process, which every configuration contains while it is ready."""
         self._presence: Watched[Presence] = Watched(Presence())
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
@@ -40,7 +43,8 @@ class Configurations(Background):
         async for presence in self._presence.follow():
             if not presence.is_known:
                 continue
-            new = snapshot(presence.instances, presence.drained, node, self._table, self._tracing)
+            instances = with_own(presence.instances, self.own())
+            new = snapshot(instances, presence.drained, node, self._table, self._tracing)
             if new != last:
                 yield new
             last = new

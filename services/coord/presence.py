@@ -31,6 +31,17 @@ class Presence:
         return max(0.0, self.settled_at - now) if self.settled_at else None
 
 
+def with_own(instances: tuple[Instance, ...], own: Instance | None) -> tuple[Instance, ...]:
+    """Return the instances with the coord that builds the configuration, also when it has lost its lease.
+
+    On a busy machine a process may not refresh its lease in time, and etcd deletes its key. Envoy would have no coord
+    then, although it receives this configuration from one.
+    """
+    if own is None or own.state is not State.READY or any(instance.name == own.name for instance in instances):
+        return instances
+    return tuple(sorted([*instances, own], key=lambda i: (i.service, i.name)))
+
+
 def observe(before: Presence, cluster: Cluster, now: float, settle_s: float) -> Presence:
     """Return the presence that follows from the view `cluster` at `now`, on the monotonic clock."""
     if cluster.revision == 0:

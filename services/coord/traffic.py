@@ -64,7 +64,15 @@ _INGEST_IDEMPOTENT = (
     "ListBatches",
     "WatchBatch",
 )
-_COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
+_COORD_IDEMPOTENT = (
+    "ListInstances",
+    "WatchInstances",
+    "GetLeader",
+    "GetMeshStatus",
+    # The second of two equal marks changes nothing.
+    "DrainInstance",
+    "UndrainInstance",
+)
 
 _MODEL_FIELDS = {
     "ModelInfer": "model_name",
@@ -125,6 +133,8 @@ def table() -> RouteTable:
             streams=(f"{INFER.full_name}.ModelStreamInfer",),
             parameters=_PARAMETERS,
         ),
+        # After the death of one replica, a delayed health check of the other must not fail the calls of operators.
+        tried_unhealthy=frozenset({"coord"}),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mesh.cluster.membership import Instance, State
 from services.coord.cluster import Cluster
-from services.coord.presence import Presence, observe
+from services.coord.presence import Presence, observe, with_own
 
 ONE = Instance("infer", "local", "infer-0", "unix:/x", 10, State.READY, 100.0)
 TWO = replace(ONE, instance="infer-1", pid=11)
@@ -68,3 +68,12 @@ def test_a_second_outage_starts_the_time_anew():
     presence = observe(presence, seen(), 20.0, SETTLE_S)
     assert names(presence) == ["infer-0"]
     assert presence.remaining_s(20.0) == SETTLE_S
+
+
+def test_a_ready_coord_that_has_lost_its_lease_stays_in_its_own_configuration():
+    own = replace(ONE, service="coord", instance="coord-1")
+    assert with_own((ONE,), own) == (own, ONE)
+    # Its entry in etcd, such as that of a replacement, takes precedence.
+    assert with_own((replace(own, pid=99), ONE), own) == (replace(own, pid=99), ONE)
+    assert with_own((ONE,), replace(own, state=State.DRAINING)) == (ONE,)
+    assert with_own((ONE,), None) == (ONE,)

@@ -22,6 +22,8 @@ def test_nothing_that_submits_or_changes_is_idempotent():
             "PutResults",
             "RegisterModel",
             "StreamResults",
+            "DrainInstance",
+            "UndrainInstance",
             "ExportResults",  # Another one goes on where it ended, or says that one lies there.
         )
 

@@ -24,13 +24,14 @@ from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.process.watched import Watched
 from mesh.rpc.channel import connect
 from mesh.rpc.client.channel import Channel
-from mesh.rpc.server import Server
+from mesh.rpc.server import Rpc, Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.resource import CLUSTER, pack
 from mesh.xds.routes import NO_RETRY_HEADER, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, Snapshot, checked, snapshot
 from mesh.xds.tracing import Tracing
-from services.coord.traffic import table
+from services.coord.traffic import COORD, table
+from shoal.coord.v1 import coord_pb2, coord_pb2_grpc
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
@@ -706,6 +707,30 @@ async def test_a_refused_resource_is_reported_and_its_neighbours_arrive(mesh: Me
     await mesh.show(mesh.instance(0, "a", "b"))
     (envoy,) = mesh.ads.status()
     assert [s.nack for s in envoy.types] == [""] * 4
+
+
+async def test_a_call_to_coord_is_tried_when_no_replica_has_passed_its_health_check(mesh: Mesh):
+    class Leader(coord_pb2_grpc.CoordServiceServicer):
+        async def GetLeader(self, request, context):
+            return coord_pb2.GetLeaderResponse(instance="local/coord-1")
+
+    def instance(name: str) -> Instance:
+        return Instance("coord", "local", name, f"unix:{mesh.folder}/{name}.sock", 1, State.READY, 1.0)
+
+    rpc = Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(Leader(), server))
+    # Without `serve()` its health is NOT_SERVING. Nothing listens for the other one.
+    async with Server(f"unix:{mesh.folder}/coord-1.sock", [rpc], drain_ms=0):
+        mesh.source.instances.set((instance("coord-8"), instance("coord-1")))
+
+        async def are_unhealthy() -> bool:
+            clusters = await mesh.envoy.admin_get("/clusters")
+            return clusters.count(".sock::health_flags::/failed_active_hc") == 2
+
+        await until(are_unhealthy, "both replicas are unhealthy")
+        stub = coord_pb2_grpc.CoordServiceStub(mesh.channel)
+        for _ in range(10):
+            response = await stub.GetLeader(coord_pb2.GetLeaderRequest(), timeout=30)
+            assert response.instance == "local/coord-1"
 
 
 async def test_envoy_keeps_what_it_has_while_coord_is_gone_and_catches_up(mesh: Mesh, run_dir: Path):
