@@ -45,6 +45,8 @@ class Gateway:
     """PEM file of the trusted authorities; None: those of the machine."""
     name: str = ""
     """Name that the certificate must have; empty: the one in the address."""
+    key_file: Path | None = None
+    """File of the key of the node's user; None: callers need none, or the node was not found here."""
 
     @property
     def url(self) -> str:
@@ -69,6 +71,8 @@ class RunningNode:
     """File that clients trust; None: the gateway speaks plaintext."""
     name: str = ""
     """A name that the gateway's certificate is valid for."""
+    key_file: Path | None = None
+    """File of the user's key; None: callers are not authenticated."""
 
     @property
     def url(self) -> str:
@@ -88,7 +92,7 @@ def find_gateway(flag: str | None, environ: Mapping[str, str]) -> Gateway:
     if environ.get(GATEWAY_VARIABLE):
         return parse_gateway(environ[GATEWAY_VARIABLE], GATEWAY_VARIABLE)
     node = find_node(environ)
-    return Gateway(node.gateway, node.ca is not None, True, node.ca, node.name)
+    return Gateway(node.gateway, node.ca is not None, True, node.ca, node.name, node.key_file)
 
 
 def find_node(environ: Mapping[str, str]) -> RunningNode:
@@ -116,6 +120,25 @@ def find_node(environ: Mapping[str, str]) -> RunningNode:
 def admin_of(gateway: str, environ: Mapping[str, str]) -> str | None:
     """Return Envoy's admin endpoint of the local node with this gateway; None when the node runs elsewhere."""
     return next((node.admin for node in running_nodes(environ) if node.url == gateway), None)
+
+
+def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str:
+    """Return the key that the local node of this user has made for it; empty when the gateway is another one's.
+
+    Raises:
+        InvalidArgument: other users can read the file of the key.
+    """
+    file = gateway.key_file or next(
+        (node.key_file for node in running_nodes(environ) if node.url == gateway.url and node.key_file), None
+    )
+    try:
+        if file is None or not file.exists():
+            return ""
+        if (mode := stat.S_IMODE(file.stat().st_mode)) & 0o077:
+            raise InvalidArgument(f"other users can read the key {file} (mode {mode:04o}): chmod 600 {file}")
+        return file.read_text().strip()
+    except OSError as err:
+        raise InvalidArgument(f"the key {file} cannot be read: {err.strerror}") from None
 
 
 def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
@@ -196,6 +219,7 @@ def _nodes_in(folder: Path) -> Iterator[RunningNode]:
                     pids={str(name): int(pid) for name, pid in document["pids"].items()},
                     ca=Path(tls["ca"]) if tls else None,
                     name=str(tls.get("name", "")),
+                    key_file=Path(document["key_file"]) if document.get("key_file") else None,
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 # The file was removed meanwhile, or is not a pointer.

@@ -42,15 +42,15 @@ LAYERS = {
         page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app rpc messages instances health duties configurations presence traffic inference statistics cluster
-        drains config
+        __main__ app rpc first_start access_rpc messages policies keys enforcement instances health duties
+        configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
-    "mesh": "xds rpc h2 cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
+    "mesh": "xds rpc h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         errors tenant_header _version
     """,
-    "shoal/access": "gateway decision tokens policy patterns rpc_groups caller_header",
+    "shoal/access": "gateway cluster decision tokens policy patterns rpc_groups caller_header",
     "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms

@@ -77,6 +77,8 @@ class Instance:
     version: str = ""
     awaited: tuple[str, ...] | None = ()
     """Models that the instance is to serve, has no ready version of, and has not given up. None: not known yet."""
+    policy_revision: int | None = None
+    """Revision of etcd of the policy that the instance enforces, 0 before the first one. None: it enforces none."""
 
     @property
     def name(self) -> str:
@@ -95,6 +97,8 @@ def encode(instance: Instance) -> bytes:
     document = {**vars(instance), "models": models}
     if instance.awaited == ():
         del document["awaited"]
+    if instance.policy_revision is None:
+        del document["policy_revision"]
     return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -127,6 +131,7 @@ def decode(key: bytes, value: bytes) -> Instance:
         models=tuple(_model(model) for model in _list(raw, "models")),
         version=_text(raw, "version") if "version" in raw else "",
         awaited=_names(raw, "awaited"),
+        policy_revision=_number(raw, "policy_revision") if "policy_revision" in raw else None,
     )
     if instance.key != key:
         raise ValueError(f"the value names {instance.service}/{instance.name}")
@@ -219,6 +224,7 @@ class Registration:
         state: State | None = None,
         models: Sequence[ReadyModel] | None = None,
         awaited: Sequence[str] | None = (),
+        policy_revision: int | None = None,
     ) -> None:
         """Change the entry. Never raises and never waits: the background task writes the change.
 
@@ -230,6 +236,8 @@ class Registration:
         if models is not None:
             ready = tuple(sorted(models, key=lambda model: model.name))
             after = replace(after, models=ready, awaited=None if awaited is None else tuple(awaited))
+        if policy_revision is not None:
+            after = replace(after, policy_revision=policy_revision)
         if after != self._instance:
             self._instance = after
             self._has_changed.set()

@@ -37,6 +37,9 @@ class ServiceConfig(BaseModel):
     insecure: bool = False
     """Allow `listen` to be an address that other machines can reach. Requests are served without TLS and without the
     checks of an Envoy."""
+    auth: bool = False
+    """Every call needs a caller that the node's gateway has verified and that the policy in etcd allows. Needs `etcd`,
+    and a unix socket as `listen`, to which only the node's own processes can connect."""
     mesh: Address | None = None
     """Outbound listener of the node's Envoy, through which the instance calls other services."""
     etcd: str | None = None
@@ -81,6 +84,11 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
             f"{prefix}LISTEN={config.listen!r}: other machines can reach this address, and the service has no TLS: "
             "listen on a unix socket or on loopback behind an Envoy (`shoal serve` and `shoal up` start one), "
             f"or set {prefix}INSECURE=true"
+        )
+    if config.auth and (config.etcd is None or not config.listen.startswith("unix:")):
+        raise ConfigError(
+            f"{prefix}AUTH needs {prefix}ETCD, which has the policy, and a unix socket as {prefix}LISTEN: callers at "
+            "another address could name themselves whoever they like"
         )
     return config
 

@@ -4,7 +4,10 @@
                                   └── a changed policy, an expired token ──> open calls end
 
 The policy is a snapshot. A new one replaces it with all cached decisions. The server must listen where only its gateway
-can connect: whoever connects may name any caller.
+can connect: whoever connects may name any caller. Services of the mesh may call everything.
+
+A servicer of a server with access asks `access.check(rpc, caller_in(context), model)`. The result is the Caller with
+its tenant, or None for a service of the mesh, whose x-shoal-tenant header counts.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from mesh.process.tasks import Background
 from shoal.access import caller_header
-from shoal.access.caller_header import LAUNCHER
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
 from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of
 from shoal.access.policy import Policy
-from shoal.access.rpc_groups import INDEX, MODEL_INFER, is_health_check
-from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
+from shoal.access.rpc_groups import MODEL_INFER, OF_LAUNCHER, is_health_check
+from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
+
+if TYPE_CHECKING:
+    from mesh.rpc.fast_call import FastCall, FastHandler
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,34 @@ _DECISIONS = 1024
 # Pause between two checks for expired tokens of open calls.
 _EXPIRY_CHECK_S = 2.0
 
-_ALLOWED = Decision(True, "a check of the server's health, or its launcher")
+_CALLER = CALLER_HEADER.encode()
+# Values of the header without claims.
+_UNNAMED = (None, LAUNCHER, SERVICE)
+_ALLOWED = Decision(True, "a check of the server's health, its launcher, or a service of the mesh")
+
+
+def caller_in(context: Any) -> bytes | None:
+    """Return the caller of a call on the slow path, as its gateway passes it; None without one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == CALLER_HEADER:
+            return value.encode("latin-1", "replace") if isinstance(value, str) else None
+    return None
+
+
+def admitted(methods: Mapping[str, FastHandler], access: Access | None) -> Mapping[str, FastHandler]:
+    """Return handlers of the fast path that ask `access` for each call, as the slow path does. No model is known."""
+    return methods if access is None else {rpc: _Admitted(rpc, handler, access) for rpc, handler in methods.items()}
+
+
+class _Admitted:
+    def __init__(self, rpc: str, handler: FastHandler, access: Access) -> None:
+        self._rpc = rpc
+        self._handler = handler
+        self._access = access
+
+    def __call__(self, body: bytes, call: FastCall) -> None:
+        self._access.check(self._rpc, call.headers.get(_CALLER))
+        self._handler(body, call)
 
 
 class _Known:
@@ -66,9 +100,10 @@ class Access(Background):
     """Decides about the calls of one server. Use as `async with`, for the end of calls whose token expires.
 
     `now` is the Unix time. A caller is given as the value of the header x-shoal-caller; None without one.
+    Without a policy, as long as it is not known, callers get UNAVAILABLE.
     """
 
-    def __init__(self, policy: Policy, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, policy: Policy | None, now: Callable[[], float] = time.time) -> None:
         self._policy = policy
         self._now = now
         self._callers: dict[bytes | None, _Known] = {}
@@ -81,7 +116,7 @@ class Access(Background):
         self._end_open_calls()
 
     def check(self, rpc: str, caller: bytes | None, model: str | None = None) -> Caller | None:
-        """Return the caller when it may call `rpc` for `model`; None for a call without one.
+        """Return the caller when it may call `rpc` for `model`; None for a service, and for a call without a caller.
 
         Args:
             model: None: the RPC names no model, or its message is not read yet.
@@ -92,7 +127,7 @@ class Access(Background):
         decision = self._decide(rpc, caller, model)
         if not decision.allowed:
             raise (Unauthenticated if caller is None else PermissionDenied)(f"not allowed: {decision.rule}")
-        return None if caller is None or caller == LAUNCHER else self._known(caller).caller
+        return None if caller in _UNNAMED else self._known(caller).caller
 
     def check_infer(self, caller: bytes | None, model: str) -> Caller | None:
         """Return and raise as `check` does for ModelInfer. Two lookups for a decision that is cached."""
@@ -122,7 +157,11 @@ class Access(Background):
 
     def _decide(self, rpc: str, caller: bytes | None, model: str | None) -> Decision:
         # The gateway's own checks of this instance name no caller. It lets no such call of others pass.
-        if (caller is None and is_health_check(rpc)) or (caller == LAUNCHER and rpc == INDEX):
+        if (
+            caller == SERVICE
+            or (caller is None and is_health_check(rpc))
+            or (caller == LAUNCHER and rpc in OF_LAUNCHER)
+        ):
             return _ALLOWED
         return self._known(caller).decide(rpc, model)
 
@@ -131,6 +170,8 @@ class Access(Background):
         if known is None:
             if len(self._callers) >= _CALLERS:
                 self._callers.clear()
+            if self._policy is None:
+                raise Unavailable("this instance does not know the policy yet, and refuses every caller: retry")
             verified = None if caller is None else caller_of(self._policy, caller_header.claims(caller))
             known = self._callers[caller] = _Known(Applicable(self._policy, verified))
         return known

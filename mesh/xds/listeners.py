@@ -4,6 +4,8 @@ Fields: envoy.config.listener.v3.Listener. Both listeners get the same routes ov
 
     (gateway: drop x-shoal-model) ──> Lua: calls without a message ──> grpc_field_extraction
         ──> Lua: metadata to headers, route again ──> router
+
+Where callers are authenticated, the filters of mesh.xds.access are the gateway's first ones.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 imp
     RequestFieldValueDisposition,
 )
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
+from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
@@ -27,15 +30,17 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import tls
+from mesh.xds import access, tls
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
 from mesh.xds.routes import (
     BODY_FILTER,
     EXTRACTION_FILTER,
+    GATEWAY_NAME,
     LUA_FILTER,
     MODEL_HEADER,
     NAME,
+    NO_RETRY_HEADER,
     SEQUENCE_HEADER,
     STEP_EXTRACTION_FILTER,
     ModelRoutes,
@@ -43,6 +48,7 @@ from mesh.xds.routes import (
     path_of,
 )
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
+from shoal.access.caller_header import CALLER_HEADER, SERVICE
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
@@ -60,6 +66,8 @@ _HEADERS = 256
 _HEADERS_TIMEOUT = "10s"
 # Longest time for a client to take the rest of a response after the instance has sent all of it.
 _FLUSH_TIMEOUT = "300s"
+# Resources from coord. 0 s: the listener waits for them as long as it takes.
+_FROM_ADS: dict[str, Any] = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 
 # The extraction holds a call until its message is whole, and rejects a body without a message. The script answers calls
 # that end with their headers. It marks streams whose body ends without a byte: `respond` fails there, as the headers
@@ -120,18 +128,21 @@ _READ_BYTES = 32 << 10
 
 
 @lru_cache(64)
-def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None, sds: str = "") -> Resource:
+def listener(
+    name: str, listen: str, table: RouteTable, tracing: Tracing | None, sds: str = "", *, has_access: bool = False
+) -> Resource:
     """Build the listener `name` at the address `listen`, `unix:/path` or `host:port`.
 
-    With `sds`, clients must speak TLS; the file of that name on Envoy's machine has the certificate.
+    With `sds`, clients must speak TLS; the file of that name on Envoy's machine has the certificate. With `has_access`,
+    the listener follows a policy: it opens when it has the extensions of mesh.xds.extensions.
     """
     listen_address = address(listen)
     if "pipe" in listen_address:
         listen_address["pipe"]["mode"] = 0o600
-    manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing))
+    manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing, has_access=has_access))
     if table.models is not None:
         extractions = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
-        manager.http_filters[1:1] = extractions
+        manager.http_filters[-2:-2] = extractions
     filter_chain: dict[str, Any] = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
     if sds:
         filter_chain["transport_socket"] = tls.transport_socket(sds)
@@ -150,14 +161,15 @@ def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None,
     return pack(LISTENER, name, message, frozenset({OTEL} if tracing is not None else ()))
 
 
-def _connection_manager(name: str, table: RouteTable, tracing: Tracing | None) -> dict[str, Any]:
-    removed = (SEQUENCE_HEADER,) if name == OUTBOUND else (MODEL_HEADER, SEQUENCE_HEADER)
+def _connection_manager(
+    name: str, table: RouteTable, tracing: Tracing | None, *, has_access: bool = False
+) -> dict[str, Any]:
     document: dict[str, Any] = {
         "stat_prefix": name,
         "codec_type": "AUTO",
         "rds": {
-            "route_config_name": NAME,
-            "config_source": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+            "route_config_name": GATEWAY_NAME if has_access else NAME,
+            "config_source": _FROM_ADS,
         },
         # Watches may be idle for days. Pings detect a client that has disappeared without closing its connection.
         "stream_idle_timeout": "0s",
@@ -181,20 +193,32 @@ def _connection_manager(name: str, table: RouteTable, tracing: Tracing | None) -
         "skip_xff_append": name == OUTBOUND,
         # Only traces use a request id. Without it, repeated calls have equal headers, which servers parse from a cache.
         "generate_request_id": tracing is not None,
-        # Clients must not set the model or the sequence of a call. Services of the mesh may set the model.
-        "early_header_mutation_extensions": [
-            {
-                "name": "envoy.http.early_header_mutation.header_mutation",
-                "typed_config": typed(HeaderMutation, {"mutations": [{"remove": header} for header in removed]}),
-            }
-        ],
-        "http_filters": [*_lua(table), _router()],
+        "early_header_mutation_extensions": [access.removal(NO_RETRY_HEADER) if has_access else _mutation(name)],
+        "http_filters": [*(access.filters(lambda name: _FROM_ADS) if has_access else ()), *_lua(table), _router()],
     }
     if table.models is not None:
         document["local_reply_config"] = {"mappers": [_empty_stream()]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document
+
+
+def _mutation(name: str) -> dict[str, Any]:
+    """Return the changes to the headers of each request, before Envoy selects its route.
+
+    Clients must not set the model, the sequence or the caller of a call. Services of the mesh may set the model. All
+    processes that can connect to the outbound socket are services of this node.
+    """
+    mutations: list[dict[str, Any]] = [{"remove": SEQUENCE_HEADER}]
+    if name == GATEWAY:
+        mutations += [{"remove": MODEL_HEADER}, {"remove": CALLER_HEADER}]
+    else:
+        caller = {"header": {"key": CALLER_HEADER, "value": SERVICE.decode()}}
+        mutations.append({"append": {**caller, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}})
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": typed(HeaderMutation, {"mutations": mutations}),
+    }
 
 
 def _empty_stream() -> dict[str, Any]:

@@ -21,7 +21,10 @@ ENDPOINTS = _PREFIX + "envoy.config.endpoint.v3.ClusterLoadAssignment"
 LISTENER = _PREFIX + "envoy.config.listener.v3.Listener"
 ROUTES = _PREFIX + "envoy.config.route.v3.RouteConfiguration"
 
-TYPES = (CLUSTER, ENDPOINTS, LISTENER, ROUTES)
+EXTENSION = _PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
+"""Filter that a listener names, and that changes without the listener (ECDS)."""
+
+TYPES = (CLUSTER, ENDPOINTS, LISTENER, ROUTES, EXTENSION)
 """All types in the order of sending: a cluster and its endpoints before the route that names the cluster."""
 
 

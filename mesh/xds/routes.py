@@ -20,14 +20,18 @@ from envoy_data_plane.envoy.config.route.v3 import (
 )
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 
+from mesh.xds import access
 from mesh.xds.clusters import model_cluster
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
+from shoal.access.caller_header import CALLER_HEADER, SERVICE
 
 NO_RETRY_HEADER = "x-shoal-no-retry"
 """Header with which a client forbids the nodes to repeat its call on another instance."""
 
 NAME = "services"
-"""The only route configuration, which the gateway and the outbound listener share."""
+"""The route configuration of the outbound listener, and of a gateway without a policy."""
+GATEWAY_NAME = "gateway"
+"""The same routes for the host names of a policy."""
 MODEL_HEADER = "x-shoal-model"
 SEQUENCE_HEADER = "x-shoal-sequence"
 """The sequence of a step, as the hexadecimal digits of the encoded parameter."""
@@ -66,6 +70,8 @@ class ServiceRoutes:
     all_idempotent: bool = False
     streaming: tuple[str, ...] = ()
     """Paths of methods with endless request streams: requests are not buffered for a retry."""
+    internal: tuple[str, ...] = ()
+    """Paths of methods that only services of the mesh may call. Other calls of them have no route."""
     traced: bool = True
     names_model_itself: bool = False
     """True when callers set the model in the header x-shoal-model. Only services of the mesh can: the gateway removes
@@ -106,11 +112,15 @@ class RouteTable:
 
 @lru_cache(64)
 def route_configuration(
-    table: RouteTable, models: tuple[str, ...], sequenced: frozenset[str] = frozenset()
+    table: RouteTable,
+    models: tuple[str, ...],
+    sequenced: frozenset[str] = frozenset(),
+    hosts: tuple[str, ...] | None = None,
 ) -> Resource:
     """Build the routes of `table`; calls that name one of `models` go to that model's cluster.
 
     `sequenced` is a subset of `models`: all steps of one sequence of such a model go to one endpoint.
+    `hosts` are the names of a gateway with a policy. None: the routes are for every name.
 
     The routes of models come first. Envoy matches routes one after the other, in microseconds for hundreds. Without
     `models`, the model of a call is not extracted: extraction costs as much as all other routing of the call.
@@ -130,22 +140,24 @@ def route_configuration(
         routes += _service(
             service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
         )
-    host = VirtualHost.from_dict(
-        {
-            "name": "any",
-            "domains": ["*"],
-            # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
-            "include_request_attempt_count": True,
-            # Envoy buffers a request for retries up to this size, and extracts the model of messages up to this size.
-            # Connection buffers are separate.
-            "request_body_buffer_limit": table.body_bytes,
-        }
-    )
+    host: dict[str, Any] = {
+        # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
+        "include_request_attempt_count": True,
+        # Envoy buffers a request for retries up to this size, and extracts the model of messages up to this size.
+        # Connection buffers are separate.
+        "request_body_buffer_limit": table.body_bytes,
+    }
+    name = NAME if hosts is None else GATEWAY_NAME
+    document = {"virtual_hosts": [{**host, "name": "any", "domains": ["*"]}]}
+    if hosts is not None:
+        document = access.hosts(hosts, host)
+    served, *others = document.pop("virtual_hosts")
     # Snapshots check references to clusters. With validation by Envoy, one missing cluster would reject all routes.
-    configuration = RouteConfiguration.from_dict({"name": NAME, "validate_clusters": False})
-    hosts = nested(_HOSTS, bytes(host) + b"".join(nested(_ROUTE, route) for route in routes))
+    configuration = RouteConfiguration.from_dict({**document, "name": name, "validate_clusters": False})
+    written = nested(_HOSTS, bytes(VirtualHost.from_dict(served)) + b"".join(nested(_ROUTE, one) for one in routes))
+    written += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
-    return pack_serialized(ROUTES, NAME, bytes(configuration) + hosts, frozenset(needs))
+    return pack_serialized(ROUTES, name, bytes(configuration) + written, frozenset(needs))
 
 
 @lru_cache(64)
@@ -168,6 +180,7 @@ def _service(
     # One route per method, because Envoy rejects a regular expression of a dozen paths as too large.
     routes += [_route({"path": path}, to, _IDEMPOTENT) for path in service.idempotent]
     routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
+    routes = [*_internal(service), *routes]
     if service.names_model_itself:
         has_model = [{"name": MODEL_HEADER, "present_match": True}]
         routes = [{**route, "match": {**route["match"], "headers": has_model}} for route in routes]
@@ -182,6 +195,20 @@ def _service(
         routes = [*_before_extraction(service, waiting), *routes]
     routes = [{"typed_per_filter_config": _disabled(*unused), **route} for route in routes]
     return tuple(bytes(Route.from_dict(route)) for route in routes)
+
+
+def _internal(service: ServiceRoutes) -> list[dict[str, Any]]:
+    """Return the routes of methods for services of the mesh only, and none for all other callers of them.
+
+    A gateway removes the header of the caller. gRPC clients see UNIMPLEMENTED, as for a method that nobody serves.
+    """
+    routes = []
+    is_service = [{"name": CALLER_HEADER, "string_match": {"exact": SERVICE.decode()}}]
+    for path in service.internal:
+        retry_on = _IDEMPOTENT if service.all_idempotent or path in service.idempotent else _ALWAYS
+        routes.append(_route({"path": path, "headers": is_service}, service.cluster, retry_on))
+        routes.append({"match": {"path": path}, "direct_response": {"status": 404}})
+    return routes
 
 
 def _before_extraction(service: ServiceRoutes, waiting: tuple[str, ...]) -> list[dict[str, Any]]:

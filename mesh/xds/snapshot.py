@@ -13,6 +13,7 @@ from typing import Any
 
 from mesh.cluster.membership import Instance, State
 from mesh.xds.clusters import MODEL_PREFIX, Endpoint, cluster, endpoints, model_cluster
+from mesh.xds.extensions import GatewayAccess
 from mesh.xds.listeners import GATEWAY, OUTBOUND, listener
 from mesh.xds.resource import TYPES, Resource
 from mesh.xds.routes import MODEL_NAME, RouteTable, route_configuration
@@ -101,8 +102,11 @@ def snapshot(
     node: EnvoyNode,
     table: RouteTable,
     tracing: Tracing | None = None,
+    access: GatewayAccess | None = None,
 ) -> Snapshot:
     """Build the configuration of the Envoy of `node`, with every cluster that a route or listener names.
+
+    `access` is the policy of the gateway; None: every caller may call every method.
 
     Raises:
         LookupError: a named cluster is missing, a bug of the builders. Envoy would accept the routes but fail the calls
@@ -116,10 +120,13 @@ def snapshot(
     built = [cluster(name, is_sticky=name in sticky, tries_unhealthy=name in tried) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
-        listener(GATEWAY, node.gateway, table, tracing, node.sds),
+        listener(GATEWAY, node.gateway, table, tracing, node.sds, has_access=access is not None),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
         route_configuration(table, _routed_models(found, sequenced, table), sequenced),
     ]
+    if access is not None:
+        models = _routed_models(found, sequenced, table)
+        built += [route_configuration(table, models, sequenced, access.hosts), *access.extensions]
     if tracing is not None:
         built.append(collector_cluster(tracing))
     return checked(built)

@@ -9,24 +9,32 @@ from contextlib import AsyncExitStack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from mesh import keyring
 from mesh.cluster.election import LEADER, Election
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import Registration, State
 from mesh.cluster.mirror import Mirror
 from mesh.process.signals import until_stopped
+from mesh.rpc.access import Access
+from mesh.rpc.cluster_access import PolicyWatch, published
 from mesh.rpc.server import Rpc, Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
+from services.coord.access_rpc import AccessParts, AccessRpc
 from services.coord.cluster import PREFIX
 from services.coord.config import CoordConfig
 from services.coord.configurations import Configurations
 from services.coord.duties import Duties
+from services.coord.first_start import FirstStart
+from services.coord.gateway_policy import GatewayPolicy
 from services.coord.health import MeshHealth
 from services.coord.inference import MeshInference
 from services.coord.instances import Instances
+from services.coord.keys import Keys
+from services.coord.policies import Policies
 from services.coord.rpc import CoordRpc
-from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, TRIALS, table
-from shoal.coord.v1 import coord_pb2_grpc
+from services.coord.traffic import ACCESS, AT_GATEWAY, COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, TRIALS, table
+from shoal.coord.v1 import access_pb2_grpc, coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -42,12 +50,29 @@ async def run(config: CoordConfig) -> None:
     async with AsyncExitStack() as stack:
         etcd = await stack.enter_async_context(Etcd(config.etcd, timeout_s=_TIMEOUT_S, idle_s=_IDLE_S))
         mirror = await stack.enter_async_context(Mirror(etcd, PREFIX))
+        watch: PolicyWatch | None = None
+        parts: AccessParts | None = None
+        gateway: GatewayPolicy | None = None
+        if config.master_key is not None and config.auth:
+            keys = Keys(etcd, mirror, keyring.read(config.master_key, config.master_key_source))
+            parts = AccessParts(Policies(etcd, mirror), keys)
+            await stack.enter_async_context(FirstStart(parts))
+            access = await stack.enter_async_context(Access(None))
+            watch = await stack.enter_async_context(PolicyWatch(mirror, access))
+            gateway = await stack.enter_async_context(GatewayPolicy(watch, AT_GATEWAY))
         configurations = await stack.enter_async_context(
-            Configurations(mirror, table(), tracing_of(os.environ), settle_s=config.settle_ms / 1000)
+            Configurations(
+                mirror,
+                table(),
+                tracing_of(os.environ),
+                settle_s=config.settle_ms / 1000,
+                access=None if gateway is None else gateway.access,
+            )
         )
         ads = AdsServer(configurations)
         health = MeshHealth(mirror, PUBLIC)
-        rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health, MeshInference(mirror, config.node))
+        coord = CoordRpc(name, Instances(etcd, mirror), ads, watch, parts)
+        rpcs = _rpcs(coord, AccessRpc(parts), health, MeshInference(mirror, config.node))
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -57,11 +82,13 @@ async def run(config: CoordConfig) -> None:
                 serves_health=False,
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
+                access=None if watch is None else watch.access,
             )
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
         configurations.own = lambda: registration.instance
+        await stack.enter_async_context(published(watch, registration))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
         health.serve()
@@ -70,10 +97,11 @@ async def run(config: CoordConfig) -> None:
         await until_stopped()
 
 
-def _rpcs(coord: CoordRpc, health: MeshHealth, inference: MeshInference) -> list[Rpc]:
+def _rpcs(coord: CoordRpc, access: AccessRpc, health: MeshHealth, inference: MeshInference) -> list[Rpc]:
     """Return coord's own services, and for reflection only the services that the gateway routes elsewhere."""
     own = [
         Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(coord, server)),
+        Rpc(ACCESS, lambda server: access_pb2_grpc.add_AccessServiceServicer_to_server(access, server)),
         Rpc(HEALTH, lambda server: health_pb2_grpc.add_HealthServicer_to_server(health, server)),
         Rpc(INFER, lambda server: inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)),
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mesh.cluster.etcd import addresses_of
 from mesh.process.config import ServiceConfig
@@ -24,6 +25,17 @@ class CoordConfig(ServiceConfig):
 
     etcd: Annotated[str, AfterValidator(_checked)]
     """Client addresses of etcd, `host:port[,host:port...]`; required."""
+    master_key: Path | None = None
+    """File of the master key of the keyring, which seals the cluster's secrets in etcd; only its owner can read it.
+    Needed with `auth`."""
+    master_key_source: str = ""
+    """Where the master key comes from, for `shoal status`. Unset: the file."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
     """After an outage of etcd longer than the leases, the time for instances to register again before Envoy removes
     them."""
+
+    @model_validator(mode="after")
+    def _has_a_keyring(self) -> CoordConfig:
+        if self.auth and self.master_key is None:
+            raise ValueError("SHOAL_COORD_AUTH needs SHOAL_COORD_MASTER_KEY: a file with 32 bytes in base64")
+        return self

@@ -15,11 +15,13 @@ import grpc
 
 from mesh.cluster.membership import Instance, State
 from mesh.cluster.mirror import Mirror
+from mesh.rpc.access import caller_in
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.interceptors import Context
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.statistics import merged
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import ResourceExhausted, ShoalError, Unavailable, from_status
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
@@ -32,6 +34,8 @@ REPLICA_S = 5.0
 
 MOST_BYTES = 32 << 20
 """Statistics of all instances together, before they are summed: a hundred thousand versions with few batch sizes."""
+
+Metadata = tuple[tuple[str, str], ...]
 
 _AT_ONCE = 2
 # Beyond this, parsing and summing would hold the event loop for several milliseconds.
@@ -75,8 +79,11 @@ class MeshInference(pb_grpc.GRPCInferenceServiceServicer):
             for instance in cluster_of(self._mirror.copy).of_service("infer")
             if instance.node == self._node and instance.state is not State.STARTING
         ]
+        caller = caller_in(context)
+        # The instances decide by the caller which models the statistics have.
+        metadata = () if caller is None else ((CALLER_HEADER, caller.decode("latin-1")),)
         async with self._slots:
-            responses = await _fetch(instances, request.SerializeToString())
+            responses = await _fetch(instances, request.SerializeToString(), metadata)
             size = sum(map(len, responses))
             if size > MOST_BYTES:
                 raise ResourceExhausted(f"the statistics have {size} bytes: request those of one model, by its name")
@@ -89,7 +96,7 @@ def _merged(responses: Sequence[bytes]) -> pb.ModelStatisticsResponse:
     return merged(map(pb.ModelStatisticsResponse.FromString, responses))
 
 
-async def _fetch(instances: Sequence[Instance], request: bytes) -> list[bytes]:
+async def _fetch(instances: Sequence[Instance], request: bytes, metadata: Metadata) -> list[bytes]:
     """Return the serialized responses of the instances that have the model.
 
     An instance that has ended is left out: its counts ended with it.
@@ -98,7 +105,7 @@ async def _fetch(instances: Sequence[Instance], request: bytes) -> list[bytes]:
         Unavailable: no instance responds, or one does not in time; sums without its counts would be wrong.
         ShoalError: no instance has the model, or the request is invalid; as the instances say.
     """
-    outcomes = await asyncio.gather(*(_fetch_one(instance, request) for instance in instances))
+    outcomes = await asyncio.gather(*(_fetch_one(instance, request, metadata) for instance in instances))
     found = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
     refused = [outcome for outcome in outcomes if isinstance(outcome, ShoalError)]
     if found:
@@ -106,11 +113,11 @@ async def _fetch(instances: Sequence[Instance], request: bytes) -> list[bytes]:
     raise refused[0] if refused else Unavailable("no infer instance responds: see `shoal status`")
 
 
-async def _fetch_one(instance: Instance, request: bytes) -> bytes | ShoalError | None:
+async def _fetch_one(instance: Instance, request: bytes, metadata: Metadata) -> bytes | ShoalError | None:
     """Return an instance's response, or its refusal; None when it has ended."""
     try:
         async with Channel(instance.address) as channel:
-            return await channel.unary(_STATISTICS, request, timeout_s=REPLICA_S)
+            return await channel.unary(_STATISTICS, request, timeout_s=REPLICA_S, metadata=metadata)
     except CallFailed as err:
         if err.code() is grpc.StatusCode.UNAVAILABLE:
             return None

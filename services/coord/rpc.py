@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from mesh.rpc.cluster_access import PolicyWatch
 from mesh.rpc.interceptors import Context
 from mesh.xds.ads import AdsServer
+from services.coord.access_rpc import AccessParts
 from services.coord.instances import Instances
 from services.coord.messages import envoy_message, instance_message, instance_messages, leader_message
 from shoal.coord.v1 import coord_pb2 as pb
@@ -15,10 +17,19 @@ from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
 class CoordRpc(pb_grpc.CoordServiceServicer):
     """Servicer of CoordService."""
 
-    def __init__(self, name: str, instances: Instances, ads: AdsServer) -> None:
+    def __init__(
+        self,
+        name: str,
+        instances: Instances,
+        ads: AdsServer,
+        watch: PolicyWatch | None = None,
+        parts: AccessParts | None = None,
+    ) -> None:
         self._name = name
         self._instances = instances
         self._ads = ads
+        self._watch = watch
+        self._parts = parts
 
     async def ListInstances(self, request: pb.ListInstancesRequest, ctx: Context) -> pb.ListInstancesResponse:
         cluster = self._instances.cluster
@@ -45,4 +56,9 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
 
     async def GetMeshStatus(self, request: pb.GetMeshStatusRequest, ctx: Context) -> pb.GetMeshStatusResponse:
         envoys = [envoy_message(envoy) for envoy in self._ads.status()]
-        return pb.GetMeshStatusResponse(envoys=envoys, coord=self._name)
+        return pb.GetMeshStatusResponse(
+            envoys=envoys,
+            coord=self._name,
+            policy_version=0 if self._watch is None else self._watch.in_force.value.version,
+            master_key="" if self._parts is None else self._parts.keys.keyring.source,
+        )

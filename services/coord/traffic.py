@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2
 
 from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
 from services.coord.inference import METHODS
-from shoal.coord.v1 import coord_pb2
+from shoal.access.rpc_groups import GROUP_OF, INTERNAL
+from shoal.coord.v1 import access_pb2, coord_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
@@ -27,6 +28,9 @@ BULK: ServiceDescriptor = bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"]
 TRIALS: ServiceDescriptor = trial_pb2.DESCRIPTOR.services_by_name["ModelTrials"]
 HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
+ACCESS: ServiceDescriptor = access_pb2.DESCRIPTOR.services_by_name["AccessService"]
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+
 PUBLIC: dict[str, str] = {
     STORE.full_name: "store",
     INGEST.full_name: "ingest",
@@ -34,6 +38,9 @@ PUBLIC: dict[str, str] = {
     INFER.full_name: "infer",
 }
 """The gRPC services at the gateway, each with the service that serves it."""
+
+AT_GATEWAY = (*PUBLIC, ACCESS.full_name, TRIALS.full_name, HEALTH.full_name, *REFLECTION)
+"""Services that clients may call, by a policy. BULK is for services only."""
 
 _STORE_IDEMPOTENT = (
     "StatArtifact",
@@ -74,6 +81,8 @@ _COORD_IDEMPOTENT = (
     "UndrainInstance",
 )
 
+_ACCESS_IDEMPOTENT = ("GetPolicy", "ListPolicies", "ListKeys", "RevokeKey")
+
 _MODEL_FIELDS = {
     "ModelInfer": "model_name",
     "ModelStreamInfer": "model_name",
@@ -96,6 +105,12 @@ def paths(service: ServiceDescriptor, methods: tuple[str, ...]) -> tuple[str, ..
     return tuple(f"/{service.full_name}/{service.methods_by_name[method].name}" for method in methods)
 
 
+def internal_methods(service: ServiceDescriptor) -> tuple[str, ...]:
+    """Return the methods of a service that only services of the mesh may call."""
+    names = (method.name for method in service.methods)
+    return tuple(name for name in names if GROUP_OF.get(f"/{service.full_name}/{name}") == INTERNAL)
+
+
 def table() -> RouteTable:
     """Return all routes of a node."""
     inference = f"/{INFER.full_name}/"
@@ -113,6 +128,7 @@ def table() -> RouteTable:
                 "store",
                 idempotent=paths(STORE, _STORE_IDEMPOTENT),
                 streaming=paths(STORE, ("PutArtifact",)),
+                internal=paths(STORE, internal_methods(STORE)),
             ),
             ServiceRoutes(
                 "/shoal.ingest.v1.",
@@ -120,7 +136,11 @@ def table() -> RouteTable:
                 idempotent=paths(INGEST, _INGEST_IDEMPOTENT),
                 streaming=paths(INGEST, ("SubmitStream",)),
             ),
-            ServiceRoutes("/shoal.coord.v1.", "coord", idempotent=paths(COORD, _COORD_IDEMPOTENT)),
+            ServiceRoutes(
+                "/shoal.coord.v1.",
+                "coord",
+                idempotent=(*paths(COORD, _COORD_IDEMPOTENT), *paths(ACCESS, _ACCESS_IDEMPOTENT)),
+            ),
             # Coord responds for all services, from membership.
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),
             ServiceRoutes("/grpc.reflection.", "coord", all_idempotent=True, traced=False),

@@ -20,6 +20,7 @@ from mesh.process.tasks import end
 from mesh.process.watched import Watched
 from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
+from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Rpc, Server
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
@@ -48,7 +49,7 @@ from services.infer.sources.store_client import StoreClient
 def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:
     """Return the gRPC services: the inference protocol; in a mesh the bulk calls of jobs; with the store the trials."""
     bulk = [bulk_rpc(core, access)] if config.mesh is not None else []
-    trying = [trials_rpc(trials, core.replica)] if config.cache_dir is not None else []
+    trying = [trials_rpc(trials, core.replica, access)] if config.cache_dir is not None else []
     return [inference_rpc(core, access), *bulk, *trying]
 
 
@@ -75,7 +76,10 @@ async def run(config: InferConfig) -> None:
         # Of processes that share a port, only one would receive a load or unload: their models would differ.
         on_request = None if config.share_port else control
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
+        watch = await stack.enter_async_context(access_of(config))
         access = await stack.enter_async_context(followed(config.policy)) if config.policy is not None else None
+        if watch is not None:
+            access = watch.access
         server = Server(
             config.listen,
             rpcs_of(config, core, trials, access),
@@ -90,6 +94,7 @@ async def run(config: InferConfig) -> None:
         if not config.share_port:
             await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
+        await stack.enter_async_context(published(watch, registration))
         await stack.enter_async_context(_background(_publish(models, models.ready_set, registration)))
         await stack.enter_async_context(_background(_publish(models, models.awaited, registration)))
         if config.repository is not None:

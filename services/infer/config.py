@@ -83,6 +83,12 @@ class InferConfig(ServiceConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_policy(self) -> InferConfig:
+        if self.policy is not None and self.auth:
+            raise ValueError("set one of SHOAL_INFER_POLICY (a file) and SHOAL_INFER_AUTH (the policy of a cluster)")
+        return self
+
+    @model_validator(mode="after")
     def _policy_is_behind_a_gateway(self) -> InferConfig:
         if self.policy is not None and not self.listen.startswith("unix:"):
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from mesh.rpc.access import Access
+from mesh.rpc.access import Access, caller_in
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.interceptors import Context
@@ -25,7 +25,6 @@ from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.models.trials import Trials
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access import rpc_groups
-from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -46,14 +45,14 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     def _check(self, context: Context, method: str, model: str) -> None:
         if self._access is not None:
-            self._access.check(_SERVICE + method, _caller(context), model)
+            self._access.check(_SERVICE + method, caller_in(context), model)
 
     def _may_see(self, context: Context, method: str) -> Callable[[str], bool]:
         """Return a function that returns True for the models that the caller may see in a list."""
         access = self._access
         if access is None:
             return lambda model: True
-        caller = _caller(context)
+        caller = caller_in(context)
         return lambda model: access.allows(_SERVICE + method, caller, model)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
@@ -183,12 +182,14 @@ class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
 
     def __init__(self, server: InferenceServer, access: Access | None = None) -> None:
         self._replica = server.replica
+        self._access = access
         self._infer = FastInfer(server, server.models, access)
 
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
     ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
-        bulk = Bulk(self._infer, self._replica, memory=_memory(context), caller=_caller(context))
+        caller = None if self._access is None else caller_in(context)
+        bulk = Bulk(self._infer, self._replica, memory=_memory(context), caller=caller)
         async with aclosing(bulk.responses(request_iterator)) as responses:
             async for response in responses:
                 yield response
@@ -209,9 +210,10 @@ def bulk_rpc(server: InferenceServer, access: Access | None = None) -> Rpc:
 class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
     """gRPC servicer of trial loads."""
 
-    def __init__(self, trials: Trials, replica: str) -> None:
+    def __init__(self, trials: Trials, replica: str, access: Access | None = None) -> None:
         self._trials = trials
         self._replica = replica
+        self._access = access
 
     async def TryModel(
         self, request: trial_pb2.TryModelRequest, context: Context
@@ -220,17 +222,19 @@ class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
             model = store_pb2.ModelVersion.FromString(request.model)
         except DecodeError as err:
             raise InvalidArgument(f"model: it is no serialised shoal.store.v1.ModelVersion: {err}") from err
+        if self._access is not None:
+            self._access.check(rpc_groups.TRY_MODEL, caller_in(context), model.name)
         async with aclosing(self._trials.run(model)) as begun:
             async for _ in begun:
                 yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid())
         yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid(), passed=True)
 
 
-def trials_rpc(trials: Trials, replica: str) -> Rpc:
+def trials_rpc(trials: Trials, replica: str, access: Access | None = None) -> Rpc:
     """Return the gRPC service of trial loads on the instance `replica`."""
 
     def add(to: grpc.aio.Server) -> None:
-        trial_pb2_grpc.add_ModelTrialsServicer_to_server(TrialServicer(trials, replica), to)
+        trial_pb2_grpc.add_ModelTrialsServicer_to_server(TrialServicer(trials, replica, access), to)
 
     return Rpc(trial_pb2.DESCRIPTOR.services_by_name["ModelTrials"], add)
 
@@ -257,26 +261,20 @@ def _header(context: Context, name: str) -> str | None:
     return None
 
 
-def _caller(context: Context) -> bytes | None:
-    """Return the verified caller as the gateway passes it; None without one."""
-    value = _header(context, CALLER_HEADER)
-    return None if value is None else value.encode("latin-1", "replace")
-
-
 def _tenants(context: Context, access: Access | None, rpc: str) -> Callable[[str], str]:
     """Return a function that returns the tenant of a request to a model: the verified caller's.
 
-    Without `access`, every request has the tenant that the caller names. With it, the function raises PermissionDenied
-    or Unauthenticated when the caller may not call `rpc` for the model.
+    Without `access`, every request has the tenant that the caller names. With it, so have those of the mesh's services
+    alone. The function raises PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model.
     """
+    named = _header(context, TENANT_HEADER) or ""
     if access is None:
-        named = _header(context, TENANT_HEADER) or ""
         return lambda model: named
-    value = _caller(context)
+    value = caller_in(context)
 
     def tenant_of(model: str) -> str:
         caller = access.check(rpc, value, model)
-        return "" if caller is None else caller.tenant
+        return named if caller is None else caller.tenant
 
     return tenant_of
 

@@ -16,6 +16,8 @@ from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
+from mesh.rpc.access import admitted
+from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Server
 from services.ingest import areas
 from services.ingest.areas import SharedComponents, TenantsArea
@@ -110,17 +112,21 @@ async def run(config: IngestConfig) -> None:
             await stack.enter_async_context(component)
         if batches is not None:
             await stack.enter_async_context(batches)
+        watch = await stack.enter_async_context(access_of(config))
+        access = None if watch is None else watch.access
         server = await stack.enter_async_context(
             Server(
                 config.listen,
                 [rpc(servicer)],
                 drain_ms=config.drain_ms,
-                fast_methods={SUBMIT: FastSubmit(intake.intake)},
+                fast_methods=admitted({SUBMIT: FastSubmit(intake.intake)}, access),
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
+                access=access,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
+        await stack.enter_async_context(published(watch, registration))
 
         async def start() -> None:
             await _prepare(shared, dispatch.claims, tenants, batches)

@@ -14,6 +14,8 @@ from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
 from mesh.removal_guard import MARKS, RemovalGuard
+from mesh.rpc.access import admitted
+from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts
@@ -118,7 +120,9 @@ async def run(config: StoreConfig) -> None:
         parts = ArtifactParts(artifacts, references, collector, verification, backup, restore, quotas, idle_s)
         rpc = StoreRpc(parts, registry, registry_watch, results, result_watch, result_stream, exports, rules, quotas)
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
-        fast_methods = rpc.fast_methods(await stack.enter_async_context(TaskMethods()))
+        watch = await stack.enter_async_context(access_of(config))
+        access = None if watch is None else watch.access
+        fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods())), access)
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -127,9 +131,11 @@ async def run(config: StoreConfig) -> None:
                 fast_methods=fast_methods,
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
+                access=access,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
+        await stack.enter_async_context(published(watch, registration))
         async with asyncio.TaskGroup() as tasks:
             opening = tasks.create_task(_open(collections, clock, guard, ready, server, registration))
             try:

@@ -21,6 +21,8 @@ ISSUER_HEADER = "x-shoal-issuer"
 
 LAUNCHER = b"launcher"
 """Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""
+SERVICE = b"service"
+"""Caller of a service of the mesh. The outbound listener of a node's Envoy sets it; a gateway cannot, as LAUNCHER."""
 
 
 def claims(value: bytes) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -109,6 +109,8 @@ class Issuer(_Part):
     """Public keys, as a JSON Web Key Set."""
     jwks_file: Path | None = None
     """File with the set instead, relative to the policy."""
+    cluster: bool = False
+    """The keys are those that a cluster signs: `shoal keys create` at one of its nodes."""
     clock_skew_s: Annotated[int, Field(ge=0, le=300)] = 30
     """Difference between the clocks of issuer and server, in seconds."""
     token_prefix: Literal["", "shoal_"] = ""
@@ -134,8 +136,10 @@ class Issuer(_Part):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.jwks is None) == (self.jwks_file is None):
-            raise ValueError("give the public keys in one of jwks and jwks_file")
+        if [self.jwks is not None, self.jwks_file is not None, self.cluster].count(True) != 1:
+            raise ValueError("give the public keys in one of jwks and jwks_file, or cluster: true for a cluster's own")
+        if self.cluster and (self.issuer, self.audiences, self.token_prefix) != ("shoal", ("shoal",), "shoal_"):
+            raise ValueError("cluster: true needs issuer: shoal, audiences: [shoal] and token_prefix: shoal_")
         if self.token_prefix and self.claims is not None:
             raise ValueError("claims is only for foreign tokens: leave it out beside token_prefix")
         if self.tenant is None and self.claim_names.tenant is None:
@@ -275,9 +279,24 @@ def load(path: Path) -> Policy:
         InvalidArgument: a file cannot be read, or is no valid policy. The message names file, line and remedy.
     """
     policy = parse(_read(path), str(path))
-    issuers = [_with_keys(issuer, path) for issuer in policy.issuers]
+    for issuer in policy.issuers:
+        if issuer.cluster:
+            raise InvalidArgument(
+                f"{path}: issuer {issuer.issuer}: cluster is for the policy of a node (`shoal policy apply`): give "
+                "jwks_file here"
+            )
+    return resolved(policy, lambda name: _read(path.parent / name), str(path))
+
+
+def resolved(policy: Policy, read: Callable[[Path], str], source: str = "policy") -> Policy:
+    """Return a policy with the keys of its issuers, where the document names files. `read` returns a file's content.
+
+    Raises:
+        InvalidArgument: a file cannot be read, or a key is not valid.
+    """
+    issuers = [_with_keys(issuer, read, source) for issuer in policy.issuers]
     for issuer in issuers:
-        _check_keys(issuer, path)
+        _check_keys(issuer, source)
     return policy.model_copy(update={"issuers": tuple(issuers)})
 
 
@@ -287,27 +306,27 @@ def files(policy: Path) -> list[Path]:
     return [policy, *(policy.parent / name for name in named if name is not None)]
 
 
-def _with_keys(issuer: Issuer, policy: Path) -> Issuer:
+def _with_keys(issuer: Issuer, read: Callable[[Path], str], source: str) -> Issuer:
     if issuer.jwks_file is None:
         return issuer
-    path = policy.parent / issuer.jwks_file
+    text = read(issuer.jwks_file)
     try:
-        jwks = json.loads(_read(path))
+        jwks = json.loads(text)
         check_jwks(jwks)
     except (ValueError, RecursionError) as err:
-        raise InvalidArgument(f"{path}: {err}") from err
+        raise InvalidArgument(f"{Path(source).parent / issuer.jwks_file}: {err}") from err
     return issuer.model_copy(update={"jwks": jwks, "jwks_file": None})
 
 
-def _check_keys(issuer: Issuer, policy: Path) -> None:
+def _check_keys(issuer: Issuer, source: str) -> None:
     """Raise InvalidArgument for a key whose numbers are no key. Envoy would refuse the whole policy for it."""
     import jwt
 
-    for key in (issuer.jwks or {})["keys"]:
+    for key in (issuer.jwks or {}).get("keys", ()):
         try:
             jwt.PyJWK(key)
         except (jwt.PyJWTError, ValueError, TypeError) as err:
-            raise InvalidArgument(f"{policy}: issuer {issuer.issuer}: the key {key['kid']!r} is no key: {err}") from err
+            raise InvalidArgument(f"{source}: issuer {issuer.issuer}: the key {key['kid']!r} is no key: {err}") from err
 
 
 def _read(path: Path) -> str:

@@ -34,6 +34,7 @@ _INFERENCE = "/inference.GRPCInferenceService/"
 _INGEST = "/shoal.ingest.v1.IngestService/"
 _STORE = "/shoal.store.v1.StoreService/"
 _COORD = "/shoal.coord.v1.CoordService/"
+_ACCESS = "/shoal.coord.v1.AccessService/"
 _HEALTH = "/grpc.health.v1.Health/"
 
 LOAD: Final = _INFERENCE + "RepositoryModelLoad"
@@ -42,6 +43,12 @@ LOAD_WITH_CODE: Final = LOAD + "#code"
 INDEX: Final = _INFERENCE + "RepositoryIndex"
 MODEL_INFER: Final = _INFERENCE + "ModelInfer"
 MODEL_STREAM_INFER: Final = _INFERENCE + "ModelStreamInfer"
+TRY_MODEL: Final = "/shoal.inference.v2.ModelTrials/TryModel"
+APPLY_POLICY: Final = _ACCESS + "ApplyPolicy"
+CREATE_KEY: Final = _ACCESS + "CreateKey"
+LIST_KEYS: Final = _ACCESS + "ListKeys"
+OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS})
+"""RPCs that the process that started a server calls at the server's own socket."""
 INFER_BULK: Final = "/shoal.inference.v2.BulkInference/InferBulk"
 
 
@@ -65,7 +72,8 @@ GROUP_OF: Mapping[str, str] = {
         },
     ),
     INFER_BULK: INTERNAL,
-    "/shoal.inference.v2.ModelTrials/TryModel": INTERNAL,
+    # The first step of a push.
+    TRY_MODEL: MODELS,
     **_table(
         _INGEST,
         {
@@ -94,6 +102,13 @@ GROUP_OF: Mapping[str, str] = {
             OPERATE: "DrainInstance UndrainInstance",
         },
     ),
+    **_table(
+        _ACCESS,
+        {
+            ADMINISTER: """GetPolicy ListPolicies ApplyPolicy RollBackPolicy
+                CreateKey ListKeys RevokeKey RotateSigner"""
+        },
+    ),
     **_table(_HEALTH, {HEALTH: "Check Watch List"}),
     **_table("/grpc.reflection.v1alpha.ServerReflection/", {READ: "ServerReflectionInfo"}),
     **_table("/grpc.reflection.v1.ServerReflection/", {READ: "ServerReflectionInfo"}),
@@ -111,7 +126,7 @@ _MODEL_METHODS = (
     "RepositoryModelLoad#code",
     "RepositoryModelUnload",
 )
-MODEL_RPCS = frozenset(_INFERENCE + method for method in _MODEL_METHODS) | {INFER_BULK}
+MODEL_RPCS = frozenset(_INFERENCE + method for method in _MODEL_METHODS) | {INFER_BULK, TRY_MODEL}
 """RPCs whose messages name a model."""
 
 

@@ -38,6 +38,16 @@ class Signer:
     kid: str
     private_key: EllipticCurvePrivateKey
 
+    def as_text(self) -> str:
+        """Return the text form: a secret."""
+        from cryptography.hazmat.primitives import serialization
+
+        pem = self.private_key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        document = {"issuer": self.issuer, "kid": self.kid, "private_key": pem.decode()}
+        return json.dumps(document, indent=2)
+
     def public_jwk(self) -> dict[str, Any]:
         """Return the public key, as a JSON Web Key."""
         from jwt.algorithms import ECAlgorithm
@@ -62,6 +72,13 @@ class Key:
     """Unix time."""
 
 
+def new_signer(issuer: str = ISSUER) -> Signer:
+    """Return a new signer."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return Signer(issuer, "k-" + secrets.token_hex(4), ec.generate_private_key(ec.SECP256R1()))
+
+
 def create_signer(path: Path, issuer: str = ISSUER) -> Signer:
     """Make a signer, and write it to the new file `path`, which only its owner can read.
 
@@ -69,13 +86,7 @@ def create_signer(path: Path, issuer: str = ISSUER) -> Signer:
         AlreadyExists: the file exists.
         InvalidArgument: the file cannot be written.
     """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    signer = Signer(issuer, "k-" + secrets.token_hex(4), ec.generate_private_key(ec.SECP256R1()))
-    pem = signer.private_key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    signer = new_signer(issuer)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as err:
@@ -83,7 +94,7 @@ def create_signer(path: Path, issuer: str = ISSUER) -> Signer:
     except OSError as err:
         raise InvalidArgument(f"cannot write {path}: {err.strerror}") from err
     with os.fdopen(descriptor, "w") as file:
-        json.dump({"issuer": issuer, "kid": signer.kid, "private_key": pem.decode()}, file, indent=2)
+        file.write(signer.as_text())
     return signer
 
 
@@ -93,24 +104,32 @@ def read_signer(path: Path) -> Signer:
     Raises:
         InvalidArgument: the file cannot be read, is no signer, or others than its owner can read it.
     """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     try:
         with path.open() as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
                 raise InvalidArgument(f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}")
-            document = json.load(file)
-        private = serialization.load_pem_private_key(document["private_key"].encode(), None)
-        if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise InvalidArgument(f"{path}: the private key is not for {_ALGORITHM}")
-        return Signer(str(document["issuer"]), str(document["kid"]), private)
+            return signer_of(file.read(), str(path))
     except OSError as err:
         raise InvalidArgument(f"cannot read {path}: {err.strerror}: make a signer with `shoal keys init`") from err
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{path} is no signer: make one with `shoal keys init`") from None
+
+
+def signer_of(text: str, source: str) -> Signer:
+    """Return the signer of a text form. Raises InvalidArgument, with `source` as the subject, for another text."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        document = json.loads(text)
+        private = serialization.load_pem_private_key(document["private_key"].encode(), None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise InvalidArgument(f"{source}: the private key is not for {_ALGORITHM}")
+        return Signer(str(document["issuer"]), str(document["kid"]), private)
     # The cause could show the private key.
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidArgument(f"{path} is no signer: make one with `shoal keys init`") from None
+        raise InvalidArgument(f"{source} is no signer: make one with `shoal keys init`") from None
 
 
 def create_key(

@@ -29,6 +29,8 @@ class _Console(Console):
 
 
 def _callers(ready: Ready) -> str:
+    if ready.key_file is not None:
+        return f"callers need a key; yours: {ready.key_file}"
     is_private = is_local(ready.listen or ready.gateway)
     callers = "every user of this machine" if is_private else "everyone who can reach the address"
     return f"not authenticated: {callers} may call every method"

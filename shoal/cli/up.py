@@ -99,6 +99,14 @@ def up(
             "of this machine (Python models, remote models with secrets). At 127.0.0.1 they are allowed.",
         ),
     ] = False,
+    auth: Annotated[
+        bool,
+        typer.Option(
+            "--auth",
+            help="Every caller needs a key (`shoal keys create`) or a token, and the policy decides (`shoal policy`). "
+            "A key for you is made in the data folder, where commands find it.",
+        ),
+    ] = False,
     node: Annotated[
         str, typer.Option(help="Name of this node; nodes that share an etcd need different names.", metavar="NAME")
     ] = "local",
@@ -120,7 +128,7 @@ def up(
 
       shoal up --connectors streams.toml
 
-      shoal up --listen 0.0.0.0:8443 --tls auto --insecure
+      shoal up --listen 0.0.0.0:8443 --tls auto --auth
 
       shoal up --etcd http://10.0.0.5:2379 --mongo 'mongodb://10.0.0.6/?replicaSet=rs0' --node b --services infer
     """
@@ -147,6 +155,7 @@ def up(
         name=node,
         model_control=model_control.value if model_control else "",
         allow_code=allow_code,
+        auth=auth,
     )
     if options.connectors is not None:
         check_connectors(options.connectors)

@@ -22,7 +22,7 @@ from shoal.client.transport.calls import Caller, Headers
 from shoal.client.transport.deadline import Deadline
 from shoal.client.transport.retry import RetryPolicy
 from shoal.client.transport.security import PathLike, Security, security
-from shoal.discovery import CA_VARIABLE, TOKEN_VARIABLE, Gateway, find_gateway
+from shoal.discovery import CA_VARIABLE, TOKEN_VARIABLE, Gateway, find_gateway, key_of
 from shoal.errors import ERROR_CODE_PARAMETER, RETRY_AFTER_PARAMETER, Code, InvalidArgument, from_status
 from shoal.inference.v2 import inference_pb2 as oip
 
@@ -42,8 +42,9 @@ class AsyncClient:
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
     `ca` is a PEM file of the authorities to trust: else the CA of this machine's node, else $SHOAL_CA, else those that
-    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, is sent with each
-    call; in plaintext to another machine only with `plaintext_token`.
+    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, else the key of
+    this user's node (`shoal up --auth`), is sent with each call; in plaintext to another machine only with
+    `plaintext_token`.
 
     Use `async with`, or close the client with `await client.close()`. Many tasks may share a client; each event loop,
     and each forked child, has its own connection.
@@ -73,7 +74,7 @@ class AsyncClient:
     ) -> None:
         gateway = find_gateway(address, os.environ)
         secured = _security(gateway, ca, cert, key)
-        token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+        token = _token(gateway) if token is None else token
         if token and not (plaintext_token or gateway.has_tls or is_local(gateway.address)):
             raise InvalidArgument(
                 f"the token is not sent to {gateway.address} in plaintext: use https://{gateway.address}; or "
@@ -254,6 +255,11 @@ def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:
         retry_after_ms=after if isinstance(after, int) else None,
     )
     return InferResult(about.model_name, about.model_version, id=about.id, error=error)
+
+
+def _token(gateway: Gateway) -> str:
+    """Return the token of the environment, else the key that a node of this user has made for it; empty: none."""
+    return os.environ.get(TOKEN_VARIABLE, "") or key_of(gateway, os.environ)
 
 
 def _security(gateway: Gateway, ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -> Security | None:

@@ -139,8 +139,9 @@ class Client(SyncFacade[AsyncClient]):
     Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
     `ca` is a PEM file of the authorities to trust: else the CA of this machine's node, else $SHOAL_CA, else those that
-    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, is sent with each
-    call; in plaintext to another machine only with `plaintext_token`.
+    the machine trusts. `cert` and `key` are the client's own certificate. `token`, else $SHOAL_TOKEN, else the key of
+    this user's node (`shoal up --auth`), is sent with each call; in plaintext to another machine only with
+    `plaintext_token`.
 
         with shoal.Client() as client:
             client.models.push("mymodel.onnx")

@@ -1,13 +1,4 @@
-"""Envoy's part of a policy: tokens, roles and RPCs, host names. The parts are files that Envoy re-reads by itself.
-
-    early removal of x-shoal-* ──> callers: jwt_authn ──> key ids: RBAC ──> rules: RBAC ──> router ──> worker
-                                      │                                       │
-                                      └── x-shoal-caller, -issuer, -role, -key, -tenant
-
-`callers` and `rules` are extension configurations (ECDS), and host names a route configuration (RDS). A changed
-listener would be in force late, and would close connections. Fields: envoy.extensions.filters.http.jwt_authn.v3 and
-envoy.extensions.filters.http.rbac.v3.
-"""
+"""Envoy's part of the policy of `shoal serve`: files that Envoy re-reads by itself. Their content: mesh.xds.access."""
 
 from __future__ import annotations
 
@@ -18,35 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.access.caller_header import CALLER_HEADER, ISSUER_HEADER, KEY_HEADER, ROLE_HEADER, TRUSTED_PREFIX
-from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
-from shoal.access.policy import ANY, Issuer, Policy
-from shoal.tenant_header import TENANT_HEADER
+from mesh.xds import access
+from mesh.xds.access import CALLERS, RULES
+from shoal.access.policy import Policy
 
-_API = "type.googleapis.com"
-_FILTERS = f"{_API}/envoy.extensions.filters.http"
-_JWT = f"{_FILTERS}.jwt_authn.v3.JwtAuthentication"
-_RBAC = f"{_FILTERS}.rbac.v3.RBAC"
-_ROUTES = f"{_API}/envoy.config.route.v3.RouteConfiguration"
-
-CALLERS, RULES, HOSTS = "shoal.callers", "shoal.rules", "shoal.hosts"
+_ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+HOSTS = "shoal.hosts"
 REJECTED = tuple(f"extension_config_discovery.http_filter.{name}.update_rejected" for name in (CALLERS, RULES))
 """Counters of parts of policies that Envoy has refused. It keeps the former ones."""
-
-# Verified tokens that a worker thread of Envoy keeps, with 1 to 2 kB each. Verification costs 0.1 ms, a look-up 10 us.
-_CACHED_TOKENS = 8192
-# Metadata of jwt_authn with the header of a verified token.
-_TOKEN_HEADER = "token"
-# An empty map is refused by Envoy. No header has this value.
-_NOTHING = " "
 
 
 def connection_manager(folder: Path) -> dict[str, Any]:
     """Return the fields of a connection manager that takes callers, rules and host names from files in `folder`."""
     return {
-        "early_header_mutation_extensions": [_removal()],
+        "early_header_mutation_extensions": [access.removal()],
         "rds": {"route_config_name": HOSTS, "config_source": _file(folder, HOSTS)},
-        "http_filters": [_discovered(folder, CALLERS, _JWT), _key_ids(), _discovered(folder, RULES, _RBAC)],
+        "http_filters": access.filters(lambda name: _file(folder, name)),
     }
 
 
@@ -57,160 +35,14 @@ def write(policy: Policy, folder: Path, services: Sequence[str], virtual_host: M
         services: gRPC services (`package.Service`) behind Envoy; all others are refused.
         virtual_host: Envoy's virtual host for the calls, without its name and domains.
     """
-    _replace(folder, CALLERS, _extension(CALLERS, callers(policy, services)))
-    _replace(folder, RULES, _extension(RULES, rules(policy, services)))
-    _replace(folder, HOSTS, {"@type": _ROUTES, "name": HOSTS, **hosts(policy, virtual_host)})
-
-
-def _removal() -> dict[str, Any]:
-    mutation = f"{_API}/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"
-    # A header with underscores could be taken for the same one.
-    prefixes = (TRUSTED_PREFIX, TRUSTED_PREFIX.replace("-", "_"))
-    mutations = [{"remove_on_match": {"key_matcher": {"prefix": prefix, "ignore_case": True}}} for prefix in prefixes]
-    return {"name": "trusted", "typed_config": {"@type": mutation, "mutations": mutations}}
-
-
-def _discovered(folder: Path, name: str, type_url: str) -> dict[str, Any]:
-    return {"name": name, "config_discovery": {"config_source": _file(folder, name), "type_urls": [type_url]}}
+    _replace(folder, CALLERS, access.extension(CALLERS, access.callers(policy, services)))
+    _replace(folder, RULES, access.extension(RULES, access.rules(policy, services)))
+    hosts = access.hosts(policy.hosts, virtual_host)
+    _replace(folder, HOSTS, {"@type": _ROUTES, "name": HOSTS, **hosts})
 
 
 def _file(folder: Path, name: str) -> dict[str, Any]:
     return {"path_config_source": {"path": str(folder / f"{name}.json")}, "resource_api_version": "V3"}
-
-
-def _key_ids() -> dict[str, Any]:
-    """Return a filter that refuses tokens without a key id. Envoy accepts them after it has tried each key."""
-    has_id = {
-        "metadata_source": "DYNAMIC",
-        "metadata_matcher": {
-            "filter": "envoy.filters.http.jwt_authn",
-            "path": [{"key": _TOKEN_HEADER}, {"key": "kid"}],
-            "value": {"present_match": True},
-        },
-    }
-    ids = [
-        {"header": {"name": ISSUER_HEADER, "present_match": True}},
-        {"not_id": {"sourced_metadata": has_id}},
-    ]
-    policy = {"permissions": [{"any": True}], "principals": [{"and_ids": {"ids": ids}}]}
-    rbac = {"@type": _RBAC, "rules": {"action": "DENY", "policies": {"no-key-id": policy}}}
-    return {"name": "shoal.key-ids", "typed_config": rbac}
-
-
-def callers(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
-    """Return the filter that verifies tokens, and passes their claims on as headers."""
-    providers = {f"issuer-{number}": issuer for number, issuer in enumerate(policy.issuers)}
-    prefixed = {issuer.token_prefix for issuer in policy.issuers} - {""}
-    open_paths = [{"match": {"path": path}} for path in rpcs_of(policy.open, services)]
-    by_prefix = [
-        {
-            "match": {
-                "prefix": "/",
-                "headers": [{"name": "authorization", "string_match": {"prefix": f"Bearer {prefix}"}}],
-            },
-            "requires": _one_of([name for name, issuer in providers.items() if issuer.token_prefix == prefix]),
-        }
-        for prefix in sorted(prefixed)
-    ]
-    foreign = [name for name, issuer in providers.items() if not issuer.token_prefix]
-    rest = {"match": {"prefix": "/"}, "requires": _one_of(foreign or list(providers))}
-    return {
-        "@type": _JWT,
-        "providers": {name: _provider(issuer) for name, issuer in providers.items()},
-        "rules": [*open_paths, *by_prefix, rest],
-    }
-
-
-def _one_of(providers: Sequence[str]) -> dict[str, Any]:
-    requirements = [{"provider_name": name} for name in providers]
-    return requirements[0] if len(requirements) == 1 else {"requires_any": {"requirements": requirements}}
-
-
-def _provider(issuer: Issuer) -> dict[str, Any]:
-    claims = issuer.claim_names
-    named = {
-        ISSUER_HEADER: "iss",
-        KEY_HEADER: claims.key,
-        ROLE_HEADER: None if issuer.role else claims.role,
-        TENANT_HEADER: None if issuer.tenant else claims.tenant,
-    }
-    return {
-        "issuer": issuer.issuer,
-        "audiences": list(issuer.audiences),
-        "local_jwks": {"inline_string": json.dumps(issuer.jwks)},
-        "forward": False,
-        "clock_skew_seconds": issuer.clock_skew_s,
-        # Without it, a token without an expiry is valid for ever.
-        "require_expiration": True,
-        "from_headers": [{"name": "authorization", "value_prefix": f"Bearer {issuer.token_prefix}"}],
-        "forward_payload_header": CALLER_HEADER,
-        "claim_to_headers": [{"header_name": header, "claim_name": claim} for header, claim in named.items() if claim],
-        "header_in_metadata": _TOKEN_HEADER,
-        "jwt_cache_config": {"jwt_cache_size": _CACHED_TOKENS},
-    }
-
-
-def rules(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
-    """Return the filter that refuses revoked keys, and RPCs that no grant allows to the caller's role."""
-    by_role = _tree(
-        ROLE_HEADER,
-        {role: _paths(policy, role, services) for role in named_roles(policy)},
-        otherwise=_paths(policy, "", services),
-    )
-    by_issuer = {
-        issuer.issuer: _paths(policy, issuer.role, services) if issuer.role else by_role for issuer in policy.issuers
-    }
-    open_paths = _tree(
-        ":path", {path: _action("open", "ALLOW") for path in rpcs_of(policy.open, services)}, _action("default", "DENY")
-    )
-    revoked = {key: _action("revoked", "DENY") for key in policy.revoked}
-    return {
-        "@type": _RBAC,
-        "matcher": _tree(KEY_HEADER, revoked, _tree(ISSUER_HEADER, by_issuer, open_paths))["matcher"],
-    }
-
-
-def _paths(policy: Policy, role: str, services: Sequence[str]) -> dict[str, Any] | None:
-    """Return a matcher of the RPCs that `role` may call; None when there are none."""
-    paths = rpcs_of(groups_of_role(policy, role), services)
-    return _tree(":path", {path: _action("granted", "ALLOW") for path in paths}) if paths else None
-
-
-def _tree(header: str, entries: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return a matcher that looks `header` up. A value without an entry, or that its entry does not match, goes on with
-    `otherwise`."""
-    header_input = f"{_API}/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"
-    there = {value: entry for value, entry in entries.items() if entry is not None}
-    matcher: dict[str, Any] = {
-        "matcher_tree": {
-            "input": {"name": "header", "typed_config": {"@type": header_input, "header_name": header}},
-            "exact_match_map": {"map": there or {_NOTHING: _action("nothing", "DENY")}},
-        }
-    }
-    if otherwise is not None:
-        matcher["on_no_match"] = otherwise
-    return {"matcher": matcher}
-
-
-def _action(name: str, action: str) -> dict[str, Any]:
-    typed = {"@type": f"{_API}/envoy.config.rbac.v3.Action", "name": name, "action": action}
-    return {"action": {"name": name, "typed_config": typed}}
-
-
-def hosts(policy: Policy, virtual_host: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the route configuration: `virtual_host` for the host names of the policy, status 421 for all others."""
-    # A service never sees a token, also where none is required.
-    removed = [*virtual_host.get("request_headers_to_remove", ()), "authorization"]
-    served = {**virtual_host, "name": "served", "domains": list(policy.hosts), "request_headers_to_remove": removed}
-    if ANY in policy.hosts:
-        return {"virtual_hosts": [{**served, "domains": [ANY]}]}
-    refusal = {"status": 421, "body": {"inline_string": "this server has another name: see 'hosts' of its policy\n"}}
-    other = {"name": "other", "domains": [ANY], "routes": [{"match": {"prefix": "/"}, "direct_response": refusal}]}
-    return {"virtual_hosts": [served, other], "ignore_port_in_host_matching": True}
-
-
-def _extension(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"@type": f"{_API}/envoy.config.core.v3.TypedExtensionConfig", "name": name, "typed_config": config}
 
 
 def _replace(folder: Path, name: str, resource: Mapping[str, Any]) -> None:

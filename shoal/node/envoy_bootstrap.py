@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
 
@@ -59,11 +60,13 @@ def _ads() -> dict[str, Any]:
         "set_node_on_first_message_only": True,
         "grpc_services": [
             {
+                # coord serves the configuration to nobody else, where callers are authenticated.
+                "initial_metadata": [{"key": CALLER_HEADER, "value": SERVICE.decode()}],
                 "envoy_grpc": {
                     "cluster_name": ADS_CLUSTER,
                     # The default waits up to 30 s. Envoy retries a restarted coord, or another replica, within 0.5 s.
                     "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}},
-                }
+                },
             }
         ],
     }

@@ -3,6 +3,8 @@
 DATA_DIR/node.lock     locked while a node runs; contains the pid of that process
          node.json     the node's ready file, while it is ready
          ports.json    the private ports, for the next start
+         master.key    with --auth: master key of the keyring, where no other one is given
+         admin.key     with --auth: key of the node's user
          logs/         a log for each process
          etcd/ mongo/ blobs/ cache/models/
          envoy.json    Envoy's bootstrap file

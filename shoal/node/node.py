@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import folder, gateway, plan, probes
+from shoal.node import master_key as master_keys
+from shoal.node.admin_key import FILE, AdminKey
 from shoal.node.options import Options
 from shoal.node.plan import Layout
 from shoal.node.ports import HOST, PortInUse, Ports, joined
@@ -105,6 +107,9 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         files.check()
         layout = _reserve(options, stack.enter_context(Ports()))
         layout = replace(layout, run_dir=stack.enter_context(folder.run_dir(options.data_dir, environ)))
+        if options.auth:
+            master_key, source = master_keys.find(os.environ, options.data_dir, layout.run_dir)
+            layout = replace(layout, master_key=master_key, master_key_source=source)
         signals.on_second_signal.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
         served = _certificate(options, layout)
         layout = replace(layout, sds=None if served is None else served.sds)
@@ -152,13 +157,17 @@ class _Running:
         self.screen = screen
         self.served = served
         self.is_ready = False
+        self.admin_key: AdminKey | None = None
+        if options.auth:
+            coords = [layout.socket_of(f"coord-{number}") for number in range(options.replicas["coord"])]
+            self.admin_key = AdminKey(options.data_dir / FILE, coords)
 
     def ready_now(self) -> Ready:
         layout = self.layout
         trust = None if self.served is None else self.served.trust
-        return Ready(
-            layout.gateway_here, layout.admin, self.options.data_dir, self.supervisor.pids(), layout.gateway, trust
-        )
+        key_file = None if self.admin_key is None else self.admin_key.path
+        pids = self.supervisor.pids()
+        return Ready(layout.gateway_here, layout.admin, self.options.data_dir, pids, layout.gateway, trust, key_file)
 
     def write_ready_files(self) -> None:
         """Write the ready files, now and again whenever a process gets a new pid."""
@@ -181,8 +190,13 @@ class _Running:
         """Wait until every process and external server is ready and calls pass through the gateway."""
         waiting = {keeper.spec.name: keeper.spec.ready for keeper in self.supervisor.keepers} | self._external_probes()
         await self._until_all(waiting, started)
+        token = ""
+        if self.admin_key is not None:
+            await self._until_all({"a key for the node's user": self.admin_key.ensure}, started)
+            token = self.admin_key.text
         services, has_tls = tuple(self.options.replicas), self.served is not None
-        await self._until_all(gateway.probes(self.layout.gateway_here, services, has_tls=has_tls), started)
+        calls = gateway.probes(self.layout.gateway_here, services, has_tls=has_tls, token=token)
+        await self._until_all(calls, started)
 
     def _external_probes(self) -> dict[str, Callable[[], Awaitable[bool]]]:
         found: dict[str, Callable[[], Awaitable[bool]]] = {}

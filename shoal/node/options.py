@@ -48,6 +48,8 @@ class Options:
     """IP address of the gateway."""
     tls: TlsOptions | None = None
     """Certificate of the gateway; None: clients speak plaintext."""
+    auth: bool = False
+    """Callers need a key or a token, and the policy of the cluster decides."""
 
 
 def checked(
@@ -66,6 +68,7 @@ def checked(
     connectors: Path | None = None,
     model_control: str = "",
     allow_code: bool = False,
+    auth: bool = False,
 ) -> Options:
     """Return the options of a command line.
 
@@ -81,7 +84,14 @@ def checked(
     gateway_host, gateway_port = (
         parse_listen(listen) if listen else (HOST, DEFAULT_GATEWAY_PORT if gateway_port is None else gateway_port)
     )
-    exposure.check("--listen", joined(gateway_host, gateway_port), has_tls=tls is not None, is_insecure=is_insecure)
+    exposure.check(
+        "--listen",
+        joined(gateway_host, gateway_port),
+        has_tls=tls is not None,
+        has_policy=auth,
+        is_insecure=is_insecure,
+        policy_option="--auth",
+    )
     for option, port in (("--gateway-port", gateway_port), ("--admin-port", admin_port)):
         if not 0 <= port <= 65535:
             raise InvalidArgument(f"{option} {port}: a port is 1 to 65535, or 0 for any free one")
@@ -106,6 +116,7 @@ def checked(
         allow_code=allow_code,
         gateway_host=gateway_host,
         tls=tls,
+        auth=auth,
     )
 
 

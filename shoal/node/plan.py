@@ -43,6 +43,9 @@ class Layout:
     gateway_host: str = HOST
     sds: Path | None = None
     """File of the gateway's certificate."""
+    master_key: Path | None = None
+    """File of the keyring's master key, for coord; with authentication."""
+    master_key_source: str = ""
 
     @property
     def gateway(self) -> str:
@@ -142,6 +145,7 @@ def _service(
         "LISTEN": f"unix:{path}",
         "MESH": f"unix:{layout.outbound}",
         "ETCD": etcd_address(options, layout),
+        **({"AUTH": "true"} if options.auth else {}),
         **_own_settings(service, instance, options, layout),
     }
     # The user's environment overrides these defaults: services inherit it.
@@ -153,6 +157,8 @@ def _service(
 
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
+    if service == "coord" and layout.master_key is not None:
+        return {"MASTER_KEY": str(layout.master_key), "MASTER_KEY_SOURCE": layout.master_key_source}
     if service in _WITH_MONGO:
         connectors = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
         return {"MONGO": mongo_url(options, layout), **connectors}

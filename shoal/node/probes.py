@@ -45,7 +45,12 @@ async def etcd_responds(addresses: str) -> bool:
     return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
 
 
-async def health(address: str, service: str = "", *, has_tls: bool = False) -> bool:
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Return the metadata of a call with `token`; none without one."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+async def health(address: str, service: str = "", *, has_tls: bool = False, token: str = "") -> bool:
     """Return True when grpc.health.v1 at `address` (`unix:/path` or `host:port`) reports SERVING for `service`."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -54,7 +59,7 @@ async def health(address: str, service: str = "", *, has_tls: bool = False) -> b
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            response = await stub.Check(request, timeout=PROBE_S)
+            response = await stub.Check(request, timeout=PROBE_S, metadata=bearer(token))
         except grpc.RpcError:
             return False
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

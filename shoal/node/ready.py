@@ -33,12 +33,15 @@ class Ready:
     """`host:port` that the gateway listens at."""
     trust: Trust | None = None
     """Certificate of the gateway; None: clients speak plaintext."""
+    key_file: Path | None = None
+    """Key of the node's user; None: callers are not authenticated."""
 
     def as_json(self) -> str:
         document: dict[str, object] = {
             "gateway": self.gateway,
             "listen": self.listen or self.gateway,
             "tls": None if self.trust is None else dataclasses.asdict(self.trust),
+            "key_file": None if self.key_file is None else str(self.key_file),
             "admin": self.admin,
             "data_dir": str(self.data_dir),
             "pids": dict(self.pids),

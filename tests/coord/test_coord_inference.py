@@ -24,6 +24,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
 S = pb.StatisticDuration
+NO_HEADERS: Any = SimpleNamespace(invocation_metadata=lambda: ())
 
 
 def infer(
@@ -157,7 +158,7 @@ async def serve(run_dir: Path) -> AsyncIterator[Serve]:
 
 
 async def asked(mesh: MeshInference, name: str = "") -> list[tuple[str, int]]:
-    response = await mesh.ModelStatistics(pb.ModelStatisticsRequest(name=name), None)
+    response = await mesh.ModelStatistics(pb.ModelStatisticsRequest(name=name), NO_HEADERS)
     return [(each.name, each.inference_count) for each in response.model_stats]
 
 

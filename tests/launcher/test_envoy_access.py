@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mesh.xds import access
 from shoal.access import tokens
 from shoal.access.tokens import Signer
 from shoal.errors import FailedPrecondition, InvalidArgument
@@ -59,24 +60,24 @@ def test_the_files_of_a_policy_name_what_is_in_them(signer: Signer, tmp_path: Pa
 
 
 def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
-    hosts = envoy_access.hosts(policy(signer), SHARED)
+    hosts = access.hosts(policy(signer).hosts, SHARED)
     assert hosts["virtual_hosts"][0]["request_headers_to_remove"] == ["x-forwarded-proto", "authorization"]
-    (provider,) = envoy_access.callers(policy(signer), SERVICES)["providers"].values()
+    (provider,) = access.callers(policy(signer), SERVICES)["providers"].values()
     assert provider["require_expiration"] is True
     assert provider["forward"] is False
 
 
 def test_every_path_needs_a_token_unless_its_group_is_open(signer: Signer) -> None:
-    closed = envoy_access.callers(policy(signer), SERVICES)["rules"]
+    closed = access.callers(policy(signer), SERVICES)["rules"]
     assert all("requires" in rule for rule in closed)
-    rules = envoy_access.callers(policy(signer, open=["health"]), SERVICES)["rules"]
+    rules = access.callers(policy(signer, open=["health"]), SERVICES)["rules"]
     free = {rule["match"]["path"].rpartition("/")[2] for rule in rules if "requires" not in rule}
     assert free == {"Check", "Watch", "List", "ServerLive", "ServerReady"}
     assert rules[-1]["match"] == {"prefix": "/"}
 
 
 def test_other_host_names_are_refused_once_the_policy_has_names(signer: Signer) -> None:
-    served, other = envoy_access.hosts(policy(signer, hosts=["a.example"]), SHARED)["virtual_hosts"]
+    served, other = access.hosts(["a.example"], SHARED)["virtual_hosts"]
     assert served["domains"] == ["a.example"]
     assert (other["domains"], other["routes"][0]["direct_response"]["status"]) == (["*"], 421)
 
@@ -87,9 +88,9 @@ def test_the_rules_of_many_grants_and_revoked_keys_stay_small(signer: Signer) ->
     ]
     small = policy(signer, issuers=[issuer(signer)], grants=grants[:1])
     large = policy(signer, issuers=[issuer(signer)], grants=grants)
-    assert envoy_access.rules(large, SERVICES) == envoy_access.rules(small, SERVICES)
+    assert access.rules(large, SERVICES) == access.rules(small, SERVICES)
     revoked = [f"k-{number:016x}" for number in range(10_000)]
-    assert len(json.dumps(envoy_access.rules(policy(signer, revoked=revoked), SERVICES))) < 4 << 20
+    assert len(json.dumps(access.rules(policy(signer, revoked=revoked), SERVICES))) < 4 << 20
 
 
 def test_a_policy_needs_envoy_in_front() -> None:

@@ -110,12 +110,14 @@ class FastInfer:
             return False
         if request is None or not id_field.isascii():
             return False
-        if self._access is None:
+        caller = None
+        if self._access is not None:
+            caller = self._access.check_infer(exchange.headers.get(_CALLER), model_templates.name)
+        if caller is None:
             header = exchange.headers.get(_TENANT)
             tenant = header.decode("latin-1") if header else ""
         else:
-            caller = self._access.check_infer(exchange.headers.get(_CALLER), model_templates.name)
-            tenant = caller.tenant if caller is not None else ""
+            tenant = caller.tenant
         version = self._models.find(model_templates.name, model_templates.number)
         if version is not model_templates.version:
             return False
@@ -129,11 +131,10 @@ class FastInfer:
             message = await self._turns.parse(_PARSER, body, PREFIX_BYTES)
             if shared := shared_bytes(message):
                 exchange.release(shared)
-            if self._access is None:
-                tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
-            else:
+            caller = None
+            if self._access is not None:
                 caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
-                tenant = caller.tenant if caller is not None else ""
+            tenant = exchange.headers.get(_TENANT, b"").decode("latin-1") if caller is None else caller.tenant
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
             )

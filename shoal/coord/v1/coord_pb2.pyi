@@ -130,12 +130,16 @@ class GetMeshStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetMeshStatusResponse(_message.Message):
-    __slots__ = ("envoys", "coord")
+    __slots__ = ("envoys", "coord", "policy_version", "master_key")
     ENVOYS_FIELD_NUMBER: _ClassVar[int]
     COORD_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MASTER_KEY_FIELD_NUMBER: _ClassVar[int]
     envoys: _containers.RepeatedCompositeFieldContainer[EnvoyStatus]
     coord: str
-    def __init__(self, envoys: _Optional[_Iterable[_Union[EnvoyStatus, _Mapping]]] = ..., coord: _Optional[str] = ...) -> None: ...
+    policy_version: int
+    master_key: str
+    def __init__(self, envoys: _Optional[_Iterable[_Union[EnvoyStatus, _Mapping]]] = ..., coord: _Optional[str] = ..., policy_version: _Optional[int] = ..., master_key: _Optional[str] = ...) -> None: ...
 
 class EnvoyStatus(_message.Message):
     __slots__ = ("node", "connected_at", "resources")

@@ -14,11 +14,11 @@ from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from shoal.access import tokens
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
 from shoal.access.decision import MODEL_NAME
 from shoal.access.rpc_groups import INDEX, LOAD, MODEL_INFER
 from shoal.access.tokens import Signer
-from shoal.errors import PermissionDenied, ShoalError, Unauthenticated
+from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
 from tests.access.policies import claims_of, key, passed, policy
 from tests.breakable import until
 
@@ -55,6 +55,23 @@ def test_a_call_without_a_caller_may_check_the_health_and_nothing_else(signer: S
     for rpc in (MODEL_INFER, INDEX, LOAD, "/inference.GRPCInferenceService/ServerLive"):
         with pytest.raises(Unauthenticated):
             access.check(rpc, None)
+
+
+def test_a_service_of_the_mesh_may_call_everything(signer: Signer) -> None:
+    for access in (Access(policy(signer)), Access(None)):
+        for rpc in (MODEL_INFER, LOAD, "/shoal.store.v1.StoreService/PutResults"):
+            assert access.check(rpc, SERVICE, "m") is None
+        assert access.check_infer(SERVICE, "m") is None
+
+
+def test_without_a_known_policy_every_caller_is_refused(signer: Signer) -> None:
+    access = Access(None)
+    assert access.check(CHECK, None) is None
+    for header in (None, caller(signer, role="admin")):
+        with pytest.raises(Unavailable, match="does not know the policy yet"):
+            access.check_infer(header, "m")
+    access.set_policy(policy(signer))
+    assert access.check_infer(caller(signer), "m") is not None
 
 
 def test_the_launcher_may_list_the_models_and_nothing_else(signer: Signer) -> None:

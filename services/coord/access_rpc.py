@@ -1,0 +1,129 @@
+"""gRPC servicer of AccessService: translates messages, without logic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh.rpc.access import caller_in
+from mesh.rpc.interceptors import Context
+from services.coord.keys import Keys, Record
+from services.coord.messages import timestamp
+from services.coord.policies import Applied, Policies
+from shoal.access.caller_header import claims
+from shoal.coord.v1 import access_pb2 as pb
+from shoal.coord.v1 import access_pb2_grpc as pb_grpc
+from shoal.errors import FailedPrecondition
+
+
+@dataclass(frozen=True)
+class AccessParts:
+    """Components that the methods call."""
+
+    policies: Policies
+    keys: Keys
+
+
+class AccessRpc(pb_grpc.AccessServiceServicer):
+    """Servicer of AccessService; `parts` is None on a node without authentication."""
+
+    def __init__(self, parts: AccessParts | None) -> None:
+        self._parts = parts
+
+    @property
+    def _policies(self) -> Policies:
+        return self._there.policies
+
+    @property
+    def _keys(self) -> Keys:
+        return self._there.keys
+
+    @property
+    def _there(self) -> AccessParts:
+        if self._parts is None:
+            raise FailedPrecondition("this node does not authenticate callers: start it with `shoal up --auth`")
+        return self._parts
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, ctx: Context) -> pb.GetPolicyResponse:
+        found = await self._policies.get(request.version)
+        return pb.GetPolicyResponse(policy=_version(found), document=found.document, files=found.files or {})
+
+    async def ListPolicies(self, request: pb.ListPoliciesRequest, ctx: Context) -> pb.ListPoliciesResponse:
+        return pb.ListPoliciesResponse(policies=[_version(one) for one in await self._policies.history()])
+
+    async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, ctx: Context) -> pb.ApplyPolicyResponse:
+        applied = await self._policies.apply(
+            request.document,
+            dict(request.files),
+            _author(ctx),
+            await self._keys.valid_claims(),
+            expected=request.expected_version,
+            force=request.force,
+        )
+        return pb.ApplyPolicyResponse(policy=_version(applied))
+
+    async def RollBackPolicy(self, request: pb.RollBackPolicyRequest, ctx: Context) -> pb.RollBackPolicyResponse:
+        earlier = await self._policies.get(request.version)
+        applied = await self._policies.apply(
+            earlier.document,
+            earlier.files or {},
+            _author(ctx),
+            await self._keys.valid_claims(),
+            force=request.force,
+            rolled_back_to=earlier.version,
+        )
+        return pb.RollBackPolicyResponse(policy=_version(applied))
+
+    async def CreateKey(self, request: pb.CreateKeyRequest, ctx: Context) -> pb.CreateKeyResponse:
+        record, key = await self._keys.create(
+            tenant=request.tenant,
+            role=request.role,
+            subject=request.subject,
+            models=tuple(request.models),
+            grants=tuple(request.grants),
+            life_s=request.life_seconds,
+        )
+        return pb.CreateKeyResponse(info=_info(record), key=key.text)
+
+    async def ListKeys(self, request: pb.ListKeysRequest, ctx: Context) -> pb.ListKeysResponse:
+        return pb.ListKeysResponse(keys=[_info(record) for record in await self._keys.records()])
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, ctx: Context) -> pb.RevokeKeyResponse:
+        await self._keys.revoke(request.id)
+        return pb.RevokeKeyResponse()
+
+    async def RotateSigner(self, request: pb.RotateSignerRequest, ctx: Context) -> pb.RotateSignerResponse:
+        own = _author(ctx) if request.renew_own_key else None
+        kid, key = await self._keys.rotate(is_stolen=request.stolen, own=own)
+        return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text)
+
+
+def _author(ctx: Context) -> Mapping[str, Any]:
+    """Return the claims of the caller. Raises Unauthenticated for a call without a token."""
+    return claims(caller_in(ctx) or b"")
+
+
+def _version(applied: Applied) -> pb.PolicyVersion:
+    return pb.PolicyVersion(
+        version=applied.version,
+        applied_at=timestamp(applied.applied_at),
+        applied_by=applied.applied_by,
+        forced=applied.forced,
+        rolled_back_to=applied.rolled_back_to,
+    )
+
+
+def _info(record: Record) -> pb.KeyInfo:
+    return pb.KeyInfo(
+        id=record.id,
+        tenant=record.tenant,
+        role=record.role,
+        subject=record.subject,
+        models=record.models,
+        grants=record.grants,
+        created_at=timestamp(record.created_at),
+        expires_at=timestamp(record.expires_at),
+        signer=record.signer,
+        revoked=record.is_revoked,
+    )

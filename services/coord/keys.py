@@ -1,0 +1,273 @@
+"""Keys that the cluster signs: the signer is sealed in etcd, and a record of each key says whose it is.
+
+    create ──> signer (sealed) ──> key, shown once      its record, until it expires
+    revoke ──> revoked ids ──> every instance enforces it
+    rotate ──> another signer; keys of the former one stay valid until they expire, or end now
+
+The text of a key is nowhere in etcd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mesh.cluster.etcd import Created, Entry, Etcd, Modified, Put
+from mesh.cluster.mirror import Mirror
+from mesh.keyring import Keyring
+from services.coord.enforcement import enforced
+from shoal.access import cluster, tokens
+from shoal.access.cluster import REVOKED, SIGNERS, SignerKey
+from shoal.access.policy import REVOKED as MOST_REVOKED
+from shoal.access.tokens import AUDIENCE, ISSUER, LIFE_S, Key, Signer
+from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+
+# Outside of /shoal/, of which every coord keeps a copy.
+_RECORDS = b"/shoal-keys/"
+_SIGNER = b"/shoal-keyring/signer"
+_PURPOSE = "signer"
+# Signers whose keys are valid at once: each is an issuer of the policy in force.
+_SIGNERS = 8
+# Longest wait until all instances enforce a revocation. A process that was killed leaves the cluster after 3 s.
+_ENFORCED_S = 10.0
+# The expiry of a token of another issuer is not known: so long its id stays in the list.
+_UNKNOWN_LIFE_S = 366 * 86_400
+# Clocks may differ by so much: an id stays in the list beyond the expiry of its key.
+_SKEW_S = 300
+# A concurrent change of the same key of etcd.
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """A key that was made."""
+
+    id: str
+    tenant: str
+    role: str
+    subject: str
+    models: tuple[str, ...]
+    grants: tuple[str, ...]
+    created_at: float
+    expires_at: float
+    issuer: str
+    """The claim `iss`: it names the signer."""
+    is_revoked: bool = False
+
+    @property
+    def signer(self) -> str:
+        return self.issuer.rpartition(":")[2]
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """Claims of the key, by which a policy decides."""
+        return {
+            "iss": self.issuer,
+            "aud": AUDIENCE,
+            "jti": self.id,
+            "sub": self.subject,
+            "tenant": self.tenant,
+            "role": self.role,
+            "models": list(self.models),
+            "grants": list(self.grants),
+            "exp": self.expires_at,
+        }
+
+
+class Keys:
+    """Makes, lists and revokes keys. `mirror` has all keys of the cluster."""
+
+    def __init__(self, etcd: Etcd, mirror: Mirror, keyring: Keyring, now: Callable[[], float] = time.time) -> None:
+        self._etcd = etcd
+        self._mirror = mirror
+        self.keyring = keyring
+        self._now = now
+
+    async def begin(self) -> None:
+        """Make the first signer of a new cluster.
+
+        Raises:
+            FailedPrecondition: the signer in etcd is sealed with another master key.
+        """
+        if await self._etcd.get(_SIGNER) is None:
+            signer = _new_signer()
+            puts = [self._sealed(signer), Put(SIGNERS, cluster.signers_value([SignerKey(signer.public_jwk())]))]
+            await self._etcd.transact([Created(_SIGNER, 0)], puts)
+        await self._signer()
+
+    async def create(
+        self,
+        *,
+        tenant: str,
+        role: str,
+        subject: str = "",
+        models: tuple[str, ...] = (),
+        grants: tuple[str, ...] = (),
+        life_s: int = 0,
+    ) -> tuple[Record, Key]:
+        """Return a new key with its record.
+
+        Raises:
+            InvalidArgument: see shoal.access.tokens.create_key.
+            FailedPrecondition: the signer is sealed with another master key.
+        """
+        entry, signer = await self._signer()
+        record, key = self._made(signer, tenant, role, subject, models or ("*",), grants, life_s or LIFE_S)
+        # Its record goes with the key, without a sweep.
+        lease = await self._etcd.grant(max(1, int(record.expires_at - self._now())))
+        when = [Modified(_SIGNER, entry.mod_revision)]
+        if not (await self._etcd.transact(when, [_put(record, lease.id)])).succeeded:
+            raise Aborted("the signer was rotated meanwhile: make the key again")
+        return record, key
+
+    def _made(
+        self,
+        signer: Signer,
+        tenant: str,
+        role: str,
+        subject: str,
+        models: tuple[str, ...],
+        grants: tuple[str, ...],
+        life_s: int,
+    ) -> tuple[Record, Key]:
+        now = self._now()
+        key = tokens.create_key(
+            signer, tenant=tenant, role=role, subject=subject, models=models, grants=grants, life_s=life_s, now=now
+        )
+        return (
+            Record(key.id, tenant, role, subject or key.id, models, grants, now, key.expires_at, signer.issuer),
+            key,
+        )
+
+    async def records(self) -> list[Record]:
+        """Return the keys that have not expired, the latest first."""
+        listing = await self._etcd.list(_RECORDS)
+        revoked, signers = await self._etcd.get(REVOKED), await self._etcd.get(SIGNERS)
+        ids = cluster.revoked_of(revoked.value) if revoked is not None else {}
+        known = {signer.kid for signer in cluster.signers_of(signers.value)} if signers is not None else set()
+        now = self._now()
+        records = [_record(entry, ids, known) for entry in listing.entries]
+        return sorted((one for one in records if one.expires_at > now), key=lambda one: -one.created_at)
+
+    async def valid_claims(self) -> list[Mapping[str, Any]]:
+        """Return the claims of the keys that are valid now."""
+        return [record.claims for record in await self.records() if not record.is_revoked]
+
+    async def revoke(self, id: str) -> None:
+        """Revoke a key, and wait until every instance enforces it.
+
+        Raises:
+            InvalidArgument: no key can have the id.
+            ResourceExhausted: too many keys are revoked.
+            Unavailable: an instance has not confirmed it; the revocation stays.
+        """
+        if not id.isascii() or not id.isprintable() or " " in id or not 0 < len(id) <= 255:
+            raise InvalidArgument(f"id {id[:100]!r}: expected the id of a key, such as k-0123456789abcdef")
+        record = await self._etcd.get(_RECORDS + id.encode())
+        now = self._now()
+        expires_at = json.loads(record.value)["expires_at"] if record is not None else now + _UNKNOWN_LIFE_S
+        for _ in range(_ATTEMPTS):
+            entry = await self._etcd.get(REVOKED)
+            before = cluster.revoked_of(entry.value) if entry is not None else {}
+            after = {key: expiry for key, expiry in before.items() if expiry + _SKEW_S > now} | {id: expires_at}
+            if len(after) > MOST_REVOKED:
+                raise ResourceExhausted(
+                    f"{MOST_REVOKED} keys are revoked: `shoal keys rotate --stolen` ends all keys of the signer"
+                )
+            when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
+            done = await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])
+            if done.succeeded:
+                await self._confirm(done.revision, f"the key {id} is revoked")
+                return
+        raise Aborted("other keys are being revoked: retry")
+
+    async def rotate(self, *, is_stolen: bool, own: Mapping[str, Any] | None = None) -> tuple[str, Key | None]:
+        """Replace the signer. Return the id of the new one, and with `own` a key with these claims.
+
+        Args:
+            is_stolen: the keys of the former signers end now; otherwise they stay valid until they expire.
+
+        Raises:
+            FailedPrecondition: too many former signers have valid keys.
+            Unavailable: with `is_stolen`, an instance has not confirmed it; the rotation stays.
+        """
+        # Not opened: a lost master key can be replaced, too.
+        entry = await self._sealed_signer()
+        public = await self._etcd.get(SIGNERS)
+        if public is None:
+            raise Unavailable("the cluster has no signer yet: retry in a moment")
+        signer, now = await asyncio.to_thread(_new_signer), self._now()
+        former = [] if is_stolen else _still_valid(cluster.signers_of(public.value), await self.records(), now)
+        if len(former) >= _SIGNERS:
+            raise FailedPrecondition(
+                f"{len(former)} former signers have valid keys: wait until these expire, or end them with --stolen"
+            )
+        signers = [*former, SignerKey(signer.public_jwk())]
+        then = [self._sealed(signer), Put(SIGNERS, cluster.signers_value(signers))]
+        key = None
+        if own is not None:
+            record, key = self._made(
+                signer,
+                str(own["tenant"]),
+                str(own["role"]),
+                str(own.get("sub", "")),
+                tuple(own.get("models", ("*",))),
+                tuple(own.get("grants", ())),
+                LIFE_S,
+            )
+            then.append(_put(record, (await self._etcd.grant(LIFE_S)).id))
+        when = [Modified(_SIGNER, entry.mod_revision), Modified(SIGNERS, public.mod_revision)]
+        done = await self._etcd.transact(when, then)
+        if not done.succeeded:
+            raise Aborted("another signer was made meanwhile: see `shoal keys list`")
+        await self._confirm(done.revision, f"{signer.kid} is the signer")
+        return signer.kid, key
+
+    async def _confirm(self, revision: int, what: str) -> None:
+        if late := await enforced(self._mirror, revision, _ENFORCED_S):
+            raise Unavailable(f"{what}, but not in force everywhere yet: {', '.join(late)} has not confirmed it")
+
+    async def _sealed_signer(self) -> Entry:
+        entry = await self._etcd.get(_SIGNER)
+        if entry is None:
+            raise Unavailable("the cluster has no signer yet: retry in a moment")
+        return entry
+
+    async def _signer(self) -> tuple[Entry, Signer]:
+        entry = await self._sealed_signer()
+        text = self.keyring.open(_PURPOSE, entry.value).decode()
+        return entry, await asyncio.to_thread(tokens.signer_of, text, "the signer in etcd")
+
+    def _sealed(self, signer: Signer) -> Put:
+        return Put(_SIGNER, self.keyring.seal(_PURPOSE, signer.as_text().encode()))
+
+
+def _new_signer() -> Signer:
+    signer = tokens.new_signer()
+    return Signer(cluster.issuer_name(ISSUER, signer.kid), signer.kid, signer.private_key)
+
+
+def _still_valid(signers: tuple[SignerKey, ...], records: list[Record], now: float) -> list[SignerKey]:
+    """Return the former signers that have valid keys, each with the expiry of its last key."""
+    found = []
+    for signer in signers:
+        expiries = [record.expires_at for record in records if record.signer == signer.kid]
+        if expiries and max(expiries) > now:
+            found.append(SignerKey(signer.jwk, max(expiries)))
+    return found
+
+
+def _put(record: Record, lease: int) -> Put:
+    return Put(_RECORDS + record.id.encode(), json.dumps(asdict(record)).encode(), lease)
+
+
+def _record(entry: Entry, revoked: Mapping[str, float], signers: set[str]) -> Record:
+    fields = json.loads(entry.value)
+    fields |= {"models": tuple(fields["models"]), "grants": tuple(fields["grants"])}
+    record = Record(**fields)
+    is_revoked = record.id in revoked or record.signer not in signers
+    return Record(**{**fields, "is_revoked": is_revoked})

@@ -1,0 +1,202 @@
+"""Policies in etcd: the one that is applied, its predecessors, and the checks before another one is applied.
+
+document ──valid?──> somebody, and its author, may administer under it? ──compare and swap──> etcd ──> in force
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh.cluster.etcd import Created, Delete, Entry, Etcd, Modified, Put
+from mesh.cluster.mirror import Mirror
+from mesh.rpc.cluster_access import values_of
+from services.coord.enforcement import enforced
+from shoal.access import cluster
+from shoal.access import policy as policies
+from shoal.access.cluster import POLICY
+from shoal.access.decision import caller_of, decide
+from shoal.access.policy import Policy
+from shoal.access.rpc_groups import APPLY_POLICY
+from shoal.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ShoalError,
+    Unauthenticated,
+    Unavailable,
+)
+
+_HISTORY = b"/shoal-policies/"
+"""Outside of /shoal/, of which every coord keeps a copy."""
+KEPT = 20
+"""Applied policies that are kept."""
+DOCUMENT_BYTES = 256 << 10
+"""Size of a document with its files of keys: etcd takes 1.5 MiB in one transaction, which has it twice."""
+# Longest wait until all instances enforce an applied policy. It takes a tenth of a second.
+_ENFORCED_S = 2.0
+
+FIRST = """\
+# The first policy of this cluster: every caller has the groups of its role, for every model (docs/policy.md).
+version: 1
+issuers:
+  - {issuer: shoal, audiences: [shoal], token_prefix: shoal_, cluster: true}
+grants:
+  - {name: roles, models: ["*"]}
+"""
+
+Claims = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A policy that was applied."""
+
+    version: int
+    applied_at: float
+    applied_by: str
+    forced: bool = False
+    rolled_back_to: int = 0
+    document: str = ""
+    files: Mapping[str, str] | None = None
+
+
+class Policies:
+    """Reads and replaces the policy of the cluster. `mirror` has all keys of the cluster."""
+
+    def __init__(self, etcd: Etcd, mirror: Mirror, now: Callable[[], float] = time.time) -> None:
+        self._etcd = etcd
+        self._mirror = mirror
+        self._now = now
+
+    async def get(self, version: int = 0) -> Applied:
+        """Return an applied policy; 0: the one in force. Raises NotFound."""
+        if not version:
+            entry = await self._etcd.get(POLICY)
+            version = cluster.version_of({POLICY: entry.value}) if entry is not None else 0
+        found = await self._etcd.get(_key(version))
+        if found is None:
+            raise NotFound(f"there is no version {version} of the policy: `shoal policy history` lists the last {KEPT}")
+        return _decoded(found)
+
+    async def history(self) -> list[Applied]:
+        """Return the applied policies, the latest first."""
+        listing = await self._etcd.list(_HISTORY)
+        return [_decoded(entry) for entry in reversed(listing.entries)]
+
+    async def begin(self) -> None:
+        """Apply the first policy of a new cluster."""
+        if await self._etcd.get(POLICY) is None:
+            applied = Applied(1, self._now(), "the first start", document=FIRST, files={})
+            await self._write(applied, policies.parse(FIRST), Created(POLICY, 0))
+
+    async def apply(
+        self,
+        document: str,
+        files: Mapping[str, str],
+        author: Claims,
+        known: list[Claims],
+        *,
+        expected: int = 0,
+        force: bool = False,
+        rolled_back_to: int = 0,
+    ) -> Applied:
+        """Replace the policy.
+
+        Args:
+            author: claims of the caller.
+            known: claims of the keys that are valid now.
+            expected: version that must be in force; 0: any.
+            force: leave out the checks that the author, and somebody, may administer under the document.
+
+        Raises:
+            InvalidArgument: the document is not valid.
+            FailedPrecondition: nobody, or not the author, may administer under the document.
+            Aborted: another policy is in force, or was applied meanwhile.
+        """
+        entry = await self._etcd.get(POLICY)
+        if entry is None:
+            raise Unavailable("the cluster has no policy yet: retry in a moment")
+        version = cluster.version_of({POLICY: entry.value})
+        if expected not in (0, version):
+            raise Aborted(f"version {version} of the policy is in force, not {expected}: see what has changed")
+        policy = await asyncio.to_thread(_validated, document, files)
+        refusal = await asyncio.to_thread(self._refusal, policy, author, known)
+        if refusal and not force:
+            raise FailedPrecondition(f"{refusal}. --force applies it all the same, and records who did")
+        by = await asyncio.to_thread(self._name_of, author)
+        applied = Applied(
+            version + 1, self._now(), by, bool(refusal), rolled_back_to, document=document, files=dict(files)
+        )
+        await self._write(applied, policy, Modified(POLICY, entry.mod_revision))
+        return applied
+
+    async def _write(self, applied: Applied, policy: Policy, when: Created | Modified) -> None:
+        then: list[Put | Delete] = [
+            Put(POLICY, cluster.policy_value(applied.version, policy)),
+            Put(_key(applied.version), json.dumps(asdict(applied)).encode()),
+        ]
+        if applied.version > KEPT:
+            then.append(Delete(_key(applied.version - KEPT)))
+        done = await self._etcd.transact([when], then)
+        if done.succeeded:
+            await enforced(self._mirror, done.revision, _ENFORCED_S)
+        elif isinstance(when, Modified):
+            raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
+
+    def _refusal(self, policy: Policy, author: Claims, known: list[Claims]) -> str:
+        """Return the reason why `policy` must not be applied; empty when there is none."""
+        values, _ = values_of(self._mirror.copy)
+        candidate = cluster.in_force({**values, POLICY: cluster.policy_value(0, policy)})
+        assert candidate is not None
+        if not (rule := _denial(candidate, author)):
+            return ""
+        if all(_denial(candidate, claims) for claims in known):
+            return f"after this document no valid key may administer the cluster ({rule})"
+        return f"you could not have applied this document under itself ({rule})"
+
+    def _name_of(self, claims: Claims) -> str:
+        values, _ = values_of(self._mirror.copy)
+        try:
+            policy = cluster.in_force(values)
+            assert policy is not None
+            caller = caller_of(policy, claims)
+        except (ShoalError, AssertionError):
+            return "a caller that is not known any more"
+        return f"{caller.subject or '-'} of {caller.tenant}, key {caller.key or '-'}"
+
+
+def _denial(policy: Policy, claims: Claims) -> str:
+    """Return the rule by which a caller may not administer; empty when it may."""
+    try:
+        decision = decide(policy, caller_of(policy, claims), APPLY_POLICY)
+    except Unauthenticated as err:
+        return err.message
+    return "" if decision.allowed else decision.rule
+
+
+def _validated(document: str, files: Mapping[str, str]) -> Policy:
+    size = len(document.encode()) + sum(len(text.encode()) for text in files.values())
+    if size > DOCUMENT_BYTES:
+        raise InvalidArgument(f"the document and its files of keys have {size} bytes, of at most {DOCUMENT_BYTES}")
+
+    def read(name: Path) -> str:
+        if str(name) not in files:
+            raise InvalidArgument(f"the file {name} of the document is missing in the call")
+        return files[str(name)]
+
+    return policies.resolved(policies.parse(document), read)
+
+
+def _key(version: int) -> bytes:
+    return _HISTORY + f"{version:012d}".encode()
+
+
+def _decoded(entry: Entry) -> Applied:
+    return Applied(**json.loads(entry.value))

@@ -1,0 +1,103 @@
+"""The policy of a cluster in etcd: its keys there, and the policy in force that follows from them.
+
+    policy    the document that an operator applied, validated, with its version
+    signers   public keys of the signers of the cluster's own keys         } the policy in force
+    revoked   ids of revoked keys, with their expiry
+
+coord writes these keys. Every service follows them, and coord turns them into Envoy's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.access.policy import Issuer, Policy
+
+PREFIX = b"/shoal/access/"
+POLICY = PREFIX + b"policy"
+SIGNERS = PREFIX + b"signers"
+REVOKED = PREFIX + b"revoked"
+
+
+@dataclass(frozen=True)
+class SignerKey:
+    """Public key of a signer of the cluster."""
+
+    jwk: Mapping[str, Any]
+    ends_at: float | None = None
+    """Unix time at which its last key expires; None: it signs new keys."""
+
+    @property
+    def kid(self) -> str:
+        return str(self.jwk["kid"])
+
+
+def issuer_name(issuer: str, kid: str) -> str:
+    """Return the claim `iss` of the keys of one signer. Each has its own: the end of a signer ends its keys alone."""
+    return f"{issuer}:{kid}"
+
+
+def policy_value(version: int, policy: Policy) -> bytes:
+    """Return the value of POLICY. `policy` has the keys of its issuers, not names of files."""
+    return json.dumps({"version": version, "policy": policy.model_dump(mode="json", exclude_defaults=True)}).encode()
+
+
+def signers_value(signers: Iterable[SignerKey]) -> bytes:
+    """Return the value of SIGNERS."""
+    return json.dumps([{"jwk": dict(signer.jwk), "ends_at": signer.ends_at} for signer in signers]).encode()
+
+
+def signers_of(value: bytes) -> tuple[SignerKey, ...]:
+    """Return the signers in a value of SIGNERS. Raises ValueError, KeyError or TypeError for another value."""
+    return tuple(SignerKey(entry["jwk"], entry["ends_at"]) for entry in json.loads(value))
+
+
+def revoked_value(revoked: Mapping[str, float]) -> bytes:
+    """Return the value of REVOKED: expiry by the id of a key."""
+    return json.dumps(dict(revoked)).encode()
+
+
+def revoked_of(value: bytes) -> dict[str, float]:
+    """Return the revoked keys in a value of REVOKED."""
+    return {str(key): float(expiry) for key, expiry in json.loads(value).items()}
+
+
+def version_of(values: Mapping[bytes, bytes]) -> int:
+    """Return the version of the applied policy; 0 before the first one."""
+    return int(json.loads(values[POLICY])["version"]) if POLICY in values else 0
+
+
+def in_force(values: Mapping[bytes, bytes]) -> Policy | None:
+    """Return the policy in force, by the values of the keys under PREFIX; None before the first policy.
+
+    Raises:
+        ValueError, KeyError, TypeError: a value has another form, as a newer version may write it.
+    """
+    if POLICY not in values:
+        return None
+    applied = Policy.model_validate(json.loads(values[POLICY])["policy"])
+    signers = signers_of(values[SIGNERS]) if SIGNERS in values else ()
+    revoked = revoked_of(values[REVOKED]) if REVOKED in values else {}
+    issuers = [known for issuer in applied.issuers for known in _with_keys(issuer, signers)]
+    return applied.model_copy(
+        update={"issuers": tuple(issuers), "revoked": tuple(dict.fromkeys((*applied.revoked, *revoked)))}
+    )
+
+
+def _with_keys(issuer: Issuer, signers: Iterable[SignerKey]) -> list[Issuer]:
+    """Return the issuers to which an entry of the document stands; each has its public keys."""
+    if not issuer.cluster:
+        return [issuer]
+    return [
+        issuer.model_copy(
+            update={
+                "issuer": issuer_name(issuer.issuer, signer.kid),
+                "jwks": {"keys": [dict(signer.jwk)]},
+                "cluster": False,
+            }
+        )
+        for signer in signers
+    ]
