@@ -128,9 +128,7 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str:
     Raises:
         InvalidArgument: other users can read the file of the key.
     """
-    file = gateway.key_file or next(
-        (node.key_file for node in running_nodes(environ) if node.url == gateway.url and node.key_file), None
-    )
+    file = _key_file(gateway, environ)
     try:
         if file is None or not file.exists():
             return ""
@@ -139,6 +137,24 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str:
         return file.read_text().strip()
     except OSError as err:
         raise InvalidArgument(f"the key {file} cannot be read: {err.strerror}") from None
+
+
+def replace_key(gateway: Gateway, key: str, environ: Mapping[str, str]) -> Path | None:
+    """Replace the key that the local node of this user has made for it; return its file. None: it has made none."""
+    file = _key_file(gateway, environ)
+    if file is None or not file.exists():
+        return None
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as written:
+        written.write(key + "\n")
+    new.replace(file)
+    return file
+
+
+def _key_file(gateway: Gateway, environ: Mapping[str, str]) -> Path | None:
+    return gateway.key_file or next(
+        (node.key_file for node in running_nodes(environ) if node.url == gateway.url and node.key_file), None
+    )
 
 
 def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:

@@ -51,7 +51,7 @@ LAYERS = {
         errors tenant_header _version
     """,
     "shoal/access": "gateway cluster decision tokens policy patterns rpc_groups caller_header",
-    "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
+    "shoal/client": "__init__ blocking face aio access tenants store status jobs models inference transport",
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
         numba_launch memory

@@ -95,8 +95,8 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
 
     async def RotateSigner(self, request: pb.RotateSignerRequest, ctx: Context) -> pb.RotateSignerResponse:
         own = _author(ctx) if request.renew_own_key else None
-        kid, key = await self._keys.rotate(is_stolen=request.stolen, own=own)
-        return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text)
+        kid, key, late = await self._keys.rotate(is_stolen=request.stolen, own=own)
+        return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text, unconfirmed=late)
 
 
 def _author(ctx: Context) -> Mapping[str, Any]:

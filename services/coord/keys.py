@@ -181,19 +181,25 @@ class Keys:
             when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
             done = await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])
             if done.succeeded:
-                await self._confirm(done.revision, f"the key {id} is revoked")
+                if late := await enforced(self._mirror, done.revision, _ENFORCED_S):
+                    raise Unavailable(
+                        f"{id} is revoked, but not everywhere yet: {', '.join(late)} has not confirmed it"
+                    )
                 return
         raise Aborted("other keys are being revoked: retry")
 
-    async def rotate(self, *, is_stolen: bool, own: Mapping[str, Any] | None = None) -> tuple[str, Key | None]:
-        """Replace the signer. Return the id of the new one, and with `own` a key with these claims.
+    async def rotate(
+        self, *, is_stolen: bool, own: Mapping[str, Any] | None = None
+    ) -> tuple[str, Key | None, tuple[str, ...]]:
+        """Replace the signer.
+
+        Return the id of the new one, with `own` a key with these claims, and the instances that have not confirmed it.
 
         Args:
             is_stolen: the keys of the former signers end now; otherwise they stay valid until they expire.
 
         Raises:
             FailedPrecondition: too many former signers have valid keys.
-            Unavailable: with `is_stolen`, an instance has not confirmed it; the rotation stays.
         """
         # Not opened: a lost master key can be replaced, too.
         entry = await self._sealed_signer()
@@ -224,12 +230,7 @@ class Keys:
         done = await self._etcd.transact(when, then)
         if not done.succeeded:
             raise Aborted("another signer was made meanwhile: see `shoal keys list`")
-        await self._confirm(done.revision, f"{signer.kid} is the signer")
-        return signer.kid, key
-
-    async def _confirm(self, revision: int, what: str) -> None:
-        if late := await enforced(self._mirror, revision, _ENFORCED_S):
-            raise Unavailable(f"{what}, but not in force everywhere yet: {', '.join(late)} has not confirmed it")
+        return signer.kid, key, await enforced(self._mirror, done.revision, _ENFORCED_S)
 
     async def _sealed_signer(self) -> Entry:
         entry = await self._etcd.get(_SIGNER)

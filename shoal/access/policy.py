@@ -272,15 +272,17 @@ def _algorithms(key: Mapping[str, Any]) -> tuple[str, ...]:
     return () if algorithm is None else (algorithm,)
 
 
-def load(path: Path) -> Policy:
+def load(path: Path, *, is_cluster: bool = False) -> Policy:
     """Read a policy and the files of keys that it names. The keys are in the result, not the names of files.
+
+    With `is_cluster`, issuers may have the keys of a cluster.
 
     Raises:
         InvalidArgument: a file cannot be read, or is no valid policy. The message names file, line and remedy.
     """
     policy = parse(_read(path), str(path))
     for issuer in policy.issuers:
-        if issuer.cluster:
+        if issuer.cluster and not is_cluster:
             raise InvalidArgument(
                 f"{path}: issuer {issuer.issuer}: cluster is for the policy of a node (`shoal policy apply`): give "
                 "jwks_file here"
@@ -298,6 +300,13 @@ def resolved(policy: Policy, read: Callable[[Path], str], source: str = "policy"
     for issuer in issuers:
         _check_keys(issuer, source)
     return policy.model_copy(update={"issuers": tuple(issuers)})
+
+
+def read_files(path: Path) -> tuple[str, dict[str, str]]:
+    """Return a policy's document and the files of keys that it names, by name. Raises as `load`."""
+    document = _read(path)
+    names = [issuer.jwks_file for issuer in parse(document, str(path)).issuers if issuer.jwks_file is not None]
+    return document, {str(name): _read(path.parent / name) for name in names}
 
 
 def files(policy: Path) -> list[Path]:

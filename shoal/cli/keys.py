@@ -1,4 +1,4 @@
-"""`shoal keys`: a signer of one's own, and the keys that it signs."""
+"""`shoal keys`: keys of a node's cluster; or a signer of one's own for `shoal serve`, and the keys that it signs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.output import AsJson, Gateway, connect, show, show_json
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
 
 _Signer = Annotated[Path, typer.Option(help="File of the signer: a secret.", metavar="FILE", show_default=True)]
@@ -17,7 +19,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 @app.callback()
 def keys() -> None:
-    """Make keys for callers of a server with a policy (docs/policy.md). A key says who its holder is."""
+    """Make, list and revoke the keys of callers (docs/policy.md). A key says who its holder is."""
 
 
 @app.command()
@@ -28,7 +30,7 @@ def init(
     ),
     issuer: Annotated[str, typer.Option(help="Name of the signer in its keys and in the policy.")] = "shoal",
 ) -> None:
-    """Make a signer: a private key in a new file that only you can read, and its public key for the policy."""
+    """Make a signer for `shoal serve`: a private key in a new file that only you can read, and its public key."""
     from shoal.access import tokens
     from shoal.errors import AlreadyExists, InvalidArgument
 
@@ -47,7 +49,14 @@ def init(
 def create(
     tenant: Annotated[str, typer.Option(help="Tenant of the key.")],
     role: Annotated[str, typer.Option(help="viewer, user, publisher, operator, admin, or a role of the policy.")],
-    signer: _Signer = Path("signer.json"),
+    signer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sign with this file of `shoal keys init`, for `shoal serve`, instead of at a node.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     subject: Annotated[str, typer.Option(help="The holder's name. [dim]default: the key's id[/dim]")] = "",
     models: Annotated[
         list[str] | None,
@@ -57,6 +66,7 @@ def create(
         list[str] | None, typer.Option(help="A grant with `by_name` that the key may use. May be repeated.")
     ] = None,
     expires: Annotated[str, typer.Option(help="Life of the key: 90d, 12h, 30m or 60s.", metavar="TIME")] = "90d",
+    gateway: Gateway = None,
     json: Annotated[bool, typer.Option("--json", help="Print id, key and expiry as JSON.")] = False,
 ) -> None:
     """Make a key and print it, once: it is stored nowhere. Its id, to revoke it, is printed to standard error.
@@ -65,24 +75,94 @@ def create(
 
       shoal keys create --tenant acme --role user --models 'ocr*' --expires 90d
     """
-    from shoal.access import tokens
+    life_s = _seconds(expires)
+    if signer is None:
+        with connect(gateway) as client:
+            new = client.access.create_key(
+                tenant=tenant, role=role, subject=subject, models=models or (), grants=grant or (), life_s=life_s
+            )
+        assert new.info.expires_at is not None
+        id, text, expires_at = new.info.id, new.key, new.info.expires_at.timestamp()
+        how = f"`shoal keys revoke {id}` revokes it"
+    else:
+        from shoal.access import tokens
 
-    made = tokens.create_key(
-        tokens.read_signer(signer),
-        tenant=tenant,
-        role=role,
-        subject=subject,
-        models=models or ["*"],
-        grants=grant or [],
-        life_s=_seconds(expires),
-        now=time.time(),
-    )
-    until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made.expires_at))
+        made = tokens.create_key(
+            tokens.read_signer(signer),
+            tenant=tenant,
+            role=role,
+            subject=subject,
+            models=models or ["*"],
+            grants=grant or [],
+            life_s=life_s,
+            now=time.time(),
+        )
+        id, text, expires_at = made.id, made.text, made.expires_at
+        how = "to revoke it, add the id to `revoked` in the policy"
+    until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(expires_at))
     if json:
-        typer.echo(json_format.dumps({"id": made.id, "key": made.text, "expires": until}))
+        typer.echo(json_format.dumps({"id": id, "key": text, "expires": until}))
         return
-    typer.echo(made.text)
-    typer.echo(f"id {made.id}, expires {until}; to revoke it, add the id to `revoked` in the policy", err=True)
+    typer.echo(text)
+    typer.echo(f"id {id}, expires {until}; {how}", err=True)
+
+
+@app.command(name="list")
+def list_keys(gateway: Gateway = None, json: AsJson = False) -> None:
+    """List the keys that the cluster has signed and that have not expired, the latest first."""
+    with connect(gateway) as client:
+        found = client.access.keys()
+    if json:
+        show_json(found)
+        return
+    rows = [
+        (one.id, one.tenant, one.role, one.subject, one.models, one.expires_at, "revoked" if one.revoked else "")
+        for one in found
+    ]
+    show(("id", "tenant", "role", "subject", "models", "expires", ""), rows)
+
+
+@app.command()
+def revoke(
+    id: Annotated[str, typer.Argument(help="Id of the key, as `shoal keys list` shows it.")],
+    gateway: Gateway = None,
+) -> None:
+    """Revoke a key. When the command returns, every instance refuses the key, and its streams have ended."""
+    with connect(gateway) as client:
+        client.access.revoke_key(id)
+    typer.echo(f"{id} is revoked everywhere")
+
+
+@app.command()
+def rotate(
+    stolen: Annotated[
+        bool,
+        typer.Option("--stolen", help="The signer was stolen: all keys that it has signed end now, yours, too."),
+    ] = False,
+    gateway: Gateway = None,
+) -> None:
+    """Replace the cluster's signer. Keys of the former one stay valid until they expire.
+
+    With --stolen, a new key for you is printed; the key that `shoal up` made for you is replaced in its file.
+    """
+    import os
+
+    from shoal.cli.contexts import chosen
+    from shoal.discovery import find_gateway, replace_key
+
+    with connect(gateway) as client:
+        made = client.access.rotate_signer(stolen=stolen, renew_own_key=stolen)
+    typer.echo(f"{made.id} signs new keys", err=True)
+    if made.unconfirmed:
+        typer.echo(f"not confirmed yet by {', '.join(made.unconfirmed)}", err=True)
+    if not stolen:
+        return
+    is_own = chosen(gateway, os.environ) is None and not os.environ.get("SHOAL_TOKEN")
+    file = replace_key(find_gateway(gateway, os.environ), made.key, os.environ) if is_own else None
+    if file is not None:
+        typer.echo(f"your new key is in {file}", err=True)
+    else:
+        typer.echo(made.key)
 
 
 def _seconds(text: str) -> int:

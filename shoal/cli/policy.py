@@ -1,4 +1,4 @@
-"""`shoal policy`: checks a policy file, and explains its decisions."""
+"""`shoal policy`: checks a policy and explains its decisions; applies one to a node, and shows what was applied."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.output import AsJson, Gateway, connect, show, show_json
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")]
@@ -16,7 +18,7 @@ _File = Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")]
 
 @app.callback()
 def policy() -> None:
-    """Check a policy file, explain its decisions, print its JSON schema (docs/policy.md)."""
+    """Check, explain and apply policies: who may call what (docs/policy.md)."""
 
 
 @app.command()
@@ -24,7 +26,7 @@ def check(file: _File) -> None:
     """Validate a policy and the files of keys that it names. Each error names its line."""
     from shoal.access import policy as policies
 
-    found = policies.load(file)
+    found = policies.load(file, is_cluster=True)
     typer.echo(
         f"{file}: valid: {len(found.issuers)} issuers, {len(found.grants)} grants, {len(found.revoked)} revoked keys"
     )
@@ -78,6 +80,79 @@ def explain(
     typer.echo(f"{'allowed' if decision.allowed else 'refused'}: {decision.rule}")
     if not decision.allowed:
         raise typer.Exit(1)
+
+
+_Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Apply it although you, or everyone, may not administer afterwards. The history says who did."
+    ),
+]
+
+
+@app.command()
+def apply(
+    file: _File,
+    expect: Annotated[
+        int, typer.Option(help="Apply only while this version is in force.", metavar="VERSION", show_default=False)
+    ] = 0,
+    force: _Force = False,
+    gateway: Gateway = None,
+) -> None:
+    """Replace the policy of a node's cluster. It is in force at once, on open connections, too.
+
+    Of open streams, only those end whose caller may no longer call.
+    """
+    from shoal.access import policy as policies
+
+    document, files = policies.read_files(file)
+    with connect(gateway) as client:
+        applied = client.access.apply(document, files, expected_version=expect, force=force)
+    typer.echo(f"version {applied.version} is in force")
+
+
+@app.command(name="show")
+def show_policy(
+    version: Annotated[int, typer.Argument(help="An earlier version.", show_default="the one in force")] = 0,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Print the policy of a node's cluster, as it was applied."""
+    with connect(gateway) as client:
+        found = client.access.policy(version)
+    if json:
+        show_json(found)
+        return
+    typer.echo(found.document, nl=not found.document.endswith("\n"))
+    how = ", by force" if found.policy.forced else ""
+    typer.echo(f"version {found.policy.version}, applied by {found.policy.applied_by}{how}", err=True)
+
+
+@app.command()
+def history(gateway: Gateway = None, json: AsJson = False) -> None:
+    """List the policies that were applied, the latest first."""
+    with connect(gateway) as client:
+        found = client.access.history()
+    if json:
+        show_json(found)
+        return
+    rows = [
+        (one.version, one.applied_at, one.applied_by, "yes" if one.forced else "", one.rolled_back_to or "")
+        for one in found
+    ]
+    show(("version", "applied", "by", "forced", "same as"), rows)
+
+
+@app.command()
+def rollback(
+    version: Annotated[int, typer.Argument(help="The version to apply again.")],
+    force: _Force = False,
+    gateway: Gateway = None,
+) -> None:
+    """Apply an earlier version again, as a new version."""
+    with connect(gateway) as client:
+        applied = client.access.roll_back(version, force=force)
+    typer.echo(f"version {applied.version} is in force: the document of version {version}")
 
 
 @app.command()

@@ -76,6 +76,9 @@ def _show(overview: Status, endpoints: list[Endpoint], problems: list[str]) -> N
         f"{overview.leader.instance} (term {overview.leader.fencing_token})" if overview.leader else "none at present"
     )
     out.print(f"gateway {overview.gateway}   leader {leads}", markup=False)
+    if overview.master_key:
+        policy = f"version {overview.policy_version}" if overview.policy_version else "none is known yet"
+        out.print(f"policy {policy}   master key: {overview.master_key}", markup=False, soft_wrap=True)
     instances = [
         (
             instance.service,

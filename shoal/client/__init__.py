@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shoal.client.access import KeyInfo, NewKey, NewSigner, PolicyDocument, PolicyVersion
 from shoal.client.aio import AsyncClient
 from shoal.client.blocking import Client
 from shoal.client.inference.arrays import BFloat16
@@ -56,13 +57,18 @@ __all__ = [
     "JobRetry",
     "JobState",
     "Kept",
+    "KeyInfo",
     "Leader",
     "ModelFile",
     "ModelMetadata",
     "ModelPush",
     "ModelStatistics",
     "ModelVersion",
+    "NewKey",
+    "NewSigner",
     "Outcome",
+    "PolicyDocument",
+    "PolicyVersion",
     "Progress",
     "Pushed",
     "Ran",

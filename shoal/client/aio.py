@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 
+from shoal.client.access import AsyncAccess
 from shoal.client.inference.arrays import ArrayLike
 from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_parameters, of_response
 from shoal.client.inference.requests import RequestEncoder, as_async, encoded, is_fresh
@@ -96,6 +97,7 @@ class AsyncClient:
         self.results = AsyncResults(self._caller, tenant)
         self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
+        self.access = AsyncAccess(self._caller)
 
     @property
     def address(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from shoal.client.access import AsyncAccess
 from shoal.client.aio import AsyncClient
 from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
 from shoal.client.jobs.batches import AsyncBatches
@@ -118,6 +119,19 @@ class Tenants(SyncFacade[AsyncTenants]):
     set = blocking(AsyncTenants.set)
 
 
+class Access(SyncFacade[AsyncAccess]):
+    """`client.access`."""
+
+    policy = blocking(AsyncAccess.policy)
+    history = blocking(AsyncAccess.history)
+    apply = blocking(AsyncAccess.apply)
+    roll_back = blocking(AsyncAccess.roll_back)
+    create_key = blocking(AsyncAccess.create_key)
+    keys = blocking(AsyncAccess.keys)
+    revoke_key = blocking(AsyncAccess.revoke_key)
+    rotate_signer = blocking(AsyncAccess.rotate_signer)
+
+
 class Store(SyncFacade[AsyncStore]):
     """`client.store`."""
 
@@ -203,6 +217,7 @@ class Client(SyncFacade[AsyncClient]):
         self.results = Results(inner.results, loop)
         self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
+        self.access = Access(inner.access, loop)
 
     @property
     def address(self) -> str:

@@ -99,6 +99,10 @@ class Status:
     envoys: tuple[EnvoyStatus, ...]
     problems: tuple[str, ...]
     connectors: tuple[Connector, ...] = ()
+    policy_version: int = 0
+    """Version of the policy in force; 0: callers are not authenticated."""
+    master_key: str = ""
+    """Where the master key of the keyring comes from."""
 
     @property
     def healthy(self) -> bool:
@@ -161,6 +165,8 @@ async def fetch_status(caller: Caller, timeout_s: Timeout) -> Status:
         envoys=tuple(_of_envoy(envoy) for envoy in mesh.envoys),
         problems=tuple(problem.message for problem in problems),
         connectors=tuple(of_connector(connector) for connector in connectors.connectors),
+        policy_version=mesh.policy_version,
+        master_key=mesh.master_key,
     )
 
 

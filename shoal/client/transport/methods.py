@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from shoal.coord.v1 import access_pb2 as access
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import trial_pb2 as trial
@@ -124,3 +125,17 @@ _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
 GET_LEADER = Method(_COORD + "GetLeader", coord.GetLeaderRequest, coord.GetLeaderResponse)
 GET_MESH_STATUS = Method(_COORD + "GetMeshStatus", coord.GetMeshStatusRequest, coord.GetMeshStatusResponse)
+
+_ACCESS = "/shoal.coord.v1.AccessService/"
+GET_POLICY = Method(_ACCESS + "GetPolicy", access.GetPolicyRequest, access.GetPolicyResponse)
+LIST_POLICIES = Method(_ACCESS + "ListPolicies", access.ListPoliciesRequest, access.ListPoliciesResponse)
+APPLY_POLICY = Method(_ACCESS + "ApplyPolicy", access.ApplyPolicyRequest, access.ApplyPolicyResponse, idempotent=False)
+ROLL_BACK_POLICY = Method(
+    _ACCESS + "RollBackPolicy", access.RollBackPolicyRequest, access.RollBackPolicyResponse, idempotent=False
+)
+CREATE_KEY = Method(_ACCESS + "CreateKey", access.CreateKeyRequest, access.CreateKeyResponse, idempotent=False)
+LIST_KEYS = Method(_ACCESS + "ListKeys", access.ListKeysRequest, access.ListKeysResponse)
+REVOKE_KEY = Method(_ACCESS + "RevokeKey", access.RevokeKeyRequest, access.RevokeKeyResponse)
+ROTATE_SIGNER = Method(
+    _ACCESS + "RotateSigner", access.RotateSignerRequest, access.RotateSignerResponse, idempotent=False
+)

@@ -172,9 +172,11 @@ class RotateSignerRequest(_message.Message):
     def __init__(self, stolen: _Optional[bool] = ..., renew_own_key: _Optional[bool] = ...) -> None: ...
 
 class RotateSignerResponse(_message.Message):
-    __slots__ = ("signer", "key")
+    __slots__ = ("signer", "key", "unconfirmed")
     SIGNER_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    UNCONFIRMED_FIELD_NUMBER: _ClassVar[int]
     signer: str
     key: str
-    def __init__(self, signer: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
+    unconfirmed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, signer: _Optional[str] = ..., key: _Optional[str] = ..., unconfirmed: _Optional[_Iterable[str]] = ...) -> None: ...
