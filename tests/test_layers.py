@@ -38,8 +38,8 @@ LAYERS = {
         job_store job tenant_queue limits group_commit
     """,
     "services/store": """
-        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results allowed_locations
-        page_token artifacts transactions documents limits
+        __main__ app rpc artifact_rpc config audit retention registry exports backups garbage usage results
+        allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
         __main__ app rpc first_start access_rpc messages policies keys enforcement instances health duties
@@ -50,8 +50,8 @@ LAYERS = {
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         errors tenant_header _version
     """,
-    "shoal/access": "gateway cluster decision tokens policy patterns rpc_groups caller_header",
-    "shoal/client": "__init__ blocking face aio access tenants store status jobs models inference transport",
+    "shoal/access": "audit gateway cluster decision tokens policy patterns rpc_groups caller_header",
+    "shoal/client": "__init__ blocking face aio access audit tenants store status jobs models inference transport",
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
         numba_launch memory

@@ -129,6 +129,10 @@ class Access(Background):
             raise (Unauthenticated if caller is None else PermissionDenied)(f"not allowed: {decision.rule}")
         return None if caller in _UNNAMED else self._known(caller).caller
 
+    def identify(self, caller: bytes) -> Caller | None:
+        """Return the caller, whatever it may call; None for a service. Raises Unauthenticated for an invalid one."""
+        return None if caller in _UNNAMED else self._known(caller).caller
+
     def check_infer(self, caller: bytes | None, model: str) -> Caller | None:
         """Return and raise as `check` does for ModelInfer. Two lookups for a decision that is cached."""
         known = self._callers.get(caller)

@@ -93,7 +93,9 @@ class ServerInterceptor:
     The interceptor also records the open streams, so that a stop does not wait for idle ones: `end_idle_streams`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, audit: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
+        """Wrap methods; `audit` wraps the behaviour of a method before (mesh.rpc.auditing)."""
+        self._audit = audit
         self._tracer = trace.get_tracer("shoal")
         self._streams: dict[asyncio.Task[Any], float] = {}
         self._ended: set[asyncio.Task[Any]] = set()
@@ -114,6 +116,8 @@ class ServerInterceptor:
         if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
             # Our methods are all asynchronous: this is the default of the generated base class.
             behaviour = _unimplemented(method)
+        elif self._audit is not None:
+            behaviour = self._audit(method, behaviour)
         wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)

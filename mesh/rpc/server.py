@@ -24,6 +24,7 @@ from mesh.h2.server_connection import Memory
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.access import Access
+from mesh.rpc.auditing import Auditing
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
@@ -67,6 +68,7 @@ class Server:
         body_bytes: limit of what all connections may hold of requests whose body is not whole, or not read.
         unread_bytes: limit of what all connections may hold of responses that their clients do not read.
         access: admits calls; None: every caller may call every method. Fast methods must ask it themselves.
+        auditing: audits the calls that are administrative acts; none of them is a fast method.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -85,6 +87,7 @@ class Server:
         body_bytes: int = BODY_BYTES,
         unread_bytes: int = UNREAD_BYTES,
         access: Access | None = None,
+        auditing: Auditing | None = None,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -95,7 +98,7 @@ class Server:
         self._share_port = share_port
         self._access = access
         self._health = Health() if serves_health else None
-        self._interceptor = ServerInterceptor()
+        self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
         self._freed_memory = FreedMemory(self._is_quiet)
         self.memory = Memory(body_bytes, unread_bytes)

@@ -2,3 +2,6 @@
 
 instances, drains, routes ──snapshot──> Snapshot of a node ──delta.Session──> responses ──ads.AdsServer──> Envoy
 """
+
+ADS_CLUSTER = "ads"
+"""Cluster of the control plane, which each Envoy's bootstrap configuration has."""

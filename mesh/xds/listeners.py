@@ -30,7 +30,8 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import access, tls
+from mesh.xds import ADS_CLUSTER, access, tls
+from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
 from mesh.xds.routes import (
@@ -196,6 +197,8 @@ def _connection_manager(
         "early_header_mutation_extensions": [access.removal(NO_RETRY_HEADER) if has_access else _mutation(name)],
         "http_filters": [*(access.filters(lambda name: _FROM_ADS) if has_access else ()), *_lua(table), _router()],
     }
+    if has_access:
+        document["access_log"] = [access_log(ADS_CLUSTER)]
     if table.models is not None:
         document["local_reply_config"] = {"mappers": [_empty_stream()]}
     if tracing is not None:

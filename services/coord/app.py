@@ -16,8 +16,10 @@ from mesh.cluster.membership import Registration, State
 from mesh.cluster.mirror import Mirror
 from mesh.process.signals import until_stopped
 from mesh.rpc.access import Access
+from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import PolicyWatch, published
 from mesh.rpc.server import Rpc, Server
+from mesh.xds.access_log import RefusedCalls
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
 from services.coord.access_rpc import AccessParts, AccessRpc
@@ -57,8 +59,8 @@ async def run(config: CoordConfig) -> None:
             keys = Keys(etcd, mirror, keyring.read(config.master_key, config.master_key_source))
             parts = AccessParts(Policies(etcd, mirror), keys)
             await stack.enter_async_context(FirstStart(parts))
-            access = await stack.enter_async_context(Access(None))
-            watch = await stack.enter_async_context(PolicyWatch(mirror, access))
+            policy_access = await stack.enter_async_context(Access(None))
+            watch = await stack.enter_async_context(PolicyWatch(mirror, policy_access))
             gateway = await stack.enter_async_context(GatewayPolicy(watch, AT_GATEWAY))
         configurations = await stack.enter_async_context(
             Configurations(
@@ -73,16 +75,23 @@ async def run(config: CoordConfig) -> None:
         health = MeshHealth(mirror, PUBLIC)
         coord = CoordRpc(name, Instances(etcd, mirror), ads, watch, parts)
         rpcs = _rpcs(coord, AccessRpc(parts), health, MeshInference(mirror, config.node))
+        access = None if watch is None else watch.access
+        auditing = await stack.enter_async_context(auditing_of(config, access))
+        methods = ads.methods()
+        if access is not None and auditing is not None:
+            refused = await stack.enter_async_context(RefusedCalls(auditing.log, access, name))
+            methods |= refused.methods()
         server = await stack.enter_async_context(
             Server(
                 config.listen,
                 rpcs,
                 drain_ms=config.drain_ms,
-                methods=ads.methods(),
+                methods=methods,
                 serves_health=False,
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
-                access=None if watch is None else watch.access,
+                access=access,
+                auditing=auditing,
             )
         )
         stack.callback(health.leave)

@@ -19,6 +19,7 @@ from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
 from mesh.process.watched import Watched
 from mesh.rpc.access import Access
+from mesh.rpc.auditing import auditing_of
 from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Rpc, Server
@@ -80,6 +81,7 @@ async def run(config: InferConfig) -> None:
         access = await stack.enter_async_context(followed(config.policy)) if config.policy is not None else None
         if watch is not None:
             access = watch.access
+        auditing = await stack.enter_async_context(auditing_of(config, access))
         server = Server(
             config.listen,
             rpcs_of(config, core, trials, access),
@@ -89,6 +91,7 @@ async def run(config: InferConfig) -> None:
             body_bytes=config.body_bytes,
             unread_bytes=config.unread_bytes,
             access=access,
+            auditing=auditing,
         )
         inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:

@@ -17,6 +17,7 @@ from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from mesh.rpc.access import admitted
+from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Server
 from services.ingest import areas
@@ -114,6 +115,7 @@ async def run(config: IngestConfig) -> None:
             await stack.enter_async_context(batches)
         watch = await stack.enter_async_context(access_of(config))
         access = None if watch is None else watch.access
+        auditing = await stack.enter_async_context(auditing_of(config, access))
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -123,6 +125,7 @@ async def run(config: IngestConfig) -> None:
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
                 access=access,
+                auditing=auditing,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

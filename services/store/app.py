@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from mesh import mongo
 from mesh.cluster.membership import Registration, State
@@ -15,6 +16,7 @@ from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
 from mesh.removal_guard import MARKS, RemovalGuard
 from mesh.rpc.access import admitted
+from mesh.rpc.auditing import Auditing
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
@@ -23,6 +25,10 @@ from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.staging_sweep import StagingSweep
+from services.store.audit.anchors import Anchors
+from services.store.audit.chain import AuditChain
+from services.store.audit.rounds import AuditRounds
+from services.store.audit.verification import AuditVerification
 from services.store.backups.backup import Backup
 from services.store.backups.locations import BackupLocations
 from services.store.backups.restore import Restore
@@ -44,7 +50,7 @@ from services.store.retention.expired_share import ExpiredShare
 from services.store.retention.rounds import LEASE_MS, RENEW_MS, RetentionRounds
 from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.sweep import Sweep
-from services.store.rpc import StoreRpc
+from services.store.rpc import AuditParts, StoreRpc
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
 from shoal.errors import Unavailable
@@ -108,6 +114,13 @@ async def run(config: StoreConfig) -> None:
         collector = Collector(collections, blobs, clock)
         await stack.enter_async_context(CollectorRounds(collector, config.collect_every_ms / 1000))
 
+        # The audit log.
+        chain = await stack.enter_async_context(AuditChain(collections, clock, config.instance))
+        anchors = Anchors(collections, blobs, clock)
+        keep, every_s = timedelta(milliseconds=config.audit_keep_ms), config.audit_anchor_ms / 1000
+        await stack.enter_async_context(AuditRounds(collections, anchors, lease, guard, every_s=every_s, keep=keep))
+        audit = AuditParts(collections, chain, AuditVerification(collections, anchors, chain))
+
         # Backups.
         backup_locations = BackupLocations(config.backups, threads, checksums=config.s3_checksums)
         databases = config.backup_databases
@@ -118,10 +131,15 @@ async def run(config: StoreConfig) -> None:
         verification = Verification(collections, blobs, artifacts.reader, responses)
         idle_s = config.upload_idle_ms / 1000
         parts = ArtifactParts(artifacts, references, collector, verification, backup, restore, quotas, idle_s)
-        rpc = StoreRpc(parts, registry, registry_watch, results, result_watch, result_stream, exports, rules, quotas)
+        rpc = StoreRpc(
+            parts, registry, registry_watch, results, result_watch, result_stream, exports, rules, quotas, audit
+        )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         watch = await stack.enter_async_context(access_of(config))
         access = None if watch is None else watch.access
+        auditing: Auditing | None = None
+        if access is not None:
+            auditing = await stack.enter_async_context(Auditing(chain, access, f"{config.node}/{config.instance}"))
         fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods())), access)
         server = await stack.enter_async_context(
             Server(
@@ -132,6 +150,7 @@ async def run(config: StoreConfig) -> None:
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
                 access=access,
+                auditing=auditing,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))

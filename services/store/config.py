@@ -47,6 +47,11 @@ class StoreConfig(ServiceConfig):
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
     """Most StreamResults streams at a time. Each holds up to 4 MiB (or one response that is larger)."""
 
+    audit_keep_ms: Annotated[int, Field(ge=86_400_000)] = 400 * 86_400_000
+    """Time for which entries of the audit log are kept."""
+    audit_anchor_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 300_000
+    """Interval of anchors of the audit log. An entry that is cut off before the next anchor may not be missed."""
+
     exports: tuple[Annotated[str, Field(pattern=LOCATION_URL)], ...] = ()
     """URLs, separated by commas, below which ExportResults may write (`file:///data/exports,s3://reports/shoal,gs://`).
     Exports to the caller need none."""

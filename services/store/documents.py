@@ -16,6 +16,8 @@ removals   {_id: "results", at, asked?}: the time by which removal is decided (m
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
+audit      {_id: "writer/number", at, kind, ..., hash}: entries of the audit log (audit/entries.py)
+audit_anchors {_id: number, sha256, at}: anchors of the audit log, whose content is a blob (audit/anchors.py)
 """
 
 from __future__ import annotations
@@ -165,6 +167,13 @@ FENCES = _schema(
     # `etcd`: only in a fence of an older version.
     {"token": _SIZE, "etcd": _TEXT, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME},
 )
+# Written by `audit/entries.py`, which checks the other fields.
+AUDIT = {
+    "bsonType": "object",
+    "required": ["_id", "at", "kind", "hash"],
+    "properties": {"_id": _NAME, "at": _DATE, "kind": _NAME, "hash": _DIGEST},
+}
+AUDIT_ANCHORS = _schema({"_id": _VERSION, "sha256": _DIGEST, "at": _DATE})
 
 EARLIEST = datetime(1, 1, 1, tzinfo=UTC)
 """Lower bound of all times: `{"$gte": EARLIEST}` demands a time, in a way that an index can serve."""
@@ -266,6 +275,15 @@ class Collections:
             ),
             "quotas": await ensure_collection(db, "quotas", validator=_validator(QUOTAS), indexes=[]),
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
+            "audit": await ensure_collection(
+                db,
+                "audit",
+                validator=_validator(AUDIT),
+                indexes=[IndexModel([("at", ASCENDING), ("_id", ASCENDING)], name="by_time")],
+            ),
+            "audit_anchors": await ensure_collection(
+                db, "audit_anchors", validator=_validator(AUDIT_ANCHORS), indexes=[]
+            ),
         }
         await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
         await ensure_collection(db, MARKS, validator=MARK_VALIDATOR, indexes=[])
@@ -331,6 +349,14 @@ class Collections:
     @property
     def results(self) -> Collection:
         return self._get("results")
+
+    @property
+    def audit(self) -> Collection:
+        return self._get("audit")
+
+    @property
+    def audit_anchors(self) -> Collection:
+        return self._get("audit_anchors")
 
     def _get(self, name: str) -> Collection:
         if name not in self._prepared:

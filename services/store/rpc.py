@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -12,6 +12,10 @@ import grpc
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
+from services.store.audit import messages as audit_messages
+from services.store.audit.chain import AuditChain
+from services.store.audit.verification import AuditVerification
+from services.store.documents import Collections
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Draft, Registry, Version
@@ -34,6 +38,15 @@ GET_RESULT = "/shoal.store.v1.StoreService/GetResult"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+@dataclass(frozen=True)
+class AuditParts:
+    """Domain objects that serve the calls of the audit log."""
+
+    collections: Collections
+    chain: AuditChain
+    verification: AuditVerification
+
+
 class StoreRpc(ArtifactRpc):
     """The gRPC servicer. The server's interceptor translates errors.
 
@@ -51,8 +64,10 @@ class StoreRpc(ArtifactRpc):
         exports: Exports,
         retention: RuleRepository,
         quotas: Quotas,
+        audit: AuditParts,
     ) -> None:
         super().__init__(artifacts)
+        self._audit = audit
         self._registry = registry
         self._registry_watch = registry_watch
         self._results = results
@@ -92,6 +107,19 @@ class StoreRpc(ArtifactRpc):
         async with aclosing(self._registry_watch.follow(request.name)) as snapshots:
             async for versions in snapshots:
                 yield pb.WatchModelsResponse(snapshot=map(_version, versions))
+
+    async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:
+        return await audit_messages.record(self._audit.chain, request)
+
+    async def StreamAudit(self, request: pb.StreamAuditRequest, ctx: Context) -> AsyncIterator[pb.StreamAuditResponse]:
+        async with aclosing(audit_messages.stream(self._audit.collections, request)) as pages:
+            async for page in pages:
+                yield page
+
+    async def VerifyAudit(self, request: pb.VerifyAuditRequest, ctx: Context) -> AsyncIterator[pb.VerifyAuditResponse]:
+        async with aclosing(audit_messages.verify(self._audit.verification)) as steps:
+            async for step in steps:
+                yield step
 
     async def PutResults(self, request: pb.PutResultsRequest, ctx: Context) -> pb.PutResultsResponse:
         return await self.put_results(request)

@@ -92,7 +92,8 @@ GROUP_OF: Mapping[str, str] = {
             MODELS: "PutArtifact StatArtifact GetArtifact RegisterModel RemoveModel SetAlias",
             OPERATE: """SetRetention ListRetention ApplyRetention SetQuota ListUsage ListReferences VerifyStore
                 CollectArtifacts BackUp Restore""",
-            INTERNAL: "PutResults ReleaseArtifacts",
+            ADMINISTER: "StreamAudit VerifyAudit",
+            INTERNAL: "PutResults ReleaseArtifacts RecordAudit",
         },
     ),
     **_table(

@@ -32,6 +32,7 @@ COMMANDS = (
     "ca",
     "keys",
     "policy",
+    "audit",
 )
 """Each command is `app` of the module of that name in shoal.cli; the order is the one for newcomers."""
 

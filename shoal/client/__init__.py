@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.client.access import KeyInfo, NewKey, NewSigner, PolicyDocument, PolicyVersion
 from shoal.client.aio import AsyncClient
+from shoal.client.audit import AuditEntry, AuditProblem, AuditVerified
 from shoal.client.blocking import Client
 from shoal.client.inference.arrays import BFloat16
 from shoal.client.inference.inference import InferRequest, InferResult
@@ -27,6 +28,9 @@ from shoal.client.transport.retry import RetryPolicy
 
 __all__ = [
     "AsyncClient",
+    "AuditEntry",
+    "AuditProblem",
+    "AuditVerified",
     "BFloat16",
     "BackupProgress",
     "Batch",

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from types import TracebackType
 
 from shoal.client.access import AsyncAccess
+from shoal.client.audit import AsyncAudit
 from shoal.client.inference.arrays import ArrayLike
 from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_parameters, of_response
 from shoal.client.inference.requests import RequestEncoder, as_async, encoded, is_fresh
@@ -98,6 +99,7 @@ class AsyncClient:
         self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
         self.access = AsyncAccess(self._caller)
+        self.audit = AsyncAudit(self._caller)
 
     @property
     def address(self) -> str:

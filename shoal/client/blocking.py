@@ -6,6 +6,7 @@ from types import TracebackType
 
 from shoal.client.access import AsyncAccess
 from shoal.client.aio import AsyncClient
+from shoal.client.audit import AsyncAudit
 from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.dead_letters import AsyncDeadLetters
@@ -132,6 +133,13 @@ class Access(SyncFacade[AsyncAccess]):
     rotate_signer = blocking(AsyncAccess.rotate_signer)
 
 
+class Audit(SyncFacade[AsyncAudit]):
+    """`client.audit`."""
+
+    list = iterating(AsyncAudit.list)
+    verify = iterating(AsyncAudit.verify)
+
+
 class Store(SyncFacade[AsyncStore]):
     """`client.store`."""
 
@@ -218,6 +226,7 @@ class Client(SyncFacade[AsyncClient]):
         self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
         self.access = Access(inner.access, loop)
+        self.audit = Audit(inner.audit, loop)
 
     @property
     def address(self) -> str:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mesh.xds import ADS_CLUSTER
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
 
-ADS_CLUSTER = "ads"
 NODE_CLUSTER = "shoal"
 # Names of the listeners in mesh.xds.listeners. An import of that module takes most of a second.
 _LISTENERS = ("gateway", "outbound")

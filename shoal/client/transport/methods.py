@@ -72,6 +72,8 @@ SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaRes
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
+STREAM_AUDIT = Method(_STORE + "StreamAudit", store.StreamAuditRequest, store.StreamAuditResponse)
+VERIFY_AUDIT = Method(_STORE + "VerifyAudit", store.VerifyAuditRequest, store.VerifyAuditResponse)
 # Not idempotent: each backup is another one, and a silent second restore would hide the progress of the first.
 BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
 RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)

@@ -703,3 +703,106 @@ class RestoreResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     progress: BackupProgress
     def __init__(self, progress: _Optional[_Union[BackupProgress, _Mapping]] = ...) -> None: ...
+
+class AuditEvent(_message.Message):
+    __slots__ = ("kind", "tenant", "subject", "key", "role", "address", "rpc", "target", "code", "reason", "count", "trace_id", "origin", "of")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RPC_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    tenant: str
+    subject: str
+    key: str
+    role: str
+    address: str
+    rpc: str
+    target: str
+    code: int
+    reason: str
+    count: int
+    trace_id: str
+    origin: str
+    of: str
+    def __init__(self, kind: _Optional[str] = ..., tenant: _Optional[str] = ..., subject: _Optional[str] = ..., key: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., rpc: _Optional[str] = ..., target: _Optional[str] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., count: _Optional[int] = ..., trace_id: _Optional[str] = ..., origin: _Optional[str] = ..., of: _Optional[str] = ...) -> None: ...
+
+class AuditEntry(_message.Message):
+    __slots__ = ("id", "at", "event", "hash")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    at: _timestamp_pb2.Timestamp
+    event: AuditEvent
+    hash: str
+    def __init__(self, id: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., event: _Optional[_Union[AuditEvent, _Mapping]] = ..., hash: _Optional[str] = ...) -> None: ...
+
+class RecordAuditRequest(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[AuditEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[AuditEvent, _Mapping]]] = ...) -> None: ...
+
+class RecordAuditResponse(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class StreamAuditRequest(_message.Message):
+    __slots__ = ("kinds", "tenant", "subject", "since", "until", "newest_first", "limit")
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIRST_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    tenant: str
+    subject: str
+    since: _timestamp_pb2.Timestamp
+    until: _timestamp_pb2.Timestamp
+    newest_first: bool
+    limit: int
+    def __init__(self, kinds: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ..., subject: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., newest_first: _Optional[bool] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class StreamAuditResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[AuditEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[AuditEntry, _Mapping]]] = ...) -> None: ...
+
+class VerifyAuditRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyAuditResponse(_message.Message):
+    __slots__ = ("entries", "anchors", "problems", "complete")
+    class Problem(_message.Message):
+        __slots__ = ("where", "message")
+        WHERE_FIELD_NUMBER: _ClassVar[int]
+        MESSAGE_FIELD_NUMBER: _ClassVar[int]
+        where: str
+        message: str
+        def __init__(self, where: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    ANCHORS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    entries: int
+    anchors: int
+    problems: _containers.RepeatedCompositeFieldContainer[VerifyAuditResponse.Problem]
+    complete: bool
+    def __init__(self, entries: _Optional[int] = ..., anchors: _Optional[int] = ..., problems: _Optional[_Iterable[_Union[VerifyAuditResponse.Problem, _Mapping]]] = ..., complete: _Optional[bool] = ...) -> None: ...

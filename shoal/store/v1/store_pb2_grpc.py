@@ -159,6 +159,21 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
                 _registered_method=True)
+        self.RecordAudit = channel.unary_unary(
+                '/shoal.store.v1.StoreService/RecordAudit',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditResponse.FromString,
+                _registered_method=True)
+        self.StreamAudit = channel.unary_stream(
+                '/shoal.store.v1.StoreService/StreamAudit',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditResponse.FromString,
+                _registered_method=True)
+        self.VerifyAudit = channel.unary_stream(
+                '/shoal.store.v1.StoreService/VerifyAudit',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -383,6 +398,32 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordAudit(self, request, context):
+        """The audit log.
+
+        Writes events to the audit log. They are durable when the call returns. Only services call it.
+        RESOURCE_EXHAUSTED, UNAVAILABLE: they may not have been written, and what they announce must not be done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamAudit(self, request, context):
+        """Streams the entries that match a filter, in the order of their times, then ends. DATA_LOSS: a document of the log
+        is no entry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyAudit(self, request, context):
+        """Verifies every entry against its neighbours and every chain against the anchors. Streams the progress, and each
+        problem.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -510,6 +551,21 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.Restore,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.SerializeToString,
+            ),
+            'RecordAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordAudit,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditResponse.SerializeToString,
+            ),
+            'StreamAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamAudit,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditResponse.SerializeToString,
+            ),
+            'VerifyAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyAudit,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1187,6 +1243,87 @@ class StoreService:
             '/shoal.store.v1.StoreService/Restore',
             shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/RecordAudit',
+            shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.RecordAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/StreamAudit',
+            shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.StreamAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/VerifyAudit',
+            shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.VerifyAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

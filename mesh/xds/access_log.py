@@ -1,0 +1,191 @@
+"""Calls that a gateway or a service refused, as Envoy's access log service reports them.
+
+    Envoy ──refused calls, each second──> RefusedCalls ──one event for equal ones each second──> the audit log
+
+Equal are calls of one subject and address, of one RPC, with one status and reason. A caller who tries a thousand tokens
+a second is one entry a second. Nobody waits for these entries: what cannot be written is counted and written later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
+from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import HttpGrpcAccessLogConfig
+from envoy_data_plane.envoy.service.accesslog.v3 import StreamAccessLogsMessage, StreamAccessLogsResponse
+
+from mesh.process.tasks import Background, for_ever
+from mesh.rpc.access import Access
+from mesh.rpc.auditing import AuditLog
+from mesh.rpc.interceptors import Context
+from mesh.xds.resource import typed
+from shoal.access.audit import REFUSAL, Event
+from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.decision import Caller
+from shoal.access.rpc_groups import GROUP_OF
+from shoal.errors import Code, ShoalError
+
+log = logging.getLogger(__name__)
+
+LOG_SERVICE = "envoy.service.accesslog.v3.AccessLogService"
+EVERY_S = 1.0
+"""Interval in which equal refusals become one entry."""
+MAX_DISTINCT = 200
+"""Distinct refusals of an interval, or while the log cannot be written. All further ones are one entry."""
+_AWAY_S = 1.0
+_OTHERS = Event(kind=REFUSAL, reason="further callers, more than are told apart")
+_STATUS = "grpc-status"
+_MESSAGE = "grpc-message"
+_TRACE = "traceparent"
+_UNKNOWN_PATH = "another path"
+# W3C Trace Context, version 00.
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-")
+_REFUSED_HTTP = {401: Code.UNAUTHENTICATED, 403: Code.PERMISSION_DENIED}
+
+
+def access_log(cluster: str) -> dict[str, Any]:
+    """Return the access log of a listener: refused calls, to the service of the cluster."""
+    refused: dict[str, Any] = {
+        "or_filter": {
+            "filters": [
+                {"grpc_status_filter": {"statuses": ["UNAUTHENTICATED", "PERMISSION_DENIED"]}},
+                *({"status_code_filter": {"comparison": _equals(code)}} for code in _REFUSED_HTTP),
+            ]
+        }
+    }
+    common = {
+        "log_name": "refused",
+        "transport_api_version": "V3",
+        "grpc_service": {
+            "envoy_grpc": {"cluster_name": cluster},
+            "initial_metadata": [{"key": CALLER_HEADER, "value": SERVICE.decode()}],
+        },
+        "buffer_flush_interval": "1s",
+    }
+    config = {
+        "common_config": common,
+        "additional_request_headers_to_log": [CALLER_HEADER, _TRACE],
+        "additional_response_headers_to_log": [_STATUS, _MESSAGE],
+        "additional_response_trailers_to_log": [_STATUS, _MESSAGE],
+    }
+    name = "envoy.access_loggers.http_grpc"
+    return {"name": name, "filter": refused, "typed_config": typed(HttpGrpcAccessLogConfig, config)}
+
+
+def _equals(code: int) -> dict[str, Any]:
+    return {"op": "EQ", "value": {"default_value": code, "runtime_key": f"audit.{code}"}}
+
+
+class RefusedCalls(Background):
+    """Server of the access log service, and writer of the events that it hears of, each `EVERY_S`.
+
+    Args:
+        access: knows who the verified callers are.
+        origin: this instance.
+    """
+
+    def __init__(self, audit_log: AuditLog, access: Access, origin: str) -> None:
+        self._log = audit_log
+        self._access = access
+        self._origin = origin
+        # Their number, and the trace of the first.
+        self._counts: dict[Event, tuple[int, str]] = {}
+
+    def methods(self) -> dict[str, Any]:
+        """Return the methods for a server, by path."""
+        # A server that drains ends idle streams of responses, and this one is as good as one.
+        method = grpc.stream_stream_rpc_method_handler(
+            self._stream, request_deserializer=StreamAccessLogsMessage.parse, response_serializer=bytes
+        )
+        return {f"/{LOG_SERVICE}/StreamAccessLogs": method}
+
+    async def _stream(
+        self, messages: AsyncIterator[StreamAccessLogsMessage], ctx: Context
+    ) -> AsyncIterator[StreamAccessLogsResponse]:
+        async for message in messages:
+            for entry in message.http_logs.log_entry if message.http_logs is not None else ():
+                self.count(entry)
+            # Thousands of entries must not hold the loop.
+            await asyncio.sleep(0)
+        yield StreamAccessLogsResponse()
+
+    def count(self, entry: HttpAccessLogEntry) -> None:
+        """Count a refused call."""
+        event = self._event(entry)
+        self._add(replace(event, trace_id=""), 1, event.trace_id)
+
+    def _add(self, event: Event, count: int, trace_id: str) -> None:
+        if event not in self._counts and len(self._counts) >= MAX_DISTINCT:
+            event = replace(_OTHERS, origin=self._origin)
+        before, first = self._counts.get(event, (0, trace_id))
+        self._counts[event] = before + count, first
+
+    async def _run(self) -> None:
+        await for_ever("write refusals to the audit log", self.write, away_s=_AWAY_S, log=log)
+
+    async def write(self) -> float:
+        """Write an event for each kind of refusal since the last call, and return the pause until the next one.
+
+        Raises:
+            ShoalError: they may not have been written; the next call writes them.
+        """
+        counts, self._counts = self._counts, {}
+        if counts:
+            try:
+                await self._log.record(
+                    [replace(event, count=count, trace_id=first) for event, (count, first) in counts.items()]
+                )
+            except ShoalError:
+                for event, (count, first) in counts.items():
+                    self._add(event, count, first)
+                raise
+        return EVERY_S
+
+    def _event(self, entry: HttpAccessLogEntry) -> Event:
+        common, request, response = entry.common_properties, entry.request, entry.response
+        headers = dict(request.request_headers) if request is not None else {}
+        answer: dict[str, str] = {}
+        http = 0
+        if response is not None:
+            answer = {**response.response_headers, **response.response_trailers}
+            http = int(response.response_code or 0)
+        status = answer.get(_STATUS, "")
+        code = int(status) if status.isdigit() and int(status) <= max(Code) else _REFUSED_HTTP.get(http, Code.UNKNOWN)
+        path = (request.path if request is not None else "").partition("?")[0]
+        caller: Caller | None = None
+        if CALLER_HEADER in headers:
+            with suppress(ShoalError):
+                caller = self._access.identify(headers[CALLER_HEADER].encode("latin-1", "replace"))
+        details = response.response_code_details if response is not None else ""
+        event = Event(
+            kind=REFUSAL,
+            address=_address(common),
+            # Callers choose other paths.
+            rpc=path if path in GROUP_OF else _UNKNOWN_PATH,
+            code=int(code),
+            reason=unquote(answer.get(_MESSAGE, "")) or details,
+            trace_id=_trace_id(headers.get(_TRACE, "")),
+            origin=self._origin,
+        )
+        if caller is not None:
+            event = replace(event, tenant=caller.tenant, subject=caller.subject, role=caller.role, key=caller.key)
+        return event.checked()
+
+
+def _trace_id(traceparent: str) -> str:
+    found = _TRACEPARENT.match(traceparent)
+    return found[1] if found else ""
+
+
+def _address(common: Any) -> str:
+    remote = common.downstream_remote_address if common is not None else None
+    socket = remote.socket_address if remote is not None else None
+    return socket.address if socket is not None else ""

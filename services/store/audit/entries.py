@@ -1,0 +1,90 @@
+"""Entries of the audit log, and the hashes that chain them.
+
+    hash of entry n = SHA-256(hash of entry n - 1 as hex || canonical JSON of entry n)
+
+The canonical JSON has sorted keys, no spaces and no escapes of non-ASCII characters, and contains the entry's id and
+time. So a changed, exchanged or missing entry no longer fits its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from mesh.mongo import Document
+from mesh.mongo_clock import milliseconds
+from shoal.access.audit import EVENT_FIELDS, Event
+
+FIRST_HASH: Final = "0" * 64
+"""Stands for the hash before the first entry of a chain."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event in its chain."""
+
+    writer: str
+    """Name of the chain: one life of one store instance."""
+    n: int
+    """Number in the chain, from 1."""
+    at_ms: int
+    """Milliseconds since 1970; never less than the entry before."""
+    event: Event
+    hash: str
+
+    @property
+    def id(self) -> str:
+        return entry_id(self.writer, self.n)
+
+    def document(self) -> Document:
+        """Return the entry as a MongoDB document; fields with the value of an unknown are left out."""
+        return {
+            "_id": self.id,
+            "at": _EPOCH + timedelta(milliseconds=self.at_ms),
+            **_known(self.event),
+            "hash": self.hash,
+        }
+
+
+def entry_id(writer: str, n: int) -> str:
+    """Return the id of entry `n`. Ids of a chain sort by number."""
+    return f"{writer}/{n:012d}"
+
+
+def chained(writer: str, n: int, at_ms: int, event: Event, previous: str) -> Entry:
+    """Return the entry that follows the one with the hash `previous`."""
+    return Entry(writer, n, at_ms, event, _hash(previous, entry_id(writer, n), at_ms, event))
+
+
+def entry_of(document: Mapping[str, Any]) -> Entry:
+    """Return the entry of a document, whatever the document says. Raises ValueError when it is none."""
+    writer, _, number = str(document["_id"]).rpartition("/")
+    if not writer or not number.isdigit():
+        raise ValueError(f"{document['_id']!r} is no id of an entry")
+    unknown = set(document) - {"_id", "at", "hash", *EVENT_FIELDS}
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+    event = Event(**{name: document[name] for name in EVENT_FIELDS if name in document})
+    return Entry(writer, int(number), milliseconds(document["at"]), event, str(document["hash"]))
+
+
+def fits(entry: Entry, previous: str) -> bool:
+    """Return True when the entry follows the one with the hash `previous`, and is as it was written."""
+    return entry.hash == _hash(previous, entry.id, entry.at_ms, entry.event)
+
+
+def _hash(previous: str, id_: str, at_ms: int, event: Event) -> str:
+    content = {"id": id_, "at": at_ms, **_known(event)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(previous.encode() + text.encode()).hexdigest()
+
+
+def _known(event: Event) -> dict[str, Any]:
+    defaults = Event(kind="")
+    return {name: value for name, value in asdict(event).items() if value != getattr(defaults, name)}

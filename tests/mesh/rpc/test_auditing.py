@@ -1,0 +1,192 @@
+"""Administrative acts are audited before they are done, and their outcome after."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+import pytest
+
+from mesh.rpc.access import Access
+from mesh.rpc.auditing import Auditing
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Rpc, Server
+from shoal.access import tokens
+from shoal.access.audit import AUDITED, READS, Event
+from shoal.access.rpc_groups import ADMINISTER, CODE, GROUP_OF, MODELS, OPERATE
+from shoal.access.tokens import Signer
+from shoal.errors import NotFound, Unavailable
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+from tests.access.policies import claims_of, key, passed, policy
+from tests.breakable import until
+
+Caller: TypeAlias = Callable[..., list[tuple[str, str]]]
+SET_QUOTA = "/shoal.store.v1.StoreService/SetQuota"
+
+
+class Log:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.is_away = False
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def record(self, events: Sequence[Event]) -> Sequence[str]:
+        await self.open.wait()
+        if self.is_away:
+            raise Unavailable("MongoDB does not respond")
+        self.events.extend(events)
+        return [str(len(self.events))] * len(events)
+
+    async def ended(self) -> Event:
+        await until(lambda: any(event.kind == "outcome" for event in self.events), "an outcome is written")
+        return self.events[-1]
+
+
+class Servicer(store_pb2_grpc.StoreServiceServicer):
+    def __init__(self) -> None:
+        self.quotas: list[str] = []
+        self.leaving = asyncio.Event()
+
+    async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Any) -> pb.SetQuotaResponse:
+        if request.tenant == "unknown":
+            raise NotFound("no such tenant")
+        self.quotas.append(request.tenant)
+        return pb.SetQuotaResponse()
+
+    async def ListUsage(self, request: pb.ListUsageRequest, ctx: Any) -> pb.ListUsageResponse:
+        return pb.ListUsageResponse()
+
+    async def BackUp(self, request: pb.BackUpRequest, ctx: Any) -> AsyncIterator[pb.BackUpResponse]:
+        yield pb.BackUpResponse()
+        if request.to == "s3://slow":
+            self.leaving.set()
+            await asyncio.sleep(60)
+        yield pb.BackUpResponse()
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    return tokens.create_signer(tmp_path_factory.mktemp("signer") / "signer.json")
+
+
+@pytest.fixture
+def caller(signer: Signer) -> Caller:
+    def metadata(role: str = "admin") -> list[tuple[str, str]]:
+        claims = claims_of(key(signer, role=role, subject="ann"))
+        return [passed(claims), ("x-envoy-external-address", "10.0.0.7")]
+
+    return metadata
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def servicer() -> Servicer:
+    return Servicer()
+
+
+@pytest.fixture
+async def stub(log: Log, servicer: Servicer, tmp_path: Path, signer: Signer) -> AsyncIterator[Any]:
+    descriptor = pb.DESCRIPTOR.services_by_name["StoreService"]
+    add = Rpc(descriptor, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(servicer, server))
+    access, listen = Access(policy(signer)), f"unix:{tmp_path}/s.sock"
+    async with (
+        access,
+        Auditing(log, access, "node/store-0") as auditing,
+        Server(listen, [add], drain_ms=1_000, access=access, auditing=auditing),
+        connect(listen) as channel,
+    ):
+        yield store_pb2_grpc.StoreServiceStub(channel)
+
+
+async def test_an_act_is_written_before_it_is_done_and_its_outcome_after(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer
+) -> None:
+    log.open.clear()
+    call = asyncio.ensure_future(_set(stub, "acme", caller()))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(call), 0.1)
+    assert servicer.quotas == []
+    log.open.set()
+    await call
+
+    outcome = await log.ended()
+    act = log.events[0]
+    assert (act.kind, act.tenant, act.subject, act.role) == ("act", "acme", "ann", "admin")
+    assert act.key.startswith("k-")
+    assert (act.rpc, act.target, act.address, act.origin) == (SET_QUOTA, "acme", "10.0.0.7", "node/store-0")
+    assert (outcome.of, outcome.code, outcome.subject, outcome.target) == ("1", 0, "ann", "acme")
+
+
+async def _set(stub: Any, tenant: str, sent: list[tuple[str, str]]) -> None:
+    await stub.SetQuota(pb.SetQuotaRequest(tenant=tenant), metadata=sent, timeout=30)
+
+
+async def test_the_outcome_of_a_failed_act_has_its_error(stub: Any, caller: Caller, log: Log) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await _set(stub, "unknown", caller())
+
+    outcome = await log.ended()
+    assert (outcome.code, outcome.reason) == (5, "no such tenant")
+
+
+async def test_an_act_that_cannot_be_written_is_not_done(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer
+) -> None:
+    log.is_away = True
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await _set(stub, "acme", caller())
+
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "nothing was done" in refused.value.details()
+    assert servicer.quotas == []
+    # Reads go on.
+    await stub.ListUsage(pb.ListUsageRequest(), metadata=caller(), timeout=30)
+
+
+async def test_a_stream_that_its_caller_leaves_ends_as_cancelled(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer
+) -> None:
+    call = stub.BackUp(pb.BackUpRequest(to="s3://slow"), metadata=caller(), timeout=30)
+    await call.read()
+    await servicer.leaving.wait()
+    call.cancel()
+
+    outcome = await log.ended()
+    assert (outcome.code, outcome.target) == (1, "s3://slow")
+
+
+async def test_a_whole_stream_ends_well(stub: Any, caller: Caller, log: Log) -> None:
+    assert len([one async for one in stub.BackUp(pb.BackUpRequest(to="s3://b"), metadata=caller(), timeout=30)]) == 2
+    assert (await log.ended()).code == 0
+
+
+async def test_refused_calls_and_reads_and_calls_of_services_are_no_acts(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await _set(stub, "acme", caller("viewer"))
+    await stub.ListUsage(pb.ListUsageRequest(), metadata=caller(), timeout=30)
+    await _set(stub, "by-a-service", [("x-shoal-caller", "service")])
+
+    assert servicer.quotas == ["by-a-service"]
+    assert log.events == []
+
+
+def test_every_rpc_that_administers_is_an_act_or_a_known_read() -> None:
+    """A new RPC of these groups is an act, unless its name is added to READS."""
+    groups = (MODELS, CODE, OPERATE, ADMINISTER)
+    methods = {rpc.rpartition("/")[2] for rpc, group in GROUP_OF.items() if group in groups and "#" not in rpc}
+    acts = {rpc.rpartition("/")[2] for rpc in AUDITED}
+    assert acts | READS == methods
+    assert not acts & READS
+    assert not [name for name in acts if name.startswith(("List", "Get", "Watch"))]
+    assert not [name for name in READS if name.startswith(("Set", "Remove", "Put")) and name != "PutArtifact"]

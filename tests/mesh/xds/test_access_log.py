@@ -1,0 +1,120 @@
+"""Refused calls that Envoy reports become counted events of the audit log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
+
+from mesh.rpc.access import Access
+from mesh.xds import access_log
+from mesh.xds.access_log import RefusedCalls
+from shoal.access import tokens
+from shoal.access.audit import Event
+from shoal.access.caller_header import CALLER_HEADER
+from shoal.access.tokens import Signer
+from shoal.errors import Unavailable
+from tests.access.policies import claims_of, key, passed, policy
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+class Log:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.is_away = False
+
+    async def record(self, events: Sequence[Event]) -> Sequence[str]:
+        if self.is_away:
+            raise Unavailable("away")
+        self.events.extend(events)
+        return [""] * len(events)
+
+
+def refused(
+    path: str = INFER, address: str = "10.0.0.9", caller: str = "", status: str = "16", **headers: str
+) -> HttpAccessLogEntry:
+    sent = {**headers, **({CALLER_HEADER: caller} if caller else {})}
+    return HttpAccessLogEntry.from_dict(
+        {
+            "common_properties": {"downstream_remote_address": {"socket_address": {"address": address}}},
+            "request": {"path": path, "request_headers": sent},
+            "response": {
+                "response_code": 200,
+                "response_headers": {"grpc-status": status, "grpc-message": "Jwt%20is%20missing"},
+                "response_code_details": "jwt_authn_access_denied",
+            },
+        }
+    )
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    return tokens.create_signer(tmp_path_factory.mktemp("signer") / "signer.json")
+
+
+@pytest.fixture
+def calls(log: Log, signer: Signer) -> RefusedCalls:
+    return RefusedCalls(log, Access(policy(signer)), "coord-0")
+
+
+async def test_a_thousand_equal_refusals_are_one_event(calls: RefusedCalls, log: Log, signer: Signer) -> None:
+    for number in range(1_000):
+        calls.count(refused(traceparent=f"00-{number:032x}-{number:016x}-01"))
+    _, ann = passed(claims_of(key(signer, subject="ann")))
+    calls.count(refused(caller=ann, status="7"))
+    await calls.write()
+    await calls.write()
+
+    first, second = log.events
+    assert (first.count, first.code, first.address, first.rpc) == (1_000, 16, "10.0.0.9", INFER)
+    assert (first.reason, first.trace_id, first.subject) == ("Jwt is missing", f"{0:032x}", "")
+    assert (second.count, second.code, second.subject, second.tenant) == (1, 7, "ann", "acme")
+
+
+async def test_distinct_callers_beyond_the_bound_are_one_event(
+    calls: RefusedCalls, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log, "MAX_DISTINCT", 10)
+    for number in range(100):
+        calls.count(refused(address=f"10.0.1.{number}"))
+    await calls.write()
+
+    assert len(log.events) == 11
+    assert sum(event.count for event in log.events) == 100
+    assert log.events[-1].count == 90
+    assert "further callers" in log.events[-1].reason
+
+
+async def test_refusals_are_kept_while_the_log_is_away(calls: RefusedCalls, log: Log) -> None:
+    log.is_away = True
+    for _ in range(3):
+        calls.count(refused())
+        with pytest.raises(Unavailable):
+            await calls.write()
+    log.is_away = False
+    await calls.write()
+
+    assert [event.count for event in log.events] == [3]
+
+
+async def test_paths_that_callers_make_up_and_forged_callers_are_not_told_apart(calls: RefusedCalls, log: Log) -> None:
+    for number in range(50):
+        calls.count(refused(path=f"/made/up{number}?x=1", caller="forged", traceparent="nonsense"))
+    await calls.write()
+
+    (event,) = log.events
+    assert (event.count, event.subject, event.trace_id) == (50, "", "")
+
+
+async def test_an_entry_without_any_field_is_counted(calls: RefusedCalls, log: Log) -> None:
+    calls.count(HttpAccessLogEntry())
+    await calls.write()
+
+    assert [event.count for event in log.events] == [1]
