@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shoal", "mesh", "services", "kernels")
 LAYERS = {
     "services/infer": """
-        __main__ app rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config
+        __main__ app rest rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config
         policy_file sources
         loading response_cache sequences scheduling remote model_process runtimes requests model_files sans_io offload
         error_text
@@ -45,12 +45,12 @@ LAYERS = {
         __main__ app rpc first_start access_rpc messages policies keys enforcement instances health duties
         configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
-    "mesh": "xds rpc h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
+    "mesh": "xds rpc http1 h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         errors tenant_header _version
     """,
-    "shoal/access": "audit gateway cluster decision tokens policy patterns rpc_groups caller_header",
+    "shoal/access": "audit gateway cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
     "shoal/client": "__init__ blocking face aio access audit tenants store status jobs models inference transport",
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms

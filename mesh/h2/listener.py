@@ -1,4 +1,4 @@
-"""Accepts HTTP/2 connections at an address for an application, and drains them at the end.
+"""Accepts connections at an address for an application, and drains them at the end.
 
 start() ──> connections ... drain(): GOAWAY, last GOAWAY, open streams end ──> closed
 """
@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
+from mesh.h2.connections import Connections
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
 from mesh.process import sockets
@@ -28,16 +29,24 @@ class Listener:
     Args:
         share_port: other processes may listen at the same TCP port.
         memory: limits of what the connections may hold.
+        connect: returns the protocol of a new connection.
     """
 
     def __init__(
-        self, listen: str, app: Application, *, share_port: bool = False, memory: Memory | None = None
+        self,
+        listen: str,
+        app: Application,
+        *,
+        share_port: bool = False,
+        memory: Memory | None = None,
+        connect: Callable[[Application, Connections, Memory], asyncio.Protocol] = ServerConnection,
     ) -> None:
         self._listen = listen
         self._app = app
         self._share_port = share_port
         self._memory = Memory() if memory is None else memory
-        self._connections: dict[ServerConnection, None] = {}
+        self._connect = connect
+        self._connections: Connections = {}
 
     async def start(self) -> str:
         """Listen. Return the address, with the port that was chosen for port 0.
@@ -47,8 +56,8 @@ class Listener:
         """
         loop = asyncio.get_running_loop()
 
-        def connection() -> ServerConnection:
-            return ServerConnection(self._app, self._connections, self._memory)
+        def connection() -> asyncio.Protocol:
+            return self._connect(self._app, self._connections, self._memory)
 
         sockets.prepare(self._listen)
         if (path := sockets.path_of(self._listen)) is not None:

@@ -13,12 +13,14 @@ import asyncio
 import logging
 
 from mesh.h2 import frames
+from mesh.h2.connections import Connections, admit
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, RequestHandler, ServerStream
 from mesh.h2.turns import Turns
+from mesh.h2.unread import MAX_TICKS, TICK_S, Unread
 from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
@@ -28,9 +30,6 @@ _MAX_STREAMS = 4096
 
 _SETTINGS_TIMEOUT_S = 10.0
 
-# The Envoys of a node open a few dozen.
-_MAX_CONNECTIONS = 1024
-
 # Token bucket of streams that the peer cancels, or that are reset because of it. A response gives one token back: an
 # Envoy whose clients give up on every second call is no attack, and carries everybody's calls.
 _RESETS, _RESETS_A_S = 10_000, 1_000
@@ -38,11 +37,8 @@ _RESETS, _RESETS_A_S = 10_000, 1_000
 # SETTINGS that change windows cost as much as resets. Clients that adapt their windows send a few a second.
 _SETTINGS_TOKENS = 10
 
-# Ticks without progress after which a peer is given up: after 30 to 35 s.
-_TICK_S, _MAX_TICKS = 5.0, 6
-
-# Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
-_PROGRESS_BYTES = 1024
+PROGRESS_BYTES = 1024
+"""Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes."""
 
 # The connection's window. What is held is counted and bounded, so the window never closes before the account is full.
 _WINDOW_MARGIN = 64 << 20
@@ -56,8 +52,8 @@ TENANT = TENANT_HEADER.encode()
 # The end of a stream whose connection is lost costs as much as so many frames.
 _FRAMES_A_STREAM = 8
 
-# Longest wait for a peer to close a connection after its last response.
-_LINGER_S = 1.0
+LINGER_S = 1.0
+"""Longest wait for a peer to close a connection after its last response."""
 
 # Payload of the PING after the first GOAWAY. Its acknowledgement shows that the peer has read the GOAWAY.
 _SHUTDOWN_PING = b"shutdown"
@@ -78,18 +74,15 @@ class ServerConnection(Peer):
 
     _turns: Turns
 
-    def __init__(self, app: Application, connections: dict[ServerConnection, None], memory: Memory) -> None:
-        self._unread = memory.unread.share()
-        self._written_bytes = 0
-        super().__init__(awaits_preface=True, cache=memory.headers, unread=self._unread, turns=memory.turns)
+    def __init__(self, app: Application, connections: Connections, memory: Memory) -> None:
+        self._unread = Unread(memory.unread)
+        super().__init__(awaits_preface=True, cache=memory.headers, unread=self._unread.share, turns=memory.turns)
         self._app = app
         self._connections = connections
         self._memory = memory
         self._bodies = memory.bodies
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
-        self._unread_bytes = 0
-        self._unread_ticks = 0
         self._streams: dict[int, ServerStream] = {}
         self._lost: list[ServerStream] = []
         self._is_aborted = False
@@ -106,28 +99,23 @@ class ServerConnection(Peer):
         self._begin(transport)
         peer = transport.get_extra_info("peername")
         self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("unix", 0)
-        if len(self._connections) >= _MAX_CONNECTIONS and not self._displace_idle():
-            log.warning("a connection is refused: %d are open, and none is idle", len(self._connections))
+        if not admit(self, self._connections):
             self._transport.abort()
             return
-        self._connections[self] = None
         self._settings_timer = self._loop.call_later(_SETTINGS_TIMEOUT_S, self._on_settings_timeout)
-        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+        self._tick_timer = self._loop.call_later(TICK_S, self._tick)
         window = min(self._bodies.limit + _WINDOW_MARGIN, LARGEST_WINDOW)
         self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS}, window)
 
-    def _displace_idle(self) -> bool:
-        """Close the oldest connection without streams: of those without any request so far, if there are some.
+    @property
+    def is_idle(self) -> bool:
+        """True while no stream is open."""
+        return not self._streams
 
-        Return False when each has streams.
-        """
-        idle = [connection for connection in self._connections if not connection._streams]
-        if not idle:
-            return False
-        displaced = next((connection for connection in idle if not connection._newest), idle[0])
-        del self._connections[displaced]
-        displaced.send_last_goaway()
-        return True
+    @property
+    def is_new(self) -> bool:
+        """True before the first request."""
+        return not self._newest
 
     def _on_settings_timeout(self) -> None:
         if not self._has_settings:
@@ -145,11 +133,11 @@ class ServerConnection(Peer):
         self._is_waiting = False
         self._on_goaway_read()
         self._is_closing = True
-        self._count_written(0)
+        self._unread.count(0, self._transport)
         self._sender.close()
         self._lost, self._streams = [*self._streams.values()], {}
         for stream in self._lost:
-            _release(stream)
+            release(stream)
         self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         self._unparsed, self._block = b"", None
 
@@ -157,7 +145,7 @@ class ServerConnection(Peer):
         """Notify the handlers of the lost connection's streams, not of thousands in one iteration of the loop."""
         for _ in range(min(most, len(self._lost))):
             stream = self._lost.pop()
-            _disconnect(stream, stream.handler)
+            disconnect(stream, stream.handler)
         if self._lost:
             self._turns.wait(self)
 
@@ -172,48 +160,32 @@ class ServerConnection(Peer):
         """Stop reading, too: a peer that does not read may not ask for more."""
         super().pause_writing()
         self._is_write_paused = True
-        self._unread_bytes, self._unread_ticks = self._transport.get_write_buffer_size(), 0
-        self._count_written(self._unread_bytes)
+        self._unread.pause(self._transport)
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
-        self._count_written(0)
+        self._unread.count(0, self._transport)
         super().resume_writing()
         self._read_if_free()
 
-    def _count_written(self, size: int) -> None:
-        """Count what is written and waits in the transport. Close the connection when the account is over its limit."""
-        added, self._written_bytes = size - self._written_bytes, size
-        self._unread.add(added)
-        if added > 0 and self._memory.unread.held > self._memory.unread.limit:
-            log.warning("a connection is closed: its peer does not read, and %d bytes find no room", size)
-            self._transport.abort()
-
     def _tick(self) -> None:
         """Give up the streams and the connection of a peer that makes no progress."""
-        self._tick_timer = self._loop.call_later(_TICK_S, self._tick)
+        self._tick_timer = self._loop.call_later(TICK_S, self._tick)
         # A connection that ends stays open, too, until its peer has read the last responses.
         if self._is_write_paused or self._lingering is not None or self._transport.is_closing():
-            unread = self._transport.get_write_buffer_size()
-            self._count_written(unread)
-            self._unread_ticks = self._unread_ticks + 1 if unread >= self._unread_bytes else 0
-            self._unread_bytes = unread
-            if self._unread_ticks > _MAX_TICKS:
-                seconds = _MAX_TICKS * _TICK_S
-                log.warning("a connection is closed: its peer reads none of %d bytes for %.0f s", unread, seconds)
-                self._transport.abort()
+            self._unread.tick(self._transport)
             return
         for stream in [stream for stream in self._streams.values() if not stream.is_request_ended]:
-            stream.idle_ticks = 0 if stream.moved >= _PROGRESS_BYTES else stream.idle_ticks + 1
+            stream.idle_ticks = 0 if stream.moved >= PROGRESS_BYTES else stream.idle_ticks + 1
             stream.moved = 0
-            if stream.idle_ticks > _MAX_TICKS:
+            if stream.idle_ticks > MAX_TICKS:
                 try:
-                    stream.handler.stalled((stream.idle_ticks - 1) * _TICK_S)
+                    stream.handler.stalled((stream.idle_ticks - 1) * TICK_S)
                 except Exception:
-                    _reset(stream)
-        self._sender.tick(_MAX_TICKS)
+                    reset(stream)
+        self._sender.tick(MAX_TICKS)
 
     # -- requests
 
@@ -243,7 +215,7 @@ class ServerConnection(Peer):
             if is_ended:
                 stream.handler.data(b"", 0, is_end=True)
         except Exception:
-            _reset(stream)
+            reset(stream)
 
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
         self._credited(size)
@@ -268,7 +240,7 @@ class ServerConnection(Peer):
         try:
             stream.handler.data(payload, size, is_end=is_end)
         except Exception:
-            _reset(stream)
+            reset(stream)
 
     def _on_trailers(self, number: int, flags: int) -> None:
         stream = self._streams.get(number)
@@ -282,7 +254,7 @@ class ServerConnection(Peer):
         try:
             stream.handler.data(b"", 0, is_end=True)
         except Exception:
-            _reset(stream)
+            reset(stream)
 
     def _on_goaway(self, payload: bytes) -> None:
         self._is_closing = True
@@ -318,8 +290,8 @@ class ServerConnection(Peer):
         if stream is None:
             return
         self._sender.forget(number)
-        _release(stream)
-        _disconnect(stream, stream.handler)
+        release(stream)
+        disconnect(stream, stream.handler)
         self._close_when_done()
         self._spend(1)
 
@@ -353,7 +325,7 @@ class ServerConnection(Peer):
         if reason is not None:
             # The bucket is checked at a frame of the peer: an exception here would reach the application.
             self._resets += 1
-            _disconnect(stream, handler)
+            disconnect(stream, handler)
         else:
             if self._resets:
                 self._resets -= 1
@@ -403,24 +375,24 @@ class ServerConnection(Peer):
             return
         # Only our side is closed. A peer whose own write fails may drop responses that it has not read yet, so the
         # connection stays open until the peer closes it.
-        self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
+        self._lingering = self._loop.call_later(LINGER_S, self._end_lingering)
         self._sender.write_eof()
 
     def _end_lingering(self) -> None:
         # The peer may still be reading the last responses.
         if self._transport.get_write_buffer_size():
-            self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
+            self._lingering = self._loop.call_later(LINGER_S, self._end_lingering)
         else:
             self._transport.abort()
 
 
-def _reset(stream: ServerStream) -> None:
+def reset(stream: ServerStream) -> None:
     """Reset the stream of a request whose handler has raised an exception."""
     log.exception("the handler of %s failed: its stream is reset", stream.head.path)
     stream.reset(Reason.INTERNAL_ERROR)
 
 
-def _release(stream: ServerStream) -> None:
+def release(stream: ServerStream) -> None:
     """Release everything that a stream which has ended still holds."""
     held, stream.held, stream.least_held = stream.held, 0, 0
     stream.share.remove(held)
@@ -428,7 +400,7 @@ def _release(stream: ServerStream) -> None:
         stream.return_withheld()
 
 
-def _disconnect(stream: ServerStream, handler: RequestHandler) -> None:
+def disconnect(stream: ServerStream, handler: RequestHandler) -> None:
     """Notify the handler that the client has disconnected."""
     stream.handler = NO_HANDLER
     try:

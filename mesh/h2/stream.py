@@ -14,10 +14,9 @@ from typing import Protocol
 
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
-from mesh.h2.headers import Block
+from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
-from mesh.h2.sending import Sender
 
 
 class RequestHandler(Protocol):
@@ -80,6 +79,26 @@ class Connection(Protocol):
         """Give back flow-control credit of the connection; a negative `size` keeps it."""
 
 
+class ResponseSender(Protocol):
+    """The part of `sending.Sender` that a stream uses."""
+
+    def is_open(self, number: int, /) -> bool: ...
+
+    def has_room(self, number: int, size: int, /) -> bool: ...
+
+    def respond(self, number: int, head: bytes, body: bytes, trailers: bytes, /) -> None: ...
+
+    def headers(self, number: int, head: bytes, /) -> None: ...
+
+    def data(self, number: int, data: bytes, on_sent: Callable[[], None], /) -> None: ...
+
+    def end(self, number: int, trailers: bytes, /) -> None: ...
+
+    def reset(self, number: int, reason: Reason, /) -> None: ...
+
+    def write(self, data: bytes, /) -> None: ...
+
+
 class ServerStream:
     """One request and its response.
 
@@ -109,7 +128,7 @@ class ServerStream:
     def __init__(
         self,
         connection: Connection,
-        sender: Sender,
+        sender: ResponseSender,
         number: int,
         head: Block,
         is_request_ended: bool,
@@ -193,6 +212,10 @@ class ServerStream:
             self.received -= self._unreturned
             self._sender.write(frames.window_update(self.number, self._unreturned))
             self._unreturned = 0
+
+    def encode_head(self, status: int, fields: Fields) -> bytes:
+        """Encode the head of a response, in the form that `respond` and `start` take."""
+        return response_head(status, fields)
 
     def respond(self, head: bytes, body: bytes = b"", trailers: bytes = b"") -> None:
         """Send a whole response."""

@@ -1,6 +1,6 @@
 """Method table of a gRPC server: an application of the HTTP/2 core that hands each request to its method.
 
-fast method ──> FastCall          any other ──> SlowCall          not gRPC ──> HTTP status 415
+fast method ──> FastCall        any other ──> SlowCall        not gRPC ──> another application, or HTTP status 415
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, OVERSIZED, Block, response_head
-from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
+from mesh.h2.stream import NO_HANDLER, Application, RequestHandler, ServerStream
 from mesh.rpc import status
 from mesh.rpc.access import Access
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
@@ -74,6 +74,8 @@ class GrpcApp:
         self.tracer = tracer
         self.access = access
         """Admits calls on the slow path. Fast methods admit their calls themselves."""
+        self.http: Application | None = None
+        """Serves requests that are not gRPC; None: there are none."""
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""
 
@@ -92,6 +94,8 @@ class GrpcApp:
         if head is OVERSIZED:
             stream.respond(_OVERSIZED)
             return NO_HANDLER
+        if self.http is not None and not _names_grpc(head):
+            return self.http.request(stream)
         if not _is_grpc(head):
             stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
             return NO_HANDLER
@@ -99,6 +103,9 @@ class GrpcApp:
 
     def reject(self, stream: ServerStream) -> None:
         """Respond to a call for which there is no memory."""
+        if self.http is not None and not _names_grpc(stream.head):
+            self.http.reject(stream)
+            return
         stream.respond(_NO_MEMORY)
 
 
@@ -121,6 +128,10 @@ class MethodTable:
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Called by generated code, with the same handlers in another form: not used."""
+
+
+def _names_grpc(head: Block) -> bool:
+    return head.by_name.get(b"content-type", b"").startswith(b"application/grpc")
 
 
 def _is_grpc(head: Block) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -20,7 +21,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from mesh.h2.listener import Listener
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
-from mesh.h2.server_connection import Memory
+from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.h2.stream import Application
+from mesh.http1.connection import Http1Connection
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.access import Access
@@ -69,6 +72,8 @@ class Server:
         unread_bytes: limit of what all connections may hold of responses that their clients do not read.
         access: admits calls; None: every caller may call every method. Fast methods must ask it themselves.
         auditing: audits the calls that are administrative acts; none of them is a fast method.
+        http: returns the application of requests that are not gRPC, over HTTP/1.1 and HTTP/2; None: only gRPC.
+        http_listen: a second address, for HTTP clients that get one of their own.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -88,6 +93,8 @@ class Server:
         unread_bytes: int = UNREAD_BYTES,
         access: Access | None = None,
         auditing: Auditing | None = None,
+        http: Callable[[GrpcApp], Application] | None = None,
+        http_listen: str | None = None,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -97,6 +104,8 @@ class Server:
         self._methods = methods
         self._share_port = share_port
         self._access = access
+        self._http = http
+        self._http_listen = http_listen
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
@@ -105,14 +114,25 @@ class Server:
         """Accounts of what the connections hold."""
         self.address = listen
         """The address it listens at, with the port that was chosen for port 0."""
+        self.http_address = http_listen or listen
+        """The second address, or the only one."""
 
     async def __aenter__(self) -> Server:
         self._set_health(is_serving=False)
         self._app = GrpcApp(
             self._method_table(), self._fast_methods, tracer=FastTracer.of_process(), access=self._access
         )
-        self._listener = Listener(self._listen, self._app, share_port=self._share_port, memory=self.memory)
-        self.address = await self._listener.start()
+        connect: Any = ServerConnection
+        if self._http is not None:
+            self._app.http = self._http(self._app)
+            connect = partial(Http1Connection, self._app.http)
+        addresses = [self._listen, *([self._http_listen] if self._http_listen else [])]
+        self._listeners = [
+            Listener(listen, self._app, share_port=self._share_port, memory=self.memory, connect=connect)
+            for listen in addresses
+        ]
+        self.address, *others = [await listener.start() for listener in self._listeners]
+        self.http_address = others[0] if others else self.address
         self._stalls.start()
         self._freed_memory.start()
         return self
@@ -156,7 +176,12 @@ class Server:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._set_health(is_serving=False)
-        await self._listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
+        await asyncio.gather(
+            *(
+                listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
+                for listener in self._listeners
+            )
+        )
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
         self._app.threads.close()

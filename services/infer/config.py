@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mesh.process.config import ServiceConfig
+from mesh.process.config import Address, ServiceConfig
 from mesh.process.sockets import is_local
 from services.infer.response_cache.store import DEFAULT_BYTES
 from services.infer.scheduling.queue import QueueLimits
@@ -25,6 +25,8 @@ class InferConfig(ServiceConfig):
     """Settings of one infer process. Models are fetched from the store into `cache_dir`, or read from `repository`."""
 
     instance: Annotated[str, Field(pattern=r"^[a-z]+-\d+$")] = "infer-0"
+    http_listen: Address | None = None
+    """A second address, for HTTP clients that get one of their own; `listen` serves REST as well."""
     cache_dir: Path | None = None
     """Folder for models from the store; all instances of a node may share it. Needs `mesh`."""
     repository: Path | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.h2 import frames, server_connection
+from mesh.h2 import connections, frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
 from mesh.h2.sending import Sender
@@ -159,7 +159,7 @@ async def serving(**limits: int) -> AsyncIterator[Front]:
 
 @pytest.fixture
 def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_connection, "_TICK_S", 0.02)
+    monkeypatch.setattr(server_connection, "TICK_S", 0.02)
 
 
 # -- headers
@@ -289,7 +289,7 @@ async def test_streams_that_send_nothing_are_bounded_with_their_headers():
         end = await peer.end_of(numbers[-1])
         assert (end["grpc-status"], end["retry-after-ms"]) == (str(int(Code.RESOURCE_EXHAUSTED)), "1000")
         assert front.server.memory.bodies.held <= MIB * 2 // 3
-        assert len(front.server._listener._connections) == 3
+        assert len(front.server._listeners[0]._connections) == 3
         assert await other.status(other.call(ECHO, b"x")) == 0
 
 
@@ -299,13 +299,13 @@ async def test_many_tenants_on_a_connection_cost_no_more_than_their_number():
             peer.open(STREAM, ("x-shoal-tenant", str(n)))
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
-        shares = max((c._shares for c in front.server._listener._connections), key=len)
+        shares = max((c._shares for c in front.server._listeners[0]._connections), key=len)
         assert len(shares) == 300
         for n in range(300):
             peer.send(frames.rst_stream(1 + 2 * n, Reason.CANCEL))
         for n in range(300, 900):
             assert await peer.status(peer.call(ECHO, b"x", ("x-shoal-tenant", str(n)))) == 0
-        shares = max((c._shares for c in front.server._listener._connections), key=len)
+        shares = max((c._shares for c in front.server._listeners[0]._connections), key=len)
         assert len(shares) <= 600
 
 
@@ -366,17 +366,17 @@ async def test_a_client_that_does_not_read_is_not_read_and_then_disconnected(qui
             await asyncio.sleep(0.05)
         assert front.sized < 4_000
         async with asyncio.timeout(PATIENCE_S):
-            while len(front.server._listener._connections) > 1:
+            while len(front.server._listeners[0]._connections) > 1:
                 await asyncio.sleep(0.01)
         assert "its peer reads none of" in caplog.text
 
 
 async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_time(monkeypatch):
     # The test ticks by hand.
-    monkeypatch.setattr(server_connection, "_TICK_S", 3_600.0)
+    monkeypatch.setattr(server_connection, "TICK_S", 3_600.0)
     async with serving(unread_bytes=64 * MIB) as front, front.peer(WIDE) as peer:
         peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
-        connection = next(c for c in front.server._listener._connections if c.peer[1] == peer_port(peer))
+        connection = next(c for c in front.server._listeners[0]._connections if c.peer[1] == peer_port(peer))
         peer.writer.transport.pause_reading()
         while connection._transport.is_reading():
             peer.call(SIZED, b"10000")
@@ -388,7 +388,7 @@ async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_t
             peer.call(SIZED, b"10000")
             await asyncio.sleep(0)
         assert front.sized == served
-        for _ in range(server_connection._MAX_TICKS):
+        for _ in range(server_connection.MAX_TICKS):
             connection._tick()
             connection._tick_timer.cancel()
         assert not connection._transport.is_reading()
@@ -420,7 +420,7 @@ async def test_a_connection_that_ends_does_not_wait_longer_for_a_peer_that_does_
     # Too few bytes for the transport to pause.
     transport.buffered = 100
     connection.data_received(frames.frame(frames.PING, 0, 0) if is_broken else frames.goaway(0, Reason.NO_ERROR))
-    for _ in range(server_connection._MAX_TICKS):
+    for _ in range(server_connection.MAX_TICKS):
         connection._tick_timer.cancel()
         connection._tick()
     assert connections
@@ -453,7 +453,7 @@ async def test_connections_that_do_not_read_are_closed_when_the_account_is_full(
 
 
 def test_the_stated_time_is_30_seconds():
-    assert server_connection._TICK_S * server_connection._MAX_TICKS == 30
+    assert server_connection.TICK_S * server_connection.MAX_TICKS == 30
 
 
 async def test_a_response_whose_window_stays_closed_is_reset_and_others_are_answered(quick_ticks):
@@ -559,7 +559,7 @@ async def test_a_large_response_leaves_the_loop_to_others():
 
 async def test_many_tiny_frames_are_handled_in_turns():
     async with serving() as front, front.peer() as peer, front.peer() as other:
-        connection = next(c for c in front.server._listener._connections if c.peer[1] == peer_port(peer))
+        connection = next(c for c in front.server._listeners[0]._connections if c.peer[1] == peer_port(peer))
         peer.send(frames.window_update(0, 1) * 200_000, frames.frame(frames.PING, 0, 0, bytes(8)))
         handled = []
         on_window = connection._on_window
@@ -580,7 +580,7 @@ def peer_port(peer: Client) -> int:
 
 
 async def test_an_idle_connection_gives_way_to_a_new_one(monkeypatch):
-    monkeypatch.setattr(server_connection, "_MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "_MAX_CONNECTIONS", 2)
     async with (
         Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo}) as server,
         Front(server).peer() as busy,
@@ -597,7 +597,7 @@ async def test_an_idle_connection_gives_way_to_a_new_one(monkeypatch):
 
 
 async def test_a_connection_without_requests_gives_way_before_one_with_some(monkeypatch):
-    monkeypatch.setattr(server_connection, "_MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "_MAX_CONNECTIONS", 2)
     async with (
         Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo}) as server,
         Front(server).peer() as caller,

@@ -260,7 +260,7 @@ async def play(steps: list[Any]) -> None:
         assert memory.bodies.held == held == sum(share.held for share in connection._shares.values())
         assert 0 <= held <= memory.bodies.limit
         waiting = sum(outgoing.size for outgoing in connection._sender._waiting.values())
-        assert memory.unread.held == waiting + connection._written_bytes >= 0
+        assert memory.unread.held == waiting + connection._unread._counted >= 0
         # Everything else has been given back: the window never closes, so no body waits for another one.
         connection._sender.flush()
         if not front.transport.is_closing():

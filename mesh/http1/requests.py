@@ -1,0 +1,161 @@
+"""Requests of one connection, read by httptools. Everything that two servers could read differently is refused.
+
+    feed_head(head) ──> Head            one whole head, up to its empty line
+    feed_body(data) ──> pieces          until `is_complete`
+
+httptools itself refuses (400): Content-Length twice, with Transfer-Encoding, or no number; bad sizes of chunks;
+obs-fold; NUL, CR or LF within a line; lines that end with LF alone; spaces before a colon.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httptools
+
+from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, Block
+
+_ENTRY_BYTES = 32
+
+# Bytes of a chunked body beside its data: sizes of chunks, their extensions, trailers. One byte in a chunk takes five.
+_FRAMING_BYTES, _FRAMING_RATIO = 64 << 10, 8
+
+
+class BadRequest(Exception):
+    """A request that is refused with `status`, and ends its connection."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Head of one request."""
+
+    block: Block
+    """The fields as HTTP/2 has them: `:method` and `:path` first, names in small letters."""
+    is_http_1_0: bool
+    keeps_alive: bool
+    expects_continue: bool
+    length: int | None
+    """Bytes of the body; None for a chunked one."""
+
+
+class RequestReader:
+    """Reads the requests of one connection, one after the other."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._list_bytes = 0
+        self._messages = 0
+        self._pieces: list[bytes] = []
+        self._framing = self._received = 0
+        self._has_head = False
+        self.is_complete = False
+        """True when the whole body of the last head has arrived."""
+        self.on_body = self._pieces.append
+
+    # -- callbacks of httptools
+
+    def on_message_begin(self) -> None:
+        self._messages += 1
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers are dropped: nobody has checked them.
+        if self._has_head:
+            return
+        self._list_bytes += len(name) + len(value) + _ENTRY_BYTES
+        if len(self._fields) < LIST_FIELDS:
+            self._fields.append((name.lower(), value.rstrip(b" \t")))
+        else:
+            self._list_bytes = LIST_BYTES + 1
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+
+    def on_message_complete(self) -> None:
+        self.is_complete = True
+
+    # -- for the connection
+
+    def feed_head(self, head: bytes) -> Head:
+        """Read one whole head. Raises BadRequest."""
+        if self._messages:
+            self._begin()
+        self._feed(head)
+        if self._messages > 1 or not self._has_head:
+            raise BadRequest(400, "the request is malformed: its head ends where it should not")
+        return self._head()
+
+    def feed_body(self, data: bytes) -> bytes:
+        """Return the part of the body in `data`. Raises BadRequest for bytes that are no part of this request."""
+        self._feed(data)
+        if self._messages > 1:
+            raise BadRequest(400, "another request follows in the chunks of this one")
+        pieces = self._pieces
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._received += len(piece)
+        self._framing += len(data) - len(piece)
+        if self._framing > _FRAMING_BYTES + _FRAMING_RATIO * self._received:
+            raise BadRequest(400, "the body has too much around its chunks: send larger ones")
+        return piece
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        # An upgrade is not made (RFC 9110, section 7.8): the request is served as it is.
+        except httptools.HttpParserUpgrade:
+            pass
+        except httptools.HttpParserInvalidMethodError as err:
+            raise BadRequest(501, "this method is not supported") from err
+        except httptools.HttpParserError as err:
+            raise BadRequest(400, f"the request is malformed: {err}") from err
+
+    def _head(self) -> Head:
+        if self._list_bytes > LIST_BYTES:
+            raise BadRequest(431, f"headers of more than {LIST_BYTES} bytes, or {LIST_FIELDS} fields: send less")
+        method, version = self._parser.get_method(), self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise BadRequest(505, "this server speaks HTTP/1.1 and HTTP/2")
+        if method == b"CONNECT":
+            raise BadRequest(501, "this server is no proxy")
+        names = [name for name, _ in self._fields]
+        if names.count(b"host") != 1 and (version == "1.1" or b"host" in names):
+            raise BadRequest(400, "expected one header Host")
+        by_name = dict(self._fields)
+        encoding, expected = by_name.get(b"transfer-encoding"), by_name.get(b"expect")
+        if encoding is not None and (version == "1.0" or encoding.lower() != b"chunked"):
+            raise BadRequest(501, "of all transfer encodings, only chunked in HTTP/1.1 is supported")
+        if expected is not None and expected.lower() != b"100-continue":
+            raise BadRequest(417, "the only supported expectation is 100-continue")
+        block = Block(
+            [(b":method", method), (b":path", _target(self._url)), *self._fields], self._list_bytes + len(self._url)
+        )
+        length = None if encoding is not None else int(by_name.get(b"content-length", b"0"))
+        is_1_0 = version == "1.0"
+        keeps_alive = self._parser.should_keep_alive()
+        return Head(block, is_1_0, keeps_alive, expected is not None and not is_1_0, length)
+
+
+def _target(url: bytes) -> bytes:
+    """Return the path and query of a request target (RFC 9112, section 3.2). Raises BadRequest."""
+    if b"#" in url:
+        raise BadRequest(400, "a fragment is no part of a request")
+    if url.startswith((b"http://", b"https://")):
+        _, _, rest = url.partition(b"://")
+        slash = rest.find(b"/")
+        return rest[slash:] if slash >= 0 else b"/"
+    if url[:1] != b"/" and url != b"*":
+        raise BadRequest(400, "expected a path that begins with a slash")
+    return url

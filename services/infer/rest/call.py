@@ -1,0 +1,435 @@
+"""One call: its body, its admission, its deadline, and its response.
+
+    stream ──data──> pieces ──is_end──> task: join, decompress ──> operation ──> Reply, or events ──> stream
+           ──disconnected──> the task is cancelled
+
+The call is the memory of its request (`RequestMemory`), from the first piece of its body to its response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import zlib
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from mesh.h2.server_connection import TENANT
+from mesh.h2.stream import SMALL_BODY, ServerStream
+from mesh.rpc import status
+from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.framing import (
+    INLINE_BYTES,
+    JOIN_BYTES,
+    PIECE_OVERHEAD,
+    inflated,
+    inflated_inline,
+    most_inflated,
+    no_memory,
+    stalled,
+    too_large,
+    unread,
+)
+from mesh.rpc.interceptors import log_error, status_of
+from mesh.rpc.slow_call import CALLER, CallTable
+from services.infer.requests.request_memory import RequestPart
+from services.infer.rest.json_text import PARSED_RATIO, PARSER, check
+from services.infer.rest.target import Target
+from services.infer.scheduling.crash_guard import ATTEMPT
+from shoal.errors import (
+    RETRY_AFTER_KEY,
+    Code,
+    DeadlineExceeded,
+    InvalidArgument,
+    ShoalError,
+    Unavailable,
+    Unimplemented,
+)
+
+log = logging.getLogger(__name__)
+
+HTTP_STATUS: Mapping[Code, int] = {
+    Code.CANCELLED: 499,
+    Code.UNKNOWN: 500,
+    Code.INVALID_ARGUMENT: 400,
+    Code.DEADLINE_EXCEEDED: 504,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.FAILED_PRECONDITION: 400,
+    Code.ABORTED: 409,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNIMPLEMENTED: 501,
+    Code.INTERNAL: 500,
+    Code.UNAVAILABLE: 503,
+    Code.DATA_LOSS: 500,
+    Code.UNAUTHENTICATED: 401,
+}
+"""Status of HTTP by the code of an error. They are Triton's, where Triton has the error."""
+
+JSON = b"application/json"
+_EVENTS = b"text/event-stream; charset=utf-8"
+_ENCODINGS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+# Smaller responses are not compressed.
+_COMPRESSED_BYTES = 1 << 10
+# The fastest: 100 MB/s.
+_LEVEL = 1
+_ATTEMPT = ATTEMPT.encode()
+# Parses of smaller JSON hold too little memory to take turns.
+_LARGE_JSON = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole response."""
+
+    body: bytes = b""
+    content_type: bytes = JSON
+    status: int = 200
+    fields: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def json_reply(document: Any, status: int = 200) -> Reply:
+    """Return a response with a JSON document."""
+    return Reply(orjson.dumps(document), JSON, status)
+
+
+Events = AsyncGenerator[bytes, None]
+"""A streamed response: JSON documents, each sent as one server-sent event."""
+
+
+class RestTable(CallTable, Protocol):
+    """The part of an application that a call uses."""
+
+    tracer: FastTracer | None
+    json_turn: asyncio.Lock
+    """Held while a large JSON document exists as Python objects."""
+
+    def operation(self, target: Target) -> Callable[[RestCall], Any]:
+        """Return the coroutine function of an operation: it returns a Reply, or Events."""
+
+
+class RestCall:
+    """One call; the RequestHandler of its stream. Its body is whole before its operation begins."""
+
+    def __init__(self, app: RestTable, stream: ServerStream, target: Target) -> None:
+        self._app = app
+        self._stream = stream
+        self.target = target
+        self.headers = stream.head.by_name
+        self.deadline = math.inf
+        """On the app's clock; infinite without one."""
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._task: asyncio.Task[None] | None = None
+        self._refusal: ShoalError | None = None
+        self._is_over = self._has_begun = False
+        self._span = None if app.tracer is None else app.tracer.begin(self.headers)
+
+    # -- RequestHandler
+
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        """Keep a piece of the body. The task begins with the last one."""
+        if self._is_over:
+            return
+        if size and (size > SMALL_BODY or self._pieces or not is_end):
+            if not self._stream.hold(size + PIECE_OVERHEAD):
+                self._fail(no_memory())
+                return
+            self._stream.consumed(size)
+        if piece:
+            self._pieces.append(piece)
+            self._size += len(piece)
+            if self._size > self._app.message_bytes:
+                self._fail(too_large(self._size, self._app.message_bytes))
+                return
+        if is_end:
+            with self._span.current() if self._span is not None else contextlib.nullcontext():
+                task = asyncio.create_task(self._run(), name=self._stream.head.path)
+            self._app.tasks.add(task)
+            task.add_done_callback(self._app.tasks.discard)
+            self._task = task
+
+    def stalled(self, idle_s: float) -> None:
+        """End the call: its body does not arrive."""
+        if not self._is_over:
+            self._fail(stalled(idle_s))
+
+    def disconnected(self) -> None:
+        """Cancel the operation."""
+        self._is_over = True
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
+    def end(self, error: ShoalError) -> None:
+        """Cancel the operation, and end the call with `error`."""
+        self._refusal = error
+        if self._task is not None:
+            self._task.cancel()
+
+    # -- RequestMemory
+
+    def hold(self, size: int) -> None:
+        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
+        if not self._stream.reserve(size):
+            raise no_memory()
+
+    def hold_response(self, size: int) -> None:
+        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
+        if not self._stream.reserve(size, is_response=True):
+            raise no_memory()
+
+    def release(self, size: int) -> None:
+        """Release bytes that were held, before the call ends."""
+        if not self._is_over:
+            self._stream.release(size)
+
+    # -- for operations
+
+    @property
+    def is_retry(self) -> bool:
+        """True when the mesh has sent the request to another instance before."""
+        return self.headers.get(_ATTEMPT, b"1") != b"1"
+
+    @property
+    def tenant(self) -> str:
+        """The tenant: the verified caller's, else the one that the caller names."""
+        access = self._app.access
+        if access is None:
+            return self.headers.get(TENANT, b"").decode("latin-1")
+        caller = access.check(self.target.rpc, self.headers.get(CALLER), self.target.model)
+        return "" if caller is None else caller.tenant
+
+    def check(self, rpc: str, model: str) -> None:
+        """Raise PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model."""
+        if self._app.access is not None:
+            self._app.access.check(rpc, self.headers.get(CALLER), model)
+
+    def may_see(self, model: str) -> bool:
+        """Return True when the caller may see the model in a list."""
+        access = self._app.access
+        return access is None or access.allows(self.target.rpc, self.headers.get(CALLER), model)
+
+    async def body(self) -> bytes:
+        """Return the body, joined and decompressed. Raises a ShoalError when it cannot be."""
+        pieces, self._pieces = self._pieces, []
+        size = self._size
+        body = pieces[0] if len(pieces) == 1 else b""
+        if len(pieces) > 1:
+            self.hold(size)
+            body = await self._worked(lambda: b"".join(pieces), is_long=size > JOIN_BYTES)
+        encoding = self.headers.get(b"content-encoding", b"identity").lower()
+        if encoding == b"identity":
+            return body
+        if encoding not in _ENCODINGS:
+            raise Unimplemented("Unsupported compression type")
+        plain = inflated_inline(body, encoding)
+        if plain is not None:
+            self.hold(len(plain))
+            return plain
+        limit = self._app.message_bytes
+        self.hold(most_inflated(body, encoding, limit))
+        return await self._worked(lambda: inflated(body, encoding, limit, lambda: self._is_over), is_long=True)
+
+    async def _worked(self, work: Callable[[], bytes], *, is_long: bool) -> bytes:
+        """Return the result of `work` on the body: in a thread when it is long."""
+        if not is_long:
+            return work()
+        done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def deliver(result: bytes | BaseException) -> None:
+            if done.done():
+                return
+            if isinstance(result, BaseException):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
+
+        begun = self._app.threads.start(self.headers.get(TENANT, b""), work, deliver)
+        try:
+            return await done
+        finally:
+            begun.cancel()
+
+    @contextlib.asynccontextmanager
+    async def parsed(self, text: bytes) -> AsyncGenerator[Any, None]:
+        """Yield the JSON document in `text`. Its objects are counted, and one large one exists at a time.
+
+        Raises InvalidArgument for other text, and for a document that costs too much.
+        """
+        check(text)
+        async with self._app.json_turn if len(text) > _LARGE_JSON else contextlib.nullcontext():
+            part = RequestPart(self)
+            part.hold(PARSED_RATIO * len(text) if len(text) > SMALL_BODY else 0)
+            try:
+                yield await self._app.turns.parse(PARSER, text)
+            finally:
+                part.close()
+
+    # -- the call
+
+    async def _run(self) -> None:
+        code, message = Code.OK, ""
+        try:
+            await self._call()
+        except asyncio.CancelledError:
+            if self._is_over:
+                code = Code.CANCELLED
+            else:
+                error = self._refusal or Unavailable("this instance is stopping")
+                code, message = error.code, error.message
+                self._fail(error)
+                if self._refusal is None:
+                    raise
+        # SystemExit, too: an exception of one call must not end the others.
+        except BaseException as err:
+            code, message = Code(status_of(err)[0].value[0]), str(err)
+            log_error(self.target.rpc, err)
+            self._fail(err)
+            # A traceback refers to frames, some of which refer to the exception: a reference cycle.
+            err.__traceback__ = None
+        finally:
+            if self._span is not None and self._app.tracer is not None:
+                self._app.tracer.end(self._span, self.target.rpc, code, message)
+
+    async def _call(self) -> None:
+        access = self._app.access
+        if access is None:
+            await self._admitted()
+        else:
+            with access.open_call(self.target.rpc, self.headers.get(CALLER), self.end):
+                await self._admitted()
+
+    async def _admitted(self) -> None:
+        clock = self._app.clock
+        if self.target.model:
+            self.check(self.target.rpc, self.target.model)
+        self.deadline = status.deadline(self.headers, clock())
+        left = None if self.deadline == math.inf else max(self.deadline - clock(), 0.0)
+        try:
+            async with asyncio.timeout(left):
+                found = await self._app.operation(self.target)(self)
+                if isinstance(found, Reply):
+                    await self._reply(found)
+                else:
+                    await self._stream_events(found)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline of the call has passed") from None
+
+    async def _reply(self, reply: Reply) -> None:
+        body, fields = reply.body, list(reply.fields)
+        if len(body) > self._app.message_bytes:
+            raise too_large(len(body), self._app.message_bytes)
+        if len(body) >= _COMPRESSED_BYTES and (encoding := _accepted(self.headers.get(b"accept-encoding", b""))):
+            plain, wbits = body, _ENCODINGS[encoding]
+            self.hold_response(len(plain))
+            body = await self._worked(lambda: _compressed(plain, wbits), is_long=len(plain) > INLINE_BYTES)
+            fields.append((b"content-encoding", encoding))
+        self._respond(reply.status, reply.content_type, body, fields)
+
+    def _respond(
+        self, status: int, content_type: bytes, body: bytes, fields: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        if self._is_over:
+            return
+        stream = self._stream
+        if not stream.has_room(len(body)):
+            raise unread()
+        self._is_over = True
+        head = [(b"content-type", content_type), *(fields or ()), (b"content-length", b"%d" % len(body))]
+        stream.respond(stream.encode_head(status, head), body)
+
+    async def _stream_events(self, events: Events) -> None:
+        stream = self._stream
+        async with aclosing(events):
+            async for event in events:
+                if not self._has_begun:
+                    self._has_begun = True
+                    head = [(b"content-type", _EVENTS), (b"cache-control", b"no-store")]
+                    stream.start(stream.encode_head(200, head))
+                await self._send(event)
+        if self._has_begun:
+            self._is_over = True
+            stream.end()
+        else:
+            self._respond(200, _EVENTS, b"")
+
+    async def _send(self, event: bytes) -> None:
+        data = b"data: %b\n\n" % event
+        if not self._stream.has_room(len(data)):
+            raise unread()
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stream.send(data, lambda: None if sent.done() else sent.set_result(None))
+        await sent
+
+    def _fail(self, error: BaseException) -> None:
+        """End the call with an error: as a response, or as the last event of one that has begun."""
+        if self._is_over:
+            return
+        self._pieces = []
+        code, message, trailing = status_of(error)
+        body = error_body(message)
+        stream = self._stream
+        self._is_over = True
+        if self._has_begun:
+            stream.send(b"data: %b\n\n" % body, lambda: None)
+            stream.end()
+            return
+        http_status = HTTP_STATUS[Code(code.value[0])]
+        fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
+        head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
+        stream.respond(stream.encode_head(http_status, head), body)
+
+
+def error_body(message: str) -> bytes:
+    """Return the JSON of an error, in Triton's form."""
+    return orjson.dumps({"error": message.encode(errors="replace").decode()})
+
+
+def error_fields(http_status: int, retry_after_ms: str | None) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an error's response."""
+    fields: list[tuple[bytes, bytes]] = []
+    if http_status == 401:
+        fields.append((b"www-authenticate", b"Bearer"))
+    if retry_after_ms is not None:
+        fields.append((RETRY_AFTER_KEY.encode(), retry_after_ms.encode()))
+        fields.append((b"retry-after", b"%d" % math.ceil(int(retry_after_ms) / 1000)))
+    return fields
+
+
+def _accepted(header: bytes) -> bytes | None:
+    """Return the first supported compression in a header Accept-Encoding; None without one."""
+    for part in header.lower().split(b","):
+        name, _, parameter = part.partition(b";")
+        if name.strip() in _ENCODINGS and parameter.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"):
+            return name.strip()
+    return None
+
+
+def _compressed(body: bytes, wbits: int) -> bytes:
+    stream = zlib.compressobj(_LEVEL, zlib.DEFLATED, wbits)
+    return stream.compress(body) + stream.flush()
+
+
+def header_length(headers: Mapping[bytes, bytes], size: int) -> int | None:
+    """Return the bytes of JSON before the binary tensors of a body; None for a body of JSON alone.
+
+    Raises:
+        InvalidArgument: the header is no number from 0 to the size of the body.
+    """
+    given = headers.get(b"inference-header-content-length")
+    if given is None:
+        return None
+    length = int(given) if given.isdigit() and len(given) < 20 else -1
+    if not 0 <= length <= size:
+        shown = given[:40].decode("latin-1")
+        raise InvalidArgument(f"inference header size should be in range (0, {size}), got: {shown}")
+    return length

@@ -1,0 +1,133 @@
+"""The operations of REST: each only translates, as `rpc` does for gRPC."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from services.infer.core import InferenceServer
+from services.infer.model_files.config_json import as_json
+from services.infer.rest.call import Reply, RestCall, json_reply
+from services.infer.rest.generation import generate, generate_stream
+from services.infer.rest.inference import infer, set_parameters
+from services.infer.rest.json_text import as_object, member
+from shoal.access.rpc_groups import LOAD_WITH_CODE
+from shoal.errors import InvalidArgument, Unimplemented
+from shoal.inference.v2 import inference_pb2 as pb
+
+# The extensions that REST has, and gRPC does not need.
+_EXTENSIONS = ("binary_tensor_data", "parameters")
+_PLAIN = b"text/plain"
+_NOT_READY = 400
+_FILE = "file:"
+
+
+class Operations:
+    """The operations on an InferenceServer, by the names in `shoal.access.rest_paths`."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        self._server = server
+        self.by_name: dict[str, Callable[[RestCall], Any]] = {
+            "live": self._live,
+            "ready": self._ready,
+            "metadata": self._metadata,
+            "model metadata": self._model_metadata,
+            "model ready": self._model_ready,
+            "model config": self._model_config,
+            "statistics": self._statistics,
+            "index": self._index,
+            "load": self._load,
+            "unload": self._unload,
+            "infer": partial(infer, server),
+            "generate": partial(generate, server),
+            "generate stream": partial(generate_stream, server),
+            "shared memory": _unsupported("shared memory", "send tensors in the request"),
+            "trace setting": _unsupported("TraceSetting", "tracing is set by the OTEL_* variables of the process"),
+            "log settings": _unsupported("LogSettings", "the log level is set by SHOAL_INFER_LOG_LEVEL"),
+        }
+
+    async def _live(self, call: RestCall) -> Reply:
+        return Reply(content_type=_PLAIN)
+
+    async def _ready(self, call: RestCall) -> Reply:
+        return Reply(content_type=_PLAIN, status=200 if self._server.ready().ready else _NOT_READY)
+
+    async def _metadata(self, call: RestCall) -> Reply:
+        found = self._server.metadata()
+        return json_reply(
+            {"name": found.name, "version": found.version, "extensions": [*found.extensions, *_EXTENSIONS]}
+        )
+
+    async def _model_metadata(self, call: RestCall) -> Reply:
+        target = call.target
+        found = as_json(self._server.model_metadata(pb.ModelMetadataRequest(name=target.model, version=target.version)))
+        found.pop("properties", None)
+        return json_reply(found)
+
+    async def _model_ready(self, call: RestCall) -> Reply:
+        target = call.target
+        if self._server.model_ready(pb.ModelReadyRequest(name=target.model, version=target.version)).ready:
+            return Reply(content_type=_PLAIN)
+        return json_reply({"error": "Model version not ready"}, _NOT_READY)
+
+    async def _model_config(self, call: RestCall) -> Reply:
+        target = call.target
+        return json_reply(
+            as_json(self._server.model_config(pb.ModelConfigRequest(name=target.model, version=target.version)).config)
+        )
+
+    async def _statistics(self, call: RestCall) -> Reply:
+        target = call.target
+        request = pb.ModelStatisticsRequest(name=target.model, version=target.version)
+        return json_reply(as_json(self._server.model_statistics(request, call.may_see)))
+
+    async def _index(self, call: RestCall) -> Reply:
+        async with call.parsed(await call.body() or b"{}") as document:
+            is_ready = member(as_object(document, "the request"), "ready", bool, False)
+        found = self._server.index(pb.RepositoryIndexRequest(ready=is_ready), call.may_see)
+        return json_reply([{name: value for name, value in as_json(row).items() if value} for row in found.models])
+
+    async def _load(self, call: RestCall) -> Reply:
+        request = pb.RepositoryModelLoadRequest(model_name=call.target.model)
+        body = await call.body()
+        async with call.parsed(body or b"{}") as document:
+            given = member(as_object(document, "the request"), "parameters", dict, {})
+            # A configuration may name another backend, or another address. A file may be code.
+            if given:
+                call.check(LOAD_WITH_CODE, call.target.model)
+            call.hold(len(body))
+            for name, value in given.items():
+                _set_load_parameter(request, name, value)
+        await self._server.load_model(request)
+        return Reply()
+
+    async def _unload(self, call: RestCall) -> Reply:
+        request = pb.RepositoryModelUnloadRequest(model_name=call.target.model)
+        async with call.parsed(await call.body() or b"{}") as document:
+            given = member(as_object(document, "the request"), "parameters", dict, {})
+            for name, value in given.items():
+                if type(value) is not bool:
+                    raise InvalidArgument(f"parameter '{name[:40]}': expected true or false")
+                request.parameters[name].bool_param = value
+        await self._server.unload_model(request, partial(call.check, call.target.rpc))
+        return Reply()
+
+
+def _set_load_parameter(request: pb.RepositoryModelLoadRequest, name: str, value: Any) -> None:
+    if name.startswith(_FILE) and type(value) is str:
+        try:
+            request.parameters[name].bytes_param = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as err:
+            raise InvalidArgument(f"parameter '{name[:80]}': expected base64") from err
+    else:
+        set_parameters(request.parameters, {name: value})
+
+
+def _unsupported(what: str, instead: str) -> Callable[[RestCall], Any]:
+    async def refuse(call: RestCall) -> Reply:
+        raise Unimplemented(f"{what} is not supported: {instead}")
+
+    return refuse

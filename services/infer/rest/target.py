@@ -1,0 +1,70 @@
+"""Operation, model and version that a request's path names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from shoal.access import rest_paths
+from shoal.errors import InvalidArgument, NotFound
+
+# Longer paths name nothing. A name of 255 characters has at most 3,060 bytes when it is encoded.
+_MAX_PATH = 8 << 10
+
+_HEX = frozenset(b"0123456789abcdefABCDEF")
+
+
+class MethodNotAllowed(Exception):
+    """The path is served, with other methods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request is for."""
+
+    operation: str
+    rpc: str
+    """Path of the RPC of gRPC that does the same."""
+    model: str = ""
+    version: str = ""
+
+
+def read(method: str, path: str) -> Target:
+    """Return the target of a request. Names are percent-decoded, once.
+
+    Raises:
+        NotFound: no such path is served. MethodNotAllowed: not with this method.
+        InvalidArgument: the path is not encoded correctly.
+    """
+    plain = path.partition("?")[0]
+    if not plain.startswith("/") or len(plain) > _MAX_PATH:
+        raise NotFound("Not Found")
+    segments = tuple(_decoded(segment) if "%" in segment else segment for segment in plain[1:].split("/"))
+    if any(part in ("", ".", "..") for segment in segments for part in segment.split("/")):
+        raise NotFound("Not Found")
+    is_path = False
+    for found, values in rest_paths.found(segments):
+        if found.method == method:
+            version = values.get("version", "")
+            # As Triton: a version that is no number is no path.
+            if version and not (version.isascii() and version.isdecimal()):
+                break
+            return Target(found.operation, found.rpc, values.get("model", ""), version)
+        is_path = True
+    if is_path:
+        raise MethodNotAllowed
+    raise NotFound("Not Found")
+
+
+def _decoded(segment: str) -> str:
+    raw = segment.encode("latin-1")
+    for part in raw.split(b"%")[1:]:
+        if len(part) < 2 or not _HEX.issuperset(part[:2]):
+            raise InvalidArgument("the path has a percent sign without two hexadecimal digits")
+    try:
+        name = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError as err:
+        raise InvalidArgument("the path is not UTF-8 when it is decoded") from err
+    if not name.isprintable() or "\\" in name:
+        raise InvalidArgument("the path has a control character, or a backslash, when it is decoded")
+    return name
