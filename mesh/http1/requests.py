@@ -50,7 +50,6 @@ class RequestReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
         self._list_bytes = 0
@@ -60,7 +59,9 @@ class RequestReader:
         self._has_head = False
         self.is_complete = False
         """True when the whole body of the last head has arrived."""
+        # The parser keeps the callbacks that it finds now.
         self.on_body = self._pieces.append
+        self._parser = httptools.HttpRequestParser(self)
 
     # -- callbacks of httptools
 
