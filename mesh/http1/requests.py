@@ -9,6 +9,7 @@ obs-fold; NUL, CR or LF within a line; lines that end with LF alone; spaces befo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import httptools
@@ -16,6 +17,9 @@ import httptools
 from mesh.h2.headers import LIST_BYTES, LIST_FIELDS, Block
 
 _ENTRY_BYTES = 32
+
+# httptools drops the body of a request with this header: it would be read as the next request.
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 # Bytes of a chunked body beside its data: sizes of chunks, their extensions, trailers. One byte in a chunk takes five.
 _FRAMING_BYTES, _FRAMING_RATIO = 64 << 10, 8
@@ -56,7 +60,7 @@ class RequestReader:
         self._messages = 0
         self._pieces: list[bytes] = []
         self._framing = self._received = 0
-        self._has_head = False
+        self._has_head = self._keeps_alive = False
         self.is_complete = False
         """True when the whole body of the last head has arrived."""
         # The parser keeps the callbacks that it finds now.
@@ -83,6 +87,8 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         self._has_head = True
+        # Later, httptools has forgotten the connection's headers.
+        self._keeps_alive = self._parser.should_keep_alive()
 
     def on_message_complete(self) -> None:
         self.is_complete = True
@@ -93,7 +99,8 @@ class RequestReader:
         """Read one whole head. Raises BadRequest."""
         if self._messages:
             self._begin()
-        self._feed(head)
+        # An upgrade is not made (RFC 9110, section 7.8): the request is served as it is.
+        self._feed(_UPGRADE.sub(b"", head))
         if self._messages > 1 or not self._has_head:
             raise BadRequest(400, "the request is malformed: its head ends where it should not")
         return self._head()
@@ -115,7 +122,7 @@ class RequestReader:
     def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        # An upgrade is not made (RFC 9110, section 7.8): the request is served as it is.
+        # CONNECT, which is refused with its head.
         except httptools.HttpParserUpgrade:
             pass
         except httptools.HttpParserInvalidMethodError as err:
@@ -145,8 +152,7 @@ class RequestReader:
         )
         length = None if encoding is not None else int(by_name.get(b"content-length", b"0"))
         is_1_0 = version == "1.0"
-        keeps_alive = self._parser.should_keep_alive()
-        return Head(block, is_1_0, keeps_alive, expected is not None and not is_1_0, length)
+        return Head(block, is_1_0, self._keeps_alive, expected is not None and not is_1_0, length)
 
 
 def _target(url: bytes) -> bytes:
