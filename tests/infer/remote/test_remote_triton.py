@@ -27,8 +27,8 @@ def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     for model in models.iterdir():
         if model.name not in MODELS:
             shutil.rmtree(model)
-    with triton_process.running(repository_root / ".venv-triton", models, folder) as address:
-        yield address
+    with triton_process.running(repository_root / ".venv-triton", models, folder) as running:
+        yield running.grpc
 
 
 @pytest.fixture

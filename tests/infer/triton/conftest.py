@@ -13,25 +13,36 @@ from tests.infer.conformance import wire
 from tests.infer.conformance.instance import EXPLICIT, Instance
 from tests.infer.triton import differences, repository, triton_process
 from tests.infer.triton.differences import Difference
+from tests.infer.triton.triton_process import Triton
 
 
 # Not for the session: Triton is some thirty processes, which no other file needs.
-@pytest.fixture(scope="module")
-def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
+@pytest.fixture(scope="package")
+def triton_served(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
     folder = tmp_path_factory.mktemp("triton")
     models = repository.write(folder / "models")
-    with triton_process.running(repository_root / ".venv-triton", models, folder) as address:
-        with grpc.insecure_channel(address, options=wire.OPTIONS) as channel:
-            yield GRPCInferenceServiceStub(channel)
+    with triton_process.running(repository_root / ".venv-triton", models, folder) as running:
+        yield running
 
 
-@pytest.fixture(scope="module")
-def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
+@pytest.fixture(scope="package")
+def shoal_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("shoal")
     models = repository.write(folder / "models")
     with Instance.serving(models, folder / "serve.log", EXPLICIT) as running:
-        with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
-            yield GRPCInferenceServiceStub(channel)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def triton(triton_served: Triton) -> Iterator[GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(triton_served.grpc, options=wire.OPTIONS) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def shoal(shoal_process: Instance) -> Iterator[GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(shoal_process.address, options=wire.OPTIONS) as channel:
+        yield GRPCInferenceServiceStub(channel)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -24,9 +25,17 @@ from tests.infer.conformance import wire
 READY_S = 60
 
 
+@dataclass(frozen=True)
+class Triton:
+    """Addresses of a running Triton."""
+
+    grpc: str
+    http: str
+
+
 @contextmanager
-def running(environment: Path, root: Path, work: Path) -> Iterator[str]:
-    """Serves the repository `root` until the block ends; gives the address.
+def running(environment: Path, root: Path, work: Path) -> Iterator[Triton]:
+    """Serves the repository `root` until the block ends; gives the addresses.
 
     Args:
         environment: the virtual environment with the wheel.
@@ -35,7 +44,7 @@ def running(environment: Path, root: Path, work: Path) -> Iterator[str]:
     packages = next(environment.glob("lib/python3*/site-packages"), None)
     if packages is None:
         pytest.fail("real Triton has an environment of its own: run `make .venv-triton/.installed`")
-    port, log = free_port(), work / "triton.log"
+    port, http_port, log = free_port(), free_port(), work / "triton.log"
     command = [
         str(packages / "pytriton/tritonserver/bin/tritonserver"),
         f"--model-repository={root}",
@@ -45,7 +54,8 @@ def running(environment: Path, root: Path, work: Path) -> Iterator[str]:
         # Each model would be started twice otherwise, and half a minute be lost.
         "--disable-auto-complete-config",
         "--model-load-thread-count=4",
-        "--allow-http=false",
+        "--http-address=127.0.0.1",
+        f"--http-port={http_port}",
         "--allow-metrics=false",
         "--grpc-address=127.0.0.1",
         f"--grpc-port={port}",
@@ -56,7 +66,7 @@ def running(environment: Path, root: Path, work: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
     try:
         _wait(f"127.0.0.1:{port}", process, log)
-        yield f"127.0.0.1:{port}"
+        yield Triton(f"127.0.0.1:{port}", f"127.0.0.1:{http_port}")
     finally:
         process.terminate()
         try:
