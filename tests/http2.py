@@ -99,7 +99,7 @@ class Connection:
             ":method": "POST",
             ":scheme": "http",
             ":path": path,
-            ":authority": "shoal",
+            ":authority": "localhost",
             "te": "trailers",
             "content-type": "application/grpc",
         }

@@ -22,7 +22,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Envoy restarts within about a second; gRPC's default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.default_authority", "shoal"),
+    ("grpc.default_authority", "localhost"),
 )
 
 

@@ -1,10 +1,10 @@
-"""Envoy's part of a policy: tokens, roles and RPCs, host names. Plain data for files and for ADS.
+"""Envoy's part of a policy: tokens, roles and RPCs. Plain data for files and for ADS.
 
-    early removal of x-shoal-* ──> callers: jwt_authn ──> key ids: RBAC ──> rules: RBAC ──> router ──> service
-                                      │                                       │
-                                      └── x-shoal-caller, -issuer, -role, -key, -tenant
+    early removal of x-shoal-* ──> (mesh.xds.web) ──> callers: jwt_authn ──> key ids: RBAC ──> rules: RBAC ──> router
+                                                         │
+                                                         └── x-shoal-caller, -issuer, -role, -key, -tenant
 
-`callers` and `rules` are extension configurations (ECDS), and host names a route configuration (RDS). A changed
+`callers` and `rules` are extension configurations (ECDS); host names and web pages are in the routes (RDS). A changed
 listener would be in force late, and would close connections. Fields: envoy.extensions.filters.http.jwt_authn.v3 and
 envoy.extensions.filters.http.rbac.v3. This module imports nothing of Envoy's classes, which take most of a second.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from shoal.access.caller_header import CALLER_HEADER, ISSUER_HEADER, KEY_HEADER, ROLE_HEADER, TRUSTED_PREFIX
 from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
-from shoal.access.policy import ANY, Issuer, Policy
+from shoal.access.policy import Issuer, Policy
 from shoal.tenant_header import TENANT_HEADER
 
 _API = "type.googleapis.com"
@@ -33,6 +33,9 @@ CALLERS, RULES = "shoal.callers", "shoal.rules"
 _CACHED_TOKENS = 8192
 # Metadata of jwt_authn with the header of a verified token.
 _TOKEN_HEADER = "token"
+TOKEN_REMOVAL: Mapping[str, Any] = {"request_headers_to_remove": ["authorization"]}
+"""Part of a virtual host: a service never sees a token, also where none is required."""
+
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
 
@@ -189,18 +192,6 @@ def _action(name: str, action: str) -> dict[str, Any]:
 def closed_rules() -> dict[str, Any]:
     """Return the filter that refuses every call, for as long as no policy is known."""
     return {"@type": RBAC, "matcher": {"on_no_match": _action("closed", "DENY")}}
-
-
-def hosts(names: Sequence[str], virtual_host: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the route configuration: `virtual_host` for the host names of the policy, status 421 for all others."""
-    # A service never sees a token, also where none is required.
-    removed = [*virtual_host.get("request_headers_to_remove", ()), "authorization"]
-    served = {**virtual_host, "name": "served", "domains": list(names), "request_headers_to_remove": removed}
-    if ANY in names:
-        return {"virtual_hosts": [{**served, "domains": [ANY]}]}
-    refusal = {"status": 421, "body": {"inline_string": "this server has another name: see 'hosts' of its policy\n"}}
-    other = {"name": "other", "domains": [ANY], "routes": [{"match": {"prefix": "/"}, "direct_response": refusal}]}
-    return {"virtual_hosts": [served, other], "ignore_port_in_host_matching": True}
 
 
 def extension(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
@@ -15,7 +15,8 @@ from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput  
 from mesh.xds import access
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.resource import EXTENSION, Resource, pack
-from shoal.access.policy import ANY, Policy
+from mesh.xds.web import Web
+from shoal.access.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class GatewayAccess:
     """The gateway's part of a policy."""
 
     extensions: tuple[Resource, ...]
-    hosts: tuple[str, ...] = (ANY,)
-    """Names by which clients reach the gateway."""
+    web: Web = field(default_factory=Web)
+    """Names by which clients reach the gateway, and pages that may call."""
 
 
 def gateway_access(policy: Policy | None, services: Sequence[str]) -> GatewayAccess:
@@ -39,8 +40,9 @@ def gateway_access(policy: Policy | None, services: Sequence[str]) -> GatewayAcc
         # The first filter passes everything on to the second.
         found = {CALLERS: {"@type": access.JWT}, RULES: access.closed_rules()}
         return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()))
+    web = Web(policy.hosts, policy.cors.origins)
     found = {CALLERS: access.callers(policy, services), RULES: access.rules(policy, services)}
-    return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), policy.hosts)
+    return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), web)
 
 
 def _packed(name: str, config: Mapping[str, Any]) -> Resource:

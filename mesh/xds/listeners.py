@@ -1,11 +1,11 @@
 """Listeners: the gateway for clients, and the outbound socket through which services call each other.
 
-Fields: envoy.config.listener.v3.Listener. Both listeners get the same routes over RDS, and extract the model of a call:
+Fields: envoy.config.listener.v3.Listener. Both listeners get their routes over RDS, and extract the model of a call:
 
-    (gateway: drop x-shoal-model) ──> Lua: calls without a message ──> grpc_field_extraction
+    (gateway: drop x-shoal-model ──> CORS, gRPC-Web) ──> Lua: calls without a message ──> grpc_field_extraction
         ──> Lua: metadata to headers, route again ──> router
 
-Where callers are authenticated, the filters of mesh.xds.access are the gateway's first ones.
+Where callers are authenticated, the filters of mesh.xds.access follow those for web pages.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from functools import lru_cache
 from typing import Any
 
 from envoy_data_plane.envoy.config.listener.v3 import Listener
+from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 import (
     FieldExtractions,
     GrpcFieldExtractionConfig,
     RequestFieldValueDisposition,
 )
+from envoy_data_plane.envoy.extensions.filters.http.grpc_web.v3 import GrpcWeb  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
@@ -30,7 +32,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, tls
+from mesh.xds import ADS_CLUSTER, access, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -143,7 +145,8 @@ def listener(
     manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing, has_access=has_access))
     if table.models is not None:
         extractions = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
-        manager.http_filters[-2:-2] = extractions
+        after = [each.name for each in manager.http_filters].index(BODY_FILTER) + 1
+        manager.http_filters[after:after] = extractions
     filter_chain: dict[str, Any] = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
     if sds:
         filter_chain["transport_socket"] = tls.transport_socket(sds)
@@ -169,7 +172,7 @@ def _connection_manager(
         "stat_prefix": name,
         "codec_type": "AUTO",
         "rds": {
-            "route_config_name": GATEWAY_NAME if has_access else NAME,
+            "route_config_name": GATEWAY_NAME if name == GATEWAY else NAME,
             "config_source": _FROM_ADS,
         },
         # Watches may be idle for days. Pings detect a client that has disappeared without closing its connection.
@@ -195,7 +198,12 @@ def _connection_manager(
         # Only traces use a request id. Without it, repeated calls have equal headers, which servers parse from a cache.
         "generate_request_id": tracing is not None,
         "early_header_mutation_extensions": [access.removal(NO_RETRY_HEADER) if has_access else _mutation(name)],
-        "http_filters": [*(access.filters(lambda name: _FROM_ADS) if has_access else ()), *_lua(table), _router()],
+        "http_filters": [
+            *(web.filters() if name == GATEWAY else ()),
+            *(access.filters(lambda name: _FROM_ADS) if has_access else ()),
+            *_lua(table),
+            _router(),
+        ],
     }
     if has_access:
         document["access_log"] = [access_log(ADS_CLUSTER)]

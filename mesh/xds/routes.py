@@ -18,20 +18,22 @@ from envoy_data_plane.envoy.config.route.v3 import (
     RouteMatch,
     VirtualHost,
 )
+from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import CorsPolicy  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 
 from mesh.xds import access
 from mesh.xds.clusters import model_cluster
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
+from mesh.xds.web import Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 
 NO_RETRY_HEADER = "x-shoal-no-retry"
 """Header with which a client forbids the nodes to repeat its call on another instance."""
 
 NAME = "services"
-"""The route configuration of the outbound listener, and of a gateway without a policy."""
+"""Route configuration of the outbound listener."""
 GATEWAY_NAME = "gateway"
-"""The same routes for the host names of a policy."""
+"""Route configuration of the gateway: the same routes, for its host names and for web pages."""
 MODEL_HEADER = "x-shoal-model"
 SEQUENCE_HEADER = "x-shoal-sequence"
 """The sequence of a step, as the hexadecimal digits of the encoded parameter."""
@@ -115,17 +117,21 @@ def route_configuration(
     table: RouteTable,
     models: tuple[str, ...],
     sequenced: frozenset[str] = frozenset(),
-    hosts: tuple[str, ...] | None = None,
+    web: Web | None = None,
+    *,
+    has_access: bool = False,
 ) -> Resource:
     """Build the routes of `table`; calls that name one of `models` go to that model's cluster.
 
-    `sequenced` is a subset of `models`: all steps of one sequence of such a model go to one endpoint.
-    `hosts` are the names of a gateway with a policy. None: the routes are for every name.
+    `sequenced` is a subset of `models`: all steps of one sequence of such a model go to one endpoint. `web` is for the
+    routes of a gateway; with `has_access`, it follows a policy.
 
     The routes of models come first. Envoy matches routes one after the other, in microseconds for hundreds. Without
     `models`, the model of a call is not extracted: extraction costs as much as all other routing of the call.
     """
     routes = [_no_path()]
+    if web is not None:
+        routes.append(_foreign_page(web))
     for service in table.services:
         names_model = table.models is not None and service.prefix == table.models.prefix
         if names_model and models and table.models is not None:
@@ -140,24 +146,29 @@ def route_configuration(
         routes += _service(
             service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
         )
-    host: dict[str, Any] = {
+    served: dict[str, Any] = {
         # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
         "include_request_attempt_count": True,
         # Envoy buffers a request for retries up to this size, and extracts the model of messages up to this size.
         # Connection buffers are separate.
         "request_body_buffer_limit": table.body_bytes,
     }
-    name = NAME if hosts is None else GATEWAY_NAME
-    document = {"virtual_hosts": [{**host, "name": "any", "domains": ["*"]}]}
-    if hosts is not None:
-        document = access.hosts(hosts, host)
-    served, *others = document.pop("virtual_hosts")
+    if has_access:
+        served.update(access.TOKEN_REMOVAL)
+    name = NAME if web is None else GATEWAY_NAME
+    first, *others = virtual_hosts(web, served) if web is not None else [{**served, "name": "any", "domains": ["*"]}]
     # Snapshots check references to clusters. With validation by Envoy, one missing cluster would reject all routes.
-    configuration = RouteConfiguration.from_dict({**document, "name": name, "validate_clusters": False})
-    written = nested(_HOSTS, bytes(VirtualHost.from_dict(served)) + b"".join(nested(_ROUTE, one) for one in routes))
-    written += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
+    configuration = RouteConfiguration.from_dict(
+        {"name": name, "validate_clusters": False, "ignore_port_in_host_matching": web is not None}
+    )
+    hosts = nested(_HOSTS, bytes(VirtualHost.from_dict(first)) + b"".join(nested(_ROUTE, route) for route in routes))
+    hosts += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
-    return pack_serialized(ROUTES, name, bytes(configuration) + written, frozenset(needs))
+    return pack_serialized(ROUTES, name, bytes(configuration) + hosts, frozenset(needs))
+
+
+def _foreign_page(web: Web) -> bytes:
+    return bytes(Route.from_dict({**foreign_page(web), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}))
 
 
 @lru_cache(64)

@@ -7,7 +7,7 @@ all unchanged resources and costs only the changed ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,7 @@ from mesh.xds.listeners import GATEWAY, OUTBOUND, listener
 from mesh.xds.resource import TYPES, Resource
 from mesh.xds.routes import MODEL_NAME, RouteTable, route_configuration
 from mesh.xds.tracing import Tracing, collector_cluster
+from mesh.xds.web import ANY, Web, web_of
 from shoal.errors import InvalidArgument
 
 _MAX_PIPE_PATH = 107
@@ -106,7 +107,7 @@ def snapshot(
 ) -> Snapshot:
     """Build the configuration of the Envoy of `node`, with every cluster that a route or listener names.
 
-    `access` is the policy of the gateway; None: every caller may call every method.
+    `access` is the policy of the gateway; None: every caller may call every method, and no web page.
 
     Raises:
         LookupError: a named cluster is missing, a bug of the builders. Envoy would accept the routes but fail the calls
@@ -116,20 +117,30 @@ def snapshot(
     found = clusters_of(instances, drained, node.id, table)
     sequenced = _sequence_models(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
     sticky = {model_cluster(model) for model in sequenced}
+    routed = _routed_models(found, sequenced, table)
     tried = table.tried_unhealthy
     built = [cluster(name, is_sticky=name in sticky, tries_unhealthy=name in tried) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
         listener(GATEWAY, node.gateway, table, tracing, node.sds, has_access=access is not None),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
-        route_configuration(table, _routed_models(found, sequenced, table), sequenced),
+        route_configuration(table, routed, sequenced),
+        route_configuration(table, routed, sequenced, _web(access, node.gateway), has_access=access is not None),
+        *(() if access is None else access.extensions),
     ]
-    if access is not None:
-        models = _routed_models(found, sequenced, table)
-        built += [route_configuration(table, models, sequenced, access.hosts), *access.extensions]
     if tracing is not None:
         built.append(collector_cluster(tracing))
     return checked(built)
+
+
+def _web(access: GatewayAccess | None, gateway: str) -> Web:
+    """Return what a gateway serves. A policy with names keeps those by which the node calls its own gateway."""
+    if access is None:
+        return web_of(gateway)
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(listen := gateway.rpartition(":")[0], listen)
+    named = {name.lower() for name in access.web.hosts}
+    own = (name for name in ("localhost", host) if name not in named)
+    return access.web if ANY in named else replace(access.web, hosts=(*access.web.hosts, *own))
 
 
 def _sequence_models(instances: Iterable[Instance]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The policy document: issuers of tokens, roles, grants, host names and revoked keys. Nothing is allowed by default.
+"""The policy document: issuers, roles, grants, host names, web pages and revoked keys. Nothing is allowed by default.
 
     version: 1
     issuers:
@@ -57,6 +57,9 @@ Group = Literal["health", "read", "infer", "jobs", "models", "code", "operate", 
 GroupOrAny = Literal["*", "health", "read", "infer", "jobs", "models", "code", "operate", "administer"]
 Host = Annotated[
     str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])$", max_length=253)
+]
+Origin = Annotated[
+    str, Field(pattern=r"^https?://([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?$", max_length=255)
 ]
 ClaimPath = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$", max_length=255)]
 
@@ -170,6 +173,23 @@ class Grant(_Part):
         return self
 
 
+class Cors(_Part):
+    """Web pages that may call. Without it, no page may."""
+
+    origins: Annotated[tuple[Origin, ...], Field(max_length=100)] = ()
+    """Origins of pages as browsers send them: scheme and host in lower case, and a port that is not the scheme's own.
+    No path, and no `*`."""
+
+    @field_validator("origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        _check_distinct([*origins], "origin")
+        for origin in origins:
+            if re.fullmatch(r"http://.*:80|https://.*:443", origin):
+                raise ValueError(f"{origin}: browsers leave the port out: use {origin.rpartition(':')[0]}")
+        return origins
+
+
 class Policy(_Part):
     """A policy of access. Every call that it does not allow is refused."""
 
@@ -180,6 +200,7 @@ class Policy(_Part):
     grants: Annotated[tuple[Grant, ...], Field(max_length=GRANTS)] = ()
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=100)] = (ANY,)
     """Names by which clients reach the server, without ports; `*.` may begin one. Other names are refused."""
+    cors: Cors = Cors()
     open: tuple[Literal["health"], ...] = ()
     """Groups that need no token."""
     revoked: Annotated[

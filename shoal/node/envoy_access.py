@@ -11,6 +11,7 @@ from typing import Any
 
 from mesh.xds import access
 from mesh.xds.access import CALLERS, RULES
+from mesh.xds.web import Web, virtual_hosts
 from shoal.access.policy import Policy
 
 _ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
@@ -37,8 +38,15 @@ def write(policy: Policy, folder: Path, services: Sequence[str], virtual_host: M
     """
     _replace(folder, CALLERS, access.extension(CALLERS, access.callers(policy, services)))
     _replace(folder, RULES, access.extension(RULES, access.rules(policy, services)))
-    hosts = access.hosts(policy.hosts, virtual_host)
-    _replace(folder, HOSTS, {"@type": _ROUTES, "name": HOSTS, **hosts})
+    _replace(folder, HOSTS, {"@type": _ROUTES, "name": HOSTS, **hosts(policy, virtual_host)})
+
+
+def hosts(policy: Policy, virtual_host: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the route configuration: `virtual_host` for the host names and web pages of the policy."""
+    removed = [*virtual_host.get("request_headers_to_remove", ()), *access.TOKEN_REMOVAL["request_headers_to_remove"]]
+    served = {**virtual_host, "request_headers_to_remove": removed}
+    named = virtual_hosts(Web(policy.hosts, policy.cors.origins), served)
+    return {"virtual_hosts": named, "ignore_port_in_host_matching": True}
 
 
 def _file(folder: Path, name: str) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.xds import tls
+from mesh.xds import tls, web
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
+from shoal.node.ports import joined
 from shoal.node.workers import Workers
 
 if TYPE_CHECKING:
@@ -118,11 +119,11 @@ def bootstrap(
 
 
 def _listener(host: str, port: int, is_sticky: bool, sds: str, policy_folder: Path | None) -> dict[str, Any]:
-    filters = [{"name": "http", "typed_config": _connection_manager(is_sticky, policy_folder)}]
+    listen = joined(host, port)
+    filters = [{"name": "http", "typed_config": _connection_manager(listen, is_sticky, policy_folder)}]
     chain: dict[str, Any] = {"filters": [_connection_name(), *filters] if is_sticky else filters}
     if sds:
-        # The connection manager speaks HTTP/2 only.
-        chain["transport_socket"] = tls.transport_socket(sds, alpn=("h2",))
+        chain["transport_socket"] = tls.transport_socket(sds)
         chain["transport_socket_connect_timeout"] = tls.HANDSHAKE_TIMEOUT
     return {
         "name": _STAT_PREFIX,
@@ -134,17 +135,18 @@ def _listener(host: str, port: int, is_sticky: bool, sds: str, policy_folder: Pa
     }
 
 
-def _connection_manager(is_sticky: bool, policy_folder: Path | None) -> dict[str, Any]:
+def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None) -> dict[str, Any]:
     if policy_folder is None:
-        routes = {"name": "all", "domains": ["*"], **_virtual_host(is_sticky)}
-        access: dict[str, Any] = {"route_config": {"virtual_hosts": [routes]}}
+        hosts = web.virtual_hosts(web.web_of(listen), _virtual_host(is_sticky))
+        access: dict[str, Any] = {"route_config": {"virtual_hosts": hosts, "ignore_port_in_host_matching": True}}
     else:
         access = _envoy_access().connection_manager(policy_folder)
     return {
         **access,
         "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": _STAT_PREFIX,
-        "codec_type": "HTTP2",
+        # Browsers without TLS speak HTTP/1.1.
+        "codec_type": "AUTO",
         "http2_protocol_options": {
             "max_concurrent_streams": _STREAMS,
             "initial_stream_window_size": _STREAM_WINDOW,
@@ -170,6 +172,7 @@ def _connection_manager(is_sticky: bool, policy_folder: Path | None) -> dict[str
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
         "http_filters": [
+            *web.filters(),
             *access.get("http_filters", ()),
             {
                 "name": "envoy.filters.http.router",

@@ -101,5 +101,5 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.enable_http_proxy", 0),
     # Channels to one address share a connection and its backoff: a new probe would wait for the backoff of the last.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.default_authority", "shoal"),
+    ("grpc.default_authority", "localhost"),
 )

@@ -88,6 +88,25 @@ def test_an_unknown_role_and_names_that_occur_twice_are_refused(signer: Signer) 
 
 
 @pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ("https://app.example/", "cors.origins[0]: String should match pattern"),
+        ("app.example", "cors.origins[0]: String should match pattern"),
+        ("https://App.example", "cors.origins[0]: String should match pattern"),
+        ("*", "cors.origins[0]: String should match pattern"),
+        ("null", "cors.origins[0]: String should match pattern"),
+        ("https://a.example:443", "browsers leave the port out: use https://a.example"),
+        ("http://[::1]:80", "browsers leave the port out: use http://[::1]"),
+    ],
+)
+def test_origins_are_as_browsers_send_them(signer: Signer, origin: str, words: str) -> None:
+    assert words in error_of(signer, cors={"origins": [origin]})
+    known = ["https://a.example", "http://localhost:5173", "http://[::1]:8080", "http://a.example:443"]
+    assert list(policy(signer, cors={"origins": known}).cors.origins) == known
+    assert not policy(signer).cors.origins
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"kty": "oct", "k": "c2VjcmV0", "alg": "HS256"}, "this is a secret key"),

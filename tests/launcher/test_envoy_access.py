@@ -17,6 +17,7 @@ from shoal.node.envoy_edge import bootstrap
 from shoal.node.front import choose
 from tests.access.policies import issuer, policy
 
+WEB = ["envoy.filters.http.cors", "envoy.filters.http.grpc_web"]
 SERVICES = ("inference.GRPCInferenceService", "grpc.health.v1.Health")
 SHARED = {"routes": [], "request_headers_to_remove": ["x-forwarded-proto"]}
 
@@ -36,14 +37,14 @@ def manager(folder: Path | None) -> dict[str, Any]:
 def test_callers_are_verified_before_rules_and_rules_before_the_router(tmp_path: Path) -> None:
     made = manager(tmp_path)
     names = [one["name"] for one in made["http_filters"]]
-    assert names == ["shoal.callers", "shoal.key-ids", "shoal.rules", "envoy.filters.http.router"]
+    assert names == [*WEB, "shoal.callers", "shoal.key-ids", "shoal.rules", "envoy.filters.http.router"]
     mutations = made["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
     assert [one["remove_on_match"]["key_matcher"]["prefix"] for one in mutations] == ["x-shoal-", "x_shoal_"]
 
 
 def test_without_a_policy_nothing_is_added() -> None:
     made = manager(None)
-    assert [one["name"] for one in made["http_filters"]] == ["envoy.filters.http.router"]
+    assert [one["name"] for one in made["http_filters"]] == [*WEB, "envoy.filters.http.router"]
     assert "early_header_mutation_extensions" not in made
     assert "rds" not in made
 
@@ -60,7 +61,7 @@ def test_the_files_of_a_policy_name_what_is_in_them(signer: Signer, tmp_path: Pa
 
 
 def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
-    hosts = access.hosts(policy(signer).hosts, SHARED)
+    hosts = envoy_access.hosts(policy(signer), SHARED)
     assert hosts["virtual_hosts"][0]["request_headers_to_remove"] == ["x-forwarded-proto", "authorization"]
     (provider,) = access.callers(policy(signer), SERVICES)["providers"].values()
     assert provider["require_expiration"] is True
@@ -77,7 +78,7 @@ def test_every_path_needs_a_token_unless_its_group_is_open(signer: Signer) -> No
 
 
 def test_other_host_names_are_refused_once_the_policy_has_names(signer: Signer) -> None:
-    served, other = access.hosts(["a.example"], SHARED)["virtual_hosts"]
+    served, other = envoy_access.hosts(policy(signer, hosts=["a.example"]), SHARED)["virtual_hosts"]
     assert served["domains"] == ["a.example"]
     assert (other["domains"], other["routes"][0]["direct_response"]["status"]) == (["*"], 421)
 

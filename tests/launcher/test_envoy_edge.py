@@ -30,7 +30,7 @@ def manager_of(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def route_of(document: dict[str, Any]) -> dict[str, Any]:
-    [route] = manager_of(document)["route_config"]["virtual_hosts"][0]["routes"]
+    _, route = manager_of(document)["route_config"]["virtual_hosts"][0]["routes"]
     return dict(route["route"])
 
 
@@ -56,12 +56,12 @@ def test_the_listener_does_not_share_its_port_and_the_admin_endpoint_is_private(
     assert document["admin"] == {"address": {"pipe": {"path": "/run/shoal/admin.sock", "mode": 0o600}}}
 
 
-def test_with_a_certificate_clients_speak_http_2_over_tls_within_a_bounded_handshake() -> None:
+def test_with_a_certificate_clients_speak_http_over_tls_within_a_bounded_handshake() -> None:
     document = bootstrap(host="0.0.0.0", port=1, workers=WORKERS, admin="/run/admin.sock", sds="/run/tls/sds.json")
     [chain] = document["static_resources"]["listeners"][0]["filter_chains"]
     assert chain["transport_socket_connect_timeout"] == "10s"
     common = chain["transport_socket"]["typed_config"]["common_tls_context"]
-    assert common["alpn_protocols"] == ["h2"]
+    assert common["alpn_protocols"] == ["h2", "http/1.1"]
     assert "transport_socket" not in made()["static_resources"]["listeners"][0]["filter_chains"][0]
 
 

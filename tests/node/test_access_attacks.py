@@ -8,14 +8,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -437,6 +440,101 @@ def test_a_foreign_host(world: World) -> None:
             assert not is_served(host), host
         for host in ("ai.example", "AI.example", "ai.example:8001", "a.svc.local", world.address):
             assert is_served(host), host
+
+
+# Web pages. Browsers speak HTTP/1.1 without TLS, and gRPC-Web.
+
+PAGE, FOREIGN = "https://app.example.com", "https://evil.example"
+WEB, WEB_TEXT = "application/grpc-web+proto", "application/grpc-web-text+proto"
+
+
+def page(
+    world: World, token: str | None, model: str = OPEN, *, method: str = "POST", kind: str = WEB, **more: str
+) -> tuple[int, dict[str, str], str]:
+    """Send a call as a page does. Return HTTP status, headers, and the gRPC status with its text, "" without one."""
+    headers = {"content-type": kind, "accept": kind, **{name.replace("_", "-"): value for name, value in more.items()}}
+    if token is not None:
+        headers["authorization"] = f"Bearer {token}"
+    body = framed(request(model, x=X).SerializeToString())
+    connection = http.client.HTTPConnection(world.address, timeout=PATIENCE_S)
+    try:
+        connection.request(method, MODEL_INFER, base64.b64encode(body) if kind == WEB_TEXT else body, headers)
+        answer = connection.getresponse()
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        sent = answer.read()
+    finally:
+        connection.close()
+    if kind == WEB_TEXT:
+        # Each part of the text has its own padding.
+        sent = b"".join(base64.b64decode(part) for part in re.findall(rb"[^=]+=*", sent))
+    trailers = found
+    # The trailers are the last frame, with its first bit set.
+    while sent and answer.status == 200:
+        size = int.from_bytes(sent[1:5], "big")
+        if sent[0] & 0x80:
+            lines = sent[5 : 5 + size].decode().split("\r\n")
+            trailers = {name.lower(): value for name, _, value in (line.partition(":") for line in lines)}
+        sent = sent[5 + size :]
+    status = f"{trailers.get('grpc-status', '')} {urllib.parse.unquote(trailers.get('grpc-message', ''))}".strip()
+    world.texts.append(f"{status} {found}")
+    return answer.status, found, status
+
+
+@pytest.mark.parametrize("kind", [WEB, WEB_TEXT])
+def test_grpc_web_is_decided_as_grpc_is(world: World, kind: str) -> None:
+    assert page(world, world.key().text, kind=kind)[2] == "0"
+    for token in (None, "x", world.key().text[:-4], signed(world.signer, exp=int(time.time()) - 60)):
+        status, _, outcome = page(world, token, kind=kind)
+        assert (status, outcome.split()[0]) in {(401, "16"), (200, "16")}, outcome
+    for token in (world.key().text, signed(world.signer, jti=REVOKED)):
+        model = OPEN if REVOKED in claims_text(token) else SECRET
+        assert page(world, token, model, kind=kind)[2].split()[0] == "7"
+    for name, value in SPOOFED:
+        assert page(world, world.key().text, SECRET, kind=kind, **{name: value})[2].split()[0] == "7", name
+
+
+def claims_text(token: str) -> str:
+    return base64.urlsafe_b64decode(token.split(".")[1] + "==").decode()
+
+
+def preflight(world: World, origin: str) -> tuple[int, dict[str, str], str]:
+    asked = {"access_control_request_method": "POST", "access_control_request_headers": "content-type,x-grpc-web"}
+    return page(world, None, method="OPTIONS", origin=origin, **asked)
+
+
+def test_a_page_that_the_policy_does_not_name_does_nothing(world: World) -> None:
+    for origin in (PAGE, FOREIGN, "null", f"http://{world.address}"):
+        status, headers, _ = preflight(world, origin)
+        assert not [name for name in headers if name.startswith("access-control")], origin
+        assert status in (200, 401)
+        # Without a preflight: a form, or `mode: "no-cors"`.
+        for kind in (WEB, "text/plain", "application/x-www-form-urlencoded"):
+            status, headers, _ = page(world, world.key().text, kind=kind, origin=origin)
+            assert status == 403, (origin, kind)
+            assert not [name for name in headers if name.startswith("access-control")], origin
+
+
+def test_a_page_that_the_policy_names_reads_responses_and_errors(world: World) -> None:
+    with world.with_policy(cors={"origins": ["http://localhost:5173", PAGE]}):
+        world.until(lambda: page(world, world.key().text, origin=PAGE)[0] == 200)
+        _, asked, _ = preflight(world, PAGE)
+        assert asked["access-control-allow-origin"] == PAGE
+        assert {"content-type", "x-grpc-web", "authorization"} <= set(asked["access-control-allow-headers"].split(","))
+        for token, model, expected in (
+            (world.key().text, OPEN, "0"),
+            (world.key().text, SECRET, "7 "),
+            (None, OPEN, "16 Jwt is missing"),
+            (world.key().text, "absent", "5 "),
+        ):
+            _, headers, status = page(world, token, model, origin=PAGE)
+            assert status.startswith(expected), status
+            assert headers["access-control-allow-origin"] == PAGE
+            assert {"grpc-status", "grpc-message"} <= set(headers["access-control-expose-headers"].split(","))
+        for origin in (FOREIGN, f"{PAGE}:8443", f"{PAGE}.evil.example", "http://app.example.com", "null"):
+            assert page(world, world.key().text, origin=origin)[0] == 403, origin
+            assert "access-control-allow-origin" not in preflight(world, origin)[1], origin
+        # gRPC clients send no origin.
+        assert world.infer(world.key().text) == "OK"
 
 
 def test_http_1_and_smuggled_requests(world: World) -> None:

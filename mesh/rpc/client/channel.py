@@ -68,7 +68,7 @@ class Channel(StubChannel):
         self,
         address: str,
         *,
-        authority: str = "shoal",
+        authority: str = "localhost",
         sends_trace: bool = True,
         tick_s: float = TICK_S,
         draw: Callable[[], float] = random.random,

@@ -44,7 +44,7 @@ async def test_the_headers_of_a_call() -> None:
             ":method": "POST",
             ":scheme": "http",
             ":path": PATH,
-            ":authority": "shoal",
+            ":authority": "localhost",
             "te": "trailers",
             "content-type": "application/grpc",
             "user-agent": "shoal",

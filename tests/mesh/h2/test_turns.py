@@ -25,7 +25,7 @@ def calls(path: str, count: int, first: int = 1) -> bytes:
     """Return the frames of whole calls, on the streams from `first` on."""
     encoder = hpack.Encoder()
     encoder.header_table_size = 0
-    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "shoal"}
+    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost"}
     block = encoder.encode({**fields, "content-type": "application/grpc", "te": "trailers"}.items())
     return b"".join(
         frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)

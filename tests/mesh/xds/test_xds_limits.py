@@ -56,7 +56,7 @@ def headers_only(mesh: Mesh, path: str, method: str) -> Answer:
     with Connection(mesh.envoy.gateway) as connection:
         stream = connection.h2.get_next_available_stream_id()
         connection.answers[stream] = Answer()
-        sent = {":method": method, ":scheme": "http", ":path": path, ":authority": "shoal", "te": "trailers"}
+        sent = {":method": method, ":scheme": "http", ":path": path, ":authority": "localhost", "te": "trailers"}
         sent["content-type"] = "application/grpc"
         connection.h2.send_headers(stream, list(sent.items()), end_stream=True)
         connection.flush()

@@ -50,7 +50,7 @@ class Client(FrontClient):
 
     def open(self, path: str, *extra: tuple[str, str]) -> int:
         number, self.next_number = self.next_number, self.next_number + 2
-        head = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "shoal")]
+        head = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
         self.send(self.headers(number, [*head, ("content-type", "application/grpc"), ("te", "trailers"), *extra]))
         return number
 

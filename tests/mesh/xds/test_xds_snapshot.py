@@ -15,7 +15,7 @@ from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import Downstrea
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, http2, model_cluster
 from mesh.xds.resource import CLUSTER, ENDPOINTS, LISTENER, ROUTES, pack
-from mesh.xds.routes import NAME, ModelRoutes, RouteTable, ServiceRoutes
+from mesh.xds.routes import GATEWAY_NAME, NAME, ModelRoutes, RouteTable, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, checked, clusters_of, envoy_node, snapshot
 from mesh.xds.tracing import OTEL, Tracing, collector_cluster, tracing_of
 from shoal.errors import InvalidArgument
@@ -80,11 +80,12 @@ def test_who_takes_traffic():
 
 def test_routes_name_only_clusters_that_are_there():
     shot = made(infer(0, "a"), infer(9))
-    (routes,) = shot.of(ROUTES).values()
-    assert routes.needs == {"infer", "store", "model/a"}
-    assert routes.needs <= shot.of(CLUSTER).keys()
-    with pytest.raises(LookupError, match="model/gone"):
-        checked([replace(routes, needs=routes.needs | {"model/gone"}), *shot.of(CLUSTER).values()])
+    assert set(shot.of(ROUTES)) == {NAME, GATEWAY_NAME}
+    for routes in shot.of(ROUTES).values():
+        assert routes.needs == {"infer", "store", "model/a"}
+        assert routes.needs <= shot.of(CLUSTER).keys()
+        with pytest.raises(LookupError, match="model/gone"):
+            checked([replace(routes, needs=routes.needs | {"model/gone"}), *shot.of(CLUSTER).values()])
 
 
 @pytest.mark.parametrize("model", ["", "we ird", "x" * 256, "name\n", "ünï", "a\0b", 'a"b'])

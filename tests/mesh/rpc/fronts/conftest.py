@@ -28,7 +28,7 @@ _LARGE = 200 << 20
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.default_authority", "shoal"),
+    ("grpc.default_authority", "localhost"),
     ("grpc.max_send_message_length", _LARGE),
     ("grpc.max_receive_message_length", _LARGE),
 )

@@ -84,7 +84,7 @@ class RawConnection:
             ":method": verb,
             ":scheme": "http",
             ":path": path(method),
-            ":authority": "shoal",
+            ":authority": "localhost",
             "content-type": "application/grpc",
             "te": "trailers",
         }
