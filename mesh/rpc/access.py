@@ -13,6 +13,7 @@ its tenant, or None for a service of the mesh, whose x-shoal-tenant header count
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.process.tasks import Background
 from shoal.access import caller_header
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
-from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of
+from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE
+from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of, connector, deciding_claims
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import ADMINISTER, GROUP_OF, MODEL_INFER, OF_LAUNCHER, is_health_check
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
@@ -72,13 +73,15 @@ class _Admitted:
 class _Known:
     """A caller and the decisions about its calls."""
 
-    __slots__ = ("_decisions", "applicable", "caller", "inferable")
+    __slots__ = ("_decisions", "applicable", "caller", "inferable", "storable")
 
     def __init__(self, applicable: Applicable) -> None:
         self.applicable = applicable
         self.caller = applicable.caller
         self.inferable: set[str] = set()
         """Models of which the caller may call ModelInfer."""
+        self.storable = b""
+        """Value for `Access.storable`; empty until it is asked for."""
         self._decisions: dict[tuple[str, str | None], Decision] = {}
 
     def decide(self, rpc: str, model: str | None) -> Decision:
@@ -144,6 +147,16 @@ class Access(Background):
         """Return True when the caller may call `rpc` for `model`. Raises Unauthenticated for an invalid caller."""
         return self._decide(rpc, caller, model).allowed
 
+    def storable(self, caller: bytes) -> bytes:
+        """Return a shorter value for the same decisions about a caller, to be stored with work that runs later."""
+        if caller.startswith(CONNECTOR):
+            return caller
+        known = self._known(caller)
+        if not known.storable:
+            claims = deciding_claims(known.applicable.policy, caller_header.claims(caller))
+            known.storable = caller_header.value_of(claims)
+        return known.storable
+
     @contextmanager
     def open_call(self, rpc: str, caller: bytes | None, end: Callable[[ShoalError], None]) -> Iterator[None]:
         """Admit a call for as long as the block lasts. Raises as `check` does.
@@ -180,8 +193,7 @@ class Access(Background):
                 self._callers.clear()
             if self._policy is None:
                 raise Unavailable("this instance does not know the policy yet, and refuses every caller: retry")
-            verified = None if caller is None else caller_of(self._policy, caller_header.claims(caller))
-            known = self._callers[caller] = _Known(Applicable(self._policy, verified))
+            known = self._callers[caller] = _Known(Applicable(self._policy, _verified(self._policy, caller)))
         return known
 
     async def _run(self) -> None:
@@ -203,3 +215,11 @@ class Access(Background):
             del self._open[call]
             log.info("a call of %s ends: %s", rpc, error.message)
             end(error)
+
+
+def _verified(policy: Policy, caller: bytes | None) -> Caller | None:
+    if caller is None:
+        return None
+    if caller.startswith(CONNECTOR):
+        return connector(*json.loads(caller.removeprefix(CONNECTOR)))
+    return caller_of(policy, caller_header.claims(caller))

@@ -43,7 +43,7 @@ _MAX_COUNT = 1 << 40
 _READS = """
     GetArtifact StatArtifact PutArtifact TryModel
     ListJobRetention GetTenant ListTenants ListConnectors
-    ListRetention ListUsage ListReferences VerifyStore
+    ListRetention ListUsage VerifyStore
     StreamAudit VerifyAudit
     GetPolicy ListPolicies ListKeys
 """

@@ -24,6 +24,19 @@ LAUNCHER = b"launcher"
 SERVICE = b"service"
 """Caller of a service of the mesh. The outbound listener of a node's Envoy sets it; a gateway cannot, as LAUNCHER."""
 
+CONNECTOR = b"connector:"
+"""Begins the caller of the jobs of a connector. No gateway can send it either."""
+
+
+def value_of(claims: Mapping[str, Any]) -> bytes:
+    """Return the value of CALLER_HEADER with `claims`."""
+    return base64.urlsafe_b64encode(json.dumps(claims, separators=(",", ":")).encode()).rstrip(b"=")
+
+
+def connector_value(name: str, tenant: str) -> bytes:
+    """Return the caller of a connector's jobs."""
+    return CONNECTOR + json.dumps([name, tenant]).encode()
+
 
 def claims(value: bytes) -> Mapping[str, Any]:
     """Return the claims in a value of CALLER_HEADER. Raises Unauthenticated when it holds no claims."""

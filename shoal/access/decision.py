@@ -150,6 +150,19 @@ def caller_of(policy: Policy, claims: Mapping[str, Any]) -> Caller:
     )
 
 
+def deciding_claims(policy: Policy, claims: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the claims that the policy reads; the others may be personal, or long. The expiry is not among them."""
+    issuer = policy.issuer_of(claims.get("iss"))
+    names = vars(issuer.claim_names).values() if issuer is not None else ()
+    deciding = {"iss", *(name.partition(".")[0] for name in names if name)}
+    return {name: value for name, value in claims.items() if name in deciding}
+
+
+def connector(name: str, tenant: str) -> Caller:
+    """Return the caller of the jobs of a connector, which an operator has configured: a user of its tenant."""
+    return Caller(issuer="", tenant=tenant, subject=f"connector:{name}", role="user")
+
+
 def _claim(claims: Mapping[str, Any], path: str | None) -> Any:
     """Return a claim by its path; `a.b` is the claim b within the object a. None when there is none."""
     found: Any = claims if path else None

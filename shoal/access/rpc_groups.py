@@ -49,6 +49,13 @@ CREATE_KEY: Final = _ACCESS + "CreateKey"
 LIST_KEYS: Final = _ACCESS + "ListKeys"
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS})
 """RPCs that the process that started a server calls at the server's own socket."""
+SUBMIT: Final = _INGEST + "Submit"
+LIST_MODELS: Final = _STORE + "ListModels"
+REGISTER: Final = _STORE + "RegisterModel"
+REGISTER_WITH_CODE: Final = REGISTER + "#code"
+"""A registration of a model that runs code or reaches other addresses, as LOAD_WITH_CODE."""
+REMOVE: Final = _STORE + "RemoveModel"
+SET_ALIAS: Final = _STORE + "SetAlias"
 INFER_BULK: Final = "/shoal.inference.v2.BulkInference/InferBulk"
 
 
@@ -90,10 +97,12 @@ GROUP_OF: Mapping[str, str] = {
             READ: "ListModels WatchModels",
             JOBS: "GetResult QueryResults WatchResults StreamResults ExportResults",
             MODELS: "PutArtifact StatArtifact GetArtifact RegisterModel RemoveModel SetAlias",
-            OPERATE: """SetRetention ListRetention ApplyRetention SetQuota ListUsage ListReferences VerifyStore
-                CollectArtifacts BackUp Restore""",
+            CODE: "RegisterModel#code",
+            OPERATE: """SetRetention ListRetention ApplyRetention SetQuota ListUsage VerifyStore CollectArtifacts
+                BackUp Restore""",
             ADMINISTER: "StreamAudit VerifyAudit",
-            INTERNAL: "PutResults ReleaseArtifacts RecordAudit",
+            # The names of references are ids of jobs, of all tenants.
+            INTERNAL: "PutResults ReleaseArtifacts ListReferences RecordAudit",
         },
     ),
     **_table(
