@@ -34,8 +34,8 @@ LAYERS = {
     "services/ingest": """
         __main__ app areas fast_submit rpc dead_letters batches schedules mongo_jobs dispatch config retention
         connectors queries
-        intake job_events tracing tenants job_scan documents job_fields instance store_calls messages dependencies ulid
-        job_store job tenant_queue limits group_commit
+        intake job_events tracing job_access tenants job_scan documents job_fields instance store_calls messages
+        dependencies ulid job_store job tenant_queue limits group_commit
     """,
     "services/store": """
         __main__ app rpc artifact_rpc config audit retention registry exports backups garbage usage results

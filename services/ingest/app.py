@@ -16,10 +16,11 @@ from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
-from mesh.rpc.access import admitted
+from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Server
+from mesh.rpc.tenant_scope import Scopes
 from services.ingest import areas
 from services.ingest.areas import SharedComponents, TenantsArea
 from services.ingest.config import IngestConfig
@@ -38,15 +39,16 @@ from services.ingest.documents import (
     RETIRED_INDEXES,
     VALIDATOR,
 )
-from services.ingest.fast_submit import SUBMIT, FastSubmit
+from services.ingest.fast_submit import FastSubmit
 from services.ingest.retention.retention_repository import JOB_RETENTION
 from services.ingest.retention.retention_repository import VALIDATOR as RETENTION_VALIDATOR
-from services.ingest.rpc import IngestRpc, RpcComponents, rpc
+from services.ingest.rpc import SERVICE, IngestRpc, RpcComponents, rpc
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
 from services.ingest.schedules.documents import RETIRED_INDEXES as RETIRED_SCHEDULE_INDEXES
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.tenants.tenant_status import TenantStatuses
+from shoal.access.rpc_groups import SUBMIT
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -57,10 +59,16 @@ log = logging.getLogger(__name__)
 _RETRY_S = 0.5
 
 
-async def run(config: IngestConfig) -> None:
-    """Serve until a signal. MongoDB, etcd and the mesh may be unavailable, at the start and later."""
+async def run(config: IngestConfig, access: Access | None = None) -> None:
+    """Serve until a signal. MongoDB, etcd and the mesh may be unavailable, at the start and later.
+
+    `access` decides about callers and models, unless the configuration asks for the policy of the cluster. None: every
+    caller may call every method.
+    """
     async with AsyncExitStack() as stack:
-        shared = await areas.build_shared(config, stack)
+        watch = await stack.enter_async_context(access_of(config))
+        access = access if watch is None else watch.access
+        shared = await areas.build_shared(config, stack, access)
         tenants = areas.build_tenants(shared)
         dispatch = areas.build_dispatch(config, shared, tenants)
         queries = await areas.build_queries(config, shared, dispatch, stack)
@@ -72,6 +80,7 @@ async def run(config: IngestConfig) -> None:
         streams = areas.build_streams(config, shared, intake, queries)
         batches = areas.build_batches(config, shared, dispatch, retention)
         areas.subscribe(shared.events, dispatch, queries)
+        scopes = Scopes(SERVICE, access)
         servicer = IngestRpc(
             RpcComponents(
                 intake=intake.intake,
@@ -88,6 +97,7 @@ async def run(config: IngestConfig) -> None:
                 run_streams=streams.run_streams,
                 reports=streams.reports,
             ),
+            scopes,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -113,15 +123,13 @@ async def run(config: IngestConfig) -> None:
             await stack.enter_async_context(component)
         if batches is not None:
             await stack.enter_async_context(batches)
-        watch = await stack.enter_async_context(access_of(config))
-        access = None if watch is None else watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
         server = await stack.enter_async_context(
             Server(
                 config.listen,
                 [rpc(servicer)],
                 drain_ms=config.drain_ms,
-                fast_methods=admitted({SUBMIT: FastSubmit(intake.intake)}, access),
+                fast_methods=admitted({SUBMIT: FastSubmit(intake.intake, scopes)}, access),
                 body_bytes=config.body_bytes,
                 unread_bytes=config.unread_bytes,
                 access=access,

@@ -23,6 +23,7 @@ from mesh.mongo import Document
 from mesh.mongo_clock import DatabaseClock, milliseconds
 from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.removal_guard import MARKS, RemovalGuard
+from mesh.rpc.access import Access
 from mesh.rpc.client.channel import Channel
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
@@ -85,6 +86,8 @@ class SharedComponents:
     storage: StorageQuotas
     payloads: Payloads
     events: JobEvents
+    access: Access | None
+    """Decides about callers and models; None without a policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ class StreamsArea:
     run_streams: RunStreams
 
 
-async def build_shared(config: IngestConfig, stack: AsyncExitStack) -> SharedComponents:
+async def build_shared(config: IngestConfig, stack: AsyncExitStack, access: Access | None = None) -> SharedComponents:
     """Return the components that the areas share, already started."""
     client = await stack.enter_async_context(mongo.connect(config.mongo))
     channel = await stack.enter_async_context(Channel(config.mesh))
@@ -172,6 +175,7 @@ async def build_shared(config: IngestConfig, stack: AsyncExitStack) -> SharedCom
         storage=storage,
         payloads=Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.mark_over_quota)),
         events=JobEvents(),
+        access=access,
     )
 
 
@@ -203,6 +207,7 @@ def build_dispatch(config: IngestConfig, shared: SharedComponents, tenants: Tena
         memory=Budget(config.pending_bytes, "requests being run"),
         clock=instance.clock,
         timeout_ms=config.attempt_timeout_ms,
+        access=shared.access,
     )
     recorder = Recorder(store, results, payloads, shared.events, instance)
     dispatcher = Dispatcher(
@@ -268,7 +273,15 @@ def build_intake(
         pressure=pressure,
     )
     insert = DurableInsert(shared.store, dispatch.dispatcher, shared.events)
-    intake = Intake(shared.store, shared.payloads, insert, limits, shared.instance, inline_bytes=config.inline_bytes)
+    intake = Intake(
+        shared.store,
+        shared.payloads,
+        insert,
+        limits,
+        shared.instance,
+        inline_bytes=config.inline_bytes,
+        access=shared.access,
+    )
     return IntakeArea(disk, intake)
 
 
@@ -365,6 +378,7 @@ def build_batches(
         clock=instance.clock,
         new_id=instance.new_id,
         ready=instance.ready,
+        access=shared.access,
     )
 
 

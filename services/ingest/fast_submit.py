@@ -11,12 +11,11 @@ from functools import partial
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import TURN_BYTES, Parser, ParseTurns
+from mesh.rpc.tenant_scope import Scopes
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
 from shoal.errors import Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
-
-SUBMIT = "/shoal.ingest.v1.IngestService/Submit"
 
 _PARSER = Parser(pb.SubmitRequest.FromString)
 
@@ -24,8 +23,9 @@ _PARSER = Parser(pb.SubmitRequest.FromString)
 class FastSubmit:
     """FastHandler (mesh.rpc.fast_call) of Submit."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, scopes: Scopes) -> None:
         self._intake = intake
+        self._scopes = scopes
         self._turns = ParseTurns()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -48,7 +48,8 @@ class FastSubmit:
             call.refuse(err)
 
     def _begin(self, request: pb.SubmitRequest, call: FastCall) -> None:
-        future = self._intake.begin(request, call.traceparent)
+        scope = self._scopes.of_headers(call.headers, "Submit")
+        future = self._intake.begin(request, call.traceparent, scope)
         # When the caller disconnects before its write begins, the job is not written. The boolean that `cancel` returns
         # is not used.
         call.on_end = future.cancel  # type: ignore[assignment]

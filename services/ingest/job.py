@@ -200,6 +200,7 @@ class JobFieldValues(TypedDict, total=False):
     cancel_reason: str | None
     decided_end: End | None
     traceparent: str
+    caller: bytes
     explains: bool
     is_apart: bool
     keep_request: bool
@@ -259,6 +260,8 @@ class Job:
     """An end that is decided and stored; every later holder of the job carries it out."""
     traceparent: str = ""
     """W3C trace context of the submit; each attempt continues the trace."""
+    caller: bytes = b""
+    """The verified caller that the job runs for (`job_access.py`); empty without a policy."""
     explains: bool = False
     """True: the client asked infer to explain its response."""
     is_apart: bool = False
@@ -416,8 +419,11 @@ def end(job: Job, recorded: End, instance: str, now: datetime) -> Job:
     )
 
 
-def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
-    """Return a dead letter as queued in its next generation, with all its attempts and a new deadline."""
+def requeue(job: Job, reason: str, instance: str, now: datetime, caller: bytes = b"") -> Job:
+    """Return a dead letter as queued in its next generation, with all its attempts and a new deadline.
+
+    It then runs for `caller`; empty: for the same caller as before.
+    """
     assert job.state in DEAD_LETTERS
     transition = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
     # A dependency that has succeeded counts for ever, although retention may have removed it. Jobs of an earlier
@@ -433,6 +439,7 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         due_at=None if waits_for else now,
         waits_for=waits_for,
         unmet=(),
+        caller=caller or job.caller,
         not_before=None,
         decided_end=None,
         deadline=None if job.deadline is None else now + (job.deadline - (job.began_at or job.submitted_at)),

@@ -150,8 +150,8 @@ class JobStore(Protocol):
     async def write_states(self, changes: Sequence[Change]) -> StatesWritten | UnknownOutcome:
         """Write each change whose job is still held by the lease, and in the attempt, of its `before`."""
 
-    async def read(self, ids: Collection[str]) -> dict[str, Job]:
-        """Return the existing jobs among `ids`, by id."""
+    async def read(self, ids: Collection[str], tenant: str | None = None) -> dict[str, Job]:
+        """Return the existing jobs among `ids`, by id; with `tenant`, those of the tenant."""
 
     async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:
         """Return up to `limit` dead letters, by id after `after`, and the id after which the next page begins.

@@ -227,9 +227,12 @@ class MongoJobs:
             return UnknownOutcome(err)
         return StatesWritten(written.matched_count)
 
-    async def read(self, ids: Collection[str]) -> dict[str, Job]:
+    async def read(self, ids: Collection[str], tenant: str | None = None) -> dict[str, Job]:
+        query: Document = {"_id": {"$in": list(ids)}}
+        if tenant is not None:
+            query["tenant"] = tenant
         with translated("reading dead letters"):
-            cursor = self._jobs.find({"_id": {"$in": list(ids)}}, WITHOUT_REQUEST)
+            cursor = self._jobs.find(query, WITHOUT_REQUEST)
             return {document["_id"]: job_of(document) async for document in cursor}
 
     async def dead_letters(self, filter_: DeadFilter, limit: int, after: str = "") -> tuple[list[Job], str]:

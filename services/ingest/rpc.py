@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
+from mesh.rpc.tenant_scope import Scopes
 from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.connectors.reports import Reports
 from services.ingest.connectors.rpc import StreamsRpc
@@ -36,6 +37,8 @@ from shoal.ingest.v1 import ingest_pb2_grpc
 
 if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
+
+SERVICE = "shoal.ingest.v1.IngestService"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,14 @@ class IngestRpc(
 ):
     """Servicer of all methods. Folders with methods of their own contribute a mixin."""
 
-    def __init__(self, components: RpcComponents, *, stream_items: int, stream_bytes: int) -> None:
-        DeadLettersRpc.__init__(self, components.dead_letters)
-        StreamsRpc.__init__(self, components.run_streams, components.reports)
-        SchedulesRpc.__init__(self, components.schedules)
+    def __init__(self, components: RpcComponents, scopes: Scopes, *, stream_items: int, stream_bytes: int) -> None:
+        DeadLettersRpc.__init__(self, components.dead_letters, scopes)
+        StreamsRpc.__init__(self, components.run_streams, components.reports, scopes)
+        SchedulesRpc.__init__(self, components.schedules, scopes)
         JobRetentionRpc.__init__(self, components.retention)
-        BatchesRpc.__init__(self, components.batches)
+        BatchesRpc.__init__(self, components.batches, scopes)
         TenantsRpc.__init__(self, components.tenants, components.tenant_statuses)
+        self._scopes = scopes
         self._intake = components.intake
         self._jobs = components.jobs
         self._watch = components.watch
@@ -84,35 +88,39 @@ class IngestRpc(
         self._stream_bytes = stream_bytes
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
-        accepted = await self._intake.submit(request)
+        accepted = await self._intake.submit(request, self._scopes.of(context, "Submit"))
         return pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed)
 
     async def SubmitStream(
         self, request_iterator: AsyncIterator[pb.SubmitStreamRequest], context: Context
     ) -> AsyncIterator[pb.SubmitStreamResponse]:
-        stream = Stream(self._intake, items=self._stream_items, nbytes=self._stream_bytes)
+        scope = self._scopes.of(context, "SubmitStream")
+        stream = Stream(self._intake, items=self._stream_items, nbytes=self._stream_bytes, scope=scope)
         async for response in stream.acknowledge(request_iterator):
             yield response
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
-        return pb.GetJobResponse(job=message_of(await self._jobs.get(request.id)))
+        job = await self._jobs.get(request.id, self._scopes.of(context, "GetJob"))
+        return pb.GetJobResponse(job=message_of(job))
 
     async def GetPayload(self, request: pb.GetPayloadRequest, context: Context) -> pb.GetPayloadResponse:
-        payload = await self._jobs.payload(request.id)
+        payload = await self._jobs.payload(request.id, self._scopes.of(context, "GetPayload"))
         return pb.GetPayloadResponse(request=inference_pb2.ModelInferRequest.FromString(payload))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
-        filter_ = Filter(state_of(request.state), request.model_name, request.tenant)
+        tenant = self._scopes.of(context, "ListJobs").owner("tenant", request.tenant)
+        filter_ = Filter(state_of(request.state), request.model_name, tenant)
         page = await self._jobs.page(filter_, request.page_size, request.page_token)
         return pb.ListJobsResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
-        async for job in self._watch.follow(request.id):
+        async for job in self._watch.follow(request.id, self._scopes.of(context, "WatchJob")):
             yield pb.WatchJobResponse(job=message_of(job))
 
     async def WatchJobs(self, request: pb.WatchJobsRequest, context: Context) -> AsyncIterator[pb.WatchJobsResponse]:
         states = frozenset(state for number in request.states if (state := state_of(number)) is not None)
-        filter_ = checked(tuple(request.ids), states, request.model_name, request.tenant, request.labels)
+        tenant = self._scopes.of(context, "WatchJobs").owner("tenant", request.tenant)
+        filter_ = checked(tuple(request.ids), states, request.model_name, tenant, request.labels)
         watch = self._watch_many.follow(filter_, existing=request.include_existing, token=request.resume_token)
         async with aclosing(watch) as updates:
             async for update in updates:
@@ -120,7 +128,8 @@ class IngestRpc(
                 yield pb.WatchJobsResponse(job=job, resume_token=update.token, existing=update.is_existing)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
-        return pb.CancelJobResponse(job=message_of(await self._canceller.cancel(request.id, request.reason)))
+        scope = self._scopes.of(context, "CancelJob")
+        return pb.CancelJobResponse(job=message_of(await self._canceller.cancel(request.id, request.reason, scope)))
 
 
 def rpc(servicer: IngestRpc) -> Rpc:

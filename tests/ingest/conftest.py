@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,7 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, connect, ensure_collection
+from mesh.rpc.access import Access
+from mesh.rpc.channel import connect as connect_channel
+from services.ingest.app import run
+from services.ingest.config import IngestConfig
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR
+from shoal.ingest.v1 import ingest_pb2_grpc
 from tests.breakable import PATIENCE_S, Process, until
 from tests.ingest.faults import Client, FakeMesh, mesh_at
 from tests.ingest.making import TestClock
@@ -80,6 +87,31 @@ class IngestProcess(Process):
 
 
 StartIngest = Callable[..., IngestProcess]
+
+
+@asynccontextmanager
+async def running_ingest(config: IngestConfig, access: Access | None) -> AsyncIterator[Any]:
+    """An instance in this process, and a stub for it."""
+    task = asyncio.create_task(run(config, access))
+    try:
+        async with connect_channel(config.listen) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+
+            async def serves() -> bool:
+                if task.done():
+                    await task
+                try:
+                    answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                except grpc.aio.AioRpcError:
+                    return False
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            await until(serves, "ingest serves")
+            yield ingest_pb2_grpc.IngestServiceStub(channel)
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 @pytest.fixture

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from mesh.rpc.framing import framed
+from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.ingest.fast_submit import FastSubmit
 from services.ingest.intake.intake import Accepted, Intake
+from services.ingest.rpc import SERVICE
 from shoal.errors import InvalidArgument, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -21,7 +23,7 @@ class Requests:
     def __init__(self) -> None:
         self.keys: list[str] = []
 
-    def begin(self, request: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
+    def begin(self, request: pb.SubmitRequest, traceparent: str, scope: TenantScope) -> asyncio.Future[Accepted]:
         self.keys.append(request.idempotency_key)
         return asyncio.get_running_loop().create_future()
 
@@ -30,6 +32,7 @@ class Call:
     """Fake fast call: keeps the error that ends it."""
 
     traceparent = ""
+    headers: ClassVar[dict[bytes, bytes]] = {}
 
     def __init__(self) -> None:
         self.on_end: Callable[[], object] = lambda: None
@@ -41,7 +44,7 @@ class Call:
 
 
 def handler(intake: Requests) -> Callable[[bytes, Any], None]:
-    return FastSubmit(cast("Intake", intake))
+    return FastSubmit(cast("Intake", intake), Scopes(SERVICE))
 
 
 def body(request: pb.SubmitRequest, more: bytes = b"") -> bytes:

@@ -38,6 +38,7 @@ SAMPLES: dict[Any, Any] = {
 # Fields that clients do not see.
 HIDDEN = {
     "began_at",
+    "caller",
     "cancel_reason",
     "digest",
     "decided_end",

@@ -14,6 +14,7 @@ from mesh.mongo import Document
 from mesh.mongo_clock import Clock
 from mesh.process.private_folder import PrivateFolder
 from mesh.process.threads import Threads
+from mesh.rpc.access import Access
 from mesh.rpc.channel import AnyChannel
 from services.ingest.batches.batch_control import BatchControl
 from services.ingest.batches.batch_repository import BatchRepository
@@ -57,6 +58,7 @@ class Batches:
         clock: Clock,
         new_id: Callable[[], str],
         ready: asyncio.Event,
+        access: Access | None = None,
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
@@ -97,6 +99,7 @@ class Batches:
             poll_ms=config.poll_ms,
             renew_ms=config.renew_ms,
             retention=retention,
+            access=access,
         )
         self.submissions = Submissions(
             self._batches,

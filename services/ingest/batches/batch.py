@@ -178,6 +178,8 @@ class Batch:
     note: str = ""
     """Cause for which the duty waits."""
     steps: tuple[BatchStep, ...] = ()
+    caller: bytes = b""
+    """The verified caller that the batch runs for; empty without a policy."""
 
     @property
     def is_final(self) -> bool:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
@@ -64,13 +65,13 @@ class BatchControl:
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
         self._locks: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = WeakValueDictionary()
 
-    async def get(self, batch_id: str) -> BatchView:
-        """Return one batch.
+    async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
+        """Return one batch of the scope.
 
         Raises:
             InvalidArgument: the id is empty. NotFound: no such batch. Unavailable: MongoDB is unavailable.
         """
-        return await self._view(await self._batches.get(batch_id))
+        return await self._view(await self._batches.get(batch_id, scope))
 
     async def page(self, requested: Filter, size: int, token: str) -> tuple[list[BatchView], str]:
         """Return the newest batches, and a token for the next page: empty on the last page.
@@ -87,8 +88,8 @@ class BatchControl:
         views = [await self._view(batch) for batch in found[:size]]
         return views, found[size - 1].id if len(found) > size else ""
 
-    async def follow(self, batch_id: str) -> AsyncIterator[BatchView]:
-        """Yield a batch now, and after each change, until the batch has ended.
+    async def follow(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> AsyncIterator[BatchView]:
+        """Yield a batch of the scope now, and after each change, until the batch has ended.
 
         Raises:
             NotFound: no such batch. ResourceExhausted: too many watches. Unavailable: MongoDB was unavailable for too
@@ -98,7 +99,7 @@ class BatchControl:
             raise ResourceExhausted(f"{self._watches} watches are open, which is the limit", retry_after_ms=1_000)
         self._watches += 1
         try:
-            last = await self.get(batch_id)
+            last = await self.get(batch_id, scope)
             yield last
             while not last.batch.is_final:
                 await asyncio.sleep(WATCH_S)
@@ -109,15 +110,15 @@ class BatchControl:
         finally:
             self._watches -= 1
 
-    async def cancel(self, batch_id: str, reason: str) -> BatchView:
-        """Cancel a batch; published parts stay. Wait briefly for the batch's end, and return the batch.
+    async def cancel(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
+        """Cancel a batch of the scope; published parts stay. Wait briefly for the batch's end, and return the batch.
 
         Raises:
             InvalidArgument: no id, or the reason is too long. NotFound: no such batch. Unavailable: MongoDB is
             unavailable.
         """
         _check_reason(reason)
-        await self._batches.get(batch_id)
+        await self._batches.get(batch_id, scope)
         text = f"cancelled: {reason}" if reason else "cancelled by a client"
         await self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text))
         self._on_change()
@@ -129,25 +130,27 @@ class BatchControl:
                     view = await self.get(batch_id)
         return view
 
-    async def pause(self, batch_id: str, reason: str) -> BatchView:
-        """Pause a batch: start no further chunk, and release the running ones. Idempotent.
+    async def pause(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
+        """Pause a batch of the scope: start no further chunk, and release the running ones. Idempotent.
 
         Raises:
             FailedPrecondition: the batch has ended. InvalidArgument, NotFound, Unavailable: as `cancel`.
         """
-        return await self._change_state(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
+        reason = reason or "paused by a client"
+        return await self._change_state(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason, scope)
 
-    async def resume(self, batch_id: str, reason: str) -> BatchView:
-        """Resume a paused batch. Raises as `pause` does."""
-        return await self._change_state(
-            batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client"
-        )
+    async def resume(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
+        """Resume a paused batch of the scope. Raises as `pause` does."""
+        reason = reason or "resumed by a client"
+        return await self._change_state(batch_id, BatchState.PAUSED, BatchState.RUNNING, reason, scope)
 
-    async def _change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> BatchView:
+    async def _change_state(
+        self, batch_id: str, before: BatchState, after: BatchState, reason: str, scope: TenantScope
+    ) -> BatchView:
         _check_reason(reason)
-        changed = await self._batches.change_state(batch_id, before, after, reason)
+        changed = await self._batches.change_state(batch_id, before, after, reason, scope)
         self._on_change()
-        batch = changed or await self._batches.get(batch_id)
+        batch = changed or await self._batches.get(batch_id, scope)
         if batch.state is not after or batch.ending is not None:
             state = batch.ending.state if batch.ending is not None else batch.state
             raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {state} already")

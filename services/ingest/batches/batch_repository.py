@@ -12,6 +12,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from mesh.mongo_clock import Clock, earliest, milliseconds
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.batches.batch import FINAL, Batch, BatchState, BatchStep, Ending, Totals
 from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
@@ -66,8 +67,8 @@ class BatchRepository:
         with translated("counting batches"):
             return await self._batches.count_documents({"is_active": True}, limit=MAX_ACTIVE, hint="active")
 
-    async def get(self, batch_id: str) -> Batch:
-        """Return one batch.
+    async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
+        """Return one batch of the scope.
 
         Raises:
             InvalidArgument: the id is empty. NotFound: no such batch. Unavailable: MongoDB is unavailable.
@@ -77,7 +78,7 @@ class BatchRepository:
         if not is_ulid(batch_id):
             raise NotFound(f"no batch {batch_id[:64]!r}: a batch id is 26 characters, as SubmitBatch returned it")
         with translated("reading a batch"):
-            document = await self._batches.find_one({"_id": batch_id})
+            document = await self._batches.find_one({"_id": batch_id, **scope.condition})
         if document is None:
             raise NotFound(f"no batch {batch_id!r}")
         return batch_of(document)
@@ -167,10 +168,16 @@ class BatchRepository:
             found = await self._batches.find_one_and_update(live, {"$set": set_}, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
 
-    async def change_state(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:
-        """Change a batch from state `before` to `after`. None: its state is another, or the batch is ending."""
+    async def change_state(
+        self, batch_id: str, before: BatchState, after: BatchState, reason: str, scope: TenantScope = EVERY_TENANT
+    ) -> Batch | None:
+        """Change a batch of the scope from state `before` to `after`.
+
+        None: there is no such batch, its state is another, or it is ending.
+        """
         step = BatchStep(after, self._clock(), self._instance, reason)
         live = {"_id": batch_id, "state": str(before), "ending": {"$exists": False}, "totals": {"$exists": False}}
+        live |= scope.condition
         update: Mapping[str, Any] = {
             "$set": {"state": str(after), "updated_at": step.at},
             "$push": {"steps": {"$each": [step_document(step)], "$slice": -100}},

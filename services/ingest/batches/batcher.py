@@ -19,6 +19,7 @@ from types import TracebackType
 
 from mesh.mongo_clock import Clock
 from mesh.process.tasks import end
+from mesh.rpc.access import Access
 from services.ingest.batches.batch import (
     EXCLUSIVE_AFTER,
     MAX_TRIES,
@@ -38,6 +39,7 @@ from services.ingest.batches.chunk_runner import ChunkProgress, ChunkRunner
 from services.ingest.batches.duties import Duties
 from services.ingest.batches.row_inference import MODEL_WAIT_S
 from services.ingest.job import Lease
+from services.ingest.job_access import refusal
 from services.ingest.retention.retention_repository import RetentionRepository
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
@@ -112,7 +114,9 @@ class Batcher:
         renew_ms: int,
         retention: RetentionRepository,
         sweep_s: float = SWEEP_S,
+        access: Access | None = None,
     ) -> None:
+        """`access` decides whether the callers of batches may still run their models; None: they may."""
         self._batches = batches
         self._chunks = chunks
         self._duties = duties
@@ -123,6 +127,7 @@ class Batcher:
         self._poll_s = poll_ms / 1000
         self._renew_s = renew_ms / 1000
         self._retention = retention
+        self._access = access
         self._sweep_s = sweep_s
         self._next_sweep_s = min(_FIRST_SWEEP_S, sweep_s)
         self._held_chunks: dict[str, _HeldChunk] = {}
@@ -189,10 +194,20 @@ class Batcher:
         if self._is_open:
             active = await self._batches.active()
             for batch in active:
+                await self._end_if_refused(batch)
                 await self._claim_due_duty(batch)
             await self._claim(active)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._poll_s)
+
+    async def _end_if_refused(self, batch: Batch) -> None:
+        """End a batch whose caller may not run its model any more. Its running chunks are dropped."""
+        if batch.is_ending:
+            return
+        if (refused := refusal(self._access, batch.caller, batch.model_name)) is not None:
+            reason = f"{refused.code.name}: {refused.message}"
+            await self._batches.request_end(batch.id, Ending(BatchState.FAILED, reason))
+            self._renew_now.set()
 
     async def _claim_due_duty(self, batch: Batch) -> None:
         is_due = batch.free_at is not None and batch.free_at <= self._clock()

@@ -113,6 +113,8 @@ def batch_document(batch: Batch) -> Document:
     }
     if batch.key:
         document |= {"key": batch.key, "digest": Binary(batch.digest)}
+    if batch.caller:
+        document["caller"] = Binary(batch.caller)
     if batch.state not in FINAL:
         document["is_active"] = True
     optional = {
@@ -159,6 +161,7 @@ def batch_of(document: Mapping[str, Any]) -> Batch:
         ending=Ending(BatchState(ending["state"]), ending["reason"]) if ending else None,
         totals=_totals_of(totals) if totals else None,
         ended_at=document.get("ended_at"),
+        caller=bytes(document.get("caller", b"")),
         message=document["message"],
         note=document["note"],
         steps=tuple(

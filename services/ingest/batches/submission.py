@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mesh.mongo_clock import Clock
 from mesh.process.threads import Threads
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
 from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
 from services.ingest.batches.duties import format_of, input_entries, owner_of
@@ -31,6 +32,7 @@ from services.ingest.batches.outputs.part_summary import is_reserved_output_name
 from services.ingest.batches.readers import naming_file, open_pinned
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.intake.submission import at_most, digest_of, labels_of
+from services.ingest.job_access import checked_caller
 from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS, TENANT_CHARS
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -82,16 +84,19 @@ class Submissions:
         self._instance = instance
         self._on_accepted = on_accepted
 
-    async def submit(self, request: pb.SubmitBatchRequest) -> tuple[Batch, bool]:
-        """Store a batch. Return it, and whether its idempotency key was known.
+    async def submit(self, request: pb.SubmitBatchRequest, scope: TenantScope = EVERY_TENANT) -> tuple[Batch, bool]:
+        """Store a batch of the scope. Return it, and whether its idempotency key was known.
 
         Raises:
             InvalidArgument: names the field, the expected and the actual value. NotFound: no such file or model.
-            PermissionDenied: a URL is not allowed. FailedPrecondition: the output is not empty.
+            PermissionDenied: a URL, the tenant or the model is not allowed.
+            FailedPrecondition: the output is not empty.
             AlreadyExists: the key was used with another request. ResourceExhausted: too many batches.
             Unavailable: MongoDB, infer or a storage location is unavailable.
         """
         check_fields(request)
+        request.tenant = scope.owner("tenant", request.tenant)
+        caller = checked_caller(scope, request.model_name)
         digest = digest_of(request)
         if request.idempotency_key:
             earlier = await self._batches.find_by_key(request.tenant, request.idempotency_key)
@@ -99,18 +104,19 @@ class Submissions:
                 return check_same_request(earlier, digest), True
         if (active := await self._batches.count_active()) >= MAX_ACTIVE:
             raise ResourceExhausted(f"{active} batches are active, which is the limit", retry_after_ms=10_000)
-        inputs, output = self._checked_urls(request)
+        inputs, output = self._checked_urls(request, scope)
         signature = await self._metadata.signature(request.model_name, request.model_version, request.outputs)
         inspected = await self._threads.run(self._inspect, request, inputs, output, signature)
-        batch = self._batch(request, inputs, output, signature, inspected, digest)
+        batch = replace(self._batch(request, inputs, output, signature, inspected, digest), caller=caller)
         result_columns(batch).schema()
         batch, existed = await self._batches.add(batch)
         self._on_accepted()
         return batch, existed
 
-    def _checked_urls(self, request: pb.SubmitBatchRequest) -> tuple[tuple[str, ...], str]:
-        inputs = tuple(self._locations.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
-        output = self._locations.check("output", request.output).rstrip("/")
+    def _checked_urls(self, request: pb.SubmitBatchRequest, scope: TenantScope) -> tuple[tuple[str, ...], str]:
+        owner = None if scope.access is None else scope.tenant
+        inputs = tuple(self._locations.check(f"inputs[{n}]", url, owner) for n, url in enumerate(request.inputs))
+        output = self._locations.check("output", request.output, owner).rstrip("/")
         for url in inputs:
             if is_within(output, url) and url.endswith("/"):
                 raise InvalidArgument(f"output: {output} lies within the input {url}: its parts would become inputs")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.interceptors import Context
+from mesh.rpc.tenant_scope import Scopes
 from services.ingest.connectors.reports import Report, Reports
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.messages import timestamp_of
@@ -17,7 +18,8 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 class StreamsRpc:
     """Servicer mixin: RunStream and ListConnectors."""
 
-    def __init__(self, run_streams: RunStreams, reports: Reports) -> None:
+    def __init__(self, run_streams: RunStreams, reports: Reports, scopes: Scopes) -> None:
+        self._scopes = scopes
         self._run_streams = run_streams
         self._reports = reports
 
@@ -25,7 +27,8 @@ class StreamsRpc:
         self, request_iterator: AsyncIterator[pb.RunStreamRequest], context: Context
     ) -> AsyncIterator[pb.RunStreamResponse]:
         memory: CallMemory = cast("Any", context).memory
-        async with aclosing(self._run_streams.serve(request_iterator, memory)) as responses:
+        scope = self._scopes.of(context, "RunStream")
+        async with aclosing(self._run_streams.serve(request_iterator, memory, scope)) as responses:
             async for response in responses:
                 yield response
 

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from mesh.process.tasks import end, together
 from mesh.rpc.call_context import CallMemory
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns
@@ -53,18 +54,20 @@ class StreamIntake(Protocol):
     """Interface to the intake."""
 
     async def begin_when_there_is_room(
-        self, submit: pb.SubmitRequest, traceparent: str = ""
+        self, submit: pb.SubmitRequest, traceparent: str = "", scope: TenantScope = EVERY_TENANT
     ) -> asyncio.Future[Accepted]: ...
 
 
 class StreamCompletions(Protocol):
     """Interface to the completions of jobs."""
 
-    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None: ...
+    def watch(
+        self, job_id: str, ended: Callable[[], None], *, is_old: bool = False, tenant: str | None = None
+    ) -> None: ...
 
     def forget(self, job_id: str, ended: Callable[[], None]) -> None: ...
 
-    async def result(self, job_id: str) -> Ended: ...
+    async def result(self, job_id: str, tenant: str | None = None) -> Ended: ...
 
 
 class RunStreams:
@@ -81,9 +84,12 @@ class RunStreams:
         self._open = 0
 
     async def serve(
-        self, requests: AsyncIterator[pb.RunStreamRequest], memory: CallMemory | None = None
+        self,
+        requests: AsyncIterator[pb.RunStreamRequest],
+        memory: CallMemory | None = None,
+        scope: TenantScope = EVERY_TENANT,
     ) -> AsyncGenerator[pb.RunStreamResponse, None]:
-        """Yield the responses of one stream; `memory` counts those that wait for the client.
+        """Yield the responses of one stream of `scope`; `memory` counts those that wait for the client.
 
         Raises:
             ResourceExhausted: too many streams are open, or responses find no room: jobs go on, request them again.
@@ -91,7 +97,9 @@ class RunStreams:
         if self._open >= self._max_open:
             raise ResourceExhausted(f"{self._open} streams are open, which is the limit", retry_after_ms=_TOO_MANY_MS)
         self._open += 1
-        stream = RunStream(self._intake, self._endings, items=self._items, budget=self._budget, memory=memory)
+        stream = RunStream(
+            self._intake, self._endings, items=self._items, budget=self._budget, memory=memory, scope=scope
+        )
         try:
             async for response in stream.responses(requests):
                 yield response
@@ -126,8 +134,10 @@ class RunStream:
         items: int,
         budget: Budget,
         memory: CallMemory | None,
+        scope: TenantScope,
     ) -> None:
         self._memory = memory
+        self._scope = scope
         self._intake = intake
         self._endings = endings
         self._budget = budget
@@ -211,7 +221,7 @@ class RunStream:
             if request.WhichOneof("what") == "job_id":
                 self._resume(item, request.job_id)
                 return
-            future = await self._intake.begin_when_there_is_room(_submit_of(request))
+            future = await self._intake.begin_when_there_is_room(_submit_of(request), scope=self._scope)
         except ShoalError as err:
             self._reject(item, err)
         except Exception:
@@ -241,7 +251,7 @@ class RunStream:
 
     def _wait(self, item: StreamItem) -> None:
         item.ended = partial(self._put, item, None)
-        self._endings.watch(item.job_id, item.ended, is_old=item.existed)
+        self._endings.watch(item.job_id, item.ended, is_old=item.existed, tenant=self._scope.tenant)
 
     def _reject(self, item: StreamItem, error: ShoalError) -> None:
         self._put(item, _response_of(item, error=error))
@@ -263,7 +273,7 @@ class RunStream:
         give_up_at = asyncio.get_running_loop().time() + _STORE_OUTAGE_S
         while True:
             try:
-                return _ended(item, await self._endings.result(item.job_id))
+                return _ended(item, await self._endings.result(item.job_id, self._scope.tenant))
             except ShoalError as err:
                 if err.code in (Code.NOT_FOUND, Code.DATA_LOSS):
                     return _response_of(item, error=err)

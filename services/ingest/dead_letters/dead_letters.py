@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from mesh.mongo_clock import milliseconds
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.dead_letters.filters import DeadLetterSelection
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import DEAD_LETTERS, Job, requeue
+from services.ingest.job_access import storable_caller
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import DeadFilter, JobStore
 from services.ingest.limits import REASON_CHARS
@@ -62,17 +64,23 @@ class DeadLetters:
         """
         return await self._jobs.page(filter_, size, token)
 
-    async def requeue(self, selected: DeadLetterSelection, reason: str) -> DeadLetterOutcome:
-        """Requeue dead letters. One that another client requeued meanwhile counts as done.
+    async def requeue(
+        self, selected: DeadLetterSelection, reason: str, scope: TenantScope = EVERY_TENANT
+    ) -> DeadLetterOutcome:
+        """Requeue dead letters of the scope. One that another client requeued meanwhile counts as done.
+
+        The jobs then run for the scope's caller, whose grants decide when they run.
 
         Raises:
-            InvalidArgument: the reason is too long. Unavailable: MongoDB is unavailable; some may be requeued: repeat.
+            InvalidArgument: the reason, or the caller's claims are too long.
+            Unavailable: MongoDB is unavailable; some may be requeued: repeat.
         """
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
-        letters, refused, next_token = await self._letters(selected)
+        caller = storable_caller(scope)
+        letters, refused, next_token = await self._letters(selected, scope)
         now = self._clock()
-        requeued = {letter.id: requeue(letter, reason, self._instance, now) for letter in letters}
+        requeued = {letter.id: requeue(letter, reason, self._instance, now, caller) for letter in letters}
         if letters:
             await self._store.requeue([(letter, requeued[letter.id]) for letter in letters])
         found = await self._store.read(requeued)
@@ -85,13 +93,13 @@ class DeadLetters:
         self._events.due_again([requeued[job_id] for job_id in done])
         return DeadLetterOutcome(done, refused, next_token)
 
-    async def purge(self, selected: DeadLetterSelection) -> DeadLetterOutcome:
-        """Remove dead letters with their requests, permanently.
+    async def purge(self, selected: DeadLetterSelection, scope: TenantScope = EVERY_TENANT) -> DeadLetterOutcome:
+        """Remove dead letters of the scope with their requests, permanently.
 
         Raises:
             Unavailable: MongoDB is unavailable; some may be removed: repeat.
         """
-        letters, refused, next_token = await self._letters(selected)
+        letters, refused, next_token = await self._letters(selected, scope)
         ids = [letter.id for letter in letters]
         if ids:
             await self._store.purge(letters)
@@ -101,11 +109,13 @@ class DeadLetters:
         done = [job_id for job_id in ids if job_id not in left]
         return DeadLetterOutcome(done, refused, next_token)
 
-    async def _letters(self, selected: DeadLetterSelection) -> tuple[list[Job], dict[str, ShoalError], str]:
+    async def _letters(
+        self, selected: DeadLetterSelection, scope: TenantScope
+    ) -> tuple[list[Job], dict[str, ShoalError], str]:
         """Return the selected dead letters, the errors of selected ids that are none, and the next page's token."""
         if selected.filter is not None:
             return await self._page(selected.filter, selected.limit, selected.page_token)
-        found = await self._store.read(selected.ids)
+        found = await self._store.read(selected.ids, scope.tenant)
         letters = [job for job in found.values() if job.state in DEAD_LETTERS]
         refused: dict[str, ShoalError] = {job_id: _not_found(job_id) for job_id in selected.ids if job_id not in found}
         refused |= {job.id: _not_dead_letter(job) for job in found.values() if job.state not in DEAD_LETTERS}

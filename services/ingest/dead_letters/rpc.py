@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesh.rpc.interceptors import Context
+from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.ingest.dead_letters.dead_letters import DeadLetterOutcome, DeadLetters
 from services.ingest.dead_letters.filters import DeadLetterSelection, checked_filter, checked_selection
 from services.ingest.job_store import DeadFilter
@@ -15,17 +16,20 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 class DeadLettersRpc:
     """Mixin of the servicer with the methods for dead letters."""
 
-    def __init__(self, letters: DeadLetters) -> None:
+    def __init__(self, letters: DeadLetters, scopes: Scopes) -> None:
         self._letters = letters
+        self._scopes = scopes
 
     async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, context: Context) -> pb.ListDeadLettersResponse:
-        page = await self._letters.page(_filter(request.filter), request.page_size, request.page_token)
+        filter_ = _filter(request.filter, self._scopes.of(context, "ListDeadLetters"))
+        page = await self._letters.page(filter_, request.page_size, request.page_token)
         return pb.ListDeadLettersResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
 
     async def RequeueDeadLetters(
         self, request: pb.RequeueDeadLettersRequest, context: Context
     ) -> pb.RequeueDeadLettersResponse:
-        done = await self._letters.requeue(_selected(request), request.reason)
+        scope = self._scopes.of(context, "RequeueDeadLetters")
+        done = await self._letters.requeue(_selected(request, scope), request.reason, scope)
         return pb.RequeueDeadLettersResponse(
             ids=done.ids, refused=_refused(done), more=bool(done.next_token), next_page_token=done.next_token
         )
@@ -33,19 +37,23 @@ class DeadLettersRpc:
     async def PurgeDeadLetters(
         self, request: pb.PurgeDeadLettersRequest, context: Context
     ) -> pb.PurgeDeadLettersResponse:
-        done = await self._letters.purge(_selected(request))
+        scope = self._scopes.of(context, "PurgeDeadLetters")
+        done = await self._letters.purge(_selected(request, scope), scope)
         return pb.PurgeDeadLettersResponse(
             ids=done.ids, refused=_refused(done), more=bool(done.next_token), next_page_token=done.next_token
         )
 
 
-def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
+def _filter(message: pb.DeadLetterFilter, scope: TenantScope) -> DeadFilter:
     before = moment_of("filter.before", message.before) if message.HasField("before") else None
-    return checked_filter(state_of(message.state), message.model_name, message.tenant, message.code, before)
+    tenant = scope.owner("filter.tenant", message.tenant)
+    return checked_filter(state_of(message.state), message.model_name, tenant, message.code, before)
 
 
-def _selected(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterSelection:
-    filter_ = _filter(request.filter) if request.HasField("filter") else None
+def _selected(
+    request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest, scope: TenantScope
+) -> DeadLetterSelection:
+    filter_ = _filter(request.filter, scope) if request.HasField("filter") else None
     return checked_selection(request.ids, filter_, request.limit, request.page_token)
 
 

@@ -20,6 +20,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from mesh.mongo_clock import Clock
+from mesh.rpc.access import Access
 from services.ingest.dispatch.bulk_calls import is_ambiguous
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
@@ -27,6 +28,7 @@ from services.ingest.dispatch.remote import AttemptOutcome, BulkEntry, BulkUnava
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import BackToQueue, End, Failure, Job, Outcome, after_failure, imposed_end
+from services.ingest.job_access import refusal
 from services.ingest.limits import EXPLAIN, REQUEST_BYTES
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
@@ -80,7 +82,9 @@ class Attempts:
         clock: Clock,
         timeout_ms: int,
         draw: Callable[[], float] = random.random,
+        access: Access | None = None,
     ) -> None:
+        """`access` decides whether the callers of jobs may still run their models; None: they may."""
         self._model = model
         self._payloads = payloads
         self._gate = gate
@@ -88,13 +92,20 @@ class Attempts:
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
         self._draw = draw
+        self._access = access
         self._tracer = trace.get_tracer("shoal")
         self._no_bulks_until = 0.0
 
     async def run(self, jobs: Sequence[Job], given_up: GivenUpJobs) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         """Run one attempt of claimed jobs of one model; yield decisions, several at a time, as they are made."""
         now = self._clock()
-        ended = [(job, how) for job in jobs if (how := imposed_end(job, now)) is not None]
+        ended: list[tuple[Job, Decision]] = []
+        for job in jobs:
+            how: Decision | None = imposed_end(job, now)
+            if how is None and self._access is not None:
+                how = self._refused(job)
+            if how is not None:
+                ended.append((job, how))
         if ended:
             yield [*ended]
             ended_ids = {job.id for job, _ in ended}
@@ -111,6 +122,14 @@ class Attempts:
         async with aclosing(self._run_singly(jobs)) as decided:
             async for some in decided:
                 yield some
+
+    def _refused(self, job: Job) -> End | BackToQueue | None:
+        """Return the decision about a job whose caller may not run its model now; None when it may."""
+        try:
+            refused = refusal(self._access, job.caller, job.model_name)
+        except ShoalError as err:
+            return self._failed(job, Failure(int(err.code), err.message, is_reached=False))
+        return None if refused is None else End(Outcome.FAILED, int(refused.code), refused.message)
 
     async def _run_singly(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         if len(jobs) == 1:

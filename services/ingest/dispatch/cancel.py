@@ -6,6 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from mesh.mongo_clock import Clock
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.job import Job, imposed_end
@@ -28,8 +29,10 @@ class JobCanceller:
         self._watch = watch
         self._clock = clock
 
-    async def cancel(self, job_id: str, reason: str) -> Job:
-        """Cancel a job and return it as ended. While the store is unavailable, the job is returned before its end.
+    async def cancel(self, job_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> Job:
+        """Cancel a job of the scope and return it as ended.
+
+        While the store is unavailable, the job is returned before its end.
 
         Raises:
             InvalidArgument: `job_id` is empty, or `reason` too long. NotFound: no such job.
@@ -37,7 +40,7 @@ class JobCanceller:
         """
         if len(reason) > REASON_CHARS:
             raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
-        job = await self._jobs.get(job_id)
+        job = await self._jobs.get(job_id, scope)
         if job.is_final:
             return job
         taken = await self._claims.take_to_cancel(job_id, reason)
@@ -46,6 +49,6 @@ class JobCanceller:
         # With too many watches the job ends all the same.
         with suppress(TimeoutError, ResourceExhausted):
             async with asyncio.timeout(WAIT_S):
-                async for seen in self._watch.follow(job_id):
+                async for seen in self._watch.follow(job_id, scope):
                     job = seen
         return job

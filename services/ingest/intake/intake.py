@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mesh.process.tasks import end
+from mesh.rpc.access import Access
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.dependencies.dependency_states import dependency_states
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.group_commit import Group
@@ -28,9 +30,12 @@ from services.ingest.intake.storage import StorageQuotas
 from services.ingest.intake.submission import check_not_reserved
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
+from services.ingest.job_access import checked_caller
 from services.ingest.job_store import JobStore, Key, KeyTaken, UnknownOutcome
+from services.ingest.limits import CONNECTOR_LABEL
 from services.ingest.tenants.admission import Admission
 from services.ingest.tracing import traceparent_of
+from shoal.access.caller_header import connector_value
 from shoal.errors import AlreadyExists, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -78,6 +83,7 @@ class Intake:
         instance: Instance,
         *,
         inline_bytes: int,
+        access: Access | None = None,
     ) -> None:
         self._store = store
         self._payloads = payloads
@@ -85,6 +91,7 @@ class Intake:
         self._limits = limits
         self._instance = instance
         self._inline_bytes = inline_bytes
+        self._access = access
         self._group: Group[Job, Accepted] = Group(
             "submitted jobs",
             self._write,
@@ -119,28 +126,34 @@ class Intake:
         """Accept submits from now on: the collections exist, with the indexes that idempotency requires."""
         self._is_open = True
 
-    async def submit(self, submit: pb.SubmitRequest) -> Accepted:
+    async def submit(self, submit: pb.SubmitRequest, scope: TenantScope = EVERY_TENANT) -> Accepted:
         """Create a durable job, or return the one that an earlier equal submit created. Raises what `begin` raises."""
-        return await self.begin(submit, traceparent_of())
+        return await self.begin(submit, traceparent_of(), scope)
 
-    async def submit_scheduled(self, submit: pb.SubmitRequest) -> Accepted:
-        """Create the job of a schedule's firing, whose idempotency key is reserved for schedules."""
-        return await self._begin(submit, traceparent_of())
+    async def submit_scheduled(self, submit: pb.SubmitRequest, caller: bytes) -> Accepted:
+        """Create the job of a schedule's firing, whose idempotency key is reserved for schedules.
 
-    def begin(self, submit: pb.SubmitRequest, traceparent: str = "") -> asyncio.Future[Accepted]:
+        `caller` stored the schedule. Its grants decide when the job runs, so that a refusal is the end of a job.
+        """
+        return await self._begin(submit, traceparent_of(), caller)
+
+    def begin(
+        self, submit: pb.SubmitRequest, traceparent: str = "", scope: TenantScope = EVERY_TENANT
+    ) -> asyncio.Future[Accepted]:
         """Begin a submit; return the future of its durable job, or of the job that an equal submit created before.
 
         Raises, here or in the future:
             InvalidArgument: a field is invalid; the message names it.
+            PermissionDenied: the message names another tenant than the caller's, or a model that it may not run.
             AlreadyExists: the idempotency key was used with another request.
             ResourceExhausted: the backlog is full, too many bytes wait for their write, or the storage quota is spent.
             Unavailable: MongoDB is unavailable; the job may or may not exist: repeat with an idempotency key.
         """
         check_not_reserved(submit)
-        return self._begin(submit, traceparent)
+        return self._begin(submit, traceparent, _admitted(submit, scope))
 
-    def _begin(self, submit: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
-        job = self._checked(submit, traceparent)
+    def _begin(self, submit: pb.SubmitRequest, traceparent: str, caller: bytes) -> asyncio.Future[Accepted]:
+        job = self._checked(submit, traceparent, caller)
         if not self._limits.admission.try_admit(job.tenant):
             admitting = asyncio.create_task(self._admit_and_enqueue(job), name="admission")
             self._admitting.add(admitting)
@@ -150,26 +163,33 @@ class Intake:
         return self._enqueue(job)
 
     async def begin_when_there_is_room(
-        self, submit: pb.SubmitRequest, traceparent: str = ""
+        self, submit: pb.SubmitRequest, traceparent: str = "", scope: TenantScope = EVERY_TENANT
     ) -> asyncio.Future[Accepted]:
         """Begin a submit of a stream: instead of raising, wait until the limits allow it.
 
         The wait for memory has no deadline; the wait for `Admission` ends after half a minute.
         """
         check_not_reserved(submit)
-        return await self._begin_when_there_is_room(submit, traceparent)
+        return await self._begin_when_there_is_room(submit, traceparent, _admitted(submit, scope))
 
     async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]:
-        """Begin the submit of a connector's message, whose labels are reserved; wait as a stream does."""
-        return await self._begin_when_there_is_room(submit, "")
+        """Begin the submit of a connector's message, whose labels are reserved; wait as a stream does.
 
-    async def _begin_when_there_is_room(self, submit: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
-        job = self._checked(submit, traceparent)
+        The caller is the connector: a user of its tenant.
+        """
+        caller = connector_value(submit.labels[CONNECTOR_LABEL], submit.tenant)
+        caller = checked_caller(TenantScope(submit.tenant, caller, self._access), submit.request.model_name)
+        return await self._begin_when_there_is_room(submit, "", caller)
+
+    async def _begin_when_there_is_room(
+        self, submit: pb.SubmitRequest, traceparent: str, caller: bytes
+    ) -> asyncio.Future[Accepted]:
+        job = self._checked(submit, traceparent, caller)
         await self._limits.admission.wait(job.tenant)
         await self._limits.budget.wait_for(_size(job))
         return self._enqueue(job)
 
-    def _checked(self, submit: pb.SubmitRequest, traceparent: str) -> Job:
+    def _checked(self, submit: pb.SubmitRequest, traceparent: str, caller: bytes) -> Job:
         job = job_of_submit(
             submit,
             job_id=self._instance.new_id(),
@@ -177,6 +197,7 @@ class Intake:
             instance=self._instance.name,
             inline_bytes=self._inline_bytes,
             traceparent=traceparent,
+            caller=caller,
         )
         if not self._is_open:
             raise Unavailable("this instance is not connected to the job database yet: retry in a moment")
@@ -301,6 +322,17 @@ class Intake:
         return found
 
 
+def _admitted(submit: pb.SubmitRequest, scope: TenantScope) -> bytes:
+    """Set the tenant of a submit to the scope's, and return the caller to be stored with its job.
+
+    Raises PermissionDenied.
+    """
+    if scope is EVERY_TENANT:
+        return b""
+    submit.tenant = scope.owner("tenant", submit.tenant)
+    return checked_caller(scope, submit.request.model_name)
+
+
 def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalError:
     if earlier is None:
         return Unavailable("the earlier job of this idempotency key is not durable yet: retry in a moment")
@@ -317,7 +349,7 @@ _CHARACTER_BYTES, _LABEL_BYTES = 4, 160
 
 def _size(job: Job) -> int:
     """Return the bytes that a job takes in memory, at most."""
-    size = len(job.request or b"") + 1_024
+    size = len(job.request or b"") + len(job.caller) + 1_024
     if job.labels:
         size += sum(_LABEL_BYTES + _CHARACTER_BYTES * (len(key) + len(value)) for key, value in job.labels)
     return size

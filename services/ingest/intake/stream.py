@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Internal, InvalidArgument, ShoalError
@@ -78,8 +79,9 @@ class Window:
 class Stream:
     """SubmitStream of one client."""
 
-    def __init__(self, intake: Intake, *, items: int, nbytes: int) -> None:
+    def __init__(self, intake: Intake, *, items: int, nbytes: int, scope: TenantScope = EVERY_TENANT) -> None:
         self._intake = intake
+        self._scope = scope
         self._window = Window(items, nbytes)
         # Bounded by the window, which every item enters first.
         self._under_way: deque[_Item | None] = deque()
@@ -169,7 +171,7 @@ class Stream:
         try:
             if submit is None:
                 raise InvalidArgument("submit: required, and not set")
-            return await self._intake.begin_when_there_is_room(submit, traceparent)
+            return await self._intake.begin_when_there_is_room(submit, traceparent, self._scope)
         except ShoalError as err:
             return err
         except Exception:

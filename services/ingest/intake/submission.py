@@ -56,9 +56,16 @@ def check_not_reserved(submit: pb.SubmitRequest) -> None:
 
 
 def job_of(
-    submit: pb.SubmitRequest, *, job_id: str, now: datetime, instance: str, inline_bytes: int, traceparent: str
+    submit: pb.SubmitRequest,
+    *,
+    job_id: str,
+    now: datetime,
+    instance: str,
+    inline_bytes: int,
+    traceparent: str,
+    caller: bytes = b"",
 ) -> Job:
-    """Return the job of a valid submit, accepted at `now`, with the serialised request.
+    """Return the job of a valid submit, accepted at `now`, with the serialised request. It runs for `caller`.
 
     Raises:
         InvalidArgument: a field is invalid; the message names it, and what was expected and received.
@@ -94,6 +101,7 @@ def job_of(
         not_before=due_at if depends_on and due_at > now else None,
         fails_on_dependency=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
         traceparent=traceparent,
+        caller=caller,
         transitions=acceptance(now, instance, due_at, len(depends_on)),
     )
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeAlias
 
 from pymongo.asynchronous.collection import AsyncCollection
 
@@ -46,6 +46,9 @@ _RESULTS_AT_ONCE = 100
 # Bytes of recorded results that are kept for their waiters; further ones are read back from the store.
 _RECORDED_BYTES = 16 << 20
 _FINAL = sorted(FINAL)
+
+Owned: TypeAlias = tuple[str, str | None]
+"""Id of a job, and the tenant that it must have; None: any."""
 
 
 class ResultReader(Protocol):
@@ -76,14 +79,15 @@ class Completions(Background):
         self._jobs = jobs
         self._reader = reader
         self._ready = ready
-        # No bound of its own: the windows of streams and connectors bound the waits.
-        self._waiting: dict[str, list[Callable[[], None]]] = {}
+        # No bound of its own: the windows of streams and connectors bound the waits. Each has the tenant that its job
+        # must have; None: any.
+        self._waiting: dict[str, list[tuple[Callable[[], None], str | None]]] = {}
         self._hinted: set[str] = set()
         self._poked: OrderedDict[str, None] = OrderedDict()
         self._recorded: OrderedDict[str, Ended] = OrderedDict()
         self._recorded_bytes = 0
         self._wake = asyncio.Event()
-        self._results: Group[str, Ended] = Group(
+        self._results: Group[Owned, Ended] = Group(
             "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
         )
 
@@ -118,9 +122,12 @@ class Completions(Background):
             self._pop_recorded(next(iter(self._recorded)))
         self._notify_waiters(result.job_id)
 
-    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None:
-        """Call `ended()` once the job has ended or no longer exists. `is_old`: the job may have ended long ago."""
-        self._waiting.setdefault(job_id, []).append(ended)
+    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False, tenant: str | None = None) -> None:
+        """Call `ended()` once the job has ended or no longer exists. `is_old`: the job may have ended long ago.
+
+        With `tenant`, a job of another tenant does not exist.
+        """
+        self._waiting.setdefault(job_id, []).append((ended, tenant))
         if is_old or job_id in self._poked:
             self._poked.pop(job_id, None)
             self._hint(job_id)
@@ -132,8 +139,8 @@ class Completions(Background):
         self._pop_recorded(job_id)
 
     def _unwatch(self, job_id: str, ended: Callable[[], None]) -> None:
-        if ended in (waiting := self._waiting.get(job_id, [])):
-            waiting.remove(ended)
+        if (waiting := self._waiting.get(job_id)) is not None:
+            waiting[:] = [each for each in waiting if each[0] != ended]
             if not waiting:
                 del self._waiting[job_id]
 
@@ -146,16 +153,18 @@ class Completions(Background):
         finally:
             self._unwatch(job_id, ended.set)
 
-    async def result(self, job_id: str) -> Ended:
+    async def result(self, job_id: str, tenant: str | None = None) -> Ended:
         """Return the recorded result, with its response, of a job that has ended.
 
         Raises:
-            NotFound: the store has no result, or no longer. DataLoss: its response is damaged.
+            NotFound: the store has no result, or no longer, or the job is not of `tenant`.
+            DataLoss: its response is damaged.
             ShoalError: the store or MongoDB is unavailable, or the result cannot be read.
         """
-        if (ended := self._pop_recorded(job_id)) is not None:
-            return ended
-        return await self._results.put(job_id)
+        known = self._recorded.get(job_id)
+        if known is not None and tenant in (None, known.result.tenant):
+            return self._pop_recorded(job_id) or known
+        return await self._results.put((job_id, tenant))
 
     def _pop_recorded(self, job_id: str) -> Ended | None:
         if (ended := self._recorded.pop(job_id, None)) is not None:
@@ -201,18 +210,29 @@ class Completions(Background):
             for job_id in some:
                 if job_id not in unfinished:
                     self._notify_waiters(job_id)
+                else:
+                    self._notify_strangers(job_id, unfinished[job_id])
 
-    async def _unfinished(self, job_ids: Sequence[str]) -> set[str]:
+    async def _unfinished(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Return the tenants of the jobs among `job_ids` that have not ended."""
         with translated("querying which jobs have ended"):
             query = {"_id": {"$in": list(job_ids)}, "state": {"$nin": _FINAL}}
-            return {document["_id"] async for document in self._jobs.find(query, {"_id": 1}).hint("_id_")}
+            found = self._jobs.find(query, {"_id": 1, "tenant": 1}).hint("_id_")
+            return {document["_id"]: document["tenant"] async for document in found}
 
     def _notify_waiters(self, job_id: str) -> None:
-        for ended in self._waiting.pop(job_id, ()):
+        for ended, _ in self._waiting.pop(job_id, ()):
             ended()
 
-    async def _read(self, job_ids: list[str]) -> Sequence[Ended | ShoalError]:
-        read = await self._read_results(job_ids)
+    def _notify_strangers(self, job_id: str, owner: str) -> None:
+        """Complete the waits of other tenants than the job's: for them, it does not exist."""
+        for ended, tenant in list(self._waiting.get(job_id, ())):
+            if tenant not in (None, owner):
+                self._unwatch(job_id, ended)
+                ended()
+
+    async def _read(self, jobs: list[Owned]) -> Sequence[Ended | ShoalError]:
+        read = await self._read_results(jobs)
         results = [each for each in read if isinstance(each, store_pb2.Result)]
         policies = await self._policies([r.job_id for r in results if r.outcome == store_pb2.Result.OUTCOME_FAILED])
         return [
@@ -228,27 +248,32 @@ class Completions(Background):
             found = self._jobs.find({"_id": {"$in": list(job_ids)}}, {"policy": 1}).hint("_id_")
             return {document["_id"]: decode_policy(document["policy"]) async for document in found}
 
-    async def _read_results(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
+    async def _read_results(self, jobs: list[Owned]) -> Sequence[store_pb2.Result | ShoalError]:
         try:
-            found = await self._reader.read(list(dict.fromkeys(job_ids)))
+            found = await self._reader.read(list(dict.fromkeys(job_id for job_id, _ in jobs)))
         except ShoalError:
-            if len(job_ids) == 1:
+            if len(jobs) == 1:
                 raise
             # An error of one result must not affect the others.
-            return [await self._read_alone(job_id) for job_id in job_ids]
-        return [_kept(job_id, found) for job_id in job_ids]
+            return [await self._read_alone(job) for job in jobs]
+        return [_kept(job, found) for job in jobs]
 
-    async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
+    async def _read_alone(self, job: Owned) -> store_pb2.Result | ShoalError:
         try:
-            return _kept(job_id, await self._reader.read([job_id]))
+            return _kept(job, await self._reader.read([job[0]]))
         except ShoalError as err:
             return err
 
 
-def _kept(job_id: str, found: Mapping[str, store_pb2.Result]) -> store_pb2.Result | ShoalError:
+def _no_result(job_id: str) -> NotFound:
+    return NotFound(f"the store has no result of job {job_id}: retention removed it, or the job never existed")
+
+
+def _kept(job: Owned, found: Mapping[str, store_pb2.Result]) -> store_pb2.Result | ShoalError:
+    job_id, tenant = job
     result = found.get(job_id)
-    if result is None:
-        return NotFound(f"the store has no result of job {job_id}: retention removed it, or the job never existed")
+    if result is None or tenant not in (None, result.tenant):
+        return _no_result(job_id)
     if result.HasField("answer_removed_at"):
         return NotFound(f"job {job_id} succeeded; retention has removed its answer since")
     if result.answer_lost:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
@@ -59,8 +60,8 @@ class Jobs:
         self._jobs = jobs
         self._payloads = payloads
 
-    async def get(self, job_id: str) -> Job:
-        """Return a job, without its request.
+    async def get(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> Job:
+        """Return a job of the scope, without its request.
 
         Raises:
             InvalidArgument: `job_id` is empty. NotFound: no such job. Unavailable: MongoDB is unavailable.
@@ -70,19 +71,19 @@ class Jobs:
         if not is_ulid(job_id):
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
         with translated("reading a job"):
-            document = await self._jobs.find_one({"_id": job_id}, WITHOUT_REQUEST)
+            document = await self._jobs.find_one({"_id": job_id, **scope.condition}, WITHOUT_REQUEST)
         if document is None:
             raise NotFound(f"no job {job_id!r}")
         return job_of(document)
 
-    async def payload(self, job_id: str) -> bytes:
-        """Return the serialised request of a job.
+    async def payload(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> bytes:
+        """Return the serialised request of a job of the scope.
 
         Raises:
             InvalidArgument: `job_id` is empty. NotFound: no such job. FailedPrecondition: its request is not kept.
             Unavailable: MongoDB is unavailable.
         """
-        job = await self.get(job_id)
+        job = await self.get(job_id, scope)
         # An external payload may exist for a moment after the end of its job.
         if not job.needs_request:
             request = None
@@ -90,7 +91,7 @@ class Jobs:
             request = await self._payloads.get(job_id)
         else:
             with translated("reading the request of a job"):
-                document = await self._jobs.find_one({"_id": job_id}, {"request": 1})
+                document = await self._jobs.find_one({"_id": job_id, **scope.condition}, {"request": 1})
             request = (document or {}).get("request")
         if request is None:
             raise FailedPrecondition(

@@ -24,6 +24,7 @@ from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
 from mesh.process.tasks import Background, end
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.job import Job, generations
 from services.ingest.queries.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
@@ -171,29 +172,29 @@ class Watch:
         self._jobs = jobs
         self._changes = changes
 
-    async def follow(self, job_id: str) -> AsyncIterator[Job]:
-        """Yield the job, and again after each transition, until it has ended.
+    async def follow(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> AsyncIterator[Job]:
+        """Yield the job of the scope, and again after each transition, until it has ended.
 
         Raises:
             NotFound: no such job. ResourceExhausted: too many watches. Unavailable: MongoDB is unavailable for 30 s.
         """
         with self._changes.of(job_id) as changed:
-            job = await self._jobs.get(job_id)
+            job = await self._jobs.get(job_id, scope)
             yield job
             while not job.is_final:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), _POLL_S)
                 changed.clear()
-                newer = await self._read_with_retry(job_id)
+                newer = await self._read_with_retry(job_id, scope)
                 for view in views_between(job, newer):
                     yield view
                 job = newer
 
-    async def _read_with_retry(self, job_id: str) -> Job:
+    async def _read_with_retry(self, job_id: str, scope: TenantScope) -> Job:
         give_up = asyncio.get_running_loop().time() + _RETRY_FOR_S
         while True:
             try:
-                return await self._jobs.get(job_id)
+                return await self._jobs.get(job_id, scope)
             except Unavailable:
                 if asyncio.get_running_loop().time() > give_up:
                     raise

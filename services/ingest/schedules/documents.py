@@ -60,6 +60,8 @@ def document_of(schedule: Schedule) -> Document:
     document |= {field: getattr(schedule, field) for field in _PLAIN}
     document |= {"template": Binary(schedule.template), "misfire": str(schedule.misfire)}
     document |= {"overlap": str(schedule.overlap), "is_paused": schedule.is_paused}
+    if schedule.caller:
+        document["caller"] = Binary(schedule.caller)
     if schedule.next_at is not None:
         document["next_at"] = schedule.next_at
     return document
@@ -73,6 +75,7 @@ def schedule_of(document: Mapping[str, Any]) -> Schedule:
         misfire=Misfire(document["misfire"]),
         overlap=Overlap(document["overlap"]),
         is_paused=document["is_paused"],
+        caller=bytes(document.get("caller", b"")),
         next_at=document.get("next_at"),
         tries=document.get("tries", 0),
         last_at=document.get("last_at"),

@@ -47,7 +47,8 @@ _UNAVAILABLE_WAIT_S = 1.0
 NAME_LABEL = "schedule"
 TIME_LABEL = "scheduled_for"
 
-Submit = Callable[[pb.SubmitRequest], Awaitable[Accepted]]
+Submit = Callable[[pb.SubmitRequest, bytes], Awaitable[Accepted]]
+"""Submits a job for a caller, as `Schedule.caller` has it."""
 Find = Callable[[str, str], Awaitable[Job | None]]
 """Finds a job by tenant and idempotency key."""
 Read = Callable[[str], Awaitable[Job]]
@@ -161,7 +162,7 @@ class Firing(Background):
                 return "", f"job {schedule.last_job} had not ended at {label_of(time)}"
             await self._cancel(schedule.last_job, f"schedule {schedule.name} has its next time")
         try:
-            return (await self._submit(submit_of(schedule, time))).job.id, ""
+            return (await self._submit(submit_of(schedule, time), schedule.caller)).job.id, ""
         except AlreadyExists:
             # The job exists already; a client has changed the schedule since.
             earlier = await self._find(schedule.tenant, schedule.key_of(time))

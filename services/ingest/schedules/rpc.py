@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 
 from mesh.rpc.interceptors import Context
+from mesh.rpc.tenant_scope import Scopes
+from services.ingest.job_access import checked_caller
 from services.ingest.messages import timestamp_of
 from services.ingest.schedules import cron
 from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
@@ -20,30 +22,40 @@ OVERLAPS = {each: f"OVERLAP_POLICY_{each.name}" for each in Overlap}
 class SchedulesRpc:
     """Mixin of the servicer with the methods for schedules."""
 
-    def __init__(self, schedules: ScheduleRepository) -> None:
+    def __init__(self, schedules: ScheduleRepository, scopes: Scopes) -> None:
         self._schedules = schedules
+        self._scopes = scopes
 
     async def PutSchedule(self, request: pb.PutScheduleRequest, context: Context) -> pb.PutScheduleResponse:
-        requested = schedule_of(request.schedule, self._schedules.now())
+        scope = self._scopes.of(context, "PutSchedule")
+        request.schedule.tenant = scope.owner("schedule.tenant", request.schedule.tenant)
+        caller = checked_caller(scope, request.schedule.job.request.model_name)
+        requested = schedule_of(request.schedule, self._schedules.now(), caller)
         schedule = await self._schedules.put(requested, replaces=request.replace)
         return pb.PutScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, context: Context) -> pb.GetScheduleResponse:
-        schedule = await self._schedules.get(request.tenant, checked_name(request.name))
+        tenant = self._scopes.of(context, "GetSchedule").owner("tenant", request.tenant)
+        schedule = await self._schedules.get(tenant, checked_name(request.name))
         return pb.GetScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
     async def ListSchedules(self, request: pb.ListSchedulesRequest, context: Context) -> pb.ListSchedulesResponse:
-        schedules = await self._schedules.list(request.tenant if request.HasField("tenant") else None)
+        scope = self._scopes.of(context, "ListSchedules")
+        # Of a caller with a tenant, an unset tenant is its own.
+        every = not request.HasField("tenant") and scope.tenant is None
+        schedules = await self._schedules.list(None if every else scope.owner("tenant", request.tenant))
         return pb.ListSchedulesResponse(
             schedules=[message_of(each, self._schedules.now(), upcoming=1) for each in schedules]
         )
 
     async def PauseSchedule(self, request: pb.PauseScheduleRequest, context: Context) -> pb.PauseScheduleResponse:
-        schedule = await self._schedules.pause(request.tenant, checked_name(request.name), not request.resume)
+        tenant = self._scopes.of(context, "PauseSchedule").owner("tenant", request.tenant)
+        schedule = await self._schedules.pause(tenant, checked_name(request.name), not request.resume)
         return pb.PauseScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
     async def RemoveSchedule(self, request: pb.RemoveScheduleRequest, context: Context) -> pb.RemoveScheduleResponse:
-        schedule = await self._schedules.remove(request.tenant, checked_name(request.name))
+        tenant = self._scopes.of(context, "RemoveSchedule").owner("tenant", request.tenant)
+        schedule = await self._schedules.remove(tenant, checked_name(request.name))
         return pb.RemoveScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
 
 

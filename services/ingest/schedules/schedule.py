@@ -67,6 +67,8 @@ class Schedule:
     skipped: int = 0
     last_skip: str = ""
     """Reason of the last skip."""
+    caller: bytes = b""
+    """The verified caller that stored the schedule, for whom its jobs run; empty without a policy."""
     tries: int = 0
     """Number of attempts to fire that have failed since the last success."""
 

@@ -111,8 +111,9 @@ class ScheduleRepository:
         fields = {name: value for name, value in document.items() if name not in (*_LEADER_FIELDS, "_id", "fence")}
         # The change may have repaired what its firing failed of.
         update: Document = {"$set": fields, "$unset": {"try_again_at": "", "tries": ""}}
-        if after.next_at is None:
-            update["$unset"]["next_at"] = ""
+        for name in ("next_at", "caller"):
+            if name not in document:
+                update["$unset"][name] = ""
         with translated("changing a schedule"):
             written = await self._schedules.find_one_and_update(
                 {"_id": document["_id"], "revision": before.revision}, update, return_document=ReturnDocument.AFTER

@@ -33,8 +33,8 @@ def checked_name(name: str) -> str:
     return name
 
 
-def schedule_of(message: pb.Schedule, now: datetime) -> Schedule:
-    """Return the schedule of a valid message, created at `now`.
+def schedule_of(message: pb.Schedule, now: datetime, caller: bytes = b"") -> Schedule:
+    """Return the schedule of a valid message, created at `now` by `caller`.
 
     Raises:
         InvalidArgument: a field is invalid; the message names it, and what was expected and received.
@@ -56,6 +56,7 @@ def schedule_of(message: pb.Schedule, now: datetime) -> Schedule:
         misfire=_MISFIRES[message.misfire],
         overlap=_OVERLAPS[message.overlap],
         is_paused=message.paused,
+        caller=caller,
     )
 
 

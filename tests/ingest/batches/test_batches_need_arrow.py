@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mesh.rpc.tenant_scope import Scopes
 from services.ingest.batches.rpc import BatchesRpc
 from shoal.errors import Unimplemented
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -19,4 +20,4 @@ def test_ingest_needs_no_arrow_to_start() -> None:
 
 async def test_batches_say_what_they_miss() -> None:
     with pytest.raises(Unimplemented, match=r"shoal\[parquet\]"):
-        await BatchesRpc(None).GetBatch(pb.GetBatchRequest(id="x"), None)  # type: ignore[arg-type]
+        await BatchesRpc(None, Scopes("")).GetBatch(pb.GetBatchRequest(id="x"), None)  # type: ignore[arg-type]

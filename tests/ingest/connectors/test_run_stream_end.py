@@ -28,12 +28,12 @@ class Completions:
         self.asked = asyncio.Event()
         self.in_flight = 0
 
-    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None:
+    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False, tenant: str | None = None) -> None:
         ended()
 
     def forget(self, job_id: str, ended: Callable[[], None]) -> None: ...
 
-    async def result(self, job_id: str) -> Ended:
+    async def result(self, job_id: str, tenant: str | None = None) -> Ended:
         if job_id == BROKEN:
             await self.asked.wait()
             raise Unavailable("the store is away")
@@ -95,7 +95,7 @@ async def test_its_reader_has_ended_when_it_has() -> None:
 class LargeResults(Completions):
     """Jobs that have ended with large results."""
 
-    async def result(self, job_id: str) -> Ended:
+    async def result(self, job_id: str, tenant: str | None = None) -> Ended:
         response = ModelInferResponse(raw_output_contents=[bytes(1 << 20)])
         result = store_pb2.Result(outcome=store_pb2.Result.OUTCOME_SUCCEEDED, response=response)
         return Ended(result)

@@ -21,7 +21,7 @@ class Job:
 async def test_acknowledgements_that_are_not_read_keep_no_jobs():
     futures: list[asyncio.Future[Any]] = []
 
-    async def begin(submit: Any, traceparent: str) -> asyncio.Future[Any]:
+    async def begin(submit: Any, traceparent: str, scope: Any) -> asyncio.Future[Any]:
         futures.append(asyncio.get_running_loop().create_future())
         return futures[-1]
 

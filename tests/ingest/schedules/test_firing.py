@@ -55,6 +55,7 @@ class Rounds:
         self.submitted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         self.full: set[str] = set()
+        self.callers: list[bytes] = []
         self.held_up: dict[str, asyncio.Event] = {}
         self.firing = Firing(
             schedules,
@@ -74,8 +75,9 @@ class Rounds:
             before = self.submitted.total()
             await self.firing.fire_due()
 
-    async def submit(self, submit: pb.SubmitRequest) -> Accepted:
+    async def submit(self, submit: pb.SubmitRequest, caller: bytes) -> Accepted:
         self.submitted[submit.tenant] += 1
+        self.callers.append(caller)
         if submit.tenant in self.full:
             raise ResourceExhausted(f"the quota of tenant {submit.tenant!r} is spent")
         if submit.tenant in self.held_up:
@@ -91,6 +93,16 @@ def small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def put(schedules: Collection, *made: Schedule) -> None:
     await schedules.insert_many([document_of(one) for one in made])
+
+
+async def test_the_job_of_a_time_runs_for_the_caller_that_stored_the_schedule(
+    schedules: Collection, clock: TestClock
+) -> None:
+    rounds = Rounds(schedules, clock)
+    clock.advance(seconds=1)
+    await put(schedules, schedule("acme", caller=b"claims"))
+    await rounds.firing.fire_due()
+    assert rounds.callers == [b"claims"]
 
 
 async def test_a_tenant_whose_quota_is_spent_does_not_stop_the_schedules_of_others(

@@ -57,15 +57,22 @@ class Entry:
     """Changes when the content does: an object's e-tag, a file's size and time."""
 
 
+TENANT = "{tenant}"
+"""Part of an allowed URL that stands for the tenant of a verified caller."""
+
+
 class InputLocations:
-    """Access to the locations whose URLs lie below one of `allowed`."""
+    """Access to the locations whose URLs lie below one of `allowed`.
+
+    Verified callers do not trust each other: `file:///`, the whole machine, is allowed to none of them.
+    """
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = tuple(allowed)
         self._stores: dict[str, ObjectStore] = {}
 
-    def check(self, field: str, url: str) -> str:
-        """Return `url` in canonical form.
+    def check(self, field: str, url: str, tenant: str | None = None) -> str:
+        """Return `url` in canonical form. `tenant` is that of a verified caller; None without a policy.
 
         Raises:
             InvalidArgument: the URL is malformed. PermissionDenied: the operator does not allow it.
@@ -77,8 +84,9 @@ class InputLocations:
                 "file:///path, s3://bucket/key, gs://bucket/key or az://container/key"
             )
         known = _local(field, rest) if scheme == "file" else f"{scheme}://{_key(field, rest)}"
-        if not any(is_within(known, root) for root in self._allowed):
-            allowed = ", ".join(self._allowed) or "none"
+        roots = self._allowed if tenant is None else _roots_of(self._allowed, tenant)
+        if not any(is_within(known, root) for root in roots):
+            allowed = ", ".join(roots) or "none"
             raise PermissionDenied(
                 f"{field}: {url[:200]!r} may not be used here; this node allows: {allowed} (SHOAL_INGEST_BATCH_URLS)"
             )
@@ -205,6 +213,12 @@ class InputLocations:
         if (store := self._stores.get(root)) is None:
             store = self._stores[root] = from_url(root, retry_config={"retry_timeout": _RETRY})
         return store, url[len(root) + 1 :]
+
+
+def _roots_of(allowed: Sequence[str], tenant: str) -> list[str]:
+    # A name with a slash could lead into the folder of another tenant.
+    named = [root for root in allowed if TENANT not in root or "/" not in tenant]
+    return [root.replace(TENANT, tenant) for root in named if root.rstrip("/") != "file:"]
 
 
 def is_within(url: str, root: str) -> bool:
