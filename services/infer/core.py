@@ -298,7 +298,9 @@ class InferenceServer:
         inner_call: object,
     ) -> tuple[InferenceRequest, InferenceResult]:
         """Run one step of a sequence; steps start in the order of their arrival, even when one takes longer to read."""
-        scheduler, id = version.scheduler, parameters.sequence_id(message.parameters)
+        # Sequences of calling models belong to no tenant (`sequence_table.py`).
+        id = "" if inner_call is not None else tenant, parameters.sequence_id(message.parameters)
+        scheduler = version.scheduler
         if order.is_free(id) and not is_retry and inner_call is None and not is_long_read(message):
             request = read(message, version.loaded.model.signature)
             return request, await scheduler.submit(request, deadline, tenant)

@@ -10,17 +10,17 @@ from services.infer.sequences.rows import SequenceId
 
 
 class ArrivalOrder:
-    """A fair lock for each sequence: no step overtakes an earlier one of its sequence."""
+    """A fair lock for each sequence, by tenant and id: no step overtakes an earlier one of its sequence."""
 
     def __init__(self) -> None:
-        self._locks: dict[SequenceId, tuple[asyncio.Lock, int]] = {}
+        self._locks: dict[tuple[str, SequenceId], tuple[asyncio.Lock, int]] = {}
 
-    def is_free(self, id: SequenceId) -> bool:
+    def is_free(self, id: tuple[str, SequenceId]) -> bool:
         """Return True when no step of the sequence is being read: one that is read immediately overtakes none."""
         return id not in self._locks
 
     @asynccontextmanager
-    async def in_order(self, id: SequenceId) -> AsyncIterator[None]:
+    async def in_order(self, id: tuple[str, SequenceId]) -> AsyncIterator[None]:
         """Wait until all earlier steps of the sequence have left the block; first come, first served."""
         lock, users = self._locks.get(id) or (asyncio.Lock(), 0)
         self._locks[id] = (lock, users + 1)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from services.infer import core as infer_core
 from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import Repository, output
@@ -55,24 +56,50 @@ async def test_a_cancelled_waiter_does_not_block_later_steps(serve, models_folde
     assert isinstance(outcomes[1], asyncio.CancelledError)
     assert [output(outcomes[n], "total").item() for n in (0, 2)] == [1 + LONG, 1 + LONG + 5]
     version = served.models.find("m", "")
-    assert version.arrival_order.is_free(1)
+    assert version.arrival_order.is_free(("", 1))
+
+
+async def test_a_step_does_not_wait_for_another_tenants_sequence_with_its_id(
+    serve, models_folder: Repository, monkeypatch: pytest.MonkeyPatch
+):
+    models_folder.put("m", summing(), config=CONFIG)
+    served = await serve(models_folder.root)
+    read_async, reading, may_end = infer_core.read_async, asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(message: pb.ModelInferRequest, signature: object) -> object:
+        if message.id == "slow":
+            reading.set()
+            await may_end.wait()
+        return await read_async(message, signature)
+
+    monkeypatch.setattr(infer_core, "read_async", read_slowly)
+    slow = step(1, LONG, start=True)
+    slow.id = "slow"
+    first = asyncio.create_task(served.core.infer(slow, tenant="acme"))
+    await reading.wait()
+    async with asyncio.timeout(30):
+        response = await served.core.infer(step(1, LONG, start=True), tenant="globex")
+    assert output(response, "total").item() == LONG
+    assert not first.done()
+    may_end.set()
+    assert output(await first, "total").item() == LONG
 
 
 async def test_first_come_first_served():
     line, seen = ArrivalOrder(), []
 
     async def one(n: int) -> None:
-        async with line.in_order(7):
+        async with line.in_order(("", 7)):
             await asyncio.sleep(0)
             seen.append(n)
 
-    async with line.in_order(8):
+    async with line.in_order(("", 8)):
         await asyncio.gather(*(one(n) for n in range(5)))
-        assert not line.is_free(8)
+        assert not line.is_free(("", 8))
     assert seen == list(range(5))
-    assert line.is_free(7)
-    assert line.is_free(8)
+    assert line.is_free(("", 7))
+    assert line.is_free(("", 8))
     with pytest.raises(ZeroDivisionError):
-        async with line.in_order(9):
+        async with line.in_order(("", 9)):
             raise ZeroDivisionError
-    assert line.is_free(9)
+    assert line.is_free(("", 9))
