@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from mesh.process.tasks import end
 from mesh.rpc.fast_call import FastCall, FastHandler
@@ -21,6 +21,9 @@ from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.
 _NO_SPAN: AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+Headers: TypeAlias = Mapping[bytes, bytes]
 
 
 class Message(Protocol):
@@ -48,15 +51,18 @@ class TaskMethods:
         await end(*self._tasks)
 
     def method(
-        self, path: str, parse: Callable[[bytes], Q], respond: Callable[[Q], Coroutine[Any, Any, Message]]
+        self, path: str, parse: Callable[[bytes], Q], respond: Callable[[Q, Headers], Coroutine[Any, Any, Message]]
     ) -> dict[str, FastHandler]:
-        """Return the handler of one method, by its path (`/package.Service/Method`)."""
+        """Return the handler of one method, by its path (`/package.Service/Method`).
+
+        `respond` is called with the request and the headers of its call.
+        """
 
         parser, turns = Parser(parse), self._turns
 
         def handle(body: bytes, call: FastCall) -> None:
             async def answer() -> Message:
-                return await respond(await turns.parse(parser, body, PREFIX_BYTES))
+                return await respond(await turns.parse(parser, body, PREFIX_BYTES), call.headers)
 
             with call.span.current() if call.span is not None else _NO_SPAN:
                 task = asyncio.create_task(_reply(path, answer, call), name=path)

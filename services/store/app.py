@@ -15,11 +15,12 @@ from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
 from mesh.removal_guard import MARKS, RemovalGuard
-from mesh.rpc.access import admitted
+from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
+from mesh.rpc.tenant_scope import Scopes
 from services.store.artifact_rpc import ArtifactParts
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
@@ -50,7 +51,7 @@ from services.store.retention.expired_share import ExpiredShare
 from services.store.retention.rounds import LEASE_MS, RENEW_MS, RetentionRounds
 from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.sweep import Sweep
-from services.store.rpc import AuditParts, StoreRpc
+from services.store.rpc import SERVICE, AuditParts, StoreRpc
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
 from shoal.errors import Unavailable
@@ -66,10 +67,16 @@ _RETRY_S = 0.5
 _THREADS = 8
 
 
-async def run(config: StoreConfig) -> None:
-    """Serve until SIGTERM or SIGINT."""
+async def run(config: StoreConfig, access: Access | None = None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    `access` decides about callers, unless the configuration asks for the policy of the cluster. None: every caller may
+    call every method.
+    """
     ready = asyncio.Event()
     async with AsyncExitStack() as stack:
+        watch = await stack.enter_async_context(access_of(config))
+        access = access if watch is None else watch.access
         threads = stack.enter_context(Threads(_THREADS, "store-io"))
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
@@ -131,12 +138,11 @@ async def run(config: StoreConfig) -> None:
         verification = Verification(collections, blobs, artifacts.reader, responses)
         idle_s = config.upload_idle_ms / 1000
         parts = ArtifactParts(artifacts, references, collector, verification, backup, restore, quotas, idle_s)
+        scopes = Scopes(SERVICE, access)
         rpc = StoreRpc(
-            parts, registry, registry_watch, results, result_watch, result_stream, exports, rules, quotas, audit
+            parts, registry, registry_watch, results, result_watch, result_stream, exports, rules, quotas, scopes, audit
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
-        watch = await stack.enter_async_context(access_of(config))
-        access = None if watch is None else watch.access
         auditing: Auditing | None = None
         if access is not None:
             auditing = await stack.enter_async_context(Auditing(chain, access, f"{config.node}/{config.instance}"))

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.store.artifacts import digest
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.stored import Stored
@@ -22,7 +23,7 @@ from services.store.garbage.verification import Finding, Verification, Verificat
 from services.store.results.result_documents import timestamp
 from services.store.usage.messages import message_of
 from services.store.usage.quotas import Quotas
-from shoal.errors import InvalidArgument
+from shoal.errors import InvalidArgument, PermissionDenied
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
@@ -48,14 +49,16 @@ class ArtifactParts:
 class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
     """Base of the servicer: the methods for artifacts, blobs and backups."""
 
-    def __init__(self, parts: ArtifactParts) -> None:
+    def __init__(self, parts: ArtifactParts, scopes: Scopes) -> None:
         self._parts = parts
+        self._scopes = scopes
         self._artifacts = parts.artifacts
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
-        upload = await Upload.opened(requests, self._parts.upload_idle_s)
-        _check_use(upload)
-        artifact, existed = await self._artifacts.put(upload)
+        scope = self._scopes.of(ctx, "PutArtifact")
+        upload = await Upload.opened(requests, self._parts.upload_idle_s, scope.tenant)
+        _check_use(upload, scope)
+        artifact, existed = await self._artifacts.put(upload, scope)
         if upload.reference:
             await self._parts.references.make(upload.reference, artifact, upload.tenant)
         usage = None if upload.tenant is None else await self._parts.quotas.over(upload.tenant)
@@ -63,11 +66,13 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed, over_quota=over)
 
     async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
-        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
+        scope = self._scopes.of(ctx, "StatArtifact")
+        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"), scope)
         return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
+        name, scope = digest.checked(request.sha256, "sha256"), self._scopes.of(ctx, "GetArtifact")
+        artifact, chunks = await self._artifacts.reader.read(name, request.offset, scope)
         yield pb.GetArtifactResponse(size_bytes=artifact.size)
         async for chunk in chunks:
             yield pb.GetArtifactResponse(chunk=chunk)
@@ -103,8 +108,10 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
                 yield pb.RestoreResponse(progress=_progress(progress))
 
 
-def _check_use(upload: Upload) -> None:
+def _check_use(upload: Upload, scope: TenantScope) -> None:
     """Check the reference and the tenant of an upload, before its first byte is read."""
+    if scope.access is not None and (upload.reference or upload.tenant is not None):
+        raise PermissionDenied("header.reference, header.tenant: only services refer to artifacts: leave both out")
     if upload.reference:
         check_name(upload.reference, "header.reference")
     elif upload.tenant is not None:

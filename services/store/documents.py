@@ -1,6 +1,7 @@
 """The store's MongoDB collections: schemas, indexes, and access to the collections once they are prepared.
 
-artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
+artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, tenants?, damaged?, condemned_at?,
+            referred_at?}
 references {_id: name of the user, digest, made_at, tenant?, size?}: users other than models, and the tenant charged
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
 fences     {_id: "retention", token?, rules, acts}; {_id: answers/tenant, recorded_at, job_id}: answers removed so far
@@ -75,6 +76,8 @@ ARTIFACTS = _schema(
         "condemned_at": _DATE,
         # Written only so that referring to an artifact and collecting it cannot both succeed.
         "referred_at": _DATE,
+        # Tenants whose callers have uploaded it. A service's upload has none.
+        "tenants": {"bsonType": "array", "items": _TEXT},
     },
 )
 REFERENCES = _schema(
@@ -136,7 +139,8 @@ TOMBSTONES = _schema(
         "stood_at": _DATE,
         "removed_at": _DATE,
     },
-    {"generation": RESULTS["properties"]["generation"]},
+    # Tombstones of an older version have no tenant.
+    {"generation": RESULTS["properties"]["generation"], "tenant": _TEXT},
 )
 RETENTION = _schema(
     {"_id": _NAME, "kept": _NAME, "updated_at": _DATE},

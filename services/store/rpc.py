@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from mesh.rpc.fast_call import FastHandler
-from mesh.rpc.task_methods import TaskMethods
+from mesh.rpc.task_methods import Headers, TaskMethods
+from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.audit import messages as audit_messages
 from services.store.audit.chain import AuditChain
@@ -29,9 +30,11 @@ from services.store.retention.messages import message_of, rule_of
 from services.store.retention.rule_repository import RuleRepository
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
+from shoal.access.rpc_groups import LIST_MODELS, REMOVE, SET_ALIAS
 from shoal.errors import Unimplemented
 from shoal.store.v1 import store_pb2 as pb
 
+SERVICE = "shoal.store.v1.StoreService"
 PUT_RESULTS = "/shoal.store.v1.StoreService/PutResults"
 GET_RESULT = "/shoal.store.v1.StoreService/GetResult"
 
@@ -64,9 +67,10 @@ class StoreRpc(ArtifactRpc):
         exports: Exports,
         retention: RuleRepository,
         quotas: Quotas,
+        scopes: Scopes,
         audit: AuditParts,
     ) -> None:
-        super().__init__(artifacts)
+        super().__init__(artifacts, scopes)
         self._audit = audit
         self._registry = registry
         self._registry_watch = registry_watch
@@ -80,12 +84,14 @@ class StoreRpc(ArtifactRpc):
     def fast_methods(self, tasks: TaskMethods) -> dict[str, FastHandler]:
         """Return the handlers of the methods that every job calls, for a server's fast path."""
         return {
-            **tasks.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
-            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
+            **tasks.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self._fast_put_results),
+            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, self._fast_get_result),
         }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
-        registered = await self._registry.register([_draft(model) for model in (request.model, *request.others)])
+        scope = self._scopes.of(ctx, "RegisterModel")
+        drafts = [_draft(model) for model in (request.model, *request.others)]
+        registered = await self._registry.register(drafts, scope)
         first, *others = (
             pb.RegisterModelResponse(model=_version(version), existed=existed) for version, existed in registered
         )
@@ -93,20 +99,24 @@ class StoreRpc(ArtifactRpc):
         return first
 
     async def ListModels(self, request: pb.ListModelsRequest, ctx: Context) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=map(_version, await self._registry.versions(request.name)))
+        scope = self._scopes.of(ctx, "ListModels")
+        return pb.ListModelsResponse(models=_readable(await self._registry.versions(request.name), scope))
 
     async def RemoveModel(self, request: pb.RemoveModelRequest, ctx: Context) -> pb.RemoveModelResponse:
+        self._scopes.of(ctx, "RemoveModel").check(REMOVE, request.name)
         removed = await self._registry.remove(request.name, request.version)
         return pb.RemoveModelResponse(removed=map(_version, removed))
 
     async def SetAlias(self, request: pb.SetAliasRequest, ctx: Context) -> pb.SetAliasResponse:
+        self._scopes.of(ctx, "SetAlias").check(SET_ALIAS, request.name)
         version = await self._registry.set_alias(request.name, request.alias, request.version)
         return pb.SetAliasResponse(model=_version(version) if version else None)
 
     async def WatchModels(self, request: pb.WatchModelsRequest, ctx: Context) -> AsyncIterator[pb.WatchModelsResponse]:
+        scope = self._scopes.of(ctx, "WatchModels")
         async with aclosing(self._registry_watch.follow(request.name)) as snapshots:
             async for versions in snapshots:
-                yield pb.WatchModelsResponse(snapshot=map(_version, versions))
+                yield pb.WatchModelsResponse(snapshot=_readable(versions, scope))
 
     async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:
         return await audit_messages.record(self._audit.chain, request)
@@ -125,7 +135,13 @@ class StoreRpc(ArtifactRpc):
         return await self.put_results(request)
 
     async def GetResult(self, request: pb.GetResultRequest, ctx: Context) -> pb.GetResultResponse:
-        return await self.get_result(request)
+        return await self.get_result(request, self._scopes.of(ctx, "GetResult"))
+
+    async def _fast_put_results(self, request: pb.PutResultsRequest, headers: Headers) -> pb.PutResultsResponse:
+        return await self.put_results(request)
+
+    async def _fast_get_result(self, request: pb.GetResultRequest, headers: Headers) -> pb.GetResultResponse:
+        return await self.get_result(request, self._scopes.of_headers(headers, "GetResult"))
 
     async def put_results(self, request: pb.PutResultsRequest) -> pb.PutResultsResponse:
         entries = [
@@ -134,17 +150,20 @@ class StoreRpc(ArtifactRpc):
         ]
         return pb.PutResultsResponse(entries=entries)
 
-    async def get_result(self, request: pb.GetResultRequest) -> pb.GetResultResponse:
+    async def get_result(self, request: pb.GetResultRequest, scope: TenantScope) -> pb.GetResultResponse:
         wait_s = check_wait(request.wait) if request.HasField("wait") else 0.0
-        return pb.GetResultResponse(result=await self._results.get(request.job_id, wait_s))
+        return pb.GetResultResponse(result=await self._results.get(request.job_id, wait_s, scope))
 
     async def QueryResults(self, request: pb.QueryResultsRequest, ctx: Context) -> pb.QueryResultsResponse:
-        results, token = await self._results.query(request)
+        scope = self._scopes.of(ctx, "QueryResults")
+        request.tenant = scope.owner("tenant", request.tenant)
+        results, token = await self._results.query(request, scope)
         return pb.QueryResultsResponse(results=results, next_page_token=token)
 
     async def WatchResults(
         self, request: pb.WatchResultsRequest, ctx: Context
     ) -> AsyncIterator[pb.WatchResultsResponse]:
+        request.tenant = self._scopes.of(ctx, "WatchResults").owner("tenant", request.tenant)
         async with aclosing(self._result_watch.follow(request)) as items:
             async for result, token in items:
                 yield pb.WatchResultsResponse(result=result, resume_token=token)
@@ -152,6 +171,8 @@ class StoreRpc(ArtifactRpc):
     async def StreamResults(
         self, request: pb.StreamResultsRequest, ctx: Context
     ) -> AsyncIterator[pb.StreamResultsResponse]:
+        tenant = self._scopes.of(ctx, "StreamResults").owner("filter.tenant", request.filter.tenant)
+        request.filter.tenant = tenant
         async with aclosing(self._result_stream.follow(request)) as pieces:
             async for piece in pieces:
                 yield pb.StreamResultsResponse(**vars(piece))
@@ -159,6 +180,8 @@ class StoreRpc(ArtifactRpc):
     async def ExportResults(
         self, request: pb.ExportResultsRequest, ctx: Context
     ) -> AsyncIterator[pb.ExportResultsResponse]:
+        tenant = self._scopes.of(ctx, "ExportResults").owner("filter.tenant", request.filter.tenant)
+        request.filter.tenant = tenant
         async with aclosing(self._exports.run(request)) as running:
             async for progress in running:
                 fields = asdict(progress)
@@ -181,6 +204,11 @@ class StoreRpc(ArtifactRpc):
 
     async def ListUsage(self, request: pb.ListUsageRequest, ctx: Context) -> pb.ListUsageResponse:
         return await usage_of(self._quotas, request)
+
+
+def _readable(versions: Iterable[Version], scope: TenantScope) -> list[pb.ModelVersion]:
+    """Return the versions of the models that the caller may read."""
+    return [_version(version) for version in versions if scope.allows(LIST_MODELS, version.name)]
 
 
 def _draft(model: pb.ModelVersion) -> Draft:

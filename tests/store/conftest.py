@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from services.store.app import run
 from services.store.config import StoreConfig
@@ -85,8 +86,10 @@ async def serving(channel: grpc.aio.Channel) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def running_store(config: StoreConfig, *, wait: bool = True) -> AsyncIterator[Store]:
-    task = asyncio.create_task(run(config))
+async def running_store(
+    config: StoreConfig, *, wait: bool = True, access: Access | None = None
+) -> AsyncIterator[Store]:
+    task = asyncio.create_task(run(config, access))
     try:
         async with connect(config.listen) as channel:
             if wait:

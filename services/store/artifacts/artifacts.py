@@ -20,13 +20,15 @@ from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
 from mesh.process.threads import Threads
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
 from services.store.artifacts.pending_deletions import PendingDeletions
 from services.store.artifacts.reading import Reader
 from services.store.artifacts.staging import Partial, Staging
 from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_key, stored_of
-from services.store.artifacts.uploads import TooLong, Upload
+from services.store.artifacts.uploads import TooLong, Upload, staged_name
+from services.store.artifacts.visibility import visible
 from services.store.documents import Collections, whole_milliseconds
 from services.store.transactions import transaction
 from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError, Unavailable
@@ -63,14 +65,15 @@ class Artifacts:
         self._deletions = PendingDeletions(collections)
         self.reader = Reader(collections, blobs, threads)
 
-    async def find(self, digests: Collection[str]) -> dict[str, Stored]:
-        """Return the artifacts among `digests` that are stored whole."""
+    async def find(self, digests: Collection[str], scope: TenantScope = EVERY_TENANT) -> dict[str, Stored]:
+        """Return the artifacts among `digests` that are stored whole, and that the scope sees."""
+        seen = await visible(self._collections, digests, scope)
         with translated("looking for artifacts"):
-            query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}}
+            query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}, **seen}
             docs = self._collections.artifacts.find(query, WITHOUT_BLOCKS)
             return {doc["_id"]: stored_of(doc) async for doc in docs}
 
-    async def stat(self, digest: str) -> tuple[Stored | None, int]:
+    async def stat(self, digest: str, scope: TenantScope = EVERY_TENANT) -> tuple[Stored | None, int]:
         """Return the artifact when it is stored whole, else None and the number of uploaded bytes.
 
         The artifact is kept for a while, so that the caller can refer to it.
@@ -78,14 +81,16 @@ class Artifacts:
         Raises:
             NotFound: no byte of the artifact is stored.
         """
-        if (artifact := (await self.find([digest])).get(digest)) and await self._keep(digest, self._kept_for):
+        if (artifact := (await self.find([digest], scope)).get(digest)) and await self._keep(digest, self._kept_for):
             return artifact, artifact.size
-        if received := await self._threads.run(self._staging.received, digest):
+        if received := await self._threads.run(self._staging.received, staged_name(digest, scope.tenant)):
             return None, received
         raise NotFound(f"artifact {digest}: nothing of it is stored")
 
-    async def put(self, upload: Upload) -> tuple[Stored, bool]:
+    async def put(self, upload: Upload, scope: TenantScope = EVERY_TENANT) -> tuple[Stored, bool]:
         """Store an upload. Return True, without reading the rest, when the artifact was stored already.
+
+        An artifact that the scope does not see is received like a new one.
 
         A stream that breaks leaves the received bytes; a later upload resumes there.
 
@@ -101,12 +106,12 @@ class Artifacts:
                 f"header.size_bytes: {upload.size}; this store accepts at most {self._max_bytes}: raise "
                 "SHOAL_STORE_MAX_ARTIFACT_BYTES, or upload a smaller file"
             )
-        if there := await self._whole(upload):
+        if there := await self._whole(upload, scope):
             if there.size != upload.size:
                 raise InvalidArgument(f"header.size_bytes: artifact {there.digest} has {there.size}, not {upload.size}")
             return there, True
         stored = await self._receive(upload)
-        await self._threads.run(self._staging.forget, upload.digest)
+        await self._threads.run(self._staging.forget, upload.staged_name)
         return stored, False
 
     async def touch(self, digests: Collection[str], session: AsyncClientSession) -> bool:
@@ -129,9 +134,9 @@ class Artifacts:
     def _kept(self, upload: Upload) -> timedelta:
         return min(_REFERRED_FOR, self._kept_for) if upload.reference else self._kept_for
 
-    async def _whole(self, upload: Upload) -> Stored | None:
+    async def _whole(self, upload: Upload, scope: TenantScope) -> Stored | None:
         """Return the artifact when its document and a blob of its size exist. A lost blob is uploaded again."""
-        artifact = (await self.find([upload.digest])).get(upload.digest)
+        artifact = (await self.find([upload.digest], scope)).get(upload.digest)
         if artifact is None:
             return None
         try:
@@ -164,8 +169,8 @@ class Artifacts:
         # Compared with the times of files, which are this machine's.
         now, blocks = time.time(), block_bytes(upload.size)
         if upload.offset == 0:
-            return await self._threads.run(self._staging.begin, upload.digest, now, blocks)
-        return await self._threads.run(self._staging.resume, upload.digest, upload.offset, now, blocks)
+            return await self._threads.run(self._staging.begin, upload.staged_name, now, blocks)
+        return await self._threads.run(self._staging.resume, upload.staged_name, upload.offset, now, blocks)
 
     async def _grow(self, partial: Partial, upload: Upload) -> None:
         while not await self._threads.run(partial.catch_up):
@@ -189,27 +194,30 @@ class Artifacts:
         now = whole_milliseconds(self._clock())
         fields: Document = {"size": upload.size, "keep_until": now + self._kept(upload), **bytes_fields(key, blocks)}
         with translated("recording an artifact"):
-            doc = await self._written(upload.digest, fields, now)
+            doc = await self._written(upload, fields, now)
         if key_of(doc) != key:
             # If the removal fails, the blob stays as a stray.
             with suppress(ShoalError):
                 await self._blobs.remove(key)
         return stored_of(doc)
 
-    async def _written(self, digest: str, fields: Document, now: datetime) -> Document:
-        artifacts = self._collections.artifacts
+    async def _written(self, upload: Upload, fields: Document, now: datetime) -> Document:
+        artifacts, digest = self._collections.artifacts, upload.digest
+        owned: Document = {} if upload.uploader is None else {"$addToSet": {"tenants": upload.uploader}}
 
         async def all_or_nothing(session: AsyncClientSession) -> Document:
             # From here to the commit no instance can schedule this blob's deletion. If the blob exists now, it stays.
             await self._deletions.exclude(fields["key"], session)
             if await self._blobs.size(fields["key"]) is None:
                 raise _collected_meanwhile(digest)
-            change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}}
+            change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}, **owned}
             before = await artifacts.find_one_and_update({"_id": digest, "damaged": True}, change, session=session)
             if before is not None:
                 await self._deletions.schedule([key_of(before)], now, session)
                 return {**before, **fields}
             doc = {"_id": digest, "created_at": now, **fields}
+            if upload.uploader is not None:
+                doc["tenants"] = [upload.uploader]
             await artifacts.insert_one(doc, session=session)
             return doc
 
@@ -219,7 +227,10 @@ class Artifacts:
             except DuplicateKeyError:
                 if await self._deletions.has(fields["key"]):
                     raise _collected_meanwhile(digest) from None
-                there = await artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
+                whole = {"_id": digest, "damaged": {"$ne": True}}
+                # The bytes of another upload stand; this one's tenant has sent them, too.
+                kept: Document = {"$max": {"keep_until": fields["keep_until"]}, "$unset": {"condemned_at": ""}}
+                there = await artifacts.find_one_and_update(whole, kept | owned)
             if there is not None:
                 return there
         raise Aborted(f"artifact {digest}: it is being removed and uploaded at the same time: try again")

@@ -15,9 +15,11 @@ from contextlib import suppress
 
 from mesh.mongo import translated
 from mesh.process.threads import Threads
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import BlockHash, Blocks, block_bytes
 from services.store.artifacts.stored import Stored, block_fields, same_bytes, stored_of
+from services.store.artifacts.visibility import visible
 from services.store.documents import Collections
 from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, OutOfRange, ShoalError
 
@@ -30,12 +32,14 @@ class Reader:
         self._blobs = blobs
         self._threads = threads
 
-    async def read(self, digest: str, offset: int) -> tuple[Stored, AsyncIterator[bytes]]:
+    async def read(
+        self, digest: str, offset: int, scope: TenantScope = EVERY_TENANT
+    ) -> tuple[Stored, AsyncIterator[bytes]]:
         """Return the artifact and its verified bytes from `offset`, in pieces of at most 1 MiB.
 
         Raises:
             InvalidArgument: a negative offset.
-            NotFound: no such artifact.
+            NotFound: no such artifact, or none that the scope sees.
             FailedPrecondition: the folder or bucket of blobs does not exist.
             OutOfRange: `offset` is beyond the artifact's end.
             DataLoss: the bytes are lost, of another size, or (while iterating) damaged: the message says which.
@@ -43,7 +47,7 @@ class Reader:
         """
         if offset < 0:
             raise InvalidArgument(f"offset: expected 0 or more, got {offset}")
-        stored = await self._find(digest)
+        stored = await self._find(digest, scope)
         if offset > stored.size:
             raise OutOfRange(f"offset {offset} is beyond the end of artifact {digest}: it has {stored.size} bytes")
         await self.check_size(stored)
@@ -91,9 +95,10 @@ class Reader:
             return NotFound(f"artifact {digest}: removed, because nothing referred to it")
         return Aborted(f"artifact {digest}: uploaded again meanwhile: retry the read")
 
-    async def _find(self, digest: str) -> Stored:
+    async def _find(self, digest: str, scope: TenantScope) -> Stored:
+        seen = await visible(self._collections, [digest], scope)
         with translated("looking for an artifact"):
-            doc = await self._collections.artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
+            doc = await self._collections.artifacts.find_one({"_id": digest, "damaged": {"$ne": True}, **seen})
         if doc is None:
             raise NotFound(f"artifact {digest}: not stored")
         return stored_of(doc)

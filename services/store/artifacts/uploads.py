@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 
 from services.store.artifacts.digest import checked
@@ -16,13 +17,20 @@ class Upload:
     """PutArtifact stream whose header has been read and checked. `chunks` reads the rest."""
 
     def __init__(
-        self, header: PutArtifactRequest.Header, rest: AsyncIterator[PutArtifactRequest], idle_s: float
+        self,
+        header: PutArtifactRequest.Header,
+        rest: AsyncIterator[PutArtifactRequest],
+        idle_s: float,
+        uploader: str | None = None,
     ) -> None:
         self.digest = checked(header.sha256, "header.sha256")
         self.size = header.size_bytes
         self.offset = header.offset
         self.reference = header.reference
         self.tenant = header.tenant if header.HasField("tenant") else None
+        self.uploader = uploader
+        """Tenant of the caller; None: of no tenant."""
+        self.staged_name = staged_name(self.digest, uploader)
         if self.size < 0:
             raise InvalidArgument(f"header.size_bytes: expected 0 or more, got {self.size}")
         if not 0 <= self.offset <= self.size:
@@ -31,8 +39,10 @@ class Upload:
         self._idle_s = idle_s
 
     @classmethod
-    async def opened(cls, requests: AsyncIterator[PutArtifactRequest], idle_s: float) -> Upload:
-        """Read the header and return the upload.
+    async def opened(
+        cls, requests: AsyncIterator[PutArtifactRequest], idle_s: float, uploader: str | None = None
+    ) -> Upload:
+        """Read the header and return the upload of a caller of the tenant `uploader`.
 
         Raises:
             InvalidArgument: the header is missing or invalid.
@@ -41,7 +51,7 @@ class Upload:
         first = await _next(requests, idle_s)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgument("the first message of an upload must be its header (sha256, size_bytes, offset)")
-        return cls(first.header, requests, idle_s)
+        return cls(first.header, requests, idle_s, uploader)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the chunks, at most `size_bytes` bytes in all.
@@ -59,6 +69,11 @@ class Upload:
             if (at := at + length) > self.size:
                 raise TooLong(f"the upload goes beyond size_bytes ({self.size}): {at} bytes or more were sent")
             yield request.chunk
+
+
+def staged_name(digest: str, uploader: str | None) -> str:
+    """Return the name of the unfinished uploads of one tenant: no other tenant learns of them, or goes on with them."""
+    return digest if uploader is None else f"{digest}-{hashlib.sha256(uploader.encode()).hexdigest()[:16]}"
 
 
 class TooLong(InvalidArgument):

@@ -16,12 +16,15 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.digest import brief
 from services.store.documents import Collections, whole_milliseconds
+from services.store.registry import model_code
 from services.store.registry import model_rules as rules
 from services.store.registry.model_rules import File
 from services.store.transactions import transaction
+from shoal.access.rpc_groups import REGISTER, REGISTER_WITH_CODE
 from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 T = TypeVar("T")
@@ -63,28 +66,34 @@ class Registry:
         self._artifacts = artifacts
         self._clock = clock
 
-    async def register(self, drafts: Sequence[Draft]) -> list[tuple[Version, bool]]:
-        """Register versions of one model, all or none. Return each, and True when the same content was registered.
+    async def register(self, drafts: Sequence[Draft], scope: TenantScope = EVERY_TENANT) -> list[tuple[Version, bool]]:
+        """Register versions of one model, all or none, of artifacts that the scope sees.
+
+        Return each, and True when the same content was registered.
 
         Version 0, of a single draft, chooses the next number.
 
         Raises:
             InvalidArgument: a bad name, version, path, digest, size or label; several models, or one number twice.
+            PermissionDenied: the caller may not register the model, or no model that runs code.
             NotFound: a file's artifact is not stored.
             AlreadyExists: one of the versions exists with other content.
         """
         _check_together(drafts)
-        docs = [await self._document(draft) for draft in drafts]
+        scope.check(REGISTER, drafts[0].name)
+        docs = [await self._document(draft, scope) for draft in drafts]
         with translated(f"registering model {drafts[0].name}"):
             existing = await (self._insert(docs) if drafts[0].version else self._insert_next(docs[0]))
             return [
                 (await self._with_aliases(old or new), old is not None) for old, new in zip(existing, docs, strict=True)
             ]
 
-    async def _document(self, draft: Draft) -> Document:
+    async def _document(self, draft: Draft, scope: TenantScope) -> Document:
         """Return the document of a new version. Its artifacts are stored."""
         labels = rules.check_labels(draft.labels)
-        stored = await self._stored(rules.check_files(draft.files))
+        stored = await self._stored(rules.check_files(draft.files), scope)
+        if scope.access is not None and await self._has_code(stored):
+            scope.check(REGISTER_WITH_CODE, draft.name)
         return {
             **(_key(draft.name, draft.version) if draft.version else {}),
             "name": draft.name,
@@ -156,9 +165,18 @@ class Registry:
         with translated(f"reading the aliases of model {name}"):
             return await self._with_aliases(doc)
 
-    async def _stored(self, files: tuple[File, ...]) -> tuple[File, ...]:
+    async def _has_code(self, files: tuple[File, ...]) -> bool:
+        """Return True when the model may run code or reach other addresses."""
+        if (config := model_code.config_of(files)) is None:
+            return model_code.has_code(files, None)
+        if config.size > model_code.CONFIG_BYTES:
+            return True
+        _, chunks = await self._artifacts.reader.read(config.sha256, 0)
+        return model_code.has_code(files, b"".join([chunk async for chunk in chunks]))
+
+    async def _stored(self, files: tuple[File, ...], scope: TenantScope) -> tuple[File, ...]:
         """Return the files with the sizes of their artifacts. A size of 0 in the request is not checked."""
-        found = await self._artifacts.find({file.sha256 for file in files})
+        found = await self._artifacts.find({file.sha256 for file in files}, scope)
         for file in files:
             if (artifact := found.get(file.sha256)) is None:
                 raise NotFound(f"file {brief(file.path)}: artifact {file.sha256} is not stored: upload it first")

@@ -19,6 +19,7 @@ from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Position
@@ -83,44 +84,49 @@ class Results:
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_without_response(doc))) for recorded, doc in outcome]
 
-    async def get(self, job_id: str, wait_s: float = 0.0) -> Result:
-        """Return a job's result; wait up to `wait_s` for it. `answer_lost` is set when its answer is damaged.
+    async def get(self, job_id: str, wait_s: float = 0.0, scope: TenantScope = EVERY_TENANT) -> Result:
+        """Return the result of a job of the scope; wait up to `wait_s` for it.
+
+        `answer_lost` is set when its answer is damaged.
 
         Raises:
             NotFound: the job has no result, or retention has removed it.
             ResourceExhausted: too many calls wait.
         """
         result_rules.check_job_id(job_id)
-        doc = _checked(job_id, await self._waited_for(job_id, wait_s) if wait_s else await self._stored(job_id))
+        stored = self._waited_for(job_id, wait_s, scope) if wait_s else self._stored(job_id, scope)
+        doc = _checked(job_id, await stored)
         found = await self.readable(doc)
         if found.answer_lost:
             # The result may have been removed while it was read.
             _checked(job_id, await self._stored(job_id))
         return found
 
-    async def _stored(self, job_id: str) -> Document | None:
+    async def _stored(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> Document | None:
         with translated(f"reading the result of job {job_id}"):
-            return await self._collections.results.find_one({"_id": job_id})
+            return await self._collections.results.find_one({"_id": job_id, **scope.condition})
 
-    async def _waited_for(self, job_id: str, wait_s: float) -> Document | None:
+    async def _waited_for(self, job_id: str, wait_s: float, scope: TenantScope) -> Document | None:
         if is_young(job_id, self._clock()):
             # The result of a new job is mostly recorded within a moment, and then no read is needed.
             soon_s = min(_SOON_S, wait_s)
             wait_s -= soon_s
-            with self.waiters.registered(job_id) as future, contextlib.suppress(TimeoutError):
+            with self.waiters.registered(job_id, scope.tenant) as future, contextlib.suppress(TimeoutError):
                 if (doc := await self.waiters.wait(future, soon_s)) is not None:
                     return doc
-        with self.waiters.registered(job_id) as future:
-            if (doc := await self._stored(job_id)) is not None:
+        with self.waiters.registered(job_id, scope.tenant) as future:
+            if (doc := await self._stored(job_id, scope)) is not None:
                 return doc
             try:
                 doc = await self.waiters.wait(future, wait_s)
             except TimeoutError:
                 return None
-            return doc or await self._stored(job_id)
+            return doc or await self._stored(job_id, scope)
 
-    async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
-        """Return one page of results, newest first, and the token of the next page (empty on the last page).
+    async def query(self, query: QueryResultsRequest, scope: TenantScope = EVERY_TENANT) -> tuple[list[Result], str]:
+        """Return one page of results of the scope, newest first, and the token of the next page.
+
+        The token is empty on the last page.
 
         A damaged answer sets `answer_lost` in its result, and does not affect the other results.
 
@@ -134,9 +140,8 @@ class Results:
         after = page_token.decode(query.page_token, digest) if query.page_token else None
         if query.include_removed and not query.job_ids:
             raise InvalidArgument("include_removed: only with job_ids: removed results are in no other order")
-        docs, more = await self.page(
-            result_filter, after, size, omit_response=query.omit_response, include_removed=query.include_removed
-        )
+        removed = {"removed_at": {"$exists": True}, **scope.condition} if query.include_removed else None
+        docs, more = await self.page(result_filter, after, size, omit_response=query.omit_response, removed=removed)
         found = [await self.readable(doc) for doc in docs]
         if not more:
             return found, ""
@@ -187,14 +192,15 @@ class Results:
         most_bytes: int = PAGE_BYTES,
         oldest_first: bool = False,
         omit_response: bool = False,
-        include_removed: bool = False,
+        removed: Document | None = None,
     ) -> tuple[list[Document], bool]:
         """Return the documents of one page of `size`, after `after`, and True when there are more.
 
-        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own.
+        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own. Of named jobs,
+        it includes the tombstones that match `removed`.
         """
         if result_filter.job_ids:
-            docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, include_removed)
+            docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
         else:
             found = find(
                 self._collections, result_filter, after, oldest_first=oldest_first, omit_response=omit_response
@@ -218,7 +224,7 @@ class Results:
         size: int,
         oldest_first: bool,
         omit_response: bool,
-        include_removed: bool,
+        removed: Document | None,
     ) -> AsyncGenerator[Document, None]:
         """Yield the documents of a filter with job ids, in order.
 
@@ -227,8 +233,8 @@ class Results:
         results = self._collections.results
         position_fields = {"recorded_at": 1, "stood_at": 1}
         query = condition(result_filter)
-        if include_removed:
-            query = {"_id": query["_id"], "$or": [query, {"removed_at": {"$exists": True}}]}
+        if removed is not None:
+            query = {"_id": query["_id"], "$or": [query, removed]}
         # With the hint: the planner might scan an index in time order instead.
         positions = [position_of(doc) async for doc in results.find(query, position_fields).hint("_id_")]
         if after is not None:

@@ -4,7 +4,7 @@ The document keeps its `_id` and its outcome, and loses the rest. So "the first 
 later result of that job conflicts, as always. Without `recorded_at`, a tombstone is in no index of results and matches
 no query; it takes about a hundred bytes.
 
-    {_id: job id, outcome, code, attempt, generation?, stood_at, removed_at}
+    {_id: job id, outcome, code, attempt, generation?, tenant?, stood_at, removed_at}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from datetime import datetime
 
 from mesh.mongo import Document
 
-_KEPT = ("outcome", "code", "attempt", "generation")
+_KEPT = ("outcome", "code", "attempt", "generation", "tenant")
 
 
 def to_tombstone(now: datetime) -> list[Document]:

@@ -42,15 +42,17 @@ class Waiters(Background):
 
     def __init__(self, collections: Collections) -> None:
         self._collections = collections
-        self._futures: dict[str, set[asyncio.Future[Document | None]]] = {}
+        # Each with the tenant that the result must have; None: any.
+        self._futures: dict[str, dict[asyncio.Future[Document | None], str | None]] = {}
         self._count = 0
         self._has_waiters = asyncio.Event()
         self._is_stopping = False
 
-    def begin(self, job_id: str) -> asyncio.Future[Document | None]:
+    def begin(self, job_id: str, tenant: str | None = None) -> asyncio.Future[Document | None]:
         """Register a waiter. Its future gets the document once it is recorded here; None once recorded elsewhere.
 
-        The caller then reads the database once, because the result may exist already, and finishes with `end`.
+        With `tenant`, results of other tenants do not end the wait. The caller then reads the database once, because
+        the result may exist already, and finishes with `end`.
 
         Raises:
             ResourceExhausted: too many calls wait. Unavailable: this instance is shutting down.
@@ -60,7 +62,7 @@ class Waiters(Background):
         if self._count >= _MOST:
             raise ResourceExhausted(f"{_MOST} calls wait for results, the most allowed", retry_after_ms=_FULL_MS)
         future: asyncio.Future[Document | None] = asyncio.get_running_loop().create_future()
-        self._futures.setdefault(job_id, set()).add(future)
+        self._futures.setdefault(job_id, {})[future] = tenant
         self._count += 1
         self._has_waiters.set()
         return future
@@ -70,14 +72,14 @@ class Waiters(Background):
         self._count -= 1
         future.cancel()
         if (futures := self._futures.get(job_id)) is not None:
-            futures.discard(future)
+            futures.pop(future, None)
             if not futures:
                 del self._futures[job_id]
 
     @contextmanager
-    def registered(self, job_id: str) -> Iterator[asyncio.Future[Document | None]]:
+    def registered(self, job_id: str, tenant: str | None = None) -> Iterator[asyncio.Future[Document | None]]:
         """Register a waiter while the block lasts. Raises the errors of `begin`."""
-        future = self.begin(job_id)
+        future = self.begin(job_id, tenant)
         try:
             yield future
         finally:
@@ -101,7 +103,7 @@ class Waiters(Background):
         if not self._futures:
             return False
         for doc in docs:
-            self._resolve(doc["_id"], doc)
+            self._resolve(doc["_id"], doc["tenant"], doc)
         return True
 
     def stop(self) -> None:
@@ -112,9 +114,9 @@ class Waiters(Background):
                 if not future.done():
                     future.set_exception(Unavailable("this instance is stopping: call again"))
 
-    def _resolve(self, job_id: str, doc: Document | None) -> None:
-        for future in self._futures.get(job_id, ()):
-            if not future.done():
+    def _resolve(self, job_id: str, owner: str | None, doc: Document | None) -> None:
+        for future, tenant in self._futures.get(job_id, {}).items():
+            if not future.done() and tenant in (None, owner):
                 future.set_result(doc)
 
     async def _run(self) -> None:
@@ -136,8 +138,8 @@ class Waiters(Background):
         for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
             some = list(job_ids[first : first + _QUERIED_AT_ONCE])
             with translated("querying for results recorded by other instances"):
-                async for found in self._collections.results.find({"_id": {"$in": some}}, {"_id": 1}):
-                    self._resolve(found["_id"], None)
+                async for found in self._collections.results.find({"_id": {"$in": some}}, {"_id": 1, "tenant": 1}):
+                    self._resolve(found["_id"], found.get("tenant"), None)
 
 
 def is_young(job_id: str, now: datetime) -> bool:

@@ -102,7 +102,7 @@ async def test_gone_between_the_look_and_the_registration(parts: Parts, monkeypa
     await parts.put(b"abc")
     found = await parts.artifacts.find([sha256(b"abc")])
 
-    async def looked_before(_: object) -> object:
+    async def looked_before(*_: object) -> object:
         return found
 
     await parts.collect_all()

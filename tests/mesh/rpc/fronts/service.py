@@ -147,7 +147,7 @@ class Service:
         """`Tasked` on the fast path."""
         order = _order([(key.decode(), value.decode()) for key, value in call.headers.items()])
 
-        async def answer(request: BytesValue) -> BytesValue:
+        async def answer(request: BytesValue, headers: object) -> BytesValue:
             return await self._one(order, request, None)
 
         (handle,) = self.tasks.method(path("Tasked"), BytesValue.FromString, answer).values()
