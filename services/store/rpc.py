@@ -115,8 +115,12 @@ class StoreRpc(ArtifactRpc):
     async def WatchModels(self, request: pb.WatchModelsRequest, ctx: Context) -> AsyncIterator[pb.WatchModelsResponse]:
         scope = self._scopes.of(ctx, "WatchModels")
         async with aclosing(self._registry_watch.follow(request.name)) as snapshots:
+            shown: list[pb.ModelVersion] | None = None
             async for versions in snapshots:
-                yield pb.WatchModelsResponse(snapshot=_readable(versions, scope))
+                # A change of a model that the caller may not read is none for it.
+                if (readable := _readable(versions, scope)) != shown:
+                    shown = readable
+                    yield pb.WatchModelsResponse(snapshot=readable)
 
     async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:
         return await audit_messages.record(self._audit.chain, request)

@@ -105,9 +105,15 @@ async def test_files_of_a_model_are_read_by_those_who_may_read_the_model(served:
     assert [model.name for model in listed.models] == ["shared"]
     watch = served.stub.WatchModels(pb.WatchModelsRequest(), **served.globex)
     assert [model.name for model in (await watch.read()).snapshot] == ["shared"]
+    # A change that the caller may not see is not told.
+    await served.put(served.acme, b"more")
+    await served.register(served.acme, "acme-secret", model_onnx=b"more")
+    await served.put(served.acme, b"other")
+    await served.register(served.acme, "shared", model_onnx=b"other")
+    assert [model.version for model in (await watch.read()).snapshot] == [1, 2]
     watch.cancel()
     every = await served.stub.ListModels(pb.ListModelsRequest(), metadata=AS_SERVICE)
-    assert [model.name for model in every.models] == ["acme-secret", "shared"]
+    assert {model.name for model in every.models} == {"acme-secret", "shared"}
     # A file that one may not read cannot be given to a model of one's own.
     await refused(served.register(served.globex, "globex-copy", model_onnx=b"acme-secret"), S.NOT_FOUND)
     await refused(served.register(served.globex, "acme-secret", model_onnx=b"shared"), S.PERMISSION_DENIED)
