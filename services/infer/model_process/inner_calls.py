@@ -3,7 +3,7 @@
 model process ──"call"──> session ──> event loop: core.infer ──> "answer" ──> model process
 
 An inner call inherits deadline, tenant and priority from the requests in execution (its outer call), and ends with
-them. A call that no instance would ever become free for is rejected at once (`InnerCalls._cycle`).
+them. A call that no instance would ever become free for is rejected at once (`Waits.cycle`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -167,6 +167,173 @@ class _TenantMemory:
         self._share.remove(size)
 
 
+MOST_SEARCHED = 1_000
+"""Runs, calls and their dependencies that one search for a cycle looks at, in about a millisecond of the event loop. A
+call in a larger cycle is not rejected, and ends at its deadline."""
+
+
+@dataclass(eq=False)
+class _Group:
+    """Runs that a call waits for while at least `most` of them are stuck."""
+
+    runs: Collection[ModelRun]
+    most: int
+    stuck: int = 0
+    calls: list[InnerCall] = field(default_factory=list)
+    """Calls that wait for the group."""
+
+
+class Waits:
+    """Runs of models, and the inner calls that they wait for. Only the event loop's thread uses it.
+
+    A run waits for all of its calls. A call waits for the runs that execute it; before them, for an instance.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[ModelRun, dict[InnerCall, None]] = {}
+        """Calls of each run that have no response yet, in their order."""
+        self._executors: dict[object, dict[ModelRun, None]] = {}
+        """Waiting runs that execute a call."""
+        self._holders: dict[object, dict[ModelRun, None]] = {}
+        """Waiting runs of a model."""
+
+    def set_executes(self, run: ModelRun, inner_calls: frozenset[object]) -> None:
+        """Set the inner calls that `run` executes."""
+        if run in self._calls and inner_calls != run.executes:
+            self._unlink(run)
+            run.executes = inner_calls
+            self._link(run)
+        else:
+            run.executes = inner_calls
+
+    def add(self, run: ModelRun, call: InnerCall) -> None:
+        """Count `run` as waiting for `call`."""
+        if run not in self._calls:
+            self._calls[run] = {}
+            self._link(run)
+        self._calls[run][call] = None
+
+    def remove(self, run: ModelRun, call: InnerCall) -> None:
+        """Count `run` no longer as waiting for `call`."""
+        calls = self._calls[run]
+        del calls[call]
+        if not calls:
+            del self._calls[run]
+            self._unlink(run)
+
+    def _link(self, run: ModelRun) -> None:
+        self._holders.setdefault(run.model, {})[run] = None
+        for executed in run.executes:
+            self._executors.setdefault(executed, {})[run] = None
+
+    def _unlink(self, run: ModelRun) -> None:
+        links = [(self._holders, run.model), *((self._executors, executed) for executed in run.executes)]
+        for table, key in links:
+            del table[key][run]
+            if not table[key]:
+                del table[key]
+
+    def cycle(self, run: ModelRun, call: InnerCall) -> list[str]:
+        """Return the names of the models in the cycle that `run` would wait in for ever with `call`; or none."""
+        return _Search(self._calls, self._groups_of).cycle(run, call)
+
+    def _groups_of(self, call: InnerCall) -> Iterator[tuple[object, Collection[ModelRun], int]]:
+        """Yield the key, runs and `most` of each group that the call waits for, if all its runs are stuck."""
+        if executors := self._executors.get(call):
+            yield call, executors.keys(), 1
+            return
+        for session in call.sessions:
+            if holders := self._holders.get(session):
+                instances = max(1, len(next(iter(holders)).model.instances))
+                if len(holders) >= instances:
+                    yield session, holders.keys(), instances
+
+
+class _Search:
+    """One search for a cycle, in the runs that a call waits for, directly or through others."""
+
+    def __init__(
+        self,
+        calls: Mapping[ModelRun, Collection[InnerCall]],
+        groups_of: Callable[[InnerCall], Iterable[tuple[object, Collection[ModelRun], int]]],
+    ) -> None:
+        self._calls = calls
+        self._groups_of = groups_of
+        self._groups: dict[object, _Group] = {}
+        self._blocking: dict[InnerCall, list[_Group]] = {}
+        """Groups of each call that was found."""
+        self._containing: dict[ModelRun, list[_Group]] = {}
+        """Groups of each run that was found. At first, all of these runs count as stuck."""
+        self._left = MOST_SEARCHED
+
+    def cycle(self, run: ModelRun, call: InnerCall) -> list[str]:
+        if not self._find(call):
+            return []
+        self._free()
+        path, next_run = [run], self._blocking_run(call)
+        if next_run is None:
+            return []
+        while next_run not in path:
+            path.append(next_run)
+            next_run = next(filter(None, map(self._blocking_run, self._calls[next_run])))
+        return [each.model.name for each in (*path, next_run)]
+
+    def _find(self, call: InnerCall) -> bool:
+        """Find all that `call` waits for. Return False when that is nothing, or too much to look at."""
+        pending = [call]
+        while pending:
+            waiting = pending.pop()
+            if waiting in self._blocking:
+                continue
+            groups = self._blocking[waiting] = []
+            for key, runs, most in self._groups_of(waiting):
+                self._left -= 1
+                group = self._groups.get(key)
+                if group is None:
+                    self._left -= len(runs)
+                    if self._left < 0:
+                        return False
+                    group = self._groups[key] = _Group(runs, most, len(runs))
+                    for run in runs:
+                        if run not in self._containing:
+                            self._containing[run] = []
+                            self._left -= len(self._calls[run])
+                            pending += self._calls[run] if self._left >= 0 else ()
+                        self._containing[run].append(group)
+                group.calls.append(waiting)
+                groups.append(group)
+            if self._left < 0:
+                return False
+        return bool(self._blocking[call])
+
+    def _free(self) -> None:
+        """Take the runs out of their groups that wait for no stuck ones."""
+        owners = {call: run for run in self._containing for call in self._calls[run]}
+        groups = {call: len(blocking) for call, blocking in self._blocking.items()}
+        blocked = {run: sum(groups[call] > 0 for call in self._calls[run]) for run in self._containing}
+        free = [run for run, calls in blocked.items() if not calls]
+        while free:
+            run = free.pop()
+            for group in self._containing[run]:
+                group.stuck -= 1
+                if group.stuck != group.most - 1:
+                    continue
+                for call in group.calls:
+                    groups[call] -= 1
+                    owner = owners.get(call)
+                    if not groups[call] and owner is not None:
+                        blocked[owner] -= 1
+                        free += [owner] if not blocked[owner] else []
+        self._stuck = {run for run, calls in blocked.items() if calls}
+
+    def _blocking_run(self, call: InnerCall) -> ModelRun | None:
+        """Return a stuck run that the call waits for; None when there is none."""
+        for group in self._blocking[call]:
+            if group.stuck >= group.most:
+                return next(run for run in group.runs if run in self._stuck)
+        return None
+
+
 class InnerCalls:
     """A `session.RunInnerCall` that runs calls on a core; rejects calls until `bind`."""
 
@@ -175,8 +342,8 @@ class InnerCalls:
         self._account: MemoryAccount | None = None
         self._memories: dict[str, _TenantMemory] = {}
         self._tasks: dict[ModelRun, set[asyncio.Task[_Response]]] = {}
-        # Calls of each run that have no response yet. Only the event loop's thread uses both.
-        self._calls: dict[ModelRun, list[InnerCall]] = {}
+        # Only the event loop's thread uses both.
+        self._waits = Waits()
 
     def bind(self, core: Core, account: MemoryAccount | None = None) -> None:
         """Run all later calls on `core`, in the running event loop, and count them in the account of requests."""
@@ -257,7 +424,7 @@ class InnerCalls:
         request = _request(message, outer.priority)
         now, timeout_us = time.monotonic(), message.header.get("timeout_us") or 0
         deadline = min(outer.deadline, now + timeout_us / 1e6) if timeout_us else outer.deadline
-        run.executes = outer.inner_calls
+        self._waits.set_executes(run, outer.inner_calls)
         call = InnerCall(core.sessions(request.model_name, request.model_version))
         with self._waiting(run, call):
             try:
@@ -279,52 +446,16 @@ class InnerCalls:
     @contextmanager
     def _waiting(self, run: ModelRun, call: InnerCall) -> Iterator[None]:
         """Count `run` as waiting for `call` in the block. Raises FailedPrecondition when it would wait for ever."""
-        calls = self._calls.setdefault(run, [])
-        calls.append(call)
+        self._waits.add(run, call)
         try:
-            if cycle := self._cycle(run, call):
+            if cycle := self._waits.cycle(run, call):
                 raise FailedPrecondition(
                     f"model '{cycle[0]}' cannot call model '{cycle[1]}' now: {' -> '.join(cycle)} is a cycle, in which "
                     "all instances wait for such calls; set more instances (instance_group count)"
                 )
             yield
         finally:
-            calls.remove(call)
-            if not calls:
-                del self._calls[run]
-
-    def _cycle(self, run: ModelRun, call: InnerCall) -> list[str]:
-        """Return the names of the models in the cycle that `run` would wait in for ever with `call`; or none.
-
-        A run waits for all of its calls. A call waits for the runs that execute it; before them, for an instance.
-        """
-        executors: dict[object, list[ModelRun]] = {}
-        for each in self._calls:
-            for executed in each.executes:
-                executors.setdefault(executed, []).append(each)
-        stuck = set(self._calls)
-
-        def blocking(waiting: InnerCall) -> ModelRun | None:
-            """Return a stuck run that `waiting` waits for; None when there is none."""
-            for executor in executors.get(waiting, ()):
-                if executor in stuck:
-                    return executor
-            if waiting not in executors:
-                for session in waiting.sessions:
-                    holders = [each for each in stuck if each.model is session]
-                    if holders and len(holders) >= len(holders[0].model.instances):
-                        return holders[0]
-            return None
-
-        while free := {each for each in stuck if not any(map(blocking, self._calls[each]))}:
-            stuck -= free
-        path, next_run = [run], blocking(call)
-        if next_run is None:
-            return []
-        while next_run not in path:
-            path.append(next_run)
-            next_run = next(filter(None, map(blocking, self._calls[next_run])))
-        return [each.model.name for each in (*path, next_run)]
+            self._waits.remove(run, call)
 
 
 def _ended() -> _Response:

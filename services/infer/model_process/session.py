@@ -312,8 +312,11 @@ class ProcessSession(Session):
             f"before; it is rejected for {after_s:.0f} s"
         )
 
-    def call_other(self, process: Runner, message: Message, run: ModelRun) -> None:
-        """Run a call that the model makes of another model during `run`, and send the response to `process`."""
+    def call_other(self, process: Runner, message: Message, run: ModelRun | None) -> None:
+        """Run a call that the model makes of another model during `run`, and send the response to `process`.
+
+        A call without a run is rejected: its request has ended.
+        """
 
         def send(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             try:
@@ -397,7 +400,9 @@ class _Exchange:
             if message is not None:
                 if message.op == "call":
                     self.has_sent_more = True
-                    self._session.call_other(self._process, message, self._run)
+                    # A call without a number comes from a thread that the model has started.
+                    is_own = message.header.get("for") in (None, self._number)
+                    self._session.call_other(self._process, message, self._run if is_own else None)
                     continue
                 if message.op not in ("result", "error") or message.header.get("id") != self._number:
                     self._process.kill("killed: it sent a response that does not match the request")

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # The owner kills itself when a run does not end within this time after its infer process has disconnected.
 _ABANDONED_S = 30.0
 
+_NOT_RUNNING = "other models can be called only while a request is executed"
+
 
 @dataclass(eq=False)
 class ForwardedBatch:
@@ -262,18 +264,25 @@ class Multiplexer:
     def call(
         self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
-        """Call another model, on an infer process whose batch is running; return the response. Raises RunFailed."""
-        response = Future[Message]()
+        """Call another model for the batch that this thread runs; return the response, an error when that has ended.
+
+        Raises:
+            RunFailed: this thread runs no batch, and no other does.
+        """
+        response, running = Future[Message](), RUNNING_ID.get()
         with self._changed:
-            if not self._running:
-                raise RunFailed("other models can be called only while a request is executed")
-            # A thread that the model has started has no batch of its own: the call is made for the newest one.
-            batch = self._running.get(RUNNING_ID.get() or 0, next(reversed(self._running.values())))[0]
-            connection = batch.connection
+            # A thread that the model has started runs no batch: its infer process chooses among its own requests.
+            at = next(reversed(self._running), None) if running is None else running
+            batches = self._running.get(at) if at is not None else None
+            if batches is None and running is not None:
+                return {"error": _NOT_RUNNING, "code": "CANCELLED"}, []
+            if batches is None:
+                raise RunFailed(_NOT_RUNNING)
+            connection, made_for = batches[0].connection, None if running is None else batches[0].number
             number = next(self._numbers)
             self._calls[number] = connection, response
         try:
-            connection.send({**header, "op": "call", "id": number, "for": batch.number}, parts)
+            connection.send({**header, "op": "call", "id": number, "for": made_for}, parts)
             message = response.result()
         finally:
             # Under the lock: `disconnect` iterates over `_calls`.

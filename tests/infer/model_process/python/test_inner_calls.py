@@ -15,7 +15,15 @@ import grpc
 import pytest
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.inner_calls import InnerCalls, ModelRun, OuterCall, outer_of
+from services.infer.model_process.inner_calls import (
+    MOST_SEARCHED,
+    InnerCall,
+    InnerCalls,
+    ModelRun,
+    OuterCall,
+    Waits,
+    outer_of,
+)
 from services.infer.requests.parameters import Parameters
 from shoal.errors import Internal, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -284,7 +292,8 @@ AFTER_THE_END = """
 """
 
 
-async def test_a_call_for_a_decoupled_request_that_has_ended_is_not_made_for_another_one(repo, serve, seen):
+@pytest.mark.parametrize("isolation", ["process", "shared"])
+async def test_a_call_for_a_decoupled_request_that_has_ended_is_not_made_for_another_one(repo, serve, seen, isolation):
     caller(repo, "plain", "nobody")
     config = CONFIG.replace("COUNT", "1").replace("dynamic_batching", "model_transaction_policy { decoupled: true } #")
     repo.python("stream", AFTER_THE_END, config)
@@ -385,3 +394,33 @@ async def test_the_model_gets_a_response_when_its_run_ends_before_the_call_begin
 async def test_the_model_gets_a_response_when_its_run_ends_while_the_response_waits_for_a_thread():
     run = ModelRun(IdleModel(), OuterCall)
     assert await replies_to_a_call(run, run.end) == [{}]
+
+
+@dataclass(eq=False)
+class WaitingModel:
+    name: str
+    instances: range
+
+
+@pytest.mark.parametrize(("runs", "has_cycle"), [(100, True), (10_000, False)])
+def test_a_search_for_a_cycle_looks_at_a_bounded_number_of_waits(runs, has_cycle, monkeypatch):
+    waits, model, looked = Waits(), WaitingModel("m", range(runs)), []
+    for _ in range(runs):
+        run, call = ModelRun(model, OuterCall), InnerCall((model,))
+        waits.add(run, call)
+    groups_of = waits._groups_of
+    monkeypatch.setattr(waits, "_groups_of", lambda call: looked.append(call) or groups_of(call))
+    assert waits.cycle(run, call) == (["m", "m", "m"] if has_cycle else [])
+    assert len(looked) <= MOST_SEARCHED
+
+
+def test_calls_of_models_that_are_idle_are_not_searched(monkeypatch):
+    waits, model, idle = Waits(), WaitingModel("m", range(10_000)), WaitingModel("idle", range(1))
+    for _ in range(10_000):
+        run, call = ModelRun(model, OuterCall), InnerCall((idle,))
+        waits.add(run, call)
+    looked: list[object] = []
+    groups_of = waits._groups_of
+    monkeypatch.setattr(waits, "_groups_of", lambda call: looked.append(call) or groups_of(call))
+    assert waits.cycle(run, call) == []
+    assert looked == [call]

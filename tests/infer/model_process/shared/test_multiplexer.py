@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 
 from services.infer.model_process import payload
 from services.infer.model_process.channel import Channel, Message
+from services.infer.model_process.child.mailbox import RUNNING_ID
 from services.infer.model_process.hosted import RunFailed
 from services.infer.model_process.shared.connection import Connection
 from services.infer.model_process.shared.multiplexer import Multiplexer
@@ -207,6 +208,34 @@ def test_an_inner_call_runs_on_the_infer_process_of_the_running_batch(peers):
         multiplexer.receive(peers[0].connection, reply)  # Not the one that was asked.
         multiplexer.receive(peers[1].connection, reply)
         assert asked.result(5)[0]["said"] == 5
+
+
+def test_an_inner_call_is_made_for_its_own_request_and_for_none_that_has_ended(peers):
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1], most=0)
+    peers[1].run(multiplexer, 2, [2], most=0)
+    peers[2].run(multiplexer, 3, [3], most=0)
+    ended, running, _ = (multiplexer.next() for _ in peers)
+    respond(multiplexer, ended)
+    assert peers[0].rows() == (1, [2])
+
+    def call(number: int | None) -> Mapping[str, Any]:
+        RUNNING_ID.set(number)
+        return multiplexer.call({"model": "other"}, ())[0]
+
+    with ThreadPoolExecutor(1) as thread:
+        rejected = thread.submit(call, ended.header["id"]).result(5)
+        assert (rejected["code"], rejected["error"]) == (
+            "CANCELLED",
+            "other models can be called only while a request is executed",
+        )
+        # A thread of the model's own has no request: the newest infer process chooses one.
+        for number, peer, made_for in ((running.header["id"], peers[1], 2), (None, peers[2], None)):
+            asked = thread.submit(call, number)
+            sent = peer.heard()
+            assert (sent.op, sent.header["for"]) == ("call", made_for)
+            multiplexer.receive(peer.connection, Message({"op": "answer", "id": sent.header["id"], "said": 5}, []))
+            assert asked.result(5)["said"] == 5
 
 
 def test_closing_the_multiplexer_ends_the_engine(peers):
