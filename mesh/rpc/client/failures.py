@@ -41,7 +41,8 @@ _BY_REASON = {
 class CallFailed(grpc.aio.AioRpcError):
     """A call of this client has failed. A subclass of grpc.aio's error, for callers that catch those.
 
-    `is_unprocessed`: certainly, no server has begun to process the call.
+    `is_unprocessed`: certainly, no server has begun to process the call. `is_from_peer`: the peer has sent the status
+    and its text.
     """
 
     def __init__(
@@ -51,17 +52,21 @@ class CallFailed(grpc.aio.AioRpcError):
         trailing: Iterable[tuple[str, str | bytes]] = (),
         *,
         is_unprocessed: bool = False,
+        is_from_peer: bool = False,
     ) -> None:
         super().__init__(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details)
         self.is_unprocessed = is_unprocessed
+        self.is_from_peer = is_from_peer
 
     def __reduce__(self) -> tuple[Any, ...]:
         trailing = tuple(self.trailing_metadata() or ())
-        return _restored, (self.code(), self.details() or "", trailing, self.is_unprocessed)
+        return _restored, (self.code(), self.details() or "", trailing, self.is_unprocessed, self.is_from_peer)
 
 
-def _restored(code: grpc.StatusCode, details: str, trailing: Any, is_unprocessed: bool) -> CallFailed:
-    return CallFailed(code, details, trailing, is_unprocessed=is_unprocessed)
+def _restored(
+    code: grpc.StatusCode, details: str, trailing: Any, is_unprocessed: bool, is_from_peer: bool
+) -> CallFailed:
+    return CallFailed(code, details, trailing, is_unprocessed=is_unprocessed, is_from_peer=is_from_peer)
 
 
 def of_trailers(block: Block) -> CallFailed | None:
@@ -73,7 +78,7 @@ def of_trailers(block: Block) -> CallFailed | None:
         return CallFailed(S.UNKNOWN, "the response ended without a grpc-status")
     code = _BY_NUMBER.get(int(status_text), S.UNKNOWN) if status_text.isdigit() and len(status_text) < 5 else S.UNKNOWN
     message = unquote_to_bytes(block.by_name.get(b"grpc-message", b"")).decode("utf-8", "replace")
-    return CallFailed(code, message, _metadata(block))
+    return CallFailed(code, message, _metadata(block), is_from_peer=True)
 
 
 def of_head(block: Block) -> CallFailed | None:

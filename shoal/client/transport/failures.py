@@ -6,6 +6,7 @@ import re
 
 import grpc
 
+from mesh.rpc.client.failures import CallFailed
 from shoal.errors import (
     Code,
     DeadlineExceeded,
@@ -17,7 +18,10 @@ from shoal.errors import (
     retry_after_of,
 )
 
-# Messages of grpc, asyncio and mesh.h2 about an unreachable node: all have code UNAVAILABLE, only the text differs.
+# Beginnings of messages about a node that was not reached: of mesh.rpc.client and of grpc. grpc does not tell its own
+# errors from those of the server, whose text has another beginning.
+_NOT_REACHED = re.compile(r"^(?:cannot reach \S+: |failed to connect to all addresses|errors resolving|DNS resolution)")
+# What follows, of asyncio, the kernel and grpc: all have code UNAVAILABLE, only the text differs.
 _UNREACHABLE = re.compile(
     r"Connection refused|Connect call failed|No such file or directory|Connection timed out|No route to host"
     r"|unreachable"
@@ -50,7 +54,10 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
     if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
         return Unavailable(f"{doing}: the connection broke")
     if code == grpc.StatusCode.UNAVAILABLE:
-        return _unavailable(details, address, doing, retry_after_of(err.trailing_metadata() or ()))
+        retry_after_ms = retry_after_of(err.trailing_metadata() or ())
+        if not (isinstance(err, CallFailed) and err.is_from_peer):
+            return _unavailable(details, address, doing, retry_after_ms)
+        return _sent_as_unavailable(details, doing, retry_after_ms)
     if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
         return timed_out(doing, timeout_s)
     is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_GRPC_RESPONSE)
@@ -73,14 +80,13 @@ def timed_out(doing: str, timeout_s: float | None) -> DeadlineExceeded:
 def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
     if address.startswith("https://") and (failed := _handshake_failure(details, address)):
         return failed
-    if _UNREACHABLE.search(details):
+    is_reached = not _NOT_REACHED.match(details)
+    if not is_reached and _UNREACHABLE.search(details):
         return Unavailable(f"no node responds at {address}: start one with `shoal up`, or give --gateway")
-    if _UNKNOWN_HOST.search(details):
+    if not is_reached and _UNKNOWN_HOST.search(details):
         return Unavailable(f"no host has the name in {address}: check the address")
     if _NOT_GRPC.search(details):
         return FailedPrecondition(f"the server at {address} does not speak gRPC: is that Envoy's admin port?")
-    if _NO_INSTANCE.search(details):
-        return Unavailable(f"{doing}: no instance is available at present: see `shoal status`")
     if _CLOSED_AT_ONCE.search(details):
         is_plain = not address.startswith("https://")
         cause = (
@@ -93,6 +99,13 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
         )
     if lost := _LOST.match(details):
         return Unavailable(f"{doing}: the connection broke: {details[lost.end() :]}")
+    return _sent_as_unavailable(details, doing, retry_after_ms)
+
+
+def _sent_as_unavailable(details: str, doing: str, retry_after_ms: int | None) -> Unavailable:
+    """Return the error of a call that a server, or its Envoy, has ended with UNAVAILABLE."""
+    if _NO_INSTANCE.search(details):
+        return Unavailable(f"{doing}: no instance is available at present: see `shoal status`")
     return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
 
 

@@ -168,6 +168,19 @@ async def test_an_unreachable_node_is_unavailable(run_dir: Any) -> None:
             await Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["cannot open data.bin: No such file or directory", "the database: Connection refused", "it is unreachable"],
+)
+async def test_a_servers_own_error_is_not_that_of_an_unreachable_node(served: Served, words: str) -> None:
+    async def fails(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, words)
+
+    served.on(methods.GET_JOB, fails)
+    with pytest.raises(Unavailable, match=f"^GetJob: {words}$"):
+        await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
+
+
 async def test_a_server_that_does_not_speak_grpc_is_named() -> None:
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10)
