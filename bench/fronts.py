@@ -2,12 +2,13 @@
 
     python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--starts 5] [--seconds 1.5]
     python bench/fronts.py --before FOLDER --loopback --loads tiny@1,tiny@64 --rounds 20
+    python bench/fronts.py --before FOLDER --namespace --loads tiny@1,tiny@64 --rounds 20
 
 loopback     both checkouts with `--host 127.0.0.1`
 namespace    both checkouts, and Triton, at one end of a veth pair, with the clients at the other end. Both ends are in
              namespaces of this run. Each checkout uses its default front for that address.
 
-Needs root, for the namespaces, unless --loopback says that there are none. Each checkout has its own .venv. A shell
+With --loopback or --namespace only that one. Needs root, for the namespaces. Each checkout has its own .venv. A shell
 runs COMMAND, which starts a Triton with the models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of their
 ONNX files. Servers run on processor 0 with one thread for the model, the generator on the other processors. Rounds
 interleave the servers; a ratio is the median of the rounds' ratios.
@@ -245,7 +246,9 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5, help="of each server, to measure start and memory")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--loads", type=_loads, default=LOADS, metavar="MODEL@N,...", help="default: all nine")
-    parser.add_argument("--loopback", action="store_true", help="only on loopback")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--loopback", action="store_true", help="only on loopback")
+    only.add_argument("--namespace", action="store_true", help="only from another network namespace")
     args = parser.parse_args()
     console = Console(width=140)
     if len(os.sched_getaffinity(0)) > 1:
@@ -253,7 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         models = Path(scratch)
         samples = save(models)
-        networks = {"on loopback": Network("127.0.0.1")}
+        networks = {} if args.namespace else {"on loopback": Network("127.0.0.1")}
         if not args.loopback:
             networks["from another namespace"] = elsewhere = stack.enter_context(namespaces())
         groups: dict[str, list[Contender]] = {}
