@@ -83,6 +83,8 @@ class Scopes:
 
     def of_headers(self, headers: Mapping[bytes, bytes], method: str) -> TenantScope:
         """Return the scope of a call on the fast path. Raises as `of` does."""
+        if self._access is None and _TENANT not in headers:
+            return EVERY_TENANT
         return self._scope(method, headers.get(_TENANT), headers.get(_CALLER))
 
     def _scope(self, method: str, tenant: bytes | None, caller: bytes | None) -> TenantScope:

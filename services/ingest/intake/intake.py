@@ -150,7 +150,8 @@ class Intake:
             Unavailable: MongoDB is unavailable; the job may or may not exist: repeat with an idempotency key.
         """
         check_not_reserved(submit)
-        return self._begin(submit, traceparent, _admitted(submit, scope))
+        caller = b"" if scope is EVERY_TENANT else _admitted(submit, scope)
+        return self._begin(submit, traceparent, caller)
 
     def _begin(self, submit: pb.SubmitRequest, traceparent: str, caller: bytes) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent, caller)
@@ -170,7 +171,8 @@ class Intake:
         The wait for memory has no deadline; the wait for `Admission` ends after half a minute.
         """
         check_not_reserved(submit)
-        return await self._begin_when_there_is_room(submit, traceparent, _admitted(submit, scope))
+        caller = b"" if scope is EVERY_TENANT else _admitted(submit, scope)
+        return await self._begin_when_there_is_room(submit, traceparent, caller)
 
     async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]:
         """Begin the submit of a connector's message, whose labels are reserved; wait as a stream does.
@@ -327,8 +329,6 @@ def _admitted(submit: pb.SubmitRequest, scope: TenantScope) -> bytes:
 
     Raises PermissionDenied.
     """
-    if scope is EVERY_TENANT:
-        return b""
     submit.tenant = scope.owner("tenant", submit.tenant)
     return checked_caller(scope, submit.request.model_name)
 
