@@ -24,7 +24,7 @@ from services.ingest.config import IngestConfig
 from services.ingest.ulid import Ulids
 from shoal.access import tokens
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
-from shoal.access.rpc_groups import GROUP_OF, INTERNAL, OPERATE
+from shoal.access.rpc_groups import ADMINISTER, GROUP_OF, INTERNAL, OPERATE
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.ingest.v1 import ingest_pb2_grpc
 from shoal.store.v1 import store_pb2 as store
@@ -49,7 +49,7 @@ OF_GRANTS |= {STORE + method for method in ["RegisterModel", "StatArtifact", "Ge
 WITHOUT_OBJECTS = (
     "/inference.GRPCInferenceService/",
     "/shoal.inference.v2.",
-    "/shoal.coord.v1.CoordService/",
+    "/shoal.coord.v1.",
     "/grpc.health.v1.Health/",
     "/grpc.reflection.",
 )
@@ -244,6 +244,7 @@ RESULTS: dict[str, Callable[[Any, Ids], Any]] = {
     "SetRetention ListRetention ApplyRetention SetQuota ListUsage": lambda request, ids: request(),
     "VerifyStore BackUp Restore CollectArtifacts": lambda request, ids: request(),
     "PutResults ReleaseArtifacts ListReferences": lambda request, ids: request(),
+    "RecordAudit StreamAudit VerifyAudit": lambda request, ids: request(),
 }
 MODELS: dict[str, Callable[[Any, Ids], Any]] = {
     "StatArtifact GetArtifact": lambda request, ids: request(sha256=ids.digest),
@@ -383,8 +384,9 @@ async def outcome(call: Awaitable[Any], ids: Ids) -> str:
         return ids.hidden(f"{err.code().name}: {err.details()}")
 
 
+OF_OTHERS = (OPERATE, ADMINISTER, INTERNAL)
 # Without a policy, every caller may operate the node, and read every model.
-HEADER_CASES = [rpc for rpc in CASES if GROUP_OF[rpc] not in (OPERATE, INTERNAL) and rpc not in OF_GRANTS]
+HEADER_CASES = [rpc for rpc in CASES if GROUP_OF[rpc] not in OF_OTHERS and rpc not in OF_GRANTS]
 each_world = pytest.mark.parametrize("world", ["policy", "header"], indirect=True)
 
 
@@ -396,7 +398,7 @@ each_world = pytest.mark.parametrize("world", ["policy", "header"], indirect=Tru
 async def test_another_tenant_finds_what_nobody_has(world: World, rpc: str) -> None:
     found = await outcome(CASES[rpc](world, world.acme), world.acme)
     assert found == await outcome(CASES[rpc](world, world.nobody), world.nobody)
-    if GROUP_OF[rpc] in (OPERATE, INTERNAL):
+    if GROUP_OF[rpc] in OF_OTHERS:
         assert found.startswith("PERMISSION_DENIED")
 
 
