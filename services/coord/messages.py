@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.cluster.election import Leader
@@ -25,7 +27,10 @@ def timestamp(seconds: float) -> Timestamp:
     return Timestamp(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
 
 
-def instance_message(instance: Instance, cluster: Cluster) -> pb.Instance:
+def instance_message(
+    instance: Instance, cluster: Cluster, may_see: Callable[[str], bool] = lambda model: True
+) -> pb.Instance:
+    """Return the message of an instance, with the models that the caller may see."""
     return pb.Instance(
         service=instance.service,
         name=instance.name,
@@ -37,14 +42,15 @@ def instance_message(instance: Instance, cluster: Cluster) -> pb.Instance:
         models=[
             pb.ReadyModel(name=model.name, versions=model.versions, slow_path=model.slow_path)
             for model in instance.models
+            if may_see(model.name)
         ],
         version=instance.version,
         drained_by_operator=instance.name in cluster.drained,
     )
 
 
-def instance_messages(cluster: Cluster, service: str) -> list[pb.Instance]:
-    return [instance_message(instance, cluster) for instance in cluster.of_service(service)]
+def instance_messages(cluster: Cluster, service: str, may_see: Callable[[str], bool]) -> list[pb.Instance]:
+    return [instance_message(instance, cluster, may_see) for instance in cluster.of_service(service)]
 
 
 def leader_message(leader: Leader) -> pb.GetLeaderResponse:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
+from mesh.rpc.access import caller_in
 from mesh.rpc.cluster_access import PolicyWatch
 from mesh.rpc.interceptors import Context
 from mesh.xds.ads import AdsServer
@@ -33,15 +34,22 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
 
     async def ListInstances(self, request: pb.ListInstancesRequest, ctx: Context) -> pb.ListInstancesResponse:
         cluster = self._instances.cluster
-        found = instance_messages(cluster, request.service)
+        found = instance_messages(cluster, request.service, self._may_see(ctx, "ListInstances"))
         return pb.ListInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
 
     async def WatchInstances(
         self, request: pb.WatchInstancesRequest, ctx: Context
     ) -> AsyncIterator[pb.WatchInstancesResponse]:
         async for cluster in self._instances.watch(request.service):
-            found = instance_messages(cluster, request.service)
+            found = instance_messages(cluster, request.service, self._may_see(ctx, "WatchInstances"))
             yield pb.WatchInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
+
+    def _may_see(self, ctx: Context, method: str) -> Callable[[str], bool]:
+        """Return a function that returns True for the models that the caller may see."""
+        if self._watch is None:
+            return lambda model: True
+        access, caller = self._watch.access, caller_in(ctx)
+        return lambda model: access.allows(f"/shoal.coord.v1.CoordService/{method}", caller, model)
 
     async def GetLeader(self, request: pb.GetLeaderRequest, ctx: Context) -> pb.GetLeaderResponse:
         return leader_message(self._instances.leader())

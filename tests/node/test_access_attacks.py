@@ -1,4 +1,4 @@
-"""Attacks on `shoal serve --policy`: each is refused as said here, by one real Envoy and one real server.
+"""Attacks on `shoal serve --policy` and `shoal up --auth`: each is refused as said here, by real Envoys and services.
 
 The policy: two tenants; acme may call every model but `secret`, globex every model. Health checks need a key.
 """
@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,24 +31,25 @@ import grpc
 import jwt
 import numpy as np
 import pytest
+import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import shoal
 from shoal.access import tokens
-from shoal.access.caller_header import LAUNCHER
+from shoal.access.caller_header import LAUNCHER, SERVICE
 from shoal.access.decision import caller_of, decide
 from shoal.access.policy import Policy
-from shoal.access.rpc_groups import GROUP_OF, INDEX, MODEL_INFER
+from shoal.access.rpc_groups import GROUP_OF, INDEX, INTERNAL, MODEL_INFER
 from shoal.access.tokens import PREFIX, Key, Signer
-from shoal.errors import ERROR_CODE_PARAMETER, Code, PermissionDenied
+from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
 from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request
-from tests.node.conftest import SERVE
+from tests.node.conftest import SERVE, Node
 
 pytestmark = [pytest.mark.timeout(180)]
 
@@ -91,6 +93,23 @@ class World:
         made = self.document
         return policy(self.signer, **{name: made[name] for name in ("issuers", "grants", "revoked")})
 
+    def apply_invalid(self) -> None:
+        """Apply an invalid policy; return when its author knows."""
+        (self.folder / "policy.yaml").write_text("version: 2\n")
+        self.until(lambda: "policy.yaml:1: version: Input should be 1" in self.stderr.read_text())
+
+    def places(self) -> dict[str, str]:
+        """Return everything that the server has written and shown."""
+        (run_dir,) = {path.parent for path in Path("/tmp").glob("shoal-serve-*/admin.sock") if is_of(self.envoy, path)}
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(run_dir / "admin.sock"))
+            admin.sendall(b"GET /config_dump?include_eds HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            dump = b""
+            while piece := admin.recv(1 << 20):
+                dump += piece
+        written = {str(path): path.read_text() for path in run_dir.glob("*") if path.is_file()}
+        return {"stderr": self.stderr.read_text(), "config_dump": dump.decode(errors="replace"), **written}
+
     def key(self, tenant: str = "acme", role: str = "user", **options: Any) -> Key:
         made = key(self.signer, tenant, role, **options)
         self.secrets.add(made.text)
@@ -127,6 +146,46 @@ class World:
             time.sleep(0.05)
 
 
+class NodeWorld(World):
+    """A node with the same policy and models."""
+
+    node: Node
+
+    @property
+    def document(self) -> dict[str, Any]:
+        made = super().document
+        own = {"issuer": "shoal", "audiences": ["shoal"], "token_prefix": PREFIX, "cluster": True}
+        return {**made, "issuers": [own, *made["issuers"]]}
+
+    def client(self) -> shoal.Client:
+        """Return a client with the key of the node's user."""
+        return shoal.Client(self.address, token=(self.node.data_dir / "admin.key").read_text().strip())
+
+    def set_policy(self, **parts: Any) -> None:
+        made = {**self.document, **parts}
+        if made["issuers"][0] != self.document["issuers"][0]:
+            made["issuers"] = [self.document["issuers"][0], *made["issuers"]]
+        made["grants"] = [*made["grants"], {"name": "own", "tenants": ["local"], "allow": ["*"], "models": ["*"]}]
+        with self.client() as client:
+            client.access.apply(yaml.safe_dump(made))
+
+    def apply_invalid(self) -> None:
+        with self.client() as client, pytest.raises(InvalidArgument, match="policy:1: version: Input should be 1"):
+            client.access.apply("version: 2\n")
+
+    def places(self) -> dict[str, str]:
+        with urllib.request.urlopen(f"http://{self.node.admin}/config_dump?include_eds") as response:
+            dump = response.read()
+        self.secrets |= {
+            (self.node.data_dir / "admin.key").read_text().strip(),
+            (self.node.data_dir / "master.key").read_text().strip(),
+        }
+        files = [path for path in self.node.data_dir.rglob("*") if path.is_file() and path.suffix != ".key"]
+        files += [self.node.output]
+        written = {str(path): path.read_bytes().decode("latin-1") for path in files}
+        return {"config_dump": dump.decode(errors="replace"), **written}
+
+
 def outcome(channel: grpc.Channel, model: str, metadata: tuple[tuple[str, str], ...]) -> str:
     try:
         answer = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
@@ -138,12 +197,54 @@ def outcome(channel: grpc.Channel, model: str, metadata: tuple[tuple[str, str], 
     return "OK"
 
 
+@pytest.fixture(scope="module", params=["serve", "node"])
+def world(request: pytest.FixtureRequest) -> World:
+    made: World = request.getfixturevalue(f"{request.param}_world")
+    return made
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def serve_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with _serve(_folder(tmp_path_factory)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def node_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeWorld]:
+    with _node(_folder(tmp_path_factory)) as made:
+        yield made
+
+
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attacked")
     (folder / "models").mkdir()
     for name in (OPEN, SECRET):
         (folder / "models" / f"{name}.onnx").write_bytes(onnx_files.scale(2).SerializeToString())
+    return folder
+
+
+@contextmanager
+def _node(folder: Path) -> Iterator[NodeWorld]:
+    signer = tokens.create_signer(folder / "signer.json", "keys")
+    idp = tokens.create_signer(folder / "idp.json", "https://idp.example")
+    made = NodeWorld("", folder, signer, idp, 0, 0, None, folder / "stderr")  # type: ignore[arg-type]
+    made.secrets.add(signer.as_text().split("-----")[2].strip()[:60])
+    made.node = Node(folder, "--auth", env={"SHOAL_INFER_LOG_LEVEL": "DEBUG", "SHOAL_COORD_LOG_LEVEL": "DEBUG"})
+    try:
+        made.stderr = made.node.output
+        made.address = made.node.wait_until_ready().gateway
+        with made.client() as client:
+            for name in (OPEN, SECRET):
+                assert client.models.push(folder / "models" / f"{name}.onnx")[0].ready
+        made.set_policy()
+        made.until(lambda: made.infer(made.key().text) == "OK")
+        yield made
+    finally:
+        made.node.close()
+
+
+@contextmanager
+def _serve(folder: Path) -> Iterator[World]:
     signer = tokens.create_signer(folder / "signer.json")
     idp = tokens.create_signer(folder / "idp.json", "https://idp.example")
     made = World("", folder, signer, idp, 0, 0, None, folder / "stderr")  # type: ignore[arg-type]
@@ -207,7 +308,7 @@ def test_audience_and_issuer(world: World) -> None:
 
 
 def test_key_ids_and_signatures(world: World, tmp_path: Path) -> None:
-    other = tokens.create_signer(tmp_path / "other.json")
+    other = tokens.create_signer(tmp_path / "other.json", world.signer.issuer)
     assert world.infer(signed(world.signer, kid="unknown")).startswith("UNAUTHENTICATED")
     assert world.infer(signed(world.signer, kid=None)).startswith("PERMISSION_DENIED")
     assert world.infer(key(other).text).startswith("UNAUTHENTICATED"), "a key of another installation"
@@ -403,6 +504,11 @@ def code_of(call: Any, body: bytes, metadata: tuple[tuple[str, str], ...]) -> st
 def test_a_client_waits_for_a_model_that_its_key_may_read(world: World) -> None:
     with shoal.Client(world.address, token=world.key().text) as client:
         client.models.wait_ready(OPEN, timeout=PATIENCE_S)
+        if isinstance(world, NodeWorld):
+            # The client asks coord, which lists the models of each instance.
+            served = [instance.models for instance in client.status().instances if instance.service == "infer"]
+            assert [[*models] for models in served] == [[OPEN]]
+            return
         with pytest.raises(PermissionDenied, match="denies read"):
             client.models.wait_ready(SECRET, timeout=PATIENCE_S)
 
@@ -649,20 +755,42 @@ def test_a_revocation_ends_the_open_stream_and_the_next_call_and_nobody_elses(wo
         assert list(streams[other.id]) == []
 
 
+def test_a_change_of_the_policy_closes_no_stream_and_no_connection(world: World) -> None:
+    done = threading.Event()
+
+    def messages() -> Iterator[pb.ModelInferRequest]:
+        yield request(OPEN, x=X)
+        done.wait(2 * PATIENCE_S)
+        yield request(OPEN, x=X)
+
+    globex = world.key("globex").text
+    with world.channel() as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        bearer = (("authorization", f"Bearer {world.key().text}"),)
+        streams = [stub.ModelStreamInfer(messages(), metadata=bearer, timeout=4 * PATIENCE_S) for _ in range(64)]
+        for stream in streams:
+            next(stream)
+        grants = [*GRANTS, {"name": "none", "tenants": ["globex"], "deny": ["infer"], "models": ["*"]}]
+        with world.with_policy(grants=grants, revoked=[REVOKED, "k-another"]):
+            world.until(lambda: outcome(channel, OPEN, (("authorization", f"Bearer {globex}"),)) != "OK")
+            done.set()
+            assert [len(list(stream)) for stream in streams] == [1] * 64
+    world.until(lambda: world.infer(globex) == "OK")
+
+
 def test_a_grant_that_is_taken_away_and_an_invalid_policy(world: World) -> None:
     globex = world.key("globex").text
     grants = [*GRANTS, {"name": "none", "tenants": ["globex"], "deny": ["infer"], "models": [SECRET]}]
     with world.with_policy(grants=grants):
         world.until(lambda: world.infer(globex, SECRET).startswith("PERMISSION_DENIED"))
-        (world.folder / "policy.yaml").write_text("version: 2\n")
-        world.until(lambda: "policy.yaml:1: version: Input should be 1" in world.stderr.read_text())
+        world.apply_invalid()
         assert world.infer(globex, SECRET).startswith("PERMISSION_DENIED"), "the former policy stays in force"
         assert world.infer(globex) == "OK"
     world.until(lambda: world.infer(globex, SECRET) == "OK")
 
 
 def test_a_signer_that_is_replaced_ends_its_keys(world: World, tmp_path: Path) -> None:
-    other = tokens.create_signer(tmp_path / "other.json")
+    other = tokens.create_signer(tmp_path / "other.json", world.signer.issuer)
     old, new = world.key().text, key(other).text
     world.secrets.add(new)
     with world.with_policy(
@@ -690,12 +818,117 @@ def test_open_health_checks(world: World) -> None:
     world.until(lambda: check("/grpc.health.v1.Health/Check") == "UNAUTHENTICATED")
 
 
+# What only a node has.
+
+
+def test_changes_of_the_policy_under_load_fail_no_call(node_world: NodeWorld) -> None:
+    stopped = threading.Event()
+    bearer = (("authorization", f"Bearer {node_world.key().text}"),)
+
+    def load() -> list[str]:
+        outcomes = []
+        with node_world.channel() as channel:
+            while not stopped.is_set():
+                outcomes.append(outcome(channel, OPEN, bearer))
+        return outcomes
+
+    with ThreadPoolExecutor(2) as threads, node_world.client() as client:
+        loads = [threads.submit(load) for _ in range(2)]
+        try:
+            before = client.access.policy().policy.version
+            for number in range(3):
+                node_world.set_policy(revoked=[REVOKED, f"k-{number}"], hosts=["*"])
+                assert client.access.roll_back(before).rolled_back_to == before
+        finally:
+            stopped.set()
+        outcomes = [one for done in loads for one in done.result()]
+        assert client.access.policy().policy.version == before + 6
+    assert outcomes
+    assert set(outcomes) == {"OK"}
+
+
+def test_a_revoked_key_is_refused_everywhere_when_revoke_returns_and_its_streams_have_ended(
+    node_world: NodeWorld,
+) -> None:
+    with node_world.client() as client, node_world.channel() as channel:
+        made = client.access.create_key(tenant="acme", role="user", subject="ann")
+        node_world.secrets.add(made.key)
+        bearer = (("authorization", f"Bearer {made.key}"),)
+        idle = threading.Event()
+
+        def messages() -> Iterator[pb.ModelInferRequest]:
+            yield request(OPEN, x=X)
+            idle.wait(PATIENCE_S)
+
+        node_world.until(lambda: outcome(channel, OPEN, bearer) == "OK")
+        streams = {
+            "infer": inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(
+                messages(), metadata=bearer, timeout=4 * PATIENCE_S
+            ),
+            "store": channel.unary_stream("/shoal.store.v1.StoreService/WatchModels")(b"", metadata=bearer),
+            "ingest": channel.unary_stream("/shoal.ingest.v1.IngestService/WatchJobs")(b"", metadata=bearer),
+            "coord": channel.unary_stream("/shoal.coord.v1.CoordService/WatchInstances")(b"", metadata=bearer),
+        }
+        next(streams["infer"])
+        assert all(stream.is_active() for stream in streams.values())
+        client.access.revoke_key(made.info.id)
+        assert [outcome(channel, OPEN, bearer)[:17] for _ in range(50)] == ["PERMISSION_DENIED"] * 50
+        for name, stream in streams.items():
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED, name
+            assert f"the key {made.info.id} is revoked" in caught.value.details(), name
+        idle.set()
+        keys = client.access.keys()
+        (listed,) = [key for key in keys if key.id == made.info.id]
+        assert listed.revoked
+        assert (listed.tenant, listed.role, listed.subject) == ("acme", "user", "ann")
+
+
+def test_services_methods_have_no_route_and_a_service_can_be_named_by_nobody(node_world: NodeWorld) -> None:
+    with node_world.client() as client:
+        admin = client.access.create_key(tenant="local", role="admin").key
+    node_world.secrets.add(admin)
+    bearer = (("authorization", f"Bearer {admin}"),)
+    with node_world.channel() as channel:
+        for rpc in (rpc for rpc, group in GROUP_OF.items() if group == INTERNAL):
+            for more in ((), (("x-shoal-caller", SERVICE.decode()), ("x-shoal-model", OPEN))):
+                code = code_of(channel.unary_unary(rpc), b"", (*bearer, *more))
+                assert code in ("PERMISSION_DENIED", "UNIMPLEMENTED"), rpc
+        ads = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+        assert code_of(channel.unary_unary(ads), b"", bearer) in ("PERMISSION_DENIED", "UNIMPLEMENTED")
+
+
+def test_the_signer_is_rotated_and_after_a_theft_all_its_keys_end(node_world: NodeWorld) -> None:
+    def run(*args: str, code: int = 0) -> str:
+        done = node_world.node.shoal(*args, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    old = run("keys", "create", "--tenant", "acme", "--role", "user", "--expires", "1h").strip()
+    node_world.secrets.add(old)
+    node_world.until(lambda: node_world.infer(old) == "OK")
+    run("keys", "rotate")
+    new = run("keys", "create", "--tenant", "acme", "--role", "user").strip()
+    node_world.secrets.add(new)
+    node_world.until(lambda: node_world.infer(new) == "OK")
+    assert node_world.infer(old) == "OK", "keys of the former signer are valid until they expire"
+    node_world.secrets.add((node_world.node.data_dir / "admin.key").read_text().strip())
+    assert run("keys", "rotate", "--stolen") == ""
+    # The node's user has got another key, in its file; all others have ended, and nobody else's have.
+    assert json.loads(run("keys", "list", "--json"))[0]["revoked"] is False
+    for text in (old, new):
+        assert node_world.infer(text).startswith(("UNAUTHENTICATED", "PERMISSION_DENIED"))
+    assert node_world.infer(node_world.key().text) == "OK"
+    assert "master key: data folder" in run("status")
+
+
 # Floods.
 
 
 def test_wrong_tokens_do_not_delay_a_bystander(world: World, tmp_path: Path) -> None:
     """2,000 wrong signatures, as fast as they go, beside calls that all succeed."""
-    other = tokens.create_signer(tmp_path / "other.json")
+    other = tokens.create_signer(tmp_path / "other.json", world.signer.issuer)
     forged = Signer(world.signer.issuer, world.signer.kid, other.private_key)
     wrong = [f"Bearer {key(forged).text}".encode() for _ in range(20)]
     refused: list[int | None] = []
@@ -775,18 +1008,10 @@ def test_the_server_decides_as_the_function_does(world: World) -> None:
 
 def test_no_secret_is_in_logs_configuration_files_or_process_lists(world: World) -> None:
     assert world.infer(world.key().text, SECRET) != "OK"
-    with socket.socket(socket.AF_UNIX) as admin:
-        (run_dir,) = {path.parent for path in Path("/tmp").glob("shoal-serve-*/admin.sock") if is_of(world.envoy, path)}
-        admin.connect(str(run_dir / "admin.sock"))
-        admin.sendall(b"GET /config_dump?include_eds HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-        dump = b""
-        while piece := admin.recv(1 << 20):
-            dump += piece
-    assert b"local_jwks" in dump
+    places = world.places()
+    assert "local_jwks" in places["config_dump"]
     ps = subprocess.run(["ps", "axeww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    written = {str(path): path.read_text() for path in run_dir.glob("*") if path.is_file()}
-    places = {"stderr": world.stderr.read_text(), "config_dump": dump.decode(errors="replace"), "ps": ps, **written}
-    places["responses"] = "\n".join(world.texts)
+    places |= {"ps": ps, "responses": "\n".join(world.texts)}
     for place, text in places.items():
         assert "PRIVATE KEY" not in text, place
         for secret in world.secrets:

@@ -1,0 +1,283 @@
+"""Policy and keys of a cluster: coord and etcd as real processes, asked as a gateway asks.
+
+One coord serves all tests. Each test leaves a policy and a key with which the next one may administer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from mesh import keyring
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.mirror import Mirror
+from mesh.keyring import Keyring
+from mesh.rpc.channel import connect
+from services.coord.access_rpc import AccessRpc
+from services.coord.keys import Keys
+from shoal.access import cluster, tokens
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.policy import Policy
+from shoal.access.tokens import PREFIX
+from shoal.coord.v1 import access_pb2 as pb
+from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
+from shoal.errors import FailedPrecondition, InvalidArgument
+from tests.breakable import EtcdProcess, until
+from tests.coord.conftest import Coord
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module")]
+
+OWN = "{issuer: shoal, audiences: [shoal], token_prefix: shoal_, cluster: true}"
+LAUNCHED = ((CALLER_HEADER, LAUNCHER.decode()),)
+
+
+def document(grants: str = '[{name: roles, models: ["*"]}]', **more: Any) -> str:
+    return f"version: 1\nissuers: [{OWN}]\ngrants: {grants}\n" + "".join(f"{k}: {v}\n" for k, v in more.items())
+
+
+class Access:
+    """AccessService of one coord, and an admin key."""
+
+    def __init__(self, channel: grpc.aio.Channel, etcd: Etcd, master_key: Path) -> None:
+        self.master_key = master_key
+        self.channel = channel
+        self.stub = access_pb2_grpc.AccessServiceStub(channel)
+        self.etcd = etcd
+        self.admin: tuple[tuple[str, str], ...] = ()
+
+    async def begin(self) -> None:
+        async def has_key() -> bool:
+            try:
+                self.admin = passed(await self.create("local", "admin", LAUNCHED))
+            except grpc.aio.AioRpcError:
+                return False
+            return True
+
+        await until(has_key, "coord has a signer")
+        await until(lambda: self.is_admitted(), "coord has a policy")
+
+    async def is_admitted(self) -> bool:
+        try:
+            await self.stub.ListKeys(pb.ListKeysRequest(), metadata=self.admin)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    async def create(
+        self, tenant: str, role: str, metadata: tuple[tuple[str, str], ...] = (), **more: Any
+    ) -> pb.CreateKeyResponse:
+        request = pb.CreateKeyRequest(tenant=tenant, role=role, **more)
+        return await self.stub.CreateKey(request, metadata=metadata or self.admin)
+
+    async def apply(self, text: str, **more: Any) -> pb.PolicyVersion:
+        request = pb.ApplyPolicyRequest(document=text, **more)
+        return (await self.stub.ApplyPolicy(request, metadata=self.admin)).policy
+
+    async def keys(self) -> dict[str, pb.KeyInfo]:
+        return {key.id: key for key in (await self.stub.ListKeys(pb.ListKeysRequest(), metadata=self.admin)).keys}
+
+    async def version(self) -> int:
+        return (await self.stub.GetPolicy(pb.GetPolicyRequest(), metadata=self.admin)).policy.version
+
+    async def policy(self) -> Policy:
+        """Return the policy in force, as services read it."""
+        listing = await self.etcd.list(cluster.PREFIX)
+        found = cluster.in_force({entry.key: entry.value for entry in listing.entries})
+        assert found is not None
+        return found
+
+
+def passed(made: pb.CreateKeyResponse) -> tuple[tuple[str, str], ...]:
+    """Return the header in which a gateway passes a key."""
+    return ((CALLER_HEADER, made.key.removeprefix(PREFIX).split(".")[1]),)
+
+
+async def refusal(call: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code().name, caught.value.details() or ""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def access(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Access]:
+    # Paths of sockets must be short.
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    master = folder / "master.key"
+    master.write_text(keyring.new_master())
+    master.chmod(0o600)
+    async with AsyncExitStack() as stack:
+        process = stack.enter_context(EtcdProcess(folder))
+        await process.until_ready()
+        one = stack.enter_context(Coord(folder, 0, process.address, AUTH="true", MASTER_KEY=str(master)))
+        await one.until_ready()
+        etcd = await stack.enter_async_context(Etcd(process.address))
+        made = Access(await stack.enter_async_context(connect(f"unix:{one.socket}")), etcd, master)
+        await made.begin()
+        yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_a_policy_is_applied_shown_and_rolled_back(access: Access) -> None:
+    first = await access.version()
+    second = await access.apply(document(hosts="[ai.example]"))
+    assert (second.version, second.forced) == (first + 1, False)
+    assert "of local, key k-" in second.applied_by
+    assert (await access.policy()).hosts == ("ai.example",)
+    assert await refusal(access.apply(document(), expected_version=first)) == (
+        "ABORTED",
+        f"version {first + 1} of the policy is in force, not {first}: see what has changed",
+    )
+    third = await access.stub.RollBackPolicy(pb.RollBackPolicyRequest(version=first), metadata=access.admin)
+    assert (third.policy.version, third.policy.rolled_back_to) == (first + 2, first)
+    assert (await access.policy()).hosts == ("*",)
+    listed = await access.stub.ListPolicies(pb.ListPoliciesRequest(), metadata=access.admin)
+    assert [one.version for one in listed.policies][:3] == [first + 2, first + 1, first]
+    code, _ = await refusal(access.stub.GetPolicy(pb.GetPolicyRequest(version=999), metadata=access.admin))
+    assert code == "NOT_FOUND"
+
+
+async def test_an_invalid_document_changes_nothing(access: Access) -> None:
+    before = await access.version()
+    for text, said in (
+        ("version: 2", "policy:1: version: Input should be 1"),
+        (document("[{name: a, models: []}]"), "policy:3: grants[0].models"),
+        (document().replace("cluster: true", "jwks_file: keys.json"), "the file keys.json of the document is missing"),
+        (document(roles="{a: [read, nothing]}"), "policy:4: roles.a[1]"),
+        (document() + "# " + "x" * (256 << 10), "bytes, of at most 262144"),
+    ):
+        code, details = await refusal(access.apply(text, force=True))
+        assert code == "INVALID_ARGUMENT"
+        assert said in details
+    assert await access.version() == before
+
+
+async def test_the_author_of_a_policy_and_somebody_must_be_able_to_administer_under_it(access: Access) -> None:
+    mine = document('[{name: a, models: ["*"], subjects: [ann]}]')
+    code, details = await refusal(access.apply(mine))
+    assert code == "FAILED_PRECONDITION"
+    assert details.startswith("after this document no valid key may administer the cluster (no grant allows administer")
+    before = await access.version()
+    ann = passed(await access.create("acme", "admin", subject="ann"))
+    code, details = await refusal(access.apply(mine))
+    assert code == "FAILED_PRECONDITION"
+    assert details.startswith("you could not have applied this document under itself (no grant allows administer")
+    forced = await access.apply(mine, force=True)
+    assert (forced.version, forced.forced) == (before + 1, True)
+    assert "of local, key k-" in forced.applied_by
+    code, details = await refusal(access.apply(mine))
+    assert (code, "no grant allows administer" in details) == ("PERMISSION_DENIED", True)
+    restored = pb.ApplyPolicyRequest(document=document())
+    assert not (await access.stub.ApplyPolicy(restored, metadata=ann)).policy.forced
+
+
+async def test_two_documents_at_once_are_not_mixed(access: Access) -> None:
+    before = await access.version()
+    calls = [access.apply(document(hosts=f"[h{number}.example]")) for number in range(8)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    applied = [one.version for one in outcomes if isinstance(one, pb.PolicyVersion)]
+    assert sorted(applied) == list(range(before + 1, before + 1 + len(applied)))
+    assert {one.code().name for one in outcomes if isinstance(one, grpc.aio.AioRpcError)} <= {"ABORTED"}
+    assert applied
+
+
+async def test_a_key_is_made_listed_and_revoked(access: Access) -> None:
+    made = await access.create("acme", "user", models=["ocr*"], subject="ann", life_seconds=60)
+    claims = tokens.verified_claims(await access.policy(), made.key, time.time())
+    assert (claims["tenant"], claims["role"], claims["sub"], claims["models"]) == ("acme", "user", "ann", ["ocr*"])
+    listed = (await access.keys())[made.info.id]
+    assert listed == made.info
+    assert 55 < listed.expires_at.seconds - time.time() < 65
+    await access.stub.RevokeKey(pb.RevokeKeyRequest(id=made.info.id), metadata=access.admin)
+    assert (await access.keys())[made.info.id].revoked
+    assert made.info.id in (await access.policy()).revoked_ids
+    for id in ("", "a b", "x" * 300, "\n"):
+        code, _ = await refusal(access.stub.RevokeKey(pb.RevokeKeyRequest(id=id), metadata=access.admin))
+        assert code == "INVALID_ARGUMENT"
+    for wrong in ({"tenant": ""}, {"tenant": "a b"}, {"life_seconds": -1}, {"models": ["a b"]}):
+        code, _ = await refusal(access.create(**{"tenant": "acme", "role": "user", **wrong}))
+        assert code == "INVALID_ARGUMENT"
+
+
+async def test_a_former_signers_keys_live_until_they_expire_unless_it_was_stolen(access: Access) -> None:
+    before = await access.create("acme", "user")
+    rotated = await access.stub.RotateSigner(pb.RotateSignerRequest(), metadata=access.admin)
+    after = await access.create("acme", "user")
+    assert after.info.signer == rotated.signer != before.info.signer
+    policy = await access.policy()
+    for made in (before, after):
+        assert tokens.verified_claims(policy, made.key, time.time())["jti"] == made.info.id
+    request = pb.RotateSignerRequest(stolen=True, renew_own_key=True)
+    stolen = await access.stub.RotateSigner(request, metadata=access.admin)
+    policy = await access.policy()
+    assert [issuer.issuer for issuer in policy.issuers] == [f"shoal:{stolen.signer}"]
+    own = tokens.verified_claims(policy, stolen.key, time.time())
+    assert (own["tenant"], own["role"]) == ("local", "admin")
+    access.admin = ((CALLER_HEADER, stolen.key.removeprefix(PREFIX).split(".")[1]),)
+    keys = await access.keys()
+    assert [keys[made.info.id].revoked for made in (before, after)] == [True, True]
+    assert [id for id, key in keys.items() if not key.revoked] == [own["jti"]]
+
+
+async def test_only_admins_and_for_keys_the_launcher_may_call(access: Access) -> None:
+    user, operator = [passed(await access.create("acme", role)) for role in ("user", "operator")]
+    spoofed = base64.urlsafe_b64encode(json.dumps({"iss": "shoal", "role": "admin"}).encode()).decode()
+    for metadata in ((), user, operator, ((CALLER_HEADER, spoofed),)):
+        code, _ = await refusal(access.stub.ListKeys(pb.ListKeysRequest(), metadata=metadata))
+        assert code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+    code, _ = await refusal(access.stub.GetPolicy(pb.GetPolicyRequest(), metadata=LAUNCHED))
+    assert code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+
+
+async def test_etcd_has_no_secret_and_another_master_key_opens_none(access: Access) -> None:
+    made = await access.create("acme", "user")
+    values = b"".join(entry.value for entry in (await access.etcd.list(b"/")).entries)
+    assert b"PRIVATE KEY" not in values
+    assert made.key.rpartition(".")[2].encode() not in values
+    status = await coord_pb2_grpc.CoordServiceStub(access.channel).GetMeshStatus(
+        coord_pb2.GetMeshStatusRequest(), metadata=access.admin
+    )
+    assert (status.policy_version, status.master_key) == (await access.version(), f"file {access.master_key}")
+    other = Keys(access.etcd, Mirror(access.etcd, b"/shoal/"), Keyring(b"x" * 32, "test"))
+    for call in (other.begin(), other.create(tenant="acme", role="user")):
+        with pytest.raises(FailedPrecondition, match="cannot be opened with the master key of the test"):
+            await call
+
+
+async def test_a_node_without_authentication_has_no_policy() -> None:
+    without: Any = AccessRpc(None)
+    for call in (without.ListKeys(None, None), without.GetPolicy(pb.GetPolicyRequest(), None)):
+        with pytest.raises(FailedPrecondition, match="shoal up --auth"):
+            await call
+
+
+async def test_a_master_key_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "k"
+    for text, mode, said in (
+        ("", 0o600, "is no master key"),
+        ("c2hvcnQ=", 0o600, "expected 32 bytes in base64"),
+        (keyring.new_master(), 0o644, "can be read by others"),
+    ):
+        path.write_text(text)
+        path.chmod(mode)
+        with pytest.raises(InvalidArgument, match=said):
+            keyring.read(path)
+    path.chmod(0o600)
+    ring = keyring.read(path)
+    sealed = ring.seal("signer", b"secret")
+    assert ring.open("signer", sealed) == b"secret"
+    assert b"secret" not in sealed
+    for purpose, data in (("ca", sealed), ("signer", sealed[:-1]), ("signer", b"")):
+        with pytest.raises(FailedPrecondition):
+            ring.open(purpose, data)

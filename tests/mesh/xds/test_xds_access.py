@@ -1,0 +1,143 @@
+"""A real Envoy with a policy over ADS: closed without one, changed on open connections, and a part that it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from mesh.process.watched import Watched
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Server
+from mesh.xds import access
+from mesh.xds.ads import AdsServer
+from mesh.xds.extensions import GatewayAccess, _packed, gateway_access
+from mesh.xds.resource import EXTENSION
+from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
+from services.coord.traffic import AT_GATEWAY, table
+from shoal.access import tokens
+from shoal.access.rpc_groups import GROUP_OF, INTERNAL, MODEL_INFER
+from shoal.access.tokens import Signer
+from tests.access.policies import key, policy
+from tests.breakable import EnvoyProcess, until
+
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
+
+
+class Source:
+    """Snapshots without instances. A call that is admitted finds no instance, and gets UNAVAILABLE."""
+
+    def __init__(self) -> None:
+        self.access: Watched[GatewayAccess] = Watched(gateway_access(None, AT_GATEWAY))
+
+    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
+        async for one in self.access.follow():
+            yield snapshot((), frozenset(), node, table(), None, one)
+
+
+class Gateway:
+    """An Envoy, its ADS server, and a connection to its gateway."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = Source()
+        self.ads = AdsServer(self.source)
+        self.signer = tokens.create_signer(folder / "signer.json")
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        coord = self.folder / "coord-0.sock"
+        server = Server(f"unix:{coord}", [], drain_ms=0, methods=self.ads.methods())
+        await (await stack.enter_async_context(server)).serve()
+        self.envoy = stack.enter_context(EnvoyProcess(self.folder, [coord]))
+        await self.envoy.until_ready()
+        self.channel = await stack.enter_async_context(connect(self.envoy.gateway))
+        self.outbound = await stack.enter_async_context(connect(f"unix:{self.envoy.outbound}"))
+
+    async def code(self, signer: Signer | None, rpc: str = MODEL_INFER, *, role: str = "user", jti: str = "") -> str:
+        bearer = ()
+        if signer is not None:
+            bearer = (("authorization", f"Bearer {key(signer, role=role).text}"),)
+        try:
+            await self.channel.unary_unary(rpc)(b"", metadata=bearer, timeout=30)
+        except grpc.aio.AioRpcError as err:
+            return err.code().name
+        return "OK"
+
+    def nack(self) -> str:
+        (envoy,) = self.ads.status()
+        return next((status.nack for status in envoy.types if status.type_url == EXTENSION), "")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway() -> AsyncIterator[Gateway]:
+    # Paths of sockets must be short.
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    async with AsyncExitStack() as stack:
+        made = Gateway(folder)
+        await made.start(stack)
+        yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_without_a_known_policy_the_gateway_refuses_every_call(gateway: Gateway) -> None:
+    gateway.source.access.set(gateway_access(None, AT_GATEWAY))
+    await until(lambda: _is(gateway, None, "PERMISSION_DENIED"), "the gateway is closed")
+    for rpc in ("/grpc.health.v1.Health/Check", "/shoal.coord.v1.CoordService/GetLeader"):
+        assert await gateway.code(gateway.signer, rpc) == "PERMISSION_DENIED"
+
+
+async def test_a_policy_is_in_force_on_the_connection_that_is_open(gateway: Gateway) -> None:
+    gateway.source.access.set(gateway_access(policy(gateway.signer), AT_GATEWAY))
+    await until(lambda: _is(gateway, gateway.signer, "UNAVAILABLE"), "the key is admitted")
+    assert await gateway.code(None) == "UNAUTHENTICATED"
+    assert await gateway.code(gateway.signer, role="viewer") == "PERMISSION_DENIED"
+    assert await gateway.code(gateway.signer, "/shoal.coord.v1.AccessService/ListKeys") == "PERMISSION_DENIED"
+    assert await gateway.code(gateway.signer, "/shoal.coord.v1.AccessService/ListKeys", role="admin") == "UNAVAILABLE"
+    gateway.source.access.set(gateway_access(policy(gateway.signer, grants=[]), AT_GATEWAY))
+    await until(lambda: _is(gateway, gateway.signer, "PERMISSION_DENIED"), "the grant is taken away")
+
+
+async def test_methods_of_services_have_a_route_for_services_only(gateway: Gateway) -> None:
+    everything = [{"name": "all", "allow": ["*"], "models": ["*"]}]
+    gateway.source.access.set(gateway_access(policy(gateway.signer, grants=everything), AT_GATEWAY))
+    await until(lambda: _is(gateway, gateway.signer, "UNAVAILABLE"), "the key is admitted")
+    for rpc in (rpc for rpc, group in GROUP_OF.items() if group == INTERNAL):
+        assert await gateway.code(gateway.signer, rpc, role="admin") == "PERMISSION_DENIED", rpc
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.outbound.unary_unary("/shoal.store.v1.StoreService/PutResults")(b"", timeout=30)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_part_that_envoy_refuses_keeps_the_former_one_and_is_shown(gateway: Gateway) -> None:
+    good = gateway_access(policy(gateway.signer), AT_GATEWAY)
+    gateway.source.access.set(good)
+    await until(lambda: _is(gateway, gateway.signer, "UNAVAILABLE"), "the key is admitted")
+    empty = {"matcher_tree": {**access.rules(policy(gateway.signer), [])["matcher"]["matcher_tree"]}}
+    empty["matcher_tree"]["exact_match_map"] = {"map": {}}
+    wrong = _packed(access.RULES, {"@type": access.RBAC, "matcher": empty})
+    other = gateway_access(policy(gateway.signer, open=["health"]), AT_GATEWAY)
+    gateway.source.access.set(GatewayAccess((other.extensions[0], wrong)))
+    await until(lambda: "at least" in gateway.nack(), "Envoy has refused the part")
+    assert await gateway.code(gateway.signer) == "UNAVAILABLE"
+    assert await gateway.code(gateway.signer, role="viewer") == "PERMISSION_DENIED"
+    gateway.source.access.set(good)
+    await until(lambda: gateway.nack() == "", "Envoy has the good part")
+    assert await gateway.code(gateway.signer) == "UNAVAILABLE"
+
+
+async def test_ten_thousand_revoked_keys_are_in_force_soon(gateway: Gateway) -> None:
+    revoked = [f"k-{number:016x}" for number in range(10_000)]
+    gateway.source.access.set(gateway_access(policy(gateway.signer, revoked=revoked, open=["health"]), AT_GATEWAY))
+    await until(lambda: _is(gateway, None, "UNAVAILABLE", "/grpc.health.v1.Health/Check"), "the list is in force")
+    assert gateway.nack() == ""
+    assert await gateway.code(gateway.signer) == "UNAVAILABLE"
+
+
+async def _is(gateway: Gateway, signer: Signer | None, code: str, rpc: str = MODEL_INFER) -> bool:
+    return await gateway.code(signer, rpc) == code
