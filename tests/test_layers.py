@@ -42,7 +42,8 @@ LAYERS = {
         allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app rpc first_start access_rpc messages policies keys enforcement instances health duties
+        __main__ app rpc first_start access_rpc messages policies keys enforcement instances health issuer_keys fetch
+        duties
         configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
     "mesh": "xds rpc http1 h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",

@@ -32,6 +32,7 @@ from services.coord.gateway_policy import GatewayPolicy
 from services.coord.health import MeshHealth
 from services.coord.inference import MeshInference
 from services.coord.instances import Instances
+from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
 from services.coord.policies import Policies
 from services.coord.rpc import CoordRpc
@@ -100,6 +101,10 @@ async def run(config: CoordConfig) -> None:
         await stack.enter_async_context(published(watch, registration))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
+        if parts is not None:
+            await stack.enter_async_context(
+                IssuerKeys(etcd, mirror, election, refresh_s=config.issuer_refresh_ms / 1000)
+            )
         health.serve()
         await registration.update(state=State.READY)
         log.info("serving at %s", server.address)

@@ -30,6 +30,8 @@ class CoordConfig(ServiceConfig):
     Needed with `auth`."""
     master_key_source: str = ""
     """Where the master key comes from, for `shoal status`. Unset: the file."""
+    issuer_refresh_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
+    """Interval at which the keys of the policy's issuers are fetched again. The last known ones stay in an outage."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
     """After an outage of etcd longer than the leases, the time for instances to register again before Envoy removes
     them."""

@@ -3,12 +3,14 @@
     policy    the document that an operator applied, validated, with its version
     signers   public keys of the signers of the cluster's own keys         } the policy in force
     revoked   ids of revoked keys, with their expiry
+    jwks/...  the last keys that coord has fetched from an issuer
 
 coord writes these keys. Every service follows them, and coord turns them into Envoy's configuration.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ PREFIX = b"/shoal/access/"
 POLICY = PREFIX + b"policy"
 SIGNERS = PREFIX + b"signers"
 REVOKED = PREFIX + b"revoked"
+_FETCHED = PREFIX + b"jwks/"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class SignerKey:
 def issuer_name(issuer: str, kid: str) -> str:
     """Return the claim `iss` of the keys of one signer. Each has its own: the end of a signer ends its keys alone."""
     return f"{issuer}:{kid}"
+
+
+def fetched_key(issuer: str) -> bytes:
+    """Return the key of the last keys that were fetched from an issuer."""
+    return _FETCHED + hashlib.sha256(issuer.encode()).hexdigest().encode()
+
+
+def applied(values: Mapping[bytes, bytes]) -> Policy | None:
+    """Return the applied policy; issuers whose keys are elsewhere have none. Raises as `in_force`."""
+    return Policy.model_validate(json.loads(values[POLICY])["policy"]) if POLICY in values else None
 
 
 def policy_value(version: int, policy: Policy) -> bytes:
@@ -76,19 +89,23 @@ def in_force(values: Mapping[bytes, bytes]) -> Policy | None:
     Raises:
         ValueError, KeyError, TypeError: a value has another form, as a newer version may write it.
     """
-    if POLICY not in values:
+    policy = applied(values)
+    if policy is None:
         return None
-    applied = Policy.model_validate(json.loads(values[POLICY])["policy"])
     signers = signers_of(values[SIGNERS]) if SIGNERS in values else ()
     revoked = revoked_of(values[REVOKED]) if REVOKED in values else {}
-    issuers = [known for issuer in applied.issuers for known in _with_keys(issuer, signers)]
-    return applied.model_copy(
-        update={"issuers": tuple(issuers), "revoked": tuple(dict.fromkeys((*applied.revoked, *revoked)))}
+    issuers = [known for issuer in policy.issuers for known in _with_keys(issuer, signers, values)]
+    return policy.model_copy(
+        update={"issuers": tuple(issuers), "revoked": tuple(dict.fromkeys((*policy.revoked, *revoked)))}
     )
 
 
-def _with_keys(issuer: Issuer, signers: Iterable[SignerKey]) -> list[Issuer]:
-    """Return the issuers to which an entry of the document stands; each has its public keys."""
+def _with_keys(issuer: Issuer, signers: Iterable[SignerKey], values: Mapping[bytes, bytes]) -> list[Issuer]:
+    """Return the issuers that an entry of the document names, each with its public keys; none before they are known."""
+    if issuer.is_fetched:
+        fetched = values.get(fetched_key(issuer.issuer))
+        known = {"jwks": json.loads(fetched), "jwks_url": None, "discovery": False} if fetched is not None else None
+        return [] if known is None else [issuer.model_copy(update=known)]
     if not issuer.cluster:
         return [issuer]
     return [

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,10 @@ class Issuer(_Part):
     """Public keys, as a JSON Web Key Set."""
     jwks_file: Path | None = None
     """File with the set instead, relative to the policy."""
+    jwks_url: Annotated[str | None, Field(max_length=1024)] = None
+    """Address of the set instead: a node fetches it, and again every minute."""
+    discovery: bool = False
+    """The address is in the issuer's OpenID Connect document, `ISSUER/.well-known/openid-configuration`."""
     cluster: bool = False
     """The keys are those that a cluster signs: `shoal keys create` at one of its nodes."""
     clock_skew_s: Annotated[int, Field(ge=0, le=300)] = 30
@@ -130,6 +135,18 @@ class Issuer(_Part):
         """Claims that describe the caller."""
         return KEY_CLAIMS if self.token_prefix else self.claims or Claims()
 
+    @property
+    def is_fetched(self) -> bool:
+        """True when a node fetches the keys."""
+        return self.jwks_url is not None or self.discovery
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _is_safe(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url)
+        return url
+
     @field_validator("jwks")
     @classmethod
     def _public_keys(cls, jwks: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -139,8 +156,16 @@ class Issuer(_Part):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if [self.jwks is not None, self.jwks_file is not None, self.cluster].count(True) != 1:
-            raise ValueError("give the public keys in one of jwks and jwks_file, or cluster: true for a cluster's own")
+        sources = (self.jwks is not None, self.jwks_file is not None, self.jwks_url is not None)
+        if [*sources, self.discovery, self.cluster].count(True) != 1:
+            raise ValueError(
+                "give the public keys in one of jwks and jwks_file; on a node also jwks_url, discovery: true, or "
+                "cluster: true for its own keys"
+            )
+        if self.discovery:
+            check_url(self.issuer)
+        if self.is_fetched and self.token_prefix:
+            raise ValueError("keys that are fetched are for foreign tokens: leave out token_prefix")
         if self.cluster and (self.issuer, self.audiences, self.token_prefix) != ("shoal", ("shoal",), "shoal_"):
             raise ValueError("cluster: true needs issuer: shoal, audiences: [shoal] and token_prefix: shoal_")
         if self.token_prefix and self.claims is not None:
@@ -248,6 +273,20 @@ class Policy(_Part):
         return next((issuer for issuer in self.issuers if issuer.issuer == name), None)
 
 
+def check_url(url: str) -> None:
+    """Raise ValueError for an address from which keys must not be fetched: they would not be protected on the way."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as err:
+        raise ValueError(f"{url!r} is no address: {err}") from None
+    if not host or parts.username or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f"{url!r}: expected https://HOST/PATH")
+    is_here = host == "localhost" or host == "::1" or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_here):
+        raise ValueError(f"{url!r}: keys are fetched by https only (http from this machine alone)")
+
+
 def is_name(text: str) -> bool:
     """Return True when `text` can be the name of a tenant, a role or a grant."""
     return re.match(_NAME, text) is not None and not text.endswith("\n")
@@ -303,9 +342,10 @@ def load(path: Path, *, is_cluster: bool = False) -> Policy:
     """
     policy = parse(_read(path), str(path))
     for issuer in policy.issuers:
-        if issuer.cluster and not is_cluster:
+        if (issuer.cluster or issuer.is_fetched) and not is_cluster:
+            what = "cluster" if issuer.cluster else "discovery" if issuer.discovery else "jwks_url"
             raise InvalidArgument(
-                f"{path}: issuer {issuer.issuer}: cluster is for the policy of a node (`shoal policy apply`): give "
+                f"{path}: issuer {issuer.issuer}: {what} is for the policy of a node (`shoal policy apply`): give "
                 "jwks_file here"
             )
     return resolved(policy, lambda name: _read(path.parent / name), str(path))
@@ -319,7 +359,8 @@ def resolved(policy: Policy, read: Callable[[Path], str], source: str = "policy"
     """
     issuers = [_with_keys(issuer, read, source) for issuer in policy.issuers]
     for issuer in issuers:
-        _check_keys(issuer, source)
+        if issuer.jwks is not None:
+            _check_numbers(issuer.jwks, f"{source}: issuer {issuer.issuer}")
     return policy.model_copy(update={"issuers": tuple(issuers)})
 
 
@@ -348,15 +389,25 @@ def _with_keys(issuer: Issuer, read: Callable[[Path], str], source: str) -> Issu
     return issuer.model_copy(update={"jwks": jwks, "jwks_file": None})
 
 
-def _check_keys(issuer: Issuer, source: str) -> None:
+def check_key_set(jwks: object, source: str) -> None:
+    """Raise InvalidArgument when `jwks` is no set of public keys that a gateway can use."""
+    try:
+        check_jwks(jwks)
+    except ValueError as err:
+        raise InvalidArgument(f"{source}: {err}") from err
+    assert isinstance(jwks, dict)
+    _check_numbers(jwks, source)
+
+
+def _check_numbers(jwks: Mapping[str, Any], source: str) -> None:
     """Raise InvalidArgument for a key whose numbers are no key. Envoy would refuse the whole policy for it."""
     import jwt
 
-    for key in (issuer.jwks or {}).get("keys", ()):
+    for key in jwks["keys"]:
         try:
             jwt.PyJWK(key)
         except (jwt.PyJWTError, ValueError, TypeError) as err:
-            raise InvalidArgument(f"{source}: issuer {issuer.issuer}: the key {key['kid']!r} is no key: {err}") from err
+            raise InvalidArgument(f"{source}: the key {key['kid']!r} is no key: {err}") from err
 
 
 def _read(path: Path) -> str:

@@ -30,12 +30,13 @@ from services.coord.keys import Keys
 from shoal.access import cluster, tokens
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.access.policy import Policy
-from shoal.access.tokens import PREFIX
+from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
 from shoal.errors import FailedPrecondition, InvalidArgument
 from tests.breakable import EtcdProcess, until
 from tests.coord.conftest import Coord
+from tests.coord.test_issuer_keys import Idp
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module")]
 
@@ -120,7 +121,8 @@ async def access(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Acce
     async with AsyncExitStack() as stack:
         process = stack.enter_context(EtcdProcess(folder))
         await process.until_ready()
-        one = stack.enter_context(Coord(folder, 0, process.address, AUTH="true", MASTER_KEY=str(master)))
+        settings = {"AUTH": "true", "MASTER_KEY": str(master), "ISSUER_REFRESH_MS": "1000"}
+        one = stack.enter_context(Coord(folder, 0, process.address, **settings))
         await one.until_ready()
         etcd = await stack.enter_async_context(Etcd(process.address))
         made = Access(await stack.enter_async_context(connect(f"unix:{one.socket}")), etcd, master)
@@ -228,6 +230,33 @@ async def test_a_former_signers_keys_live_until_they_expire_unless_it_was_stolen
     keys = await access.keys()
     assert [keys[made.info.id].revoked for made in (before, after)] == [True, True]
     assert [id for id, key in keys.items() if not key.revoked] == [own["jti"]]
+
+
+async def test_an_issuers_keys_are_fetched_again_and_stay_in_its_outage(access: Access, tmp_path: Path) -> None:
+    signers = [tokens.create_signer(tmp_path / name) for name in ("a", "b")]
+    idp = Idp()
+    try:
+        idp.discoverable(signers[0])
+        foreign = f"{{issuer: '{idp.url}', audiences: [a], tenant: acme, role: user, discovery: true}}"
+        await access.apply(document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]"))
+
+        async def kids() -> list[str]:
+            issuer = (await access.policy()).issuer_of(idp.url)
+            return [] if issuer is None else [key["kid"] for key in (issuer.jwks or {})["keys"]]
+
+        async def has(*expected: Signer) -> bool:
+            return await kids() == [signer.kid for signer in expected]
+
+        await until(lambda: has(signers[0]), "the keys are fetched")
+        idp.discoverable(*reversed(signers))
+        await until(lambda: has(signers[1], signers[0]), "the rolled keys are fetched")
+        idp.answers.clear()
+        asked = len(idp.asked)
+        await until(lambda: len(idp.asked) > asked + 1, "the keys are asked for in the outage")
+        assert await has(signers[1], signers[0])
+    finally:
+        idp.close()
+        await access.apply(document())
 
 
 async def test_only_admins_and_for_keys_the_launcher_may_call(access: Access) -> None:

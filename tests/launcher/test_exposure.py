@@ -18,24 +18,32 @@ LOCAL = ("127.0.0.1:8080", "127.8.8.8:1", "[::1]:1", "localhost:1", "unix:/run/x
 
 
 @pytest.mark.parametrize("address", REACHABLE)
-def test_an_address_of_others_is_refused_and_the_error_names_the_three_ways(address: str) -> None:
+def test_an_address_of_others_is_refused_and_the_error_names_the_ways(address: str) -> None:
     assert not is_local(address)
+
+    def check(*, has_tls: bool = False, has_policy: bool = False, is_insecure: bool = False) -> None:
+        protection = {"has_tls": has_tls, "has_policy": has_policy, "is_insecure": is_insecure}
+        exposure.check("--listen", address, **protection, policy_option="--auth")
+
     with pytest.raises(InvalidArgument) as caught:
-        exposure.check("--listen", address, has_tls=False, is_insecure=False)
+        check()
     said = caught.value.message
     assert said.startswith(f"--listen {address}: other machines can reach this address in plaintext")
-    for way in ("--tls-cert FILE --tls-key FILE", "--tls auto", "--insecure alone"):
+    for way in ("--auth", "--tls-cert FILE --tls-key FILE", "--tls auto", "--insecure"):
         assert way in said
-    with pytest.raises(InvalidArgument, match=r"callers are not authenticated yet.*add --insecure"):
-        exposure.check("--listen", address, has_tls=True, is_insecure=False)
+    with pytest.raises(InvalidArgument, match=r"callers are not authenticated: authenticate them with --auth"):
+        check(has_tls=True)
+    with pytest.raises(InvalidArgument, match=r"in plaintext, and keys can be read on the way: add --tls-cert"):
+        check(has_policy=True)
+    check(has_tls=True, has_policy=True)
     for has_tls in (False, True):
-        exposure.check("--listen", address, has_tls=has_tls, is_insecure=True)
+        check(has_tls=has_tls, is_insecure=True)
 
 
 @pytest.mark.parametrize("address", LOCAL)
 def test_an_address_of_this_machine_needs_no_word(address: str) -> None:
     assert is_local(address)
-    exposure.check("--listen", address, has_tls=False, is_insecure=False)
+    exposure.check("--listen", address, has_tls=False, has_policy=False, is_insecure=False)
 
 
 def test_a_unix_socket_is_local_while_only_its_user_can_use_it() -> None:
@@ -50,6 +58,9 @@ def test_a_node_listens_where_it_is_told(tmp_path: Path) -> None:
     assert checked(data_dir=tmp_path, listen="localhost:0").gateway_host == "127.0.0.1"
     with pytest.raises(InvalidArgument, match=r"--listen 0\.0\.0\.0:8443: other machines"):
         checked(data_dir=tmp_path, listen="0.0.0.0:8443")
+    with pytest.raises(InvalidArgument, match=r"--listen 0\.0\.0\.0:8443: other machines"):
+        checked(data_dir=tmp_path, listen="0.0.0.0:8443", auth=True)
+    assert checked(data_dir=tmp_path, listen="0.0.0.0:8443", auth=True, tls=TlsOptions()).auth
     with pytest.raises(InvalidArgument, match="--listen and --gateway-port are both given"):
         checked(data_dir=tmp_path, listen="127.0.0.1:1", gateway_port=2)
 

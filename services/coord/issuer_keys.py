@@ -1,0 +1,127 @@
+"""Keys of issuers with an address: fetched by the leader, kept in etcd. An outage of an issuer keeps the last ones.
+
+policy ──> issuers with jwks_url or discovery ──fetch, each minute──> valid? ──changed──> etcd ──> Envoy
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mesh.cluster.election import Election, Term
+from mesh.cluster.etcd import Etcd, Put
+from mesh.cluster.mirror import Mirror
+from mesh.process.tasks import Background
+from mesh.rpc.cluster_access import values_of
+from services.coord.fetch import fetch_json
+from shoal.access import cluster
+from shoal.access.policy import Issuer, check_key_set, check_url
+from shoal.errors import InvalidArgument, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
+
+# A new key of an issuer is known after so long. Issuers publish one before they use it.
+REFRESH_S = 60.0
+# After a failed fetch.
+RETRY_S = 5.0
+# Longest wait of one round: another policy may name another issuer.
+_ROUND_S = 1.0
+
+
+class IssuerKeys(Background):
+    """Fetches the keys while `election` makes this replica the leader, in the `async with` block."""
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        mirror: Mirror,
+        election: Election,
+        *,
+        refresh_s: float = REFRESH_S,
+        retry_s: float = RETRY_S,
+        fetch: Callable[[str], Any] = fetch_json,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._etcd = etcd
+        self._mirror = mirror
+        self._election = election
+        self._refresh_s = refresh_s
+        self._retry_s = retry_s
+        self._fetch = fetch
+        self._clock = clock
+
+    async def _run(self) -> None:
+        async for term in self._election.terms():
+            due: dict[tuple[str, str | None], float] = {}
+            while term.is_current():
+                copy = self._mirror.copy
+                for issuer in () if copy.stale else self._issuers():
+                    if self._clock() >= due.get(_place(issuer), 0.0):
+                        is_fetched = await self._refresh(issuer, term)
+                        due[_place(issuer)] = self._clock() + (self._refresh_s if is_fetched else self._retry_s)
+                await self._mirror.after(copy, _ROUND_S)
+
+    def _issuers(self) -> list[Issuer]:
+        try:
+            policy = cluster.applied(values_of(self._mirror.copy)[0])
+        except (ValueError, KeyError, TypeError):
+            log.exception("the policy in etcd cannot be read")
+            return []
+        return [] if policy is None else [issuer for issuer in policy.issuers if issuer.is_fetched]
+
+    async def _refresh(self, issuer: Issuer, term: Term) -> bool:
+        """Fetch the keys of an issuer, and write them if they have changed. Return False when that fails."""
+        try:
+            jwks = await asyncio.to_thread(fetched_keys, issuer, self._fetch)
+            key, value = cluster.fetched_key(issuer.issuer), json.dumps(jwks, sort_keys=True).encode()
+            entry = self._mirror.copy.entries.get(key)
+            if entry is None or entry.value != value:
+                await self._etcd.transact([term.fence], [Put(key, value)])
+                log.info("the issuer %s has other keys: %s", issuer.issuer, [one["kid"] for one in jwks["keys"]])
+        except ShoalError as err:
+            log.warning("the keys of the issuer %s stay the last known ones: %s", issuer.issuer, err.message)
+            return False
+        # A bug must not end the refresh of the others.
+        except Exception:
+            log.exception("the keys of the issuer %s cannot be fetched", issuer.issuer)
+            return False
+        return True
+
+
+def _place(issuer: Issuer) -> tuple[str, str | None]:
+    return issuer.issuer, issuer.jwks_url
+
+
+def fetched_keys(issuer: Issuer, fetch: Callable[[str], Any] = fetch_json) -> dict[str, Any]:
+    """Return the key set of an issuer, without its keys for other purposes.
+
+    Raises:
+        Unavailable: a document cannot be fetched.
+        InvalidArgument: the issuer's documents are not what a gateway can use.
+    """
+    url = issuer.jwks_url
+    if url is None:
+        document = fetch(f"{issuer.issuer.rstrip('/')}/.well-known/openid-configuration")
+        if not isinstance(document, dict) or document.get("issuer") != issuer.issuer:
+            raise InvalidArgument(f"the OpenID Connect document of {issuer.issuer} names another issuer")
+        url = str(document.get("jwks_uri", ""))
+        try:
+            check_url(url)
+        except ValueError as err:
+            raise InvalidArgument(f"the OpenID Connect document of {issuer.issuer}: jwks_uri: {err}") from err
+    jwks = fetch(url)
+    keys = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(keys, list):
+        raise Unavailable(f"{url} has no key set")
+    usable = {"keys": [_named(key) for key in keys if isinstance(key, dict) and key.get("use", "sig") == "sig"]}
+    check_key_set(usable, url)
+    return usable
+
+
+def _named(key: dict[str, Any]) -> dict[str, Any]:
+    """Return a key with its algorithm: many issuers leave it out for RSA."""
+    return {"alg": "RS256", **key} if key.get("kty") == "RSA" else key
