@@ -169,6 +169,6 @@ def _seconds(text: str) -> int:
     from shoal.errors import InvalidArgument
 
     number, unit = text[:-1], text[-1:]
-    if not (number.isascii() and number.isdecimal() and len(number) < 10 and unit in _UNITS):
+    if not (number.isascii() and number.isdecimal() and len(number) < 10 and unit in _UNITS and int(number)):
         raise InvalidArgument(f"--expires {text!r}: expected a whole number and d, h, m or s, such as 90d")
     return int(number) * _UNITS[unit]

@@ -20,6 +20,9 @@ grants:
 """
 
 
+SIGNER = ("--signer", "signer.json")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run `shoal ARGS` in an empty folder; return the exit status and what it printed."""
@@ -44,7 +47,7 @@ def test_from_a_signer_to_an_explanation(run, tmp_path: Path, monkeypatch: pytes
         "policy.yaml: valid: 1 issuers, 2 grants, 0 revoked keys\n",
     )
     options = ("--tenant", "acme", "--role", "user", "--models", "ocr*", "--models", "secret1", "--expires", "12h")
-    status, key, note = run("keys", "create", *options)
+    status, key, note = run("keys", "create", *SIGNER, *options)
     assert (status, key.count("\n")) == (0, 1)
     assert "to revoke it" in note
     assert key.strip() not in note
@@ -61,18 +64,21 @@ def test_from_a_signer_to_an_explanation(run, tmp_path: Path, monkeypatch: pytes
     status, said, _ = run("policy", "explain", "policy.yaml", "--call", "ModelInfer", "--key", key.strip()[:-4])
     assert status == 1
     assert "caller: not verified" in said
-    id = json.loads(run("keys", "create", "--tenant", "a", "--role", "user", "--json")[1])["id"]
+    id = json.loads(run("keys", "create", *SIGNER, "--tenant", "a", "--role", "user", "--json")[1])["id"]
     assert id.startswith("k-")
 
 
 def test_errors_say_what_to_do(run, tmp_path: Path) -> None:
-    assert "make a signer with `shoal keys init`" in run("keys", "create", "--tenant", "a", "--role", "user")[2]
+    assert (
+        "make a signer with `shoal keys init`" in run("keys", "create", *SIGNER, "--tenant", "a", "--role", "user")[2]
+    )
     assert run("keys", "init")[0] == 0
     assert "exists already" in run("keys", "init")[2]
     assert "exists already" in run("keys", "init", "--jwks", "other.json")[2]
     for expires in ("90", "d", "1y", "-1d", "0d", "9999999999d"):
-        status, _, said = run("keys", "create", "--tenant", "a", "--role", "user", "--expires", expires)
-        assert status == 2, said
+        for signer in (SIGNER, ()):
+            status, _, said = run("keys", "create", *signer, "--tenant", "a", "--role", "user", "--expires", expires)
+            assert status == 2, said
     (tmp_path / "bad.yaml").write_text("version: 1\nissuers: []\ngrants:\n  - {name: x}\n")
     status, _, said = run("policy", "check", "bad.yaml")
     assert status == 2
