@@ -35,6 +35,8 @@ class InForce:
     version: int = 0
     revision: int = 0
     """Revision of etcd of the last change."""
+    is_known: bool = False
+    """False before etcd was read: there may be a policy."""
 
 
 class PolicyWatch(Background):
@@ -61,8 +63,8 @@ class PolicyWatch(Background):
                 continue
             if policy is not None:
                 self.access.set_policy(policy)
-                self.in_force.set(InForce(policy, cluster.version_of(values), revision))
-                log.info("version %d of the policy is in force", self.in_force.value.version)
+                log.info("version %d of the policy is in force", cluster.version_of(values))
+            self.in_force.set(InForce(policy, cluster.version_of(values), revision, is_known=True))
 
 
 def values_of(copy: Copy) -> tuple[dict[bytes, bytes], int]:

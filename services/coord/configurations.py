@@ -37,10 +37,11 @@ class Configurations(Background):
         tracing: Tracing | None,
         *,
         settle_s: float,
-        access: Watched[GatewayAccess] | None = None,
+        access: Watched[GatewayAccess | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`access` is the gateway's part of the policy; None: callers need no authentication."""
+        """`access` is the gateway's part of the policy, whose value is None while it is not known. Without `access`,
+        callers need no authentication."""
         self._mirror = mirror
         self._table = table
         self._tracing = tracing
@@ -56,7 +57,8 @@ class Configurations(Background):
         last: Snapshot | None = None
         async for inputs in self._inputs.follow():
             presence = inputs.presence
-            if not presence.is_known:
+            # Without its part of the policy, a gateway would be open.
+            if not presence.is_known or (self._access is not None and inputs.access is None):
                 continue
             instances = with_own(presence.instances, self.own())
             new = snapshot(instances, presence.drained, node, self._table, self._tracing, inputs.access)
@@ -78,6 +80,6 @@ class Configurations(Background):
             self._inputs.set(replace(self._inputs.value, presence=presence))
             await self._mirror.after(copy, presence.remaining_s(now))
 
-    async def _follow_access(self, access: Watched[GatewayAccess]) -> None:
+    async def _follow_access(self, access: Watched[GatewayAccess | None]) -> None:
         async for value in access.follow():
             self._inputs.set(replace(self._inputs.value, access=value))

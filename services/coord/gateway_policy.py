@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class GatewayPolicy(Background):
-    """Follows the policy in force. Until one is known, the gateway refuses every call. Use as `async with`.
+    """Follows the policy in force. In a cluster without one, the gateway refuses every call. Use as `async with`.
 
     Args:
         services: gRPC services (`package.Service`) at the gateway; all others are refused.
@@ -24,11 +24,12 @@ class GatewayPolicy(Background):
     def __init__(self, watch: PolicyWatch, services: Sequence[str]) -> None:
         self._watch = watch
         self._services = tuple(services)
-        self.access: Watched[GatewayAccess] = Watched(gateway_access(None, self._services))
+        self.access: Watched[GatewayAccess | None] = Watched(None)
+        """None before etcd was read: Envoys keep what they have."""
 
     async def _run(self) -> None:
         async for in_force in self._watch.in_force.follow():
-            if in_force.policy is None:
+            if not in_force.is_known:
                 continue
             try:
                 self.access.set(await asyncio.to_thread(gateway_access, in_force.policy, self._services))

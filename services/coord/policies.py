@@ -44,11 +44,13 @@ _ENFORCED_S = 2.0
 
 FIRST = """\
 # The first policy of this cluster: every caller has the groups of its role, for every model (docs/policy.md).
+# The nodes' own users may push models that run code, too.
 version: 1
 issuers:
   - {issuer: shoal, audiences: [shoal], token_prefix: shoal_, cluster: true}
 grants:
   - {name: roles, models: ["*"]}
+  - {name: code, tenants: [local], roles: [admin], allow: [code], models: ["*"]}
 """
 
 Claims = Mapping[str, Any]

@@ -34,7 +34,8 @@ _INFERENCE = "/inference.GRPCInferenceService/"
 _INGEST = "/shoal.ingest.v1.IngestService/"
 _STORE = "/shoal.store.v1.StoreService/"
 _COORD = "/shoal.coord.v1.CoordService/"
-_ACCESS = "/shoal.coord.v1.AccessService/"
+ACCESS_SERVICE: Final = "/shoal.coord.v1.AccessService/"
+"""Prefix of the RPCs that change who may call what."""
 _HEALTH = "/grpc.health.v1.Health/"
 
 LOAD: Final = _INFERENCE + "RepositoryModelLoad"
@@ -44,9 +45,9 @@ INDEX: Final = _INFERENCE + "RepositoryIndex"
 MODEL_INFER: Final = _INFERENCE + "ModelInfer"
 MODEL_STREAM_INFER: Final = _INFERENCE + "ModelStreamInfer"
 TRY_MODEL: Final = "/shoal.inference.v2.ModelTrials/TryModel"
-APPLY_POLICY: Final = _ACCESS + "ApplyPolicy"
-CREATE_KEY: Final = _ACCESS + "CreateKey"
-LIST_KEYS: Final = _ACCESS + "ListKeys"
+APPLY_POLICY: Final = ACCESS_SERVICE + "ApplyPolicy"
+CREATE_KEY: Final = ACCESS_SERVICE + "CreateKey"
+LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS})
 """RPCs that the process that started a server calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
@@ -113,7 +114,7 @@ GROUP_OF: Mapping[str, str] = {
         },
     ),
     **_table(
-        _ACCESS,
+        ACCESS_SERVICE,
         {
             ADMINISTER: """GetPolicy ListPolicies ApplyPolicy RollBackPolicy
                 CreateKey ListKeys RevokeKey RotateSigner"""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.discovery import admin_of, find_gateway, find_node, pointer_path, running_nodes
+from shoal.discovery import admin_of, find_gateway, find_node, key_of, pointer_path, replace_key, running_nodes
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 
@@ -96,3 +96,23 @@ def test_without_a_runtime_folder_the_temporary_folder_is_used(tmp_path: Path) -
     environ = {"XDG_RUNTIME_DIR": str(tmp_path / "none"), "TMPDIR": str(tmp_path)}
     announce(environ)
     assert find_node(environ).pids == {"envoy": 7}
+
+
+def test_the_key_that_a_node_has_made_for_its_user_is_found_and_replaced(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "admin.key"
+    file.write_text("secret\n")
+    file.chmod(0o600)
+    path = announce(environ, "127.0.0.1:3")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "key_file": str(file)}))
+    here, named, other = (find_gateway(flag, environ) for flag in (None, "127.0.0.1:3", "127.0.0.1:4"))
+    assert [key_of(gateway, environ) for gateway in (here, named, other)] == ["secret", "secret", ""]
+    assert replace_key(other, "new", environ) is None
+    assert replace_key(here, "new", environ) == file
+    assert (key_of(here, environ), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o600)
+    file.chmod(0o640)
+    with pytest.raises(InvalidArgument, match="other users can read the key .*chmod 600"):
+        key_of(here, environ)
+    file.unlink()
+    assert key_of(here, environ) == ""

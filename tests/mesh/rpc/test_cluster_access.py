@@ -42,7 +42,10 @@ async def test_a_policy_is_in_force_with_its_revision_and_survives_outages_and_i
     applied: list[object] = []
     access.set_policy = applied.append  # type: ignore[method-assign]
     async with PolicyWatch(etcd, access) as watch:  # type: ignore[arg-type]
+        assert not watch.in_force.value.is_known
         etcd.set(5, {b"/shoal/instances/x": b"1"})
+        await until(lambda: watch.in_force.value.is_known, "etcd has no policy")
+        assert watch.in_force.value.policy is None
         etcd.set(7, {cluster.POLICY: cluster.policy_value(1, parse(DOCUMENT))})
         await until(lambda: watch.in_force.value.revision == 7, "the policy is in force")
         etcd.copies.set(replace(etcd.copies.value, stale=True))
