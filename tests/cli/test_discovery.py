@@ -112,7 +112,7 @@ def test_the_key_that_a_node_has_made_for_its_user_is_found_and_replaced(
     assert replace_key(here, "new", environ) == file
     assert (key_of(here, environ), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o600)
     file.chmod(0o640)
-    with pytest.raises(InvalidArgument, match="other users can read the key .*chmod 600"):
+    with pytest.raises(InvalidArgument, match=r"other users can read the key .*chmod 600"):
         key_of(here, environ)
     file.unlink()
     assert key_of(here, environ) == ""
