@@ -48,6 +48,8 @@ TRY_MODEL: Final = "/shoal.inference.v2.ModelTrials/TryModel"
 APPLY_POLICY: Final = ACCESS_SERVICE + "ApplyPolicy"
 CREATE_KEY: Final = ACCESS_SERVICE + "CreateKey"
 LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
+TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
+"""A trial load of a model that runs code, as LOAD_WITH_CODE."""
 OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS})
 """RPCs that the process that started a server calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
@@ -82,6 +84,7 @@ GROUP_OF: Mapping[str, str] = {
     INFER_BULK: INTERNAL,
     # The first step of a push.
     TRY_MODEL: MODELS,
+    TRY_MODEL_WITH_CODE: CODE,
     **_table(
         _INGEST,
         {
@@ -137,7 +140,7 @@ _MODEL_METHODS = (
     "RepositoryModelLoad#code",
     "RepositoryModelUnload",
 )
-MODEL_RPCS = frozenset(_INFERENCE + method for method in _MODEL_METHODS) | {INFER_BULK, TRY_MODEL}
+MODEL_RPCS = frozenset(_INFERENCE + method for method in _MODEL_METHODS) | {INFER_BULK, TRY_MODEL, TRY_MODEL_WITH_CODE}
 """RPCs whose messages name a model."""
 
 

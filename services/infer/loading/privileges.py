@@ -33,7 +33,9 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
     """
     reason = next(_reasons(config, runtime.backend), "")
     if reason:
-        raise FailedPrecondition(f"{reason}, and other machines can reach this server: {HOW_TO_ALLOW}")
+        raise FailedPrecondition(
+            f"{reason}, which is not allowed here: {HOW_TO_ALLOW}; with a policy the caller needs the group code, too"
+        )
 
 
 def _reasons(config: pb.ModelConfig, backend: str) -> Iterator[str]:

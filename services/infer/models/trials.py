@@ -59,8 +59,10 @@ class Trials:
     ) -> None:
         await end(*self._running)
 
-    async def run(self, model: store_pb2.ModelVersion) -> AsyncGenerator[None, None]:
+    async def run(self, model: store_pb2.ModelVersion, *, allow_code: bool = True) -> AsyncGenerator[None, None]:
         """Try a version: yield when the trial begins, and return when the version has passed and is unloaded.
+
+        `allow_code` False: also where models may run code, this one may not.
 
         Raises:
             FailedPrecondition: the version cannot be loaded; the message has the reason.
@@ -73,7 +75,9 @@ class Trials:
         if len(self._running) >= MOST_TRIALS:
             raise ResourceExhausted(f"{MOST_TRIALS} trial loads wait or run here", retry_after_ms=_RETRY_AFTER_MS)
         begun = asyncio.Event()
-        trial = asyncio.create_task(self._try(self._source(model), model.name, begun), name=f"trial-{model.name}")
+        context = self._context if allow_code else replace(self._context, allow_code=False)
+        work = self._try(self._source(model), model.name, begun, context)
+        trial = asyncio.create_task(work, name=f"trial-{model.name}")
         self._running.add(trial)
         trial.add_done_callback(self._running.discard)
         trial.add_done_callback(lambda _: begun.set())
@@ -85,20 +89,26 @@ class Trials:
         finally:
             trial.cancel()
 
-    async def _try(self, source: AbstractAsyncContextManager[WantedVersion], name: str, begun: asyncio.Event) -> None:
+    async def _try(
+        self,
+        source: AbstractAsyncContextManager[WantedVersion],
+        name: str,
+        begun: asyncio.Event,
+        context: LoadContext,
+    ) -> None:
         try:
             async with asyncio.timeout(self._limit_s) as limit, source as wanted, self._slots:
                 begun.set()
-                await self._load(Version(name, wanted))
+                await self._load(Version(name, wanted), context)
         except OSError as err:
             if limit.expired():
                 raise DeadlineExceeded(f"the trial load of {name} took more than {self._limit_s:g} s") from None
             raise Unavailable(f"the files of {name} cannot be kept: {err.strerror or err}") from err
 
-    async def _load(self, version: Version) -> None:
+    async def _load(self, version: Version, context: LoadContext) -> None:
         """Load the version and unload it. Raises FailedPrecondition when it cannot be loaded."""
         try:
-            await version.load(self._context)
+            await version.load(context)
         finally:
             await version.thread_ended()
         if version.state is State.UNAVAILABLE:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from services.infer.loading import privileges
 from services.infer.model_files.wanted_models import WantedVersion
 from services.infer.models import trials as module
 from services.infer.models.load_context import LoadContext
@@ -41,9 +42,9 @@ class World:
     def has(self, name: str, model: Any, *, number: int = 1) -> None:
         self.versions[name] = self.files.version(number, model, digest=f"trial-{name}")
 
-    async def tried(self, name: str) -> int:
+    async def tried(self, name: str, **options: bool) -> int:
         """Try a model; return the number of messages that it has begun."""
-        return len([None async for _ in self.trials.run(store_pb2.ModelVersion(name=name))])
+        return len([None async for _ in self.trials.run(store_pb2.ModelVersion(name=name), **options)])
 
 
 @pytest.fixture
@@ -80,6 +81,19 @@ async def test_a_version_that_cannot_be_loaded_has_a_reason_and_holds_no_slot(wo
             await world.tried("bad")
         assert refused.value.message
     await world.tried("good")
+
+
+async def test_a_model_with_code_is_tried_for_callers_that_may_run_code(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise FailedPrecondition("it runs code")
+
+    monkeypatch.setattr(privileges, "check", refuse)
+    world.has("m", onnx_files.scale(2))
+    with pytest.raises(FailedPrecondition, match="it runs code"):
+        await world.tried("m", allow_code=False)
+    await world.tried("m", allow_code=True)
 
 
 async def test_a_trial_whose_caller_leaves_frees_its_slot(world: World) -> None:
