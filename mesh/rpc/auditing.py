@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _RECORD_S = 5.0
 _OUTCOMES_S = 1.0
-# Set by Envoy, whatever the caller sends.
-_ADDRESS = "x-envoy-external-address"
+ADDRESS = "x-envoy-external-address"
+"""Header with the caller's address, which Envoy sets whatever the caller sends."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -92,66 +92,71 @@ class Auditing:
 
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> Any:
-            act = await self._begin(method, request, ctx)
-            try:
-                response = await behaviour(request, ctx)
-            except BaseException as err:
-                self._end(act, err)
-                raise
-            self._end(act, None)
-            return response
+            async with self._act(method, request, ctx):
+                return await behaviour(request, ctx)
 
         return call
 
     def _stream(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
-            act = await self._begin(method, request, ctx)
-            try:
+            async with self._act(method, request, ctx):
                 async for response in behaviour(request, ctx):
                     yield response
-            except BaseException as err:
-                self._end(act, err)
-                raise
-            self._end(act, None)
 
         return call
 
-    async def _begin(self, method: str, request: Any, ctx: Context) -> Event | None:
-        """Write the entry of an act; None for a call of another service, whose own caller was audited."""
-        caller = self._access.check(method, caller_in(ctx))
-        if caller is None:
-            return None
+    def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[None]:
+        headers = ctx.invocation_metadata() or ()
+        address = next((str(value) for key, value in headers if key == ADDRESS), "")
+        return self.act(method, caller_in(ctx), address, target_of(request))
+
+    @asynccontextmanager
+    async def act(self, rpc: str, caller: bytes | None, address: str, target: str) -> AsyncIterator[None]:
+        """Audit the block as an act: its entry is durable before the block begins, and its outcome follows.
+
+        Calls of other services are no acts: they belong to a call that was audited.
+
+        Raises:
+            Unavailable: the audit log cannot be written.
+        """
+        known = self._access.check(rpc, caller)
+        if known is None:
+            yield
+            return
         span = trace.get_current_span().get_span_context()
-        act = Event(
+        event = Event(
             kind=ACT,
-            tenant=caller.tenant,
-            subject=caller.subject,
-            key=caller.key,
-            role=caller.role,
-            address=_address(ctx),
-            rpc=method,
-            target=target_of(request),
+            tenant=known.tenant,
+            subject=known.subject,
+            key=known.key,
+            role=known.role,
+            address=address,
+            rpc=rpc,
+            target=target,
             trace_id=f"{span.trace_id:032x}" if span.is_valid else "",
             origin=self._origin,
         )
         try:
             async with asyncio.timeout(_RECORD_S):
-                (written,) = await self.log.record([act])
+                (written,) = await self.log.record([event])
         except (ShoalError, TimeoutError) as err:
             raise Unavailable(f"the audit log cannot be written, so nothing was done: {err or 'no answer'}") from err
-        return replace(act, kind=OUTCOME, of=written)
+        outcome = replace(event, kind=OUTCOME, of=written)
+        try:
+            yield
+        except BaseException as err:
+            self._end(outcome, err)
+            raise
+        self._end(outcome, None)
 
-    def _end(self, outcome: Event | None, error: BaseException | None) -> None:
-        if outcome is None:
-            return
+    def _end(self, outcome: Event, error: BaseException | None) -> None:
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             code, reason = grpc.StatusCode.CANCELLED, "the caller has left, or this instance stops"
         elif error is not None:
             code, reason, _ = status_of(error)
         else:
             code, reason = grpc.StatusCode.OK, ""
-        ended = replace(outcome, code=code.value[0], reason=reason)
-        task = asyncio.create_task(self._write(ended), name="audit outcome")
+        task = asyncio.create_task(self._write(replace(outcome, code=code.value[0], reason=reason)), name="outcome")
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
         task.add_done_callback(log_failure)
@@ -162,10 +167,6 @@ class Auditing:
                 await self.log.record([outcome])
         except (ShoalError, TimeoutError) as err:
             log.warning("the outcome of %s is missing in the audit log: %s", outcome.of, err or "no answer")
-
-
-def _address(ctx: Context) -> str:
-    return next((str(value) for key, value in ctx.invocation_metadata() or () if key == _ADDRESS), "")
 
 
 @asynccontextmanager
