@@ -77,7 +77,8 @@ class AsyncClient:
         gateway = find_gateway(address, os.environ)
         secured = _security(gateway, ca, cert, key)
         token = _token(gateway) if token is None else token
-        if token and not (plaintext_token or gateway.has_tls or is_local(gateway.address)):
+        # A node that was found here has an address of this machine.
+        if token and not (plaintext_token or gateway.has_tls or gateway.is_here or is_local(gateway.address)):
             raise InvalidArgument(
                 f"the token is not sent to {gateway.address} in plaintext: use https://{gateway.address}; or "
                 "plaintext_token=True, where nobody on the way is to be feared"

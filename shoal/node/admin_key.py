@@ -44,7 +44,7 @@ class AdminKey:
         """
         try:
             self.text = await self._valid_text() or await self._new_text()
-        except FailedPrecondition:
+        except (FailedPrecondition, InvalidArgument):
             raise
         except ShoalError:
             return False

@@ -192,7 +192,10 @@ class _Running:
         await self._until_all(waiting, started)
         token = ""
         if self.admin_key is not None:
-            await self._until_all({"a key for the node's user": self.admin_key.ensure}, started)
+            self.screen.waiting(["a key for the node's user"])
+            # Another process has no event to wait on.
+            while not await self.admin_key.ensure():  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)
             token = self.admin_key.text
         services, has_tls = tuple(self.options.replicas), self.served is not None
         calls = gateway.probes(self.layout.gateway_here, services, has_tls=has_tls, token=token)
