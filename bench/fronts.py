@@ -158,6 +158,7 @@ def shoal(name: str, folder: Path, models: Path, network: Network) -> Contender:
     port = free_port()
     python = str(folder / ".venv/bin/python")
     command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", network.host, "--port", str(port)]
+    command += [] if network.servers is None else ["--insecure"]
     # The checkout's modules take precedence, even if its environment was built for another checkout.
     environ = {"PYTHONPATH": str(folder), "SHOAL_INFER_THREADS": "1"}
     return Contender(name, network, port, command, environ, folder)

@@ -15,8 +15,9 @@ from shoal.node.envoy_overload import connection_limits
 _CALLS = 50_000
 
 # Calls of one connection that Envoy begins in one iteration of its event loop; by default, all that have arrived.
-# Callers on other connections wait for the iteration.
-_CALLS_AT_ONCE = 4
+# Callers on other connections wait for the iteration, at 30 us a call. At 4, a call of 64 in flight costs a tenth more
+# processor time, since workers get their calls in smaller groups.
+_CALLS_AT_ONCE = 16
 
 
 def runtime(*listeners: str) -> dict[str, Any]:
