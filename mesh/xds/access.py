@@ -19,6 +19,7 @@ from typing import Any
 from shoal.access.caller_header import CALLER_HEADER, ISSUER_HEADER, KEY_HEADER, ROLE_HEADER, TRUSTED_PREFIX
 from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
 from shoal.access.policy import Issuer, Policy
+from shoal.access.rest_paths import patterns_of
 from shoal.tenant_header import TENANT_HEADER
 
 _API = "type.googleapis.com"
@@ -91,7 +92,9 @@ def callers(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
     """Return the filter that verifies tokens, and passes their claims on as headers."""
     providers = {f"issuer-{number}": issuer for number, issuer in enumerate(policy.issuers)}
     prefixed = {issuer.token_prefix for issuer in policy.issuers} - {""}
-    open_paths = [{"match": {"path": path}} for path in rpcs_of(policy.open, services)]
+    open_rpcs = rpcs_of(policy.open, services)
+    open_paths: list[dict[str, Any]] = [{"match": {"path": path}} for path in open_rpcs]
+    open_paths += [{"match": {"safe_regex": {"regex": pattern}}} for pattern in patterns_of(open_rpcs)]
     by_prefix = [
         {
             "match": {
@@ -152,9 +155,7 @@ def rules(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
     by_issuer = {
         issuer.issuer: _paths(policy, issuer.role, services) if issuer.role else by_role for issuer in policy.issuers
     }
-    open_paths = _tree(
-        ":path", {path: _action("open", "ALLOW") for path in rpcs_of(policy.open, services)}, _action("default", "DENY")
-    )
+    open_paths = _rpcs(rpcs_of(policy.open, services), "open", _action("default", "DENY"))
     revoked = {key: _action("revoked", "DENY") for key in policy.revoked}
     return {
         "@type": RBAC,
@@ -165,23 +166,42 @@ def rules(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
 def _paths(policy: Policy, role: str, services: Sequence[str]) -> dict[str, Any] | None:
     """Return a matcher of the RPCs that `role` may call; None when there are none."""
     paths = rpcs_of(groups_of_role(policy, role), services)
-    return _tree(":path", {path: _action("granted", "ALLOW") for path in paths}) if paths else None
+    return _rpcs(paths, "granted") if paths else None
+
+
+def _rpcs(paths: Sequence[str], name: str, otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return a matcher that allows RPCs, and their paths over REST."""
+    allowed = _action(name, "ALLOW")
+    rest = [{"predicate": _path_is(pattern), "on_match": allowed} for pattern in patterns_of(paths)]
+    if rest:
+        found: dict[str, Any] = {"matcher_list": {"matchers": rest}}
+        otherwise = {"matcher": found if otherwise is None else {**found, "on_no_match": otherwise}}
+    return _tree(":path", dict.fromkeys(paths, allowed), otherwise)
+
+
+def _path_is(pattern: str) -> dict[str, Any]:
+    value = {"safe_regex": {"google_re2": {}, "regex": pattern}}
+    return {"single_predicate": {"input": _input(":path"), "value_match": value}}
 
 
 def _tree(header: str, entries: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return a matcher that looks `header` up. A value without an entry, or that its entry does not match, goes on with
     `otherwise`."""
-    header_input = f"{_API}/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"
     there = {value: entry for value, entry in entries.items() if entry is not None}
     matcher: dict[str, Any] = {
         "matcher_tree": {
-            "input": {"name": "header", "typed_config": {"@type": header_input, "header_name": header}},
+            "input": _input(header),
             "exact_match_map": {"map": there or {_NOTHING: _action("nothing", "DENY")}},
         }
     }
     if otherwise is not None:
         matcher["on_no_match"] = otherwise
     return {"matcher": matcher}
+
+
+def _input(header: str) -> dict[str, Any]:
+    header_input = f"{_API}/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"
+    return {"name": "header", "typed_config": {"@type": header_input, "header_name": header}}
 
 
 def _action(name: str, action: str) -> dict[str, Any]:

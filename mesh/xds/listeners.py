@@ -32,7 +32,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, tls, web
+from mesh.xds import ADS_CLUSTER, access, rest_errors, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -208,7 +208,7 @@ def _connection_manager(
     if has_access:
         document["access_log"] = [access_log(ADS_CLUSTER)]
     if table.models is not None:
-        document["local_reply_config"] = {"mappers": [_empty_stream()]}
+        document["local_reply_config"] = {"mappers": [_empty_stream(), rest_errors.mapper()]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document

@@ -26,6 +26,8 @@ from mesh.xds.clusters import model_cluster
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 from mesh.xds.web import Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.rest_paths import PREFIX as REST_PREFIX
+from shoal.access.rest_paths import model_path
 
 NO_RETRY_HEADER = "x-shoal-no-retry"
 """Header with which a client forbids the nodes to repeat its call on another instance."""
@@ -107,6 +109,8 @@ class RouteTable:
     models: ModelRoutes | None = None
     tried_unhealthy: frozenset[str] = frozenset()
     """Clusters whose calls go to any endpoint when none is healthy. The others reject a call then."""
+    rest: str = ""
+    """Service of the inference protocol over REST, whose paths name their model; empty: there is none."""
     body_bytes: int = 192 << 20
     """Bytes of a request that Envoy buffers, to extract the model and for a retry. The limit exceeds the limit of every
     server, so a message that is too large gets the server's clear error instead of the filter's."""
@@ -146,6 +150,9 @@ def route_configuration(
         routes += _service(
             service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
         )
+    if table.rest:
+        routes += [_rest(model_path(model), model_cluster(model)) for model in models]
+        routes.append(_rest(REST_PREFIX, table.rest))
     served: dict[str, Any] = {
         # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
         "include_request_attempt_count": True,
@@ -164,6 +171,7 @@ def route_configuration(
     hosts = nested(_HOSTS, bytes(VirtualHost.from_dict(first)) + b"".join(nested(_ROUTE, route) for route in routes))
     hosts += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
+    needs |= {table.rest} - {""}
     return pack_serialized(ROUTES, name, bytes(configuration) + hosts, frozenset(needs))
 
 
@@ -287,6 +295,15 @@ def _step(path: str, model: str) -> bytes:
     route = _route(match, model_cluster(model), _ALWAYS)
     route["route"]["hash_policy"] = [{"header": {"header_name": SEQUENCE_HEADER}}]
     return bytes(Route.from_dict(route))
+
+
+@lru_cache(8192)
+def _rest(path: str, cluster: str) -> bytes:
+    """Return the serialized route of calls over REST. They may run twice, and are retried as those over gRPC are."""
+    route = _route({"path_separated_prefix": path}, cluster, f"{_IDEMPOTENT},retriable-status-codes")
+    # UNAVAILABLE over REST.
+    route["route"]["retry_policy"]["retriable_status_codes"] = [503]
+    return bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}))
 
 
 @lru_cache(2)

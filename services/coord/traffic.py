@@ -145,6 +145,7 @@ def table() -> RouteTable:
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),
             ServiceRoutes("/grpc.reflection.", "coord", all_idempotent=True, traced=False),
         ),
+        rest="infer",
         models=ModelRoutes(
             prefix=inference,
             fields=tuple((f"{INFER.full_name}.{method}", field) for method, field in sorted(_MODEL_FIELDS.items())),

@@ -1,6 +1,6 @@
 """Envoy in front of `shoal serve`, for addresses that other machines can reach.
 
-    clients ──HTTP/2──> Envoy at the address ──unix sockets──> infer workers
+    clients ──HTTP/1.1, HTTP/2──> Envoy at the address ──HTTP/2, unix sockets──> infer workers
 
 The configuration is static: one listener, one cluster. It is written as plain JSON, because importing the generated
 classes of Envoy's messages takes most of a second. Fields: envoy.config.bootstrap.v3.Bootstrap.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.xds import tls, web
+from mesh.xds import rest_errors, tls, web
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
@@ -171,6 +171,7 @@ def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None
         # Without a range, Envoy treats private addresses as internal. No caller has this address.
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
+        "local_reply_config": rest_errors.local_replies(),
         "http_filters": [
             *web.filters(),
             *access.get("http_filters", ()),

@@ -678,6 +678,116 @@ def test_http_1_and_smuggled_requests(world: World) -> None:
     assert world.infer(world.key().text) == "OK"
 
 
+# REST.
+
+
+def rest(
+    world: World, method: str, path: str, token: str | None = None, body: Any = None, **more: str
+) -> tuple[int, dict[str, Any]]:
+    """Make a request of HTTP/1.1; return the status, and the JSON of the response."""
+    headers = {name.replace("_", "-"): value for name, value in more.items()}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    connection = http.client.HTTPConnection(world.address, timeout=PATIENCE_S)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    # Envoy's own words for a path that is none of REST are plain text.
+    return response.status, json.loads(text) if response.headers.get_content_type() == "application/json" else {}
+
+
+def rest_infer(world: World, token: str | None, model: str = OPEN, **more: str) -> int:
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+    status, found = rest(world, "POST", f"/v2/models/{model}/infer", token, {"inputs": [tensor]}, **more)
+    assert (found["outputs"][0]["data"] == [2, 4, 6, 8]) if status == 200 else set(found) == {"error"}, found
+    return status
+
+
+def test_rest_admits_and_refuses_as_grpc_does(world: World) -> None:
+    key = world.key()
+    assert rest_infer(world, key.text) == 200
+    for token in (None, "", "x", key.text[:-4], b64(b"{}"), "a.b.c"):
+        assert rest_infer(world, token) == 401
+    assert rest_infer(world, key.text, SECRET) == 403
+    assert rest_infer(world, world.key("globex").text, SECRET) == 200
+    assert rest_infer(world, world.key(role="viewer").text) == 403
+
+
+def test_rest_takes_no_name_of_a_model_or_caller_from_elsewhere(world: World) -> None:
+    key, other = world.key().text, world.key("globex")
+    assert rest_infer(world, None, x_shoal_caller=LAUNCHER.decode()) == 401
+    assert rest_infer(world, key, SECRET, x_shoal_tenant="globex", x_shoal_caller=b64(b"{}"), x_shoal_model=OPEN) == 403
+    assert rest_infer(world, key, f"{OPEN}/../{SECRET}") != 200
+    encoded = "".join(f"%{ord(letter):02x}" for letter in SECRET)
+    twice = encoded.replace("%", "%25")
+    assert rest_infer(world, key, encoded) == 403
+    assert rest_infer(world, other.text, encoded) == 200
+    assert rest_infer(world, other.text, twice) == 404
+    for name in (
+        f"{OPEN}%2f..%2f{SECRET}",
+        f"..%2fmodels%2f{SECRET}",
+        f"%2e%2e/models/{SECRET}",
+        f"{OPEN}%00",
+        f"{OPEN};{SECRET}",
+    ):
+        assert rest_infer(world, key, name) in (400, 403, 404), name
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "least"),
+    [
+        ("GET", "/v2/health/live", "viewer"),
+        ("GET", "/v2/health/ready?x=y", "viewer"),
+        ("GET", "/v2", "viewer"),
+        ("GET", f"/v2/models/{OPEN}", "viewer"),
+        ("GET", f"/v2/models/{OPEN}/versions/1/config", "viewer"),
+        ("GET", "/v2/models/stats", "viewer"),
+        ("POST", "/v2/repository/index", "viewer"),
+        ("POST", f"/v2/models/{OPEN}/generate", "user"),
+        ("POST", f"/v2/models/{OPEN}/generate_stream", "user"),
+        ("POST", "/v2/repository/models/none/unload", "publisher"),
+        ("POST", "/v2/repository/models/none/load", "publisher"),
+        ("GET", "/v2/trace/setting", "operator"),
+        ("GET", "/v2/logging", "operator"),
+    ],
+)
+def test_each_path_of_rest_belongs_to_the_group_of_its_rpc(world: World, method: str, path: str, least: str) -> None:
+    allowed = {
+        "viewer": {"viewer", "user", "publisher", "operator"},
+        "user": {"user", "publisher"},
+        "publisher": {"publisher"},
+        "operator": {"operator"},
+    }[least]
+    assert rest(world, method, path)[0] == 401
+    body = {"x": [1, 2, 3, 4]} if "generate" in path else None
+    for role in ("viewer", "user", "publisher", "operator"):
+        status, _ = rest(world, method, path, world.key(role=role).text, body)
+        assert (status == 403) is (role not in allowed), (role, status)
+
+
+@pytest.mark.parametrize("path", ["/v2/nothing", "/v2/models/open/nothing", "/v1/models/open", "/", "/v2x", "/metrics"])
+def test_a_path_that_is_no_path_of_rest_is_refused(world: World, path: str) -> None:
+    assert rest(world, "GET", path, world.key("globex", "admin").text)[0] in (403, 404)
+
+
+def test_models_of_others_are_in_no_list_of_rest(world: World) -> None:
+    for tenant, names in (("acme", {OPEN}), ("globex", {OPEN, SECRET})):
+        key = world.key(tenant).text
+        index: Any = rest(world, "POST", "/v2/repository/index", key)[1]
+        assert {row["name"] for row in index} == names
+        statistics = rest(world, "GET", "/v2/models/stats", key)[1]["model_stats"]
+        assert {row["name"] for row in statistics} == names
+
+
+def test_a_load_with_parameters_needs_the_grant_of_code(world: World) -> None:
+    path, parameters = f"/v2/repository/models/{OPEN}/load", {"parameters": {"config": "{}"}}
+    status, found = rest(world, "POST", path, world.key(role="publisher").text, parameters)
+    assert (status, "code" in found["error"]) == (403, True)
+
+
 # Models.
 
 
