@@ -36,6 +36,8 @@ class Attack:
     """The script begins before the server's SETTINGS have arrived."""
     fills_own_queue: bool = False
     """The bystander of the attacker's tenant may be refused: its tenant's part of the model's queue is full."""
+    is_plain: bool = False
+    """The connections speak HTTP/1.1."""
     is_brief: bool = False
     """A connection is closed at the end of its scripts."""
 
@@ -96,9 +98,9 @@ class Siege:
         if self.tally["connections"] >= MAX_CONNECTIONS:
             return
         attack = self._places[place]
-        connection = Connection(self._address, self.tally, settings=attack.settings)
+        connection = Connection(self._address, self.tally, settings=attack.settings, is_plain=attack.is_plain)
         connection.scripts = [attack.script(connection) for _ in range(attack.scripts)]
-        connection.is_greeted = attack.is_raw
+        connection.is_greeted = attack.is_raw or attack.is_plain
         self._open[place] = connection
         self.tally["connections"] += 1
         number = connection.socket.fileno()

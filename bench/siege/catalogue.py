@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from bench.siege import connections, floods, header_attacks, memory, messages, scheduling
+from bench.siege import connections, floods, header_attacks, http1, memory, messages, scheduling
 from bench.siege.attack import Attack
 
 _EACH = (
@@ -15,6 +15,7 @@ _EACH = (
     *memory.ATTACKS,
     *connections.ATTACKS,
     *scheduling.ATTACKS,
+    *http1.ATTACKS,
 )
 _AT_ONCE = (
     "gzip-zeros",
@@ -29,6 +30,9 @@ _AT_ONCE = (
     "full-queue",
     "expire-rows",
     "slow-senders",
+    "h1-pipelining",
+    "h1-half-bodies",
+    "json-containers",
 )
 
 CATALOGUE: Mapping[str, Sequence[Attack]] = {
