@@ -39,7 +39,7 @@ from mesh.rpc.framing import (
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.slow_call import CALLER, CallTable
 from services.infer.requests.request_memory import RequestPart
-from services.infer.rest.json_text import PARSED_RATIO, PARSER, check
+from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
 from services.infer.rest.target import Target
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import (
@@ -260,15 +260,16 @@ class RestCall:
             begun.cancel()
 
     @contextlib.asynccontextmanager
-    async def parsed(self, text: bytes) -> AsyncGenerator[Any, None]:
+    async def parsed(self, text: bytes, most: int = JSON_BYTES) -> AsyncGenerator[Any, None]:
         """Yield the JSON document in `text`. Its objects are counted, and one large one exists at a time.
 
-        Raises InvalidArgument for other text, and for a document that costs too much.
+        Keep no reference to it after the block. Raises InvalidArgument for other text, for more than `most` bytes, and
+        for a document that costs too much.
         """
-        check(text)
+        size = parsed_bytes(text, most)
         async with self._app.json_turn if len(text) > _LARGE_JSON else contextlib.nullcontext():
             part = RequestPart(self)
-            part.hold(PARSED_RATIO * len(text) if len(text) > SMALL_BODY else 0)
+            part.hold(size if len(text) > SMALL_BODY else 0)
             try:
                 yield await self._app.turns.parse(PARSER, text)
             finally:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import orjson
 
+from mesh.h2.stream import SMALL_BODY
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
 from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest
@@ -54,16 +55,24 @@ async def infer(server: InferenceServer, call: RestCall) -> Reply:
     if length == 0:
         message, wanted.all_binary = _raw_request(server, call.target, body), True
     else:
-        text = body if length is None else body[:length]
-        rest = memoryview(body)[len(text) :]
-        async with call.parsed(text) as document:
-            message = await _read(as_object(document, "the request"), rest, call.target, wanted)
+        message = await _message(call, body, len(body) if length is None else length, wanted)
     if server.is_decoupled(message):
         raise Unimplemented("HTTP end point doesn't support models with decoupled transaction policy")
     response = await server.infer(
         message, call.deadline, call.tenant, is_retry=call.is_retry, memory=call, message_bytes=len(body)
     )
     return await _write(response, wanted, call)
+
+
+async def _message(call: RestCall, body: bytes, length: int, wanted: Wanted) -> pb.ModelInferRequest:
+    """Return the message of a body with `length` bytes of JSON, and set the form of its outputs."""
+    text = body if length == len(body) else body[:length]
+    async with call.parsed(text) as document:
+        message = await _read(as_object(document, "the request"), memoryview(body)[length:], call.target, wanted)
+    # Of a large message, the raw contents are views of the body.
+    if len(body) > SMALL_BODY and not isinstance(message, LargeRequest):
+        call.hold(sum(map(len, message.raw_input_contents)))
+    return message
 
 
 def _raw_request(server: InferenceServer, target: Target, body: bytes) -> pb.ModelInferRequest:
@@ -251,4 +260,5 @@ async def _write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall
     if not raw:
         return Reply(b"".join(parts))
     size = sum(map(len, parts))
+    call.hold_response(size + sum(map(len, raw)))
     return Reply(b"".join((*parts, *raw)), _BINARY, fields=((b"inference-header-content-length", b"%d" % size),))

@@ -18,14 +18,18 @@ from shoal.errors import InvalidArgument
 JSON_BYTES = 8 << 20
 """JSON of a request, without its binary tensors: plain text takes 1 to 5 ns a byte to parse."""
 
+LOAD_BYTES = 96 << 20
+"""JSON of a request to load a model: its files are long texts, and cost least."""
+
 MAX_VALUES = 600_000
 """Commas in the JSON of a request. As many numbers of 17 digits take 45 ms to parse."""
 
 MAX_CONTAINERS = 100_000
 """Lists, objects, and names in objects. As many take 25 ms, with Python's garbage collection."""
 
-PARSED_RATIO = 24
-"""Bytes of Python objects that a byte of JSON may become: an empty object in 3 bytes takes 72."""
+# Bytes of Python objects that a byte of JSON may become: an empty object in 3 bytes takes 72. In a text, characters
+# take up to 4 bytes each.
+_PARSED_RATIO, _TEXT_RATIO, _OBJECT_BYTES = 24, 4, 80
 
 _NOT_FINITE = (b"NaN", b"Infinity")
 
@@ -49,16 +53,22 @@ class JsonParser(Parser[Any]):
 PARSER = JsonParser()
 
 
-def check(data: bytes) -> None:
-    """Raise InvalidArgument for JSON that would take long to parse."""
-    if len(data) <= UNSCANNED_BYTES:
-        return
-    if len(data) > JSON_BYTES:
-        raise _too_much(f"{len(data)} bytes, at most {JSON_BYTES}")
-    if (count := data.count(b",")) > MAX_VALUES:
-        raise _too_much(f"{count} values, at most {MAX_VALUES}")
-    if (count := data.count(b"[") + data.count(b"{") + data.count(b":")) > MAX_CONTAINERS:
-        raise _too_much(f"{count} lists, objects and names, at most {MAX_CONTAINERS}")
+def parsed_bytes(data: bytes, most: int = JSON_BYTES) -> int:
+    """Return the most memory that the objects of JSON take.
+
+    Raises:
+        InvalidArgument: `data` has more than `most` bytes, or would take long to parse.
+    """
+    size = len(data)
+    if size <= UNSCANNED_BYTES:
+        return _PARSED_RATIO * size
+    if size > most:
+        raise _too_much(f"{size} bytes, at most {most}")
+    if (values := data.count(b",")) > MAX_VALUES:
+        raise _too_much(f"{values} values, at most {MAX_VALUES}")
+    if (containers := data.count(b"[") + data.count(b"{") + data.count(b":")) > MAX_CONTAINERS:
+        raise _too_much(f"{containers} lists, objects and names, at most {MAX_CONTAINERS}")
+    return _TEXT_RATIO * size + _OBJECT_BYTES * (values + containers)
 
 
 def _too_much(problem: str) -> InvalidArgument:

@@ -13,7 +13,7 @@ from services.infer.model_files.config_json import as_json
 from services.infer.rest.call import Reply, RestCall, json_reply
 from services.infer.rest.generation import generate, generate_stream
 from services.infer.rest.inference import infer, set_parameters
-from services.infer.rest.json_text import as_object, member
+from services.infer.rest.json_text import LOAD_BYTES, as_object, member
 from shoal.access.rpc_groups import LOAD_WITH_CODE
 from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
@@ -91,17 +91,7 @@ class Operations:
         return json_reply([{name: value for name, value in as_json(row).items() if value} for row in found.models])
 
     async def _load(self, call: RestCall) -> Reply:
-        request = pb.RepositoryModelLoadRequest(model_name=call.target.model)
-        body = await call.body()
-        async with call.parsed(body or b"{}") as document:
-            given = member(as_object(document, "the request"), "parameters", dict, {})
-            # A configuration may name another backend, or another address. A file may be code.
-            if given:
-                call.check(LOAD_WITH_CODE, call.target.model)
-            call.hold(len(body))
-            for name, value in given.items():
-                _set_load_parameter(request, name, value)
-        await self._server.load_model(request)
+        await self._server.load_model(await _load_request(call))
         return Reply()
 
     async def _unload(self, call: RestCall) -> Reply:
@@ -114,6 +104,20 @@ class Operations:
                 request.parameters[name].bool_param = value
         await self._server.unload_model(request, partial(call.check, call.target.rpc))
         return Reply()
+
+
+async def _load_request(call: RestCall) -> pb.RepositoryModelLoadRequest:
+    request = pb.RepositoryModelLoadRequest(model_name=call.target.model)
+    body = await call.body()
+    async with call.parsed(body or b"{}", LOAD_BYTES) as document:
+        given = member(as_object(document, "the request"), "parameters", dict, {})
+        # A configuration may name another backend, or another address. A file may be code.
+        if given:
+            call.check(LOAD_WITH_CODE, call.target.model)
+        call.hold(len(body))
+        for name, value in given.items():
+            _set_load_parameter(request, name, value)
+    return request
 
 
 def _set_load_parameter(request: pb.RepositoryModelLoadRequest, name: str, value: Any) -> None:

@@ -125,7 +125,7 @@ async def test_the_costliest_json_that_is_accepted_leaves_iterations_to_others(
 def test_a_parse_within_its_bounds_is_short() -> None:
     """The bounds are counts; this states what they mean, with a limit for a slow machine."""
     for data in (b"[" + b"[]," * (MAX_CONTAINERS - 2) + b"1]", b"[" + b"1.5," * (MAX_VALUES - 1) + b"1]"):
-        json_text.check(data)
+        assert json_text.parsed_bytes(data) > len(data)
         began = time.process_time()
         json_text.PARSER(data)
         assert time.process_time() - began < 2.0
