@@ -18,7 +18,7 @@ import orjson
 from mesh.h2.stream import SMALL_BODY
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
-from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest
+from services.infer.fast_path.large_request import LARGE_BYTES, LargeRequest, shared_bytes
 from services.infer.requests.request import MAX_PARAMETERS, MAX_TENSORS
 from services.infer.rest import tensor_json
 from services.infer.rest.call import Reply, RestCall, header_length
@@ -70,7 +70,7 @@ async def _message(call: RestCall, body: bytes, length: int, wanted: Wanted) -> 
     async with call.parsed(text) as document:
         message = await _read(as_object(document, "the request"), memoryview(body)[length:], call.target, wanted)
     # Of a large message, the raw contents are views of the body.
-    if len(body) > SMALL_BODY and not isinstance(message, LargeRequest):
+    if len(body) > SMALL_BODY and not shared_bytes(message):
         call.hold(sum(map(len, message.raw_input_contents)))
     return message
 
