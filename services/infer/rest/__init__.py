@@ -3,6 +3,7 @@
     stream ──path──> Target ──> RestCall ──body──> operation ──InferenceServer──> Reply
 
 app         the application of mesh.h2: finds the operation of a request
+web_pages   refusal of requests that a web page made
 target      operation, model and version in a path
 call        one call: its body, access, deadline, response
 operations  each operation but inference

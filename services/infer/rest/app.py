@@ -12,6 +12,7 @@ from mesh.rpc.framing import no_memory
 from mesh.rpc.grpc_app import GrpcApp
 from services.infer.core import InferenceServer
 from services.infer.rest import target as targets
+from services.infer.rest import web_pages
 from services.infer.rest.call import HTTP_STATUS, JSON, RestCall, error_body, error_fields
 from services.infer.rest.operations import Operations
 from services.infer.rest.target import MethodNotAllowed, Target
@@ -42,6 +43,10 @@ class RestApp:
         head = stream.head
         if head is OVERSIZED:
             _refuse(stream, 431, "the request has too many headers, or too large ones")
+            return NO_HANDLER
+        # With a policy, a request needs a key, which no page of others has.
+        if self.access is None and (refused := web_pages.refusal(head, stream.peer[0])) is not None:
+            _refuse(stream, *refused)
             return NO_HANDLER
         try:
             found = targets.read(head.method, head.path)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from mesh.h2.headers import Block
 from mesh.h2.memory_account import MemoryAccount
-from services.infer.rest import json_text, tensor_json
+from services.infer.rest import json_text, tensor_json, web_pages
 from services.infer.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import BY_NAME
@@ -257,6 +258,38 @@ PATHS = {
 async def test_names_are_decoded_once_and_traversal_is_no_name(client: RawClient, path: str) -> None:
     answer = await client.request("GET", path)
     assert answer.status == PATHS[path]
+
+
+async def test_a_web_page_reaches_nothing(client: RawClient) -> None:
+    for origin in ("http://evil.example", "null", "http://localhost:3000"):
+        status, message = error(await infer(client, body(), f"Origin: {origin}", "Content-Type: text/plain"))
+        assert (status, "web pages" in message) == (403, True)
+        assert (
+            await client.request("POST", "/v2/repository/models/double/unload", b"", f"Origin: {origin}")
+        ).status == 403
+    assert (await client.request("OPTIONS", PATH, None, "Origin: http://evil.example")).status == 403
+    assert (await infer(client, body())).status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "peer", "status"),
+    [
+        ("evil.example:8001", "127.0.0.1", 421),
+        ("127.0.0.1.nip.io", "127.0.0.1", 421),
+        ("evil.example", "::1", 421),
+        ("127.0.0.1:8001", "127.0.0.1", None),
+        ("[::1]:8001", "::1", None),
+        ("LocalHost:8001", "127.0.0.1", None),
+        ("a.localhost", "127.0.0.1", None),
+        ("workstation:8001", "127.0.0.1", None),
+        ("models.example", "10.0.0.7", None),
+        ("models.example", "unix", None),
+    ],
+)
+def test_a_foreign_name_for_loopback_is_refused(host: str, peer: str, status: int | None) -> None:
+    for name in (b"host", b":authority"):
+        refused = web_pages.refusal(Block([(name, host.encode())]), peer)
+        assert (refused and refused[0]) == status
 
 
 async def test_rest_and_grpc_share_one_address_and_one_account(served: Serving, client: RawClient) -> None:
