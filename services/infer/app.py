@@ -93,7 +93,7 @@ async def run(config: InferConfig) -> None:
             unread_bytes=config.unread_bytes,
             access=access,
             auditing=auditing,
-            http=partial(RestApp, core),
+            http=partial(RestApp, core, auditing=auditing),
             http_listen=config.http_listen,
         )
         inner_calls.bind(core, server.memory.bodies)

@@ -60,3 +60,20 @@ def test_rest_over_tls(start: Start, models: Path, tmp_path: Path, monkeypatch: 
     context = ssl.create_default_context(cafile=said["tls"]["ca"])
     context.set_alpn_protocols(["http/1.1"])
     check(http.client.HTTPSConnection(said["address"], timeout=PATIENCE_S, context=context))
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_web_page_reaches_nothing(start: Start, models: Path, front: str) -> None:
+    _, said = start(str(models), "--front", front)
+    for headers, status in (
+        ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 421),
+        ({}, 200),
+    ):
+        connection = http.client.HTTPConnection(said["address"], timeout=PATIENCE_S)
+        try:
+            connection.request("POST", "/v2/models/double/infer", REQUEST, headers)
+            assert connection.getresponse().status == status, headers
+        finally:
+            connection.close()

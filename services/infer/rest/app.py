@@ -8,6 +8,7 @@ from typing import Any
 
 from mesh.h2.headers import OVERSIZED
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
+from mesh.rpc.auditing import Auditing
 from mesh.rpc.framing import no_memory
 from mesh.rpc.grpc_app import GrpcApp
 from services.infer.core import InferenceServer
@@ -22,7 +23,7 @@ from shoal.errors import ShoalError
 class RestApp:
     """Serves `server` beside `grpc`, whose limits, threads, turns and access it shares."""
 
-    def __init__(self, server: InferenceServer, grpc: GrpcApp) -> None:
+    def __init__(self, server: InferenceServer, grpc: GrpcApp, auditing: Auditing | None = None) -> None:
         self.methods = grpc.methods
         self.message_bytes = grpc.message_bytes
         self.clock = grpc.clock
@@ -31,6 +32,7 @@ class RestApp:
         self.tasks = grpc.tasks
         self.access = grpc.access
         self.tracer = grpc.tracer
+        self.auditing = auditing
         self.json_turn = asyncio.Lock()
         self._operations = Operations(server).by_name
 

@@ -14,7 +14,7 @@ import logging
 import math
 import zlib
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import orjson
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
 from mesh.rpc import status
+from mesh.rpc.auditing import ADDRESS, Auditing
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import (
     INLINE_BYTES,
@@ -42,6 +43,7 @@ from services.infer.requests.request_memory import RequestPart
 from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
 from services.infer.rest.target import Target
 from services.infer.scheduling.crash_guard import ATTEMPT
+from shoal.access.audit import AUDITED
 from shoal.errors import (
     RETRY_AFTER_KEY,
     Code,
@@ -109,6 +111,8 @@ class RestTable(CallTable, Protocol):
     """The part of an application that a call uses."""
 
     tracer: FastTracer | None
+    auditing: Auditing | None
+    """Audits acts; None: there is no audit log."""
     json_turn: asyncio.Lock
     """Held while a large JSON document exists as Python objects."""
 
@@ -317,13 +321,22 @@ class RestCall:
         left = None if self.deadline == math.inf else max(self.deadline - clock(), 0.0)
         try:
             async with asyncio.timeout(left):
-                found = await self._app.operation(self.target)(self)
+                async with self._act():
+                    found = await self._app.operation(self.target)(self)
                 if isinstance(found, Reply):
                     await self._reply(found)
                 else:
                     await self._stream_events(found)
         except TimeoutError:
             raise DeadlineExceeded("the deadline of the call has passed") from None
+
+    def _act(self) -> AbstractAsyncContextManager[None]:
+        """Return a block that is audited, when the operation is an act."""
+        auditing, target = self._app.auditing, self.target
+        if auditing is None or target.rpc not in AUDITED:
+            return contextlib.nullcontext()
+        address = self.headers.get(ADDRESS.encode(), b"").decode("latin-1")
+        return auditing.act(target.rpc, self.headers.get(CALLER), address, target.model)
 
     async def _reply(self, reply: Reply) -> None:
         body, fields = reply.body, list(reply.fields)
