@@ -106,6 +106,11 @@ def _elements() -> bytes:
     return framed(tensor("text", "BYTES", [1, 4 * MIB], bytes(16 * MIB)))
 
 
+def _texts() -> bytes:
+    count = 250_000
+    return framed(tensor("text", "BYTES", [1, count], b"".join(b"\4\0\0\0%04d" % (n % 10_000) for n in range(count))))
+
+
 def _huge_shapes(connection: Connection) -> Script:
     shapes = ([1 << 31], [1, 1 << 31], [1 << 31, 1 << 31], [-1, 4], [1 << 62, 4], [0, 1 << 62], [1] * 10_000)
     bodies = [framed(tensor(model, "FP32", shape, bytes(16))) for shape in shapes for model in ("echo", "small")]
@@ -118,10 +123,10 @@ def _huge_shapes(connection: Connection) -> Script:
             yield from connection.call(block, body)
 
 
-def _classify() -> bytes:
+def _classify(classes: int) -> bytes:
     request = pb.ModelInferRequest(model_name="echo")
     request.inputs.add(name="x", datatype="FP32", shape=[1, MIB])
-    request.outputs.add(name="y").parameters["classification"].int64_param = MIB
+    request.outputs.add(name="y").parameters["classification"].int64_param = classes
     request.raw_input_contents.append(np.random.default_rng(1).random(MIB, np.float32).tobytes())
     return framed(bytes(request.SerializeToString()))
 
@@ -147,6 +152,8 @@ ATTACKS = (
     repeating("typed-floats", "4 M floats in fp32_contents", _typed),
     repeating("typed-bytes", "2 M empty elements in bytes_contents", _typed_elements),
     repeating("raw-bytes", "4 M empty elements of BYTES, raw", _elements),
+    repeating("raw-texts", "250,000 elements of BYTES, raw", _texts),
     Attack("huge-shapes", "shapes of up to 2^62 elements with 16 bytes of data", _huge_shapes),
-    repeating("classify", "classification of 1 M values", _classify, in_flight=2),
+    repeating("classify", "classification of 1 M values", lambda: _classify(MIB), in_flight=2),
+    repeating("classes", "the best 100,000 of 1 M values", lambda: _classify(100_000), in_flight=2),
 )

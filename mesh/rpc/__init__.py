@@ -10,6 +10,7 @@ slow_call     a call of any kind on the slow path
 task_methods  fast methods that are coroutine functions
 call_context  context of a slow call for its handler
 framing       messages in bodies; compression
-parsing       messages from bytes: bounds, and turns of the event loop
+parsing       messages from bytes, in bounds
+heavy_work    turns of work that would hold the event loop
 status        statuses, timeouts and metadata as headers
 """

@@ -34,6 +34,7 @@ from mesh.rpc.framing import (
     too_large,
     unread,
 )
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
@@ -56,6 +57,7 @@ class CallLimits(Protocol):
     clock: Callable[[], float]
     deadlines: Deadlines
     threads: MessageThreads
+    heavy: HeavyWork
     tracer: FastTracer | None
     """None: no spans are exported."""
 
@@ -226,7 +228,7 @@ class FastCall:
 
     def _start_thread(self, work: Callable[[], bytes]) -> None:
         """Do `work` on the body in a thread. Its result is then received as the whole body."""
-        begun = self._app.threads.start(self.headers.get(TENANT, b""), work, self._on_thread_end)
+        begun = self._app.threads.start(self.tenant, work, self._on_thread_end)
         self.on_end = begun.cancel
 
     def _on_thread_end(self, result: bytes | BaseException) -> None:
@@ -283,6 +285,16 @@ class FastCall:
         self.refuse(DeadlineExceeded("the deadline of the call has passed"))
         if on_end is not None:
             on_end()
+
+    @property
+    def heavy(self) -> HeavyWork:
+        """Turns for work on the call that would hold the event loop."""
+        return self._app.heavy
+
+    @property
+    def tenant(self) -> bytes:
+        """Tenant that the call names; empty without one."""
+        return self.headers.get(TENANT, b"")
 
     @property
     def traceparent(self) -> str:

@@ -17,9 +17,9 @@ from mesh.rpc.access import Access
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import no_memory
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.limits import MESSAGE_BYTES
 from mesh.rpc.message_threads import MessageThreads
-from mesh.rpc.parsing import ParseTurns
 from mesh.rpc.slow_call import SlowCall
 from shoal.errors import RETRY_AFTER_KEY, Code, ShoalError
 
@@ -63,14 +63,16 @@ class GrpcApp:
         clock: Callable[[], float] = time.monotonic,
         tracer: FastTracer | None = None,
         access: Access | None = None,
+        heavy: HeavyWork | None = None,
     ) -> None:
+        """`heavy` is the process's; None: only this application has heavy work."""
         self.methods = methods
         self._fast_methods = fast_methods
         self.message_bytes = message_bytes
         self.clock = clock
         self.deadlines = Deadlines(clock)
         self.threads = MessageThreads()
-        self.turns = ParseTurns()
+        self.heavy = HeavyWork() if heavy is None else heavy
         self.tracer = tracer
         self.access = access
         """Admits calls on the slow path. Fast methods admit their calls themselves."""
@@ -85,7 +87,9 @@ class GrpcApp:
         fast = self._fast_methods.get(head.path)
         if fast is not None and not stream.is_request_ended:
             headers = head.by_name
-            if headers.get(b"content-type") == b"application/grpc" and headers.get(b":method") == b"POST":
+            kind = headers.get(b"content-type")
+            is_grpc = kind == b"application/grpc" or kind == b"application/grpc+proto"
+            if is_grpc and headers.get(b":method") == b"POST":
                 try:
                     return FastCall(self, fast, stream)
                 # An invalid header: the slow path responds with the error.

@@ -83,9 +83,12 @@ class MessageThreads:
             self._submit(tenant, waiting.popleft())
         else:
             del self._waiting[tenant]
+        # An exception refers to the thread's frame, and so to `begun`: it must not lead to the call, which may keep the
+        # exception.
+        done, begun.done = begun.done, None
         try:
-            if begun.done is not None:
-                begun.done(result)
+            if done is not None:
+                done(result)
         except Exception:
             log.exception("a call failed after a thread had worked on its message")
 

@@ -1,9 +1,9 @@
 """Parse of requests, bounded before: protobuf holds the GIL while it parses, also in a thread.
 
-    message ──up to 4 KiB────────────────────────────────────────────────────────> protobuf
-            ──up to 128 KiB──────────────────────> turn: 128 KiB an iteration ──> protobuf
-            ──larger──> scan, in slices ──in bounds──> turn ─────────────────────> protobuf
-                                       └──> INVALID_ARGUMENT
+    message ──up to 4 KiB─────────────────────────────────────────> protobuf
+            ──up to 128 KiB──> turn (heavy_work) ─────────────────> protobuf
+            ──larger──> turns: scan, in slices ──in bounds──> turn ──> protobuf
+                                            └──> INVALID_ARGUMENT
 
 The scan walks the wire format (protobuf.dev, "Encoding"). It jumps over text, bytes and packed numbers, and ends when
 the rest has at most 128 KiB: a message with large tensors costs it a few steps. All bounds together keep a parse below
@@ -12,13 +12,13 @@ the rest has at most 128 KiB: a message with large tensors costs it a few steps.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Generic, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from mesh.rpc.heavy_work import HeavyWork, Steps
 from shoal.errors import InvalidArgument
 
 Q = TypeVar("Q")
@@ -28,7 +28,7 @@ TURN_BYTES = 4 << 10
 
 UNSCANNED_BYTES = 128 << 10
 """Messages of up to this size are not scanned. The costliest (a submessage with an entry of a map in each 4 bytes)
-takes 43 ns a byte to parse: 6 ms. So many bytes are parsed in one iteration of the event loop."""
+takes 43 ns a byte to parse: 6 ms."""
 
 MAX_FIELDS = 100_000
 """Submessages and other fields of a larger message, without `MAX_ELEMENTS`. The scan of so many takes 60 ms in 100
@@ -41,12 +41,8 @@ MAX_ELEMENTS = 300_000
 PACKED_BYTES = 2 << 20
 """Packed integers and booleans of a larger message: each byte may become 8. 2 MiB take 7 ms to parse, 4 MiB took 83."""
 
-# A slice of the scan takes 0.6 ms. Then the event loop has an iteration for others. The first slice is shorter: it is
-# the whole scan of a message of some large tensors, which waits for no other scan.
-_SLICE_FIELDS, _FIRST_FIELDS = 1_024, 64
-
-# Yielded by no scan.
-_END = object()
+# A slice of the scan takes 0.6 ms.
+_SLICE_FIELDS = 1_024
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -82,44 +78,23 @@ class Parser(Generic[Q]):
             raise _malformed(len(data) - start, err) from err
 
 
-class ParseTurns:
-    """Parses messages in turn, so that the event loop has iterations for others between them."""
+async def parse_in_turn(heavy: HeavyWork, tenant: bytes, parser: Parser[Q], data: bytes, start: int = 0) -> Q:
+    """Return the message that begins at `start` of `data`; a small one without a wait. The caller counts its memory.
 
-    def __init__(self) -> None:
-        self._parsed_bytes = 0
-        self._scan = asyncio.Lock()
-        self._turn = asyncio.Lock()
-
-    async def parse(self, parser: Parser[Q], data: bytes, start: int = 0) -> Q:
-        """Return the message that begins at `start` of `data`; mostly without a wait. The caller counts its memory.
-
-        Raises:
-            InvalidArgument: `data` is malformed, or out of bounds.
-        """
-        size = len(data)
-        if size > TURN_BYTES:
-            # Before its turn, a message is not even copied.
-            if size > UNSCANNED_BYTES and parser.message is not None:
-                slices = scan(data, parser.message, start)
-                if next(slices, _END) is not _END:
-                    async with self._scan:
-                        for _ in slices:
-                            await asyncio.sleep(0)
-            if self._turn.locked() or self._is_full(size):
-                async with self._turn:
-                    while self._is_full(size):  # noqa: ASYNC110 - the next iteration of the loop is no event.
-                        await asyncio.sleep(0)
-            if not self._parsed_bytes:
-                asyncio.get_running_loop().call_soon(self._begin_iteration)
-            self._parsed_bytes += size
+    Raises:
+        InvalidArgument: `data` is malformed, or out of bounds.
+    """
+    if len(data) <= TURN_BYTES:
         return parser(data, start)
+    return await heavy.run(tenant, _checked(parser, data, start))
 
-    def _is_full(self, size: int) -> bool:
-        # A larger message has an iteration of its own.
-        return self._parsed_bytes > 0 and self._parsed_bytes + size > UNSCANNED_BYTES
 
-    def _begin_iteration(self) -> None:
-        self._parsed_bytes = 0
+def _checked(parser: Parser[Q], data: bytes, start: int) -> Steps[Q]:
+    # Before its turn, a message is not even copied.
+    if len(data) > UNSCANNED_BYTES and parser.message is not None:
+        yield from scan(data, parser.message, start)
+        yield
+    return parser(data, start)
 
 
 class _Fields(dict[int, "Descriptor | None"]):
@@ -166,7 +141,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
             else:
                 tag, at = varint(data, at)
             count += 1
-            if count % _SLICE_FIELDS == _FIRST_FIELDS:
+            if not count % _SLICE_FIELDS:
                 yield
             if count > MAX_FIELDS:
                 raise _too_many(size_bytes, message, f"{MAX_FIELDS} fields and submessages", fields.message, tag)
@@ -206,7 +181,7 @@ def scan(data: bytes, message: Descriptor, start: int = 0) -> Iterator[None]:
                     break
                 left -= size
                 elements += 1
-                if elements % (4 * _SLICE_FIELDS) == _FIRST_FIELDS:
+                if not elements % (4 * _SLICE_FIELDS):
                     yield
                 if elements > MAX_ELEMENTS:
                     raise _too_many(size_bytes, message, f"{MAX_ELEMENTS} elements", fields.message, tag)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -32,7 +32,9 @@ from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
 from mesh.rpc.health import Health
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import Context, ServerInterceptor
+from mesh.rpc.parsing import Parser
 
 # A stream that has sent nothing for so long has nothing in flight: a drain ends it.
 _IDLE_STREAM_S = 0.25
@@ -55,6 +57,8 @@ class Rpc:
 
     descriptor: ServiceDescriptor
     add: Callable[[grpc.aio.Server], None]
+    parsers: Mapping[str, Parser[Any]] = field(default_factory=dict)
+    """Parsers of requests by the path of their method, instead of plain ones."""
 
 
 class Server:
@@ -74,6 +78,7 @@ class Server:
         auditing: audits the calls that are administrative acts; none of them is a fast method.
         http: returns the application of requests that are not gRPC, over HTTP/1.1 and HTTP/2; None: only gRPC.
         http_listen: a second address, for HTTP clients that get one of their own.
+        heavy: the process's turns for heavy work, if others use them, too.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -95,6 +100,7 @@ class Server:
         auditing: Auditing | None = None,
         http: Callable[[GrpcApp], Application] | None = None,
         http_listen: str | None = None,
+        heavy: HeavyWork | None = None,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -106,6 +112,7 @@ class Server:
         self._access = access
         self._http = http
         self._http_listen = http_listen
+        self._heavy = heavy
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
@@ -119,8 +126,9 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._set_health(is_serving=False)
+        tracer = FastTracer.of_process()
         self._app = GrpcApp(
-            self._method_table(), self._fast_methods, tracer=FastTracer.of_process(), access=self._access
+            self._method_table(), self._fast_methods, tracer=tracer, access=self._access, heavy=self._heavy
         )
         connect: Any = ServerConnection
         if self._http is not None:
@@ -152,6 +160,9 @@ class Server:
         # `enable_server_reflection` would treat the table as a server with threads.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), table)
         found: dict[str, Any] = table.by_path
+        for rpc in self._rpcs:
+            for path, parser in rpc.parsers.items():
+                found[path] = found[path]._replace(request_deserializer=parser)
         # Without `serves_health`, the server may have no health checks.
         if (check := found.get(_HEALTH_CHECK)) is not None:
             found[_HEALTH_CHECK] = self._with_stalls(check)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,9 +37,10 @@ from mesh.rpc.framing import (
     too_large,
     unread,
 )
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
-from mesh.rpc.parsing import Parser, ParseTurns
+from mesh.rpc.parsing import Parser, parse_in_turn
 from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
@@ -60,7 +61,7 @@ class CallTable(Protocol):
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
     threads: MessageThreads
-    turns: ParseTurns
+    heavy: HeavyWork
     tasks: set[asyncio.Task[None]]
     access: Access | None
     """None: every caller may call every method."""
@@ -78,6 +79,7 @@ class SlowCall:
         self._messages = _Messages(stream, app)
         self._response = _Response(stream, app.message_bytes)
         self._head = stream.head
+        self._tenant = stream.head.by_name.get(TENANT, b"")
         self._peer = stream.peer
         self._refusal: ShoalError | None = None
         task = asyncio.create_task(self._run(), name=stream.head.path)
@@ -157,12 +159,16 @@ class SlowCall:
             response.end(*context.status, context.trailing)
 
     async def _handle(self, handler: Any, context: CallContext) -> None:
-        app, messages, response = self._app, self._messages, self._response
-        parser = Parser(handler.request_deserializer)
+        messages, response = self._messages, self._response
+        parse = handler.request_deserializer
+        # Called with the bytes of a message.
+        parsed = partial(
+            parse_in_turn, self._app.heavy, self._tenant, parse if isinstance(parse, Parser) else Parser(parse)
+        )
         if handler.request_streaming:
-            request: Any = _parsed(messages, app.turns, parser)
+            request: Any = _parsed(messages, parsed)
         else:
-            request = await app.turns.parse(parser, await messages.only())
+            request = await parsed(await messages.only())
         kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
         behaviour = getattr(handler, kind)
         if not handler.response_streaming:
@@ -178,12 +184,12 @@ class SlowCall:
         response.end(*context.status, context.trailing)
 
 
-async def _parsed(messages: _Messages, turns: ParseTurns, parser: Parser[Any]) -> AsyncIterator[Any]:
+async def _parsed(messages: _Messages, parsed: Callable[[bytes], Awaitable[Any]]) -> AsyncIterator[Any]:
     while (message := await messages.next()) is not None:
         size = len(message)
         messages.hold(size)
         try:
-            request = await turns.parse(parser, message)
+            request = await parsed(message)
         finally:
             messages.release(size)
         yield request

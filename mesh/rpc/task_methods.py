@@ -16,7 +16,7 @@ from mesh.process.tasks import end
 from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import log_error
-from mesh.rpc.parsing import Parser, ParseTurns
+from mesh.rpc.parsing import Parser, parse_in_turn
 from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.
@@ -40,7 +40,6 @@ class TaskMethods:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turns = ParseTurns()
 
     async def __aenter__(self) -> TaskMethods:
         return self
@@ -58,11 +57,12 @@ class TaskMethods:
         `respond` is called with the request and the headers of its call.
         """
 
-        parser, turns = Parser(parse), self._turns
+        parser = Parser(parse)
 
         def handle(body: bytes, call: FastCall) -> None:
             async def answer() -> Message:
-                return await respond(await turns.parse(parser, body, PREFIX_BYTES), call.headers)
+                message = await parse_in_turn(call.heavy, call.tenant, parser, body, PREFIX_BYTES)
+                return await respond(message, call.headers)
 
             with call.span.current() if call.span is not None else _NO_SPAN:
                 task = asyncio.create_task(_reply(path, answer, call), name=path)

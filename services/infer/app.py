@@ -22,6 +22,7 @@ from mesh.rpc.access import Access
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import access_of, published
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.server import Rpc, Server
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
@@ -77,7 +78,9 @@ async def run(config: InferConfig) -> None:
         guard = CrashGuard(config.crash_journal.parent) if config.crash_journal else None
         # Of processes that share a port, only one would receive a load or unload: their models would differ.
         on_request = None if config.share_port else control
-        core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
+        heavy = HeavyWork()
+        replica = f"{config.node}/{config.instance}"
+        core = InferenceServer(models, replica, control=on_request, crash_guard=guard, heavy=heavy)
         watch = await stack.enter_async_context(access_of(config))
         access = await stack.enter_async_context(followed(config.policy)) if config.policy is not None else None
         if watch is not None:
@@ -95,6 +98,7 @@ async def run(config: InferConfig) -> None:
             auditing=auditing,
             http=partial(RestApp, core, auditing=auditing),
             http_listen=config.http_listen,
+            heavy=heavy,
         )
         inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from mesh.rpc.call_context import RequestMemory
+from mesh.rpc.heavy_work import HeavyWork
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.other_models import StepVersion
@@ -21,6 +22,7 @@ from services.infer.error_text import quoted
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
+from services.infer.offload import in_turns
 from services.infer.requests import parameters
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import (
@@ -29,8 +31,8 @@ from services.infer.requests.request import (
     held_bytes,
     is_long_read,
     read,
-    read_async,
     read_bytes,
+    read_steps,
 )
 from services.infer.requests.request_memory import UNCOUNTED
 from services.infer.requests.response import explain, write_response_async
@@ -63,6 +65,7 @@ class InferenceServer:
         clock: Callable[[], float] = time.monotonic,
         control: Control | None = None,
         crash_guard: CrashGuard | None = None,
+        heavy: HeavyWork | None = None,
     ) -> None:
         """Serve `models`.
 
@@ -70,11 +73,14 @@ class InferenceServer:
             clock: seconds; deadlines are on this clock.
             control: loads and unloads models on request; without it, such requests are rejected.
             crash_guard: rejects retries of a poison request.
+            heavy: the process's turns for heavy work, if others use them, too.
         """
         self.models = models
         """The served models, also for the fast path."""
         self._control = control
         self._crash_guard = crash_guard
+        self.heavy = HeavyWork() if heavy is None else heavy
+        """Turns for requests and responses that would hold the event loop."""
         self._replica = replica
         self._clock = clock
 
@@ -246,6 +252,8 @@ class InferenceServer:
             response = await write_response_async(
                 result,
                 request,
+                self.heavy,
+                tenant,
                 model=version.name,
                 version=version.number,
                 id=message.id,
@@ -270,7 +278,7 @@ class InferenceServer:
                 message, version, version.arrival_order, deadline, tenant, is_retry, inner_call
             )
             return request, result, CacheState.OFF
-        request = await self._read(message, version, is_retry, inner_call)
+        request = await self._read(message, version, tenant, is_retry, inner_call)
         request.memory = memory
         if version.response_cache is None:
             return request, await version.scheduler.submit(request, deadline, tenant), CacheState.OFF
@@ -278,14 +286,18 @@ class InferenceServer:
         return request, result, cache
 
     async def _read(
-        self, message: pb.ModelInferRequest, version: Version, is_retry: bool, inner_call: object
+        self, message: pb.ModelInferRequest, version: Version, tenant: str, is_retry: bool, inner_call: object
     ) -> InferenceRequest:
-        request = await read_async(message, version.loaded.model.signature)
+        request = await self._read_in_turns(message, version, tenant)
         if inner_call is not None:
             request = replace(request, parameters=replace(request.parameters, inner_call=inner_call))
         if is_retry and self._crash_guard is not None:
             request = replace(await self._crash_guard.checked(version.name, request), check=self._crash_guard.checked)
         return request
+
+    async def _read_in_turns(self, message: pb.ModelInferRequest, version: Version, tenant: str) -> InferenceRequest:
+        steps = read_steps(message, version.loaded.model.signature)
+        return await in_turns(self.heavy, tenant, steps, is_long=is_long_read(message))
 
     async def _step(
         self,
@@ -305,7 +317,7 @@ class InferenceServer:
             request = read(message, version.loaded.model.signature)
             return request, await scheduler.submit(request, deadline, tenant)
         async with order.in_order(id):
-            request = await self._read(message, version, is_retry, inner_call)
+            request = await self._read(message, version, tenant, is_retry, inner_call)
             waiter = Waiter(asyncio.get_running_loop().create_future())
             ticket = scheduler.start(request, deadline, tenant, waiter)
         return request, await outcome_of(scheduler, ticket, waiter)
@@ -328,10 +340,10 @@ class InferenceServer:
             try:
                 check_counts(message)
                 memory.hold(read_bytes(message, message_bytes))
-                request = await read_async(message, version.loaded.model.signature)
+                request = await self._read_in_turns(message, version, tenant)
                 request.memory = memory
                 async with aclosing(
-                    decoupled_responses.responses(version, request, message, deadline, tenant)
+                    decoupled_responses.responses(version, request, message, self.heavy, deadline, tenant)
                 ) as responses:
                     async for response in responses:
                         yield response

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from mesh.rpc.heavy_work import HeavyWork
 from services.infer.models.version import Version
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.requests.response import write_response
+from services.infer.requests.response import write_response_async
 from services.infer.scheduling.decoupled import Response
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -20,7 +21,12 @@ WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
 
 
 async def responses(
-    version: Version, request: InferenceRequest, message: pb.ModelInferRequest, deadline: float, tenant: str
+    version: Version,
+    request: InferenceRequest,
+    message: pb.ModelInferRequest,
+    heavy: HeavyWork,
+    deadline: float,
+    tenant: str,
 ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
     """Yield the response messages of one request; the model's own errors are yielded, too.
 
@@ -33,11 +39,11 @@ async def responses(
             if response.error is not None:
                 yield response.error
             elif wants_empty or not response.is_empty:
-                yield _response_message(response, version, request, message.id)
+                yield await _response_message(response, version, request, heavy, tenant, message.id)
 
 
-def _response_message(
-    response: Response, version: Version, request: InferenceRequest, id: str
+async def _response_message(
+    response: Response, version: Version, request: InferenceRequest, heavy: HeavyWork, tenant: str, id: str
 ) -> pb.ModelInferResponse:
     if response.is_empty:
         # As in Triton, an empty response has no version.
@@ -45,6 +51,8 @@ def _response_message(
     else:
         batched = version.loaded.model.signature.max_batch_size > 0
         result = InferenceResult(response.outputs, ExecutionTimes())
-        message = write_response(result, request, model=version.name, version=version.number, id=id, batched=batched)
+        message = await write_response_async(
+            result, request, heavy, tenant, model=version.name, version=version.number, id=id, batched=batched
+        )
     message.parameters[FINAL].bool_param = response.is_final
     return message

@@ -22,6 +22,7 @@ from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.fast_path.large_request import PARSER
 from services.infer.models.trials import Trials
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access import rpc_groups
@@ -174,7 +175,8 @@ def inference_rpc(server: InferenceServer, access: Access | None = None) -> Rpc:
     def add(to: grpc.aio.Server) -> None:
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server, access), to)
 
-    return Rpc(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"], add)
+    parsers = {rpc_groups.MODEL_INFER: PARSER, rpc_groups.MODEL_STREAM_INFER: PARSER}
+    return Rpc(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"], add, parsers)
 
 
 class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):

@@ -10,7 +10,7 @@ from functools import partial
 
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.parsing import TURN_BYTES, Parser, ParseTurns
+from mesh.rpc.parsing import TURN_BYTES, Parser, parse_in_turn
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
@@ -26,7 +26,6 @@ class FastSubmit:
     def __init__(self, intake: Intake, scopes: Scopes) -> None:
         self._intake = intake
         self._scopes = scopes
-        self._turns = ParseTurns()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, body: bytes, call: FastCall) -> None:
@@ -40,7 +39,7 @@ class FastSubmit:
 
     async def _begin_in_turn(self, body: bytes, call: FastCall) -> None:
         try:
-            self._begin(await self._turns.parse(_PARSER, body, PREFIX_BYTES), call)
+            self._begin(await parse_in_turn(call.heavy, call.tenant, _PARSER, body, PREFIX_BYTES), call)
         except asyncio.CancelledError:
             call.refuse(_stopping())
             raise

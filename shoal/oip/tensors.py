@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Error: TypeAlias = Callable[[str], Exception]
+R = TypeVar("R")
 
 # No message can carry so many elements. A larger shape would overflow NumPy, even when a dimension of 0 makes the
 # tensor empty.
@@ -45,6 +46,9 @@ _LENGTH = struct.Struct("<I")
 
 # Smaller integers travel as 32-bit ones.
 _WIRE_DTYPES = {"int_contents": np.dtype("<i4"), "uint_contents": np.dtype("<u4")}
+
+# BYTES elements between two yields of a function that works in steps: 0.5 ms.
+_STEP_ELEMENTS = 2_048
 
 # Iterating over so few elements takes less than the 5 us that NumPy needs to find the buffer of a protobuf field.
 _FEW_ELEMENTS = 64
@@ -154,13 +158,38 @@ def _check_range(array: Array, datatype: Datatype, what: str, error: Error) -> N
             raise error(f"{what}: {value} is not a {datatype.name} ({limits.min} to {limits.max})")
 
 
+def completed(steps: Generator[Any, None, R]) -> R:
+    """Return the result of work that yields after each step, or yields a function to be called before the next one.
+
+    Raises what a step or such a function raises.
+    """
+    try:
+        while True:
+            if (asked := next(steps)) is not None:
+                asked()
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
 def to_raw(array: Array, datatype: Datatype) -> bytes:
     """Return the raw contents of `array`, which has the NumPy type of `datatype`: one copy.
 
     Raises:
         TypeError: an element of a BYTES tensor is neither text nor bytes.
     """
-    return pack_bytes(array.reshape(-1).tolist()) if datatype.is_bytes else array.tobytes()
+    return completed(to_raw_steps(array, datatype))
+
+
+def to_raw_steps(array: Array, datatype: Datatype) -> Generator[None, None, bytes]:
+    """Return the raw contents as `to_raw` does; of BYTES in steps."""
+    if not datatype.is_bytes:
+        return array.tobytes()
+    elements, packed = array.reshape(-1), []
+    for at in range(0, elements.size, _STEP_ELEMENTS):
+        packed.append(pack_bytes(elements[at : at + _STEP_ELEMENTS].tolist()))
+        yield
+    return b"".join(packed)
 
 
 def pack_bytes(elements: Iterable[Any]) -> bytes:
@@ -198,6 +227,13 @@ def split_bytes(raw: bytes | memoryview, elements: int, what: str, error: Error)
     Raises:
         error: `raw` is not exactly so many elements.
     """
+    return completed(split_bytes_steps(raw, elements, what, error))
+
+
+def split_bytes_steps(
+    raw: bytes | memoryview, elements: int, what: str, error: Error
+) -> Generator[None, None, list[bytes]]:
+    """Return the BYTES elements as `split_bytes` does, in steps."""
     # Every element has a length of 4 bytes: this bounds the work by the bytes that were sent.
     if elements * _LENGTH.size > len(raw):
         raise error(
@@ -209,16 +245,18 @@ def split_bytes(raw: bytes | memoryview, elements: int, what: str, error: Error)
     unpack = _LENGTH.unpack_from
     # One by one: a view takes four times the memory of a short element.
     is_view = not isinstance(raw, bytes)
-    for index in range(elements):
-        start = at + 4
-        if start > end:
-            raise error(f"{what}: element {index} of {elements} has no length: the data ends at byte {end}")
-        (size,) = unpack(raw, at)
-        at = start + size
-        if at > end:
-            raise error(f"{what}: element {index} says it has {size} bytes, but {end - start} are left")
-        part = raw[start:at]
-        parts.append(bytes(part) if is_view else part)
+    for first in range(0, elements, _STEP_ELEMENTS):
+        for index in range(first, min(first + _STEP_ELEMENTS, elements)):
+            start = at + 4
+            if start > end:
+                raise error(f"{what}: element {index} of {elements} has no length: the data ends at byte {end}")
+            (size,) = unpack(raw, at)
+            at = start + size
+            if at > end:
+                raise error(f"{what}: element {index} says it has {size} bytes, but {end - start} are left")
+            part = raw[start:at]
+            parts.append(bytes(part) if is_view else part)
+        yield
     if at != end:
         raise error(f"{what}: byte size mismatch: {end - at} bytes are left after {elements} BYTES elements")
     return parts

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from mesh.rpc.framing import framed
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.tenant_scope import Scopes, TenantScope
 from services.ingest.fast_submit import FastSubmit
 from services.ingest.intake.intake import Accepted, Intake
@@ -33,10 +34,12 @@ class Call:
 
     traceparent = ""
     headers: ClassVar[dict[bytes, bytes]] = {}
+    tenant = b""
 
     def __init__(self) -> None:
         self.on_end: Callable[[], object] = lambda: None
         self.error: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.heavy = HeavyWork()
 
     def refuse(self, error: BaseException) -> None:
         if not self.error.done():

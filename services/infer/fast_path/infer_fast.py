@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 from mesh.rpc.access import Access
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.parsing import ParseTurns
+from mesh.rpc.parsing import parse_in_turn
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
-from services.infer.fast_path.large_request import RequestParser, shared_bytes
+from services.infer.fast_path.large_request import PARSER, shared_bytes
 from services.infer.fast_path.template import ID, NAME, VERSION, ModelTemplates, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
@@ -33,8 +33,6 @@ from shoal.tenant_header import TENANT_HEADER
 log = logging.getLogger(__name__)
 
 _TENANT, _ATTEMPT, _CALLER = TENANT_HEADER.encode(), ATTEMPT.encode(), CALLER_HEADER.encode()
-
-_PARSER = RequestParser()
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
@@ -73,7 +71,6 @@ class FastInfer:
         self._by_name: dict[bytes, ModelTemplates] = {}
         self._learnt_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turns = ParseTurns()
 
     def __call__(self, body: bytes, exchange: Exchange) -> None:
         is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
@@ -128,13 +125,14 @@ class FastInfer:
         try:
             # The message is a copy.
             exchange.hold(len(body))
-            message = await self._turns.parse(_PARSER, body, PREFIX_BYTES)
+            named = exchange.headers.get(_TENANT, b"")
+            message = await parse_in_turn(self._server.heavy, named, PARSER, body, PREFIX_BYTES)
             if shared := shared_bytes(message):
                 exchange.release(shared)
             caller = None
             if self._access is not None:
                 caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
-            tenant = exchange.headers.get(_TENANT, b"").decode("latin-1") if caller is None else caller.tenant
+            tenant = named.decode("latin-1") if caller is None else caller.tenant
             response = await self._server.infer(
                 message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
             )

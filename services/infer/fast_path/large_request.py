@@ -53,6 +53,9 @@ class RequestParser(Parser[pb.ModelInferRequest]):
         return cast("pb.ModelInferRequest", LargeRequest(message, raw)) if raw else message
 
 
+PARSER = RequestParser()
+
+
 def cut(body: bytes, start: int) -> tuple[bytes, list[memoryview]]:
     """Return the message that begins at `start` without its raw contents, and the raw contents.
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from mesh.rpc.call_context import RequestMemory
+from mesh.rpc.heavy_work import Steps
+from mesh.rpc.parsing import MAX_ELEMENTS
 from services.infer.error_text import listed, quoted
-from services.infer.offload import offload_if_long
 from services.infer.requests import parameters, tensors
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value, arrays
@@ -19,12 +20,10 @@ from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.oip.tensors import MAX_DIMS, count_elements, shape_text
+from shoal.oip.tensors import MAX_DIMS, completed, count_elements, shape_text
 
-# Beyond these, reading a request takes about a millisecond, and is offloaded to a thread.
-# Raw numbers: one copy of memory.
-_MANY_ELEMENTS = 1 << 20
-# Typed contents and BYTES: Python objects, one by one.
+# Beyond these, reading a request takes about a millisecond, and waits for its turns. Typed contents are copied, and
+# BYTES become Python objects, one by one. Raw numbers of any size are views of the message.
 _FEW_ELEMENTS = 1 << 13
 _MANY_INPUTS = 256
 
@@ -112,34 +111,48 @@ def read(message: pb.ModelInferRequest, signature: Signature) -> InferenceReques
         InvalidArgument: names the tensor or parameter, what was expected and what was sent.
         Unimplemented: the message refers to shared memory.
     """
+    return completed(read_steps(message, signature))
+
+
+def read_steps(message: pb.ModelInferRequest, signature: Signature) -> Steps[InferenceRequest]:
+    """Return the request as `read` does, in steps: each takes a few milliseconds at most."""
     model = message.model_name
     given = parameters.read(message.parameters)
-    specs = [_spec(tensor, signature, model) for tensor in message.inputs]
+    specs = []
+    for tensor in message.inputs:
+        specs.append(_spec(tensor, signature, model))
+        yield
     _check_complete([spec.name for spec in specs], signature, model)
     rows = _rows(message.inputs, specs, signature.max_batch_size, model)
-    inputs = dict(zip((spec.name for spec in specs), _data(message, specs, signature.text), strict=True))
+    _check_elements(message)
+    data = yield from _data(message, specs, signature.text)
+    inputs = dict(zip((spec.name for spec in specs), data, strict=True))
     outputs = _outputs(message.outputs, signature, model)
-    size = sum(tensors.size_bytes(t) for t in inputs.values())
+    size = sum(tensors.size_bytes(t) for t in data)
     key = key_of(inputs, outputs, signature)
     return InferenceRequest(inputs, outputs, rows, size, key, given, message)
 
 
-async def read_async(message: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
-    """Read a message as `read` does, on a thread when reading would block the event loop."""
-    return await offload_if_long(lambda: read(message, signature), is_long_read(message))
-
-
 def is_long_read(message: pb.ModelInferRequest) -> bool:
     """Return True when reading would block the event loop; decided from the shapes, which are cheap to read."""
-    if len(message.inputs) > _MANY_INPUTS:
-        return True
-    by_element = not message.raw_input_contents
-    for tensor in message.inputs:
-        limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
-        # More dimensions are rejected unread, and their product would be a number of any length.
-        if len(tensor.shape) <= MAX_DIMS and math.prod(tensor.shape) > limit:
-            return True
-    return False
+    is_typed = not message.raw_input_contents
+    return len(message.inputs) > _MANY_INPUTS or any(
+        _elements(tensor) > _FEW_ELEMENTS for tensor in message.inputs if is_typed or tensor.datatype == "BYTES"
+    )
+
+
+def _elements(tensor: pb.ModelInferRequest.InferInputTensor) -> int:
+    # More dimensions are rejected unread, and their product would be a number of any length.
+    return math.prod(tensor.shape) if len(tensor.shape) <= MAX_DIMS else 0
+
+
+def _check_elements(message: pb.ModelInferRequest) -> None:
+    """Raise InvalidArgument for too many elements of BYTES: a runtime makes its strings of them without a pause."""
+    if sum(_elements(tensor) for tensor in message.inputs if tensor.datatype == "BYTES") > MAX_ELEMENTS:
+        raise InvalidArgument(
+            f"inputs: a request for model '{message.model_name}' has more than {MAX_ELEMENTS} elements of BYTES: "
+            "send fewer at a time"
+        )
 
 
 # Memory of an element of BYTES beside its characters: a Python object, and its place in an array.
@@ -148,11 +161,7 @@ _ELEMENT_BYTES = 56
 
 def read_bytes(message: pb.ModelInferRequest, message_bytes: int) -> int:
     """Return the most memory that the tensors of a message of `message_bytes` take beside the message."""
-    elements = sum(
-        math.prod(tensor.shape)
-        for tensor in message.inputs
-        if tensor.datatype == "BYTES" and 0 < len(tensor.shape) <= MAX_DIMS
-    )
+    elements = sum(_elements(tensor) for tensor in message.inputs if tensor.datatype == "BYTES" and tensor.shape)
     # An element takes at least two bytes of the message: a tag and a length.
     return message_bytes + _ELEMENT_BYTES * max(min(elements, message_bytes // 2), 0)
 
@@ -232,8 +241,9 @@ def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], max_rows: int, mode
     return rows
 
 
-def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> list[Tensor]:
+def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> Steps[list[Tensor]]:
     raw, model = message.raw_input_contents, message.model_name
+    read: list[Tensor] = []
     if raw:
         for tensor in message.inputs:
             if tensor.HasField("contents") and tensor.contents.ListFields():
@@ -245,18 +255,18 @@ def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool
                 f"expected {len(specs)} raw_input_contents, one for each input of model '{model}' "
                 f"({listed(spec.name for spec in specs)}), got {len(raw)}"
             )
-        return [
-            tensors.from_raw(data, spec.datatype, tensor.shape, _input(spec.name, model), text=text)
-            for data, spec, tensor in zip(raw, specs, message.inputs, strict=True)
-        ]
-    return [_typed(tensor, spec, model, text) for tensor, spec in zip(message.inputs, specs, strict=True)]
-
-
-def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: str, text: bool) -> Tensor:
-    what = _input(spec.name, model)
-    if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
-        raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
-    return tensors.from_contents(tensor.contents, spec.datatype, tensor.shape, what, text=text)
+        for data, spec, tensor in zip(raw, specs, message.inputs, strict=True):
+            what = _input(spec.name, model)
+            read.append((yield from tensors.from_raw_steps(data, spec.datatype, tensor.shape, what, text=text)))
+            yield
+        return read
+    for tensor, spec in zip(message.inputs, specs, strict=True):
+        what = _input(spec.name, model)
+        if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
+            raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
+        steps = tensors.from_contents_steps(tensor.contents, spec.datatype, tensor.shape, what, text=text)
+        read.append((yield from steps))
+    return read
 
 
 def _outputs(requested: Sequence[Any], signature: Signature, model: str) -> tuple[WantedOutput, ...]:

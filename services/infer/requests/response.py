@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from services.infer.offload import offload_if_long
+from mesh.rpc.heavy_work import HeavyWork, Steps
+from services.infer.offload import in_turns
 from services.infer.requests import ragged
 from services.infer.requests.classification import classify
 from services.infer.requests.outcome import InferenceResult, StepTimes
@@ -12,9 +13,9 @@ from services.infer.requests.ragged import Value
 from services.infer.requests.request import InferenceRequest, WantedOutput
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
-from shoal.oip.tensors import to_raw
+from shoal.oip.tensors import to_raw_steps
 
-# Beyond these, writing a response takes about a millisecond, and is offloaded to a thread.
+# Beyond these, writing a response takes about a millisecond, and waits for its turns.
 _LARGE_BYTES = 4 << 20
 # BYTES and classes: Python objects, one by one.
 _FEW_ELEMENTS = 1 << 13
@@ -22,26 +23,32 @@ _FEW_ELEMENTS = 1 << 13
 
 def write_response(
     result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
-) -> pb.ModelInferResponse:
-    """Return the response message: outputs in the order of the request, all raw.
+) -> Steps[pb.ModelInferResponse]:
+    """Return the response message, in steps: outputs in the order of the request, all raw.
 
     Raises:
         InvalidArgument: the rows of a ragged output differ in shape, so that no tensor can carry them.
     """
     response = pb.ModelInferResponse(model_name=model, model_version=str(version), id=id)
     for requested, output in zip(request.outputs, result.outputs, strict=True):
-        _add(response, requested, output, batched=batched)
+        yield from _add(response, requested, output, batched=batched)
     return response
 
 
 async def write_response_async(
-    result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
+    result: InferenceResult,
+    request: InferenceRequest,
+    heavy: HeavyWork,
+    tenant: str,
+    *,
+    model: str,
+    version: int,
+    id: str,
+    batched: bool,
 ) -> pb.ModelInferResponse:
-    """Write a response as `write_response` does, on a thread when writing would block the event loop."""
-    return await offload_if_long(
-        lambda: write_response(result, request, model=model, version=version, id=id, batched=batched),
-        _is_long_write(result, request),
-    )
+    """Write a response as `write_response` does, in the turns of its tenant when it would block the event loop."""
+    steps = write_response(result, request, model=model, version=version, id=id, batched=batched)
+    return await in_turns(heavy, tenant, steps, is_long=_is_long_write(result, request))
 
 
 def _is_long_write(result: InferenceResult, request: InferenceRequest) -> bool:
@@ -51,13 +58,17 @@ def _is_long_write(result: InferenceResult, request: InferenceRequest) -> bool:
     return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES
 
 
-def _add(response: pb.ModelInferResponse, requested: WantedOutput, value: Value, *, batched: bool) -> None:
+def _add(response: pb.ModelInferResponse, requested: WantedOutput, value: Value, *, batched: bool) -> Steps[None]:
     datatype = requested.spec.datatype
     output = ragged.dense(value, requested.spec, "inference output")
     if requested.classes:
-        output, datatype = classify(output, requested.spec, requested.classes, batched=batched), BY_NAME["BYTES"]
+        output = yield from classify(output, requested.spec, requested.classes, batched=batched)
+        datatype = BY_NAME["BYTES"]
     response.outputs.add(name=requested.spec.name, datatype=datatype.name, shape=output.shape)
-    response.raw_output_contents.append(to_raw(output, datatype))
+    raw = yield from to_raw_steps(output, datatype)
+    yield
+    response.raw_output_contents.append(raw)
+    yield
 
 
 def explain(response: pb.ModelInferResponse, result: InferenceResult, replica: str, cache: str) -> None:

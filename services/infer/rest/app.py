@@ -21,14 +21,14 @@ from shoal.errors import ShoalError
 
 
 class RestApp:
-    """Serves `server` beside `grpc`, whose limits, threads, turns and access it shares."""
+    """Serves `server` beside `grpc`, whose limits, threads, heavy work and access it shares."""
 
     def __init__(self, server: InferenceServer, grpc: GrpcApp, auditing: Auditing | None = None) -> None:
         self.methods = grpc.methods
         self.message_bytes = grpc.message_bytes
         self.clock = grpc.clock
         self.threads = grpc.threads
-        self.turns = grpc.turns
+        self.heavy = grpc.heavy
         self.tasks = grpc.tasks
         self.access = grpc.access
         self.tracer = grpc.tracer

@@ -38,6 +38,7 @@ from mesh.rpc.framing import (
     unread,
 )
 from mesh.rpc.interceptors import log_error, status_of
+from mesh.rpc.parsing import parse_in_turn
 from mesh.rpc.slow_call import CALLER, CallTable
 from services.infer.requests.request_memory import RequestPart
 from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
@@ -275,7 +276,7 @@ class RestCall:
             part = RequestPart(self)
             part.hold(size if len(text) > SMALL_BODY else 0)
             try:
-                yield await self._app.turns.parse(PARSER, text)
+                yield await parse_in_turn(self._app.heavy, self.headers.get(TENANT, b""), PARSER, text)
             finally:
                 part.close()
 

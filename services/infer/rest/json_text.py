@@ -35,7 +35,7 @@ _NOT_FINITE = (b"NaN", b"Infinity")
 
 
 class JsonParser(Parser[Any]):
-    """Parses JSON, for `mesh.rpc.parsing.ParseTurns`. NaN, Infinity and -Infinity are numbers, as in Triton."""
+    """Parses JSON, for `mesh.rpc.parsing.parse_in_turn`. NaN, Infinity and -Infinity are numbers, as in Triton."""
 
     def __init__(self) -> None:
         super().__init__(orjson.loads)

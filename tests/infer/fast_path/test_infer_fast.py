@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from services.infer import core
 from services.infer.core import InferenceServer
-from services.infer.fast_path import template
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.fast_path.large_request import RequestParser, shared_bytes
 from services.infer.models.load_context import LoadContext
@@ -220,9 +220,9 @@ def test_each_text_message_is_read_once(folder, monkeypatch):
         seen.append(asked.id)
         return whole(asked, signature)
 
-    whole = reading.read
-    monkeypatch.setattr(reading, "read", read)
-    monkeypatch.setattr(template, "read", read)
+    whole = reading.read_steps
+    monkeypatch.setattr(core, "read_steps", read)
+    monkeypatch.setattr(reading, "read_steps", read)
 
     async def work(server):
         for n in range(3):

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.infer import core as infer_core
+from services.infer.models.version import Version
 from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import Repository, output
@@ -64,15 +64,15 @@ async def test_a_step_does_not_wait_for_another_tenants_sequence_with_its_id(
 ):
     models_folder.put("m", summing(), config=CONFIG)
     served = await serve(models_folder.root)
-    read_async, reading, may_end = infer_core.read_async, asyncio.Event(), asyncio.Event()
+    read_in_turns, reading, may_end = served.core._read_in_turns, asyncio.Event(), asyncio.Event()
 
-    async def read_slowly(message: pb.ModelInferRequest, signature: object) -> object:
+    async def read_slowly(message: pb.ModelInferRequest, version: Version, tenant: str) -> object:
         if message.id == "slow":
             reading.set()
             await may_end.wait()
-        return await read_async(message, signature)
+        return await read_in_turns(message, version, tenant)
 
-    monkeypatch.setattr(infer_core, "read_async", read_slowly)
+    monkeypatch.setattr(served.core, "_read_in_turns", read_slowly)
     slow = step(1, LONG, start=True)
     slow.id = "slow"
     first = asyncio.create_task(served.core.infer(slow, tenant="acme"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.rpc import parsing
-from mesh.rpc.parsing import MAX_ELEMENTS, MAX_FIELDS, PACKED_BYTES, UNSCANNED_BYTES, Parser, ParseTurns, scan
+from mesh.rpc.heavy_work import HeavyWork
+from mesh.rpc.parsing import MAX_ELEMENTS, MAX_FIELDS, PACKED_BYTES, UNSCANNED_BYTES, Parser, parse_in_turn, scan
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -146,59 +148,45 @@ async def iterations_until(done: asyncio.Future[object]) -> int:
     return count
 
 
+def parsed(heavy: HeavyWork, data: bytes, tenant: bytes = b"") -> asyncio.Future[pb.ModelInferRequest]:
+    return asyncio.ensure_future(parse_in_turn(heavy, tenant, PARSER, data))
+
+
 async def test_a_large_message_leaves_iterations_of_the_loop_to_others() -> None:
-    data = NAME + field(5, field(1, b"x")) * 40_000
-    parsed = asyncio.ensure_future(ParseTurns().parse(PARSER, data))
-    assert await iterations_until(parsed) > 50
-    assert len((await parsed).inputs) == 40_000
-
-
-async def test_one_iteration_of_the_loop_parses_a_bounded_number_of_bytes() -> None:
-    data = NAME + b"\x2a\x00" * 20_000
-    order: list[int] = []
-    iteration = 0
-    turns = ParseTurns()
-
-    async def one() -> None:
-        await turns.parse(PARSER, data)
-        order.append(iteration)
-
-    parses = asyncio.gather(*(one() for _ in range(20)))
-    while not parses.done():
-        await asyncio.sleep(0)
-        iteration += 1
-    assert len(order) == 20
-    assert max(order.count(number) for number in order) * len(data) <= UNSCANNED_BYTES
+    # Each look at the clock takes a millisecond: a turn has two slices.
+    ticks = itertools.count()
+    heavy = HeavyWork(clock=lambda: next(ticks) / 1000)
+    done = parsed(heavy, NAME + field(5, field(1, b"x")) * 40_000)
+    assert await iterations_until(done) > 30
+    assert len((await done).inputs) == 40_000
 
 
 async def test_small_messages_do_not_wait_for_large_ones() -> None:
-    turns = ParseTurns()
-    large = [asyncio.ensure_future(turns.parse(PARSER, NAME + b"\x2a\x00" * 80_000)) for _ in range(3)]
+    heavy = HeavyWork()
+    large = [parsed(heavy, NAME + b"\x2a\x00" * 80_000) for _ in range(3)]
     await asyncio.sleep(0)
-    small = asyncio.ensure_future(turns.parse(PARSER, NAME))
+    small = parsed(heavy, NAME)
     assert await iterations_until(small) <= 2
     assert not large[0].done()
     await asyncio.gather(*large)
 
 
-async def test_a_message_of_large_tensors_does_not_wait_for_the_scan_of_another() -> None:
-    turns = ParseTurns()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        others = [group.create_task(turns.parse(PARSER, NAME + b"\x2a\x00" * 80_000)) for _ in range(3)]
+async def test_a_message_of_another_tenant_does_not_wait_for_the_scans_of_the_first() -> None:
+    heavy = HeavyWork()
+    async with asyncio.timeout(30):
+        others = [parsed(heavy, NAME + b"\x2a\x00" * 80_000) for _ in range(3)]
         await asyncio.sleep(0)
-        tensors = group.create_task(turns.parse(PARSER, NAME + field(5, field(1, b"x")) * 8 + field(7, bytes(4 << 20))))
-        await tensors
-        assert not any(other.done() for other in others)
+        await parsed(heavy, NAME + field(5, field(1, b"x")) * 8 + field(7, bytes(4 << 20)), b"another")
+        assert not others[1].done()
+        await asyncio.gather(*others)
 
 
-async def test_a_cancelled_message_gives_its_turn_back() -> None:
-    turns = ParseTurns()
-    data = NAME + b"\x2a\x00" * 80_000
-    parses = [asyncio.ensure_future(turns.parse(PARSER, data)) for _ in range(3)]
-    await asyncio.sleep(0)
-    for parsed in parses[:2]:
-        parsed.cancel()
-    assert len((await asyncio.wait_for(parses[2], 30)).inputs) == 80_000
+async def test_a_message_that_is_rejected_gives_its_turn_back() -> None:
+    heavy = HeavyWork()
+    rejected, accepted = (parsed(heavy, NAME + b"\x2a\x00" * count) for count in (200_000, 80_000))
+    with pytest.raises(InvalidArgument, match="more than"):
+        await rejected
+    assert len((await asyncio.wait_for(accepted, 30)).inputs) == 80_000
 
 
 def test_a_function_that_is_no_parse_of_a_message_has_no_bounds() -> None:
