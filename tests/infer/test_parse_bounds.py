@@ -12,8 +12,12 @@ import pytest
 from onnx import TensorProto
 
 from mesh.rpc.channel import connect
+from services.infer import core
+from services.infer.requests.request import read_steps
+from services.infer.requests.signature import Signature
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.tenant_header import TENANT_HEADER
 from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, Serving, floats, output, request
@@ -121,3 +125,67 @@ async def test_a_request_of_four_million_typed_numbers_is_served(served: Serving
     )
     response = await served.stub.ModelInfer(made)
     np.testing.assert_array_equal(output(response, "y").reshape(-1), values)
+
+
+async def test_small_calls_end_while_the_texts_of_another_tenant_wait(served: Serving, run_dir: Path) -> None:
+    texts = np.array([b"%04d" % (n % 10_000) for n in range(200_000)], object).reshape(1, -1)
+    costly, small = request("text", x=texts), request("double", x=floats([1, 2, 3, 4]))
+    ended: list[str] = []
+
+    async def call(
+        name: str, stub: inference_pb2_grpc.GRPCInferenceServiceAsyncStub, made: pb.ModelInferRequest
+    ) -> None:
+        await stub.ModelInfer(made, timeout=60, metadata=((TENANT_HEADER, name),))
+        ended.append(name)
+
+    async with connect(f"unix:{run_dir}/infer.sock") as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        await call("warm", stub, small)
+        flood = [asyncio.ensure_future(call("flood", served.stub, costly)) for _ in range(8)]
+        await until(lambda: bool(served.core.heavy._waiting))
+        for _ in range(20):
+            await call("bystander", stub, small)
+    # A small call waits for some turns of 2 ms. Those texts have a hundred turns each.
+    assert ended.count("flood") <= 4
+    for each in flood:
+        each.cancel()
+    await asyncio.wait(flood, timeout=30)
+    await until(lambda: not served.core.heavy._waiting)
+
+
+async def test_raw_texts_have_the_bound_of_typed_ones(served: Serving) -> None:
+    texts = np.array([b""] * 300_001, object).reshape(1, -1)
+    details = await rejection(served.stub.ModelInfer(request("text", x=texts)))
+    assert details == (
+        "inputs: a request for model 'text' has more than 300000 elements of BYTES: send fewer at a time"
+    )
+    response = await served.stub.ModelInfer(request("text", x=texts[:, 1:]))
+    assert response.outputs[0].shape == [1, 300_000]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_raw_contents_of_a_large_request_are_not_copied_on_the_slow_path(
+    served: Serving, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    read: list[object] = []
+
+    def watched(message: pb.ModelInferRequest, signature: Signature) -> object:
+        read.append(message.raw_input_contents)
+        return read_steps(message, signature)
+
+    monkeypatch.setattr(core, "read_steps", watched)
+    made = request("numbers", x=np.ones((1, 2 << 20), np.float32))
+    # A small response.
+    made.outputs.add(name="y").parameters["classification"].int64_param = 1
+    if is_stream:
+
+        async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+            yield made
+
+        async for responses in served.stub.ModelStreamInfer(requests()):
+            response = responses.infer_response
+    else:
+        response = await served.stub.ModelInfer(made)
+    assert output(response, "y").tolist() == [[b"1.000000:0"]]
+    ((contents,),) = read
+    assert isinstance(contents, memoryview)

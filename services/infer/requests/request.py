@@ -171,7 +171,7 @@ def held_bytes(values: Sequence[Value]) -> int:
     size = 0
     for value in values:
         for array in arrays(value):
-            size += tensors.size_bytes(array) + (_ELEMENT_BYTES * array.size if array.dtype == object else 0)
+            size += tensors.data_bytes(array) + (_ELEMENT_BYTES * array.size if array.dtype == object else 0)
     return size
 
 

@@ -43,4 +43,6 @@ def test_text_that_is_not_utf_8_is_rejected():
 
 def test_the_size_of_bytes_is_that_of_their_elements():
     assert tensors.size_bytes(np.zeros((2, 3), np.float32)) == 24
-    assert tensors.size_bytes(np.array([b"abc", b""], object)) == 2 * 8 + 3
+    assert tensors.data_bytes(np.array([b"abc", b""], object)) == 2 * 8 + 3
+    # A batch of 64 MiB has no more elements of BYTES than two requests.
+    assert tensors.size_bytes(np.array([b""] * 300_000, object)) * 2 > 64 << 20
