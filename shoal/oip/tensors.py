@@ -129,15 +129,11 @@ def from_contents(
     shape = tuple(shape)
     elements = count_elements(shape, what, error)
     filled = [field.name for field, _ in contents.ListFields()]
-    if not datatype.contents:
-        if filled or elements:
-            raise error(f"{what}: {datatype.name} has no typed contents: use raw contents")
+    if not datatype.contents and not filled and not elements:
         return np.empty(shape, datatype.dtype)
-    if wrong := [name for name in filled if name != datatype.contents]:
-        raise error(f"{what}: {datatype.name} belongs in {datatype.contents}, got {', '.join(wrong)}")
+    _check_field(filled, datatype, what, error)
     values = getattr(contents, datatype.contents)
-    if len(values) != elements:
-        raise error(f"{what}: shape {shape_text(shape)} has {elements} elements, {datatype.contents} has {len(values)}")
+    _check_count(len(values), elements, datatype, shape, what, error)
     if datatype.is_bytes:
         return object_array(list(values), shape)
     wire = _WIRE_DTYPES.get(datatype.contents, datatype.dtype)
@@ -146,6 +142,32 @@ def from_contents(
         return array.reshape(shape)
     _check_range(array, datatype, what, error)
     return array.astype(datatype.dtype).reshape(shape)
+
+
+def from_packed(
+    field: str, data: bytes | memoryview, datatype: Datatype, shape: Sequence[int], what: str, error: Error
+) -> Array:
+    """Return the tensor in typed contents, a view of `data`: the bytes of `field`, fp32_contents or fp64_contents.
+
+    Raises as `from_contents` does.
+    """
+    shape = tuple(shape)
+    elements = count_elements(shape, what, error)
+    _check_field([field], datatype, what, error)
+    _check_count(len(data) // datatype.dtype.itemsize, elements, datatype, shape, what, error)
+    return np.frombuffer(data, datatype.dtype).reshape(shape)
+
+
+def _check_field(filled: Sequence[str], datatype: Datatype, what: str, error: Error) -> None:
+    if not datatype.contents:
+        raise error(f"{what}: {datatype.name} has no typed contents: use raw contents")
+    if wrong := [name for name in filled if name != datatype.contents]:
+        raise error(f"{what}: {datatype.name} belongs in {datatype.contents}, got {', '.join(wrong)}")
+
+
+def _check_count(count: int, elements: int, datatype: Datatype, shape: Sequence[int], what: str, error: Error) -> None:
+    if count != elements:
+        raise error(f"{what}: shape {shape_text(shape)} has {elements} elements, {datatype.contents} has {count}")
 
 
 def _check_range(array: Array, datatype: Datatype, what: str, error: Error) -> None:

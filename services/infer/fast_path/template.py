@@ -163,8 +163,8 @@ def _slots(message: pb.ModelInferRequest, request: InferenceRequest) -> tuple[Sl
     slots = []
     for tensor in message.inputs:
         array = request.tensors[tensor.name]
-        tag_and_length = _tag_and_length(RAW_INPUT, array.nbytes)
-        slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, tag_and_length, array.nbytes))
+        before = tag_and_length(RAW_INPUT, array.nbytes)
+        slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, before, array.nbytes))
     return tuple(slots)
 
 
@@ -186,12 +186,12 @@ def _response_template(prefix: bytes, requested: Sequence[WantedOutput], outputs
             name=requested_output.spec.name, datatype=requested_output.spec.datatype.name, shape=output.shape
         )
     heads = response.SerializeToString()
-    raw = tuple(_tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
+    raw = tuple(tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
     size = len(prefix) + len(heads) + sum(map(len, raw)) + sum(output.nbytes for output in outputs)
     return ResponseTemplate(heads, raw, size)
 
 
-def _tag_and_length(tag: int, size: int) -> bytes:
+def tag_and_length(tag: int, size: int) -> bytes:
     """Return the tag and length of a field of `size` bytes."""
     out = bytearray([tag])
     while size > 127:

@@ -243,10 +243,12 @@ def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], max_rows: int, mode
 
 def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> Steps[list[Tensor]]:
     raw, model = message.raw_input_contents, message.model_name
+    # Of a large request: typed contents that are views of its body.
+    packed: Mapping[int, tuple[str, memoryview]] = getattr(message, "packed_contents", {})
     read: list[Tensor] = []
     if raw:
-        for tensor in message.inputs:
-            if tensor.HasField("contents") and tensor.contents.ListFields():
+        for n, tensor in enumerate(message.inputs):
+            if n in packed or (tensor.HasField("contents") and tensor.contents.ListFields()):
                 raise InvalidArgument(
                     f"{_input(tensor.name, model)} has both contents and raw_input_contents: expected one of them"
                 )
@@ -260,8 +262,12 @@ def _data(message: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool
             read.append((yield from tensors.from_raw_steps(data, spec.datatype, tensor.shape, what, text=text)))
             yield
         return read
-    for tensor, spec in zip(message.inputs, specs, strict=True):
+    for n, (tensor, spec) in enumerate(zip(message.inputs, specs, strict=True)):
         what = _input(spec.name, model)
+        if n in packed:
+            read.append(tensors.from_packed(*packed[n], spec.datatype, tensor.shape, what))
+            yield
+            continue
         if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
             raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
         steps = tensors.from_contents_steps(tensor.contents, spec.datatype, tensor.shape, what, text=text)

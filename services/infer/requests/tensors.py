@@ -90,6 +90,14 @@ def from_contents_steps(
     return (yield from _object_array(tensor.reshape(-1).tolist(), tensor.shape, what, text=True))
 
 
+def from_packed(field: str, data: memoryview, datatype: Datatype, shape: Sequence[int], what: str) -> Tensor:
+    """Return the tensor in typed contents of which only `field` is filled, with packed numbers: a view of `data`.
+
+    Raises as `from_contents` does.
+    """
+    return codec.from_packed(field, data, datatype, shape, what, InvalidArgument)
+
+
 def _object_array(elements: list[Any], shape: Sequence[int], what: str, *, text: bool) -> Steps[Tensor]:
     """Return the array of BYTES elements; `text`: as `str`."""
     array = np.empty(len(elements), object)

@@ -317,6 +317,14 @@ def test_numbers_are_views_of_the_request(folder):
     both_ways(folder, work)
 
 
+def typed_input(*contents: bytes, name: bytes = b"\x0a\x01x", is_first: bool = False) -> bytes:
+    """Return a request for `double` with an input [1, 4] of FP32, whose contents are given in their wire form."""
+    fields = [name, b"\x12\x04FP32", b"\x1a\x02\x01\x04"]
+    fields[0 if is_first else 3 : 0] = [bytes([0x2A, len(each)]) + each for each in contents]
+    made = b"".join(fields)
+    return b"\x0a\x06double\x2a" + bytes([len(made)]) + made
+
+
 def bodies() -> dict[str, bytes]:
     """Requests of many forms, good and bad."""
     plain, two, asked = request(), request("two", 3, inputs=("a", "b")), request(id="x" * 200)
@@ -334,6 +342,21 @@ def bodies() -> dict[str, bytes]:
         name: made.SerializeToString() for name, made in {**good, "both": both, "many": many, "wrong": wrong}.items()
     }
     data = found["two"]
+    numbers = b"\x32\x10" + struct.pack("<4f", 1, 2, 3, 4)
+    found |= {
+        "packed": typed_input(numbers),
+        "packed, before other fields": typed_input(numbers, is_first=True),
+        "packed, and a second input": typed_input(numbers) + typed_input(numbers, name=b"")[8:],
+        "packed, and raw": typed_input(numbers) + b"\x3a\x10" + bytes(16),
+        "packed, too few": typed_input(b"\x32\x0c" + bytes(12)),
+        "packed, cut number": typed_input(b"\x32\x0f" + bytes(15)),
+        "packed, of another type": typed_input(b"\x3a\x20" + bytes(32)),
+        "packed, in two pieces": typed_input(2 * (b"\x32\x08" + bytes(8))),
+        "packed, in two contents": typed_input(b"\x32\x08" + bytes(8), b"\x32\x08" + bytes(8)),
+        "packed, and another field": typed_input(numbers + b"\x18\x05"),
+        "packed, longer than its input": typed_input(b"\x32\x7f" + bytes(16)),
+        "not packed": typed_input(4 * b"\x35\0\0\0\0"),
+    }
     return found | {
         "raw first": data[-50:] + data[:-50],
         "cut": data[:-3],
@@ -348,10 +371,30 @@ def bodies() -> dict[str, bytes]:
 @pytest.mark.parametrize("form", bodies())
 def test_a_large_request_whose_raw_contents_are_cut_out_responds_as_any_other(folder, monkeypatch, form):
     monkeypatch.setattr("services.infer.fast_path.large_request.LARGE_BYTES", 0)
+    monkeypatch.setattr("services.infer.fast_path.large_request._LARGE_INPUT_BYTES", 0)
 
     async def work(server):
         for _ in range(2):
             await server.agree(bodies()[form])
+
+    both_ways(folder, work)
+
+
+def test_typed_numbers_of_a_large_request_are_never_copied(folder):
+    async def work(server):
+        asked = pb.ModelInferRequest(model_name="two")
+        for name in "ab":
+            values = pb.InferTensorContents(fp32_contents=np.arange(600_000, dtype=np.float32))
+            asked.inputs.add(name=name, datatype="FP32", shape=[1, 600_000], contents=values)
+        body = asked.SerializeToString()
+        framed = struct.pack(">BI", 0, len(body)) + body
+        message = RequestParser()(framed, 5)
+        read = reading.read(message, server.models.find("two", "").loaded.model.signature)
+        memory = np.frombuffer(framed, np.uint8)
+        assert all(np.may_share_memory(array, memory) for array in read.inputs.values())
+        assert read.inputs["b"][0, -1] == 599_999
+        assert shared_bytes(message) == 2 * 4 * 600_000
+        await server.agree(body)
 
     both_ways(folder, work)
 
