@@ -80,6 +80,11 @@ class HeavyWork:
             # An exception refers to this frame, and the future to the exception: a reference cycle.
             del work, steps
 
+    def close(self) -> None:
+        """Start no more threads. What waits ends with its calls."""
+        if self._threads is not None:
+            self._threads.close()
+
     def _add(self, tenant: bytes, work: _Work) -> None:
         """Let the work wait for its next turn; before that, for a thread if the last turn has asked for one."""
         asked, self._asked = self._asked, None

@@ -196,5 +196,6 @@ class Server:
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
         self._app.threads.close()
+        self._app.heavy.close()
         self._stalls.stop()
         self._freed_memory.stop()

@@ -8,15 +8,19 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mesh.h2.headers import Block
 from mesh.process.config import ConfigError, ServiceConfig, load
 from mesh.process.logs import JsonFormatter
 from mesh.rpc.channel import connect
+from mesh.rpc.fast_call import FastCall
+from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.interceptors import translated
 from mesh.rpc.server import STALLS_KEY, Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
@@ -137,7 +141,7 @@ async def test_a_message_beyond_the_bounds_of_its_parse_is_rejected_on_both_path
     path = f"/{SERVICE.full_name}/GetLeader"
     servicer = Answers()
 
-    async def leader(request: pb.GetLeaderRequest) -> pb.GetLeaderResponse:
+    async def leader(request: pb.GetLeaderRequest, headers: object) -> pb.GetLeaderResponse:
         return await servicer.leader()
 
     async with TaskMethods() as tasks:
@@ -255,3 +259,16 @@ async def is_serving(address: str) -> bool:
         except grpc.aio.AioRpcError:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_fast"),
+    [(b"application/grpc", True), (b"application/grpc+proto", True), (b"application/grpc; charset=utf-8", False)],
+)
+async def test_a_call_of_a_usual_content_type_takes_the_fast_path(kind: bytes, is_fast: bool) -> None:
+    app = GrpcApp({}, {"/t.T/Fast": lambda body, call: None})
+    head = Block(((b":method", b"POST"), (b":path", b"/t.T/Fast"), (b"content-type", kind)))
+    handler = app.request(cast("Any", SimpleNamespace(head=head, is_request_ended=False, peer=("unix", 0))))
+    assert isinstance(handler, FastCall) is is_fast
+    for task in app.tasks:
+        task.cancel()
