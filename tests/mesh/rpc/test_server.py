@@ -21,6 +21,7 @@ from mesh.process.logs import JsonFormatter
 from mesh.rpc.channel import connect
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.grpc_app import GrpcApp
+from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import translated
 from mesh.rpc.server import STALLS_KEY, Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
@@ -156,6 +157,22 @@ async def test_a_message_beyond_the_bounds_of_its_parse_is_rejected_on_both_path
                 await call(b"\x78\x01" * 5_000 + b"\x07")
             with pytest.raises(errors.Unavailable, match="nobody leads"), translated():
                 await call(b"\x78\x01" * 90_000)
+
+
+async def test_a_stop_ends_the_calls_whose_messages_wait_to_be_parsed(run_dir: Path) -> None:
+    heavy = HeavyWork()
+    add = lambda target: rpc.add_CoordServiceServicer_to_server(Answers(), target)  # noqa: E731
+    async with connect(f"unix:{run_dir}/x.sock") as channel:
+        async with Server(f"unix:{run_dir}/x.sock", [Rpc(SERVICE, add)], drain_ms=0, heavy=heavy):
+            call = channel.unary_unary(f"/{SERVICE.full_name}/GetLeader")
+            calls = [asyncio.ensure_future(call(b"\x78\x01" * 90_000, timeout=30)) for _ in range(30)]
+            await until(lambda: len(heavy._waiting.get(b"", ())) > 10)
+        assert not heavy._waiting
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+    # Those that were parsed have "nobody leads".
+    texts = [end.details() for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+    assert len(texts) == len(calls)
+    assert texts.count("nobody leads") < len(calls) - 10
 
 
 async def test_a_health_check_reports_the_stalls_of_the_event_loop(
