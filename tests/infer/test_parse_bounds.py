@@ -145,7 +145,7 @@ async def test_small_calls_end_while_the_texts_of_another_tenant_wait(served: Se
         await until(lambda: bool(served.core.heavy._waiting))
         for _ in range(20):
             await call("bystander", stub, small)
-    # A small call waits for some turns of 2 ms. Those texts have a hundred turns each.
+    # A small call waits for some turns of a millisecond. Those texts have a hundred turns each.
     assert ended.count("flood") <= 4
     for each in flood:
         each.cancel()

@@ -57,13 +57,14 @@ async def test_work_runs_at_once_when_the_loop_had_its_time() -> None:
 
 async def test_a_turn_ends_when_it_has_taken_its_time() -> None:
     world = World()
-    task = world.start("a", [MS] * 10)
+    task = world.start("a", [0.6 * MS] * 10)
     for turns in range(1, 6):
         await world.others(MS)
         assert len(world.order) == 2 * turns
-        # Others had three times as long.
-        for _ in range(5):
+        # Others have three times as long: 3.6 ms.
+        for _ in range(3):
             await world.others(MS)
+            assert len(world.order) == 2 * turns
     assert await asyncio.wait_for(task, PATIENCE_S) == "a"
 
 
@@ -92,7 +93,7 @@ async def test_an_idle_loop_runs_a_turn_in_each_iteration() -> None:
 async def test_cheap_work_of_many_shares_a_turn() -> None:
     world = World()
     world.now = 1.0
-    tasks = [world.start(str(n), [MS / 100]) for n in range(100)]
+    tasks = [world.start(str(n), [MS / 200]) for n in range(100)]
     await asyncio.sleep(0)
     assert sum(task.done() for task in tasks) == 100
 

@@ -153,7 +153,7 @@ def parsed(heavy: HeavyWork, data: bytes, tenant: bytes = b"") -> asyncio.Future
 
 
 async def test_a_large_message_leaves_iterations_of_the_loop_to_others() -> None:
-    # Each look at the clock takes a millisecond: a turn has two slices.
+    # Each look at the clock takes a millisecond: a turn has one slice.
     ticks = itertools.count()
     heavy = HeavyWork(clock=lambda: next(ticks) / 1000)
     done = parsed(heavy, NAME + field(5, field(1, b"x")) * 40_000)
