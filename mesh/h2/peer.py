@@ -51,6 +51,10 @@ CREDIT = 1 << 20
 # More frames than data can have.
 _ALL = 1 << 30
 
+# After so many bytes at a time, a connection waits for its turn to be read again. libuv would read 8 MiB of each
+# connection in one iteration of the event loop.
+_READ_BYTES = 64 << 10
+
 _BLOCK_BYTES = 128 << 10
 # Frames of one block: 128 KiB in frames of 16 KiB, with room. Without a bound, empty frames could go on without end.
 _MAX_CONTINUATIONS = 64
@@ -191,6 +195,8 @@ class Peer(asyncio.Protocol, ABC):
         else:
             if at < end:
                 self._wait_for_turn()
+        if end > _READ_BYTES and self._turns is not None and not self._is_waiting:
+            self._wait_for_turn()
         self._unparsed = data[at:]
 
     def _check_order(self, kind: int) -> None:

@@ -8,9 +8,12 @@ import socket
 import hpack
 
 from mesh.h2 import frames
+from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
+from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.server import Server
+from tests.mesh.h2.test_memory_account import Transport
 
 PATIENCE_S = 30.0
 FLOOD, CALL = "/t.T/Flood", "/t.T/Call"
@@ -147,3 +150,27 @@ async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
     assert alive.taken
     alive.is_lost = True
     await asyncio.sleep(0)
+
+
+async def test_connections_that_send_much_are_read_one_after_the_other():
+    """libuv reads 8 MiB of a connection in one iteration of the event loop, unless the connection is paused."""
+    memory = Memory()
+    app = GrpcApp({}, {CALL: lambda body, call: None})
+    transports = []
+    for _ in range(4):
+        connection = ServerConnection(app, {}, memory)
+        transports.append(transport := Transport(connection))
+        connection.connection_made(transport)
+        piece = frames.frame(frames.DATA, 0, 1, bytes(frames.DEFAULT_FRAME))
+        connection.data_received(greeting() + calls(CALL, 1).partition(frames.frame(0, 1, 1, framed(b"x")))[0])
+        assert transport.is_reading
+        connection.data_received(piece * 8)
+        assert not transport.is_reading
+    for reading in range(1, 5):
+        await asyncio.sleep(0)
+        assert [transport.is_reading for transport in transports] == [n < reading for n in range(4)]
+    for transport in transports:
+        transport.abort()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not memory.bodies.held
