@@ -119,8 +119,9 @@ class SlowCall:
             if self._refusal is not None:
                 response.end(self._refusal.code, self._refusal.message)
                 return
+            # The exception is not raised again: the task would keep it, with the frames that refer to the task. Such
+            # reference cycles keep a call's memory until a garbage collection, and make that long.
             response.end(Code.UNAVAILABLE, "this instance is stopping")
-            raise
         # SystemExit, too: an exception of one call must not end the others.
         except BaseException as err:
             if not isinstance(err, ShoalError):

@@ -64,6 +64,8 @@ class ThreadWorker:
                 task = self._wait_or_wake(what, then)  # type: ignore[arg-type]
                 continue
             self._on_loop(partial(then, *self._run(what)))  # type: ignore[call-arg]
+            # Without `del`, a worker that waits keeps the requests of its last batch.
+            del task, what, then
             task = self._inbox.get()
 
     def _wait_or_wake(

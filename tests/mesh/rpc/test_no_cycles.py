@@ -19,7 +19,7 @@ from mesh.rpc.server import Server
 from mesh.rpc.slow_call import SlowCall
 from tests.mesh.h2.test_h2_isolation import WIDE, Client, Front
 
-FAST, SLOW = "/t.T/Fast", "/t.T/Slow"
+FAST, SLOW, STREAM = "/t.T/Fast", "/t.T/Slow", "/t.T/Stream"
 GZIP = ("grpc-encoding", "gzip")
 BOMB = gzip.compress(bytes(40 << 20))
 PATIENCE_S = 3.0
@@ -44,9 +44,15 @@ async def slow(request, context):
     return request
 
 
+async def stream(requests, context):
+    async for request in requests:
+        yield request
+
+
 @pytest.fixture
 async def front():
     methods = {path: grpc.unary_unary_rpc_method_handler(slow, bytes, bytes) for path in (FAST, SLOW)}
+    methods[STREAM] = grpc.stream_stream_rpc_method_handler(stream, bytes, bytes)
     async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods={FAST: fast}, methods=methods) as server:
         await server.serve()
         yield Front(server)
@@ -109,6 +115,16 @@ async def test_a_call_is_freed_at_its_end(front: Front, no_collection: None, way
     async with front.peer(WIDE) as peer:
         peer.send(frames.window_update(0, 100 << 20))
         await way(peer, path)
+    await until_all_are_freed()
+
+
+@pytest.mark.parametrize("messages", [0, 2])
+async def test_a_stream_is_freed_when_its_client_leaves(front: Front, no_collection: None, messages):
+    async with front.peer(WIDE) as peer:
+        number = peer.open(STREAM)
+        for _ in range(messages):
+            peer.data(number, framed(b"x"), is_end=False)
+        await answered(peer, SLOW)
     await until_all_are_freed()
 
 
