@@ -17,8 +17,10 @@ from mesh.process.exits import WRONG_SETTINGS
 
 C = TypeVar("C", bound=ServiceConfig)
 
-# Seven times Python's default: calls leave few reference cycles behind.
-_COLLECTED_AT = 5_000
+# Garbage collections, by generation. The first is seven times Python's default: calls leave few reference cycles
+# behind. The second, of 10,000 objects, takes 2 ms. A full collection stops the process for 0.2 us an object, so
+# FreedMemory chooses its time.
+_COLLECTED_AT = 5_000, 2, 1_000_000
 _NO_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 
 
@@ -40,7 +42,7 @@ def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None
     with telemetry.tracing(service, f"{config.node}/{config.instance}"):
         # Imported objects live as long as the process: exclude them from garbage collection.
         gc.freeze()
-        gc.set_threshold(_COLLECTED_AT)
+        gc.set_threshold(*_COLLECTED_AT)
         try:
             uvloop.run(run(config))
         except OSError as err:
