@@ -407,7 +407,7 @@ class Http1Connection(asyncio.Protocol):
     def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
         """Send data of a streamed response. `on_sent` is called when more may be sent, or the connection is lost."""
         if self.is_open(number) and data and self._has_body():
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunking else data)
+            self._transport.write(b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if self._is_chunking else data)
         if self._is_write_paused and self.is_open(number):
             self._on_sent = on_sent
         else:

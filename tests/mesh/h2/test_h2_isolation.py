@@ -513,6 +513,8 @@ async def test_a_window_update_wakes_only_its_stream(monkeypatch):
     for number in range(1, 4_001, 2):
         sender.open(number)
         sender.respond(number, b"", b"body", b"trailers")
+    while sender._ready:
+        await asyncio.sleep(0)
     looked_at = []
     room = Sender._room
     monkeypatch.setattr(Sender, "_room", lambda self, number: looked_at.append(number) or room(self, number))
@@ -522,6 +524,31 @@ async def test_a_window_update_wakes_only_its_stream(monkeypatch):
     assert set(looked_at) == {501}
     assert data_frames(transport) == [501]
     sender.close()
+    assert account.held == 0
+
+
+async def test_settings_that_change_many_windows_leave_the_loop_to_others():
+    account = MemoryAccount(1 << 30)
+    sender, transport = sender_of(account)
+    sender.apply_settings({frames.WINDOW_SIZE: 0})
+    sender.add_window(0, MIB)
+    for number in range(1, 2_001, 2):
+        sender.open(number)
+        sender.respond(number, b"", b"body", b"trailers")
+    while sender._ready:
+        await asyncio.sleep(0)
+    seen = 0
+    # The second change finds no room: nothing is written, and the turns go on nevertheless.
+    for window, sent in ((1, 1_000), (0, 1_000), (2, 2_000), (9, 3_000)):
+        sender.apply_settings({frames.WINDOW_SIZE: window})
+        while sender._ready:
+            await asyncio.sleep(0)
+            now = len(data_frames(transport))
+            assert now - seen <= 64
+            seen = now
+        await asyncio.sleep(0)
+        seen = len(data_frames(transport))
+        assert seen == sent
     assert account.held == 0
 
 
