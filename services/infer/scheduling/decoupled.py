@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -93,7 +92,9 @@ class DecoupledScheduler:
         self._session, self._limits = session, limits
         self._default_timeout_s = default_timeout_s
         self._statistics, self._clock = statistics, clock
-        self._waiting: deque[_Waiter] = deque()
+        # In order of arrival.
+        self._waiting: dict[_Waiter, None] = {}
+        self._waiting_bytes = 0
         self._streams: set[_ActiveStream] = set()
         self._is_closing = False
 
@@ -179,7 +180,8 @@ class DecoupledScheduler:
     async def _wait_for_slot(self, request: InferenceRequest, outer: OuterCall, at_most_s: float) -> _ActiveStream:
         self._check_capacity(request)
         waiter = _Waiter(request, outer, self._loop.create_future())
-        self._waiting.append(waiter)
+        self._waiting[waiter] = None
+        self._waiting_bytes += request.size_bytes
         timer = self._loop.call_later(at_most_s, self._expire, waiter) if at_most_s != math.inf else None
         try:
             return await waiter.admitted
@@ -192,11 +194,21 @@ class DecoupledScheduler:
         finally:
             if timer is not None:
                 timer.cancel()
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
+            self._remove(waiter)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        """Remove a request from the waiting ones, if it is one."""
+        if waiter in self._waiting:
+            del self._waiting[waiter]
+            self._waiting_bytes -= waiter.request.size_bytes
+
+    def _pop_first(self) -> _Waiter:
+        waiter = next(iter(self._waiting))
+        self._remove(waiter)
+        return waiter
 
     def _check_capacity(self, request: InferenceRequest) -> None:
-        waiting = sum(waiter.request.size_bytes for waiter in self._waiting)
+        waiting = self._waiting_bytes
         if len(self._waiting) >= self._limits.calls or (
             self._waiting and waiting + request.size_bytes > self._limits.size_bytes
         ):
@@ -237,7 +249,7 @@ class DecoupledScheduler:
     def _admit_waiting(self) -> None:
         """Assign free slots to waiting requests."""
         while self._waiting and (link := self._free_link()) is not None:
-            waiter = self._waiting.popleft()
+            waiter = self._pop_first()
             if not waiter.admitted.done():
                 waiter.admitted.set_result(self._occupy(link, waiter.request, waiter.outer))
         if self._waiting and not self._session.streams():
@@ -248,7 +260,7 @@ class DecoupledScheduler:
 
     def _reject_waiting(self, error: ShoalError) -> None:
         while self._waiting:
-            waiter = self._waiting.popleft()
+            waiter = self._pop_first()
             if not waiter.admitted.done():
                 waiter.admitted.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
 
