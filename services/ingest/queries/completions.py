@@ -43,6 +43,8 @@ _POLL_S = 0.25
 _REST = 10
 _UNAVAILABLE_WAIT_S = 0.5
 _RESULTS_AT_ONCE = 100
+# As a page of the store: results of more bytes are read once their callers have those before them.
+_PAGE_BYTES = 64 << 20
 # Bytes of recorded results that are kept for their waiters; further ones are read back from the store.
 _RECORDED_BYTES = 16 << 20
 _FINAL = sorted(FINAL)
@@ -54,8 +56,11 @@ Owned: TypeAlias = tuple[str, str | None]
 class ResultReader(Protocol):
     """Results in the store."""
 
-    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
-        """Return the recorded results of these jobs, with their responses or `answer_lost`. Raises ShoalError."""
+    async def read(self, job_ids: Sequence[str]) -> tuple[dict[str, store_pb2.Result], bool]:
+        """Return the recorded results of these jobs, with their responses or `answer_lost`, and True.
+
+        Large results are returned in parts: at least one result, and False. Raises ShoalError.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Completions(Background):
         self._recorded: OrderedDict[str, Ended] = OrderedDict()
         self._recorded_bytes = 0
         self._wake = asyncio.Event()
-        self._results: Group[Owned, Ended] = Group(
+        self._results: Group[Owned, Ended | None] = Group(
             "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
         )
 
@@ -164,7 +169,10 @@ class Completions(Background):
         known = self._recorded.get(job_id)
         if known is not None and tenant in (None, known.result.tenant):
             return self._pop_recorded(job_id) or known
-        return await self._results.put((job_id, tenant))
+        # Callers count the results that they get before further ones are read.
+        while (ended := await self._results.put((job_id, tenant))) is None:
+            pass
+        return ended
 
     def _pop_recorded(self, job_id: str) -> Ended | None:
         if (ended := self._recorded.pop(job_id, None)) is not None:
@@ -231,12 +239,13 @@ class Completions(Background):
                 self._unwatch(job_id, ended)
                 ended()
 
-    async def _read(self, jobs: list[Owned]) -> Sequence[Ended | ShoalError]:
+    async def _read(self, jobs: list[Owned]) -> Sequence[Ended | ShoalError | None]:
+        """Return the end of each job; None for a job whose result is to be read again."""
         read = await self._read_results(jobs)
         results = [each for each in read if isinstance(each, store_pb2.Result)]
         policies = await self._policies([r.job_id for r in results if r.outcome == store_pb2.Result.OUTCOME_FAILED])
         return [
-            each if isinstance(each, ShoalError) else Ended(each, policies.get(each.job_id, DEFAULT_POLICY))
+            each if not isinstance(each, store_pb2.Result) else Ended(each, policies.get(each.job_id, DEFAULT_POLICY))
             for each in read
         ]
 
@@ -248,19 +257,29 @@ class Completions(Background):
             found = self._jobs.find({"_id": {"$in": list(job_ids)}}, {"policy": 1}).hint("_id_")
             return {document["_id"]: decode_policy(document["policy"]) async for document in found}
 
-    async def _read_results(self, jobs: list[Owned]) -> Sequence[store_pb2.Result | ShoalError]:
+    async def _read_results(self, jobs: list[Owned]) -> Sequence[store_pb2.Result | ShoalError | None]:
         try:
-            found = await self._reader.read(list(dict.fromkeys(job_id for job_id, _ in jobs)))
+            found, is_whole = await self._reader.read(list(dict.fromkeys(job_id for job_id, _ in jobs)))
         except ShoalError:
             if len(jobs) == 1:
                 raise
             # An error of one result must not affect the others.
-            return [await self._read_alone(job) for job in jobs]
-        return [_kept(job, found) for job in jobs]
+            return await self._read_each(jobs)
+        return [_kept(job, found) if is_whole or job[0] in found else None for job in jobs]
+
+    async def _read_each(self, jobs: list[Owned]) -> Sequence[store_pb2.Result | ShoalError | None]:
+        read: list[store_pb2.Result | ShoalError | None] = []
+        size = 0
+        for job in jobs:
+            result = await self._read_alone(job) if size < _PAGE_BYTES else None
+            size += result.ByteSize() if isinstance(result, store_pb2.Result) else 0
+            read.append(result)
+        return read
 
     async def _read_alone(self, job: Owned) -> store_pb2.Result | ShoalError:
         try:
-            return _kept(job, await self._reader.read([job[0]]))
+            found, _ = await self._reader.read([job[0]])
+            return _kept(job, found)
         except ShoalError as err:
             return err
 

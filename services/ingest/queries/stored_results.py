@@ -18,20 +18,19 @@ class StoredResults:
     def __init__(self, channel: AnyChannel) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
 
-    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
-        """Return the recorded results of at most 1,000 jobs, with their responses; jobs without a result are left out.
+    async def read(self, job_ids: Sequence[str]) -> tuple[dict[str, store_pb2.Result], bool]:
+        """Return recorded results of at most 1,000 jobs, with their responses; jobs without a result are left out.
 
-        The result of a damaged response has `answer_lost`.
+        Return one page of large results, and False; else True. The result of a damaged response has `answer_lost`.
 
         Raises:
             ShoalError: the store is unavailable.
         """
-        found: dict[str, store_pb2.Result] = {}
         request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)
         while True:
             with store_errors("reading results"):
                 page: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
-            found.update({result.job_id: result for result in page.results})
-            if not page.next_page_token:
-                return found
+            found = {result.job_id: result for result in page.results}
+            if found or not page.next_page_token:
+                return found, not page.next_page_token
             request.page_token = page.next_page_token

@@ -30,14 +30,16 @@ class Answers:
         self.refused: set[str] = set()
         self.error: ShoalError | None = None
         self.sizes: list[int] = []
+        self.page = 1_000
 
-    async def read(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+    async def read(self, job_ids: Sequence[str]) -> tuple[dict[str, store_pb2.Result], bool]:
         self.sizes.append(len(job_ids))
         if self.error is not None:
             raise self.error
         if self.refused & set(job_ids):
             raise PermissionDenied("a blob may not be read")
-        return {name: self.results[name] for name in job_ids if name in self.results}
+        found = {name: self.results[name] for name in job_ids if name in self.results}
+        return dict(list(found.items())[: self.page]), len(found) <= self.page
 
 
 @pytest.fixture
@@ -245,3 +247,36 @@ async def test_the_policies_of_jobs_that_did_not_fail_are_not_asked_for(answers:
     answers.results = {name: store_pb2.Result(job_id=name, outcome=1)}
     async with Completions(Nothing(), answers, ready=asyncio.Event()) as endings:  # type: ignore[arg-type]
         assert (await endings.result(name)).state is State.SUCCEEDED
+
+
+async def test_large_results_are_given_to_their_callers_before_further_ones_are_read(
+    endings: Completions, answers: Answers
+) -> None:
+    """Callers count the memory of a result when they get it: 100 results of 120 MiB are never read at once."""
+    names = [str(number) for number in range(7)]
+    answers.results = {
+        name: store_pb2.Result(job_id=name, outcome=store_pb2.Result.OUTCOME_SUCCEEDED) for name in names
+    }
+    answers.page = 2
+    given: list[str] = []
+    given_before: list[int] = []
+    read = answers.read
+
+    async def watched(job_ids: Sequence[str]) -> tuple[dict[str, store_pb2.Result], bool]:
+        given_before.append(len(given))
+        return await read(job_ids)
+
+    answers.read = watched  # type: ignore[method-assign]
+
+    async def result(name: str) -> None:
+        ended = await endings.result(name)
+        assert ended.result.job_id == name
+        given.append(name)
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*map(result, names), return_exceptions=False)
+        with pytest.raises(NotFound):
+            await endings.result("none")
+    assert sorted(given) == names
+    # The first result may be read alone.
+    assert all(before >= 2 * turn - 1 for turn, before in enumerate(given_before[:4]))
