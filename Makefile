@@ -89,11 +89,13 @@ types: $(STAMP) ## Check types
 	@MYPYPATH=bench $(VENV)/bin/mypy --config-file= --ignore-missing-imports --follow-imports=silent \
 		--disable-error-code arg-type --disable-error-code misc bench/*.py
 
-proto: $(STAMP) ## Generate the Python stubs from proto/
+proto: $(STAMP) ## Generate the Python stubs and docs/openapi.json from proto/
 	@$(PY) tools/gen_proto.py
+	@$(PY) -m tools.openapi
 
-proto-check: $(STAMP) ## Fail when the generated stubs are stale
+proto-check: $(STAMP) ## Fail when the generated stubs or docs/openapi.json are stale
 	@$(PY) tools/gen_proto.py --check
+	@$(PY) -m tools.openapi --check
 
 lock: ## Renew the lock files
 	@tools/lock.sh

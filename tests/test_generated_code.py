@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,6 +18,21 @@ PROTOS = sorted((ROOT / "proto").rglob("*.proto"))
 def test_the_stubs_are_fresh() -> None:
     done = subprocess.run([sys.executable, "tools/gen_proto.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_openapi_document_is_fresh_and_whole() -> None:
+    done = subprocess.run([sys.executable, "-m", "tools.openapi", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "docs" / "openapi.json").read_text()
+    document = json.loads(text)
+    named = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert named == set(document["components"]["schemas"])
+    assert document["paths"]["/shoal/v1/jobs"]["post"]["operationId"] == "Submit"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["description"]
+            in_path = [each["name"] for each in operation["parameters"] if each["in"] == "path"]
+            assert in_path == re.findall(r"{(\w+)}", path)
 
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.name)

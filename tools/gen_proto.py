@@ -7,18 +7,26 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from google.api import annotations_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
 
 
+def include_paths() -> list[str]:
+    """Return the options of protoc that name folders of .proto files, in the order of the search."""
+    well_known = Path(str(resources.files("grpc_tools"))) / "_proto"
+    # The folder with google/api/annotations.proto.
+    google_api = Path(annotations_pb2.__file__).parents[2]
+    return [f"-I{folder}" for folder in (PROTO, well_known, google_api)]
+
+
 def generate(out: Path) -> None:
     """Write every stub below `out`, in folders that mirror proto/."""
     protos = sorted(str(path) for path in PROTO.rglob("*.proto"))
-    well_known = str(resources.files("grpc_tools") / "_proto")
     outs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", f"-I{PROTO}", f"-I{well_known}", *outs, *protos]) != 0:
+    if protoc.main(["protoc", *include_paths(), *outs, *protos]) != 0:
         sys.exit("protoc failed: its messages are above")
     for stub in (out / "shoal").rglob("*_pb2_grpc.py"):
         # A file of messages only has an empty service module.

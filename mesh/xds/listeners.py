@@ -20,6 +20,7 @@ from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 imp
     GrpcFieldExtractionConfig,
     RequestFieldValueDisposition,
 )
+from envoy_data_plane.envoy.extensions.filters.http.grpc_json_transcoder.v3 import GrpcJsonTranscoder  # noqa: F401 - as above.
 from envoy_data_plane.envoy.extensions.filters.http.grpc_web.v3 import GrpcWeb  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - from_dict needs it.
@@ -32,7 +33,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, rest_errors, tls, web
+from mesh.xds import ADS_CLUSTER, access, json_calls, rest_errors, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -168,6 +169,9 @@ def listener(
 def _connection_manager(
     name: str, table: RouteTable, tracing: Tracing | None, *, has_access: bool = False
 ) -> dict[str, Any]:
+    has_json = name == GATEWAY and table.json is not None
+    guards = access.filters(lambda name: _FROM_ADS) if has_access else []
+    verification, rules = guards[:-1], guards[-1:]
     document: dict[str, Any] = {
         "stat_prefix": name,
         "codec_type": "AUTO",
@@ -200,7 +204,10 @@ def _connection_manager(
         "early_header_mutation_extensions": [access.removal(NO_RETRY_HEADER) if has_access else _mutation(name)],
         "http_filters": [
             *(web.filters() if name == GATEWAY else ()),
-            *(access.filters(lambda name: _FROM_ADS) if has_access else ()),
+            # No body of an unknown caller is read. Rules decide by the path of the RPC, which the transcoder sets.
+            *verification,
+            *(json_calls.filters(table.json) if has_json and table.json is not None else ()),
+            *rules,
             *_lua(table),
             _router(),
         ],
@@ -208,7 +215,8 @@ def _connection_manager(
     if has_access:
         document["access_log"] = [access_log(ADS_CLUSTER)]
     if table.models is not None:
-        document["local_reply_config"] = {"mappers": [_empty_stream(), rest_errors.mapper()]}
+        mappers = json_calls.error_mappers(table.json) if has_json and table.json is not None else []
+        document["local_reply_config"] = {"mappers": [_empty_stream(), *mappers, rest_errors.mapper()]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document

@@ -20,9 +20,11 @@ from envoy_data_plane.envoy.config.route.v3 import (
 )
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import CorsPolicy  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
+from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import access
+from mesh.xds import access, json_calls
 from mesh.xds.clusters import model_cluster
+from mesh.xds.json_calls import JsonRoutes
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 from mesh.xds.web import Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
@@ -111,6 +113,8 @@ class RouteTable:
     """Clusters whose calls go to any endpoint when none is healthy. The others reject a call then."""
     rest: str = ""
     """Service of the inference protocol over REST, whose paths name their model; empty: there is none."""
+    json: JsonRoutes | None = None
+    """JSON calls, at the gateway only."""
     body_bytes: int = 192 << 20
     """Bytes of a request that Envoy buffers, to extract the model and for a retry. The limit exceeds the limit of every
     server, so a message that is too large gets the server's clear error instead of the filter's."""
@@ -136,6 +140,8 @@ def route_configuration(
     routes = [_no_path()]
     if web is not None:
         routes.append(_foreign_page(web))
+        if table.json is not None:
+            routes.append(_json(table.json))
     for service in table.services:
         names_model = table.models is not None and service.prefix == table.models.prefix
         if names_model and models and table.models is not None:
@@ -173,6 +179,14 @@ def route_configuration(
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
     needs |= {table.rest} - {""}
     return pack_serialized(ROUTES, name, bytes(configuration) + hosts, frozenset(needs))
+
+
+def _json(calls: JsonRoutes) -> bytes:
+    route = Route.from_dict({**json_calls.route(calls), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})
+    # A filter that is disabled elsewhere is enabled by a configuration, also by an empty one.
+    enabled = Packed.pack(FilterConfig(config=Packed()))
+    route.typed_per_filter_config.update(dict.fromkeys(json_calls.FILTERS, enabled))
+    return bytes(route)
 
 
 def _foreign_page(web: Web) -> bytes:

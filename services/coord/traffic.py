@@ -6,12 +6,14 @@ retried by Envoy: the client decides, with an idempotency key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
+from mesh.xds.json_calls import JsonRoutes, check_script, json_calls
 from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
 from services.coord.inference import METHODS
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
@@ -41,6 +43,9 @@ PUBLIC: dict[str, str] = {
 
 AT_GATEWAY = (*PUBLIC, ACCESS.full_name, TRIALS.full_name, HEALTH.full_name, *REFLECTION)
 """Services that clients may call, by a policy. BULK is for services only."""
+
+JSON_SERVICES = (INGEST, STORE, COORD, ACCESS)
+"""The services with JSON calls."""
 
 _STORE_IDEMPOTENT = (
     "StatArtifact",
@@ -156,6 +161,17 @@ def table() -> RouteTable:
         ),
         # After the death of one replica, a delayed health check of the other must not fail the calls of operators.
         tried_unhealthy=frozenset({"coord"}),
+        json=_json_routes(JSON_SERVICES),
+    )
+
+
+def _json_routes(services: Sequence[ServiceDescriptor]) -> JsonRoutes:
+    return JsonRoutes(
+        prefix="/shoal/v1/",
+        cluster="coord",
+        services=tuple(service.full_name for service in services),
+        descriptors=descriptors(*(service.file for service in services)),
+        script=check_script(list(json_calls(services))),
     )
 
 
@@ -175,8 +191,8 @@ def _with_raw_entries(serialized: bytes) -> bytes:
     return found.SerializeToString()
 
 
-def descriptors(file: FileDescriptor) -> bytes:
-    """Return a serialized FileDescriptorSet of `file` and all its imports, imports first."""
+def descriptors(*files: FileDescriptor) -> bytes:
+    """Return a serialized FileDescriptorSet of `files` and all their imports, imports first."""
     found = FileDescriptorSet()
     seen: set[str] = set()
 
@@ -187,5 +203,6 @@ def descriptors(file: FileDescriptor) -> bytes:
                 add(imported)
             one.CopyToProto(found.file.add())
 
-    add(file)
+    for file in files:
+        add(file)
     return found.SerializeToString()

@@ -22,50 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/coord/v1/coord.proto\x12\x0eshoal.coord.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.shoal.coord.v1.InstanceState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06models\x18\x08 \x03(\x0b\x32\x1a.shoal.coord.v1.ReadyModel\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1b\n\x13\x64rained_by_operator\x18\n \x01(\x08\"?\n\nReadyModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08versions\x18\x02 \x03(\x03\x12\x11\n\tslow_path\x18\x03 \x01(\t\"\'\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"e\n\x15ListInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"(\n\x15WatchInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"f\n\x16WatchInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"\x12\n\x10GetLeaderRequest\"g\n\x11GetLeaderResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x03\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x14\x44rainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15\x44rainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"&\n\x16UndrainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x17UndrainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"\x16\n\x14GetMeshStatusRequest\"\x7f\n\x15GetMeshStatusResponse\x12+\n\x06\x65nvoys\x18\x01 \x03(\x0b\x32\x1b.shoal.coord.v1.EnvoyStatus\x12\r\n\x05\x63oord\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x12\n\nmaster_key\x18\x04 \x01(\t\"\x80\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x30\n\x0c\x63onnected_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresources\x18\x03 \x03(\x0b\x32\x1e.shoal.coord.v1.ResourceStatus\"z\n\x0eResourceStatus\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\racked_version\x18\x03 \x01(\t\x12\x0c\n\x04nack\x18\x04 \x01(\t\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x83\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\xc1\x04\n\x0c\x43oordService\x12\\\n\rListInstances\x12$.shoal.coord.v1.ListInstancesRequest\x1a%.shoal.coord.v1.ListInstancesResponse\x12\x61\n\x0eWatchInstances\x12%.shoal.coord.v1.WatchInstancesRequest\x1a&.shoal.coord.v1.WatchInstancesResponse0\x01\x12P\n\tGetLeader\x12 .shoal.coord.v1.GetLeaderRequest\x1a!.shoal.coord.v1.GetLeaderResponse\x12\\\n\rDrainInstance\x12$.shoal.coord.v1.DrainInstanceRequest\x1a%.shoal.coord.v1.DrainInstanceResponse\x12\x62\n\x0fUndrainInstance\x12&.shoal.coord.v1.UndrainInstanceRequest\x1a\'.shoal.coord.v1.UndrainInstanceResponse\x12\\\n\rGetMeshStatus\x12$.shoal.coord.v1.GetMeshStatusRequest\x1a%.shoal.coord.v1.GetMeshStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/coord/v1/coord.proto\x12\x0eshoal.coord.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.shoal.coord.v1.InstanceState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06models\x18\x08 \x03(\x0b\x32\x1a.shoal.coord.v1.ReadyModel\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1b\n\x13\x64rained_by_operator\x18\n \x01(\x08\"?\n\nReadyModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08versions\x18\x02 \x03(\x03\x12\x11\n\tslow_path\x18\x03 \x01(\t\"\'\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"e\n\x15ListInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"(\n\x15WatchInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"f\n\x16WatchInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"\x12\n\x10GetLeaderRequest\"g\n\x11GetLeaderResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x03\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x14\x44rainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15\x44rainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"&\n\x16UndrainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x17UndrainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"\x16\n\x14GetMeshStatusRequest\"\x7f\n\x15GetMeshStatusResponse\x12+\n\x06\x65nvoys\x18\x01 \x03(\x0b\x32\x1b.shoal.coord.v1.EnvoyStatus\x12\r\n\x05\x63oord\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x12\n\nmaster_key\x18\x04 \x01(\t\"\x80\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x30\n\x0c\x63onnected_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresources\x18\x03 \x03(\x0b\x32\x1e.shoal.coord.v1.ResourceStatus\"z\n\x0eResourceStatus\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\racked_version\x18\x03 \x01(\t\x12\x0c\n\x04nack\x18\x04 \x01(\t\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x83\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\xf4\x05\n\x0c\x43oordService\x12y\n\rListInstances\x12$.shoal.coord.v1.ListInstancesRequest\x1a%.shoal.coord.v1.ListInstancesResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/shoal/v1/instances\x12\x61\n\x0eWatchInstances\x12%.shoal.coord.v1.WatchInstancesRequest\x1a&.shoal.coord.v1.WatchInstancesResponse0\x01\x12j\n\tGetLeader\x12 .shoal.coord.v1.GetLeaderRequest\x1a!.shoal.coord.v1.GetLeaderResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/shoal/v1/leader\x12\x8c\x01\n\rDrainInstance\x12$.shoal.coord.v1.DrainInstanceRequest\x1a%.shoal.coord.v1.DrainInstanceResponse\".\x82\xd3\xe4\x93\x02(\"#/shoal/v1/instances/{name=**}:drain:\x01*\x12\x94\x01\n\x0fUndrainInstance\x12&.shoal.coord.v1.UndrainInstanceRequest\x1a\'.shoal.coord.v1.UndrainInstanceResponse\"0\x82\xd3\xe4\x93\x02*\"%/shoal/v1/instances/{name=**}:undrain:\x01*\x12t\n\rGetMeshStatus\x12$.shoal.coord.v1.GetMeshStatusRequest\x1a%.shoal.coord.v1.GetMeshStatusResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/shoal/v1/meshb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.coord.v1.coord_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INSTANCESTATE']._serialized_start=1458
-  _globals['_INSTANCESTATE']._serialized_end=1589
-  _globals['_INSTANCE']._serialized_start=80
-  _globals['_INSTANCE']._serialized_end=349
-  _globals['_READYMODEL']._serialized_start=351
-  _globals['_READYMODEL']._serialized_end=414
-  _globals['_LISTINSTANCESREQUEST']._serialized_start=416
-  _globals['_LISTINSTANCESREQUEST']._serialized_end=455
-  _globals['_LISTINSTANCESRESPONSE']._serialized_start=457
-  _globals['_LISTINSTANCESRESPONSE']._serialized_end=558
-  _globals['_WATCHINSTANCESREQUEST']._serialized_start=560
-  _globals['_WATCHINSTANCESREQUEST']._serialized_end=600
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=602
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=704
-  _globals['_GETLEADERREQUEST']._serialized_start=706
-  _globals['_GETLEADERREQUEST']._serialized_end=724
-  _globals['_GETLEADERRESPONSE']._serialized_start=726
-  _globals['_GETLEADERRESPONSE']._serialized_end=829
-  _globals['_DRAININSTANCEREQUEST']._serialized_start=831
-  _globals['_DRAININSTANCEREQUEST']._serialized_end=867
-  _globals['_DRAININSTANCERESPONSE']._serialized_start=869
-  _globals['_DRAININSTANCERESPONSE']._serialized_end=936
-  _globals['_UNDRAININSTANCEREQUEST']._serialized_start=938
-  _globals['_UNDRAININSTANCEREQUEST']._serialized_end=976
-  _globals['_UNDRAININSTANCERESPONSE']._serialized_start=978
-  _globals['_UNDRAININSTANCERESPONSE']._serialized_end=1047
-  _globals['_GETMESHSTATUSREQUEST']._serialized_start=1049
-  _globals['_GETMESHSTATUSREQUEST']._serialized_end=1071
-  _globals['_GETMESHSTATUSRESPONSE']._serialized_start=1073
-  _globals['_GETMESHSTATUSRESPONSE']._serialized_end=1200
-  _globals['_ENVOYSTATUS']._serialized_start=1203
-  _globals['_ENVOYSTATUS']._serialized_end=1331
-  _globals['_RESOURCESTATUS']._serialized_start=1333
-  _globals['_RESOURCESTATUS']._serialized_end=1455
-  _globals['_COORDSERVICE']._serialized_start=1592
-  _globals['_COORDSERVICE']._serialized_end=2169
+  _globals['_COORDSERVICE'].methods_by_name['ListInstances']._loaded_options = None
+  _globals['_COORDSERVICE'].methods_by_name['ListInstances']._serialized_options = b'\202\323\344\223\002\025\022\023/shoal/v1/instances'
+  _globals['_COORDSERVICE'].methods_by_name['GetLeader']._loaded_options = None
+  _globals['_COORDSERVICE'].methods_by_name['GetLeader']._serialized_options = b'\202\323\344\223\002\022\022\020/shoal/v1/leader'
+  _globals['_COORDSERVICE'].methods_by_name['DrainInstance']._loaded_options = None
+  _globals['_COORDSERVICE'].methods_by_name['DrainInstance']._serialized_options = b'\202\323\344\223\002(\"#/shoal/v1/instances/{name=**}:drain:\001*'
+  _globals['_COORDSERVICE'].methods_by_name['UndrainInstance']._loaded_options = None
+  _globals['_COORDSERVICE'].methods_by_name['UndrainInstance']._serialized_options = b'\202\323\344\223\002*\"%/shoal/v1/instances/{name=**}:undrain:\001*'
+  _globals['_COORDSERVICE'].methods_by_name['GetMeshStatus']._loaded_options = None
+  _globals['_COORDSERVICE'].methods_by_name['GetMeshStatus']._serialized_options = b'\202\323\344\223\002\020\022\016/shoal/v1/mesh'
+  _globals['_INSTANCESTATE']._serialized_start=1488
+  _globals['_INSTANCESTATE']._serialized_end=1619
+  _globals['_INSTANCE']._serialized_start=110
+  _globals['_INSTANCE']._serialized_end=379
+  _globals['_READYMODEL']._serialized_start=381
+  _globals['_READYMODEL']._serialized_end=444
+  _globals['_LISTINSTANCESREQUEST']._serialized_start=446
+  _globals['_LISTINSTANCESREQUEST']._serialized_end=485
+  _globals['_LISTINSTANCESRESPONSE']._serialized_start=487
+  _globals['_LISTINSTANCESRESPONSE']._serialized_end=588
+  _globals['_WATCHINSTANCESREQUEST']._serialized_start=590
+  _globals['_WATCHINSTANCESREQUEST']._serialized_end=630
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=632
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=734
+  _globals['_GETLEADERREQUEST']._serialized_start=736
+  _globals['_GETLEADERREQUEST']._serialized_end=754
+  _globals['_GETLEADERRESPONSE']._serialized_start=756
+  _globals['_GETLEADERRESPONSE']._serialized_end=859
+  _globals['_DRAININSTANCEREQUEST']._serialized_start=861
+  _globals['_DRAININSTANCEREQUEST']._serialized_end=897
+  _globals['_DRAININSTANCERESPONSE']._serialized_start=899
+  _globals['_DRAININSTANCERESPONSE']._serialized_end=966
+  _globals['_UNDRAININSTANCEREQUEST']._serialized_start=968
+  _globals['_UNDRAININSTANCEREQUEST']._serialized_end=1006
+  _globals['_UNDRAININSTANCERESPONSE']._serialized_start=1008
+  _globals['_UNDRAININSTANCERESPONSE']._serialized_end=1077
+  _globals['_GETMESHSTATUSREQUEST']._serialized_start=1079
+  _globals['_GETMESHSTATUSREQUEST']._serialized_end=1101
+  _globals['_GETMESHSTATUSRESPONSE']._serialized_start=1103
+  _globals['_GETMESHSTATUSRESPONSE']._serialized_end=1230
+  _globals['_ENVOYSTATUS']._serialized_start=1233
+  _globals['_ENVOYSTATUS']._serialized_end=1361
+  _globals['_RESOURCESTATUS']._serialized_start=1363
+  _globals['_RESOURCESTATUS']._serialized_end=1485
+  _globals['_COORDSERVICE']._serialized_start=1622
+  _globals['_COORDSERVICE']._serialized_end=2378
 # @@protoc_insertion_point(module_scope)

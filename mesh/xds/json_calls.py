@@ -1,0 +1,342 @@
+"""JSON form of unary gRPC methods at the gateway, from the google.api.http annotations of their .proto files.
+
+    JSON ──> token ──> Lua: is the body such a message? ──> grpc_json_transcoder ──> rules by RPC ──> routes as for gRPC
+                        └── 400, 404, 415                     └── status and JSON error of a gRPC status
+
+The transcoder ignores unknown fields silently, and no option refuses them. The script checks the form of a body and the
+names of its fields; the transcoder checks their values. This module imports nothing of Envoy's classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.api import annotations_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor, ServiceDescriptor
+
+CHECK_FILTER = "shoal.json-check"
+TRANSCODER_FILTER = "shoal.json"
+
+FILTERS = (CHECK_FILTER, TRANSCODER_FILTER)
+
+BODY_BYTES = 1 << 20
+"""Body of a JSON call: a larger one gets 413. Its check takes 10 ms of Envoy's thread, its transcoding as much."""
+RESPONSE_BYTES = 16 << 20
+"""Response of a JSON call, which Envoy holds as a whole: a result of 12 MB in base64. A larger one gets 500."""
+# Values and keys of a body: 100,000 take 30 ms.
+_TOKENS = 100_000
+# Longest time without progress while Envoy waits for the whole body.
+_BODY_IDLE = "30s"
+# Objects and arrays within each other, as in protobuf.
+_DEPTH = 100
+
+
+@dataclass(frozen=True)
+class JsonCall:
+    """The HTTP form of a method."""
+
+    method: MethodDescriptor
+    verb: str
+    template: str
+    """Path, such as `/shoal/v1/jobs/{id}:cancel`. `{name=**}` matches several segments."""
+    has_body: bool
+    """True: the body is the method's request, without the fields in the path."""
+
+    @property
+    def path_fields(self) -> list[str]:
+        """Names of the fields in the path."""
+        return re.findall(r"\{(\w+)[^}]*\}", self.template)
+
+
+@dataclass(frozen=True)
+class JsonRoutes:
+    """JSON calls of a gateway."""
+
+    prefix: str
+    """Prefix of their paths."""
+    cluster: str
+    """Any cluster. The filters let no request pass to it: a JSON call has another route after them."""
+    services: tuple[str, ...]
+    """The gRPC services (`package.Service`)."""
+    descriptors: bytes
+    """A serialized FileDescriptorSet with these services."""
+    script: str
+    """Lua code of `check_script`."""
+
+
+def json_calls(services: Iterable[ServiceDescriptor]) -> Iterator[JsonCall]:
+    """Yield the HTTP forms of the methods that have an annotation."""
+    for service in services:
+        for method in service.methods:
+            if method.GetOptions().HasExtension(annotations_pb2.http):
+                rule = method.GetOptions().Extensions[annotations_pb2.http]
+                verb = rule.WhichOneof("pattern")
+                assert rule.body in ("", "*"), f"{method.full_name}: the check knows only whole bodies"
+                yield JsonCall(method, verb.upper(), getattr(rule, verb), rule.body == "*")
+
+
+def filters(routes: JsonRoutes) -> list[dict[str, Any]]:
+    """Return the HTTP filters of JSON calls, which are disabled except on their route."""
+    types = "type.googleapis.com/envoy.extensions.filters.http"
+    transcoder = {
+        "@type": f"{types}.grpc_json_transcoder.v3.GrpcJsonTranscoder",
+        # Bytes in JSON.
+        "proto_descriptor_bin": base64.b64encode(routes.descriptors).decode(),
+        "services": list(routes.services),
+        "convert_grpc_status": True,
+        "max_request_body_size": BODY_BYTES,
+        "max_response_body_size": RESPONSE_BYTES,
+        "print_options": {"preserve_proto_field_names": True, "always_print_primitive_fields": True},
+        "request_validation_options": {
+            "reject_unknown_method": True,
+            "reject_unknown_query_parameters": True,
+            "reject_binding_body_field_collisions": True,
+        },
+    }
+    check = {"@type": f"{types}.lua.v3.Lua", "default_source_code": {"inline_string": routes.script}}
+    return [
+        {"name": CHECK_FILTER, "typed_config": check, "disabled": True},
+        {"name": TRANSCODER_FILTER, "typed_config": transcoder, "disabled": True},
+    ]
+
+
+def route(routes: JsonRoutes) -> dict[str, Any]:
+    """Return the route of JSON calls before the transcoder, which gives each the path of its RPC. It needs FILTERS."""
+    return {
+        "match": {"prefix": routes.prefix},
+        # Without a cluster, Envoy does not apply the limit of the body.
+        "route": {"cluster": routes.cluster, "timeout": "0s", "idle_timeout": _BODY_IDLE},
+        "request_body_buffer_limit": BODY_BYTES,
+    }
+
+
+# Codes of Envoy's own responses to JSON calls by their HTTP status; of others UNKNOWN.
+_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 408: 4, 413: 8, 415: 3, 429: 8, 431: 8, 503: 14, 504: 4}
+
+
+def error_mappers(routes: JsonRoutes) -> list[dict[str, Any]]:
+    """Return the mappers of local replies that give Envoy's own responses to JSON calls the form of the services'."""
+    is_json = {"filter": CHECK_FILTER, "path": [{"key": "is_json"}], "value": {"bool_match": True}}
+    # Before the transcoder a call has its own path, and after the check it is marked.
+    marked = {"metadata_filter": {"matcher": is_json, "match_if_key_not_found": {"value": False}}}
+    begins = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": routes.prefix}}}}
+    condition = {"or_filter": {"filters": [begins, marked]}}
+
+    def mapper(code: int, chosen: dict[str, Any]) -> dict[str, Any]:
+        error = {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}
+        return {"filter": chosen, "body_format_override": {"json_format": error}}
+
+    def of_status(status: int) -> dict[str, Any]:
+        comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "shoal.unused"}}
+        return {"and_filter": {"filters": [condition, {"status_code_filter": {"comparison": comparison}}]}}
+
+    return [*(mapper(code, of_status(status)) for status, code in _CODES.items()), mapper(2, condition)]
+
+
+def check_script(calls: Sequence[JsonCall]) -> str:
+    """Return the Lua code that checks the bodies of `calls`."""
+    messages: dict[str, str] = {}
+    for call in calls:
+        if call.has_body:
+            _add(call.method.input_type, messages)
+    # The most specific pattern is first: `{name=**}` matches a verb behind a colon, too.
+    ordered = sorted(calls, key=lambda call: ("**" in call.template, -len(call.template)))
+    lines = [
+        f"  {{{_text(call.verb)}, {_text(_pattern(call.template))}, "
+        f"{_text(call.method.input_type.full_name) if call.has_body else 'false'}}},"
+        for call in ordered
+    ]
+    types = [f"  [{_text(name)}] = {fields}," for name, fields in messages.items()]
+    tables = "\n".join(["local CALLS = {", *lines, "}", "local TYPES = {", *types, "}"])
+    return _SCRIPT % {"tables": tables, "tokens": _TOKENS, "depth": _DEPTH, "filter": CHECK_FILTER}
+
+
+def _text(text: str) -> str:
+    assert '"' not in text
+    return f'"{text}"'
+
+
+def _pattern(template: str) -> str:
+    """Return the Lua pattern of a path template."""
+    parts = re.split(r"(\{[^}]*\})", template)
+    found = [("[^/]+" if "**" not in part else ".+") if part.startswith("{") else _literal(part) for part in parts]
+    return f"^{''.join(found)}$"
+
+
+def _literal(text: str) -> str:
+    return re.sub(r"([^A-Za-z0-9/:_])", r"%\1", text)
+
+
+def _add(message: Descriptor, messages: dict[str, str]) -> None:
+    """Add the fields of a message, and of those that it contains, as Lua tables by name and by JSON name.
+
+    A table has the name, the kind, and true for a list. The kind is false for a scalar, a text for a message, and a
+    table with the kind of the values for a map.
+    """
+    if message.full_name in messages:
+        return
+    messages[message.full_name] = ""
+    entries = []
+    for field in message.fields:
+        is_list = "true" if field.is_repeated else "false"
+        entry = f"{{{_text(field.name)}, {_kind(field, messages)}, {is_list}}}"
+        entries += [f"[{_text(name)}] = {entry}" for name in dict.fromkeys((field.name, field.json_name))]
+    messages[message.full_name] = f"{{{', '.join(entries)}}}"
+
+
+def _kind(field: FieldDescriptor, messages: dict[str, str]) -> str:
+    inner = field.message_type
+    # Timestamps and durations are texts.
+    if inner is None or inner.full_name in ("google.protobuf.Timestamp", "google.protobuf.Duration"):
+        return "false"
+    assert inner.file.package != "google.protobuf", f"{field.full_name}: a JSON form of its own"
+    if inner.GetOptions().map_entry:
+        return f"{{{_kind(inner.fields_by_name['value'], messages)}}}"
+    _add(inner, messages)
+    return _text(inner.full_name)
+
+
+_SCRIPT = r"""
+%(tables)s
+local find, sub, byte, format = string.find, string.sub, string.byte, string.format
+
+-- The beginning of a text of the caller, without special characters.
+local function shown(text)
+  return (string.gsub(sub(text, 1, 64), "[^%%w _%%-%%./:]", "?"))
+end
+
+-- Raise an error unless `text` is a JSON object with the fields of `root`.
+local function check(text, root)
+  local at, tokens, value = 1, 0, nil
+
+  local function bad(message) error({message}, 0) end
+
+  local function next_byte()
+    at = find(text, "[^ \t\r\n]", at) or #text + 1
+    return byte(text, at)
+  end
+
+  local function unexpected(expected)
+    bad(at > #text and "the JSON ends too early: expected " .. expected
+      or format("no JSON at byte %%d: expected %%s", at, expected))
+  end
+
+  -- The text at a quote, with its escapes.
+  local function string_at()
+    local from = at + 1
+    local to = from
+    while true do
+      to = find(text, '["\\%%z\1-\31]', to)
+      local c = to and byte(text, to)
+      if c == 34 then break end
+      if c ~= 92 then unexpected("the end of a text") end
+      to = to + 2
+    end
+    at = to + 1
+    return sub(text, from, to - 1)
+  end
+
+  local function object(kind, where, depth)
+    local fields = type(kind) == "string" and TYPES[kind]
+    if not kind then bad(where .. " is no object") end
+    local seen = {}
+    at = at + 1
+    if next_byte() == 125 then at = at + 1 return end
+    while true do
+      if next_byte() ~= 34 then unexpected("a key in quotes") end
+      local key = string_at()
+      local field = fields and fields[key]
+      if fields and not field then bad(format("%%s has no field '%%s'", where, shown(key))) end
+      local name = field and field[1] or key
+      if seen[name] then bad(format("%%s has the field '%%s' twice", where, shown(key))) end
+      seen[name] = true
+      if next_byte() ~= 58 then unexpected("a colon") end
+      at = at + 1
+      local inner
+      if field then inner = field[2] else inner = kind[1] end
+      if next_byte() == 91 and not (field and field[3]) then bad(format("%%s.%%s is no list", where, shown(key))) end
+      value(inner, where .. "." .. shown(key), depth + 1)
+      local c = next_byte()
+      at = at + 1
+      if c == 125 then return end
+      if c ~= 44 then at = at - 1 unexpected("a comma or }") end
+    end
+  end
+
+  local function array(kind, where, depth)
+    at = at + 1
+    -- Numbers and literals have no names: the transcoder reads them.
+    local stop = find(text, '[%%[%%]{}"]', at)
+    if stop and byte(text, stop) == 93 then at = stop + 1 return end
+    while true do
+      value(kind, where, depth + 1)
+      local c = next_byte()
+      at = at + 1
+      if c == 93 then return end
+      if c ~= 44 then at = at - 1 unexpected("a comma or ]") end
+    end
+  end
+
+  function value(kind, where, depth)
+    tokens = tokens + 1
+    if tokens > %(tokens)d then bad("the body has more than %(tokens)d values: use gRPC") end
+    if depth > %(depth)d then bad("the body has more than %(depth)d objects and arrays within each other") end
+    local c = next_byte()
+    if c == 34 then
+      string_at()
+    elseif c == 123 then
+      object(kind, where, depth)
+    elseif c == 91 then
+      array(kind, where, depth)
+    else
+      local _, to = find(text, "^[%%w+%%-.]+", at)
+      if not to then unexpected("a value") end
+      at = to + 1
+    end
+  end
+
+  if next_byte() ~= 123 then unexpected("an object") end
+  value(root, root, 1)
+  if next_byte() then unexpected("the end of the body") end
+end
+
+-- Mappers of local replies make it JSON.
+local function refuse(handle, status, message)
+  handle:respond({[":status"] = status}, message)
+end
+
+local function call_of(verb, path)
+  for _, call in ipairs(CALLS) do
+    if call[1] == verb and find(path, call[2]) then return call end
+  end
+end
+
+function envoy_on_request(handle)
+  handle:streamInfo():dynamicMetadata():set("%(filter)s", "is_json", true)
+  local headers = handle:headers()
+  local verb, path = headers:get(":method"), string.match(headers:get(":path"), "^[^?]*")
+  local call = call_of(verb, path)
+  if not call then return refuse(handle, "404", format("no call %%s %%s", shown(verb), shown(path))) end
+  local kind, encoding = headers:get("content-type"), headers:get("content-encoding")
+  -- The headers are not valid after it.
+  local body = handle:body()
+  local size = body and body:length() or 0
+  if size == 0 then return end
+  if not call[3] then return refuse(handle, "400", format("%%s %%s takes no body", verb, shown(path))) end
+  kind = kind and string.lower(kind)
+  if not kind or not (find(kind, "^application/json *$") or find(kind, "^application/json *;")) then
+    return refuse(handle, "415", "the body of this call is JSON: send content-type: application/json")
+  end
+  if encoding then
+    return refuse(handle, "415", "the body of this call must not be compressed")
+  end
+  local ok, err = pcall(check, body:getBytes(0, size), call[3])
+  if not ok then
+    return refuse(handle, "400", type(err) == "table" and err[1] or "the body cannot be checked")
+  end
+end
+"""
