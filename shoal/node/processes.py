@@ -107,6 +107,8 @@ def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
     # A single member has no rival in an election. It leads 1 to 2 s after a restart with the defaults, and 0.3 to 0.6 s
     # with these values.
     argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
+    # Its JSON form takes a POST of any web page in the user's browser.
+    argv += ["--enable-grpc-gateway=false"]
     return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_responds(f"127.0.0.1:{port}"))
 
 

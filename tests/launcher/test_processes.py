@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 from pathlib import Path
 
 import aetcd
@@ -25,6 +26,14 @@ async def test_the_etcd_of_the_tests_answers(etcd_address: str) -> None:
     async with aetcd.Client(host, int(port), timeout=2) as client:
         await client.put(b"/test/parts", b"here")
         assert (await client.get(b"/test/parts")).value == b"here"
+
+
+def test_a_web_page_cannot_write_to_etcd(etcd_address: str) -> None:
+    connection = http.client.HTTPConnection(etcd_address, timeout=30)
+    page = {"origin": "https://evil.example", "content-type": "text/plain"}
+    connection.request("POST", "/v3/kv/put", b'{"key": "L2V2aWw=", "value": "eA=="}', page)
+    assert connection.getresponse().status == 404
+    connection.close()
 
 
 @pytest.mark.parametrize(

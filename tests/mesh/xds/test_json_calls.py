@@ -134,6 +134,16 @@ class Gateway:
             connection.close()
         return answer.status, content, found
 
+    async def text(
+        self, verb: str, path: str, body: Any = None, kind: str | None = None, **headers: str
+    ) -> tuple[int, str]:
+        """Return status and text of a response that need not be JSON."""
+        sent = {"content-type": kind} if kind is not None else {}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        text = None if body is None else json.dumps(body).encode()
+        status, content, _ = await asyncio.to_thread(self._call, verb, path, text, sent)
+        return status, content.decode()
+
     async def error(self, verb: str, path: str, body: Any = None, **more: Any) -> tuple[int, int, str]:
         """Return HTTP status, gRPC code and message of an error."""
         status, found, _ = await self.call(verb, path, body, **more)
