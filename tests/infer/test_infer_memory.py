@@ -49,7 +49,7 @@ from tests.mesh.h2.test_h2_isolation import Client, Front
 
 MIB = 1 << 20
 WIDE = {frames.WINDOW_SIZE: frames.LARGEST_WINDOW}
-OCTET = ("content-type", "application/grpc+proto")
+OCTET = ("content-type", "application/grpc; charset=utf-8")
 BULK = "/shoal.inference.v2.BulkInference/InferBulk"
 # A float has four bytes.
 FLOATS_PER_MIB = MIB // 4
