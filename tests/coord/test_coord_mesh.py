@@ -147,7 +147,7 @@ async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
         "Cluster": ["coord", "infer", "ingest", "model/a", "store"],
         "ClusterLoadAssignment": ["coord", "infer", "ingest", "model/a", "store"],
         "Listener": ["gateway", "outbound"],
-        "RouteConfiguration": ["services"],
+        "RouteConfiguration": ["gateway", "services"],
     }
     assert all(r.acked_version and not r.nack and r.at.seconds for r in found["local"].values())
 

@@ -24,6 +24,8 @@ def test_nothing_that_submits_or_changes_is_idempotent():
             "StreamResults",
             "DrainInstance",
             "UndrainInstance",
+            # A key that is revoked stays revoked.
+            "RevokeKey",
             "ExportResults",  # Another one goes on where it ended, or says that one lies there.
         )
 

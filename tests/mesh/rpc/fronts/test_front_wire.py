@@ -107,8 +107,14 @@ async def test_compression_follows_the_header(
 
 @pytest.mark.parametrize("method", UNARY)
 @pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/grpc-web", "application/grpcx"])
-async def test_another_content_type_is_refused_by_http(raw: RawConnection, method: str, kind: str) -> None:
+async def test_another_content_type_is_refused_by_http(
+    raw: RawConnection, front: Front, method: str, kind: str
+) -> None:
     answer = await raw.call(method, framed(X), content_type=kind)
+    if front.transport == "envoy" and kind == "application/grpc-web":
+        # Envoy translates it, and the status is in the body.
+        assert answer.headers["content-type"].startswith(kind)
+        return
     assert (answer.headers.get(":status") == "415" and not answer.status) or answer.status not in (0, None)
 
 
