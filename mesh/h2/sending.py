@@ -279,7 +279,7 @@ class Sender:
         if number in self._window_changes:
             self.write(self._header_frames(number, head))
 
-    def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
+    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
         """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is closed."""
         if number in self._window_changes:
             self._send(number, data, None, on_sent)
@@ -305,7 +305,9 @@ class Sender:
         del self._window_changes[number]
         self._ended(number, None)
 
-    def _send(self, number: int, data: bytes, end: bytes | None, on_sent: Callable[[], None] | None) -> None:
+    def _send(
+        self, number: int, data: bytes | memoryview, end: bytes | None, on_sent: Callable[[], None] | None
+    ) -> None:
         outgoing = self._waiting.get(number)
         if outgoing is None:
             outgoing = self._waiting[number] = Outgoing()

@@ -404,7 +404,7 @@ class Http1Connection(asyncio.Protocol):
         self._is_chunking = not is_1_0
         self._transport.write(self._headed(head + (b"" if is_1_0 else _CHUNKED)))
 
-    def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
+    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
         """Send data of a streamed response. `on_sent` is called when more may be sent, or the connection is lost."""
         if self.is_open(number) and data and self._has_body():
             self._transport.write(b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if self._is_chunking else data)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.heavy_work import HeavyWork
@@ -35,7 +36,7 @@ from services.infer.requests.request import (
     read_steps,
 )
 from services.infer.requests.request_memory import UNCOUNTED
-from services.infer.requests.response import explain, write_response_async
+from services.infer.requests.response import explain, is_large_write, write_response_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.crash_guard import CrashGuard
@@ -214,6 +215,7 @@ class InferenceServer:
         inner_call: object = None,
         memory: RequestMemory = UNCOUNTED,
         message_bytes: int = 0,
+        raw: list[Any] | None = None,
     ) -> pb.ModelInferResponse:
         """Run one inference and return its response.
 
@@ -225,6 +227,8 @@ class InferenceServer:
             inner_call: the call of a model that the request belongs to; None for a client's request.
             memory: memory of the request's call, which counts the message already.
             message_bytes: size of the message.
+            raw: receives the raw contents of a large response of numbers, in place of the message; None: the message
+                has all.
 
         Raises:
             InvalidArgument: the request does not fit the model; the error names the tensor or parameter.
@@ -248,7 +252,8 @@ class InferenceServer:
             # The inputs are not needed any more. The outputs are copied into the response.
             request.inputs = {}
             memory.release(tensor_bytes)
-            memory.hold_response(2 * held_bytes(result.outputs))
+            outside = raw if raw is not None and is_large_write(result, request) else None
+            memory.hold_response((2 if outside is None else 1) * held_bytes(result.outputs))
             response = await write_response_async(
                 result,
                 request,
@@ -258,6 +263,7 @@ class InferenceServer:
                 version=version.number,
                 id=message.id,
                 batched=version.loaded.model.signature.max_batch_size > 0,
+                raw=outside,
             )
             if request.parameters.explain:
                 explain(response, result, self._replica, cache)

@@ -11,8 +11,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from mesh.rpc.access import Access
 from mesh.rpc.call_context import RequestMemory
+from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import parse_in_turn
 from services.infer.core import InferenceServer
@@ -23,6 +26,7 @@ from services.infer.models.models import Models
 from services.infer.models.version import Version
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
+from services.infer.requests.response import kept
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access.caller_header import CALLER_HEADER
@@ -133,11 +137,11 @@ class FastInfer:
             if self._access is not None:
                 caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
             tenant = named.decode("latin-1") if caller is None else caller.tenant
+            raw: list[Any] = []
             response = await self._server.infer(
-                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body)
+                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body), raw=raw
             )
-            data = response.SerializeToString()
-            exchange.reply((data,), len(data))
+            exchange.reply(*template.with_raw(response.SerializeToString(), raw))
             self._learn(body, message)
         except asyncio.CancelledError:
             # When the exchange is over, its caller has left. Else this process stops.
@@ -192,7 +196,9 @@ class _FastRequest:
             version.__exit__(None, None, None)
             version.statistics.failed(0)
             raise
-        exchange.on_end = self._abandon
+        # A scheduler may deliver at once. Set after the end, the callback would keep the body in a reference cycle.
+        if not exchange.is_over:
+            exchange.on_end = self._abandon
 
     def _abandon(self) -> None:
         version, queued = self._version, self._queued
@@ -217,7 +223,10 @@ class _FastRequest:
         except Exception as err:
             self._exchange.refuse(err)
             return
-        self._exchange.reply(parts, template.size + len(self._id))
+        size = template.size + len(self._id)
+        if size > UNJOINED_BYTES:
+            parts = [kept(part) if isinstance(part, np.ndarray) else part for part in parts]
+        self._exchange.reply(parts, size)
 
     def failed(self, error: BaseException) -> None:
         """Called by the scheduler."""

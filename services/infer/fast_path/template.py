@@ -191,6 +191,18 @@ def _response_template(prefix: bytes, requested: Sequence[WantedOutput], outputs
     return ResponseTemplate(heads, raw, size)
 
 
+def with_raw(response: bytes, raw: Sequence[Any]) -> tuple[list[Any], int]:
+    """Return the parts and the size of a response whose raw contents, bytes-like, are not in it."""
+    parts: list[Any] = [response]
+    size = len(response)
+    for contents in raw:
+        length = memoryview(contents).nbytes
+        opening = tag_and_length(RAW_OUTPUT, length)
+        parts += [opening, contents]
+        size += len(opening) + length
+    return parts, size
+
+
 def tag_and_length(tag: int, size: int) -> bytes:
     """Return the tag and length of a field of `size` bytes."""
     out = bytearray([tag])

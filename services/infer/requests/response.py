@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import Any
 
+import numpy as np
+
+from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.heavy_work import HeavyWork, Steps
 from services.infer.offload import in_turns
 from services.infer.requests import ragged
@@ -11,6 +15,7 @@ from services.infer.requests.classification import classify
 from services.infer.requests.outcome import InferenceResult, StepTimes
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import to_raw_steps
@@ -22,16 +27,25 @@ _FEW_ELEMENTS = 1 << 13
 
 
 def write_response(
-    result: InferenceResult, request: InferenceRequest, *, model: str, version: int, id: str, batched: bool
+    result: InferenceResult,
+    request: InferenceRequest,
+    *,
+    model: str,
+    version: int,
+    id: str,
+    batched: bool,
+    raw: list[Any] | None = None,
 ) -> Steps[pb.ModelInferResponse]:
     """Return the response message, in steps: outputs in the order of the request, all raw.
+
+    The raw contents are added to `raw`, if given, and not to the message: protobuf would copy them.
 
     Raises:
         InvalidArgument: the rows of a ragged output differ in shape, so that no tensor can carry them.
     """
     response = pb.ModelInferResponse(model_name=model, model_version=str(version), id=id)
     for requested, output in zip(request.outputs, result.outputs, strict=True):
-        yield from _add(response, requested, output, batched=batched)
+        yield from _add(response, requested, output, batched=batched, raw=raw)
     return response
 
 
@@ -45,29 +59,52 @@ async def write_response_async(
     version: int,
     id: str,
     batched: bool,
+    raw: list[Any] | None = None,
 ) -> pb.ModelInferResponse:
     """Write a response as `write_response` does, in the turns of its tenant when it would block the event loop."""
-    steps = write_response(result, request, model=model, version=version, id=id, batched=batched)
-    return await in_turns(heavy, tenant, steps, is_long=_is_long_write(result, request))
+    steps = write_response(result, request, model=model, version=version, id=id, batched=batched, raw=raw)
+    return await in_turns(heavy, tenant, steps, is_long=_is_long_write(result, request, copies=raw is None))
 
 
-def _is_long_write(result: InferenceResult, request: InferenceRequest) -> bool:
+def kept(output: Tensor) -> Any:
+    """Return the bytes of an output of numbers, for as long as they are needed: the output itself, or a copy.
+
+    A view is copied: it keeps the outputs of a whole batch, or its memory is used for the next batch.
+    """
+    is_own = output.flags.c_contiguous and not isinstance(output.base, np.ndarray | memoryview)
+    return output if is_own else output.tobytes()
+
+
+def _is_long_write(result: InferenceResult, request: InferenceRequest, *, copies: bool) -> bool:
     arrays = [array for output in result.outputs for array in ragged.arrays(output)]
     by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
     classes = sum(requested.classes for requested in request.outputs) * request.rows
-    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES
+    is_large = sum(array.nbytes for array in arrays if copies or array.base is not None) > _LARGE_BYTES
+    return by_element or classes > _FEW_ELEMENTS or is_large
 
 
-def _add(response: pb.ModelInferResponse, requested: WantedOutput, value: Value, *, batched: bool) -> Steps[None]:
+def is_large_write(result: InferenceResult, request: InferenceRequest) -> bool:
+    """Return True when the raw contents of a response should not be copied: they are large, and numbers alone."""
+    if any(requested.classes or requested.spec.datatype.is_bytes for requested in request.outputs):
+        return False
+    return sum(array.nbytes for output in result.outputs for array in ragged.arrays(output)) > UNJOINED_BYTES
+
+
+def _add(
+    response: pb.ModelInferResponse, requested: WantedOutput, value: Value, *, batched: bool, raw: list[Any] | None
+) -> Steps[None]:
     datatype = requested.spec.datatype
     output = ragged.dense(value, requested.spec, "inference output")
     if requested.classes:
         output = yield from classify(output, requested.spec, requested.classes, batched=batched)
         datatype = BY_NAME["BYTES"]
     response.outputs.add(name=requested.spec.name, datatype=datatype.name, shape=output.shape)
-    raw = yield from to_raw_steps(output, datatype)
+    if raw is not None:
+        raw.append(kept(output))
+        return
+    contents = yield from to_raw_steps(output, datatype)
     yield
-    response.raw_output_contents.append(raw)
+    response.raw_output_contents.append(contents)
     yield
 
 

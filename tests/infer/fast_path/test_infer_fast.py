@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import struct
+import weakref
 from contextlib import AsyncExitStack
 
 import numpy as np
@@ -22,6 +24,7 @@ from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.requests import request as reading
 from services.infer.requests.request_memory import Uncounted
+from services.infer.requests.response import kept
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import scan
@@ -47,11 +50,11 @@ class Asked(Uncounted):
     def reply(self, parts, size) -> None:
         data = b"".join(parts)
         assert len(data) == size
-        self.is_over = True
+        self.is_over, self.on_end = True, None
         self.end.set_result(pb.ModelInferResponse.FromString(data))
 
     def refuse(self, error: BaseException) -> None:
-        self.is_over = True
+        self.is_over, self.on_end = True, None
         self.end.set_result(error)
 
 
@@ -412,5 +415,64 @@ def test_numbers_of_a_large_request_are_never_copied(folder):
         assert shared_bytes(message) == 2 * 4 * 600_000
         assert shared_bytes(message.inputs[0]) == 0
         await server.agree(body)
+
+    both_ways(folder, work)
+
+
+def test_large_outputs_are_not_copied_on_either_path(folder):
+    async def work(server):
+        body = request("two", 1, inputs=("a", "b"), width=600_000).SerializeToString()
+        parts = []
+
+        class Keeping(Asked):
+            def reply(self, found, size):
+                parts.append(list(found))
+                super().reply(found, size)
+
+        for _ in range(3):
+            exchange = Keeping()
+            server.short(struct.pack(">BI", 0, len(body)) + body, exchange)
+            response = await asyncio.wait_for(exchange.end, 20)
+            assert response == await server.core.infer(pb.ModelInferRequest.FromString(body))
+            arrays = [part for part in parts[-1] if isinstance(part, np.ndarray)]
+            assert sum(array.nbytes for array in arrays) == sum(map(len, response.raw_output_contents))
+        # The first request is on the slow path.
+        assert server.short._by_name
+
+    both_ways(folder, work)
+
+
+def test_a_large_output_that_is_a_view_is_copied(folder):
+    """A view of a batch would keep the batch, and one of shared memory is used for the next batch."""
+    whole = np.zeros((4, 600_000), np.float32)
+    assert kept(whole) is whole
+    assert isinstance(kept(whole[1:2]), bytes)
+    assert isinstance(kept(np.frombuffer(bytearray(8), np.float32)), bytes)
+
+
+def test_a_request_is_freed_when_it_is_answered_at_once(folder):
+    """Its body does not wait for a garbage collection."""
+
+    async def work(server):
+        data = request("double").SerializeToString()
+        body = struct.pack(">BI", 0, len(data)) + data
+        answered_at_once, left = 0, []
+        gc.collect()
+        gc.disable()
+        try:
+            # A short model runs on the event loop, once its time is known, while requests arrive one at a time.
+            async with asyncio.timeout(30):
+                while answered_at_once < 3:
+                    exchange = Asked()
+                    server.short(body, exchange)
+                    answered_at_once += exchange.is_over
+                    await exchange.end
+                    left.append(weakref.ref(exchange))
+                    del exchange
+                    await asyncio.sleep(0.002)
+                while any(each() is not None for each in left):
+                    await asyncio.sleep(0.001)
+        finally:
+            gc.enable()
 
     both_ways(folder, work)

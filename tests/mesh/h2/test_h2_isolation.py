@@ -584,6 +584,30 @@ async def test_a_large_response_leaves_the_loop_to_others():
     assert max(map(len, transport.written)) < 2 * MIB
 
 
+async def test_the_parts_of_a_large_response_are_sent_as_they_are_and_counted():
+    part = bytearray(b"large" * MIB)
+    held = []
+
+    def handler(body, call):
+        call.reply((b"small", part, b"", b"end"), len(part) + 8)
+        waiting = call._stream._sender._waiting.values()
+        held.append([chunk.obj is part for each in waiting for chunk in each.chunks])
+        held.append(server.memory.unread.held)
+
+    async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: handler}) as server:
+        await server.serve()
+        front = Front(server)
+        async with front.peer({frames.WINDOW_SIZE: 0}) as peer:
+            number = peer.call(ECHO, b"x")
+            await peer.until(frames.HEADERS, number)
+            # The prefix and the small parts are joined.
+            assert held == [[False, True, False], len(part) + 8 + 5]
+            peer.send(frames.settings({frames.WINDOW_SIZE: 1 << 30}), frames.window_update(0, 1 << 30))
+            assert await peer.status(number) == 0
+            assert peer.body(number) == framed(b"small" + part + b"end")
+            assert server.memory.unread.held == 0
+
+
 async def test_many_tiny_frames_are_handled_in_turns():
     async with serving() as front, front.peer() as peer, front.peer() as other:
         connection = next(c for c in front.server._listeners[0]._connections if c.peer[1] == peer_port(peer))
