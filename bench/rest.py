@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -49,7 +50,7 @@ class RestRequests:
     def of(cls, sample: Sample, form: str) -> RestRequests:
         made = []
         for row in sample.inputs:
-            tensor = {"name": "input", "datatype": "FP32", "shape": [1, *row.shape]}
+            tensor: dict[str, Any] = {"name": "input", "datatype": "FP32", "shape": [1, *row.shape]}
             if form == "json":
                 tensor["data"] = [float(f"{value:.8g}") for value in row.reshape(-1)]
                 body, more = json.dumps({"inputs": [tensor]}).encode(), b""
@@ -174,10 +175,10 @@ def main() -> None:
         samples = save(models)
         contenders: list[tuple[Contender, int | None]] = [(shoal("Shoal", ROOT, models, network), None)]
         if args.triton:
-            port = free_port()
+            http_port = free_port()
             made = triton(args.triton, models, network)
-            made.environ["TRITON_ARGS"] = f"--allow-http=true --http-address=127.0.0.1 --http-port={port}"
-            contenders.append((made, port))
+            made.environ["TRITON_ARGS"] = f"--allow-http=true --http-address=127.0.0.1 --http-port={http_port}"
+            contenders.append((made, http_port))
         rows: dict[str, Row] = {}
         requests = {(name, form): RestRequests.of(samples[name], form) for name in ("tiny", "mlp") for form in FORMS}
         grpc_requests = {

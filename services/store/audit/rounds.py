@@ -71,9 +71,9 @@ class AuditRounds(Background):
             kept = {
                 writer: await _kept(self._collections.audit, writer, one, before) for writer, one in extents.items()
             }
+        if kept == (newest.chains if newest is not None else {}):
+            return
         if newest is not None:
-            if kept == newest.chains:
-                return
             oldest = await self._oldest(newest, before)
         if not await self._anchors.write(newest, kept, oldest):
             return

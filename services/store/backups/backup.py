@@ -42,9 +42,12 @@ from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-NOT_CARRIED = frozenset({"holds", "graves", "exports", RESTORES, "fences", "leads", "removals", "tenant_rates"})
+NOT_CARRIED = frozenset(
+    {"holds", "graves", "exports", RESTORES, "fences", "leads", "removals", "tenant_rates", "audit", "audit_anchors"}
+)
 """Collections that belong to this node only: pending deletions, leader leases and their tokens, rates of the last
-seconds. A node has them before it has any user data, and a restore ignores them."""
+seconds, and the audit log, whose chains no other node continues. A node has them before it has any user data, and a
+restore ignores them."""
 _AT_ONCE = 8
 # Digests remembered as verified, so that a blob shared by many results is read once in the backup.
 _KNOWN = 100_000

@@ -48,6 +48,7 @@ async def test_a_chain_without_events_writes_nothing(audit: Audit) -> None:
     await audit.rounds.anchor()
 
     assert await audit.entries.count_documents({}) == 0
+    assert await audit.anchors.named() == []
 
 
 @pytest.mark.parametrize("field", [field for field in EVENT_FIELDS if field not in ("kind", "code", "count")])

@@ -28,6 +28,7 @@ from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
 from services.store.backups import blob_copy, dump, manifest
 from services.store.backups import restore as restore_module
+from services.store.audit.chain import AuditChain
 from services.store.backups.backup import NOT_CARRIED, Backup
 from services.store.backups.locations import BackupLocations
 from services.store.backups.progress import BackupProgress
@@ -35,6 +36,7 @@ from services.store.backups.restore import Restore, complete_backups
 from services.store.results.result_documents import BlobRef
 from services.store.usage.counters import Counters
 from services.store.usage.weight import Weight, weight_of, weight_of_payloads
+from shoal.access.audit import Event
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.conftest import sha256
 from tests.store.garbage.conftest import Clock, Parts, make_parts
@@ -476,6 +478,18 @@ async def test_a_store_that_is_not_empty_is_left_alone(node: Node, empty: Node, 
     with pytest.raises(FailedPrecondition, match=f"not empty: collection {collection}"):
         await all_of(empty.restore.run(folder, ""))
     assert await empty.documents() == before
+
+
+async def test_the_audit_log_stays_with_its_node(node: Node, empty: Node, folder: str) -> None:
+    """The log of the node that restores has at least the act of restoring."""
+    await node.fill(b"a")
+    for one, name in ((node, "made"), (empty, "restores")):
+        await AuditChain(one.parts.collections, one.parts.clock, name).record([Event(kind="act")])
+    made = await all_of(node.backup.run(folder))
+    await all_of(empty.restore.run(folder, made.backup_id))
+
+    writers = [doc["_id"].partition("-")[0] async for doc in empty.db["audit"].find({}, {"_id": 1})]
+    assert writers == ["restores", "restores"]
 
 
 async def test_what_is_damaged_in_the_store_is_named_and_not_in_the_backup(
