@@ -25,10 +25,10 @@ from mesh import mongo
 from mesh.mongo_lease import LEASES, LeaderLease, fenced
 from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
+from services.store.audit.chain import AuditChain
 from services.store.backups import backup as backup_module
 from services.store.backups import blob_copy, dump, manifest
 from services.store.backups import restore as restore_module
-from services.store.audit.chain import AuditChain
 from services.store.backups.backup import NOT_CARRIED, Backup
 from services.store.backups.locations import BackupLocations
 from services.store.backups.progress import BackupProgress
