@@ -110,7 +110,7 @@ class Access(Background):
         self._policy = policy
         self._now = now
         self._callers: dict[bytes | None, _Known] = {}
-        self._open: dict[object, tuple[str, bytes | None, Callable[[ShoalError], None]]] = {}
+        self._open: dict[object, tuple[str, bytes | None, Callable[[ShoalError], None], bytes | None]] = {}
 
     def set_policy(self, policy: Policy) -> None:
         """Replace the policy. Open calls that it does not allow end with PERMISSION_DENIED."""
@@ -158,11 +158,15 @@ class Access(Background):
         return known.storable
 
     @contextmanager
-    def open_call(self, rpc: str, caller: bytes | None, end: Callable[[ShoalError], None]) -> Iterator[None]:
+    def open_call(
+        self, rpc: str, caller: bytes | None, end: Callable[[ShoalError], None], signer: bytes | None = None
+    ) -> Iterator[None]:
         """Admit a call for as long as the block lasts. Raises as `check` does.
 
         Args:
             end: called at most once, when the call is not allowed any more.
+            signer: id of the key that has verified the caller's token, as the gateway passes it. A gateway may know a
+                new key a moment earlier: the signer is checked only while the call is open.
         """
         self.check(rpc, caller)
         # Its caller may take its own rights away: the call, a short one, ends with its own result.
@@ -170,11 +174,19 @@ class Access(Background):
             yield
             return
         call = object()
-        self._open[call] = (rpc, caller, end)
+        self._open[call] = (rpc, caller, end, signer)
         try:
             yield
         finally:
             self._open.pop(call, None)
+
+    def _check_signer(self, caller: Caller | None, signer: bytes | None) -> None:
+        """Raise Unauthenticated when the policy has the keys of the caller's issuer, and none with the signer's id."""
+        if caller is None or signer is None or self._policy is None:
+            return
+        issuer = self._policy.issuer_of(caller.issuer)
+        if issuer is not None and issuer.jwks and signer not in [key["kid"].encode() for key in issuer.jwks["keys"]]:
+            raise Unauthenticated("the key that signed the token is no longer in the policy: use another token")
 
     def _decide(self, rpc: str, caller: bytes | None, model: str | None) -> Decision:
         # The gateway's own checks of this instance name no caller. It lets no such call of others pass.
@@ -202,11 +214,12 @@ class Access(Background):
             self._end_open_calls()
 
     def _end_open_calls(self) -> None:
-        """End the open calls that are not allowed, or whose token has expired."""
+        """End the open calls that are not allowed, whose token has expired, or whose signer's key was removed."""
         now = self._now()
-        for call, (rpc, caller, end) in list(self._open.items()):
+        for call, (rpc, caller, end, signer) in list(self._open.items()):
             try:
                 admitted = self.check(rpc, caller)
+                self._check_signer(admitted, signer)
                 if admitted is None or now <= admitted.expires_at:
                     continue
                 error: ShoalError = Unauthenticated("the token has expired")

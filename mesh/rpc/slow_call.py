@@ -41,7 +41,7 @@ from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, parse_in_turn
-from shoal.access.caller_header import CALLER_HEADER
+from shoal.access.caller_header import CALLER_HEADER, SIGNER_HEADER
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # A stream that has never sent a message is ended after so long, as at Envoy (stream_idle_timeout). One that has may be
 # silent as long as it likes.
 _NEVER_SENT_S = 300.0
-CALLER = CALLER_HEADER.encode()
+CALLER, SIGNER = CALLER_HEADER.encode(), SIGNER_HEADER.encode()
 
 
 class CallTable(Protocol):
@@ -139,7 +139,7 @@ class SlowCall:
         if app.access is None:
             await self._admitted(handler)
         else:
-            with app.access.open_call(self._head.path, headers.get(CALLER), self.end):
+            with app.access.open_call(self._head.path, headers.get(CALLER), self.end, headers.get(SIGNER)):
                 await self._admitted(handler)
 
     async def _admitted(self, handler: Any) -> None:

@@ -2,7 +2,7 @@
 
     early removal of x-shoal-* ──> (mesh.xds.web) ──> callers: jwt_authn ──> key ids: RBAC ──> rules: RBAC ──> router
                                                          │
-                                                         └── x-shoal-caller, -issuer, -role, -key, -tenant
+                                                         └── x-shoal-caller, -issuer, -role, -key, -tenant, -signer
 
 `callers` and `rules` are extension configurations (ECDS); host names and web pages are in the routes (RDS). A changed
 listener would be in force late, and would close connections. Fields: envoy.extensions.filters.http.jwt_authn.v3 and
@@ -16,7 +16,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from shoal.access.caller_header import CALLER_HEADER, ISSUER_HEADER, KEY_HEADER, ROLE_HEADER, TRUSTED_PREFIX
+from shoal.access.caller_header import (
+    CALLER_HEADER,
+    ISSUER_HEADER,
+    KEY_HEADER,
+    ROLE_HEADER,
+    SIGNER_HEADER,
+    TRUSTED_PREFIX,
+)
 from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
 from shoal.access.policy import Issuer, Policy
 from shoal.access.rest_paths import patterns_of
@@ -34,8 +41,23 @@ CALLERS, RULES = "shoal.callers", "shoal.rules"
 _CACHED_TOKENS = 8192
 # Metadata of jwt_authn with the header of a verified token.
 _TOKEN_HEADER = "token"
-TOKEN_REMOVAL: Mapping[str, Any] = {"request_headers_to_remove": ["authorization"]}
-"""Part of a virtual host: a service never sees a token, also where none is required."""
+TOKEN_REMOVAL: Mapping[str, Any] = {
+    "request_headers_to_remove": ["authorization"],
+    "request_headers_to_add": [
+        {
+            "header": {
+                "key": SIGNER_HEADER,
+                "value": f"%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:{_TOKEN_HEADER}:kid)%",
+            },
+            "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        }
+    ],
+}
+"""Part of a virtual host: a service never sees a token, also where none is required. It sees the signer's id."""
+
+_NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
+_INVALID_KEY = "%LOCAL_REPLY_BODY%: send a valid key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
+_REFUSED = "%LOCAL_REPLY_BODY%: the key is revoked, or is for other calls: ask for another one (`shoal policy explain`)"
 
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
@@ -44,6 +66,29 @@ _NOTHING = " "
 def filters(source_of: Callable[[str], Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the filters of a gateway. `source_of` returns the config source of the extension of that name."""
     return [_discovered(CALLERS, JWT, source_of), _key_ids(), _discovered(RULES, RBAC, source_of)]
+
+
+def hints() -> list[dict[str, Any]]:
+    """Return the mappers of local replies with which Envoy's own refusals say what to do; the first match counts."""
+    return [
+        _hint({"and_filter": {"filters": [_status(401), _without("authorization")]}}, _NO_KEY),
+        _hint(_status(401), _INVALID_KEY),
+        # Web pages are refused for their origin, too.
+        _hint({"and_filter": {"filters": [_status(403), _without("origin")]}}, _REFUSED),
+    ]
+
+
+def _without(name: str) -> dict[str, Any]:
+    return {"header_filter": {"header": {"name": name, "present_match": True, "invert_match": True}}}
+
+
+def _status(code: int) -> dict[str, Any]:
+    comparison = {"op": "EQ", "value": {"default_value": code, "runtime_key": f"shoal.status_{code}"}}
+    return {"status_code_filter": {"comparison": comparison}}
+
+
+def _hint(matched: Mapping[str, Any], text: str) -> dict[str, Any]:
+    return {"filter": matched, "body_format_override": {"text_format_source": {"inline_string": text}}}
 
 
 def _discovered(name: str, type_url: str, source_of: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:

@@ -216,7 +216,8 @@ def _connection_manager(
         document["access_log"] = [access_log(ADS_CLUSTER)]
     if table.models is not None:
         mappers = json_calls.error_mappers(table.json) if has_json and table.json is not None else []
-        document["local_reply_config"] = {"mappers": [_empty_stream(), *mappers, rest_errors.mapper()]}
+        hints = access.hints() if has_access else []
+        document["local_reply_config"] = {"mappers": [_empty_stream(), *mappers, rest_errors.mapper(), *hints]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document

@@ -18,6 +18,8 @@ CALLER_HEADER = "x-shoal-caller"
 ROLE_HEADER = "x-shoal-role"
 KEY_HEADER = "x-shoal-key"
 ISSUER_HEADER = "x-shoal-issuer"
+SIGNER_HEADER = "x-shoal-signer"
+"""Header with the id (`kid`) of the public key that has verified the caller's token."""
 
 LAUNCHER = b"launcher"
 """Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mesh.xds import access
+from mesh.xds import access, rest_errors
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.web import Web, virtual_hosts
 from shoal.access.policy import Policy
@@ -26,6 +26,7 @@ def connection_manager(folder: Path) -> dict[str, Any]:
         "early_header_mutation_extensions": [access.removal()],
         "rds": {"route_config_name": HOSTS, "config_source": _file(folder, HOSTS)},
         "http_filters": access.filters(lambda name: _file(folder, name)),
+        "local_reply_config": {"mappers": [rest_errors.mapper(), *access.hints()]},
     }
 
 
@@ -44,7 +45,7 @@ def write(policy: Policy, folder: Path, services: Sequence[str], virtual_host: M
 def hosts(policy: Policy, virtual_host: Mapping[str, Any]) -> dict[str, Any]:
     """Return the route configuration: `virtual_host` for the host names and web pages of the policy."""
     removed = [*virtual_host.get("request_headers_to_remove", ()), *access.TOKEN_REMOVAL["request_headers_to_remove"]]
-    served = {**virtual_host, "request_headers_to_remove": removed}
+    served = {**virtual_host, **access.TOKEN_REMOVAL, "request_headers_to_remove": removed}
     named = virtual_hosts(Web(policy.hosts, policy.cors.origins), served)
     return {"virtual_hosts": named, "ignore_port_in_host_matching": True}
 

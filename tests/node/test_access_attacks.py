@@ -286,7 +286,7 @@ def test_a_good_key_is_admitted(world: World) -> None:
 
 
 def test_no_token_and_something_else_instead_of_one(world: World) -> None:
-    assert world.infer(None).startswith("UNAUTHENTICATED Jwt is missing")
+    assert world.infer(None).startswith("UNAUTHENTICATED no key: send 'authorization: Bearer shoal_...'")
     for value in ("Basic YTpi", "Bearer", "Bearer ", "bearer", PREFIX, f"Token {world.key().text}"):
         assert world.infer(None, more=(("authorization", value),)).startswith("UNAUTHENTICATED")
     for garbage in ("shoal_", "shoal_..", "shoal_a.b.c", "shoal_" + "x" * 4000):
@@ -302,7 +302,8 @@ def test_times(world: World) -> None:
 
 
 def test_audience_and_issuer(world: World) -> None:
-    assert world.infer(signed(world.signer, aud="other")) == "PERMISSION_DENIED Audiences in Jwt are not allowed"
+    refused = world.infer(signed(world.signer, aud="other"))
+    assert refused.startswith("PERMISSION_DENIED Audiences in Jwt are not allowed: ")
     assert world.infer(signed(world.signer, aud=None)).startswith("PERMISSION_DENIED")
     assert world.infer(signed(world.signer, iss="other")).startswith("UNAUTHENTICATED")
     assert world.infer(signed(world.signer, iss=None)).startswith("UNAUTHENTICATED")
@@ -630,7 +631,7 @@ def test_a_page_that_the_policy_names_reads_responses_and_errors(world: World) -
         for token, model, expected in (
             (world.key().text, OPEN, "0"),
             (world.key().text, SECRET, "7 "),
-            (None, OPEN, "16 Jwt is missing"),
+            (None, OPEN, "16 no key: send"),
             (world.key().text, "absent", "5 "),
         ):
             _, headers, status = page(world, token, model, origin=PAGE)
@@ -887,6 +888,41 @@ def test_a_change_of_the_policy_closes_no_stream_and_no_connection(world: World)
             done.set()
             assert [len(list(stream)) for stream in streams] == [1] * 64
     world.until(lambda: world.infer(globex) == "OK")
+
+
+def test_removing_the_key_of_a_signer_ends_the_streams_of_its_keys_and_nobody_elses(
+    world: World, tmp_path: Path
+) -> None:
+    stolen = tokens.create_signer(tmp_path / "stolen.json", world.signer.issuer)
+    made = {"stolen": key(stolen), "own": world.key()}
+    world.secrets.add(made["stolen"].text)
+    both = issuer(world.signer, jwks={"keys": [world.signer.public_jwk(), stolen.public_jwk()]})
+    done = threading.Event()
+
+    def messages() -> Iterator[pb.ModelInferRequest]:
+        yield request(OPEN, x=X)
+        done.wait(PATIENCE_S)
+
+    with world.channel() as channel, world.with_policy(issuers=[both]):
+        world.until(lambda: world.infer(made["stolen"].text) == "OK")
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        streams = {
+            name: stub.ModelStreamInfer(
+                messages(), metadata=(("authorization", f"Bearer {one.text}"),), timeout=4 * PATIENCE_S
+            )
+            for name, one in made.items()
+        }
+        for stream in streams.values():
+            next(stream)
+        world.set_policy(issuers=[issuer(world.signer)])
+        with pytest.raises(grpc.RpcError) as caught:
+            next(streams["stolen"])
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "the key that signed the token is no longer in the policy" in caught.value.details()
+        world.until(lambda: world.infer(made["stolen"].text).startswith("UNAUTHENTICATED"))
+        assert streams["own"].is_active()
+        done.set()
+        assert list(streams["own"]) == []
 
 
 def test_a_grant_that_is_taken_away_and_an_invalid_policy(world: World) -> None:

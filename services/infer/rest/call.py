@@ -39,7 +39,7 @@ from mesh.rpc.framing import (
 )
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.parsing import parse_in_turn
-from mesh.rpc.slow_call import CALLER, CallTable
+from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from services.infer.requests.request_memory import RequestPart
 from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
 from services.infer.rest.target import Target
@@ -311,7 +311,7 @@ class RestCall:
         if access is None:
             await self._admitted()
         else:
-            with access.open_call(self.target.rpc, self.headers.get(CALLER), self.end):
+            with access.open_call(self.target.rpc, self.headers.get(CALLER), self.end, self.headers.get(SIGNER)):
                 await self._admitted()
 
     async def _admitted(self) -> None:

@@ -14,12 +14,12 @@ from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from shoal.access import tokens
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE, SIGNER_HEADER
 from shoal.access.decision import MODEL_NAME
 from shoal.access.rpc_groups import INDEX, LOAD, MODEL_INFER
 from shoal.access.tokens import Signer
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
-from tests.access.policies import claims_of, key, passed, policy
+from tests.access.policies import claims_of, issuer, key, passed, policy
 from tests.breakable import until
 
 CHECK = "/grpc.health.v1.Health/Check"
@@ -135,10 +135,11 @@ class Clock:
         return self.now
 
 
-async def opened(channel: grpc.aio.Channel, caller: bytes) -> object:
+async def opened(channel: grpc.aio.Channel, caller: bytes, signer: str = "") -> object:
     """Return a call that has had its first response and stays open."""
     stub = health_pb2_grpc.HealthStub(channel)
-    call = stub.Watch(health_pb2.HealthCheckRequest(), metadata=((CALLER_HEADER, caller.decode()),), timeout=60)
+    metadata = [(CALLER_HEADER, caller.decode()), *([(SIGNER_HEADER, signer)] if signer else [])]
+    call = stub.Watch(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=60)
     await call.read()
     return call
 
@@ -159,6 +160,31 @@ async def test_an_open_call_ends_when_its_key_is_revoked_and_others_go_on(
     assert await outcome(first) == (grpc.StatusCode.PERMISSION_DENIED, f"not allowed: the key {ann.id} is revoked")
     assert not second.done()
     second.cancel()
+    await until(lambda: not access._open, "the end of all calls")
+
+
+async def test_an_open_call_ends_when_the_key_of_its_signer_is_removed_and_others_go_on(
+    signer: Signer, watched: tuple[Access, Clock, grpc.aio.Channel], tmp_path: Path
+) -> None:
+    access, _, channel = watched
+    stolen = tokens.create_signer(tmp_path / "stolen.json")
+    both = {"keys": [signer.public_jwk(), stolen.public_jwk()]}
+    access.set_policy(policy(signer, issuers=[issuer(signer, jwks=both)]))
+    first = await opened(channel, caller(stolen), stolen.kid)
+    second = await opened(channel, caller(signer), signer.kid)
+    third = await opened(channel, caller(signer))
+    access.set_policy(policy(signer))
+    assert await outcome(first) == (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the key that signed the token is no longer in the policy: use another token",
+    )
+    assert not second.done()
+    assert not third.done()
+    # A gateway that has the former keys for a moment longer.
+    late = await opened(channel, caller(stolen), stolen.kid)
+    assert (await outcome(late))[0] is grpc.StatusCode.UNAUTHENTICATED
+    second.cancel()
+    third.cancel()
     await until(lambda: not access._open, "the end of all calls")
 
 
