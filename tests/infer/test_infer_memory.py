@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -326,6 +325,13 @@ async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memor
     assert errors == [("the model's own error", "7"), ("the model has failed", "7")]
 
 
+class CallingModel:
+    """What InnerCalls reads of the model of a caller."""
+
+    name = "caller"
+    instances = (0,)
+
+
 async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, gate: Gate):
     # Five calls of 3 MiB are two thirds of the limit. Six with their responses take 24 MiB and some KiB.
     async with serving(tmp_path / "m", 25 * MIB) as front, front.peer(WIDE) as peer:
@@ -334,7 +340,7 @@ async def test_inner_calls_are_bounded_and_return_their_memory(tmp_path: Path, g
         replies: list[dict[str, Any]] = []
         header = {"model": "one", "version": "", "request_id": "", "parameters": {}, "outputs": []}
         tensor = ("x", "FP32", np.ones((1, FLOATS_PER_MIB), np.float32))
-        model: Any = SimpleNamespace(name="caller", instances=[0])
+        model: Any = CallingModel()
         hog, other = (ModelRun(model, lambda tenant=tenant: OuterCall(tenant=tenant)) for tenant in ("hog", "other"))
         gate.is_closed = True
         for _ in range(12):
