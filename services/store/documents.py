@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
+from bson.codec_options import DatetimeConversion
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
@@ -289,6 +290,12 @@ class Collections:
                 db, "audit_anchors", validator=_validator(AUDIT_ANCHORS), indexes=[]
             ),
         }
+        # What somebody has written by hand must be readable, so that verification can name it.
+        audit = prepared["audit"]
+        lenient = audit.codec_options.with_options(
+            datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+        )
+        prepared["audit"] = audit.with_options(codec_options=lenient)
         await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
         await ensure_collection(db, MARKS, validator=MARK_VALIDATOR, indexes=[])
         self._prepared = prepared

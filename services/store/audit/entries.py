@@ -22,6 +22,8 @@ from shoal.access.audit import EVENT_FIELDS, Event
 FIRST_HASH: Final = "0" * 64
 """Stands for the hash before the first entry of a chain."""
 
+# Types of fields that are no texts.
+_TYPES: Mapping[str, type] = {"code": int, "count": int, "at": datetime}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -70,8 +72,11 @@ def entry_of(document: Mapping[str, Any]) -> Entry:
     unknown = set(document) - {"_id", "at", "hash", *EVENT_FIELDS}
     if unknown:
         raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-    event = Event(**{name: document[name] for name in EVENT_FIELDS if name in document})
-    return Entry(writer, int(number), milliseconds(document["at"]), event, str(document["hash"]))
+    values = {name: document[name] for name in EVENT_FIELDS if name in document}
+    for name, value in [*values.items(), ("at", document["at"]), ("hash", document["hash"])]:
+        if not isinstance(value, _TYPES.get(name, str)):
+            raise ValueError(f"{name} has the type {type(value).__name__}")
+    return Entry(writer, int(number), milliseconds(document["at"]), Event(**values), document["hash"])
 
 
 def fits(entry: Entry, previous: str) -> bool:

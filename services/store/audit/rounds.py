@@ -103,8 +103,8 @@ async def _kept(audit: Collection, writer: str, one: Extent, before: datetime) -
     """Return the extent without the entries that are older than `before`; times grow along a chain."""
     query = {**chains.range_of(writer, one.first), "at": {"$gte": before}}
     young = await audit.find_one(query, {"_id": 1}, sort=[("_id", 1)], hint="_id_")
-    first = one.last + 1 if young is None else int(young["_id"].rpartition("/")[2])
-    if first <= one.first:
+    first = one.last + 1 if young is None else chains.number_of(young["_id"])
+    if first is None or first <= one.first:
         return one
     previous = await audit.find_one({"_id": f"{writer}/{first - 1:012d}"}, {"hash": 1})
     return one if previous is None else replace(one, first=first, before=previous["hash"])

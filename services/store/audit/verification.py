@@ -74,6 +74,12 @@ class AuditVerification:
             ends[own.writer][own.n] = own.hash
         with translated("reading the audit log"):
             found = [writer async for writer in chains.writers(self._collections.audit)]
+            strays: list[Problem] = []
+            async for id_ in chains.strays(self._collections.audit):
+                strays.append(Problem(str(id_), "is no entry: no chain has such an id"))
+                if len(strays) >= MAX_PROBLEMS:
+                    break
+        yield Checked(problems=strays)
         for writer in sorted({*found, *ends}):
             checked = await self._verify_chain(writer, extents.get(writer), ends[writer])
             if checked.problems and (moved := await self._moved(writer, extents.get(writer))) is not None:

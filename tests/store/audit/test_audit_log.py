@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+from bson.datetime_ms import DatetimeMS
 from hypothesis import given
 from hypothesis import strategies as st
 from pymongo.asynchronous.collection import AsyncCollection
@@ -337,3 +338,57 @@ def test_any_text_is_storable_and_fits_its_hash(texts: list[str], reason: str) -
     assert len(event.reason) <= 512
     assert fits(entry_of(entry.document()), FIRST_HASH)
     assert not fits(entry_of(entry.document()), "1" * 64)
+
+
+@pytest.mark.parametrize("id_", ["made up", "other/first", "/1", 7, b"x"])
+async def test_a_document_of_no_chain_is_named_and_stops_no_anchor(audit: Audit, id_: object) -> None:
+    await audit.record(2)
+    at = audit.parts.clock()
+    await audit.entries.insert_one(
+        {"_id": id_, "at": at, "kind": "act", "hash": FIRST_HASH}, bypass_document_validation=True
+    )
+    async with asyncio.timeout(30):
+        assert [problem.where for problem in await audit.problems()] == [str(id_)]
+        await audit.rounds.anchor()
+    assert (await audit.anchors.newest()).chains[audit.chain.writer].last == 3
+
+
+async def test_a_document_within_a_chain_that_is_no_entry_stops_no_anchor(audit: Audit) -> None:
+    await audit.record(2)
+    made_up = f"{audit.id(3)}x"
+    await audit.entries.insert_one({"_id": made_up, "at": audit.parts.clock(), "kind": "act", "hash": FIRST_HASH})
+    await audit.rounds.anchor()
+
+    assert (await audit.anchors.newest()).chains[audit.chain.writer].last == 3
+    assert [problem.where for problem in await audit.problems()] == [made_up]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("subject", b"ann"),
+        ("reason", {"a": 1}),
+        ("code", "7"),
+        ("count", 1.5),
+        ("at", "now"),
+        ("hash", None),
+        ("of", []),
+    ],
+)
+async def test_a_field_of_another_type_is_named(audit: Audit, field: str, value: object) -> None:
+    await audit.record(3)
+    change = {"$set": {field: value}}
+    await audit.entries.update_one({"_id": audit.id(3)}, change, bypass_document_validation=True)
+
+    assert audit.id(3) in [problem.where for problem in await audit.problems()]
+    with pytest.raises(DataLoss, match="shoal audit verify"):
+        _ = [entry async for entry in read(audit.parts.collections, AuditFilter())]
+
+
+async def test_a_time_that_no_calendar_has_is_named(audit: Audit) -> None:
+    await audit.record(3)
+    await audit.entries.update_one({"_id": audit.id(3)}, {"$set": {"at": DatetimeMS(9 * 10**15)}})
+
+    assert audit.id(3) in [problem.where for problem in await audit.problems()]
+    with pytest.raises(DataLoss, match="shoal audit verify"):
+        _ = [entry async for entry in read(audit.parts.collections, AuditFilter())]
