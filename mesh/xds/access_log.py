@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from envoy_data_plane.envoy.config.core.v3 import RequestMethod
 from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
 from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import HttpGrpcAccessLogConfig
 from envoy_data_plane.envoy.service.accesslog.v3 import StreamAccessLogsMessage, StreamAccessLogsResponse
@@ -26,7 +27,9 @@ from mesh.process.tasks import Background, for_ever
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import AuditLog
 from mesh.rpc.interceptors import Context
+from mesh.xds.json_calls import JsonCall, rpcs_of_paths
 from mesh.xds.resource import typed
+from shoal.access import rest_paths
 from shoal.access.audit import REFUSAL, Event
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.access.decision import Caller
@@ -90,9 +93,11 @@ class RefusedCalls(Background):
     Args:
         access: knows who the verified callers are.
         origin: this instance.
+        json: the JSON calls of the gateway.
     """
 
-    def __init__(self, audit_log: AuditLog, access: Access, origin: str) -> None:
+    def __init__(self, audit_log: AuditLog, access: Access, origin: str, json: Sequence[JsonCall] = ()) -> None:
+        self._json = rpcs_of_paths(json)
         self._log = audit_log
         self._access = access
         self._origin = origin
@@ -160,6 +165,7 @@ class RefusedCalls(Background):
         status = answer.get(_STATUS, "")
         code = int(status) if status.isdigit() and int(status) <= max(Code) else _REFUSED_HTTP.get(http, Code.UNKNOWN)
         path = (request.path if request is not None else "").partition("?")[0]
+        method = RequestMethod(request.request_method).name or "" if request is not None else ""
         caller: Caller | None = None
         if CALLER_HEADER in headers:
             with suppress(ShoalError):
@@ -168,8 +174,7 @@ class RefusedCalls(Background):
         event = Event(
             kind=REFUSAL,
             address=_address(common),
-            # Callers choose other paths.
-            rpc=path if path in GROUP_OF else _UNKNOWN_PATH,
+            rpc=self._rpc(method, path),
             code=int(code),
             reason=unquote(answer.get(_MESSAGE, "")) or details,
             trace_id=_trace_id(headers.get(_TRACE, "")),
@@ -178,6 +183,15 @@ class RefusedCalls(Background):
         if caller is not None:
             event = replace(event, tenant=caller.tenant, subject=caller.subject, role=caller.role, key=caller.key)
         return event.checked()
+
+    def _rpc(self, method: str, path: str) -> str:
+        """Return the RPC of a path of gRPC, REST or JSON. Callers choose other paths, which are one for all."""
+        if path in GROUP_OF:
+            return path
+        if path.startswith(rest_paths.PREFIX):
+            paths = [one for one, _ in rest_paths.found(tuple(map(unquote, path.split("/")[1:])))]
+            return next((one.rpc for one in paths if one.method == method), _UNKNOWN_PATH)
+        return next((rpc for verb, form, rpc in self._json if verb == method and form.fullmatch(path)), _UNKNOWN_PATH)
 
 
 def _trace_id(traceparent: str) -> str:

@@ -47,6 +47,11 @@ class JsonCall:
     """True: the body is the method's request, without the fields in the path."""
 
     @property
+    def rpc(self) -> str:
+        """Path of the RPC, `/package.Service/Method`."""
+        return f"/{self.method.containing_service.full_name}/{self.method.name}"
+
+    @property
     def path_fields(self) -> list[str]:
         """Names of the fields in the path."""
         return re.findall(r"\{(\w+)[^}]*\}", self.template)
@@ -143,16 +148,29 @@ def check_script(calls: Sequence[JsonCall]) -> str:
     for call in calls:
         if call.has_body:
             _add(call.method.input_type, messages)
-    # The most specific pattern is first: `{name=**}` matches a verb behind a colon, too.
-    ordered = sorted(calls, key=lambda call: ("**" in call.template, -len(call.template)))
     lines = [
         f"  {{{_text(call.verb)}, {_text(_pattern(call.template))}, "
         f"{_text(call.method.input_type.full_name) if call.has_body else 'false'}}},"
-        for call in ordered
+        for call in _ordered(calls)
     ]
     types = [f"  [{_text(name)}] = {fields}," for name, fields in messages.items()]
     tables = "\n".join(["local CALLS = {", *lines, "}", "local TYPES = {", *types, "}"])
     return _SCRIPT % {"tables": tables, "tokens": _TOKENS, "depth": _DEPTH, "filter": CHECK_FILTER}
+
+
+def rpcs_of_paths(calls: Sequence[JsonCall]) -> list[tuple[str, re.Pattern[str], str]]:
+    """Return the method and the pattern of the path of each call, with its RPC; the first one that matches counts."""
+    return [(call.verb, re.compile(_regex(call.template)), call.rpc) for call in _ordered(calls)]
+
+
+def _ordered(calls: Sequence[JsonCall]) -> list[JsonCall]:
+    # The most specific pattern is first: `{name=**}` matches a verb behind a colon, too.
+    return sorted(calls, key=lambda call: ("**" in call.template, -len(call.template)))
+
+
+def _regex(template: str) -> str:
+    parts = re.split(r"(\{[^}]*\})", template)
+    return "".join((".+" if "**" in part else "[^/]+") if part[:1] == "{" else re.escape(part) for part in parts)
 
 
 def _text(text: str) -> str:

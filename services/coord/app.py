@@ -21,6 +21,7 @@ from mesh.rpc.cluster_access import PolicyWatch, published
 from mesh.rpc.server import Rpc, Server
 from mesh.xds.access_log import RefusedCalls
 from mesh.xds.ads import AdsServer
+from mesh.xds.json_calls import json_calls
 from mesh.xds.tracing import tracing_of
 from services.coord.access_rpc import AccessParts, AccessRpc
 from services.coord.cluster import PREFIX
@@ -36,7 +37,19 @@ from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
 from services.coord.policies import Policies
 from services.coord.rpc import CoordRpc
-from services.coord.traffic import ACCESS, AT_GATEWAY, COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, TRIALS, table
+from services.coord.traffic import (
+    ACCESS,
+    AT_GATEWAY,
+    COORD,
+    HEALTH,
+    INFER,
+    INGEST,
+    JSON_SERVICES,
+    PUBLIC,
+    STORE,
+    TRIALS,
+    table,
+)
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2_grpc
 
@@ -80,7 +93,9 @@ async def run(config: CoordConfig) -> None:
         auditing = await stack.enter_async_context(auditing_of(config, access))
         methods = ads.methods()
         if access is not None and auditing is not None:
-            refused = await stack.enter_async_context(RefusedCalls(auditing.log, access, name))
+            refused = await stack.enter_async_context(
+                RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
+            )
             methods |= refused.methods()
         server = await stack.enter_async_context(
             Server(

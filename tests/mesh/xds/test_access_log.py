@@ -10,6 +10,8 @@ from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
 from mesh.rpc.access import Access
 from mesh.xds import access_log
 from mesh.xds.access_log import RefusedCalls
+from mesh.xds.json_calls import json_calls
+from services.coord.traffic import JSON_SERVICES
 from shoal.access import tokens
 from shoal.access.audit import Event
 from shoal.access.caller_header import CALLER_HEADER
@@ -33,13 +35,18 @@ class Log:
 
 
 def refused(
-    path: str = INFER, address: str = "10.0.0.9", caller: str = "", status: str = "16", **headers: str
+    path: str = INFER,
+    address: str = "10.0.0.9",
+    caller: str = "",
+    status: str = "16",
+    method: str = "POST",
+    **headers: str,
 ) -> HttpAccessLogEntry:
     sent = {**headers, **({CALLER_HEADER: caller} if caller else {})}
     return HttpAccessLogEntry.from_dict(
         {
             "common_properties": {"downstream_remote_address": {"socket_address": {"address": address}}},
-            "request": {"path": path, "request_headers": sent},
+            "request": {"path": path, "request_method": method, "request_headers": sent},
             "response": {
                 "response_code": 200,
                 "response_headers": {"grpc-status": status, "grpc-message": "Jwt%20is%20missing"},
@@ -61,7 +68,7 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
 
 @pytest.fixture
 def calls(log: Log, signer: Signer) -> RefusedCalls:
-    return RefusedCalls(log, Access(policy(signer)), "coord-0")
+    return RefusedCalls(log, Access(policy(signer)), "coord-0", list(json_calls(JSON_SERVICES)))
 
 
 async def test_a_thousand_equal_refusals_are_one_event(calls: RefusedCalls, log: Log, signer: Signer) -> None:
@@ -111,6 +118,28 @@ async def test_paths_that_callers_make_up_and_forged_callers_are_not_told_apart(
 
     (event,) = log.events
     assert (event.count, event.subject, event.trace_id) == (50, "", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "rpc"),
+    [
+        ("POST", "/v2/models/a%2Fb/infer?x=1", INFER),
+        ("GET", "/v2/models/a/versions/1", "/inference.GRPCInferenceService/ModelMetadata"),
+        ("POST", "/v2/repository/models/a/load", "/inference.GRPCInferenceService/RepositoryModelLoad"),
+        ("GET", "/v2/repository/models/a/load", "another path"),
+        ("POST", "/shoal/v1/jobs", "/shoal.ingest.v1.IngestService/Submit"),
+        ("GET", "/shoal/v1/jobs?page_size=3", "/shoal.ingest.v1.IngestService/ListJobs"),
+        ("POST", "/shoal/v1/keys/k-1:revoke", "/shoal.coord.v1.AccessService/RevokeKey"),
+        ("PUT", "/shoal/v1/keys/k-1:revoke", "another path"),
+    ],
+)
+async def test_a_refusal_of_rest_or_json_names_its_rpc(
+    calls: RefusedCalls, log: Log, method: str, path: str, rpc: str
+) -> None:
+    calls.count(refused(path, method=method))
+    await calls.write()
+
+    assert [event.rpc for event in log.events] == [rpc]
 
 
 async def test_an_entry_without_any_field_is_counted(calls: RefusedCalls, log: Log) -> None:
