@@ -25,7 +25,7 @@ from shoal.access.caller_header import (
     TRUSTED_PREFIX,
 )
 from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
-from shoal.access.policy import Issuer, Policy
+from shoal.access.policy import VERIFYING_FIELDS, Issuer, Policy
 from shoal.access.rest_paths import patterns_of
 from shoal.tenant_header import TENANT_HEADER
 
@@ -168,6 +168,8 @@ def _one_of(providers: Sequence[str]) -> dict[str, Any]:
 
 def _provider(issuer: Issuer) -> dict[str, Any]:
     claims = issuer.claim_names
+    keys = (issuer.jwks or {}).get("keys", ())
+    public = [{name: key[name] for name in VERIFYING_FIELDS if name in key} for key in keys]
     named = {
         ISSUER_HEADER: "iss",
         KEY_HEADER: claims.key,
@@ -177,7 +179,7 @@ def _provider(issuer: Issuer) -> dict[str, Any]:
     return {
         "issuer": issuer.issuer,
         "audiences": list(issuer.audiences),
-        "local_jwks": {"inline_string": json.dumps(issuer.jwks)},
+        "local_jwks": {"inline_string": json.dumps({"keys": public})},
         "forward": False,
         "clock_skew_seconds": issuer.clock_skew_s,
         # Without it, a token without an expiry is valid for ever.

@@ -18,12 +18,15 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shoal.access.rpc_groups import ADMINISTER, GRANTABLE, HEALTH, INFER, JOBS, MODELS, OPERATE, READ
 from shoal.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 
 ANY = "*"
 """In a list of names or groups: all of them. In a list of models: the pattern that matches every name."""
@@ -74,6 +77,11 @@ _ALGORITHMS = {
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # Base64 characters of a modulus of 2,048 bits.
 _RSA_CHARACTERS = 342
+# Limits of BoringSSL.
+_RSA_BITS, _EXPONENT_BITS = 16_384, 33
+_NUMBERS = frozenset({"x", "y", "n", "e"})
+VERIFYING_FIELDS = ("kid", "kty", "alg", "crv", *sorted(_NUMBERS))
+"""Fields of a key that a gateway needs; Envoy refuses a whole set for values of others."""
 
 
 class _Part(BaseModel):
@@ -405,9 +413,22 @@ def _check_numbers(jwks: Mapping[str, Any], source: str) -> None:
 
     for key in jwks["keys"]:
         try:
-            jwt.PyJWK(key)
+            for name in _NUMBERS & set(key):
+                if re.fullmatch(r"[A-Za-z0-9_-]+=*", key[name]) is None:
+                    raise ValueError(f"{name} is not in base64url")
+            numbers = jwt.PyJWK(key).key
+            if key["kty"] == "RSA":
+                _check_rsa(numbers.public_numbers())
         except (jwt.PyJWTError, ValueError, TypeError) as err:
             raise InvalidArgument(f"{source}: the key {key['kid']!r} is no key: {err}") from err
+
+
+def _check_rsa(numbers: RSAPublicNumbers) -> None:
+    """Raise ValueError for an RSA key that Envoy's BoringSSL refuses."""
+    if numbers.n.bit_length() > _RSA_BITS or numbers.n % 2 == 0:
+        raise ValueError(f"n is even, or has more than {_RSA_BITS} bits")
+    if numbers.e.bit_length() > _EXPONENT_BITS:
+        raise ValueError(f"e has more than {_EXPONENT_BITS} bits: use 65537")
 
 
 def _read(path: Path) -> str:

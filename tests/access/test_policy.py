@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jwt.utils import to_base64url_uint
 
 from shoal.access import policy as policies
 from shoal.access import tokens
@@ -130,6 +131,25 @@ def test_numbers_that_are_no_key_are_refused(signer: Signer, tmp_path: Path) -> 
         file.write_text(yaml.safe_dump(document(signer, issuers=[issuer(signer, jwks=keys)])))
         with pytest.raises(InvalidArgument, match=f"the key '{signer.kid}' is no key"):
             policies.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n": 1 << 16_999 | 1}, "n is even, or has more than 16384 bits"),
+        ({"n": 1 << 2_047}, "n is even, or has more than 16384 bits"),
+        ({"e": 1 << 40 | 1}, "e has more than 33 bits"),
+        ({"n": "+" * 400}, "n is not in base64url"),
+    ],
+)
+def test_keys_that_envoy_would_refuse_are_refused(change: dict[str, Any], words: str) -> None:
+    """Envoy would keep its former keys of all issuers, also after a theft."""
+    key = {"kty": "RSA", "alg": "RS256", "kid": "a", "n": 1 << 2_047 | 1, "e": 65_537, **change}
+    encoded = {
+        name: to_base64url_uint(value).decode() if isinstance(value, int) else value for name, value in key.items()
+    }
+    with pytest.raises(InvalidArgument, match=re.escape(words)):
+        policies.check_key_set({"keys": [encoded]}, "https://idp.example/keys")
 
 
 def test_a_set_of_keys_that_is_no_json_is_refused(signer: Signer, tmp_path: Path) -> None:

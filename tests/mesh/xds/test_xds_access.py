@@ -24,7 +24,7 @@ from services.coord.traffic import AT_GATEWAY, table
 from shoal.access import tokens
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL, MODEL_INFER
 from shoal.access.tokens import Signer
-from tests.access.policies import key, policy
+from tests.access.policies import issuer, key, policy
 from tests.breakable import EnvoyProcess, until
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
@@ -128,6 +128,19 @@ async def test_a_part_that_envoy_refuses_keeps_the_former_one_and_is_shown(gatew
     assert await gateway.code(gateway.signer, role="viewer") == "PERMISSION_DENIED"
     gateway.source.access.set(good)
     await until(lambda: gateway.nack() == "", "Envoy has the good part")
+    assert await gateway.code(gateway.signer) == "UNAVAILABLE"
+
+
+async def test_fields_of_a_key_that_envoy_cannot_read_harm_no_other_issuer(gateway: Gateway) -> None:
+    deep: list[object] = []
+    for _ in range(150):
+        deep = [deep]
+    foreign = {**issuer(gateway.signer), "issuer": "https://idp.example", "token_prefix": ""}
+    foreign["jwks"] = {"keys": [{**gateway.signer.public_jwk(), "deep": deep, "long": 10**400}]}
+    made = policy(gateway.signer, issuers=[issuer(gateway.signer), foreign], open=["health"])
+    gateway.source.access.set(gateway_access(made, AT_GATEWAY))
+    await until(lambda: _is(gateway, None, "UNAVAILABLE", "/grpc.health.v1.Health/Check"), "the policy is in force")
+    assert gateway.nack() == ""
     assert await gateway.code(gateway.signer) == "UNAVAILABLE"
 
 
