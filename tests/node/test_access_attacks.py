@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pymongo import MongoClient
 
 import shoal
 from shoal.access import tokens
@@ -1079,6 +1081,64 @@ def test_the_signer_is_rotated_and_after_a_theft_all_its_keys_end(node_world: No
         assert node_world.infer(text).startswith(("UNAUTHENTICATED", "PERMISSION_DENIED"))
     assert node_world.infer(node_world.key().text) == "OK"
     assert "master key: data folder" in run("status")
+
+
+def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_edited(node_world: NodeWorld) -> None:
+    began = datetime.now(UTC)
+    admin = (node_world.node.data_dir / "admin.key").read_text().strip()
+    with node_world.client() as client:
+        made = client.access.create_key(tenant="acme", role="user", subject="eve")
+        node_world.secrets.add(made.key)
+        node_world.until(lambda: node_world.infer(made.key) == "OK")
+        # An act that fails, over REST, and one over JSON.
+        assert rest(node_world, "POST", f"/v2/repository/models/{OPEN}/load", admin)[0] == 400
+        assert (
+            rest(node_world, "POST", "/shoal/v1/keys/k-audited:revoke", admin, {}, content_type="application/json")[0]
+            == 200
+        )
+        # Refusals by the gateway, by a service, and before anybody knows who calls.
+        assert rest(node_world, "GET", "/shoal/v1/keys", made.key)[0] == 403
+        assert rest(node_world, "POST", f"/v2/repository/models/{OPEN}/load", made.key)[0] == 403
+        assert node_world.infer(made.key, SECRET).startswith("PERMISSION_DENIED")
+        assert rest(node_world, "GET", "/shoal/v1/policy")[0] == 401
+
+        def entries(kind: str, **wanted: object) -> list[shoal.client.AuditEntry]:
+            found = client.audit.list(kinds=[kind], since=began - timedelta(seconds=1))
+            return [one for one in found if all(getattr(one, name) == value for name, value in wanted.items())]
+
+        access, inference = "/shoal.coord.v1.AccessService/", "/inference.GRPCInferenceService/"
+        for rpc, target, code in (
+            (f"{access}CreateKey", "acme", Code.OK),
+            (f"{access}RevokeKey", "k-audited", Code.OK),
+            (f"{inference}RepositoryModelLoad", OPEN, Code.FAILED_PRECONDITION),
+        ):
+            (act,) = entries("act", tenant="local", role="admin", rpc=rpc, target=target)
+            node_world.until(lambda act=act: len(entries("outcome", of=act.id)) == 1)  # type: ignore[misc]
+            assert [(one.code, one.address) for one in entries("outcome", of=act.id)] == [(code, "127.0.0.1")], rpc
+        for rpc, subject, code in (
+            (f"{access}ListKeys", "eve", Code.PERMISSION_DENIED),
+            (f"{inference}RepositoryModelLoad", "eve", Code.PERMISSION_DENIED),
+            (MODEL_INFER, "eve", Code.PERMISSION_DENIED),
+            (f"{access}GetPolicy", "", Code.UNAUTHENTICATED),
+        ):
+            wanted = {"rpc": rpc, "subject": subject, "code": code, "address": "127.0.0.1"}
+            node_world.until(lambda wanted=wanted: len(entries("refusal", **wanted)) >= 1)  # type: ignore[misc]
+        assert not entries("act", subject="eve")
+        log = repr(entries("act") + entries("outcome") + entries("refusal"))
+        assert not [secret for secret in node_world.secrets if secret.rpartition(".")[2] in log]
+        (act,) = entries("act", rpc=f"{access}CreateKey", target="acme")
+    assert "no problems" in node_world.node.shoal("audit", "verify").stdout
+
+    (store,) = (pid for name, pid in node_world.node.pids().items() if name == "store-0")
+    environ = dict(line.partition("=")[::2] for line in Path(f"/proc/{store}/environ").read_text().split("\0"))
+    with MongoClient(environ["SHOAL_STORE_MONGO"]) as mongo:
+        audit = mongo["shoal"]["audit"]
+        assert audit.update_one({"_id": act.id}, {"$set": {"subject": "eve"}}).modified_count == 1
+        done = node_world.node.shoal("audit", "verify", check=False)
+        assert done.returncode == 1
+        assert act.id in done.stdout
+        audit.update_one({"_id": act.id}, {"$set": {"subject": act.subject}})
+    assert "no problems" in node_world.node.shoal("audit", "verify").stdout
 
 
 # Floods.
