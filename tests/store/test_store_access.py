@@ -131,6 +131,19 @@ async def test_models_that_run_code_need_the_group_code(served: Served) -> None:
     await served.register(served.acme, "acme-script", model_py=script)
 
 
+async def test_an_ensemble_calls_only_models_that_its_publisher_may_call(served: Served) -> None:
+    """Otherwise a publisher reaches each model by an ensemble of its own."""
+    configs = {
+        name: f'platform: "ensemble" ensemble_scheduling {{ step {{ model_name: "{name}" }} }}'.encode()
+        for name in ("acme-secret", "shared")
+    }
+    for config in configs.values():
+        await served.put(served.globex, config)
+    secret = served.register(served.globex, "globex-all", __config_pbtxt=configs["acme-secret"])
+    await refused(secret, S.PERMISSION_DENIED, "infer of the model 'acme-secret'")
+    await served.register(served.globex, "globex-all", __config_pbtxt=configs["shared"])
+
+
 async def test_only_services_refer_to_artifacts(served: Served) -> None:
     named = served.put(served.acme, MODEL, reference="job/another")
     await refused(named, S.PERMISSION_DENIED, "only services")

@@ -34,12 +34,24 @@ def has_code(files: Sequence[File], config: bytes | None) -> bool:
         return True
     if config is None:
         return False
-    try:
-        parsed = text_format.Parse(config.decode(), ModelConfig(), allow_unknown_field=True)
-    except (ValueError, text_format.ParseError):
+    if (parsed := _parsed(config)) is None:
         return True
     named = {name for name in (parsed.backend, parsed.platform, parsed.runtime) if name}
     return not named <= _HARMLESS or any(_reaches(key, value) for key, value in _settings(parsed))
+
+
+def called(config: bytes) -> list[str]:
+    """Return the names of the models that an ensemble with this configuration calls."""
+    parsed = _parsed(config)
+    steps = () if parsed is None else parsed.ensemble_scheduling.step
+    return list(dict.fromkeys(step.model_name for step in steps))
+
+
+def _parsed(config: bytes) -> ModelConfig | None:
+    try:
+        return text_format.Parse(config.decode(), ModelConfig(), allow_unknown_field=True)
+    except (ValueError, text_format.ParseError):
+        return None
 
 
 def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:

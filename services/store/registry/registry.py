@@ -24,7 +24,7 @@ from services.store.registry import model_code
 from services.store.registry import model_rules as rules
 from services.store.registry.model_rules import File
 from services.store.transactions import transaction
-from shoal.access.rpc_groups import REGISTER, REGISTER_WITH_CODE
+from shoal.access.rpc_groups import MODEL_INFER, REGISTER, REGISTER_WITH_CODE
 from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 T = TypeVar("T")
@@ -75,7 +75,8 @@ class Registry:
 
         Raises:
             InvalidArgument: a bad name, version, path, digest, size or label; several models, or one number twice.
-            PermissionDenied: the caller may not register the model, or no model that runs code.
+            PermissionDenied: the caller may not register the model, or no model that runs code, or an ensemble calls a
+            model that the caller may not call.
             NotFound: a file's artifact is not stored.
             AlreadyExists: one of the versions exists with other content.
         """
@@ -92,8 +93,8 @@ class Registry:
         """Return the document of a new version. Its artifacts are stored."""
         labels = rules.check_labels(draft.labels)
         stored = await self._stored(rules.check_files(draft.files), scope)
-        if scope.access is not None and await self._has_code(stored):
-            scope.check(REGISTER_WITH_CODE, draft.name)
+        if scope.access is not None:
+            await self._check_content(draft.name, stored, scope)
         return {
             **(_key(draft.name, draft.version) if draft.version else {}),
             "name": draft.name,
@@ -165,14 +166,22 @@ class Registry:
         with translated(f"reading the aliases of model {name}"):
             return await self._with_aliases(doc)
 
-    async def _has_code(self, files: tuple[File, ...]) -> bool:
-        """Return True when the model may run code or reach other addresses."""
-        if (config := model_code.config_of(files)) is None:
-            return model_code.has_code(files, None)
-        if config.size > model_code.CONFIG_BYTES:
-            return True
-        _, chunks = await self._artifacts.reader.read(config.sha256, 0)
-        return model_code.has_code(files, b"".join([chunk async for chunk in chunks]))
+    async def _check_content(self, name: str, files: tuple[File, ...], scope: TenantScope) -> None:
+        """Check that the caller may register a model with such files.
+
+        Raises:
+            PermissionDenied: it may run code or reach other addresses, or it calls a model that the caller may not.
+        """
+        config, content = model_code.config_of(files), None
+        is_readable = config is None or config.size <= model_code.CONFIG_BYTES
+        if config is not None and is_readable:
+            _, chunks = await self._artifacts.reader.read(config.sha256, 0)
+            content = b"".join([chunk async for chunk in chunks])
+        if not is_readable or model_code.has_code(files, content):
+            scope.check(REGISTER_WITH_CODE, name)
+        # A grant for an ensemble covers the models that it calls.
+        for called in model_code.called(content or b""):
+            scope.check(MODEL_INFER, called)
 
     async def _stored(self, files: tuple[File, ...], scope: TenantScope) -> tuple[File, ...]:
         """Return the files with the sizes of their artifacts. A size of 0 in the request is not checked."""
