@@ -51,8 +51,9 @@ OVERSIZED = Block(())
 
 # A value that is longer is a token or a list of its own request: it would displace what repeats.
 _CACHED_BYTES = 1 << 10
-# Of blocks, and of fields: 1 MiB together.
-_CACHE_BYTES = 512 << 10
+# The headers of 1,000 callers and more. To decode those of one call takes 20 to 60 us, and a look-up 0.1 us.
+_BLOCKS_BYTES = 6 << 20
+_FIELDS_BYTES = 2 << 20
 
 _TABLE_BYTES = 4096
 _ENTRY_BYTES = 32
@@ -77,7 +78,7 @@ class HeaderCache:
     def add_block(self, encoded: bytes, block: Block, list_bytes: int) -> None:
         # With the memory of the objects: 700 bytes, and 150 for each field.
         size = 700 + len(encoded) + list_bytes + 150 * len(block.fields)
-        if self.block_bytes + size > _CACHE_BYTES:
+        if self.block_bytes + size > _BLOCKS_BYTES:
             self.blocks.clear()
             self.block_bytes = 0
         self.blocks[encoded] = block
@@ -85,7 +86,7 @@ class HeaderCache:
 
     def add_field(self, encoded: bytes, field: tuple[bytes, bytes]) -> None:
         size = 250 + len(encoded) + len(field[0]) + len(field[1])
-        if self.field_bytes + size > _CACHE_BYTES:
+        if self.field_bytes + size > _FIELDS_BYTES:
             self.fields.clear()
             self.field_bytes = 0
         self.fields[encoded] = field

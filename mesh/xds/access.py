@@ -42,7 +42,7 @@ _CACHED_TOKENS = 8192
 # Metadata of jwt_authn with the header of a verified token.
 _TOKEN_HEADER = "token"
 TOKEN_REMOVAL: Mapping[str, Any] = {
-    "request_headers_to_remove": ["authorization"],
+    "request_headers_to_remove": ["authorization", ISSUER_HEADER, KEY_HEADER, ROLE_HEADER],
     "request_headers_to_add": [
         {
             "header": {
@@ -53,7 +53,8 @@ TOKEN_REMOVAL: Mapping[str, Any] = {
         }
     ],
 }
-"""Part of a virtual host: a service never sees a token, also where none is required. It sees the signer's id."""
+"""Part of a virtual host: a service never sees a token, also where none is required, nor what only `rules` read. It sees
+the signer's id."""
 
 _NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
 _INVALID_KEY = "%LOCAL_REPLY_BODY%: send a valid key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
