@@ -307,7 +307,7 @@ class Http1Connection(asyncio.Protocol):
         size = STREAM_BYTES + head.block.list_bytes
         has_room = share.has_room(size)
         share.add(size)
-        is_ended = self._reader.is_complete
+        is_ended = head.length == 0
         self._missing = head.length or 0
         stream = self._stream = Http1Stream(self, self, self._number, head.block, is_ended, share, size)
         try:
@@ -323,16 +323,20 @@ class Http1Connection(asyncio.Protocol):
             self._fail(stream)
 
     def _read_body(self, stream: Http1Stream) -> None:
-        data, rest = self._unparsed, b""
+        piece, rest = self._unparsed, b""
         assert self._head is not None, "a request is open"
-        if self._head.length is not None and len(data) > self._missing:
-            data, rest = data[: self._missing], data[self._missing :]
         self._unparsed = b""
-        piece = self._reader.feed_body(data)
+        if self._head.length is None:
+            piece = self._reader.feed_body(piece)
+            is_end = self._reader.is_complete
+        else:
+            if len(piece) > self._missing:
+                piece, rest = piece[: self._missing], piece[self._missing :]
+            self._missing -= len(piece)
+            is_end = not self._missing
         self._unparsed = rest
-        self._missing -= len(piece)
         stream.moved += len(piece)
-        stream.is_request_ended = is_end = self._reader.is_complete
+        stream.is_request_ended = is_end
         try:
             if piece or is_end:
                 stream.handler.data(piece, len(piece), is_end=is_end)
@@ -383,15 +387,14 @@ class Http1Connection(asyncio.Protocol):
         if not self.has_room(number, len(body)):
             self.reset(number, Reason.ENHANCE_YOUR_CALM)
             return
-        whole = self._headed(head)
-        if self._has_body():
-            if len(body) > LIST_BYTES:
-                self._transport.write(whole)
-                self._transport.write(body)
-            else:
-                self._transport.write(whole + body)
+        end = self._head_end()
+        if not self._has_body():
+            self._transport.write(head + end)
+        elif len(body) > LIST_BYTES:
+            self._transport.write(head + end)
+            self._transport.write(body)
         else:
-            self._transport.write(whole)
+            self._transport.write(b"".join((head, end, body)))
         self._end()
 
     def headers(self, number: int, head: bytes) -> None:
@@ -402,7 +405,7 @@ class Http1Connection(asyncio.Protocol):
         is_1_0 = self._head.is_http_1_0
         self._is_closing = self._is_closing or is_1_0
         self._is_chunking = not is_1_0
-        self._transport.write(self._headed(head + (b"" if is_1_0 else _CHUNKED)))
+        self._transport.write(b"".join((head, b"" if is_1_0 else _CHUNKED, self._head_end())))
 
     def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
         """Send data of a streamed response. `on_sent` is called when more may be sent, or the connection is lost."""
@@ -431,19 +434,19 @@ class Http1Connection(asyncio.Protocol):
     def return_credit(self, size: int) -> None:
         """Do nothing: there is no flow control."""
 
-    def _headed(self, head: bytes) -> bytes:
-        """Return a head with its end, which says if the connection goes on."""
+    def _head_end(self) -> bytes:
+        """Return the end of a response's head, which says if the connection goes on."""
         stream = self._stream
         assert self._head is not None, "a request is open"
         assert stream is not None, "a request is open"
         self._is_closing = self._is_closing or not stream.is_request_ended
         if self._is_closing:
-            return head + _CLOSE + b"\r\n"
-        return head + (_KEEP if self._head.is_http_1_0 else b"") + b"\r\n"
+            return _CLOSE + b"\r\n"
+        return _KEEP + b"\r\n" if self._head.is_http_1_0 else b"\r\n"
 
     def _has_body(self) -> bool:
         assert self._head is not None, "a request is open"
-        return self._head.block.method != "HEAD"
+        return self._head.has_response_body
 
     def _report_sent(self) -> None:
         on_sent, self._on_sent = self._on_sent, None

@@ -1,7 +1,9 @@
 """Requests of one connection, read by httptools. Everything that two servers could read differently is refused.
 
     feed_head(head) ──> Head            one whole head, up to its empty line
-    feed_body(data) ──> pieces          until `is_complete`
+    feed_body(data) ──> pieces          of a chunked body, until `is_complete`
+
+Clients repeat their heads: each is read once, then looked up. A body with a length needs no reading.
 
 httptools itself refuses (400): Content-Length twice, with Transfer-Encoding, or no number; bad sizes of chunks;
 obs-fold; NUL, CR or LF within a line; lines that end with LF alone; spaces before a colon.
@@ -45,6 +47,16 @@ class Head:
     expects_continue: bool
     length: int | None
     """Bytes of the body; None for a chunked one."""
+    has_response_body: bool
+    """False for HEAD."""
+
+
+# A longer head has a token or a list of its own request: it would displace what repeats.
+_KNOWN_BYTES, _KNOWN_FIELDS = 1 << 10, 32
+# Known heads of all connections: 2 MiB, with their objects. Beyond it, they are dropped.
+_MAX_KNOWN = 256
+
+_known: dict[bytes, Head] = {}
 
 
 class RequestReader:
@@ -62,7 +74,7 @@ class RequestReader:
         self._framing = self._received = 0
         self._has_head = self._keeps_alive = False
         self.is_complete = False
-        """True when the whole body of the last head has arrived."""
+        """True when the whole body of the last chunked request has arrived."""
         # The parser keeps the callbacks that it finds now.
         self.on_body = self._pieces.append
         self._parser = httptools.HttpRequestParser(self)
@@ -97,16 +109,24 @@ class RequestReader:
 
     def feed_head(self, head: bytes) -> Head:
         """Read one whole head. Raises BadRequest."""
+        known = _known.get(head)
+        if known is not None:
+            return known
         if self._messages:
             self._begin()
         # An upgrade is not made (RFC 9110, section 7.8): the request is served as it is.
         self._feed(_UPGRADE.sub(b"", head))
         if self._messages > 1 or not self._has_head:
             raise BadRequest(400, "the request is malformed: its head ends where it should not")
-        return self._head()
+        found = self._head()
+        if found.length is not None and len(head) <= _KNOWN_BYTES and len(self._fields) <= _KNOWN_FIELDS:
+            if len(_known) >= _MAX_KNOWN:
+                _known.clear()
+            _known[head] = found
+        return found
 
     def feed_body(self, data: bytes) -> bytes:
-        """Return the part of the body in `data`. Raises BadRequest for bytes that are no part of this request."""
+        """Return the part of a chunked body in `data`. Raises BadRequest for bytes that are no part of this request."""
         self._feed(data)
         if self._messages > 1:
             raise BadRequest(400, "another request follows in the chunks of this one")
@@ -152,7 +172,8 @@ class RequestReader:
         )
         length = None if encoding is not None else int(by_name.get(b"content-length", b"0"))
         is_1_0 = version == "1.0"
-        return Head(block, is_1_0, self._keeps_alive, expected is not None and not is_1_0, length)
+        expects_continue = expected is not None and not is_1_0
+        return Head(block, is_1_0, self._keeps_alive, expects_continue, length, method != b"HEAD")
 
 
 def _target(url: bytes) -> bytes:

@@ -17,7 +17,9 @@ from mesh.h2.listener import Listener
 from mesh.h2.server_connection import Memory
 from mesh.h2.stream import RequestHandler, ServerStream
 from mesh.http1 import connection as http1
+from mesh.http1 import requests
 from mesh.http1.connection import Http1Connection
+from mesh.http1.requests import RequestReader
 from tests.breakable import until
 from tests.mesh.http1.raw import RawClient
 
@@ -143,6 +145,48 @@ async def test_a_chunked_body_arrives_whole_and_its_trailers_are_dropped(served:
         client.send(head + b"5;x=y\r\nhello\r\n1\r\n \r\n5\r\nworld\r\n0\r\nX-Shoal-Tenant: b\r\n\r\n")
         assert (await client.response()).body == b"hello world"
         assert (await client.request("POST", "/echo", b"next")).body == b"next"
+
+
+async def test_a_head_that_repeats_is_read_once_and_frames_each_body_as_before(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+    whole_head = RequestReader._head
+
+    def counted(reader: RequestReader) -> Any:
+        read.append(reader._url)
+        return whole_head(reader)
+
+    monkeypatch.setattr(RequestReader, "_head", counted)
+    monkeypatch.setattr(requests, "_known", {})
+    counted_head = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n"
+    chunked = b"POST /b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nfour\r\n0\r\n\r\n"
+    async with served.client() as client:
+        for number in range(10):
+            for request, body in [
+                (counted_head + b"%03d" % number, b"%03d" % number),
+                (chunked, b"four"),
+                (b"GET /c HTTP/1.1\r\nHost: a\r\n\r\n", b""),
+            ]:
+                client.send(request)
+                assert (await client.response()).body == body
+    assert read.count(b"/a") == read.count(b"/c") == 1
+    assert read.count(b"/b") == 10
+    assert served.app.paths == ["/a", "/b", "/c"] * 10
+
+
+async def test_few_heads_are_kept_and_no_long_ones(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[bytes, Any] = {}
+    monkeypatch.setattr(requests, "_known", kept)
+    monkeypatch.setattr(requests, "_MAX_KNOWN", 4)
+    async with served.client() as client:
+        for number in range(10):
+            assert (await client.request("GET", f"/{number}")).status == 200
+            assert 1 <= len(kept) <= 4
+        kept.clear()
+        await client.request("GET", "/long", None, "a: " + "b" * 1024)
+        await client.request("GET", "/many", None, *(f"a{number}: b" for number in range(40)))
+        assert not kept
 
 
 async def test_a_request_may_arrive_byte_by_byte(served: Served) -> None:
