@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from shoal.access import rest_paths
@@ -10,6 +11,9 @@ from shoal.errors import InvalidArgument, NotFound
 
 # Longer paths name nothing. A name of 255 characters has at most 3,060 bytes when it is encoded.
 _MAX_PATH = 8 << 10
+
+# Targets that are kept: 2 MiB of the longest paths.
+_KEPT = 256
 
 _HEX = frozenset(b"0123456789abcdefABCDEF")
 
@@ -36,7 +40,11 @@ def read(method: str, path: str) -> Target:
         NotFound: no such path is served. MethodNotAllowed: not with this method.
         InvalidArgument: the path is not encoded correctly.
     """
-    plain = path.partition("?")[0]
+    return _read(method, path.partition("?")[0])
+
+
+@lru_cache(maxsize=_KEPT)
+def _read(method: str, plain: str) -> Target:
     if not plain.startswith("/") or len(plain) > _MAX_PATH:
         raise NotFound("Not Found")
     segments = tuple(_decoded(segment) if "%" in segment else segment for segment in plain[1:].split("/"))

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import lru_cache
 
 from mesh.h2.headers import Block
 
 _LOCALHOST = "localhost"
+# No name is longer (RFC 1035, section 2.3.4), with a port.
+_MAX_AUTHORITY = 255 + len(":65535")
+# Decisions that are kept: 100 KiB.
+_KEPT = 256
 
 
 def refusal(head: Block, peer: str) -> tuple[int, str] | None:
@@ -33,6 +38,11 @@ def refusal(head: Block, peer: str) -> tuple[int, str] | None:
 
 def is_own_name(authority: str) -> bool:
     """Return True for an IP address, and for names that no domain of others can have."""
+    return len(authority) <= _MAX_AUTHORITY and _is_own(authority)
+
+
+@lru_cache(maxsize=_KEPT)
+def _is_own(authority: str) -> bool:
     host = authority.rpartition(":")[0] if authority.rpartition(":")[2].isdecimal() else authority
     host = host.strip("[]").lower().rstrip(".")
     try:
