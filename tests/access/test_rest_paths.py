@@ -35,7 +35,7 @@ def test_each_path_belongs_to_the_group_of_one_rpc_and_is_read_as_it_is_matched(
 
 
 def test_each_operation_is_served() -> None:
-    served = Operations(None).by_name  # type: ignore[arg-type] # Nothing is called.
+    served = Operations(None, None).by_name  # type: ignore[arg-type] # Nothing is called.
     assert served.keys() == {path.operation for path in REST_PATHS}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.access.policies import claims_of, key, passed, policy
 from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, Serving, floats, request, serving
+from tests.mesh.http1.raw import RawClient
 
 X = floats([1, 2, 3, 4])
 # An ensemble whose only step is the model `secret`.
@@ -82,6 +84,28 @@ async def test_each_call_is_decided_by_its_own_model_on_both_paths(served: Servi
         ]:
             call = served.stub.ModelInfer(request(model, x=X), metadata=caller, timeout=30)
             assert await code_of(call) == expected, (model, caller)
+
+
+async def test_each_call_over_rest_is_decided_by_its_own_model(served: Serving, signer: Signer) -> None:
+    acme, globex = key(signer, "acme"), key(signer, "globex")
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": X.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    length = f"Inference-Header-Content-Length: {len(head)}"
+    async with await RawClient.connect(served.server.address) as client:
+        # The first allowed call of each form takes the slow path, and teaches the fast path.
+        for _ in range(3):
+            for model, caller, status in [
+                ("open", acme, 200),
+                ("secret", globex, 200),
+                ("secret", acme, 403),
+                ("open", None, 401),
+                ("open", key(signer, "acme", "viewer"), 403),
+                ("open", key(signer, "globex", models=["secret"]), 403),
+            ]:
+                headers = [] if caller is None else [": ".join(passed(claims_of(caller)))]
+                path = f"/v2/models/{model}/infer"
+                answer = await client.request("POST", path, head + X.tobytes(), length, *headers)
+                assert answer.status == status, (model, caller)
 
 
 async def test_a_second_name_in_one_message_is_the_one_that_is_decided_and_served(

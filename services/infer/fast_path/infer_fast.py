@@ -45,8 +45,8 @@ _MAX_NAMES = 1024
 _MAX_LEARNT_BYTES = 32 << 20
 
 
-class Exchange(RequestMemory, Protocol):
-    """Exchange with the caller of one request: that of a gRPC call, or an entry of a bulk (`bulk.Entry`)."""
+class Pending(RequestMemory, Protocol):
+    """A caller that waits for the outcome of one request."""
 
     deadline: float
     """On the clock of the core; infinite when there is none."""
@@ -54,14 +54,18 @@ class Exchange(RequestMemory, Protocol):
     """Called when the caller has left."""
     is_over: bool
 
+    def refuse(self, error: BaseException) -> None:
+        """End the exchange with an error."""
+
+
+class Exchange(Pending, Protocol):
+    """Exchange with the caller of one request: that of a gRPC call, or an entry of a bulk (`bulk.Entry`)."""
+
     @property
     def headers(self) -> Mapping[bytes, bytes]: ...
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the exchange with a message: `parts` are bytes-like, `size` bytes together."""
-
-    def refuse(self, error: BaseException) -> None:
-        """End the exchange with an error."""
 
 
 class FastInfer:
@@ -171,20 +175,16 @@ class FastInfer:
         model_templates.add(head, found)
 
 
-class _FastRequest:
-    """One request in the scheduler; its receiver."""
+class FastRequest:
+    """One request in the scheduler; its receiver. A subclass writes the response: `succeeded`."""
 
-    __slots__ = ("_exchange", "_id", "_prefix", "_queued", "_template", "_version")
+    __slots__ = ("_exchange", "_queued", "_version")
 
     # A response is written, and starts no other request: its delivery need not wait for the next iteration of the loop.
     is_direct = True
 
-    def __init__(self, exchange: Exchange, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
-        self._exchange = exchange
-        self._version = version
-        self._prefix = prefix
-        self._template = found
-        self._id = id_field
+    _exchange: Pending
+    _version: Version
 
     def start(self, request: InferenceRequest, tenant: str) -> None:
         exchange, version = self._exchange, self._version
@@ -210,6 +210,32 @@ class _FastRequest:
 
     def succeeded(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
+        raise NotImplementedError
+
+    def failed(self, error: BaseException) -> None:
+        """Called by the scheduler."""
+        exchange, version = self._exchange, self._version
+        version.__exit__(None, None, None)
+        version.statistics.failed(version.scheduler.age_ns(self._queued))
+        exchange.refuse(error)
+
+
+class _FastRequest(FastRequest):
+    """A request in a message."""
+
+    __slots__ = ("_id", "_prefix", "_template")
+
+    _exchange: Exchange
+
+    def __init__(self, exchange: Exchange, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
+        self._exchange = exchange
+        self._version = version
+        self._prefix = prefix
+        self._template = found
+        self._id = id_field
+
+    def succeeded(self, result: InferenceResult) -> None:
+        """Called by the scheduler."""
         self._version.__exit__(None, None, None)
         try:
             # A template has no ragged outputs.
@@ -227,10 +253,3 @@ class _FastRequest:
         if size > UNJOINED_BYTES:
             parts = [kept(part) if isinstance(part, np.ndarray) else part for part in parts]
         self._exchange.reply(parts, size)
-
-    def failed(self, error: BaseException) -> None:
-        """Called by the scheduler."""
-        exchange, version = self._exchange, self._version
-        version.__exit__(None, None, None)
-        version.statistics.failed(version.scheduler.age_ns(self._queued))
-        exchange.refuse(error)

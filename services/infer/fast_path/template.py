@@ -126,14 +126,10 @@ def model_templates(version: Version, message: pb.ModelInferRequest) -> ModelTem
 
 def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:
     """Return the name bytes, head and template of a message that succeeded; None when it cannot have a template."""
-    # The cheap checks first: reading BYTES inputs again would block the event loop for nothing.
-    if message.parameters or not _has_numbers_only(message):
+    found = template_of(message, signature)
+    if found is None:
         return None
-    request = read(message, signature)
-    slots = _slots(message, request)
-    if slots is None:
-        return None
-    raw_at = len(body) - sum(len(slot.tag_and_length) + slot.size for slot in slots)
+    raw_at = len(body) - sum(len(slot.tag_and_length) + slot.size for slot in found.slots)
     name_bytes = pb.ModelInferRequest(
         model_name=message.model_name, model_version=message.model_version
     ).SerializeToString()
@@ -142,9 +138,23 @@ def learn(body: bytes, message: pb.ModelInferRequest, signature: Signature) -> t
     if id_bytes > 127 or not body.startswith(name_bytes, PREFIX_BYTES) or not 0 < raw_at - head_at <= _MAX_HEAD_BYTES:
         return None
     head = body[head_at:raw_at]
-    if not _is_head(head, message) or Template(slots, (), 0, 0, None).request(body, raw_at) is None:
+    if not _is_head(head, message) or found.request(body, raw_at) is None:
         return None
-    return name_bytes, head, Template(slots, request.outputs, request.rows, request.size_bytes, request.key)
+    return name_bytes, head, found
+
+
+def template_of(message: pb.ModelInferRequest, signature: Signature, *, is_tagged: bool = True) -> Template | None:
+    """Return the template of a message that succeeded; None when it cannot have one.
+
+    Args:
+        is_tagged: a tag and a length precede the numbers of each input, as in a message.
+    """
+    # The cheap checks first: reading BYTES inputs again would block the event loop for nothing.
+    if message.parameters or not _has_numbers_only(message):
+        return None
+    request = read(message, signature)
+    slots = _slots(message, request, is_tagged=is_tagged)
+    return None if slots is None else Template(slots, request.outputs, request.rows, request.size_bytes, request.key)
 
 
 def _has_numbers_only(message: pb.ModelInferRequest) -> bool:
@@ -154,7 +164,7 @@ def _has_numbers_only(message: pb.ModelInferRequest) -> bool:
     return not any(tensor.datatype in ("BYTES", "BOOL") for tensor in message.inputs)
 
 
-def _slots(message: pb.ModelInferRequest, request: InferenceRequest) -> tuple[Slot, ...] | None:
+def _slots(message: pb.ModelInferRequest, request: InferenceRequest, *, is_tagged: bool) -> tuple[Slot, ...] | None:
     if any(
         requested.classes or requested.spec.datatype.is_bytes or requested.spec.is_ragged
         for requested in request.outputs
@@ -163,7 +173,7 @@ def _slots(message: pb.ModelInferRequest, request: InferenceRequest) -> tuple[Sl
     slots = []
     for tensor in message.inputs:
         array = request.tensors[tensor.name]
-        before = tag_and_length(RAW_INPUT, array.nbytes)
+        before = tag_and_length(RAW_INPUT, array.nbytes) if is_tagged else b""
         slots.append(Slot(tensor.name, array.dtype, array.size, array.shape, before, array.nbytes))
     return tuple(slots)
 

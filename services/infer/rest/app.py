@@ -15,6 +15,7 @@ from services.infer.core import InferenceServer
 from services.infer.rest import target as targets
 from services.infer.rest import web_pages
 from services.infer.rest.call import HTTP_STATUS, JSON, RestCall, error_body, error_fields
+from services.infer.rest.fast_infer import FastRestInfer
 from services.infer.rest.operations import Operations
 from services.infer.rest.target import MethodNotAllowed, Target
 from shoal.errors import ShoalError
@@ -34,11 +35,16 @@ class RestApp:
         self.tracer = grpc.tracer
         self.auditing = auditing
         self.json_turn = asyncio.Lock()
-        self._operations = Operations(server).by_name
+        self._fast_infer = FastRestInfer(server.models)
+        self._operations = Operations(server, self._fast_infer).by_name
 
     def operation(self, target: Target) -> Callable[[RestCall], Any]:
         """Return the coroutine function of an operation."""
         return self._operations[target.operation]
+
+    def start_fast(self, call: RestCall, body: bytes) -> bool:
+        """Start a call on the fast path, and return True; False when the call needs a task. May raise."""
+        return call.target.operation == "infer" and self._fast_infer.start(call, body)
 
     def request(self, stream: ServerStream) -> RequestHandler:
         """Begin a call."""

@@ -1,7 +1,8 @@
 """One call: its body, its admission, its deadline, and its response.
 
     stream ──data──> pieces ──is_end──> task: join, decompress ──> operation ──> Reply, or events ──> stream
-           ──disconnected──> the task is cancelled
+           │                   └── fast path: no task, a response now or later (`fast_infer`)
+           └──disconnected──> the task is cancelled
 
 The call is the memory of its request (`RequestMemory`), from the first piece of its body to its response.
 """
@@ -13,9 +14,10 @@ import contextlib
 import logging
 import math
 import zlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -104,6 +106,27 @@ def json_reply(document: Any, status: int = 200) -> Reply:
     return Reply(orjson.dumps(document), JSON, status)
 
 
+class KnownHead:
+    """Head of equal responses, by the class of their streams: encoded once for each."""
+
+    __slots__ = ("_encoded", "content_type", "fields", "length")
+
+    def __init__(self, content_type: bytes, fields: tuple[tuple[bytes, bytes], ...], length: int) -> None:
+        """`length`: bytes of the body."""
+        self.content_type = content_type
+        self.fields = fields
+        self.length = length
+        self._encoded: dict[type[ServerStream], bytes] = {}
+
+    def encoded(self, stream: ServerStream) -> bytes:
+        """Return the head for a stream."""
+        kind = type(stream)
+        found = self._encoded.get(kind)
+        if found is None:
+            found = self._encoded[kind] = _encoded_head(stream, 200, self.content_type, self.fields, self.length)
+        return found
+
+
 Events = AsyncGenerator[bytes, None]
 """A streamed response: JSON documents, each sent as one server-sent event."""
 
@@ -120,6 +143,9 @@ class RestTable(CallTable, Protocol):
     def operation(self, target: Target) -> Callable[[RestCall], Any]:
         """Return the coroutine function of an operation: it returns a Reply, or Events."""
 
+    def start_fast(self, call: RestCall, body: bytes) -> bool:
+        """Start a call on the fast path, and return True; False when the call needs a task. May raise."""
+
 
 class RestCall:
     """One call; the RequestHandler of its stream. Its body is whole before its operation begins."""
@@ -135,14 +161,16 @@ class RestCall:
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._refusal: ShoalError | None = None
-        self._is_over = self._has_begun = False
+        self.on_end: Callable[[], None] | None = None
+        """Callback for a disconnected client, on the fast path."""
+        self.is_over = self._has_begun = False
         self._span = None if app.tracer is None else app.tracer.begin(self.headers)
 
     # -- RequestHandler
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
-        """Keep a piece of the body. The task begins with the last one."""
-        if self._is_over:
+        """Keep a piece of the body. The operation begins with the last one."""
+        if self.is_over:
             return
         if size and (size > SMALL_BODY or self._pieces or not is_end):
             if not self._stream.hold(size + PIECE_OVERHEAD):
@@ -156,23 +184,37 @@ class RestCall:
                 self._fail(too_large(self._size, self._app.message_bytes))
                 return
         if is_end:
-            with self._span.current() if self._span is not None else contextlib.nullcontext():
-                task = asyncio.create_task(self._run(), name=self._stream.head.path)
-            self._app.tasks.add(task)
-            task.add_done_callback(self._app.tasks.discard)
-            self._task = task
+            try:
+                if len(self._pieces) == 1 and self._app.start_fast(self, self._pieces[0]):
+                    return
+            except BaseException as err:
+                self.refuse(err)
+                return
+            self._start(self._call)
+
+    def _start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the rest of the call in a task."""
+        with self._span.current() if self._span is not None else contextlib.nullcontext():
+            task = asyncio.create_task(self._run(work), name=self._stream.head.path)
+        self._app.tasks.add(task)
+        task.add_done_callback(self._app.tasks.discard)
+        self._task = task
 
     def stalled(self, idle_s: float) -> None:
         """End the call: its body does not arrive."""
-        if not self._is_over:
+        if not self.is_over:
             self._fail(stalled(idle_s))
 
     def disconnected(self) -> None:
         """Cancel the operation."""
-        self._is_over = True
+        on_end, self.on_end = None if self.is_over else self.on_end, None
+        self.is_over = True
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
+        elif on_end is not None:
+            self._end_span(Code.CANCELLED)
+            on_end()
 
     def end(self, error: ShoalError) -> None:
         """Cancel the operation, and end the call with `error`."""
@@ -194,7 +236,7 @@ class RestCall:
 
     def release(self, size: int) -> None:
         """Release bytes that were held, before the call ends."""
-        if not self._is_over:
+        if not self.is_over:
             self._stream.release(size)
 
     # -- for operations
@@ -213,8 +255,8 @@ class RestCall:
         caller = access.check(self.target.rpc, self.headers.get(CALLER), self.target.model)
         return "" if caller is None else caller.tenant
 
-    def check(self, rpc: str, model: str) -> None:
-        """Raise PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model."""
+    def check(self, rpc: str, model: str | None) -> None:
+        """Raise PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model; None: for any."""
         if self._app.access is not None:
             self._app.access.check(rpc, self.headers.get(CALLER), model)
 
@@ -242,7 +284,7 @@ class RestCall:
             return plain
         limit = self._app.message_bytes
         self.hold(most_inflated(body, encoding, limit))
-        return await self._worked(lambda: inflated(body, encoding, limit, lambda: self._is_over), is_long=True)
+        return await self._worked(lambda: inflated(body, encoding, limit, lambda: self.is_over), is_long=True)
 
     async def _worked(self, work: Callable[[], bytes], *, is_long: bool) -> bytes:
         """Return the result of `work` on the body: in a thread when it is long."""
@@ -280,14 +322,56 @@ class RestCall:
             finally:
                 part.close()
 
+    # -- for the fast path
+
+    def reply(self, head: KnownHead, body: bytes) -> None:
+        """End the call with a response. Raises a ShoalError when it cannot be sent. Does nothing after the end."""
+        if self.is_over:
+            return
+        self.on_end = None
+        if len(body) >= _COMPRESSED_BYTES:
+            if _accepted(self.headers.get(b"accept-encoding", b"")):
+                self._start(partial(self._reply, Reply(body, head.content_type, 200, head.fields)))
+                return
+            if len(body) > self._app.message_bytes:
+                raise too_large(len(body), self._app.message_bytes)
+            self.hold_response(len(body))
+        stream = self._stream
+        if not stream.has_room(len(body)):
+            raise unread()
+        self.is_over = True
+        if self._span is not None:
+            self._end_span()
+        stream.respond(head.encoded(stream), body)
+
+    def refuse(self, error: BaseException) -> None:
+        """End the call with an error. Does nothing after the end."""
+        if not self.is_over:
+            self.on_end = None
+            self._end_span(*self._refused(error))
+
+    def _refused(self, error: BaseException) -> tuple[Code, str]:
+        """Respond with an error; return its code and text for the span."""
+        log_error(self.target.rpc, error)
+        self._fail(error)
+        # A traceback refers to frames, some of which refer to the exception: a reference cycle.
+        error.__traceback__ = None
+        return Code(status_of(error)[0].value[0]), str(error)
+
+    def _end_span(self, code: Code = Code.OK, message: str = "") -> None:
+        if self._span is not None and self._app.tracer is not None:
+            self._app.tracer.end(self._span, self.target.rpc, code, message)
+
     # -- the call
 
-    async def _run(self) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         code, message = Code.OK, ""
+        # Of a fast call whose response is compressed. It refers to this call.
+        self.on_end = None
         try:
-            await self._call()
+            await work()
         except asyncio.CancelledError:
-            if self._is_over:
+            if self.is_over:
                 code = Code.CANCELLED
             else:
                 error = self._refusal or Unavailable("this instance is stopping")
@@ -297,14 +381,9 @@ class RestCall:
                     raise
         # SystemExit, too: an exception of one call must not end the others.
         except BaseException as err:
-            code, message = Code(status_of(err)[0].value[0]), str(err)
-            log_error(self.target.rpc, err)
-            self._fail(err)
-            # A traceback refers to frames, some of which refer to the exception: a reference cycle.
-            err.__traceback__ = None
+            code, message = self._refused(err)
         finally:
-            if self._span is not None and self._app.tracer is not None:
-                self._app.tracer.end(self._span, self.target.rpc, code, message)
+            self._end_span(code, message)
 
     async def _call(self) -> None:
         access = self._app.access
@@ -353,14 +432,13 @@ class RestCall:
     def _respond(
         self, status: int, content_type: bytes, body: bytes, fields: list[tuple[bytes, bytes]] | None = None
     ) -> None:
-        if self._is_over:
+        if self.is_over:
             return
         stream = self._stream
         if not stream.has_room(len(body)):
             raise unread()
-        self._is_over = True
-        head = [(b"content-type", content_type), *(fields or ()), (b"content-length", b"%d" % len(body))]
-        stream.respond(stream.encode_head(status, head), body)
+        self.is_over = True
+        stream.respond(_encoded_head(stream, status, content_type, fields or (), len(body)), body)
 
     async def _stream_events(self, events: Events) -> None:
         stream = self._stream
@@ -372,7 +450,7 @@ class RestCall:
                     stream.start(stream.encode_head(200, head))
                 await self._send(event)
         if self._has_begun:
-            self._is_over = True
+            self.is_over = True
             stream.end()
         else:
             self._respond(200, _EVENTS, b"")
@@ -387,13 +465,13 @@ class RestCall:
 
     def _fail(self, error: BaseException) -> None:
         """End the call with an error: as a response, or as the last event of one that has begun."""
-        if self._is_over:
+        if self.is_over:
             return
         self._pieces = []
         code, message, trailing = status_of(error)
         body = error_body(message)
         stream = self._stream
-        self._is_over = True
+        self.is_over = True
         if self._has_begun:
             stream.send(b"data: %b\n\n" % body, lambda: None)
             stream.end()
@@ -402,6 +480,12 @@ class RestCall:
         fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
         stream.respond(stream.encode_head(http_status, head), body)
+
+
+def _encoded_head(
+    stream: ServerStream, status: int, content_type: bytes, fields: Iterable[tuple[bytes, bytes]], length: int
+) -> bytes:
+    return stream.encode_head(status, [(b"content-type", content_type), *fields, (b"content-length", b"%d" % length)])
 
 
 def error_body(message: str) -> bytes:

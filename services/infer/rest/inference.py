@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -29,7 +29,15 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import MAX_DIMS, count_elements
 
-_BINARY = b"application/octet-stream"
+if TYPE_CHECKING:
+    from services.infer.rest.fast_infer import FastRestInfer
+
+BINARY = b"application/octet-stream"
+"""Content type of a response with binary tensors."""
+HEADER_LENGTH = b"inference-header-content-length"
+BINARY_END = b',"parameters":{"binary_data_size":%d}}'
+"""Rest of an output's JSON when its data is binary."""
+
 _BINARY_SIZE, _BINARY_DATA, _BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
 _MAX_INT64, _MAX_UINT64 = (1 << 63) - 1, (1 << 64) - 1
 _MAX_CHOICE = "It should be either 'int', 'bool', 'double' or 'string'."
@@ -47,8 +55,8 @@ class Wanted:
         return self.by_name.get(name, self.all_binary)
 
 
-async def infer(server: InferenceServer, call: RestCall) -> Reply:
-    """Run one inference."""
+async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) -> Reply:
+    """Run one inference. `fast` learns from it."""
     body = await call.body()
     length = header_length(call.headers, len(body))
     wanted = Wanted()
@@ -61,7 +69,10 @@ async def infer(server: InferenceServer, call: RestCall) -> Reply:
     response = await server.infer(
         message, call.deadline, call.tenant, is_retry=call.is_retry, memory=call, message_bytes=len(body)
     )
-    return await _write(response, wanted, call)
+    reply = await _write(response, wanted, call)
+    if length:
+        fast.learn(call.target, body, length, message, wanted.is_binary)
+    return reply
 
 
 async def _message(call: RestCall, body: bytes, length: int, wanted: Wanted) -> pb.ModelInferRequest:
@@ -241,15 +252,19 @@ def begun(response: pb.ModelInferResponse) -> dict[str, Any]:
     return found | ({"parameters": parameters_of(response.parameters)} if response.parameters else {})
 
 
+def described(name: str, datatype: str, shape: Sequence[int]) -> bytes:
+    """Return the beginning of an output's JSON, before its data."""
+    return orjson.dumps({"name": name, "datatype": datatype, "shape": list(shape)})[:-1]
+
+
 async def _write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall) -> Reply:
     parts = [orjson.dumps(begun(response))[:-1], b',"outputs":[']
     raw: list[bytes] = []
     for number, output in enumerate(response.outputs):
         contents = response.raw_output_contents[number]
-        described = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
-        parts += [b"," if number else b"", orjson.dumps(described)[:-1]]
+        parts += [b"," if number else b"", described(output.name, output.datatype, output.shape)]
         if wanted.is_binary(output.name):
-            parts.append(b',"parameters":{"binary_data_size":%d}}' % len(contents))
+            parts.append(BINARY_END % len(contents))
             raw.append(contents)
             continue
         parts.append(b',"data":[')
@@ -261,4 +276,4 @@ async def _write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall
         return Reply(b"".join(parts))
     size = sum(map(len, parts))
     call.hold_response(size + sum(map(len, raw)))
-    return Reply(b"".join((*parts, *raw)), _BINARY, fields=((b"inference-header-content-length", b"%d" % size),))
+    return Reply(b"".join((*parts, *raw)), BINARY, fields=((HEADER_LENGTH, b"%d" % size),))

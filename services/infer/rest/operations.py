@@ -11,6 +11,7 @@ from typing import Any
 from services.infer.core import InferenceServer
 from services.infer.model_files.config_json import as_json
 from services.infer.rest.call import Reply, RestCall, json_reply
+from services.infer.rest.fast_infer import FastRestInfer
 from services.infer.rest.generation import generate, generate_stream
 from services.infer.rest.inference import infer, set_parameters
 from services.infer.rest.json_text import LOAD_BYTES, as_object, member
@@ -28,7 +29,7 @@ _FILE = "file:"
 class Operations:
     """The operations on an InferenceServer, by the names in `shoal.access.rest_paths`."""
 
-    def __init__(self, server: InferenceServer) -> None:
+    def __init__(self, server: InferenceServer, fast: FastRestInfer) -> None:
         self._server = server
         self.by_name: dict[str, Callable[[RestCall], Any]] = {
             "live": self._live,
@@ -41,7 +42,7 @@ class Operations:
             "index": self._index,
             "load": self._load,
             "unload": self._unload,
-            "infer": partial(infer, server),
+            "infer": partial(infer, server, fast),
             "generate": partial(generate, server),
             "generate stream": partial(generate_stream, server),
             "shared memory": _unsupported("shared memory", "send tensors in the request"),

@@ -128,9 +128,10 @@ class Client:
         self.writer.write(self.h2.data_to_send())
         await self.writer.drain()
 
-    async def request(self, method: str, path: str, body: bytes | None = None) -> int:
+    async def request(self, method: str, path: str, body: bytes | None = None, *more: tuple[str, str]) -> int:
         number = self.h2.get_next_available_stream_id()
         head = [(":method", method), (":scheme", "http"), (":authority", "x"), (":path", path), ("user-agent", "test")]
+        head += more
         self.h2.send_headers(number, head, end_stream=body is None)
         while body:
             room = min(self.h2.local_flow_control_window(number), self.h2.max_outbound_frame_size)
