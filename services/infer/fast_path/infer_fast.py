@@ -55,7 +55,7 @@ class Pending(RequestMemory, Protocol):
     is_over: bool
 
     def refuse(self, error: BaseException) -> None:
-        """End the exchange with an error."""
+        """End the request with an error."""
 
 
 class Exchange(Pending, Protocol):

@@ -8,7 +8,6 @@ Errors before the scheduler are the slow path's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,8 +26,6 @@ from services.infer.rest.inference import BINARY, BINARY_END, HEADER_LENGTH, beg
 from services.infer.rest.target import Target
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
-
-log = logging.getLogger(__name__)
 
 # 8 MiB of JSON. Callers may invent ids, parameters and shapes: beyond it, all is forgotten.
 _MAX_KNOWN = 1024
