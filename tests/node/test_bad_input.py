@@ -13,19 +13,28 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
-from shoal.coord.v1 import coord_pb2
+from shoal.access.rpc_groups import GROUP_OF, INTERNAL
+from shoal.coord.v1 import access_pb2, coord_pb2
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 
 pytestmark = pytest.mark.node
 
-METHODS: list[MethodDescriptor] = [
+_ALL: list[MethodDescriptor] = [
     method
-    for module in (coord_pb2, inference_pb2, ingest_pb2, store_pb2)
+    for module in (coord_pb2, access_pb2, inference_pb2, ingest_pb2, store_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
+
+
+def name_of(method: MethodDescriptor) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+METHODS = [method for method in _ALL if GROUP_OF[name_of(method)] != INTERNAL]
+OF_SERVICES = [method for method in _ALL if GROUP_OF[name_of(method)] == INTERNAL]
 # Codes that say whose fault it is. INTERNAL and UNKNOWN would blame the service for what the caller sent.
 CLEAR = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -58,10 +67,6 @@ def running(node: Any, onnx_models: Path) -> Iterator[Any]:
 def channel(running: Any) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(running.gateway, options=LIMITS) as channel:
         yield channel
-
-
-def name_of(method: MethodDescriptor) -> str:
-    return f"/{method.containing_service.full_name}/{method.name}"
 
 
 def send(channel: grpc.Channel, method: MethodDescriptor, messages: list[bytes], timeout_s: float = 20) -> Any:
@@ -177,12 +182,21 @@ BIG: dict[str, tuple[str, Callable[[], Message]]] = {
     "a chunk of 100 MB": ("PutArtifact", lambda: store_pb2.PutArtifactRequest(chunk=bytes(100 << 20))),
     "a name of 100 MB": ("GetJob", lambda: ingest_pb2.GetJobRequest(id="x" * (100 << 20))),
     "an instance's name of 100 MB": ("DrainInstance", lambda: coord_pb2.DrainInstanceRequest(name="x" * (100 << 20))),
-    "a result of 100 MB": (
-        "PutResults",
-        lambda: store_pb2.PutResultsRequest(results=[store_pb2.Result(message="x" * (100 << 20))]),
+    "a model's name of 100 MB": (
+        "RegisterModel",
+        lambda: store_pb2.RegisterModelRequest(model=store_pb2.ModelVersion(name="x" * (100 << 20))),
     ),
     "a message of 140 MB": ("ModelInfer", lambda: tensor_of(140 << 20)),
 }
+
+
+@pytest.mark.parametrize("method", OF_SERVICES, ids=lambda method: method.full_name)
+def test_methods_that_only_services_call_do_not_exist_at_the_gateway(
+    channel: grpc.Channel, method: MethodDescriptor
+) -> None:
+    for messages in ([scrambled(method, 1)], [bytes(10 << 20)]):
+        code, _ = send(channel, method, messages)
+        assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("case", BIG)

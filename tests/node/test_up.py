@@ -84,7 +84,7 @@ def plain() -> list[Any]:
 
 def test_the_ready_file_says_where_everything_is(running: Any) -> None:
     document = running.document()
-    assert set(document) == {"gateway", "listen", "tls", "admin", "data_dir", "pids"}
+    assert set(document) == {"gateway", "listen", "tls", "key_file", "admin", "data_dir", "pids"}
     assert (document["listen"], document["tls"]) == (document["gateway"], None)
     assert set(document["pids"]) == ALL | {"infer-1", "coord-1"}
     assert Path(document["data_dir"]) == running.data_dir

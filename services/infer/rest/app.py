@@ -52,6 +52,9 @@ class RestApp:
         if head is OVERSIZED:
             _refuse(stream, 431, "the request has too many headers, or too large ones")
             return NO_HANDLER
+        if head.path in self.methods:
+            _refuse(stream, 415, "this path is a method of gRPC: its content type is application/grpc")
+            return NO_HANDLER
         # With a policy, a request needs a key, which no page of others has.
         if self.access is None and (refused := web_pages.refusal(head, stream.peer[0])) is not None:
             _refuse(stream, *refused)
