@@ -53,8 +53,8 @@ TOKEN_REMOVAL: Mapping[str, Any] = {
         }
     ],
 }
-"""Part of a virtual host: a service never sees a token, also where none is required, nor what only `rules` read. It sees
-the signer's id."""
+"""Part of a virtual host: a service never sees a token, also where none is required, nor what only `rules` read.
+The service sees the signer's id."""
 
 _NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
 _INVALID_KEY = "%LOCAL_REPLY_BODY%: send a valid key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
