@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from typing import Any
 
 from shoal.errors import Unavailable
@@ -21,6 +25,37 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none: an issuer could send the request anywhere."""
 
 
+class _Connections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Connections that another thread can end. A socket's timeout is for each read: a slow sender has no limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket: socket.socket | None = None
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._kept(http.client.HTTPConnection), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._kept(http.client.HTTPSConnection), req)
+
+    def _kept(self, kind: type[http.client.HTTPConnection]) -> Any:
+        handler = self
+
+        class Connection(kind):  # type: ignore[misc, valid-type]
+            def connect(self) -> None:
+                super().connect()
+                handler._socket = self.sock
+
+        return Connection
+
+    def end(self) -> None:
+        """End the reads in progress and all later ones."""
+        if self._socket is not None:
+            with suppress(OSError):
+                # Not that of an SSLSocket, which changes the state of the reading thread.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
 def fetch_json(url: str) -> Any:
     """Return the document at `url`. Blocks: call it in a thread. The caller has checked the address.
 
@@ -28,8 +63,13 @@ def fetch_json(url: str) -> Any:
         Unavailable: there is no such document in time, it is too large, or no JSON.
     """
     deadline = time.monotonic() + TIMEOUT_S
-    opener = urllib.request.build_opener(_NoRedirects)
+    connections = _Connections()
+    opener = urllib.request.build_opener(_NoRedirects, connections)
     request = urllib.request.Request(url, headers={"accept": "application/json", "user-agent": "shoal"})
+    late = Unavailable(f"{url} was not whole after {TIMEOUT_S:g} s")
+    timer = threading.Timer(TIMEOUT_S, connections.end)
+    timer.daemon = True
+    timer.start()
     try:
         with opener.open(request, timeout=TIMEOUT_S) as response:
             data = b""
@@ -38,9 +78,13 @@ def fetch_json(url: str) -> Any:
                 if len(data) > BYTES:
                     raise Unavailable(f"{url} has more than {BYTES} bytes")
                 if time.monotonic() > deadline:
-                    raise Unavailable(f"{url} was not whole after {TIMEOUT_S:g} s")
+                    raise late
         return json.loads(data)
     except urllib.error.HTTPError as err:
         raise Unavailable(f"{url} has the status {err.code}") from None
-    except (OSError, ValueError, RecursionError) as err:
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as err:
+        if time.monotonic() > deadline:
+            raise late from None
         raise Unavailable(f"{url} cannot be fetched: {getattr(err, 'reason', err)}") from None
+    finally:
+        timer.cancel()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,49 @@ def test_a_document_beyond_size_or_time_is_refused(idp: Idp, monkeypatch: pytest
     idp.drip_s = 0.02
     with pytest.raises(Unavailable, match="was not whole after"):
         fetched_keys(by_url(f"{idp.url}/keys"))
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"])
+def test_a_sender_of_one_byte_at_a_time_is_refused_in_time(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.3)
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(head)
+            while not ended.wait(0.05):
+                connection.sendall(b"0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        # Without a limit, the fetch would go on until a line has 64 KiB.
+        limit = threading.Timer(30, ended.set)
+        limit.start()
+        try:
+            with pytest.raises(Unavailable, match="was not whole after"):
+                fetch.fetch_json(f"http://127.0.0.1:{listener.getsockname()[1]}/keys")
+            assert not ended.is_set()
+        finally:
+            ended.set()
+            limit.cancel()
+            thread.join()
+
+
+def test_what_is_no_http_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"\x00nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Unavailable, match="cannot be fetched"):
+            fetch.fetch_json(f"http://127.0.0.1:{listener.getsockname()[1]}/keys")
+        thread.join()
 
 
 def test_a_discovery_document_of_another_issuer_or_with_an_unsafe_address_is_refused(idp: Idp, signer: Signer) -> None:
