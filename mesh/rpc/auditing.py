@@ -140,7 +140,7 @@ class Auditing:
             async with asyncio.timeout(_RECORD_S):
                 (written,) = await self.log.record([event])
         except (ShoalError, TimeoutError) as err:
-            raise Unavailable(f"the audit log cannot be written, so nothing was done: {err or 'no answer'}") from err
+            raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
         outcome = replace(event, kind=OUTCOME, of=written)
         try:
             yield
@@ -166,7 +166,12 @@ class Auditing:
             async with asyncio.timeout(_RECORD_S):
                 await self.log.record([outcome])
         except (ShoalError, TimeoutError) as err:
-            log.warning("the outcome of %s is missing in the audit log: %s", outcome.of, err or "no answer")
+            log.warning("the outcome of %s is missing in the audit log: %s", outcome.of, _cause(err))
+
+
+def _cause(error: Exception) -> str:
+    # A TimeoutError has no text.
+    return str(error) or f"no answer in {_RECORD_S:g} s"
 
 
 @asynccontextmanager

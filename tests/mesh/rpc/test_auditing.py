@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
+from mesh.rpc import auditing
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.channel import connect
@@ -100,8 +101,8 @@ async def stub(log: Log, servicer: Servicer, tmp_path: Path, signer: Signer) -> 
     access, listen = Access(policy(signer)), f"unix:{tmp_path}/s.sock"
     async with (
         access,
-        Auditing(log, access, "node/store-0") as auditing,
-        Server(listen, [add], drain_ms=1_000, access=access, auditing=auditing),
+        Auditing(log, access, "node/store-0") as audited,
+        Server(listen, [add], drain_ms=1_000, access=access, auditing=audited),
         connect(listen) as channel,
     ):
         yield store_pb2_grpc.StoreServiceStub(channel)
@@ -136,6 +137,18 @@ async def test_the_outcome_of_a_failed_act_has_its_error(stub: Any, caller: Call
 
     outcome = await log.ended()
     assert (outcome.code, outcome.reason) == (5, "no such tenant")
+
+
+async def test_an_act_whose_entry_takes_too_long_is_not_done_and_the_error_says_so(
+    stub: Any, caller: Caller, log: Log, servicer: Servicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "_RECORD_S", 0.05)
+    log.open.clear()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await _set(stub, "acme", caller())
+
+    assert refused.value.details().endswith("nothing was done: no answer in 0.05 s")
+    assert servicer.quotas == []
 
 
 async def test_an_act_that_cannot_be_written_is_not_done(
