@@ -197,6 +197,7 @@ class Keys:
 
         Args:
             is_stolen: the keys of the former signers end now; otherwise they stay valid until they expire.
+            own: claims of the caller. A token of another issuer stays valid, and gets no key.
 
         Raises:
             FailedPrecondition: too many former signers have valid keys.
@@ -207,7 +208,8 @@ class Keys:
         if public is None:
             raise Unavailable("the cluster has no signer yet: retry in a moment")
         signer, now = await asyncio.to_thread(_new_signer), self._now()
-        former = [] if is_stolen else _still_valid(cluster.signers_of(public.value), await self.records(), now)
+        known = cluster.signers_of(public.value)
+        former = [] if is_stolen else _still_valid(known, await self.records(), now)
         if len(former) >= _SIGNERS:
             raise FailedPrecondition(
                 f"{len(former)} former signers have valid keys: wait until these expire, or end them with --stolen"
@@ -215,7 +217,7 @@ class Keys:
         signers = [*former, SignerKey(signer.public_jwk())]
         then = [self._sealed(signer), Put(SIGNERS, cluster.signers_value(signers))]
         key = None
-        if own is not None:
+        if own is not None and own["iss"] in {cluster.issuer_name(ISSUER, one.kid) for one in known}:
             record, key = self._made(
                 signer,
                 str(own["tenant"]),

@@ -155,7 +155,8 @@ def rotate(
     typer.echo(f"{made.id} signs new keys", err=True)
     if made.unconfirmed:
         typer.echo(f"not confirmed yet by {', '.join(made.unconfirmed)}", err=True)
-    if not stolen:
+    # A token of another issuer stays valid.
+    if not made.key:
         return
     is_own = chosen(gateway, os.environ) is None and not os.environ.get("SHOAL_TOKEN")
     file = replace_key(find_gateway(gateway, os.environ), made.key, os.environ) if is_own else None

@@ -34,6 +34,7 @@ from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
 from shoal.errors import FailedPrecondition, InvalidArgument
+from tests.access import policies
 from tests.breakable import EtcdProcess, until
 from tests.coord.conftest import Coord
 from tests.coord.test_issuer_keys import Idp
@@ -230,6 +231,26 @@ async def test_a_former_signers_keys_live_until_they_expire_unless_it_was_stolen
     keys = await access.keys()
     assert [keys[made.info.id].revoked for made in (before, after)] == [True, True]
     assert [id for id, key in keys.items() if not key.revoked] == [own["jti"]]
+
+
+async def test_an_admin_of_another_issuer_rotates_and_keeps_its_token(access: Access, tmp_path: Path) -> None:
+    """After a theft, too: the claims of its token are none of a key."""
+    idp = tokens.create_signer(tmp_path / "idp", "https://idp.example")
+    foreign = f"{{issuer: '{idp.issuer}', audiences: [a], tenant: acme, role: admin, jwks: {json.dumps(idp.jwks())}}}"
+    await access.apply(document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]"))
+    own = access.admin
+    access.admin = (policies.passed({"iss": idp.issuer, "sub": "ann", "exp": time.time() + 60}),)
+    await until(access.is_admitted, "the issuer is in force")
+    request = pb.RotateSignerRequest(stolen=True, renew_own_key=True)
+    rotated = await access.stub.RotateSigner(request, metadata=access.admin)
+    assert rotated.key == ""
+    assert {issuer.issuer for issuer in (await access.policy()).issuers} == {f"shoal:{rotated.signer}", idp.issuer}
+    assert await access.is_admitted()
+    made = await access.create("local", "admin", LAUNCHED)
+    ended, _ = await refusal(access.stub.ListKeys(pb.ListKeysRequest(), metadata=own))
+    access.admin = passed(made)
+    await access.apply(document())
+    assert ended == "UNAUTHENTICATED"
 
 
 async def test_an_issuers_keys_are_fetched_again_and_stay_in_its_outage(access: Access, tmp_path: Path) -> None:
