@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Callable
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,44 @@ async def test_pipelined_requests_are_answered_in_their_order(served: Served, cl
         answer = await client.response()
         assert np.frombuffer(answer.body[-16:], "<f4")[0] == 2 * number
     assert served.slow == 1
+
+
+def mutated(random: Random) -> tuple[bytes, str]:
+    """Return a request that is nearly a good one."""
+    a = np.float32([[1, 2]])
+    document = {"inputs": [described("a", a), described("b", a)], "parameters": {"binary_data_output": True}}
+    for each in random.choices([document, *document["inputs"]], k=random.randrange(3)):
+        change = random.randrange(3)
+        name = random.choice([*each])
+        if change == 0:
+            del each[name]
+        elif change == 1:
+            each[name] = random.choice([0, "x", [], [2, 1], {}, {"binary_data_size": 4}, {"binary_data_output": False}])
+        else:
+            each[random.choice(["data", "id", "outputs", "more"])] = random.choice([[1, 2], "7", [{"name": "sum"}]])
+    head = json.dumps(document).encode()
+    raw = random.randbytes(random.choice([16, 16, 16, 16, 15, 17, 0]))
+    length = len(head) + random.choice([0, 0, 0, 0, 1, -1, len(raw)])
+    return head + raw, f"Inference-Header-Content-Length: {length}"
+
+
+async def test_both_paths_give_the_same_responses_to_requests_that_are_nearly_good(
+    served: Served, client: RawClient
+) -> None:
+    random = Random(14)
+    known = served.serving.server._app.http._fast_infer._known
+    statuses, fast = [], 0
+    for _ in range(150):
+        data, header = mutated(random)
+        known.clear()
+        slow = await infer(client, data, header, model="two")
+        await infer(client, *adding(), model="two")
+        for _ in range(2):
+            before = served.slow
+            assert await infer(client, data, header, model="two") == slow
+            fast += slow.status == 200 and served.slow == before
+        statuses.append(slow.status)
+    assert min(statuses.count(200), statuses.count(400), fast) > 10
 
 
 SLOW = {
