@@ -344,6 +344,14 @@ class RestCall:
             self._end_span()
         stream.respond(head.encoded(stream), body)
 
+    def reply_later(self, write: Callable[[], Awaitable[Reply]]) -> None:
+        """End the call with a response that a task writes."""
+
+        async def written() -> None:
+            await self._reply(await write())
+
+        self._start(written)
+
     def refuse(self, error: BaseException) -> None:
         """End the call with an error. Does nothing after the end."""
         if not self.is_over:
@@ -366,7 +374,7 @@ class RestCall:
 
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         code, message = Code.OK, ""
-        # Of a fast call whose response is compressed. It refers to this call.
+        # Of a fast call whose response needs a task. It refers to this call.
         self.on_end = None
         try:
             await work()

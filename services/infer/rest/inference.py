@@ -69,9 +69,9 @@ async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) ->
     response = await server.infer(
         message, call.deadline, call.tenant, is_retry=call.is_retry, memory=call, message_bytes=len(body)
     )
-    reply = await _write(response, wanted, call)
-    if length:
-        fast.learn(call.target, body, length, message, wanted.is_binary)
+    reply = await write(response, wanted, call)
+    if length != 0:
+        fast.learn(call.target, body, len(body) if length is None else length, message, wanted.is_binary)
     return reply
 
 
@@ -257,7 +257,8 @@ def described(name: str, datatype: str, shape: Sequence[int]) -> bytes:
     return orjson.dumps({"name": name, "datatype": datatype, "shape": list(shape)})[:-1]
 
 
-async def _write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall) -> Reply:
+async def write(response: pb.ModelInferResponse, wanted: Wanted, call: RestCall) -> Reply:
+    """Return the response of a call."""
     parts = [orjson.dumps(begun(response))[:-1], b',"outputs":[']
     raw: list[bytes] = []
     for number, output in enumerate(response.outputs):

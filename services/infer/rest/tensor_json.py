@@ -24,7 +24,8 @@ _SLICE = 1 << 16
 _INTEGERS, _NUMBERS = frozenset({int}), frozenset({int, float})
 _KINDS = {"b": frozenset({bool}), "i": _INTEGERS, "u": _INTEGERS, "f": _NUMBERS, "O": frozenset({str})}
 _EXPECTED = {"b": "true and false", "i": "whole numbers", "u": "whole numbers", "f": "numbers", "O": "texts"}
-_BINARY_ONLY = ("FP16", "BF16")
+BINARY_ONLY = ("FP16", "BF16")
+"""Datatypes that JSON does not carry."""
 _NUMPY = orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -34,7 +35,7 @@ async def to_raw(data: list[Any], datatype: Datatype, elements: int, dims: int, 
     Raises:
         InvalidArgument: the values are not exactly `elements` of the datatype, or nested deeper than `dims`.
     """
-    if datatype.name in _BINARY_ONLY:
+    if datatype.name in BINARY_ONLY:
         raise InvalidArgument(
             f"receiving {datatype.name} data via JSON is not supported. Please use the binary data format for {what}"
         )
@@ -45,10 +46,10 @@ async def to_raw(data: list[Any], datatype: Datatype, elements: int, dims: int, 
             f"got {len(flat)} values"
         )
     if len(flat) <= _SLICE:
-        return _packed(flat, datatype, what)
+        return packed(flat, datatype, what)
     parts = []
     for start in range(0, len(flat), _SLICE):
-        parts.append(_packed(flat[start : start + _SLICE], datatype, what))
+        parts.append(packed(flat[start : start + _SLICE], datatype, what))
         await asyncio.sleep(0)
     return b"".join(parts)
 
@@ -65,7 +66,8 @@ async def _flattened(data: list[Any], dims: int, what: str) -> list[Any]:
     return data
 
 
-def _packed(values: list[Any], datatype: Datatype, what: str) -> bytes:
+def packed(values: list[Any], datatype: Datatype, what: str) -> bytes:
+    """Return the raw contents of a flat list. Raises InvalidArgument for a value that the datatype does not have."""
     kind = datatype.dtype.kind
     if not _KINDS[kind].issuperset(map(type, values)):
         raise InvalidArgument(f"Unable to parse 'data': {what} is {datatype.name}: expected {_EXPECTED[kind]}")
@@ -87,7 +89,7 @@ async def to_json(raw: bytes, datatype_name: str, elements: int, name: str) -> l
     datatype = BY_NAME[datatype_name]
     if not raw:
         return []
-    if datatype_name in _BINARY_ONLY:
+    if datatype_name in BINARY_ONLY:
         raise InvalidArgument(
             f"sending {datatype_name} data via JSON is not supported. Please use the binary data format for output "
             f"{quoted(name)}"
@@ -102,11 +104,12 @@ async def to_json(raw: bytes, datatype_name: str, elements: int, name: str) -> l
         if start:
             pieces.append(b",")
             await asyncio.sleep(0)
-        pieces.append(_written(values[start : start + _SLICE], name))
+        pieces.append(written(values[start : start + _SLICE], name))
     return pieces
 
 
-def _written(values: Any, name: str) -> bytes:
+def written(values: Any, name: str) -> bytes:
+    """Return an array of numbers, or a list of bytes, as a JSON list without its brackets."""
     if isinstance(values, list):
         try:
             values = [value.decode() for value in values]

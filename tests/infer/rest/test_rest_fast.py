@@ -156,6 +156,91 @@ async def test_pipelined_requests_are_answered_in_their_order(served: Served, cl
     assert served.slow == 1
 
 
+def around(data: str, before: str = "", after: str = "", end: str = "") -> bytes:
+    """Return a request with the text `data` as the data of its only input."""
+    tensor = '"name": "x", "shape": [1, 4], "datatype": "FP32"'
+    return f'{{"inputs": [{{{before}{tensor}, "data": {data}{after}}}]{end}}}'.encode()
+
+
+JSON = {
+    "a list": around("[1, 2.5, -3, 4e3]"),
+    "an output": around("[1,2,3,4]", end=', "outputs": [{"name": "y"}]'),
+    "JSON outputs by name": around("[1,2,3,4]", end=', "parameters": {"binary_data_output": false}'),
+    "data first": b'{"inputs":[{"data":[1,2,3,4],"name":"x","shape":[1,4],"datatype":"FP32"}]}',
+}
+
+
+@pytest.mark.parametrize("limit", [fast_infer._MAX_WRITTEN, 0])
+@pytest.mark.parametrize("case", JSON)
+async def test_small_json_takes_the_fast_path_and_the_response_is_the_same(
+    served: Served, client: RawClient, monkeypatch: pytest.MonkeyPatch, case: str, limit: int
+) -> None:
+    monkeypatch.setattr(fast_infer, "_MAX_WRITTEN", limit)
+    first = await infer(client, JSON[case])
+    assert first.status == 200
+    for _ in range(3):
+        assert await infer(client, JSON[case]) == first
+    assert served.slow == 1
+    assert served.serving.server.memory.bodies.held == 0
+
+
+async def test_the_numbers_of_each_json_count(served: Served, client: RawClient) -> None:
+    for number in range(5):
+        answer = json.loads((await infer(client, around(str([number, number + 0.5, 7, 8])))).body)
+        assert answer["outputs"][0]["data"] == [2 * number, 2 * number + 1, 14, 16]
+    assert served.slow == 1
+
+
+LISTS = {
+    "other spaces": " [ 1 ,\n2,3, 4 ] ",
+    "extremes": "[1e38, -0.0, 1e-45, 16777217]",
+    "huge": "[1e39, 1, 1, 1]",
+    "endless": "[1" + "0" * 400 + ", 1, 1, 1]",
+    "nested": "[[1, 2, 3, 4]]",
+    "nested too deeply": "[[[1, 2, 3, 4]]]",
+    "too few": "[1, 2, 3]",
+    "too many": "[1, 2, 3, 4, 5]",
+    "none": "[]",
+    "texts": '["1", "2", "3", "4"]',
+    "a bracket in a text": '["]", 2, 3, 4]',
+    "true": "[true, 2, 3, 4]",
+    "null": "[null, 2, 3, 4]",
+    "objects": '[{"a": 1}, 2, 3, 4]',
+    "not finite": "[NaN, Infinity, -Infinity, 4]",
+    "no JSON": "[1, 2, 3, 4,]",
+    "no list": "1",
+    "an object": '{"a": [1, 2, 3, 4]}',
+    "another member": '[1, 2, 3, 4], "name": "z"',
+    "another list": '[1, 2, 3, 4], "data": [5, 6, 7, 8]',
+    "another input": '[1, 2, 3, 4]}, {"name": "z", "data": [1]',
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+async def test_both_paths_give_the_same_response_to_any_data(served: Served, client: RawClient, case: str) -> None:
+    # Without its data, the request is known after the second call.
+    first = await infer(client, around(LISTS[case]))
+    assert (await infer(client, around("[1, 2, 3, 4]"))).status == 200
+    slow = served.slow
+    assert (await infer(client, around("[1, 2, 3, 4]"))).status == 200
+    assert served.slow == slow
+    for _ in range(2):
+        assert await infer(client, around(LISTS[case])) == first
+
+
+async def test_json_with_two_lists_or_of_two_inputs_takes_the_slow_path(served: Served, client: RawClient) -> None:
+    twice = around("[1, 2, 3, 4]", before='"data": [9, 9, 9, 9], ')
+    for number in range(3):
+        answer = json.loads((await infer(client, twice)).body)
+        assert answer["outputs"][0]["data"] == [2, 4, 6, 8]
+        assert served.slow == number + 1
+    tensors = [{"name": name, "shape": [1, 2], "datatype": "FP32", "data": [1, 2]} for name in ("a", "b")]
+    for number in range(3):
+        answer = await infer(client, json.dumps({"inputs": tensors}).encode(), model="two")
+        assert answer.status == 200
+        assert served.slow == number + 4
+
+
 def mutated(random: Random) -> tuple[bytes, str]:
     """Return a request that is nearly a good one."""
     a = np.float32([[1, 2]])
