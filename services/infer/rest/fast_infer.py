@@ -179,26 +179,34 @@ class FastRestInfer:
         size = len(body) - length
         if message.id or length > _MAX_JSON_BYTES or size > LARGE_BYTES:
             return
+        # The cheap checks first: some requests are never learnt.
+        cut = None if size else _learnt_around(body)
+        if not size and cut is None:
+            return
         try:
             version = self._models.find(target.model, target.version)
             if not version.needs_tensors_only:
                 return
-            template = template_of(message, version.loaded.model.signature, is_tagged=False)
+            signature = version.loaded.model.signature
+            names = [output.name for output in message.outputs] or [spec.name for spec in signature.outputs]
+            if {is_binary(name) for name in names} != {cut is None}:
+                return
+            template = template_of(message, signature, is_tagged=False)
         # The model has changed since.
         except ShoalError:
             return
         if template is None:
             return
-        forms = {is_binary(wanted.spec.name) for wanted in template.outputs}
         if len(self._known) + len(self._known_around) >= _MAX_KNOWN:
             self._known.clear()
             self._known_around.clear()
+        if cut is not None:
+            if _is_carried(template):
+                key = target.model, target.version, body[: cut[0]], body[cut[1] :]
+                self._known_around[key] = _Known(version, template, BY_NAME[message.inputs[0].datatype])
         # Values in the JSON are no part of the binary data.
-        if size and forms == {True} and sum(slot.size for slot in template.slots) == size:
+        elif sum(slot.size for slot in template.slots) == size:
             self._known[target.model, target.version, body[:length]] = _Known(version, template)
-        elif forms == {False} and _is_carried(template) and (cut := _learnt_around(body)) is not None:
-            key = target.model, target.version, body[: cut[0]], body[cut[1] :]
-            self._known_around[key] = _Known(version, template, BY_NAME[message.inputs[0].datatype])
 
 
 def _is_carried(template: Template) -> bool:
