@@ -193,6 +193,9 @@ def _own_defaults(service: str, options: Options, layout: Layout, environ: Mappi
         }
     if service == "ingest":
         batches = (options.data_dir / "batches").as_uri()
+        if options.auth:
+            # A folder for each tenant: callers share none.
+            batches += "/{tenant}"
         return {"DATABASE": "shoal", "BATCH_URLS": _EVERYWHERE if is_private else f"{batches},{_BUCKETS}"}
     return {}
 
