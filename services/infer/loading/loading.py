@@ -66,6 +66,7 @@ def load(
     is_given_up: Callable[[], bool] = bool,
     digest: str = "",
     allow_code: bool = True,
+    allow_remote: bool = True,
 ) -> Loaded:
     """Load one version of the model `name` and warm it up.
 
@@ -74,6 +75,7 @@ def load(
         is_given_up: ends the load early when it returns True, where the runtime can.
         digest: identifies the content of the files.
         allow_code: False rejects a model that runs code or reads the server's files and variables.
+        allow_remote: False rejects a model on another server.
 
     Raises:
         FailedPrecondition: the model cannot be served; the message says why, and names the setting, tensor or file.
@@ -86,6 +88,8 @@ def load(
         )
     config.name = name
     runtime = _runtime(runtimes, config, files)
+    if not allow_remote:
+        privileges.check_remote(runtime)
     if not allow_code:
         privileges.check(config, runtime)
     model_config.check(config, runtime)

@@ -38,6 +38,12 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
         )
 
 
+def check_remote(runtime: Runtime) -> None:
+    """Check that a model is on this server. Raises FailedPrecondition otherwise."""
+    if runtime.backend == REMOTE:
+        raise FailedPrecondition("a model on another server reaches an address: with a policy the caller needs code")
+
+
 def _reasons(config: pb.ModelConfig, backend: str) -> Iterator[str]:
     # A backend that is not known to be harmless counts as code.
     if backend not in (ONNX, KERNELS, REMOTE):

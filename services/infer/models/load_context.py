@@ -43,6 +43,8 @@ class LoadContext:
     """Longest time, in seconds, that a stop waits for requests; the same default as SHOAL_INFER_DRAIN_MS."""
     allow_code: bool = True
     """False rejects models that run code or read the server's files and variables."""
+    allow_remote: bool = True
+    """False rejects models on other servers, whose addresses a configuration names."""
     other_models: OtherModels | None = None
     """The other models, for ensembles."""
 

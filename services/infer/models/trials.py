@@ -62,7 +62,7 @@ class Trials:
     async def run(self, model: store_pb2.ModelVersion, *, allow_code: bool = True) -> AsyncGenerator[None, None]:
         """Try a version: yield when the trial begins, and return when the version has passed and is unloaded.
 
-        `allow_code` False: also where models may run code, this one may not.
+        `allow_code` False: also where models may run code, this one may not; nor may it be on another server.
 
         Raises:
             FailedPrecondition: the version cannot be loaded; the message has the reason.
@@ -75,7 +75,7 @@ class Trials:
         if len(self._running) >= MOST_TRIALS:
             raise ResourceExhausted(f"{MOST_TRIALS} trial loads wait or run here", retry_after_ms=_RETRY_AFTER_MS)
         begun = asyncio.Event()
-        context = self._context if allow_code else replace(self._context, allow_code=False)
+        context = self._context if allow_code else replace(self._context, allow_code=False, allow_remote=False)
         work = self._try(self._source(model), model.name, begun, context)
         trial = asyncio.create_task(work, name=f"trial-{model.name}")
         self._running.add(trial)

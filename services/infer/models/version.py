@@ -243,6 +243,7 @@ class Version:
             is_given_up=given_up.is_set,
             digest=self.wanted.digest,
             allow_code=context.allow_code,
+            allow_remote=context.allow_remote,
         )
         return asyncio.ensure_future(work)
 

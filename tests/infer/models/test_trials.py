@@ -96,6 +96,15 @@ async def test_a_model_with_code_is_tried_for_callers_that_may_run_code(
     await world.tried("m", allow_code=True)
 
 
+async def test_a_trial_reaches_another_server_only_for_callers_that_may_run_code(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntime, "backend", "remote")
+    world.has("m", onnx_files.scale(2))
+    with pytest.raises(FailedPrecondition, match="reaches an address"):
+        await world.tried("m", allow_code=False)
+
+
 async def test_a_trial_whose_caller_leaves_frees_its_slot(world: World) -> None:
     world.has("m", onnx_files.scale(2))
     world.files.gate.clear()
