@@ -12,14 +12,12 @@ from shoal.errors import InvalidArgument
 ACT: Final = "act"
 OUTCOME: Final = "outcome"
 REFUSAL: Final = "refusal"
-ACCESS: Final = "access"
 CHAIN: Final = "chain"
 
 KINDS: Mapping[str, str] = {
     ACT: "an administrative act, before it is done",
     OUTCOME: "the end of an administrative act",
     REFUSAL: "calls that were refused",
-    ACCESS: "reads of payloads and results",
     CHAIN: "begin or end of a chain",
 }
 
