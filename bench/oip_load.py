@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import struct
 import time
 from collections.abc import Sequence
@@ -82,30 +83,44 @@ class Requests:
 class Load:
     """One load on one server."""
 
-    def __init__(self, address: str, requests: Requests, *, deadline_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        address: str,
+        requests: Requests,
+        *,
+        deadline_s: float = math.inf,
+        keys: Sequence[str] = (),
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Args:
+        keys: of the callers, in turn; without any, calls have no key.
+        tls: None: plaintext.
+        """
         self._address = address
         self._requests = requests
         self._deadline_s = deadline_s
+        self._tls = tls
         headers = [
             (b":method", b"POST"),
-            (b":scheme", b"http"),
+            (b":scheme", b"https" if tls else b"http"),
             (b":path", _PATH.encode()),
-            (b":authority", b"bench"),
+            (b":authority", address.encode()),
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
         ]
         if deadline_s != math.inf:
             headers.append((b"grpc-timeout", b"%dm" % int(deadline_s * 1000)))
-        self.block = encode(headers)
+        self._blocks = [encode([*headers, (b"authorization", f"Bearer {key}".encode())]) for key in keys]
+        self._blocks = self._blocks or [encode(headers)]
         self.count = Count()
         self._next = 0
         self._is_counted = False
         self.is_over = False
         self.is_closed_loop = True
 
-    async def closed(self, in_flight: int, seconds: float, warm_up_s: float = 0.4) -> Count:
-        """Run a closed loop with `in_flight` requests in flight."""
-        connections = await self._connect(1 if in_flight <= _ON_ONE else _CONNECTIONS)
+    async def closed(self, in_flight: int, seconds: float, warm_up_s: float = 0.4, on: int = 0) -> Count:
+        """Run a closed loop with `in_flight` requests in flight, on so many connections; 0: one, or eight."""
+        connections = await self.connect(on or (1 if in_flight <= _ON_ONE else _CONNECTIONS))
         for n in range(in_flight):
             connections[n % len(connections)].ask()
         return await self._measured(connections, seconds, warm_up_s)
@@ -113,14 +128,14 @@ class Load:
     async def open(self, rate: float, seconds: float, warm_up_s: float = 0.5) -> Count:
         """Run an open loop with `rate` requests per second, at random times."""
         self.is_closed_loop = False
-        connections = await self._connect(_CONNECTIONS)
+        connections = await self.connect(_CONNECTIONS)
         asking = asyncio.create_task(self._ask_at(rate, connections))
         try:
             return await self._measured(connections, seconds, warm_up_s)
         finally:
             asking.cancel()
 
-    async def _ask_at(self, rate: float, connections: Sequence[_Connection]) -> None:
+    async def _ask_at(self, rate: float, connections: Sequence[Connection]) -> None:
         rng = np.random.default_rng(1)
         due, n = time.perf_counter(), 0
         while True:
@@ -131,15 +146,16 @@ class Load:
                 n += 1
             await asyncio.sleep(0.0005)
 
-    async def _connect(self, count: int) -> list[_Connection]:
+    async def connect(self, count: int) -> list[Connection]:
+        """Open connections."""
         host, _, port = self._address.rpartition(":")
-        loop = asyncio.get_running_loop()
-        made = [await loop.create_connection(lambda: _Connection(self), host, int(port)) for _ in range(count)]
+        loop, tls = asyncio.get_running_loop(), self._tls
+        made = [await loop.create_connection(lambda: Connection(self), host, int(port), ssl=tls) for _ in range(count)]
         connections = [connection for _, connection in made]
         await asyncio.gather(*(connection.greeted.wait() for connection in connections))
         return connections
 
-    async def _measured(self, connections: Sequence[_Connection], seconds: float, warm_up_s: float) -> Count:
+    async def _measured(self, connections: Sequence[Connection], seconds: float, warm_up_s: float) -> Count:
         await asyncio.sleep(warm_up_s)
         self._is_counted, start = True, time.perf_counter()
         await asyncio.sleep(seconds)
@@ -149,11 +165,11 @@ class Load:
             connection.close()
         return self.count
 
-    def next(self) -> tuple[int, bytes]:
-        """Return the number and body of the next request."""
-        number = self._next % len(self._requests.bodies)
+    def next(self) -> tuple[int, bytes, bytes]:
+        """Return the number, header block and body of the next request."""
+        number, block = self._next % len(self._requests.bodies), self._blocks[self._next % len(self._blocks)]
         self._next += 1
-        return number, self._requests.bodies[number]
+        return number, block, self._requests.bodies[number]
 
     def answered(self, number: int, sent: float, status: int, body: bytes) -> None:
         if not self._is_counted:
@@ -170,7 +186,7 @@ class Load:
             self.count.latencies_s.append(took)
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """HTTP/2 client connection, with only the features that a load needs."""
 
     def __init__(self, load: Load) -> None:
@@ -197,10 +213,10 @@ class _Connection(asyncio.Protocol):
 
     def ask(self) -> None:
         """Send the next request, or hold it until the flow-control window has capacity."""
-        number, body = self._load.next()
+        number, block, body = self._load.next()
         stream, self._number = self._number, self._number + 2
         self._open[stream] = number, time.perf_counter()
-        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream, self._load.block))
+        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block))
         if self._held or len(body) > self._window:
             self._held.append((stream, body))
         else:

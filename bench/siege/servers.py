@@ -105,13 +105,14 @@ def serve(checkout: Checkout, models: Path, folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def node(checkout: Checkout, models: Path, folder: Path) -> Iterator[Server]:
-    """Run `shoal up` with the models pushed; clients call its gateway."""
+def node(checkout: Checkout, models: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """Run `shoal up` with the models pushed, and with further options; clients call its gateway."""
     ready, runtime, log = folder / "ready.json", folder / "runtime", folder / "up.log"
     ready.unlink(missing_ok=True)
     runtime.mkdir(mode=0o700, exist_ok=True)
     environ = checkout.environ(XDG_RUNTIME_DIR=str(runtime))
-    arguments = ["up", "--data-dir", str(folder / "data"), "--gateway-port", "0", "--admin-port", "0"]
+    arguments = ["up", "--data-dir", str(folder / "data"), "--admin-port", "0", *options]
+    arguments += () if "--listen" in options else ("--gateway-port", "0")
     with log.open("wb") as out:
         process = subprocess.Popen(
             _pinned(checkout.command(*arguments, "--ready-file", str(ready))),
