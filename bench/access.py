@@ -210,7 +210,7 @@ async def stream(node: Node, requests: Requests, keys: Sequence[str], in_flight:
     """Run a closed loop of messages on one ModelStreamInfer. Any failure or wrong answer counts as wrong."""
     count, sent, number = Count(), list[tuple[int, float]](), 0
     async with grpc.aio.insecure_channel(node.address) as channel:
-        call = channel.stream_stream(f"{_SERVICE}/ModelStreamInfer")(metadata=_metadata(keys))
+        call: Any = channel.stream_stream(f"{_SERVICE}/ModelStreamInfer")(metadata=_metadata(keys))
 
         async def ask() -> None:
             nonlocal number
@@ -339,7 +339,7 @@ async def in_force_ms(node: Node, requests: Requests) -> tuple[list[float], list
     """Return the ms from the start of `apply` until the first call that Envoy refuses, and those until its end."""
     refused, returned = list[float](), list[float]()
     async with node.client() as client, grpc.aio.insecure_channel(node.address) as channel:
-        call = channel.unary_unary(f"{_SERVICE}/ModelInfer")
+        call: Any = channel.unary_unary(f"{_SERVICE}/ModelInfer")
 
         async def until(is_refused: bool) -> float:
             while True:
