@@ -94,8 +94,9 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.RevokeKeyResponse()
 
     async def RotateSigner(self, request: pb.RotateSignerRequest, ctx: Context) -> pb.RotateSignerResponse:
+        keys = self._keys
         own = _author(ctx) if request.renew_own_key else None
-        kid, key, late = await self._keys.rotate(is_stolen=request.stolen, own=own)
+        kid, key, late = await keys.rotate(is_stolen=request.stolen, own=own)
         return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text, unconfirmed=late)
 
 

@@ -42,6 +42,7 @@ pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 CALLS = list(json_calls(JSON_SERVICES))
 JSON = "application/json"
 JOB = "01J0000000000000000000000A"
+NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
 
 
 class Ingest(ingest_pb2_grpc.IngestServiceServicer):
@@ -408,7 +409,7 @@ async def test_json_and_pages_are_decided_as_grpc_is(tmp_path: Path) -> None:
             assert ours == {
                 "infer": {"status": "0", "message": "", "hasAnswer": True},
                 "absent": {"status": "5", "message": "no model 'absent'", "hasAnswer": False},
-                "unauthenticated": {"status": "16", "message": "Jwt is missing", "hasAnswer": False},
+                "unauthenticated": {"status": "16", "message": NO_KEY, "hasAnswer": False},
                 "job": {"status": 200, "id": JOB},
                 "result": {"status": 200, "outcome": "OUTCOME_SUCCEEDED"},
                 "bad": {"status": 400, "message": "shoal.ingest.v1.SubmitRequest has no field 'reqest'"},

@@ -153,7 +153,8 @@ async def test_a_made_up_cursor_replaces_no_file_of_an_export(store: Store, allo
         call = export(store, url, part_rows=10)
         told = await whole(call) if count is None else [await call.read() for _ in range(count)]
         call.cancel()
-        before = {path.name: path.read_bytes() for path in (allowed / name).iterdir()}
+        # Without the part that the broken export is writing.
+        before = {path.name: path.read_bytes() for path in (allowed / name).iterdir() if path.name[0] != "."}
         parts, written_rows, size, lost, own, token = told[0].cursor.split(".")
         forged = ".".join([parts, written_rows, size, lost, "0" * len(own), token])
 
