@@ -14,7 +14,7 @@ TICK_S, MAX_TICKS = 5.0, 6
 
 
 class Unread:
-    """What waits in the transport of one connection. `share` is the connection's share of the account."""
+    """Bytes that wait in the transport of one connection. `share` is the connection's share of the account."""
 
     def __init__(self, account: MemoryAccount) -> None:
         self._account = account

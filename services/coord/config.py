@@ -29,7 +29,7 @@ class CoordConfig(ServiceConfig):
     """File of the master key of the keyring, which seals the cluster's secrets in etcd; only its owner can read it.
     Needed with `auth`."""
     master_key_source: str = ""
-    """Where the master key comes from, for `shoal status`. Unset: the file."""
+    """Source of the master key, as `shoal status` names it. Unset: the file."""
     issuer_refresh_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
     """Interval at which the keys of the policy's issuers are fetched again. The last known ones stay in an outage."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000

@@ -102,7 +102,7 @@ class Status:
     policy_version: int = 0
     """Version of the policy in force; 0: callers are not authenticated."""
     master_key: str = ""
-    """Where the master key of the keyring comes from."""
+    """Source of the keyring's master key: a file, a variable or a systemd credential."""
 
     @property
     def healthy(self) -> bool:

@@ -327,7 +327,7 @@ async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memor
 
 
 class CallingModel:
-    """What InnerCalls reads of the model of a caller."""
+    """Model of a caller, as far as InnerCalls reads it."""
 
     name = "caller"
     instances = (0,)

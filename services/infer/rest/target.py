@@ -24,7 +24,7 @@ class MethodNotAllowed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a request is for."""
+    """Operation, model and version that the path of a request names."""
 
     operation: str
     rpc: str

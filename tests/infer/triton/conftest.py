@@ -47,5 +47,5 @@ def shoal(shoal_process: Instance) -> Iterator[GRPCInferenceServiceStub]:
 
 @pytest.fixture(scope="session")
 def known(repository_root: Path) -> list[Difference]:
-    """What docs/compatibility.md lists."""
+    """Differences that docs/compatibility.md lists."""
     return differences.listed(repository_root / "docs/compatibility.md")

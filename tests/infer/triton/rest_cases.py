@@ -1,4 +1,4 @@
-"""What both servers are asked over REST. Each case has a name, by which docs/compatibility.md lists a difference."""
+"""Requests over REST for both servers. Each case has a name, by which docs/compatibility.md lists a difference."""
 
 from __future__ import annotations
 

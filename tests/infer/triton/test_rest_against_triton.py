@@ -26,7 +26,7 @@ Seen = tuple[int, Any]
 
 @pytest.fixture(scope="session")
 def known_in_rest(repository_root: Path) -> list[Difference]:
-    """What docs/compatibility.md lists."""
+    """Differences that docs/compatibility.md lists."""
     return differences.listed(repository_root / "docs/compatibility.md", rest=True)
 
 
