@@ -37,8 +37,6 @@ _RESETS, _RESETS_A_S = 10_000, 1_000
 # SETTINGS that change windows cost as much as resets. Clients that adapt their windows send a few a second.
 _SETTINGS_TOKENS = 10
 
-PROGRESS_BYTES = 1024
-"""Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes."""
 
 # The connection's window. What is held is counted and bounded, so the window never closes before the account is full.
 _WINDOW_MARGIN = 64 << 20
@@ -178,13 +176,10 @@ class ServerConnection(Peer):
             self._unread.tick(self._transport)
             return
         for stream in [stream for stream in self._streams.values() if not stream.is_request_ended]:
-            stream.idle_ticks = 0 if stream.moved >= PROGRESS_BYTES else stream.idle_ticks + 1
-            stream.moved = 0
-            if stream.idle_ticks > MAX_TICKS:
-                try:
-                    stream.handler.stalled((stream.idle_ticks - 1) * TICK_S)
-                except Exception:
-                    reset(stream)
+            try:
+                stream.tick()
+            except Exception:
+                reset(stream)
         self._sender.tick(MAX_TICKS)
 
     # -- requests

@@ -17,6 +17,10 @@ from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
+from mesh.h2.unread import MAX_TICKS, TICK_S
+
+# Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
+_PROGRESS_BYTES = 1024
 
 
 class RequestHandler(Protocol):
@@ -168,6 +172,13 @@ class ServerStream:
         self.withheld += size
         self._connection.return_credit(-size)
         return True
+
+    def tick(self) -> None:
+        """Count a tick without progress, and tell the handler of a stalled request. Raises what the handler raises."""
+        self.idle_ticks = 0 if self.moved >= _PROGRESS_BYTES else self.idle_ticks + 1
+        self.moved = 0
+        if self.idle_ticks > MAX_TICKS:
+            self.handler.stalled((self.idle_ticks - 1) * TICK_S)
 
     def reserve(self, size: int, *, is_response: bool = False) -> bool:
         """Count `size` bytes of memory for this request, until they are released or the stream ends.

@@ -17,9 +17,9 @@ from mesh.h2.connections import Connections, admit
 from mesh.h2.frames import PREFACE, Reason
 from mesh.h2.headers import LIST_BYTES, Fields
 from mesh.h2.memory_account import Share
-from mesh.h2.server_connection import LINGER_S, PROGRESS_BYTES, Memory, ServerConnection, disconnect, release
+from mesh.h2.server_connection import LINGER_S, Memory, ServerConnection, disconnect, release
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
-from mesh.h2.unread import MAX_TICKS, TICK_S, Unread
+from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
 
 log = logging.getLogger(__name__)
@@ -229,13 +229,10 @@ class Http1Connection(asyncio.Protocol):
             elif self._ticks > _MAX_IDLE_TICKS:
                 self._transport.close()
         elif not stream.is_request_ended:
-            stream.idle_ticks = 0 if stream.moved >= PROGRESS_BYTES else stream.idle_ticks + 1
-            stream.moved = 0
-            if stream.idle_ticks > MAX_TICKS:
-                try:
-                    stream.handler.stalled((stream.idle_ticks - 1) * TICK_S)
-                except Exception:
-                    self._fail(stream)
+            try:
+                stream.tick()
+            except Exception:
+                self._fail(stream)
 
     # -- requests
 

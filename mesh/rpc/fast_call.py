@@ -37,6 +37,7 @@ from mesh.rpc.framing import (
 from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
+from mesh.rpc.stream_memory import StreamMemory
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class FastHandler(Protocol):
         """
 
 
-class FastCall:
+class FastCall(StreamMemory):
     """One call; the RequestHandler of its stream. It begins in `__init__` and ends in `_finish`, exactly once each."""
 
     __slots__ = (
@@ -86,10 +87,8 @@ class FastCall:
         "_handler",
         "_held",
         "_parts",
-        "_stream",
         "deadline",
         "headers",
-        "is_over",
         "on_end",
         "span",
     )
@@ -184,21 +183,6 @@ class FastCall:
     def _release_all_but(self, size: int) -> None:
         """Release what the call holds, except for its own memory and a body of `size` bytes."""
         self._stream.release(max(self._stream.held - self._stream.least_held - size, 0))
-
-    def hold(self, size: int) -> None:
-        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
-        if not self._stream.reserve(size):
-            raise no_memory()
-
-    def hold_response(self, size: int) -> None:
-        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
-        if not self._stream.reserve(size, is_response=True):
-            raise no_memory()
-
-    def release(self, size: int) -> None:
-        """Release bytes that were held, before the call ends. Does nothing after the end."""
-        if not self.is_over:
-            self._stream.release(size)
 
     def _plain_message(self, body: bytes) -> bytes | None:
         """Return a body that is not one plain message as one; None when a thread decompresses it.

@@ -42,6 +42,7 @@ from mesh.rpc.framing import (
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.parsing import parse_in_turn
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
+from mesh.rpc.stream_memory import StreamMemory
 from services.infer.requests.request_memory import RequestPart
 from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
 from services.infer.rest.target import Target
@@ -147,7 +148,7 @@ class RestTable(CallTable, Protocol):
         """Start a call on the fast path, and return True; False when the call needs a task. May raise."""
 
 
-class RestCall:
+class RestCall(StreamMemory):
     """One call; the RequestHandler of its stream. Its body is whole before its operation begins."""
 
     def __init__(self, app: RestTable, stream: ServerStream, target: Target) -> None:
@@ -221,23 +222,6 @@ class RestCall:
         self._refusal = error
         if self._task is not None:
             self._task.cancel()
-
-    # -- RequestMemory
-
-    def hold(self, size: int) -> None:
-        """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
-        if not self._stream.reserve(size):
-            raise no_memory()
-
-    def hold_response(self, size: int) -> None:
-        """Count `size` bytes of a response that is being written, as `hold`. It may take all that is free."""
-        if not self._stream.reserve(size, is_response=True):
-            raise no_memory()
-
-    def release(self, size: int) -> None:
-        """Release bytes that were held, before the call ends."""
-        if not self.is_over:
-            self._stream.release(size)
 
     # -- for operations
 
