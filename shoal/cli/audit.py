@@ -57,7 +57,7 @@ def list_entries(
         show_json(found)
         return
     columns = ("time", "kind", "who", "from", "what", "about", "status", "count")
-    show(columns, map(_row, found), empty="no entries")
+    show(columns, map(_row, found), empty="no entries (a node writes them with `shoal up --auth`)")
 
 
 @app.command()
