@@ -28,6 +28,7 @@ COMMANDS = (
     "results",
     "store",
     "status",
+    "logs",
     "context",
     "ca",
     "keys",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+
+from shoal.node.logs import parse
 
 _READ_BYTES = 64 << 10
 _LINE_CHARS = 300
@@ -26,19 +27,8 @@ def last_lines(log: Path, count: int = 8) -> list[str]:
 
 
 def _plain(line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return line
-    if not isinstance(entry, dict):
-        return line
-    # mongod logs a severity and a message, with the details in attributes.
-    if "msg" in entry and "s" in entry:
-        return f"{entry['s']} {entry['msg']} {json.dumps(entry.get('attr', ''))}"
-    if "message" not in entry:
-        return line
-    cause = str(entry.get("exception", "")).rstrip().rpartition("\n")[2]
-    return f"{entry.get('level', '')} {entry['message']}" + (f" ({cause})" if cause else "")
+    entry = parse(line, "")
+    return line if entry is None else f"{entry.level} {entry.summary}"
 
 
 def _shortened(line: str) -> str:

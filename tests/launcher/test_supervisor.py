@@ -236,11 +236,13 @@ def test_a_small_log_is_left_alone(tmp_path: Path) -> None:
 def test_the_last_lines_of_a_log_are_shortened(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text(
-        '{"level": "ERROR", "message": "no store", "exception": "Traceback\\n  ...\\nOSError: gone"}\n'
-        '{"s": "E", "msg": "exiting", "attr": {"code": 48}}\n\n[1, 2]\n' + "y" * 1000 + "\n"
+        '{"time": "2026-11-28T12:00:00Z", "level": "ERROR", "message": "no store", '
+        '"exception": "Traceback\\n  ...\\nOSError: gone"}\n'
+        '{"t": {"$date": "2026-11-28T12:00:01.5+00:00"}, "s": "E", "msg": "exiting", "attr": {"code": 48}}\n'
+        "\n[1, 2]\n" + "y" * 1000 + "\n"
     )
     said = last_lines(log)
-    assert said[:3] == ["ERROR no store (OSError: gone)", 'E exiting {"code": 48}', "[1, 2]"]
+    assert said[:3] == ["ERROR no store (OSError: gone)", "ERROR exiting  code=48", "[1, 2]"]
     assert len(said[3]) == 300
     assert last_lines(tmp_path / "none") == []
 
