@@ -32,8 +32,8 @@ LAYERS = {
         error_text
     """,
     "services/ingest": """
-        __main__ app areas fast_submit rpc dead_letters batches schedules mongo_jobs dispatch config retention
-        connectors queries
+        __main__ app areas fast_submit rpc operations dead_letters batches schedules mongo_jobs dispatch config
+        retention connectors queries
         intake job_events tracing job_access tenants job_scan documents job_fields instance store_calls messages
         dependencies ulid job_store job tenant_queue limits group_commit
     """,

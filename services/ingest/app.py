@@ -40,6 +40,9 @@ from services.ingest.documents import (
     VALIDATOR,
 )
 from services.ingest.fast_submit import FastSubmit
+from services.ingest.operations.operation_repository import INDEXES as OPERATION_INDEXES
+from services.ingest.operations.operation_repository import JOB_OPERATIONS
+from services.ingest.operations.operation_repository import VALIDATOR as OPERATION_VALIDATOR
 from services.ingest.retention.retention_repository import JOB_RETENTION
 from services.ingest.retention.retention_repository import VALIDATOR as RETENTION_VALIDATOR
 from services.ingest.rpc import SERVICE, IngestRpc, RpcComponents, rpc
@@ -76,6 +79,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         dead_letters = DeadLetters(shared.store, queries.jobs, shared.payloads, shared.events, shared.instance)
         intake = areas.build_intake(config, shared, tenants, dispatch)
         schedules = areas.build_schedules(config, shared, intake, queries, canceller)
+        operations = areas.build_operations(shared, schedules, canceller, dead_letters)
         retention = areas.build_retention(config, shared, schedules)
         streams = areas.build_streams(config, shared, intake, queries)
         batches = areas.build_batches(config, shared, dispatch, retention)
@@ -83,12 +87,14 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         scopes = Scopes(SERVICE, access)
         servicer = IngestRpc(
             RpcComponents(
+                new_id=shared.instance.new_id,
                 intake=intake.intake,
                 jobs=queries.jobs,
                 watch=queries.watch,
                 watch_many=queries.watch_many,
                 canceller=canceller,
                 dead_letters=dead_letters,
+                operations=operations.repository,
                 schedules=schedules.repository,
                 retention=retention.repository,
                 tenants=tenants.repository,
@@ -114,6 +120,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
             intake.intake,
             schedules.lease,
             schedules.firing,
+            operations.operator,
             retention.sweep,
             queries.completions,
             streams.connectors,
@@ -169,6 +176,9 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
             await shared.clock.synchronize()
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await _prepare_connectors(database)
+            await mongo.ensure_collection(
+                database, JOB_OPERATIONS, validator=OPERATION_VALIDATOR, indexes=OPERATION_INDEXES
+            )
             await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEASES, validator=LEASE_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, MARKS, validator=MARK_VALIDATOR, indexes=[])

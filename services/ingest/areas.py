@@ -1,6 +1,7 @@
 """Areas of an ingest instance: the components of each, and one builder per area. `app.py` starts and stops them.
 
-    shared ──> tenants ──> dispatch ──> queries ──> intake ──> schedules ──> retention, streams, batches
+    shared ──> tenants ──> dispatch ──> queries ──> intake ──> schedules ──> operations, retention,
+                                                                                     streams, batches
 
 A builder depends only on areas built before it. Notifications in the other direction go through `JobEvents`.
 """
@@ -30,6 +31,7 @@ from services.ingest.connectors import settings
 from services.ingest.connectors.connectors import ConnectorContext, Connectors
 from services.ingest.connectors.reports import CONNECTORS, Reports
 from services.ingest.connectors.run_stream import RunStreams
+from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.dispatch.cascade import Cascade
@@ -52,6 +54,8 @@ from services.ingest.intake.pressure import WritePressure
 from services.ingest.intake.storage import StorageQuotas
 from services.ingest.job_events import JobEvents
 from services.ingest.mongo_jobs import MongoJobs
+from services.ingest.operations.operation_repository import JOB_OPERATIONS, OperationRepository
+from services.ingest.operations.operator import Operator
 from services.ingest.queries.completions import Completions
 from services.ingest.queries.jobs import Jobs
 from services.ingest.queries.stored_results import StoredResults
@@ -138,6 +142,14 @@ class SchedulesArea:
     lease: LeaderLease
     repository: ScheduleRepository
     firing: Firing
+
+
+@dataclass(frozen=True, slots=True)
+class OperationsArea:
+    """Operations on many jobs, and their execution by the leader."""
+
+    repository: OperationRepository
+    operator: Operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +321,23 @@ def build_schedules(
         ready=instance.ready,
     )
     return SchedulesArea(lease, ScheduleRepository(shared.database[SCHEDULES], instance.clock), firing)
+
+
+def build_operations(
+    shared: SharedComponents, schedules: SchedulesArea, canceller: JobCanceller, dead_letters: DeadLetters
+) -> OperationsArea:
+    """Return the operations area."""
+    repository = OperationRepository(shared.database[JOB_OPERATIONS], shared.jobs, shared.clock)
+    operator = Operator(
+        repository,
+        shared.jobs,
+        canceller,
+        dead_letters,
+        shared.access,
+        leads=lambda: schedules.lease.is_held,
+        ready=shared.instance.ready,
+    )
+    return OperationsArea(repository, operator)
 
 
 def build_retention(config: IngestConfig, shared: SharedComponents, schedules: SchedulesArea) -> RetentionArea:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from services.ingest.dispatch.cancel import JobCanceller
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
+from services.ingest.operations.operation_repository import OperationRepository
+from services.ingest.operations.rpc import JobOperationsRpc
 from services.ingest.queries.filters import checked
 from services.ingest.queries.jobs import Filter, Jobs
 from services.ingest.queries.watch import Watch
@@ -45,12 +47,14 @@ SERVICE = "shoal.ingest.v1.IngestService"
 class RpcComponents:
     """Components that the methods call."""
 
+    new_id: Callable[[], str]
     intake: Intake
     jobs: Jobs
     watch: Watch
     watch_many: WatchMany
     canceller: JobCanceller
     dead_letters: DeadLetters
+    operations: OperationRepository
     schedules: ScheduleRepository
     retention: RetentionRepository
     tenants: TenantRepository
@@ -62,6 +66,7 @@ class RpcComponents:
 
 class IngestRpc(
     DeadLettersRpc,
+    JobOperationsRpc,
     SchedulesRpc,
     JobRetentionRpc,
     TenantsRpc,
@@ -73,6 +78,7 @@ class IngestRpc(
 
     def __init__(self, components: RpcComponents, scopes: Scopes, *, stream_items: int, stream_bytes: int) -> None:
         DeadLettersRpc.__init__(self, components.dead_letters, scopes)
+        JobOperationsRpc.__init__(self, components.operations, components.new_id, scopes)
         StreamsRpc.__init__(self, components.run_streams, components.reports, scopes)
         SchedulesRpc.__init__(self, components.schedules, scopes)
         JobRetentionRpc.__init__(self, components.retention)

@@ -90,6 +90,7 @@ GROUP_OF: Mapping[str, str] = {
         {
             JOBS: """Submit SubmitStream RunStream GetJob GetPayload ListJobs WatchJob WatchJobs CancelJob
                 ListDeadLetters RequeueDeadLetters PurgeDeadLetters
+                StartJobOperation GetJobOperation ListJobOperations AbortJobOperation
                 PutSchedule GetSchedule ListSchedules PauseSchedule RemoveSchedule
                 SubmitBatch GetBatch ListBatches WatchBatch CancelBatch PauseBatch ResumeBatch""",
             OPERATE: "SetJobRetention ListJobRetention SetTenant GetTenant ListTenants ListConnectors",

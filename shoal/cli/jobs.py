@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli import batches, dead_letters, job_retention, running, schedules
+from shoal.cli import batches, dead_letters, job_operations, job_retention, running, schedules
 from shoal.cli.job_table import show_job
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
 from shoal.cli.watching import WatchOptions, follow_all, follow_one
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 app.add_typer(dead_letters.app, name="dead")
+app.add_typer(job_operations.app, name="bulk")
 app.add_typer(batches.app, name="batch")
 app.command()(running.run)
 app.add_typer(schedules.app, name="schedule")

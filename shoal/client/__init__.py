@@ -12,6 +12,7 @@ from shoal.client.jobs.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.jobs.connectors import Connector, ConnectorLane, ConnectorPhase
 from shoal.client.jobs.dead_letters import Handled
 from shoal.client.jobs.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
+from shoal.client.jobs.job_operations import JobAction, JobOperation, JobOperationState, JobSelection
 from shoal.client.jobs.job_retention import JobRetention
 from shoal.client.jobs.job_watch import JobChange, JobFilter
 from shoal.client.jobs.schedules import Schedule
@@ -53,12 +54,16 @@ __all__ = [
     "Instance",
     "InstanceState",
     "Job",
+    "JobAction",
     "JobChange",
     "JobFilter",
+    "JobOperation",
+    "JobOperationState",
     "JobRequest",
     "JobResult",
     "JobRetention",
     "JobRetry",
+    "JobSelection",
     "JobState",
     "Kept",
     "KeyInfo",

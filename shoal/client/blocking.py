@@ -10,6 +10,7 @@ from shoal.client.audit import AsyncAudit
 from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.dead_letters import AsyncDeadLetters
+from shoal.client.jobs.job_operations import AsyncJobOperations
 from shoal.client.jobs.job_retention import AsyncJobRetention
 from shoal.client.jobs.jobs import AsyncJobs
 from shoal.client.jobs.schedules import AsyncSchedules
@@ -49,6 +50,16 @@ class DeadLetters(SyncFacade[AsyncDeadLetters]):
     purge = blocking(AsyncDeadLetters.purge)
 
 
+class JobOperations(SyncFacade[AsyncJobOperations]):
+    """`client.jobs.operations`."""
+
+    preview = blocking(AsyncJobOperations.preview)
+    start = blocking(AsyncJobOperations.start)
+    get = blocking(AsyncJobOperations.get)
+    list = blocking(AsyncJobOperations.list)
+    abort = blocking(AsyncJobOperations.abort)
+
+
 class Schedules(SyncFacade[AsyncSchedules]):
     """`client.jobs.schedules`."""
 
@@ -74,6 +85,7 @@ class Jobs(SyncFacade[AsyncJobs]):
     def __init__(self, inner: AsyncJobs, loop: LoopThread) -> None:
         super().__init__(inner, loop)
         self.dead = DeadLetters(inner.dead, loop)
+        self.operations = JobOperations(inner.operations, loop)
         self.schedules = Schedules(inner.schedules, loop)
         self.retention = JobRetention(inner.retention, loop)
 

@@ -67,6 +67,7 @@ class Ids:
     model: str
     cursor: str = ""
     export: str = ""
+    operation: str = ""
 
     def hidden(self, text: str) -> str:
         """Return `text` without the ids, which an error may repeat."""
@@ -144,6 +145,7 @@ async def world(mongo_uri: str, request: Any, tmp_path_factory: pytest.TempPathF
             stub = await stack.enter_async_context(running_ingest(IngestConfig.model_validate(settings), access))
             new_id = Ulids(lambda: 1_700_000_000_000).new
             nobody = Ids(new_id(), new_id(), new_id(), "absent-nightly", sha256(b"nothing"), "acme-absent")
+            nobody.operation = new_id()
             built = World(stub, kept, callers, Ids("", "", "", "", "", ""), nobody, Path(folder))
             await make(built, files)
             yield built
@@ -164,6 +166,9 @@ async def make(world: World, files: Path) -> None:
     acme.schedule = "acme-nightly"
     nightly = ingest.Schedule(name=acme.schedule, cron="0 3 1 1 *", job=submit(1))
     await world.ingest.PutSchedule(ingest.PutScheduleRequest(schedule=nightly), metadata=user)
+    none = ingest.JobSelection(labels={"of": "no job"})
+    begun = ingest.StartJobOperationRequest(action=ingest.JOB_ACTION_CANCEL, selection=none)
+    acme.operation = (await world.ingest.StartJobOperation(begun, metadata=user)).operation.id
     (files / "rows.jsonl").write_text('{"x": [1, 2, 3, 4]}\n')
     batch = ingest.SubmitBatchRequest(
         inputs=[f"file://{files}/rows.jsonl"], output=f"file://{files}/out", model_name="double"
@@ -193,6 +198,11 @@ async def make(world: World, files: Path) -> None:
     assert put.artifact.sha256 == acme.digest
     await world.store.stub.RegisterModel(registration(acme.model, acme.digest), metadata=publisher)
     await world.ingest.Submit(submit(2), metadata=world.by("globex"))
+
+
+def count_failed(tenant: str = "") -> ingest.StartJobOperationRequest:
+    selection = ingest.JobSelection(states=[ingest.JOB_STATE_FAILED], tenant=tenant)
+    return ingest.StartJobOperationRequest(action=ingest.JOB_ACTION_PURGE, selection=selection, dry_run=True)
 
 
 def registration(model: str, digest: str) -> store.RegisterModelRequest:
@@ -234,6 +244,8 @@ JOBS: dict[str, Callable[[Any, Ids], Any]] = {
     "GetBatch WatchBatch CancelBatch PauseBatch ResumeBatch": lambda request, ids: request(id=ids.batch),
     "GetSchedule PauseSchedule RemoveSchedule": lambda request, ids: request(name=ids.schedule),
     "RequeueDeadLetters PurgeDeadLetters": lambda request, ids: request(ids=[ids.dead, ids.job]),
+    "GetJobOperation AbortJobOperation": lambda request, ids: request(id=ids.operation),
+    "ListJobOperations": lambda request, ids: request(),
     "ListDeadLetters": lambda request, ids: request(filter={"state": ingest.JOB_STATE_FAILED}),
     "ListBatches ListSchedules": lambda request, ids: request(),
     "SetJobRetention ListJobRetention SetTenant GetTenant ListTenants ListConnectors": lambda request, ids: request(),
@@ -270,6 +282,13 @@ for service, role, requests in ((INGEST, "user", JOBS), (STORE, "user", RESULTS)
     for methods, request in requests.items():
         for method in methods.split():
             case(service + method)(simple(service, method, request, role))
+
+
+@case(INGEST + "StartJobOperation")
+async def start_operation(world: World, ids: Ids) -> Any:
+    started = await world.ingest.StartJobOperation(count_failed(), **world.globex)
+    assert started.operation.matched == 0
+    return started.operation.selection
 
 
 @case(STORE + "StreamResults")
@@ -415,6 +434,8 @@ async def test_a_message_that_names_another_tenant_is_refused(world: World) -> N
         world.ingest.PutSchedule(ingest.PutScheduleRequest(schedule=schedule, replace=True), **ours),
         world.ingest.ListDeadLetters(ingest.ListDeadLettersRequest(filter={"tenant": "acme"}), **ours),
         world.ingest.PurgeDeadLetters(ingest.PurgeDeadLettersRequest(filter={"tenant": "acme"}), **ours),
+        world.ingest.ListJobOperations(ingest.ListJobOperationsRequest(tenant="acme"), **ours),
+        world.ingest.StartJobOperation(count_failed(tenant="acme"), **ours),
         world.store.stub.QueryResults(store.QueryResultsRequest(tenant="acme"), **ours),
         all_of(world.ingest.WatchJobs(ingest.WatchJobsRequest(tenant="acme"), **ours)),
         all_of(world.store.stub.WatchResults(store.WatchResultsRequest(tenant="acme"), **ours)),

@@ -14,6 +14,7 @@ from shoal.client.inference.inference import InferResult, Parameter, of_inputs
 from shoal.client.inference.requests import RequestEncoder, as_async
 from shoal.client.jobs.dead_letters import AsyncDeadLetters
 from shoal.client.jobs.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, of_job, to_state, to_submit
+from shoal.client.jobs.job_operations import AsyncJobOperations
 from shoal.client.jobs.job_retention import AsyncJobRetention
 from shoal.client.jobs.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.jobs.outcome import missing_result, of_result
@@ -55,6 +56,7 @@ class AsyncJobs:
         self._caller = caller
         self._tenant = tenant
         self.dead = AsyncDeadLetters(caller, tenant)
+        self.operations = AsyncJobOperations(caller, tenant)
         self.schedules = AsyncSchedules(caller, tenant)
         self.retention = AsyncJobRetention(caller)
 

@@ -99,6 +99,17 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+# Not idempotent: a repeat would start a second operation.
+START_JOB_OPERATION = Method(
+    _INGEST + "StartJobOperation", ingest.StartJobOperationRequest, ingest.StartJobOperationResponse, False
+)
+GET_JOB_OPERATION = Method(_INGEST + "GetJobOperation", ingest.GetJobOperationRequest, ingest.GetJobOperationResponse)
+LIST_JOB_OPERATIONS = Method(
+    _INGEST + "ListJobOperations", ingest.ListJobOperationsRequest, ingest.ListJobOperationsResponse
+)
+ABORT_JOB_OPERATION = Method(
+    _INGEST + "AbortJobOperation", ingest.AbortJobOperationRequest, ingest.AbortJobOperationResponse
+)
 SET_JOB_RETENTION = Method(_INGEST + "SetJobRetention", ingest.SetJobRetentionRequest, ingest.SetJobRetentionResponse)
 LIST_JOB_RETENTION = Method(
     _INGEST + "ListJobRetention", ingest.ListJobRetentionRequest, ingest.ListJobRetentionResponse

@@ -30,6 +30,20 @@ class OnDependencyFailure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ON_DEPENDENCY_FAILURE_CANCEL: _ClassVar[OnDependencyFailure]
     ON_DEPENDENCY_FAILURE_FAIL: _ClassVar[OnDependencyFailure]
 
+class JobAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_ACTION_UNSPECIFIED: _ClassVar[JobAction]
+    JOB_ACTION_CANCEL: _ClassVar[JobAction]
+    JOB_ACTION_REQUEUE: _ClassVar[JobAction]
+    JOB_ACTION_PURGE: _ClassVar[JobAction]
+
+class JobOperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_OPERATION_STATE_UNSPECIFIED: _ClassVar[JobOperationState]
+    JOB_OPERATION_STATE_RUNNING: _ClassVar[JobOperationState]
+    JOB_OPERATION_STATE_SUCCEEDED: _ClassVar[JobOperationState]
+    JOB_OPERATION_STATE_ABORTED: _ClassVar[JobOperationState]
+
 class BatchState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BATCH_STATE_UNSPECIFIED: _ClassVar[BatchState]
@@ -78,6 +92,14 @@ JOB_STATE_EXPIRED: JobState
 ON_DEPENDENCY_FAILURE_UNSPECIFIED: OnDependencyFailure
 ON_DEPENDENCY_FAILURE_CANCEL: OnDependencyFailure
 ON_DEPENDENCY_FAILURE_FAIL: OnDependencyFailure
+JOB_ACTION_UNSPECIFIED: JobAction
+JOB_ACTION_CANCEL: JobAction
+JOB_ACTION_REQUEUE: JobAction
+JOB_ACTION_PURGE: JobAction
+JOB_OPERATION_STATE_UNSPECIFIED: JobOperationState
+JOB_OPERATION_STATE_RUNNING: JobOperationState
+JOB_OPERATION_STATE_SUCCEEDED: JobOperationState
+JOB_OPERATION_STATE_ABORTED: JobOperationState
 BATCH_STATE_UNSPECIFIED: BatchState
 BATCH_STATE_RUNNING: BatchState
 BATCH_STATE_PAUSED: BatchState
@@ -347,6 +369,109 @@ class CancelJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: Job
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class JobSelection(_message.Message):
+    __slots__ = ("states", "model_name", "tenant", "labels", "code", "updated_before")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.RepeatedScalarFieldContainer[JobState]
+    model_name: str
+    tenant: str
+    labels: _containers.ScalarMap[str, str]
+    code: int
+    updated_before: _timestamp_pb2.Timestamp
+    def __init__(self, states: _Optional[_Iterable[_Union[JobState, str]]] = ..., model_name: _Optional[str] = ..., tenant: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., code: _Optional[int] = ..., updated_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class JobOperation(_message.Message):
+    __slots__ = ("id", "action", "selection", "reason", "state", "started_at", "updated_at", "matched", "matched_at_least", "changed", "skipped")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    action: JobAction
+    selection: JobSelection
+    reason: str
+    state: JobOperationState
+    started_at: _timestamp_pb2.Timestamp
+    updated_at: _timestamp_pb2.Timestamp
+    matched: int
+    matched_at_least: bool
+    changed: int
+    skipped: int
+    def __init__(self, id: _Optional[str] = ..., action: _Optional[_Union[JobAction, str]] = ..., selection: _Optional[_Union[JobSelection, _Mapping]] = ..., reason: _Optional[str] = ..., state: _Optional[_Union[JobOperationState, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., matched: _Optional[int] = ..., matched_at_least: _Optional[bool] = ..., changed: _Optional[int] = ..., skipped: _Optional[int] = ...) -> None: ...
+
+class StartJobOperationRequest(_message.Message):
+    __slots__ = ("action", "selection", "reason", "dry_run")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    action: JobAction
+    selection: JobSelection
+    reason: str
+    dry_run: bool
+    def __init__(self, action: _Optional[_Union[JobAction, str]] = ..., selection: _Optional[_Union[JobSelection, _Mapping]] = ..., reason: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class StartJobOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: JobOperation
+    def __init__(self, operation: _Optional[_Union[JobOperation, _Mapping]] = ...) -> None: ...
+
+class GetJobOperationRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class GetJobOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: JobOperation
+    def __init__(self, operation: _Optional[_Union[JobOperation, _Mapping]] = ...) -> None: ...
+
+class ListJobOperationsRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class ListJobOperationsResponse(_message.Message):
+    __slots__ = ("operations",)
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    operations: _containers.RepeatedCompositeFieldContainer[JobOperation]
+    def __init__(self, operations: _Optional[_Iterable[_Union[JobOperation, _Mapping]]] = ...) -> None: ...
+
+class AbortJobOperationRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class AbortJobOperationResponse(_message.Message):
+    __slots__ = ("operation",)
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    operation: JobOperation
+    def __init__(self, operation: _Optional[_Union[JobOperation, _Mapping]] = ...) -> None: ...
 
 class DeadLetterFilter(_message.Message):
     __slots__ = ("state", "model_name", "tenant", "code", "before")

@@ -89,6 +89,26 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
                 _registered_method=True)
+        self.StartJobOperation = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/StartJobOperation',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationResponse.FromString,
+                _registered_method=True)
+        self.GetJobOperation = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetJobOperation',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationResponse.FromString,
+                _registered_method=True)
+        self.ListJobOperations = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListJobOperations',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsResponse.FromString,
+                _registered_method=True)
+        self.AbortJobOperation = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/AbortJobOperation',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationResponse.FromString,
+                _registered_method=True)
         self.PutSchedule = channel.unary_unary(
                 '/shoal.ingest.v1.IngestService/PutSchedule',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleRequest.SerializeToString,
@@ -283,6 +303,40 @@ class IngestServiceServicer:
         there, at any instance. Transitions of a job that is removed (by a purge or by retention) before they were sent are
         not sent. OUT_OF_RANGE: the token is older than MongoDB's log: list the jobs, and start a new watch.
         RESOURCE_EXHAUSTED: too many watches are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartJobOperation(self, request, context):
+        """Operations on many jobs.
+
+        Starts an operation: cancels, requeues or purges every job that matches a filter. The response confirms that the
+        operation is durable; it is carried out by ingest, page by page, and continues after a restart. It affects jobs
+        from before its start only. With `dry_run`, the matching jobs are counted and nothing changes. INVALID_ARGUMENT:
+        the filter is empty, or names states in which the action does nothing. RESOURCE_EXHAUSTED: too many operations run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJobOperation(self, request, context):
+        """Returns an operation and its progress. NOT_FOUND: no such operation; ended ones are kept for 7 days.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobOperations(self, request, context):
+        """Lists the operations, newest first: those that run, and the latest 100 of each tenant that have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortJobOperation(self, request, context):
+        """Aborts an operation: its current page of jobs is its last one. Jobs that it has changed stay changed. An operation
+        that has ended does not change. NOT_FOUND: no such operation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -504,6 +558,26 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.WatchJobs,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.SerializeToString,
+            ),
+            'StartJobOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartJobOperation,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationResponse.SerializeToString,
+            ),
+            'GetJobOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobOperation,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationResponse.SerializeToString,
+            ),
+            'ListJobOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobOperations,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsResponse.SerializeToString,
+            ),
+            'AbortJobOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortJobOperation,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationResponse.SerializeToString,
             ),
             'PutSchedule': grpc.unary_unary_rpc_method_handler(
                     servicer.PutSchedule,
@@ -898,6 +972,114 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/WatchJobs',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartJobOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/StartJobOperation',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.StartJobOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetJobOperation',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListJobOperations',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobOperationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortJobOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/AbortJobOperation',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.AbortJobOperationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState
+from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobSelection, JobState
 from shoal.client.inference.requests import AHEAD
 from shoal.client.jobs.job import to_submit
 from shoal.client.jobs.run_stream import RunStream
@@ -579,6 +579,44 @@ async def test_a_requeue_of_all_goes_from_page_to_page_over_empty_ones(served: S
     async with client_of(served) as client:
         assert (await client.jobs.dead.requeue(all=True)).ids == ("a", "b", "c")
     assert served.count(methods.REQUEUE_DEAD_LETTERS) == 3
+
+
+async def test_an_operation_on_many_jobs_is_previewed_started_and_followed(served: Served) -> None:
+    asked: list[ingest.StartJobOperationRequest] = []
+    running = ingest.JobOperation(id="op", action=2, state=1, matched=7, matched_at_least=True, reason="mended")
+
+    async def start(request: Any, context: Any) -> Any:
+        asked.append(request)
+        running.selection.CopyFrom(request.selection)
+        return ingest.StartJobOperationResponse(operation=running)
+
+    async def get(request: Any, context: Any) -> Any:
+        return ingest.GetJobOperationResponse(
+            operation=ingest.JobOperation(id=request.id, action=2, state=2, changed=6)
+        )
+
+    async def abort(request: Any, context: Any) -> Any:
+        return ingest.AbortJobOperationResponse(operation=ingest.JobOperation(id=request.id, action=1, state=3))
+
+    served.on(methods.START_JOB_OPERATION, start)
+    served.on(methods.GET_JOB_OPERATION, get)
+    served.on(methods.ABORT_JOB_OPERATION, abort)
+    moment = datetime(2026, 11, 28, 12, tzinfo=timezone(timedelta(hours=1)))
+    chosen = JobSelection(["dead"], "digits", "acme", {"run": "7"}, "internal", moment)
+    async with client_of(served) as client:
+        preview = await client.jobs.operations.preview("requeue", chosen)
+        begun = await client.jobs.operations.start("requeue", chosen, reason="mended")
+        assert (preview, begun) == (begun, begun)
+        assert begun.selection == JobSelection(
+            (JobState.DEAD,), "digits", "acme", {"run": "7"}, Code.INTERNAL, moment.astimezone(UTC)
+        )
+        assert (begun.matched, begun.matched_at_least, begun.state.ended) == (7, True, False)
+        ended = await client.jobs.operations.get("op")
+        assert (ended.state, ended.state.ended, ended.changed) == ("succeeded", True, 6)
+        assert (await client.jobs.operations.abort("op")).state == "aborted"
+        with pytest.raises(InvalidArgument, match="expected cancel, requeue, purge"):
+            await client.jobs.operations.start("remove", chosen)
+    assert [(each.dry_run, each.reason, each.action) for each in asked] == [(True, "", 2), (False, "mended", 2)]
 
 
 async def test_result_waits_for_a_requeued_job(served: Served) -> None:
