@@ -52,7 +52,9 @@ LAYERS = {
         errors tenant_header _version
     """,
     "shoal/access": "audit gateway cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
-    "shoal/client": "__init__ blocking face aio access audit tenants store status jobs models inference transport",
+    "shoal/client": """
+        __init__ blocking face aio access audit tenants store instances status jobs models inference transport
+    """,
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
         numba_launch memory

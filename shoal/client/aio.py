@@ -11,6 +11,7 @@ from shoal.client.audit import AsyncAudit
 from shoal.client.inference.arrays import ArrayLike
 from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_parameters, of_response
 from shoal.client.inference.requests import RequestEncoder, as_async, encoded, is_fresh
+from shoal.client.instances import AsyncInstances
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.jobs import AsyncJobs
 from shoal.client.models.models import AsyncModels
@@ -99,6 +100,7 @@ class AsyncClient:
         self.results = AsyncResults(self._caller, tenant)
         self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
+        self.instances = AsyncInstances(self._caller)
         self.access = AsyncAccess(self._caller)
         self.audit = AsyncAudit(self._caller)
 

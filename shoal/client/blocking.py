@@ -8,6 +8,7 @@ from shoal.client.access import AsyncAccess
 from shoal.client.aio import AsyncClient
 from shoal.client.audit import AsyncAudit
 from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
+from shoal.client.instances import AsyncInstances
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.dead_letters import AsyncDeadLetters
 from shoal.client.jobs.job_operations import AsyncJobOperations
@@ -58,6 +59,13 @@ class JobOperations(SyncFacade[AsyncJobOperations]):
     get = blocking(AsyncJobOperations.get)
     list = blocking(AsyncJobOperations.list)
     abort = blocking(AsyncJobOperations.abort)
+
+
+class Instances(SyncFacade[AsyncInstances]):
+    """`client.instances`."""
+
+    drain = blocking(AsyncInstances.drain)
+    undrain = blocking(AsyncInstances.undrain)
 
 
 class Schedules(SyncFacade[AsyncSchedules]):
@@ -237,6 +245,7 @@ class Client(SyncFacade[AsyncClient]):
         self.results = Results(inner.results, loop)
         self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
+        self.instances = Instances(inner.instances, loop)
         self.access = Access(inner.access, loop)
         self.audit = Audit(inner.audit, loop)
 

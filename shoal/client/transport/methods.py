@@ -138,6 +138,8 @@ _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
 GET_LEADER = Method(_COORD + "GetLeader", coord.GetLeaderRequest, coord.GetLeaderResponse)
 GET_MESH_STATUS = Method(_COORD + "GetMeshStatus", coord.GetMeshStatusRequest, coord.GetMeshStatusResponse)
+DRAIN_INSTANCE = Method(_COORD + "DrainInstance", coord.DrainInstanceRequest, coord.DrainInstanceResponse)
+UNDRAIN_INSTANCE = Method(_COORD + "UndrainInstance", coord.UndrainInstanceRequest, coord.UndrainInstanceResponse)
 
 _ACCESS = "/shoal.coord.v1.AccessService/"
 GET_POLICY = Method(_ACCESS + "GetPolicy", access.GetPolicyRequest, access.GetPolicyResponse)

@@ -1,0 +1,483 @@
+"""Checks of a node. Each is a pure function of the facts, and returns its findings; a healthy node has none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeAlias
+
+from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
+from shoal.client import InstanceState
+
+Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
+
+LOG_WINDOW = timedelta(minutes=15)
+"""Age of the log entries that the checks count."""
+STARTING = timedelta(minutes=2)
+"""Time after which an instance should be ready: models of some GiB take a minute."""
+RESTARTS = 3
+"""Starts of one process within LOG_WINDOW that make it a flapping one."""
+STALLS = 20
+STALL_MS = 1_000
+"""A process with more stalls than STALLS within LOG_WINDOW, or 5 of STALL_MS and more, delays its callers."""
+LONG_STALLS = 5
+ERRORS = 20
+"""Errors of one process within LOG_WINDOW that are worth a look."""
+DEAD_LETTERS_AGE = timedelta(hours=1)
+FAILED_SHARE = 0.05
+REQUESTS = 100
+"""Requests of an endpoint from which its share of failures is judged."""
+DISK_REFUSES_BYTES = 512 << 20
+"""Free space below which submits are refused (docs/running.md)."""
+DISK_LOW_BYTES = 2 << 30
+DISK_LOW_SHARE = 0.05
+INODES_LOW_SHARE = 0.05
+FILES_USED_SHARE = 0.8
+FILE_LIMIT = 4_096
+"""Open files that a process should be allowed: each connection is one."""
+MEMORY_LOW_SHARE = 0.05
+SHM_LOW_BYTES = 64 << 20
+KEYS_END = timedelta(days=14)
+CERTIFICATE_SHARE = 0.25
+"""Share of a certificate's life that should be left."""
+
+_CHECKS: dict[str, Check] = {}
+
+
+def _check(name: str) -> Callable[[Check], Check]:
+    def add(function: Check) -> Check:
+        _CHECKS[name] = function
+        return function
+
+    return add
+
+
+def diagnose(facts: Facts) -> list[Finding]:
+    """Return the findings of all checks, the most severe first."""
+    found = [finding for check in _CHECKS.values() for finding in check(facts)]
+    return sorted(found, key=lambda finding: -finding.severity)
+
+
+def names() -> list[str]:
+    """Return the names of all checks."""
+    return list(_CHECKS)
+
+
+def _error(check: str, what: str, command: str) -> Finding:
+    return Finding(check, Severity.ERROR, what, command)
+
+
+def _warning(check: str, what: str, command: str) -> Finding:
+    return Finding(check, Severity.WARNING, what, command)
+
+
+# Reachability.
+
+
+@_check("node-down")
+def _node_down(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    if local is not None and not local.launcher_alive:
+        yield _error("node-down", f"no node runs on {local.data_dir}", f"shoal up --data-dir {local.data_dir}")
+
+
+@_check("leftover-processes")
+def _leftover_processes(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    if local is not None and local.leftovers:
+        pids = " ".join(one.rpartition(" ")[2] for one in local.leftovers)
+        what = f"processes of a node that has ended still run: {', '.join(local.leftovers)}"
+        yield _error("leftover-processes", what, f"kill {pids}")
+
+
+@_check("port-taken")
+def _port_taken(facts: Facts) -> Iterator[Finding]:
+    for port, holder in (facts.local.holders if facts.local else {}).items():
+        what = f"port {port} of the node, which does not run, is in use by {holder}"
+        yield _error("port-taken", what, "shoal up --gateway-port 0 --admin-port 0")
+
+
+@_check("gateway-unreachable")
+def _gateway_unreachable(facts: Facts) -> Iterator[Finding]:
+    if facts.status is None and "status" in facts.unread:
+        yield _error(
+            "gateway-unreachable",
+            f"no service answers at {facts.gateway}: {facts.unread['status']}",
+            "shoal logs envoy coord --level warning",
+        )
+
+
+@_check("part-unreadable")
+def _part_unreadable(facts: Facts) -> Iterator[Finding]:
+    for problem in facts.status.problems if facts.status else ():
+        yield _error("part-unreadable", problem, "shoal logs --level warning --since 15m")
+
+
+@_check("admin-unreachable")
+def _admin_unreachable(facts: Facts) -> Iterator[Finding]:
+    if facts.status is not None and "endpoints" in facts.unread:
+        yield _warning("admin-unreachable", facts.unread["endpoints"], "shoal logs envoy")
+
+
+# Coordination and the mesh.
+
+
+@_check("etcd-unreachable")
+def _etcd_unreachable(facts: Facts) -> Iterator[Finding]:
+    if facts.status is not None and facts.status.stale:
+        what = "etcd cannot be reached: no change of instances, policy or leader takes effect"
+        yield _error("etcd-unreachable", what, "shoal logs etcd coord --level warning")
+
+
+@_check("no-leader")
+def _no_leader(facts: Facts) -> Iterator[Finding]:
+    status = facts.status
+    if status is not None and status.leader is None and not status.stale:
+        yield _error("no-leader", "no instance of coord leads", "shoal logs coord --level warning")
+
+
+@_check("envoy-disconnected")
+def _envoy_disconnected(facts: Facts) -> Iterator[Finding]:
+    status = facts.status
+    if status is not None and not status.envoys and not any("mesh" in problem for problem in status.problems):
+        what = "no Envoy has a configuration stream to coord: its routes and endpoints are old"
+        yield _error("envoy-disconnected", what, "shoal logs envoy coord --level warning")
+
+
+@_check("configuration-refused")
+def _configuration_refused(facts: Facts) -> Iterator[Finding]:
+    for envoy in facts.status.envoys if facts.status else ():
+        for resource in envoy.refused:
+            what = f"the Envoy of node {envoy.node} has refused its {resource.type}: {resource.nack}"
+            yield _error("configuration-refused", what, "shoal policy history")
+
+
+@_check("endpoint-unhealthy")
+def _endpoint_unhealthy(facts: Facts) -> Iterator[Finding]:
+    for endpoint in facts.endpoints or ():
+        # A drained instance has a finding of its own, and one that stops is none.
+        if not endpoint.healthy and "draining" not in endpoint.health:
+            what = f"Envoy sends nothing to {endpoint.address} of {endpoint.cluster}: {endpoint.health}"
+            yield _error("endpoint-unhealthy", what, f"shoal logs {_process_of(endpoint.address)}")
+
+
+@_check("endpoint-failing")
+def _endpoint_failing(facts: Facts) -> Iterator[Finding]:
+    for endpoint in facts.endpoints or ():
+        total, failed = endpoint.total_requests, endpoint.failed_requests
+        if total >= REQUESTS and failed / total > FAILED_SHARE:
+            what = f"{failed} of {total} requests to {endpoint.address} of {endpoint.cluster} have failed"
+            command = f"shoal logs {_process_of(endpoint.address)} --level warning"
+            yield _warning("endpoint-failing", what, command)
+
+
+def _process_of(address: str) -> str:
+    return address.rpartition("/")[2].removesuffix(".sock") if address.startswith("unix:") else ""
+
+
+# Instances.
+
+
+@_check("service-missing")
+def _service_missing(facts: Facts) -> Iterator[Finding]:
+    if facts.status is None or not facts.status.instances:
+        return
+    present = {instance.service for instance in facts.status.instances if instance.state is not InstanceState.DRAINING}
+    for process in facts.local.processes if facts.local else ():
+        service = process.name.rpartition("-")[0]
+        if service and service not in present:
+            present.add(service)
+            yield _error(
+                "service-missing",
+                f"{service} has no instance that takes calls",
+                f"shoal logs {service} --level warning",
+            )
+
+
+@_check("instance-starting")
+def _instance_starting(facts: Facts) -> Iterator[Finding]:
+    for instance in facts.status.instances if facts.status else ():
+        if instance.state is InstanceState.STARTING and instance.started_at is not None:
+            waited = facts.now - instance.started_at
+            if waited > STARTING:
+                what = f"{instance.name} has been starting for {waited.total_seconds():.0f} s"
+                yield _error("instance-starting", what, f"shoal logs {instance.name.rpartition('/')[2]}")
+
+
+@_check("instance-drained")
+def _instance_drained(facts: Facts) -> Iterator[Finding]:
+    for instance in facts.status.instances if facts.status else ():
+        if instance.drained_by_operator:
+            what = f"an operator has taken {instance.name} out of traffic"
+            yield _warning("instance-drained", what, f"shoal instances undrain {instance.name}")
+
+
+@_check("process-ended")
+def _process_ended(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    for process in local.processes if local is not None and local.launcher_alive else ():
+        if not process.is_alive:
+            what = f"{process.name} (pid {process.pid}) does not run"
+            yield _error("process-ended", what, f"shoal logs {process.name}")
+
+
+@_check("process-flapping")
+def _process_flapping(facts: Facts) -> Iterator[Finding]:
+    for process, starts in (facts.local.logs.starts if facts.local else {}).items():
+        if starts >= RESTARTS:
+            what = f"{process} has started {starts} times in {_minutes()}"
+            yield _error("process-flapping", what, f"shoal logs {process} --level error")
+
+
+@_check("mixed-versions")
+def _mixed_versions(facts: Facts) -> Iterator[Finding]:
+    versions = Counter(instance.version for instance in facts.status.instances) if facts.status else Counter()
+    if len(versions) > 1:
+        counted = ", ".join(f"{count} of {version}" for version, count in sorted(versions.items()))
+        yield _warning("mixed-versions", f"instances of several versions run: {counted}", "shoal status")
+
+
+@_check("other-version")
+def _other_version(facts: Facts) -> Iterator[Finding]:
+    versions = {instance.version for instance in facts.status.instances} if facts.status else set()
+    if len(versions) == 1 and facts.version not in versions:
+        what = f"this command is of version {facts.version}, and the node of {versions.pop()}"
+        yield _warning("other-version", what, "shoal --version")
+
+
+# Models.
+
+
+@_check("model-unavailable")
+def _model_unavailable(facts: Facts) -> Iterator[Finding]:
+    for entry in facts.index or ():
+        if entry.state == "UNAVAILABLE" and entry.reason and not _is_unloaded(entry.reason):
+            what = f"model {entry.name} version {entry.version} cannot be served: {entry.reason}"
+            yield _error("model-unavailable", what, f"shoal logs infer --contains {entry.name}")
+
+
+def _is_unloaded(reason: str) -> bool:
+    """Return True when a version is left out on purpose: by its model's version policy, or by an unload."""
+    return reason in ("unloaded", "") or "policy" in reason
+
+
+@_check("model-not-everywhere")
+def _model_not_everywhere(facts: Facts) -> Iterator[Finding]:
+    status = facts.status
+    ready = [
+        instance
+        for instance in (status.instances if status else ())
+        if instance.service == "infer" and instance.state is InstanceState.READY
+    ]
+    every = {
+        (name, version) for instance in ready for name, versions in instance.models.items() for version in versions
+    }
+    for name, version in sorted(every):
+        without = [instance.name for instance in ready if version not in instance.models.get(name, ())]
+        if without:
+            what = f"model {name} version {version} is not ready at {', '.join(without)}"
+            yield _warning("model-not-everywhere", what, f"shoal logs infer --contains {name}")
+
+
+# Jobs.
+
+
+@_check("dead-letters")
+def _dead_letters(facts: Facts) -> Iterator[Finding]:
+    recent = [
+        job for job in facts.dead or () if job.updated_at is not None and facts.now - job.updated_at < DEAD_LETTERS_AGE
+    ]
+    if recent:
+        model, count = Counter(job.model_name for job in recent).most_common(1)[0]
+        what = (
+            f"{len(recent)} jobs have died within the last hour, {count} of them of model {model}: "
+            f"{recent[0].last_message}"
+        )
+        yield _warning("dead-letters", what, f"shoal jobs dead list --model {model}")
+
+
+@_check("schedule-skipped")
+def _schedule_skipped(facts: Facts) -> Iterator[Finding]:
+    for schedule in facts.schedules or ():
+        due = schedule.upcoming[0] if schedule.upcoming else None
+        if due is not None and facts.now - due > timedelta(minutes=1):
+            what = f"schedule {schedule.name} has missed its time {due:%Y-%m-%d %H:%M}"
+            yield _error("schedule-skipped", what, "shoal logs ingest --level warning")
+
+
+@_check("connector-failing")
+def _connector_failing(facts: Facts) -> Iterator[Finding]:
+    for connector in facts.status.connectors if facts.status else ():
+        if connector.stale:
+            what = f"connector {connector.name} at {connector.instance} has not reported for 10 s"
+            yield _error("connector-failing", what, "shoal logs ingest --level warning")
+        elif connector.last_error_at is not None and facts.now - connector.last_error_at < LOG_WINDOW:
+            what = f"connector {connector.name} at {connector.instance} fails: {connector.last_error}"
+            yield _error("connector-failing", what, f"shoal logs ingest --contains {connector.name}")
+
+
+# The machine.
+
+
+@_check("disk-full")
+def _disk_full(facts: Facts) -> Iterator[Finding]:
+    if facts.local is None:
+        return
+    disk = facts.local.disk
+    free = f"{disk.free_bytes / (1 << 20):.0f} MiB of {disk.total_bytes / (1 << 20):.0f} MiB are free at {disk.path}"
+    if disk.free_bytes < DISK_REFUSES_BYTES:
+        yield _error("disk-full", f"{free}: submits are refused", "shoal store usage")
+    elif disk.free_bytes < min(DISK_LOW_BYTES, DISK_LOW_SHARE * disk.total_bytes):
+        yield _warning("disk-full", free, "shoal store usage")
+
+
+@_check("inodes-full")
+def _inodes_full(facts: Facts) -> Iterator[Finding]:
+    if facts.local is None:
+        return
+    disk = facts.local.disk
+    if disk.total_inodes and disk.free_inodes < INODES_LOW_SHARE * disk.total_inodes:
+        what = f"{disk.free_inodes} of {disk.total_inodes} files can still be made at {disk.path}"
+        yield _warning("inodes-full", what, f"df -i {disk.path}")
+
+
+@_check("memory-low")
+def _memory_low(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    if local is None or local.memory_available_bytes >= MEMORY_LOW_SHARE * local.memory_bytes:
+        return
+    largest = max(local.processes, key=lambda process: process.rss_bytes, default=None)
+    of_whom = f"; {largest.name} has {largest.rss_bytes / (1 << 20):.0f} MiB" if largest else ""
+    what = f"{local.memory_available_bytes / (1 << 20):.0f} MiB of memory are available{of_whom}"
+    yield _error("memory-low", what, "ps --sort=-rss -eo pid,rss,args | head")
+
+
+@_check("shared-memory-low")
+def _shared_memory_low(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    if local is not None and local.shm_free_bytes < SHM_LOW_BYTES:
+        what = f"{local.shm_free_bytes / (1 << 20):.0f} MiB are free in /dev/shm, which model processes need"
+        yield _warning("shared-memory-low", what, "ls -lS /dev/shm")
+
+
+@_check("file-limit")
+def _file_limit(facts: Facts) -> Iterator[Finding]:
+    for process in facts.local.processes if facts.local else ():
+        if not process.file_limit:
+            continue
+        if process.open_files > FILES_USED_SHARE * process.file_limit:
+            what = f"{process.name} has {process.open_files} of {process.file_limit} files open"
+            yield _error("file-limit", what, "ulimit -n 65536 && shoal up")
+        elif process.file_limit < FILE_LIMIT:
+            what = f"{process.name} may open {process.file_limit} files: each connection takes one"
+            yield _warning("file-limit", what, "ulimit -n 65536 && shoal up")
+
+
+@_check("clock")
+def _clock(facts: Facts) -> Iterator[Finding]:
+    for warning in facts.local.logs.clock[:1] if facts.local else ():
+        yield _warning("clock", warning, "timedatectl")
+
+
+@_check("event-loop-stalls")
+def _event_loop_stalls(facts: Facts) -> Iterator[Finding]:
+    for process, stalls in (facts.local.logs.stalls_ms if facts.local else {}).items():
+        if len(stalls) >= STALLS or sum(stall >= STALL_MS for stall in stalls) >= LONG_STALLS:
+            what = (
+                f"the event loop of {process} has stalled {len(stalls)} times in {_minutes()}, {max(stalls)} ms at most"
+            )
+            yield _warning("event-loop-stalls", what, f"shoal logs {process} --contains stalled")
+
+
+@_check("errors-logged")
+def _errors_logged(facts: Facts) -> Iterator[Finding]:
+    by_process: dict[str, Counter[str]] = {}
+    for (process, message), count in (facts.local.logs.errors if facts.local else {}).items():
+        by_process.setdefault(process, Counter())[message] += count
+    for process, messages in sorted(by_process.items()):
+        if messages.total() >= ERRORS:
+            message, count = messages.most_common(1)[0]
+            what = f"{process} has logged {messages.total()} errors in {_minutes()}, {count} times: {message}"
+            yield _warning("errors-logged", what, f"shoal logs {process} --level error")
+
+
+def _minutes() -> str:
+    return f"{LOG_WINDOW.total_seconds() / 60:.0f} minutes"
+
+
+# Security.
+
+
+@_check("data-folder-open")
+def _data_folder_open(facts: Facts) -> Iterator[Finding]:
+    local = facts.local
+    if local is not None and local.data_dir_mode & 0o077:
+        what = f"other users of this machine can look into {local.data_dir} (mode {local.data_dir_mode:04o})"
+        yield _warning("data-folder-open", what, f"chmod 700 {local.data_dir}")
+
+
+@_check("secret-open")
+def _secret_open(facts: Facts) -> Iterator[Finding]:
+    local: LocalFacts | None = facts.local
+    for name, mode in (local.secrets if local else {}).items():
+        if mode & 0o077 and local is not None:
+            path = local.data_dir / name
+            yield _error("secret-open", f"other users can read {path} (mode {mode:04o})", f"chmod 600 {path}")
+
+
+@_check("exposed-without-authentication")
+def _exposed(facts: Facts) -> Iterator[Finding]:
+    if facts.is_exposed and not facts.has_auth:
+        what = f"everyone who can reach {facts.gateway} may call every method"
+        yield _warning("exposed-without-authentication", what, "shoal up --listen HOST:PORT --tls auto --auth")
+
+
+@_check("policy-not-in-force")
+def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
+    if facts.has_auth and facts.status is not None and not facts.status.policy_version:
+        yield _error("policy-not-in-force", "no policy is in force: every call is refused", "shoal logs coord")
+
+
+@_check("no-admin")
+def _no_admin(facts: Facts) -> Iterator[Finding]:
+    if facts.keys is None:
+        return
+    admins = [key for key in facts.keys if key.role == "admin" and not key.revoked]
+    if not any(key.expires_at is None or key.expires_at > facts.now + KEYS_END for key in admins):
+        what = f"every key of an admin ends within {KEYS_END.days} days"
+        yield _warning("no-admin", what, "shoal keys create --tenant TENANT --role admin")
+
+
+@_check("key-ends")
+def _key_ends(facts: Facts) -> Iterator[Finding]:
+    ending = [
+        key
+        for key in facts.keys or ()
+        if not key.revoked
+        and key.expires_at is not None
+        and facts.now < key.expires_at < facts.now + KEYS_END
+        # A key that was made for a short time ends on purpose.
+        and (key.created_at is None or key.expires_at - key.created_at > 2 * KEYS_END)
+    ]
+    if ending:
+        first = min(ending, key=lambda key: key.expires_at or facts.now)
+        what = (
+            f"{len(ending)} keys end within {KEYS_END.days} days, the first on {first.expires_at:%Y-%m-%d}: "
+            f"{first.id} of {first.subject or first.tenant}"
+        )
+        yield _warning("key-ends", what, "shoal keys list")
+
+
+@_check("certificate-ends")
+def _certificate_ends(facts: Facts) -> Iterator[Finding]:
+    found = facts.certificate
+    if found is None:
+        return
+    left, life = found.ends_at - facts.now, found.ends_at - found.starts_at
+    if left < timedelta():
+        what = f"the gateway's certificate ({found.subject}) has ended on {found.ends_at:%Y-%m-%d}"
+        yield _error("certificate-ends", what, "shoal up --tls-cert FILE --tls-key FILE")
+    elif left < CERTIFICATE_SHARE * life:
+        what = f"the gateway's certificate ({found.subject}) ends in {left.days} days, on {found.ends_at:%Y-%m-%d}"
+        yield _warning("certificate-ends", what, "shoal up --tls-cert FILE --tls-key FILE")

@@ -1,0 +1,129 @@
+"""Facts about a node, and findings of the checks. Immutable values: no check reads anything itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.cli.endpoints import Endpoint
+    from shoal.client import Job, KeyInfo, Schedule, Status
+    from shoal.client.models.serving import IndexEntry
+
+
+class Severity(IntEnum):
+    """Severity of a finding; the exit status of `shoal doctor` is the highest one."""
+
+    WARNING = 1
+    """The node works; something will end that, or makes it slow."""
+    ERROR = 2
+    """A part of the node does not work, or data is at risk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, and the command that mends it or shows more."""
+
+    check: str
+    severity: Severity
+    what: str
+    """What is wrong, with names and numbers."""
+    command: str
+    """Command that mends it, or that shows the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """One process of the node."""
+
+    name: str
+    pid: int
+    is_alive: bool
+    rss_bytes: int = 0
+    open_files: int = 0
+    file_limit: int = 0
+    """Maximum of open files (the soft limit); 0: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """The file system of the data folder."""
+
+    path: Path
+    free_bytes: int
+    total_bytes: int
+    free_inodes: int
+    total_inodes: int
+    """0: the file system has no fixed number."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFacts:
+    """The certificate that the gateway presents."""
+
+    subject: str
+    starts_at: datetime
+    ends_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """Entries of the last `LOG_WINDOW`, counted."""
+
+    errors: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Errors by process and message."""
+    stalls_ms: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Event loop stalls by process."""
+    starts: Mapping[str, int] = field(default_factory=dict)
+    """Times that a service has begun to serve, by process."""
+    clock: tuple[str, ...] = ()
+    """Warnings about the machine's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFacts:
+    """Facts that only the node's own machine has."""
+
+    data_dir: Path
+    data_dir_mode: int
+    launcher_alive: bool
+    """False: no `shoal up` holds the data folder."""
+    processes: tuple[ProcessFacts, ...]
+    disk: DiskFacts
+    logs: LogFacts
+    memory_bytes: int
+    memory_available_bytes: int
+    shm_free_bytes: int
+    secrets: Mapping[str, int] = field(default_factory=dict)
+    """Modes of files with secrets, by name."""
+    leftovers: tuple[str, ...] = ()
+    """Processes that run although the launcher of the data folder has ended."""
+    holders: Mapping[int, str] = field(default_factory=dict)
+    """Of a node that does not run: its ports that other processes hold, each with the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the checks know. A part that could not be read is None, and `unread` has the reason."""
+
+    now: datetime
+    version: str
+    """Version of this command."""
+    gateway: str = ""
+    is_exposed: bool = False
+    """True: other machines can reach the gateway."""
+    has_auth: bool = False
+    status: Status | None = None
+    endpoints: tuple[Endpoint, ...] | None = None
+    index: tuple[IndexEntry, ...] | None = None
+    dead: tuple[Job, ...] | None = None
+    """The newest dead letters."""
+    schedules: tuple[Schedule, ...] | None = None
+    keys: tuple[KeyInfo, ...] | None = None
+    certificate: CertificateFacts | None = None
+    local: LocalFacts | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)

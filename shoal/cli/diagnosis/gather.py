@@ -1,0 +1,257 @@
+"""Gathering of the facts about a node, from its services, its files, and the machine."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from shoal import __version__
+from shoal.cli.diagnosis.checks import LOG_WINDOW
+from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
+from shoal.cli.endpoints import fetch
+from shoal.discovery import RunningNode
+from shoal.errors import ShoalError
+from shoal.node.logs import LogEntry, LogFilter, latest, processes
+from shoal.node.options import DEFAULT_GATEWAY_PORT
+from shoal.node.ports import HOST
+
+if TYPE_CHECKING:
+    from shoal.client import Client
+
+T = TypeVar("T")
+
+READ_S = 5.0
+"""Timeout of one read: a part that takes longer is a finding."""
+LOG_ENTRIES = 20_000
+"""Entries of one process that are read."""
+DEAD_LETTERS = 200
+SECRETS = ("admin.key", "master.key", "mongo.key", "etcd.key")
+_ADMIN_PORT = 9901
+
+
+@dataclass(slots=True)
+class _Parts:
+    """Parts that were read, and the reasons of the others."""
+
+    unread: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except ShoalError as err:
+            self.unread[name] = err.message
+        except OSError as err:
+            self.unread[name] = str(err)
+        return None
+
+
+def of_node(client: Client, node: RunningNode | None) -> Facts:
+    """Return the facts about a running node; `node` is None for a node of another machine."""
+    parts = _Parts()
+    now = datetime.now(UTC)
+    status = parts.read("status", lambda: client.status(timeout=READ_S))
+    listen = _listen(node.data_dir) if node is not None else ""
+    has_auth = node.key_file is not None if node is not None else bool(status and status.master_key)
+    return Facts(
+        now=now,
+        version=__version__,
+        gateway=client.address,
+        is_exposed=bool(listen) and not _is_loopback(listen),
+        has_auth=has_auth,
+        status=status,
+        endpoints=None if node is None else _tuple(parts.read("endpoints", lambda: fetch(node.admin))),
+        index=_tuple(parts.read("index", lambda: client.models.index(timeout=READ_S))),
+        dead=_tuple(parts.read("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
+        schedules=_tuple(parts.read("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
+        keys=_tuple(parts.read("keys", lambda: client.access.keys(timeout=READ_S))) if has_auth else None,
+        certificate=parts.read("certificate", lambda: _certificate(client.address)),
+        local=None if node is None else _local(node.data_dir, node.pids, now, is_running=True),
+        unread=parts.unread,
+    )
+
+
+def of_folder(data_dir: Path) -> Facts:
+    """Return the facts about a node that does not run, from its data folder."""
+    now = datetime.now(UTC)
+    return Facts(now=now, version=__version__, local=_local(data_dir, {}, now, is_running=_is_locked(data_dir)))
+
+
+def _tuple(found: list[T] | None) -> tuple[T, ...] | None:
+    return None if found is None else tuple(found)
+
+
+def _listen(data_dir: Path) -> str:
+    import json
+
+    try:
+        return str(json.loads((data_dir / "node.json").read_text())["listen"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _is_loopback(listen: str) -> bool:
+    from mesh.process.sockets import is_local
+
+    return is_local(listen)
+
+
+def _certificate(gateway: str) -> CertificateFacts | None:
+    """Return the certificate of a gateway; None when it speaks plaintext."""
+    from cryptography import x509
+
+    if not gateway.startswith("https://"):
+        return None
+    host, _, port = gateway.removeprefix("https://").rpartition(":")
+    pem = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=READ_S)
+    found = x509.load_pem_x509_certificate(pem.encode())
+    return CertificateFacts(
+        found.subject.rfc4514_string() or found.issuer.rfc4514_string(),
+        found.not_valid_before_utc,
+        found.not_valid_after_utc,
+    )
+
+
+def _local(data_dir: Path, pids: Mapping[str, int], now: datetime, *, is_running: bool) -> LocalFacts:
+    disk = shutil.disk_usage(data_dir)
+    inodes = os.statvfs(data_dir)
+    memory = _memory()
+    shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return LocalFacts(
+        data_dir=data_dir,
+        data_dir_mode=data_dir.stat().st_mode & 0o7777,
+        launcher_alive=is_running,
+        processes=tuple(_process(name, pid) for name, pid in pids.items()),
+        disk=DiskFacts(data_dir, disk.free, disk.total, inodes.f_favail, inodes.f_files),
+        logs=_logs(data_dir / "logs", now),
+        memory_bytes=memory.get("MemTotal", 0),
+        memory_available_bytes=memory.get("MemAvailable", 0),
+        shm_free_bytes=shm.f_bavail * shm.f_frsize if shm is not None else 1 << 40,
+        secrets={name: mode for name in SECRETS if (mode := _mode(data_dir / name)) is not None},
+        leftovers=() if is_running else tuple(_leftovers(data_dir)),
+        holders={} if is_running else dict(_holders((DEFAULT_GATEWAY_PORT, _ADMIN_PORT))),
+    )
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode & 0o7777
+    except OSError:
+        return None
+
+
+def _is_locked(data_dir: Path) -> bool:
+    """Return True when a process holds the lock of the data folder."""
+    try:
+        with (data_dir / "node.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _memory() -> dict[str, int]:
+    """Return the sizes of proc(5), meminfo, in bytes."""
+    found: dict[str, int] = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, size = line.partition(":")
+            found[name] = int(size.split()[0]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return found
+
+
+def _process(name: str, pid: int) -> ProcessFacts:
+    folder = Path(f"/proc/{pid}")
+    try:
+        rss = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        open_files = sum(1 for _ in os.scandir(folder / "fd"))
+        limits = (folder / "limits").read_text().splitlines()
+    except (OSError, ValueError, IndexError):
+        return ProcessFacts(name, pid, is_alive=folder.exists())
+    soft = next((line.split()[3] for line in limits if line.startswith("Max open files")), "0")
+    return ProcessFacts(name, pid, True, rss, open_files, int(soft) if soft.isdigit() else 0)
+
+
+def _logs(folder: Path, now: datetime) -> LogFacts:
+    errors: Counter[tuple[str, str]] = Counter()
+    starts: Counter[str] = Counter()
+    stalls: dict[str, list[int]] = {}
+    clock: list[str] = []
+    chosen = LogFilter(since=now - LOG_WINDOW)
+    for name in processes(folder):
+        for entry in latest(folder, [name], LOG_ENTRIES, chosen):
+            if entry.level == "ERROR":
+                errors[name, entry.message.partition("\n")[0][:200]] += 1
+            if (stall := entry.fields.get("stall_ms")) is not None:
+                stalls.setdefault(name, []).append(int(stall))
+            if entry.logger.startswith("services.") and entry.message.startswith("serving at "):
+                starts[name] += 1
+            if entry.level == "WARNING" and _is_about_clock(entry):
+                clock.append(entry.message)
+    return LogFacts(errors, {name: tuple(found) for name, found in stalls.items()}, starts, tuple(clock[::-1]))
+
+
+def _is_about_clock(entry: LogEntry) -> bool:
+    return entry.logger == "mesh.mongo_clock" or "clock" in entry.message.lower()
+
+
+def _leftovers(data_dir: Path) -> Iterator[str]:
+    """Return the processes whose command line names the data folder, as `name pid`."""
+    wanted = str(data_dir)
+    for pid in _pids():
+        try:
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if (
+            pid != os.getpid()
+            and any(wanted in part for part in argv[1:])
+            and Path(argv[0]).name in ("mongod", "etcd", "envoy")
+        ):
+            yield f"{Path(argv[0]).name} {pid}"
+
+
+def _pids() -> Iterator[int]:
+    yield from (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit())
+
+
+def _holders(ports: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    """Return those of the ports that another process holds, each with the process, as far as this user may know it."""
+    for port in ports:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((HOST, port))
+            except OSError as err:
+                if err.errno == errno.EADDRINUSE:
+                    yield port, _holder(port)
+
+
+def _holder(port: int) -> str:
+    """Return the process that listens at a port (proc(5), /proc/net/tcp)."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        # 0A is LISTEN.
+        if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+            inodes.add(f"socket:[{fields[9]}]")
+    for pid in _pids():
+        try:
+            if any(os.readlink(one.path) in inodes for one in os.scandir(f"/proc/{pid}/fd")):
+                return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (pid {pid})"
+        except OSError:
+            continue
+    return "another process"

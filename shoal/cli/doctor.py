@@ -1,0 +1,89 @@
+"""`shoal doctor`: what is wrong with a node, how bad it is, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.output import AsJson, Gateway, connect, console, printable, show_json
+
+if TYPE_CHECKING:
+    from shoal.cli.diagnosis.facts import Facts, Finding
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command()
+def doctor(
+    gateway: Gateway = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Data folder of a node that does not run.", show_default=False),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Look at a node, and say what is wrong, how bad it is, and the command that mends it.
+
+    Exits 0 when nothing is wrong, 1 with warnings, 2 with errors.
+
+    [bold]Examples[/bold]
+
+      shoal doctor
+
+      shoal doctor --data-dir /srv/shoal
+    """
+    from shoal.cli.diagnosis import checks
+
+    facts = _facts(gateway, data_dir)
+    findings = checks.diagnose(facts)
+    if json:
+        show_json({"findings": [{**_plain(finding)} for finding in findings], "unread": facts.unread})
+    else:
+        _show(facts, findings, len(checks.names()))
+    if findings:
+        raise typer.Exit(int(findings[0].severity))
+
+
+def _facts(gateway: str | None, data_dir: Path | None) -> Facts:
+    from shoal.cli.diagnosis import gather
+    from shoal.discovery import running_nodes
+    from shoal.errors import InvalidArgument
+
+    nodes = running_nodes(os.environ)
+    if data_dir is not None:
+        if not (data_dir / "logs").is_dir():
+            raise InvalidArgument(f"--data-dir {data_dir}: not the data folder of a node")
+        node = next((node for node in nodes if node.data_dir.resolve() == data_dir.resolve()), None)
+        if node is None:
+            return gather.of_folder(data_dir.absolute())
+        gateway = gateway or node.url
+    with connect(gateway) as client:
+        node = next((node for node in nodes if node.url == client.address), None)
+        return gather.of_node(client, node)
+
+
+def _plain(finding: Finding) -> dict[str, str]:
+    return {
+        "check": finding.check,
+        "severity": finding.severity.name.lower(),
+        "what": finding.what,
+        "command": finding.command,
+    }
+
+
+def _show(facts: Facts, findings: list[Finding], checks: int) -> None:
+    from rich.text import Text
+
+    out = console()
+    for finding in findings:
+        style = "bold red" if finding.severity > 1 else "yellow"
+        line = Text(f"{finding.severity.name.lower():<8}", style).append(printable(finding.what), "")
+        out.print(line.append(f"  [{finding.check}]", "dim"), soft_wrap=True)
+        out.print(Text(f"        {finding.command}", "cyan"), soft_wrap=True)
+    where = facts.gateway or (facts.local.data_dir if facts.local else "")
+    out.print(f"{where}: {checks} checks, {len(findings) or 'no'} findings", markup=False, soft_wrap=True)
+    for part, reason in facts.unread.items():
+        out.print(f"not checked: {part}: {reason}", style="dim", markup=False, soft_wrap=True)

@@ -1,0 +1,361 @@
+"""`shoal doctor`: each check finds its cause in facts, a healthy node has no finding, and facts are gathered."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer import Context
+from typer.core import TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from shoal.cli.diagnosis import checks, gather
+from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
+from shoal.cli.endpoints import Endpoint
+from shoal.cli.main import app
+from shoal.client import Connector, ConnectorPhase, Instance, InstanceState, Job, JobState, KeyInfo, Leader, Schedule
+from shoal.client.models.serving import IndexEntry
+from shoal.client.status import EnvoyResources, EnvoyStatus, Status
+
+NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def instance(service: str, number: int = 0, **fields: object) -> Instance:
+    name = f"local/{service}-{number}"
+    made = Instance(
+        service=service,
+        name=name,
+        node="local",
+        address=f"unix:/run/{service}-{number}.sock",
+        pid=100 + number,
+        state=InstanceState.READY,
+        started_at=NOW - DAY,
+        models={"digits": (1,)} if service == "infer" else {},
+        version="1.0",
+        drained_by_operator=False,
+    )
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def key(days: float, role: str = "admin", **fields: object) -> KeyInfo:
+    made = KeyInfo("k-1", "acme", role, "ann", (), (), NOW - 90 * DAY, NOW + timedelta(days=days), "s-1", False)
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def endpoint(**fields: object) -> Endpoint:
+    made = Endpoint("infer", "unix:/run/infer-0.sock", "healthy", 1, 1_000, 10)
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+ENVOY = EnvoyStatus("local", NOW, (EnvoyResources("Listener", ("gateway",), "7", "", NOW),))
+STATUS = Status(
+    gateway="https://127.0.0.1:8080",
+    instances=(instance("coord"), instance("store"), instance("infer"), instance("infer", 1), instance("ingest")),
+    stale=False,
+    leader=Leader("local/coord-0", 7, NOW),
+    models=(),
+    envoys=(ENVOY,),
+    problems=(),
+    policy_version=3,
+    master_key="data folder",
+)
+LOCAL = LocalFacts(
+    data_dir=Path("/srv/shoal"),
+    data_dir_mode=0o700,
+    launcher_alive=True,
+    processes=tuple(ProcessFacts(name, 9, True, 1 << 27, 40, 65_536) for name in ("infer-0", "store-0", "mongod")),
+    disk=DiskFacts(Path("/srv/shoal"), 90 << 30, 100 << 30, 1_000_000, 2_000_000),
+    logs=LogFacts(),
+    memory_bytes=16 << 30,
+    memory_available_bytes=8 << 30,
+    shm_free_bytes=1 << 30,
+    secrets={"admin.key": 0o600},
+)
+HEALTHY = Facts(
+    now=NOW,
+    version="1.0",
+    gateway="https://127.0.0.1:8080",
+    is_exposed=True,
+    has_auth=True,
+    status=STATUS,
+    endpoints=(endpoint(),),
+    index=(IndexEntry("digits", "1", "READY", ""), IndexEntry("digits", "2", "UNAVAILABLE", "unloaded")),
+    dead=(),
+    schedules=(),
+    keys=(key(60), key(-1), key(5, role="user", created_at=NOW - DAY)),
+    certificate=CertificateFacts("CN=gateway", NOW - 30 * DAY, NOW + 60 * DAY),
+    local=LOCAL,
+)
+
+
+def status(**fields: object) -> Facts:
+    return replace(HEALTHY, status=replace(STATUS, **fields))  # type: ignore[arg-type]
+
+
+def local(**fields: object) -> Facts:
+    return replace(HEALTHY, local=replace(LOCAL, **fields))  # type: ignore[arg-type]
+
+
+def logs(**fields: object) -> Facts:
+    return local(logs=LogFacts(**fields))  # type: ignore[arg-type]
+
+
+def disk(**fields: int) -> Facts:
+    return local(disk=replace(LOCAL.disk, **fields))
+
+
+def process(**fields: object) -> Facts:
+    return local(processes=(replace(LOCAL.processes[0], **fields),))  # type: ignore[arg-type]
+
+
+def others(*changed: Instance) -> Facts:
+    names = {one.name for one in changed}
+    return status(instances=(*changed, *(one for one in STATUS.instances if one.name not in names)))
+
+
+def connector(**fields: object) -> Facts:
+    made = Connector(
+        **dict.fromkeys(("sink", "dead_letters", "model_version", "tenant", "last_error"), ""),
+        **dict.fromkeys(("messages", "answered", "dead", "in_flight", "lag", "lag_ms"), 0),
+        name="orders",
+        instance="local/ingest-0",
+        phase=ConnectorPhase.RUNNING,
+        source="kafka",
+        model_name="digits",
+        last_error_at=None,
+        updated_at=NOW,
+        stale=False,
+        lanes=(),
+    )
+    return status(connectors=(replace(made, **fields),))  # type: ignore[arg-type]
+
+
+def schedule(due: timedelta) -> Facts:
+    return replace(HEALTHY, schedules=(Schedule("nightly", "0 3 * * *", "UTC", upcoming=(NOW + due,)),))
+
+
+def job(age: timedelta) -> Job:
+    return Job(
+        **dict.fromkeys(("model_version", "tenant", "idempotency_key"), ""),
+        id="J",
+        state=JobState.DEAD,
+        model_name="digits",
+        attempts=3,
+        last_code=13,
+        last_message="out of memory",
+        submitted_at=NOW - age,
+        updated_at=NOW - age,
+        labels={},
+        transitions=(),
+    )
+
+
+E, W = Severity.ERROR, Severity.WARNING
+CASES: list[tuple[str, Facts, Severity, str]] = [
+    ("node-down", local(launcher_alive=False), E, "no node runs on /srv/shoal"),
+    ("leftover-processes", local(leftovers=("mongod 41", "etcd 42")), E, "kill 41 42"),
+    (
+        "port-taken",
+        local(holders={8080: "nginx (pid 7)"}),
+        E,
+        "port 8080 of the node, which does not run, is in use by",
+    ),
+    ("gateway-unreachable", replace(HEALTHY, status=None, unread={"status": "refused"}), E, "refused"),
+    ("part-unreadable", status(problems=("models: no",)), E, "models: no"),
+    ("admin-unreachable", replace(HEALTHY, endpoints=None, unread={"endpoints": "no"}), W, "shoal logs envoy"),
+    ("etcd-unreachable", status(stale=True), E, "etcd cannot be reached"),
+    ("no-leader", status(leader=None), E, "no instance of coord leads"),
+    ("envoy-disconnected", status(envoys=()), E, "no Envoy has a configuration stream"),
+    (
+        "configuration-refused",
+        status(envoys=(replace(ENVOY, resources=(replace(ENVOY.resources[0], nack="bad regex"),)),)),
+        E,
+        "has refused its Listener: bad regex",
+    ),
+    ("endpoint-unhealthy", replace(HEALTHY, endpoints=(endpoint(health="failed"),)), E, "shoal logs infer-0"),
+    ("endpoint-failing", replace(HEALTHY, endpoints=(endpoint(failed_requests=51),)), W, "51 of 1000 requests"),
+    (
+        "service-missing",
+        status(instances=tuple(one for one in STATUS.instances if one.service != "store")),
+        E,
+        "store has no instance",
+    ),
+    (
+        "instance-starting",
+        others(instance("store", state=InstanceState.STARTING, started_at=NOW - timedelta(minutes=3))),
+        E,
+        "local/store-0 has been starting for 180 s",
+    ),
+    (
+        "instance-drained",
+        others(instance("infer", 1, state=InstanceState.DRAINING, drained_by_operator=True)),
+        W,
+        "shoal instances undrain local/infer-1",
+    ),
+    ("process-ended", process(is_alive=False), E, "infer-0 (pid 9) does not run"),
+    ("process-flapping", logs(starts={"infer-0": 3}), E, "infer-0 has started 3 times"),
+    ("mixed-versions", others(instance("store", version="0.9")), W, "1 of 0.9, 4 of 1.0"),
+    ("other-version", replace(HEALTHY, version="2.0"), W, "this command is of version 2.0, and the node of 1.0"),
+    (
+        "model-unavailable",
+        replace(HEALTHY, index=(IndexEntry("digits", "3", "UNAVAILABLE", "no such operator"),)),
+        E,
+        "model digits version 3 cannot be served: no such operator",
+    ),
+    ("model-not-everywhere", others(instance("infer", 1, models={})), W, "is not ready at local/infer-1"),
+    ("dead-letters", replace(HEALTHY, dead=(job(timedelta(minutes=5)), job(2 * DAY))), W, "1 jobs have died"),
+    ("schedule-skipped", schedule(timedelta(minutes=-5)), E, "schedule nightly has missed its time"),
+    ("connector-failing", connector(stale=True), E, "has not reported"),
+    ("connector-failing", connector(last_error="no topic", last_error_at=NOW), E, "fails: no topic"),
+    ("disk-full", disk(free_bytes=500 << 20), E, "submits are refused"),
+    ("disk-full", disk(free_bytes=1 << 30), W, "1024 MiB of 102400 MiB are free"),
+    ("inodes-full", disk(free_inodes=10), W, "10 of 2000000 files"),
+    ("memory-low", local(memory_available_bytes=100 << 20), E, "100 MiB of memory are available; infer-0 has 128 MiB"),
+    ("shared-memory-low", local(shm_free_bytes=1 << 20), W, "1 MiB are free in /dev/shm"),
+    ("file-limit", process(open_files=60_000), E, "infer-0 has 60000 of 65536 files open"),
+    ("file-limit", process(file_limit=1_024), W, "may open 1024 files"),
+    ("clock", logs(clock=("the clock is 3 s off",)), W, "the clock is 3 s off"),
+    ("event-loop-stalls", logs(stalls_ms={"infer-0": (300,) * 20}), W, "stalled 20 times"),
+    ("event-loop-stalls", logs(stalls_ms={"infer-0": (2_000,) * 5}), W, "2000 ms at most"),
+    ("errors-logged", logs(errors={("store-0", "no disk"): 30, ("store-0", "x"): 1}), W, "31 errors in 15 minutes, 30"),
+    ("data-folder-open", local(data_dir_mode=0o755), W, "chmod 700 /srv/shoal"),
+    ("secret-open", local(secrets={"admin.key": 0o644}), E, "chmod 600 /srv/shoal/admin.key"),
+    ("exposed-without-authentication", replace(HEALTHY, has_auth=False, keys=None), W, "may call every method"),
+    ("policy-not-in-force", status(policy_version=0), E, "no policy is in force"),
+    ("no-admin", replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True))), W, "every key of an admin ends"),
+    ("key-ends", replace(HEALTHY, keys=(key(60), key(5, role="user"))), W, "1 keys end within 14 days"),
+    (
+        "certificate-ends",
+        replace(HEALTHY, certificate=CertificateFacts("CN=g", NOW - 90 * DAY, NOW + 10 * DAY)),
+        W,
+        "ends in 10 days",
+    ),
+    (
+        "certificate-ends",
+        replace(HEALTHY, certificate=CertificateFacts("CN=g", NOW - 90 * DAY, NOW - DAY)),
+        E,
+        "has ended on 2026-11-27",
+    ),
+]
+
+
+def test_a_healthy_node_has_no_finding() -> None:
+    assert checks.diagnose(HEALTHY) == []
+    assert checks.diagnose(Facts(now=NOW, version="1.0")) == []
+
+
+@pytest.mark.parametrize(("check", "facts", "severity", "words"), CASES)
+def test_each_cause_is_found_by_its_check_alone(check: str, facts: Facts, severity: Severity, words: str) -> None:
+    [finding] = checks.diagnose(facts)
+    assert (finding.check, finding.severity) == (check, severity)
+    assert words in f"{finding.what} | {finding.command}"
+
+
+def test_every_check_has_a_cause_here_and_there_are_enough() -> None:
+    assert {check for check, *_ in CASES} == set(checks.names())
+    assert len(checks.names()) >= 30
+
+
+def test_commands_of_findings_are_commands_with_valid_options() -> None:
+    for _, facts, _, _ in CASES:
+        for finding in checks.diagnose(facts):
+            program, *args = shlex.split(finding.command)
+            command: Any = get_command(app)
+            while program == "shoal" and isinstance(command, TyperGroup) and args and not args[0].startswith("-"):
+                command = command.get_command(Context(command), args.pop(0))
+                assert command is not None, finding.command
+            if program == "shoal" and not isinstance(command, TyperGroup):
+                # Raises UsageError for an option or argument that the command does not have.
+                command.make_context("shoal", args)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The data folder of a node that does not run."""
+    (tmp_path / "logs").mkdir()
+    tmp_path.chmod(0o700)
+    (tmp_path / "node.lock").touch()
+    return tmp_path
+
+
+def of_folder(folder: Path) -> LocalFacts:
+    found = gather.of_folder(folder).local
+    assert found is not None
+    return found
+
+
+def test_a_lock_that_is_held_means_that_a_node_runs(folder: Path) -> None:
+    assert not of_folder(folder).launcher_alive
+    with (folder / "node.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert of_folder(folder).launcher_alive
+    # A look does not take the lock from a node that starts.
+    with (folder / "node.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_logs_are_counted_within_their_window(folder: Path) -> None:
+    def line(age_s: float, message: str, level: str = "INFO", **fields: object) -> str:
+        at = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
+        return json.dumps({"time": at, "level": level, "message": message, "logger": "services.store.app", **fields})
+
+    lines = [line(7_200, "old", "ERROR"), line(60, "serving at unix:/x"), line(50, "serving at unix:/x")]
+    lines += [line(40, "no disk", "ERROR")] * 3
+    lines += [line(30, "event loop stalled for 300 ms", "WARNING", stall_ms=300)]
+    lines += [line(20, "MongoDB's clock was set back by 3.0 s", "WARNING")]
+    (folder / "logs" / "store-0.log").write_text("\n".join(lines))
+    found = of_folder(folder).logs
+    assert found.errors == {("store-0", "no disk"): 3}
+    assert (found.starts, found.stalls_ms) == ({"store-0": 2}, {"store-0": (300,)})
+    assert found.clock == ("MongoDB's clock was set back by 3.0 s",)
+
+
+def test_processes_of_an_ended_node_and_holders_of_its_ports_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(gather, "DEFAULT_GATEWAY_PORT", taken.getsockname()[1])
+        # A process with etcd's name and the data folder on its command line.
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)", f"--data-dir={folder}/etcd"]
+        with subprocess.Popen(sleep, executable=sys.executable) as left:
+            try:
+                os.symlink(sys.executable, folder / "etcd")
+                found = of_folder(folder)
+                assert f"(pid {os.getpid()})" in found.holders[taken.getsockname()[1]]
+                assert found.leftovers == ()
+            finally:
+                left.kill()
+        with subprocess.Popen(["etcd", *sleep[1:]], executable=sys.executable) as left:
+            try:
+                assert of_folder(folder).leftovers == (f"etcd {left.pid}",)
+            finally:
+                left.kill()
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [(lambda folder: folder.chmod(0o755), 2), (lambda folder: (folder / "admin.key").touch(0o644), 2)],
+)
+def test_the_command_exits_with_the_worst_severity(
+    folder: Path, damage: Callable[[Path], object], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    damage(folder)
+    done = CliRunner().invoke(app, ["doctor", "--data-dir", str(folder), "--json"])
+    found: list[Mapping[str, str]] = json.loads(done.output)["findings"]
+    assert done.exit_code == code
+    assert found[0]["severity"] == "error"
+    assert "node-down" in {one["check"] for one in found}
