@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.node import processes
+from shoal.node.admin import fetch
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 
@@ -109,7 +109,7 @@ class EnvoyProcess(Process):
         heap: int = DEFAULT_HEAP_MB << 20,
     ) -> None:
         self.gateway = f"127.0.0.1:{processes.free_port()}"
-        self.admin = f"127.0.0.1:{processes.free_port()}"
+        self.admin = folder / "envoy-admin.sock"
         self.outbound = folder / "outbound.sock"
         config = folder / "envoy.json"
         sockets = [str(path) for path in coords]
@@ -118,12 +118,12 @@ class EnvoyProcess(Process):
                 node=node,
                 gateway=self.gateway,
                 outbound=str(self.outbound),
-                admin=self.admin,
+                admin=str(self.admin),
                 coords=sockets,
                 heap=heap,
             )
         )
-        self._spec = processes.envoy(config, self.admin, concurrency)
+        self._spec = processes.envoy(config, f"unix:{self.admin}", concurrency)
         super().__init__(self._spec.argv, folder / "envoy.log", self._spec.env)
 
     async def until_ready(self) -> None:
@@ -131,12 +131,7 @@ class EnvoyProcess(Process):
 
     async def admin_get(self, path: str) -> str:
         """Return a response of the admin endpoint."""
-        return await asyncio.to_thread(self._get, path)
-
-    def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.admin}{path}", timeout=10) as response:
-            text: str = response.read().decode()
-            return text
+        return (await fetch(self.admin, path)).body.decode()
 
     async def stats(self, pattern: str = "") -> dict[str, int]:
         """Return counters and gauges by name."""

@@ -46,7 +46,9 @@ LAYERS = {
         duties
         configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
-    "mesh": "xds rpc http1 h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process",
+    "mesh": """
+        xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
+    """,
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         errors tenant_header _version

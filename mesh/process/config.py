@@ -54,6 +54,8 @@ class ServiceConfig(BaseModel):
     unread_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 192 << 20
     """Most bytes that all connections hold of responses that clients do not read. One connection gets at most two
     thirds; beyond it, calls get RESOURCE_EXHAUSTED."""
+    metrics: Address | None = None
+    """Address of the page of metrics for Prometheus, `/metrics`: a unix socket or a loopback port. Unset: no page."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 
@@ -84,6 +86,11 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
             f"{prefix}LISTEN={config.listen!r}: other machines can reach this address, and the service has no TLS: "
             "listen on a unix socket or on loopback behind an Envoy (`shoal serve` and `shoal up` start one), "
             f"or set {prefix}INSECURE=true"
+        )
+    if config.metrics is not None and not is_local(config.metrics):
+        raise ConfigError(
+            f"{prefix}METRICS={config.metrics!r}: other machines can reach this address, and metrics name tenants and "
+            "models: listen on a unix socket or on loopback, behind what authenticates the reader"
         )
     if config.auth and (config.etcd is None or not config.listen.startswith("unix:")):
         raise ConfigError(

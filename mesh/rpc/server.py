@@ -24,6 +24,8 @@ from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
 from mesh.http1.connection import Http1Connection
+from mesh.metrics.endpoint import Endpoint
+from mesh.metrics.families import Source
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.access import Access
@@ -35,6 +37,7 @@ from mesh.rpc.health import Health
 from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.interceptors import Context, ServerInterceptor
 from mesh.rpc.parsing import Parser
+from shoal import __version__
 
 # A stream that has sent nothing for so long has nothing in flight: a drain ends it.
 _IDLE_STREAM_S = 0.25
@@ -79,6 +82,7 @@ class Server:
         http: returns the application of requests that are not gRPC, over HTTP/1.1 and HTTP/2; None: only gRPC.
         http_listen: a second address, for HTTP clients that get one of their own.
         heavy: the process's turns for heavy work, if others use them, too.
+        metrics: address of the page of metrics, beside those of `sources` with what every process has; None: no page.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -101,6 +105,8 @@ class Server:
         http: Callable[[GrpcApp], Application] | None = None,
         http_listen: str | None = None,
         heavy: HeavyWork | None = None,
+        metrics: str | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -113,6 +119,9 @@ class Server:
         self._http = http
         self._http_listen = http_listen
         self._heavy = heavy
+        self._metrics = metrics
+        self._sources = tuple(sources)
+        self._endpoint: Endpoint | None = None
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
@@ -143,6 +152,14 @@ class Server:
         self.http_address = others[0] if others else self.address
         self._stalls.start()
         self._freed_memory.start()
+        if self._metrics is not None:
+            # Prometheus' library is imported where metrics are read only.
+            from mesh.metrics import process
+            from mesh.metrics.exposition import metrics_endpoint
+
+            accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
+            own = process.source(__version__, self._stalls, accounts)
+            self._endpoint = await metrics_endpoint(self._metrics, (own, *self._sources)).__aenter__()
         return self
 
     def _is_quiet(self) -> bool:
@@ -187,6 +204,8 @@ class Server:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._set_health(is_serving=False)
+        if self._endpoint is not None:
+            await self._endpoint.__aexit__(kind, err, tb)
         await asyncio.gather(
             *(
                 listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))

@@ -108,6 +108,7 @@ async def run(config: CoordConfig) -> None:
                 unread_bytes=config.unread_bytes,
                 access=access,
                 auditing=auditing,
+                metrics=config.metrics,
             )
         )
         stack.callback(health.leave)

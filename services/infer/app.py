@@ -24,6 +24,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.server import Rpc, Server
+from services.infer import metrics
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
 from services.infer.model_process.inner_calls import InnerCalls
@@ -99,6 +100,8 @@ async def run(config: InferConfig) -> None:
             http=partial(RestApp, core, auditing=auditing),
             http_listen=config.http_listen,
             heavy=heavy,
+            metrics=config.metrics,
+            sources=[metrics.source(models)],
         )
         inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:

@@ -141,6 +141,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
                 unread_bytes=config.unread_bytes,
                 access=access,
                 auditing=auditing,
+                metrics=config.metrics,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

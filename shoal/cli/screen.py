@@ -119,7 +119,7 @@ class NodeScreen:
         if (trust := ready.trust) is not None:
             issuer = "own CA, for clients: `shoal ca show`" if trust.has_own_ca else trust.ca
             table.add_row("TLS", f"{issuer}\nSHA-256 {trust.fingerprint}")
-        table.add_row("admin", f"http://{ready.admin}   Envoy")
+        table.add_row("admin", f"http://{ready.admin}   metrics for Prometheus: /metrics; Envoy's pages, read only")
         table.add_row("data", str(ready.data_dir))
         table.add_row("logs", self._logs, end_section=True)
         for name, pid in ready.pids.items():

@@ -51,7 +51,7 @@ def up(
     tls_name: TlsName = None,
     insecure: Insecure = False,
     admin_port: Annotated[
-        int, typer.Option(help="Port of Envoy's admin endpoint, on 127.0.0.1. 0: any free one.", metavar="N")
+        int, typer.Option(help="Port of the metrics and of Envoy's pages, on 127.0.0.1. 0: any free one.", metavar="N")
     ] = 9901,
     replicas: Annotated[
         str,

@@ -31,11 +31,11 @@ def bootstrap(
 ) -> str:
     """Return the bootstrap of `node`'s Envoy, as JSON.
 
-    `gateway` and `admin` are `host:port`. `outbound` is the path of the socket through which services call each other.
+    `gateway` is `host:port`. `admin` is the path of the admin interface's socket, and `outbound` that of the socket
+    through which services call each other.
     `coords` are the socket paths of the node's coord replicas; each replica serves the whole configuration.
     `heap` is the ceiling of Envoy's heap in bytes. `sds` is the file of the gateway's certificate; empty: plaintext.
     """
-    host, _, port = admin.rpartition(":")
     document = {
         "node": {
             "id": node,
@@ -43,7 +43,7 @@ def bootstrap(
             # coord generates the node's listeners from this metadata.
             "metadata": {"shoal": {"gateway": gateway, "outbound": outbound, **({"sds": sds} if sds else {})}},
         },
-        "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
+        "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
         "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},
         "static_resources": {"clusters": [_coord_cluster(coords)]},
         "layered_runtime": runtime(*_LISTENERS),

@@ -8,6 +8,7 @@ DATA_DIR/node.lock     locked while a node runs; contains the pid of that proces
          logs/         a log for each process
          etcd/ mongo/ blobs/ cache/models/
          envoy.json    Envoy's bootstrap file
+         prometheus.json  the address of the node's metrics, for Prometheus' file_sd_configs
 RUN_DIR/*.sock         /tmp/shoal-up-XXXXXXXX: short, since a socket's path has at most 107 bytes. Locked while the node
                        runs, so that no cleaner of old files removes it. Not in XDG_RUNTIME_DIR, which goes with the
                        user's last login: a node outlives the login that started it.

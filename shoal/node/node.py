@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mesh.metrics.endpoint import Endpoint
 from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
-from shoal.node import folder, gateway, plan, probes
+from shoal.node import admin, folder, gateway, plan, probes
 from shoal.node import master_key as master_keys
+from shoal.node.admin import Scraped
 from shoal.node.admin_key import FILE, AdminKey
-from shoal.node.options import Options
+from shoal.node.options import SERVICES, Options
 from shoal.node.plan import Layout
 from shoal.node.ports import HOST, PortInUse, Ports, joined
 from shoal.node.process import raise_file_limit, stop_signals
@@ -134,10 +136,12 @@ async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signa
         signals.on_second_signal.append(supervisor.kill_all)
         for group in groups:
             await supervisor.start(*group)
+        await stack.enter_async_context(running.admin())
         with running.files:
             signals.on_second_signal.append(running.files.remove)
             if await _finished_before(signals.stop, running.until_ready(started)):
                 running.write_ready_files()
+                running.write_file_sd()
                 running.screen.ready(running.ready_now(), time.monotonic() - started)
                 await signals.stop.wait()
                 running.is_ready = False
@@ -169,11 +173,37 @@ class _Running:
         pids = self.supervisor.pids()
         return Ready(layout.gateway_here, layout.admin, self.options.data_dir, pids, layout.gateway, trust, key_file)
 
+    def admin(self) -> Endpoint:
+        """Return the endpoint of the admin address."""
+        envoy = self.layout.envoy_admin
+        return admin.endpoint(self.layout.admin, self._scraped, envoy)
+
+    def _scraped(self) -> list[Scraped]:
+        services = [
+            Scraped(
+                keeper.spec.name.rpartition("-")[0],
+                keeper.spec.name,
+                self.layout.metrics_of(keeper.spec.name),
+                restarts=keeper.restart_count,
+            )
+            for keeper in self.supervisor.keepers
+            if keeper.spec.name.rpartition("-")[0] in SERVICES
+        ]
+        return [*services, admin.envoy_process(self.layout.envoy_admin)]
+
     def write_ready_files(self) -> None:
         """Write the ready files, now and again whenever a process gets a new pid."""
         self.is_ready = True
         for trouble in self.files.write(self.ready_now()):
             self.screen.trouble(trouble)
+
+    def write_file_sd(self) -> None:
+        """Write the file by which Prometheus finds the node (`file_sd_configs`)."""
+        try:
+            document = admin.file_sd(self.layout.admin, self.options.name)
+            folder.write_atomically(self.options.data_dir / admin.FILE_SD, document)
+        except OSError as err:
+            self.screen.trouble(f"{admin.FILE_SD} cannot be written: {err.strerror}")
 
     def on_event(self, event: Event) -> None:
         self.screen.event(event)

@@ -68,6 +68,15 @@ class Layout:
     def socket_of(self, instance: str) -> Path:
         return self.run_dir / f"{instance}.sock"
 
+    @property
+    def envoy_admin(self) -> Path:
+        """Socket of Envoy's admin interface, which can stop Envoy: only the node's user can reach it."""
+        return self.run_dir / "envoy-admin.sock"
+
+    def metrics_of(self, instance: str) -> Path:
+        """Return the path of the socket at which an instance has its metrics."""
+        return self.run_dir / f"{instance}.metrics.sock"
+
     def crash_journal_of(self, instance: str) -> Path:
         """Return the path of an instance's crash journal, its record of work in progress."""
         return self.run_dir / f"{instance}{crash_journal.SUFFIX}"
@@ -103,7 +112,7 @@ def groups(
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd_port, layout.etcd_peer_port)])
     if options.mongo is None and needs_mongo(options):
         found.append([processes.mongod(options.data_dir / "mongo", layout.mongod_port)])
-    found.append([processes.envoy(envoy_file(options), layout.admin, workers(os.cpu_count() or 1))])
+    found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", workers(os.cpu_count() or 1))])
     for service, count in options.replicas.items():
         instances = [f"{service}-{number}" for number in range(count)]
         found.append([_service(service, name, options, layout, environ, launcher) for name in instances])
@@ -122,7 +131,7 @@ def envoy_bootstrap(options: Options, layout: Layout, environ: Mapping[str, str]
         node=options.name,
         gateway=layout.gateway,
         outbound=str(layout.outbound),
-        admin=layout.admin,
+        admin=str(layout.envoy_admin),
         coords=coords,
         heap=heap_bytes(environ),
         sds="" if layout.sds is None else str(layout.sds),
@@ -143,6 +152,7 @@ def _service(
         "INSTANCE": instance,
         "NODE": options.name,
         "LISTEN": f"unix:{path}",
+        "METRICS": f"unix:{layout.metrics_of(instance)}",
         "MESH": f"unix:{layout.outbound}",
         "ETCD": etcd_address(options, layout),
         **({"AUTH": "true"} if options.auth else {}),

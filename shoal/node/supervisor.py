@@ -89,6 +89,8 @@ class ProcessKeeper:
         self.spec = spec
         self.log = log
         self.is_looping = False
+        self.restart_count = 0
+        """Starts of the process after its first."""
         self._restarts = restarts
         self._report = report
         self._process: Process | None = None
@@ -172,6 +174,7 @@ class ProcessKeeper:
             await self._pause()
 
     async def _spawn(self, *, again: bool) -> None:
+        self.restart_count += again
         self._process = process = await spawn(self.spec, self.log)
         # A stop that arrived during `spawn` has missed the new process.
         if self._stopping.is_set():

@@ -29,14 +29,16 @@ TYPES = "type.googleapis.com/envoy.extensions.filters"
 
 def test_the_bootstrap_has_the_node_and_the_coord_cluster_only() -> None:
     document = json.loads(
-        bootstrap(node="n", gateway="127.0.0.1:80", outbound="/r/o.sock", admin="127.0.0.1:99", coords=["/r/a", "/r/b"])
+        bootstrap(
+            node="n", gateway="127.0.0.1:80", outbound="/r/o.sock", admin="/r/admin.sock", coords=["/r/a", "/r/b"]
+        )
     )
     assert document["node"] == {
         "id": "n",
         "cluster": "shoal",
         "metadata": {"shoal": {"gateway": "127.0.0.1:80", "outbound": "/r/o.sock"}},
     }
-    assert document["admin"]["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": 99}
+    assert document["admin"]["address"] == {"pipe": {"path": "/r/admin.sock", "mode": 0o600}}
     (cluster,) = document["static_resources"]["clusters"]
     assert "listeners" not in document["static_resources"]
     endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
@@ -45,7 +47,7 @@ def test_the_bootstrap_has_the_node_and_the_coord_cluster_only() -> None:
 
 def test_envoy_has_a_ceiling_of_memory_and_of_connections() -> None:
     document = json.loads(
-        bootstrap(node="n", gateway="127.0.0.1:80", outbound="/o", admin="127.0.0.1:99", coords=["/a"], heap=200 << 20)
+        bootstrap(node="n", gateway="127.0.0.1:80", outbound="/o", admin="/r/admin.sock", coords=["/a"], heap=200 << 20)
     )
     manager = document["overload_manager"]
     assert manager["resource_monitors"][0]["typed_config"]["max_heap_size_bytes"] == 200 << 20
@@ -114,19 +116,19 @@ class Coord:
 @pytest.mark.envoy
 async def test_envoy_takes_its_configuration_from_whichever_coord_is_there(run_dir: Path) -> None:
     with Ports() as ports:
-        gateway, admin = ports.reserve(), f"127.0.0.1:{ports.reserve()}"
+        gateway, admin = ports.reserve(), f"unix:{run_dir}/admin.sock"
         sockets = [run_dir / "coord-0.sock", run_dir / "coord-1.sock"]
         text = bootstrap(
             node="n",
             gateway=f"127.0.0.1:{gateway}",
             outbound=str(run_dir / "outbound.sock"),
-            admin=admin,
+            admin=admin.removeprefix("unix:"),
             coords=[str(path) for path in sockets],
         )
         (run_dir / "envoy.json").write_text(text)
         part = processes.envoy(run_dir / "envoy.json", admin, 1)
         with Process(part.argv, run_dir / "envoy.log") as envoy:
-            await until(lambda: http_ok(admin, "/server_info"), "the admin endpoint, on a port that we hold")
+            await until(lambda: http_ok(admin, "/server_info"), "the admin endpoint")
             assert not await part.ready()  # No coord has answered yet.
             async with Coord(sockets[0], gateway) as first:
                 await until(part.ready, "Envoy ready")

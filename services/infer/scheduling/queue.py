@@ -143,6 +143,10 @@ class Queue:
         group = self._groups.get(request.key)
         return group is not None and any(cast("QueuedRequest", member).request is request for member in group.order())
 
+    def oldest(self) -> float:
+        """Return the earliest arrival of the first request of each flow; infinite when none waits."""
+        return min((group.oldest() for group in list(self._groups.values()) if group.count), default=math.inf)
+
     def add(self, queued: QueuedRequest, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[QueuedRequest]:
         """Add a request at the back; return the requests that are evicted for it.
 

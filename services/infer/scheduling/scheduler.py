@@ -13,11 +13,13 @@ import asyncio
 import logging
 import math
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
+from mesh.metrics.histogram import SECONDS
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
@@ -441,6 +443,11 @@ class Scheduler:
         self._wake_timer_at = math.inf
         self._dispatch()
 
+    def waiting(self) -> tuple[int, float]:
+        """Return the number of queued requests, and the age of the oldest in seconds."""
+        oldest = self._queue.oldest()
+        return len(self._queue), 0.0 if oldest == math.inf else max(0.0, self._clock() - oldest)
+
     # Outcomes
 
     def _conclude(
@@ -454,6 +461,7 @@ class Scheduler:
         count = 0
         times: ExecutionTimes | None = None
         is_whole = True
+        durations, queue_durations = self._statistics.durations, self._statistics.queue_durations
         for queued, outcome in zip(batch.requests, outcomes, strict=True):
             if type(outcome) is InferenceResult:
                 if outcome.times is not times:
@@ -465,6 +473,8 @@ class Scheduler:
                 if queued.receiver is not None:
                     count += 1
                     arrived += queued.arrived
+                    durations[bisect_left(SECONDS, now - queued.arrived)] += 1
+                    queue_durations[bisect_left(SECONDS, started - queued.arrived)] += 1
                 outcome.queue_ns = int((started - queued.arrived) * 1e9) + outcome.times.waited_ns
                 outcome.fired = fired
             else:
@@ -497,7 +507,7 @@ class Scheduler:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         queue_ns, total_ns = int((count * started - arrived) * 1e9), int((count * now - arrived) * 1e9)
         queue_ns += count * times.waited_ns
-        self._statistics.succeeded(times, count, queue_ns=queue_ns, total_ns=total_ns)
+        self._statistics.succeeded_together(times, count, queue_ns=queue_ns, total_ns=total_ns)
 
     def _update_costs(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
         if self._may_run_on_loop:

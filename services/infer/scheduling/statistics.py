@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from mesh.metrics.histogram import ROWS, SECONDS, Buckets, Histogram
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.scheduling.execution import Tally
 from shoal.inference.v2 import inference_pb2 as pb
+
+_BUCKETS = len(SECONDS) + 1
 
 
 @dataclass(slots=True)
@@ -48,6 +52,12 @@ class BatchTimes:
 class Statistics:
     """Statistics of one model version since it was loaded. Only the event loop's thread uses them."""
 
+    durations: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    """Successful requests by the time from arrival to outcome, in the buckets SECONDS."""
+    queue_durations: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    """Successful requests by their time in the queue."""
+    compute_durations: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    """Executions by the time of the model."""
     last_inference_ms: int = 0
     """Milliseconds since 1970."""
     rows: int = 0
@@ -79,16 +89,33 @@ class Statistics:
         self.last_inference_ms = now_ms
         self.executions += 1
         self.rows += times.rows
+        self.compute_durations[bisect_left(SECONDS, times.compute_ns * 1e-9)] += 1
         of_size = self.by_rows.get(times.rows)
         if of_size is None:
             of_size = self.by_rows[times.rows] = BatchTimes()
         of_size.add(times)
 
-    def succeeded(self, times: ExecutionTimes, count: int = 1, *, queue_ns: int, total_ns: int) -> None:
-        """Count the successful requests of one execution; `queue_ns` and `total_ns` are their sums."""
+    def succeeded(self, times: ExecutionTimes, *, queue_ns: int, total_ns: int) -> None:
+        """Count one successful request."""
+        self.durations[bisect_left(SECONDS, total_ns * 1e-9)] += 1
+        self.queue_durations[bisect_left(SECONDS, queue_ns * 1e-9)] += 1
+        self.succeeded_together(times, 1, queue_ns=queue_ns, total_ns=total_ns)
+
+    def succeeded_together(self, times: ExecutionTimes, count: int, *, queue_ns: int, total_ns: int) -> None:
+        """Count the successful requests of one execution; `queue_ns` and `total_ns` are their sums.
+
+        The caller counts each in `durations` and `queue_durations`.
+        """
         self.success.add(total_ns, count)
         self.queue.add(queue_ns, count)
         self.by_request.add(times, count)
+
+    def sizes(self) -> Buckets:
+        """Return the executions by their number of rows."""
+        sizes = Histogram(ROWS)
+        for rows, times in list(self.by_rows.items()):
+            sizes.add(rows, times.count)
+        return sizes.read()
 
     def tally(self, tally: Tally) -> None:
         """Add and clear the counts of an execution."""

@@ -1,0 +1,66 @@
+"""Metrics that every process of Shoal has, by OpenTelemetry's names for processes where there are some."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from mesh.h2.memory_account import MemoryAccount
+from mesh.metrics.families import Family, Kind, Reading, Source
+from mesh.process.stall_watch import StallWatch
+
+BUILD = Family("shoal.build", Kind.GAUGE, "", "1; the label is the version of Shoal.", ("version",))
+START = Family("process.start_time", Kind.GAUGE, "s", "Unix time of the process's start.")
+CPU = Family("process.cpu.time", Kind.COUNTER, "s", "Processor time of the process.", ("mode",))
+MEMORY = Family("process.memory.usage", Kind.GAUGE, "By", "Resident memory of the process.")
+FILES = Family("process.open_file_descriptor.count", Kind.GAUGE, "{count}", "Open files, sockets among them.")
+FILES_MOST = Family("process.file_descriptor.limit", Kind.GAUGE, "{count}", "Most files that the process may open.")
+STALLS = Family("shoal.event_loop.stalls", Kind.COUNTER, "{stall}", "Event loop stalls of 50 ms and more.")
+STALLED = Family("shoal.event_loop.stalled", Kind.COUNTER, "s", "Time of these stalls.")
+LONGEST = Family("shoal.event_loop.longest_stall", Kind.GAUGE, "s", "Longest stall since the start.")
+HELD = Family(
+    "shoal.connection.memory",
+    Kind.GAUGE,
+    "By",
+    "Bytes that connections hold: `requests` not yet answered, `responses` not yet read.",
+    ("kind",),
+)
+HELD_MOST = Family("shoal.connection.memory.limit", Kind.GAUGE, "By", "Limit of shoal.connection.memory.", ("kind",))
+FAMILIES = (
+    *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST),
+    *(HELD, HELD_MOST),
+)
+
+
+def source(version: str, stalls: StallWatch, accounts: dict[str, MemoryAccount]) -> Source:
+    """Return the readings of this process; `accounts` are those of its connections, by kind."""
+
+    def read() -> Iterable[Reading]:
+        yield BUILD, (version,), 1
+        yield START, (), _start_time()
+        times = os.times()
+        yield CPU, ("user",), times.user
+        yield CPU, ("system",), times.system
+        yield MEMORY, (), _resident_bytes()
+        yield FILES, (), len(os.listdir("/proc/self/fd"))
+        yield FILES_MOST, (), os.sysconf("SC_OPEN_MAX")
+        yield STALLS, (), stalls.count
+        yield STALLED, (), stalls.total_s
+        yield LONGEST, (), stalls.longest_s
+        for kind, account in accounts.items():
+            yield HELD, (kind,), account.held
+            yield HELD_MOST, (kind,), account.limit
+
+    return read
+
+
+def _start_time() -> float:
+    """Return the Unix time of the process's start (proc(5), field 22 of stat)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,221 @@
+"""Admin address of a node, for operators and Prometheus: GET only. It has `/metrics`, and Envoy's reading pages.
+
+    /metrics  ──> each service's process, over its own socket; Envoy: chosen statistics ──> one page
+    /clusters, /config_dump ... ──> Envoy's admin socket, which only the node's user can reach
+
+A process that does not answer in time has `shoal_process_up` 0, and the page has the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import httptools
+
+from mesh.metrics.endpoint import Endpoint, Handler, Request, Response, text
+from mesh.metrics.families import Family, Kind, Reading
+
+ENVOY_PAGES = (
+    *("/certs", "/clusters", "/config_dump", "/init_dump", "/listeners", "/memory", "/ready", "/runtime"),
+    *("/server_info", "/stats", "/stats/prometheus", "/stats/recentlookups"),
+)
+"""Pages of Envoy's admin interface that change nothing. Envoy leaves private keys and other secrets out of them."""
+FILE_SD = "prometheus.json"
+"""File in the data folder that names the node for Prometheus."""
+READ_S = 5.0
+"""Time in which a process must answer: less than a scrape's default timeout of 10 s."""
+PAGE_BYTES = 64 << 20
+"""Most bytes of one process's page: 500 models have 4 MiB."""
+# Requests by code, retries, overflow, ejections, errors of TLS, rejects of configurations, days of certificates.
+_OF_ENVOY = "|".join(
+    (
+        r"^http\.[^.]+\.downstream_(rq_[1-5]xx|rq_active|rq_total|cx_active|cx_total|rq_overload_close|rq_timeout)$",
+        r"^http\.[^.]+\.(jwt_authn|rbac|local_rate_limiter|http_local_rate_limit)\..*(denied|allowed|rate_limited)$",
+        r"^cluster\.[^.]+\.(upstream_rq_(total|[1-5]xx|active|retry|retry_overflow|pending_overflow|timeout))$",
+        r"^cluster\.[^.]+\.(upstream_cx_(active|overflow|connect_fail)|outlier_detection\.ejections_active)$",
+        r"^cluster\.[^.]+\.(membership_(healthy|total)|health_check\.failure)$",
+        r"^listener\.[^.]+\.(ssl\.(connection_error|handshake|fail_verify_error)|downstream_cx_overflow)$",
+        r"(cds|lds|rds\.[^.]+|extension_config_discovery\..*)\.(update_rejected|update_success|update_failure)$",
+        r"^server\.(days_until_first_cert_expiring|memory_allocated|memory_heap_size|uptime|live|concurrency)$",
+        r"^overload\..*\.(pressure|active)$",
+    )
+)
+UP = Family(
+    "shoal.process.up",
+    Kind.GAUGE,
+    "",
+    "1: the process has answered this scrape; 0: it has not.",
+    ("service", "instance"),
+)
+RESTARTS = Family(
+    "shoal.process.restarts",
+    Kind.COUNTER,
+    "{restart}",
+    "Starts of a process after its first, since the node's start.",
+    ("service", "instance"),
+)
+FAMILIES = (UP, RESTARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Scraped:
+    """A process of the node whose metrics are read."""
+
+    service: str
+    instance: str
+    socket: Path
+    target: str = "/metrics"
+    restarts: int = 0
+
+
+Processes = Callable[[], Sequence[Scraped]]
+
+
+def envoy_process(socket: Path) -> Scraped:
+    """Return the node's Envoy as a process whose metrics are read, from its admin socket."""
+    return Scraped("envoy", "envoy", socket, f"/stats/prometheus?filter={quote(_OF_ENVOY, safe='')}")
+
+
+def endpoint(listen: str, processes: Processes, envoy: Path | None) -> Endpoint:
+    """Return the endpoint of the admin address; `envoy` is the path of Envoy's admin socket."""
+    turn = asyncio.Lock()
+
+    async def metrics(request: Request) -> Response:
+        async with turn:
+            return await node_page(processes())
+
+    pages: dict[str, Handler] = {"/metrics": metrics}
+    if envoy is not None:
+
+        async def of_envoy(request: Request) -> Response:
+            target = request.path + (f"?{request.query}" if request.query else "")
+            try:
+                return await fetch(envoy, target)
+            except (OSError, TimeoutError, ValueError) as err:
+                return text(502, f"Envoy does not answer: {err or type(err).__name__}")
+
+        pages |= dict.fromkeys(ENVOY_PAGES, of_envoy)
+
+    async def index(request: Request) -> Response:
+        if request.path == "/":
+            return text(200, "\n".join(sorted(pages)))
+        return text(404, f"there is no {request.path[:255]} here: {', '.join(sorted(pages))}")
+
+    return Endpoint(listen, {**pages, "*": index})
+
+
+async def node_page(processes: Sequence[Scraped]) -> Response:
+    """Return the page of metrics of these processes, each series with its service and instance."""
+    pages = await asyncio.gather(*(_page(one) for one in processes))
+    return await asyncio.to_thread(_merged, processes, pages)
+
+
+def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None]) -> Response:
+    from mesh.metrics import exposition
+
+    readings: list[Reading] = []
+    for one, body in zip(processes, pages, strict=True):
+        readings.append((UP, (one.service, one.instance), int(body is not None)))
+        readings.append((RESTARTS, (one.service, one.instance), one.restarts))
+    own, content_type = exposition.page(readings)
+    merged = merge(
+        ({"service": one.service, "instance": one.instance}, body.decode())
+        for one, body in zip(processes, pages, strict=True)
+        if body is not None
+    )
+    return Response(200, content_type, own + merged.encode())
+
+
+async def _page(one: Scraped) -> bytes | None:
+    """Return a process's metrics; None when it does not answer in time, or not with metrics."""
+    with contextlib.suppress(OSError, TimeoutError, ValueError):
+        response = await fetch(one.socket, one.target)
+        if response.status == 200:
+            return response.body
+    return None
+
+
+def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:
+    """Return pages in Prometheus' text format as one: each family once, each series with the page's labels."""
+    families: dict[str, tuple[list[str], list[str]]] = {}
+    for labels, page in pages:
+        added = ",".join(f'{name}="{value}"' for name, value in labels.items())
+        family = ""
+        for line in page.splitlines():
+            if line.startswith("#"):
+                parts = line.split(" ", 3)
+                if len(parts) > 2:
+                    family = parts[2]
+                    heads, _ = families.setdefault(family, ([], []))
+                    if line not in heads and not any(head.startswith(" ".join(parts[:3])) for head in heads):
+                        heads.append(line)
+            elif line:
+                families.setdefault(family, ([], []))[1].append(_labelled(line, added))
+    return "".join(f"{line}\n" for heads, series in families.values() for line in (*heads, *series))
+
+
+def _labelled(line: str, added: str) -> str:
+    name, brace, rest = line.partition("{")
+    if brace:
+        comma = "" if rest.startswith("}") else ","
+        return f"{name}{{{added}{comma}{rest}"
+    name, _, value = line.partition(" ")
+    return f"{name}{{{added}}} {value}"
+
+
+class _Answer:
+    """Parser callbacks of httptools: one response."""
+
+    def __init__(self) -> None:
+        self.content_type = "text/plain"
+        self.body = bytearray()
+        self.is_whole = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"content-type":
+            self.content_type = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+        if len(self.body) > PAGE_BYTES:
+            raise ValueError(f"the page is larger than {PAGE_BYTES >> 20} MiB")
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
+
+
+async def fetch(socket: Path, target: str) -> Response:
+    """Return the response to a GET at a unix socket.
+
+    Raises:
+        OSError: nobody listens. TimeoutError: it takes longer than READ_S. ValueError: not a response, or too large.
+    """
+    answer = _Answer()
+    parser = httptools.HttpResponseParser(answer)
+    async with asyncio.timeout(READ_S):
+        reader, writer = await asyncio.open_unix_connection(socket)
+        try:
+            writer.write(f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode("latin-1"))
+            while not answer.is_whole:
+                block = await reader.read(1 << 16)
+                if not block:
+                    raise ValueError("the connection was closed before the end of the response")
+                try:
+                    parser.feed_data(block)
+                except httptools.HttpParserError as err:
+                    raise ValueError(f"not a response: {err}") from None
+        finally:
+            writer.close()
+    return Response(parser.get_status_code(), answer.content_type, bytes(answer.body))
+
+
+def file_sd(address: str, node: str) -> str:
+    """Return the document of Prometheus' file_sd_configs that names this node."""
+    labels: Mapping[str, str] = {"node": node}
+    return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
