@@ -26,25 +26,24 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shoal", "mesh", "services", "kernels")
 LAYERS = {
     "services/infer": """
-        __main__ app rest rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config
-        policy_file sources
+        __main__ app metrics rest rpc fast_path model_stream_infer core decoupled_responses models ensembles operators
+        config policy_file sources
         loading response_cache sequences scheduling remote model_process runtimes requests model_files sans_io offload
         error_text
     """,
     "services/ingest": """
-        __main__ app areas fast_submit rpc operations dead_letters batches schedules mongo_jobs dispatch config
+        __main__ app areas metrics fast_submit rpc operations dead_letters batches schedules mongo_jobs dispatch config
         retention connectors queries
         intake job_events tracing job_access tenants job_scan documents job_fields instance store_calls messages
         dependencies ulid job_store job tenant_queue limits group_commit
     """,
     "services/store": """
-        __main__ app rpc artifact_rpc config audit retention registry exports backups garbage usage results
+        __main__ app metrics rpc artifact_rpc config audit retention registry exports backups garbage usage results
         allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app rpc first_start access_rpc messages policies keys enforcement instances health issuer_keys fetch
-        duties
-        configurations gateway_policy presence traffic inference statistics cluster drains config
+        __main__ app metrics rpc first_start access_rpc messages policies keys enforcement instances health issuer_keys
+        fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
     "mesh": """
         xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process

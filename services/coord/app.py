@@ -35,6 +35,7 @@ from services.coord.inference import MeshInference
 from services.coord.instances import Instances
 from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
+from services.coord.metrics import CoordMetrics
 from services.coord.policies import Policies
 from services.coord.rpc import CoordRpc
 from services.coord.traffic import (
@@ -97,6 +98,7 @@ async def run(config: CoordConfig) -> None:
                 RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
             )
             methods |= refused.methods()
+        metrics = CoordMetrics(mirror, ads, watch)
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -109,6 +111,7 @@ async def run(config: CoordConfig) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                sources=[metrics.read],
             )
         )
         stack.callback(health.leave)
@@ -116,6 +119,7 @@ async def run(config: CoordConfig) -> None:
         configurations.own = lambda: registration.instance
         await stack.enter_async_context(published(watch, registration))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
+        metrics.election = election
         await stack.enter_async_context(Duties(etcd, mirror, election))
         if parts is not None:
             await stack.enter_async_context(

@@ -11,6 +11,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
 from mesh.cluster.membership import Registration, State
+from mesh.metrics.families import Source
 from mesh.mongo import Document
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.process.signals import until_stopped
@@ -131,6 +132,9 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         if batches is not None:
             await stack.enter_async_context(batches)
         auditing = await stack.enter_async_context(auditing_of(config, access))
+        sources: list[Source] = []
+        if config.metrics is not None:
+            sources.append((await areas.build_metrics(shared, dispatch, schedules, streams, stack)).read)
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -142,6 +146,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                sources=sources,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

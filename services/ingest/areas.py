@@ -53,6 +53,7 @@ from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import WritePressure
 from services.ingest.intake.storage import StorageQuotas
 from services.ingest.job_events import JobEvents
+from services.ingest.metrics import IngestMetrics, JobCounts, QueueAges
 from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.operations.operation_repository import JOB_OPERATIONS, OperationRepository
 from services.ingest.operations.operator import Operator
@@ -387,6 +388,19 @@ def build_streams(
         all_items=config.run_items_together,
     )
     return StreamsArea(connectors, reports, run_streams)
+
+
+async def build_metrics(
+    shared: SharedComponents,
+    dispatch: DispatchArea,
+    schedules: SchedulesArea,
+    streams: StreamsArea,
+    stack: AsyncExitStack,
+) -> IngestMetrics:
+    """Return the metrics of the instance, started."""
+    ages = await stack.enter_async_context(QueueAges(shared.store, shared.clock, shared.instance.ready))
+    counts = JobCounts(shared.events)
+    return IngestMetrics(counts, ages, dispatch.backlog, dispatch.dispatcher, streams.connectors, schedules.lease)
 
 
 def build_batches(

@@ -41,6 +41,7 @@ from services.store.garbage.collector import Collector
 from services.store.garbage.references import References
 from services.store.garbage.rounds import CollectorRounds
 from services.store.garbage.verification import Verification
+from services.store.metrics import RecordedCount, StoreMetrics
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.results.large_responses import LargeResponses
@@ -95,7 +96,8 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
 
         # Results.
         responses = LargeResponses(blobs, threads, config.inline_bytes)
-        results = Results(collections, responses, clock, counters.recorded)
+        recorded = RecordedCount(counters.recorded)
+        results = Results(collections, responses, clock, recorded)
         waiters = await stack.enter_async_context(results.waiters)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
@@ -158,6 +160,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                sources=[StoreMetrics(recorded, sweep, lease, chain).read],
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))

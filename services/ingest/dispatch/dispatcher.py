@@ -241,6 +241,11 @@ class Dispatcher:
         return {job_id: held_job.job.lease for job_id, held_job in self._held.items() if held_job.job.lease is not None}
 
     @property
+    def held_count(self) -> int:
+        """Number of held jobs."""
+        return len(self._held)
+
+    @property
     def capacity(self) -> int:
         """Number of further jobs that may be held; 0 during the drain."""
         return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._in_writes)

@@ -47,6 +47,10 @@ class AuditChain:
         self._waiting: list[tuple[Event, asyncio.Future[Entry]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._closed = False
+        self.written = 0
+        """Entries that were written for callers."""
+        self.failed = 0
+        """Entries that could not be written: administrative acts among them were refused."""
         self._begin()
 
     def _begin(self) -> None:
@@ -70,6 +74,11 @@ class AuditChain:
         if self._writing is not None:
             await end(self._writing)
         self._fail_waiting(Unavailable("the store is stopping"))
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of entries that wait to be written."""
+        return len(self._waiting)
 
     async def record(self, events: Sequence[Event]) -> list[str]:
         """Write events in their order, and return the ids of their entries once they are durable.
@@ -109,12 +118,14 @@ class AuditChain:
                 await self._settle()
             except BaseException as err:
                 failure = err if isinstance(err, ShoalError) else Unavailable("the audit log was not written")
+                self.failed += len(batch)
                 for _, future in batch:
                     _fail(future, failure)
                 if not isinstance(err, ShoalError):
                     self._fail_waiting(failure)
                     raise
                 continue
+            self.written += len(batch)
             # A chain's own entries precede the events.
             for (_, future), entry in zip(reversed(batch), reversed(entries), strict=False):
                 if not future.done():

@@ -76,6 +76,8 @@ class Sweep:
     ) -> None:
         """Store what a call needs. `removal_clock` decides what is old (None: `clock`); `clock` dates the removals."""
         self._collections = collections
+        self.removed = 0
+        """Results, large answers and tombstones that this instance has removed."""
         self._rules = rules
         self._counters = counters
         self._deletions = PendingDeletions(collections)
@@ -102,6 +104,7 @@ class Sweep:
                     break
                 except Outdated:
                     snapshot = await self._rules.read()
+        self.removed += swept.results + swept.answers + swept.tombstones
         return swept
 
     async def _sweep(self, kind: DataKind, snapshot: RuleSnapshot, lease: Lease, swept: Swept, ends: float) -> bool:

@@ -1,0 +1,157 @@
+"""Metrics of ingest: counts of this instance's jobs, and the state of the queue, read every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from mesh.metrics.families import Family, Kind, Reading
+from mesh.mongo_clock import Clock
+from mesh.mongo_lease import LeaderLease
+from mesh.process.tasks import Background, for_ever
+from services.ingest.connectors.connectors import Connectors
+from services.ingest.dispatch.dispatcher import Dispatcher
+from services.ingest.intake.backlog import JobBacklog
+from services.ingest.job import Job, Outcome
+from services.ingest.job_events import JobEvents
+from services.ingest.job_store import JobStore
+from shoal.store.v1 import store_pb2
+
+log = logging.getLogger(__name__)
+
+C, G = Kind.COUNTER, Kind.GAUGE
+ACCEPTED = Family("shoal.ingest.jobs.accepted", C, "{job}", "Jobs that are durable, counted where they were submitted.")
+ENDED = Family(
+    "shoal.ingest.jobs.ended", C, "{job}", "Jobs that have ended, by outcome, counted where they ran.", ("outcome",)
+)
+AGAIN = Family("shoal.ingest.jobs.due_again", C, "{job}", "Jobs that were requeued, or freed by their dependencies.")
+HELD = Family("shoal.ingest.jobs.held", G, "{job}", "Jobs whose lease the instance holds: running, or about to.")
+BACKLOG = Family("shoal.ingest.backlog", G, "{job}", "Queued jobs of all instances together, estimated.")
+AGE = Family(
+    "shoal.ingest.queue.age", G, "s", "Age of the oldest due job of a tenant: the 20 oldest, or `other`.", ("tenant",)
+)
+OLDEST = Family("shoal.ingest.queue.oldest", G, "s", "Age of the oldest due job of all; 0: none is due.")
+QUEUES = Family("shoal.ingest.queue.count", G, "{queue}", "Tenant queues that have jobs.")
+READ_AGE = Family("shoal.ingest.queue.read_age", G, "s", "Time since the ages of the queue were read; -1: never.")
+LEADS = Family("shoal.ingest.leader", G, "", "1: the instance leads ingest; schedules fire and operations run there.")
+_LABELS = ("connector",)
+MESSAGES = Family("shoal.ingest.connector.messages", C, "{message}", "Messages that a connector has read.", _LABELS)
+ANSWERED = Family("shoal.ingest.connector.answered", C, "{message}", "Messages that it has answered.", _LABELS)
+DEAD = Family("shoal.ingest.connector.dead", C, "{message}", "Messages that ended as dead letters.", _LABELS)
+LAG = Family("shoal.ingest.connector.lag", G, "{message}", "Messages that its source has beyond its position.", _LABELS)
+LAG_TIME = Family("shoal.ingest.connector.lag_time", G, "s", "Time by which it lags behind its source.", _LABELS)
+FAMILIES = (
+    *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, OLDEST, QUEUES, READ_AGE, LEADS),
+    *(MESSAGES, ANSWERED, DEAD, LAG, LAG_TIME),
+)
+
+TENANTS = 20
+"""Tenants with a series of their own."""
+QUEUES_READ = 1_000
+"""Tenant queues whose ages are read: one step of an index each."""
+_READ_S = 5.0
+_UNAVAILABLE_WAIT_S = 10.0
+
+
+class JobCounts:
+    """Counts of the jobs that this instance accepts and ends."""
+
+    def __init__(self, events: JobEvents) -> None:
+        self.accepted = 0
+        self.due_again = 0
+        self.ended: Counter[str] = Counter({outcome.name.lower(): 0 for outcome in Outcome})
+        events.accepted.subscribe(self._add_accepted)
+        events.recorded.subscribe(self._add_ended)
+        events.due_again.subscribe(self._add_again)
+
+    def _add_accepted(self, jobs: Sequence[Job]) -> None:
+        self.accepted += len(jobs)
+
+    def _add_ended(self, job: Job, result: store_pb2.Result) -> None:
+        self.ended[Outcome(result.outcome).name.lower()] += 1
+
+    def _add_again(self, jobs: Sequence[Job]) -> None:
+        self.due_again += len(jobs)
+
+
+class QueueAges(Background):
+    """Ages of the oldest due jobs by tenant, read every few seconds. Used as `async with`."""
+
+    def __init__(self, store: JobStore, clock: Clock, ready: asyncio.Event) -> None:
+        self._store = store
+        self._clock = clock
+        self._ready = ready
+        self._loop_time = asyncio.get_running_loop().time
+        self._read_at: float | None = None
+        self.queues = 0
+        self.ages: dict[str, float] = {}
+        """Seconds by tenant."""
+
+    @property
+    def read_age_s(self) -> float:
+        """Seconds since the last read; -1: there was none."""
+        return -1.0 if self._read_at is None else self._loop_time() - self._read_at
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        await for_ever("read the ages of the queue", self._read, away_s=_UNAVAILABLE_WAIT_S, log=log)
+
+    async def _read(self) -> float:
+        found = await self._store.tenant_queues("", QUEUES_READ)
+        now = self._clock()
+        ages: dict[str, float] = {}
+        for key, due_at in found:
+            ages[key.tenant] = max(ages.get(key.tenant, 0.0), (now - due_at).total_seconds())
+        self.queues, self.ages, self._read_at = len(found), ages, self._loop_time()
+        return _READ_S
+
+
+class IngestMetrics:
+    """Readings of one instance."""
+
+    def __init__(
+        self,
+        counts: JobCounts,
+        ages: QueueAges,
+        backlog: JobBacklog,
+        dispatcher: Dispatcher,
+        connectors: Connectors,
+        lease: LeaderLease,
+    ) -> None:
+        self._counts = counts
+        self._ages = ages
+        self._backlog = backlog
+        self._dispatcher = dispatcher
+        self._connectors = connectors
+        self._lease = lease
+
+    def read(self) -> Iterable[Reading]:
+        yield ACCEPTED, (), self._counts.accepted
+        for outcome, count in self._counts.ended.items():
+            yield ENDED, (outcome,), count
+        yield AGAIN, (), self._counts.due_again
+        yield HELD, (), self._dispatcher.held_count
+        yield BACKLOG, (), self._backlog.estimate
+        yield from self._queue()
+        yield LEADS, (), int(self._lease.is_held)
+        for name, (_, progress) in self._connectors.own().items():
+            yield MESSAGES, (name,), progress.messages
+            yield ANSWERED, (name,), progress.answered
+            yield DEAD, (name,), progress.dead
+            status = progress.status()
+            if status.lag is not None:
+                yield LAG, (name,), status.lag
+            if status.lag_ms is not None:
+                yield LAG_TIME, (name,), status.lag_ms / 1_000
+
+    def _queue(self) -> Iterable[Reading]:
+        oldest_first = sorted(self._ages.ages.items(), key=lambda pair: -pair[1])
+        yield OLDEST, (), max(0.0, oldest_first[0][1]) if oldest_first else 0.0
+        yield QUEUES, (), self._ages.queues
+        yield READ_AGE, (), self._ages.read_age_s
+        for tenant, age_s in oldest_first[:TENANTS]:
+            yield AGE, (tenant,), age_s
+        if len(oldest_first) > TENANTS:
+            yield AGE, ("other",), oldest_first[TENANTS][1]

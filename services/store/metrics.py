@@ -1,0 +1,53 @@
+"""Metrics of the store: results, retention, and the audit log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+from mesh.metrics.families import Family, Kind, Reading
+from mesh.mongo import Document
+from mesh.mongo_lease import LeaderLease
+from services.store.audit.chain import AuditChain
+from services.store.retention.sweep import Sweep
+
+C, G = Kind.COUNTER, Kind.GAUGE
+RECORDED = Family("shoal.store.results.recorded", C, "{result}", "Results that the instance has recorded.")
+REMOVED = Family("shoal.store.retention.removed", C, "{document}", "Results and answers removed by retention.")
+LEADS = Family("shoal.store.leader", G, "", "1: the instance leads the store: retention and anchors run there.")
+AUDITED = Family("shoal.store.audit.written", C, "{entry}", "Entries of the audit log that were written.")
+AUDIT_FAILED = Family(
+    "shoal.store.audit.failed", C, "{entry}", "Entries that could not be written; acts among them were refused."
+)
+AUDIT_WAITING = Family("shoal.store.audit.waiting", G, "{entry}", "Entries that wait to be written.")
+FAMILIES = (RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING)
+
+
+class RecordedCount:
+    """Count of recorded results, on their way to the counters of usage."""
+
+    def __init__(self, then: Callable[[Iterable[Document], Collection[str]], None]) -> None:
+        self._then = then
+        self.count = 0
+
+    def __call__(self, docs: Iterable[Document], replacing: Collection[str] = ()) -> None:
+        recorded = list(docs)
+        self.count += len(recorded)
+        self._then(recorded, replacing)
+
+
+class StoreMetrics:
+    """Readings of one instance."""
+
+    def __init__(self, recorded: RecordedCount, sweep: Sweep, lease: LeaderLease, chain: AuditChain) -> None:
+        self._recorded = recorded
+        self._sweep = sweep
+        self._lease = lease
+        self._chain = chain
+
+    def read(self) -> Iterable[Reading]:
+        yield RECORDED, (), self._recorded.count
+        yield REMOVED, (), self._sweep.removed
+        yield LEADS, (), int(self._lease.is_held)
+        yield AUDITED, (), self._chain.written
+        yield AUDIT_FAILED, (), self._chain.failed
+        yield AUDIT_WAITING, (), self._chain.waiting_count
