@@ -51,9 +51,9 @@ CREDIT = 1 << 20
 # More frames than data can have.
 _ALL = 1 << 30
 
-# After so many bytes at a time, a connection waits for its turn to be read again. libuv would read 8 MiB of each
-# connection in one iteration of the event loop.
-_READ_BYTES = 64 << 10
+READ_BYTES = 64 << 10
+"""After so many bytes at a time, a connection waits for its turn to be read again. libuv would read 8 MiB of each
+connection in one iteration of the event loop."""
 
 _BLOCK_BYTES = 128 << 10
 # Frames of one block: 128 KiB in frames of 16 KiB, with room. Without a bound, empty frames could go on without end.
@@ -195,7 +195,7 @@ class Peer(asyncio.Protocol, ABC):
         else:
             if at < end:
                 self._wait_for_turn()
-        if end > _READ_BYTES and self._turns is not None and not self._is_waiting:
+        if end > READ_BYTES and self._turns is not None and not self._is_waiting:
             self._wait_for_turn()
         self._unparsed = data[at:]
 

@@ -17,6 +17,7 @@ from mesh.h2.connections import Connections, admit
 from mesh.h2.frames import PREFACE, Reason
 from mesh.h2.headers import LIST_BYTES, Fields
 from mesh.h2.memory_account import Share
+from mesh.h2.peer import READ_BYTES
 from mesh.h2.server_connection import LINGER_S, Memory, ServerConnection, disconnect, release
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
 from mesh.h2.unread import TICK_S, Unread
@@ -34,6 +35,8 @@ _AHEAD_BYTES = 64 << 10
 _SMALL_BYTES = 4 << 10
 # Bytes that are dropped after a response before its request's end. Then the connection is closed at once.
 _DROPPED_BYTES = 4 << 20
+# Chunked bytes that are read in one turn: 5,500 chunks of one byte take 2 ms.
+_CHUNKED_BYTES = 32 << 10
 # A request costs as much as so many frames of HTTP/2.
 _FRAMES_A_REQUEST = 16
 
@@ -128,6 +131,7 @@ class Http1Connection(asyncio.Protocol):
         if self._lingering is not None:
             self._drop(data)
             return
+        is_large = len(data) > READ_BYTES
         if self._unparsed:
             data = self._unparsed + data
         self._unparsed = data
@@ -137,6 +141,9 @@ class Http1Connection(asyncio.Protocol):
             return
         if self._is_free():
             self._parse(1)
+        # Its turn reads the transport again, as it does for HTTP/2.
+        if is_large and not self._is_waiting and self._stream is not None:
+            self._wait()
         self._read_or_not()
 
     def _hand_over(self, data: bytes) -> None:
@@ -165,7 +172,7 @@ class Http1Connection(asyncio.Protocol):
             self._keep(size)
         if self._transport.is_closing():
             return
-        is_paused = self._is_write_paused or (size > _AHEAD_BYTES and not self._is_free())
+        is_paused = self._is_write_paused or self._is_waiting or (size > _AHEAD_BYTES and not self._is_free())
         if is_paused and not self._is_read_paused:
             self._transport.pause_reading()
         elif self._is_read_paused and not is_paused:
@@ -256,12 +263,13 @@ class Http1Connection(asyncio.Protocol):
                 elif self._stream is not None:
                     if self._stream.is_request_ended:
                         break
-                    self._read_body(self._stream)
+                    if not self._read_body(self._stream):
+                        self._wait()
+                        break
                 elif self._is_closing:
                     self._linger()
                 elif not most:
-                    self._is_waiting = True
-                    self._turns.wait(self)
+                    self._wait()
                     break
                 elif not self._read_head():
                     break
@@ -274,6 +282,11 @@ class Http1Connection(asyncio.Protocol):
             self._transport.abort()
         finally:
             self._is_parsing = False
+
+    def _wait(self) -> None:
+        """Read on in this connection's turn. Meanwhile the transport is not read."""
+        self._is_waiting = True
+        self._turns.wait(self)
 
     def _read_head(self) -> bool:
         """Begin the request whose head is at the beginning of the data. Return False when the head is not whole."""
@@ -319,11 +332,14 @@ class Http1Connection(asyncio.Protocol):
         except Exception:
             self._fail(stream)
 
-    def _read_body(self, stream: Http1Stream) -> None:
+    def _read_body(self, stream: Http1Stream) -> bool:
+        """Read what has arrived of the body. Return False when chunks are left for another turn."""
         piece, rest = self._unparsed, b""
         assert self._head is not None, "a request is open"
         self._unparsed = b""
-        if self._head.length is None:
+        is_chunked = self._head.length is None
+        if is_chunked:
+            piece, rest = piece[:_CHUNKED_BYTES], piece[_CHUNKED_BYTES:]
             piece = self._reader.feed_body(piece)
             is_end = self._reader.is_complete
         else:
@@ -339,6 +355,7 @@ class Http1Connection(asyncio.Protocol):
                 stream.handler.data(piece, len(piece), is_end=is_end)
         except Exception:
             self._fail(stream)
+        return is_end or not (is_chunked and rest)
 
     def _fail(self, stream: Http1Stream) -> None:
         log.exception("the handler of %s failed: its connection is closed", stream.head.path)
@@ -467,8 +484,7 @@ class Http1Connection(asyncio.Protocol):
     def _go_on(self) -> None:
         """Read the requests that have waited, in this connection's turn."""
         if self._unparsed and self._is_free():
-            self._is_waiting = True
-            self._turns.wait(self)
+            self._wait()
         self._read_or_not()
 
     # -- the end

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -14,6 +14,7 @@ import pytest_asyncio
 from mesh.h2 import frames
 from mesh.h2.headers import LIST_BYTES, LIST_FIELDS
 from mesh.h2.listener import Listener
+from mesh.h2.peer import READ_BYTES
 from mesh.h2.server_connection import Memory
 from mesh.h2.stream import RequestHandler, ServerStream
 from mesh.http1 import connection as http1
@@ -21,6 +22,7 @@ from mesh.http1 import requests
 from mesh.http1.connection import Http1Connection
 from mesh.http1.requests import RequestReader
 from tests.breakable import until
+from tests.mesh.h2.test_memory_account import Transport
 from tests.mesh.http1.raw import RawClient
 
 TEXT = [(b"content-type", b"text/plain")]
@@ -381,6 +383,52 @@ async def test_chunks_of_a_byte_cost_few_calls(served: Served) -> None:
     async with served.client() as client:
         client.send(CHUNKED + b"1\r\na\r\n" * size + b"0\r\n\r\n")
         assert (await client.response()).body == b"a" * size
+
+
+def connected(memory: Memory, app: App) -> tuple[Http1Connection, Transport]:
+    """Return a connection without sockets."""
+    connection = Http1Connection(app, app, {}, memory)
+    transport = Transport(connection)
+    connection.connection_made(cast("asyncio.Transport", transport))
+    return connection, transport
+
+
+async def test_connections_that_send_much_are_read_one_after_the_other() -> None:
+    """libuv reads 8 MiB of a connection in one iteration of the event loop, unless the connection is paused."""
+    memory, app, transports = Memory(), App(), []
+    for _ in range(4):
+        connection, transport = connected(memory, app)
+        transports.append(transport)
+        connection.data_received(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9999999\r\n\r\n" + bytes(1000))
+        assert transport.is_reading
+        connection.data_received(bytes(READ_BYTES + 1))
+        assert not transport.is_reading
+    for reading in range(1, 5):
+        await asyncio.sleep(0)
+        assert [transport.is_reading for transport in transports] == [n < reading for n in range(4)]
+    for transport in transports:
+        transport.abort()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not memory.bodies.held
+
+
+async def test_many_chunks_are_read_in_turns() -> None:
+    memory, app = Memory(), App()
+    connection, transport = connected(memory, app)
+    size = 40_000
+    connection.data_received(CHUNKED + b"1\r\na\r\n" * size + b"0\r\n\r\n")
+    turns = 0
+    while not transport.written:
+        assert not transport.is_reading
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 5
+    assert transport.written.endswith(b"\r\n" + b"a" * size)
+    assert transport.is_reading
+    transport.abort()
+    await asyncio.sleep(0)
+    assert not memory.bodies.held
 
 
 async def test_a_fault_of_the_application_closes_its_connection_alone(served: Served) -> None:
