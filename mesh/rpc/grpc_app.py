@@ -103,6 +103,9 @@ class GrpcApp:
         if not _is_grpc(head):
             stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
             return NO_HANDLER
+        if head.path not in self.methods:
+            stream.respond(_unknown_method(head.path))
+            return NO_HANDLER
         return SlowCall(self, stream)
 
     def reject(self, stream: ServerStream) -> None:
@@ -132,6 +135,11 @@ class MethodTable:
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Called by generated code, with the same handlers in another form: not used."""
+
+
+def _unknown_method(path: str) -> bytes:
+    found = status.trailers(Code.UNIMPLEMENTED, f"Method not found: this server does not implement {path}")
+    return response_head(200, [status.CONTENT_TYPE, *found])
 
 
 def _names_grpc(head: Block) -> bool:

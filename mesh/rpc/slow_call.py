@@ -42,7 +42,7 @@ from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, parse_in_turn
 from shoal.access.caller_header import CALLER_HEADER, SIGNER_HEADER
-from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
+from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,7 @@ class SlowCall:
 
     async def _call(self) -> None:
         app, headers = self._app, self._head.by_name
-        handler = app.methods.get(self._head.path)
-        if handler is None:
-            raise Unimplemented(f"Method not found: this server does not implement {self._head.path}")
+        handler = app.methods[self._head.path]
         if app.access is None:
             await self._admitted(handler)
         else:

@@ -283,7 +283,7 @@ async def is_serving(address: str) -> bool:
     [(b"application/grpc", True), (b"application/grpc+proto", True), (b"application/grpc; charset=utf-8", False)],
 )
 async def test_a_call_of_a_usual_content_type_takes_the_fast_path(kind: bytes, is_fast: bool) -> None:
-    app = GrpcApp({}, {"/t.T/Fast": lambda body, call: None})
+    app = GrpcApp({"/t.T/Fast": None}, {"/t.T/Fast": lambda body, call: None})
     head = Block(((b":method", b"POST"), (b":path", b"/t.T/Fast"), (b"content-type", kind)))
     handler = app.request(cast("Any", SimpleNamespace(head=head, is_request_ended=False, peer=("unix", 0))))
     assert isinstance(handler, FastCall) is is_fast
