@@ -37,7 +37,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
-from mesh.h2.turns import Turns
+from mesh.h2.turns import AT_ONCE, Turns
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ class Peer(asyncio.Protocol, ABC):
                 return
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
-        for _ in range(most):
+        handled = 0
+        for handled in range(most):  # noqa: B007 (read after the loop)
             if end - at < HEADER_BYTES:
                 break
             high, low, kind, flags, number = unpack(data, at)
@@ -195,8 +196,11 @@ class Peer(asyncio.Protocol, ABC):
         else:
             if at < end:
                 self._wait_for_turn()
-        if end > READ_BYTES and self._turns is not None and not self._is_waiting:
-            self._wait_for_turn()
+        if (end > READ_BYTES or handled > AT_ONCE) and self._turns is not None and not self._is_waiting:
+            if end > READ_BYTES:
+                self._wait_for_turn()
+            else:
+                self._turns.used()
         self._unparsed = data[at:]
 
     def _check_order(self, kind: int) -> None:

@@ -1,6 +1,6 @@
 """Turns of a server's connections: what they send is handled in bounded pieces, one connection after the other.
 
-    data ──first frames──> handled at once
+    data ──first frames──> handled at once: many of the first connection, few of each other in the same iteration
          └──more──> queue of the connections ──one turn in each iteration of the event loop──> handled
 
 The frames of a turn are few at first. They double while iterations are short, and are cut when one was long: some
@@ -21,8 +21,9 @@ _ITERATION_S = 0.005
 # Frames of a turn. A call is two of them.
 _FEWEST, _FIRST, _MOST = 8, 64, 512
 
-# Frames that a connection handles at once while others wait for their turn: some calls, of a connection with few.
-_AT_ONCE = 16
+AT_ONCE = 16
+"""Frames that a connection handles at once while others wait for their turn, or after one that handled more in the same
+iteration of the event loop: some calls, of a connection with few."""
 
 
 class Waiting(Protocol):
@@ -51,6 +52,12 @@ class Turns:
             self._began = None
             self._schedule()
 
+    def used(self) -> None:
+        """A connection has handled many frames at once: until the next iteration, each other one handles few."""
+        if not self._is_scheduled:
+            self._began = self._clock()
+            self._schedule()
+
     def _next(self) -> None:
         """Give the first connection its turn."""
         waiting = self._waiting
@@ -73,7 +80,7 @@ class Turns:
     def _schedule(self) -> None:
         self._is_scheduled = True
         asyncio.get_running_loop().call_soon(self._next)
-        self.at_once = min(_AT_ONCE, self._frames)
+        self.at_once = min(AT_ONCE, self._frames)
 
     def _adapt(self, took_s: float) -> None:
         if took_s > _ITERATION_S:

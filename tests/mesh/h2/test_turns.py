@@ -152,6 +152,48 @@ async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
     await asyncio.sleep(0)
 
 
+async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_and_the_others_few():
+    memory, begun = Memory(), []
+    paths = [f"/t.T/{n}" for n in range(8)]
+    app = GrpcApp({}, {path: lambda body, call, path=path: begun.append(path) for path in paths})
+    connections = []
+    for _ in paths:
+        connection = ServerConnection(app, {}, memory)
+        connection.connection_made(Transport(connection))
+        connection.data_received(greeting())
+        connections.append(connection)
+    for path, connection in zip(paths, connections, strict=True):
+        connection.data_received(calls(path, 30))
+    # Two frames are a call, and 64 frames the most at first.
+    assert [begun.count(path) for path in paths] == [30, *(8,) * 7]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert [begun.count(path) for path in paths] == [30] * 8
+    # The next iteration begins anew, also when nothing waits.
+    connections[1].data_received(calls(paths[1], 20, first=101))
+    assert begun.count(paths[1]) == 50
+    await asyncio.sleep(0)
+    connections[2].data_received(calls(paths[2], 20, first=101))
+    assert begun.count(paths[2]) == 50
+    for connection in connections:
+        connection.abort()
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_calls_of_an_unknown_method_cost_no_task():
+    memory, app = Memory(), GrpcApp({}, {})
+    connection = ServerConnection(app, {}, memory)
+    transport = Transport(connection)
+    connection.connection_made(transport)
+    connection.data_received(greeting() + calls("/t.T/None", 10))
+    assert not app.tasks
+    assert transport.written.count(b"does not implement /t.T/None") == 10
+    assert not memory.bodies.held
+    connection.abort()
+    await asyncio.sleep(0)
+
+
 async def test_connections_that_send_much_are_read_one_after_the_other():
     """libuv reads 8 MiB of a connection in one iteration of the event loop, unless the connection is paused."""
     memory = Memory()
