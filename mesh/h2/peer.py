@@ -173,7 +173,7 @@ class Peer(asyncio.Protocol, ABC):
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
         handled = 0
-        for handled in range(most):  # noqa: B007 (read after the loop)
+        for handled in range(most):  # noqa: B007 - read after the loop.
             if end - at < HEADER_BYTES:
                 break
             high, low, kind, flags, number = unpack(data, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -15,6 +15,10 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 class RequestMemory(Protocol):
     """Memory of one request, in the account of its server."""
+
+    @property
+    def sender(self) -> Hashable:
+        """Identity of the connection and tenant that sent the request: equal for all its requests."""
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import grpc
 
 from mesh.h2.headers import encode, response_head
+from mesh.h2.memory_account import Share
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
 from mesh.rpc import status
@@ -266,6 +267,11 @@ class _Messages:
     def _reserve(self, size: int) -> None:
         if not self._stream.reserve(size):
             raise no_memory()
+
+    @property
+    def sender(self) -> Share:
+        """The share of the memory that the tenant has on its connection, as identity of both."""
+        return self._stream.share
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""

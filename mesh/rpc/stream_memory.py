@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mesh.h2.memory_account import Share
 from mesh.h2.stream import ServerStream
 from mesh.rpc.framing import no_memory
 
@@ -14,6 +15,11 @@ class StreamMemory:
     _stream: ServerStream
     is_over: bool
     """True when the call has ended: the stream has released what it held."""
+
+    @property
+    def sender(self) -> Share:
+        """The share of the memory that the tenant has on its connection, as identity of both."""
+        return self._stream.share
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 from mesh.process.tasks import end, log_failure
@@ -214,6 +214,11 @@ class Entry:
         if self._part.held:
             self._part.close()
         self._on_outcome(outcome, self._number, size)
+
+    @property
+    def sender(self) -> Hashable:
+        """The sender of the call."""
+        return self._part.sender
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the entry ends. Raises ResourceExhausted when there is no room."""

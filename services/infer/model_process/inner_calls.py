@@ -153,6 +153,10 @@ class _TenantMemory:
     def held(self) -> int:
         return self._share.held
 
+    @property
+    def sender(self) -> Share:
+        return self._share
+
     def hold(self, size: int) -> None:
         if not self._share.has_room(size):
             raise no_memory()

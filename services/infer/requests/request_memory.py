@@ -5,6 +5,8 @@ RequestMemory (a call) <── RequestPart (one request of several in a call): h
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from mesh.rpc.call_context import RequestMemory
 
 
@@ -12,6 +14,7 @@ class Uncounted:
     """Memory of calls without an account."""
 
     message_bytes = 0
+    sender: Hashable = None
 
     def hold(self, size: int) -> None:
         pass
@@ -41,6 +44,11 @@ class RequestPart:
         self.message_bytes = message_bytes
         self.held = 0
         self._is_closed = False
+
+    @property
+    def sender(self) -> Hashable:
+        """The sender of the call."""
+        return self._memory.sender
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more. Counts nothing after the end. Raises ResourceExhausted when there is no room."""

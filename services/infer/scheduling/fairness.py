@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from itertools import count
 from typing import Any
 
@@ -23,7 +23,7 @@ _TIDY_AT = 64
 class TenantQueue:
     """Queued requests of one tenant in one band, with its virtual time. Compared by identity."""
 
-    __slots__ = ("count", "order", "rows", "tenant", "virtual_time", "weight")
+    __slots__ = ("count", "is_crowded", "order", "rounds", "rows", "tenant", "virtual_time", "weight")
 
     def __init__(self, tenant: str, weight: float, virtual_time: float) -> None:
         self.tenant = tenant
@@ -33,7 +33,25 @@ class TenantQueue:
         self.count = 0
         self.rows = 0
         self.order: deque[Any] = deque()
-        """Requests in order of arrival. Those that left the queue are dropped lazily."""
+        """Requests in order of their rounds. Those that left the queue are dropped lazily."""
+        self.rounds: dict[Hashable, float] = {}
+        """Round of the next request of each sender that has sent more than one of them."""
+        self.is_crowded = False
+        """True since more than a batch waited, until nothing does: then requests have rounds."""
+
+    def next_round(self, sender: Hashable) -> float:
+        """Return the round of a sender's next request. The first of `order` waits."""
+        begun = self.order[0].round if self.order else 0.0
+        return max(begun, self.rounds.get(sender, 0.0))
+
+    def add_round(self, sender: Hashable, rows: int) -> float:
+        """Return the round of a sender's request of `rows` rows, whose next one comes so much later."""
+        if len(self.rounds) > 2 * self.count + _TIDY_AT:
+            begun = self.order[0].round if self.order else 0.0
+            self.rounds = {other: after for other, after in self.rounds.items() if after > begun}
+        found = self.next_round(sender)
+        self.rounds[sender] = found + rows
+        return found
 
 
 class TenantQueues:

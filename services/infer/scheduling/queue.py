@@ -6,13 +6,15 @@ WAITING ──take──> RUNNING ──> delivered
 
 Bounds: requests by priority level, bytes over all levels. At a bound, a request is rejected; but when several tenants
 wait, the tenant with the most queued requests loses its newest, so that no tenant can fill the queue alone. For memory,
-requests of worse levels are evicted, too.
+requests of worse levels are evicted, too. When more than a batch of one tenant waits, its connections take turns, by
+rounds of one row of each; at the bound, the connection with the most loses its newest.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,10 +29,10 @@ from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.scheduling.delivery import PendingRequest, Receiver
 from services.infer.scheduling.fairness import TenantQueue, TenantQueues
 from services.infer.scheduling.rules import Rules
-from services.infer.scheduling.stack_group import Member, StackGroup, fair_order_key
+from services.infer.scheduling.stack_group import Member, StackGroup, add_in_turn, fair_order_key
 from shoal.errors import ResourceExhausted
 
-_RANK = attrgetter("rank")
+_RANK, _ROUND = attrgetter("rank"), attrgetter("round")
 NO_TENANT = TenantQueue("", 1.0, 0.0)
 
 
@@ -48,6 +50,7 @@ class QueuedRequest(PendingRequest):
         "on_abandoned",
         "rank",
         "request",
+        "round",
         "rows",
         "size_bytes",
         "tenant_queue",
@@ -65,6 +68,8 @@ class QueuedRequest(PendingRequest):
         """Useless to the caller at or after `deadline`; never started at or after `expires`."""
         self.yields_at = math.inf
         """From then on the request waits behind the others of its level."""
+        self.round = 0.0
+        """Place among the requests of its tenant: its connections take turns when more than a batch waits."""
         self.due = math.inf
         """Time by which the model's goal wants the request completed."""
         self.level = self.band = 0
@@ -199,6 +204,7 @@ class Queue:
             self._unlink(queued)
             queued.band += 1
             queued.tenant_queue = self._tenant_queues[queued.band].of(queued.tenant_queue.tenant)
+            queued.round = 0.0
             self._insert(queued, now)
         expired = list(self._expiry.until(now))
         for queued in expired:
@@ -228,9 +234,14 @@ class Queue:
         own = next((tenant_queue for tenant_queue in same_band if tenant_queue.tenant == tenant), None)
         if own is None:
             return rows
+        own_rows = own.rows
+        if own.is_crowded:
+            _drop_first(own)
+            own_rows = min(own_rows, bisect_right(own.order, own.next_round(queued.request.memory.sender), key=_ROUND))
         # While rows of the tenant run, other tenants get their shares of the instances.
         return rows + sum(
-            min(tenant_queue.rows, own.rows * tenant_queue.weight / own.weight) for tenant_queue in same_band
+            min(own_rows if tenant_queue is own else tenant_queue.rows, own_rows * tenant_queue.weight / own.weight)
+            for tenant_queue in same_band
         )
 
     def take(
@@ -352,11 +363,17 @@ class Queue:
                 self._tenant_queues[band].advanced(tenant_queue)
             else:
                 tenant_queue.order.clear()
+                if tenant_queue.is_crowded:
+                    tenant_queue.is_crowded = False
+                    tenant_queue.rounds.clear()
         return Batch(requests, rows, size, fired, leaves_rows=self._count > 0)
 
     def _insert(self, queued: QueuedRequest, arrived: float) -> None:
         if self._loads:
             self._loads = {}
+        tenant_queue = queued.tenant_queue
+        if tenant_queue.is_crowded or tenant_queue.rows > self._policy.max_rows:
+            self._set_round(queued, tenant_queue)
         group = self._groups.get(queued.request.key)
         if group is None:
             group = self._spare_group or StackGroup(self._bands, by_due=self._has_goal)
@@ -367,14 +384,27 @@ class Queue:
             queued.rank = arrived + queued.band * gap_s
         group.add(queued)
         queued.is_waiting = True
-        tenant_queue = queued.tenant_queue
         tenant_queue.count += 1
         tenant_queue.rows += queued.rows
-        tenant_queue.order.append(queued)
+        if tenant_queue.is_crowded:
+            add_in_turn(tenant_queue.order, queued)
+        else:
+            tenant_queue.order.append(queued)
         if tenant_queue.count == 1:
             self._tenant_queues[queued.band].advanced(tenant_queue)
         elif len(tenant_queue.order) > 2 * tenant_queue.count + _ORDER_SLACK:
             tenant_queue.order = deque(other for other in tenant_queue.order if _is_in(other, tenant_queue))
+
+    def _set_round(self, queued: QueuedRequest, tenant_queue: TenantQueue) -> None:
+        """Give the request its round, while more waits than one batch takes."""
+        _drop_first(tenant_queue)
+        if not tenant_queue.order:
+            tenant_queue.rounds.clear()
+        # A goal has an order of its own: that of the due times.
+        tenant_queue.is_crowded = bool(tenant_queue.order) and not self._has_goal
+        queued.round = (
+            tenant_queue.add_round(queued.request.memory.sender, queued.rows) if tenant_queue.is_crowded else 0.0
+        )
 
     def _unlink(self, queued: QueuedRequest) -> None:
         if self._loads:
@@ -426,6 +456,7 @@ class Queue:
         loads = self._loads.get(queued.level) or self._sum_loads(queued.level, bands_of_level)
         own = loads.by_tenant.get(queued.tenant_queue.tenant)
         if len(loads.by_tenant) < (1 if own is None else 2):
+            yield from _later_rounds(queued)
             return
         load = loads.by_tenant[loads.heaviest]
         for band in bands_of_level:
@@ -435,6 +466,7 @@ class Queue:
             for victim in _newest_first(heaviest):
                 # Only while the tenant holds more than that of `queued`: else both would evict each other for ever.
                 if load <= (own or 0.0) + 1 / queued.tenant_queue.weight:
+                    yield from _later_rounds(queued)
                     return
                 load -= 1 / heaviest.weight
                 yield victim
@@ -482,15 +514,37 @@ def _newest_first(tenant_queue: TenantQueue) -> Iterator[QueuedRequest]:
     return (queued for queued in reversed(order) if _is_in(queued, tenant_queue))
 
 
+def _later_rounds(queued: QueuedRequest) -> Iterator[QueuedRequest]:
+    """Yield the waiting requests of the tenant that are at least two rounds later than `queued` would be, last first.
+
+    Their connections hold more of the queue than that of `queued`.
+    """
+    tenant_queue = queued.tenant_queue
+    if not tenant_queue.is_crowded:
+        return
+    _drop_first(tenant_queue)
+    own = tenant_queue.next_round(queued.request.memory.sender)
+    for victim in _newest_first(tenant_queue):
+        if victim.round < own + queued.rows + 1:
+            return
+        yield victim
+
+
+def _drop_first(tenant_queue: TenantQueue) -> None:
+    """Drop the first requests of the order that no longer wait."""
+    order: deque[QueuedRequest] = tenant_queue.order
+    while order and not _is_in(order[0], tenant_queue):
+        order.popleft()
+
+
 def _band_head(tenant_queues: TenantQueues) -> QueuedRequest | None:
     """Return the next request of one band: the first of the tenant with the least virtual time."""
     tenant_queue = tenant_queues.first()
     if tenant_queue is None:
         return None
-    order: deque[QueuedRequest] = tenant_queue.order
-    while not _is_in(order[0], tenant_queue):
-        order.popleft()
-    return order[0]
+    _drop_first(tenant_queue)
+    found: QueuedRequest = tenant_queue.order[0]
+    return found
 
 
 def _rank_of_first(found: tuple[Member, Hashable]) -> float:

@@ -26,6 +26,7 @@ class Member(Protocol):
     size_bytes: int
     arrived: float
     due: float
+    round: float
     rank: float
     band: int
     tenant_queue: TenantQueue
@@ -34,7 +35,7 @@ class Member(Protocol):
 M = TypeVar("M", bound=Member)
 Flows: TypeAlias = dict[TenantQueue, deque[M]]
 
-_DUE, _RANK = attrgetter("due"), attrgetter("rank")
+_ARRIVED, _DUE, _RANK, _ROUND = map(attrgetter, ("arrived", "due", "rank", "round"))
 
 
 class StackGroup:
@@ -55,7 +56,7 @@ class StackGroup:
         elif self._by_due and queued.due < flow[-1].due:
             flow.insert(bisect_right(flow, queued.due, key=_DUE), queued)
         else:
-            flow.append(queued)
+            add_in_turn(flow, queued)
         self.count += 1
         self.rows += queued.rows
         self.size_bytes += queued.size_bytes
@@ -99,8 +100,12 @@ class StackGroup:
 
     def oldest(self) -> float:
         """Return the earliest arrival. The group is not empty, and in order of arrival."""
-        # Only the first request of each flow is read: a group in order of due time may hold an earlier one behind it.
-        return min(flow[0].arrived for flows in self._bands for flow in flows.values())
+        # Without rounds, the first request of a flow is the oldest. A group in order of due time has no use for it.
+        return min(
+            min(map(_ARRIVED, flow)) if flow[-1].round else flow[0].arrived
+            for flows in self._bands
+            for flow in flows.values()
+        )
 
     def soonest(self) -> float:
         """Return the earliest due time. The group is not empty, and in order of due time."""
@@ -135,6 +140,14 @@ class StackGroup:
                 break
             front.append(queued)
         return front, True
+
+
+def add_in_turn(order: deque[M], queued: M) -> None:
+    """Add a request behind those of its round."""
+    if not order or order[-1].round <= queued.round:
+        order.append(queued)
+    else:
+        order.insert(bisect_right(order, queued.round, key=_ROUND), queued)
 
 
 def fair_order_key(queued: Member) -> tuple[float, float, float]:
