@@ -1,6 +1,6 @@
 """Freed memory goes back to the system: glibc keeps it for reuse, and a process would keep its peak for ever.
 
-check ──1 s──> check (resident memory has grown, little is held) ──a thread──> malloc_trim
+check ──1 s──> check (resident memory has grown, little is held) ──a thread──> caches shrink, malloc_trim
            └──> check (objects have grown old, little is held or much time has passed) ──> full garbage collection
 """
 
@@ -48,10 +48,12 @@ class FreedMemory:
 
     Args:
         is_quiet: True when requests hold little memory.
+        shrink: frees memory that others keep for reuse; called by a thread. None: nothing keeps any.
     """
 
-    def __init__(self, is_quiet: Callable[[], bool]) -> None:
+    def __init__(self, is_quiet: Callable[[], bool], shrink: Callable[[], None] | None = None) -> None:
         self._is_quiet = is_quiet
+        self._shrink = shrink
         self._pool = ThreadPoolExecutor(1, "freed-memory")
         self._least_bytes = self._trimmed_at_bytes = 0
         self._apart = self._left = 1
@@ -86,7 +88,12 @@ class FreedMemory:
         if not self._left:
             self._apart = self._left = min(2 * self._apart, _MOST_APART)
             self._trimmed_at_bytes = resident
-            self._pool.submit(return_freed_memory)
+            self._pool.submit(self._return)
+
+    def _return(self) -> None:
+        if self._shrink is not None:
+            self._shrink()
+        return_freed_memory()
 
     def _collect(self, *, is_quiet: bool) -> None:
         now = time.perf_counter()

@@ -83,6 +83,8 @@ class Server:
         http_listen: a second address, for HTTP clients that get one of their own.
         heavy: the process's turns for heavy work, if others use them, too.
         metrics: address of the page of metrics, beside those of `sources` with what every process has; None: no page.
+        shrink: frees memory that the service keeps for reuse. Called by a thread, when memory has grown and little is
+            held.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -107,6 +109,7 @@ class Server:
         heavy: HeavyWork | None = None,
         metrics: str | None = None,
         sources: Sequence[Source] = (),
+        shrink: Callable[[], None] | None = None,
     ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
@@ -125,7 +128,7 @@ class Server:
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
-        self._freed_memory = FreedMemory(self._is_quiet)
+        self._freed_memory = FreedMemory(self._is_quiet, shrink)
         self.memory = Memory(body_bytes, unread_bytes)
         """Accounts of what the connections hold."""
         self.address = listen

@@ -102,6 +102,7 @@ async def run(config: InferConfig) -> None:
             heavy=heavy,
             metrics=config.metrics,
             sources=[metrics.source(models)],
+            shrink=models.shrink,
         )
         inner_calls.bind(core, server.memory.bodies)
         if not config.share_port:

@@ -85,6 +85,12 @@ class Models:
         """Let the requests in progress end until `at`, on the context's clock, when the block is left."""
         self._stop_by = at
 
+    def shrink(self) -> None:
+        """Free memory that the models keep for later runs. Called by any thread."""
+        for model in list(self._models.values()):
+            for version in list(model.versions.values()):
+                version.shrink()
+
     def want(self, wanted: Sequence[WantedModel]) -> None:
         """Serve exactly these models. Returns immediately; `settled` waits for the first attempts."""
         by_name = {model.name: model for model in wanted}

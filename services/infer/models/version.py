@@ -93,6 +93,12 @@ class Version:
         """True while the version holds its resources: READY, or an ensemble that lacks a step."""
         return self._loaded is not None and self.state is not State.UNLOADING
 
+    def shrink(self) -> None:
+        """Free memory that the model keeps for later runs. Called by any thread."""
+        loaded = self._loaded
+        if loaded is not None and loaded.session is not None:
+            loaded.session.shrink()
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Models that this ensemble needs; empty for any other model."""

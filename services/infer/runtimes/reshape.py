@@ -129,6 +129,9 @@ class ReshapedSession(Session):
     def device_sessions(self) -> Sequence[Session]:
         return self._device_sessions
 
+    def shrink(self) -> None:
+        self._session.shrink()
+
     def close(self) -> None:
         self._session.close()
 

@@ -180,6 +180,10 @@ class Session(ABC):
         """Free the model's memory. The session must not be run after that."""
         return
 
+    def shrink(self) -> None:
+        """Free memory that is kept for later runs. Called by any thread, while others run or close the session."""
+        return
+
     def device_sessions(self) -> Sequence[Session]:
         """Return one session for each device of the model; warm-up runs each of them."""
         return (self,)

@@ -53,9 +53,14 @@ class Process:
         monkeypatch.setattr(freed_memory, "return_freed_memory", self._trim)
         monkeypatch.setattr(freed_memory, "gc", self)
         monkeypatch.setattr(freed_memory, "time", self)
-        self.watch = FreedMemory(lambda: self.is_quiet)
+        self.shrinks = 0
+        self.watch = FreedMemory(lambda: self.is_quiet, self._shrink)
+
+    def _shrink(self) -> None:
+        self.shrinks += 1
 
     def _trim(self) -> None:
+        assert self.shrinks > self.trims
         self.trims += 1
         self.resident = self.in_use
 
