@@ -214,7 +214,7 @@ def mongod() -> Iterator[str]:
     """Run a mongod during the block, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         port = processes.free_port()
-        part = processes.mongod(Path(folder), port)
+        part = processes.mongod(Path(folder), f"127.0.0.1:{port}")
         process = Popen(part.argv, stdout=DEVNULL, stderr=DEVNULL)
         try:
             while not asyncio.run(part.ready()):

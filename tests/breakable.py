@@ -88,10 +88,9 @@ class EtcdProcess(Process):
     """An etcd for one test."""
 
     def __init__(self, folder: Path) -> None:
-        port = processes.free_port()
-        self._spec = processes.etcd(folder / "etcd", port, processes.free_port())
+        self.address, peer = (f"127.0.0.1:{processes.free_port()}" for _ in range(2))
+        self._spec = processes.etcd(folder / "etcd", self.address, peer)
         super().__init__(self._spec.argv, folder / "etcd.log", self._spec.env)
-        self.address = f"127.0.0.1:{port}"
 
     async def until_ready(self) -> None:
         await until(self._spec.ready, "etcd ready")

@@ -118,7 +118,7 @@ def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = processes.free_port()
     log = tmp_path_factory.mktemp("mongod") / "mongod.log"
     with shared_data() as folder:
-        spec = processes.mongod(folder, port)
+        spec = processes.mongod(folder, f"127.0.0.1:{port}")
         # Each test's database is some 50 files, which mongod keeps open for ten minutes: hundreds of tests would reach
         # the limit of open files, and mongod ends there.
         closing = ("--setParameter", f"wiredTigerFileHandleCloseIdleTime={MONGO_IDLE_FILES_S}")
@@ -139,10 +139,10 @@ def mongo_database() -> str:
 @pytest.fixture(scope="session")
 def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real etcd of one member, `127.0.0.1:port`."""
-    port = processes.free_port()
+    address, peer = (f"127.0.0.1:{processes.free_port()}" for _ in range(2))
     log = tmp_path_factory.mktemp("etcd") / "etcd.log"
-    with shared_data() as folder, running(processes.etcd(folder, port, processes.free_port()), log):
-        yield f"127.0.0.1:{port}"
+    with shared_data() as folder, running(processes.etcd(folder, address, peer), log):
+        yield address
 
 
 @pytest.fixture(scope="session")

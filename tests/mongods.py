@@ -15,12 +15,12 @@ class MongoProcess(Process):
         port = processes.free_port()
         data = folder / "mongod"
         data.mkdir()
-        self._spec = processes.mongod(data, port)
+        self.address = f"127.0.0.1:{port}"
+        self._spec = processes.mongod(data, self.address)
         argv = list(self._spec.argv)
         argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
         argv[argv.index("--oplogMinRetentionHours") + 1] = "0"
         super().__init__([*argv, *arguments], folder / "mongod.log", self._spec.env)
-        self.address = f"127.0.0.1:{port}"
         self.uri = f"mongodb://{self.address}/?replicaSet=rs0"
 
     async def until_ready(self) -> None:

@@ -24,6 +24,7 @@ import shoal
 from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from shoal.node.processes import mongo_uri
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 PARTS = ("mongod", "envoy", "ingest-0", "infer-0", "store-0")
@@ -62,7 +63,7 @@ class Node:
         self.gateway = str(self.document()["gateway"])
         argv = Path(f"/proc/{self.pids()['mongod']}/cmdline").read_text().split("\0")
         self.mongo: MongoClient[dict[str, object]] = MongoClient(
-            f"mongodb://127.0.0.1:{argv[argv.index('--port') + 1]}/?directConnection=true"
+            f"{mongo_uri(argv[argv.index('--bind_ip') + 1])}?directConnection=true"
         )
 
     def document(self) -> dict[str, object]:

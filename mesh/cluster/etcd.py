@@ -8,7 +8,7 @@ Only the generated stubs of `aetcd` are used. Its client has four defects: its s
 hanging when the server ends it without an error; it ignores cancelled watches; it takes one address only; it has no
 deadline by default. One stream per watch needs none of that.
 
-The connection is plaintext and has no password: keep etcd on loopback or a private network.
+The connection is plaintext and has no password: keep etcd on a unix socket or a private network.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 _UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-_ADDRESS = re.compile(r"^([^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$")
+_ADDRESS = re.compile(r"^(([^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}|unix:/\S+)$")
 
 T = TypeVar("T")
 
@@ -138,10 +138,10 @@ class Outcome:
 
 
 def addresses_of(text: str) -> tuple[str, ...]:
-    """Split `host:port[,host:port...]`.
+    """Split `host:port[,host:port...]`; an address may be `unix:/path`, too.
 
     Raises:
-        InvalidArgument: an address is not `host:port`, or the text contains none.
+        InvalidArgument: an address is of neither form, or the text contains none.
     """
     found = tuple(part.strip().removeprefix("http://") for part in text.split(",") if part.strip())
     wrong = [part for part in found if not _ADDRESS.match(part)]

@@ -2,7 +2,6 @@
 
 DATA_DIR/node.lock     locked while a node runs; contains the pid of that process
          node.json     the node's ready file, while it is ready
-         ports.json    the private ports, for the next start
          master.key    with --auth: master key of the keyring, where no other one is given
          admin.key     with --auth: key of the node's user
          logs/         a log for each process
@@ -84,19 +83,6 @@ def private(environ: Mapping[str, str]) -> PrivateFolder:
     return PrivateFolder(_PRIVATE_PREFIX, _base(environ))
 
 
-def last_ports(data_dir: Path) -> dict[str, int]:
-    """Return the private ports of the last run; none when there was no run, or its file cannot be read."""
-    try:
-        found = json.loads((data_dir / "ports.json").read_text())
-        return {str(name): int(port) for name, port in found.items() if 0 < int(port) < 65536}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def save_ports(data_dir: Path, ports: Mapping[str, int]) -> None:
-    write_atomically(data_dir / "ports.json", json.dumps(dict(ports), indent=2))
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, the file `lock` in it. Waits while another process holds it. Raises OSError."""
@@ -129,7 +115,10 @@ def write_atomically(path: Path, content: str | bytes, *, is_private: bool = Fal
 
 def _base(environ: Mapping[str, str]) -> str:
     for folder in (environ.get("TMPDIR", ""), tempfile.gettempdir()):
-        if folder and len(os.fsencode(folder)) <= _BASE_BYTES and os.access(folder, os.W_OK | os.X_OK):
+        # pymongo takes the address of a replica set's member for a host name: it lower-cases it, and splits it at ":".
+        is_a_member_name = folder == folder.lower() and ":" not in folder
+        is_short = len(os.fsencode(folder)) <= _BASE_BYTES
+        if folder and is_a_member_name and is_short and os.access(folder, os.W_OK | os.X_OK):
             return folder
     return "/tmp"
 

@@ -262,7 +262,7 @@ class _Running:
 
 
 def _reserve(options: Options, ports: Ports) -> Layout:
-    """Reserve a node's ports: the requested public ones, and the last run's private ones where they are still free."""
+    """Reserve the ports of a node."""
     public = {}
     gateway_option = "--gateway-port" if options.gateway_host == HOST else "--listen"
     for option, host, port in (
@@ -280,18 +280,10 @@ def _reserve(options: Options, ports: Ports) -> Layout:
         except OSError as err:
             reason = err.strerror or str(err)
             raise InvalidArgument(f"{option} {joined(host, port)}: not an address of this machine ({reason})") from err
-    last = folder.last_ports(options.data_dir)
-    private_names = [] if options.etcd else ["etcd", "etcd-peer"]
-    private_names += ["mongod"] if options.mongo is None and plan.needs_mongo(options) else []
-    private = {name: ports.reserve_preferred(last.get(name)) for name in private_names}
-    folder.save_ports(options.data_dir, {**last, **private})
     return Layout(
         run_dir=Path(),
         gateway_port=public[gateway_option],
         admin_port=public["--admin-port"],
-        etcd_port=private.get("etcd", 0),
-        etcd_peer_port=private.get("etcd-peer", 0),
-        mongod_port=private.get("mongod", 0),
         gateway_host=options.gateway_host,
     )
 

@@ -169,8 +169,8 @@ def parse_etcd(text: str) -> str:
         if address.startswith("https://"):
             raise InvalidArgument(f"--etcd {text!r}: TLS to etcd is not supported: put a local proxy in front of it")
         match = _HOST_PORT.match(address)
-        if not match or not 0 < int(match[2]) < 65536:
-            raise InvalidArgument(f"--etcd {text!r}: expected http://HOST:PORT[,http://HOST:PORT...]")
+        if not address.startswith("unix:/") and (not match or not 0 < int(match[2]) < 65536):
+            raise InvalidArgument(f"--etcd {text!r}: expected http://HOST:PORT[,http://HOST:PORT...] or unix:/PATH")
         addresses.append(address)
     return ",".join(addresses)
 

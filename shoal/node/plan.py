@@ -32,14 +32,11 @@ _BUCKETS = "s3://,gs://,az://"
 
 @dataclass(frozen=True)
 class Layout:
-    """Ports and folders of a node. The port of an external etcd or MongoDB is 0."""
+    """Ports and folders of a node."""
 
     run_dir: Path
     gateway_port: int
     admin_port: int
-    etcd_port: int = 0
-    etcd_peer_port: int = 0
-    mongod_port: int = 0
     gateway_host: str = HOST
     sds: Path | None = None
     """File of the gateway's certificate."""
@@ -60,6 +57,16 @@ class Layout:
     @property
     def admin(self) -> str:
         return f"{HOST}:{self.admin_port}"
+
+    @property
+    def etcd(self) -> str:
+        """Address of the node's own etcd: a socket, since etcd has no password."""
+        return f"unix:{self.run_dir}/etcd:0"
+
+    @property
+    def mongod(self) -> str:
+        """Address of the node's own mongod: a socket, since mongod has no password."""
+        return f"unix:{self.run_dir}/mongod.sock"
 
     @property
     def outbound(self) -> Path:
@@ -89,12 +96,12 @@ def needs_mongo(options: Options) -> bool:
 
 def etcd_address(options: Options, layout: Layout) -> str:
     """Return etcd's addresses for the services."""
-    return options.etcd or f"{HOST}:{layout.etcd_port}"
+    return options.etcd or layout.etcd
 
 
 def mongo_url(options: Options, layout: Layout) -> str:
     """Return MongoDB's URL for the services."""
-    return options.mongo or f"mongodb://{HOST}:{layout.mongod_port}/?replicaSet=rs0"
+    return options.mongo or f"{processes.mongo_uri(layout.mongod)}?replicaSet=rs0"
 
 
 def groups(
@@ -109,9 +116,9 @@ def groups(
     """
     found: list[list[processes.ProcessSpec]] = []
     if options.etcd is None:
-        found.append([processes.etcd(options.data_dir / "etcd", layout.etcd_port, layout.etcd_peer_port)])
+        found.append([processes.etcd(options.data_dir / "etcd", layout.etcd, f"unix:{layout.run_dir}/etcd-peer:0")])
     if options.mongo is None and needs_mongo(options):
-        found.append([processes.mongod(options.data_dir / "mongo", layout.mongod_port)])
+        found.append([processes.mongod(options.data_dir / "mongo", layout.mongod)])
     found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", workers(os.cpu_count() or 1))])
     for service, count in options.replicas.items():
         instances = [f"{service}-{number}" for number in range(count)]

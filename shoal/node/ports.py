@@ -1,7 +1,7 @@
 """Reservations of loopback ports: a port stays reserved from its choice until a process of the node listens on it.
 
 A reservation is a socket that is bound and does not listen, with SO_REUSEADDR and SO_REUSEPORT. Linux lets a process
-that sets the former (etcd, mongod, Envoy) listen on the same port, and never picks the port for a bind to port 0.
+that sets the former, such as Envoy, listen on the same port, and never picks the port for a bind to port 0.
 Two launchers could still reserve the same port. So a launcher also binds an abstract unix socket named after the port:
 the name belongs to the port's network namespace, and disappears with the process.
 """
@@ -48,13 +48,6 @@ class Ports:
             except PortInUse:
                 continue
         raise PortInUse(host, 0)
-
-    def reserve_preferred(self, port: int | None) -> int:
-        """Reserve `port` where it is still free, else any free one."""
-        try:
-            return self.reserve(port or 0)
-        except PortInUse:
-            return self.reserve()
 
     def _bind(self, host: str, port: int) -> int:
         with contextlib.ExitStack() as partial:

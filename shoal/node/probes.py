@@ -30,18 +30,17 @@ async def _connection(address: str) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 
 async def is_listening(address: str) -> bool:
-    """Return True when a process listens at `address` (`host:port`)."""
-    host, _, port = address.rpartition(":")
+    """Return True when a process listens at `address` (`unix:/path` or `host:port`)."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(PROBE_S):
-            _, writer = await asyncio.open_connection(host, int(port))
+            _, writer = await _connection(address)
             writer.close()
             return True
     return False
 
 
 async def etcd_responds(addresses: str) -> bool:
-    """Return True when one of `host:port[,host:port...]` passes etcd's health check, which reads with a majority."""
+    """Return True when one of the addresses, separated by commas, passes etcd's health check: a read by majority."""
     return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
 
 

@@ -64,6 +64,7 @@ async def spawn(spec: ProcessSpec, log: Path | None) -> Process:
             stdout=out,
             stderr=out,
             env={**os.environ, **spec.env},
+            cwd=spec.cwd,
             start_new_session=True,
         )
     return Process(process)

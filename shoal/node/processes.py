@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from shoal.errors import FailedPrecondition
 from shoal.node import probes
@@ -35,6 +36,8 @@ class ProcessSpec:
     at_launcher_death: signal.Signals = signal.SIGKILL
     """Signal when the launcher dies without stopping the process. etcd, mongod and Envoy lose no stored data in a kill,
     and a killed process certainly ends."""
+    cwd: Path | None = None
+    """Working folder; None: the launcher's."""
     crash_journal: Path | None = None
     """File of the process's work in progress (mesh.process.crash_journal)."""
 
@@ -95,9 +98,15 @@ def free_port() -> int:
         return port
 
 
-def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
-    """Return the spec of a single-member etcd that serves clients at 127.0.0.1:`port`, with its data in `data`."""
-    client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
+def etcd(data: Path, address: str, peer_address: str) -> ProcessSpec:
+    """Return the spec of a single-member etcd that serves clients at `address`, with its data in `data`.
+
+    Args:
+        data: absolute path; in the working folder of an etcd with sockets, a relative one would be another.
+        address: `host:port`, or `unix:/folder/NAME:0`.
+        peer_address: the same, for other members; a socket in the same folder. etcd cannot do without.
+    """
+    client, peer = _etcd_url(address), _etcd_url(peer_address)
     argv = [str(find_binary("etcd")), "--name", "shoal", "--data-dir", str(data)]
     argv += ["--listen-client-urls", client, "--advertise-client-urls", client]
     argv += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"shoal={peer}"]
@@ -109,7 +118,17 @@ def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
     argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
     # Its JSON form takes a POST of any web page in the user's browser.
     argv += ["--enable-grpc-gateway=false"]
-    return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_responds(f"127.0.0.1:{port}"))
+    cwd = Path(address.removeprefix("unix:")).parent if address.startswith("unix:") else None
+    return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_responds(address), cwd=cwd)
+
+
+def _etcd_url(address: str) -> str:
+    """Return the URL of an address in etcd's form.
+
+    A socket is a file in the working folder, with a port in its name. etcd 3.5.1 refuses a path, and 3.5.16 listens for
+    peers at an abstract socket instead, which every user can reach.
+    """
+    return f"unix://{Path(address).name}" if address.startswith("unix:") else f"http://{address}"
 
 
 _MIB = 1 << 20
@@ -128,33 +147,44 @@ def oplog(free_bytes: int) -> tuple[int, float]:
     return mib, round(min(1.0, free_bytes / 5 / _OPLOG_BYTES_PER_HOUR), 4)
 
 
-def mongod(data: Path, port: int) -> ProcessSpec:
-    """Return the spec of a mongod at 127.0.0.1:`port`, the only member of replica set rs0.
+def mongod(data: Path, address: str) -> ProcessSpec:
+    """Return the spec of a mongod at `address`, the only member of replica set rs0.
 
     A replica set makes transactions and change streams work. The first probe initiates the set. Ready means primary.
+
+    Args:
+        address: `host:port`, or `unix:/folder/NAME.sock`, a socket that only its user can connect to.
     """
-    argv = [str(find_binary("mongod")), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
+    argv = [str(find_binary("mongod")), "--dbpath", str(data)]
+    if address.startswith("unix:"):
+        host = address.removeprefix("unix:")
+        argv += ["--bind_ip", host, "--filePermissions", "0600"]
+    else:
+        host = address
+        ip, _, port = address.rpartition(":")
+        argv += ["--bind_ip", ip, "--port", port]
     # Resume tokens are positions in this log. The size counts when the log is created, the retention at each start.
     existing = next(folder for folder in (data, *data.parents) if folder.exists())
     mib, hours = oplog(shutil.disk_usage(existing).free)
     argv += ["--oplogSize", str(mib), "--oplogMinRetentionHours", str(hours)]
-    argv += ["--replSet", "rs0", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--quiet"]
+    argv += ["--replSet", "rs0", "--wiredTigerCacheSizeGB", "0.5", "--quiet"]
+    # Without its own socket in /tmp.
+    argv += ["--nounixsocket"]
     # By default mongod waits up to 15 s at SIGTERM for another member to take over; there is none.
     argv += ["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100"]
     # A process that is killed inside a transaction leaves the transaction open and its writes locked. Clients here wait
     # at most mesh.mongo.TIMEOUT_MS for a transaction, so it need not stay open for the default minute.
     argv += ["--setParameter", "transactionLifetimeLimitSeconds=10"]
-    host = f"127.0.0.1:{port}"
 
     async def ready() -> bool:
         # Cheaper than a client: while everything starts, CPU is scarce.
-        if not await probes.is_listening(host):
+        if not await probes.is_listening(address):
             return False
         from pymongo import AsyncMongoClient
         from pymongo.errors import PyMongoError
 
         async with AsyncMongoClient[dict[str, Any]](
-            f"mongodb://{host}", directConnection=True, serverSelectionTimeoutMS=500
+            mongo_uri(address), directConnection=True, serverSelectionTimeoutMS=500
         ) as client:
             try:
                 hello = await client.admin.command("hello")
@@ -169,8 +199,13 @@ def mongod(data: Path, port: int) -> ProcessSpec:
     return ProcessSpec("mongod", tuple(argv), ready, grace_s=30)
 
 
+def mongo_uri(address: str) -> str:
+    """Return the URI of the mongod at `host:port` or `unix:/path`."""
+    return f"mongodb://{quote(address.removeprefix('unix:'), safe=':')}/"
+
+
 async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None:
-    """Make the mongod at `host` the only member of its set: a new set, or an old one whose port has changed."""
+    """Make the mongod at `host` the only member of its set: a new set, or an old one whose address has changed."""
     from pymongo.errors import OperationFailure
 
     try:

@@ -97,7 +97,7 @@ def _client(port: int) -> MongoClient[dict[str, Any]]:
 def _member(folder: Path, port: int) -> Process:
     data = folder / f"mongod-{port}"
     data.mkdir()
-    part = processes.mongod(data, port)
+    part = processes.mongod(data, f"127.0.0.1:{port}")
     argv = list(part.argv)
     argv[argv.index("--wiredTigerCacheSizeGB") + 1] = "0.25"
     return Process(argv, folder / f"mongod-{port}.log", part.env)

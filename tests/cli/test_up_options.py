@@ -72,7 +72,14 @@ def test_replicas_of_a_service_that_is_left_out_are_a_mistake(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"), [("http://h:1", "h:1"), ("h:1", "h:1"), ("http://a:1/, b:2", "a:1,b:2"), ("[::1]:9", "[::1]:9")]
+    ("text", "meant"),
+    [
+        ("http://h:1", "h:1"),
+        ("h:1", "h:1"),
+        ("http://a:1/, b:2", "a:1,b:2"),
+        ("[::1]:9", "[::1]:9"),
+        ("unix:/e:0", "unix:/e:0"),
+    ],
 )
 def test_etcd_as_people_write_it(text: str, meant: str) -> None:
     assert parse_etcd(text) == meant

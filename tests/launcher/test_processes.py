@@ -1,15 +1,18 @@
-"""etcd, mongod and Envoy start, and start again on another port."""
+"""etcd, mongod and Envoy start, and start again at another address."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
+import os
+import stat
 from pathlib import Path
 
 import aetcd
 import pytest
 from pymongo import AsyncMongoClient
 
+from mesh.cluster.etcd import Etcd
 from shoal.errors import FailedPrecondition
 from shoal.node import processes
 
@@ -45,31 +48,51 @@ def test_the_log_of_mongod_has_an_hour_where_the_disk_has_room_for_it(free_gib: 
 
 
 def test_mongod_keeps_its_log_for_a_time_and_not_for_a_size_alone(tmp_path: Path) -> None:
-    argv = processes.mongod(tmp_path, 1).argv
+    argv = processes.mongod(tmp_path, "127.0.0.1:1").argv
     assert float(argv[argv.index("--oplogMinRetentionHours") + 1]) > 0
     assert int(argv[argv.index("--oplogSize") + 1]) >= 256
 
 
 async def until_ready(part: processes.ProcessSpec) -> asyncio.subprocess.Process:
-    process = await asyncio.create_subprocess_exec(*part.argv, stdout=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*part.argv, stdout=asyncio.subprocess.DEVNULL, cwd=part.cwd)
     async with asyncio.timeout(30):
         while not await part.ready():
             await asyncio.sleep(0.05)
     return process
 
 
-async def test_a_mongod_keeps_its_data_when_its_port_changes(tmp_path: Path) -> None:
-    for _ in range(2):
-        port = processes.free_port()
-        process = await until_ready(processes.mongod(tmp_path, port))
+@pytest.mark.mongo
+async def test_a_mongod_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_path: Path, run_dir: Path) -> None:
+    for address in (f"127.0.0.1:{processes.free_port()}", f"unix:{run_dir}/1.sock", f"unix:{run_dir}/2.sock"):
+        process = await until_ready(processes.mongod(tmp_path, address))
         try:
-            async with AsyncMongoClient(f"mongodb://127.0.0.1:{port}/?directConnection=true") as client:
+            # As the services do: by the name of the set, whose member is then called by its address.
+            async with AsyncMongoClient(f"{processes.mongo_uri(address)}?replicaSet=rs0") as client:
                 await client["test"]["x"].insert_one({})
                 count = await client["test"]["x"].count_documents({})
+            if address.startswith("unix:"):
+                assert stat.S_IMODE(os.stat(address.removeprefix("unix:")).st_mode) == 0o600
         finally:
             process.terminate()
             await process.wait()
-    assert count == 2
+    assert count == 3
+
+
+@pytest.mark.etcd
+async def test_an_etcd_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_path: Path, run_dir: Path) -> None:
+    tcp = tuple(f"127.0.0.1:{processes.free_port()}" for _ in range(2))
+    for number, (address, peer) in enumerate((tcp, *[(f"unix:{run_dir}/etcd:0", f"unix:{run_dir}/peer:0")] * 2)):
+        process = await until_ready(processes.etcd(tmp_path / "etcd", address, peer))
+        try:
+            async with Etcd(address) as etcd:
+                await etcd.put(b"/test/%d" % number, b"here")
+                count = len((await etcd.list(b"/test/")).entries)
+        finally:
+            # A killed one leaves its sockets behind.
+            process.kill()
+            await process.wait()
+    assert count == 3
+    assert {path.name for path in run_dir.iterdir()} == {"etcd:0", "peer:0"}
 
 
 def test_a_missing_binary_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def stops_without_a_trace(one: Any) -> None:
     assert not (one.data_dir / "node.json").exists()
 
 
-def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_other_ports(
+def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart(
     node: Any, running: Any, plain: list[Any], onnx_models: Path
 ) -> None:
     first = node()
@@ -191,8 +191,6 @@ def test_whole_nodes_run_beside_each_other_and_data_survives_a_restart_even_on_o
     pids = first.pids()
     assert first.stop(signal.SIGINT) == 0
     wait_until_gone(pids.values())
-    ports = first.data_dir / "ports.json"
-    ports.write_text(json.dumps({name: port + 1 for name, port in json.loads(ports.read_text()).items()}))
     second = node("--model-control", "explicit", "--allow-code", data_dir=first.data_dir)
     assert "double" in second.shoal("models", "list").stdout
     plain.append(second)

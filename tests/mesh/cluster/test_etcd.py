@@ -167,7 +167,7 @@ async def test_a_dead_address_is_left_for_the_next(etcd_address):
         assert await etcd.get(b"a") is None
 
 
-@pytest.mark.parametrize("text", ["", ",", "localhost", "localhost:port", "unix:/x", "a:1,b", "http://", "a b:1"])
+@pytest.mark.parametrize("text", ["", ",", "localhost", "localhost:port", "unix:x", "a:1,b", "http://", "a b:1"])
 def test_a_wrong_address_is_named(text):
     with pytest.raises(InvalidArgument, match="expected host:port"):
         addresses_of(text)
@@ -175,6 +175,7 @@ def test_a_wrong_address_is_named(text):
 
 def test_addresses_may_be_many():
     assert addresses_of(" a:1, http://10.0.0.1:2 ,[::1]:3") == ("a:1", "10.0.0.1:2", "[::1]:3")
+    assert addresses_of("unix:/run/etcd:0,a:1") == ("unix:/run/etcd:0", "a:1")
 
 
 @pytest.mark.parametrize(("prefix", "end"), [(b"/a/", b"/a0"), (b"a\xff", b"b"), (b"\xff\xff", b"\0"), (b"", b"\0")])
