@@ -162,6 +162,23 @@ def test_a_sender_of_one_byte_at_a_time_is_refused_in_time(monkeypatch: pytest.M
             thread.join()
 
 
+def test_a_name_that_is_resolved_too_slowly_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.2)
+    ended = threading.Event()
+
+    def resolve(*args: Any, **kwargs: Any) -> Any:
+        ended.wait(30)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    try:
+        with pytest.raises(Unavailable, match="was not whole after"):
+            fetch.fetch_json("http://idp.example/keys")
+        assert not ended.is_set()
+    finally:
+        ended.set()
+
+
 def test_what_is_no_http_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

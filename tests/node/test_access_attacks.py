@@ -47,11 +47,13 @@ from shoal.access.tokens import PREFIX, Key, Signer
 from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node.processes import free_port
 from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
 from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request
 from tests.node.conftest import SERVE, Node
+from tests.openid_providers import OidcProvider, signing_key
 
 pytestmark = [pytest.mark.timeout(180)]
 
@@ -232,7 +234,8 @@ def _node(folder: Path) -> Iterator[NodeWorld]:
     idp = tokens.create_signer(folder / "idp.json", "https://idp.example")
     made = NodeWorld("", folder, signer, idp, 0, 0, None, folder / "stderr")  # type: ignore[arg-type]
     made.secrets.add(signer.as_text().split("-----")[2].strip()[:60])
-    made.node = Node(folder, "--auth", env={"SHOAL_INFER_LOG_LEVEL": "DEBUG", "SHOAL_COORD_LOG_LEVEL": "DEBUG"})
+    levels = {"SHOAL_INFER_LOG_LEVEL": "DEBUG", "SHOAL_COORD_LOG_LEVEL": "DEBUG"}
+    made.node = Node(folder, "--auth", env={**levels, "SHOAL_COORD_ISSUER_REFRESH_MS": "1000"})
     try:
         made.stderr = made.node.output
         made.address = made.node.wait_until_ready().gateway
@@ -1081,6 +1084,37 @@ def test_the_signer_is_rotated_and_after_a_theft_all_its_keys_end(node_world: No
         assert node_world.infer(text).startswith(("UNAUTHENTICATED", "PERMISSION_DENIED"))
     assert node_world.infer(node_world.key().text) == "OK"
     assert "master key: data folder" in run("status")
+
+
+def test_tokens_of_an_openid_provider_that_rolls_its_keys_and_goes_away(node_world: NodeWorld, tmp_path: Path) -> None:
+    first, second = signing_key("first"), signing_key("second")
+    address = f"127.0.0.1:{free_port()}"
+    url = f"http://{address}"
+    claims = {"tenant": "org.id", "models": "may", "role": "job"}
+    trusted = {"issuer": url, "audiences": ["models"], "discovery": True, "claims": claims}
+    coord_log = node_world.node.data_dir / "logs" / "coord-0.log"
+    with node_world.with_policy(issuers=[*node_world.document["issuers"], trusted]):
+        with OidcProvider(address, [first], tmp_path / "first.log") as provider:
+            old = provider.token()
+            node_world.secrets.add(old)
+            node_world.until(lambda: node_world.infer(old) == "OK")
+            assert node_world.infer(old, SECRET).startswith("PERMISSION_DENIED")
+        with OidcProvider(address, [second, first], tmp_path / "both.log") as provider:
+            new = provider.token()
+            node_world.secrets.add(new)
+            assert jwt.get_unverified_header(new)["kid"] == "second"
+            node_world.until(lambda: node_world.infer(new) == "OK")
+            assert node_world.infer(old) == "OK", "the provider still publishes the key"
+        # An outage, in which no process of the node keeps what it knew.
+        missed = f"the keys of the issuer {url} stay the last known ones"
+        node_world.until(lambda: missed in coord_log.read_text())
+        for name in ("coord-0", "envoy"):
+            node_world.node.wait_until_restarted(name, node_world.node.kill(name))
+        node_world.until(lambda: node_world.infer(new) == "OK")
+        assert node_world.infer(old) == "OK"
+        with OidcProvider(address, [second], tmp_path / "second.log"):
+            node_world.until(lambda: node_world.infer(old).startswith("UNAUTHENTICATED"))
+            assert node_world.infer(new) == "OK"
 
 
 def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_edited(node_world: NodeWorld) -> None:
