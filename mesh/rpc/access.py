@@ -132,6 +132,16 @@ class Access(Background):
             raise (Unauthenticated if caller is None else PermissionDenied)(f"not allowed: {decision.rule}")
         return None if caller in _UNNAMED else self._known(caller).caller
 
+    def audited_reader(self, caller: bytes | None) -> Caller | None:
+        """Return the caller when the policy has its reads of content audited; else None.
+
+        The call was admitted, so its caller is valid; unless the policy has changed meanwhile.
+        """
+        if self._policy is None or not self._policy.audit.reads or caller in _UNNAMED:
+            return None
+        known = self._known(caller).caller
+        return known if known is not None and self._policy.audit.is_of(known.tenant) else None
+
     def identify(self, caller: bytes) -> Caller | None:
         """Return the caller, whatever it may call; None for a service. Raises Unauthenticated for an invalid one."""
         return None if caller in _UNNAMED else self._known(caller).caller

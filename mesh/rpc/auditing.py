@@ -1,7 +1,8 @@
-"""Audit of a server's administrative acts: an entry before each, and another with its outcome.
+"""Audit of a server's administrative acts: an entry before each, and another with its outcome; and of counted reads.
 
     call of shoal.access.audit.AUDITED ──> entry `act` ──durable──> handler ──> entry `outcome`
                                              └──cannot be written──> UNAVAILABLE, and nothing is done
+    call of CONTENT_READS, by a tenant that the policy names ──> handler ──> counted, and written each second
 
 An act whose outcome is missing may have been done: its process, or the audit log, ended meanwhile.
 """
@@ -11,39 +12,65 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import fields, replace
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
 from mesh.process.config import ServiceConfig
 from mesh.process.tasks import end, log_failure
 from mesh.rpc.access import Access, caller_in
+from mesh.rpc.audit_log import AuditLog, CountedEvents
 from mesh.rpc.channel import AnyChannel
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.interceptors import status_of, translated
-from shoal.access.audit import ACT, AUDITED, OUTCOME, Event, target_of
+from shoal.access.audit import (
+    ACT,
+    AUDITED,
+    CONTENT_READS,
+    OUTCOME,
+    READ,
+    Event,
+    delivered,
+    made_by,
+    target_of,
+)
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.decision import Caller
 from shoal.errors import ShoalError, Unavailable
+from shoal.inference.v2 import trial_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 _RECORD_S = 5.0
 _OUTCOMES_S = 1.0
+_RETRY_S = 0.1
+# Subject of the process that has started the node.
+_LAUNCHER = "launcher"
 ADDRESS = "x-envoy-external-address"
 """Header with the caller's address, which Envoy sets whatever the caller sends."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Q = TypeVar("Q")
+R = TypeVar("R")
+Respond: TypeAlias = Callable[[Q, Mapping[bytes, bytes]], Coroutine[Any, Any, R]]
+
+_CALLER = CALLER_HEADER.encode()
+_ADDRESS = ADDRESS.encode()
+_FURTHER_READS = Event(kind=READ, reason="further reads, more than are told apart")
 
 
-class AuditLog(Protocol):
-    """Writes events to the audit log, and returns their ids once they are durable."""
+@dataclass
+class Act:
+    """An act in progress."""
 
-    async def record(self, events: Sequence[Event]) -> Sequence[str]:
-        """Write `events`. Raises ShoalError when they may not have been written."""
+    made: str = ""
+    """Id of what it has made, set by its end."""
 
 
 class RemoteAuditLog:
@@ -63,7 +90,7 @@ class RemoteAuditLog:
 
 
 class Auditing:
-    """Audits the acts among a server's methods. Use as `async with`: leaving waits for outcomes to be written."""
+    """Audits the acts and reads among a server's methods. Use as `async with`: leaving waits for the last entries."""
 
     def __init__(self, audit_log: AuditLog, access: Access, origin: str) -> None:
         """Write to `audit_log` who called, by `access`. `origin` names this instance."""
@@ -71,17 +98,24 @@ class Auditing:
         self._access = access
         self._origin = origin
         self._writing: set[asyncio.Task[None]] = set()
+        self._reads = CountedEvents(audit_log, replace(_FURTHER_READS, origin=origin), "reads")
 
     async def __aenter__(self) -> Auditing:
+        await self._reads.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._reads.__aexit__(*exc)
+        self._start(self._write_reads(), "reads")
         if self._writing:
             await asyncio.wait(self._writing, timeout=_OUTCOMES_S)
         await end(*self._writing)
 
     def wrap(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `behaviour` with its entries, for an act; else `behaviour` itself."""
+        """Return `behaviour` with its entries, for an act or a read of content; else `behaviour` itself."""
+        if method in CONTENT_READS:
+            is_stream = inspect.isasyncgenfunction(behaviour)
+            return (self._counted_stream if is_stream else self._counted_single)(method, behaviour)
         if method not in AUDITED:
             return behaviour
         return (
@@ -92,8 +126,10 @@ class Auditing:
 
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> Any:
-            async with self._act(method, request, ctx):
-                return await behaviour(request, ctx)
+            async with self._act(method, request, ctx) as act:
+                response = await behaviour(request, ctx)
+                act.made = made_by(method, response)
+                return response
 
         return call
 
@@ -105,49 +141,106 @@ class Auditing:
 
         return call
 
-    def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[None]:
-        headers = ctx.invocation_metadata() or ()
-        address = next((str(value) for key, value in headers if key == ADDRESS), "")
-        return self.act(method, caller_in(ctx), address, target_of(request))
+    def _counted_single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(request: Any, ctx: Context) -> Any:
+            response = await behaviour(request, ctx)
+            self._count(method, caller_in(ctx), _address_in(ctx), request, response)
+            return response
+
+        return call
+
+    def _counted_stream(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
+            caller, address = caller_in(ctx), _address_in(ctx)
+            async for response in behaviour(request, ctx):
+                self._count(method, caller, address, request, response)
+                yield response
+
+        return call
+
+    def counted(self, method: str, respond: Respond[Q, R]) -> Respond[Q, R]:
+        """Return a handler of the fast path whose reads of content are counted."""
+
+        async def call(request: Q, headers: Mapping[bytes, bytes]) -> R:
+            response = await respond(request, headers)
+            address = headers.get(_ADDRESS, b"").decode("latin-1")
+            self._count(method, headers.get(_CALLER), address, request, response)
+            return response
+
+        return call
+
+    def _count(self, method: str, caller: bytes | None, address: str, request: Any, response: Any) -> None:
+        known = self._access.audited_reader(caller)
+        if known is not None and (number := delivered(response)):
+            event = self._event(READ, method, known, address, _target_of(request))
+            self._reads.add(replace(event.checked(), count=number))
+
+    async def _write_reads(self) -> None:
+        try:
+            await self._reads.write()
+        except ShoalError as err:
+            log.warning("the last reads are missing in the audit log: %s", err)
+
+    def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[Act]:
+        return self.act(method, caller_in(ctx), _address_in(ctx), _target_of(request))
 
     @asynccontextmanager
-    async def act(self, rpc: str, caller: bytes | None, address: str, target: str) -> AsyncIterator[None]:
+    async def act(self, rpc: str, caller: bytes | None, address: str, target: str) -> AsyncIterator[Act]:
         """Audit the block as an act: its entry is durable before the block begins, and its outcome follows.
 
-        Calls of other services are no acts: they belong to a call that was audited.
+        Calls of other services are no acts: they belong to a call that was audited. The node's launcher, which makes a
+        key at the start, does so without an entry where the log cannot be written: the node may have no store.
 
         Raises:
             Unavailable: the audit log cannot be written.
         """
-        known = self._access.check(rpc, caller)
-        if known is None:
-            yield
+        known, act = self._access.check(rpc, caller), Act()
+        is_launcher = caller == LAUNCHER
+        if known is None and not is_launcher:
+            yield act
             return
+        event = self._event(ACT, rpc, known, address, target)
+        try:
+            written = await self._written(event, may_retry=is_launcher)
+        except (ShoalError, TimeoutError) as err:
+            if not is_launcher:
+                raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
+            log.warning("a call of %s by the launcher is missing in the audit log: %s", rpc, _cause(err))
+            yield act
+            return
+        outcome = replace(event, kind=OUTCOME, of=written)
+        try:
+            yield act
+        except BaseException as err:
+            self._end(outcome, err)
+            raise
+        self._end(replace(outcome, target=act.made or target), None)
+
+    async def _written(self, event: Event, *, may_retry: bool) -> str:
+        async with asyncio.timeout(_RECORD_S):
+            while True:
+                try:
+                    (id,) = await self.log.record([event])
+                    return id
+                except ShoalError:
+                    if not may_retry:
+                        raise
+                await asyncio.sleep(_RETRY_S)
+
+    def _event(self, kind: str, rpc: str, known: Caller | None, address: str, target: str) -> Event:
         span = trace.get_current_span().get_span_context()
         event = Event(
-            kind=ACT,
-            tenant=known.tenant,
-            subject=known.subject,
-            key=known.key,
-            role=known.role,
+            kind=kind,
+            subject=_LAUNCHER,
             address=address,
             rpc=rpc,
             target=target,
             trace_id=f"{span.trace_id:032x}" if span.is_valid else "",
             origin=self._origin,
         )
-        try:
-            async with asyncio.timeout(_RECORD_S):
-                (written,) = await self.log.record([event])
-        except (ShoalError, TimeoutError) as err:
-            raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
-        outcome = replace(event, kind=OUTCOME, of=written)
-        try:
-            yield
-        except BaseException as err:
-            self._end(outcome, err)
-            raise
-        self._end(outcome, None)
+        if known is None:
+            return event
+        return replace(event, tenant=known.tenant, subject=known.subject, key=known.key, role=known.role)
 
     def _end(self, outcome: Event, error: BaseException | None) -> None:
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
@@ -156,7 +249,10 @@ class Auditing:
             code, reason, _ = status_of(error)
         else:
             code, reason = grpc.StatusCode.OK, ""
-        task = asyncio.create_task(self._write(replace(outcome, code=code.value[0], reason=reason)), name="outcome")
+        self._start(self._write(replace(outcome, code=code.value[0], reason=reason)), "outcome")
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
         task.add_done_callback(log_failure)
@@ -167,6 +263,20 @@ class Auditing:
                 await self.log.record([outcome])
         except (ShoalError, TimeoutError) as err:
             log.warning("the outcome of %s is missing in the audit log: %s", outcome.of, _cause(err))
+
+
+def _target_of(request: Any) -> str:
+    """Return the name of what a request is about; that of a trial has its model in serialised form."""
+    if isinstance(request, trial_pb2.TryModelRequest):
+        try:
+            return store_pb2.ModelVersion.FromString(request.model).name
+        except DecodeError:
+            return ""
+    return target_of(request)
+
+
+def _address_in(ctx: Context) -> str:
+    return next((str(value) for key, value in ctx.invocation_metadata() or () if key == ADDRESS), "")
 
 
 def _cause(error: Exception) -> str:

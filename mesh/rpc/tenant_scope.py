@@ -76,10 +76,19 @@ class Scopes:
         self._path = f"/{service}/"
         self._access = access
 
-    def of(self, context: Context, method: str) -> TenantScope:
-        """Return the scope of a call of `method`. Raises PermissionDenied or Unauthenticated as `Access.check` does."""
+    def of(self, context: Context, method: str, *, behalf: bytes = b"") -> TenantScope:
+        """Return the scope of a call of `method`. Raises PermissionDenied or Unauthenticated as `Access.check` does.
+
+        Args:
+            behalf: the caller for whom a service calls: the scope is that caller's. Only services may name one.
+        """
         headers = dict(context.invocation_metadata() or ())
-        return self._scope(method, _bytes(headers.get(TENANT_HEADER)), caller_in(context))
+        scope = self._scope(method, _bytes(headers.get(TENANT_HEADER)), caller_in(context))
+        if not behalf or self._access is None:
+            return scope
+        if scope.access is not None:
+            raise PermissionDenied("caller: only a service may name another caller")
+        return self._scope(method, None, behalf)
 
     def of_headers(self, headers: Mapping[bytes, bytes], method: str) -> TenantScope:
         """Return the scope of a call on the fast path. Raises as `of` does."""

@@ -9,7 +9,6 @@ a second is one entry a second. Nobody waits for these entries: what cannot be w
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -23,9 +22,8 @@ from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
 from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import HttpGrpcAccessLogConfig
 from envoy_data_plane.envoy.service.accesslog.v3 import StreamAccessLogsMessage, StreamAccessLogsResponse
 
-from mesh.process.tasks import Background, for_ever
 from mesh.rpc.access import Access
-from mesh.rpc.auditing import AuditLog
+from mesh.rpc.audit_log import AuditLog, CountedEvents
 from mesh.rpc.interceptors import Context
 from mesh.xds.json_calls import JsonCall, rpcs_of_paths
 from mesh.xds.resource import typed
@@ -36,14 +34,7 @@ from shoal.access.decision import Caller
 from shoal.access.rpc_groups import GROUP_OF
 from shoal.errors import Code, ShoalError
 
-log = logging.getLogger(__name__)
-
 LOG_SERVICE = "envoy.service.accesslog.v3.AccessLogService"
-EVERY_S = 1.0
-"""Interval in which equal refusals become one entry."""
-MAX_DISTINCT = 200
-"""Distinct refusals of an interval, or while the log cannot be written. All further ones are one entry."""
-_AWAY_S = 1.0
 _OTHERS = Event(kind=REFUSAL, reason="further callers, more than are told apart")
 _STATUS = "grpc-status"
 _MESSAGE = "grpc-message"
@@ -87,8 +78,8 @@ def _equals(code: int) -> dict[str, Any]:
     return {"op": "EQ", "value": {"default_value": code, "runtime_key": f"audit.{code}"}}
 
 
-class RefusedCalls(Background):
-    """Server of the access log service, and writer of the events that it hears of, each `EVERY_S`.
+class RefusedCalls(CountedEvents):
+    """Server of the access log service, and writer of the events that it hears of.
 
     Args:
         access: knows who the verified callers are.
@@ -97,12 +88,10 @@ class RefusedCalls(Background):
     """
 
     def __init__(self, audit_log: AuditLog, access: Access, origin: str, json: Sequence[JsonCall] = ()) -> None:
+        super().__init__(audit_log, replace(_OTHERS, origin=origin), "refusals")
         self._json = rpcs_of_paths(json)
-        self._log = audit_log
         self._access = access
         self._origin = origin
-        # Their number, and the trace of the first.
-        self._counts: dict[Event, tuple[int, str]] = {}
 
     def methods(self) -> dict[str, Any]:
         """Return the methods for a server, by path."""
@@ -124,35 +113,7 @@ class RefusedCalls(Background):
 
     def count(self, entry: HttpAccessLogEntry) -> None:
         """Count a refused call."""
-        event = self._event(entry)
-        self._add(replace(event, trace_id=""), 1, event.trace_id)
-
-    def _add(self, event: Event, count: int, trace_id: str) -> None:
-        if event not in self._counts and len(self._counts) >= MAX_DISTINCT:
-            event = replace(_OTHERS, origin=self._origin)
-        before, first = self._counts.get(event, (0, trace_id))
-        self._counts[event] = before + count, first
-
-    async def _run(self) -> None:
-        await for_ever("write refusals to the audit log", self.write, away_s=_AWAY_S, log=log)
-
-    async def write(self) -> float:
-        """Write an event for each kind of refusal since the last call, and return the pause until the next one.
-
-        Raises:
-            ShoalError: they may not have been written; the next call writes them.
-        """
-        counts, self._counts = self._counts, {}
-        if counts:
-            try:
-                await self._log.record(
-                    [replace(event, count=count, trace_id=first) for event, (count, first) in counts.items()]
-                )
-            except ShoalError:
-                for event, (count, first) in counts.items():
-                    self._add(event, count, first)
-                raise
-        return EVERY_S
+        self.add(self._event(entry))
 
     def _event(self, entry: HttpAccessLogEntry) -> Event:
         common, request, response = entry.common_properties, entry.request, entry.response

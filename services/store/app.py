@@ -148,7 +148,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
         auditing: Auditing | None = None
         if access is not None:
             auditing = await stack.enter_async_context(Auditing(chain, access, f"{config.node}/{config.instance}"))
-        fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods())), access)
+        fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods()), auditing), access)
         server = await stack.enter_async_context(
             Server(
                 config.listen,

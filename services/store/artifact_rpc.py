@@ -66,7 +66,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed, over_quota=over)
 
     async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
-        scope = self._scopes.of(ctx, "StatArtifact")
+        scope = self._scopes.of(ctx, "StatArtifact", behalf=request.caller)
         artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"), scope)
         return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from mesh.rpc.auditing import Auditing, Respond
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.task_methods import Headers, TaskMethods
 from mesh.rpc.tenant_scope import Scopes, TenantScope
@@ -81,11 +82,14 @@ class StoreRpc(ArtifactRpc):
         self._retention = retention
         self._quotas = quotas
 
-    def fast_methods(self, tasks: TaskMethods) -> dict[str, FastHandler]:
+    def fast_methods(self, tasks: TaskMethods, auditing: Auditing | None) -> dict[str, FastHandler]:
         """Return the handlers of the methods that every job calls, for a server's fast path."""
+        get_result: Respond[pb.GetResultRequest, pb.GetResultResponse] = self._fast_get_result
+        if auditing is not None:
+            get_result = auditing.counted(GET_RESULT, get_result)
         return {
             **tasks.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self._fast_put_results),
-            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, self._fast_get_result),
+            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, get_result),
         }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:

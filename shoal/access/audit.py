@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from shoal.access.rpc_groups import ADMINISTER, CODE, GROUP_OF, MODELS, OPERATE
+from shoal.access.rpc_groups import ADMINISTER, CODE, CREATE_KEY, GROUP_OF, MODELS, OPERATE
 from shoal.errors import InvalidArgument
 
 ACT: Final = "act"
 OUTCOME: Final = "outcome"
 REFUSAL: Final = "refusal"
+READ: Final = "read"
 CHAIN: Final = "chain"
 
 KINDS: Mapping[str, str] = {
     ACT: "an administrative act, before it is done",
     OUTCOME: "the end of an administrative act",
     REFUSAL: "calls that were refused",
+    READ: "reads of payloads and results",
     CHAIN: "begin or end of a chain",
 }
 
@@ -39,7 +41,7 @@ MAX_CHARACTERS: Mapping[str, int] = {
 _MAX_COUNT = 1 << 40
 
 _READS = """
-    GetArtifact StatArtifact PutArtifact TryModel
+    GetArtifact StatArtifact PutArtifact
     ListJobRetention GetTenant ListTenants ListConnectors
     ListRetention ListUsage VerifyStore
     StreamAudit VerifyAudit
@@ -55,8 +57,18 @@ AUDITED: frozenset[str] = frozenset(
 )
 """Paths of the RPCs that are acts: they change models, settings, keys or policy."""
 
+_INGEST = "/shoal.ingest.v1.IngestService/"
+_STORE = "/shoal.store.v1.StoreService/"
+CONTENT_READS: frozenset[str] = frozenset(
+    {
+        _INGEST + "GetPayload",
+        *(_STORE + name for name in ("GetResult", "QueryResults", "WatchResults", "StreamResults", "ExportResults")),
+    }
+)
+"""Paths of the RPCs that return payloads and results. A policy says whose calls are written."""
+
 # Fields that name what a request is about, by priority.
-_TARGETS = ("model_name", "name", "model", "id", "key_id", "tenant", "kept", "instance", "to", "source")
+_TARGETS = ("model_name", "name", "model", "id", "job_id", "key_id", "tenant", "kept", "instance", "to", "source")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +125,19 @@ def target_of(request: Any) -> str:
             if found:
                 return found
     return ""
+
+
+def made_by(rpc: str, response: Any) -> str:
+    """Return the id of the key that an act has made; empty for other acts."""
+    return str(response.info.id) if rpc == CREATE_KEY else ""
+
+
+def delivered(response: Any) -> int:
+    """Return the number of payloads or results in a response; a part of an export counts as one."""
+    known = response.DESCRIPTOR.fields_by_name
+    if "results" in known:
+        return len(response.results)
+    return int("result" not in known or response.HasField("result"))
 
 
 def _cut(text: str, most: int) -> str:

@@ -223,6 +223,17 @@ class Cors(_Part):
         return origins
 
 
+class Audit(_Part):
+    """Calls in the audit log of a node beside acts and refusals."""
+
+    reads: Annotated[tuple[NameOrAny, ...], Field(max_length=NAMES)] = ()
+    """Tenants whose reads of payloads and results are written; `*`: all."""
+
+    def is_of(self, tenant: str) -> bool:
+        """Return True when the reads of a tenant are written."""
+        return ANY in self.reads or tenant in self.reads
+
+
 class Policy(_Part):
     """A policy of access. Every call that it does not allow is refused."""
 
@@ -234,6 +245,7 @@ class Policy(_Part):
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=100)] = (ANY,)
     """Names by which clients reach the server, without ports; `*.` may begin one. Other names are refused."""
     cors: Cors = Cors()
+    audit: Audit = Audit()
     open: tuple[Literal["health"], ...] = ()
     """Groups that need no token."""
     revoked: Annotated[
@@ -356,6 +368,8 @@ def load(path: Path, *, is_cluster: bool = False) -> Policy:
                 f"{path}: issuer {issuer.issuer}: {what} is for the policy of a node (`shoal policy apply`): give "
                 "jwks_file here"
             )
+    if policy.audit.reads and not is_cluster:
+        raise InvalidArgument(f"{path}: audit.reads is for the policy of a node: `shoal serve` has no audit log")
     return resolved(policy, lambda name: _read(path.parent / name), str(path))
 
 

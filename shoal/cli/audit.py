@@ -21,7 +21,7 @@ app = typer.Typer(
 
 Kind = Annotated[
     list[str] | None,
-    typer.Option(metavar="KIND", help="act, outcome, refusal or chain. May be repeated.", show_default=False),
+    typer.Option(metavar="KIND", help="act, outcome, refusal, read or chain. May be repeated.", show_default=False),
 ]
 Tenant = Annotated[str, typer.Option(metavar="NAME", help="Only entries about callers of this tenant.")]
 Subject = Annotated[str, typer.Option(metavar="NAME", help="Only entries about this caller.")]

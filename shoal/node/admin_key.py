@@ -23,7 +23,8 @@ ROLE = "admin"
 # A key that expires sooner is replaced at the start of its node.
 _LEAST_S = 30 * 86_400
 _LIFE_S = 366 * 86_400
-_CALL_S = 5.0
+# coord waits 5 s for the audit log.
+_CALL_S = 15.0
 
 
 class AdminKey:
@@ -80,23 +81,34 @@ class AdminKey:
         return text
 
     async def _call(self, rpc: str, request: Any, response: Any) -> Any:
-        import grpc
+        return await call_as_launcher(self._sockets, rpc, request, response)
 
-        error: ShoalError = Unavailable("coord has no socket yet")
-        for socket in self._sockets:
-            if not socket.exists():
-                continue
-            async with channel_to(f"unix:{socket}") as channel:
-                call = channel.unary_unary(
-                    rpc,
-                    request_serializer=lambda one: one.SerializeToString(),
-                    response_deserializer=response.FromString,
-                )
-                try:
-                    return await call(request, timeout=_CALL_S, metadata=((CALLER_HEADER, LAUNCHER.decode()),))
-                except grpc.aio.AioRpcError as err:
-                    error = from_status(err.code().value[0], err.details() or "")
-        raise error
+
+async def call_as_launcher(sockets: Sequence[Path], rpc: str, request: Any, response: Any) -> Any:
+    """Return the response of the coord at one of `sockets`, which only the user of its node can open.
+
+    Raises:
+        ShoalError: the error of the call; Unavailable: no coord responds.
+    """
+    import grpc
+
+    error: ShoalError = Unavailable("coord has no socket yet")
+    for socket in sockets:
+        if not socket.exists():
+            continue
+        async with channel_to(f"unix:{socket}") as channel:
+            call = channel.unary_unary(
+                rpc,
+                request_serializer=lambda one: one.SerializeToString(),
+                response_deserializer=response.FromString,
+            )
+            try:
+                return await call(request, timeout=_CALL_S, metadata=((CALLER_HEADER, LAUNCHER.decode()),))
+            except grpc.aio.AioRpcError as err:
+                error = from_status(err.code().value[0], err.details() or "")
+                if not isinstance(error, Unavailable):
+                    break
+    raise error
 
 
 def _user() -> str:

@@ -78,6 +78,18 @@ def run_dir(data_dir: Path, environ: Mapping[str, str]) -> Iterator[Path]:
         yield path
 
 
+def running_in(data_dir: Path) -> Path:
+    """Return the folder with the sockets of the node that runs on `data_dir`.
+
+    Raises:
+        FailedPrecondition: none runs on it, or it is another user's.
+    """
+    run_dir = _read_holder(data_dir).get("run_dir")
+    if not isinstance(run_dir, str) or not os.access(run_dir, os.X_OK):
+        raise FailedPrecondition(f"no node of yours runs on {data_dir}: start it, or give its folder")
+    return Path(run_dir)
+
+
 def private(environ: Mapping[str, str]) -> PrivateFolder:
     """Return a new private folder with a short path. Its end as a context manager removes it."""
     return PrivateFolder(_PRIVATE_PREFIX, _base(environ))

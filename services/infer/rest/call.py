@@ -402,7 +402,7 @@ class RestCall(StreamMemory):
         except TimeoutError:
             raise DeadlineExceeded("the deadline of the call has passed") from None
 
-    def _act(self) -> AbstractAsyncContextManager[None]:
+    def _act(self) -> AbstractAsyncContextManager[object]:
         """Return a block that is audited, when the operation is an act."""
         auditing, target = self._app.auditing, self.target
         if auditing is None or target.rpc not in AUDITED:

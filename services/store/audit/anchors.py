@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 from pymongo.errors import DuplicateKeyError
 
@@ -31,6 +32,9 @@ FOLDER = "audit"
 """Folder of the anchors' blobs."""
 MAX_ANCHOR_BYTES = 4 << 20
 """An anchor of 20,000 chains."""
+# Somebody may have written others by hand, such as a text, which sorts behind every number.
+_NUMBERED: Mapping[str, Any] = {"_id": {"$type": ["int", "long"], "$gte": 1, "$lt": 10**10}}
+_HASH = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(rf"{FOLDER}/(\d{{10}})-([0-9a-f]{{64}})")
 
 
@@ -61,9 +65,20 @@ def decode(data: bytes) -> Anchor:
     try:
         content = json.loads(data)
         extents = {str(writer): Extent(*one) for writer, one in content["chains"].items()}
-        return Anchor(content["n"], content["at"], content["previous"], content["oldest"], extents)
+        anchor = Anchor(content["n"], content["at"], content["previous"], content["oldest"], extents)
     except (KeyError, TypeError, AttributeError, RecursionError) as err:
         raise ValueError(f"these {len(data)} bytes are no anchor") from err
+    numbers = [
+        anchor.n,
+        anchor.at_ms,
+        anchor.oldest,
+        *(end for one in extents.values() for end in (one.first, one.last)),
+    ]
+    texts = [anchor.previous, *(hash for one in extents.values() for hash in (one.before, one.last_hash))]
+    # A boolean is an int.
+    if any(type(number) is not int for number in numbers) or any(not isinstance(text, str) for text in texts):
+        raise ValueError(f"these {len(data)} bytes are no anchor")
+    return anchor
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,6 +91,13 @@ class Stored:
     @property
     def key(self) -> str:
         return f"{FOLDER}/{self.n:010d}-{self.sha256}"
+
+
+def _stored(document: Mapping[str, Any]) -> Stored:
+    """Return the anchor that a document names. A hash that is none is that of no blob."""
+    sha256 = document.get("sha256")
+    is_hash = isinstance(sha256, str) and _HASH.fullmatch(sha256)
+    return Stored(document["_id"], str(sha256) if is_hash else FIRST_HASH)
 
 
 class Anchors:
@@ -93,8 +115,8 @@ class Anchors:
             DataLoss: its blob is missing or damaged.
         """
         with translated("reading the newest audit anchor"):
-            doc = await self._collections.audit_anchors.find_one({}, sort=[("_id", -1)])
-        return None if doc is None else await self.read(Stored(doc["_id"], doc["sha256"]))
+            doc = await self._collections.audit_anchors.find_one(_NUMBERED, sort=[("_id", -1)])
+        return None if doc is None else await self.read(_stored(doc))
 
     async def read(self, stored: Stored) -> Anchor:
         """Return an anchor. Raises DataLoss when its blob is missing, or has other bytes than its name says."""
@@ -125,8 +147,14 @@ class Anchors:
     async def named(self) -> list[Stored]:
         """Return the anchors that MongoDB names, in their order."""
         with translated("reading audit anchors"):
-            found = self._collections.audit_anchors.find({}).sort("_id", 1)
-            return [Stored(doc["_id"], doc["sha256"]) async for doc in found]
+            found = self._collections.audit_anchors.find(_NUMBERED).sort("_id", 1)
+            return [_stored(doc) async for doc in found]
+
+    async def strays(self, most: int) -> list[str]:
+        """Return ids of documents that are no numbers of anchors, at most `most`: this program writes none."""
+        with translated("reading audit anchors"):
+            found = self._collections.audit_anchors.find({"$nor": [_NUMBERED]}, {"_id": 1}).limit(most)
+            return [repr(doc["_id"]) async for doc in found]
 
     async def extents(self, before: Anchor | None) -> dict[str, Extent]:
         """Return the extents of all chains now; `before` is the newest anchor."""

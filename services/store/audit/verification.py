@@ -64,6 +64,8 @@ class AuditVerification:
         own = self._own.head
         ends: dict[str, dict[int, str]] = defaultdict(dict)
         extents: dict[str, Extent] = {}
+        named = await self._anchors.strays(MAX_PROBLEMS)
+        yield Checked(problems=[Problem(f"anchor {id}", "is no anchor: its id is no number from 1 on") for id in named])
         async for checked, anchor in self._verify_anchors():
             yield checked
             if anchor is not None:
@@ -120,9 +122,10 @@ class AuditVerification:
                 anchor = await self._anchors.read(stored)
             except DataLoss as err:
                 problems.append(Problem(where, err.message))
-            while expected < stored.n:
-                problems.append(Problem(f"anchor {expected}", "was removed"))
-                expected += 1
+            if expected < stored.n:
+                more = stored.n - expected - 1
+                removed = f"was removed, and {more} after it" if more else "was removed"
+                problems.append(Problem(f"anchor {expected}", removed))
             expected = stored.n + 1
             if anchor is not None and stored.n > oldest and anchor.previous not in hashes.get(stored.n - 1, set()):
                 problems.append(Problem(where, "does not follow the anchor before it: one of both was exchanged"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,22 +11,26 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
-from mesh.rpc import auditing
+from mesh.rpc import audit_log, auditing
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Rpc, Server
 from shoal.access import tokens
 from shoal.access.audit import AUDITED, READS, Event
-from shoal.access.rpc_groups import ADMINISTER, CODE, GROUP_OF, MODELS, OPERATE
+from shoal.access.caller_header import LAUNCHER
+from shoal.access.rpc_groups import ADMINISTER, CODE, CREATE_KEY, GROUP_OF, MODELS, OPERATE, TRY_MODEL
 from shoal.access.tokens import Signer
+from shoal.coord.v1 import access_pb2 as coord_pb2
 from shoal.errors import NotFound, Unavailable
+from shoal.inference.v2 import trial_pb2
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 from tests.access.policies import claims_of, key, passed, policy
 from tests.breakable import until
 
 Caller: TypeAlias = Callable[..., list[tuple[str, str]]]
+GET_RESULT = "/shoal.store.v1.StoreService/GetResult"
 SET_QUOTA = "/shoal.store.v1.StoreService/SetQuota"
 
 
@@ -59,6 +64,18 @@ class Servicer(store_pb2_grpc.StoreServiceServicer):
         self.quotas.append(request.tenant)
         return pb.SetQuotaResponse()
 
+    async def GetResult(self, request: pb.GetResultRequest, ctx: Any) -> pb.GetResultResponse:
+        if request.job_id == "unknown":
+            raise NotFound("no such job")
+        return pb.GetResultResponse(result=pb.Result(job_id=request.job_id))
+
+    async def StreamResults(
+        self, request: pb.StreamResultsRequest, ctx: Any
+    ) -> AsyncIterator[pb.StreamResultsResponse]:
+        yield pb.StreamResultsResponse(cursor="begin")
+        for _ in range(3):
+            yield pb.StreamResultsResponse(results=[pb.Result(), pb.Result()])
+
     async def ListUsage(self, request: pb.ListUsageRequest, ctx: Any) -> pb.ListUsageResponse:
         return pb.ListUsageResponse()
 
@@ -77,8 +94,8 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
 
 @pytest.fixture
 def caller(signer: Signer) -> Caller:
-    def metadata(role: str = "admin") -> list[tuple[str, str]]:
-        claims = claims_of(key(signer, role=role, subject="ann"))
+    def metadata(role: str = "admin", tenant: str = "acme") -> list[tuple[str, str]]:
+        claims = claims_of(key(signer, tenant, role, subject="ann"))
         return [passed(claims), ("x-envoy-external-address", "10.0.0.7")]
 
     return metadata
@@ -98,7 +115,7 @@ def servicer() -> Servicer:
 async def stub(log: Log, servicer: Servicer, tmp_path: Path, signer: Signer) -> AsyncIterator[Any]:
     descriptor = pb.DESCRIPTOR.services_by_name["StoreService"]
     add = Rpc(descriptor, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(servicer, server))
-    access, listen = Access(policy(signer)), f"unix:{tmp_path}/s.sock"
+    access, listen = Access(policy(signer, audit={"reads": ["acme"]})), f"unix:{tmp_path}/s.sock"
     async with (
         access,
         Auditing(log, access, "node/store-0") as audited,
@@ -192,6 +209,89 @@ async def test_refused_calls_and_reads_and_calls_of_services_are_no_acts(
 
     assert servicer.quotas == ["by-a-service"]
     assert log.events == []
+
+
+async def test_reads_of_results_are_counted_by_caller_job_and_rpc_where_the_policy_says_so(
+    stub: Any, caller: Caller, log: Log
+) -> None:
+    for job, sent in (("a", caller("user")), ("b", caller("user")), ("c", caller("user", "globex"))):
+        for _ in range(3):
+            await stub.GetResult(pb.GetResultRequest(job_id=job), metadata=sent, timeout=30)
+    await stub.GetResult(pb.GetResultRequest(job_id="a"), metadata=[("x-shoal-caller", "service")], timeout=30)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stub.GetResult(pb.GetResultRequest(job_id="unknown"), metadata=caller("user"), timeout=30)
+    assert len([one async for one in stub.StreamResults(pb.StreamResultsRequest(), metadata=caller("user"))]) == 4
+
+    def counts() -> dict[tuple[str, str], int]:
+        found: Counter[tuple[str, str]] = Counter()
+        for event in log.events:
+            found[event.rpc.rpartition("/")[2], event.target] += event.count
+        return dict(found)
+
+    await until(lambda: sum(counts().values()) >= 12, "the reads are written")
+    assert counts() == {("GetResult", "a"): 3, ("GetResult", "b"): 3, ("StreamResults", ""): 6}
+    assert {(event.kind, event.tenant, event.subject, event.address) for event in log.events} == {
+        ("read", "acme", "ann", "10.0.0.7")
+    }
+
+
+async def test_reads_go_on_while_the_log_is_away_and_a_stop_writes_the_last_ones(signer: Signer, log: Log) -> None:
+    async def respond(request: pb.GetResultRequest, headers: Any) -> pb.GetResultResponse:
+        return pb.GetResultResponse(result=pb.Result())
+
+    log.is_away = True
+    access = Access(policy(signer, audit={"reads": ["*"]}))
+    headers = {b"x-shoal-caller": passed(claims_of(key(signer, subject="ann")))[1].encode()}
+    async with Auditing(log, access, "node/store-0") as audited:
+        read = audited.counted(GET_RESULT, respond)
+        for number in range(2 * audit_log.MAX_DISTINCT):
+            await read(pb.GetResultRequest(job_id=f"job-{number}"), headers)
+        log.is_away = False
+    assert len(log.events) == audit_log.MAX_DISTINCT + 1
+    assert [event.count for event in log.events if event.reason] == [audit_log.MAX_DISTINCT]
+
+
+async def test_the_launchers_key_is_an_act_whose_outcome_names_the_key(
+    signer: Signer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "_RECORD_S", 0.2)
+    async with Auditing(log, Access(policy(signer)), "node/coord-0") as audited:
+        create = audited.wrap(CREATE_KEY, _create_key)
+        launcher = _Call([("x-shoal-caller", LAUNCHER.decode())])
+        await create(coord_pb2.CreateKeyRequest(tenant="local"), launcher)
+        outcome = await log.ended()
+        assert [event.kind for event in log.events] == ["act", "outcome"]
+        assert (log.events[0].subject, log.events[0].target, outcome.target) == ("launcher", "local", "k-1")
+        # A node without a store has no audit log, and its user has a key all the same.
+        log.is_away = True
+        await create(coord_pb2.CreateKeyRequest(tenant="local"), launcher)
+    assert len(log.events) == 2
+
+
+async def _create_key(request: coord_pb2.CreateKeyRequest, ctx: Any) -> coord_pb2.CreateKeyResponse:
+    return coord_pb2.CreateKeyResponse(info=coord_pb2.KeyInfo(id="k-1"))
+
+
+class _Call:
+    """Context of a call with these headers."""
+
+    def __init__(self, headers: list[tuple[str, str]]) -> None:
+        self._headers = headers
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self._headers
+
+
+async def test_a_trial_of_a_model_is_an_act_on_that_model(signer: Signer, caller: Caller, log: Log) -> None:
+    async def behaviour(request: Any, ctx: Any) -> AsyncIterator[Any]:
+        yield trial_pb2.TryModelResponse(passed=True)
+
+    async with Auditing(log, Access(policy(signer)), "node/infer-0") as audited:
+        try_model = audited.wrap(TRY_MODEL, behaviour)
+        for model in (pb.ModelVersion(name="ocr").SerializeToString(), b"\xff"):
+            request = trial_pb2.TryModelRequest(model=model)
+            assert len([one async for one in try_model(request, _Call(caller("publisher")))]) == 1
+    assert [event.target for event in log.events if event.kind == "act"] == ["ocr", ""]
 
 
 def test_every_rpc_that_administers_is_an_act_or_a_known_read() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
 
+from mesh.rpc import audit_log
 from mesh.rpc.access import Access
-from mesh.xds import access_log
 from mesh.xds.access_log import RefusedCalls
 from mesh.xds.json_calls import json_calls
 from services.coord.traffic import JSON_SERVICES
@@ -88,7 +88,7 @@ async def test_a_thousand_equal_refusals_are_one_event(calls: RefusedCalls, log:
 async def test_distinct_callers_beyond_the_bound_are_one_event(
     calls: RefusedCalls, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_log, "MAX_DISTINCT", 10)
+    monkeypatch.setattr(audit_log, "MAX_DISTINCT", 10)
     for number in range(100):
         calls.count(refused(address=f"10.0.1.{number}"))
     await calls.write()

@@ -17,6 +17,8 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
 from services.store.audit import chain as chain_module
+from services.store.audit.anchors import Anchor, decode
+from services.store.audit.chains import Extent
 from services.store.audit.entries import FIRST_HASH, chained, entry_of, fits
 from services.store.audit.reading import AuditFilter, read
 from shoal.access.audit import EVENT_FIELDS, Event
@@ -351,6 +353,37 @@ async def test_a_document_of_no_chain_is_named_and_stops_no_anchor(audit: Audit,
         assert [problem.where for problem in await audit.problems()] == [str(id_)]
         await audit.rounds.anchor()
     assert (await audit.anchors.newest()).chains[audit.chain.writer].last == 3
+
+
+@pytest.mark.parametrize("id_", ["made up", 1.5, -1, 10**12, b"x", True])
+async def test_an_anchor_whose_id_is_no_number_of_one_is_named_and_stops_no_anchor(audit: Audit, id_: object) -> None:
+    await audit.record(1)
+    await audit.rounds.anchor()
+    made_up = {"_id": id_, "sha256": "../x", "at": audit.parts.clock()}
+    await audit.parts.collections.audit_anchors.insert_one(made_up, bypass_document_validation=True)
+    (problem,) = await audit.problems()
+    assert problem.where.startswith("anchor ")
+    assert problem.message == "is no anchor: its id is no number from 1 on"
+    await audit.record(1)
+    await audit.rounds.anchor()
+    assert (await audit.anchors.newest()).n == 2
+
+
+async def test_an_anchor_with_the_hash_of_no_blob_is_named(audit: Audit) -> None:
+    made_up = {"_id": 7, "sha256": "../x", "at": audit.parts.clock()}
+    await audit.parts.collections.audit_anchors.insert_one(made_up, bypass_document_validation=True)
+    problems = {problem.where: problem.message for problem in await audit.problems()}
+    assert problems.keys() == {"anchor 1", "anchor 7"}
+    assert problems["anchor 1"] == "was removed, and 5 after it"
+
+
+@pytest.mark.parametrize("name", ["n", "at", "previous", "oldest"])
+def test_an_anchor_with_a_field_of_another_type_is_none(name: str) -> None:
+    good = Anchor(1, 2, FIRST_HASH, 1, {"w": Extent(1, FIRST_HASH, 2, FIRST_HASH)})
+    assert decode(good.encode()) == good
+    for value in (None, True, [], 1.5):
+        with pytest.raises(ValueError, match="are no anchor"):
+            decode(json.dumps({**json.loads(good.encode()), name: value}).encode())
 
 
 async def test_a_document_within_a_chain_that_is_no_entry_stops_no_anchor(audit: Audit) -> None:
