@@ -11,7 +11,7 @@ from mesh.rpc.interceptors import Context
 from services.coord.keys import Keys, Record
 from services.coord.messages import timestamp
 from services.coord.policies import Applied, Policies
-from shoal.access.caller_header import claims
+from shoal.access.caller_header import LAUNCHER, claims
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc as pb_grpc
 from shoal.errors import FailedPrecondition
@@ -47,7 +47,10 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, ctx: Context) -> pb.GetPolicyResponse:
         found = await self._policies.get(request.version)
-        return pb.GetPolicyResponse(policy=_version(found), document=found.document, files=found.files or {})
+        in_force = "" if request.version else self._policies.in_force()
+        return pb.GetPolicyResponse(
+            policy=_version(found), document=found.document, files=found.files or {}, in_force=in_force
+        )
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, ctx: Context) -> pb.ListPoliciesResponse:
         return pb.ListPoliciesResponse(policies=[_version(one) for one in await self._policies.history()])
@@ -100,9 +103,10 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.RotateSignerResponse(signer=kid, key="" if key is None else key.text, unconfirmed=late)
 
 
-def _author(ctx: Context) -> Mapping[str, Any]:
-    """Return the claims of the caller. Raises Unauthenticated for a call without a token."""
-    return claims(caller_in(ctx) or b"")
+def _author(ctx: Context) -> Mapping[str, Any] | None:
+    """Return the claims of the caller; None for the node's user. Raises Unauthenticated for a call without a token."""
+    caller = caller_in(ctx) or b""
+    return None if caller == LAUNCHER else claims(caller)
 
 
 def _version(applied: Applied) -> pb.PolicyVersion:

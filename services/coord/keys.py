@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from shoal.access import cluster, tokens
 from shoal.access.cluster import REVOKED, SIGNERS, SignerKey
 from shoal.access.policy import REVOKED as MOST_REVOKED
 from shoal.access.tokens import AUDIENCE, ISSUER, LIFE_S, Key, Signer
-from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, ResourceExhausted, ShoalError, Unavailable
 
 # Outside of /shoal/, of which every coord keeps a copy.
 _RECORDS = b"/shoal-keys/"
@@ -117,12 +118,23 @@ class Keys:
         """
         entry, signer = await self._signer()
         record, key = self._made(signer, tenant, role, subject, models or ("*",), grants, life_s or LIFE_S)
-        # Its record goes with the key, without a sweep.
-        lease = await self._etcd.grant(max(1, int(record.expires_at - self._now())))
         when = [Modified(_SIGNER, entry.mod_revision)]
-        if not (await self._etcd.transact(when, [_put(record, lease.id)])).succeeded:
-            raise Aborted("the signer was rotated meanwhile: make the key again")
+        async with self._lease(max(1, int(record.expires_at - self._now()))) as lease:
+            if not (await self._etcd.transact(when, [_put(record, lease)])).succeeded:
+                raise Aborted("the signer was rotated meanwhile: make the key again")
         return record, key
+
+    @asynccontextmanager
+    async def _lease(self, life_s: int) -> AsyncIterator[int]:
+        """Yield a lease, with which the record of a key goes without a sweep. An error in the block revokes it."""
+        lease = await self._etcd.grant(life_s)
+        try:
+            yield lease.id
+        except BaseException:
+            # It may have lost its etcd, too.
+            with suppress(ShoalError):
+                await lease.revoke()
+            raise
 
     def _made(
         self,
@@ -216,6 +228,7 @@ class Keys:
             )
         signers = [*former, SignerKey(signer.public_jwk())]
         then = [self._sealed(signer), Put(SIGNERS, cluster.signers_value(signers))]
+        when = [Modified(_SIGNER, entry.mod_revision), Modified(SIGNERS, public.mod_revision)]
         key = None
         if own is not None and own["iss"] in {cluster.issuer_name(ISSUER, one.kid) for one in known}:
             record, key = self._made(
@@ -227,12 +240,17 @@ class Keys:
                 tuple(own.get("grants", ())),
                 LIFE_S,
             )
-            then.append(_put(record, (await self._etcd.grant(LIFE_S)).id))
-        when = [Modified(_SIGNER, entry.mod_revision), Modified(SIGNERS, public.mod_revision)]
+            async with self._lease(LIFE_S) as lease:
+                revision = await self._replace(when, [*then, _put(record, lease)])
+        else:
+            revision = await self._replace(when, then)
+        return signer.kid, key, await enforced(self._mirror, revision, _ENFORCED_S)
+
+    async def _replace(self, when: list[Modified], then: list[Put]) -> int:
         done = await self._etcd.transact(when, then)
         if not done.succeeded:
             raise Aborted("another signer was made meanwhile: see `shoal keys list`")
-        return signer.kid, key, await enforced(self._mirror, done.revision, _ENFORCED_S)
+        return done.revision
 
     async def _sealed_signer(self) -> Entry:
         entry = await self._etcd.get(_SIGNER)

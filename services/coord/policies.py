@@ -87,6 +87,11 @@ class Policies:
             raise NotFound(f"there is no version {version} of the policy: `shoal policy history` lists the last {KEPT}")
         return _decoded(found)
 
+    def in_force(self) -> str:
+        """Return the policy in force with its keys, as JSON; empty before the first one."""
+        policy = cluster.in_force(values_of(self._mirror.copy)[0])
+        return "" if policy is None else json.dumps(policy.model_dump(mode="json", exclude_defaults=True))
+
     async def history(self) -> list[Applied]:
         """Return the applied policies, the latest first."""
         listing = await self._etcd.list(_HISTORY)
@@ -102,7 +107,7 @@ class Policies:
         self,
         document: str,
         files: Mapping[str, str],
-        author: Claims,
+        author: Claims | None,
         known: list[Claims],
         *,
         expected: int = 0,
@@ -112,7 +117,7 @@ class Policies:
         """Replace the policy.
 
         Args:
-            author: claims of the caller.
+            author: claims of the caller; None: the node's user, whom no document locks out.
             known: claims of the keys that are valid now.
             expected: version that must be in force; 0: any.
             force: leave out the checks that the author, and somebody, may administer under the document.
@@ -152,18 +157,23 @@ class Policies:
         elif isinstance(when, Modified):
             raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
 
-    def _refusal(self, policy: Policy, author: Claims, known: list[Claims]) -> str:
+    def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims]) -> str:
         """Return the reason why `policy` must not be applied; empty when there is none."""
         values, _ = values_of(self._mirror.copy)
         candidate = cluster.in_force({**values, POLICY: cluster.policy_value(0, policy)})
         assert candidate is not None
-        if not (rule := _denial(candidate, author)):
+        rule = _denial(candidate, author) if author is not None else ""
+        if author is not None and not rule:
             return ""
         if all(_denial(candidate, claims) for claims in known):
-            return f"after this document no valid key may administer the cluster ({rule})"
+            return f"after this document no valid key may administer the cluster ({rule or 'no key has the right'})"
+        if author is None:
+            return ""
         return f"you could not have applied this document under itself ({rule})"
 
-    def _name_of(self, claims: Claims) -> str:
+    def _name_of(self, claims: Claims | None) -> str:
+        if claims is None:
+            return "the node's user"
         values, _ = values_of(self._mirror.copy)
         try:
             policy = cluster.in_force(values)

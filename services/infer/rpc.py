@@ -224,12 +224,13 @@ class TrialServicer(trial_pb2_grpc.ModelTrialsServicer):
             model = store_pb2.ModelVersion.FromString(request.model)
         except DecodeError as err:
             raise InvalidArgument(f"model: it is no serialised shoal.store.v1.ModelVersion: {err}") from err
-        allow_code = True
+        allow_code, behalf = True, b""
         if self._access is not None:
             caller = caller_in(context)
-            self._access.check(rpc_groups.TRY_MODEL, caller, model.name)
+            if self._access.check(rpc_groups.TRY_MODEL, caller, model.name) is not None:
+                behalf = caller or b""
             allow_code = self._access.allows(rpc_groups.TRY_MODEL_WITH_CODE, caller, model.name)
-        async with aclosing(self._trials.run(model, allow_code=allow_code)) as begun:
+        async with aclosing(self._trials.run(model, allow_code=allow_code, caller=behalf)) as begun:
             async for _ in begun:
                 yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid())
         yield trial_pb2.TryModelResponse(instance=self._replica, pid=os.getpid(), passed=True)

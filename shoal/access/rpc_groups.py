@@ -48,10 +48,11 @@ TRY_MODEL: Final = "/shoal.inference.v2.ModelTrials/TryModel"
 APPLY_POLICY: Final = ACCESS_SERVICE + "ApplyPolicy"
 CREATE_KEY: Final = ACCESS_SERVICE + "CreateKey"
 LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
+ROLL_BACK: Final = ACCESS_SERVICE + "RollBackPolicy"
 TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
 """A trial load of a model that runs code, as LOAD_WITH_CODE."""
-OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS})
-"""RPCs that the process that started a server calls at the server's own socket."""
+OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK})
+"""RPCs that the process that started a server, or another one of its user, calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
 LIST_MODELS: Final = _STORE + "ListModels"
 REGISTER: Final = _STORE + "RegisterModel"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.output import AsJson, Gateway, connect, show, show_json
+
+if TYPE_CHECKING:
+    from shoal.client.access import KeyInfo
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
 
@@ -36,19 +40,31 @@ def check(file: _File) -> None:
 
 @app.command()
 def explain(
-    file: _File,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="The policy.", show_default="the one in force at the node"),
+    ] = None,
+    *,
     call: Annotated[str, typer.Option(help="The RPC, such as ModelInfer or /package.Service/Method.")],
     token: Annotated[
         str, typer.Option(help="A token or key; - reads one from standard input.", envvar="SHOAL_TOKEN")
     ] = "",
     key: Annotated[
-        str, typer.Option(help="A key; - reads one from standard input. The same as --token.", show_default=False)
+        str,
+        typer.Option(
+            help="A key, or at a node its id; - reads a key from standard input.",
+            metavar="KEY|ID",
+            show_default=False,
+        ),
     ] = "",
     model: Annotated[str | None, typer.Option(help="The model that the call names.")] = None,
+    gateway: Gateway = None,
 ) -> None:
     """Say whether a policy allows a call, and which rule decides. Exits with 1 when it is refused.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+      shoal policy explain --key k-0123456789abcdef --call ModelInfer --model ocr-en
 
       shoal policy explain policy.yaml --key - --call ModelInfer --model ocr-en < key.txt
     """
@@ -57,17 +73,25 @@ def explain(
     from shoal.access.decision import caller_of, decide
     from shoal.errors import InvalidArgument, Unauthenticated
 
-    found = policies.load(file)
     rpc = rpc_groups.rpc_named(call)
     if rpc is None:
         raise InvalidArgument(f"--call {call!r}: there is no such RPC: give a name such as ModelInfer, or a path")
     text = key or token
     if text == "-":
         text = typer.get_text_stream("stdin").read()
+    claims: Mapping[str, Any] | None = None
+    if file is not None:
+        found = policies.load(file)
+    else:
+        with connect(gateway) as client:
+            found = policies.Policy.model_validate_json(client.access.policy().in_force)
+            # A token has dots.
+            if key and "." not in text:
+                claims = _claims_of(text.strip(), client.access.keys())
     caller, why = None, "no token"
     try:
         if text:
-            caller = caller_of(found, tokens.verified_claims(found, text, time.time()))
+            caller = caller_of(found, claims or tokens.verified_claims(found, text, time.time()))
             who = (
                 f"{caller.subject or '-'} of tenant {caller.tenant}, role {caller.role or '-'}, key {caller.key or '-'}"
             )
@@ -80,6 +104,25 @@ def explain(
     typer.echo(f"{'allowed' if decision.allowed else 'refused'}: {decision.rule}")
     if not decision.allowed:
         raise typer.Exit(1)
+
+
+def _claims_of(id: str, keys: Iterable[KeyInfo]) -> Mapping[str, Any]:
+    """Return the claims of the key with an id. Raises NotFound."""
+    from shoal.access import cluster, tokens
+    from shoal.errors import NotFound
+
+    for key in keys:
+        if key.id == id:
+            return {
+                "iss": cluster.issuer_name(tokens.ISSUER, key.signer),
+                "jti": key.id,
+                "sub": key.subject,
+                "tenant": key.tenant,
+                "role": key.role,
+                "models": [*key.models],
+                "grants": [*key.grants],
+            }
+    raise NotFound(f"--key {id}: the cluster has no such key, or it has expired: `shoal keys list` shows them")
 
 
 _Force = Annotated[
@@ -147,12 +190,43 @@ def history(gateway: Gateway = None, json: AsJson = False) -> None:
 def rollback(
     version: Annotated[int, typer.Argument(help="The version to apply again.")],
     force: _Force = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Data folder of a node of yours: its user needs no key, and is locked out by no policy.",
+            show_default=False,
+        ),
+    ] = None,
     gateway: Gateway = None,
 ) -> None:
-    """Apply an earlier version again, as a new version."""
-    with connect(gateway) as client:
-        applied = client.access.roll_back(version, force=force)
-    typer.echo(f"version {applied.version} is in force: the document of version {version}")
+    """Apply an earlier version again, as a new version.
+
+    [bold]Example[/bold]
+
+      shoal policy rollback 6 --data-dir ~/.local/share/shoal     # nobody may administer under version 7
+    """
+    if data_dir is not None:
+        number = _roll_back_as_user(data_dir.expanduser(), version, force=force)
+    else:
+        with connect(gateway) as client:
+            number = client.access.roll_back(version, force=force).version
+    typer.echo(f"version {number} is in force: the document of version {version}")
+
+
+def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> int:
+    """Return the number of the new version. Raises ShoalError."""
+    import asyncio
+
+    from shoal.access.rpc_groups import ROLL_BACK
+    from shoal.coord.v1 import access_pb2 as pb
+    from shoal.node import folder
+    from shoal.node.admin_key import call_as_launcher
+
+    sockets = sorted(folder.running_in(data_dir).glob("coord-*.sock"))
+    request = pb.RollBackPolicyRequest(version=version, force=force)
+    response = asyncio.run(call_as_launcher(sockets, ROLL_BACK, request, pb.RollBackPolicyResponse))
+    return int(response.policy.version)
 
 
 @app.command()

@@ -37,6 +37,8 @@ class PolicyDocument:
     document: str
     files: Mapping[str, str]
     """Files of keys that the document names, by name."""
+    in_force: str = ""
+    """The policy in force as JSON, with the public keys of issuers and the revoked keys; empty for earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class AsyncAccess:
     async def policy(self, version: int = 0, *, timeout: float | None = TIMEOUT_S) -> PolicyDocument:
         """Return a policy that was applied; 0: the one in force."""
         found = await self._caller.call(methods.GET_POLICY, pb.GetPolicyRequest(version=version), timeout_s=timeout)
-        return PolicyDocument(_version(found.policy), found.document, dict(found.files))
+        return PolicyDocument(_version(found.policy), found.document, dict(found.files), found.in_force)
 
     async def history(self, *, timeout: float | None = TIMEOUT_S) -> builtins.list[PolicyVersion]:
         """Return the policies that were applied, the latest first."""

@@ -21,7 +21,7 @@ import pytest
 import pytest_asyncio
 
 from mesh import keyring
-from mesh.cluster.etcd import Etcd
+from mesh.cluster.etcd import Etcd, Lease, Outcome
 from mesh.cluster.mirror import Mirror
 from mesh.keyring import Keyring
 from mesh.rpc.channel import connect
@@ -33,7 +33,7 @@ from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
-from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.errors import Aborted, FailedPrecondition, InvalidArgument
 from tests.access import policies
 from tests.breakable import EtcdProcess, until
 from tests.coord.conftest import Coord
@@ -183,6 +183,50 @@ async def test_the_author_of_a_policy_and_somebody_must_be_able_to_administer_un
     assert (code, "no grant allows administer" in details) == ("PERMISSION_DENIED", True)
     restored = pb.ApplyPolicyRequest(document=document())
     assert not (await access.stub.ApplyPolicy(restored, metadata=ann)).policy.forced
+
+
+async def test_the_nodes_user_rolls_back_a_document_that_locks_everybody_out(access: Access) -> None:
+    before = await access.version()
+    nobody = await access.apply(document("[]"), force=True)
+    assert nobody.forced
+    assert not await access.is_admitted()
+    spoofed = ((CALLER_HEADER, "bGF1bmNoZXI"),)
+    request = pb.RollBackPolicyRequest(version=before)
+    for metadata in (access.admin, (), spoofed):
+        code, _ = await refusal(access.stub.RollBackPolicy(request, metadata=metadata))
+        assert code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+    back = (await access.stub.RollBackPolicy(request, metadata=LAUNCHED)).policy
+    assert (back.version, back.rolled_back_to, back.applied_by) == (before + 2, before, "the node's user")
+    assert not back.forced
+    await until(access.is_admitted, "the admin is one again")
+    code, details = await refusal(
+        access.stub.RollBackPolicy(pb.RollBackPolicyRequest(version=nobody.version), metadata=LAUNCHED)
+    )
+    assert (code, details.split(" (")[0]) == (
+        "FAILED_PRECONDITION",
+        "after this document no valid key may administer the cluster",
+    )
+
+
+async def test_a_key_that_is_not_made_leaves_no_lease(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = Keys(access.etcd, Mirror(access.etcd, b"/shoal/"), keyring.read(access.master_key))
+    granted: list[Lease] = []
+    grant = access.etcd.grant
+
+    async def recorded(*args: Any, **options: Any) -> Lease:
+        granted.append(await grant(*args, **options))
+        return granted[-1]
+
+    async def lost(*args: Any) -> Outcome:
+        return Outcome(False, 0)
+
+    monkeypatch.setattr(access.etcd, "grant", recorded)
+    monkeypatch.setattr(access.etcd, "transact", lost)
+    own = {"iss": (await access.policy()).issuers[0].issuer, "tenant": "local", "role": "admin"}
+    for call in (keys.create(tenant="acme", role="user"), keys.rotate(is_stolen=False, own=own)):
+        with pytest.raises(Aborted):
+            await call
+    assert [await access.etcd.refresh(lease.id) for lease in granted] == [0, 0]
 
 
 async def test_two_documents_at_once_are_not_mixed(access: Access) -> None:

@@ -42,12 +42,13 @@ from shoal.access import tokens
 from shoal.access.caller_header import LAUNCHER, SERVICE
 from shoal.access.decision import caller_of, decide
 from shoal.access.policy import Policy
-from shoal.access.rpc_groups import GROUP_OF, INDEX, INTERNAL, MODEL_INFER
+from shoal.access.rpc_groups import GROUP_OF, INDEX, INTERNAL, MODEL_INFER, ROLL_BACK
 from shoal.access.tokens import PREFIX, Key, Signer
 from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.inference.v2 import inference_pb2_grpc
+from shoal.inference.v2 import inference_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.node.processes import free_port
+from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
 from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
@@ -1084,6 +1085,86 @@ def test_the_signer_is_rotated_and_after_a_theft_all_its_keys_end(node_world: No
         assert node_world.infer(text).startswith(("UNAUTHENTICATED", "PERMISSION_DENIED"))
     assert node_world.infer(node_world.key().text) == "OK"
     assert "master key: data folder" in run("status")
+
+
+def test_the_policy_in_force_is_explained_for_a_key_its_id_and_a_foreign_token(node_world: NodeWorld) -> None:
+    def explained(option: str, text: str, model: str) -> tuple[int, str]:
+        done = node_world.node.shoal(
+            "policy", "explain", option, text, "--call", "ModelInfer", "--model", model, check=False
+        )
+        return done.returncode, done.stdout.splitlines()[-1] if done.returncode < 2 and done.stdout else done.stderr
+
+    with node_world.client() as client:
+        made = client.access.create_key(tenant="acme", role="user", subject="ann")
+        node_world.secrets.add(made.key)
+        assert explained("--key", made.key, OPEN) == explained("--key", made.info.id, OPEN)
+        assert explained("--key", made.info.id, OPEN)[0] == 0
+        code, said = explained("--key", made.info.id, SECRET)
+        assert (code, "no-secrets" in said) == (1, True)
+        code, said = explained("--token", node_world.key("globex").text, SECRET)
+        assert (code, said.startswith("allowed")) == (0, True)
+        client.access.revoke_key(made.info.id)
+    code, said = explained("--key", made.key, OPEN)
+    assert (code, f"{made.info.id} is revoked" in said) == (1, True)
+    code, said = explained("--key", "k-unknown", OPEN)
+    assert (code, "no such key" in said) == (1, True)
+
+
+def test_the_nodes_user_comes_back_after_a_policy_that_locks_everybody_out(node_world: NodeWorld) -> None:
+    data_dir = str(node_world.node.data_dir)
+    with node_world.client() as client:
+        before = client.access.policy().policy.version
+        nobody = yaml.safe_dump({**node_world.document, "grants": []})
+        assert client.access.apply(nobody, force=True).version == before + 1
+        with pytest.raises(PermissionDenied):
+            client.access.policy()
+        done = node_world.node.shoal("policy", "rollback", str(before), check=False)
+        assert (done.returncode, "not allowed" in done.stderr) == (1, True)
+        done = node_world.node.shoal("policy", "rollback", str(before), "--data-dir", data_dir)
+        assert f"version {before + 2} is in force: the document of version {before}" in done.stdout
+        node_world.until(lambda: _version_or_none(client) == before + 2)
+        (entry,) = [
+            one for one in client.audit.list(kinds=["act"]) if (one.subject, one.rpc) == ("launcher", ROLL_BACK)
+        ]
+        assert entry.origin == "local/coord-0"
+    done = node_world.node.shoal("policy", "rollback", "1", "--data-dir", str(node_world.folder), check=False)
+    assert (done.returncode, "no node of yours runs on" in done.stderr) == (1, True)
+
+
+def test_a_publisher_learns_nothing_of_files_of_another_tenant(node_world: NodeWorld) -> None:
+    """A trial of a model with a file that another tenant has stored ends as one with a file that nobody has."""
+    secret = os.urandom(1_000)
+    with node_world.client() as client:
+        publisher = {
+            tenant: client.access.create_key(tenant=tenant, role="publisher").key for tenant in ("acme", "globex")
+        }
+    node_world.secrets |= {*publisher.values()}
+    stored, unknown = hashlib.sha256(secret).hexdigest(), hashlib.sha256(os.urandom(8)).hexdigest()
+    with node_world.channel() as channel:
+        bearers = {tenant: (("authorization", f"Bearer {text}"),) for tenant, text in publisher.items()}
+        upload = [
+            store_pb2.PutArtifactRequest(header={"sha256": stored, "size_bytes": len(secret)}),
+            store_pb2.PutArtifactRequest(chunk=secret),
+        ]
+        stub = store_pb2_grpc.StoreServiceStub(channel)
+        node_world.until(lambda: node_world.infer(publisher["acme"]) == "OK")
+        stub.PutArtifact(iter(upload), metadata=bearers["acme"], timeout=PATIENCE_S)
+
+        def trial(tenant: str, digest: str) -> tuple[str, str]:
+            model = store_pb2.ModelVersion(name=OPEN, files=[{"path": "model.onnx", "sha256": digest}])
+            model.files[0].size_bytes = len(secret)
+            asked = trial_pb2.TryModelRequest(model=model.SerializeToString())
+            with pytest.raises(grpc.RpcError) as caught:
+                list(trial_pb2_grpc.ModelTrialsStub(channel).TryModel(asked, metadata=bearers[tenant], timeout=60))
+            return caught.value.code().name, caught.value.details().replace(digest, "DIGEST")
+
+        # Its own file is fetched, into the cache of every tenant, and is no model.
+        assert trial("acme", stored)[0] == "FAILED_PRECONDITION"
+        assert trial("globex", stored) == trial("globex", unknown)
+        assert trial("globex", stored)[0] == "NOT_FOUND"
+        stat = store_pb2.StatArtifactRequest(sha256=stored, caller=b"service")
+        with pytest.raises(grpc.RpcError, match="only a service may name another caller"):
+            stub.StatArtifact(stat, metadata=bearers["globex"], timeout=PATIENCE_S)
 
 
 def test_tokens_of_an_openid_provider_that_rolls_its_keys_and_goes_away(node_world: NodeWorld, tmp_path: Path) -> None:

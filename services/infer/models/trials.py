@@ -24,8 +24,8 @@ MOST_TRIALS = 64
 """Trials that wait or run: a client that pushes a folder has fewer at a time."""
 _RETRY_AFTER_MS = 1_000
 
-Source = Callable[[store_pb2.ModelVersion], AbstractAsyncContextManager[WantedVersion]]
-"""Provides an unregistered version, with its files on this machine."""
+Source = Callable[[store_pb2.ModelVersion, bytes], AbstractAsyncContextManager[WantedVersion]]
+"""Provides an unregistered version, with its files on this machine, for a caller; empty: for a service."""
 
 
 class Trials:
@@ -59,10 +59,13 @@ class Trials:
     ) -> None:
         await end(*self._running)
 
-    async def run(self, model: store_pb2.ModelVersion, *, allow_code: bool = True) -> AsyncGenerator[None, None]:
+    async def run(
+        self, model: store_pb2.ModelVersion, *, allow_code: bool = True, caller: bytes = b""
+    ) -> AsyncGenerator[None, None]:
         """Try a version: yield when the trial begins, and return when the version has passed and is unloaded.
 
         `allow_code` False: also where models may run code, this one may not; nor may it be on another server.
+        `caller` must see the files; empty: nobody's right to them is checked.
 
         Raises:
             FailedPrecondition: the version cannot be loaded; the message has the reason.
@@ -76,7 +79,7 @@ class Trials:
             raise ResourceExhausted(f"{MOST_TRIALS} trial loads wait or run here", retry_after_ms=_RETRY_AFTER_MS)
         begun = asyncio.Event()
         context = self._context if allow_code else replace(self._context, allow_code=False, allow_remote=False)
-        work = self._try(self._source(model), model.name, begun, context)
+        work = self._try(self._source(model, caller), model.name, begun, context)
         trial = asyncio.create_task(work, name=f"trial-{model.name}")
         self._running.add(trial)
         trial.add_done_callback(self._running.discard)

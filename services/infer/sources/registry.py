@@ -67,6 +67,9 @@ class Registered(Protocol):
         """Yield the whole registry now and after each change. Raises ShoalError when the watch breaks."""
         ...
 
+    async def check_sees(self, caller: bytes, sha256: str) -> None:
+        """Check that a caller sees an artifact. Raises NotFound, the same as for one that is not stored; ShoalError."""
+
 
 @dataclass(frozen=True)
 class _Read:
@@ -120,8 +123,11 @@ class Registry:
             await asyncio.sleep(backoff.next_s())
 
     @asynccontextmanager
-    async def unregistered(self, version: pb.ModelVersion) -> AsyncIterator[WantedVersion]:
+    async def unregistered(self, version: pb.ModelVersion, caller: bytes = b"") -> AsyncIterator[WantedVersion]:
         """Provide a version that is not registered, with its files in the cache. Version 0 becomes version 1.
+
+        With `caller`, only from files that this caller sees: the store is asked, since the cache has those of every
+        tenant.
 
         After an error, the files that no registered version needs leave the cache soon.
 
@@ -136,7 +142,7 @@ class Registry:
             raise InvalidArgument(f"{quoted(version.name)} with {len(version.files)} files is no model version")
         digests = {file.sha256 for file in version.files}
         try:
-            await self._fetch_all(version.files)
+            await self._fetch_all(version.files, caller)
             content = "".join(f"{file.path} {file.sha256}\n" for file in version.files)
             digest = hashlib.sha256(content.encode()).hexdigest()
             yield WantedVersion(numbered.version, digest, self._opener(numbered))
@@ -144,13 +150,15 @@ class Registry:
             self._cache.expire(digests - self._needed, self._clock())
             raise
 
-    async def _fetch_all(self, files: Iterable[pb.ModelFile]) -> None:
+    async def _fetch_all(self, files: Iterable[pb.ModelFile], caller: bytes = b"") -> None:
         """Fetch the files into the cache; while the store is unavailable, try again for a while."""
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
         give_up_at = time.monotonic() + _FETCH_RETRY_S
         for file in files:
             while True:
                 try:
+                    if caller:
+                        await self._store.check_sees(caller, file.sha256)
                     await self._cache.fetch(file.sha256, file.size_bytes)
                     break
                 except Unavailable:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from mesh.rpc.interceptors import translated
-from shoal.errors import DeadlineExceeded
+from shoal.errors import DeadlineExceeded, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc as pb_grpc
 
@@ -31,6 +31,21 @@ class StoreClient:
                     yield snapshot
             finally:
                 call.cancel()
+
+    async def check_sees(self, caller: bytes, sha256: str) -> None:
+        """Check that a caller sees an artifact. Raises NotFound as for one that is not stored; ShoalError."""
+        action = f"looking for artifact {sha256}"
+        with translated(action):
+            try:
+                request = pb.StatArtifactRequest(sha256=sha256, caller=caller)
+                found = await self._stub.StatArtifact(request, timeout=_SILENCE_S)
+                is_seen = found.HasField("artifact")
+            except grpc.aio.AioRpcError as err:
+                if err.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                is_seen = False
+        if not is_seen:
+            raise NotFound(f"{action}: it is not stored for the caller's tenant: upload it")
 
     async def read(self, sha256: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of an artifact from `offset` on. Raises ShoalError; DeadlineExceeded after a long silence."""

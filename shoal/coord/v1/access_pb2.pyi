@@ -31,7 +31,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("policy", "document", "files")
+    __slots__ = ("policy", "document", "files", "in_force")
     class FilesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -42,10 +42,12 @@ class GetPolicyResponse(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
     policy: PolicyVersion
     document: str
     files: _containers.ScalarMap[str, str]
-    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ..., document: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    in_force: str
+    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ..., document: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., in_force: _Optional[str] = ...) -> None: ...
 
 class ListPoliciesRequest(_message.Message):
     __slots__ = ()

@@ -55,10 +55,12 @@ class Artifact(_message.Message):
     def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class StatArtifactRequest(_message.Message):
-    __slots__ = ("sha256",)
+    __slots__ = ("sha256", "caller")
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     sha256: str
-    def __init__(self, sha256: _Optional[str] = ...) -> None: ...
+    caller: bytes
+    def __init__(self, sha256: _Optional[str] = ..., caller: _Optional[bytes] = ...) -> None: ...
 
 class StatArtifactResponse(_message.Message):
     __slots__ = ("artifact", "received_bytes")

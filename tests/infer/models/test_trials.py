@@ -35,7 +35,7 @@ class World:
         trials.bind(self._source)
 
     @asynccontextmanager
-    async def _source(self, model: store_pb2.ModelVersion) -> AsyncIterator[WantedVersion]:
+    async def _source(self, model: store_pb2.ModelVersion, caller: bytes) -> AsyncIterator[WantedVersion]:
         self.entered += 1
         yield self.versions[model.name]
 
