@@ -31,6 +31,7 @@ COMMANDS = (
     "instances",
     "logs",
     "doctor",
+    "support",
     "context",
     "ca",
     "keys",

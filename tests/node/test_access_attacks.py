@@ -6,6 +6,7 @@ The policy: two tenants; acme may call every model but `secret`, globex every mo
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -189,7 +190,16 @@ class NodeWorld(World):
         files += [self.node.output]
         # etcd and mongod allocate their logs ahead: most of the bytes are zeros.
         written = {str(path): path.read_bytes().replace(b"\0", b"").decode("latin-1") for path in files}
-        return {"config_dump": dump.decode(errors="replace"), **written}
+        return {"config_dump": dump.decode(errors="replace"), "support bundle": self.bundle(), **written}
+
+    def bundle(self) -> str:
+        path = self.folder / "bundle.tar.gz"
+        self.node.shoal("support", "bundle", "-o", str(path))
+        with gzip.open(path) as archive:
+            text = archive.read().decode("latin-1")
+        path.unlink()
+        assert "versions.json" in text
+        return text
 
 
 def outcome(channel: grpc.Channel, model: str, metadata: tuple[tuple[str, str], ...]) -> str:

@@ -1,0 +1,46 @@
+"""Redaction of secrets in text: known ones by their value, others by their form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+REDACTED = "[redacted]"
+# Shorter values would redact ordinary words.
+_SHORTEST = 8
+_FORMS = (
+    # Keys of the cluster, and JSON Web Tokens.
+    re.compile(r"\bshoal_eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+){1,2}"),
+    re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"),
+    re.compile(r"(?i)(?<=bearer )[^\s\"',]+"),
+    re.compile(r"(?i)(?<=basic )[A-Za-z0-9+/=]{8,}"),
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL),
+    # The password of a URL.
+    re.compile(r"(?<=://)[^\s/@\"']*:[^\s/@\"']+(?=@)"),
+    # Fields by their name, in JSON and in variables of the environment.
+    re.compile(
+        r"(?i)(?<![a-z])(?:[a-z0-9_.-]*(?:password|passwd|secret|token|private_key|api_key|access_key|credential)"
+        r"[a-z0-9_]*)(?:\"\s*:\s*\"|=)(?P<value>[^\s\",;]+)"
+    ),
+)
+# Names of files, of settings and of kinds are no secrets.
+_HARMLESS = re.compile(r"(?i)(_file|_prefix|_path|_source|_bytes|_ms|_name|_type)(\"|=)")
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return `text` without the values of `secrets`, and without whatever has the form of a secret."""
+    for secret in sorted({one.strip() for one in secrets}, key=len, reverse=True):
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, REDACTED)
+    for form in _FORMS:
+        text = form.sub(_replaced, text)
+    return text
+
+
+def _replaced(match: re.Match[str]) -> str:
+    if "value" not in match.groupdict():
+        return REDACTED
+    value = match["value"]
+    if _HARMLESS.search(match[0]) or value == REDACTED:
+        return match[0]
+    return match[0][: match.start("value") - match.start()] + REDACTED
