@@ -71,7 +71,6 @@ _INGEST_IDEMPOTENT = (
     "WatchJobs",
     "GetJobOperation",
     "ListJobOperations",
-    "AbortJobOperation",
     "GetSchedule",
     "ListSchedules",
     "ListJobRetention",
