@@ -27,6 +27,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
+# Longer names are cut in messages: a status with a long one would not fit into a header.
+_NAME_LENGTH = 128
+
 
 class Code(IntEnum):
     """Canonical status codes; the numbers are gRPC's (https://grpc.io/docs/guides/status-codes/)."""
@@ -148,3 +151,8 @@ def from_status(code: int, message: str, *, retry_after_ms: int | None = None) -
     except ValueError:
         error = ShoalError
     return error(message, retry_after_ms=retry_after_ms)
+
+
+def quoted(name: str) -> str:
+    """Return a name in single quotes, cut after 128 characters."""
+    return f"'{name}'" if len(name) <= _NAME_LENGTH else f"'{name[:_NAME_LENGTH]}...' ({len(name)} characters)"

@@ -32,21 +32,21 @@ LAYERS = {
         error_text
     """,
     "services/ingest": """
-        __main__ app areas metrics fast_submit rpc operations dead_letters batches schedules mongo_jobs dispatch config
-        retention connectors queries
+        __main__ app areas metrics fast_submit rest rpc operations dead_letters batches schedules mongo_jobs dispatch
+        config retention connectors queries
         intake job_events tracing job_access tenants job_scan documents job_fields instance store_calls messages
         dependencies ulid job_store job tenant_queue limits group_commit
     """,
     "services/store": """
-        __main__ app metrics rpc artifact_rpc config audit retention registry exports backups garbage usage results
+        __main__ app metrics rest rpc artifact_rpc config audit retention registry exports backups garbage usage results
         allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app metrics rpc first_start access_rpc messages policies keys enforcement instances health issuer_keys
-        fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
+        __main__ app metrics rest rpc first_start access_rpc messages policies keys enforcement instances health
+        issuer_keys fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
     "mesh": """
-        xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
+        rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
     """,
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access

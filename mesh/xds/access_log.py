@@ -149,9 +149,9 @@ class RefusedCalls(CountedEvents):
         """Return the RPC of a path of gRPC, REST or JSON. Callers choose other paths, which are one for all."""
         if path in GROUP_OF:
             return path
-        if path.startswith(rest_paths.PREFIX):
-            paths = [one for one, _ in rest_paths.found(tuple(map(unquote, path.split("/")[1:])))]
-            return next((one.rpc for one in paths if one.method == method), _UNKNOWN_PATH)
+        for one, _ in rest_paths.found(tuple(map(unquote, path.split("/")[1:]))):
+            if one.method == method:
+                return one.rpc
         return next((rpc for verb, form, rpc in self._json if verb == method and form.fullmatch(path)), _UNKNOWN_PATH)
 
 

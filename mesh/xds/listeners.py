@@ -45,6 +45,8 @@ from mesh.xds.routes import (
     MODEL_HEADER,
     NAME,
     NO_RETRY_HEADER,
+    NO_SEQUENCE,
+    REST_STEP_FILTER,
     SEQUENCE_HEADER,
     STEP_EXTRACTION_FILTER,
     ModelRoutes,
@@ -125,6 +127,52 @@ function envoy_on_request(handle)
 end
 """
 
+
+# The sequence of a step over REST, in the form of the script above: both forms of a step go to one instance. A text
+# within a text has a backslash before its quotes, so the name in quotes and a colon are a member of an object. Numbers
+# beyond 15 digits are not exact in Lua. The headers are not valid after the body is read.
+_REST_STEP_LUA = """
+local find, match, format, floor = string.find, string.match, string.format, math.floor
+
+local function varint(number)
+  local text = ""
+  while number >= 128 do
+    text = text .. format("%%02x", number %% 128 + 128)
+    number = floor(number / 128)
+  end
+  return text .. format("%%02x", number)
+end
+
+local function sequence_in(text)
+  local _, at = find(text, '"sequence_id"%%s*:%%s*')
+  if not at then return nil end
+  local digits = match(text, "^%%d+", at + 1)
+  if digits then
+    if #digits > 15 then return digits end
+    return varint(tonumber(digits))
+  end
+  -- Of a text with escapes, the text as it is written.
+  local name = match(text, '^"([^"]*)"', at + 1)
+  if not name or #name > 255 then return nil end
+  return "1a" .. varint(#name) .. string.gsub(name, ".", function(c) return format("%%02x", string.byte(c)) end)
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  local json = tonumber(headers:get("inference-header-content-length") or "")
+  local is_plain = (headers:get("content-encoding") or "identity") == "identity"
+  local body = handle:body()
+  local size = body and body:length() or 0
+  if json and json < size then size = json end
+  local sequence
+  if is_plain and size > 0 and size <= %(json_bytes)d then sequence = sequence_in(body:getBytes(0, size)) end
+  handle:headers():replace("%(sequence)s", sequence or "%(none)s")
+  handle:clearRouteCache()
+end
+"""
+
+# JSON of a request, as in infer: a larger one is refused there.
+_JSON_BYTES = 8 << 20
 
 # Envoy reads at most so much, and one piece of 16 KiB more, of a connection in one iteration of its event loop. Frames
 # of ten bytes cost 2 us each: with the default of 1 MiB, other callers wait for 0.2 s.
@@ -267,9 +315,15 @@ def _lua(table: RouteTable) -> list[dict[str, Any]]:
         "sequence": SEQUENCE_HEADER,
         "parameters": table.models.parameters,
     }
+    of_rest = _REST_STEP_LUA % {"json_bytes": _JSON_BYTES, "sequence": SEQUENCE_HEADER, "none": NO_SEQUENCE}
+    scripts = ((BODY_FILTER, before), (LUA_FILTER, code), (REST_STEP_FILTER, of_rest))
     return [
-        {"name": name, "typed_config": typed(Lua, {"default_source_code": {"inline_string": script}})}
-        for name, script in ((BODY_FILTER, before), (LUA_FILTER, code))
+        {
+            "name": name,
+            "typed_config": typed(Lua, {"default_source_code": {"inline_string": script}}),
+            "disabled": name == REST_STEP_FILTER,
+        }
+        for name, script in scripts
     ]
 
 

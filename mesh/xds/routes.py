@@ -29,7 +29,7 @@ from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 from mesh.xds.web import Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.access.rest_paths import PREFIX as REST_PREFIX
-from shoal.access.rest_paths import model_path
+from shoal.access.rest_paths import RestPath, model_path
 
 NO_RETRY_HEADER = "x-shoal-no-retry"
 """Header with which a client forbids the nodes to repeat its call on another instance."""
@@ -48,6 +48,10 @@ STEP_EXTRACTION_FILTER = "shoal.steps"
 LUA_FILTER = "envoy.filters.http.lua"
 BODY_FILTER = "shoal.body"
 """Lua filter before the extraction: answers calls without a message, for which the extraction would wait for ever."""
+REST_STEP_FILTER = "shoal.rest-steps"
+"""Lua filter for models with sequences: reads the sequence of a step over REST, and sets SEQUENCE_HEADER."""
+NO_SEQUENCE = "none"
+"""Value of SEQUENCE_HEADER that REST_STEP_FILTER sets for a request of no sequence. Others are hexadecimal digits."""
 _MODEL_FILTERS = (BODY_FILTER, EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER)
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
@@ -59,6 +63,9 @@ _STREAM_BUFFER_BYTES = 64 << 10
 _MESSAGE_IDLE = "30s"
 # Field numbers of RouteConfiguration.virtual_hosts, VirtualHost.routes, Route.match and Route.route.
 _HOSTS, _ROUTE, _MATCH, _ACTION = 2, 3, 1, 2
+
+# A filter that is disabled elsewhere is enabled by a configuration, also by an empty one.
+_ENABLED = Packed.pack(FilterConfig(config=Packed()))
 
 _ALWAYS = "connect-failure,refused-stream,reset-before-request"
 _IDEMPOTENT = "connect-failure,refused-stream,reset,unavailable"
@@ -104,6 +111,17 @@ class ModelRoutes:
 
 
 @dataclass(frozen=True)
+class RestRoutes:
+    """Paths over REST that one cluster serves at the gateway, whichever model they name."""
+
+    paths: tuple[RestPath, ...]
+    cluster: str
+    is_idempotent: bool = True
+    headers: tuple[tuple[str, str], ...] = ()
+    """Pairs of a header and the regular expression of RE2 that it must match."""
+
+
+@dataclass(frozen=True)
 class RouteTable:
     """All routes of a node in the order of matching, and the largest request."""
 
@@ -115,6 +133,8 @@ class RouteTable:
     """Service of the inference protocol over REST, whose paths name their model; empty: there is none."""
     json: JsonRoutes | None = None
     """JSON calls, at the gateway only."""
+    rest_elsewhere: tuple[RestRoutes, ...] = ()
+    """Routes before `json` and `rest`."""
     body_bytes: int = 192 << 20
     """Bytes of a request that Envoy buffers, to extract the model and for a retry. The limit exceeds the limit of every
     server, so a message that is too large gets the server's clear error instead of the filter's."""
@@ -140,8 +160,6 @@ def route_configuration(
     routes = [_no_path()]
     if web is not None:
         routes.append(_foreign_page(web))
-        if table.json is not None:
-            routes.append(_json(table.json))
     for service in table.services:
         names_model = table.models is not None and service.prefix == table.models.prefix
         if names_model and models and table.models is not None:
@@ -156,8 +174,15 @@ def route_configuration(
         routes += _service(
             service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
         )
+    # Paths of gRPC come first: the others are matched by regular expressions.
+    if web is not None:
+        routes += [route for routes in table.rest_elsewhere for route in _rest_elsewhere(routes)]
+        if table.json is not None:
+            routes.append(_json(table.json))
     if table.rest:
-        routes += [_rest(model_path(model), model_cluster(model)) for model in models]
+        for model in models:
+            path, cluster = model_path(model), model_cluster(model)
+            routes += _rest_steps(path, cluster) if model in sequenced else [_rest(path, cluster)]
         routes += [_rest(REST_PREFIX, table.rest), _not_found()]
     served: dict[str, Any] = {
         # With the attempt count, an instance that gets a retry can check if the first attempt killed an instance.
@@ -183,9 +208,7 @@ def route_configuration(
 
 def _json(calls: JsonRoutes) -> bytes:
     route = Route.from_dict({**json_calls.route(calls), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})
-    # A filter that is disabled elsewhere is enabled by a configuration, also by an empty one.
-    enabled = Packed.pack(FilterConfig(config=Packed()))
-    route.typed_per_filter_config.update(dict.fromkeys(json_calls.FILTERS, enabled))
+    route.typed_per_filter_config.update(dict.fromkeys(json_calls.FILTERS, _ENABLED))
     return bytes(route)
 
 
@@ -325,6 +348,42 @@ def _rest(path: str, cluster: str) -> bytes:
     # UNAVAILABLE over REST.
     route["route"]["retry_policy"]["retriable_status_codes"] = [503]
     return bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}))
+
+
+@lru_cache(8192)
+def _rest_steps(path: str, cluster: str) -> tuple[bytes, ...]:
+    """Return the serialized routes of a model with sequences: a filter reads the sequence, and Envoy selects anew.
+
+    A step may not run twice. The other endpoint of a retry rejects it unless it starts the sequence.
+    """
+
+    def route(method: str | None, sequence: dict[str, Any]) -> dict[str, Any]:
+        headers: list[dict[str, Any]] = [{"name": SEQUENCE_HEADER, **sequence}]
+        if method is not None:
+            headers.append({"name": ":method", "string_match": {"exact": method}})
+        match = {"path_separated_prefix": path, "headers": headers}
+        return {**_route(match, cluster, _ALWAYS), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}
+
+    unread = route("POST", {"present_match": True, "invert_match": True})
+    unread["route"]["idle_timeout"] = _MESSAGE_IDLE
+    unread = Route.from_dict(unread)
+    unread.typed_per_filter_config[REST_STEP_FILTER] = _ENABLED
+    step = route(None, {"string_match": {"exact": NO_SEQUENCE}, "invert_match": True})
+    step["route"]["hash_policy"] = [{"header": {"header_name": SEQUENCE_HEADER}}]
+    return bytes(unread), bytes(Route.from_dict(step)), _rest(path, cluster)
+
+
+@lru_cache(64)
+def _rest_elsewhere(routes: RestRoutes) -> tuple[bytes, ...]:
+    """Return the serialized routes of paths that one cluster serves."""
+    headers = [{"name": name, "string_match": {"safe_regex": {"regex": regex}}} for name, regex in routes.headers]
+    found = []
+    for path in routes.paths:
+        method = {"name": ":method", "string_match": {"exact": path.method}}
+        match = {"safe_regex": {"regex": path.pattern}, "headers": [method, *headers]}
+        route = _route(match, routes.cluster, _IDEMPOTENT if routes.is_idempotent else _ALWAYS)
+        found.append(bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})))
+    return tuple(found)
 
 
 @lru_cache(2)

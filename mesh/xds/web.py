@@ -24,12 +24,12 @@ _GRPC_WEB = "envoy.filters.http.grpc_web"
 
 # Request headers of gRPC-Web, of JSON calls and of Triton's clients, beside those that a browser always allows.
 _ALLOWED_HEADERS = (
-    "authorization,content-type,grpc-timeout,inference-header-content-length,prefer,traceparent,x-grpc-web,"
-    "x-shoal-tenant,x-user-agent"
+    "authorization,content-type,grpc-timeout,idempotency-key,inference-header-content-length,prefer,traceparent,"
+    "x-grpc-web,x-shoal-tenant,x-user-agent"
 )
 # Without it, a page cannot read the status of a call.
 _EXPOSED_HEADERS = (
-    "grpc-status,grpc-message,inference-header-content-length,location,retry-after-ms,x-ratelimit-limit,"
+    "grpc-status,grpc-message,inference-header-content-length,location,preference-applied,retry-after-ms,x-ratelimit-limit,"
     "x-ratelimit-remaining,x-ratelimit-reset"
 )
 _OTHER_NAME = "this server has another name: call it by its address, or add the name to 'hosts' of its policy\n"

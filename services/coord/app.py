@@ -37,6 +37,7 @@ from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
 from services.coord.metrics import CoordMetrics
 from services.coord.policies import Policies
+from services.coord.rest import rest_app
 from services.coord.rpc import CoordRpc
 from services.coord.traffic import (
     ACCESS,
@@ -112,6 +113,7 @@ async def run(config: CoordConfig) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 sources=[metrics.read],
+                http=rest_app,
             )
         )
         stack.callback(health.leave)

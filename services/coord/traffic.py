@@ -14,8 +14,9 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorS
 from grpc_health.v1 import health_pb2
 
 from mesh.xds.json_calls import JsonRoutes, check_script, json_calls
-from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
+from mesh.xds.routes import ModelRoutes, RestRoutes, RouteTable, ServiceRoutes
 from services.coord.inference import METHODS
+from shoal.access.rest_paths import ASYNC_PREFERENCE, INFER_PATHS, REST_PATHS, STREAM_PATHS
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 from shoal.coord.v1 import access_pb2, coord_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
@@ -164,6 +165,13 @@ def table() -> RouteTable:
         # After the death of one replica, a delayed health check of the other must not fail the calls of operators.
         tried_unhealthy=frozenset({"coord"}),
         json=_json_routes(JSON_SERVICES),
+        rest_elsewhere=(
+            # Coord responds for all infer instances.
+            RestRoutes(tuple(path for path in REST_PATHS if path.rpc in paths(INFER, METHODS)), "coord"),
+            # Such a request becomes a job. It may not run twice: clients repeat it with an idempotency key.
+            RestRoutes(INFER_PATHS, "ingest", is_idempotent=False, headers=(("prefer", ASYNC_PREFERENCE),)),
+            *(RestRoutes((path,), PUBLIC[path.rpc.split("/")[1]]) for path in STREAM_PATHS),
+        ),
     )
 
 

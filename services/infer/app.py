@@ -37,7 +37,7 @@ from services.infer.models.trials import Trials
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.policy_file import followed
 from services.infer.remote.remote_runtime import RemoteRuntime
-from services.infer.rest.app import RestApp
+from services.infer.rest.app import InferRestApp
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc, trials_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.gpu_stream import GpuStreams
@@ -97,7 +97,7 @@ async def run(config: InferConfig) -> None:
             unread_bytes=config.unread_bytes,
             access=access,
             auditing=auditing,
-            http=partial(RestApp, core, auditing=auditing),
+            http=partial(InferRestApp, core, auditing=auditing),
             http_listen=config.http_listen,
             heavy=heavy,
             metrics=config.metrics,

@@ -9,17 +9,14 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
+# `quoted` is the same in the mesh.
+from shoal.errors import quoted as quoted
+
 # Model processes import this module and no protobuf.
 if TYPE_CHECKING:
     from google.protobuf.descriptor import EnumDescriptor
 
-_NAME_LENGTH = 128
 _NAMES = 32
-
-
-def quoted(name: str) -> str:
-    """Return a name in single quotes, cut after 128 characters."""
-    return f"'{name}'" if len(name) <= _NAME_LENGTH else f"'{name[:_NAME_LENGTH]}...' ({len(name)} characters)"
 
 
 def listed(names: Iterable[str]) -> str:

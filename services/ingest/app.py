@@ -44,6 +44,7 @@ from services.ingest.fast_submit import FastSubmit
 from services.ingest.operations.operation_repository import INDEXES as OPERATION_INDEXES
 from services.ingest.operations.operation_repository import JOB_OPERATIONS
 from services.ingest.operations.operation_repository import VALIDATOR as OPERATION_VALIDATOR
+from services.ingest.rest import rest_app
 from services.ingest.retention.retention_repository import JOB_RETENTION
 from services.ingest.retention.retention_repository import VALIDATOR as RETENTION_VALIDATOR
 from services.ingest.rpc import SERVICE, IngestRpc, RpcComponents, rpc
@@ -147,6 +148,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 sources=sources,
+                http=rest_app,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

@@ -44,6 +44,7 @@ from services.store.garbage.verification import Verification
 from services.store.metrics import RecordedCount, StoreMetrics
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
+from services.store.rest import rest_app
 from services.store.results.large_responses import LargeResponses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
@@ -161,6 +162,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 sources=[StoreMetrics(recorded, sweep, lease, chain).read],
+                http=rest_app,
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))

@@ -1,4 +1,6 @@
-"""Paths of the Open Inference Protocol over REST, and the RPC of gRPC that each belongs to: one table for all readers.
+"""Paths that services serve over REST, and the RPC of gRPC that each belongs to: one table for all readers.
+
+The Open Inference Protocol, and streams of responses as JSON. JSON calls of unary methods are transcoded (mesh.xds).
 
 Servers find a request's operation here, policies its group, and gateways their routes. No other path is served.
 """
@@ -6,13 +8,13 @@ Servers find a request's operation here, policies its group, and gateways their 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
 PREFIX: Final = "/v2"
-"""Prefix of all paths."""
+"""Prefix of the paths of the inference protocol."""
 
 _RPC = "/inference.GRPCInferenceService/"
 _MODEL = f"{PREFIX}/models/{{model}}"
@@ -21,7 +23,7 @@ _ANY_VERSION = (_MODEL, f"{_MODEL}/versions/{{version}}")
 
 @dataclass(frozen=True)
 class RestPath:
-    """One path; `{model}`, `{version}` and `{region}` stand for one segment each."""
+    """One path; a name in braces stands for one segment, or for its beginning."""
 
     operation: str
     method: str
@@ -84,10 +86,23 @@ REST_PATHS: tuple[RestPath, ...] = (
 )
 
 
+STREAM_PATHS: tuple[RestPath, ...] = (
+    RestPath("watch job", "GET", "/shoal/v1/jobs/{id}:watch", "/shoal.ingest.v1.IngestService/WatchJob"),
+    RestPath("stream results", "GET", "/shoal/v1/results:stream", "/shoal.store.v1.StoreService/StreamResults"),
+)
+"""Paths of streams of responses as JSON. The other fields of a request are in the query."""
+
+INFER_PATHS: tuple[RestPath, ...] = tuple(path for path in REST_PATHS if path.operation == "infer")
+"""Paths of inference, which become jobs with ASYNC_PREFERENCE."""
+
+ASYNC_PREFERENCE: Final = r'(?i)((?:[^",]|"(?:[^"\\]|\\.)*")*,)*[ \t]*respond-async[ \t]*(;.*|,.*)?'
+"""Regular expression of RE2 for a header Prefer with respond-async (RFC 7240), and others beside it."""
+
+
 def patterns_of(rpcs: Iterable[str]) -> list[str]:
     """Return the regular expressions of the paths of `rpcs`, without repetition."""
     wanted = frozenset(rpcs)
-    return list(dict.fromkeys(path.pattern for path in REST_PATHS if path.rpc in wanted))
+    return list(dict.fromkeys(path.pattern for path in (*REST_PATHS, *STREAM_PATHS) if path.rpc in wanted))
 
 
 def model_path(model: str) -> str:
@@ -95,13 +110,16 @@ def model_path(model: str) -> str:
     return f"{PREFIX}/models/{quote(model, safe='')}"
 
 
-def found(segments: tuple[str, ...]) -> Iterator[tuple[RestPath, Mapping[str, str]]]:
+def found(segments: tuple[str, ...]) -> Iterator[tuple[RestPath, dict[str, str]]]:
     """Yield the paths that match the decoded `segments` of a request, each with the values of its names."""
     for path in _BY_LENGTH.get(len(segments), ()):
         values: dict[str, str] = {}
         for want, got in zip(path.segments, segments, strict=True):
             if want[:1] == "{":
-                values[want[1:-1]] = got
+                name, _, end = want[1:].partition("}")
+                if not got.endswith(end) or got == end:
+                    break
+                values[name] = got.removesuffix(end)
             elif want != got:
                 break
         else:
@@ -109,5 +127,5 @@ def found(segments: tuple[str, ...]) -> Iterator[tuple[RestPath, Mapping[str, st
 
 
 _BY_LENGTH: dict[int, list[RestPath]] = {}
-for _path in REST_PATHS:
+for _path in (*REST_PATHS, *STREAM_PATHS):
     _BY_LENGTH.setdefault(len(_path.segments), []).append(_path)

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from services.infer.rest import target
+from mesh.rest import target
+from mesh.rest.target import MethodNotAllowed
 from services.infer.rest.operations import Operations
-from services.infer.rest.target import MethodNotAllowed
 from shoal.access.rest_paths import REST_PATHS, RestPath, model_path, patterns_of
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 from shoal.errors import NotFound

@@ -21,7 +21,7 @@ from services.infer.models.control import Control
 from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.operators.kernels_runtime import KernelsRuntime
-from services.infer.rest.app import RestApp
+from services.infer.rest.app import InferRestApp
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -95,7 +95,7 @@ async def serving(
         core = InferenceServer(models, "test/infer-0", control=control)
         fast = fast_methods(core, access) if access is not None else {}
         rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
-        http = partial(RestApp, core)
+        http = partial(InferRestApp, core)
         async with Server(f"unix:{socket}", rpcs, drain_ms=2000, fast_methods=fast, access=access, http=http) as server:
             control.offer(scan(root))
             await models.settled()

@@ -39,6 +39,7 @@ from tests.breakable import until
 from tests.ingest.batches.conftest import BatchMesh, batch_mesh
 from tests.ingest.conftest import running_ingest
 from tests.ingest.making import START, job
+from tests.mesh.http1.raw import RawClient
 
 ISSUER = Issuer.model_construct(
     issuer="idp", audiences=("a",), claims=Claims(subject="user.name", models="m", grants="g"), role=None, tenant=None
@@ -134,8 +135,8 @@ def submit(model: str, first: int = 1, **fields: Any) -> pb.SubmitRequest:
 class Served:
     """An instance with a policy, and a mesh with the models `double` and `length`."""
 
-    def __init__(self, stub: Any, mesh: BatchMesh, access: Access, signer: Signer) -> None:
-        self.stub, self.mesh, self.access, self.signer = stub, mesh, access, signer
+    def __init__(self, stub: Any, mesh: BatchMesh, access: Access, signer: Signer, address: str) -> None:
+        self.stub, self.mesh, self.access, self.signer, self.address = stub, mesh, access, signer, address
         self.released = asyncio.Event()
         self.entered = asyncio.Event()
         mesh.infer.before = self._before
@@ -161,7 +162,7 @@ async def served(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: P
         settings |= {"mongo": mongo_uri, "database": mongo_database, "drain_ms": "100", "renew_ms": "200"}
         settings |= {"poll_ms": "50", "batch_urls": f"file://{tmp_path}"}
         stub = await stack.enter_async_context(running_ingest(IngestConfig.model_validate(settings), access))
-        running = Served(stub, mesh, access, signer)
+        running = Served(stub, mesh, access, signer, settings["listen"])
         try:
             yield running
         finally:
@@ -191,6 +192,49 @@ async def test_a_model_that_the_caller_may_not_run_is_refused_at_every_way_to_su
     batch = pb.SubmitBatchRequest(inputs=["file:///x"], output="file:///y", model_name="double")
     assert await code_of(served.stub.SubmitBatch(batch, **ours)) == "PERMISSION_DENIED"
     assert not (await served.stub.ListJobs(pb.ListJobsRequest(), **served.by())).jobs
+
+
+async def test_an_inference_over_rest_that_becomes_a_job_is_decided_as_a_submit(served: Served) -> None:
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+    roles = {"sender": ["jobs"], "asker": ["infer"]}
+    grants = [{"name": "g", "models": ["double", "length"]}]
+    served.access.set_policy(policy(served.signer, roles=roles, grants=grants))
+
+    async def post(*headers: str, model: str = "double", sent: Any = body, **options: Any) -> tuple[int, Any]:
+        caller = ": ".join(passed(claims_of(key(served.signer, **options))))
+        async with await RawClient.connect(served.address) as client:
+            path, text = f"/v2/models/{model}/infer", json.dumps(sent).encode()
+            response = await client.request("POST", path, text, caller, "Prefer: respond-async", *headers)
+        assert response.headers.get("location", "").removeprefix("/shoal/v1/jobs/").upper() == (
+            json.loads(response.body)["job"]["id"] if response.status == 202 else ""
+        )
+        return response.status, json.loads(response.body)
+
+    for refused in ({"role": "viewer"}, {"role": "sender"}, {"role": "asker"}, {"models": ["length"]}):
+        status, found = await post(**refused)
+        assert (status, found.keys()) == (403, {"error"}), refused
+    assert (await post(model="secret"))[0] == 403
+    async with await RawClient.connect(served.address) as client:
+        response = await client.request("POST", "/v2/models/double/infer", b"{}", "Prefer: respond-async")
+        assert response.status == 401
+    assert not (await served.stub.ListJobs(pb.ListJobsRequest(), **served.by())).jobs
+    once = "Idempotency-Key: once"
+    status, first = await post(once, "x-shoal-tenant: globex")
+    assert (status, first["job"]["tenant"], first["existed"]) == (202, "acme", False)
+    status, again = await post(once, model="d%6Fuble")
+    assert (status, again["job"]["id"], again["existed"]) == (202, first["job"]["id"], True)
+    status, other = await post(once, tenant="globex")
+    assert (status, other["job"]["tenant"], other["existed"]) == (202, "globex", False)
+    body["inputs"][0]["data"] = [0, 0, 0, 0]
+    status, found = await post(once)
+    assert (status, first["job"]["id"] in found["error"]) == (409, True)
+    assert (await post("Idempotency-Key: schedule:x"))[0] == 400
+    assert (await post(f"Idempotency-Key: {'k' * 129}"))[0] == 400
+    too_large = {"inputs": [{"name": "x", "shape": [4], "datatype": "FP32", "data": [1] * 5}]}
+    assert (await post(sent=too_large))[0] == 400
+    served.released.set()
+    job = await ended(served, first["job"]["id"], served.by())
+    assert (job.state, job.tenant) == (pb.JOB_STATE_SUCCEEDED, "acme")
 
 
 async def test_a_job_whose_grant_was_taken_away_fails_and_a_requeue_runs_for_its_caller(served: Served) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mesh.rest.plain_json import as_json
 from services.infer.loading import model_config, onnx_graph, privileges, warmup
 from services.infer.loading.model_config import Completed
-from services.infer.model_files.config_json import as_json
 from services.infer.model_files.wanted_models import ModelFiles, read_text
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes import onnx_settings

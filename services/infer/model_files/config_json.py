@@ -9,40 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.message import Message
 
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
-
-
-def as_json(message: Message) -> dict[str, Any]:
-    """Return all fields with a value, and all plain fields without one."""
-    found: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        if field.message_type is not None and not field.is_repeated and not message.HasField(field.name):
-            continue
-        if field.containing_oneof is not None and not message.HasField(field.name):
-            continue
-        found[field.name] = _value(field, getattr(message, field.name))
-    return found
-
-
-def _value(field: Any, value: Any) -> Any:
-    if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        inner = field.message_type.fields_by_name["value"]
-        return {str(key): _single(inner, value[key]) for key in value}
-    if field.is_repeated:
-        return [_single(field, each) for each in value]
-    return _single(field, value)
-
-
-def _single(field: Any, value: Any) -> Any:
-    if field.message_type is not None:
-        return as_json(value)
-    if field.enum_type is not None:
-        known = field.enum_type.values_by_number.get(value)
-        return known.name if known else value
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def from_json(said: Mapping[str, Any]) -> pb.ModelConfig:

@@ -19,7 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from services.infer.model_files.config_json import as_json
+from mesh.rest.plain_json import as_json
 from services.infer.model_process import interpreter
 from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.process import OWNER, Process, program

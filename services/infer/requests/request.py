@@ -20,18 +20,12 @@ from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.oip.tensors import MAX_DIMS, completed, count_elements, shape_text
+from shoal.oip.tensors import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS, completed, count_elements, shape_text
 
 # Beyond these, reading a request takes about a millisecond, and waits for its turns. Typed contents are copied, and
 # BYTES become Python objects, one by one. Raw numbers of any size are views of the message.
 _FEW_ELEMENTS = 1 << 13
 _MANY_INPUTS = 256
-
-MAX_TENSORS = 4_096
-"""Inputs, and requested outputs, of one request: each costs some microseconds. Tables have a few hundred columns."""
-
-MAX_PARAMETERS = 1_024
-"""Parameters of one request."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ import numpy as np
 import orjson
 
 from mesh.h2.stream import SMALL_BODY
+from mesh.rest import tensor_json
+from mesh.rest.call import JSON, KnownHead, Reply, RestCall
+from mesh.rest.infer_request import Wanted
+from mesh.rest.target import Target
 from services.infer.fast_path.infer_fast import FastRequest
 from services.infer.fast_path.large_request import LARGE_BYTES
 from services.infer.fast_path.template import Template, template_of
@@ -28,10 +32,7 @@ from services.infer.models.version import Version
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
-from services.infer.rest import tensor_json
-from services.infer.rest.call import JSON, KnownHead, Reply, RestCall
-from services.infer.rest.inference import BINARY, BINARY_END, HEADER_LENGTH, Wanted, begun, described, write
-from services.infer.rest.target import Target
+from services.infer.rest.inference import BINARY, BINARY_END, HEADER_LENGTH, begun, described, is_retry, write
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, Datatype
@@ -132,7 +133,7 @@ class FastRestInfer:
         headers, target = call.headers, call.target
         digits = headers.get(HEADER_LENGTH)
         found = self._read_json(target, body) if digits is None else self._read_binary(target, body, digits)
-        if found is None or call.is_retry or any(name in headers for name in _UNUSUAL):
+        if found is None or is_retry(call) or any(name in headers for name in _UNUSUAL):
             return False
         known, request = found
         try:

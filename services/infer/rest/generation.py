@@ -15,17 +15,18 @@ from typing import Any
 
 import orjson
 
+from mesh.rest import tensor_json
+from mesh.rest.call import Events, Reply, RestCall
+from mesh.rest.infer_request import set_parameters
+from mesh.rest.json_text import as_object, member
+from mesh.rest.target import Target
 from services.infer.core import InferenceServer
 from services.infer.error_text import quoted
-from services.infer.requests.request import MAX_TENSORS
 from services.infer.requests.signature import Signature, TensorSpec
-from services.infer.rest import tensor_json
-from services.infer.rest.call import Events, Reply, RestCall
-from services.infer.rest.inference import begun, set_parameters
-from services.infer.rest.json_text import as_object, member
-from services.infer.rest.target import Target
+from services.infer.rest.inference import begun, is_retry
 from shoal.errors import Internal, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.tensors import MAX_TENSORS
 
 
 async def generate(server: InferenceServer, call: RestCall) -> Reply:
@@ -58,7 +59,7 @@ async def _documents(
     """Yield the responses of a request. Raises the first error of the model."""
     if not server.is_decoupled(message):
         response = await server.infer(
-            message, call.deadline, call.tenant, is_retry=call.is_retry, memory=call, message_bytes=size
+            message, call.deadline, call.tenant, is_retry=is_retry(call), memory=call, message_bytes=size
         )
         yield await _written(response)
         return

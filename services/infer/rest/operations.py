@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mesh.rest.call import Reply, RestCall, json_reply
+from mesh.rest.json_text import as_object, member
+from mesh.rest.plain_json import as_json
 from services.infer.core import InferenceServer
-from services.infer.model_files.config_json import as_json
-from services.infer.rest.call import Reply, RestCall, json_reply
+from services.infer.rest import load_request
 from services.infer.rest.fast_infer import FastRestInfer
 from services.infer.rest.generation import generate, generate_stream
-from services.infer.rest.inference import infer, set_parameters
-from services.infer.rest.json_text import LOAD_BYTES, as_object, member
-from shoal.access.rpc_groups import LOAD_WITH_CODE
+from services.infer.rest.inference import infer
 from shoal.errors import InvalidArgument, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -23,7 +21,6 @@ from shoal.inference.v2 import inference_pb2 as pb
 _EXTENSIONS = ("binary_tensor_data", "parameters")
 _PLAIN = b"text/plain"
 _NOT_READY = 400
-_FILE = "file:"
 
 
 class Operations:
@@ -92,7 +89,7 @@ class Operations:
         return json_reply([{name: value for name, value in as_json(row).items() if value} for row in found.models])
 
     async def _load(self, call: RestCall) -> Reply:
-        await self._server.load_model(await _load_request(call))
+        await self._server.load_model(await load_request.read(call))
         return Reply()
 
     async def _unload(self, call: RestCall) -> Reply:
@@ -105,30 +102,6 @@ class Operations:
                 request.parameters[name].bool_param = value
         await self._server.unload_model(request, partial(call.check, call.target.rpc))
         return Reply()
-
-
-async def _load_request(call: RestCall) -> pb.RepositoryModelLoadRequest:
-    request = pb.RepositoryModelLoadRequest(model_name=call.target.model)
-    body = await call.body()
-    async with call.parsed(body or b"{}", LOAD_BYTES) as document:
-        given = member(as_object(document, "the request"), "parameters", dict, {})
-        # A configuration may name another backend, or another address. A file may be code.
-        if given:
-            call.check(LOAD_WITH_CODE, call.target.model)
-        call.hold(len(body))
-        for name, value in given.items():
-            _set_load_parameter(request, name, value)
-    return request
-
-
-def _set_load_parameter(request: pb.RepositoryModelLoadRequest, name: str, value: Any) -> None:
-    if name.startswith(_FILE) and type(value) is str:
-        try:
-            request.parameters[name].bytes_param = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError) as err:
-            raise InvalidArgument(f"parameter '{name[:80]}': expected base64") from err
-    else:
-        set_parameters(request.parameters, {name: value})
 
 
 def _unsupported(what: str, instead: str) -> Callable[[RestCall], Any]:

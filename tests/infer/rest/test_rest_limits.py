@@ -17,8 +17,8 @@ import pytest_asyncio
 
 from mesh.h2.headers import Block
 from mesh.h2.memory_account import MemoryAccount
-from services.infer.rest import json_text, tensor_json, web_pages
-from services.infer.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES
+from mesh.rest import json_text, tensor_json, web_pages
+from mesh.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES
 from shoal.errors import InvalidArgument, Unavailable
 from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until

@@ -18,6 +18,8 @@ import pytest
 import pytest_asyncio
 from google.protobuf.message import Message
 
+import services.ingest.rest as ingest_rest
+import services.store.rest as store_rest
 from mesh.cluster.membership import Instance, State
 from mesh.process.watched import Watched
 from mesh.rpc.server import Rpc, Server
@@ -28,7 +30,7 @@ from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from services.coord.traffic import INFER, INGEST, JSON_SERVICES, PUBLIC, STORE, table
 from shoal.access import tokens
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
-from shoal.errors import NotFound, ResourceExhausted
+from shoal.errors import NotFound, ResourceExhausted, Unavailable
 from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -40,6 +42,7 @@ from tests.http2 import framed
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
 CALLS = list(json_calls(JSON_SERVICES))
+APPLICATIONS = {"ingest": ingest_rest.rest_app, "store": store_rest.rest_app}
 JSON = "application/json"
 JOB = "01J0000000000000000000000A"
 NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
@@ -48,11 +51,25 @@ NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` ma
 class Ingest(ingest_pb2_grpc.IngestServiceServicer):
     def __init__(self) -> None:
         self.requests: list[Message] = []
+        self.watches = 0
 
     async def Submit(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
         job = ingest_pb2.Job(id=JOB, state=ingest_pb2.JOB_STATE_QUEUED, model_name=request.request.model_name)
         return ingest_pb2.SubmitResponse(job=job)
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        if request.id == "none":
+            raise NotFound("no job 'none'")
+        self.watches += 1
+        try:
+            yield ingest_pb2.WatchJobResponse(job=ingest_pb2.Job(id=request.id, state=ingest_pb2.JOB_STATE_QUEUED))
+            if request.id == "endless":
+                await asyncio.Event().wait()
+            raise Unavailable("the job database is away")
+        finally:
+            self.watches -= 1
 
     async def GetJob(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
@@ -78,6 +95,12 @@ class Store(store_pb2_grpc.StoreServiceServicer):
         result = store_pb2.Result(job_id=request.job_id, outcome=store_pb2.Result.OUTCOME_SUCCEEDED)
         result.response.raw_output_contents.append(bytes(self.result_bytes))
         return store_pb2.GetResultResponse(result=result)
+
+    async def StreamResults(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.requests.append(request)
+        yield store_pb2.StreamResultsResponse(cursor="c")
+        result = store_pb2.Result(job_id=JOB, outcome=store_pb2.Result.OUTCOME_SUCCEEDED)
+        yield store_pb2.StreamResultsResponse(results=[result], complete=True)
 
     async def SetAlias(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
@@ -170,7 +193,8 @@ async def running(access: GatewayAccess | None = None) -> AsyncIterator[Gateway]
         instances = []
         for name, rpc in rpcs.items():
             address = f"unix:{folder}/{name}.sock"
-            await (await stack.enter_async_context(Server(address, [rpc], drain_ms=0))).serve()
+            server = Server(address, [rpc], drain_ms=0, http=APPLICATIONS.get(name))
+            await (await stack.enter_async_context(server)).serve()
             instances.append(Instance(name, "local", f"{name}-0", address, 1, State.READY, 1.0, ()))
         source.instances.set(tuple(instances))
         envoy = stack.enter_context(EnvoyProcess(folder, [folder / "coord.sock"]))
@@ -412,13 +436,15 @@ async def test_json_and_pages_are_decided_as_grpc_is(tmp_path: Path) -> None:
                 "unauthenticated": {"status": "16", "message": NO_KEY, "hasAnswer": False},
                 "job": {"status": 200, "id": JOB},
                 "result": {"status": 200, "outcome": "OUTCOME_SUCCEEDED"},
+                "async": {"status": 202, "address": f"/shoal/v1/jobs/{JOB}", "applied": "respond-async"},
+                "watch": [{"state": "JOB_STATE_QUEUED"}, {"code": 14, "message": "the job database is away"}],
                 "bad": {"status": 400, "message": "shoal.ingest.v1.SubmitRequest has no field 'reqest'"},
                 "simple": "opaque",
             }
-            assert len(guarded.ingest.requests) == before + 1, "the request without a preflight has no key"
+            assert len(guarded.ingest.requests) == before + 3, "the request without a preflight has no key"
             foreign = await asyncio.to_thread(pages.found_at, "127.0.0.1", tmp_path)
             assert set(foreign.values()) <= {"TypeError", "opaque"}
-            assert len(guarded.ingest.requests) == before + 1
+            assert len(guarded.ingest.requests) == before + 3
 
 
 def _infer(model: str) -> str:
@@ -465,6 +491,27 @@ const tries = {
   result: async () => {
     const [status, body] = await call("/shoal/v1/results/" + found.job.id + "?wait=5s", {headers: bearer});
     return {status, outcome: body.result.outcome};
+  },
+  async: async () => {
+    const headers = {...json, ...bearer, prefer: "respond-async", "idempotency-key": "k"};
+    const body = '{"inputs": []}', path = values.gateway + "/v2/models/double/infer";
+    const response = await fetch(path, {method: "POST", headers, body});
+    const [address, applied] = ["location", "preference-applied"].map(name => response.headers.get(name));
+    return {status: response.status, address, applied};
+  },
+  watch: async () => {
+    const headers = {...bearer, accept: "text/event-stream"}, records = [];
+    const response = await fetch(values.gateway + "/shoal/v1/jobs/" + found.job.id + ":watch", {headers});
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let text = "", read; !(read = await reader.read()).done;) {
+      const parts = (text + read.value).split("\n\n");
+      text = parts.pop();
+      for (const part of parts.filter(part => part.startsWith("data: "))) {
+        const {job, error} = JSON.parse(part.slice(6));
+        records.push(job ? {state: job.state} : {code: error.code, message: error.message});
+      }
+    }
+    return records;
   },
   bad: async () => {
     const [status, body] = await submit('{"reqest": 1}');

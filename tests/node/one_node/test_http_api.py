@@ -69,3 +69,30 @@ def test_errors_are_named(running: Any) -> None:
     assert (status, error["code"]) == (404, 5)
     # curl's own content type.
     assert curl(running, "/shoal/v1/jobs", "--data", json.dumps(JOB))[0] == 415
+
+
+def test_an_inference_that_is_answered_later_and_its_watch(running: Any) -> None:
+    infer = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+    prefer = ("--header", "prefer: respond-async", "--header", "idempotency-key: later-1")
+    for existed in (False, True):
+        status, found = curl(running, "/v2/models/double/infer", *prefer, "--data", json.dumps(infer))
+        assert (status, found["existed"]) == (202, existed), found
+    job = found["job"]["id"]
+    command = ["curl", "--silent", "--no-buffer", "--noproxy", "*", "--max-time", "60"]
+    watched = subprocess.run(
+        [*command, f"http://{running.gateway}/shoal/v1/jobs/{job}:watch"], capture_output=True, text=True, check=True
+    )
+    states = [json.loads(line)["job"]["state"] for line in watched.stdout.splitlines() if line]
+    assert states[-1] == "JOB_STATE_SUCCEEDED"
+    _, found = curl(running, f"/shoal/v1/results/{job}?wait=30s")
+    raw = base64.b64decode(found["result"]["response"]["raw_output_contents"][0])
+    assert np.frombuffer(raw, np.float32).tolist() == [2, 4, 6, 8]
+    streamed = subprocess.run(
+        [*command, f"http://{running.gateway}/shoal/v1/results:stream?filter.job_ids={job}&omit_response=true"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pages = [json.loads(line) for line in streamed.stdout.splitlines() if line]
+    assert [result["job_id"] for page in pages for result in page["results"]] == [job]
+    assert pages[-1]["complete"]

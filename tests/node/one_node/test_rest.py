@@ -60,6 +60,21 @@ def test_both_replicas_answer_over_rest(running: Node) -> None:
     assert len(seen) == 2
 
 
+def test_statistics_are_those_of_all_replicas(running: Node) -> None:
+    def counted(path: str) -> int:
+        status, found = call(running, "GET", path)
+        assert status == 200, found
+        (stats,) = (stats for stats in found["model_stats"] if stats["name"] == "double")
+        return int(stats["inference_stats"]["success"]["count"])
+
+    for path in ("/v2/models/double/stats", "/v2/models/double/versions/1/stats", "/v2/models/stats"):
+        before = counted(path)
+        for _ in range(20):
+            assert infer(running, "double")[0] == 200
+        assert counted(path) == before + 20, path
+    assert call(running, "GET", "/v2/models/none/stats")[0] == 404
+
+
 def test_operations_and_errors(running: Node) -> None:
     assert call(running, "GET", "/v2/health/live") == (200, None)
     assert call(running, "GET", "/v2/health/ready") == (200, None)

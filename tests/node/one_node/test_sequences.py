@@ -33,11 +33,22 @@ def with_steps(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def ask(with_steps: Any, repository_root: Path) -> Iterator[Ask]:
     """`ask(step, ...)`, `ask(stream=[step, ...])`: what the client was told."""
+    yield from _client(with_steps, repository_root)
+
+
+@pytest.fixture
+def ask_http(with_steps: Any, repository_root: Path) -> Iterator[Ask]:
+    """`ask`, over REST."""
+    yield from _client(with_steps, repository_root, "http")
+
+
+def _client(with_steps: Any, repository_root: Path, *more: str) -> Iterator[Ask]:
     python = repository_root / ".venv-tritonclient/bin/python"
     if not python.exists():
         pytest.fail("tritonclient has an environment of its own: run `make test`")
     script = Path(__file__).parent / "foreign/tritonclient_sequences.py"
-    client = subprocess.Popen([python, script, with_steps.gateway], stdin=-1, stdout=-1, stderr=sys.stderr, text=True)
+    command = [python, script, with_steps.gateway, *more]
+    client = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=sys.stderr, text=True)
     assert client.stdin
     assert client.stdout
 
@@ -55,7 +66,7 @@ def ask(with_steps: Any, repository_root: Path) -> Iterator[Ask]:
     client.stdout.close()
 
 
-def step(id: int, x: float = 1, *, start: bool = False, end: bool = False) -> dict[str, Any]:
+def step(id: int | str, x: float = 1, *, start: bool = False, end: bool = False) -> dict[str, Any]:
     return {"id": id, "x": x, "start": start, "end": end}
 
 
@@ -70,6 +81,21 @@ def test_each_sequence_has_one_replica_and_its_own_state(ask: Ask) -> None:
     assert set(replicas.values()) == {"local/infer-0", "local/infer-1"}, "they are spread"
     ((code, message),) = ask(step(1))
     assert (code, START_IT in message) == ("StatusCode.INVALID_ARGUMENT", True)
+
+
+def test_each_sequence_has_one_replica_over_rest_too(ask: Ask, ask_http: Ask) -> None:
+    """Numbers and texts as ids; steps over gRPC and REST may alternate."""
+    ids = [*range(301, 311), 2**31, "a text", "301"]
+    replicas: dict[Any, str] = {}
+    for n in range(1, 7):
+        send = ask if n in (2, 5) else ask_http
+        answers = send(*(step(id, 1, start=n == 1, end=n == 6) for id in ids))
+        assert [answer["total"] for answer in answers] == [n] * len(ids)
+        for id, answer in zip(ids, answers, strict=True):
+            assert replicas.setdefault(id, answer["replica"]) == answer["replica"], (id, n)
+    assert set(replicas.values()) == {"local/infer-0", "local/infer-1"}, "they are spread"
+    (refused,) = ask_http(step(320))
+    assert START_IT in refused[1]
 
 
 def test_streams(ask: Ask) -> None:

@@ -1,6 +1,6 @@
 """Runs in the environment of an unmodified tritonclient: sends steps of sequences as it is told, line by line.
 
-    python tritonclient_sequences.py HOST:PORT     (model `steps`, x [1,1] FP32 -> total [1,1])
+    python tritonclient_sequences.py HOST:PORT [http]     (model `steps`, x [1,1] FP32 -> total [1,1])
 
 A line of stdin is a JSON list of steps, `{"id": 7, "x": 1, "start": true, "end": false}`. With `{"stream": ...}` before
 them they go over one stream, else one after the other by unary calls, each over the next of several connections. Prints
@@ -16,15 +16,22 @@ import sys
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as triton
+import tritonclient.grpc
+import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 PATIENCE_S = 10
 
 
+triton: Any = tritonclient.http if sys.argv[2:] == ["http"] else tritonclient.grpc
+
+
 def told(result: Any) -> dict[str, Any]:
     total = float(result.as_numpy("total")[0, 0])
-    return {"total": total, "replica": result.get_response().parameters["replica"].string_param}
+    response = result.get_response()
+    if isinstance(response, dict):
+        return {"total": total, "replica": response["parameters"]["replica"]}
+    return {"total": total, "replica": response.parameters["replica"].string_param}
 
 
 def arguments(step: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +49,8 @@ def arguments(step: dict[str, Any]) -> dict[str, Any]:
 
 def unary(client: Any, step: dict[str, Any]) -> Any:
     try:
-        return told(client.infer(**arguments(step), client_timeout=PATIENCE_S))
+        patience = {"client_timeout": PATIENCE_S} if triton is tritonclient.grpc else {}
+        return told(client.infer(**arguments(step), **patience))
     except InferenceServerException as err:
         return [str(err.status()), str(err.message())]
 
@@ -58,7 +66,10 @@ def streamed(client: Any, steps: list[dict[str, Any]]) -> list[Any]:
 
 
 def main(url: str) -> None:
-    clients = [triton.InferenceServerClient(url, channel_args=[("own", n)]) for n in range(3)]
+    if triton is tritonclient.http:
+        clients = [triton.InferenceServerClient(url) for _ in range(3)]
+    else:
+        clients = [triton.InferenceServerClient(url, channel_args=[("own", n)]) for n in range(3)]
     turn = itertools.cycle(clients)
     for line in sys.stdin:
         steps = json.loads(line)

@@ -18,14 +18,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
+from mesh.rest.heartbeats import Heartbeats
+from mesh.rest.json_text import PARSER, parsed_bytes
+from mesh.rest.target import Target
+from mesh.rest.tenant_lock import TenantLock
 from mesh.rpc import status
 from mesh.rpc.auditing import ADDRESS, Auditing
+from mesh.rpc.call_context import CallContext
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import (
     INLINE_BYTES,
@@ -39,14 +44,11 @@ from mesh.rpc.framing import (
     too_large,
     unread,
 )
+from mesh.rpc.heavy_work import Steps
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.parsing import parse_in_turn
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
-from services.infer.requests.request_memory import RequestPart
-from services.infer.rest.json_text import JSON_BYTES, PARSER, parsed_bytes
-from services.infer.rest.target import Target
-from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access.audit import AUDITED
 from shoal.errors import (
     RETRY_AFTER_KEY,
@@ -59,6 +61,8 @@ from shoal.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 HTTP_STATUS: Mapping[Code, int] = {
     Code.CANCELLED: 499,
@@ -87,7 +91,6 @@ _ENCODINGS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _COMPRESSED_BYTES = 1 << 10
 # The fastest: 100 MB/s.
 _LEVEL = 1
-_ATTEMPT = ATTEMPT.encode()
 # Parses of smaller JSON hold too little memory to take turns.
 _LARGE_JSON = 64 << 10
 
@@ -129,7 +132,7 @@ class KnownHead:
 
 
 Events = AsyncGenerator[bytes, None]
-"""A streamed response: JSON documents, each sent as one server-sent event."""
+"""A streamed response: JSON documents, each sent as one event."""
 
 
 class RestTable(CallTable, Protocol):
@@ -138,7 +141,7 @@ class RestTable(CallTable, Protocol):
     tracer: FastTracer | None
     auditing: Auditing | None
     """Audits acts; None: there is no audit log."""
-    json_turn: asyncio.Lock
+    large_json: TenantLock
     """Held while a large JSON document exists as Python objects."""
 
     def operation(self, target: Target) -> Callable[[RestCall], Any]:
@@ -151,6 +154,9 @@ class RestTable(CallTable, Protocol):
 class RestCall(StreamMemory):
     """One call; the RequestHandler of its stream. Its body is whole before its operation begins."""
 
+    heartbeat = b""
+    """Bytes that are sent when a streamed response has had no event for HEARTBEAT_S; empty: nothing is sent."""
+
     def __init__(self, app: RestTable, stream: ServerStream, target: Target) -> None:
         self._app = app
         self._stream = stream
@@ -159,7 +165,8 @@ class RestCall(StreamMemory):
         self.deadline = math.inf
         """On the app's clock; infinite without one."""
         self._pieces: list[bytes] = []
-        self._size = 0
+        self.message_bytes = 0
+        """Bytes of the body that have arrived."""
         self._task: asyncio.Task[None] | None = None
         self._refusal: ShoalError | None = None
         self.on_end: Callable[[], None] | None = None
@@ -180,9 +187,9 @@ class RestCall(StreamMemory):
             self._stream.consumed(size)
         if piece:
             self._pieces.append(piece)
-            self._size += len(piece)
-            if self._size > self._app.message_bytes:
-                self._fail(too_large(self._size, self._app.message_bytes))
+            self.message_bytes += len(piece)
+            if self.message_bytes > self._app.message_bytes:
+                self._fail(too_large(self.message_bytes, self._app.message_bytes))
                 return
         if is_end:
             try:
@@ -223,12 +230,44 @@ class RestCall(StreamMemory):
         if self._task is not None:
             self._task.cancel()
 
+    # -- the form of errors and events
+
+    @property
+    def events_type(self) -> bytes:
+        """Content type of a streamed response."""
+        return _EVENTS
+
+    def event(self, document: bytes) -> bytes:
+        """Return an event of a streamed response."""
+        return b"data: %b\n\n" % document
+
+    def error_document(self, code: Code, message: str) -> bytes:
+        """Return the JSON of an error."""
+        return error_body(message)
+
+    def last_event(self, code: Code, message: str) -> bytes:
+        """Return the event of an error that ends a streamed response."""
+        return self.event(self.error_document(code, message))
+
     # -- for operations
 
     @property
-    def is_retry(self) -> bool:
-        """True when the mesh has sent the request to another instance before."""
-        return self.headers.get(_ATTEMPT, b"1") != b"1"
+    def query(self) -> str:
+        """The query of the request, without its question mark."""
+        return self._stream.head.path.partition("?")[2]
+
+    def context(self) -> CallContext:
+        """Return the context of a handler of gRPC that serves this call."""
+        app, (host, port) = self._app, self._stream.peer
+        return CallContext(self._stream.head.fields, f"{host}:{port}", self.deadline, app.clock, self)
+
+    def handler(self, rpc: str) -> Any:
+        """Return the grpc.RpcMethodHandler of an RPC of this server."""
+        return self._app.methods[rpc]
+
+    async def in_turn(self, steps: Steps[R]) -> R:
+        """Return the result of heavy work, in the turns of the call's tenant."""
+        return await self._app.heavy.run(self.headers.get(TENANT, b""), steps)
 
     @property
     def tenant(self) -> str:
@@ -252,7 +291,7 @@ class RestCall(StreamMemory):
     async def body(self) -> bytes:
         """Return the body, joined and decompressed. Raises a ShoalError when it cannot be."""
         pieces, self._pieces = self._pieces, []
-        size = self._size
+        size = self.message_bytes
         body = pieces[0] if len(pieces) == 1 else b""
         if len(pieces) > 1:
             self.hold(size)
@@ -291,20 +330,21 @@ class RestCall(StreamMemory):
             begun.cancel()
 
     @contextlib.asynccontextmanager
-    async def parsed(self, text: bytes, most: int = JSON_BYTES) -> AsyncGenerator[Any, None]:
+    async def parsed(self, text: bytes) -> AsyncGenerator[Any, None]:
         """Yield the JSON document in `text`. Its objects are counted, and one large one exists at a time.
 
-        Keep no reference to it after the block. Raises InvalidArgument for other text, for more than `most` bytes, and
+        Keep no reference to it after the block. Raises InvalidArgument for other text, for more than JSON_BYTES, and
         for a document that costs too much.
         """
-        size = parsed_bytes(text, most)
-        async with self._app.json_turn if len(text) > _LARGE_JSON else contextlib.nullcontext():
-            part = RequestPart(self)
-            part.hold(size if len(text) > SMALL_BODY else 0)
+        size = parsed_bytes(text)
+        tenant = self.headers.get(TENANT, b"")
+        async with self._app.large_json.held_by(tenant) if len(text) > _LARGE_JSON else contextlib.nullcontext():
+            held = size if len(text) > SMALL_BODY else 0
+            self.hold(held)
             try:
-                yield await parse_in_turn(self._app.heavy, self.headers.get(TENANT, b""), PARSER, text)
+                yield await parse_in_turn(self._app.heavy, tenant, PARSER, text)
             finally:
-                part.close()
+                self.release(held)
 
     # -- for the fast path
 
@@ -434,21 +474,26 @@ class RestCall(StreamMemory):
 
     async def _stream_events(self, events: Events) -> None:
         stream = self._stream
-        async with aclosing(events):
-            async for event in events:
-                if not self._has_begun:
-                    self._has_begun = True
-                    head = [(b"content-type", _EVENTS), (b"cache-control", b"no-store")]
-                    stream.start(stream.encode_head(200, head))
-                await self._send(event)
+        heartbeats = Heartbeats(stream, self.heartbeat)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if not self._has_begun:
+                        self._has_begun = True
+                        head = [(b"content-type", self.events_type), (b"cache-control", b"no-store")]
+                        stream.start(stream.encode_head(200, head))
+                    heartbeats.stop()
+                    await self._send(self.event(event))
+                    heartbeats.start()
+        finally:
+            heartbeats.stop()
         if self._has_begun:
             self.is_over = True
             stream.end()
         else:
-            self._respond(200, _EVENTS, b"")
+            self._respond(200, self.events_type, b"")
 
-    async def _send(self, event: bytes) -> None:
-        data = b"data: %b\n\n" % event
+    async def _send(self, data: bytes) -> None:
         if not self._stream.has_room(len(data)):
             raise unread()
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -460,15 +505,16 @@ class RestCall(StreamMemory):
         if self.is_over:
             return
         self._pieces = []
-        code, message, trailing = status_of(error)
-        body = error_body(message)
+        grpc_code, message, trailing = status_of(error)
+        code = Code(grpc_code.value[0])
         stream = self._stream
         self.is_over = True
         if self._has_begun:
-            stream.send(b"data: %b\n\n" % body, lambda: None)
+            stream.send(self.last_event(code, message), lambda: None)
             stream.end()
             return
-        http_status = HTTP_STATUS[Code(code.value[0])]
+        body = self.error_document(code, message)
+        http_status = HTTP_STATUS[code]
         fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
         stream.respond(stream.encode_head(http_status, head), body)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
@@ -31,6 +32,8 @@ class Target:
     """Path of the RPC of gRPC that does the same."""
     model: str = ""
     version: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Other values in the path, by name."""
 
 
 def read(method: str, path: str) -> Target:
@@ -53,11 +56,11 @@ def _read(method: str, plain: str) -> Target:
     is_path = False
     for found, values in rest_paths.found(segments):
         if found.method == method:
-            version = values.get("version", "")
+            version = values.pop("version", "")
             # As Triton: a version that is no number is no path.
             if version and not (version.isascii() and version.isdecimal()):
                 break
-            return Target(found.operation, found.rpc, values.get("model", ""), version)
+            return Target(found.operation, found.rpc, values.pop("model", ""), version, values)
         is_path = True
     if is_path:
         raise MethodNotAllowed

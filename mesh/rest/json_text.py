@@ -18,9 +18,6 @@ from shoal.errors import InvalidArgument
 JSON_BYTES = 8 << 20
 """JSON of a request, without its binary tensors: plain text takes 1 to 5 ns a byte to parse."""
 
-LOAD_BYTES = 96 << 20
-"""JSON of a request to load a model: its files are long texts, and cost least."""
-
 MAX_VALUES = 600_000
 """Commas in the JSON of a request. As many numbers of 17 digits take 45 ms to parse."""
 
@@ -53,17 +50,17 @@ class JsonParser(Parser[Any]):
 PARSER = JsonParser()
 
 
-def parsed_bytes(data: bytes, most: int = JSON_BYTES) -> int:
+def parsed_bytes(data: bytes) -> int:
     """Return the most memory that the objects of JSON take.
 
     Raises:
-        InvalidArgument: `data` has more than `most` bytes, or would take long to parse.
+        InvalidArgument: `data` has more than JSON_BYTES, or would take long to parse.
     """
     size = len(data)
     if size <= UNSCANNED_BYTES:
         return _PARSED_RATIO * size
-    if size > most:
-        raise _too_much(f"{size} bytes, at most {most}")
+    if size > JSON_BYTES:
+        raise _too_much(f"{size} bytes, at most {JSON_BYTES}")
     if (values := data.count(b",")) > MAX_VALUES:
         raise _too_much(f"{values} values, at most {MAX_VALUES}")
     if (containers := data.count(b"[") + data.count(b"{") + data.count(b":")) > MAX_CONTAINERS:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from services.infer.error_text import quoted
-from shoal.errors import InvalidArgument
+from shoal.errors import InvalidArgument, quoted
 from shoal.oip.datatypes import BY_NAME, Datatype
 from shoal.oip.tensors import pack_bytes, split_bytes
 

@@ -1,0 +1,45 @@
+"""Health and statistics of the inference protocol over REST, for all infer instances (services.coord.inference)."""
+
+from __future__ import annotations
+
+import orjson
+
+from mesh.rest.app import RestApp
+from mesh.rest.call import Reply, RestCall
+from mesh.rest.handlers import unary
+from mesh.rest.plain_json import as_json
+from mesh.rpc.grpc_app import GrpcApp
+from mesh.rpc.heavy_work import Steps
+from shoal.inference.v2 import inference_pb2 as pb
+
+_PLAIN = b"text/plain"
+# As Triton.
+_NO = 400
+
+
+def rest_app(grpc: GrpcApp) -> RestApp:
+    """Return the application of requests that are not gRPC."""
+    return RestApp(grpc, {"live": _live, "ready": _ready, "statistics": _statistics})
+
+
+async def _live(call: RestCall) -> Reply:
+    found = await unary(call, call.target.rpc, pb.ServerLiveRequest())
+    return Reply(content_type=_PLAIN, status=200 if found.live else _NO)
+
+
+async def _ready(call: RestCall) -> Reply:
+    found = await unary(call, call.target.rpc, pb.ServerReadyRequest())
+    return Reply(content_type=_PLAIN, status=200 if found.ready else _NO)
+
+
+async def _statistics(call: RestCall) -> Reply:
+    request = pb.ModelStatisticsRequest(name=call.target.model, version=call.target.version)
+    return Reply(await call.in_turn(_written(await unary(call, call.target.rpc, request))))
+
+
+def _written(response: pb.ModelStatisticsResponse) -> Steps[bytes]:
+    found = []
+    for stats in response.model_stats:
+        found.append(orjson.dumps(as_json(stats)))
+        yield
+    return b'{"model_stats":[%b]}' % b",".join(found)

@@ -1,0 +1,156 @@
+"""REST through a real Envoy to services in this process: inferences that become jobs, and streams as JSON with curl."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from mesh.xds.extensions import gateway_access
+from services.coord.traffic import PUBLIC
+from services.ingest.rest import BODY_BYTES
+from shoal.access import tokens
+from shoal.ingest.v1 import ingest_pb2
+from shoal.store.v1 import store_pb2
+from tests.access.policies import key, policy
+from tests.breakable import until
+from tests.mesh.xds.test_json_calls import JOB, Gateway, gateway, running
+
+__all__ = ["gateway"]
+
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
+
+INFER = "/v2/models/a%2Fb/infer"
+INPUT = {"name": "x", "shape": [1, 2], "datatype": "FP32"}
+ASYNC = {"prefer": "respond-async"}
+
+
+def curl(gateway: Gateway, path: str, *arguments: str) -> tuple[int, str, str]:
+    """Return the exit status of curl, the content type, and the body as it has arrived."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    command = ["curl", "-N", "--silent", "--noproxy", "*", "--max-time", "30", "--write-out", "\n%{content_type}"]
+    done = subprocess.run(
+        [*command, *arguments, f"http://{gateway.envoy.gateway}{path}"], capture_output=True, text=True, check=False
+    )
+    text, _, kind = done.stdout.rpartition("\n")
+    return done.returncode, kind, text
+
+
+async def test_an_inference_that_prefers_it_is_a_job(gateway: Gateway) -> None:
+    body = {"id": "7", "parameters": {"p": 1}, "inputs": [{**INPUT, "data": [1, 2.5]}]}
+    for prefer in ("respond-async", "handling=lenient, Respond-Async;x, wait=10"):
+        status, found, headers = await gateway.call(
+            "POST", INFER, body, kind=None, prefer=prefer, idempotency_key='"k 1"'
+        )
+        assert (status, found["job"]["id"], found["existed"]) == (202, JOB, False)
+        assert (headers["location"], headers["preference-applied"]) == (f"/shoal/v1/jobs/{JOB}", "respond-async")
+        wanted = ingest_pb2.SubmitRequest(idempotency_key="k 1")
+        wanted.request.MergeFrom(
+            ingest_pb2.SubmitRequest(
+                request={
+                    "model_name": "a/b",
+                    "id": "7",
+                    "parameters": {"p": {"int64_param": 1}},
+                    "inputs": [INPUT],
+                    "raw_input_contents": [b"\x00\x00\x80?\x00\x00 @"],
+                }
+            ).request
+        )
+        assert gateway.ingest.requests[-1] == wanted
+    head = json.dumps({"inputs": [{**INPUT, "parameters": {"binary_data_size": 8}}]}).encode()
+    status, _, _ = await gateway.call(
+        "POST",
+        "/v2/models/m/versions/3/infer",
+        head + b"12345678",
+        **ASYNC,
+        inference_header_content_length=str(len(head)),
+        idempotency_key="bare",
+    )
+    made = gateway.ingest.requests[-1]
+    assert isinstance(made, ingest_pb2.SubmitRequest)
+    assert (status, made.request.model_version, made.idempotency_key) == (202, "3", "bare")
+    assert list(made.request.raw_input_contents) == [b"12345678"]
+
+
+async def test_without_the_preference_and_at_other_paths_it_is_none(gateway: Gateway) -> None:
+    before = len(gateway.ingest.requests)
+    for path, prefer in (
+        (INFER, "wait=10"),
+        (INFER, 'x="a, respond-async, b"'),
+        (INFER, "respond-asynchronous"),
+        ("/v2/models/m/generate", "respond-async"),
+        ("/v2/models/m/infer/x", "respond-async"),
+    ):
+        status, _ = await gateway.text("POST", path, {"inputs": []}, prefer=prefer)
+        # The server of inference is gRPC's alone here.
+        assert status == 415, path
+    assert (await gateway.text("GET", INFER, prefer="respond-async"))[0] == 415
+    assert len(gateway.ingest.requests) == before
+
+
+async def test_a_request_that_is_no_inference_is_refused_in_the_form_of_its_protocol(gateway: Gateway) -> None:
+    before = len(gateway.ingest.requests)
+    for body, more, wanted, words in (
+        (b"{", {}, 400, "failed to parse the request JSON buffer"),
+        ({"inputs": [{**INPUT, "data": [1]}]}, {}, 400, "got 1 values"),
+        ({}, {}, 400, "inputs"),
+        (b"12345678", {"inference_header_content_length": "0"}, 400, "a job needs the JSON of its inputs"),
+        ({"inputs": []}, {"idempotency_key": "\xe4"}, 400, "Idempotency-Key"),
+        (b"x" * (BODY_BYTES + 1), {}, 413, f"at most {BODY_BYTES} bytes"),
+        (b"[" * (9 << 20), {}, 400, "bytes, at most"),
+    ):
+        status, found, _ = await gateway.call("POST", INFER, body, **ASYNC, **more)
+        assert (status, found.keys()) == (wanted, {"error"})
+        assert words in found["error"]
+    assert len(gateway.ingest.requests) == before
+
+
+async def test_curl_reads_streams_and_an_error_at_the_end(gateway: Gateway) -> None:
+    queued = {"id": JOB, "state": "JOB_STATE_QUEUED"}
+    code, kind, text = await asyncio.to_thread(curl, gateway, f"/shoal/v1/jobs/{JOB}:watch")
+    first, last = (json.loads(line) for line in text.splitlines())
+    assert (code, kind) == (0, "application/x-ndjson")
+    assert {name: first["job"][name] for name in queued} == queued
+    assert last == {"error": {"code": 14, "message": "the job database is away", "details": []}}
+    code, kind, text = await asyncio.to_thread(
+        curl, gateway, "/shoal/v1/results:stream?filter.model_name=m", "-H", "accept: text/event-stream", "--compressed"
+    )
+    assert (code, kind) == (0, "text/event-stream")
+    first, last = (json.loads(event.removeprefix("data: ")) for event in text.rstrip().split("\n\n"))
+    assert (first["cursor"], last["complete"], last["results"][0]["job_id"]) == ("c", True, JOB)
+    assert gateway.store.requests[-1] == store_pb2.StreamResultsRequest(filter={"model_name": "m"})
+    assert await gateway.error("GET", "/shoal/v1/jobs/none:watch") == (404, 5, "no job 'none'")
+    status, code, message = await gateway.error("GET", "/shoal/v1/results:stream?modelname=m")
+    assert (status, code, "no field 'modelname'" in message) == (400, 3, True)
+    assert (await gateway.error("POST", "/shoal/v1/results:stream"))[:2] == (404, 5)
+
+
+async def test_a_client_that_leaves_ends_the_watch_behind_the_gateway(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection(*gateway.envoy.gateway.split(":"))
+    writer.write(b"GET /shoal/v1/jobs/endless:watch HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    async with asyncio.timeout(30):
+        await reader.readuntil(b"JOB_STATE_QUEUED")
+    assert gateway.ingest.watches == 1
+    writer.close()
+    await until(lambda: gateway.ingest.watches == 0, "the watch ends")
+
+
+async def test_streams_and_jobs_need_the_groups_of_their_rpcs(tmp_path: Any) -> None:
+    signer = tokens.create_signer(tmp_path / "ours")
+    async with running(gateway_access(policy(signer), [*PUBLIC])) as guarded:
+        streams = (f"/shoal/v1/jobs/{JOB}:watch", "/shoal/v1/results:stream")
+        user, viewer = (f"Bearer {key(signer, role=role).text}" for role in ("user", "viewer"))
+        for path in streams:
+            assert (await guarded.text("GET", path, authorization=user))[0] == 200
+            assert (await guarded.error("GET", path, authorization=viewer))[:2] == (403, 7)
+            assert (await guarded.error("GET", path))[:2] == (401, 16)
+        status, found, _ = await guarded.call("POST", INFER, {"inputs": []}, authorization=user, **ASYNC)
+        assert (status, found["job"]["id"]) == (202, JOB)
+        for authorization, wanted in (({"authorization": viewer}, 403), ({}, 401)):
+            status, found, _ = await guarded.call("POST", INFER, {"inputs": []}, **authorization, **ASYNC)
+            assert (status, found.keys()) == (wanted, {"error"})
