@@ -110,6 +110,11 @@ def json_reply(document: Any, status: int = 200) -> Reply:
     return Reply(orjson.dumps(document), JSON, status)
 
 
+def health_reply(what: str, *, is_it: bool) -> Reply:
+    """Return a response to a check: the status is Triton's, and the body, which Triton lacks, KServe's."""
+    return json_reply({what: is_it}, 200 if is_it else 400)
+
+
 class KnownHead:
     """Head of equal responses, by the class of their streams: encoded once for each."""
 

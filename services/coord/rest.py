@@ -5,16 +5,12 @@ from __future__ import annotations
 import orjson
 
 from mesh.rest.app import RestApp
-from mesh.rest.call import Reply, RestCall
+from mesh.rest.call import Reply, RestCall, health_reply
 from mesh.rest.handlers import unary
 from mesh.rest.plain_json import as_json
 from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.heavy_work import Steps
 from shoal.inference.v2 import inference_pb2 as pb
-
-_PLAIN = b"text/plain"
-# As Triton.
-_NO = 400
 
 
 def rest_app(grpc: GrpcApp) -> RestApp:
@@ -23,13 +19,11 @@ def rest_app(grpc: GrpcApp) -> RestApp:
 
 
 async def _live(call: RestCall) -> Reply:
-    found = await unary(call, call.target.rpc, pb.ServerLiveRequest())
-    return Reply(content_type=_PLAIN, status=200 if found.live else _NO)
+    return health_reply("live", is_it=(await unary(call, call.target.rpc, pb.ServerLiveRequest())).live)
 
 
 async def _ready(call: RestCall) -> Reply:
-    found = await unary(call, call.target.rpc, pb.ServerReadyRequest())
-    return Reply(content_type=_PLAIN, status=200 if found.ready else _NO)
+    return health_reply("ready", is_it=(await unary(call, call.target.rpc, pb.ServerReadyRequest())).ready)
 
 
 async def _statistics(call: RestCall) -> Reply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,10 +19,12 @@ from mesh.rpc.server import Rpc, Server
 from services.coord import inference
 from services.coord.cluster import Cluster
 from services.coord.inference import MeshInference, is_live, is_ready
+from services.coord.rest import rest_app
 from services.coord.statistics import merged
 from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from tests.mesh.http1.raw import RawClient
 
 S = pb.StatisticDuration
 NO_HEADERS: Any = SimpleNamespace(invocation_metadata=lambda: ())
@@ -130,7 +133,7 @@ class Replica(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ModelStatisticsResponse(model_stats=found)
 
 
-def rpc_of(replica: Replica) -> Rpc:
+def rpc_of(replica: Replica | MeshInference) -> Rpc:
     descriptor = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     return Rpc(descriptor, lambda server: pb_grpc.add_GRPCInferenceServiceServicer_to_server(replica, server))
 
@@ -205,3 +208,31 @@ async def test_statistics_of_too_many_models_are_refused(serve: Serve, monkeypat
     with pytest.raises(ResourceExhausted, match="request those of one model"):
         await asked(mesh)
     assert await asked(mesh, "m7") == [("m7", 2)]
+
+
+async def test_over_rest_health_and_statistics_are_those_of_all_instances(serve: Serve, run_dir: Path) -> None:
+    mesh = await serve(Replica(stats("a"), stats("b", count=2)), Replica(stats("a", count=10)))
+    async with Server(f"unix:{run_dir}/coord.sock", [rpc_of(mesh)], drain_ms=0, http=rest_app) as server:
+
+        async def get(path: str) -> tuple[int, Any]:
+            async with await RawClient.connect(server.address) as client:
+                response = await client.request("GET", path)
+            return response.status, json.loads(response.body or b"null")
+
+        async def counts(path: str) -> list[tuple[str, int]]:
+            status, found = await get(path)
+            assert (status, found.keys()) == (200, {"model_stats"})
+            return [(each["name"], each["inference_count"]) for each in found["model_stats"]]
+
+        assert await counts("/v2/models/stats") == [("a", 11), ("b", 2)]
+        assert await counts("/v2/models/a/stats") == [("a", 11)]
+        assert await counts("/v2/models/b/versions/1/stats") == [("b", 2)]
+        status, found = await get("/v2/models/c/stats")
+        assert (status, found) == (400, {"error": "requested model 'c' is not available"})
+        assert await get("/v2/health/live") == (200, {"live": True})
+        assert await get("/v2/health/ready") == (200, {"ready": True})
+        mesh._mirror.copy = Copy({}, 1, False)
+        assert await get("/v2/health/live") == (400, {"live": False})
+        assert await get("/v2/health/ready") == (400, {"ready": False})
+        assert (await get("/v2/models/stats"))[0] == 503
+        assert (await get("/v2/models/a"))[0] == 404, "infer serves it"

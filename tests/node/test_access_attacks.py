@@ -726,6 +726,7 @@ def rest_infer(world: World, token: str | None, model: str = OPEN, **more: str) 
 def test_rest_admits_and_refuses_as_grpc_does(world: World) -> None:
     key = world.key()
     assert rest_infer(world, key.text) == 200
+    assert rest_infer(world, key.text, prefer="respond-async") == 200, "a server without jobs ignores it"
     for token in (None, "", "x", key.text[:-4], b64(b"{}"), "a.b.c"):
         assert rest_infer(world, token) == 401
     assert rest_infer(world, key.text, SECRET) == 403

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mesh.rest.call import Reply, RestCall, json_reply
+from mesh.rest.call import Reply, RestCall, health_reply, json_reply
 from mesh.rest.json_text import as_object, member
 from mesh.rest.plain_json import as_json
 from services.infer.core import InferenceServer
@@ -48,10 +48,10 @@ class Operations:
         }
 
     async def _live(self, call: RestCall) -> Reply:
-        return Reply(content_type=_PLAIN)
+        return health_reply("live", is_it=True)
 
     async def _ready(self, call: RestCall) -> Reply:
-        return Reply(content_type=_PLAIN, status=200 if self._server.ready().ready else _NOT_READY)
+        return health_reply("ready", is_it=self._server.ready().ready)
 
     async def _metadata(self, call: RestCall) -> Reply:
         found = self._server.metadata()

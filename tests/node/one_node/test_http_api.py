@@ -84,7 +84,7 @@ def test_an_inference_that_is_answered_later_and_its_watch(running: Any) -> None
     )
     states = [json.loads(line)["job"]["state"] for line in watched.stdout.splitlines() if line]
     assert states[-1] == "JOB_STATE_SUCCEEDED"
-    _, found = curl(running, f"/shoal/v1/results/{job}?wait=30s")
+    _, found = curl(running, f"/shoal/v1/results/{job}?wait=5s")
     raw = base64.b64decode(found["result"]["response"]["raw_output_contents"][0])
     assert np.frombuffer(raw, np.float32).tolist() == [2, 4, 6, 8]
     streamed = subprocess.run(
