@@ -1,7 +1,7 @@
 """KServe's REST client, by a recorded exchange: its package needs 69 others.
 
-Recorded from InferenceRESTClient of kserve 0.21.0 against `shoal serve`, which served all of it. The client reads `live`
-and `ready` from the bodies of health checks, and the length of the JSON from the response's header.
+Recorded from InferenceRESTClient of kserve 0.21.0 against `shoal serve`, which served all of it. The client reads
+`live` and `ready` from the bodies of health checks, and the length of the JSON from the response's header.
 """
 
 from __future__ import annotations
