@@ -43,7 +43,8 @@ LAYERS = {
     """,
     "services/coord": """
         __main__ app metrics rest rpc first_start access_rpc messages policies keys enforcement instances health
-        issuer_keys fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
+        issuer_keys fetch duties configurations gateway_policy presence traffic inference statistics cluster drains
+        config
     """,
     "mesh": """
         rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
