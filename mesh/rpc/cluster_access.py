@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -90,14 +90,21 @@ async def access_of(config: ServiceConfig) -> AsyncIterator[PolicyWatch | None]:
 
 
 @asynccontextmanager
-async def published(watch: PolicyWatch | None, registration: Registration) -> AsyncIterator[None]:
-    """Publish the revision of the policy that an instance enforces, now and after each change."""
+async def published(
+    watch: PolicyWatch | None, registration: Registration, also: Callable[[int], Awaitable[None]] | None = None
+) -> AsyncIterator[None]:
+    """Publish the revision of the policy that an instance enforces, now and after each change.
+
+    `also` returns when others, for which the instance answers, enforce the policy of a revision.
+    """
     if watch is None:
         yield
         return
 
     async def publish() -> None:
         async for in_force in watch.in_force.follow():
+            if also is not None:
+                await also(in_force.revision)
             await registration.update(policy_revision=in_force.revision)
 
     publishing = asyncio.create_task(publish(), name="policy revision")

@@ -5,8 +5,10 @@
                                                          └── x-shoal-caller, -issuer, -role, -key, -tenant, -signer
 
 `callers` and `rules` are extension configurations (ECDS); host names and web pages are in the routes (RDS). A changed
-listener would be in force late, and would close connections. Fields: envoy.extensions.filters.http.jwt_authn.v3 and
-envoy.extensions.filters.http.rbac.v3. This module imports nothing of Envoy's classes, which take most of a second.
+listener would be in force late, and would close connections. A worker of Envoy takes up `callers` and `rules` one after
+the other, so coord reports a policy as enforced when its Envoys have acknowledged both. Fields:
+envoy.extensions.filters.http.jwt_authn.v3 and envoy.extensions.filters.http.rbac.v3. This module imports nothing of
+Envoy's classes, which take most of a second.
 """
 
 from __future__ import annotations

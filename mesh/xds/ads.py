@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -21,9 +22,10 @@ from envoy_data_plane.envoy.service.discovery.v3 import (
 )
 from envoy_data_plane.envoy.service.discovery.v3 import Resource as Sent
 
+from mesh.process.watched import Watched
 from mesh.rpc.interceptors import Context
 from mesh.xds.delta import Request, Response, Session, TypeStatus
-from mesh.xds.resource import short_type
+from mesh.xds.resource import EXTENSION, short_type
 from mesh.xds.snapshot import EnvoyNode, Snapshot, envoy_node
 from shoal.errors import InvalidArgument
 
@@ -49,11 +51,13 @@ class EnvoyStatus:
     types: tuple[TypeStatus, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Stream:
     node: EnvoyNode
     connected_at: float
     session: Session
+    policy_revision: int = 0
+    """Revision of the last policy whose filters Envoy has acknowledged."""
 
 
 class AdsServer:
@@ -63,6 +67,8 @@ class AdsServer:
         self._snapshots = snapshots
         self._now = now
         self._streams: set[_Stream] = set()
+        self._oldest: Watched[float] = Watched(math.inf)
+        """Lowest policy revision of a connected Envoy."""
 
     def methods(self) -> dict[str, Any]:
         """Return the methods for a server, by path."""
@@ -75,6 +81,15 @@ class AdsServer:
         """Return the connected Envoys, sorted by name."""
         found = [EnvoyStatus(s.node.id, s.connected_at, s.session.status()) for s in self._streams]
         return tuple(sorted(found, key=lambda envoy: (envoy.node, envoy.connected_at)))
+
+    async def until_enforced(self, revision: int) -> None:
+        """Wait until each connected Envoy enforces the policy of `revision`, or has rejected it."""
+        oldest = self._oldest.value
+        while oldest < revision:
+            oldest = await self._oldest.after(oldest)
+
+    def _compare(self) -> None:
+        self._oldest.set(min((stream.policy_revision for stream in self._streams), default=math.inf))
 
     async def _delta(
         self, requests: AsyncIterator[DeltaDiscoveryRequest], ctx: Context
@@ -95,16 +110,26 @@ class AdsServer:
                     # Nothing is sent without a snapshot: an Envoy keeps the one that it has from another coord.
                     for response in stream.session.due(snapshot) if snapshot is not None else ():
                         yield _response(response)
+                    if snapshot is not None:
+                        self._record_policy(stream, snapshot)
+
+    def _record_policy(self, stream: _Stream, snapshot: Snapshot) -> None:
+        revision = snapshot.policy_revision
+        if stream.policy_revision != revision and stream.session.is_settled(EXTENSION, snapshot):
+            stream.policy_revision = revision
+            self._compare()
 
     @contextlib.contextmanager
     def _connected(self, node: EnvoyNode) -> Iterator[_Stream]:
         stream = _Stream(node, self._now(), Session())
         self._streams.add(stream)
+        self._compare()
         log.info("Envoy of node %s connected", node.id)
         try:
             yield stream
         finally:
             self._streams.discard(stream)
+            self._compare()
             log.info("Envoy of node %s disconnected", node.id)
 
 

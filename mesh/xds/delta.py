@@ -128,6 +128,15 @@ class Session:
                 responses.append(response)
         return responses
 
+    def is_settled(self, type_url: str, snapshot: Snapshot) -> bool:
+        """Return True when Envoy has, or has rejected, each resource of a type that it subscribes to."""
+        state = self._types[type_url]
+        return all(
+            state.has(resource) or state.rejected.get(name) == resource.version
+            for name, resource in snapshot.of(type_url).items()
+            if state.wants(name)
+        )
+
     def status(self) -> tuple[TypeStatus, ...]:
         """Return the status of each type that Envoy has requested."""
         return tuple(

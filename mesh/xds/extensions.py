@@ -26,9 +26,11 @@ class GatewayAccess:
     extensions: tuple[Resource, ...]
     web: Web = field(default_factory=Web)
     """Names by which clients reach the gateway, and pages that may call."""
+    revision: int = 0
+    """Revision of etcd of the policy; 0: there is none."""
 
 
-def gateway_access(policy: Policy | None, services: Sequence[str]) -> GatewayAccess:
+def gateway_access(policy: Policy | None, services: Sequence[str], revision: int = 0) -> GatewayAccess:
     """Return the part of a policy that a gateway enforces. Without a known policy the gateway refuses every call.
 
     A thousand revoked keys or rules take 0.1 s: call it in a thread.
@@ -39,10 +41,10 @@ def gateway_access(policy: Policy | None, services: Sequence[str]) -> GatewayAcc
     if policy is None:
         # The first filter passes everything on to the second.
         found = {CALLERS: {"@type": access.JWT}, RULES: access.closed_rules()}
-        return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()))
+        return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), revision=revision)
     web = Web(policy.hosts, policy.cors.origins)
     found = {CALLERS: access.callers(policy, services), RULES: access.rules(policy, services)}
-    return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), web)
+    return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), web, revision)
 
 
 def _packed(name: str, config: Mapping[str, Any]) -> Resource:

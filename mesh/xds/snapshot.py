@@ -64,6 +64,8 @@ class Snapshot:
     """Resources by type and name."""
 
     resources: Mapping[str, Mapping[str, Resource]]
+    policy_revision: int = 0
+    """Revision of the policy that the filters follow; 0: none."""
 
     def of(self, type_url: str) -> Mapping[str, Resource]:
         return self.resources.get(type_url, {})
@@ -130,7 +132,7 @@ def snapshot(
     ]
     if tracing is not None:
         built.append(collector_cluster(tracing))
-    return checked(built)
+    return replace(checked(built), policy_revision=0 if access is None else access.revision)
 
 
 def _web(access: GatewayAccess | None, gateway: str) -> Web:

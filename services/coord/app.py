@@ -119,7 +119,7 @@ async def run(config: CoordConfig) -> None:
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
         configurations.own = lambda: registration.instance
-        await stack.enter_async_context(published(watch, registration))
+        await stack.enter_async_context(published(watch, registration, ads.until_enforced))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         metrics.election = election
         await stack.enter_async_context(Duties(etcd, mirror, election))

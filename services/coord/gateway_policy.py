@@ -32,7 +32,8 @@ class GatewayPolicy(Background):
             if not in_force.is_known:
                 continue
             try:
-                self.access.set(await asyncio.to_thread(gateway_access, in_force.policy, self._services))
+                access = await asyncio.to_thread(gateway_access, in_force.policy, self._services, in_force.revision)
+                self.access.set(access)
             # The task goes on: later revocations must reach Envoy.
             except Exception:
                 log.exception("version %d of the policy cannot be given to Envoy", in_force.version)

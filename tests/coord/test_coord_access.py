@@ -19,23 +19,27 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 
 from mesh import keyring
 from mesh.cluster.etcd import Etcd, Lease, Outcome
 from mesh.cluster.mirror import Mirror
 from mesh.keyring import Keyring
 from mesh.rpc.channel import connect
+from mesh.xds.access import CALLERS, RULES
+from mesh.xds.ads import SERVICE as SERVICE_NAME
+from mesh.xds.resource import EXTENSION
 from services.coord.access_rpc import AccessRpc
 from services.coord.keys import Keys
 from shoal.access import cluster, tokens
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
 from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
 from shoal.errors import Aborted, FailedPrecondition, InvalidArgument
 from tests.access import policies
-from tests.breakable import EtcdProcess, until
+from tests.breakable import PATIENCE_S, EtcdProcess, until
 from tests.coord.conftest import Coord
 from tests.coord.test_issuer_keys import Idp
 
@@ -275,6 +279,44 @@ async def test_a_former_signers_keys_live_until_they_expire_unless_it_was_stolen
     keys = await access.keys()
     assert [keys[made.info.id].revoked for made in (before, after)] == [True, True]
     assert [id for id, key in keys.items() if not key.revoked] == [own["jti"]]
+
+
+async def test_a_rotation_returns_when_every_envoy_verifies_the_new_signers_keys(access: Access) -> None:
+    node = {"id": "local", "metadata": {"shoal": {"gateway": "127.0.0.1:1", "outbound": "/run/o.sock"}}}
+    subscription = {"node": node, "type_url": EXTENSION, "resource_names_subscribe": [CALLERS, RULES]}
+    ads = access.channel.stream_stream(
+        f"/{SERVICE_NAME}/DeltaAggregatedResources",
+        request_serializer=bytes,
+        response_deserializer=DeltaDiscoveryResponse.parse,
+    )(metadata=((CALLER_HEADER, SERVICE.decode()),))
+    acknowledges, received = asyncio.Event(), ""
+
+    async def envoy() -> None:
+        """An Envoy that acknowledges its filters when the test says so."""
+        nonlocal received
+        await ads.write(DeltaDiscoveryRequest.from_dict(subscription))
+        while True:
+            response = await ads.read()
+            received = str(response)
+            await acknowledges.wait()
+            await ads.write(DeltaDiscoveryRequest(type_url=EXTENSION, response_nonce=response.nonce))
+
+    (first,) = {key.signer for key in (await access.keys()).values() if not key.revoked}
+    acknowledges.set()
+    running = asyncio.create_task(envoy())
+    await until(lambda: first in received, "the Envoy has the first signer")
+    acknowledges.clear()
+    request = pb.RotateSignerRequest()
+    rotating = asyncio.ensure_future(access.stub.RotateSigner(request, metadata=access.admin))
+    assert not (await asyncio.wait([rotating], timeout=1))[0], "the Envoy has not confirmed"
+    acknowledges.set()
+    rotated = await asyncio.wait_for(rotating, PATIENCE_S)
+    assert [*rotated.unconfirmed] == []
+    assert rotated.signer in received
+    # An Envoy that has gone is not waited for.
+    running.cancel()
+    ads.cancel()
+    assert [*(await access.stub.RotateSigner(request, metadata=access.admin)).unconfirmed] == []
 
 
 async def test_an_admin_of_another_issuer_rotates_and_keeps_its_token(access: Access, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from envoy_data_plane.google.protobuf import Any as Packed
 
 from mesh.xds.delta import Request, Response, Session
-from mesh.xds.resource import CLUSTER, ENDPOINTS, LISTENER, ROUTES, TYPES, Resource
+from mesh.xds.resource import CLUSTER, ENDPOINTS, EXTENSION, LISTENER, ROUTES, TYPES, Resource
 from mesh.xds.snapshot import Snapshot
 
 
@@ -293,3 +293,24 @@ def test_no_cluster_goes_that_routes_may_still_name_because_newer_ones_were_refu
         ("RouteConfiguration", []),
         ("Cluster", ["b"]),
     ]
+
+
+def test_filters_are_settled_when_envoy_has_or_has_rejected_each_that_it_asked_for():
+    envoy = Envoy()
+    envoy.subscribe(EXTENSION, "callers", "rules")
+    first = snapshot(*(resource(EXTENSION, name) for name in ("callers", "rules", "nobody's")))
+    assert not envoy.session.is_settled(EXTENSION, first)
+    (both,) = envoy.session.due(first)
+    assert not envoy.session.is_settled(EXTENSION, first)
+    envoy.ack(both)
+    assert envoy.session.is_settled(EXTENSION, first)
+    second = snapshot(*(resource(EXTENSION, name, "2") for name in ("callers", "rules")))
+    assert not envoy.session.is_settled(EXTENSION, second)
+    (both,) = envoy.session.due(second)
+    envoy.nack(both)
+    (callers,) = envoy.session.due(second)
+    envoy.ack(callers)
+    (rules,) = envoy.session.due(second)
+    assert not envoy.session.is_settled(EXTENSION, second)
+    envoy.nack(rules)
+    assert envoy.session.is_settled(EXTENSION, second)
