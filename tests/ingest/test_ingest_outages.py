@@ -53,7 +53,8 @@ async def answers(client: Client) -> bool:
     try:
         await client.stub.Submit(submit(), timeout=15)
     except grpc.aio.AioRpcError as err:
-        if err.code() is not S.UNAVAILABLE:
+        # After an outage, a submit is rejected until the writes that waited are done.
+        if err.code() not in (S.UNAVAILABLE, S.RESOURCE_EXHAUSTED):
             raise
         return False
     return True

@@ -121,6 +121,19 @@ class BatchClient(Client):
         answer: pb.GetBatchResponse = await self.stub.GetBatch(pb.GetBatchRequest(id=batch_id), timeout=20)
         return answer.batch
 
+    async def until_mesh_is_reached(self) -> None:
+        """Wait until the instance reaches its mesh: each test has its own, at one address.
+
+        A call of the instance between two meshes fails, and the instance connects again after a backoff.
+        """
+
+        async def is_reached() -> bool:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await self.submit_batch("file:///in/", "file:///out", model="nobody's")
+            return refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+        await until(is_reached, "a call to the mesh")
+
     async def batch_ended(self, batch_id: str, within_s: float = 60) -> pb.Batch:
         """The batch, once it has ended. Whoever answers may be killed meanwhile."""
         last = pb.Batch()

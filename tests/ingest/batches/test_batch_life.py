@@ -35,6 +35,7 @@ async def mesh(shared_ingest: IngestProcess) -> AsyncIterator[BatchMesh]:
 @pytest.fixture
 async def client(mesh: BatchMesh, shared_ingest: IngestProcess) -> AsyncIterator[BatchClient]:
     made = BatchClient(shared_ingest.address)
+    await made.until_mesh_is_reached()
     yield made
     await made.channel.close()
 
