@@ -73,6 +73,8 @@ class RunningNode:
     """A name that the gateway's certificate is valid for."""
     key_file: Path | None = None
     """File of the user's key; None: callers are not authenticated."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the node's own etcd, mongod and Envoy."""
 
     @property
     def url(self) -> str:
@@ -117,9 +119,15 @@ def find_node(environ: Mapping[str, str]) -> RunningNode:
     return nodes[0]
 
 
+def node_of(gateway: str, environ: Mapping[str, str]) -> RunningNode | None:
+    """Return the local node with this gateway; None when the node runs elsewhere."""
+    return next((node for node in running_nodes(environ) if node.url == gateway), None)
+
+
 def admin_of(gateway: str, environ: Mapping[str, str]) -> str | None:
     """Return Envoy's admin endpoint of the local node with this gateway; None when the node runs elsewhere."""
-    return next((node.admin for node in running_nodes(environ) if node.url == gateway), None)
+    node = node_of(gateway, environ)
+    return None if node is None else node.admin
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str:
@@ -236,6 +244,7 @@ def _nodes_in(folder: Path) -> Iterator[RunningNode]:
                     ca=Path(tls["ca"]) if tls else None,
                     name=str(tls.get("name", "")),
                     key_file=Path(document["key_file"]) if document.get("key_file") else None,
+                    versions={str(name): str(text) for name, text in document.get("versions", {}).items()},
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 # The file was removed meanwhile, or is not a pointer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,8 +11,9 @@ import typer
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.cli.models import show_models
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json, text
-from shoal.discovery import admin_of
+from shoal.discovery import node_of
 from shoal.errors import ShoalError
+from shoal.node.versions import warnings
 
 if TYPE_CHECKING:
     from shoal.client import Connector, Status
@@ -47,7 +49,9 @@ def status(
     problems = list(overview.problems)
     if overview.stale:
         problems.append("etcd is unreachable: the instances are the last known ones")
-    admin = admin or admin_of(overview.gateway, os.environ)
+    node = node_of(overview.gateway, os.environ)
+    versions = {} if node is None else node.versions
+    admin = admin or (None if node is None else node.admin)
     endpoints: list[Endpoint] = []
     if admin is None:
         problems.append("Envoy's view is missing: the node runs on another machine, use --admin HOST:PORT")
@@ -57,25 +61,31 @@ def status(
         except ShoalError as err:
             problems.append(err.message)
     if json:
-        show_json(_document(overview, admin, endpoints, problems))
+        show_json(_document(overview, admin, endpoints, problems, versions))
     else:
-        _show(overview, endpoints, problems)
+        _show(overview, endpoints, problems, versions)
 
 
-def _document(overview: Status, admin: str | None, endpoints: list[Endpoint], problems: list[str]) -> dict[str, Any]:
+def _document(
+    overview: Status, admin: str | None, endpoints: list[Endpoint], problems: list[str], versions: Mapping[str, str]
+) -> dict[str, Any]:
     document: dict[str, Any] = plain(overview)
     document["healthy"] = overview.healthy
     document["envoy"] = {"admin": admin, "endpoints": [{**plain(e), "healthy": e.healthy} for e in endpoints]}
     document["problems"] = problems
+    document["versions"] = dict(versions)
+    document["warnings"] = warnings(versions)
     return document
 
 
-def _show(overview: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
+def _show(overview: Status, endpoints: list[Endpoint], problems: list[str], versions: Mapping[str, str]) -> None:
     out = console()
     leads = (
         f"{overview.leader.instance} (term {overview.leader.fencing_token})" if overview.leader else "none at present"
     )
     out.print(f"gateway {overview.gateway}   leader {leads}", markup=False)
+    if versions:
+        out.print("   ".join(f"{name} {version}" for name, version in versions.items()), markup=False)
     if overview.master_key:
         policy = f"version {overview.policy_version}" if overview.policy_version else "none is known yet"
         out.print(f"policy {policy}   master key: {overview.master_key}", markup=False, soft_wrap=True)
@@ -103,6 +113,8 @@ def _show(overview: Status, endpoints: list[Endpoint], problems: list[str]) -> N
     refused = [(envoy.node, resource.type, resource.nack) for envoy in overview.envoys for resource in envoy.refused]
     if refused:
         show(("Envoy", "resource", "error"), refused, title="configuration that an Envoy rejected")
+    for warning in warnings(versions):
+        out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for problem in problems:
         out.print(f"problem: {problem}", style="yellow", markup=False, soft_wrap=True)
 

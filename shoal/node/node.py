@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from mesh.metrics.endpoint import Endpoint
 from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
-from shoal.node import admin, folder, gateway, plan, probes
+from shoal.node import admin, folder, gateway, plan, probes, versions
 from shoal.node import master_key as master_keys
 from shoal.node.admin import Scraped
 from shoal.node.admin_key import FILE, AdminKey
@@ -136,6 +136,7 @@ async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signa
         signals.on_second_signal.append(supervisor.kill_all)
         for group in groups:
             await supervisor.start(*group)
+        running.versions = await versions.found(spec for group in groups for spec in group)
         await stack.enter_async_context(running.admin())
         with running.files:
             signals.on_second_signal.append(running.files.remove)
@@ -143,6 +144,8 @@ async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signa
                 running.write_ready_files()
                 running.write_file_sd()
                 running.screen.ready(running.ready_now(), time.monotonic() - started)
+                for warning in versions.warnings(running.versions):
+                    running.screen.trouble(warning)
                 await signals.stop.wait()
                 running.is_ready = False
 
@@ -161,6 +164,7 @@ class _Running:
         self.screen = screen
         self.served = served
         self.is_ready = False
+        self.versions: Mapping[str, str] = {}
         self.admin_key: AdminKey | None = None
         if options.auth:
             coords = [layout.socket_of(f"coord-{number}") for number in range(options.replicas["coord"])]
@@ -171,7 +175,16 @@ class _Running:
         trust = None if self.served is None else self.served.trust
         key_file = None if self.admin_key is None else self.admin_key.path
         pids = self.supervisor.pids()
-        return Ready(layout.gateway_here, layout.admin, self.options.data_dir, pids, layout.gateway, trust, key_file)
+        return Ready(
+            layout.gateway_here,
+            layout.admin,
+            self.options.data_dir,
+            pids,
+            layout.gateway,
+            trust,
+            key_file,
+            self.versions,
+        )
 
     def admin(self) -> Endpoint:
         """Return the endpoint of the admin address."""

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ class Ready:
     """Certificate of the gateway; None: clients speak plaintext."""
     key_file: Path | None = None
     """Key of the node's user; None: callers are not authenticated."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the node's own etcd, mongod and Envoy."""
 
     def as_json(self) -> str:
         document: dict[str, object] = {
@@ -45,6 +47,7 @@ class Ready:
             "admin": self.admin,
             "data_dir": str(self.data_dir),
             "pids": dict(self.pids),
+            "versions": dict(self.versions),
         }
         return json.dumps(document, indent=2)
 

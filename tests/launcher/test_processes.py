@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import aetcd
@@ -14,7 +15,7 @@ from pymongo import AsyncMongoClient
 
 from mesh.cluster.etcd import Etcd
 from shoal.errors import FailedPrecondition
-from shoal.node import processes
+from shoal.node import processes, versions
 
 
 async def test_the_mongod_of_the_tests_is_a_replica_set(mongo_uri: str, mongo_database: str) -> None:
@@ -93,6 +94,23 @@ async def test_an_etcd_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_
             await process.wait()
     assert count == 3
     assert {path.name for path in run_dir.iterdir()} == {"etcd:0", "peer:0"}
+
+
+async def test_an_etcd_that_may_lose_writes_is_named(tmp_path: Path) -> None:
+    spec = processes.etcd(tmp_path, "127.0.0.1:1", "127.0.0.1:2")
+    for said, version, count in (
+        ("etcd Version: 3.5.1", "3.5.1", 1),
+        ("etcd Version: 3.5.16", "3.5.16", 0),
+        ("etcd Version: 3.10.0", "3.10.0", 0),
+        ("no word of it", "", 0),
+    ):
+        binary = tmp_path / "etcd"
+        binary.write_text(f"#!/bin/sh\necho '{said}'\n")
+        binary.chmod(0o700)
+        known = await versions.found([replace(spec, argv=(str(binary),))])
+        assert known == ({"etcd": version} if version else {})
+        assert len(versions.warnings(known)) == count
+    assert await versions.found([replace(spec, argv=(str(tmp_path / "none"),))]) == {}
 
 
 def test_a_missing_binary_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

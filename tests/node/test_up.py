@@ -84,7 +84,9 @@ def plain() -> list[Any]:
 
 def test_the_ready_file_says_where_everything_is(running: Any) -> None:
     document = running.document()
-    assert set(document) == {"gateway", "listen", "tls", "key_file", "admin", "data_dir", "pids"}
+    assert set(document) == {"gateway", "listen", "tls", "key_file", "admin", "data_dir", "pids", "versions"}
+    assert set(document["versions"]) == {"etcd", "mongod", "envoy"}
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", text) for text in document["versions"].values())
     assert (document["listen"], document["tls"]) == (document["gateway"], None)
     assert set(document["pids"]) == ALL | {"infer-1", "coord-1"}
     assert Path(document["data_dir"]) == running.data_dir
@@ -116,7 +118,12 @@ def test_it_says_so_on_the_screen(running: Any) -> None:
 
 
 def test_other_commands_find_it_by_themselves(running: Any) -> None:
-    assert "local/infer-1" in running.shoal("status").stdout
+    shown = running.shoal("status").stdout
+    assert "local/infer-1" in shown
+    versions = running.document()["versions"]
+    assert "   ".join(f"{name} {version}" for name, version in versions.items()) in shown
+    assert ("warning: etcd" in shown) is (versions["etcd"] == "3.5.1")
+    assert ("may lose acknowledged writes" in running.output.read_text()) is (versions["etcd"] == "3.5.1")
 
 
 def test_everything_has_a_log_and_nothing_is_readable_for_others(running: Any) -> None:
