@@ -30,6 +30,7 @@ COMMANDS = (
     "status",
     "instances",
     "logs",
+    "top",
     "doctor",
     "support",
     "context",

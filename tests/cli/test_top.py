@@ -1,0 +1,122 @@
+"""`shoal top`: figures from two pages of metrics, their order, and the table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from shoal.cli import top
+from shoal.cli.diagnosis import rates
+from shoal.cli.diagnosis.rates import Page, Row, ordered, parse, percentile
+from shoal.cli.main import app
+
+
+def page(at: float, requests: int, failures: int, slow: int, cpu: float = 0.0) -> str:
+    """A page on which `slow` of the successful requests took from 10 to 25 ms, and the others up to 1 ms."""
+    labels = 'service="infer",instance="infer-0",model="digits",version="1"'
+    fast = requests - failures - slow
+    buckets = "".join(
+        f'shoal_infer_request_duration_seconds_bucket{{{labels},le="{le}"}} {count}\n'
+        for le, count in (("0.001", fast), ("0.01", fast), ("0.025", fast + slow), ("+Inf", fast + slow))
+    )
+    return (
+        "# TYPE shoal_infer_requests_total counter\n"
+        f'shoal_infer_requests_total{{{labels},outcome="success"}} {requests - failures}\n'
+        f'shoal_infer_requests_total{{{labels},outcome="failure"}} {failures}\n'
+        "# TYPE shoal_infer_request_duration_seconds histogram\n"
+        f"{buckets}"
+        f"nv_inference_count{{{labels}}} {requests * 2}\nnv_inference_exec_count{{{labels}}} {requests // 2}\n"
+        f"shoal_infer_model_ready{{{labels}}} 1\n"
+        f"shoal_infer_queue_depth{{{labels}}} 7\nshoal_infer_queue_age_seconds{{{labels}}} 0.5\n"
+        'shoal_process_up{service="infer",instance="infer-0"} 1\n'
+        'shoal_process_up{service="store",instance="store-0"} 0\n'
+        f'process_cpu_time_seconds_total{{service="infer",instance="infer-0",mode="user"}} {cpu}\n'
+        'process_memory_usage_bytes{service="infer",instance="infer-0"} 1048576\n'
+    )
+
+
+def pages(first: str, second: str, seconds: float = 2.0) -> tuple[Page, Page]:
+    return parse(first, 10.0), parse(second, 10.0 + seconds)
+
+
+def test_a_model_s_figures_are_those_between_two_pages() -> None:
+    [row] = rates.models(*pages(page(0, 100, 10, 0), page(0, 300, 20, 95)))
+    assert row.name == "digits 1"
+    assert (row.rate, row.errors) == (100.0, 0.05)
+    # 190 succeeded: 95 within 1 ms, and 95 within 10 to 25 ms.
+    assert row.p50_ms == pytest.approx(1.0)
+    assert row.p99_ms == pytest.approx(24.7)
+    assert (row.batch, row.queue, row.queue_age_s) == (4.0, 7.0, 0.5)
+
+
+def test_a_process_that_starts_again_counts_from_zero() -> None:
+    [row] = rates.models(*pages(page(0, 1_000, 0, 0), page(0, 50, 0, 0), seconds=1.0))
+    assert row.rate == 50.0
+
+
+def test_an_instance_without_an_answer_is_named() -> None:
+    infer, store = rates.instances(*pages(page(0, 0, 0, 0), page(0, 0, 0, 0, cpu=1.0)))
+    assert (infer.name, infer.cpu, infer.memory_bytes) == ("infer-0", 0.5, 1 << 20)
+    assert (store.name, store.cpu) == ("store-0 (no answer)", None)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "share", "expected"),
+    [
+        ({}, 0.5, None),
+        ({1.0: 0, float("inf"): 0}, 0.5, None),
+        ({1.0: 10, 2.0: 20, float("inf"): 20}, 0.5, 1.0),
+        ({1.0: 10, 2.0: 20, float("inf"): 20}, 0.75, 1.5),
+        ({1.0: 10, float("inf"): 20}, 0.99, 1.0),
+    ],
+)
+def test_percentiles_are_interpolated_within_their_bucket(
+    bounds: dict[float, float], share: float, expected: float | None
+) -> None:
+    assert percentile(bounds, share) == expected
+
+
+def test_rows_are_ordered_by_a_field_and_then_by_name() -> None:
+    rows = [Row("b", rate=1.0), Row("a", rate=1.0), Row("c", rate=5.0, p99_ms=3.0)]
+    assert [row.name for row in ordered(rows, "rate")] == ["c", "a", "b"]
+    assert [row.name for row in ordered(rows, "p99")] == ["c", "a", "b"]
+    assert [row.name for row in ordered(rows, "name")] == ["a", "b", "c"]
+
+
+def test_bars_grow_with_the_rate() -> None:
+    assert top.spark([]) == ""
+    assert top.spark([0.0, 0.0]) == "▁▁"
+    assert top.spark([0.0, 50.0, 100.0]) == "▁▅█"
+
+
+def test_the_table_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = iter([page(0, 0, 0, 0), *(page(0, 10_000_000 * n, 10, 5, cpu=n) for n in range(1, 12))])
+    clock = iter(range(100))
+    state = top._State("127.0.0.1:1", "model", "rate")
+    monkeypatch.setattr(state, "_fetch", lambda: parse(next(shown), float(next(clock))))
+    for _ in range(12):
+        state.read()
+    for view in ("model", "tenant", "instance"):
+        state.by = view
+        console = Console(width=200)
+        with console.capture() as captured:
+            console.print(state.table())
+        lines = captured.get().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert lines[0].startswith(view)
+    state.by = "model"
+    assert len(state.rows()[0].rates) == 10
+
+
+@pytest.mark.parametrize("wrong", [("--by", "nothing"), ("--sort", "beauty")])
+def test_a_wrong_view_or_order_is_refused(wrong: tuple[str, str]) -> None:
+    done = CliRunner().invoke(app, ["top", *wrong])
+    assert done.exit_code != 0
+    assert "expected" in str(done.exception)
+
+
+def test_plain_rows_are_json() -> None:
+    assert json.loads(json.dumps(top._plain(Row("a", rate=1.0))))["rate"] == 1.0
