@@ -11,6 +11,7 @@ json_streams   streams of responses as NDJSON or server-sent events
 heartbeats     bytes for a response without events
 infer_request  infer: from a body to a message
 plain_json     messages as JSON, in Triton's form
+long_lists     JSON with long lists, in steps
 json_text      JSON, bounded before it costs
 tensor_json    tensors as JSON
 tenant_lock    a lock whose waiting tenants take turns

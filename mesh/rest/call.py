@@ -24,6 +24,7 @@ import orjson
 
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
+from mesh.rest import long_lists
 from mesh.rest.heartbeats import Heartbeats
 from mesh.rest.json_text import PARSER, parsed_bytes
 from mesh.rest.target import Target
@@ -46,7 +47,7 @@ from mesh.rpc.framing import (
 )
 from mesh.rpc.heavy_work import Steps
 from mesh.rpc.interceptors import log_error, status_of
-from mesh.rpc.parsing import parse_in_turn
+from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
 from shoal.access.audit import AUDITED
@@ -347,7 +348,10 @@ class RestCall(StreamMemory):
             held = size if len(text) > SMALL_BODY else 0
             self.hold(held)
             try:
-                yield await parse_in_turn(self._app.heavy, tenant, PARSER, text)
+                if len(text) > UNSCANNED_BYTES:
+                    yield await self.in_turn(long_lists.parse(text))
+                else:
+                    yield await parse_in_turn(self._app.heavy, tenant, PARSER, text)
             finally:
                 self.release(held)
 

@@ -1,7 +1,7 @@
 """JSON of requests and responses. A parse holds the interpreter: what it may cost is counted before.
 
-body ──up to 128 KiB──────────────────────────────> turn ──> orjson
-     ──up to 8 MiB──> values, names, containers ──in bounds──> turn ──> orjson, or json for NaN and Infinity
+body ──up to 128 KiB──────────────────────────────> turn ──> orjson, or json for NaN and Infinity
+     ──up to 8 MiB──> values, names, containers ──in bounds──> turns (`long_lists`)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ JSON_BYTES = 8 << 20
 """JSON of a request, without its binary tensors: plain text takes 1 to 5 ns a byte to parse."""
 
 MAX_VALUES = 600_000
-"""Commas in the JSON of a request. As many numbers of 17 digits take 45 ms to parse."""
+"""Commas in the JSON of a request. As many numbers of 17 digits take 45 ms to parse, in pieces."""
 
 MAX_CONTAINERS = 100_000
 """Lists, objects, and names in objects. As many take 25 ms, with Python's garbage collection."""
@@ -60,15 +60,16 @@ def parsed_bytes(data: bytes) -> int:
     if size <= UNSCANNED_BYTES:
         return _PARSED_RATIO * size
     if size > JSON_BYTES:
-        raise _too_much(f"{size} bytes, at most {JSON_BYTES}")
+        raise too_much(f"{size} bytes, at most {JSON_BYTES}")
     if (values := data.count(b",")) > MAX_VALUES:
-        raise _too_much(f"{values} values, at most {MAX_VALUES}")
+        raise too_much(f"{values} values, at most {MAX_VALUES}")
     if (containers := data.count(b"[") + data.count(b"{") + data.count(b":")) > MAX_CONTAINERS:
-        raise _too_much(f"{containers} lists, objects and names, at most {MAX_CONTAINERS}")
+        raise too_much(f"{containers} lists, objects and names, at most {MAX_CONTAINERS}")
     return _TEXT_RATIO * size + _OBJECT_BYTES * (values + containers)
 
 
-def _too_much(problem: str) -> InvalidArgument:
+def too_much(problem: str) -> InvalidArgument:
+    """Return the error of JSON that is beyond a bound."""
     return InvalidArgument(
         f"the JSON of the request has {problem} are accepted: send large tensors in binary form "
         "(Inference-Header-Content-Length)"

@@ -17,8 +17,8 @@ from shoal.errors import InvalidArgument, quoted
 from shoal.oip.datatypes import BY_NAME, Datatype
 from shoal.oip.tensors import pack_bytes, split_bytes
 
-# Values of one slice: 1 to 5 ms.
-_SLICE = 1 << 16
+# Values of one slice: 1 to 5 ms. Lists of one slice: 1 ms, and 5 ns for each of their values.
+_SLICE, _SLICE_LISTS = 1 << 16, 1 << 13
 
 _INTEGERS, _NUMBERS = frozenset({int}), frozenset({int, float})
 _KINDS = {"b": frozenset({bool}), "i": _INTEGERS, "u": _INTEGERS, "f": _NUMBERS, "O": frozenset({str})}
@@ -55,14 +55,28 @@ async def to_raw(data: list[Any], datatype: Datatype, elements: int, dims: int, 
 
 async def _flattened(data: list[Any], dims: int, what: str) -> list[Any]:
     depth = 1
-    while any(type(value) is list for value in data):
+    while await _has_lists(data):
         if depth >= max(dims, 1):
             raise InvalidArgument(f"Unable to parse 'data': {what} has {dims} dimensions, its values are nested deeper")
         depth += 1
-        data = [*chain.from_iterable(value if type(value) is list else (value,) for value in data)]
-        if len(data) > _SLICE:
-            await asyncio.sleep(0)
+        flat: list[Any] = []
+        for start in range(0, len(data), _SLICE_LISTS):
+            if start:
+                await asyncio.sleep(0)
+            flat += chain.from_iterable(
+                value if type(value) is list else (value,) for value in data[start : start + _SLICE_LISTS]
+            )
+        data = flat
     return data
+
+
+async def _has_lists(data: list[Any]) -> bool:
+    for start in range(0, len(data), _SLICE):
+        if start:
+            await asyncio.sleep(0)
+        if list in map(type, data[start : start + _SLICE]):
+            return True
+    return False
 
 
 def packed(values: list[Any], datatype: Datatype, what: str) -> bytes:

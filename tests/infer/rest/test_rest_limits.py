@@ -18,7 +18,7 @@ import pytest_asyncio
 from mesh.h2.headers import Block
 from mesh.h2.memory_account import MemoryAccount
 from mesh.rest import json_text, tensor_json, web_pages
-from mesh.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES
+from mesh.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES, JsonParser
 from shoal.errors import InvalidArgument, Unavailable
 from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
@@ -100,10 +100,18 @@ async def test_json_that_costs_too_much_or_is_none_is_refused_and_named(client: 
     ids=["containers", "numbers", "a tensor"],
 )
 async def test_the_costliest_json_that_is_accepted_leaves_iterations_to_others(
-    served: Serving, client: RawClient, data: bytes
+    served: Serving, client: RawClient, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is one of work: here only the number of iterations of the loop is asserted, and no time."""
-    iterations = 0
+    """The bound is one of work: the bytes that are parsed at once are asserted, and no time."""
+    iterations = largest = 0
+    parse = JsonParser.__call__
+
+    def observed(self: JsonParser, text: bytes, start: int = 0) -> Any:
+        nonlocal largest
+        largest = max(largest, len(text))
+        return parse(self, text, start)
+
+    monkeypatch.setattr(JsonParser, "__call__", observed)
 
     async def others() -> None:
         nonlocal iterations
@@ -121,6 +129,7 @@ async def test_the_costliest_json_that_is_accepted_leaves_iterations_to_others(
         beside.cancel()
     assert served_meanwhile >= 1
     assert (await answering).status in (200, 400)
+    assert 60_000 < largest < 70_000
     await until(lambda: served.server.memory.bodies.held == 0)
 
 
