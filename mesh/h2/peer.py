@@ -37,7 +37,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
-from mesh.h2.turns import AT_ONCE, Turns
+from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Turns
 
 log = logging.getLogger(__name__)
 
@@ -172,10 +172,18 @@ class Peer(asyncio.Protocol, ABC):
                 return
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
-        handled = 0
-        for handled in range(most):  # noqa: B007 - read after the loop.
+        handled, checked, began = 0, _ALL if self._turns is None else PART_FRAMES, 0.0
+        for handled in range(most):
             if end - at < HEADER_BYTES:
                 break
+            if handled == checked:
+                assert self._turns is not None
+                checked += PART_FRAMES
+                now = self._turns.clock()
+                if began and now - began > PART_S:
+                    self._wait_for_turn()
+                    break
+                began = began or now
             high, low, kind, flags, number = unpack(data, at)
             size = high << 16 | low
             if size > DEFAULT_FRAME:

@@ -154,6 +154,7 @@ async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
 
 async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_and_the_others_few():
     memory, begun = Memory(), []
+    memory.turns = Turns(lambda: 1.0)
     paths = [f"/t.T/{n}" for n in range(8)]
     app = GrpcApp({}, {path: lambda body, call, path=path: begun.append(path) for path in paths})
     connections = []
@@ -179,6 +180,30 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
         connection.abort()
     for _ in range(3):
         await asyncio.sleep(0)
+
+
+async def test_a_connection_whose_calls_take_long_stops_early():
+    memory, clock, begun = Memory(), Clock(), []
+    clock.now = 1.0
+    memory.turns = Turns(clock)
+
+    def slow(body, call):
+        begun.append(call)
+        clock.now += 0.001
+
+    connection = ServerConnection(GrpcApp({}, {CALL: slow}), {}, memory)
+    connection.connection_made(Transport(connection))
+    connection.data_received(greeting())
+    connection.data_received(calls(CALL, 30))
+    # Two parts of 16 frames. Without the check, 64 frames were handled at once.
+    assert len(begun) == 16
+    for _ in range(10):
+        before = len(begun)
+        await asyncio.sleep(0)
+        assert len(begun) - before <= 16
+    assert len(begun) == 30
+    connection.abort()
+    await asyncio.sleep(0)
 
 
 async def test_calls_of_an_unknown_method_cost_no_task():
