@@ -726,12 +726,41 @@ def rest_infer(world: World, token: str | None, model: str = OPEN, **more: str) 
 def test_rest_admits_and_refuses_as_grpc_does(world: World) -> None:
     key = world.key()
     assert rest_infer(world, key.text) == 200
-    assert rest_infer(world, key.text, prefer="respond-async") == 200, "a server without jobs ignores it"
     for token in (None, "", "x", key.text[:-4], b64(b"{}"), "a.b.c"):
         assert rest_infer(world, token) == 401
     assert rest_infer(world, key.text, SECRET) == 403
     assert rest_infer(world, world.key("globex").text, SECRET) == 200
     assert rest_infer(world, world.key(role="viewer").text) == 403
+
+
+def test_an_inference_that_becomes_a_job_needs_the_grants_of_both(serve_world: World, node_world: NodeWorld) -> None:
+    # A server without jobs ignores the preference.
+    assert rest_infer(serve_world, serve_world.key().text, prefer="respond-async") == 200
+    body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+
+    def later(token: str | None, model: str = OPEN, **more: str) -> tuple[int, Any]:
+        more = {"prefer": "respond-async", "idempotency_key": "attack", **more}
+        return rest(node_world, "POST", f"/v2/models/{model}/infer", token, body, **more)
+
+    user = node_world.key().text
+    status, found = later(user, x_shoal_tenant="globex", x_shoal_caller=LAUNCHER.decode())
+    assert (status, found["job"]["tenant"]) == (202, "acme")
+    assert later(user)[1]["job"]["id"] == found["job"]["id"]
+    assert later(node_world.key("globex").text)[1]["job"]["id"] != found["job"]["id"]
+    encoded = "".join(f"%{ord(letter):02x}" for letter in SECRET)
+    for token, model, wanted in (
+        (None, OPEN, 401),
+        (user[:-4], OPEN, 401),
+        (node_world.key(role="viewer").text, OPEN, 403),
+        (user, SECRET, 403),
+        (user, encoded, 403),
+        (node_world.key(models=["none"]).text, OPEN, 403),
+    ):
+        status, refused = later(token, model)
+        assert (status, refused.keys()) == (wanted, {"error"}), model
+    watch = f"/shoal/v1/jobs/{found['job']['id']}:watch"
+    assert rest(node_world, "GET", watch, node_world.key("globex").text)[0] == 404
+    assert rest(node_world, "GET", watch, node_world.key(role="viewer").text)[0] == 403
 
 
 def test_rest_takes_no_name_of_a_model_or_caller_from_elsewhere(world: World) -> None:

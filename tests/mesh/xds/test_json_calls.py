@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from google.protobuf.message import Message
 
 import services.ingest.rest as ingest_rest
 import services.store.rest as store_rest
-from mesh.cluster.membership import Instance, State
+from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.process.watched import Watched
+from mesh.rest.app import RestApp
+from mesh.rest.call import Reply, RestCall, json_reply
+from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.server import Rpc, Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.extensions import GatewayAccess, gateway_access
@@ -43,6 +47,7 @@ pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
 CALLS = list(json_calls(JSON_SERVICES))
 APPLICATIONS = {"ingest": ingest_rest.rest_app, "store": store_rest.rest_app}
+STEPS = "steps"
 JSON = "application/json"
 JOB = "01J0000000000000000000000A"
 NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
@@ -108,7 +113,20 @@ class Store(store_pb2_grpc.StoreServiceServicer):
 
 
 class Infer(inference_pb2_grpc.GRPCInferenceServiceServicer):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def rest_app(self, grpc: GrpcApp) -> RestApp:
+        """Return the application over REST: each inference is answered with the number of the replica."""
+
+        async def answer(call: RestCall) -> Reply:
+            return json_reply({"replica": self.number, "bytes": len(await call.body())})
+
+        return RestApp(grpc, {"infer": answer})
+
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        if request.model_name == STEPS:
+            return inference_pb2.ModelInferResponse(id=str(self.number))
         if request.model_name != "double":
             raise NotFound(f"no model {request.model_name!r}")
         return inference_pb2.ModelInferResponse(model_name="double", raw_output_contents=[b"answer"])
@@ -176,26 +194,34 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(access: GatewayAccess | None = None) -> AsyncIterator[Gateway]:
+async def running(access: GatewayAccess | None = None, *, sequenced: int = 0) -> AsyncIterator[Gateway]:
+    """Serve; with `sequenced`, as many replicas of infer have the model STEPS, and speak REST."""
     folder = Path(tempfile.mkdtemp(prefix="json-"))
     source, ingest, store = Source(access), Ingest(), Store()
-    infer = Infer()
+    replicas = [Infer(number) for number in range(sequenced or 1)]
+    applications = {**APPLICATIONS}
     rpcs: dict[str, Any] = {
         "ingest": Rpc(INGEST, lambda server: ingest_pb2_grpc.add_IngestServiceServicer_to_server(ingest, server)),
         "store": Rpc(STORE, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(store, server)),
-        "infer": Rpc(
-            INFER, lambda server: inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(infer, server)
-        ),
     }
+    for infer in replicas:
+        name = f"infer-{infer.number}"
+        add = partial(inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, infer)
+        rpcs[name] = Rpc(INFER, add)
+        if sequenced:
+            applications[name] = infer.rest_app
+    models = (ReadyModel(STEPS, (1,), True),) if sequenced else ()
     async with AsyncExitStack() as stack:
         ads = Server(f"unix:{folder}/coord.sock", [], drain_ms=0, methods=AdsServer(source).methods())
         await (await stack.enter_async_context(ads)).serve()
         instances = []
         for name, rpc in rpcs.items():
             address = f"unix:{folder}/{name}.sock"
-            server = Server(address, [rpc], drain_ms=0, http=APPLICATIONS.get(name))
+            server = Server(address, [rpc], drain_ms=0, http=applications.get(name))
             await (await stack.enter_async_context(server)).serve()
-            instances.append(Instance(name, "local", f"{name}-0", address, 1, State.READY, 1.0, ()))
+            service = name.partition("-")[0]
+            loaded = models if service == "infer" else ()
+            instances.append(Instance(service, "local", name, address, 1, State.READY, 1.0, loaded))
         source.instances.set(tuple(instances))
         envoy = stack.enter_context(EnvoyProcess(folder, [folder / "coord.sock"]))
         await envoy.until_ready()

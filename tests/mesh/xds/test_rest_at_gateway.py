@@ -8,17 +8,19 @@ import shutil
 import subprocess
 from typing import Any
 
+import grpc
 import pytest
 
 from mesh.xds.extensions import gateway_access
 from services.coord.traffic import PUBLIC
 from services.ingest.rest import BODY_BYTES
 from shoal.access import tokens
+from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 from tests.access.policies import key, policy
 from tests.breakable import until
-from tests.mesh.xds.test_json_calls import JOB, Gateway, gateway, running
+from tests.mesh.xds.test_json_calls import JOB, STEPS, Gateway, gateway, running
 
 __all__ = ["gateway"]
 
@@ -154,3 +156,43 @@ async def test_streams_and_jobs_need_the_groups_of_their_rpcs(tmp_path: Any) -> 
         for authorization, wanted in (({"authorization": viewer}, 403), ({}, 401)):
             status, found, _ = await guarded.call("POST", INFER, {"inputs": []}, **authorization, **ASYNC)
             assert (status, found.keys()) == (wanted, {"error"})
+
+
+IDS = (1, 127, 128, 300, 2**31, 2**45, "a", "x y", "1", "e" * 128)
+DECOY = '"sequence_id":999'
+
+
+async def test_steps_of_a_sequence_go_to_one_replica_over_rest_and_grpc() -> None:
+    async with running(sequenced=3) as sequenced:
+
+        async def replica(document: Any, more: bytes = b"", **headers: str) -> int:
+            head = json.dumps(document).encode()
+            headers = {"inference_header_content_length": str(len(head)), **headers} if more else headers
+            path = f"/v2/models/{STEPS}/infer"
+            status, found, _ = await sequenced.call("POST", path, head + more, kind=None, **headers)
+            assert (status, found["bytes"]) == (200, len(head) + len(more))
+            return int(found["replica"])
+
+        seen = set()
+        async with grpc.aio.insecure_channel(sequenced.envoy.gateway) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for number in IDS:
+                parameters = {"sequence_id": number}
+                found = await replica({"parameters": parameters, "inputs": []})
+                seen.add(found)
+                # A text that looks like the member, and bytes behind the JSON that do.
+                for document in (
+                    {"id": DECOY, "parameters": parameters},
+                    {"inputs": [{"data": [DECOY, "sequence_id"]}], "parameters": {"a": 1, **parameters}},
+                ):
+                    assert await replica(document) == await replica(document, DECOY.encode() * 9) == found, number
+                kind = "int64_param" if isinstance(number, int) else "string_param"
+                request = inference_pb2.ModelInferRequest(model_name=STEPS, parameters={"sequence_id": {kind: number}})
+                assert int((await stub.ModelInfer(request, timeout=30)).id) == found, number
+        assert len(seen) > 1, "they are spread"
+        # Without a sequence, or one that cannot be read, each request goes to any replica.
+        for document, more in (({}, b""), ({}, DECOY.encode()), ({"id": "x" * (9 << 20)}, b""), ([], b"")):
+            assert {await replica(document, more) for _ in range(12)} != {0}
+        assert await replica({"id": "a"}, content_encoding="gzip") in range(3)
+        status, _ = await sequenced.text("POST", f"/v2/models/{STEPS}/infer", None)
+        assert status == 200, "a request without a body waits for nothing"
