@@ -154,7 +154,10 @@ local function sequence_in(text)
   -- Of a text with escapes, the text as it is written.
   local name = match(text, '^"([^"]*)"', at + 1)
   if not name or #name > 255 then return nil end
-  return "1a" .. varint(#name) .. string.gsub(name, ".", function(c) return format("%%02x", string.byte(c)) end)
+  local size = varint(#name)
+  -- The script above takes the second byte of an entry's length for a part of the value.
+  local more = string.sub(varint(1 + #size / 2 + #name), 3)
+  return more .. "1a" .. size .. string.gsub(name, ".", function(c) return format("%%02x", string.byte(c)) end)
 end
 
 function envoy_on_request(handle)
