@@ -52,6 +52,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of /metrics for Prometheus, on loopback. 0: any free one. [dim]default: none[/dim]",
+            metavar="N",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at. 0.0.0.0: every address.")] = "127.0.0.1",
     model_control: Annotated[
         ModelControl | None,
@@ -132,7 +142,7 @@ def serve(
 
       shoal serve ./models --port 9000 --host 0.0.0.0 --tls auto --insecure
 
-      shoal serve ./models --workers 4
+      shoal serve ./models --workers 4 --metrics-port 8002
 
       shoal serve ./models --policy policy.yaml
 
@@ -171,6 +181,7 @@ def serve(
         data_dir=default_data_dir(os.environ.get("XDG_DATA_HOME")).expanduser(),
         policy=policy,
         http_port=http_port,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 
@@ -206,6 +217,8 @@ class _Screen:
         typer.echo(f"serving at {scheme}{served.address} ({pids}{envoy}); Ctrl-C stops the server")
         if served.http_address:
             typer.echo(f"REST also at {'http' if served.tls is None else 'https'}://{served.http_address}/v2")
+        if served.metrics_address:
+            typer.echo(f"metrics at http://{served.metrics_address}/metrics")
         typer.echo(f"front: {served.front.name} ({served.front.why})")
         if served.tls is not None:
             issuer = "own CA, for clients: `shoal ca show`" if served.tls.has_own_ca else served.tls.ca

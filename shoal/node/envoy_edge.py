@@ -28,6 +28,9 @@ from shoal.node.workers import Workers
 if TYPE_CHECKING:
     from shoal.access.policy import Policy
 
+ADMIN_SOCKET = "admin.sock"
+"""Name of Envoy's admin socket in the folder."""
+
 log = logging.getLogger(__name__)
 
 _TYPES = "type.googleapis.com/envoy.extensions"
@@ -342,7 +345,7 @@ class Edge:
         policy: Policy | None = None,
         http_port: int | None = None,
     ) -> None:
-        self._admin = str(folder / "admin.sock")
+        self._admin = str(folder / ADMIN_SOCKET)
         self._folder = folder
         config = folder / "envoy.json"
         document = bootstrap(

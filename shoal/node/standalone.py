@@ -21,10 +21,11 @@ from mesh.process.tasks import end
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import exposure, folder, probes
-from shoal.node.envoy_edge import Edge
+from shoal.node.admin import Scraped, endpoint, envoy_process
+from shoal.node.envoy_edge import ADMIN_SOCKET, Edge
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.front import Choice, choose
-from shoal.node.ports import PortInUse, Ports, joined, listeners, numeric
+from shoal.node.ports import HOST, PortInUse, Ports, joined, listeners, numeric
 from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
 from shoal.node.workers import Workers
@@ -77,11 +78,23 @@ class ServeOptions:
     """Policy of access. None: every caller may call everything."""
     http_port: int | None = None
     """A second port, for HTTP clients that get one of their own; 0: any free one."""
+    metrics_port: int | None = None
+    """Port of `/metrics` on loopback; 0: any free one. None: there is none."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Addresses of a server; one that it does not have is empty."""
+
+    clients: str
+    http: str
+    """The second address, for HTTP clients."""
+    metrics: str
 
 
 @dataclass(frozen=True)
 class Served:
-    """Address, processes and models of a running server."""
+    """Addresses, processes and models of a running server."""
 
     address: str
     pids: Sequence[int]
@@ -93,6 +106,8 @@ class Served:
     """Certificate of the address; None: clients speak plaintext."""
     http_address: str = ""
     """The second address, if there is one."""
+    metrics_address: str = ""
+    """Address of `/metrics`, if there is one."""
 
 
 class Screen(Protocol):
@@ -125,27 +140,41 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     policy = _policy(options)
     threads = _threads(environ.get(_THREADS, "1"))
     raise_file_limit()
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         ports = stack.enter_context(Ports())
         port = _reserve(ports, options.host, options.port)
         address = joined(options.host, port)
         http_port = None if options.http_port is None else _reserve(ports, options.host, options.http_port)
+        metrics_port = None if options.metrics_port is None else _reserve(ports, HOST, options.metrics_port)
         http_address = "" if http_port is None else joined(options.host, http_port)
+        addresses = Addresses(address, http_address, "" if metrics_port is None else joined(HOST, metrics_port))
         has_tls, has_policy, is_insecure = options.tls is not None, policy is not None, options.is_insecure
         front = choose(options.front, address, environ, is_insecure=is_insecure, has_tls=has_tls, has_policy=has_policy)
         exposure.check("--host", address, has_tls=has_tls, has_policy=has_policy, is_insecure=is_insecure)
         has_envoy = front.name == "envoy"
-        run_dir = stack.enter_context(folder.private(environ)) if has_envoy or options.workers > 1 else None
+        has_metrics = options.metrics_port is not None
+        has_folder = has_envoy or has_metrics or options.workers > 1
+        run_dir = stack.enter_context(folder.private(environ)) if has_folder else None
         sockets = [f"{run_dir}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
         listens = [f"unix:{path}" for path in sockets] or [address] * options.workers
         shared = str(run_dir) if options.workers > 1 else ""
         policy_file = None if run_dir is None or policy is None else run_dir / "policy.json"
         if http_address and not has_envoy:
             options = replace(options, settings={**options.settings, "HTTP_LISTEN": http_address})
-        specs = [_spec(number, listen, options, environ, shared, policy_file) for number, listen in enumerate(listens)]
+        pages: list[Path | None] = [None] * options.workers
+        if run_dir is not None and has_metrics:
+            sources = [Scraped("infer", f"infer-{n}", run_dir / f"metrics-{n}.sock") for n in range(options.workers)]
+            pages = [source.socket for source in sources]
+            if has_envoy:
+                sources.append(envoy_process(run_dir / ADMIN_SOCKET))
+            await stack.enter_async_context(endpoint(addresses.metrics, lambda: sources, None))
+        specs = [
+            _spec(number, listen, options, environ, shared, policy_file, page)
+            for number, (listen, page) in enumerate(zip(listens, pages, strict=True))
+        ]
         workers = Workers(specs, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or options.workers > 1))
         if run_dir is None or not has_envoy:
-            alone = partial(_announce, address, http_address, front, options.workers)
+            alone = partial(_announce, addresses, front, options.workers)
             return await _Serving(workers, None, screen).run(alone)
         served = _certificate(options, run_dir)
         edge = Edge(
@@ -161,7 +190,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             http_port=http_port,
         )
         announce = partial(
-            _announce_behind, edge, specs, address, http_address, front, served, None if policy is None else listens[0]
+            _announce_behind, edge, specs, addresses, front, served, None if policy is None else listens[0]
         )
         keep = None if served is None else partial(served.keep, screen.trouble)
         serving = _Serving(workers, edge, screen, keep)
@@ -280,13 +309,11 @@ class _Serving:
         self._workers.stop()
 
 
-async def _announce(
-    address: str, http_address: str, front: Choice, count: int, workers: Workers, screen: Screen
-) -> None:
-    """Report that the workers serve at `address`, once each of them listens there."""
-    port = int(address.rpartition(":")[2])
-    await _until(lambda: _all_listen(port, count, address))
-    await _ready(address, http_address, front, None, workers, screen)
+async def _announce(addresses: Addresses, front: Choice, count: int, workers: Workers, screen: Screen) -> None:
+    """Report that the workers serve, once each of them listens at the address for clients."""
+    port = int(addresses.clients.rpartition(":")[2])
+    await _until(lambda: _all_listen(port, count, addresses.clients))
+    await _ready(addresses, front, None, workers, screen)
 
 
 async def _all_listen(port: int, count: int, address: str) -> bool:
@@ -296,8 +323,7 @@ async def _all_listen(port: int, count: int, address: str) -> bool:
 async def _announce_behind(
     edge: Edge,
     specs: Sequence[ProcessSpec],
-    address: str,
-    http_address: str,
+    addresses: Addresses,
     front: Choice,
     served: ServedCertificate | None,
     worker: str | None,
@@ -306,16 +332,16 @@ async def _announce_behind(
 ) -> None:
     """Report that the workers serve behind `edge`, once each of them serves and calls pass through Envoy.
 
-    `worker` is the address of one of them, to ask for its models where calls at `address` need a key.
+    `worker` is the address of one of them, to ask for its models where calls of clients need a key.
     """
     await _until(edge.is_ready)
     for spec in specs:
         await _until(spec.ready)
     await _until(edge.all_healthy)
     if worker is None:
-        await _until(lambda: probes.health(address, has_tls=served is not None))
+        await _until(lambda: probes.health(addresses.clients, has_tls=served is not None))
     trust = None if served is None else served.trust
-    await _ready(address, http_address, front, edge.pid, workers, screen, trust, worker)
+    await _ready(addresses, front, edge.pid, workers, screen, trust, worker)
 
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
@@ -325,8 +351,7 @@ async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def _ready(
-    address: str,
-    http_address: str,
+    addresses: Addresses,
     front: Choice,
     envoy: int | None,
     workers: Workers,
@@ -334,10 +359,12 @@ async def _ready(
     trust: Trust | None = None,
     worker: str | None = None,
 ) -> None:
-    models = await _models(worker or address, has_tls=trust is not None and worker is None)
+    models = await _models(worker or addresses.clients, has_tls=trust is not None and worker is None)
     # The terminal or pipe may be closed: the server continues.
     with contextlib.suppress(OSError):
-        screen.ready(Served(address, workers.pids, front, envoy, models, trust, http_address))
+        screen.ready(
+            Served(addresses.clients, workers.pids, front, envoy, models, trust, addresses.http, addresses.metrics)
+        )
 
 
 async def _models(address: str, *, has_tls: bool) -> list[ModelState]:
@@ -360,7 +387,13 @@ async def _models(address: str, *, has_tls: bool) -> list[ModelState]:
 
 
 def _spec(
-    number: int, listen: str, options: ServeOptions, environ: Mapping[str, str], shared: str, policy: Path | None
+    number: int,
+    listen: str,
+    options: ServeOptions,
+    environ: Mapping[str, str],
+    shared: str,
+    policy: Path | None,
+    metrics: Path | None,
 ) -> ProcessSpec:
     name = f"infer-{number}"
     settings = {
@@ -369,6 +402,7 @@ def _spec(
         "LISTEN": listen,
         **({} if is_local(listen) else {"INSECURE": "true"}),
         **({} if policy is None else {"POLICY": str(policy)}),
+        **({} if metrics is None else {"METRICS": f"unix:{metrics}"}),
         "REPOSITORY": str(options.repository.absolute()),
     }
     # The server logs to the user's terminal: warnings only. No Envoy watches its registration, so no notice is needed.

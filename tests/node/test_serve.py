@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,37 @@ def test_a_folder_of_models_is_served_and_said_to_be(start: Start, onnx_models: 
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     wait_until_gone(said["pid"])
+
+
+def page_at(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as response:
+        return str(response.read().decode())
+
+
+@pytest.mark.parametrize("front", ["h2", "envoy"])
+def test_metrics_of_all_workers_are_at_one_address_that_takes_nothing_else(
+    start: Start, onnx_models: Path, front: str
+) -> None:
+    _, said = start(str(onnx_models), "--workers", "2", "--front", front, "--metrics-port", "0")
+    assert said["metrics_address"].startswith("127.0.0.1:")
+    deadline = time.monotonic() + 60
+    ups = [f'shoal_process_up{{instance="infer-{n}",service="infer"}} 1.0' for n in range(2)]
+    while not all(up in (page := page_at(said["metrics_address"])) for up in ups):
+        assert time.monotonic() < deadline, page
+    assert double(said["address"]) == [2, 4, 6, 8]
+    found = re.findall(r'nv_inference_request_success\{.*instance="infer-\d",model="double",version="1"\} (\S+)', page)
+    assert len(found) == 2
+    page = page_at(said["metrics_address"])
+    found = re.findall(r"^shoal_infer_requests_total\{.*double.*success.*\} (\S+)", page, re.MULTILINE)
+    assert sum(map(float, found)) == 1
+    assert page.count("# TYPE shoal_infer_requests_total counter") == 1
+    assert ("envoy_cluster_upstream_rq_total" in page) == (front == "envoy")
+    for path, method, status in (("metrics", "POST", 405), ("stats", "GET", 404), ("quitquitquit", "GET", 404)):
+        request = urllib.request.Request(f"http://{said['metrics_address']}/{path}", method=method)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        refused.value.close()
+        assert refused.value.code == status
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_and_a_killed_server_ends_the_command_with_its_status(
