@@ -27,8 +27,8 @@ iteration of the event loop: some calls, of a connection with few."""
 
 
 PART_FRAMES, PART_S = 16, _ITERATION_S / 2
-"""A connection stops early, and waits for its turn, once the frames after its first PART_FRAMES have taken PART_S. Calls
-of an ensemble cost 0.5 ms each, and find turns of many frames after cheap calls."""
+"""A connection stops early, and waits for its turn, once the frames after its first PART_FRAMES have taken PART_S.
+Calls of an ensemble cost 0.5 ms each, and find turns of many frames after cheap calls."""
 
 
 class Waiting(Protocol):
