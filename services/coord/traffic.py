@@ -18,7 +18,7 @@ from mesh.xds.routes import ModelRoutes, RestRoutes, RouteTable, ServiceRoutes
 from services.coord.inference import METHODS
 from shoal.access.rest_paths import ASYNC_PREFERENCE, INFER_PATHS, REST_PATHS, STREAM_PATHS
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
-from shoal.coord.v1 import access_pb2, coord_pb2
+from shoal.coord.v1 import access_pb2, coord_pb2, shares_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
@@ -32,6 +32,7 @@ TRIALS: ServiceDescriptor = trial_pb2.DESCRIPTOR.services_by_name["ModelTrials"]
 HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 ACCESS: ServiceDescriptor = access_pb2.DESCRIPTOR.services_by_name["AccessService"]
+SHARES: ServiceDescriptor = shares_pb2.DESCRIPTOR.services_by_name["ShareService"]
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 PUBLIC: dict[str, str] = {
@@ -148,6 +149,7 @@ def table() -> RouteTable:
                 "/shoal.coord.v1.",
                 "coord",
                 idempotent=(*paths(COORD, _COORD_IDEMPOTENT), *paths(ACCESS, _ACCESS_IDEMPOTENT)),
+                internal=paths(SHARES, internal_methods(SHARES)),
             ),
             # Coord responds for all services, from membership.
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),

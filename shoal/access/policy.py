@@ -1,4 +1,5 @@
-"""The policy document: issuers, roles, grants, host names, web pages and revoked keys. Nothing is allowed by default.
+"""The policy document: issuers, roles, grants, limits, host names, web pages and revoked keys. Nothing is allowed by
+default.
 
     version: 1
     issuers:
@@ -39,6 +40,8 @@ NAMES = 1_000
 """Names or patterns in one list of a grant."""
 REVOKED = 10_000
 """Revoked keys. Envoy takes their list in a tenth of a second."""
+LIMITS = 100
+"""Limits of a document. A call is counted in each that applies to its caller."""
 ISSUERS = 16
 KEYS = 8
 """Public keys of one issuer. A token without the id of its key is tried with each, at 0.1 ms."""
@@ -206,6 +209,56 @@ class Grant(_Part):
         return self
 
 
+# A share of the largest rate of requests still fits into the 32 bits of Envoy's token buckets, which count thousandths.
+_Requests = Annotated[float, Field(ge=0.001, le=1e6, allow_inf_nan=False)]
+_Rate = Annotated[float, Field(ge=0.001, le=1e12, allow_inf_nan=False)]
+_BurstRequests = Annotated[int, Field(ge=1, le=1_000_000)]
+_Burst = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
+
+
+class Limit(_Part):
+    """One limit: callers in all of `tenants`, `roles` and `subjects` get at most the given numbers, and each tenant,
+    key or model (`per`) has numbers of its own."""
+
+    name: Name
+    tenants: Names = (ANY,)
+    except_tenants: Annotated[tuple[Name, ...], Field(max_length=NAMES)] = ()
+    """Tenants of `tenants` for which the limit does not hold."""
+    roles: Names = (ANY,)
+    subjects: Names = (ANY,)
+    models: Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=NAMES)] = (ANY,)
+    """Patterns of the models' names: only calls of these models count."""
+    per: Literal["tenant", "key", "model"] = "tenant"
+    """Unit that has the numbers for itself. With `model`, all callers of the limit share those of a model."""
+    requests_per_second: _Requests | None = None
+    burst_requests: _BurstRequests | None = None
+    """Requests at once after a pause. Unset: those of one second, at least one."""
+    requests_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    bytes_per_second: _Rate | None = None
+    """Bytes of requests."""
+    burst_bytes: _Burst | None = None
+    """Bytes at once after a pause. Unset: those of one second."""
+    rows_per_second: _Rate | None = None
+    burst_rows: _Burst | None = None
+    """Rows at once after a pause. Unset: those of one second, at least one."""
+    unrenewed: Literal["keep", "deny", "open"] = "keep"
+    """For a gateway or service whose share coord does not renew: keep the last share, deny all, or no limit."""
+
+    @model_validator(mode="after")
+    def _has_numbers(self) -> Self:
+        rates = {
+            "requests_per_second": (self.requests_per_second, "burst_requests", self.burst_requests),
+            "bytes_per_second": (self.bytes_per_second, "burst_bytes", self.burst_bytes),
+            "rows_per_second": (self.rows_per_second, "burst_rows", self.burst_rows),
+        }
+        if self.requests_in_flight is None and all(rate is None for rate, _, _ in rates.values()):
+            raise ValueError(f"a limit needs a number: {', '.join(rates)} or requests_in_flight")
+        for name, (rate, burst_name, burst) in rates.items():
+            if rate is None and burst is not None:
+                raise ValueError(f"{burst_name} is only with {name}")
+        return self
+
+
 class Cors(_Part):
     """Web pages that may call. Without it, no page may."""
 
@@ -242,6 +295,8 @@ class Policy(_Part):
     roles: Annotated[dict[Name, tuple[Group, ...]], Field(max_length=100)] = {}
     """Further roles, as names of groups; a built-in role may be given other groups."""
     grants: Annotated[tuple[Grant, ...], Field(max_length=GRANTS)] = ()
+    limits: Annotated[tuple[Limit, ...], Field(max_length=LIMITS)] = ()
+    """Several may apply to a caller: each holds."""
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=100)] = (ANY,)
     """Names by which clients reach the server, without ports; `*.` may begin one. Other names are refused."""
     cors: Cors = Cors()
@@ -265,6 +320,12 @@ class Policy(_Part):
         _check_distinct([grant.name for grant in grants], "grant")
         return grants
 
+    @field_validator("limits")
+    @classmethod
+    def _distinct_limits(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        _check_distinct([limit.name for limit in limits], "limit")
+        return limits
+
     @field_validator("hosts")
     @classmethod
     def _distinct_hosts(cls, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
@@ -274,10 +335,12 @@ class Policy(_Part):
     @model_validator(mode="after")
     def _known_roles(self) -> Self:
         known = {*BUILTIN_ROLES, *self.roles}
-        for grant in self.grants:
-            for role in grant.roles:
+        named = [(f"grant {grant.name!r}", grant.roles) for grant in self.grants]
+        named += [(f"limit {limit.name!r}", limit.roles) for limit in self.limits]
+        for part, roles in named:
+            for role in roles:
                 if role != ANY and role not in known:
-                    raise ValueError(f"grant {grant.name!r}: no role {role!r}: there are {', '.join(sorted(known))}")
+                    raise ValueError(f"{part}: no role {role!r}: there are {', '.join(sorted(known))}")
         return self
 
     @cached_property
@@ -370,6 +433,10 @@ def load(path: Path, *, is_cluster: bool = False) -> Policy:
             )
     if policy.audit.reads and not is_cluster:
         raise InvalidArgument(f"{path}: audit.reads is for the policy of a node: `shoal serve` has no audit log")
+    if policy.limits and not is_cluster:
+        raise InvalidArgument(
+            f"{path}: limits are for the policy of a node (`shoal policy apply`): leave them out here"
+        )
     return resolved(policy, lambda name: _read(path.parent / name), str(path))
 
 

@@ -60,6 +60,7 @@ REGISTER_WITH_CODE: Final = REGISTER + "#code"
 """A registration of a model that runs code or reaches other addresses, as LOAD_WITH_CODE."""
 REMOVE: Final = _STORE + "RemoveModel"
 SET_ALIAS: Final = _STORE + "SetAlias"
+CLAIM_SHARES: Final = "/shoal.coord.v1.ShareService/ClaimShares"
 INFER_BULK: Final = "/shoal.inference.v2.BulkInference/InferBulk"
 
 
@@ -125,6 +126,8 @@ GROUP_OF: Mapping[str, str] = {
                 CreateKey ListKeys RevokeKey RotateSigner"""
         },
     ),
+    # The answer tells nothing, and a claim takes from others.
+    CLAIM_SHARES: INTERNAL,
     **_table(_HEALTH, {HEALTH: "Check Watch List"}),
     **_table("/grpc.reflection.v1alpha.ServerReflection/", {READ: "ServerReflectionInfo"}),
     **_table("/grpc.reflection.v1.ServerReflection/", {READ: "ServerReflectionInfo"}),

@@ -9,12 +9,15 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from shoal.access.rpc_groups import GRANTABLE, GROUP_OF, INTERNAL, rpc_named
-from shoal.coord.v1 import access_pb2, coord_pb2
+from shoal.coord.v1 import access_pb2, coord_pb2, shares_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2, trial_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 
-FILES = (inference_pb2, bulk_pb2, trial_pb2, ingest_pb2, store_pb2, coord_pb2, access_pb2, health_pb2, reflection_pb2)
+FILES = (
+    *(inference_pb2, bulk_pb2, trial_pb2, ingest_pb2, store_pb2, coord_pb2, access_pb2, shares_pb2),
+    *(health_pb2, reflection_pb2),
+)
 
 
 def services() -> Iterator[ServiceDescriptor]:
@@ -39,7 +42,7 @@ def test_every_path_with_a_group_is_an_rpc() -> None:
 
 def test_what_services_call_among_themselves_is_internal() -> None:
     internal = {rpc.rpartition("/")[2] for rpc, group in GROUP_OF.items() if group == INTERNAL}
-    assert internal == {"InferBulk", "PutResults", "ReleaseArtifacts", "ListReferences", "RecordAudit"}
+    assert internal == {"InferBulk", "PutResults", "ReleaseArtifacts", "ListReferences", "RecordAudit", "ClaimShares"}
 
 
 def test_an_rpc_is_found_by_its_path_or_its_method() -> None:

@@ -1,0 +1,116 @@
+"""Limits of a policy: those that apply to a caller, and the buckets in which its calls count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shoal.access import limits, policy
+from shoal.access.decision import Caller
+from shoal.access.limits import Amount, Bucket, Kind, amount_of, applicable, buckets_in_services
+from shoal.access.policy import Policy
+from shoal.errors import InvalidArgument
+
+ISSUER = {"issuer": "shoal", "audiences": ["shoal"], "token_prefix": "shoal_", "cluster": True}
+
+
+def with_limits(*entries: dict[str, Any]) -> Policy:
+    return policy.parse(yaml.safe_dump({"version": 1, "issuers": [ISSUER], "limits": list(entries)}))
+
+
+def caller(tenant: str = "acme", role: str = "user", subject: str = "ann", key: str = "k1") -> Caller:
+    return Caller("shoal", tenant, subject, role, key)
+
+
+def names(found: Policy, who: Caller | None) -> list[str]:
+    return [limit.name for limit in applicable(found, who)]
+
+
+def test_a_limit_holds_for_callers_in_all_of_its_lists() -> None:
+    found = with_limits(
+        {"name": "all", "requests_per_second": 1},
+        {"name": "acme", "tenants": ["acme"], "roles": ["user"], "subjects": ["ann"], "rows_per_second": 1},
+        {"name": "others", "except_tenants": ["acme"], "bytes_per_second": 1},
+    )
+    assert names(found, caller()) == ["all", "acme"]
+    assert names(found, caller(role="viewer")) == ["all"]
+    assert names(found, caller(subject="bob")) == ["all"]
+    assert names(found, caller(tenant="globex")) == ["all", "others"]
+    assert names(found, None) == []
+
+
+def test_each_unit_has_a_bucket_of_its_own() -> None:
+    per = ("tenant", "key", "model")
+    found = with_limits(*({"name": f"by-{unit}", "per": unit, "requests_in_flight": 2} for unit in per))
+    counted = buckets_in_services(applicable(found, caller()), caller(), "ocr")
+    assert counted == (
+        Bucket("by-tenant", Kind.IN_FLIGHT, tenant="acme"),
+        Bucket("by-key", Kind.IN_FLIGHT, tenant="acme", key="k1"),
+        Bucket("by-model", Kind.IN_FLIGHT, model="ocr"),
+    )
+
+
+def test_only_calls_of_the_limits_models_count() -> None:
+    found = with_limits({"name": "large", "models": ["llm*", "*-xl"], "rows_per_second": 5})
+    assert buckets_in_services(found.limits, caller(), "ocr") == ()
+    assert [bucket.limit for bucket in buckets_in_services(found.limits, caller(), "ocr-xl")] == ["large"]
+
+
+def test_requests_are_counted_at_the_gateway_unless_the_model_decides() -> None:
+    found = with_limits(
+        {"name": "plain", "requests_per_second": 1, "rows_per_second": 2},
+        {"name": "of-models", "models": ["ocr*"], "requests_per_second": 1},
+        {"name": "by-model", "per": "model", "requests_per_second": 1},
+    )
+    plain, of_models, by_model = found.limits
+    assert [limits.at_gateway(limit) for limit in found.limits] == [True, False, False]
+    assert limits.in_services(plain) == (Kind.ROWS,)
+    assert limits.in_services(of_models) == limits.in_services(by_model) == (Kind.REQUESTS,)
+
+
+def test_a_burst_is_that_of_one_second_unless_it_is_given() -> None:
+    (limit,) = with_limits(
+        {"name": "a", "requests_per_second": 0.5, "bytes_per_second": 1000, "rows_per_second": 7, "burst_rows": 3}
+    ).limits
+    assert amount_of(limit, Kind.REQUESTS) == Amount(0.5, 1.0)
+    assert amount_of(limit, Kind.BYTES) == Amount(1000.0, 1000.0)
+    assert amount_of(limit, Kind.ROWS) == Amount(7.0, 3.0)
+    assert amount_of(limit, Kind.IN_FLIGHT) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "a limit needs a number"),
+        ({"requests_per_second": 1, "burst_rows": 1}, "burst_rows is only with rows_per_second"),
+        ({"requests_per_second": 0}, "requests_per_second"),
+        ({"requests_per_second": float("inf")}, "requests_per_second"),
+        ({"requests_in_flight": 1, "roles": ["nobody"]}, "limit 'a': no role 'nobody'"),
+        ({"requests_in_flight": 1, "per": "call"}, "per"),
+    ],
+)
+def test_an_invalid_limit_is_named(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        with_limits({"name": "a", **entry})
+
+
+def test_the_number_of_limits_is_bounded_and_names_are_distinct() -> None:
+    entries = [{"name": f"l{number}", "requests_in_flight": 1} for number in range(policy.LIMITS + 1)]
+    with_limits(*entries[:-1])
+    with pytest.raises(InvalidArgument, match="at most 100 items"):
+        with_limits(*entries)
+    with pytest.raises(InvalidArgument, match="the limit 'l0' occurs twice"):
+        with_limits(*entries[:1] * 2)
+
+
+def test_a_server_without_coord_refuses_a_policy_with_limits(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    issuer = {**ISSUER, "cluster": False, "jwks_file": "keys.json"}
+    file.write_text(
+        yaml.safe_dump({"version": 1, "issuers": [issuer], "limits": [{"name": "a", "rows_per_second": 1}]})
+    )
+    with pytest.raises(InvalidArgument, match="limits are for the policy of a node"):
+        policy.load(file)
