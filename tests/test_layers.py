@@ -42,9 +42,9 @@ LAYERS = {
         allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app metrics rest rpc first_start access_rpc messages policies keys enforcement instances health
-        issuer_keys fetch duties configurations gateway_policy presence traffic inference statistics cluster drains
-        config
+        __main__ app metrics rest rpc first_start access_rpc share_rpc share_claims share_messages shares messages
+        policies keys enforcement instances health issuer_keys fetch duties configurations gateway_policy presence
+        traffic inference statistics cluster drains config
     """,
     "mesh": """
         rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
@@ -53,7 +53,7 @@ LAYERS = {
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         errors tenant_header _version
     """,
-    "shoal/access": "audit gateway cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
+    "shoal/access": "audit gateway limits cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
     "shoal/client": """
         __init__ blocking face aio access audit tenants store instances status jobs models inference transport
     """,

@@ -24,6 +24,7 @@ from shoal.access.caller_header import (
     KEY_HEADER,
     ROLE_HEADER,
     SIGNER_HEADER,
+    SUBJECT_HEADER,
     TRUSTED_PREFIX,
 )
 from shoal.access.gateway import groups_of_role, named_roles, rpcs_of
@@ -44,7 +45,7 @@ _CACHED_TOKENS = 8192
 # Metadata of jwt_authn with the header of a verified token.
 _TOKEN_HEADER = "token"
 TOKEN_REMOVAL: Mapping[str, Any] = {
-    "request_headers_to_remove": ["authorization", ISSUER_HEADER, KEY_HEADER, ROLE_HEADER],
+    "request_headers_to_remove": ["authorization", ISSUER_HEADER, KEY_HEADER, ROLE_HEADER, SUBJECT_HEADER],
     "request_headers_to_add": [
         {
             "header": {
@@ -136,8 +137,8 @@ def _key_ids() -> dict[str, Any]:
     return {"name": "shoal.key-ids", "typed_config": rbac}
 
 
-def callers(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
-    """Return the filter that verifies tokens, and passes their claims on as headers."""
+def callers(policy: Policy, services: Sequence[str], *, has_subject: bool = False) -> dict[str, Any]:
+    """Return the filter that verifies tokens, and passes their claims on as headers, with `has_subject` the subject."""
     providers = {f"issuer-{number}": issuer for number, issuer in enumerate(policy.issuers)}
     prefixed = {issuer.token_prefix for issuer in policy.issuers} - {""}
     open_rpcs = rpcs_of(policy.open, services)
@@ -159,7 +160,7 @@ def callers(policy: Policy, services: Sequence[str]) -> dict[str, Any]:
         return {"@type": JWT}
     return {
         "@type": JWT,
-        "providers": {name: _provider(issuer) for name, issuer in providers.items()},
+        "providers": {name: _provider(issuer, has_subject=has_subject) for name, issuer in providers.items()},
         "rules": [*open_paths, *by_prefix, rest],
     }
 
@@ -169,7 +170,7 @@ def _one_of(providers: Sequence[str]) -> dict[str, Any]:
     return requirements[0] if len(requirements) == 1 else {"requires_any": {"requirements": requirements}}
 
 
-def _provider(issuer: Issuer) -> dict[str, Any]:
+def _provider(issuer: Issuer, *, has_subject: bool) -> dict[str, Any]:
     claims = issuer.claim_names
     keys = (issuer.jwks or {}).get("keys", ())
     public = [{name: key[name] for name in VERIFYING_FIELDS if name in key} for key in keys]
@@ -178,6 +179,7 @@ def _provider(issuer: Issuer) -> dict[str, Any]:
         KEY_HEADER: claims.key,
         ROLE_HEADER: None if issuer.role else claims.role,
         TENANT_HEADER: None if issuer.tenant else claims.tenant,
+        SUBJECT_HEADER: claims.subject if has_subject else None,
     }
     return {
         "issuer": issuer.issuer,

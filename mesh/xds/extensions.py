@@ -9,10 +9,14 @@ from typing import Any
 from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
 from envoy_data_plane.envoy.config.rbac.v3 import Action  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.jwt_authn.v3 import JwtAuthentication  # noqa: F401 - as above.
+from envoy_data_plane.envoy.extensions.filters.http.rate_limit_quota.v3 import (  # noqa: F401 - as above.
+    RateLimitQuotaBucketSettings,
+    RateLimitQuotaFilterConfig,
+)
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - as above.
 from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput  # noqa: F401 - as above.
 
-from mesh.xds import access
+from mesh.xds import ADS_CLUSTER, access, limits
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.resource import EXTENSION, Resource, pack
 from mesh.xds.web import Web
@@ -28,6 +32,8 @@ class GatewayAccess:
     """Names by which clients reach the gateway, and pages that may call."""
     revision: int = 0
     """Revision of etcd of the policy; 0: there is none."""
+    limit_filters: tuple[str, ...] = ()
+    """Filters of limits that the routes enable: none without limits of requests."""
 
 
 def gateway_access(policy: Policy | None, services: Sequence[str], revision: int = 0) -> GatewayAccess:
@@ -38,13 +44,21 @@ def gateway_access(policy: Policy | None, services: Sequence[str], revision: int
     Args:
         services: gRPC services (`package.Service`) behind the gateway; all others are refused.
     """
+    # Every filter has a configuration: without one, the listener would wait for it.
+    quotas = dict(zip(limits.NAMES, limits.quotas(policy, ADS_CLUSTER), strict=True))
     if policy is None:
         # The first filter passes everything on to the second.
         found = {CALLERS: {"@type": access.JWT}, RULES: access.closed_rules()}
-        return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), revision=revision)
+        return GatewayAccess(_all_packed({**found, **quotas}), revision=revision)
+    callers = access.callers(policy, services, has_subject=limits.needs_subject(policy))
+    found = {CALLERS: callers, RULES: access.rules(policy, services)}
     web = Web(policy.hosts, policy.cors.origins)
-    found = {CALLERS: access.callers(policy, services), RULES: access.rules(policy, services)}
-    return GatewayAccess(tuple(_packed(name, config) for name, config in found.items()), web, revision)
+    filters = limits.NAMES[: limits.layers_of(policy)]
+    return GatewayAccess(_all_packed({**found, **quotas}), web, revision, filters)
+
+
+def _all_packed(found: Mapping[str, Mapping[str, Any]]) -> tuple[Resource, ...]:
+    return tuple(_packed(name, config) for name, config in found.items())
 
 
 def _packed(name: str, config: Mapping[str, Any]) -> Resource:

@@ -33,7 +33,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, json_calls, rest_errors, tls, web
+from mesh.xds import ADS_CLUSTER, access, json_calls, limits, rest_errors, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -259,6 +259,7 @@ def _connection_manager(
             *verification,
             *(json_calls.filters(table.json) if has_json and table.json is not None else ()),
             *rules,
+            *(limits.filters(lambda name: _FROM_ADS) if has_access else ()),
             *_lua(table),
             _router(),
         ],

@@ -148,11 +148,12 @@ def route_configuration(
     web: Web | None = None,
     *,
     has_access: bool = False,
+    limit_filters: tuple[str, ...] = (),
 ) -> Resource:
     """Build the routes of `table`; calls that name one of `models` go to that model's cluster.
 
     `sequenced` is a subset of `models`: all steps of one sequence of such a model go to one endpoint. `web` is for the
-    routes of a gateway; with `has_access`, it follows a policy.
+    routes of a gateway; with `has_access`, it follows a policy. `limit_filters` are enabled.
 
     The routes of models come first. Envoy matches routes one after the other, in microseconds for hundreds. Without
     `models`, the model of a call is not extracted: extraction costs as much as all other routing of the call.
@@ -199,7 +200,9 @@ def route_configuration(
     configuration = RouteConfiguration.from_dict(
         {"name": name, "validate_clusters": False, "ignore_port_in_host_matching": web is not None}
     )
-    hosts = nested(_HOSTS, bytes(VirtualHost.from_dict(first)) + b"".join(nested(_ROUTE, route) for route in routes))
+    host = VirtualHost.from_dict(first)
+    host.typed_per_filter_config.update(dict.fromkeys(limit_filters, _ENABLED))
+    hosts = nested(_HOSTS, bytes(host) + b"".join(nested(_ROUTE, route) for route in routes))
     hosts += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
     needs |= {table.rest} - {""}

@@ -127,7 +127,14 @@ def snapshot(
         listener(GATEWAY, node.gateway, table, tracing, node.sds, has_access=access is not None),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
         route_configuration(table, routed, sequenced),
-        route_configuration(table, routed, sequenced, _web(access, node.gateway), has_access=access is not None),
+        route_configuration(
+            table,
+            routed,
+            sequenced,
+            _web(access, node.gateway),
+            has_access=access is not None,
+            limit_filters=() if access is None else access.limit_filters,
+        ),
         *(() if access is None else access.extensions),
     ]
     if tracing is not None:

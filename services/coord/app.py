@@ -22,6 +22,7 @@ from mesh.rpc.server import Rpc, Server
 from mesh.xds.access_log import RefusedCalls
 from mesh.xds.ads import AdsServer
 from mesh.xds.json_calls import json_calls
+from mesh.xds.quota import QuotaServer
 from mesh.xds.tracing import tracing_of
 from services.coord.access_rpc import AccessParts, AccessRpc
 from services.coord.cluster import PREFIX
@@ -39,6 +40,8 @@ from services.coord.metrics import CoordMetrics
 from services.coord.policies import Policies
 from services.coord.rest import rest_app
 from services.coord.rpc import CoordRpc
+from services.coord.share_claims import ShareClaims
+from services.coord.share_rpc import ShareRpc
 from services.coord.traffic import (
     ACCESS,
     AT_GATEWAY,
@@ -48,11 +51,12 @@ from services.coord.traffic import (
     INGEST,
     JSON_SERVICES,
     PUBLIC,
+    SHARES,
     STORE,
     TRIALS,
     table,
 )
-from shoal.coord.v1 import access_pb2_grpc, coord_pb2_grpc
+from shoal.coord.v1 import access_pb2_grpc, coord_pb2_grpc, shares_pb2_grpc
 from shoal.inference.v2 import inference_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -90,10 +94,15 @@ async def run(config: CoordConfig) -> None:
         ads = AdsServer(configurations)
         health = MeshHealth(mirror, PUBLIC)
         coord = CoordRpc(name, Instances(etcd, mirror), ads, watch, parts)
-        rpcs = _rpcs(coord, AccessRpc(parts), health, MeshInference(mirror, config.node))
+        claims: ShareClaims | None = None
+        if watch is not None:
+            claims = await stack.enter_async_context(ShareClaims(mirror, watch.in_force, name))
+        rpcs = _rpcs(coord, AccessRpc(parts), ShareRpc(claims), health, MeshInference(mirror, config.node))
         access = None if watch is None else watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
         methods = ads.methods()
+        if claims is not None:
+            methods |= QuotaServer(claims, name).methods()
         if access is not None and auditing is not None:
             refused = await stack.enter_async_context(
                 RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
@@ -133,11 +142,14 @@ async def run(config: CoordConfig) -> None:
         await until_stopped()
 
 
-def _rpcs(coord: CoordRpc, access: AccessRpc, health: MeshHealth, inference: MeshInference) -> list[Rpc]:
+def _rpcs(
+    coord: CoordRpc, access: AccessRpc, shares: ShareRpc, health: MeshHealth, inference: MeshInference
+) -> list[Rpc]:
     """Return coord's own services, and for reflection only the services that the gateway routes elsewhere."""
     own = [
         Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(coord, server)),
         Rpc(ACCESS, lambda server: access_pb2_grpc.add_AccessServiceServicer_to_server(access, server)),
+        Rpc(SHARES, lambda server: shares_pb2_grpc.add_ShareServiceServicer_to_server(shares, server)),
         Rpc(HEALTH, lambda server: health_pb2_grpc.add_HealthServicer_to_server(health, server)),
         Rpc(INFER, lambda server: inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)),
     ]

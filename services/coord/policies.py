@@ -17,7 +17,7 @@ from mesh.cluster.etcd import Created, Delete, Entry, Etcd, Modified, Put
 from mesh.cluster.mirror import Mirror
 from mesh.rpc.cluster_access import values_of
 from services.coord.enforcement import enforced
-from shoal.access import cluster
+from shoal.access import cluster, limits
 from shoal.access import policy as policies
 from shoal.access.cluster import POLICY
 from shoal.access.decision import caller_of, decide
@@ -203,7 +203,9 @@ def _validated(document: str, files: Mapping[str, str]) -> Policy:
             raise InvalidArgument(f"the file {name} of the document is missing in the call")
         return files[str(name)]
 
-    return policies.resolved(policies.parse(document), read)
+    policy = policies.resolved(policies.parse(document), read)
+    limits.check(policy.limits)
+    return policy
 
 
 def _key(version: int) -> bytes:

@@ -18,6 +18,8 @@ CALLER_HEADER = "x-shoal-caller"
 ROLE_HEADER = "x-shoal-role"
 KEY_HEADER = "x-shoal-key"
 ISSUER_HEADER = "x-shoal-issuer"
+SUBJECT_HEADER = "x-shoal-subject"
+"""Set only for a policy whose limits of requests depend on the subject."""
 SIGNER_HEADER = "x-shoal-signer"
 """Header with the id (`kid`) of the public key that has verified the caller's token."""
 

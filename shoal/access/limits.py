@@ -9,13 +9,16 @@ one limit for one unit. coord divides it among the gateways and services that co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, cast
 
 from shoal.access.decision import Caller
 from shoal.access.patterns import matches_any
 from shoal.access.policy import ANY, Limit, Policy
+from shoal.errors import InvalidArgument
 
 
 class Kind(StrEnum):
@@ -87,12 +90,8 @@ def in_services(limit: Limit) -> tuple[Kind, ...]:
 
 def applies(limit: Limit, *, tenant: str, role: str, subject: str) -> bool:
     """Return True when a limit holds for a caller, whatever the model."""
-    return (
-        _has(limit.tenants, tenant)
-        and tenant not in limit.except_tenants
-        and _has(limit.roles, role)
-        and _has(limit.subjects, subject)
-    )
+    of_caller: dict[CallerField, str] = {"tenant": tenant, "role": role, "subject": subject}
+    return all(_names(limit, field).has(value) for field, value in of_caller.items())
 
 
 def applicable(policy: Policy, caller: Caller | None) -> tuple[Limit, ...]:
@@ -123,5 +122,113 @@ def buckets_in_services(limits: Iterable[Limit], caller: Caller, model: str) -> 
     )
 
 
-def _has(names: tuple[str, ...], name: str) -> bool:
-    return name in names or ANY in names
+# -- requests at the gateway
+
+LAYERS = 4
+"""Limits of requests a second that may apply to one caller at the gateway. Each costs its calls 10 us of Envoy."""
+CASES = 2_000
+"""Cases of callers that the gateway's limits distinguish. Each takes about 1 kB of Envoy's configuration."""
+
+CallerField = Literal["tenant", "role", "subject"]
+_FIELDS: tuple[CallerField, ...] = ("tenant", "role", "subject")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decision by one field of a caller: an entry for each named value, and one for all other values."""
+
+    field: CallerField
+    entries: Mapping[str, Case]
+    otherwise: Case
+
+
+Case = Limit | Split | None
+"""Limit that holds, a decision by a further field, or no limit."""
+
+
+def layers(limits: Iterable[Limit]) -> list[list[Limit]]:
+    """Return the limits that are counted at the gateway, in layers: of a layer, at most one holds for a caller."""
+    found: list[list[Limit]] = []
+    for limit in filter(at_gateway, limits):
+        free = (layer for layer in found if not any(_overlap(limit, other) for other in layer))
+        layer = next(free, None)
+        if layer is None:
+            found.append([limit])
+        else:
+            layer.append(limit)
+    return found
+
+
+def case_of(layer: Sequence[Limit], *, tenant: str | None = None, role: str | None = None) -> Case:
+    """Return the decision which limit of a layer holds for a caller; `tenant` and `role` are known, or are decided."""
+    fixed = {"tenant": tenant, "role": role}
+    known = {name: value for name, value in fixed.items() if value is not None}
+    fields = tuple(name for name in _FIELDS if name not in known)
+    for name, value in known.items():
+        layer = [limit for limit in layer if _names(limit, cast(CallerField, name)).has(value)]
+    return _case(layer, fields)
+
+
+def _case(layer: Sequence[Limit], fields: Sequence[CallerField]) -> Case:
+    if not layer or not fields:
+        return layer[0] if layer else None
+    field, *rest = fields
+    names = [(limit, _names(limit, field)) for limit in layer]
+    named = sorted({name for _, of_limit in names for name in of_limit.listed})
+    otherwise = _case([limit for limit, of_limit in names if of_limit.is_any], rest)
+    if not named:
+        return otherwise
+    entries = {name: _case([limit for limit, of_limit in names if of_limit.has(name)], rest) for name in named}
+    return Split(field, entries, otherwise)
+
+
+def check(limits: Sequence[Limit]) -> None:
+    """Raise InvalidArgument when the limits of requests are too many for a gateway."""
+    at = [limit for limit in limits if at_gateway(limit)]
+    if (listed := sum(len(_names(limit, field).listed) for limit in at for field in _FIELDS)) > CASES:
+        raise InvalidArgument(f"limits of requests a second list {listed} names, of at most {CASES}: use roles")
+    found = layers(at)
+    if len(found) > LAYERS:
+        names = ", ".join(repr(layer[0].name) for layer in found)
+        raise InvalidArgument(
+            f"more than {LAYERS} limits of requests a second may hold for one caller, such as {names}: give them "
+            "other tenants, roles or subjects, or except_tenants"
+        )
+    # Each field multiplies the cases: three lists of 1,000 names would be a billion.
+    if (cases := sum(_most_cases(layer) for layer in found)) > CASES:
+        raise InvalidArgument(f"limits of requests a second make up to {cases} cases, of at most {CASES}: use roles")
+
+
+def _most_cases(layer: Sequence[Limit]) -> int:
+    """Return a bound on the cases of a layer, without making them."""
+    return math.prod(1 + len({name for limit in layer for name in _names(limit, field).listed}) for field in _FIELDS)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Values of a field for which a limit holds: those of `listed`, or with `is_any` all others."""
+
+    listed: frozenset[str]
+    is_any: bool
+
+    def has(self, name: str) -> bool:
+        return (name in self.listed) is not self.is_any
+
+    def overlap(self, other: _Names) -> bool:
+        if self.is_any and other.is_any:
+            return True
+        if self.is_any or other.is_any:
+            some, others = (other, self) if self.is_any else (self, other)
+            return bool(some.listed - others.listed)
+        return bool(self.listed & other.listed)
+
+
+def _names(limit: Limit, field: CallerField) -> _Names:
+    names: tuple[str, ...] = {"tenant": limit.tenants, "role": limit.roles, "subject": limit.subjects}[field]
+    excepted = frozenset(limit.except_tenants if field == "tenant" else ())
+    return _Names(excepted, True) if ANY in names else _Names(frozenset(names) - excepted, False)
+
+
+def _overlap(one: Limit, other: Limit) -> bool:
+    """Return True when both limits may hold for one caller."""
+    return all(_names(one, field).overlap(_names(other, field)) for field in _FIELDS)

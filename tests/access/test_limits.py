@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.access import limits, policy
 from shoal.access.decision import Caller
-from shoal.access.limits import Amount, Bucket, Kind, amount_of, applicable, buckets_in_services
+from shoal.access.limits import Amount, Bucket, Case, Kind, Split, amount_of, applicable, buckets_in_services
 from shoal.access.policy import Policy
 from shoal.errors import InvalidArgument
 
@@ -18,7 +22,7 @@ ISSUER = {"issuer": "shoal", "audiences": ["shoal"], "token_prefix": "shoal_", "
 
 
 def with_limits(*entries: dict[str, Any]) -> Policy:
-    return policy.parse(yaml.safe_dump({"version": 1, "issuers": [ISSUER], "limits": list(entries)}))
+    return policy.parse(json.dumps({"version": 1, "issuers": [ISSUER], "limits": list(entries)}))
 
 
 def caller(tenant: str = "acme", role: str = "user", subject: str = "ann", key: str = "k1") -> Caller:
@@ -103,7 +107,7 @@ def test_the_number_of_limits_is_bounded_and_names_are_distinct() -> None:
     with pytest.raises(InvalidArgument, match="at most 100 items"):
         with_limits(*entries)
     with pytest.raises(InvalidArgument, match="the limit 'l0' occurs twice"):
-        with_limits(*entries[:1] * 2)
+        with_limits(entries[0], {**entries[0]})
 
 
 def test_a_server_without_coord_refuses_a_policy_with_limits(tmp_path: Path) -> None:
@@ -114,3 +118,69 @@ def test_a_server_without_coord_refuses_a_policy_with_limits(tmp_path: Path) -> 
     )
     with pytest.raises(InvalidArgument, match="limits are for the policy of a node"):
         policy.load(file)
+
+
+# -- requests at the gateway
+
+TENANTS, ROLES, SUBJECTS = ["acme", "globex"], ["user", "viewer"], ["ann", "bob"]
+
+
+def some(names: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.one_of(st.just(["*"]), st.lists(st.sampled_from(names), min_size=1, unique=True))
+
+
+LIMITS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "tenants": some(TENANTS),
+            "except_tenants": st.lists(st.sampled_from(TENANTS), unique=True),
+            "roles": some(ROLES),
+            "subjects": some(SUBJECTS),
+        }
+    ),
+    max_size=6,
+)
+
+
+def decided(case: Case, who: Caller) -> str | None:
+    """Return the name of the limit that a case decides on for a caller."""
+    while isinstance(case, Split):
+        case = case.entries.get(getattr(who, case.field), case.otherwise)
+    return None if case is None else case.name
+
+
+@given(LIMITS)
+def test_the_layers_of_a_gateway_hold_every_limit_that_applies(entries: list[dict[str, Any]]) -> None:
+    found = tuple(
+        policy.Limit(name=f"l{number}", requests_per_second=1, **entry) for number, entry in enumerate(entries)
+    )
+    layers = limits.layers(found)
+    assert sorted(limit.name for layer in layers for limit in layer) == sorted(limit.name for limit in found)
+    for tenant, role, subject in product([*TENANTS, "x"], [*ROLES, "x"], [*SUBJECTS, "x"]):
+        who = caller(tenant, role, subject)
+        applying = {limit.name for limit in found if limits.applies(limit, tenant=tenant, role=role, subject=subject)}
+        at_gateway = [decided(limits.case_of(layer), who) for layer in layers]
+        assert {name for name in at_gateway if name is not None} == applying
+        with_constants = [decided(limits.case_of(layer, tenant=tenant, role=role), who) for layer in layers]
+        assert with_constants == at_gateway
+
+
+def test_a_policy_with_too_many_limits_of_one_caller_is_refused() -> None:
+    entries = [{"name": f"l{number}", "requests_per_second": 1} for number in range(limits.LAYERS + 1)]
+    limits.check(with_limits(*entries[:-1]).limits)
+    with pytest.raises(InvalidArgument, match="more than 4 limits of requests a second may hold for one caller, such"):
+        limits.check(with_limits(*entries).limits)
+    plans = [{**entries[0], "name": f"plan-{number}", "tenants": [f"t{number}"]} for number in range(100)]
+    assert len(limits.layers(with_limits(*plans).limits)) == 1
+
+
+def test_lists_that_make_too_many_cases_are_refused_before_they_are_made() -> None:
+    many = [f"n{number}" for number in range(600)]
+    one = {"requests_per_second": 1}
+    both = {"name": "a", "tenants": many, "subjects": many}
+    with pytest.raises(InvalidArgument, match="make up to 361201 cases"):
+        limits.check(with_limits({**both, **one}).limits)
+    entries = [{"name": f"l{at}", "tenants": [f"{at}-{name}" for name in many], **one} for at in range(4)]
+    with pytest.raises(InvalidArgument, match="list 2400 names"):
+        limits.check(with_limits(*entries).limits)
+    limits.check(with_limits({**both, "rows_per_second": 1}).limits)

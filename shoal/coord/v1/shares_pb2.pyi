@@ -45,12 +45,14 @@ class ShareClaim(_message.Message):
     def __init__(self, bucket: _Optional[_Union[LimitBucket, _Mapping]] = ..., demand: _Optional[float] = ..., used: _Optional[float] = ...) -> None: ...
 
 class ClaimSharesRequest(_message.Message):
-    __slots__ = ("claimant", "claims")
+    __slots__ = ("claimant", "claims", "forwarded")
     CLAIMANT_FIELD_NUMBER: _ClassVar[int]
     CLAIMS_FIELD_NUMBER: _ClassVar[int]
+    FORWARDED_FIELD_NUMBER: _ClassVar[int]
     claimant: str
     claims: _containers.RepeatedCompositeFieldContainer[ShareClaim]
-    def __init__(self, claimant: _Optional[str] = ..., claims: _Optional[_Iterable[_Union[ShareClaim, _Mapping]]] = ...) -> None: ...
+    forwarded: bool
+    def __init__(self, claimant: _Optional[str] = ..., claims: _Optional[_Iterable[_Union[ShareClaim, _Mapping]]] = ..., forwarded: _Optional[bool] = ...) -> None: ...
 
 class GrantedShare(_message.Message):
     __slots__ = ("bucket", "amount", "burst")

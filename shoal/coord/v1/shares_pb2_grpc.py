@@ -47,10 +47,11 @@ class ShareServiceServicer:
     def ClaimShares(self, request, context):
         """Claims shares of buckets for one instance, and returns them. The request names every bucket in which the instance
         counts: a bucket that a later claim leaves out is released, and its share goes to the others.
-        The leading coord divides each limit among its claimants. Another coord passes the claim on to the leader.
+        The leading coord divides each limit among its claimants. Another coord passes the claim on to the leader, or
+        divides by itself while it reaches none.
         FAILED_PRECONDITION: the node does not authenticate callers, so no limit holds. INVALID_ARGUMENT: no claimant, more
-        than 10,000 claims, or a demand that is no number. UNAVAILABLE: there is no leader at present, or the policy is not
-        known yet; the claimant goes on with the shares that it has, as `unrenewed` of the limit says.
+        than 10,000 claims, or a demand that is no number. UNAVAILABLE: the policy is not known yet; the claimant goes on
+        with the shares that it has, as `unrenewed` of the limit says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,302 @@
+"""Limits of requests at real gateways: two Envoys share the limits of a policy, with coord's server of shares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from mesh.cluster.mirror import Copy
+from mesh.process.watched import Watched
+from mesh.rpc.access import Access
+from mesh.rpc.channel import connect
+from mesh.rpc.cluster_access import InForce
+from mesh.rpc.server import Server
+from mesh.xds.ads import AdsServer
+from mesh.xds.extensions import GatewayAccess, gateway_access
+from mesh.xds.quota import QuotaServer
+from mesh.xds.resource import EXTENSION
+from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
+from services.coord.share_claims import ShareClaims
+from services.coord.traffic import AT_GATEWAY, table
+from shoal.access import tokens
+from shoal.access.policy import Policy
+from shoal.access.rpc_groups import MODEL_INFER
+from tests.access.policies import issuer, key, policy
+from tests.breakable import EnvoyProcess, until
+
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
+
+ADMITTED = "UNAVAILABLE"
+"""There is no instance."""
+REFUSED = "RESOURCE_EXHAUSTED"
+# No token comes back while a test runs.
+SLOW = 0.001
+
+
+class Source:
+    """Snapshots without instances."""
+
+    def __init__(self) -> None:
+        self.access: Watched[GatewayAccess] = Watched(gateway_access(None, AT_GATEWAY))
+
+    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
+        async for one in self.access.follow():
+            yield snapshot((), frozenset(), node, table(), None, one)
+
+
+class Coord:
+    """Coord's servers of configuration and shares, at one socket."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self.source = Source()
+        self.in_force: Watched[InForce] = Watched(InForce())
+
+    async def start(self) -> None:
+        self._stack = AsyncExitStack()
+        mirror: Any = type("Mirror", (), {"copy": Copy()})()
+        self.claims = await self._stack.enter_async_context(ShareClaims(mirror, self.in_force, "local/coord-0"))
+        self.ads = AdsServer(self.source)
+        self.quotas = QuotaServer(self.claims, "local/coord-0")
+        access = await self._stack.enter_async_context(Access(self.in_force.value.policy))
+        methods = {**self.ads.methods(), **self.quotas.methods()}
+        server = await self._stack.enter_async_context(
+            Server(f"unix:{self.socket}", [], drain_ms=0, methods=methods, access=access)
+        )
+        await server.serve()
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
+
+    def held(self) -> dict[str, dict[str, float]]:
+        """Return the shares by bucket (its parts), and claimant."""
+        return {
+            "/".join(filter(None, (bucket.limit, bucket.tenant, bucket.key))): {
+                name: holding.share for name, holding in holdings.items()
+            }
+            for bucket, holdings in self.claims._shares._holdings.items()
+        }
+
+
+class World:
+    """Two gateways and a coord."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.coord = Coord(folder / "coord-0.sock")
+        self.signer = tokens.create_signer(folder / "signer.json")
+        self.envoys: list[EnvoyProcess] = []
+        self.channels: list[grpc.aio.Channel] = []
+        self._policies = 0
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        self._set(policy(self.signer))
+        await self.coord.start()
+        stack.push_async_callback(self.coord.stop)
+        for number in range(2):
+            folder = self.folder / str(number)
+            folder.mkdir()
+            envoy = stack.enter_context(EnvoyProcess(folder, [self.coord.socket], node=f"node-{number}"))
+            self.envoys.append(envoy)
+            self.channels.append(await stack.enter_async_context(connect(envoy.gateway)))
+        for envoy in self.envoys:
+            await envoy.until_ready()
+
+    def _set(self, made: Policy) -> None:
+        self._policies += 1
+        self.coord.in_force.set(InForce(made, self._policies, self._policies, is_known=True))
+        self.coord.source.access.set(gateway_access(made, AT_GATEWAY))
+
+    async def apply(self, *limits: dict[str, Any], **parts: Any) -> Policy:
+        """Set the limits, and wait until both Envoys have them."""
+        made = policy(self.signer, limits=[*limits], **parts)
+        self._set(made)
+        wanted = [f'"{limit["name"]}"' for limit in limits if "requests_per_second" in limit]
+
+        async def has_them(envoy: EnvoyProcess) -> bool:
+            dump = await envoy.admin_get("/config_dump?resource=ecds_filters")
+            routes = await envoy.admin_get("/config_dump?resource=dynamic_route_configs")
+            named = [line for line in dump.splitlines() if "string_value" in line]
+            enabled = len(self.coord.source.access.value.limit_filters)
+            return all(any(name in line for line in named) for name in wanted) and (
+                routes.count('"shoal.limits-') == enabled
+            )
+
+        for envoy in self.envoys:
+            await until(lambda envoy=envoy: has_them(envoy), "Envoy has the limits")
+        assert self.nacks() == []
+        return made
+
+    def nacks(self) -> list[str]:
+        return [t.nack for envoy in self.coord.ads.status() for t in envoy.types if t.type_url == EXTENSION and t.nack]
+
+    async def call(self, at: int = 0, tenant: str = "acme", text: str = "", **options: Any) -> grpc.aio.AioRpcError:
+        bearer = (("authorization", f"Bearer {text or key(self.signer, tenant, **options).text}"),)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.channels[at].unary_unary(MODEL_INFER)(b"", metadata=bearer, timeout=30)
+        return caught.value
+
+    async def codes(self, number: int, at: int = 0, tenant: str = "acme", **options: Any) -> Counter[str]:
+        """Make calls, one after the other, with one key."""
+        text = key(self.signer, tenant, **options).text
+        return Counter([(await self.call(at, text=text)).code().name for _ in range(number)])
+
+    async def until_share(self, bucket: str, *amounts: float) -> None:
+        """Wait until coord has handed out these shares of a bucket, and the Envoys have them."""
+        await until(
+            lambda: sorted(self.coord.held().get(bucket, {}).values()) == sorted(amounts), f"{amounts} of {bucket}"
+        )
+
+    async def rest(self, at: int, tenant: str) -> tuple[int, dict[str, str], str]:
+        host, _, port = self.envoys[at].gateway.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        bearer = key(self.signer, tenant).text
+        writer.write(
+            f"GET /v2/models/m HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {bearer}\r\n"
+            "connection: close\r\n\r\n".encode()
+        )
+        raw = (await asyncio.wait_for(reader.read(), 30)).decode()
+        writer.close()
+        head, _, body = raw.partition("\r\n\r\n")
+        first, *lines = head.split("\r\n")
+        return int(first.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world() -> AsyncIterator[World]:
+    # Paths of sockets must be short.
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    async with AsyncExitStack() as stack:
+        made = World(folder)
+        await made.start(stack)
+        yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_two_gateways_share_the_limit_of_a_tenant_and_another_tenant_is_unharmed(world: World) -> None:
+    await world.apply({"name": "plan", "tenants": ["acme"], "requests_per_second": SLOW, "burst_requests": 10})
+    for at in (0, 1):
+        assert (await world.call(at)).code().name == ADMITTED
+    await world.until_share("plan/acme", SLOW / 2, SLOW / 2)
+    found = [await world.codes(20, at) for at in (0, 1)]
+    # Each has half of the burst, which the call before the first share may not have used.
+    assert 8 <= sum(codes[ADMITTED] for codes in found) <= 12
+    assert sum(codes[REFUSED] for codes in found) == 40 - sum(codes[ADMITTED] for codes in found)
+    bystander = await asyncio.gather(*(world.codes(20, at, "globex") for at in (0, 1)))
+    assert bystander == [Counter({ADMITTED: 20})] * 2
+
+
+async def test_a_refusal_says_the_limit_and_when_to_retry(world: World) -> None:
+    await world.apply({"name": "said", "requests_per_second": 0.4, "burst_requests": 1})
+    await world.call()
+    await world.until_share("said/acme", 0.4)
+
+    async def is_refused() -> bool:
+        return (await world.call()).code().name == REFUSED
+
+    await until(is_refused, "the limit holds")
+    error = await world.call()
+    assert error.details() == "limit 'said': at most 0.4 requests a second of a tenant: retry later"
+    headers = {key: str(value) for key, value in (error.initial_metadata() or ())}
+    headers |= {key: str(value) for key, value in (error.trailing_metadata() or ())}
+    expected = {"retry-after-ms": "2500", "x-ratelimit-limit": "0.4", "x-ratelimit-remaining": "0"}
+    expected["x-ratelimit-reset"] = "3"
+    assert {name: headers.get(name) for name in expected} == expected
+    status, headers, body = await world.rest(0, "acme")
+    assert status == 429
+    assert {name: headers.get(name) for name in expected} == expected
+    assert json.loads(body) == {"error": error.details()}
+
+
+async def test_every_limit_that_applies_holds_and_each_key_has_its_own(world: World) -> None:
+    await world.apply(
+        {"name": "tenants", "requests_per_second": SLOW, "burst_requests": 30},
+        {"name": "keys", "per": "key", "requests_per_second": SLOW, "burst_requests": 5},
+        {"name": "ann", "subjects": ["ann"], "requests_per_second": SLOW, "burst_requests": 2},
+    )
+    one, two, ann = (key(world.signer, subject=subject) for subject in ("bob", "bob", "ann"))
+    for each in (one, two, ann):
+        assert (await world.call(text=each.text)).code().name == ADMITTED
+        await world.until_share(f"keys/acme/{each.id}", SLOW)
+    await world.until_share("ann/acme", SLOW)
+    for each, burst in ((one, 5), (two, 5), (ann, 2)):
+        codes = Counter([(await world.call(text=each.text)).code().name for _ in range(12)])
+        assert burst - 1 <= codes[ADMITTED] <= burst + 1, each
+
+
+async def test_the_caller_cannot_choose_the_bucket(world: World) -> None:
+    await world.apply({"name": "own", "requests_per_second": SLOW, "burst_requests": 1})
+    await world.call()
+    await world.until_share("own/acme", SLOW)
+
+    async def is_refused() -> bool:
+        return (await world.call()).code().name == REFUSED
+
+    await until(is_refused, "the limit holds")
+    bearer = ("authorization", f"Bearer {key(world.signer, 'acme').text}")
+    for name in ("x-shoal-tenant", "X-Shoal-Key", "x-shoal-issuer", "x-shoal-subject", "x_shoal_tenant"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await world.channels[0].unary_unary(MODEL_INFER)(
+                b"", metadata=(bearer, (name.lower(), "globex")), timeout=30
+            )
+        assert caught.value.code().name == REFUSED, name
+
+
+async def test_a_limit_that_an_issuer_gives_its_tenant_to_holds(world: World) -> None:
+    await world.apply(
+        {"name": "fixed", "tenants": ["initech"], "requests_per_second": SLOW, "burst_requests": 1},
+        {"name": "rest", "except_tenants": ["initech"], "requests_per_second": 1000},
+        issuers=[issuer(world.signer, tenant="initech")],
+    )
+    await world.call(tenant="acme")
+    await world.until_share("fixed/initech", SLOW)
+    assert (await world.codes(10))[REFUSED] >= 8
+    assert "rest/acme" not in world.coord.held()
+
+
+async def test_a_changed_limit_is_in_force_at_once_and_closes_no_stream(world: World) -> None:
+    strict = {"name": "moving", "requests_per_second": SLOW, "burst_requests": 1}
+    await world.apply(strict)
+    await world.call()
+    await world.until_share("moving/acme", SLOW)
+    assert (await world.codes(5))[REFUSED] >= 3
+    before = [await envoy.stats("^http.gateway.downstream_cx_(total|destroy)$") for envoy in world.envoys]
+    await world.apply({**strict, "requests_per_second": 1000.0, "burst_requests": 1000})
+
+    async def passes() -> bool:
+        return (await world.call()).code().name == ADMITTED
+
+    await until(passes, "the new limit holds")
+    await world.until_share("moving/acme", 1000.0)
+    assert await world.codes(20) == Counter({ADMITTED: 20})
+    await world.apply()
+    assert await world.codes(20) == Counter({ADMITTED: 20})
+    after = [await envoy.stats("^http.gateway.downstream_cx_(total|destroy)$") for envoy in world.envoys]
+    assert after == before
+
+
+async def test_while_coord_is_dead_the_last_share_holds_and_another_tenant_is_unharmed(world: World) -> None:
+    await world.apply({"name": "kept", "tenants": ["acme"], "requests_per_second": SLOW, "burst_requests": 3})
+    await world.call()
+    await world.until_share("kept/acme", SLOW)
+    assert (await world.codes(10))[REFUSED] >= 6
+    await world.coord.stop()
+    try:
+        assert await world.codes(10) == Counter({REFUSED: 10})
+        assert await world.codes(10, tenant="globex") == Counter({ADMITTED: 10})
+    finally:
+        await world.coord.start()
+    # The Envoy reports its buckets again, and its share goes on.
+    await world.until_share("kept/acme", SLOW)
+    assert await world.codes(10) == Counter({REFUSED: 10})
