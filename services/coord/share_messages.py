@@ -1,29 +1,22 @@
-"""Messages of ShareService from and to the values of shoal.access.limits."""
+"""Messages of ShareService."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
+from mesh.rpc.share_messages import bucket_in, bucket_message
 from services.coord.shares import CLAIMS, LIFETIME_S, RENEW_S
-from shoal.access.limits import Amount, Bucket, Kind
+from shoal.access.limits import Amount, Bucket
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.errors import InvalidArgument
-
-_KINDS = {
-    Kind.REQUESTS: pb.LIMIT_KIND_REQUESTS,
-    Kind.IN_FLIGHT: pb.LIMIT_KIND_IN_FLIGHT,
-    Kind.BYTES: pb.LIMIT_KIND_BYTES,
-    Kind.ROWS: pb.LIMIT_KIND_ROWS,
-}
-_KIND_OF = {number: kind for kind, number in _KINDS.items()}
 
 
 def request_message(
     claimant: str, demands: Mapping[Bucket, float], *, is_forwarded: bool = False
 ) -> pb.ClaimSharesRequest:
     """Return the message of a claim."""
-    claims = [pb.ShareClaim(bucket=_message(bucket), demand=demand) for bucket, demand in demands.items()]
+    claims = [pb.ShareClaim(bucket=bucket_message(bucket), demand=demand) for bucket, demand in demands.items()]
     return pb.ClaimSharesRequest(claimant=claimant, claims=claims, forwarded=is_forwarded)
 
 
@@ -33,7 +26,7 @@ def demands_in(request: pb.ClaimSharesRequest) -> dict[Bucket, float]:
         raise InvalidArgument("claimant is missing: give the name of the instance")
     if len(request.claims) > CLAIMS:
         raise InvalidArgument(f"{len(request.claims)} claims, of at most {CLAIMS}: claim what is in use")
-    demands = {_bucket(claim.bucket): claim.demand for claim in request.claims}
+    demands = {bucket_in(claim.bucket): claim.demand for claim in request.claims}
     if any(math.isnan(demand) or demand < 0 for demand in demands.values()):
         raise InvalidArgument("demand: expected a number that is not negative")
     return demands
@@ -43,7 +36,7 @@ def response_message(shares: Mapping[Bucket, Amount]) -> pb.ClaimSharesResponse:
     """Return the message of shares."""
     return pb.ClaimSharesResponse(
         shares=[
-            pb.GrantedShare(bucket=_message(bucket), amount=share.amount, burst=share.burst)
+            pb.GrantedShare(bucket=bucket_message(bucket), amount=share.amount, burst=share.burst)
             for bucket, share in shares.items()
         ],
         renew_ms=round(RENEW_S * 1000),
@@ -53,17 +46,4 @@ def response_message(shares: Mapping[Bucket, Amount]) -> pb.ClaimSharesResponse:
 
 def shares_in(response: pb.ClaimSharesResponse) -> dict[Bucket, Amount]:
     """Return the shares in a response."""
-    return {_bucket(share.bucket): Amount(share.amount, share.burst) for share in response.shares}
-
-
-def _message(bucket: Bucket) -> pb.LimitBucket:
-    return pb.LimitBucket(
-        limit=bucket.limit, kind=_KINDS[bucket.kind], tenant=bucket.tenant, key=bucket.key, model=bucket.model
-    )
-
-
-def _bucket(message: pb.LimitBucket) -> Bucket:
-    kind = _KIND_OF.get(message.kind)
-    if kind is None:
-        raise InvalidArgument(f"bucket of the limit {message.limit!r}: no kind {message.kind}")
-    return Bucket(message.limit, kind, message.tenant, message.key, message.model)
+    return {bucket_in(share.bucket): Amount(share.amount, share.burst) for share in response.shares}

@@ -105,6 +105,27 @@ def applicable(policy: Policy, caller: Caller | None) -> tuple[Limit, ...]:
     )
 
 
+def counts_model(limit: Limit, model: str) -> bool:
+    """Return True when calls of a model count in a limit."""
+    return matches_any(limit.models, model)
+
+
+def described(limit: Limit) -> str:
+    """Return a limit in words: its name, its numbers and their unit."""
+    units = {
+        Kind.REQUESTS: "requests a second",
+        Kind.IN_FLIGHT: "requests in flight",
+        Kind.BYTES: "bytes a second",
+        Kind.ROWS: "rows a second",
+    }
+    numbers = [
+        f"{amount.amount:.12g} {unit}" + (f" (burst {amount.burst:.12g})" if amount.burst else "")
+        for kind, unit in units.items()
+        if (amount := amount_of(limit, kind)) is not None
+    ]
+    return f"{limit.name!r}: {', '.join(numbers)} of each {limit.per}"
+
+
 def bucket_of(limit: Limit, kind: Kind, caller: Caller, model: str = "") -> Bucket:
     """Return the bucket of a limit in which a call counts. The limit applies to the caller and the model."""
     if limit.per == "model":
@@ -117,7 +138,7 @@ def buckets_in_services(limits: Iterable[Limit], caller: Caller, model: str) -> 
     return tuple(
         bucket_of(limit, kind, caller, model)
         for limit in limits
-        if matches_any(limit.models, model)
+        if counts_model(limit, model)
         for kind in in_services(limit)
     )
 

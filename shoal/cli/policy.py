@@ -28,11 +28,15 @@ def policy() -> None:
 @app.command()
 def check(file: _File) -> None:
     """Validate a policy and the files of keys that it names. Each error names its line."""
+    from shoal.access import limits
     from shoal.access import policy as policies
 
     found = policies.load(file, is_cluster=True)
+    limits.check(found.limits)
+    limited = f"{len(found.limits)} limits, " if found.limits else ""
     typer.echo(
-        f"{file}: valid: {len(found.issuers)} issuers, {len(found.grants)} grants, {len(found.revoked)} revoked keys"
+        f"{file}: valid: {len(found.issuers)} issuers, {len(found.grants)} grants, {limited}"
+        f"{len(found.revoked)} revoked keys"
     )
     if not found.grants:
         typer.echo("no grant: every call is refused", err=True)
@@ -60,7 +64,7 @@ def explain(
     model: Annotated[str | None, typer.Option(help="The model that the call names.")] = None,
     gateway: Gateway = None,
 ) -> None:
-    """Say whether a policy allows a call, and which rule decides. Exits with 1 when it is refused.
+    """Say whether a policy allows a call, which rule decides, and which limits hold. Exits with 1 when it is refused.
 
     [bold]Examples[/bold]
 
@@ -69,7 +73,7 @@ def explain(
       shoal policy explain policy.yaml --key - --call ModelInfer --model ocr-en < key.txt
     """
     from shoal.access import policy as policies
-    from shoal.access import rpc_groups, tokens
+    from shoal.access import limits, rpc_groups, tokens
     from shoal.access.decision import caller_of, decide
     from shoal.errors import InvalidArgument, Unauthenticated
 
@@ -81,7 +85,7 @@ def explain(
         text = typer.get_text_stream("stdin").read()
     claims: Mapping[str, Any] | None = None
     if file is not None:
-        found = policies.load(file)
+        found = policies.load(file, is_cluster=True)
     else:
         with connect(gateway) as client:
             found = policies.Policy.model_validate_json(client.access.policy().in_force)
@@ -101,6 +105,9 @@ def explain(
     decision = decide(found, caller, rpc, model)
     typer.echo(f"caller: {why}")
     typer.echo(f"call:   {rpc} ({rpc_groups.GROUP_OF[rpc]})" + (f", model {model}" if model is not None else ""))
+    for limit in limits.applicable(found, caller):
+        if model is None or limits.counts_model(limit, model):
+            typer.echo(f"limit:  {limits.described(limit)}")
     typer.echo(f"{'allowed' if decision.allowed else 'refused'}: {decision.rule}")
     if not decision.allowed:
         raise typer.Exit(1)

@@ -68,6 +68,30 @@ def test_from_a_signer_to_an_explanation(run, tmp_path: Path, monkeypatch: pytes
     assert id.startswith("k-")
 
 
+def test_explain_names_the_limits_that_hold(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("keys", "init")[0] == 0
+    key = run("keys", "create", *SIGNER, "--tenant", "acme", "--role", "user")[1].strip()
+    limits = """
+limits:
+  - {name: plan, roles: [user], requests_per_second: 10, requests_in_flight: 4}
+  - {name: ocr, models: ["ocr*"], per: key, rows_per_second: 0.5}
+  - {name: others, except_tenants: [acme], requests_per_second: 1}
+"""
+    (tmp_path / "node.yaml").write_text(POLICY + limits)
+    assert run("policy", "check", "node.yaml")[1] == "node.yaml: valid: 1 issuers, 2 grants, 3 limits, 0 revoked keys\n"
+    monkeypatch.setenv("SHOAL_TOKEN", key)
+    plan = "limit:  'plan': 10 requests a second (burst 10), 4 requests in flight of each tenant"
+    for model, expected in (
+        ("det", [plan]),
+        ("ocr-1", [plan, "limit:  'ocr': 0.5 rows a second (burst 1) of each key"]),
+    ):
+        status, said, _ = run("policy", "explain", "node.yaml", "--call", "ModelInfer", "--model", model)
+        assert (status, [line for line in said.splitlines() if line.startswith("limit")]) == (0, expected)
+    many = "".join(f"  - {{name: l{number}, requests_per_second: 1}}\n" for number in range(5))
+    (tmp_path / "node.yaml").write_text(f"{POLICY}limits:\n{many}")
+    assert "more than 4 limits of requests a second may hold for one caller" in run("policy", "check", "node.yaml")[2]
+
+
 def test_errors_say_what_to_do(run, tmp_path: Path) -> None:
     assert (
         "make a signer with `shoal keys init`" in run("keys", "create", *SIGNER, "--tenant", "a", "--role", "user")[2]

@@ -36,7 +36,8 @@ from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
 from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
-from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc
+from shoal.coord.v1 import access_pb2_grpc, coord_pb2, coord_pb2_grpc, shares_pb2_grpc
+from shoal.coord.v1 import shares_pb2 as shares
 from shoal.errors import Aborted, FailedPrecondition, InvalidArgument
 from tests.access import policies
 from tests.breakable import PATIENCE_S, EtcdProcess, until
@@ -417,3 +418,18 @@ async def test_a_master_key_that_others_can_read_or_that_is_none_is_refused(tmp_
     for purpose, data in (("ca", sealed), ("signer", sealed[:-1]), ("signer", b"")):
         with pytest.raises(FailedPrecondition):
             ring.open(purpose, data)
+
+
+async def test_services_claim_shares_of_the_limits_that_are_applied(access: Access) -> None:
+    stub = shares_pb2_grpc.ShareServiceStub(access.channel)
+    bucket = shares.LimitBucket(limit="plan", kind=shares.LIMIT_KIND_ROWS, tenant="acme")
+    request = shares.ClaimSharesRequest(claimant="local/infer-0", claims=[shares.ShareClaim(bucket=bucket)])
+    code, _ = await refusal(stub.ClaimShares(request, metadata=access.admin))
+    assert code == "PERMISSION_DENIED"
+    await access.apply(document(limits="[{name: plan, rows_per_second: 100, burst_rows: 300}]"))
+    (share,) = (await stub.ClaimShares(request, metadata=((CALLER_HEADER, SERVICE.decode()),))).shares
+    assert (share.bucket, share.amount, share.burst) == (bucket, 100, 300)
+    many = [{"name": f"l{number}", "requests_per_second": 1} for number in range(5)]
+    code, text = await refusal(access.apply(document(limits=json.dumps(many))))
+    assert (code, "more than 4 limits of requests a second" in text) == ("INVALID_ARGUMENT", True)
+    await access.apply(document())

@@ -62,7 +62,7 @@ def test_the_files_of_a_policy_name_what_is_in_them(signer: Signer, tmp_path: Pa
 
 def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
     hosts = envoy_access.hosts(policy(signer), SHARED)
-    only_for_rules = ["x-shoal-issuer", "x-shoal-key", "x-shoal-role"]
+    only_for_rules = ["x-shoal-issuer", "x-shoal-key", "x-shoal-role", "x-shoal-subject"]
     removed = ["x-forwarded-proto", "authorization", *only_for_rules]
     assert hosts["virtual_hosts"][0]["request_headers_to_remove"] == removed
     (provider,) = access.callers(policy(signer), SERVICES)["providers"].values()
