@@ -1,12 +1,14 @@
 """Cost of authenticated calls through a node's gateway, beside open ones: `shoal up --auth` and `shoal up`.
 
-    python bench/access.py [--parts calls,streams,tls,policy] [--rounds 5] [--seconds 1]
+    python bench/access.py [--parts calls,streams,tls,policy,limits] [--rounds 5] [--seconds 1]
 
 calls     tiny with 64 and 1 in flight, mlp, bodies of 50 KB: each call has the next of 1,000 keys; "one key": all calls
           have the same. "first use": 1,000 calls, each the first of its key since the policy was applied.
 streams   messages of one ModelStreamInfer
 tls       64 connections in plaintext and with TLS; a new connection for each call (a full handshake)
 policy    time until a change of the policy is in force, and memory by keys and grants
+limits    tiny with 64 in flight, with no limit of requests, one (per tenant), and four that apply to each caller (two
+          per key, so 1,000 buckets each); no call is refused
 
 The policy has 100 tenants and 200 grants. The time of the gateway (Envoy) and of the services (infer, coord, store,
 ingest) counts, not that of etcd and MongoDB. Nodes run on processor 0 with one thread for models, the generator on the
@@ -16,6 +18,7 @@ nodes; ratios are those of rounds.
 Predicted: Envoy's whole chain of filters was seen at 68 us a call beside a bare 33 (with h2load). With about 100 us
 for an open call, that is a ratio of 1.3 for tiny with 64 in flight, 1.1 with 1 in flight and for mlp. A first use adds
 the check of a signature, 90 to 180 us. A policy is in force in 0.1 s. The goal is 1.3 with 64 in flight.
+A limit of requests adds 10 us of Envoy, as a prototype took.
 """
 
 from __future__ import annotations
@@ -116,7 +119,12 @@ def _tenant(number: int) -> str:
     return f"tenant-{number % TENANTS:03}"
 
 
-def document(grants: int, groups: Sequence[str] = ("read", "infer"), clock_skew_s: int = 60) -> str:
+def document(
+    grants: int,
+    groups: Sequence[str] = ("read", "infer"),
+    clock_skew_s: int = 60,
+    limits: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Return a policy with so many grants for the tenants, and one for administrators. JSON is YAML, too."""
     issuer = {"issuer": "shoal", "audiences": ["shoal"], "token_prefix": "shoal_", "cluster": True}
     # Each tenant has grants of both kinds.
@@ -136,6 +144,7 @@ def document(grants: int, groups: Sequence[str] = ("read", "infer"), clock_skew_
             "issuers": [{**issuer, "clock_skew_s": clock_skew_s}],
             "roles": {_ROLE: list(groups)},
             "grants": [{"name": "admin", "roles": ["admin"], "models": ["*"]}, *made],
+            "limits": [*limits],
         }
     )
 
@@ -279,6 +288,7 @@ PARTS: dict[str, Sequence[Case]] = {
         Case("tiny, new connections, TLS", 8, kind="new connections", has_tls=True),
     ),
     "policy": (),
+    "limits": (),
 }
 
 
@@ -330,6 +340,37 @@ def measure(
     console = Console(width=150)
     show("Envoy and services", whole, loads, console)
     show("Envoy alone", envoy, loads, console)
+
+
+# -- limits
+
+_MANY: Mapping[str, Any] = {"roles": [_ROLE], "requests_per_second": 1_000_000}
+LIMITS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "no limit": (),
+    "one, per tenant": ({"name": "a", **_MANY},),
+    "four": [{"name": name, "per": per, **_MANY} for name, per in zip("abcd", ("tenant", "key") * 2, strict=True)],
+}
+
+
+def measure_limits(node: Node, requests: Requests, arguments: Any) -> None:
+    """Run the calls with each number of limits in interleaved rounds, and print the tables."""
+    whole, envoy = ([Row(name) for name in LIMITS] for _ in range(2))
+    case = Case("tiny", 64)
+    for number in range(arguments.rounds):
+        for place in range(len(LIMITS)) if number % 2 else reversed(range(len(LIMITS))):
+            uvloop.run(apply_limits(node, [*LIMITS.values()][place]))
+            count, used = uvloop.run(run(case, node, requests, arguments.seconds))
+            for rows, seconds in zip((whole, envoy), used, strict=True):
+                rows[place].loads.setdefault((case.title, case.in_flight), Measured()).add(count, float(seconds))
+    console = Console(width=150)
+    show("Envoy and services", whole, [(case.title, case.in_flight)], console)
+    show("Envoy alone", envoy, [(case.title, case.in_flight)], console)
+
+
+async def apply_limits(node: Node, limits: Sequence[Mapping[str, Any]]) -> None:
+    async with node.client() as client:
+        await client.access.apply(document(GRANTS, limits=limits))
+    await asyncio.sleep(0.5)
 
 
 # -- policy
@@ -464,9 +505,11 @@ def main() -> None:
         cases = [case for part in parts for case in PARTS[part]]
         if cases:
             measure(nodes, cases, samples, arguments)
+        tiny = Requests.of("tiny", samples["tiny"].inputs, samples["tiny"].outputs)
         if "policy" in parts:
-            tiny = samples["tiny"]
-            show_policy(nodes[MODES[1], False], Requests.of("tiny", tiny.inputs, tiny.outputs))
+            show_policy(nodes[MODES[1], False], tiny)
+        if "limits" in parts:
+            measure_limits(nodes[MODES[1], False], tiny, arguments)
 
 
 if __name__ == "__main__":

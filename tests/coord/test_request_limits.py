@@ -22,6 +22,7 @@ from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import InForce
 from mesh.rpc.server import Server
+from mesh.xds import quota
 from mesh.xds.ads import AdsServer
 from mesh.xds.extensions import GatewayAccess, gateway_access
 from mesh.xds.quota import QuotaServer
@@ -300,3 +301,27 @@ async def test_while_coord_is_dead_the_last_share_holds_and_another_tenant_is_un
     # The Envoy reports its buckets again, and its share goes on.
     await world.until_share("kept/acme", SLOW)
     assert await world.codes(10) == Counter({REFUSED: 10})
+
+
+@pytest.mark.parametrize(("unrenewed", "code"), [("deny", REFUSED), ("open", ADMITTED)])
+async def test_a_share_that_nobody_renews_ends_as_the_limit_says(
+    world: World, monkeypatch: pytest.MonkeyPatch, unrenewed: str, code: str
+) -> None:
+    monkeypatch.setattr(quota, "_LIFE_S", 3)
+    monkeypatch.setattr(quota, "_RENEWED_S", 1.0)
+    burst = {"deny": 1_000_000, "open": 1}[unrenewed]
+    limit = {"name": unrenewed, "unrenewed": unrenewed, "requests_per_second": SLOW, "burst_requests": burst}
+    await world.apply(limit)
+
+    async def gives(expected: str) -> bool:
+        return (await world.call()).code().name == expected
+
+    before = {REFUSED: ADMITTED, ADMITTED: REFUSED}[code]
+    await until(lambda: gives(before), "the share holds")
+    await world.coord.stop()
+    try:
+        await until(lambda: gives(code), "the share has ended")
+        assert await world.codes(5) == Counter({code: 5})
+    finally:
+        await world.coord.start()
+    await until(lambda: gives(before), "the share holds again")
