@@ -3,8 +3,8 @@
     claims (bucket, demand) ──divide──> shares that sum to at most the limit, until the next claim
 
 A claimant keeps its share until its next claim, or until the share expires. So a newcomer's share comes on top of the
-others' until these claim again: together at most twice a limit, for one interval of claims. The same holds after
-another coord has become the leader, which knows only the shares that it has handed out itself.
+others' until these claim again: together at most twice a limit, for one interval of claims. A coord knows only the
+shares that it has handed out itself: those of a former leader come on top until all have claimed again.
 """
 
 from __future__ import annotations

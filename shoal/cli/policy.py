@@ -72,8 +72,8 @@ def explain(
 
       shoal policy explain policy.yaml --key - --call ModelInfer --model ocr-en < key.txt
     """
-    from shoal.access import policy as policies
     from shoal.access import limits, rpc_groups, tokens
+    from shoal.access import policy as policies
     from shoal.access.decision import caller_of, decide
     from shoal.errors import InvalidArgument, Unauthenticated
 
