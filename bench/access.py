@@ -358,7 +358,7 @@ def measure_limits(node: Node, requests: Requests, arguments: Any) -> None:
     case = Case("tiny", 64)
     for number in range(arguments.rounds):
         for place in range(len(LIMITS)) if number % 2 else reversed(range(len(LIMITS))):
-            uvloop.run(apply_limits(node, [*LIMITS.values()][place]))
+            uvloop.run(apply_limits(node, requests, [*LIMITS.values()][place]))
             count, used = uvloop.run(run(case, node, requests, arguments.seconds))
             for rows, seconds in zip((whole, envoy), used, strict=True):
                 rows[place].loads.setdefault((case.title, case.in_flight), Measured()).add(count, float(seconds))
@@ -367,10 +367,12 @@ def measure_limits(node: Node, requests: Requests, arguments: Any) -> None:
     show("Envoy alone", envoy, [(case.title, case.in_flight)], console)
 
 
-async def apply_limits(node: Node, limits: Sequence[Mapping[str, Any]]) -> None:
+async def apply_limits(node: Node, requests: Requests, limits: Sequence[Mapping[str, Any]]) -> None:
     async with node.client() as client:
         await client.access.apply(document(GRANTS, limits=limits))
-    await asyncio.sleep(0.5)
+    # Then every key has its buckets, and coord has measured their demand.
+    await node.load(requests, node.keys).each_key_once(node, 64)
+    await asyncio.sleep(1.5)
 
 
 # -- policy

@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,8 +34,10 @@ BUCKETS = 10_000
 """Buckets of one Envoy whose shares are renewed. Each takes about 1 kB."""
 IDLE_S = 30.0
 """Time without a request after which an Envoy forgets a bucket."""
-# Time that several new buckets have to be claimed together.
-_TOGETHER_S = 0.02
+# Usages of a report that are taken in one iteration of the event loop.
+_STEP = 500
+# Time that several new buckets have to be claimed together; and in parts of the time that a claim takes.
+_TOGETHER_S, _TOGETHER_PART = 0.02, 10.0
 # A demand is measured over at least so long.
 _MEASURED_S = 1.0
 # Envoy counts whole tokens for each interval, which must be whole seconds: so a rate has thousandths.
@@ -86,10 +88,10 @@ class _Gateway:
     def __init__(self) -> None:
         self._usages: dict[Bucket, _Usage] = {}
 
-    def report(self, message: Any, now: float) -> bool:
-        """Take a report. Return True when it has a bucket that was not known."""
+    def report(self, usages: Iterable[Any], now: float) -> bool:
+        """Take a report, or a part of one. Return True when it has a bucket that was not known."""
         before = len(self._usages)
-        for each in message.bucket_quota_usages:
+        for each in usages:
             bucket = bucket_of_id({entry.key: entry.value for entry in each.bucket_id.bucket})
             if bucket is not None:
                 self._count(bucket, each.num_requests_allowed + each.num_requests_denied, now)
@@ -176,12 +178,15 @@ class QuotaServer:
 
     async def _stream(self, reports: AsyncIterator[Any], ctx: Context) -> AsyncIterator[Any]:
         claimant = f"{self._origin}/gateway-{next(self._numbers)}"
-        gateway, news = _Gateway(), asyncio.Event()
+        gateway, news, took_s = _Gateway(), asyncio.Event(), 0.0
 
         async def read() -> None:
             async for message in reports:
-                if gateway.report(message, self._clock()):
-                    news.set()
+                usages = message.bucket_quota_usages
+                for begin in range(0, len(usages), _STEP):
+                    if gateway.report(usages[begin : begin + _STEP], self._clock()):
+                        news.set()
+                    await asyncio.sleep(0)
 
         reading = asyncio.create_task(read(), name="usage of quotas")
         changing = asyncio.create_task(self._claims.changed())
@@ -193,11 +198,14 @@ class QuotaServer:
                 )
                 waiting.cancel()
                 if news.is_set():
-                    await asyncio.sleep(_TOGETHER_S)
+                    await asyncio.sleep(max(_TOGETHER_S, _TOGETHER_PART * took_s))
                     news.clear()
                 if changing.done():
                     changing = asyncio.create_task(self._claims.changed())
-                if (response := await self._renewed(claimant, gateway)) is not None:
+                began = self._clock()
+                response = await self._renewed(claimant, gateway)
+                took_s = self._clock() - began
+                if response is not None:
                     yield response
         finally:
             await end(reading, changing)

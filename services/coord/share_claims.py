@@ -9,6 +9,7 @@ do so, each hands out the whole limit.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -95,7 +96,11 @@ class ShareClaims:
             except (grpc.aio.AioRpcError, ShoalError) as err:
                 self._note(alone=True, why=str(err))
         self._followed()
-        return self._shares.claim(claimant, demands, self._clock())
+        found: dict[Bucket, Amount] = {}
+        for step in self._shares.claim_in_steps(claimant, demands, self._clock()):
+            found.update(step)
+            await asyncio.sleep(0)
+        return found
 
     def leave(self, claimant: str) -> None:
         """Release the shares of a claimant. Those that the leader has handed out expire."""

@@ -9,8 +9,9 @@ shares that it has handed out itself: those of a former leader come on top until
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.access.limits import Amount, Bucket, Kind, amount_of
@@ -22,6 +23,8 @@ LIFETIME_S = 10.0
 """Life of a share without a new claim."""
 CLAIMS = 10_000
 """Buckets of one claimant. Each takes about 0.5 kB, and 5 us of each claim."""
+STEP = 200
+"""Buckets that are divided in one iteration of the event loop."""
 _IDLE_PART = 0.1
 """Part of an equal share that a claimant without demand keeps: its first calls are not refused."""
 
@@ -32,8 +35,8 @@ def divide(amount: float, demands: Sequence[float], *, is_whole: bool = False) -
     Demands are met as far as all claimants get an equal share (max-min fairness). What is left is divided equally. With
     `is_whole`, shares are whole numbers.
     """
-    if not demands:
-        return []
+    if len(demands) < 2:
+        return [amount] * len(demands)
     part = amount / len(demands)
     wanted = [max(demand, part * _IDLE_PART) for demand in demands]
     shares = [0.0] * len(demands)
@@ -84,14 +87,25 @@ class Shares:
         A claimant without a share of a bucket gets its part at once, whatever its demand; a share grows as far as the
         others leave room.
         """
+        return {bucket: share for step in self.claim_in_steps(claimant, demands, now) for bucket, share in step}
+
+    def claim_in_steps(
+        self, claimant: str, demands: Mapping[Bucket, float], now: float
+    ) -> Iterator[list[tuple[Bucket, Amount]]]:
+        """Yield the shares of `claim` in steps of at most STEP buckets."""
         for name in [name for name, (_, expires_at) in self._claims.items() if expires_at <= now]:
             self.leave(name)
         before, _ = self._claims.get(claimant, (frozenset[Bucket](), 0.0))
         for bucket in before - demands.keys():
             self._release(claimant, bucket)
         self._claims[claimant] = frozenset(demands), now + LIFETIME_S
-        shares = {bucket: self._share(claimant, bucket, demand) for bucket, demand in demands.items()}
-        return {bucket: share for bucket, share in shares.items() if share is not None}
+        wanted = iter(demands.items())
+        while step := list(itertools.islice(wanted, STEP)):
+            # It may have left meanwhile.
+            if claimant not in self._claims:
+                return
+            shares = ((bucket, self._share(claimant, bucket, demand)) for bucket, demand in step)
+            yield [(bucket, share) for bucket, share in shares if share is not None]
 
     def leave(self, claimant: str) -> None:
         """Release all shares of a claimant."""

@@ -26,7 +26,7 @@ IDS = {"limit": "l", "tenant": "acme", "key": "k1"}
 
 
 def reports(*usages: tuple[Mapping[str, str], int, int]) -> Any:
-    """Return a report as Envoy sends it."""
+    """Return the usages of a report that Envoy sends."""
     sent = RateLimitQuotaUsageReports(
         domain="shoal",
         bucket_quota_usages=[
@@ -39,7 +39,7 @@ def reports(*usages: tuple[Mapping[str, str], int, int]) -> Any:
             for ids, allowed, denied in usages
         ],
     )
-    return Reports.FromString(bytes(sent))
+    return Reports.FromString(bytes(sent)).bucket_quota_usages
 
 
 def told(gateway: _Gateway, share: Amount | None, limit: Limit | None, now: float) -> list[Any]:
