@@ -37,7 +37,7 @@ IDLE_S = 30.0
 # Usages of a report that are taken in one iteration of the event loop.
 _STEP = 500
 # Time that several new buckets have to be claimed together; and in parts of the time that a claim takes.
-_TOGETHER_S, _TOGETHER_PART = 0.02, 10.0
+_TOGETHER_S, _TOGETHER_PART = 0.002, 10.0
 # A demand is measured over at least so long.
 _MEASURED_S = 1.0
 # Envoy counts whole tokens for each interval, which must be whole seconds: so a rate has thousandths.
@@ -207,6 +207,7 @@ class QuotaServer:
                 took_s = self._clock() - began
                 if response is not None:
                     yield response
+            reading.result()
         finally:
             await end(reading, changing)
             self._claims.leave(claimant)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from jwt.utils import to_base64url_uint
 
+from shoal.access import limits, tokens
 from shoal.access import policy as policies
-from shoal.access import tokens
 from shoal.access.policy import BYTES, GRANTS, KEYS, Policy
 from shoal.access.tokens import Signer
 from shoal.errors import InvalidArgument
@@ -216,6 +216,6 @@ def test_the_schema_describes_the_document() -> None:
 def test_the_policies_of_the_documentation_are_valid() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "policy.md"
     documents = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(documents) == 3
+    assert len(documents) == 4
     for text in documents:
-        policies.parse(text, str(page))
+        limits.check(policies.parse(text, str(page)).limits)
