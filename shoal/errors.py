@@ -57,6 +57,8 @@ class ShoalError(Exception):
     """Base of all errors that Shoal raises on purpose. `code` is the gRPC status code."""
 
     code: ClassVar[Code] = Code.UNKNOWN
+    trailing: tuple[tuple[str, str], ...] = ()
+    """Further trailing metadata of the call that fails, and headers of its response over REST."""
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
@@ -96,6 +98,14 @@ class ResourceExhausted(ShoalError):
     code = Code.RESOURCE_EXHAUSTED
 
 
+class LimitReached(ResourceExhausted):
+    """A limit of the policy is reached. `trailing` has the headers `x-ratelimit-...`, which name it."""
+
+    def __init__(self, message: str, *, retry_after_ms: int, trailing: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.trailing = trailing
+
+
 class Aborted(ShoalError):
     code = Code.ABORTED
 
@@ -124,6 +134,8 @@ class Internal(ShoalError):
     code = Code.INTERNAL
 
 
+RATE_LIMIT_KEY = "x-ratelimit-limit"
+"""Key of the trailing metadata with the limit of the policy that has rejected a call."""
 RETRY_AFTER_KEY = "retry-after-ms"
 """Key of the trailing metadata with the time after which a rejected call may be retried, in milliseconds."""
 ERROR_CODE_PARAMETER = "error_code"

@@ -21,9 +21,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mesh.process.tasks import Background
+from mesh.rpc.shares import CallLimits, Shares
 from shoal.access import caller_header
 from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE
 from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of, connector, deciding_claims
+from shoal.access.limits import applicable
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import ACCESS_SERVICE, MODEL_INFER, OF_LAUNCHER, is_health_check
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
@@ -73,7 +75,7 @@ class _Admitted:
 class _Known:
     """A caller and the decisions about its calls."""
 
-    __slots__ = ("_decisions", "applicable", "caller", "inferable", "storable")
+    __slots__ = ("_decisions", "applicable", "caller", "inferable", "job_limits", "limits", "storable")
 
     def __init__(self, applicable: Applicable) -> None:
         self.applicable = applicable
@@ -82,6 +84,10 @@ class _Known:
         """Models of which the caller may call ModelInfer."""
         self.storable = b""
         """Value for `Access.storable`; empty until it is asked for."""
+        self.limits: dict[str, CallLimits | None] = {}
+        """Shares in which the caller's calls count, by model."""
+        self.job_limits: dict[str, CallLimits | None] = {}
+        """Those of its jobs, in infer."""
         self._decisions: dict[tuple[str, str | None], Decision] = {}
 
     def decide(self, rpc: str, model: str | None) -> Decision:
@@ -106,9 +112,18 @@ class Access(Background):
     Without a policy, as long as it is not known, callers get UNAVAILABLE.
     """
 
-    def __init__(self, policy: Policy | None, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, policy: Policy | None, now: Callable[[], float] = time.time, shares: Shares | None = None
+    ) -> None:
+        """Decide by `policy`. `shares` counts calls by its limits; None: this server counts none."""
         self._policy = policy
         self._now = now
+        self.shares = shares
+        self.is_limited = False
+        """True when the policy has limits that this server counts."""
+        self._shares_epoch = 0
+        if policy is not None:
+            self._set_limits(policy)
         self._callers: dict[bytes | None, _Known] = {}
         self._open: dict[object, tuple[str, bytes | None, Callable[[ShoalError], None], bytes | None]] = {}
 
@@ -116,7 +131,13 @@ class Access(Background):
         """Replace the policy. Open calls that it does not allow end with PERMISSION_DENIED."""
         self._policy = policy
         self._callers.clear()
+        self._set_limits(policy)
         self._end_open_calls()
+
+    def _set_limits(self, policy: Policy) -> None:
+        if self.shares is not None:
+            self.shares.set_policy(policy)
+            self.is_limited = self.shares.has_limits
 
     def check(self, rpc: str, caller: bytes | None, model: str | None = None) -> Caller | None:
         """Return the caller when it may call `rpc` for `model`; None for a service, and for a call without a caller.
@@ -152,6 +173,35 @@ class Access(Background):
         if known is not None and model in known.inferable:
             return known.caller
         return self.check(MODEL_INFER, caller, model)
+
+    def limits_of(self, caller: bytes | None, model: str, job_caller: bytes | None = None) -> CallLimits | None:
+        """Return the shares in which a call for `model` counts that was checked; None when it counts in none.
+
+        Args:
+            job_caller: the caller for whom a service runs the model. A service's other calls do not count.
+        """
+        shares = self.shares
+        if shares is None or not self.is_limited:
+            return None
+        if shares.epoch != self._shares_epoch:
+            self._shares_epoch = shares.epoch
+            for known in self._callers.values():
+                known.limits.clear()
+                known.job_limits.clear()
+        is_job = caller in _UNNAMED
+        if is_job and (caller := job_caller) is None:
+            return None
+        known = self._known(caller)
+        by_model = known.job_limits if is_job else known.limits
+        if model in by_model:
+            return by_model[model]
+        if known.caller is None:
+            return None
+        if len(by_model) >= _DECISIONS:
+            by_model.clear()
+        limits = applicable(known.applicable.policy, known.caller)
+        found = by_model[model] = shares.limits_of(limits, known.caller, model, is_job=is_job)
+        return found
 
     def allows(self, rpc: str, caller: bytes | None, model: str) -> bool:
         """Return True when the caller may call `rpc` for `model`. Raises Unauthenticated for an invalid caller."""

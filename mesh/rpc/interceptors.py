@@ -46,7 +46,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
     """Return the gRPC status code, message and trailing metadata that a caller receives for `error`."""
     if isinstance(error, ShoalError):
         trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
-        return _STATUS[int(error.code)], _truncated(error.message), trailing
+        return _STATUS[int(error.code)], _truncated(error.message), trailing + error.trailing
     return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mesh.rpc.access import Access, caller_in
 from mesh.rpc.interceptors import Context
+from mesh.rpc.shares import CallLimits
 from shoal.access.caller_header import CALLER_HEADER
 from shoal.access.rpc_groups import GROUP_OF, OPERATE
 from shoal.errors import PermissionDenied
@@ -56,6 +57,10 @@ class TenantScope:
         """Check that the caller may call `rpc` for `model`. Raises PermissionDenied, or Unauthenticated."""
         if self.access is not None:
             self.access.check(rpc, self.caller, model)
+
+    def limits(self, model: str) -> CallLimits | None:
+        """Return the limits of the policy in which a call for `model` counts; None: in none."""
+        return None if self.access is None else self.access.limits_of(self.caller, model)
 
     def allows(self, rpc: str, model: str) -> bool:
         """Return True when the caller may call `rpc` for `model`."""

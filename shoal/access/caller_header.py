@@ -23,6 +23,9 @@ SUBJECT_HEADER = "x-shoal-subject"
 SIGNER_HEADER = "x-shoal-signer"
 """Header with the id (`kid`) of the public key that has verified the caller's token."""
 
+JOB_CALLER_HEADER = "x-shoal-job-caller"
+"""Header in which a service names the caller for whom it runs a job, as `x-shoal-caller` names one."""
+
 LAUNCHER = b"launcher"
 """Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""
 SERVICE = b"service"
