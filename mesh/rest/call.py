@@ -48,6 +48,7 @@ from mesh.rpc.framing import (
 from mesh.rpc.heavy_work import Steps
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
+from mesh.rpc.shares import CallLimits
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
 from shoal.access.audit import AUDITED
@@ -283,6 +284,12 @@ class RestCall(StreamMemory):
             return self.headers.get(TENANT, b"").decode("latin-1")
         caller = access.check(self.target.rpc, self.headers.get(CALLER), self.target.model)
         return "" if caller is None else caller.tenant
+
+    @property
+    def limits(self) -> CallLimits | None:
+        """The limits of the policy in which the call counts."""
+        access = self._app.access
+        return None if access is None else access.limits_of(self.headers.get(CALLER), self.target.model)
 
     def check(self, rpc: str, model: str | None) -> None:
         """Raise PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model; None: for any."""
@@ -525,6 +532,7 @@ class RestCall(StreamMemory):
         body = self.error_document(code, message)
         http_status = HTTP_STATUS[code]
         fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
+        fields += [(name.encode(), value.encode()) for name, value in trailing if name != RETRY_AFTER_KEY]
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
         stream.respond(stream.encode_head(http_status, head), body)
 

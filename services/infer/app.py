@@ -24,6 +24,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.server import Rpc, Server
+from mesh.rpc.shares import Shares
 from services.infer import metrics
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
@@ -48,6 +49,7 @@ from services.infer.sources.cache import Cache
 from services.infer.sources.poll import Poll
 from services.infer.sources.registry import Registry
 from services.infer.sources.store_client import StoreClient
+from shoal.access.limits import Kind
 
 
 def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:
@@ -82,8 +84,10 @@ async def run(config: InferConfig) -> None:
         heavy = HeavyWork()
         replica = f"{config.node}/{config.instance}"
         core = InferenceServer(models, replica, control=on_request, crash_guard=guard, heavy=heavy)
-        watch = await stack.enter_async_context(access_of(config))
-        access = await stack.enter_async_context(followed(config.policy)) if config.policy is not None else None
+        watch = await stack.enter_async_context(access_of(config, _shares()))
+        access = None
+        if config.policy is not None:
+            access = await stack.enter_async_context(followed(config.policy, _shares(1 / config.limit_processes)))
         if watch is not None:
             access = watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
@@ -130,6 +134,11 @@ async def run(config: InferConfig) -> None:
         await stopped
         # The server's drain is part of this time.
         models.stop_by(context.clock() + context.drain_s)
+
+
+def _shares(part: float | None = None) -> Shares:
+    """Return the shares of the policy's limits. Bytes and requests of a job are counted at its submit."""
+    return Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=part)
 
 
 def _runtimes(config: InferConfig, inner_calls: InnerCalls, owners: Owners) -> Runtimes:

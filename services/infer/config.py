@@ -63,6 +63,8 @@ class InferConfig(ServiceConfig):
     policy: Path | None = None
     """Policy of access, as JSON, for a server behind a gateway that verifies callers. The file is re-read when it is
     replaced. `listen` must then be a unix socket, to which only that gateway can connect."""
+    limit_processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that share the limits of the file `policy`: each has an equal part."""
     response_cache_bytes: Annotated[int, Field(ge=0)] = DEFAULT_BYTES
     """Size of the response cache, shared by all models that use it; 0: no response is cached."""
 

@@ -10,12 +10,13 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.heavy_work import HeavyWork
+from mesh.rpc.shares import CallLimits
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.other_models import StepVersion
@@ -28,6 +29,7 @@ from services.infer.requests import parameters
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import (
     InferenceRequest,
+    asked_rows,
     check_counts,
     held_bytes,
     is_long_read,
@@ -216,6 +218,7 @@ class InferenceServer:
         memory: RequestMemory = UNCOUNTED,
         message_bytes: int = 0,
         raw: list[Any] | None = None,
+        limits: CallLimits | None = None,
     ) -> pb.ModelInferResponse:
         """Run one inference and return its response.
 
@@ -229,15 +232,19 @@ class InferenceServer:
             message_bytes: size of the message.
             raw: receives the raw contents of a large response of numbers, in place of the message; None: the message
                 has all.
+            limits: the shares of the policy's limits in which the request counts; None: in none.
 
         Raises:
             InvalidArgument: the request does not fit the model; the error names the tensor or parameter.
             NotFound, Unavailable: the model or version does not exist; or is not ready.
-            ResourceExhausted: the queue or the memory is full.
+            ResourceExhausted: the queue or the memory is full. LimitReached: a limit of the policy is.
             DeadlineExceeded: the request could not be started in time.
             Internal: the model cannot process the request. Unimplemented: the request uses shared memory.
         """
-        with self.models.use(message.model_name, message.model_version) as version:
+        with (
+            self.models.use(message.model_name, message.model_version) as version,
+            _counted(limits, message, message_bytes, version),
+        ):
             start = self._clock()
             try:
                 check_counts(message)
@@ -339,9 +346,13 @@ class InferenceServer:
         tenant: str = "",
         memory: RequestMemory = UNCOUNTED,
         message_bytes: int = 0,
+        limits: CallLimits | None = None,
     ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
         """Yield the responses of a decoupled model and the model's own errors. Raises other errors as `infer` does."""
-        with self.models.use(message.model_name, message.model_version) as version:
+        with (
+            self.models.use(message.model_name, message.model_version) as version,
+            _counted(limits, message, message_bytes, version),
+        ):
             start = self._clock()
             try:
                 check_counts(message)
@@ -356,6 +367,15 @@ class InferenceServer:
             except (Exception, asyncio.CancelledError, GeneratorExit):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
+
+
+def _counted(
+    limits: CallLimits | None, message: pb.ModelInferRequest, message_bytes: int, version: Version
+) -> AbstractContextManager[None]:
+    """Return a block that counts a request in the limits of its caller."""
+    if limits is None:
+        return nullcontext()
+    return limits.reserved(message_bytes, asked_rows(message, version.loaded.model.signature))
 
 
 def _sessions(version: StepVersion) -> Iterator[Session]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mesh.process.tasks import end
 from mesh.rpc.access import Access
+from mesh.rpc.shares import Shares
 from shoal.access.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -19,14 +20,14 @@ _POLL_S = 0.2
 
 
 @asynccontextmanager
-async def followed(path: Path) -> AsyncIterator[Access]:
-    """Yield the access that the policy in `path` gives; a new file replaces the policy.
+async def followed(path: Path, shares: Shares | None = None) -> AsyncIterator[Access]:
+    """Yield the access that the policy in `path` gives; a new file replaces the policy. `shares` counts its limits.
 
     Raises:
         OSError, ValueError: the file cannot be read, or holds no policy.
     """
     seen = _stamp(path)
-    async with Access(_read(path)) as access:
+    async with Access(_read(path), shares=shares) as access:
         following = asyncio.create_task(_follow(path, seen, access), name="policy")
         try:
             yield access

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, NoReturn
@@ -18,15 +18,18 @@ from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
+from mesh.rpc.shares import CallLimits
 from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.fast_path.large_request import PARSER
 from services.infer.models.trials import Trials
+from services.infer.requests.request_memory import RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access import rpc_groups
-from shoal.errors import InvalidArgument, Unimplemented
+from shoal.access.caller_header import JOB_CALLER_HEADER
+from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
@@ -87,37 +90,39 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         memory = _memory(context)
+        tenant, limits = _admission(context, self._access, rpc_groups.MODEL_INFER)(request.model_name)
         return await self._server.infer(
             request,
             _deadline(context),
-            _tenants(context, self._access, rpc_groups.MODEL_INFER)(request.model_name),
+            tenant,
             is_retry=_is_retry(context),
             memory=memory,
             message_bytes=memory.message_bytes,
+            limits=limits,
         )
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         server, deadline, is_retry = self._server, _deadline(context), _is_retry(context)
-        tenant_of = _tenants(context, self._access, rpc_groups.MODEL_STREAM_INFER)
-        responses = model_stream_infer.stream_responses(
-            request_iterator,
-            lambda message, part: server.infer(
-                message,
-                deadline,
-                tenant_of(message.model_name),
-                is_retry=is_retry,
-                memory=part,
-                message_bytes=part.message_bytes,
-            ),
-            lambda message, part: (
-                server.responses(message, deadline, tenant_of(message.model_name), part, part.message_bytes)
-                if server.is_decoupled(message)
-                else None
-            ),
-            _memory(context),
-        )
+        admit = _admission(context, self._access, rpc_groups.MODEL_STREAM_INFER)
+
+        async def infer(message: pb.ModelInferRequest, part: RequestPart) -> pb.ModelInferResponse:
+            tenant, limits = admit(message.model_name)
+            size = part.message_bytes
+            return await server.infer(
+                message, deadline, tenant, is_retry=is_retry, memory=part, message_bytes=size, limits=limits
+            )
+
+        def respond(
+            message: pb.ModelInferRequest, part: RequestPart
+        ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None:
+            if not server.is_decoupled(message):
+                return None
+            tenant, limits = admit(message.model_name)
+            return server.responses(message, deadline, tenant, part, part.message_bytes, limits)
+
+        responses = model_stream_infer.stream_responses(request_iterator, infer, respond, _memory(context))
         async with aclosing(responses):
             async for response in responses:
                 yield response
@@ -267,22 +272,26 @@ def _header(context: Context, name: str) -> str | None:
     return None
 
 
-def _tenants(context: Context, access: Access | None, rpc: str) -> Callable[[str], str]:
-    """Return a function that returns the tenant of a request to a model: the verified caller's.
+def _admission(context: Context, access: Access | None, rpc: str) -> Callable[[str], tuple[str, CallLimits | None]]:
+    """Return a function that returns the tenant of a request to a model, and the limits in which the request counts.
+
+    The tenant is the verified caller's.
 
     Without `access`, every request has the tenant that the caller names. With it, so have those of the mesh's services
     alone. The function raises PermissionDenied or Unauthenticated when the caller may not call `rpc` for the model.
     """
     named = _header(context, TENANT_HEADER) or ""
     if access is None:
-        return lambda model: named
+        return lambda model: (named, None)
     value = caller_in(context)
+    job_caller = _header(context, JOB_CALLER_HEADER)
+    for_job = None if job_caller is None else job_caller.encode("latin-1", "replace")
 
-    def tenant_of(model: str) -> str:
+    def admit(model: str) -> tuple[str, CallLimits | None]:
         caller = access.check(rpc, value, model)
-        return named if caller is None else caller.tenant
+        return named if caller is None else caller.tenant, access.limits_of(value, model, for_job)
 
-    return tenant_of
+    return admit
 
 
 def _unsupported(method: str, instead: str) -> NoReturn:

@@ -401,7 +401,7 @@ def _spec(
         "INSTANCE": name,
         "LISTEN": listen,
         **({} if is_local(listen) else {"INSECURE": "true"}),
-        **({} if policy is None else {"POLICY": str(policy)}),
+        **({} if policy is None else {"POLICY": str(policy), "LIMIT_PROCESSES": str(options.workers)}),
         **({} if metrics is None else {"METRICS": f"unix:{metrics}"}),
         "REPOSITORY": str(options.repository.absolute()),
     }

@@ -22,8 +22,8 @@ from mesh.rpc.interceptors import status_of
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
-from shoal.access.caller_header import CALLER_HEADER
-from shoal.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ShoalError
+from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER
+from shoal.errors import DeadlineExceeded, InvalidArgument, LimitReached, ResourceExhausted, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
@@ -34,7 +34,7 @@ _STARTED_AT_ONCE = 128
 _MESSAGE_BYTES = 4 << 20
 _RETRY = {ATTEMPT.encode(): b"2"}
 _TENANT = TENANT_HEADER.encode()
-CALLER = CALLER_HEADER.encode()
+CALLER, _JOB_CALLER = CALLER_HEADER.encode(), JOB_CALLER_HEADER.encode()
 _NO_PREFIX = bytes(PREFIX_BYTES)
 
 
@@ -111,6 +111,8 @@ class Bulk:
             entry = Entry(self._on_outcome, message, deadline, RequestPart(self._memory))
             if self._caller is not None:
                 entry.headers = {**entry.headers, CALLER: self._caller}
+                if message.caller:
+                    entry.headers[_JOB_CALLER] = message.caller
             self._entries[message.number] = entry
         for at, (message, entry) in enumerate(zip(entries, list(self._entries.values()), strict=True), 1):
             if at % _STARTED_AT_ONCE == 0:
@@ -258,4 +260,5 @@ def _refusal(number: int, error: BaseException) -> pb.InferBulkResponse.Answer:
     outcome = pb.InferBulkResponse.Answer(number=number, code=code.value[0], message=message)
     if isinstance(error, ShoalError) and error.retry_after_ms is not None:
         outcome.retry_after_ms = error.retry_after_ms
+        outcome.is_limited = isinstance(error, LimitReached)
     return outcome

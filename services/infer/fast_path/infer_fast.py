@@ -18,6 +18,7 @@ from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import parse_in_turn
+from mesh.rpc.shares import CallLimits, Reservation
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.large_request import PARSER, shared_bytes
@@ -29,14 +30,15 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.response import kept
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
-from shoal.access.caller_header import CALLER_HEADER
+from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER
 from shoal.errors import Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
-_TENANT, _ATTEMPT, _CALLER = TENANT_HEADER.encode(), ATTEMPT.encode(), CALLER_HEADER.encode()
+_TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
+_CALLER, _JOB_CALLER = CALLER_HEADER.encode(), JOB_CALLER_HEADER.encode()
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
@@ -115,9 +117,11 @@ class FastInfer:
             return False
         if request is None or not id_field.isascii():
             return False
-        caller = None
+        caller = limits = None
         if self._access is not None:
             caller = self._access.check_infer(exchange.headers.get(_CALLER), model_templates.name)
+            if self._access.is_limited:
+                limits = self._limits_of(exchange, model_templates.name)
         if caller is None:
             header = exchange.headers.get(_TENANT)
             tenant = header.decode("latin-1") if header else ""
@@ -126,8 +130,14 @@ class FastInfer:
         version = self._models.find(model_templates.name, model_templates.number)
         if version is not model_templates.version:
             return False
-        _FastRequest(exchange, version, model_templates.prefix, found, id_field).start(request, tenant)
+        starting = _FastRequest(exchange, version, model_templates.prefix, found, id_field)
+        starting.start(request, tenant, limits, len(body) - PREFIX_BYTES)
         return True
+
+    def _limits_of(self, exchange: Exchange, model: str) -> CallLimits | None:
+        assert self._access is not None
+        headers = exchange.headers
+        return self._access.limits_of(headers.get(_CALLER), model, headers.get(_JOB_CALLER))
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
@@ -137,13 +147,21 @@ class FastInfer:
             message = await parse_in_turn(self._server.heavy, named, PARSER, body, PREFIX_BYTES)
             if shared := shared_bytes(message):
                 exchange.release(shared)
-            caller = None
+            caller = limits = None
             if self._access is not None:
                 caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
+                limits = self._limits_of(exchange, message.model_name)
             tenant = named.decode("latin-1") if caller is None else caller.tenant
             raw: list[Any] = []
             response = await self._server.infer(
-                message, exchange.deadline, tenant, is_retry=is_retry, memory=exchange, message_bytes=len(body), raw=raw
+                message,
+                exchange.deadline,
+                tenant,
+                is_retry=is_retry,
+                memory=exchange,
+                message_bytes=len(body),
+                raw=raw,
+                limits=limits,
             )
             exchange.reply(*template.with_raw(response.SerializeToString(), raw))
             self._learn(body, message)
@@ -178,7 +196,7 @@ class FastInfer:
 class FastRequest:
     """One request in the scheduler; its receiver. A subclass writes the response: `succeeded`."""
 
-    __slots__ = ("_exchange", "_queued", "_version")
+    __slots__ = ("_exchange", "_queued", "_reservation", "_version")
 
     # A response is written, and starts no other request: its delivery need not wait for the next iteration of the loop.
     is_direct = True
@@ -186,15 +204,23 @@ class FastRequest:
     _exchange: Pending
     _version: Version
 
-    def start(self, request: InferenceRequest, tenant: str) -> None:
+    def start(
+        self, request: InferenceRequest, tenant: str, limits: CallLimits | None = None, message_bytes: int = 0
+    ) -> None:
+        """Start the request, counted in `limits`. Raises LimitReached, and as the scheduler does."""
         exchange, version = self._exchange, self._version
         request.memory = exchange
+        self._reservation: Reservation | None = None
+        if limits is not None:
+            self._reservation = limits.reserve(message_bytes, request.rows)
         version.__enter__()
         try:
             self._queued = version.scheduler.start(request, exchange.deadline, tenant, self)
-        except BaseException:
+        except BaseException as err:
             version.__exit__(None, None, None)
             version.statistics.failed(0)
+            if self._reservation is not None:
+                self._reservation.end(err)
             raise
         # A scheduler may deliver at once. Set after the end, the callback would keep the body in a reference cycle.
         if not exchange.is_over:
@@ -204,18 +230,22 @@ class FastRequest:
         version, queued = self._version, self._queued
         if version.scheduler.abandon(queued):
             version.__exit__(None, None, None)
+            if self._reservation is not None:
+                self._reservation.end()
             # A result that was not delivered yet is counted as a success already.
             if not isinstance(queued.outcome, InferenceResult):
                 version.statistics.failed(version.scheduler.age_ns(queued))
 
     def succeeded(self, result: InferenceResult) -> None:
-        """Called by the scheduler."""
+        """Called by the scheduler. Ends the reservation."""
         raise NotImplementedError
 
     def failed(self, error: BaseException) -> None:
         """Called by the scheduler."""
         exchange, version = self._exchange, self._version
         version.__exit__(None, None, None)
+        if self._reservation is not None:
+            self._reservation.end(error)
         version.statistics.failed(version.scheduler.age_ns(self._queued))
         exchange.refuse(error)
 
@@ -237,6 +267,8 @@ class _FastRequest(FastRequest):
     def succeeded(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
+        if self._reservation is not None:
+            self._reservation.end()
         try:
             # A template has no ragged outputs.
             outputs = cast("Sequence[Tensor]", result.outputs)

@@ -127,6 +127,13 @@ def read_steps(message: pb.ModelInferRequest, signature: Signature) -> Steps[Inf
     return InferenceRequest(inputs, outputs, rows, size, key, given, message)
 
 
+def asked_rows(message: pb.ModelInferRequest, signature: Signature) -> int:
+    """Return the rows of a message before it is read, by the shape of its first input; at most the model's limit."""
+    if not signature.max_batch_size or not message.inputs or not message.inputs[0].shape:
+        return 1
+    return min(max(message.inputs[0].shape[0], 1), signature.max_batch_size)
+
+
 def is_long_read(message: pb.ModelInferRequest) -> bool:
     """Return True when reading would block the event loop; decided from the shapes, which are cheap to read."""
     is_typed = not message.raw_input_contents

@@ -138,13 +138,13 @@ class FastRestInfer:
         known, request = found
         try:
             call.check(target.rpc, None)
-            tenant = call.tenant
+            tenant, limits = call.tenant, call.limits
             version = self._models.find(target.model, target.version)
         except ShoalError:
             return False
         if version is not known.version:
             return False
-        _FastRestRequest(call, known).start(request, tenant)
+        _FastRestRequest(call, known).start(request, tenant, limits, len(body))
         return True
 
     def _read_binary(self, target: Target, body: bytes, digits: bytes) -> tuple[_Known, InferenceRequest] | None:
@@ -257,6 +257,8 @@ class _FastRestRequest(FastRequest):
     def succeeded(self, result: InferenceResult) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
+        if self._reservation is not None:
+            self._reservation.end()
         call, known = self._exchange, self._known
         try:
             # A template has no ragged outputs.

@@ -59,11 +59,18 @@ async def _documents(
     """Yield the responses of a request. Raises the first error of the model."""
     if not server.is_decoupled(message):
         response = await server.infer(
-            message, call.deadline, call.tenant, is_retry=is_retry(call), memory=call, message_bytes=size
+            message,
+            call.deadline,
+            call.tenant,
+            is_retry=is_retry(call),
+            memory=call,
+            message_bytes=size,
+            limits=call.limits,
         )
         yield await _written(response)
         return
-    async with aclosing(server.responses(message, call.deadline, call.tenant, call, size)) as responses:
+    responses = server.responses(message, call.deadline, call.tenant, call, size, call.limits)
+    async with aclosing(responses):
         async for found in responses:
             if isinstance(found, ShoalError):
                 raise found

@@ -55,7 +55,13 @@ async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) ->
     if server.is_decoupled(message):
         raise Unimplemented("HTTP end point doesn't support models with decoupled transaction policy")
     response = await server.infer(
-        message, call.deadline, call.tenant, is_retry=is_retry(call), memory=call, message_bytes=len(body)
+        message,
+        call.deadline,
+        call.tenant,
+        is_retry=is_retry(call),
+        memory=call,
+        message_bytes=len(body),
+        limits=call.limits,
     )
     reply = await write(response, wanted, call)
     if length != 0:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshoal/inference/v2/bulk.proto\x12\x12shoal.inference.v2\"\xc1\x01\n\x10InferBulkRequest\x12;\n\x07\x65ntries\x18\x01 \x03(\x0b\x32*.shoal.inference.v2.InferBulkRequest.Entry\x12\x10\n\x08given_up\x18\x02 \x03(\r\x1a^\n\x05\x45ntry\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x10\n\x08is_retry\x18\x05 \x01(\x08\"\xf2\x01\n\x11InferBulkResponse\x12=\n\x07\x61nswers\x18\x01 \x03(\x0b\x32,.shoal.inference.v2.InferBulkResponse.Answer\x12\x10\n\x08instance\x18\x02 \x01(\t\x1a\x8b\x01\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x15\n\x08response\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_responseB\x11\n\x0f_retry_after_ms2m\n\rBulkInference\x12\\\n\tInferBulk\x12$.shoal.inference.v2.InferBulkRequest\x1a%.shoal.inference.v2.InferBulkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshoal/inference/v2/bulk.proto\x12\x12shoal.inference.v2\"\xd1\x01\n\x10InferBulkRequest\x12;\n\x07\x65ntries\x18\x01 \x03(\x0b\x32*.shoal.inference.v2.InferBulkRequest.Entry\x12\x10\n\x08given_up\x18\x02 \x03(\r\x1an\n\x05\x45ntry\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x10\n\x08is_retry\x18\x05 \x01(\x08\x12\x0e\n\x06\x63\x61ller\x18\x06 \x01(\x0c\"\x86\x02\n\x11InferBulkResponse\x12=\n\x07\x61nswers\x18\x01 \x03(\x0b\x32,.shoal.inference.v2.InferBulkResponse.Answer\x12\x10\n\x08instance\x18\x02 \x01(\t\x1a\x9f\x01\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x15\n\x08response\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nis_limited\x18\x06 \x01(\x08\x42\x0b\n\t_responseB\x11\n\x0f_retry_after_ms2m\n\rBulkInference\x12\\\n\tInferBulk\x12$.shoal.inference.v2.InferBulkRequest\x1a%.shoal.inference.v2.InferBulkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,13 +32,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.inference.v2.bulk_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INFERBULKREQUEST']._serialized_start=54
-  _globals['_INFERBULKREQUEST']._serialized_end=247
+  _globals['_INFERBULKREQUEST']._serialized_end=263
   _globals['_INFERBULKREQUEST_ENTRY']._serialized_start=153
-  _globals['_INFERBULKREQUEST_ENTRY']._serialized_end=247
-  _globals['_INFERBULKRESPONSE']._serialized_start=250
-  _globals['_INFERBULKRESPONSE']._serialized_end=492
-  _globals['_INFERBULKRESPONSE_ANSWER']._serialized_start=353
-  _globals['_INFERBULKRESPONSE_ANSWER']._serialized_end=492
-  _globals['_BULKINFERENCE']._serialized_start=494
-  _globals['_BULKINFERENCE']._serialized_end=603
+  _globals['_INFERBULKREQUEST_ENTRY']._serialized_end=263
+  _globals['_INFERBULKRESPONSE']._serialized_start=266
+  _globals['_INFERBULKRESPONSE']._serialized_end=528
+  _globals['_INFERBULKRESPONSE_ANSWER']._serialized_start=369
+  _globals['_INFERBULKRESPONSE_ANSWER']._serialized_end=528
+  _globals['_BULKINFERENCE']._serialized_start=530
+  _globals['_BULKINFERENCE']._serialized_end=639
 # @@protoc_insertion_point(module_scope)
