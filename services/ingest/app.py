@@ -21,6 +21,7 @@ from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.server import Server
+from mesh.rpc.shares import Shares
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest import areas
 from services.ingest.areas import SharedComponents, TenantsArea
@@ -53,6 +54,7 @@ from services.ingest.schedules.documents import RETIRED_INDEXES as RETIRED_SCHED
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.tenants.tenant_status import TenantStatuses
+from shoal.access.limits import Kind
 from shoal.access.rpc_groups import SUBMIT
 from shoal.errors import ShoalError
 
@@ -71,7 +73,9 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
     caller may call every method.
     """
     async with AsyncExitStack() as stack:
-        watch = await stack.enter_async_context(access_of(config))
+        # The rows of a job, and what is in flight while it runs, are counted in infer.
+        shares = Shares((Kind.REQUESTS, Kind.IN_FLIGHT, Kind.BYTES), (Kind.IN_FLIGHT, Kind.ROWS))
+        watch = await stack.enter_async_context(access_of(config, shares))
         access = access if watch is None else watch.access
         shared = await areas.build_shared(config, stack, access)
         tenants = areas.build_tenants(shared)

@@ -315,6 +315,8 @@ class Failure:
     is_reached: bool = True
     """False when it is certain that no model ran the request."""
     retry_after_ms: int = 0
+    is_limited: bool = False
+    """True when a limit of the policy refused the request: the model may have room for other tenants."""
 
 
 @dataclass(frozen=True, slots=True)

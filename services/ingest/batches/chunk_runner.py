@@ -139,7 +139,7 @@ class ChunkRunner:
     def _row_inference(self, batch: Batch, progress: ChunkProgress, model_wait_s: float) -> RowInference:
         return RowInference(
             self._model,
-            ModelTarget(batch.model_name, batch.model_version, batch.signature, batch.tenant),
+            ModelTarget(batch.model_name, batch.model_version, batch.signature, batch.tenant, batch.caller),
             self._slots,
             policy=Policy(max_attempts=batch.max_attempts),
             timeout_s=self._timeout_s,

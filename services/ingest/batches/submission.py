@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -97,6 +98,12 @@ class Submissions:
         check_fields(request)
         request.tenant = scope.owner("tenant", request.tenant)
         caller = checked_caller(scope, request.model_name)
+        limits = scope.limits(request.model_name)
+        # The files are no bytes of the request. Their rows count as they run.
+        with nullcontext() if limits is None else limits.reserved(request.ByteSize(), 0):
+            return await self._submit(request, scope, caller)
+
+    async def _submit(self, request: pb.SubmitBatchRequest, scope: TenantScope, caller: bytes) -> tuple[Batch, bool]:
         digest = digest_of(request)
         if request.idempotency_key:
             earlier = await self._batches.find_by_key(request.tenant, request.idempotency_key)

@@ -55,7 +55,7 @@ class ModelClient(Protocol):
     """Client of infer."""
 
     async def infer(
-        self, request: bytes, timeout_s: float, tenant: str = ""
+        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b""
     ) -> inference_pb2.ModelInferResponse | Failure:
         """Run one serialised ModelInferRequest once. A failed call returns a Failure."""
 
@@ -163,7 +163,15 @@ class Attempts:
         by_id = {job.id: job for job in jobs}
         spans = {job.id: self._span(job) for job in jobs if job.traceparent}
         entries = [
-            BulkEntry(job.id, job.request or b"", self._remaining_s(job), job.tenant, is_ambiguous(job)) for job in jobs
+            BulkEntry(
+                job.id,
+                job.request or b"",
+                self._remaining_s(job),
+                job.tenant,
+                is_ambiguous(job),
+                self._counted_caller(job),
+            )
+            for job in jobs
         ]
         # The call belongs to the trace of the first job that has one.
         traceparent = traceparent_of(trace.set_span_in_context(next(iter(spans.values())))) if spans else ""
@@ -195,6 +203,8 @@ class Attempts:
         now = self._clock()
         if failure.is_reached:
             self._gate.passed(job.model_name)
+        elif failure.is_limited:
+            self._gate.limited(job.tenant, job.model_name, now, failure.retry_after_ms)
         else:
             self._gate.refused(job.model_name, now, failure.retry_after_ms)
         return after_failure(job, failure, now, self._draw)
@@ -234,7 +244,11 @@ class Attempts:
                     return Failure(int(err.code), err.message, is_reached=err.code is Code.DATA_LOSS)
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is no longer in the database")
-            return await self._model.infer(request + _EXPLAIN, timeout_s, job.tenant)
+            return await self._model.infer(request + _EXPLAIN, timeout_s, job.tenant, self._counted_caller(job))
+
+    def _counted_caller(self, job: Job) -> bytes:
+        """Return the caller in whose limits infer counts the job; empty without limits."""
+        return job.caller if self._access is not None and self._access.is_limited else b""
 
 
 def _is_explanation(name: str) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from mesh.mongo_clock import earliest, latest
+from services.ingest.dispatch.model_gate import ClosedQueue
 from services.ingest.dispatch.tenant_queues import TenantQueues
 from services.ingest.documents import EPOCH
 from services.ingest.instance import Instance
@@ -73,12 +74,12 @@ class Claims:
             if job.due_at is not None:
                 self._queues.add_head(job.tenant_queue, job.due_at)
 
-    async def claim_due(self, limit: int, closed_models: Sequence[str]) -> tuple[list[Job], bool]:
+    async def claim_due(self, limit: int, closed_queues: Collection[ClosedQueue]) -> tuple[list[Job], bool]:
         """Claim up to `limit` due jobs with their requests: fair among tenants, the longest waiting first.
 
         Return the jobs, and True when more jobs may be due.
         """
-        closed = frozenset(closed_models)
+        closed = frozenset(closed_queues)
         if self._unknown_claims and (claimed := await self._resolve_unknown()):
             return claimed, True
         is_listed = await self._list_if_due()
@@ -89,11 +90,11 @@ class Claims:
             claimed = await self._claim_known(limit, closed)
         return claimed, self._queues.has_due(self._clock(), closed)
 
-    def due_models(self) -> set[str]:
-        """Return the models of jobs that may be due, as far as this instance knows."""
-        return self._queues.due_models(self._clock())
+    def due_queues(self, closed: Collection[ClosedQueue]) -> set[ClosedQueue]:
+        """Return the queues of jobs that may be due, as far as this instance knows (`TenantQueues.due_queues`)."""
+        return self._queues.due_queues(self._clock(), closed)
 
-    async def _claim_known(self, limit: int, closed: Collection[str]) -> list[Job]:
+    async def _claim_known(self, limit: int, closed: Collection[ClosedQueue]) -> list[Job]:
         now, spread = self._clock(), self._spread
         shares = self._queues.plan(limit, now, closed, spread)
         if not shares:

@@ -35,7 +35,7 @@ from mesh.process.tasks import end
 from services.ingest.dispatch.attempt import Attempts, Decision
 from services.ingest.dispatch.bulk_calls import INITIAL_LIMIT, ConcurrencyLimit, next_bulk
 from services.ingest.dispatch.claims import Claims
-from services.ingest.dispatch.model_gate import ModelGate
+from services.ingest.dispatch.model_gate import ClosedQueue, ModelGate, is_closed
 from services.ingest.dispatch.recorder import EndingJob, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUpJobs
 from services.ingest.instance import Instance
@@ -131,8 +131,8 @@ class Dispatcher:
         # Number of jobs that are being inserted as claimed.
         self._in_writes = 0
         self._is_drained = True
-        # While `_is_drained`: closed models, whose queued jobs were left.
-        self._undrained_models: set[str] = set()
+        # While `_is_drained`: what is closed, with queued jobs that were left.
+        self._undrained: set[ClosedQueue] = set()
         self._wake = asyncio.Event()
         self._next_read = 0.0
         self._stop_at: float | None = None
@@ -176,14 +176,14 @@ class Dispatcher:
         if capacity <= 0:
             return [*jobs]
         now = self._clock()
-        lease, closed = self._claims.lease(), self._undrained_models.union(self._closed(now))
+        lease, closed = self._claims.lease(), self._undrained | self._closed(now)
         made: list[Job] = []
         for job in jobs:
             # An insert of unknown outcome may be made after its lease has lapsed. A lapse ends a job of one attempt, so
             # the job is claimed after its insert.
             may_lapse = job.policy.max_attempts > 1
             is_due = job.due_at is not None and job.due_at <= now
-            if capacity > 0 and may_lapse and is_due and job.model_name not in closed:
+            if capacity > 0 and may_lapse and is_due and not is_closed(job.tenant, job.model_name, closed):
                 capacity -= 1
                 self._in_writes += 1
                 job = claim(job, lease, now)
@@ -304,7 +304,7 @@ class Dispatcher:
 
     async def _claim(self) -> list[Job]:
         closed = self._closed(self._clock())
-        if self._undrained_models.difference(closed):
+        if self._undrained - closed:
             self._read_by_queue_order()
         capacity = self._claim_capacity()
         if capacity <= 0:
@@ -312,8 +312,11 @@ class Dispatcher:
         now = asyncio.get_running_loop().time()
         if self._is_drained and now < self._next_read:
             accepted = [self._just_accepted.popleft() for _ in range(min(capacity, len(self._just_accepted)))]
-            self._undrained_models.update(job.model_name for job in accepted if job.model_name in closed)
-            accepted = [job for job in accepted if job.model_name not in closed]
+            left = [job for job in accepted if is_closed(job.tenant, job.model_name, closed)]
+            self._undrained.update(
+                job.model_name if job.model_name in closed else (job.tenant, job.model_name) for job in left
+            )
+            accepted = [job for job in accepted if not is_closed(job.tenant, job.model_name, closed)]
             jobs = await self._claims.claim_accepted(accepted) if accepted else []
         else:
             self._next_read = now + self._poll_s
@@ -323,13 +326,13 @@ class Dispatcher:
             if is_more:
                 self._read_by_queue_order()
             else:
-                self._is_drained, self._undrained_models = True, self._claims.due_models()
+                self._is_drained, self._undrained = True, self._claims.due_queues(closed)
         self._backlog.removed(len(jobs))
         return jobs
 
-    def _closed(self, now: datetime) -> list[str]:
-        """Return the models of which no jobs are claimed now: not reachable, or with jobs in their model queues."""
-        return [*self._gate.closed(now), *(model for model, queue in self._queues.items() if queue.waiting)]
+    def _closed(self, now: datetime) -> set[ClosedQueue]:
+        """Return the queues of which no jobs are claimed now: not reachable, limited, or waiting in a model queue."""
+        return {*self._gate.closed(now), *(model for model, queue in self._queues.items() if queue.waiting)}
 
     def _claim_capacity(self) -> int:
         """Return the size of the next claim; 0 while it is better to wait for more capacity."""
@@ -507,7 +510,7 @@ class Dispatcher:
 
     def _read_by_queue_order(self) -> None:
         self._is_drained = False
-        self._undrained_models.clear()
+        self._undrained.clear()
         self._just_accepted.clear()
 
     def _idle_s(self) -> float:

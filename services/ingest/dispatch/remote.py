@@ -20,7 +20,8 @@ from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import store_errors
-from shoal.errors import Code, Internal, ShoalError
+from shoal.access.caller_header import JOB_CALLER_HEADER
+from shoal.errors import RATE_LIMIT_KEY, Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 from shoal.tenant_header import TENANT_HEADER, header_value
@@ -70,6 +71,8 @@ class BulkEntry:
     tenant: str = ""
     is_retry: bool = False
     """True: an instance died during an earlier attempt."""
+    caller: bytes = b""
+    """The caller in whose limits infer counts the entry; empty: in none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +130,12 @@ class RemoteModel:
         self._infer = channel.unary_unary(_INFER, None, inference_pb2.ModelInferResponse.FromString)
 
     async def infer(
-        self, request: bytes, timeout_s: float, tenant: str = ""
+        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b""
     ) -> inference_pb2.ModelInferResponse | Failure:
-        """Run one serialised ModelInferRequest once; infer's fairness counts it for `tenant`."""
+        """Run one serialised ModelInferRequest once, for the fair share of `tenant`, and in the limits of `caller`."""
         metadata = (*_NO_RETRIES, (TENANT_HEADER, header_value(tenant))) if tenant else _NO_RETRIES
+        if caller:
+            metadata = (*metadata, (JOB_CALLER_HEADER, caller.decode("latin-1")))
         try:
             response: inference_pb2.ModelInferResponse = await self._infer(
                 request, timeout=timeout_s, metadata=metadata
@@ -187,6 +192,7 @@ def _first_request(entries: Sequence[BulkEntry]) -> bytes:
                 timeout_ms=max(1, int(entry.timeout_s * 1000)),
                 tenant=entry.tenant,
                 is_retry=entry.is_retry,
+                caller=entry.caller,
             )
             for number, entry in enumerate(entries)
         ]
@@ -203,13 +209,20 @@ def _bulk_outcome(entry: bulk_pb2.InferBulkResponse.Answer, instance: str) -> At
     if entry.HasField("response"):
         return AttemptResponse(entry.response, instance)
     is_shed = entry.HasField("retry_after_ms") and entry.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
-    return Failure(entry.code, entry.message, not is_shed, entry.retry_after_ms)
+    return Failure(entry.code, entry.message, not is_shed, entry.retry_after_ms, entry.is_limited)
 
 
 def failure_of(error: grpc.RpcError) -> Failure:
     """Return the failure of an attempt whose call failed."""
     known = translate(error)
-    return Failure(int(known.code), known.message, not _is_unreached(error, known), known.retry_after_ms or 0)
+    is_reached = not _is_unreached(error, known)
+    return Failure(int(known.code), known.message, is_reached, known.retry_after_ms or 0, _is_limited(error))
+
+
+def _is_limited(error: grpc.RpcError) -> bool:
+    """Return True when a limit of the policy refused the request."""
+    trailing = error.trailing_metadata() if isinstance(error, grpc.aio.AioRpcError) else None
+    return any(key == RATE_LIMIT_KEY for key, _ in trailing or ())
 
 
 def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from services.ingest.dispatch.fairness import TenantClocks
+from services.ingest.dispatch.model_gate import ClosedQueue, is_closed
 from services.ingest.job_store import Waiting
 from services.ingest.tenant_queue import TenantQueueKey
 
@@ -61,15 +62,21 @@ class TenantQueues:
         queues[queue] = min(due_at, queues.get(queue, due_at))
         self._recent.add(queue)
 
-    def has_due(self, now: datetime, closed: Collection[str]) -> bool:
-        """Return True when a job may be due whose model is not in `closed`."""
+    def has_due(self, now: datetime, closed: Collection[ClosedQueue]) -> bool:
+        """Return True when a job may be due whose queue is not closed."""
         return any(True for queues in self._heads.values() for _ in self._due(queues, now, closed))
 
-    def due_models(self, now: datetime) -> set[str]:
-        """Return the models of jobs that may be due."""
-        return {queue.model for queues in self._heads.values() for queue, due_at in queues.items() if due_at <= now}
+    def due_queues(self, now: datetime, closed: Collection[ClosedQueue]) -> set[ClosedQueue]:
+        """Return the models of jobs that may be due; of jobs that are closed for their tenant alone, both."""
+        queues = {queue for heads in self._heads.values() for queue, due_at in heads.items() if due_at <= now}
+        return {
+            (queue.tenant, queue.model)
+            if queue.model not in closed and (queue.tenant, queue.model) in closed
+            else queue.model
+            for queue in queues
+        }
 
-    def plan(self, capacity: int, now: datetime, closed: Collection[str], spread: int = 1) -> list[QueueShare]:
+    def plan(self, capacity: int, now: datetime, closed: Collection[ClosedQueue], spread: int = 1) -> list[QueueShare]:
         """Return the shares of tenants in a claim of up to `capacity` jobs.
 
         A `spread` above 1 is for concurrent claimers: the claim then picks randomly among more jobs.
@@ -106,9 +113,13 @@ class TenantQueues:
         self._clocks.charge(tenant, jobs)
 
     def _due(
-        self, queues: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[str]
+        self, queues: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[ClosedQueue]
     ) -> Iterable[TenantQueueKey]:
-        return (queue for queue, due_at in queues.items() if due_at <= now and queue.model not in closed)
+        return (
+            queue
+            for queue, due_at in queues.items()
+            if due_at <= now and not is_closed(queue.tenant, queue.model, closed)
+        )
 
     def _oldest(self, tenant: str, queues: list[TenantQueueKey]) -> tuple[TenantQueueKey, ...]:
         if len(queues) > 1:

@@ -17,6 +17,7 @@ from types import TracebackType
 
 from mesh.process.tasks import end
 from mesh.rpc.access import Access
+from mesh.rpc.shares import CallLimits, Reservation
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.dependencies.dependency_states import dependency_states
 from services.ingest.dependencies.references import by_key, words
@@ -33,7 +34,7 @@ from services.ingest.job import Job
 from services.ingest.job_access import checked_caller
 from services.ingest.job_store import JobStore, Key, KeyTaken, UnknownOutcome
 from services.ingest.limits import CONNECTOR_LABEL
-from services.ingest.tenants.admission import Admission
+from services.ingest.tenants.admission import Admission, when_possible
 from services.ingest.tracing import traceparent_of
 from shoal.access.caller_header import connector_value
 from shoal.errors import AlreadyExists, NotFound, ShoalError, Unavailable
@@ -146,15 +147,31 @@ class Intake:
             InvalidArgument: a field is invalid; the message names it.
             PermissionDenied: the message names another tenant than the caller's, or a model that it may not run.
             AlreadyExists: the idempotency key was used with another request.
-            ResourceExhausted: the backlog is full, too many bytes wait for their write, or the storage quota is spent.
+            ResourceExhausted: a limit of the policy is reached, the backlog is full, too many bytes wait for their
+                write, or the storage quota is spent.
             Unavailable: MongoDB is unavailable; the job may or may not exist: repeat with an idempotency key.
         """
         check_not_reserved(submit)
-        caller = b"" if scope is EVERY_TENANT else _admitted(submit, scope)
-        return self._begin(submit, traceparent, caller)
+        if scope is EVERY_TENANT:
+            return self._begin(submit, traceparent, b"")
+        caller = _admitted(submit, scope)
+        return self._begin(submit, traceparent, caller, scope.limits(submit.request.model_name))
 
-    def _begin(self, submit: pb.SubmitRequest, traceparent: str, caller: bytes) -> asyncio.Future[Accepted]:
+    def _begin(
+        self, submit: pb.SubmitRequest, traceparent: str, caller: bytes, limits: CallLimits | None = None
+    ) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent, caller)
+        if limits is None:
+            return self._admitted(job)
+        reservation = limits.reserve(len(job.request or b""), 0)
+        try:
+            future = self._admitted(job)
+        except BaseException:
+            reservation.end()
+            raise
+        return _ending(reservation, future)
+
+    def _admitted(self, job: Job) -> asyncio.Future[Accepted]:
         if not self._limits.admission.try_admit(job.tenant):
             admitting = asyncio.create_task(self._admit_and_enqueue(job), name="admission")
             self._admitting.add(admitting)
@@ -168,11 +185,15 @@ class Intake:
     ) -> asyncio.Future[Accepted]:
         """Begin a submit of a stream: instead of raising, wait until the limits allow it.
 
-        The wait for memory has no deadline; the wait for `Admission` ends after half a minute.
+        The wait for memory has no deadline. The waits for the limits of the policy, and for `Admission`, end after half
+        a minute each.
         """
         check_not_reserved(submit)
-        caller = b"" if scope is EVERY_TENANT else _admitted(submit, scope)
-        return await self._begin_when_there_is_room(submit, traceparent, caller)
+        if scope is EVERY_TENANT:
+            return await self._begin_when_there_is_room(submit, traceparent, b"")
+        caller = _admitted(submit, scope)
+        limits = scope.limits(submit.request.model_name)
+        return await self._begin_when_there_is_room(submit, traceparent, caller, limits)
 
     async def begin_of_connector(self, submit: pb.SubmitRequest) -> asyncio.Future[Accepted]:
         """Begin the submit of a connector's message, whose labels are reserved; wait as a stream does.
@@ -180,13 +201,29 @@ class Intake:
         The caller is the connector: a user of its tenant.
         """
         caller = connector_value(submit.labels[CONNECTOR_LABEL], submit.tenant)
-        caller = checked_caller(TenantScope(submit.tenant, caller, self._access), submit.request.model_name)
-        return await self._begin_when_there_is_room(submit, "", caller)
+        scope = TenantScope(submit.tenant, caller, self._access)
+        caller = checked_caller(scope, submit.request.model_name)
+        return await self._begin_when_there_is_room(submit, "", caller, scope.limits(submit.request.model_name))
 
     async def _begin_when_there_is_room(
-        self, submit: pb.SubmitRequest, traceparent: str, caller: bytes
+        self, submit: pb.SubmitRequest, traceparent: str, caller: bytes, limits: CallLimits | None = None
     ) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent, caller)
+        if limits is None:
+            return await self._admitted_when_there_is_room(job)
+
+        async def reserve() -> Reservation:
+            return limits.reserve(len(job.request or b""), 0)
+
+        reservation = await when_possible(reserve)
+        try:
+            future = await self._admitted_when_there_is_room(job)
+        except BaseException:
+            reservation.end()
+            raise
+        return _ending(reservation, future)
+
+    async def _admitted_when_there_is_room(self, job: Job) -> asyncio.Future[Accepted]:
         await self._limits.admission.wait(job.tenant)
         await self._limits.budget.wait_for(_size(job))
         return self._enqueue(job)
@@ -331,6 +368,12 @@ def _admitted(submit: pb.SubmitRequest, scope: TenantScope) -> bytes:
     """
     submit.tenant = scope.owner("tenant", submit.tenant)
     return checked_caller(scope, submit.request.model_name)
+
+
+def _ending(reservation: Reservation, future: asyncio.Future[Accepted]) -> asyncio.Future[Accepted]:
+    """Return the future of a submit, at whose end the reservation ends."""
+    future.add_done_callback(lambda _: reservation.end())
+    return future
 
 
 def _existing_or_conflict(job: Job, earlier: Job | None) -> Accepted | ShoalError:

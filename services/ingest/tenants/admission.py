@@ -10,12 +10,15 @@ A stream waits instead for a while, and is not read meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from services.ingest.tenants.bucket import Buckets
 from services.ingest.tenants.pending import PendingCounts
 from services.ingest.tenants.tenant_repository import TenantRepository
 from shoal.errors import ResourceExhausted, ShoalError
+
+T = TypeVar("T")
 
 PATIENCE_S = 30.0
 """Maximum wait of a stream's item for admission: half of the time that clients wait for an acknowledgement."""
@@ -85,15 +88,23 @@ class Admission:
         Raises:
             ResourceExhausted: the limits do not allow it for `patience_s`. Unavailable: MongoDB is unavailable.
         """
-        deadline = asyncio.get_running_loop().time() + patience_s
-        while True:
-            try:
-                if not self.try_admit(tenant):
-                    await self.admit(tenant)
-                return
-            except ResourceExhausted as err:
-                left_s = deadline - asyncio.get_running_loop().time()
-                wait_s = min((err.retry_after_ms or 0) / 1000, _LONGEST_WAIT_S)
-                if wait_s >= left_s:
-                    raise
-            await asyncio.sleep(max(0.001, wait_s))
+
+        async def admit() -> None:
+            if not self.try_admit(tenant):
+                await self.admit(tenant)
+
+        await when_possible(admit, patience_s)
+
+
+async def when_possible(attempt: Callable[[], Awaitable[T]], patience_s: float = PATIENCE_S) -> T:
+    """Return what `attempt` returns as soon as it raises no ResourceExhausted; raise that after `patience_s`."""
+    deadline = asyncio.get_running_loop().time() + patience_s
+    while True:
+        try:
+            return await attempt()
+        except ResourceExhausted as err:
+            left_s = deadline - asyncio.get_running_loop().time()
+            wait_s = min((err.retry_after_ms or 0) / 1000, _LONGEST_WAIT_S)
+            if wait_s >= left_s:
+                raise
+        await asyncio.sleep(max(0.001, wait_s))

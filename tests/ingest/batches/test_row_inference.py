@@ -42,7 +42,9 @@ class Doubling:
         self.calls: list[list[int]] = []
         self.exclusive: Counter[int] = Counter()
 
-    async def infer(self, request: bytes, timeout_s: float, tenant: str = "") -> oip.ModelInferResponse | Failure:
+    async def infer(
+        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b""
+    ) -> oip.ModelInferResponse | Failure:
         message = oip.ModelInferRequest.FromString(request)
         x = np.frombuffer(message.raw_input_contents[0], np.float32).reshape(-1, 4)
         rows = x[:, 0].astype(int).tolist()

@@ -18,12 +18,14 @@ from shoal.oip.tensors import Array, read_tensor, to_raw
 
 @dataclass(frozen=True, slots=True)
 class ModelTarget:
-    """Model and tenant that all requests of a batch share."""
+    """Model, tenant and caller that all requests of a batch share."""
 
     model_name: str
     model_version: str
     signature: Signature
     tenant: str = ""
+    caller: bytes = b""
+    """The caller in whose limits the rows count; empty without a policy."""
 
 
 def request_of(asked: ModelTarget, inputs: Sequence[FittedInput], stack: Stack) -> bytes:
