@@ -478,7 +478,9 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
         return End(Outcome.FAILED, failure.code, failure.message)
     name = name_of(failure.code)
     if not failure.is_reached:
-        wait_ms = max(refused_wait_ms(job.refusals, draw()), failure.retry_after_ms * (1 + draw() / 4))
+        # A limit of the policy may be raised meanwhile.
+        after_ms = min(failure.retry_after_ms, REFUSED_MAX_WAIT_MS) if failure.is_limited else failure.retry_after_ms
+        wait_ms = max(refused_wait_ms(job.refusals, draw()), after_ms * (1 + draw() / 4))
         reason = f"{name}, before any model ran it: this attempt is not counted"
         return BackToQueue(_later(now, wait_ms), False, reason, failure.code, failure.message)
     if job.failures >= job.policy.max_attempts:

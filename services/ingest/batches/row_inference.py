@@ -2,7 +2,7 @@
 
     stack ──> succeeded
       │  model unavailable or shedding load: retried after a wait; after MODEL_WAIT_S the chunk is released
-      │  a limit of the policy is reached: retried after the wait that the refusal names
+      │  a limit of the policy is reached: retried after the wait that the refusal names, as long as it takes
       │  permanent error: bisected; a row that is sent by itself fails
       │  any other error: bisected; a row by itself is retried, and fails when its attempts are used up
       └─ the model's instance died: bisected too, and sent exclusively, with no other request of this instance
@@ -13,7 +13,6 @@ A poison row fails no other row: only failures of a request with a single row co
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -35,11 +34,11 @@ _INSTANCE_LOST = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
 
 
 MODEL_WAIT_S = 10.0
-"""Time without a succeeded row that a chunk waits for an unavailable model before it is released in favour of other
-models' chunks. A model that restarts is ready again within this time, so succeeded rows are not discarded."""
+"""Time that a chunk waits for an unavailable model before it is released in favour of other models' chunks. A model
+that restarts is ready again within this time, so succeeded rows are not discarded."""
 
-LIMITED_WAIT_MS = 100
-"""Shortest wait after a refusal by a limit. Longer and longer waits would leave a part of the limit unused."""
+LIMITED_WAIT_MS, LIMITED_MAX_WAIT_MS = 100, 5_000
+"""Bounds of the wait after a refusal by a limit, which says how long. Doubled waits would leave a part of it unused."""
 
 
 class InferenceClient(Protocol):
@@ -88,7 +87,8 @@ def decide(
 ) -> Wait | Split | RowError:
     """Decide about a failed stack; `attempts` counts the failures that are the stack's own, this one included."""
     if failure.is_limited:
-        return Wait(max(LIMITED_WAIT_MS, failure.retry_after_ms) * (1 + drawn), False)
+        wait_ms = min(max(LIMITED_WAIT_MS, failure.retry_after_ms), LIMITED_MAX_WAIT_MS)
+        return Wait(wait_ms * (1 + drawn), False)
     if not failure.is_reached or failure.code in _MODEL_UNAVAILABLE:
         return Wait(max(refused_wait_ms(refusals, drawn), failure.retry_after_ms), False)
     if rows > 1:
@@ -145,8 +145,6 @@ class RowInference:
         self._on_wait = on_wait
         self._model_wait_s = model_wait_s
         self._draw = draw
-        # Time of the last success. Several stacks share a limit, and some wait while others succeed.
-        self._succeeded_at = -math.inf
 
     async def infer(
         self, inputs: Sequence[FittedInput], stack: Stack, *, is_exclusive: bool = False
@@ -154,16 +152,15 @@ class RowInference:
         """Return the outcomes of the rows of a stack, in their order.
 
         Raises:
-            Unavailable: the model was unavailable, or a limit reached, for longer than `model_wait_s`.
+            Unavailable: the model was unavailable for longer than `model_wait_s`.
         """
         attempts = refusals = 0
-        waits_since = None
+        give_up_at = None
         while True:
             async with self._slots.acquired(exclusive=is_exclusive):
                 outcome = await self._send(inputs, stack)
             if isinstance(outcome, SucceededRows):
                 self._on_wait("")
-                self._succeeded_at = asyncio.get_running_loop().time()
                 return [outcome]
             attempts += outcome.is_reached and outcome.code not in _MODEL_UNAVAILABLE
             decision = decide(
@@ -181,13 +178,14 @@ class RowInference:
                 return await self._halves(inputs, stack, is_exclusive=decision.is_exclusive or is_exclusive)
             refusals += not decision.is_counted
             if decision.is_counted:
-                waits_since = None
+                give_up_at = None
             else:
                 reason = f"{name_of(outcome.code)}: {outcome.message}"[:300]
                 self._on_wait(reason)
                 now = asyncio.get_running_loop().time()
-                waits_since = waits_since or now
-                if now > max(waits_since, self._succeeded_at) + self._model_wait_s:
+                give_up_at = give_up_at or now + self._model_wait_s
+                # A limit lets rows pass at its rate. A chunk that began anew would spend it on rows that have run.
+                if now > give_up_at and not outcome.is_limited:
                     raise Unavailable(f"model {self._target.model_name!r} is unavailable: {reason}")
             await asyncio.sleep(decision.ms / 1000)
 
