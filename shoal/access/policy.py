@@ -433,10 +433,6 @@ def load(path: Path, *, is_cluster: bool = False) -> Policy:
             )
     if policy.audit.reads and not is_cluster:
         raise InvalidArgument(f"{path}: audit.reads is for the policy of a node: `shoal serve` has no audit log")
-    if policy.limits and not is_cluster:
-        raise InvalidArgument(
-            f"{path}: limits are for the policy of a node (`shoal policy apply`): leave them out here"
-        )
     return resolved(policy, lambda name: _read(path.parent / name), str(path))
 
 

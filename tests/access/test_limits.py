@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,16 +106,6 @@ def test_the_number_of_limits_is_bounded_and_names_are_distinct() -> None:
         with_limits(*entries)
     with pytest.raises(InvalidArgument, match="the limit 'l0' occurs twice"):
         with_limits(entries[0], {**entries[0]})
-
-
-def test_a_server_without_coord_refuses_a_policy_with_limits(tmp_path: Path) -> None:
-    file = tmp_path / "policy.yaml"
-    issuer = {**ISSUER, "cluster": False, "jwks_file": "keys.json"}
-    file.write_text(
-        yaml.safe_dump({"version": 1, "issuers": [issuer], "limits": [{"name": "a", "rows_per_second": 1}]})
-    )
-    with pytest.raises(InvalidArgument, match="limits are for the policy of a node"):
-        policy.load(file)
 
 
 # -- requests at the gateway

@@ -24,7 +24,7 @@ import pytest
 import shoal
 from shoal.access import tokens
 from shoal.cli.main import main
-from shoal.errors import PermissionDenied, Unauthenticated
+from shoal.errors import PermissionDenied, ResourceExhausted, Unauthenticated
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from shoal.node.ports import listeners
@@ -263,7 +263,9 @@ def test_with_tls_and_a_policy_an_address_of_others_needs_no_word_and_a_key_is_a
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     signer = tokens.create_signer(tmp_path / "signer.json")
-    policies.write(tmp_path / "policy.yaml", policies.document(signer))
+    # Each of two workers has the half of it.
+    few = {"name": "few", "tenants": ["busy"], "rows_per_second": 0.001, "burst_rows": 4}
+    policies.write(tmp_path / "policy.yaml", policies.document(signer, limits=[few]))
     options = ("--tls", "auto", "--policy", str(tmp_path / "policy.yaml"), "--workers", "2")
     _, said = start(str(onnx_models), "--host", "0.0.0.0", *options)
     address, ca = said["address"].replace("0.0.0.0", "https://localhost"), said["tls"]["ca"]
@@ -278,6 +280,11 @@ def test_with_tls_and_a_policy_an_address_of_others_needs_no_word_and_a_key_is_a
                 assert client.infer("double", x, timeout=30)["y"].tolist() == expected
     with shoal.Client(address, ca=ca) as client, pytest.raises(Unauthenticated):
         client.infer("double", x, timeout=30)
+    with shoal.Client(address, ca=ca, token=policies.key(signer, tenant="busy").text) as client:
+        for _ in range(2):
+            client.infer("double", x, timeout=30)
+        with pytest.raises(ResourceExhausted, match="limit 'few' of the policy: the tenant 'busy' has"):
+            client.infer("double", x, timeout=30)
 
 
 @pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])
