@@ -20,8 +20,10 @@ from onnx import TensorProto, helper
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
+from mesh.rpc.access import Access
 from mesh.rpc.framing import framed
 from mesh.rpc.server import Server
+from mesh.rpc.shares import Shares
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.model_process.channel import Message
@@ -37,9 +39,13 @@ from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.sources.repository import look, scan
+from shoal.access import tokens
+from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.limits import Kind
 from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, ResourceExhausted, Unavailable
 from shoal.inference.v2 import bulk_pb2
 from shoal.inference.v2 import inference_pb2 as pb
+from tests.access.policies import claims_of, key, passed, policy
 from tests.breakable import until
 from tests.http2 import INFER, STREAM
 from tests.infer import onnx_files
@@ -131,7 +137,7 @@ class Serving(Front):
 
 
 @asynccontextmanager
-async def serving(root: Path, limit: int) -> AsyncIterator[Serving]:
+async def serving(root: Path, limit: int, access: Access | None = None) -> AsyncIterator[Serving]:
     if not root.exists():
         repository(root)
     async with (
@@ -141,14 +147,21 @@ async def serving(root: Path, limit: int) -> AsyncIterator[Serving]:
         core = InferenceServer(models, "test/infer-0", control=control)
         control.offer(scan(root))
         await models.settled()
-        rpcs = [inference_rpc(core), bulk_rpc(core)]
+        rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
+        fast = fast_methods(core, access)
         async with Server(
-            "127.0.0.1:0", rpcs, drain_ms=500, fast_methods=fast_methods(core), body_bytes=limit
+            "127.0.0.1:0", rpcs, drain_ms=500, fast_methods=fast, body_bytes=limit, access=access
         ) as server:
             await server.serve()
             made = Serving(server, core)
             yield made
             await made.until_nothing_is_held()
+
+
+def in_flight(shares: Shares) -> float:
+    """Return the number of calls in flight that are counted."""
+    shares.demands()
+    return sum(demand.used for demand in shares.demands() if demand.bucket.kind is Kind.IN_FLIGHT)
 
 
 def errors_of(bodies: list[bytes]) -> list[int]:
@@ -383,7 +396,7 @@ CALLS = st.tuples(
 )
 
 
-def message_of(model: str, path: str, kilobytes: int) -> bytes:
+def message_of(model: str, path: str, kilobytes: int, caller: bytes) -> bytes:
     if model == "garbage":
         return b"\xff" * kilobytes * 1024
     if model == "text":
@@ -391,22 +404,27 @@ def message_of(model: str, path: str, kilobytes: int) -> bytes:
     else:
         made = request(model, x=np.ones((1, kilobytes * 256), np.float32))
     if path == BULK:
-        entries = [{"number": n, "request": made.SerializeToString(), "timeout_ms": 20_000} for n in range(2)]
+        entry = {"request": made.SerializeToString(), "timeout_ms": 20_000, "caller": caller}
+        entries = [{"number": n, **entry} for n in range(2)]
         return bulk_pb2.InferBulkRequest(entries=entries).SerializeToString()
     return made.SerializeToString()
 
 
-async def end_in_many_ways(front: Serving, calls: list[Any], *, is_lost: bool, window: int) -> None:
-    """Make calls on one connection, which reads `window` bytes of each response; lose it at the end, or not."""
+async def end_in_many_ways(front: Serving, calls: list[Any], caller: bytes, *, is_lost: bool, window: int) -> None:
+    """Make calls on one connection, which reads `window` bytes of each response; lose it at the end, or not.
+
+    Bulks are a service's, for jobs of `caller`.
+    """
     async with front.peer({frames.WINDOW_SIZE: window}) as peer:
         read: list[int] = []
         for model, path, encoding, content, kilobytes, timeout, end in calls:
             extra = [("grpc-encoding", encoding), ("x-shoal-tenant", model)]
             extra += [("grpc-timeout", timeout)] if timeout else []
+            extra.append((CALLER_HEADER, (SERVICE if path == BULK else caller).decode()))
             number, peer.next_number = peer.next_number, peer.next_number + 2
             head = [(":method", "POST"), (":path", path), ("content-type", content), *extra]
             peer.send(peer.headers(number, head))
-            message = message_of(model, path, kilobytes)
+            message = message_of(model, path, kilobytes, caller)
             body = framed(message)
             if encoding == "gzip":
                 packed = gzip.compress(message, 1)
@@ -427,18 +445,26 @@ async def end_in_many_ways(front: Serving, calls: list[Any], *, is_lost: bool, w
                 await peer.end_of(number)
 
 
-async def test_every_way_to_end_returns_the_memory(tmp_path: Path):
+async def test_every_way_to_end_returns_the_memory_and_what_was_in_flight(tmp_path: Path):
     loop = asyncio.get_running_loop()
-    async with serving(tmp_path / "m", 4 * MIB) as front:
+    signer = tokens.create_signer(tmp_path / "signer.json")
+    caller = passed(claims_of(key(signer)))[1].encode()
+    # Some calls are refused.
+    limit = {"name": "all", "requests_in_flight": 8, "rows_per_second": 1_000_000}
+    shares = Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
+    access = Access(policy(signer, limits=[limit]), shares=shares)
+    async with serving(tmp_path / "m", 4 * MIB, access) as front:
 
         @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
         @given(st.lists(CALLS, max_size=12), st.booleans(), st.sampled_from([0, 1000, frames.LARGEST_WINDOW]))
         def play(calls: list[Any], is_lost: bool, window: int) -> None:
             async def once() -> None:
-                await end_in_many_ways(front, calls, is_lost=is_lost, window=window)
+                await end_in_many_ways(front, calls, caller, is_lost=is_lost, window=window)
                 await front.until_nothing_is_held()
                 memory = front.server.memory
                 assert (memory.bodies.held, memory.unread.held) == (0, 0)
+                # Its connection may have been lost a moment ago.
+                await until(lambda: in_flight(shares) == 0, "the end of what is in flight")
 
             asyncio.run_coroutine_threadsafe(once(), loop).result(60)
 
