@@ -46,9 +46,9 @@ from mesh.rpc.framing import (
     unread,
 )
 from mesh.rpc.heavy_work import Steps
+from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
-from mesh.rpc.shares import CallLimits
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
 from shoal.access.audit import AUDITED

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mesh.process.tasks import Background
-from mesh.rpc.shares import CallLimits, Shares
+from mesh.rpc.held_shares import CallLimits, HeldShares
 from shoal.access import caller_header
 from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE
 from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of, connector, deciding_claims
@@ -113,7 +113,7 @@ class Access(Background):
     """
 
     def __init__(
-        self, policy: Policy | None, now: Callable[[], float] = time.time, shares: Shares | None = None
+        self, policy: Policy | None, now: Callable[[], float] = time.time, shares: HeldShares | None = None
     ) -> None:
         """Decide by `policy`. `shares` counts calls by its limits; None: this server counts none."""
         self._policy = policy

@@ -20,8 +20,8 @@ from mesh.process.config import ServiceConfig
 from mesh.process.tasks import Background, end
 from mesh.process.watched import Watched
 from mesh.rpc.access import Access
-from mesh.rpc.share_claims import claiming
-from mesh.rpc.shares import Shares
+from mesh.rpc.held_shares import HeldShares
+from mesh.rpc.share_renewal import renewing
 from shoal.access import cluster
 from shoal.access.policy import Policy
 
@@ -78,7 +78,7 @@ def values_of(copy: Copy) -> tuple[dict[bytes, bytes], int]:
 
 
 @asynccontextmanager
-async def access_of(config: ServiceConfig, shares: Shares | None = None) -> AsyncIterator[PolicyWatch | None]:
+async def access_of(config: ServiceConfig, shares: HeldShares | None = None) -> AsyncIterator[PolicyWatch | None]:
     """Yield the watch of the cluster's policy for a service, running; None when callers need no authentication.
 
     `shares` counts the service's calls in the limits of the policy.
@@ -91,7 +91,7 @@ async def access_of(config: ServiceConfig, shares: Shares | None = None) -> Asyn
         etcd = await stack.enter_async_context(Etcd(config.etcd))
         mirror = await stack.enter_async_context(Mirror(etcd, cluster.PREFIX))
         access = await stack.enter_async_context(Access(None, shares=shares))
-        await stack.enter_async_context(claiming(config, shares))
+        await stack.enter_async_context(renewing(config, shares))
         yield await stack.enter_async_context(PolicyWatch(mirror, access))
 
 

@@ -1,8 +1,10 @@
-"""Buckets of limits in the messages of shoal.coord.v1.ShareService."""
+"""Messages of coord's ShareService from and to the values of shoal.access.limits."""
 
 from __future__ import annotations
 
-from shoal.access.limits import Bucket, Kind
+from collections.abc import Mapping
+
+from shoal.access.limits import Amount, Bucket, Kind
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.errors import InvalidArgument
 
@@ -15,6 +17,19 @@ _KINDS = {
 _KIND_OF = {number: kind for kind, number in _KINDS.items()}
 
 
+def request_message(
+    claimant: str, demands: Mapping[Bucket, float], *, is_forwarded: bool = False
+) -> pb.ClaimSharesRequest:
+    """Return the message of a claim."""
+    claims = [pb.ShareClaim(bucket=bucket_message(bucket), demand=demand) for bucket, demand in demands.items()]
+    return pb.ClaimSharesRequest(claimant=claimant, claims=claims, forwarded=is_forwarded)
+
+
+def shares_in(response: pb.ClaimSharesResponse) -> dict[Bucket, Amount]:
+    """Return the shares in a response. Raises InvalidArgument."""
+    return {bucket_in(share.bucket): Amount(share.amount, share.burst) for share in response.shares}
+
+
 def bucket_message(bucket: Bucket) -> pb.LimitBucket:
     """Return the message of a bucket."""
     return pb.LimitBucket(
@@ -23,7 +38,7 @@ def bucket_message(bucket: Bucket) -> pb.LimitBucket:
 
 
 def bucket_in(message: pb.LimitBucket) -> Bucket:
-    """Return the bucket of a message. Raises InvalidArgument for an unknown kind."""
+    """Return the bucket in a message. Raises InvalidArgument."""
     kind = _KIND_OF.get(message.kind)
     if kind is None:
         raise InvalidArgument(f"bucket of the limit {message.limit!r}: no kind {message.kind}")

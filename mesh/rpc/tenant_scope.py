@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.rpc.access import Access, caller_in
+from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import Context
-from mesh.rpc.shares import CallLimits
 from shoal.access.caller_header import CALLER_HEADER
 from shoal.access.rpc_groups import GROUP_OF, OPERATE
 from shoal.errors import PermissionDenied

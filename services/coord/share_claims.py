@@ -21,8 +21,8 @@ from mesh.cluster.mirror import Mirror
 from mesh.process.watched import Watched
 from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import InForce
+from mesh.rpc.share_messages import request_message, shares_in
 from services.coord.cluster import cluster_of
-from services.coord.share_messages import request_message, shares_in
 from services.coord.shares import RENEW_S, Shares
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.access.limits import Amount, Bucket

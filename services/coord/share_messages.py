@@ -1,4 +1,4 @@
-"""Messages of ShareService."""
+"""Messages of ShareService as coord reads and writes them; those that its claimants use, too, are in the mesh."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from services.coord.shares import CLAIMS, LIFETIME_S, RENEW_S
 from shoal.access.limits import Amount, Bucket
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.errors import InvalidArgument
-
-
-def request_message(
-    claimant: str, demands: Mapping[Bucket, float], *, is_forwarded: bool = False
-) -> pb.ClaimSharesRequest:
-    """Return the message of a claim."""
-    claims = [pb.ShareClaim(bucket=bucket_message(bucket), demand=demand) for bucket, demand in demands.items()]
-    return pb.ClaimSharesRequest(claimant=claimant, claims=claims, forwarded=is_forwarded)
 
 
 def demands_in(request: pb.ClaimSharesRequest) -> dict[Bucket, float]:
@@ -42,8 +34,3 @@ def response_message(shares: Mapping[Bucket, Amount]) -> pb.ClaimSharesResponse:
         renew_ms=round(RENEW_S * 1000),
         lifetime_ms=round(LIFETIME_S * 1000),
     )
-
-
-def shares_in(response: pb.ClaimSharesResponse) -> dict[Bucket, Amount]:
-    """Return the shares in a response."""
-    return {bucket_in(share.bucket): Amount(share.amount, share.burst) for share in response.shares}

@@ -23,8 +23,8 @@ from mesh.rpc.auditing import auditing_of
 from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import access_of, published
 from mesh.rpc.heavy_work import HeavyWork
+from mesh.rpc.held_shares import HeldShares
 from mesh.rpc.server import Rpc, Server
-from mesh.rpc.shares import Shares
 from services.infer import metrics
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
@@ -136,9 +136,9 @@ async def run(config: InferConfig) -> None:
         models.stop_by(context.clock() + context.drain_s)
 
 
-def _shares(part: float | None = None) -> Shares:
+def _shares(part: float | None = None) -> HeldShares:
     """Return the shares of the policy's limits. Bytes and requests of a job are counted at its submit."""
-    return Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=part)
+    return HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=part)
 
 
 def _runtimes(config: InferConfig, inner_calls: InnerCalls, owners: Owners) -> Runtimes:

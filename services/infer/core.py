@@ -16,7 +16,7 @@ from typing import Any
 
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.heavy_work import HeavyWork
-from mesh.rpc.shares import CallLimits
+from mesh.rpc.held_shares import CallLimits
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.other_models import StepVersion

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mesh.process.tasks import end
 from mesh.rpc.access import Access
-from mesh.rpc.shares import Shares
+from mesh.rpc.held_shares import HeldShares
 from shoal.access.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _POLL_S = 0.2
 
 
 @asynccontextmanager
-async def followed(path: Path, shares: Shares | None = None) -> AsyncIterator[Access]:
+async def followed(path: Path, shares: HeldShares | None = None) -> AsyncIterator[Access]:
     """Yield the access that the policy in `path` gives; a new file replaces the policy. `shares` counts its limits.
 
     Raises:

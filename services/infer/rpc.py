@@ -16,9 +16,9 @@ from google.protobuf.message import DecodeError
 from mesh.rpc.access import Access, caller_in
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
-from mesh.rpc.shares import CallLimits
 from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk

@@ -20,8 +20,8 @@ from mesh.removal_guard import MARK_VALIDATOR, MARKS
 from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
+from mesh.rpc.held_shares import HeldShares
 from mesh.rpc.server import Server
-from mesh.rpc.shares import Shares
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest import areas
 from services.ingest.areas import SharedComponents, TenantsArea
@@ -74,7 +74,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
     """
     async with AsyncExitStack() as stack:
         # The rows of a job, and what is in flight while it runs, are counted in infer.
-        shares = Shares((Kind.REQUESTS, Kind.IN_FLIGHT, Kind.BYTES), (Kind.IN_FLIGHT, Kind.ROWS))
+        shares = HeldShares((Kind.REQUESTS, Kind.IN_FLIGHT, Kind.BYTES), (Kind.IN_FLIGHT, Kind.ROWS))
         watch = await stack.enter_async_context(access_of(config, shares))
         access = access if watch is None else watch.access
         shared = await areas.build_shared(config, stack, access)

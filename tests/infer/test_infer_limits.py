@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from mesh.rpc.access import Access
-from mesh.rpc.shares import Shares
+from mesh.rpc.held_shares import HeldShares
 from services.infer.scheduling.crash_guard import ATTEMPT
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.scheduler import Scheduler
@@ -27,7 +27,7 @@ from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, Serving, floats, request, serving
 from tests.infer.test_infer_access import ENSEMBLE
-from tests.infer.test_infer_memory import Gate, in_flight
+from tests.infer.test_infer_memory import Gate
 from tests.mesh.http1.raw import RawClient
 
 X = floats([1, 2, 3, 4])
@@ -126,7 +126,7 @@ class Limited:
         return {200: OK, 429: EXHAUSTED}[answer.status]
 
     async def until_free(self) -> None:
-        await until(lambda: in_flight(self.shares) == 0, "the end of every call")
+        await until(lambda: self.shares.in_flight == 0, "the end of every call")
 
 
 async def code(call: Any) -> int:
@@ -145,7 +145,7 @@ async def limited(signer: Signer, models_folder: Repository, run_dir: Path) -> A
     models_folder.bare("secret", onnx_files.scale(3))
     (models_folder.root / "both" / "1").mkdir(parents=True)
     (models_folder.root / "both" / "config.pbtxt").write_text(ENSEMBLE)
-    shares = Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
+    shares = HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
     access = Access(policy(signer), shares=shares)
     async with serving(models_folder.root, run_dir / "infer.sock", QueueLimits(calls=QUEUED), access=access) as served:
         made = Limited(served, access, signer)
@@ -205,13 +205,13 @@ async def test_what_is_in_flight_ends_with_the_call_however_that_ends(limited: L
     limited.limit({"name": "two", "tenants": ["acme"], "requests_in_flight": 2})
     gate.is_closed = True
     first, second = limited.begin("acme", *more), limited.begin("acme", *more)
-    await until(lambda: in_flight(limited.shares) == 2, "the arrival of both")
+    await until(lambda: limited.shares.in_flight == 2, "the arrival of both")
     assert [await limited.unary("acme"), await limited.rest("acme"), await limited.stream("acme")] == [EXHAUSTED] * 3
     # The client resets the stream of one call, and another takes its place, which expires in the queue.
     first.cancel()
-    await until(lambda: in_flight(limited.shares) == 1, "the end of a reset call")
+    await until(lambda: limited.shares.in_flight == 1, "the end of a reset call")
     assert await code(limited.begin("acme", *more, timeout=0.3)) == int(Code.DEADLINE_EXCEEDED)
-    await until(lambda: in_flight(limited.shares) == 1, "the end of an expired call")
+    await until(lambda: limited.shares.in_flight == 1, "the end of an expired call")
     gate.open()
     assert await code(second) == OK
     await limited.until_free()
@@ -226,21 +226,21 @@ async def test_messages_of_a_stream_and_entries_of_a_bulk_are_in_flight_one_by_o
     messages = iter([request("open", id=str(n), x=X) for n in range(5)])
     stream = limited.served.stub.ModelStreamInfer(messages, metadata=limited.by("acme"), timeout=30)
     reading = asyncio.ensure_future(collected(stream))
-    await until(lambda: in_flight(limited.shares) == 2, "the arrival of two messages")
+    await until(lambda: limited.shares.in_flight == 2, "the arrival of two messages")
     assert [answer.code for answer in await limited.entries("acme", 3)] == [EXHAUSTED] * 3
     gate.open()
     found = [answer.infer_response.parameters[ERROR_CODE_PARAMETER].int64_param for answer in await reading]
     assert found == [OK, OK, EXHAUSTED, EXHAUSTED, EXHAUSTED]
     gate.is_closed = True
     running = asyncio.ensure_future(limited.entries("acme", 5))
-    await until(lambda: in_flight(limited.shares) == 2, "the arrival of two entries")
+    await until(lambda: limited.shares.in_flight == 2, "the arrival of two entries")
     gate.open()
     assert sorted(answer.code for answer in await running) == [OK, OK, EXHAUSTED, EXHAUSTED, EXHAUSTED]
     # Lost with its stream.
     gate.is_closed = True
     lost = limited.served.stub.ModelStreamInfer(iter([request("open", x=X)]), metadata=limited.by("acme"), timeout=30)
     losing = asyncio.ensure_future(collected(lost))
-    await until(lambda: in_flight(limited.shares) == 1, "the arrival of a message")
+    await until(lambda: limited.shares.in_flight == 1, "the arrival of a message")
     lost.cancel()
     await limited.until_free()
     gate.open()

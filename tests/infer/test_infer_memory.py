@@ -22,8 +22,8 @@ from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
 from mesh.rpc.access import Access
 from mesh.rpc.framing import framed
+from mesh.rpc.held_shares import HeldShares
 from mesh.rpc.server import Server
-from mesh.rpc.shares import Shares
 from services.infer.core import InferenceServer
 from services.infer.fast_path.bulk import Bulk
 from services.infer.model_process.channel import Message
@@ -156,12 +156,6 @@ async def serving(root: Path, limit: int, access: Access | None = None) -> Async
             made = Serving(server, core)
             yield made
             await made.until_nothing_is_held()
-
-
-def in_flight(shares: Shares) -> float:
-    """Return the number of calls in flight that are counted."""
-    shares.demands()
-    return sum(demand.used for demand in shares.demands() if demand.bucket.kind is Kind.IN_FLIGHT)
 
 
 def errors_of(bodies: list[bytes]) -> list[int]:
@@ -451,7 +445,7 @@ async def test_every_way_to_end_returns_the_memory_and_what_was_in_flight(tmp_pa
     caller = passed(claims_of(key(signer)))[1].encode()
     # Some calls are refused.
     limit = {"name": "all", "requests_in_flight": 8, "rows_per_second": 1_000_000}
-    shares = Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
+    shares = HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
     access = Access(policy(signer, limits=[limit]), shares=shares)
     async with serving(tmp_path / "m", 4 * MIB, access) as front:
 
@@ -464,7 +458,7 @@ async def test_every_way_to_end_returns_the_memory_and_what_was_in_flight(tmp_pa
                 memory = front.server.memory
                 assert (memory.bodies.held, memory.unread.held) == (0, 0)
                 # Its connection may have been lost a moment ago.
-                await until(lambda: in_flight(shares) == 0, "the end of what is in flight")
+                await until(lambda: shares.in_flight == 0, "the end of what is in flight")
 
             asyncio.run_coroutine_threadsafe(once(), loop).result(60)
 

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from mesh.rpc.access import Access
-from mesh.rpc.shares import Shares
+from mesh.rpc.held_shares import HeldShares
 from services.ingest.batches.row_inference import LIMITED_MAX_WAIT_MS, LIMITED_WAIT_MS, Wait, decide
 from services.ingest.config import IngestConfig
 from services.ingest.dispatch.model_gate import FIRST_MS, LONGEST_MS, ModelGate
@@ -27,7 +27,6 @@ from shoal.errors import Code, LimitReached
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.access.policies import policy
 from tests.breakable import until
-from tests.infer.test_infer_memory import in_flight
 from tests.ingest.batches.conftest import ENDED, batch_mesh
 from tests.ingest.conftest import running_ingest
 from tests.ingest.making import START, job
@@ -43,7 +42,7 @@ class Limited(Served):
     def __init__(self, stub: Any, mesh: Any, access: Access, signer: Any) -> None:
         super().__init__(stub, mesh, access, signer)
         # infer's own count of what runs there.
-        self.there = Access(policy(signer), shares=Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0))
+        self.there = Access(policy(signer), shares=HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0))
         self.refused = 0
         mesh.infer.before = self._count
         assert access.shares is not None
@@ -88,7 +87,7 @@ class Limited(Served):
 @pytest.fixture
 async def limited(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -> AsyncIterator[Limited]:
     signer = tokens.create_signer(tmp_path / "signer.json")
-    shares = Shares((Kind.REQUESTS, Kind.IN_FLIGHT, Kind.BYTES), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
+    shares = HeldShares((Kind.REQUESTS, Kind.IN_FLIGHT, Kind.BYTES), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0)
     access = Access(policy(signer), shares=shares)
     async with contextlib.AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(batch_mesh(run_dir))
@@ -100,7 +99,7 @@ async def limited(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: 
         stub = await stack.enter_async_context(running_ingest(IngestConfig.model_validate(settings), access))
         running = Limited(stub, mesh, access, signer)
         yield running
-        await until(lambda: in_flight(shares) == 0, "the end of every submit")
+        await until(lambda: shares.in_flight == 0, "the end of every submit")
 
 
 async def test_submits_beyond_the_limit_are_refused_and_other_tenants_submit(limited: Limited, tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ async def test_a_submit_is_in_flight_until_it_is_durable(limited: Limited) -> No
     )
     codes = {each.code() for each in found if isinstance(each, grpc.aio.AioRpcError)}
     assert codes == {EXHAUSTED}
-    await until(lambda: in_flight(limited.shares) == 0, "the end of every submit")
+    await until(lambda: limited.shares.in_flight == 0, "the end of every submit")
     await limited.submitted("acme")
 
 

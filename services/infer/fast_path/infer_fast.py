@@ -17,8 +17,8 @@ from mesh.rpc.access import Access
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.framing import PREFIX_BYTES
+from mesh.rpc.held_shares import CallLimits, Reservation
 from mesh.rpc.parsing import parse_in_turn
-from mesh.rpc.shares import CallLimits, Reservation
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.large_request import PARSER, shared_bytes

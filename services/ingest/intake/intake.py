@@ -17,7 +17,7 @@ from types import TracebackType
 
 from mesh.process.tasks import end
 from mesh.rpc.access import Access
-from mesh.rpc.shares import CallLimits, Reservation
+from mesh.rpc.held_shares import CallLimits, Reservation
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.dependencies.dependency_states import dependency_states
 from services.ingest.dependencies.references import by_key, words

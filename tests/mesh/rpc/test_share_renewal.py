@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from mesh.rpc import share_claims
+from mesh.rpc import share_renewal
 from mesh.rpc.access import Access
 from mesh.rpc.client.channel import Channel
+from mesh.rpc.held_shares import CallLimits, HeldShares, Reservation
 from mesh.rpc.server import Rpc, Server
-from mesh.rpc.share_claims import ShareClaims
-from mesh.rpc.shares import CallLimits, Reservation, Shares
+from mesh.rpc.share_renewal import ShareRenewal
 from shoal.access import tokens
 from shoal.access.limits import Kind
 from shoal.access.tokens import Signer
@@ -55,7 +55,7 @@ class Instance:
     """One instance that counts calls."""
 
     def __init__(self, signer: Signer, unrenewed: str) -> None:
-        self.shares = Shares(tuple(Kind))
+        self.shares = HeldShares(tuple(Kind))
         limit = {"name": "all", "requests_in_flight": MOST, "unrenewed": unrenewed}
         self.access = Access(policy(signer, limits=[limit]), shares=self.shares)
         self._caller = passed(claims_of(key(signer)))[1].encode()
@@ -104,7 +104,7 @@ async def start(coord: Coord, signer: Signer, run_dir: Path) -> AsyncIterator[An
         async def begin(name: str, unrenewed: str = "keep") -> Instance:
             made = Instance(signer, unrenewed)
             channel = await stack.enter_async_context(Channel(server.address))
-            await stack.enter_async_context(ShareClaims(made.shares, channel, name))
+            await stack.enter_async_context(ShareRenewal(made.shares, channel, name))
             return made
 
         yield begin
@@ -137,7 +137,7 @@ async def test_two_instances_share_a_limit_and_what_one_releases_is_the_others(
 async def test_without_an_answer_the_policy_decides(
     coord: Coord, start: Any, unrenewed: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(share_claims, "_RETRY_S", 0.05)
+    monkeypatch.setattr(share_renewal, "_RETRY_S", 0.05)
     instance = await start("local/infer-0", unrenewed)
     await until(lambda: instance.fill() == MOST, "the whole limit")
     instance.end()

@@ -1,6 +1,6 @@
 """Claims of shares at coord, in the background: no call waits for them.
 
-    Shares ──use of each bucket──> coord's leader ──granted shares, until they expire──> Shares
+    demand of each bucket ──> coord's leader ──granted shares, until they expire──> HeldShares
 
 A new bucket is claimed at once. The others are renewed as often as coord says. A bucket that a claim leaves out is
 released. While coord does not answer, the shares hold until they expire, then `unrenewed` of their limits.
@@ -17,9 +17,9 @@ from mesh.process.config import ServiceConfig
 from mesh.process.tasks import Background
 from mesh.rpc.channel import AnyChannel
 from mesh.rpc.client.channel import Channel
+from mesh.rpc.held_shares import HeldShares
 from mesh.rpc.interceptors import translated
-from mesh.rpc.shares import Shares
-from shoal.access.limits import Amount, Bucket, Kind
+from mesh.rpc.share_messages import request_message, shares_in
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.coord.v1 import shares_pb2_grpc
 from shoal.errors import ShoalError
@@ -35,19 +35,11 @@ _JOINED_S = 0.005
 # Least pause between two claims.
 _LEAST_S = 0.05
 
-_KINDS = {
-    Kind.REQUESTS: pb.LIMIT_KIND_REQUESTS,
-    Kind.IN_FLIGHT: pb.LIMIT_KIND_IN_FLIGHT,
-    Kind.BYTES: pb.LIMIT_KIND_BYTES,
-    Kind.ROWS: pb.LIMIT_KIND_ROWS,
-}
-_KIND_OF = {number: kind for kind, number in _KINDS.items()}
 
-
-class ShareClaims(Background):
+class ShareRenewal(Background):
     """Claims the shares of `claimant`, an instance, over `channel`. Use as `async with`."""
 
-    def __init__(self, shares: Shares, channel: AnyChannel, claimant: str) -> None:
+    def __init__(self, shares: HeldShares, channel: AnyChannel, claimant: str) -> None:
         self._shares = shares
         self._stub = shares_pb2_grpc.ShareServiceStub(channel)
         self._claimant = claimant
@@ -79,38 +71,24 @@ class ShareClaims(Background):
 
     async def _claim(self) -> float:
         """Claim the shares; return the seconds until the next claim. Raises a ShoalError."""
-        claims = [
-            pb.ShareClaim(bucket=_message(demand.bucket), demand=demand.wanted, used=demand.used)
-            for demand in self._shares.demands()
-        ]
+        claims = self._shares.demands()
         # A claim of nothing releases what the one before had.
         if not claims and not self._has_claims:
             return 0.0
         self._has_claims = bool(claims)
-        request = pb.ClaimSharesRequest(claimant=self._claimant, claims=claims)
+        request = request_message(self._claimant, claims)
         with translated("claiming shares of limits"):
             response: pb.ClaimSharesResponse = await self._stub.ClaimShares(request, timeout=_TIMEOUT_S)
         self._lifetime_s = response.lifetime_ms / 1000
-        granted = {_bucket(share.bucket): Amount(share.amount, share.burst) for share in response.shares}
-        self._shares.grant(granted, self._lifetime_s)
+        self._shares.grant(shares_in(response), self._lifetime_s)
         return max(response.renew_ms / 1000, _LEAST_S)
 
 
-def _message(bucket: Bucket) -> pb.LimitBucket:
-    return pb.LimitBucket(
-        limit=bucket.limit, kind=_KINDS[bucket.kind], tenant=bucket.tenant, key=bucket.key, model=bucket.model
-    )
-
-
-def _bucket(message: pb.LimitBucket) -> Bucket:
-    return Bucket(message.limit, _KIND_OF[message.kind], message.tenant, message.key, message.model)
-
-
 @asynccontextmanager
-async def claiming(config: ServiceConfig, shares: Shares | None) -> AsyncIterator[None]:
+async def renewing(config: ServiceConfig, shares: HeldShares | None) -> AsyncIterator[None]:
     """Claim the shares of a service's instance while the block lasts; without a mesh, or without shares, do nothing."""
     async with AsyncExitStack() as stack:
         if shares is not None and config.mesh is not None:
             channel = await stack.enter_async_context(Channel(config.mesh))
-            await stack.enter_async_context(ShareClaims(shares, channel, f"{config.node}/{config.instance}"))
+            await stack.enter_async_context(ShareRenewal(shares, channel, f"{config.node}/{config.instance}"))
         yield

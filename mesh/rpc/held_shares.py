@@ -4,7 +4,7 @@
                                      └── LimitReached: nothing is counted
 
 A share is the part of one bucket of a limit that this process may use. In a cluster, coord grants shares by demand
-(`share_claims.py`), and a bucket that is new here has a provisional share until then. A server without a cluster has
+(`share_renewal.py`), and a bucket that is new here has a provisional share until then. A server without a cluster has
 its part of each limit for good. Requests, bytes and rows have a token bucket each; what is in flight is a count.
 
 A request larger than the burst of a share is admitted when the bucket is full, and counts whole: the rate holds.
@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from shoal.access.decision import Caller
 from shoal.access.limits import Amount, Bucket, Kind, amount_of, at_gateway, bucket_of, in_services
@@ -52,16 +51,6 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """Use of one bucket since the last claim: units a second, or the most in flight."""
-
-    bucket: Bucket
-    wanted: float
-    """Refused calls included."""
-    used: float
-
-
 class Share:
     """This process's part of one bucket, and its use."""
 
@@ -82,8 +71,11 @@ class Share:
         """Set what this process may use. What is used stays used. The first share of a bucket has its whole burst."""
         raise NotImplementedError
 
-    def demand(self, now: float) -> Demand:
-        """Return the use since the last call of `demand`."""
+    def demand(self, now: float) -> float:
+        """Return what callers wanted since the last call of `demand`, refused calls included.
+
+        Units a second; of what is in flight, the highest number at one time.
+        """
         raise NotImplementedError
 
     @property
@@ -119,11 +111,11 @@ class Rate(Share):
         # Without a share, the level stays below one unit, and every call is refused.
         self.burst = max(amount.burst, 1.0)
 
-    def demand(self, now: float) -> Demand:
-        seconds = max(now - self._since, 0.001)
-        found = Demand(self.bucket, (self.taken + self.refused) / seconds, self.taken / seconds)
+    def demand(self, now: float) -> float:
+        wanted = (self.taken + self.refused) / max(now - self._since, 0.001)
         self._since, self.taken, self.refused = now, 0.0, 0.0
-        return found
+        # More was given back than taken.
+        return max(wanted, 0.0)
 
 
 class InFlight(Share):
@@ -140,11 +132,11 @@ class InFlight(Share):
     def set(self, amount: Amount, now: float, *, is_first: bool = False) -> None:
         self.most = int(amount.amount)
 
-    def demand(self, now: float) -> Demand:
+    def demand(self, now: float) -> float:
         # A refused call that is repeated counts again: no more than the limit is wanted.
-        found = Demand(self.bucket, min(self.peak + self.refused, max(self.whole.amount, self.peak)), self.peak)
+        wanted = min(self.peak + self.refused, max(self.whole.amount, self.peak))
         self.peak, self.refused = self.count, 0
-        return found
+        return wanted
 
     @property
     def is_in_use(self) -> bool:
@@ -286,7 +278,7 @@ def _reached(share: Share, amount: float, remaining: int, retry_after_ms: int, s
     )
 
 
-class Shares:
+class HeldShares:
     """The shares of one process.
 
     Args:
@@ -354,11 +346,16 @@ class Shares:
         ]
         return CallLimits(shares, self._clock) if shares else None
 
-    def demands(self) -> list[Demand]:
-        """Forget the buckets that no call has met for long, and return the use of the others since the last time."""
+    def demands(self) -> dict[Bucket, float]:
+        """Forget the buckets that no call has met for long, and return the demands of the others."""
         now = self._clock()
         self._forget([s for s in self._shares.values() if now - s.at > FORGOTTEN_AFTER_S and not s.is_in_use])
-        return [share.demand(now) for share in self._shares.values()]
+        return {bucket: share.demand(now) for bucket, share in self._shares.items()}
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that are counted in flight now; a call counts in each of its limits."""
+        return sum(share.count for share in self._shares.values() if isinstance(share, InFlight))
 
     def grant(self, granted: Mapping[Bucket, Amount], lifetime_s: float) -> None:
         """Set the granted shares, which expire after `lifetime_s`."""

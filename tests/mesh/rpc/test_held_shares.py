@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh.rpc import shares as module
+from mesh.rpc import held_shares as module
 from mesh.rpc.access import Access
-from mesh.rpc.shares import FORGOTTEN_AFTER_S, PROVISIONAL_PARTS, CallLimits, Reservation, Shares
+from mesh.rpc.held_shares import FORGOTTEN_AFTER_S, PROVISIONAL_PARTS, CallLimits, HeldShares, Reservation
 from shoal.access import tokens
 from shoal.access.caller_header import SERVICE
 from shoal.access.limits import Amount, Bucket, Kind
@@ -44,7 +44,7 @@ class World:
         self.now = 1000.0
         self.new = 0
         self.signer = signer
-        self.shares = Shares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=part, clock=lambda: self.now)
+        self.shares = HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=part, clock=lambda: self.now)
         self.shares.on_new = self._on_new
         self.access = Access(policy(signer, limits=[*limits]), shares=self.shares)
 
@@ -58,9 +58,6 @@ class World:
         found = self.access.limits_of(self.caller(tenant, **options), model)
         assert found is not None
         return found
-
-    def used(self) -> dict[str, float]:
-        return {str(demand.bucket.kind): demand.used for demand in self.shares.demands()}
 
 
 def refusal(limits: CallLimits, nbytes: int = 0, rows: int = 0) -> LimitReached:
@@ -231,8 +228,7 @@ def test_a_new_bucket_has_a_provisional_share_and_then_what_is_granted(signer: S
     refusal(limits, rows=1)
     world.now += 1
     limits.reserve(0, 80).end()
-    demand = world.shares.demands()
-    assert [(each.bucket, each.used) for each in demand] == [(BUCKET, 120)]
+    assert world.shares.demands() == {BUCKET: 10 + 1 + 30 + 1 + 1 + 80}
     # Without a share, nothing runs.
     world.shares.grant({BUCKET: Amount(0, 0)}, 10)
     world.now += 100
@@ -280,9 +276,11 @@ def test_the_demand_has_refused_calls_too(signer: Signer) -> None:
     held.pop().end()
     refusal(limits, rows=100)
     world.now += 2
-    found = {demand.bucket.kind: (demand.wanted, demand.used) for demand in world.shares.demands()}
-    assert found == {Kind.IN_FLIGHT: (15, 10), Kind.ROWS: (55, 5)}
-    assert {demand.bucket.kind: demand.wanted for demand in world.shares.demands()} == {
+    assert {bucket.kind: demand for bucket, demand in world.shares.demands().items()} == {
+        Kind.IN_FLIGHT: 15,
+        Kind.ROWS: 55,
+    }
+    assert {bucket.kind: demand for bucket, demand in world.shares.demands().items()} == {
         Kind.IN_FLIGHT: 9,
         Kind.ROWS: 0,
     }
@@ -293,7 +291,7 @@ def test_idle_buckets_are_forgotten_and_those_in_use_are_not(signer: Signer) -> 
     held = world.limits("acme").reserve(0, 1)
     world.limits("globex").reserve(0, 1).end()
     world.now += FORGOTTEN_AFTER_S + 1
-    assert [demand.bucket.tenant for demand in world.shares.demands()] == ["acme"]
+    assert [bucket.tenant for bucket in world.shares.demands()] == ["acme"]
     # The provisional share of a forgotten bucket begins anew.
     world.limits("globex").reserve(0, 1).end()
     refusal(world.limits("acme"))
