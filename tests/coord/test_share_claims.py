@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -17,18 +17,24 @@ from mesh.cluster.etcd import Entry
 from mesh.cluster.membership import Instance, State, encode
 from mesh.cluster.mirror import Copy
 from mesh.process.watched import Watched
+from mesh.rpc.access import Access
 from mesh.rpc.channel import connect
+from mesh.rpc.client.channel import Channel
 from mesh.rpc.cluster_access import InForce
+from mesh.rpc.held_shares import CallLimits, HeldShares, Reservation
 from mesh.rpc.server import Rpc, Server
+from mesh.rpc.share_messages import request_message, shares_in
+from mesh.rpc.share_renewal import ShareRenewal
 from services.coord.share_claims import ShareClaims
-from services.coord.share_messages import request_message, shares_in
 from services.coord.share_rpc import ShareRpc
 from services.coord.traffic import SHARES
 from shoal.access import policy
+from shoal.access.caller_header import value_of
 from shoal.access.limits import Bucket, Kind
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.coord.v1 import shares_pb2_grpc
-from shoal.errors import Unavailable
+from shoal.errors import LimitReached, Unavailable
+from tests.breakable import until
 
 ACME = Bucket("plan", Kind.IN_FLIGHT, "acme")
 POLICY = policy.parse("""
@@ -136,3 +142,37 @@ async def test_without_a_known_policy_a_claim_is_repeated_later(coords: Coords) 
     coords.in_force.set(InForce())
     with pytest.raises(Unavailable, match="does not know the policy yet"):
         await coords.claim(0, "local/infer-0")
+
+
+async def test_the_calls_of_two_instances_share_a_limit(coords: Coords) -> None:
+    caller = value_of({"iss": "shoal", "tenant": "acme", "sub": "ann", "role": "user", "jti": "k-1"})
+    in_flight: list[list[Reservation]] = [[], []]
+    counted: list[CallLimits] = []
+    async with AsyncExitStack() as stack:
+        for at, coord in enumerate(coords.instances):
+            shares = HeldShares((Kind.IN_FLIGHT,))
+            channel = await stack.enter_async_context(Channel(coord.address))
+            await stack.enter_async_context(ShareRenewal(shares, channel, f"local/infer-{at}"))
+            found = Access(POLICY, shares=shares).limits_of(caller, "m")
+            assert found is not None
+            counted.append(found)
+
+        def fill(at: int) -> int:
+            """Begin calls at an instance until one is refused; return how many are in flight there."""
+            with suppress(LimitReached):
+                while len(in_flight[at]) < 100:
+                    in_flight[at].append(counted[at].reserve(0, 1))
+            return len(in_flight[at])
+
+        def filled(at: int) -> int:
+            while in_flight[at]:
+                in_flight[at].pop().end()
+            return fill(at)
+
+        await until(lambda: fill(0) + fill(1) >= 10, "the whole limit")
+        # A newcomer's share came on top, until the next claim of the other.
+        await until(lambda: [filled(0), filled(1)] == [5, 5], "equal shares")
+        while in_flight[1]:
+            in_flight[1].pop().end()
+        # One instance has calls, and the other has none.
+        await until(lambda: filled(0) >= 9, "the unused part of the other's share")
