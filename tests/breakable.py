@@ -14,6 +14,7 @@ from shoal.node import processes
 from shoal.node.admin import fetch
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
+from tests import fork_server
 
 PATIENCE_S = 30.0
 """Default limit of a wait: longer than any step takes on a busy machine."""
@@ -39,7 +40,7 @@ class Process:
         self._argv = [*argv]
         self._env = {**os.environ, **(env or {})}
         self.log = log
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._popen: subprocess.Popen[bytes] | fork_server.Forked | None = None
 
     @property
     def pid(self) -> int:
@@ -48,8 +49,10 @@ class Process:
 
     def start(self) -> None:
         """Start the process, also after its end, without waiting until it is ready."""
-        with self.log.open("ab") as out:
-            self._popen = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT, env=self._env)
+        self._popen = fork_server.start(self._argv, self.log, self._env)
+        if self._popen is None:
+            with self.log.open("ab") as out:
+                self._popen = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT, env=self._env)
 
     def is_running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
