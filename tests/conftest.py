@@ -122,7 +122,9 @@ def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # Each test's database is some 50 files, which mongod keeps open for ten minutes: hundreds of tests would reach
         # the limit of open files, and mongod ends there.
         closing = ("--setParameter", f"wiredTigerFileHandleCloseIdleTime={MONGO_IDLE_FILES_S}")
-        argv = [*spec.argv, *closing]
+        # Statistics that nobody reads take a hundredth of a core, more with each collection.
+        unread = ("--setParameter", "diagnosticDataCollectionEnabled=false")
+        argv = [*spec.argv, *closing, *unread]
         # A node's log grows with the free space, which here is memory.
         for option, value in (("--oplogSize", "256"), ("--oplogMinRetentionHours", "0")):
             argv[argv.index(option) + 1] = value

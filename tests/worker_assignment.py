@@ -20,7 +20,14 @@ PATIENT = (
     "tests/ingest/connectors/test_connector_contract.py",
     "tests/ingest/connectors/test_kafka.py",
     "tests/mesh/xds/test_xds_envoy.py",
+    "tests/ingest/batches/test_batch_life.py",
+    "tests/coord/test_coord_mesh.py",
     "tests/store/test_store_outages.py",
+    "tests/store/test_records_kills.py",
+    "tests/chaos/test_primary_dies.py",
+    "tests/store/backups/test_backups.py",
+    "tests/ingest/test_ingest_kills.py",
+    "tests/ingest/test_job_life.py",
     "tests/store/artifacts/test_object_store.py",
     "tests/ingest/test_ingest_outages.py",
     "tests/ingest/intake/test_disk_full.py",
@@ -28,26 +35,30 @@ PATIENT = (
     "tests/mesh/cluster/test_membership_etcd.py",
     "tests/mesh/cluster/test_election.py",
 )
-"""Files that use less than a third of a core, the longest first."""
+"""Files that use less than half of a core. Together they last nearly as long as a whole run."""
 
 TOGETHER = ("tests/infer/conformance", "tests/node/one_node")
 """Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node.
 Alone, each file would start them again."""
 
 LONG = (
+    "tests/node/test_access_attacks.py",
     "tests/node/test_up.py",
     "tests/node/one_node",
     "tests/infer/conformance",
+    "tests/siege/test_siege.py",
     "tests/chaos/test_chaos.py",
     "tests/store/garbage/test_interleavings.py",
     "tests/node/test_fronts.py",
     "tests/packaging/test_wheel.py",
     "tests/mesh/rpc/fronts/test_front_life.py",
     "tests/node/test_serve.py",
-    "tests/coord/test_coord_mesh.py",
     "tests/convert/test_originals.py",
     "tests/node/test_kills.py",
-    "tests/store/backups/test_backups.py",
+    "tests/examples/test_embeddings.py",
+    "tests/clients/test_cpp.py",
+    "tests/node/test_bad_input.py",
+    "tests/mesh/rpc/fronts/test_front_calls.py",
     "tests/kernels/test_compile_only.py",
     "tests/node/test_batches.py",
     "tests/chaos/test_kill_jobs.py",
