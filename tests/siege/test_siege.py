@@ -1,7 +1,7 @@
 """The attack suite in short: bystanders are served right during each attack, and the server keeps within its memory.
 
-`make siege` measures times; here they are not asserted. Attacks run for half a second, one after the other, on one
-server.
+`make siege` measures times; here they are not asserted. Attacks run for a third of a second, one after the other, on
+one server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.siege.row import CEILINGS_MIB, TENANTS, is_allowed
 from bench.siege.servers import Server
 from tests.long_form import by_form
 
-SECONDS = by_form(0.5, 2.0)
+SECONDS = by_form(0.3, 2.0)
 RATE = 25.0
 STOP_S = 30.0
 """The drain is 5 s; the cores are busy."""
