@@ -23,6 +23,7 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
 from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
+from tests.long_form import by_form
 
 pytestmark = [pytest.mark.etcd, pytest.mark.envoy]
 
@@ -206,7 +207,8 @@ async def test_traffic_goes_on_while_every_coord_is_gone(node: Node):
         await node.answers_from("infer-0", "infer-1")
 
 
-@pytest.mark.parametrize("outage", ["frozen", "killed"])
+# The short form has the frozen etcd on a whole node: tests/node/test_kills.py.
+@pytest.mark.parametrize("outage", by_form(["killed"], ["frozen", "killed"]))
 async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, outage: str):
     await node.replica(0)
     await node.replica(1)
