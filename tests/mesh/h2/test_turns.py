@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from itertools import pairwise
 
 import hpack
 
@@ -204,6 +205,42 @@ async def test_a_connection_whose_calls_take_long_stops_early():
     assert len(begun) == 30
     connection.abort()
     await asyncio.sleep(0)
+
+
+class Holding:
+    """An application whose requests hold memory until their client leaves."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.left = size, 0
+
+    def request(self, stream):
+        assert stream.reserve(self.size)
+        return self
+
+    def data(self, piece, size, *, is_end): ...
+
+    def disconnected(self):
+        self.left += 1
+
+
+async def test_requests_of_a_lost_connection_that_hold_much_end_one_in_an_iteration():
+    memory = Memory()
+    for size, most in ((5 << 20, 1), (1 << 10, 64)):
+        app = Holding(size)
+        connection = ServerConnection(app, {}, memory)
+        connection.connection_made(Transport(connection))
+        connection.data_received(greeting() + calls(CALL, 20))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        connection.connection_lost(None)
+        assert not memory.bodies.held
+        ended = [app.left]
+        while app.left < 20:
+            await asyncio.sleep(0)
+            ended.append(app.left)
+        steps = [after - before for before, after in pairwise([0, *ended])]
+        assert max(steps) <= most
+        assert len([step for step in steps if step]) == 20 if most == 1 else len(steps) <= 4
 
 
 async def test_calls_of_an_unknown_method_cost_no_task():
