@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import shutil
 import subprocess
@@ -193,6 +194,7 @@ async def test_steps_of_a_sequence_go_to_one_replica_over_rest_and_grpc() -> Non
         # Without a sequence, or one that cannot be read, each request goes to any replica.
         for document, more in (({}, b""), ({}, DECOY.encode()), ({"id": "x" * (9 << 20)}, b""), ([], b"")):
             assert {await replica(document, more) for _ in range(12)} != {0}
-        assert await replica({"id": "a"}, content_encoding="gzip") in range(3)
-        status, _ = await sequenced.text("POST", f"/v2/models/{STEPS}/infer", None)
+        path, body = f"/v2/models/{STEPS}/infer", gzip.compress(b'{"parameters": {"sequence_id": 1}}')
+        assert (await sequenced.call("POST", path, body, kind=None, content_encoding="gzip"))[0] == 200
+        status, _ = await sequenced.text("POST", path, None)
         assert status == 200, "a request without a body waits for nothing"
