@@ -54,6 +54,7 @@ from tests.access.policies import claims_of, document, issuer, key, passed, poli
 from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request
+from tests.long_form import by_form
 from tests.node.conftest import SERVE, Node
 from tests.openid_providers import OidcProvider, signing_key
 
@@ -68,6 +69,7 @@ GRANTS = [
 ]
 REVOKED = "k-revoked"
 PATIENCE_S = 30.0
+FORGED = by_form(500, 2_000)
 
 
 @dataclass
@@ -1116,7 +1118,7 @@ def test_the_signer_is_rotated_and_after_a_theft_all_its_keys_end(node_world: No
         client.access.rotate_signer()
         new = client.access.create_key(tenant="acme", role="user").key
     node_world.secrets.add(new)
-    node_world.until(lambda: node_world.infer(new) == "OK")
+    assert node_world.infer(new) == "OK"
     assert node_world.infer(old) == "OK", "keys of the former signer are valid until they expire"
     node_world.secrets.add((node_world.node.data_dir / "admin.key").read_text().strip())
     assert run("keys", "rotate", "--stolen") == ""
@@ -1302,7 +1304,7 @@ def test_acts_and_refusals_are_in_the_audit_log_which_names_an_entry_that_was_ed
 
 
 def test_wrong_tokens_do_not_delay_a_bystander(world: World, tmp_path: Path) -> None:
-    """2,000 wrong signatures, as fast as they go, beside calls that all succeed."""
+    """Many wrong signatures, as fast as they go, beside calls that all succeed."""
     other = tokens.create_signer(tmp_path / "other.json", world.signer.issuer)
     forged = Signer(world.signer.issuer, world.signer.kid, other.private_key)
     wrong = [f"Bearer {key(forged).text}".encode() for _ in range(20)]
@@ -1310,7 +1312,7 @@ def test_wrong_tokens_do_not_delay_a_bystander(world: World, tmp_path: Path) -> 
 
     def flood() -> None:
         with Connection(world.address) as client:
-            for number in range(2_000):
+            for number in range(FORGED):
                 refused.append(client.call(framed(b""), more=[(b"authorization", wrong[number % 20])]).status)
 
     thread = threading.Thread(target=flood)
@@ -1322,14 +1324,14 @@ def test_wrong_tokens_do_not_delay_a_bystander(world: World, tmp_path: Path) -> 
             assert outcome(channel, OPEN, good) == "OK"
             calls += 1
     thread.join()
-    assert refused == [Code.UNAUTHENTICATED] * 2_000
+    assert refused == [Code.UNAUTHENTICATED] * FORGED
 
 
 # The same decision everywhere.
 
 
 def test_the_server_decides_as_the_function_does(world: World) -> None:
-    """A few hundred random calls: `decide` and the real server agree about each."""
+    """Random calls: `decide` and the real server agree about each."""
     chance = random.Random(14)
     grants = [
         {"name": "a", "roles": ["user", "publisher"], "models": ["*"]},
@@ -1356,7 +1358,7 @@ def test_the_server_decides_as_the_function_does(world: World) -> None:
         live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
         world.until(lambda: world.infer(viewer) == "OK" and code_of(live, b"", ()) == "OK")
         disagreed = []
-        for _ in range(300):
+        for _ in range(by_form(150, 300)):
             options = {
                 "tenant": chance.choice(["acme", "globex", "third"]),
                 "role": chance.choice(["viewer", "user", "publisher", "operator", "boss"]),
