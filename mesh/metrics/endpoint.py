@@ -97,7 +97,7 @@ class Endpoint:
     def __init__(self, listen: str, pages: Mapping[str, Handler], names: Collection[str] = ()) -> None:
         self._pages = pages
         self._names = None if listen.startswith("unix:") else {*LOCAL_NAMES, *names}
-        self._open = 0
+        self._open: dict[asyncio.Task[None], asyncio.WriteTransport] = {}
         self.address = listen
         """The address, with the port that was chosen for port 0."""
 
@@ -117,17 +117,23 @@ class Endpoint:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._server.close()
+        for transport in self._open.values():
+            transport.abort()
+        if self._open:
+            await asyncio.wait(self._open)
         sockets.remove(self.address)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        task = asyncio.current_task()
+        assert task is not None, "a connection is served by a task"
+        self._open[task] = writer.transport
         try:
-            if self._open <= CONNECTIONS:
+            if len(self._open) <= CONNECTIONS:
                 with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
                     while await self._respond(reader, writer):
                         pass
         finally:
-            self._open -= 1
+            del self._open[task]
             writer.close()
 
     async def _respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -146,7 +152,9 @@ class Endpoint:
             await self._write(writer, text(400, f"not a request of HTTP/1.1: {err}"), False, False)
             return False
         method = parser.get_method()
-        lives = bool(parser.should_keep_alive()) and head.is_whole
+        # Not `should_keep_alive`: it is reset at the end of a request.
+        closes = "close" in head.headers.get("connection", "").lower()
+        lives = head.is_whole and not closes and parser.get_http_version() == "1.1"
         response = await self._page(method, head)
         await self._write(writer, response, method == b"HEAD", lives)
         return lives
