@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
@@ -31,6 +32,14 @@ def collector(environ: Mapping[str, str]) -> str | None:
     if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None
     return environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def collector_headers(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the headers of each request to the traces' collector, such as its key."""
+    prefix = "OTEL_EXPORTER_OTLP"
+    text = environ.get(f"{prefix}_TRACES_HEADERS") or environ.get(f"{prefix}_HEADERS") or ""
+    pairs = (pair.partition("=") for pair in text.split(",") if "=" in pair)
+    return tuple((key.strip().lower(), unquote(value.strip())) for key, _, value in pairs)
 
 
 @dataclass(frozen=True)

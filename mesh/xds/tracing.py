@@ -6,13 +6,13 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import UpstreamTlsContext
 
-from mesh.process.telemetry import collector, sampling_of
+from mesh.process.telemetry import collector, collector_headers, sampling_of
 from mesh.xds.clusters import address, http2
 from mesh.xds.resource import CLUSTER, Resource, pack, typed
 
@@ -47,9 +47,7 @@ def tracing_of(environ: Mapping[str, str]) -> Tracing | None:
     protocol = "http/protobuf" if setting("PROTOCOL") == "http/protobuf" else "grpc"
     if protocol == "http/protobuf" and not environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
         endpoint = endpoint.rstrip("/") + _TRACES_PATH
-    pairs = (pair.partition("=") for pair in setting("HEADERS").split(",") if "=" in pair)
-    headers = tuple((key.strip().lower(), unquote(value.strip())) for key, _, value in pairs)
-    return Tracing(endpoint, protocol, headers, 100 * sampling_of(environ).ratio)
+    return Tracing(endpoint, protocol, collector_headers(environ), 100 * sampling_of(environ).ratio)
 
 
 def _collector_address(tracing: Tracing) -> tuple[str, bool]:

@@ -14,7 +14,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import httptools
 
@@ -25,7 +26,9 @@ ENVOY_PAGES = (
     *("/certs", "/clusters", "/config_dump", "/init_dump", "/listeners", "/memory", "/ready", "/runtime"),
     *("/server_info", "/stats", "/stats/prometheus", "/stats/recentlookups"),
 )
-"""Pages of Envoy's admin interface that change nothing. Envoy leaves private keys and other secrets out of them."""
+"""Pages of Envoy's admin interface that change nothing. Envoy leaves private keys out of them, but no headers."""
+_DUMPS = ("/config_dump", "/init_dump")
+REDACTED = "[redacted]"
 FILE_SD = "prometheus.json"
 """File in the data folder that names the node for Prometheus."""
 READ_S = 5.0
@@ -82,8 +85,23 @@ def envoy_process(socket: Path) -> Scraped:
     return Scraped("envoy", "envoy", socket, f"/stats/prometheus?filter={quote(_OF_ENVOY, safe='')}")
 
 
-def endpoint(listen: str, processes: Processes, envoy: Path | None) -> Endpoint:
-    """Return the endpoint of the admin address; `envoy` is the path of Envoy's admin socket."""
+def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the secrets that Envoy's configuration has from the environment: keys of the traces' collector."""
+    if not any(name.startswith("OTEL_EXPORTER_OTLP_") for name in environ):
+        return ()
+    # Imported here: the SDK takes most of a second to import.
+    from mesh.process.telemetry import collector, collector_headers
+
+    values = [value for _, value in collector_headers(environ)]
+    password = urlsplit(collector(environ) or "").password
+    return tuple(value for value in (*values, password) if value)
+
+
+def endpoint(listen: str, processes: Processes, envoy: Path | None, secrets: Sequence[str] = ()) -> Endpoint:
+    """Return the endpoint of the admin address; `envoy` is the path of Envoy's admin socket.
+
+    `secrets` are left out of Envoy's dumps of its configuration.
+    """
     turn = asyncio.Lock()
 
     async def metrics(request: Request) -> Response:
@@ -96,7 +114,10 @@ def endpoint(listen: str, processes: Processes, envoy: Path | None) -> Endpoint:
         async def of_envoy(request: Request) -> Response:
             target = request.path + (f"?{request.query}" if request.query else "")
             try:
-                return await fetch(envoy, target)
+                response = await fetch(envoy, target)
+                if secrets and request.path in _DUMPS and response.status == 200:
+                    return await asyncio.to_thread(_redacted, response, secrets)
+                return response
             except (OSError, TimeoutError, ValueError) as err:
                 return text(502, f"Envoy does not answer: {err or type(err).__name__}")
 
@@ -108,6 +129,22 @@ def endpoint(listen: str, processes: Processes, envoy: Path | None) -> Endpoint:
         return text(404, f"there is no {request.path[:255]} here: {', '.join(sorted(pages))}")
 
     return Endpoint(listen, {**pages, "*": index})
+
+
+def _redacted(response: Response, secrets: Sequence[str]) -> Response:
+    """Return a JSON response without the secrets. Raises ValueError for a body that is no JSON."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            for secret in secrets:
+                value = value.replace(secret, REDACTED)
+            return value
+        if isinstance(value, list):
+            return [clean(each) for each in value]
+        return {key: clean(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    body = json.dumps(clean(json.loads(response.body)), indent=1).encode()
+    return Response(response.status, response.content_type, body)
 
 
 async def node_page(processes: Sequence[Scraped]) -> Response:
@@ -147,7 +184,8 @@ def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:
     for labels, page in pages:
         added = ",".join(f'{name}="{value}"' for name, value in labels.items())
         family = ""
-        for line in page.splitlines():
+        # Not splitlines: names of models and tenants may have other characters that end a line for Python.
+        for line in page.split("\n"):
             if line.startswith("#"):
                 parts = line.split(" ", 3)
                 if len(parts) > 2:

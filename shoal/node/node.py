@@ -189,7 +189,7 @@ class _Running:
     def admin(self) -> Endpoint:
         """Return the endpoint of the admin address."""
         envoy = self.layout.envoy_admin
-        return admin.endpoint(self.layout.admin, self._scraped, envoy)
+        return admin.endpoint(self.layout.admin, self._scraped, envoy, admin.secrets_of(os.environ))
 
     def _scraped(self) -> list[Scraped]:
         services = [
