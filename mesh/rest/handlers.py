@@ -38,4 +38,8 @@ def _raised(context: CallContext) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AbortError as err:
-        raise from_status(*context.status, retry_after_ms=retry_after_of(context.trailing)) from err
+        error = from_status(*context.status, retry_after_ms=retry_after_of(context.trailing))
+        error.trailing = tuple(
+            (key, value) for key, value in context.trailing if key.startswith("x-ratelimit-") and isinstance(value, str)
+        )
+        raise error from err

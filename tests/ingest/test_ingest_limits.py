@@ -39,8 +39,8 @@ EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 class Limited(Served):
     """An instance whose policy has limits; its fake infer counts jobs as infer does."""
 
-    def __init__(self, stub: Any, mesh: Any, access: Access, signer: Any) -> None:
-        super().__init__(stub, mesh, access, signer)
+    def __init__(self, stub: Any, mesh: Any, access: Access, signer: Any, address: str) -> None:
+        super().__init__(stub, mesh, access, signer, address)
         # infer's own count of what runs there.
         self.there = Access(policy(signer), shares=HeldShares(tuple(Kind), (Kind.IN_FLIGHT, Kind.ROWS), part=1.0))
         self.refused = 0
@@ -97,7 +97,7 @@ async def limited(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: 
         settings |= {"mongo": mongo_uri, "database": mongo_database, "drain_ms": "100", "renew_ms": "200"}
         settings |= {"poll_ms": "50", "batch_urls": f"file://{tmp_path}"}
         stub = await stack.enter_async_context(running_ingest(IngestConfig.model_validate(settings), access))
-        running = Limited(stub, mesh, access, signer)
+        running = Limited(stub, mesh, access, signer, settings["listen"])
         yield running
         await until(lambda: shares.in_flight == 0, "the end of every submit")
 
