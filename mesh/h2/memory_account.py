@@ -24,10 +24,12 @@ FREE_FACTOR = 2
 class MemoryAccount:
     """Bytes held, and their limit."""
 
-    __slots__ = ("held", "limit")
+    __slots__ = ("held", "limit", "refused")
 
     def __init__(self, limit: int) -> None:
         self.held = 0
+        self.refused = 0
+        """Requests that were rejected at their begin, since there was no room."""
         self.limit = limit
 
     def share(self) -> Share:

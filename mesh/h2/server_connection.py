@@ -213,6 +213,7 @@ class ServerConnection(Peer):
         self._sender.open(number)
         try:
             if not has_room:
+                account.refused += 1
                 self._app.reject(stream)
                 return
             stream.handler = self._app.request(stream)

@@ -322,6 +322,7 @@ class Http1Connection(asyncio.Protocol):
         stream = self._stream = Http1Stream(self, self, self._number, head.block, is_ended, share, size)
         try:
             if not has_room:
+                self._memory.bodies.refused += 1
                 self._app.reject(stream)
                 return
             stream.handler = self._app.request(stream)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -18,13 +20,14 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from mesh.metrics.endpoint import Endpoint, Request, Response
-from mesh.metrics.families import Family, Kind, Reading, Source
+from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading, Source
 from mesh.metrics.histogram import Buckets
+from mesh.metrics.snapshot import snapshot
 
+KEPT_S = 1.0
+"""Time for which a page is given again: however many ask, a page of 500 models takes a thread for a second at most."""
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-LABEL_CHARS = 128
-"""Longest value of a label, in characters: names of models and tenants are callers' choice."""
 
 
 class _Collector:
@@ -82,11 +85,17 @@ def page(readings: Iterable[Reading], accept: str = "") -> tuple[bytes, str]:
 def metrics_endpoint(listen: str, sources: Sequence[Source], names: Collection[str] = ()) -> Endpoint:
     """Return the endpoint of a page of metrics, `/metrics`. One page at a time is made, in a thread."""
     turn = asyncio.Lock()
+    made: dict[bool, tuple[float, Response]] = {}
 
     async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
+        form = "application/openmetrics-text" in accept
         async with turn:
-            readings = [reading for source in sources for reading in source()]
-            body, content_type = await asyncio.to_thread(page, readings, request.headers.get("accept", ""))
-        return Response(200, content_type, body)
+            at, response = made.get(form, (-math.inf, None))
+            if response is None or time.monotonic() - at >= KEPT_S:
+                body, content_type = await asyncio.to_thread(page, await snapshot(sources), accept)
+                response = Response(200, content_type, body)
+                made[form] = time.monotonic(), response
+            return response
 
     return Endpoint(listen, {"/metrics": metrics}, names)

@@ -14,6 +14,9 @@ from typing import TypeAlias
 
 from mesh.metrics.histogram import Buckets
 
+LABEL_CHARS = 128
+"""Longest value of a label, in characters: names of models and tenants are callers' choice."""
+
 
 class Kind(StrEnum):
     """Kind of a metric."""

@@ -28,9 +28,12 @@ HELD = Family(
     ("kind",),
 )
 HELD_MOST = Family("shoal.connection.memory.limit", Kind.GAUGE, "By", "Limit of shoal.connection.memory.", ("kind",))
+REFUSED = Family(
+    "shoal.connection.memory.refused", Kind.COUNTER, "{request}", "Requests rejected at their begin: no memory is free."
+)
 FAMILIES = (
     *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST),
-    *(HELD, HELD_MOST),
+    *(HELD, HELD_MOST, REFUSED),
 )
 
 
@@ -52,6 +55,7 @@ def source(version: str, stalls: StallWatch, accounts: dict[str, MemoryAccount])
         for kind, account in accounts.items():
             yield HELD, (kind,), account.held
             yield HELD_MOST, (kind,), account.limit
+        yield REFUSED, (), sum(account.refused for account in accounts.values())
 
     return read
 

@@ -1,0 +1,176 @@
+"""Families, histograms, rows of the largest keys, pages and their endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from mesh.h2.memory_account import MemoryAccount
+from mesh.metrics import endpoint, exposition, process
+from mesh.metrics.exposition import metrics_endpoint, page
+from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading
+from mesh.metrics.histogram import Histogram
+from mesh.metrics.largest import OTHER, Largest
+from mesh.metrics.snapshot import snapshot
+from mesh.process.stall_watch import StallWatch
+
+TIMES = Family("shoal.test.duration", Kind.HISTOGRAM, "s", "Times.", ("model",))
+CALLS = Family("shoal.test.calls", Kind.COUNTER, "{call}", "Calls.", ("model",))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "unit", "expected"),
+    [
+        ("process.cpu.time", Kind.COUNTER, "s", "process_cpu_time_seconds_total"),
+        ("process.memory.usage", Kind.GAUGE, "By", "process_memory_usage_bytes"),
+        ("system.memory.utilization", Kind.GAUGE, "1", "system_memory_utilization_ratio"),
+        ("shoal.hits", Kind.COUNTER, "1", "shoal_hits_total"),
+        ("shoal.calls", Kind.COUNTER, "{call}", "shoal_calls_total"),
+    ],
+)
+def test_prometheus_names_follow_from_those_of_opentelemetry(name: str, kind: Kind, unit: str, expected: str) -> None:
+    body, _ = page([(Family(name, kind, unit, "Help."), (), 1)])
+    assert f"\n{expected} 1.0\n" in body.decode()
+
+
+def test_both_forms_have_the_same_values() -> None:
+    times = Histogram()
+    times.add(0.02, 3)
+    readings: list[Reading] = [(TIMES, ('a"{ \n\x85',), times.read()), (CALLS, ("m" * 1000,), 2)]
+    text, text_type = page(readings)
+    other, other_type = page(readings, "application/openmetrics-text; version=1.0.0")
+    assert (text_type, other_type) == (exposition.TEXT, exposition.OPENMETRICS)
+    for families in (list(parse_text(text.decode())), list(parse_openmetrics(other.decode()))):
+        samples = {sample.name: sample for family in families for sample in family.samples if "le" not in sample.labels}
+        assert samples["shoal_test_duration_seconds_count"].value == 3
+        assert samples["shoal_test_duration_seconds_count"].labels == {"model": 'a"{ \n\x85'}
+        assert samples["shoal_test_calls_total"].labels == {"model": "m" * LABEL_CHARS}
+
+
+def test_the_largest_keys_have_rows_and_all_others_share_one() -> None:
+    rows = Largest(1, size=3)
+    for n in range(3):
+        rows.row(f"small-{n}")[0] += 1
+    for _ in range(10):
+        rows.row("large")[0] += 1
+    assert dict(rows.rows())[OTHER] == [10]
+    rows.settle()
+    for _ in range(10):
+        rows.row("large")[0] += 1
+    found = dict(rows.rows())
+    assert found["large"] == [10]
+    assert len(found) == 4
+
+
+def test_ten_thousand_tenants_take_the_memory_and_the_series_of_fifty() -> None:
+    rows = Largest(2)
+    tracemalloc.start()
+    for n in range(10_000):
+        rows.row(f"{n:05d}" * 2_000)[0] += 1
+    rows.settle()
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(list(rows.rows())) == 51
+    assert sum(row[0] for _, row in rows.rows()) == 10_000
+    assert used < 64 << 10
+
+
+async def test_a_snapshot_of_500_models_leaves_the_loop_time_for_calls() -> None:
+    watch, turns = StallWatch(), 0
+
+    def readings() -> Iterable[Reading]:
+        for n in range(500):
+            for _ in range(50):
+                yield CALLS, (f"model-{n}",), 1
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    watch.start()
+    assert len(await snapshot([readings] * 4)) == 100_000
+    watch.stop()
+    task.cancel()
+    assert turns > 1
+
+
+async def test_a_page_is_made_once_a_second_whoever_asks(tmp_path: Path) -> None:
+    made = 0
+
+    def readings() -> Iterable[Reading]:
+        nonlocal made
+        made += 1
+        yield CALLS, ("m",), made
+
+    async with metrics_endpoint(f"unix:{tmp_path}/m.sock", [readings]):
+        before = asyncio.get_running_loop().time()
+        answers = await asyncio.gather(*(get(tmp_path / "m.sock") for _ in range(20)))
+        took_s = asyncio.get_running_loop().time() - before
+    assert {status for status, _ in answers} == {200}
+    assert made <= 1 + took_s / exposition.KEPT_S
+
+
+async def get(path: Path, target: str = "/metrics", method: str = "GET", headers: str = "") -> tuple[int, bytes]:
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(f"{method} {target} HTTP/1.1\r\nhost: x\r\n{headers}connection: close\r\n\r\n".encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), body
+
+
+async def test_the_endpoint_takes_reads_of_its_page_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "m.sock"
+    source = process.source("1.2.3", StallWatch(), {"requests": MemoryAccount(7)})
+    async with metrics_endpoint(f"unix:{path}", [source]):
+        status, body = await get(path)
+        assert status == 200
+        found = {family.name: family for family in parse_text(body.decode())}
+        assert found["process_memory_usage_bytes"].samples[0].value > 1 << 20
+        assert found["shoal_connection_memory_limit_bytes"].samples[0].value == 7
+        assert [*found] == [family.prometheus for family in process.FAMILIES]
+        status, body = await get(path, headers="accept: application/openmetrics-text\r\n")
+        assert body.endswith(b"# EOF\n")
+        assert (await get(path, "/other"))[0] == 404
+        assert (await get(path, method="POST"))[0] == 405
+        assert (await get(path, headers="content-length: 3\r\n"))[0] == 400
+        assert (await get(path, headers=f"x: {'y' * endpoint.HEAD_BYTES}\r\n"))[0] == 431
+
+
+async def test_a_page_of_the_browser_cannot_read_a_loopback_port_under_another_name() -> None:
+    async with metrics_endpoint("127.0.0.1:0", []) as served:
+        host, _, port = served.address.rpartition(":")
+        for name, status in (("localhost", b"200"), (f"{host}:{port}", b"200"), ("evil.example", b"403")):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET /metrics HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n\r\n".encode())
+            assert (await reader.read()).split()[1] == status
+            writer.close()
+
+
+async def test_connections_beyond_the_bound_are_closed_and_leave_room_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "m.sock")
+    async with metrics_endpoint(f"unix:{path}", []):
+        held = [await asyncio.open_unix_connection(path) for _ in range(endpoint.CONNECTIONS)]
+        # Each is being served once it has had an answer.
+        for reader, writer in held:
+            writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+        reader, _ = await asyncio.open_unix_connection(path)
+        assert await reader.read() == b""
+        for _, writer in held:
+            writer.close()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    if (await get(Path(path)))[0] == 200:
+                        break
+                except (IndexError, OSError):
+                    await asyncio.sleep(0.01)
