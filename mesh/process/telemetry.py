@@ -1,7 +1,8 @@
 """OpenTelemetry: spans are exported when the standard OTEL_* variables name a collector; otherwise none are made.
 
 OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) turns the exporter on; OTEL_EXPORTER_OTLP_PROTOCOL selects `grpc`
-(default) or `http/protobuf`; OTEL_TRACES_EXPORTER=none and OTEL_SDK_DISABLED=true turn it off. OTEL_TRACES_SAMPLER and
+(default) or `http/protobuf`; OTEL_TRACES_EXPORTER=none and OTEL_SDK_DISABLED=true turn it off. The same variables with
+METRICS for TRACES are those of `mesh.metrics.otlp`. OTEL_TRACES_SAMPLER and
 OTEL_TRACES_SAMPLER_ARG select the sampled calls. The SDK itself reads the variables for batching and headers.
 """
 
@@ -21,17 +22,30 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from shoal import __version__
 
-# Longest wait of a stop for the collector to accept the last spans.
-_LAST_SPANS_S = 2.0
+LAST_EXPORT_S = 2.0
+"""Longest wait of a stop for the collector to accept the last spans or metrics."""
 
 
-def collector(environ: Mapping[str, str]) -> str | None:
-    """Return the OTLP endpoint for traces, or None when the environment names none."""
+def collector(environ: Mapping[str, str], signal: str = "TRACES") -> str | None:
+    """Return the OTLP endpoint for TRACES or METRICS, or None when the environment names none."""
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
-    if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    if environ.get(f"OTEL_{signal}_EXPORTER", "otlp") != "otlp":
         return None
-    return environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    return environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def protocol(environ: Mapping[str, str], signal: str = "TRACES") -> str:
+    """Return the protocol of the exporter: `grpc` or `http/protobuf`."""
+    own = environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
+    return own or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+
+
+def resource_of(service: str, instance: str) -> Resource:
+    """Return the resource of a process of `service`; `instance` has its node."""
+    return Resource.create(
+        {"service.name": f"shoal-{service}", "service.instance.id": instance, "service.version": __version__}
+    )
 
 
 def collector_headers(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -95,8 +109,7 @@ def exporting() -> Exporting | None:
 
 
 def _exporter(environ: Mapping[str, str]) -> SpanExporter:
-    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
-    if protocol == "http/protobuf":
+    if protocol(environ) == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
         return HttpExporter()
@@ -111,9 +124,7 @@ def tracing(service: str, instance: str, environ: Mapping[str, str] = os.environ
     if collector(environ) is None:
         yield
         return
-    resource = Resource.create(
-        {"service.name": f"shoal-{service}", "service.instance.id": instance, "service.version": __version__}
-    )
+    resource = resource_of(service, instance)
     exporter = _exporter(environ)
     provider = _Provider(resource, exporter, sampling_of(environ))
     trace.set_tracer_provider(provider)
@@ -121,7 +132,7 @@ def tracing(service: str, instance: str, environ: Mapping[str, str] = os.environ
         yield
     finally:
         # The processor by itself waits half a minute for an unreachable collector, which would delay the stop.
-        late = threading.Timer(_LAST_SPANS_S, exporter.shutdown)
+        late = threading.Timer(LAST_EXPORT_S, exporter.shutdown)
         late.start()
         provider.shutdown()
         late.cancel()

@@ -8,7 +8,9 @@ A service leaves the membership before its server drains: its Registration start
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType, TracebackType
@@ -24,8 +26,8 @@ from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
 from mesh.http1.connection import Http1Connection
-from mesh.metrics.endpoint import Endpoint
 from mesh.metrics.families import Source
+from mesh.process import telemetry
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.access import Access
@@ -83,6 +85,8 @@ class Server:
         http_listen: a second address, for HTTP clients that get one of their own.
         heavy: the process's turns for heavy work, if others use them, too.
         metrics: address of the page of metrics, beside those of `sources` with what every process has; None: no page.
+        exports_as: service and instance that metrics are exported as over OTLP, where the environment names a
+            collector; None: they are not exported.
         shrink: frees memory that the service keeps for reuse. Called by a thread, when memory has grown and little is
             held.
 
@@ -109,6 +113,7 @@ class Server:
         heavy: HeavyWork | None = None,
         metrics: str | None = None,
         sources: Sequence[Source] = (),
+        exports_as: tuple[str, str] | None = None,
         shrink: Callable[[], None] | None = None,
     ) -> None:
         self._listen = listen
@@ -124,7 +129,8 @@ class Server:
         self._heavy = heavy
         self._metrics = metrics
         self._sources = tuple(sources)
-        self._endpoint: Endpoint | None = None
+        self._exports_as = exports_as
+        self._exports = AsyncExitStack()
         self._health = Health() if serves_health else None
         self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
         self._stalls = StallWatch()
@@ -155,15 +161,26 @@ class Server:
         self.http_address = others[0] if others else self.address
         self._stalls.start()
         self._freed_memory.start()
+        await self._export_metrics()
+        return self
+
+    async def _export_metrics(self) -> None:
+        """Begin to export metrics: a page, and points over OTLP. The libraries are imported only for that."""
+        is_exported = self._exports_as is not None and telemetry.collector(os.environ, "METRICS") is not None
+        if self._metrics is None and not is_exported:
+            return
+        from mesh.metrics import process
+
+        accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
+        sources = (process.source(__version__, self._stalls, accounts), *self._sources)
         if self._metrics is not None:
-            # Prometheus' library is imported where metrics are read only.
-            from mesh.metrics import process
             from mesh.metrics.exposition import metrics_endpoint
 
-            accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
-            own = process.source(__version__, self._stalls, accounts)
-            self._endpoint = await metrics_endpoint(self._metrics, (own, *self._sources)).__aenter__()
-        return self
+            await self._exports.enter_async_context(metrics_endpoint(self._metrics, sources))
+        if is_exported and self._exports_as is not None:
+            from mesh.metrics.otlp import exported
+
+            await self._exports.enter_async_context(exported(sources, telemetry.resource_of(*self._exports_as)))
 
     def _is_quiet(self) -> bool:
         return self.memory.bodies.held + self.memory.unread.held < _QUIET_BYTES
@@ -207,8 +224,6 @@ class Server:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._set_health(is_serving=False)
-        if self._endpoint is not None:
-            await self._endpoint.__aexit__(kind, err, tb)
         await asyncio.gather(
             *(
                 listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
@@ -217,6 +232,8 @@ class Server:
         )
         if self._app.tasks:
             await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)
+        # The last points have the calls that ended in the drain.
+        await self._exports.aclose()
         self._app.threads.close()
         self._app.heavy.close()
         self._stalls.stop()

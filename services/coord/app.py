@@ -121,6 +121,7 @@ async def run(config: CoordConfig) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                exports_as=("coord", f"{config.node}/{config.instance}"),
                 sources=[metrics.read],
                 http=rest_app,
             )

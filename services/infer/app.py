@@ -105,6 +105,7 @@ async def run(config: InferConfig) -> None:
             http_listen=config.http_listen,
             heavy=heavy,
             metrics=config.metrics,
+            exports_as=("infer", f"{config.node}/{config.instance}"),
             sources=[metrics.source(models)],
             shrink=models.shrink,
         )

@@ -151,6 +151,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                exports_as=("ingest", f"{config.node}/{config.instance}"),
                 sources=sources,
                 http=rest_app,
             )

@@ -161,6 +161,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                exports_as=("store", f"{config.node}/{config.instance}"),
                 sources=[StoreMetrics(recorded, sweep, lease, chain).read],
                 http=rest_app,
             )

@@ -20,7 +20,7 @@ class Away(SpanExporter):
         self.by.append(threading.current_thread() is threading.main_thread())
         self.given_up.set()
 
-telemetry._exporter, telemetry._LAST_SPANS_S = lambda environ: Away(), 0.1
+telemetry._exporter, telemetry.LAST_EXPORT_S = lambda environ: Away(), 0.1
 with telemetry.tracing("test", "test-0", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}):
     trace.get_tracer("test").start_span("last").end()
 assert Away.by[0] is False, "the stop waited until the processor itself gave up"
