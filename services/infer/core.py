@@ -302,6 +302,8 @@ class InferenceServer:
         self, message: pb.ModelInferRequest, version: Version, tenant: str, is_retry: bool, inner_call: object
     ) -> InferenceRequest:
         request = await self._read_in_turns(message, version, tenant)
+        if tenant and inner_call is None:
+            self.models.tenants.add(tenant, request.rows)
         if inner_call is not None:
             request = replace(request, parameters=replace(request.parameters, inner_call=inner_call))
         if is_retry and self._crash_guard is not None:
@@ -328,6 +330,8 @@ class InferenceServer:
         scheduler = version.scheduler
         if order.is_free(id) and not is_retry and inner_call is None and not is_long_read(message):
             request = read(message, version.loaded.model.signature)
+            if tenant:
+                self.models.tenants.add(tenant, request.rows)
             return request, await scheduler.submit(request, deadline, tenant)
         async with order.in_order(id):
             request = await self._read(message, version, tenant, is_retry, inner_call)
@@ -358,6 +362,8 @@ class InferenceServer:
                 check_counts(message)
                 memory.hold(read_bytes(message, message_bytes))
                 request = await self._read_in_turns(message, version, tenant)
+                if tenant:
+                    self.models.tenants.add(tenant, request.rows)
                 request.memory = memory
                 async with aclosing(
                     decoupled_responses.responses(version, request, message, self.heavy, deadline, tenant)

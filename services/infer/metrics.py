@@ -38,9 +38,22 @@ CACHE = Family(
 WAITING = Family("shoal.infer.queue.depth", G, "{request}", "Requests in the queue of a model with batches.", _MODEL)
 AGE = Family("shoal.infer.queue.age", G, "s", "Age of the oldest request in that queue.", _MODEL)
 READY = Family("shoal.infer.model.ready", G, "", "1: the version is ready; 0: it is not, for now.", _MODEL)
+FIRST = Family(
+    "shoal.infer.first_response.duration", H, "s", "Time to the first response of a decoupled model.", _MODEL
+)
+IN_FLIGHT = Family("shoal.infer.requests.in_flight", G, "{request}", "Requests that use the version now.", _MODEL)
+CACHE_SIZE = Family("shoal.infer.cache.size", G, "By", "Bytes in the response cache, of all models.")
+TENANT = Family(
+    "shoal.infer.tenant.requests",
+    C,
+    "{request}",
+    "Requests of the tenants with the most, begun; else `other`.",
+    ("tenant",),
+)
+TENANT_ROWS = Family("shoal.infer.tenant.rows", C, "{row}", "Rows of these requests.", ("tenant",))
 OWN = (
     *(REQUESTS, DURATION, QUEUE, COMPUTE, BATCH, GATHER, SCATTER, EXPIRED, CANCELLED, SHED, EXPIRED_ROWS, BISECTIONS),
-    *(CACHE, WAITING, AGE, READY),
+    *(CACHE, WAITING, AGE, READY, FIRST, IN_FLIGHT, CACHE_SIZE, TENANT, TENANT_ROWS),
 )
 
 
@@ -84,10 +97,15 @@ def source(models: Models) -> Source:
     """Return the readings of all versions that are loaded, or that should be."""
 
     def read() -> Iterable[Reading]:
-        for name in models.names():
-            for version in models.versions(name):
-                if version.state is not State.UNKNOWN:
-                    yield from _of_version(version, (name, str(version.number)))
+        for version in models.known():
+            if version.state is not State.UNKNOWN:
+                yield from _of_version(version, (version.name, str(version.number)))
+        yield CACHE_SIZE, (), models.responses.size_bytes
+        tenants = models.tenants.largest
+        tenants.settle()
+        for tenant, (requests, rows) in tenants.rows():
+            yield TENANT, (tenant,), requests
+            yield TENANT_ROWS, (tenant,), rows
 
     return read
 
@@ -95,12 +113,15 @@ def source(models: Models) -> Source:
 def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
     found = version.statistics
     yield READY, labels, int(version.is_ready)
+    yield IN_FLIGHT, labels, version.in_flight
     yield from _counted(found, labels)
     yield DURATION, labels, Buckets(SECONDS, list(found.durations), found.success.ns / 1e9)
     yield QUEUE, labels, Buckets(SECONDS, list(found.queue_durations), found.queue.ns / 1e9)
     executed = sum(times.compute_ns for times in found.by_rows.values()) / 1e9
     yield COMPUTE, labels, Buckets(SECONDS, list(found.compute_durations), executed)
     yield BATCH, labels, found.sizes()
+    if version.decoupled is not None:
+        yield FIRST, labels, found.first_responses.read()
     if version.is_loaded and isinstance(version.scheduler, Scheduler):
         depth, age_s = version.scheduler.waiting()
         yield WAITING, labels, depth

@@ -130,6 +130,8 @@ class FastInfer:
         version = self._models.find(model_templates.name, model_templates.number)
         if version is not model_templates.version:
             return False
+        if tenant:
+            self._models.tenants.add(tenant, request.rows)
         starting = _FastRequest(exchange, version, model_templates.prefix, found, id_field)
         starting.start(request, tenant, limits, len(body) - PREFIX_BYTES)
         return True

@@ -21,6 +21,7 @@ from services.infer.model_files.wanted_models import WantedModel
 from services.infer.models.load_context import LoadContext
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
+from services.infer.scheduling.tenant_counts import TenantCounts
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
@@ -58,9 +59,13 @@ class Models:
 
     def __init__(self, context: LoadContext) -> None:
         self._context = replace(context, other_models=self)
+        self.responses = context.responses
+        """Results of all models with a response cache."""
         self.on_need: Callable[[str, str], Awaitable[None]] | None = None
         """Callback that has a model served because an ensemble needs it; takes the model's and the ensemble's name."""
         self._models: dict[str, Model] = {}
+        self.tenants = TenantCounts()
+        """Requests and rows by tenant, over all models."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._has_desired = asyncio.Event()
@@ -176,6 +181,15 @@ class Models:
         """Return the ready versions of one model, ascending; an empty list for an unknown model."""
         model = self._models.get(name)
         return model.ready() if model else []
+
+    def known(self) -> list[Version]:
+        """Return every version in whatever state, one for each number: that of the requests, else the newest."""
+        found: dict[tuple[str, int], Version] = {}
+        for name in sorted(self._models):
+            model = self._models[name]
+            for version in (*model.leaving, *model.loading, *model.versions.values()):
+                found[name, version.number] = version
+        return list(found.values())
 
     def names(self) -> list[str]:
         """Return the names of the models with a ready version, sorted."""

@@ -89,6 +89,11 @@ class Version:
         return self.state is State.READY
 
     @property
+    def in_flight(self) -> int:
+        """Requests and calls that use the version now."""
+        return self._users
+
+    @property
     def is_loaded(self) -> bool:
         """True while the version holds its resources: READY, or an ensemble that lacks a step."""
         return self._loaded is not None and self.state is not State.UNLOADING

@@ -144,6 +144,8 @@ class FastRestInfer:
             return False
         if version is not known.version:
             return False
+        if tenant:
+            self._models.tenants.add(tenant, request.rows)
         _FastRestRequest(call, known).start(request, tenant, limits, len(body))
         return True
 

@@ -142,6 +142,8 @@ class DecoupledScheduler:
                 if isinstance(event, Message):
                     request.memory.release(event.tensor_bytes)
                 response = self._response(event, request)
+                if not read_count and not response.is_empty:
+                    self._statistics.first_responses.add(self._clock() - arrived)
                 yield response
                 if response.is_final:
                     break

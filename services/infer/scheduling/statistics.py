@@ -58,6 +58,8 @@ class Statistics:
     """Successful requests by their time in the queue."""
     compute_durations: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
     """Executions by the time of the model."""
+    first_responses: Histogram = field(default_factory=Histogram)
+    """Requests of a decoupled model by the time from arrival to the first response."""
     last_inference_ms: int = 0
     """Milliseconds since 1970."""
     rows: int = 0
@@ -125,6 +127,8 @@ class Statistics:
 
     def hit(self, lookup_ns: int, total_ns: int) -> None:
         """Count one request that the response cache completed: from the store, or with another request's execution."""
+        self.durations[bisect_left(SECONDS, total_ns * 1e-9)] += 1
+        self.queue_durations[0] += 1
         self.success.add(total_ns)
         self.queue.add(0)
         self.cache_hit.add(lookup_ns)
