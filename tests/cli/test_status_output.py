@@ -32,7 +32,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, *instances: Instance) -> str:
     console = Console(file=screen, width=200)
     monkeypatch.setattr(output, "console", lambda **options: console)
     monkeypatch.setattr(status, "console", lambda **options: console)
-    status._show(Status("127.0.0.1:8080", instances, False, None, (), (), ()), [], [])
+    status._show(Status("127.0.0.1:8080", instances, False, None, (), (), ()), [], [], {})
     return screen.getvalue()
 
 
