@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import triton_examples
 from tests.infer import onnx_files
 from tests.infer.conformance import served_models
 from tests.infer.conformance.instance import EXPLICIT, Instance
@@ -26,7 +25,7 @@ CONFIGS = {
 
 def write(root: Path) -> Path:
     """The models of the clients: double and patient (y = 2x, [N,4]), wide (the same, of any size), classes, repeat,
-    decode, chain (an ensemble, y = 4x), and those of Triton's examples."""
+    decode, chain (an ensemble, y = 4x)."""
     for name, config in CONFIGS.items():
         model = onnx_files.identity() if name == "classes" else onnx_files.scale(2)
         (root / name / "1").mkdir(parents=True)
@@ -36,7 +35,6 @@ def write(root: Path) -> Path:
     served_models.put_repeat(root)
     served_models.put_decode(root)
     served_models.put_chain(root)
-    triton_examples.put_models(root)
     return root
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.clients import triton_examples
 from tests.clients.conftest import Run
 from tests.infer import onnx_files
 from tests.infer.conformance.instance import Instance
@@ -116,7 +115,3 @@ def test_curl_streams_the_responses_of_a_decoupled_model(served: Instance, run: 
     said = run([*CURL, "-N", url, "-d", json.dumps({"times": 3})])
     events = [json.loads(event.removeprefix("data: ")) for event in said.split("\n\n") if event]
     assert [event["n"] for event in events] == [0, 1, 2]
-
-
-def test_tritons_own_examples_run_as_they_are(served: Instance, repository_root: Path) -> None:
-    assert triton_examples.failed(repository_root / ".venv-tritonclient/bin/python", served.address) == {}
