@@ -76,6 +76,8 @@ class DatabaseClock(Background):
         self._offset = self._before = wall_ns() - steady_ns()
         self._settled_at = 0
         self._is_synchronized = False
+        self.round_trip_s = 0.0
+        """Time of the last read of MongoDB's clock: the network and the primary. 0: there was none."""
         self._reported_ns = 0
 
     def __call__(self) -> datetime:
@@ -125,6 +127,7 @@ class DatabaseClock(Background):
         with translated("reading MongoDB's time"):
             reply = await self._database.client.admin.command("hello")
         after = self._steady_ns()
+        self.round_trip_s = (after - before) / 1e9
         # MongoDB rounds down to milliseconds.
         primary_ns = milliseconds(reply["localTime"]) * _MS
         return primary_ns - after, primary_ns + _MS - 1 - before

@@ -172,6 +172,8 @@ class Etcd:
         self._addresses = addresses_of(addresses)
         self._timeout_s = timeout_s
         self._idle_s = idle_s
+        self.round_trip_s = 0.0
+        """Time of the last call that succeeded. 0: there was none."""
 
     async def __aenter__(self) -> Etcd:
         self._members = [_Member(address) for address in self._addresses]
@@ -310,7 +312,10 @@ class Etcd:
     async def _unary(self, method: Callable[[_Member], Any], request: Any, doing: str) -> Any:
         member = self._members[self._current]
         async with self._guarded(member, doing):
-            return await method(member)(request, timeout=self._timeout_s, metadata=_METADATA)
+            begun = time.monotonic()
+            response = await method(member)(request, timeout=self._timeout_s, metadata=_METADATA)
+            self.round_trip_s = time.monotonic() - begun
+            return response
 
     @contextlib.asynccontextmanager
     async def _guarded(self, member: _Member, doing: str) -> AsyncIterator[None]:

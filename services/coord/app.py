@@ -108,7 +108,7 @@ async def run(config: CoordConfig) -> None:
                 RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
             )
             methods |= refused.methods()
-        metrics = CoordMetrics(mirror, ads, watch)
+        metrics = CoordMetrics(etcd, mirror, ads, watch)
         server = await stack.enter_async_context(
             Server(
                 config.listen,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mesh.cluster.election import Election
+from mesh.cluster.etcd import Etcd
 from mesh.cluster.mirror import Mirror
 from mesh.metrics.families import Family, Kind, Reading
 from mesh.rpc.cluster_access import PolicyWatch
@@ -29,7 +30,9 @@ XDS_AGE = Family(
 POLICY = Family(
     "shoal.coord.policy.version", G, "", "Version of the policy in force; 0: callers are not authenticated."
 )
-FAMILIES = (LEADS, TERM, INSTANCES, STALE, ENVOYS, RESOURCES, REFUSED, XDS_AGE, POLICY)
+DRAINED = Family("shoal.coord.drained", G, "{instance}", "Instances that an operator has drained.")
+ETCD_TRIP = Family("shoal.coord.etcd.round_trip", G, "s", "Time of the last call of etcd that succeeded; 0: none did.")
+FAMILIES = (DRAINED, ETCD_TRIP, LEADS, TERM, INSTANCES, STALE, ENVOYS, RESOURCES, REFUSED, XDS_AGE, POLICY)
 
 
 class CoordMetrics:
@@ -37,10 +40,12 @@ class CoordMetrics:
 
     def __init__(
         self,
+        etcd: Etcd,
         mirror: Mirror,
         ads: AdsServer,
         watch: PolicyWatch | None,
     ) -> None:
+        self._etcd = etcd
         self.election: Election | None = None
         """Known once the instance takes part in the election."""
         self._mirror = mirror
@@ -52,7 +57,10 @@ class CoordMetrics:
         yield LEADS, (), int(term is not None)
         yield TERM, (), 0 if term is None else term.token
         copy = self._mirror.copy
-        counts = Counter((one.service, one.state.value.lower()) for one in cluster_of(copy).instances)
+        cluster = cluster_of(copy)
+        yield DRAINED, (), len(cluster.drained)
+        yield ETCD_TRIP, (), self._etcd.round_trip_s
+        counts = Counter((one.service, one.state.value.lower()) for one in cluster.instances)
         for labels, count in sorted(counts.items()):
             yield INSTANCES, labels, count
         yield STALE, (), int(copy.stale)

@@ -400,7 +400,17 @@ async def build_metrics(
     """Return the metrics of the instance, started."""
     ages = await stack.enter_async_context(QueueAges(shared.store, shared.clock, shared.instance.ready))
     counts = JobCounts(shared.events)
-    return IngestMetrics(counts, ages, dispatch.backlog, dispatch.dispatcher, streams.connectors, schedules.lease)
+    return IngestMetrics(
+        counts,
+        ages,
+        dispatch.backlog,
+        dispatch.dispatcher,
+        streams.connectors,
+        schedules.lease,
+        dispatch.lease_keeper,
+        schedules.firing,
+        shared.clock,
+    )
 
 
 def build_batches(

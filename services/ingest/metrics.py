@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from mesh.metrics.families import Family, Kind, Reading
-from mesh.mongo_clock import Clock
+from mesh.mongo_clock import Clock, DatabaseClock
 from mesh.mongo_lease import LeaderLease
 from mesh.process.tasks import Background, for_ever
 from services.ingest.connectors.connectors import Connectors
 from services.ingest.dispatch.dispatcher import Dispatcher
+from services.ingest.dispatch.lease_keeper import LeaseKeeper
 from services.ingest.intake.backlog import JobBacklog
 from services.ingest.job import Job, Outcome
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import JobStore
+from services.ingest.schedules.firing import Firing
 from shoal.store.v1 import store_pb2
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,14 @@ ACCEPTED = Family("shoal.ingest.jobs.accepted", C, "{job}", "Jobs that are durab
 ENDED = Family(
     "shoal.ingest.jobs.ended", C, "{job}", "Jobs that have ended, by outcome, counted where they ran.", ("outcome",)
 )
+PUT_BACK = Family("shoal.ingest.jobs.put_back", C, "{job}", "Attempts after which a job went back to the queue.")
+LEASES_LOST = Family("shoal.ingest.leases.lost", C, "{job}", "Jobs given up: another instance has their lease.")
+TAKEN_OVER = Family("shoal.ingest.leases.taken_over", C, "{job}", "Jobs taken over, since their holder's lease lapsed.")
+FIRED = Family("shoal.ingest.schedules.fired", C, "{job}", "Times of schedules for which the instance made a job.")
+SKIPPED = Family(
+    "shoal.ingest.schedules.skipped", C, "{time}", "Times, or runs of missed times, for which no job was made."
+)
+FIRING_FAILED = Family("shoal.ingest.schedules.failed", C, "{attempt}", "Attempts to fire that failed; repeated.")
 AGAIN = Family("shoal.ingest.jobs.due_again", C, "{job}", "Jobs that were requeued, or freed by their dependencies.")
 HELD = Family("shoal.ingest.jobs.held", G, "{job}", "Jobs whose lease the instance holds: running, or about to.")
 BACKLOG = Family("shoal.ingest.backlog", G, "{job}", "Queued jobs of all instances together, estimated.")
@@ -33,7 +43,7 @@ AGE = Family(
     "shoal.ingest.queue.age", G, "s", "Age of the oldest due job of a tenant: the 20 oldest, or `other`.", ("tenant",)
 )
 OLDEST = Family("shoal.ingest.queue.oldest", G, "s", "Age of the oldest due job of all; 0: none is due.")
-QUEUES = Family("shoal.ingest.queue.count", G, "{queue}", "Tenant queues that have jobs.")
+QUEUES = Family("shoal.ingest.queues", G, "{queue}", "Tenant queues that have jobs.")
 READ_AGE = Family("shoal.ingest.queue.read_age", G, "s", "Time since the ages of the queue were read; -1: never.")
 LEADS = Family("shoal.ingest.leader", G, "", "1: the instance leads ingest; schedules fire and operations run there.")
 _LABELS = ("connector",)
@@ -42,7 +52,9 @@ ANSWERED = Family("shoal.ingest.connector.answered", C, "{message}", "Messages t
 DEAD = Family("shoal.ingest.connector.dead", C, "{message}", "Messages that ended as dead letters.", _LABELS)
 LAG = Family("shoal.ingest.connector.lag", G, "{message}", "Messages that its source has beyond its position.", _LABELS)
 LAG_TIME = Family("shoal.ingest.connector.lag_time", G, "s", "Time by which it lags behind its source.", _LABELS)
+MONGO_TRIP = Family("shoal.ingest.mongo.round_trip", G, "s", "Time of the last small read of MongoDB's primary.")
 FAMILIES = (
+    *(PUT_BACK, LEASES_LOST, TAKEN_OVER, FIRED, SKIPPED, FIRING_FAILED, MONGO_TRIP),
     *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, OLDEST, QUEUES, READ_AGE, LEADS),
     *(MESSAGES, ANSWERED, DEAD, LAG, LAG_TIME),
 )
@@ -119,7 +131,13 @@ class IngestMetrics:
         dispatcher: Dispatcher,
         connectors: Connectors,
         lease: LeaderLease,
+        lease_keeper: LeaseKeeper,
+        firing: Firing,
+        clock: DatabaseClock,
     ) -> None:
+        self._lease_keeper = lease_keeper
+        self._firing = firing
+        self._clock = clock
         self._counts = counts
         self._ages = ages
         self._backlog = backlog
@@ -132,6 +150,13 @@ class IngestMetrics:
         for outcome, count in self._counts.ended.items():
             yield ENDED, (outcome,), count
         yield AGAIN, (), self._counts.due_again
+        yield PUT_BACK, (), self._dispatcher.put_back_count
+        yield LEASES_LOST, (), self._dispatcher.lost
+        yield TAKEN_OVER, (), self._lease_keeper.taken_over
+        yield FIRED, (), self._firing.fired
+        yield SKIPPED, (), self._firing.skipped
+        yield FIRING_FAILED, (), self._firing.failed
+        yield MONGO_TRIP, (), self._clock.round_trip_s
         yield HELD, (), self._dispatcher.held_count
         yield BACKLOG, (), self._backlog.estimate
         yield from self._queue()

@@ -162,7 +162,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 exports_as=("store", f"{config.node}/{config.instance}"),
-                sources=[StoreMetrics(recorded, sweep, lease, chain).read],
+                sources=[StoreMetrics(recorded, sweep, lease, chain, rpc, clock).read],
                 http=rest_app,
             )
         )

@@ -53,12 +53,15 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         self._parts = parts
         self._scopes = scopes
         self._artifacts = parts.artifacts
+        self.read_bytes = self.stored_bytes = 0
+        """Bytes of artifacts that were sent, and that were stored as new ones."""
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
         scope = self._scopes.of(ctx, "PutArtifact")
         upload = await Upload.opened(requests, self._parts.upload_idle_s, scope.tenant)
         _check_use(upload, scope)
         artifact, existed = await self._artifacts.put(upload, scope)
+        self.stored_bytes += 0 if existed else artifact.size
         if upload.reference:
             await self._parts.references.make(upload.reference, artifact, upload.tenant)
         usage = None if upload.tenant is None else await self._parts.quotas.over(upload.tenant)
@@ -75,6 +78,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         artifact, chunks = await self._artifacts.reader.read(name, request.offset, scope)
         yield pb.GetArtifactResponse(size_bytes=artifact.size)
         async for chunk in chunks:
+            self.read_bytes += len(chunk)
             yield pb.GetArtifactResponse(chunk=chunk)
 
     async def ReleaseArtifacts(self, request: pb.ReleaseArtifactsRequest, ctx: Context) -> pb.ReleaseArtifactsResponse:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Iterable
 
 from mesh.metrics.families import Family, Kind, Reading
 from mesh.mongo import Document
+from mesh.mongo_clock import DatabaseClock
 from mesh.mongo_lease import LeaderLease
+from services.store.artifact_rpc import ArtifactRpc
 from services.store.audit.chain import AuditChain
 from services.store.retention.sweep import Sweep
 
@@ -19,7 +21,10 @@ AUDIT_FAILED = Family(
     "shoal.store.audit.failed", C, "{entry}", "Entries that could not be written; acts among them were refused."
 )
 AUDIT_WAITING = Family("shoal.store.audit.waiting", G, "{entry}", "Entries that wait to be written.")
-FAMILIES = (RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING)
+BLOBS_READ = Family("shoal.store.artifacts.read", C, "By", "Bytes of artifacts that were sent to clients.")
+BLOBS_WRITTEN = Family("shoal.store.artifacts.stored", C, "By", "Bytes of artifacts that were stored, as new ones.")
+MONGO_TRIP = Family("shoal.store.mongo.round_trip", G, "s", "Time of the last small read of MongoDB's primary.")
+FAMILIES = (BLOBS_READ, BLOBS_WRITTEN, MONGO_TRIP, RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING)
 
 
 class RecordedCount:
@@ -38,13 +43,26 @@ class RecordedCount:
 class StoreMetrics:
     """Readings of one instance."""
 
-    def __init__(self, recorded: RecordedCount, sweep: Sweep, lease: LeaderLease, chain: AuditChain) -> None:
+    def __init__(
+        self,
+        recorded: RecordedCount,
+        sweep: Sweep,
+        lease: LeaderLease,
+        chain: AuditChain,
+        artifacts: ArtifactRpc,
+        clock: DatabaseClock,
+    ) -> None:
+        self._artifacts = artifacts
+        self._clock = clock
         self._recorded = recorded
         self._sweep = sweep
         self._lease = lease
         self._chain = chain
 
     def read(self) -> Iterable[Reading]:
+        yield BLOBS_READ, (), self._artifacts.read_bytes
+        yield BLOBS_WRITTEN, (), self._artifacts.stored_bytes
+        yield MONGO_TRIP, (), self._clock.round_trip_s
         yield RECORDED, (), self._recorded.count
         yield REMOVED, (), self._sweep.removed
         yield LEADS, (), int(self._lease.is_held)

@@ -122,6 +122,10 @@ class Dispatcher:
         self._max_held = max_in_flight * HELD_PER_CALL
         self._poll_s = poll_ms / 1000
         self._drain_s = drain_ms / 1000
+        self.lost = 0
+        """Jobs whose lease was lost to another instance, or has lapsed."""
+        self.put_back_count = 0
+        """Attempts after which a job went back to the queue."""
         self._held: dict[str, HeldJob] = {}
         self._queues: dict[str, ModelQueue] = {}
         self._bytes = 0
@@ -274,6 +278,7 @@ class Dispatcher:
         held_job = self._held.get(job_id)
         if held_job is not None and self._is_before_result(held_job) and held_job.job.lease == lease:
             log.info("lost the lease of job %s: giving up its attempt", job_id)
+            self.lost += 1
             self._release(held_job)
 
     def taken_over(self, job_id: str, by_lease: str) -> None:
@@ -281,6 +286,7 @@ class Dispatcher:
         held_job = self._held.get(job_id)
         if held_job is not None and held_job.job.lease is not None and held_job.job.lease.id != by_lease:
             log.info("job %s was taken over: releasing it", job_id)
+            self.lost += 1
             self._release(held_job)
 
     async def _run(self) -> None:
@@ -422,6 +428,7 @@ class Dispatcher:
             work = self._recorder.end(endings, is_held, self._releaser(is_held))
             self._spawn(work, f"end of {len(endings)} jobs", held_jobs)
         back = [(held_job, again) for held_job, again in decided if isinstance(again, BackToQueue)]
+        self.put_back_count += len(back)
         if back:
             held_jobs = [held_job for held_job, _ in back]
             work = self._put_back([(held_job.job, again) for held_job, again in back], self._is_held(held_jobs))

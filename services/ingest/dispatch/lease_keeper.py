@@ -59,6 +59,8 @@ class LeaseKeeper:
         self._ready = instance.ready
         self._renew_s = renew_ms / 1000
         self._stack = AsyncExitStack()
+        self.taken_over = 0
+        """Jobs that were taken over."""
 
     async def __aenter__(self) -> LeaseKeeper:
         for name, duty, first_s in (
@@ -103,6 +105,7 @@ class LeaseKeeper:
         lapsed = await self._claims.take_lapsed(limit, self._dispatcher.held().keys()) if limit else []
         if not lapsed:
             return
+        self.taken_over += len(lapsed)
         log.warning("took over %d jobs whose leases lapsed", len(lapsed))
         recorded = await self._recorded_ends([job.id for job, _ in lapsed])
         for job, lost in lapsed:

@@ -78,6 +78,12 @@ class Firing(Background):
         self._cancel = cancel
         self._clock = clock
         self._ready = ready
+        self.fired = 0
+        """Times for which a job was made."""
+        self.skipped = 0
+        """Times, or runs of missed times, for which no job was made."""
+        self.failed = 0
+        """Attempts to fire that failed and are repeated."""
 
     async def _run(self) -> None:
         await self._ready.wait()
@@ -124,6 +130,7 @@ class Firing(Background):
 
     async def _try_later(self, schedule_id: str, document: Document | None, err: Exception) -> None:
         """Postpone a schedule whose firing failed. Only the first failure in a row is logged."""
+        self.failed += 1
         tries = (document or {}).get("tries", 0) + 1
         if tries == 1:
             unexpected = None if isinstance(err, ShoalError) else err
@@ -212,6 +219,9 @@ class Firing(Background):
             update["$unset"] = unset
         with translated("advancing a schedule"):
             written = await self._schedules.find_one_and_update(as_planned, update, return_document=True)
+        if written is not None:
+            self.fired += bool(job)
+            self.skipped += bool(skip)
         return None if written is None else schedule_of(written)
 
 
