@@ -1,0 +1,171 @@
+"""A real Prometheus finds a loaded node by its file, scrapes it without errors, and gets every family."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shoal
+from mesh.metrics import process
+from mesh.metrics.families import Family, Kind
+from services.coord import metrics as coord
+from services.infer import metrics as infer
+from services.ingest import metrics as ingest
+from services.store import metrics as store
+from shoal.node import admin
+from shoal.node.ports import Ports
+from tests.breakable import Process, until
+
+pytestmark = pytest.mark.node
+
+UNPACKED = Path(".prometheus/usr/bin").absolute()
+# Without connectors, callers that name a tenant, response caches, streams, and jobs that wait, there are no series.
+WITHOUT_SERIES = {
+    *(each for each in (*ingest.FAMILIES, *infer.FAMILIES) if each.labels in (("connector",), ("tenant",))),
+    *(each for each in infer.FAMILIES if re.search(r"[._](cache|first_response)[._]", each.name)),
+}
+FAMILIES = {
+    *(*admin.FAMILIES, *process.FAMILIES, *infer.FAMILIES, *ingest.FAMILIES, *store.FAMILIES, *coord.FAMILIES),
+} - WITHOUT_SERIES
+OF_ENVOY = (
+    "envoy_http_downstream_rq_xx",
+    "envoy_cluster_upstream_rq_xx",
+    "envoy_cluster_upstream_rq_retry",
+    "envoy_cluster_upstream_rq_pending_overflow",
+    "envoy_cluster_upstream_rq_active",
+    "envoy_cluster_outlier_detection_ejections_active",
+    "envoy_cluster_membership_healthy",
+    "envoy_listener_manager_lds_update_rejected",
+    "envoy_cluster_manager_cds_update_rejected",
+    "envoy_server_days_until_first_cert_expiring",
+)
+# Names of other projects, which are kept: Envoy's and Triton's break promtool's rules of naming.
+FOREIGN = ("envoy_", "nv_")
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path=str(UNPACKED))
+    if found is None:
+        pytest.skip("needs Prometheus: run tools/prometheus.sh")
+    return found
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        text: str = response.read().decode()
+        return text
+
+
+@pytest.fixture(scope="module")
+def loaded(running: Any) -> Any:
+    """The node, after requests and jobs."""
+    with shoal.Client(running.gateway) as client:
+        for _ in range(8):
+            client.infer("double", {"x": np.ones((1, 4), np.float32)})
+        job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
+        client.jobs.result(job.id)
+    return running
+
+
+@pytest.fixture(scope="module")
+def prometheus(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Prometheus that scrapes the node."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = {
+        "global": {"scrape_interval": "5s", "scrape_timeout": "5s"},
+        "scrape_configs": [
+            {
+                "job_name": "shoal",
+                "honor_labels": True,
+                "file_sd_configs": [{"files": [str(loaded.data_dir / "prometheus.json")]}],
+            }
+        ],
+    }
+    # JSON is YAML.
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    subprocess.run([tool("promtool"), "check", "config", folder / "prometheus.yml"], check=True, capture_output=True)
+    with Ports() as ports:
+        address = f"127.0.0.1:{ports.reserve()}"
+    argv = [tool("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with Process([*argv, f"--web.listen-address={address}"], folder / "prometheus.log"):
+        yield f"http://{address}"
+
+
+def query(url: str, text: str) -> list[Any]:
+    document = json.loads(read(f"{url}/api/v1/query?query={urllib.parse.quote(text)}"))
+    found: list[Any] = document["data"]["result"]
+    return found
+
+
+def target(url: str) -> dict[str, Any]:
+    """Return the state of the one target; empty before its first scrape."""
+    try:
+        [found] = json.loads(read(f"{url}/api/v1/targets"))["data"]["activeTargets"]
+    except (OSError, ValueError):
+        return {}
+    return dict(found)
+
+
+def series_of(family: Family) -> str:
+    if family.kind is Kind.HISTOGRAM:
+        return f"{family.prometheus}_count"
+    return family.prometheus + ("_total" if family.kind is Kind.COUNTER and not family.verbatim else "")
+
+
+def test_prometheus_scrapes_every_family(prometheus: str, loaded: Any) -> None:
+    asyncio.run(until(lambda: target(prometheus).get("health") == "up", "a scrape without an error", 60))
+    assert target(prometheus)["lastError"] == ""
+    assert target(prometheus)["labels"]["node"] == "local"
+    names = set(json.loads(read(f"{prometheus}/api/v1/label/__name__/values"))["data"])
+    assert {series_of(family) for family in FAMILIES} - names == set()
+    assert set(OF_ENVOY) - names == set()
+    up = {each["metric"]["instance"]: each["value"][1] for each in query(prometheus, "shoal_process_up")}
+    services = {name for name in loaded.pids() if "-" in name}
+    assert up == dict.fromkeys({*services, "envoy"}, "1")
+    [ended] = query(prometheus, 'sum(shoal_ingest_jobs_ended_total{outcome="succeeded"}) > 0')
+    assert ended
+    [requests] = query(prometheus, 'sum(shoal_infer_requests_total{model="double"}) >= 9')
+    assert requests
+
+
+def test_the_queries_of_the_page_about_observability_have_results(prometheus: str) -> None:
+    page = Path("docs/observability.md").read_text()
+    queries = re.findall(r"^\| [^|`]+ \| `([^`]+)` \|$", page, re.MULTILINE)
+    assert len(queries) == 9
+    # No Envoy has refused anything, so the values are 0.
+    for each in queries:
+        text = each.removesuffix(" > 0")
+        # A rate has a value after two scrapes.
+        asyncio.run(until(partial(_has_results, prometheus, text), text, 60))
+
+
+def _has_results(url: str, text: str) -> bool:
+    return bool(query(url, text))
+
+
+def test_promtool_finds_nothing_to_object_to(loaded: Any) -> None:
+    page = read(f"http://{loaded.admin}/metrics")
+    checked = subprocess.run(
+        [tool("promtool"), "check", "metrics"], input=page, capture_output=True, text=True, timeout=60, check=False
+    )
+    complaints = [line for line in checked.stderr.splitlines() if line and not line.startswith(FOREIGN)]
+    assert complaints == []
+
+
+def test_metrics_are_not_at_the_gateway(loaded: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        read(f"http://{loaded.gateway}/metrics")
+    assert refused.value.code == 404
