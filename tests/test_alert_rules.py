@@ -1,0 +1,138 @@
+"""Alert rules as shipped, run by the real promtool: each fires for its cause alone, and a healthy node fires none."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+RULES = Path("deploy/observability/alerts.yml")
+MODEL = 'model="digits",version="1",instance="infer-0"'
+# Values at each minute, in promtool's notation.
+HEALTHY: dict[str, str] = {
+    f'shoal_infer_requests_total{{{MODEL},outcome="success"}}': "0+6000x400",
+    f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}': "0+1x400",
+    f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x400",
+    f"shoal_infer_model_ready{{{MODEL}}}": "1x400",
+    'shoal_process_up{service="infer",instance="infer-0"}': "1x400",
+    'shoal_process_restarts_total{service="infer",instance="infer-0"}': "1x400",
+    'shoal_coord_leader{instance="coord-0"}': "0x400",
+    'shoal_coord_leader{instance="coord-1"}': "1x400",
+    'shoal_coord_view_stale{instance="coord-0"}': "0x400",
+    'shoal_coord_envoys{instance="coord-0"}': "1x400",
+    'shoal_coord_xds_refused{instance="coord-0",node="local",type="Listener"}': "0x400",
+    'envoy_server_days_until_first_cert_expiring{instance="envoy"}': "4294967295x400",
+    'shoal_event_loop_stalled_seconds_total{instance="infer-0"}': "0+1x400",
+    'shoal_connection_memory_bytes{instance="infer-0",kind="requests"}': "100x400",
+    'shoal_connection_memory_limit_bytes{instance="infer-0",kind="requests"}': "1000x400",
+    'process_open_file_descriptors{instance="infer-0"}': "40x400",
+    'process_file_descriptor_limit{instance="infer-0"}': "20000x400",
+    'shoal_ingest_queue_oldest_seconds{instance="ingest-0"}': "3x400",
+    'shoal_ingest_jobs_ended_total{instance="ingest-0",outcome="failed"}': "0+1x400",
+    'shoal_ingest_schedules_failed_total{instance="ingest-0"}': "0x400",
+    'shoal_ingest_connector_lag_time_seconds{instance="ingest-0",connector="orders"}': "2x400",
+    'shoal_ingest_connector_lag{instance="ingest-0",connector="bills"}': "7x400",
+    'shoal_store_audit_failed_total{instance="store-0"}': "0x400",
+}
+FAILURES = f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}'
+STALLED = 'shoal_event_loop_stalled_seconds_total{instance="infer-0"}'
+# The alerts that fire, and the series that differ from the healthy ones: after 390 minutes for errors, else after 30.
+CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
+    # 1 % for six hours: the slow alert. 5 % in the last hour: the fast one.
+    (("ShoalErrorsSlow",), {FAILURES: "0+60x400"}),
+    (("ShoalErrorsFast",), {FAILURES: "0x325 0+130x70"}),
+    (("ShoalErrorsFast", "ShoalErrorsSlow"), {FAILURES: "0+600x400"}),
+    # It is over: the short windows are clean again.
+    ((), {FAILURES: "0+600x200 120000x200"}),
+    (("ShoalExpiredRowsRun",), {f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x27 3x13"}),
+    (("ShoalProcessDown",), {'shoal_process_up{service="infer",instance="infer-0"}': "1x20 0x20"}),
+    (
+        ("ShoalProcessFlapping",),
+        {'shoal_process_restarts_total{service="infer",instance="infer-0"}': "1x18 2 3 4 5 6x20"},
+    ),
+    (("ShoalNoLeader",), {'shoal_coord_leader{instance="coord-1"}': "1x20 0x20"}),
+    (("ShoalEtcdUnreachable",), {'shoal_coord_view_stale{instance="coord-0"}': "0x20 1x20"}),
+    (("ShoalEnvoyDisconnected",), {'shoal_coord_envoys{instance="coord-0"}': "1x20 0x20"}),
+    (
+        ("ShoalEnvoyRefuses",),
+        {'shoal_coord_xds_refused{instance="coord-0",node="local",type="Listener"}': "0x20 1x20"},
+    ),
+    (("ShoalCertificateEnds",), {'envoy_server_days_until_first_cert_expiring{instance="envoy"}': "13x40"}),
+    (("ShoalEventLoopStalls",), {STALLED: "0+12x40"}),
+    (
+        ("ShoalMemoryNearLimit",),
+        {'shoal_connection_memory_bytes{instance="infer-0",kind="requests"}': "100x20 950x20"},
+    ),
+    (("ShoalFilesNearLimit",), {'process_open_file_descriptors{instance="infer-0"}': "17000x40"}),
+    (("ShoalModelNotReady",), {f"shoal_infer_model_ready{{{MODEL}}}": "1x20 0x20"}),
+    ((), {f"shoal_infer_model_ready{{{MODEL}}}": "1x27 0x13"}),
+    (("ShoalQueueOld",), {'shoal_ingest_queue_oldest_seconds{instance="ingest-0"}': "400x40"}),
+    (("ShoalJobsFail",), {'shoal_ingest_jobs_ended_total{instance="ingest-0",outcome="failed"}': "0+2x40"}),
+    (("ShoalScheduleMissed",), {'shoal_ingest_schedules_failed_total{instance="ingest-0"}': "0x20 1x20"}),
+    (
+        ("ShoalConnectorLags",),
+        {'shoal_ingest_connector_lag_time_seconds{instance="ingest-0",connector="orders"}': "900x40"},
+    ),
+    (("ShoalConnectorLags",), {'shoal_ingest_connector_lag{instance="ingest-0",connector="bills"}': "50000x40"}),
+    (("ShoalAuditNotWritten",), {'shoal_store_audit_failed_total{instance="store-0"}': "0x27 2x13"}),
+]
+
+
+def rules(root: Path) -> list[dict[str, Any]]:
+    groups = yaml.safe_load((root / RULES).read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+@pytest.fixture
+def promtool(repository_root: Path) -> str:
+    found = shutil.which("promtool") or shutil.which("promtool", path=str(repository_root / ".prometheus/usr/bin"))
+    if found is None:
+        pytest.skip("needs promtool: run tools/prometheus.sh")
+    return found
+
+
+def test_each_alert_fires_for_its_cause_alone(promtool: str, repository_root: Path, tmp_path: Path) -> None:
+    cases = [((), {}), *CAUSES]
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [
+                {"series": name, "values": values if FAILURES in changed else values.replace("x400", "x40")}
+                for name, values in {**HEALTHY, **changed}.items()
+            ],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": "390m" if FAILURES in changed else "30m",
+                    "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in alerts],
+                }
+            ],
+        }
+        for alerts, changed in cases
+    ]
+    document = {"rule_files": [str(repository_root / RULES)], "evaluation_interval": "1m", "tests": tests}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(document))
+    done = subprocess.run([promtool, "test", "rules", str(tmp_path / "tests.yml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_cause_here_a_command_and_a_line_in_the_docs(repository_root: Path) -> None:
+    alerts = {rule["alert"]: rule for rule in rules(repository_root) if "alert" in rule}
+    assert alerts.keys() == {name for names, _ in CAUSES for name in names}
+    page = (repository_root / "docs/observability.md").read_text()
+    for name, rule in alerts.items():
+        assert f"| `{name}` |" in page
+        assert rule["annotations"]["runbook"].startswith("shoal ")
+        assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_rules_read_only_metrics_that_exist(repository_root: Path) -> None:
+    table = (repository_root / "docs/metrics.md").read_text()
+    for rule in rules(repository_root):
+        for name in re.findall(r"\b(?:shoal|process)_[a-z_]+", rule["expr"]):
+            assert f"`{name}`" in table or f"`{name.removesuffix('_total')}`" in table, name
