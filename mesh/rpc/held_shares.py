@@ -372,8 +372,12 @@ class HeldShares:
         for share in self._shares.values():
             if share.expires_at == math.inf and not share.is_granted:
                 share.expires_at = now + lifetime_s
-            if share.expires_at <= now and share.limit.unrenewed != "keep":
-                share.set(_OPEN if share.limit.unrenewed == "open" else Amount(0.0), now)
+            if share.expires_at <= now:
+                if share.limit.unrenewed == "open":
+                    # The bucket is full at once: a first grant takes the burst of _OPEN away again.
+                    share.set(_OPEN, now, is_first=True)
+                elif share.limit.unrenewed == "deny":
+                    share.set(Amount(0.0), now)
 
     def _counted(self, limit: Limit) -> tuple[Kind, ...]:
         """Return the numbers of a limit that services count. Without a cluster, no gateway counts requests."""

@@ -257,6 +257,21 @@ def test_a_share_that_nobody_renews_is_as_the_policy_says(signer: Signer, unrene
     refusal(limits, rows=1)
 
 
+def test_a_limit_that_was_open_holds_again_with_its_first_share(signer: Signer) -> None:
+    world = World(signer, {"name": "all", "rows_per_second": 80, "unrenewed": "open"}, part=None)
+    limits = world.limits()
+    world.shares.expire(10)
+    world.now += 10
+    world.shares.expire(10)
+    limits.reserve(0, 1_000_000).end()
+    # A claim for another bucket may succeed some milliseconds after the last renewal has failed.
+    world.now += 0.05
+    world.shares.grant({BUCKET: Amount(20, 20)}, 10)
+    world.now += 1
+    limits.reserve(0, 20).end()
+    refusal(limits, rows=1)
+
+
 def test_the_provisional_share_of_a_bucket_that_was_never_granted_ends_too(signer: Signer) -> None:
     world = World(signer, {"name": "all", "requests_in_flight": 80, "unrenewed": "deny"}, part=None)
     limits = world.limits()
