@@ -98,11 +98,11 @@ class Shares:
         before, _ = self._claims.get(claimant, (frozenset[Bucket](), 0.0))
         for bucket in before - demands.keys():
             self._release(claimant, bucket)
-        self._claims[claimant] = frozenset(demands), now + LIFETIME_S
+        claim = self._claims[claimant] = frozenset(demands), now + LIFETIME_S
         wanted = iter(demands.items())
         while step := list(itertools.islice(wanted, STEP)):
-            # It may have left meanwhile.
-            if claimant not in self._claims:
+            # It may have left or claimed again meanwhile: a share that its last claim does not have is never released.
+            if self._claims.get(claimant) is not claim:
                 return
             shares = ((bucket, self._share(claimant, bucket, demand)) for bucket, demand in step)
             yield [(bucket, share) for bucket, share in shares if share is not None]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.coord.shares import LIFETIME_S, RENEW_S, Shares, divide
+from services.coord.shares import LIFETIME_S, RENEW_S, STEP, Shares, divide
 from shoal.access.limits import Bucket, Kind
 from shoal.access.policy import Limit
 
@@ -152,3 +152,14 @@ def test_a_number_in_flight_is_shared_in_whole_requests() -> None:
     assert sorted(found.values()) == [1, 2]
     one = shares_of(in_flight=1)
     assert settle(one, {"a": 0, "b": 4}, RUNNING) == {"a": 0, "b": 1}
+
+
+def test_a_claim_that_a_later_one_overtakes_leaves_no_share_behind() -> None:
+    shares = shares_of(100)
+    many = {Bucket("l", Kind.REQUESTS, f"tenant-{number}"): 1.0 for number in range(STEP)}
+    overtaken = shares.claim_in_steps("one", {**many, ACME: 1.0}, 0.0)
+    next(overtaken)
+    shares.claim("one", many, 0.0)
+    assert list(overtaken) == []
+    shares.claim("two", {ACME: 50.0}, 0.0)
+    assert shares.claim("two", {ACME: 50.0}, 1.0)[ACME].amount == 100.0
