@@ -25,9 +25,9 @@ from shoal.errors import RATE_LIMIT_KEY, Code, LimitReached, ShoalError
 
 BUCKETS = 8_192
 """Buckets of one process, at most: 0.5 kB each; coord takes 10,000 in one claim. Beyond it, the least recently
-used ones are forgotten, of which nothing is in flight."""
+used ones are forgotten of which nothing is in flight, and full ones before all others."""
 FORGOTTEN_AFTER_S = 300.0
-"""A bucket that no call has met for so long is forgotten, and its share goes to others."""
+"""A full bucket that no call has met for so long is forgotten, and its share goes to others."""
 PROVISIONAL_PARTS = 8
 """A new bucket has one part in so many of its limit until coord has granted a share, some milliseconds later. Up to so
 many processes that meet a bucket at once exceed its limit by the limit itself at most."""
@@ -83,6 +83,10 @@ class Share:
         """True while a call is in flight here."""
         return False
 
+    def is_full(self, now: float) -> bool:
+        """Return True when the whole burst is left: a bucket that begins anew gives its callers nothing more."""
+        return True
+
 
 class Rate(Share):
     """A token bucket."""
@@ -116,6 +120,9 @@ class Rate(Share):
         self._since, self.taken, self.refused = now, 0.0, 0.0
         # More was given back than taken.
         return max(wanted, 0.0)
+
+    def is_full(self, now: float) -> bool:
+        return self.level + (now - self.at) * self.rate >= self.burst
 
 
 class InFlight(Share):
@@ -347,9 +354,10 @@ class HeldShares:
         return CallLimits(shares, self._clock) if shares else None
 
     def demands(self) -> dict[Bucket, float]:
-        """Forget the buckets that no call has met for long, and return the demands of the others."""
+        """Forget the full buckets that no call has met for long, and return the demands of the others."""
         now = self._clock()
-        self._forget([s for s in self._shares.values() if now - s.at > FORGOTTEN_AFTER_S and not s.is_in_use])
+        unmet = [share for share in self._shares.values() if now - share.at > FORGOTTEN_AFTER_S]
+        self._forget([share for share in unmet if not share.is_in_use and share.is_full(now)])
         return {bucket: share.demand(now) for bucket, share in self._shares.items()}
 
     @property
@@ -387,10 +395,13 @@ class HeldShares:
     def _share(self, bucket: Bucket, limit: Limit) -> Share:
         share = self._shares.get(bucket)
         if share is None:
+            now = self._clock()
             if len(self._shares) >= BUCKETS:
-                idle = sorted((s for s in self._shares.values() if not s.is_in_use), key=lambda s: s.at)
+                idle = [share for share in self._shares.values() if not share.is_in_use]
+                # Calls of models that do not exist, which count nowhere, have full buckets.
+                idle.sort(key=lambda share: (not share.is_full(now), share.at))
                 self._forget(idle[:_FORGOTTEN_AT_ONCE])
-            whole, now = amount_of(limit, bucket.kind), self._clock()
+            whole = amount_of(limit, bucket.kind)
             assert whole is not None, "buckets_in_services names kinds that the limit has"
             kind = InFlight if bucket.kind is Kind.IN_FLIGHT else Rate
             share = self._shares[bucket] = kind(bucket, limit, whole, now)

@@ -23,7 +23,7 @@ from mesh.process.tasks import end
 from mesh.rpc.interceptors import Context
 from mesh.xds.limits import bucket_of_id, id_of_bucket
 from mesh.xds.quota_messages import DENY_ALL, Reports, Response
-from shoal.access.limits import Amount, Bucket
+from shoal.access.limits import Amount, Bucket, Kind, amount_of
 from shoal.access.policy import Limit
 from shoal.errors import ShoalError
 
@@ -33,7 +33,7 @@ QUOTA_SERVICE = "envoy.service.rate_limit_quota.v3.RateLimitQuotaService"
 BUCKETS = 10_000
 """Buckets of one Envoy whose shares are renewed. Each takes about 1 kB."""
 IDLE_S = 30.0
-"""Time without a request after which an Envoy forgets a bucket."""
+"""Time without a request after which an Envoy forgets a bucket, if its burst is whole again."""
 # Usages of a report that are taken in one iteration of the event loop.
 _STEP = 500
 # Time that several new buckets have to be claimed together; and in parts of the time that a claim takes.
@@ -118,18 +118,26 @@ class _Gateway:
     def actions(self, shares: Mapping[Bucket, Amount], limit: Callable[[str], Limit | None], now: float) -> Any:
         """Return the response with the assignments that have changed; None when there are none.
 
-        Envoy forgets buckets that were idle, those of limits that the policy does not have, and those beyond BUCKETS.
+        Envoy forgets buckets that were idle until they were full again, those of limits that the policy does not have,
+        and those beyond BUCKETS.
         """
         response = Response()
         for bucket, usage in list(self._usages.items()):
             found, share = limit(bucket.limit), shares.get(bucket)
-            if found is None or now - usage.used_at >= IDLE_S or (share is None and len(self._usages) > BUCKETS):
+            is_beyond = share is None and len(self._usages) > BUCKETS
+            if found is None or is_beyond or now - usage.used_at >= max(IDLE_S, _refill_s(found)):
                 del self._usages[bucket]
                 _action(response, bucket).abandon_action.SetInParent()
             elif share is not None and _is_due(usage, share, found, now):
                 usage.assigned, usage.assigned_at = share, now
                 _assign(_action(response, bucket).quota_assignment_action, share, found)
         return response if response.bucket_action else None
+
+
+def _refill_s(limit: Limit) -> float:
+    """Return the time in which an empty bucket fills. A bucket that is forgotten before begins with its whole burst."""
+    whole = amount_of(limit, Kind.REQUESTS)
+    return 0.0 if whole is None else whole.burst / whole.amount
 
 
 def _is_due(usage: _Usage, share: Amount, limit: Limit, now: float) -> bool:

@@ -328,3 +328,30 @@ def test_the_number_of_buckets_is_bounded_and_a_bystander_keeps_its_own(
     refusal(world.limits("globex", "mine"))
     held.end()
     world.limits("globex", "mine").reserve(0, 1).end()
+
+
+def test_a_bucket_that_is_not_full_again_is_not_forgotten_however_long_no_call_has_met_it(signer: Signer) -> None:
+    world = World(signer, {"name": "all", "rows_per_second": 1, "burst_rows": 1000}, part=None)
+    world.limits()
+    world.shares.grant({BUCKET: Amount(1, 1000)}, 10)
+    world.limits().reserve(0, 1000).end()
+    world.now += FORGOTTEN_AFTER_S + 1
+    world.shares.demands()
+    refusal(world.limits(), rows=400)
+    world.now += 1000
+    assert world.shares.demands() == {}
+
+
+def test_calls_of_many_unknown_models_do_not_fill_the_bucket_of_another(
+    signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUCKETS", 100)
+    monkeypatch.setattr(module, "_FORGOTTEN_AT_ONCE", 10)
+    world = World(signer, {"name": "all", "per": "model", "rows_per_second": 0.01, "burst_rows": 10})
+    world.limits("globex", "mine").reserve(0, 10).end()
+    for number in range(1_000):
+        world.now += 0.001
+        # Such a call is refused before it is counted.
+        world.limits("acme", f"unknown-{number}")
+        assert len(world.shares._shares) <= 100
+    refusal(world.limits("globex", "mine"), rows=1)

@@ -107,6 +107,16 @@ def test_envoy_forgets_idle_buckets_and_those_of_removed_limits(now: float, of_p
     assert gateway.demands() == {}
 
 
+def test_envoy_keeps_an_idle_bucket_until_it_is_full_again() -> None:
+    gateway = _Gateway()
+    slow = Limit(name="l", requests_per_second=1, burst_requests=1000)
+    gateway.report(reports((IDS, 1000, 0)), 0.0)
+    told(gateway, Amount(1, 1000), slow, 0.0)
+    assert told(gateway, Amount(1, 1000), slow, IDLE_S) == []
+    (action,) = told(gateway, Amount(1, 1000), slow, 1000.0)
+    assert action.abandon_action is not None
+
+
 def test_buckets_beyond_the_bound_are_forgotten_the_latest_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quota, "BUCKETS", 2)
     gateway = _Gateway()
