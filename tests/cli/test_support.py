@@ -28,6 +28,12 @@ KEY = f"shoal_{TOKEN}"
         ('{"client_secret": "s3cr3t-value", "x": 1}', "s3cr3t-value"),
         ("SHOAL_INGEST_GOOGLE_TOKEN=ya29.a0Af", "ya29.a0Af"),
         ("of this installation: correct-horse", "correct-horse"),
+        ('{"password": "my whole phrase"}', "phrase"),
+        ('{"password": "a\\"quoted phrase"}', "phrase"),
+        (r'{"message": "{\"password\": \"hunter2\"}"}', "hunter2"),
+        ("OTEL_EXPORTER_OTLP_HEADERS=x-honeycomb-team=abcdef123456,x=y", "abcdef123456"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS=Authorization=Bearer%20abc123", "abc123"),
+        ("x-api-key=abc123", "abc123"),
     ],
 )
 def test_secrets_are_redacted_by_value_and_by_form(text: str, secret: str) -> None:

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 REDACTED = "[redacted]"
 # Shorter values would redact ordinary words.
 _SHORTEST = 8
+_NAMES = (
+    r"(?i)(?<![a-z])(?:[a-z0-9_.-]*(?:password|passwd|secret|token|private[_-]key|api[_-]key|access[_-]key|credential)"
+    r"[a-z0-9_]*)"
+)
 _FORMS = (
     # Keys of the cluster, and JSON Web Tokens.
     re.compile(r"\bshoal_eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+){1,2}"),
@@ -17,14 +21,16 @@ _FORMS = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL),
     # The password of a URL.
     re.compile(r"(?<=://)[^\s/@\"']*:[^\s/@\"']+(?=@)"),
-    # Fields by their name, in JSON and in variables of the environment.
+    # Fields by their name: in JSON, in JSON that is text of JSON, and in variables of the environment.
     re.compile(
-        r"(?i)(?<![a-z])(?:[a-z0-9_.-]*(?:password|passwd|secret|token|private_key|api_key|access_key|credential)"
-        r"[a-z0-9_]*)(?:\"\s*:\s*\"|=)(?P<value>[^\s\",;]+)"
+        rf"{_NAMES}(?:\"\s*:\s*\"(?P<json>(?:[^\"\\]|\\.)+)"
+        r"|\\+\"\s*:\s*\\+\"(?P<nested>[^\"\\]+)|=(?P<value>[^\s\",;]+))"
     ),
+    # Headers for collectors, such as their keys.
+    re.compile(r"(?m)(?<=_HEADERS=)[^\n]+"),
 )
 # Names of files, of settings and of kinds are no secrets.
-_HARMLESS = re.compile(r"(?i)(_file|_prefix|_path|_source|_bytes|_ms|_name|_type)(\"|=)")
+_HARMLESS = re.compile(r"(?i)(_file|_prefix|_path|_source|_bytes|_ms|_name|_type)\\*(\"|=)")
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -38,9 +44,8 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def _replaced(match: re.Match[str]) -> str:
-    if "value" not in match.groupdict():
+    if match.lastgroup is None:
         return REDACTED
-    value = match["value"]
-    if _HARMLESS.search(match[0]) or value == REDACTED:
+    if _HARMLESS.search(match[0]) or match[match.lastgroup] == REDACTED:
         return match[0]
-    return match[0][: match.start("value") - match.start()] + REDACTED
+    return match[0][: match.start(match.lastgroup) - match.start()] + REDACTED
