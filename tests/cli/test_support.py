@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_secrets_are_redacted_by_value_and_by_form(text: str, secret: str) -> No
     redacted = redact(text, ["correct-horse\n", "short"])
     assert secret not in redacted
     assert REDACTED in redacted
+
+
+@pytest.mark.parametrize("unit", ["a1", "eyJaaaaaaaa-", "a.", "://a", ":", "secret", "-----BEGIN PRIVATE KEY-----"])
+def test_a_long_line_is_redacted_in_linear_time(unit: str) -> None:
+    # With quadratic patterns it takes minutes.
+    text = "://" + unit * (400_000 // len(unit))
+    began = time.process_time()
+    redact(text)
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,19 @@ REDACTED = "[redacted]"
 # Shorter values would redact ordinary words.
 _SHORTEST = 8
 _NAMES = (
-    r"(?i)(?<![a-z])(?:[a-z0-9_.-]*(?:password|passwd|secret|token|private[_-]key|api[_-]key|access[_-]key|credential)"
-    r"[a-z0-9_]*)"
+    r"(?i)(?:password|passwd|secret|token|private[_-]key|api[_-]key|access[_-]key|credential)"
+    r"[a-z0-9_]{0,64}"
 )
+# Repetitions have a bound where many places of a text may begin one: a log of 4 MiB takes seconds at most.
 _FORMS = (
     # Keys of the cluster, and JSON Web Tokens.
-    re.compile(r"\bshoal_eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+){1,2}"),
-    re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"),
+    re.compile(r"\bshoal_eyJ[A-Za-z0-9_-]{8,1024}+(?:\.[A-Za-z0-9_-]+){1,2}"),
+    re.compile(r"\beyJ[A-Za-z0-9_-]{8,1024}+\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"),
     re.compile(r"(?i)(?<=bearer )[^\s\"',]+"),
     re.compile(r"(?i)(?<=basic )[A-Za-z0-9+/=]{8,}"),
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL),
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.{0,16384}?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL),
     # The password of a URL.
-    re.compile(r"(?<=://)[^\s/@\"']*:[^\s/@\"']+(?=@)"),
+    re.compile(r"(?<=://)[^\s/@\"':]{0,256}:[^\s/@\"']{1,1024}(?=@)"),
     # Fields by their name: in JSON, in JSON that is text of JSON, and in variables of the environment.
     re.compile(
         rf"{_NAMES}(?:\"\s*:\s*\"(?P<json>(?:[^\"\\]|\\.)+)"
