@@ -127,6 +127,8 @@ class Endpoint:
         task = asyncio.current_task()
         assert task is not None, "a connection is served by a task"
         self._open[task] = writer.transport
+        # `drain` waits until all is written.
+        writer.transport.set_write_buffer_limits(0)
         try:
             if len(self._open) <= CONNECTIONS:
                 with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
@@ -148,7 +150,7 @@ class Endpoint:
         parser = httptools.HttpRequestParser(head)
         try:
             parser.feed_data(raw)
-        except httptools.HttpParserError as err:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as err:
             await self._write(writer, text(400, f"not a request of HTTP/1.1: {err}"), False, False)
             return False
         method = parser.get_method()
@@ -195,8 +197,13 @@ class Endpoint:
         writer.write("\r\n".join((*lines, "\r\n")).encode("latin-1"))
         if not is_head:
             writer.write(response.body)
-        async with asyncio.timeout(WRITE_S):
-            await writer.drain()
+        try:
+            async with asyncio.timeout(WRITE_S):
+                await writer.drain()
+        except TimeoutError:
+            # Nobody reads: a closed transport would hold the page until somebody does.
+            writer.transport.abort()
+            raise
 
 
 def _without_port(host: str) -> str:

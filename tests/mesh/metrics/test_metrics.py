@@ -142,7 +142,24 @@ async def test_the_endpoint_takes_reads_of_its_page_and_nothing_else(tmp_path: P
         assert (await get(path, "/other"))[0] == 404
         assert (await get(path, method="POST"))[0] == 405
         assert (await get(path, headers="content-length: 3\r\n"))[0] == 400
+        assert (await get(path, headers="upgrade: websocket\r\nconnection: upgrade\r\n"))[0] == 400
+        assert (await get(path, "x:1", method="CONNECT"))[0] == 400
         assert (await get(path, headers=f"x: {'y' * endpoint.HEAD_BYTES}\r\n"))[0] == 431
+
+
+async def test_a_page_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "WRITE_S", 0.2)
+    path = tmp_path / "m.sock"
+
+    async def large(request: endpoint.Request) -> endpoint.Response:
+        return endpoint.Response(200, "text/plain", bytes(16 << 20))
+
+    async with endpoint.Endpoint(f"unix:{path}", {"/": large}):
+        reader, writer = await asyncio.open_unix_connection(str(path), limit=1 << 10)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(1)
+        assert len(await reader.read()) < 16 << 20
+        writer.close()
 
 
 async def test_a_page_of_the_browser_cannot_read_a_loopback_port_under_another_name() -> None:
