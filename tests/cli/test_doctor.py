@@ -186,7 +186,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "has refused its Listener: bad regex",
     ),
     ("endpoint-unhealthy", replace(HEALTHY, endpoints=(endpoint(health="failed"),)), E, "shoal logs infer-0"),
-    ("endpoint-failing", replace(HEALTHY, endpoints=(endpoint(failed_requests=51),)), W, "51 of 1000 requests"),
+    (
+        "endpoint-failing",
+        replace(HEALTHY, endpoints=(endpoint(failed_requests=53),), earlier_endpoints=(endpoint(failed_requests=51),)),
+        W,
+        "53 of 1000 requests to unix:/run/infer-0.sock of infer have failed, 2 of them now",
+    ),
     (
         "service-missing",
         status(instances=tuple(one for one in STATUS.instances if one.service != "store")),
@@ -255,6 +260,11 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
 def test_a_healthy_node_has_no_finding() -> None:
     assert checks.diagnose(HEALTHY) == []
     assert checks.diagnose(Facts(now=NOW, version="1.0")) == []
+
+
+def test_failures_of_the_start_up_are_no_finding() -> None:
+    failed = (endpoint(failed_requests=51),)
+    assert checks.diagnose(replace(HEALTHY, endpoints=failed, earlier_endpoints=failed)) == []
 
 
 @pytest.mark.parametrize(("check", "facts", "severity", "words"), CASES)
@@ -329,18 +339,23 @@ def test_processes_of_an_ended_node_and_holders_of_its_ports_are_named(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(gather, "DEFAULT_GATEWAY_PORT", taken.getsockname()[1])
         # A process with etcd's name and the data folder on its command line.
-        sleep = [sys.executable, "-c", "import time; time.sleep(60)", f"--data-dir={folder}/etcd"]
-        with subprocess.Popen(sleep, executable=sys.executable) as left:
+        sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", f"--data-dir={folder}/etcd"]
+        with subprocess.Popen(sleep, executable=sys.executable, stdout=subprocess.PIPE) as left:
             try:
-                os.symlink(sys.executable, folder / "etcd")
                 found = of_folder(folder)
                 assert f"(pid {os.getpid()})" in found.holders[taken.getsockname()[1]]
                 assert found.leftovers == ()
             finally:
                 left.kill()
-        with subprocess.Popen(["etcd", *sleep[1:]], executable=sys.executable) as left:
+        with subprocess.Popen(["etcd", *sleep[1:]], executable=sys.executable, stdout=subprocess.PIPE) as left:
             try:
+                # A process has its command line some time after exec(2) has returned: it runs once it prints.
+                assert left.stdout is not None
+                left.stdout.readline()
                 assert of_folder(folder).leftovers == (f"etcd {left.pid}",)
+                # The processes of a node whose folder's name merely begins alike.
+                (other := folder.with_name(folder.name[:-1]) / "logs").mkdir(parents=True)
+                assert of_folder(other.parent).leftovers == ()
             finally:
                 left.kill()
 

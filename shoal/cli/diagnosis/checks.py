@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TypeAlias
 
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
+from shoal.cli.endpoints import Endpoint
 from shoal.client import InstanceState
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
@@ -162,12 +163,20 @@ def _endpoint_unhealthy(facts: Facts) -> Iterator[Finding]:
             yield _error("endpoint-unhealthy", what, f"shoal logs {_process_of(endpoint.address)}")
 
 
+def fails_often(endpoint: Endpoint) -> bool:
+    """Return True when a large share of an endpoint's requests since Envoy's start has failed."""
+    return endpoint.total_requests >= REQUESTS and endpoint.failed_requests / endpoint.total_requests > FAILED_SHARE
+
+
 @_check("endpoint-failing")
 def _endpoint_failing(facts: Facts) -> Iterator[Finding]:
+    earlier = {(one.cluster, one.address): one.failed_requests for one in facts.earlier_endpoints or ()}
     for endpoint in facts.endpoints or ():
         total, failed = endpoint.total_requests, endpoint.failed_requests
-        if total >= REQUESTS and failed / total > FAILED_SHARE:
-            what = f"{failed} of {total} requests to {endpoint.address} of {endpoint.cluster} have failed"
+        key = (endpoint.cluster, endpoint.address)
+        if fails_often(endpoint) and key in earlier and failed > earlier[key]:
+            counts, now = f"{failed} of {total} requests", failed - earlier[key]
+            what = f"{counts} to {endpoint.address} of {endpoint.cluster} have failed, {now} of them now"
             command = f"shoal logs {_process_of(endpoint.address)} --level warning"
             yield _warning("endpoint-failing", what, command)
 

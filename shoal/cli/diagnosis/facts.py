@@ -119,6 +119,8 @@ class Facts:
     has_auth: bool = False
     status: Status | None = None
     endpoints: tuple[Endpoint, ...] | None = None
+    earlier_endpoints: tuple[Endpoint, ...] | None = None
+    """An earlier reading of the endpoints; None when no endpoint has failed often."""
     index: tuple[IndexEntry, ...] | None = None
     dead: tuple[Job, ...] | None = None
     """The newest dead letters."""

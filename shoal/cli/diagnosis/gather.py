@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shoal import __version__
-from shoal.cli.diagnosis.checks import LOG_WINDOW
+from shoal.cli.diagnosis.checks import LOG_WINDOW, fails_often
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
-from shoal.cli.endpoints import fetch
+from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
 from shoal.errors import ShoalError
 from shoal.node.logs import LogEntry, LogFilter, latest, processes
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FAILING_S = 1.0
+"""Time between two readings of an endpoint that has failed before: an old failure is none of now."""
 READ_S = 5.0
 """Timeout of one read: a part that takes longer is a finding."""
 LOG_ENTRIES = 20_000
@@ -61,6 +65,12 @@ def of_node(client: Client, node: RunningNode | None) -> Facts:
     now = datetime.now(UTC)
     status = parts.read("status", lambda: client.status(timeout=READ_S))
     listen = _listen(node.data_dir) if node is not None else ""
+    endpoints = None if node is None else _tuple(parts.read("endpoints", lambda: fetch(node.admin)))
+    earlier: tuple[Endpoint, ...] | None = None
+    if node is not None and any(map(fails_often, endpoints or ())):
+        # Envoy counts since its start, when calls to a service that was not ready yet have failed.
+        time.sleep(FAILING_S)
+        earlier, endpoints = endpoints, _tuple(parts.read("endpoints", lambda: fetch(node.admin)))
     has_auth = node.key_file is not None if node is not None else bool(status and status.master_key)
     return Facts(
         now=now,
@@ -69,7 +79,8 @@ def of_node(client: Client, node: RunningNode | None) -> Facts:
         is_exposed=bool(listen) and not _is_loopback(listen),
         has_auth=has_auth,
         status=status,
-        endpoints=None if node is None else _tuple(parts.read("endpoints", lambda: fetch(node.admin))),
+        endpoints=endpoints,
+        earlier_endpoints=earlier,
         index=_tuple(parts.read("index", lambda: client.models.index(timeout=READ_S))),
         dead=_tuple(parts.read("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
         schedules=_tuple(parts.read("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
@@ -210,7 +221,7 @@ def _is_about_clock(entry: LogEntry) -> bool:
 
 def _leftovers(data_dir: Path) -> Iterator[str]:
     """Return the processes whose command line names the data folder, as `name pid`."""
-    wanted = str(data_dir)
+    wanted = re.compile(rf"(?:^|[=:,]){re.escape(str(data_dir))}(?:/|$)")
     for pid in _pids():
         try:
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -218,7 +229,7 @@ def _leftovers(data_dir: Path) -> Iterator[str]:
             continue
         if (
             pid != os.getpid()
-            and any(wanted in part for part in argv[1:])
+            and any(wanted.search(part) for part in argv[1:])
             and Path(argv[0]).name in ("mongod", "etcd", "envoy")
         ):
             yield f"{Path(argv[0]).name} {pid}"
