@@ -6,6 +6,7 @@ import json
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from shoal.errors import Unavailable
@@ -43,7 +44,7 @@ def fetch(admin: str) -> list[Endpoint]:
     try:
         with opener.open(f"http://{admin}/clusters?format=json", timeout=TIMEOUT_S) as response:
             return of_document(json.load(response))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, HTTPException) as err:
         raise Unavailable(f"Envoy's admin listener at {admin} does not respond: {err}") from err
 
 

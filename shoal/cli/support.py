@@ -58,6 +58,8 @@ def bundle(
     path = output or Path(f"shoal-support-{datetime.now().astimezone():%Y%m%d-%H%M%S}.tar.gz")
     if path.exists():
         raise InvalidArgument(f"--output {path}: exists already: give another file")
+    if data_dir is not None and not (data_dir / "logs").is_dir():
+        raise InvalidArgument(f"--data-dir {data_dir}: not the data folder of a node")
     nodes = running_nodes(os.environ)
     node: RunningNode | None = None
     if data_dir is not None:

@@ -12,6 +12,7 @@ import tty
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,7 +128,7 @@ class _State:
         try:
             with opener.open(f"http://{self.admin}/metrics", timeout=_READ_S) as response:
                 return parse(response.read(_PAGE_BYTES).decode(), time.monotonic())
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, HTTPException) as err:
             raise Unavailable(f"the node's admin address {self.admin} has no metrics: {err}") from err
 
     def _rows(self, view: str) -> list[Row]:

@@ -88,7 +88,10 @@ class LogFilter:
             and (self.since is None or entry.at >= self.since)
             and (not self.level or LEVELS.index(entry.level) >= LEVELS.index(self.level))
             and (not self.trace_id or entry.trace_id.startswith(self.trace_id))
-            and (not self.contains or self.contains in f"{entry.message} {json.dumps(entry.fields, default=str)}")
+            and (
+                not self.contains
+                or self.contains in f"{entry.message} {json.dumps(entry.fields, default=str, ensure_ascii=False)}"
+            )
         )
 
 

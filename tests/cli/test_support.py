@@ -101,3 +101,8 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     file = archive.extractfile(member)
     assert file is not None
     return file.read().decode()
+
+
+def test_a_folder_of_no_node_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["support", "bundle", "--data-dir", str(tmp_path), "-o", str(tmp_path / "b.tar.gz")])
+    assert "not the data folder of a node" in str(done.exception)

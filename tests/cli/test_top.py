@@ -12,6 +12,7 @@ from shoal.cli import top
 from shoal.cli.diagnosis import rates
 from shoal.cli.diagnosis.rates import Page, Row, ordered, parse, percentile
 from shoal.cli.main import app
+from shoal.errors import Unavailable
 
 
 def page(at: float, requests: int, failures: int, slow: int, cpu: float = 0.0) -> str:
@@ -120,3 +121,10 @@ def test_a_wrong_view_or_order_is_refused(wrong: tuple[str, str]) -> None:
 
 def test_plain_rows_are_json() -> None:
     assert json.loads(json.dumps(top._plain(Row("a", rate=1.0))))["rate"] == 1.0
+
+
+@pytest.mark.parametrize("address", ["foo bar", "127.0.0.1:0", "127.0.0.1:x"])
+def test_an_address_without_metrics_is_named(address: str) -> None:
+    done = CliRunner().invoke(app, ["top", "--once", "--admin", address])
+    assert isinstance(done.exception, Unavailable)
+    assert address in str(done.exception)

@@ -98,6 +98,11 @@ def test_entries_are_selected_by_level_trace_and_text(tmp_path: Path) -> None:
     assert seconds(LogFilter(warnings_only=frozenset({"b"}))) == [1, 2, 3]
 
 
+def test_text_of_a_field_is_found_in_any_language(tmp_path: Path) -> None:
+    (tmp_path / "p.log").write_text(ours(0, "loaded", model="größe"))
+    assert len(latest(tmp_path, ["p"], 9, LogFilter(contains="größe"))) == 1
+
+
 def test_following_survives_the_bound_of_a_log_and_a_restart_of_its_process(tmp_path: Path) -> None:
     log, former = tmp_path / "a.log", tmp_path / "a.log.1"
     log.write_text(ours(1, "before") + "\n")

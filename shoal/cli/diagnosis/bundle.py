@@ -10,6 +10,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,7 +132,7 @@ def _page(admin: str, target: str) -> str:
         with opener.open(f"http://{admin}{target}", timeout=_READ_S) as response:
             text: str = response.read(PAGE_BYTES).decode(errors="replace")
             return text
-    except OSError as err:
+    except (OSError, HTTPException) as err:
         return f"not read: {err}\n"
 
 
