@@ -166,6 +166,7 @@ def _time(entry: LogEntry) -> datetime:
 def _backwards(folder: Path, name: str, chosen: LogFilter) -> Iterator[LogEntry]:
     """Return the entries of a process that match, newest first."""
     following: list[str] = []
+    oldest: datetime | None = None
     for line in _lines_backwards(folder / f"{name}.log", folder / f"{name}.log.1"):
         entry = parse(line, name)
         if entry is None:
@@ -173,10 +174,26 @@ def _backwards(folder: Path, name: str, chosen: LogFilter) -> Iterator[LogEntry]
             continue
         if chosen.since is not None and entry.at < chosen.since:
             return
+        oldest = entry.at
         entry = _with_lines(entry, following[::-1])
         following = []
         if chosen.matches(entry):
             yield entry
+    if following:
+        # A process that ends before it logs leaves only such lines: a traceback, an error of the loader.
+        first, *others = following[::-1]
+        entry = LogEntry(oldest or _changed(folder / f"{name}.log"), name, "INFO", "", first)
+        entry = _with_lines(entry, others)
+        if chosen.matches(entry):
+            yield entry
+
+
+def _changed(path: Path) -> datetime:
+    """Return the time at which a file was written last."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except OSError:
+        return _BEGINNING
 
 
 def _with_lines(entry: LogEntry, lines: Sequence[str]) -> LogEntry:

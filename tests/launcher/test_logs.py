@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,12 @@ def test_entries_are_selected_by_level_trace_and_text(tmp_path: Path) -> None:
     assert seconds(LogFilter(contains="j-7")) == [2]
     assert seconds(LogFilter(warnings_only=frozenset({"a"}))) == [1, 3]
     assert seconds(LogFilter(warnings_only=frozenset({"b"}))) == [1, 2, 3]
+
+
+def test_a_process_that_ended_before_it_logged_is_in_the_logs(tmp_path: Path) -> None:
+    (tmp_path / "p.log").write_text("Traceback:\nModuleNotFoundError: No module named 'x'\n")
+    [entry] = latest(tmp_path, ["p"], 9, LogFilter(since=datetime.now(UTC) - timedelta(minutes=1)))
+    assert entry.message.endswith("No module named 'x'")
 
 
 def test_text_of_a_field_is_found_in_any_language(tmp_path: Path) -> None:
