@@ -128,7 +128,8 @@ def write_atomically(path: Path, content: str | bytes, *, is_private: bool = Fal
 def _base(environ: Mapping[str, str]) -> str:
     for folder in (environ.get("TMPDIR", ""), tempfile.gettempdir()):
         # pymongo takes the address of a replica set's member for a host name: it lower-cases it, and splits it at ":".
-        is_a_member_name = folder == folder.lower() and ":" not in folder
+        # mongod splits the addresses that it listens at at ",". A relative path is another one for the command line.
+        is_a_member_name = folder == folder.lower() and not {":", ","} & set(folder) and os.path.isabs(folder)
         is_short = len(os.fsencode(folder)) <= _BASE_BYTES
         if folder and is_a_member_name and is_short and os.access(folder, os.W_OK | os.X_OK):
             return folder

@@ -49,6 +49,20 @@ def test_sockets_are_not_in_the_folder_that_goes_with_the_last_login(run_dir: Pa
     assert not sockets.exists()
 
 
+def test_sockets_are_not_in_a_folder_whose_path_mongod_would_split(run_dir: Path) -> None:
+    temporary = run_dir / "a,b"
+    temporary.mkdir()
+    with folder.private({"TMPDIR": str(temporary)}) as sockets:
+        assert "," not in str(sockets)
+
+
+def test_the_path_of_the_sockets_is_absolute(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir)
+    (run_dir / "t").mkdir()
+    with folder.private({"TMPDIR": "t"}) as sockets:
+        assert sockets.is_absolute()
+
+
 def test_the_bootstrap_of_envoy_lies_in_the_data_folder(tmp_path: Path) -> None:
     options, layout = Options(data_dir=tmp_path), Layout(tmp_path / "run", 1, 2)
     specs = {spec.name: spec for group in plan.groups(options, layout, {}, os.getpid()) for spec in group}
