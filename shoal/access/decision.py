@@ -17,6 +17,8 @@ from shoal.access.policy import ANY, Grant, Issuer, Policy, is_name
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 from shoal.errors import Unauthenticated
 
+KEY_CHARS = 255
+"""Longest id of a key: limits count by it, at the gateway and in the services."""
 MODEL_NAME = 255
 """Longest name of a model, in characters: that of a file. Callers may send names of any length."""
 
@@ -131,7 +133,8 @@ def caller_of(policy: Policy, claims: Mapping[str, Any]) -> Caller:
     """Return the caller that the verified claims of a token name.
 
     Raises:
-        Unauthenticated: the issuer is not in the policy, or a claim that its entry names is missing or no text.
+        Unauthenticated: the issuer is not in the policy, a claim that its entry names is missing or no text, or the id
+            of the key is too long.
     """
     issuer = policy.issuer_of(claims.get("iss"))
     if issuer is None:
@@ -143,7 +146,7 @@ def caller_of(policy: Policy, claims: Mapping[str, Any]) -> Caller:
         tenant=issuer.tenant or _tenant(claims, names.tenant, issuer),
         subject=_optional(claims, names.subject),
         role=issuer.role or _optional(claims, names.role),
-        key=_optional(claims, names.key),
+        key=_key(claims, names.key, issuer),
         grants=frozenset(_list(claims, names.grants)),
         models=(ANY,) if names.models is None else tuple(_list(claims, names.models)),
         expires_at=expires + issuer.clock_skew_s if isinstance(expires, int | float) else float("inf"),
@@ -180,6 +183,16 @@ def _tenant(claims: Mapping[str, Any], path: str | None, issuer: Issuer) -> str:
     found = _optional(claims, path)
     if not is_name(found):
         raise Unauthenticated(f"the token of {issuer.issuer} has no name of a tenant in its claim {path!r}")
+    return found
+
+
+def _key(claims: Mapping[str, Any], path: str | None, issuer: Issuer) -> str:
+    found = _optional(claims, path)
+    if len(found) > KEY_CHARS:
+        raise Unauthenticated(
+            f"the token of {issuer.issuer} has an id of {len(found)} characters in its claim {path!r}: "
+            f"at most {KEY_CHARS} are taken"
+        )
     return found
 
 

@@ -207,6 +207,13 @@ def test_a_token_without_a_name_of_a_tenant_is_refused(tenant: object) -> None:
         caller_of(foreign(), {"iss": "idp", "tenant": tenant})
 
 
+def test_a_token_with_an_id_that_no_limit_could_count_is_refused() -> None:
+    claims = {"iss": "idp", "tenant": "acme", "jti": "k" * 255}
+    assert caller_of(foreign(), claims).key == "k" * 255
+    with pytest.raises(Unauthenticated, match="an id of 256 characters in its claim 'jti'"):
+        caller_of(foreign(), {**claims, "jti": "k" * 256})
+
+
 def test_a_fixed_tenant_and_role_override_the_claims() -> None:
     caller = caller_of(foreign(tenant="acme", role="viewer"), {"iss": "idp", "tenant": "globex", "role": "admin"})
     assert (caller.tenant, caller.role) == ("acme", "viewer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -58,6 +59,8 @@ class Operator(Background):
         self._access = access
         self._leads = leads
         self._ready = ready
+        # Operations whose last page has failed, with the time of the next attempt.
+        self._again_at: dict[str, float] = {}
 
     async def _run(self) -> None:
         await self._ready.wait()
@@ -68,8 +71,11 @@ class Operator(Background):
         if not self._leads():
             return _IDLE_S
         running = await self._operations.running()
-        rest_s = 0.0 if running else _IDLE_S
+        now = time.monotonic()
+        self._again_at = {one.id: at for one in running if (at := self._again_at.get(one.id, 0.0)) > now}
         for operation in running:
+            if operation.id in self._again_at:
+                continue
             if not self._leads():
                 break
             try:
@@ -77,8 +83,8 @@ class Operator(Background):
             except ShoalError as err:
                 # The operations of others go on.
                 log.warning("operation %s cannot be carried out for now: %s", operation.id, err)
-                rest_s = _UNAVAILABLE_WAIT_S
-        return rest_s
+                self._again_at[operation.id] = time.monotonic() + _UNAVAILABLE_WAIT_S
+        return 0.0 if len(running) > len(self._again_at) else _IDLE_S
 
     async def _page(self, operation: Operation) -> None:
         query = operation.selection.query(operation.started_at)
