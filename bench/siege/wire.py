@@ -40,7 +40,7 @@ def head(path: bytes = INFER, *more: tuple[bytes, bytes], tenant: str) -> bytes:
         (b":method", b"POST"),
         (b":scheme", b"http"),
         (b":path", path),
-        (b":authority", b"siege"),
+        (b":authority", b"localhost"),
         (b"te", b"trailers"),
         (b"content-type", b"application/grpc"),
         (b"x-shoal-tenant", tenant.encode()),
