@@ -74,7 +74,7 @@ def _add(metric: Metric, labels: list[str], value: float | Buckets) -> None:
 def page(readings: Iterable[Reading], accept: str = "") -> tuple[bytes, str]:
     """Return the text of readings, and its content type, by the header `Accept` of the request.
 
-    It takes about 10 us a series, and is called in a thread.
+    It is called in a thread: the text of 500 models and 10,000 tenants takes most of a second.
     """
     collector: Any = _Collector(readings)
     if "application/openmetrics-text" in accept:

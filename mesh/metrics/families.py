@@ -62,10 +62,3 @@ Reading: TypeAlias = tuple[Family, Sequence[str], Value]
 """A series of a family: its label values, in the order of the family's labels, and its value."""
 Source: TypeAlias = Callable[[], Iterable[Reading]]
 """Reads a part of the metrics, on the event loop: it takes a few milliseconds at most. Text is made in a thread."""
-
-
-def bounded(values: Iterable[tuple[str, float]], most: int, rest: str = "other") -> list[tuple[str, float]]:
-    """Return the `most` largest of values by name, and the sum of the others as `rest`."""
-    ordered = sorted(values, key=lambda pair: -pair[1])
-    kept, others = ordered[:most], ordered[most:]
-    return [*kept, (rest, sum(value for _, value in others))] if others else kept

@@ -87,7 +87,7 @@ class _Known:
         self.limits: dict[str, CallLimits | None] = {}
         """Shares in which the caller's calls count, by model."""
         self.job_limits: dict[str, CallLimits | None] = {}
-        """Those of its jobs, in infer."""
+        """Shares in which the caller's jobs count when infer runs them, by model."""
         self._decisions: dict[tuple[str, str | None], Decision] = {}
 
     def decide(self, rpc: str, model: str | None) -> Decision:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -51,7 +52,7 @@ _WORDS = {
 }
 
 
-class Share:
+class Share(ABC):
     """This process's part of one bucket, and its use."""
 
     __slots__ = ("at", "bucket", "expires_at", "is_granted", "limit", "whole")
@@ -67,16 +68,16 @@ class Share:
         """False for a provisional share."""
         self.expires_at = math.inf
 
+    @abstractmethod
     def set(self, amount: Amount, now: float, *, is_first: bool = False) -> None:
         """Set what this process may use. What is used stays used. The first share of a bucket has its whole burst."""
-        raise NotImplementedError
 
+    @abstractmethod
     def demand(self, now: float) -> float:
         """Return what callers wanted since the last call of `demand`, refused calls included.
 
         Units a second; of what is in flight, the highest number at one time.
         """
-        raise NotImplementedError
 
     @property
     def is_in_use(self) -> bool:
@@ -226,7 +227,7 @@ class CallLimits:
 
 
 class Reservation:
-    """What one call has reserved."""
+    """Units that one call has reserved in its buckets, until its end."""
 
     __slots__ = ("_limits", "_rows")
 
@@ -402,7 +403,7 @@ class HeldShares:
                 idle.sort(key=lambda share: (not share.is_full(now), share.at))
                 self._forget(idle[:_FORGOTTEN_AT_ONCE])
             whole = amount_of(limit, bucket.kind)
-            assert whole is not None, "buckets_in_services names kinds that the limit has"
+            assert whole is not None, "_counted returns kinds that the limit has"
             kind = InFlight if bucket.kind is Kind.IN_FLIGHT else Rate
             share = self._shares[bucket] = kind(bucket, limit, whole, now)
             share.set(_part_of(whole, bucket.kind, self._part or 1 / PROVISIONAL_PARTS), now, is_first=True)

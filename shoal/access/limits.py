@@ -133,16 +133,6 @@ def bucket_of(limit: Limit, kind: Kind, caller: Caller, model: str = "") -> Buck
     return Bucket(limit.name, kind, caller.tenant, caller.key if limit.per == "key" else "")
 
 
-def buckets_in_services(limits: Iterable[Limit], caller: Caller, model: str) -> tuple[Bucket, ...]:
-    """Return the buckets in which infer or ingest counts a call of a model, by the limits that apply to its caller."""
-    return tuple(
-        bucket_of(limit, kind, caller, model)
-        for limit in limits
-        if counts_model(limit, model)
-        for kind in in_services(limit)
-    )
-
-
 # -- requests at the gateway
 
 LAYERS = 4

@@ -1,14 +1,13 @@
-"""Envoy's view of every endpoint, read from its admin listener (`/clusters?format=json`)."""
+"""Envoy's view of every endpoint, read from the admin address of a node (`/clusters?format=json`)."""
 
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any
 
+from shoal.cli import admin_page
 from shoal.errors import Unavailable
 
 TIMEOUT_S = 5.0
@@ -34,18 +33,15 @@ class Endpoint:
 
 
 def fetch(admin: str) -> list[Endpoint]:
-    """Return the endpoints that the Envoy at `admin` knows, ordered by cluster and address.
+    """Return the endpoints that the Envoy of the node with this admin address knows, ordered by cluster and address.
 
     Raises:
-        Unavailable: Envoy does not respond.
+        Unavailable: the node does not answer, or not with endpoints.
     """
-    # No HTTP proxy: the admin listener is on this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{admin}/clusters?format=json", timeout=TIMEOUT_S) as response:
-            return of_document(json.load(response))
-    except (OSError, ValueError, HTTPException) as err:
-        raise Unavailable(f"Envoy's admin listener at {admin} does not respond: {err}") from err
+        return of_document(json.loads(admin_page.read(admin, "/clusters?format=json", timeout_s=TIMEOUT_S)))
+    except ValueError as err:
+        raise Unavailable(f"the admin address {admin} is not that of a node: {err}") from err
 
 
 def of_document(document: Mapping[str, Any]) -> list[Endpoint]:

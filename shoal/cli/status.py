@@ -27,7 +27,7 @@ def status(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Envoy's admin listener. Default: the one of the node, when the node runs on this machine.",
+            help="Admin address of the node. Default: the one of the node, when the node runs on this machine.",
             show_default=False,
         ),
     ] = None,

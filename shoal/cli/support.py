@@ -1,4 +1,4 @@
-"""`shoal support`: what to send when you ask for help."""
+"""`shoal support`: an archive for a maintainer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from shoal.discovery import RunningNode
 
 app = typer.Typer(
-    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="What to send when you ask for help."
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Collect what a maintainer needs to help you.",
 )
 
 
 @app.callback()
 def support() -> None:
-    """What to send when you ask for help."""
+    """Collect what a maintainer needs to help you."""
 
 
 @app.command()

@@ -9,14 +9,13 @@ import sys
 import termios
 import time
 import tty
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli import admin_page
 from shoal.cli.output import AsJson, console, plain, show_json
 from shoal.errors import InvalidArgument, Unavailable
 
@@ -32,7 +31,6 @@ _KEYS = {"m": "model", "t": "tenant", "i": "instance"}
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 10
 _READ_S = 10.0
-_PAGE_BYTES = 64 << 20
 
 
 @app.command()
@@ -123,12 +121,10 @@ class _State:
     def _fetch(self) -> Page:
         from shoal.cli.diagnosis.rates import parse
 
-        # No HTTP proxy: the address is on this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        text = admin_page.read(self.admin, "/metrics", timeout_s=_READ_S)
         try:
-            with opener.open(f"http://{self.admin}/metrics", timeout=_READ_S) as response:
-                return parse(response.read(_PAGE_BYTES).decode(), time.monotonic())
-        except (OSError, ValueError, HTTPException) as err:
+            return parse(text, time.monotonic())
+        except ValueError as err:
             raise Unavailable(f"the node's admin address {self.admin} has no metrics: {err}") from err
 
     def _rows(self, view: str) -> list[Row]:

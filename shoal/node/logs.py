@@ -77,7 +77,7 @@ class LogFilter:
     level: str = ""
     """The least severe level."""
     trace_id: str = ""
-    """Its first characters are enough."""
+    """Trace id, or the first characters of one."""
     contains: str = ""
     warnings_only: frozenset[str] = frozenset()
     """Processes of which only warnings and errors are selected."""

@@ -19,6 +19,7 @@ SERVICES = ("coord", "store", "infer", "ingest")
 """Services in the order of their start: a service that others call starts earlier, and stops later."""
 MAX_REPLICAS = 64
 DEFAULT_GATEWAY_PORT = 8080
+DEFAULT_ADMIN_PORT = 9901
 _NODE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 _HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})$")
 
@@ -30,7 +31,7 @@ class Options:
     data_dir: Path
     gateway_port: int = DEFAULT_GATEWAY_PORT
     """0: any free one."""
-    admin_port: int = 9901
+    admin_port: int = DEFAULT_ADMIN_PORT
     replicas: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 1))
     """Instances of each service, in the order of their start. A service without an entry is not started."""
     etcd: str | None = None
@@ -59,7 +60,7 @@ def checked(
     listen: str = "",
     tls: TlsOptions | None = None,
     is_insecure: bool = False,
-    admin_port: int = 9901,
+    admin_port: int = DEFAULT_ADMIN_PORT,
     replicas: str = "",
     services: str = "",
     etcd: str | None = None,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.access import limits, policy
 from shoal.access.decision import Caller
-from shoal.access.limits import Amount, Bucket, Case, Kind, Split, amount_of, applicable, buckets_in_services
+from shoal.access.limits import Amount, Bucket, Case, Kind, Split, amount_of, applicable
 from shoal.access.policy import Policy
 from shoal.errors import InvalidArgument
 
@@ -47,18 +47,18 @@ def test_a_limit_holds_for_callers_in_all_of_its_lists() -> None:
 def test_each_unit_has_a_bucket_of_its_own() -> None:
     per = ("tenant", "key", "model")
     found = with_limits(*({"name": f"by-{unit}", "per": unit, "requests_in_flight": 2} for unit in per))
-    counted = buckets_in_services(applicable(found, caller()), caller(), "ocr")
-    assert counted == (
+    counted = [limits.bucket_of(limit, Kind.IN_FLIGHT, caller(), "ocr") for limit in applicable(found, caller())]
+    assert counted == [
         Bucket("by-tenant", Kind.IN_FLIGHT, tenant="acme"),
         Bucket("by-key", Kind.IN_FLIGHT, tenant="acme", key="k1"),
         Bucket("by-model", Kind.IN_FLIGHT, model="ocr"),
-    )
+    ]
 
 
 def test_only_calls_of_the_limits_models_count() -> None:
     found = with_limits({"name": "large", "models": ["llm*", "*-xl"], "rows_per_second": 5})
-    assert buckets_in_services(found.limits, caller(), "ocr") == ()
-    assert [bucket.limit for bucket in buckets_in_services(found.limits, caller(), "ocr-xl")] == ["large"]
+    [large] = found.limits
+    assert [limits.counts_model(large, model) for model in ("ocr", "ocr-xl", "llm-7")] == [False, True, True]
 
 
 def test_requests_are_counted_at_the_gateway_unless_the_model_decides() -> None:

@@ -450,7 +450,7 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     assert [e["healthy"] for e in document["envoy"]["endpoints"]] == [False, True]
     assert document["instances"][0]["models"] == {"m": [1, 2]}
     done = shoal("status", "--admin", "127.0.0.1:1")
-    assert (done.returncode, "admin listener at 127.0.0.1:1 does not respond" in done.stdout) == (0, True)
+    assert (done.returncode, "admin address 127.0.0.1:1 of the node does not answer" in done.stdout) == (0, True)
     assert "no node responds" in complaint(shoal("status", "--gateway", "127.0.0.1:1"))
 
 

@@ -31,7 +31,7 @@ from shoal.errors import NotFound, ShoalError
 log = logging.getLogger(__name__)
 
 PAGE_JOBS = 200
-"""Jobs of one page: about a second of cancellations, after which other operations and an abort have their turn."""
+"""Jobs of one page, after which other operations and an abort have their turn."""
 CANCELLED_TOGETHER = 16
 """Jobs that are cancelled concurrently, each with a watch of its end."""
 _IDLE_S = 0.5

@@ -8,21 +8,20 @@ import os
 import platform
 import tarfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal import __version__
+from shoal.cli import admin_page
 from shoal.cli.diagnosis import checks
 from shoal.cli.diagnosis.facts import Facts
 from shoal.cli.diagnosis.gather import SECRETS
 from shoal.cli.diagnosis.redaction import redact
 from shoal.cli.output import plain
 from shoal.discovery import RunningNode
-from shoal.errors import ShoalError
+from shoal.errors import ShoalError, Unavailable
 
 if TYPE_CHECKING:
     from shoal.client import Client
@@ -126,14 +125,10 @@ def _tail(path: Path, most: int) -> str | None:
 
 
 def _page(admin: str, target: str) -> str:
-    # No HTTP proxy: the address is on this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{admin}{target}", timeout=_READ_S) as response:
-            text: str = response.read(PAGE_BYTES).decode(errors="replace")
-            return text
-    except (OSError, HTTPException) as err:
-        return f"not read: {err}\n"
+        return admin_page.read(admin, target, timeout_s=_READ_S, most=PAGE_BYTES)
+    except Unavailable as err:
+        return f"not read: {err.message}\n"
 
 
 def _read(read: Callable[[], object]) -> str:

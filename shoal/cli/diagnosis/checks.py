@@ -16,7 +16,7 @@ Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 LOG_WINDOW = timedelta(minutes=15)
 """Age of the log entries that the checks count."""
 STARTING = timedelta(minutes=2)
-"""Time after which an instance should be ready: models of some GiB take a minute."""
+"""Time after which an instance should be ready, with its models loaded and warm."""
 RESTARTS = 3
 """Starts of one process within LOG_WINDOW that make it a flapping one."""
 STALLS = 20

@@ -31,7 +31,7 @@ class Finding:
     check: str
     severity: Severity
     what: str
-    """What is wrong, with names and numbers."""
+    """Description of the fault, with names and numbers."""
     command: str
     """Command that mends it, or that shows the cause."""
 

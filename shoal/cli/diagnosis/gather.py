@@ -24,7 +24,7 @@ from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
 from shoal.errors import ShoalError
 from shoal.node.logs import LogEntry, LogFilter, latest, processes
-from shoal.node.options import DEFAULT_GATEWAY_PORT
+from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ LOG_ENTRIES = 20_000
 """Entries of one process that are read."""
 DEAD_LETTERS = 200
 SECRETS = ("admin.key", "master.key", "mongo.key", "etcd.key")
-_ADMIN_PORT = 9901
 
 
 @dataclass(slots=True)
@@ -149,7 +148,7 @@ def _local(data_dir: Path, pids: Mapping[str, int], now: datetime, *, is_running
         shm_free_bytes=shm.f_bavail * shm.f_frsize if shm is not None else 1 << 40,
         secrets={name: mode for name in SECRETS if (mode := _mode(data_dir / name)) is not None},
         leftovers=() if is_running else tuple(_leftovers(data_dir)),
-        holders={} if is_running else dict(_holders((DEFAULT_GATEWAY_PORT, _ADMIN_PORT))),
+        holders={} if is_running else dict(_holders((DEFAULT_GATEWAY_PORT, DEFAULT_ADMIN_PORT))),
     )
 
 

@@ -35,14 +35,12 @@ class LimitBucket(_message.Message):
     def __init__(self, limit: _Optional[str] = ..., kind: _Optional[_Union[LimitKind, str]] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ShareClaim(_message.Message):
-    __slots__ = ("bucket", "demand", "used")
+    __slots__ = ("bucket", "demand")
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
-    USED_FIELD_NUMBER: _ClassVar[int]
     bucket: LimitBucket
     demand: float
-    used: float
-    def __init__(self, bucket: _Optional[_Union[LimitBucket, _Mapping]] = ..., demand: _Optional[float] = ..., used: _Optional[float] = ...) -> None: ...
+    def __init__(self, bucket: _Optional[_Union[LimitBucket, _Mapping]] = ..., demand: _Optional[float] = ...) -> None: ...
 
 class ClaimSharesRequest(_message.Message):
     __slots__ = ("claimant", "claims", "forwarded")
