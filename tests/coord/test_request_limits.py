@@ -24,17 +24,17 @@ from mesh.rpc.cluster_access import InForce
 from mesh.rpc.server import Server
 from mesh.xds import quota
 from mesh.xds.ads import AdsServer
-from mesh.xds.extensions import GatewayAccess, gateway_access
+from mesh.xds.extensions import gateway_access
 from mesh.xds.quota import QuotaServer
 from mesh.xds.resource import EXTENSION
-from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from services.coord.share_claims import ShareClaims
-from services.coord.traffic import AT_GATEWAY, table
+from services.coord.traffic import AT_GATEWAY
 from shoal.access import tokens
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import MODEL_INFER
 from tests.access.policies import issuer, key, policy
 from tests.breakable import EnvoyProcess, until
+from tests.mesh.xds.gateway_snapshots import Source
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -45,17 +45,6 @@ REFUSED = "RESOURCE_EXHAUSTED"
 SLOW = 0.001
 # Envoy admits nothing before it has a share: what it admits is the burst of the share.
 STRICT = {"requests_per_second": SLOW, "unrenewed": "deny"}
-
-
-class Source:
-    """Snapshots without instances."""
-
-    def __init__(self) -> None:
-        self.access: Watched[GatewayAccess] = Watched(gateway_access(None, AT_GATEWAY))
-
-    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
-        async for one in self.access.follow():
-            yield snapshot((), frozenset(), node, table(), None, one)
 
 
 class Coord:

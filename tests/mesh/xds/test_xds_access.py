@@ -12,33 +12,21 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from mesh.process.watched import Watched
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from mesh.xds import access
 from mesh.xds.ads import AdsServer
 from mesh.xds.extensions import GatewayAccess, _packed, gateway_access
 from mesh.xds.resource import EXTENSION
-from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
-from services.coord.traffic import AT_GATEWAY, table
+from services.coord.traffic import AT_GATEWAY
 from shoal.access import tokens
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL, MODEL_INFER
 from shoal.access.tokens import Signer
 from tests.access.policies import issuer, key, policy
 from tests.breakable import EnvoyProcess, until
+from tests.mesh.xds.gateway_snapshots import Source
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
-
-
-class Source:
-    """Snapshots without instances. A call that is admitted finds no instance, and gets UNAVAILABLE."""
-
-    def __init__(self) -> None:
-        self.access: Watched[GatewayAccess] = Watched(gateway_access(None, AT_GATEWAY))
-
-    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
-        async for one in self.access.follow():
-            yield snapshot((), frozenset(), node, table(), None, one)
 
 
 class Gateway:
