@@ -447,7 +447,8 @@ def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]
                         "typed_config": typed(PreviousHostsPredicate),
                     }
                 ],
-                "host_selection_retry_max_attempts": 5,
+                # The hash of a sequence gives the same order of instances at each retry: enough of them to find one.
+                "host_selection_retry_max_attempts": 50,
             },
         },
     }

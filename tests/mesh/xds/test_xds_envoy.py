@@ -347,6 +347,17 @@ async def test_a_step_that_reached_its_replica_is_not_carried_to_another(mesh: M
         assert told(response, "replica") == f"infer-{1 - home}"
 
 
+async def test_sequences_find_the_only_replica_of_three_that_is_left(mesh: Mesh):
+    """Envoy ejects one of two dead replicas, and still counts on the other: the home of a third of the sequences."""
+    replicas = [await mesh.replica(number) for number in range(3)]
+    await mesh.show(*(mesh.instance(number, "s", steps="s") for number in range(3)))
+    for replica in replicas[:2]:
+        replica.kill()
+    for sequence in range(1, 501):
+        response = await mesh.stub.ModelInfer(step("s", sequence), timeout=30)
+        assert told(response, "replica") == "infer-2"
+
+
 async def test_clients_that_do_not_read_hold_up_nobody_else(mesh: Mesh):
     """All calls to an instance share one connection: what waits for some clients leaves it room for all others."""
     await mesh.replica(0)
