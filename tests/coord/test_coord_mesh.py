@@ -14,6 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mesh.cluster import membership
 from mesh.cluster.membership import ReadyModel, Registration, State
 from mesh.process.config import ServiceConfig
 from mesh.rpc.channel import connect
@@ -121,6 +122,16 @@ async def node(run_dir: Path, own_etcd: EtcdProcess, coord) -> AsyncIterator[Nod
         yield made
 
 
+@pytest.fixture
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of the replicas, which this process renews: it may stand still for longer than the 3 s of a lease.
+
+    Those of the coords, which are processes of their own, are as ever.
+    """
+    monkeypatch.setattr(membership, "TTL_S", 600)
+
+
+@pytest.mark.usefixtures("long_leases")
 async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
     await node.replica(0)
     two = await node.replica(1)
@@ -160,6 +171,7 @@ async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
     assert await status_of("shoal.store.v1.StoreService") == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+@pytest.mark.usefixtures("long_leases")
 async def test_traffic_does_not_notice_the_kill_of_the_leader_and_configuration_goes_on(node: Node):
     await node.replica(0)
     await node.answers_from("infer-0")
@@ -191,6 +203,7 @@ async def test_traffic_does_not_notice_the_kill_of_the_leader_and_configuration_
         await node.answers_from("infer-1")
 
 
+@pytest.mark.usefixtures("long_leases")
 async def test_traffic_goes_on_while_every_coord_is_gone(node: Node):
     await node.replica(0)
     await node.replica(1)

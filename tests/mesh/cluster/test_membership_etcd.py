@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from mesh.cluster import membership
 from mesh.cluster.etcd import Etcd
-from mesh.cluster.membership import TTL_S, Directory, ReadyModel, Registration, State, encode
+from mesh.cluster.membership import Directory, ReadyModel, Registration, State, encode
 from mesh.process.config import ServiceConfig
 from tests.breakable import EtcdProcess, until
 
@@ -31,7 +32,8 @@ def states(directory: Directory) -> dict[str, State]:
     return {instance.name: instance.state for instance in directory.view.instances}
 
 
-async def test_an_instance_comes_changes_and_goes(own):
+async def test_an_instance_comes_changes_and_goes(own, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(membership, "TTL_S", 600)  # It goes because it leaves: its lease lasts longer than the test.
     async with Etcd(own.address) as etcd, Directory(etcd) as directory:
         async with Registration.of(config(own.address), "infer", "unix:/tmp/x.sock") as registration:
             await until(lambda: states(directory) == {"local/infer-0": State.STARTING})
@@ -41,7 +43,7 @@ async def test_an_instance_comes_changes_and_goes(own):
             assert instance.pid == os.getpid()
             assert [model.name for model in instance.models] == ["a", "b"]
             assert 0 <= time.time() - instance.started_at < 120
-        await until(lambda: states(directory) == {}, within_s=1.5)
+        await until(lambda: states(directory) == {})
 
 
 async def test_leaving_says_draining_first_and_stays_for_the_notice(own):
@@ -107,7 +109,9 @@ async def test_an_instance_survives_an_etcd_that_lost_everything(own, tmp_path):
             await until(lambda: not directory.view.stale and states(directory) == {"local/infer-0": State.READY})
 
 
-async def test_changes_that_never_stop_do_not_starve_the_lease(own):
+async def test_changes_that_never_stop_do_not_starve_the_lease(own, monkeypatch: pytest.MonkeyPatch):
+    # A busy machine may stop this process for seconds, and so end a lease of three.
+    monkeypatch.setattr(membership, "TTL_S", 10)
     async with Etcd(own.address) as etcd:
         async with Registration.of(config(own.address), "infer", "unix:/tmp/x.sock") as registration:
             leases = set()
@@ -117,7 +121,7 @@ async def test_changes_that_never_stop_do_not_starve_the_lease(own):
                 await registration.update(models=[ReadyModel("m", (time.monotonic_ns(),))])
                 if (entry := await etcd.get(registration.instance.key)) is not None:
                     leases.add(entry.lease)
-                return time.monotonic() - started > TTL_S + 1.5
+                return time.monotonic() - started > membership.TTL_S + 1.5
 
             await until(changed, every_s=0.1)
             assert len(leases) == 1
