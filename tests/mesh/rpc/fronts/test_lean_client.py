@@ -106,7 +106,8 @@ async def test_a_deadline_ends_the_call_here_and_there(lean: Client, client: Cli
 
 async def test_the_server_receives_the_timeout(lean: Client) -> None:
     (left,) = await answers(lean, "Unary", b"", order={"do": "left"})
-    assert 30 < float(left) <= 60.001
+    # A front may round it up, by one percent at most.
+    assert 30 < float(left) < 61
 
 
 async def test_a_caller_that_is_cancelled_ends_its_call(lean: Client, client: Client) -> None:
