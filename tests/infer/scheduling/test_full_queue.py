@@ -24,6 +24,9 @@ class Observed(QueuedRequest):
     """A queued request that counts the looks at it: reads of an attribute, and comparisons."""
 
     looks: ClassVar[Counter[int]] = Counter()
+    """By id of the request."""
+    made: ClassVar[list[Observed]] = []
+    """All of a test, so that none gets the id of one that is gone."""
 
     def __getattribute__(self, name: str) -> Any:
         Observed.looks[id(self)] += 1
@@ -37,11 +40,14 @@ class Observed(QueuedRequest):
 
 
 def observed(at: float, key: object = "k") -> Observed:
-    return Observed(call(1, 1, key=key), at, math.inf, Receiver())
+    new = Observed(call(1, 1, key=key), at, math.inf, Receiver())
+    Observed.made.append(new)
+    return new
 
 
 def full(tenants: list[str], rules: Rules | None = None, keys: int = 1) -> Queue:
     waiting = queue(rules=rules)
+    Observed.made.clear()
     for n in range(WAITING):
         waiting.add(observed(float(n), f"k{n % keys}"), tenants[n % len(tenants)], lambda: 7)
     Observed.looks.clear()
@@ -60,6 +66,7 @@ def test_a_rejection_looks_at_no_more_than_the_newest_requests_and_the_next_in_l
     waiting = full(tenants, keys=keys)
     for n in range(20):
         new = observed(9000.0 + n)
+        Observed.looks.clear()
         with pytest.raises(ResourceExhausted):
             waiting.add(new, tenants[0], lambda: 7)
         assert looked_at(new) <= 3
