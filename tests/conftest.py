@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -56,6 +57,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     is_left_out = config.getoption("--fast") and is_slow(collection_path.relative_to(config.rootpath).as_posix())
     return True if is_left_out else None
+
+
+def pytest_collection_finish() -> None:
+    """Exclude from garbage collection what the collection of the tests has made.
+
+    Servers run in the processes of tests, and collect garbage in full when they are quiet: with the objects of a whole
+    run one such collection would stop all of them, and their test, for 4 s.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
