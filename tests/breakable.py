@@ -15,6 +15,7 @@ from shoal.node.admin import fetch
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from tests import fork_server
+from tests.free_ports import free_port
 
 PATIENCE_S = 30.0
 """Default limit of a wait: longer than any step takes on a busy machine."""
@@ -91,7 +92,7 @@ class EtcdProcess(Process):
     """An etcd for one test."""
 
     def __init__(self, folder: Path) -> None:
-        self.address, peer = (f"127.0.0.1:{processes.free_port()}" for _ in range(2))
+        self.address, peer = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self._spec = processes.etcd(folder / "etcd", self.address, peer)
         super().__init__(self._spec.argv, folder / "etcd.log", self._spec.env)
 
@@ -110,7 +111,7 @@ class EnvoyProcess(Process):
         concurrency: int = 1,
         heap: int = DEFAULT_HEAP_MB << 20,
     ) -> None:
-        self.gateway = f"127.0.0.1:{processes.free_port()}"
+        self.gateway = f"127.0.0.1:{free_port()}"
         self.admin = folder / "envoy-admin.sock"
         self.outbound = folder / "outbound.sock"
         config = folder / "envoy.json"

@@ -25,6 +25,7 @@ import pytest
 
 from kernels import backend
 from shoal.node import processes
+from tests.free_ports import free_port
 from tests.seaweedfs import WeedProcess
 from tests.worker_assignment import SLOW_MARKS, PatientScheduling, is_slow
 
@@ -126,7 +127,7 @@ def shared_data() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real mongod, the one member of replica set rs0."""
-    port = processes.free_port()
+    port = free_port()
     log = tmp_path_factory.mktemp("mongod") / "mongod.log"
     with shared_data() as folder:
         spec = processes.mongod(folder, f"127.0.0.1:{port}")
@@ -152,7 +153,7 @@ def mongo_database() -> str:
 @pytest.fixture(scope="session")
 def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real etcd of one member, `127.0.0.1:port`."""
-    address, peer = (f"127.0.0.1:{processes.free_port()}" for _ in range(2))
+    address, peer = (f"127.0.0.1:{free_port()}" for _ in range(2))
     log = tmp_path_factory.mktemp("etcd") / "etcd.log"
     with shared_data() as folder, running(processes.etcd(folder, address, peer), log):
         yield address

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from shoal.node import processes
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 
 
 class MongoProcess(Process):
     """A one-member replica set. `arguments` are added to a node's mongod command, and override its options."""
 
     def __init__(self, folder: Path, *arguments: str, oplog_mib: int = 256) -> None:
-        port = processes.free_port()
+        port = free_port()
         data = folder / "mongod"
         data.mkdir()
         self.address = f"127.0.0.1:{port}"

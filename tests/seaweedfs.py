@@ -8,11 +8,10 @@ WeedProcess     a server for one test, which the test may kill, freeze and resta
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from obstore.store import S3Store
 
 from tests.breakable import PATIENCE_S, Process
+from tests.free_ports import free_port
 
 BUCKET = "shoal"
 """Bucket that exists from the start."""
@@ -34,7 +34,7 @@ class WeedProcess(Process):
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        free = _free_ports(2 * len(_NAMES))
+        free = [free_port() for _ in range(2 * len(_NAMES))]
         ports, self._grpc_ports = (dict(zip(_NAMES, some, strict=True)) for some in (free[::2], free[1::2]))
         self.endpoint = f"http://127.0.0.1:{ports['s3']}"
         command = _command(folder, ports, self._grpc_ports)
@@ -138,15 +138,3 @@ def _command(folder: Path, ports: Mapping[str, int], grpc_ports: Mapping[str, in
     # One bucket uses several volumes at the same time: small ones, created as they are filled.
     argv += ["-master.volumeSizeLimitMB=64", "-volume.max=200"]
     return argv
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    """Return `count` different free ports."""
-    socks = [socket.socket() for _ in range(count)]
-    try:
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
-    finally:
-        for sock in socks:
-            sock.close()

@@ -12,13 +12,14 @@ from pymongo.errors import PyMongoError
 
 from shoal.node import processes
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 
 
 class ReplicaSet:
     """Used as `with`; `uri` names all members."""
 
     def __init__(self, folder: Path, members: int = 3) -> None:
-        self._ports = [processes.free_port() for _ in range(members)]
+        self._ports = [free_port() for _ in range(members)]
         self._members = [_member(folder, port) for port in self._ports]
         self._stack = ExitStack()
         hosts = ",".join(f"127.0.0.1:{port}" for port in self._ports)

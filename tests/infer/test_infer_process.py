@@ -20,8 +20,8 @@ from mesh.rpc.channel import connect
 from services.infer.config import InferConfig
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
-from shoal.node import processes
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
 
@@ -32,7 +32,7 @@ class Infer(Process):
     """An infer process on a TCP port of its own."""
 
     def __init__(self, python: str, log: Path, **env: str) -> None:
-        self.address = f"127.0.0.1:{processes.free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         settings = {"SHOAL_INFER_LISTEN": self.address, **{f"SHOAL_INFER_{k.upper()}": v for k, v in env.items()}}
         super().__init__([python, "-m", "services.infer"], log, settings)
 

@@ -12,8 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.ingest.v1 import ingest_pb2 as pb
-from shoal.node import processes
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
 from tests.mongods import MongoProcess
@@ -62,7 +62,7 @@ async def answers(client: Client) -> bool:
 
 async def test_everything_away_at_the_start(mongod: MongoProcess, start_ingest: StartIngest, run_dir: Path) -> None:
     mongod.kill()
-    ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{processes.free_port()}")
+    ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{free_port()}")
     client = Client(ingest.address)
     await asyncio.wait_for(client.channel.channel_ready(), 30)
     assert await health(client) == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -17,6 +17,7 @@ from mesh.rpc.server import Server
 from shoal.node import processes
 from shoal.node.envoy_edge import bootstrap
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.mesh.h2.test_turns import CALL, FLOOD, calls, greeting
 
 CALLS = 500
@@ -52,7 +53,7 @@ def connected(port: int) -> bool:
 @asynccontextmanager
 async def envoy(run_dir: Path) -> AsyncIterator[tuple[int, int]]:
     """Run an Envoy with one thread in front of `run_dir/s.sock`; give its pid and port."""
-    port, config = processes.free_port(), run_dir / "envoy.json"
+    port, config = free_port(), run_dir / "envoy.json"
     document = bootstrap(host="127.0.0.1", port=port, workers=[f"{run_dir}/s.sock"], admin=f"{run_dir}/a.sock")
     config.write_text(json.dumps(document))
     command = [str(processes.find_binary("envoy")), "--config-path", str(config), "--concurrency", "1"]

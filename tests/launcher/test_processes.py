@@ -16,6 +16,7 @@ from pymongo import AsyncMongoClient
 from mesh.cluster.etcd import Etcd
 from shoal.errors import FailedPrecondition
 from shoal.node import processes, versions
+from tests.free_ports import free_port
 
 
 async def test_the_mongod_of_the_tests_is_a_replica_set(mongo_uri: str, mongo_database: str) -> None:
@@ -64,7 +65,7 @@ async def until_ready(part: processes.ProcessSpec) -> asyncio.subprocess.Process
 
 @pytest.mark.mongo
 async def test_a_mongod_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_path: Path, run_dir: Path) -> None:
-    for address in (f"127.0.0.1:{processes.free_port()}", f"unix:{run_dir}/1.sock", f"unix:{run_dir}/2.sock"):
+    for address in (f"127.0.0.1:{free_port()}", f"unix:{run_dir}/1.sock", f"unix:{run_dir}/2.sock"):
         process = await until_ready(processes.mongod(tmp_path, address))
         try:
             # As the services do: by the name of the set, whose member is then called by its address.
@@ -81,7 +82,7 @@ async def test_a_mongod_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp
 
 @pytest.mark.etcd
 async def test_an_etcd_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_path: Path, run_dir: Path) -> None:
-    tcp = tuple(f"127.0.0.1:{processes.free_port()}" for _ in range(2))
+    tcp = tuple(f"127.0.0.1:{free_port()}" for _ in range(2))
     for number, (address, peer) in enumerate((tcp, *[(f"unix:{run_dir}/etcd:0", f"unix:{run_dir}/peer:0")] * 2)):
         process = await until_ready(processes.etcd(tmp_path / "etcd", address, peer))
         try:

@@ -34,12 +34,12 @@ from shoal.errors import FailedPrecondition, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.node.envoy_edge import Edge
 from shoal.node.probes import health
-from shoal.node.processes import free_port
 from shoal.node.tls.own_ca import OwnCa
 from shoal.node.tls.served import Files, ServedCertificate
 from tests.breakable import until
 from tests.certificates import NAMES, ca_in, now, write_pair
 from tests.client.served import Served
+from tests.free_ports import free_port
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 

@@ -37,8 +37,8 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal.node import processes
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.mongods import MongoProcess
 
 VALIDATOR = {"$jsonSchema": {"bsonType": "object", "required": ["n"], "properties": {"n": {"bsonType": "int"}}}}
@@ -117,7 +117,7 @@ async def test_an_index_that_has_changed(db: AsyncDatabase[Document]) -> None:
 
 
 async def test_a_mongodb_that_is_away() -> None:
-    uri = f"mongodb://127.0.0.1:{processes.free_port()}/?timeoutMS=300&directConnection=true"
+    uri = f"mongodb://127.0.0.1:{free_port()}/?timeoutMS=300&directConnection=true"
     async with connect(uri) as client:
         with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not respond"):
             await ensure_collection(client["x"], "c", validator=VALIDATOR, indexes=[])

@@ -48,9 +48,9 @@ from shoal.access.tokens import PREFIX, Key, Signer
 from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc, trial_pb2, trial_pb2_grpc
-from shoal.node.processes import free_port
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.access.policies import claims_of, document, issuer, key, passed, policy, signed, write
+from tests.free_ports import free_port
 from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request

@@ -23,10 +23,10 @@ from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.results.result_documents import document
 from shoal.client import AsyncClient, RetryPolicy
-from shoal.node import processes
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.long_form import by_form
 from tests.store.conftest import serving, upload
 from tests.store.test_store_process import process
@@ -76,7 +76,7 @@ async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Coll
 
 @pytest.fixture
 async def store(collections: Collections, config: StoreConfig, python: str, tmp_path: Path) -> AsyncIterator[Killed]:
-    address = f"127.0.0.1:{processes.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     env = {
         "SHOAL_STORE_LISTEN": address,
         "SHOAL_STORE_RETENTION_MS": "100",

@@ -12,10 +12,10 @@ from grpc import StatusCode
 
 from mesh.rpc.channel import connect
 from services.store.config import StoreConfig
-from shoal.node import processes
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.store.conftest import Store, header, refused, serving, sha256
 
 pytestmark = pytest.mark.mongo
@@ -85,7 +85,7 @@ async def test_kill_9_in_the_middle_of_an_upload(config: StoreConfig, python: st
 
 
 async def test_a_stop_while_mongodb_is_away(config: StoreConfig, python: str, tmp_path: Path) -> None:
-    away = f"mongodb://127.0.0.1:{processes.free_port()}/?directConnection=true"
+    away = f"mongodb://127.0.0.1:{free_port()}/?directConnection=true"
     with process(config, python, tmp_path / "log", SHOAL_STORE_MONGO=away) as store:
         async with connect(config.listen) as channel:
             await channel.channel_ready()

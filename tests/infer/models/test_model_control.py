@@ -25,8 +25,8 @@ from services.infer.sources.repository import look, scan
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
-from shoal.node.processes import free_port
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.test_infer_process import Infer, serves

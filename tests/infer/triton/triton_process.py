@@ -19,7 +19,7 @@ import pytest
 
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
-from shoal.node.processes import free_port
+from tests.free_ports import free_port
 from tests.infer.conformance import wire
 
 READY_S = 60

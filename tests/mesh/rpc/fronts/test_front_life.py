@@ -16,6 +16,7 @@ import pytest
 
 from shoal.node import processes
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.long_form import by_form
 from tests.mesh.rpc.fronts.conftest import UNARY, Client, Front, serves
 
@@ -203,7 +204,7 @@ async def test_wrong_settings_are_named(make: Make) -> None:
 
 
 async def test_an_address_that_others_can_reach_is_refused_unless_it_is_allowed(make: Make) -> None:
-    address = f"0.0.0.0:{processes.free_port()}"
+    address = f"0.0.0.0:{free_port()}"
     front = make(at=address)
     await until(lambda: not front.is_running(), "the end")
     assert front._popen.returncode == 2
@@ -275,7 +276,7 @@ async def test_files_in_the_users_folder_do_no_harm(python: str, run_dir: Path, 
         (run_dir / name).mkdir()
         (run_dir / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
     (run_dir / "m").mkdir()
-    address = f"127.0.0.1:{processes.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     env = {"SHOAL_INFER_LISTEN": address, "SHOAL_INFER_REPOSITORY": str(run_dir / "m")}
     process = subprocess.Popen(
         processes.service_command("infer"), cwd=run_dir, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
