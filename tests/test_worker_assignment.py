@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.test_layers import ROOT
-from tests.worker_assignment import LONG, PATIENT, SLOW, TOGETHER, PatientScheduling, is_slow
+from tests.worker_assignment import LONG, NODES, PATIENT, SLOW, TOGETHER, PatientScheduling, is_slow
 
 
 class Worker:
@@ -27,8 +27,11 @@ class Worker:
         self.shutting_down = True
 
 
-def run(files: dict[str, int], workers: int) -> dict[str, list[str]]:
-    """What each worker runs of `files` (tests by name of file), when all tests take the same time."""
+def run(files: dict[str, int], workers: int, together: list[set[str]] | None = None) -> dict[str, list[str]]:
+    """What each worker runs of `files` (tests by name of file), when all tests take the same time.
+
+    `together` gets the tests that run at the same time.
+    """
     tests = [f"{file}::test_{n}" for file, count in files.items() for n in range(count)]
     config: Any = SimpleNamespace(
         getvalue=lambda name: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
@@ -43,6 +46,8 @@ def run(files: dict[str, int], workers: int) -> dict[str, list[str]]:
     ran: dict[str, list[str]] = {node.gateway.id: [] for node in nodes}
     # A worker begins a test only when it has the next one, or is to end.
     while able := [node for node in nodes if len(node.queue) > 1 or (node.queue and node.shutting_down)]:
+        if together is not None:
+            together.append({tests[node.queue[0]] for node in able})
         for node in able:
             index = node.queue.pop(0)
             ran[node.gateway.id].append(tests[index])
@@ -59,7 +64,7 @@ def files_of(tests: list[str]) -> list[str]:
 def test_the_files_are_there() -> None:
     assert [file for file in PATIENT + LONG if not (ROOT / file).is_file() and file not in TOGETHER] == []
     assert [path for path in SLOW if not (ROOT / path).exists()] == []
-    assert [path for path in TOGETHER if not (ROOT / path).is_dir()] == []
+    assert [path for path in TOGETHER + NODES if not (ROOT / path).is_dir()] == []
     assert len({*PATIENT, *LONG}) == len(PATIENT) + len(LONG)
 
 
@@ -83,6 +88,21 @@ def test_one_worker_runs_a_folder_whose_files_share_servers() -> None:
     ran = run({**{f"tests/test_{n}.py": 3 for n in range(4)}, **dict.fromkeys(shared, 5)}, workers=3)
     for folder in TOGETHER:
         assert len([name for name, tests in ran.items() if any(test.startswith(folder) for test in tests)]) == 1
+
+
+def test_one_worker_at_a_time_runs_whole_nodes_and_the_others_everything_else() -> None:
+    nodes = [f"{folder}test_{n}.py" for folder in NODES for n in range(3)]
+    together: list[set[str]] = []
+    ran = run({**{f"tests/test_{n}.py": 20 for n in range(20)}, **dict.fromkeys(nodes, 10)}, 3, together)
+    assert max(sum(test.startswith(NODES) for test in some) for some in together) == 1
+    assert [test.startswith(NODES) for test in ran["gw0"][:150]] == [True] * 150
+    # Nobody is idle meanwhile.
+    assert abs(len(ran["gw0"]) - len(ran["gw1"])) < 30
+
+
+def test_whole_nodes_that_are_left_alone_are_run_at_the_same_time() -> None:
+    ran = run({f"{NODES[0]}test_{n}.py": 10 for n in range(10)}, 3)
+    assert [len(ran[name]) for name in ("gw0", "gw1")] == [50, 50]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])

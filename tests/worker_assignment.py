@@ -1,6 +1,6 @@
 """Assignment of test files to the workers of a parallel run: the last worker runs the files that mostly wait.
 
-    workers 1 to n - 1 ──> every other file, the longest first
+    workers 1 to n - 1 ──> every other file, the longest first; at most one at a time runs files of NODES
     worker n ──> PATIENT, and nothing else
 
 Files that wait for a clock or for a broker occupy a worker for minutes and a core for seconds. Beside two workers on
@@ -69,6 +69,16 @@ LONG = (
 """Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker
 busy at the end."""
 
+NODES = (
+    "tests/chaos/",
+    "tests/examples/",
+    "tests/node/",
+    "tests/packaging/",
+    "tests/siege/",
+)
+"""Folders whose tests start a whole node, or load a server as much as they can. Two of them at the same time need more
+than two cores: what one of them waits for comes late."""
+
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
     "tests/chaos",
@@ -124,10 +134,22 @@ class PatientScheduling(LoadFileScheduling):
         if not files and self._is_patient(node):
             node.shutdown()
             return
+        files = files or [*self.workqueue]
+        if not self._is_patient(node):
+            has_node = any(self._has_a_node(other) for other in self.nodes if other is not node)
+            files = [scope for scope in files if scope.startswith(NODES) != has_node] or files
         # Among equal ranks, xdist's order.
-        first = min(files or self.workqueue, key=_rank)
+        first = min(files, key=_rank)
         self.workqueue.move_to_end(first, last=False)
         super()._assign_work_unit(node)
+
+    def _has_a_node(self, node: Any) -> bool:
+        """Return True when the worker has tests of NODES left to run. Files of PATIENT use little, and do not count."""
+        return any(
+            scope.startswith(NODES) and not all(tests.values())
+            for scope, tests in self.assigned_work.get(node, {}).items()
+            if scope not in PATIENT
+        )
 
     def _is_patient(self, node: Any) -> bool:
         return len(self.nodes) > 1 and node.gateway.id == f"gw{self.numnodes - 1}"
