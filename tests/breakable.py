@@ -17,7 +17,7 @@ from shoal.node.envoy_overload import DEFAULT_HEAP_MB
 from tests import fork_server
 from tests.free_ports import free_port
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """Default limit of a wait: longer than any step takes on a busy machine."""
 
 

@@ -31,7 +31,7 @@ from tests.worker_assignment import SLOW_MARKS, PatientScheduling, is_slow
 
 pytest_plugins = ["tests.costs"]
 
-READY_S = 30
+READY_S = 60
 MONGO_IDLE_FILES_S = 20
 SHARED_DATA_BYTES = 4 << 30
 """Of memory, before data is kept there. A whole run leaves 300 MB behind for each of its processes."""

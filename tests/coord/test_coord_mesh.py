@@ -137,22 +137,22 @@ async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
     two = await node.replica(1)
     await node.answers_from("infer-0", "infer-1")
     async with node.load():
-        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=30)
         await node.answers_from("infer-1")
-        await node.coord.UndrainInstance(pb.UndrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.coord.UndrainInstance(pb.UndrainInstanceRequest(name="infer-0"), timeout=30)
         await node.answers_from("infer-0", "infer-1")
         await two.update(state=State.STARTING)
         await node.answers_from("infer-0")
         await two.update(state=State.READY)
         await node.answers_from("infer-0", "infer-1")
 
-    status = await node.coord.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=10)
+    status = await node.coord.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=30)
     assert status.coord in node.coords
     found = {}
     for coord in node.coords.values():
         async with connect(f"unix:{coord.socket}") as channel:
             stub = coord_pb2_grpc.CoordServiceStub(channel)
-            for envoy in (await stub.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=10)).envoys:
+            for envoy in (await stub.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=30)).envoys:
                 found[envoy.node] = {resource.type: resource for resource in envoy.resources}
     assert list(found) == ["local"]
     assert {t: sorted(r.names) for t, r in found["local"].items()} == {
@@ -164,7 +164,7 @@ async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
     assert all(r.acked_version and not r.nack and r.at.seconds for r in found["local"].values())
 
     async def status_of(name: str) -> int:
-        return (await node.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)).status
+        return (await node.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=30)).status
 
     assert await status_of("") == health_pb2.HealthCheckResponse.SERVING
     assert await status_of("inference.GRPCInferenceService") == health_pb2.HealthCheckResponse.SERVING
@@ -194,7 +194,7 @@ async def test_traffic_does_not_notice_the_kill_of_the_leader_and_configuration_
         async def drained() -> bool:
             # Not a call that the mesh repeats: the caller does, until Envoy has the coord that came back.
             try:
-                await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=10)
+                await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=30)
             except grpc.aio.AioRpcError:
                 return False
             return True
@@ -240,7 +240,7 @@ async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, ou
         await until(node.leader, "a leader again")
 
         async def all_registered() -> bool:
-            found = await node.coord.ListInstances(pb.ListInstancesRequest(), timeout=10)
+            found = await node.coord.ListInstances(pb.ListInstancesRequest(), timeout=30)
             names = {i.name for i in found.instances if i.state == pb.INSTANCE_STATE_READY}
             return not found.stale and {"local/infer-0", "local/infer-1", *node.coords} <= names
 
@@ -248,5 +248,5 @@ async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, ou
         # Longer than coord keeps those that do not come back.
         settled = time.monotonic()
         await until(lambda: time.monotonic() - settled > 6)
-        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=30)
         await node.answers_from("infer-1")

@@ -253,7 +253,7 @@ class RealStore:
 
     async def _handed_on(self, call: Any, request: Any, context: Any) -> Any:
         try:
-            return await call(request, timeout=10)
+            return await call(request, timeout=30)
         except grpc.aio.AioRpcError as err:
             await context.abort(err.code(), err.details() or "", err.trailing_metadata() or ())
 
@@ -300,7 +300,7 @@ async def test_killed_again_and_again_with_the_real_store(
             recorded = [each["_id"] async for each in mongo[mongo_database]["results"].find({}, {"_id": 1})]
         results = {}
         for job_id in recorded:
-            response = await real_store.GetResult(store_pb2.GetResultRequest(job_id=job_id), timeout=10)
+            response = await real_store.GetResult(store_pb2.GetResultRequest(job_id=job_id), timeout=30)
             results[job_id] = response.result
         await ledger(mongo_uri, mongo_database, acknowledged, results)
         for client in clients:

@@ -45,7 +45,7 @@ async def refusal(client: Client, request: pb.SubmitRequest | None = None) -> gr
 
 
 async def health(client: Client) -> int:
-    answer = await health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    answer = await health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
     return int(answer.status)
 
 

@@ -124,7 +124,7 @@ async def test_an_instance_that_never_held_the_lease_releases_nothing(leases: Co
 async def test_the_lease_is_renewed_in_the_background_and_passes_on_when_the_holder_is_gone(leases: Collection) -> None:
     ready = asyncio.Event()
     holder = LeaderLease(leases, "service", "one", ready=ready, ttl_ms=1_000, renew_ms=100)
-    async with LeaderLease(leases, "service", "other", ready=ready, ttl_ms=1_000, renew_ms=100) as other:
+    async with LeaderLease(leases, "service", "other", ready=ready, ttl_ms=TTL_MS, renew_ms=100) as other:
         # Acquired and never renewed, as by a process that was killed.
         await holder.acquire_or_renew()
         ready.set()

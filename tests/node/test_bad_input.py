@@ -211,5 +211,5 @@ def test_messages_of_a_hundred_megabytes(channel: grpc.Channel, case: str) -> No
 def test_a_call_that_nobody_serves(channel: grpc.Channel) -> None:
     for path in ("/shoal.store.v1.StoreService/Nope", "/no.such.Service/Call"):
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(path)(b"", timeout=10)
+            channel.unary_unary(path)(b"", timeout=30)
         assert caught.value.code() in {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND}

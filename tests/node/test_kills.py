@@ -136,7 +136,7 @@ async def steady_load(gateway: str, callers: int = 8) -> AsyncIterator[Load]:
             while not stop.is_set():
                 number = float(next(numbers) % 1000)
                 try:
-                    answer = await stub.ModelInfer(question(number), timeout=10)
+                    answer = await stub.ModelInfer(question(number), timeout=30)
                 except grpc.aio.AioRpcError as err:
                     load.errors.append(f"{err.code().name}: {err.details()}")
                     continue
@@ -263,7 +263,7 @@ async def every_job_ended_with_its_one_result(channel: grpc.aio.Channel, jobs: d
     store = store_pb2_grpc.StoreServiceStub(channel)
 
     async def state(job_id: str) -> int:
-        return int((await ingest.GetJob(ingest_pb2.GetJobRequest(id=job_id), timeout=5)).job.state)
+        return int((await ingest.GetJob(ingest_pb2.GetJobRequest(id=job_id), timeout=30)).job.state)
 
     async def all_ended() -> bool:
         return all([await state(job_id) in ENDED for job_id in jobs])
@@ -272,7 +272,7 @@ async def every_job_ended_with_its_one_result(channel: grpc.aio.Channel, jobs: d
     states = Counter([await state(job_id) for job_id in jobs])
     assert states == {ingest_pb2.JOB_STATE_SUCCEEDED: len(jobs)}
     query = store_pb2.QueryResultsRequest(job_ids=list(jobs), page_size=1000)
-    results = (await store.QueryResults(query, timeout=10)).results
+    results = (await store.QueryResults(query, timeout=30)).results
     assert Counter(result.job_id for result in results) == Counter(list(jobs))
     assert all(right(jobs[result.job_id], result.response) for result in results)
 

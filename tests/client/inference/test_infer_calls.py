@@ -255,9 +255,9 @@ def test_closing_from_another_thread_ends_a_call(served: Served) -> None:
     thread = threading.Thread(target=call)
     served.on(methods.MODEL_INFER, hanging(arrived))
     thread.start()
-    assert arrived.wait(10)
+    assert arrived.wait(30)
     client.close()
-    thread.join(10)
+    thread.join(30)
     assert isinstance(caught[0], Cancelled)
 
 
@@ -313,7 +313,7 @@ def test_an_interrupt_while_an_iterator_waits(client: shoal.Client, served: Serv
     main = threading.get_ident()
 
     def interrupt() -> None:
-        arrived.wait(10)
+        arrived.wait(30)
         signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

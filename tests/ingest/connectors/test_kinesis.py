@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -330,7 +330,9 @@ async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
 
 
 async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
-    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    slow, other = (
+        CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=60_000) for me in ("x", "y")
+    )
     first = await slow.acquire("a")
     assert first is not None
     await slow.release("a", first[0])
@@ -344,15 +346,16 @@ async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
 
 
 async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:
-    slow, other = (CheckpointRepository(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    later = timedelta()
+    slow, other = (
+        CheckpointRepository(collection, "c/s@1", me=me, clock=lambda: utc_now() + later, lease_ms=60_000)
+        for me in ("x", "y")
+    )
     taken = await slow.acquire("a")
     assert taken is not None
     assert await other.acquire("a") is None, "it is held"
-
-    async def takes() -> bool:
-        return await other.acquire("a") is not None
-
-    await until(takes, "the lease lapsed")
+    later = timedelta(seconds=61)
+    assert await other.acquire("a") is not None, "the lease lapsed"
     assert not await slow.advance("a", taken[0], sequence="99")
     assert await slow.renew({"a": taken[0]}) == {"a"}
     assert (await other.all())["a"].sequence == ""

@@ -435,7 +435,7 @@ async def test_garbage_gets_a_clear_status_and_no_hang(mesh: Mesh):
     await mesh.show(mesh.instance(0, "a"), mesh.instance(1))
     path = "/inference.GRPCInferenceService/ModelInfer"
     for garbage in (b"\xff" * 100, b"\x0a\x05ab", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", bytes(range(256))):
-        code, text = await refusal(mesh.channel.unary_unary(path)(garbage, timeout=10))
+        code, text = await refusal(mesh.channel.unary_unary(path)(garbage, timeout=30))
         assert code is grpc.StatusCode.INVALID_ARGUMENT, garbage[:8]
         assert text
 
@@ -443,13 +443,13 @@ async def test_garbage_gets_a_clear_status_and_no_hang(mesh: Mesh):
         return
         yield
 
-    code, _ = await refusal(mesh.channel.stream_unary(path)(nothing(), timeout=10))
+    code, _ = await refusal(mesh.channel.stream_unary(path)(nothing(), timeout=30))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    unknown = mesh.channel.unary_unary("/inference.GRPCInferenceService/Nonesuch")(b"", timeout=10)
+    unknown = mesh.channel.unary_unary("/inference.GRPCInferenceService/Nonesuch")(b"", timeout=30)
     assert (await refusal(unknown))[0] is grpc.StatusCode.UNIMPLEMENTED
-    nowhere = mesh.channel.unary_unary("/no.such.Service/Method")(b"", timeout=10)
+    nowhere = mesh.channel.unary_unary("/no.such.Service/Method")(b"", timeout=30)
     assert (await refusal(nowhere))[0] is grpc.StatusCode.UNIMPLEMENTED
-    nobody = mesh.channel.unary_unary("/nobody.v1.Service/Method")(b"", timeout=10)
+    nobody = mesh.channel.unary_unary("/nobody.v1.Service/Method")(b"", timeout=30)
     assert (await refusal(nobody))[0] is grpc.StatusCode.UNAVAILABLE
     assert told(await mesh.infer("a"), "replica") == "infer-0"
 

@@ -76,11 +76,11 @@ async def test_a_call_that_ends_with_its_headers_is_answered_while_a_model_has_s
 
 
 async def test_a_stream_without_a_message_is_ok_while_a_model_has_sequences(mesh: Mesh):
-    call = mesh.stub.ModelStreamInfer(timeout=10)
+    call = mesh.stub.ModelStreamInfer(timeout=30)
     await call.done_writing()
     assert await call.read() == grpc.aio.EOF
     assert await call.code() is grpc.StatusCode.OK
-    call = mesh.stub.ModelStreamInfer(timeout=10)
+    call = mesh.stub.ModelStreamInfer(timeout=30)
     await call.write(request("steps"))
     assert told((await call.read()).infer_response, "replica") == "infer-1"
     await call.done_writing()
