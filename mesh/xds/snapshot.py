@@ -72,12 +72,27 @@ class Snapshot:
 
 
 def clusters_of(
-    instances: Iterable[Instance], drained: frozenset[str], node: str, table: RouteTable
+    instances: Iterable[Instance],
+    drained: frozenset[str],
+    node: str,
+    table: RouteTable,
+    lost: Iterable[Instance] = (),
 ) -> dict[str, set[Endpoint]]:
     """Return the endpoints on `node` by cluster, for each service of the table and each model that an instance has.
 
-    `drained` holds the names of instances that an operator has drained. Starting instances are left out.
+    `drained` holds the names of instances that an operator has drained. Starting instances are left out. Instances in
+    `lost` have lost their leases: they are endpoints of the clusters in which no other one takes new calls.
     """
+    found = _registered(instances, drained, node, table)
+    for name, endpoints_lost in _registered(lost, frozenset(), node, table).items():
+        if all(endpoint.draining for endpoint in found.get(name, ())):
+            found[name] = found.get(name, set()) | endpoints_lost
+    return found
+
+
+def _registered(
+    instances: Iterable[Instance], drained: frozenset[str], node: str, table: RouteTable
+) -> dict[str, set[Endpoint]]:
     found: dict[str, set[Endpoint]] = {service.cluster: set() for service in table.services}
     for instance in instances:
         if instance.node != node or instance.state is State.STARTING or not _is_address(instance.address):
@@ -106,18 +121,20 @@ def snapshot(
     table: RouteTable,
     tracing: Tracing | None = None,
     access: GatewayAccess | None = None,
+    lost: Iterable[Instance] = (),
 ) -> Snapshot:
     """Build the configuration of the Envoy of `node`, with every cluster that a route or listener names.
 
-    `access` is the policy of the gateway; None: every caller may call every method, and no web page.
+    `access` is the policy of the gateway; None: every caller may call every method, and no web page. `lost` are
+    instances without a lease (see `clusters_of`).
 
     Raises:
         LookupError: a named cluster is missing, a bug of the builders. Envoy would accept the routes but fail the calls
             to it.
     """
-    instances = list(instances)
-    found = clusters_of(instances, drained, node.id, table)
-    sequenced = _sequence_models(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
+    instances, lost = list(instances), list(lost)
+    found = clusters_of(instances, drained, node.id, table, lost)
+    sequenced = _sequence_models([*instances, *lost]) & {name.removeprefix(MODEL_PREFIX) for name in found}
     sticky = {model_cluster(model) for model in sequenced}
     routed = _routed_models(found, sequenced, table)
     tried = table.tried_unhealthy

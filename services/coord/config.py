@@ -33,8 +33,8 @@ class CoordConfig(ServiceConfig):
     issuer_refresh_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
     """Interval at which the keys of the policy's issuers are fetched again. The last known ones stay in an outage."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
-    """After an outage of etcd longer than the leases, the time for instances to register again before Envoy removes
-    them."""
+    """After an outage of etcd longer than the leases, or after a service or model has lost all its leases, the time for
+    instances to register again before Envoy removes them."""
 
     @model_validator(mode="after")
     def _has_a_keyring(self) -> CoordConfig:

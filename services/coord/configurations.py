@@ -61,7 +61,8 @@ class Configurations(Background):
             if not presence.is_known or (self._access is not None and inputs.access is None):
                 continue
             instances = with_own(presence.instances, self.own())
-            new = snapshot(instances, presence.drained, node, self._table, self._tracing, inputs.access)
+            lost = [each.instance for each in presence.lost]
+            new = snapshot(instances, presence.drained, node, self._table, self._tracing, inputs.access, lost)
             if new != last:
                 yield new
             last = new

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,7 +16,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mesh.cluster import membership
-from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.cluster.etcd import Etcd, Put
+from mesh.cluster.membership import TTL_S, ReadyModel, Registration, State, encode
 from mesh.process.config import ServiceConfig
 from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2 as pb
@@ -40,8 +42,8 @@ class Node:
         self.stack = stack
         self.replicas: dict[int, Process] = {}
 
-    async def start(self, coord) -> None:
-        self.coords = {c.name: c for c in (coord(0), coord(1))}
+    async def start(self, coord, **settings: str) -> None:
+        self.coords = {c.name: c for c in (coord(0, **settings), coord(1, **settings))}
         sockets = [c.socket for c in self.coords.values()]
         self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, sockets))
         channel = await self.stack.enter_async_context(connect(self.envoy.gateway))
@@ -51,6 +53,13 @@ class Node:
         await self.envoy.until_ready()
 
     async def replica(self, number: int) -> Registration:
+        registration = await self.unregistered(number)
+        await self.stack.enter_async_context(registration)
+        await registration.update(state=State.READY, models=[ReadyModel("a", (1,))])
+        return registration
+
+    async def unregistered(self, number: int) -> Registration:
+        """Start the server of a replica, and return its registration, which has not begun."""
         socket = self.folder / f"infer-{number}.sock"
         argv = [sys.executable, str(TINY), str(socket), f"infer-{number}"]
         process = Process(argv, self.folder / f"infer-{number}.log")
@@ -59,10 +68,37 @@ class Node:
         config = ServiceConfig(
             instance=f"infer-{number}", listen=f"unix:{socket}", etcd=self.etcd.address, notice_ms=100
         )
-        registration = Registration.of(config, "infer", f"unix:{socket}")
-        await self.stack.enter_async_context(registration)
-        await registration.update(state=State.READY, models=[ReadyModel("a", (1,))])
-        return registration
+        return Registration.of(config, "infer", f"unix:{socket}")
+
+    async def until_its_lease_ends(self, registration: Registration) -> None:
+        """Register under a lease that nobody refreshes, as of a process that stands still, and wait for its end."""
+        lost = replace(registration.instance, state=State.READY, models=(ReadyModel("a", (1,)),))
+        async with Etcd(self.etcd.address) as etcd:
+            lease = await etcd.grant(TTL_S)
+            await etcd.transact([], [Put(lost.key, encode(lost), lease.id)])
+            await self.registered(lost.name)
+            await self.registered(lost.name, is_so=False)
+
+    async def registered(self, name: str, *, is_so: bool = True) -> None:
+        """Wait until both coords know the instance, or that it is gone."""
+
+        async def known() -> bool:
+            found = []
+            for coord in self.coords.values():
+                async with connect(f"unix:{coord.socket}") as channel:
+                    stub = coord_pb2_grpc.CoordServiceStub(channel)
+                    listed = await stub.ListInstances(pb.ListInstancesRequest(), timeout=10)
+                    found.append(name in {instance.name for instance in listed.instances})
+            return found == [is_so, is_so]
+
+        await until(known, f"{name} is {'' if is_so else 'not '}registered")
+
+    async def no_answer(self) -> bool:
+        try:
+            await self.answer()
+        except grpc.aio.AioRpcError as err:
+            return "no healthy upstream" in err.details()
+        return False
 
     async def answer(self) -> str:
         """Who answers one call."""
@@ -129,6 +165,15 @@ def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     Those of the coords, which are processes of their own, are as ever.
     """
     monkeypatch.setattr(membership, "TTL_S", 600)
+
+
+@pytest.fixture
+async def keeping(run_dir: Path, own_etcd: EtcdProcess, coord) -> AsyncIterator[Node]:
+    """A node that keeps lost instances for longer than any wait of a test."""
+    async with AsyncExitStack() as stack:
+        made = Node(run_dir, own_etcd, stack)
+        await made.start(coord, SETTLE_MS="60000")
+        yield made
 
 
 @pytest.mark.usefixtures("long_leases")
@@ -250,3 +295,30 @@ async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, ou
         await until(lambda: time.monotonic() - settled > 6)
         await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=30)
         await node.answers_from("infer-1")
+
+
+async def test_replicas_that_have_all_lost_their_leases_serve_until_one_is_back(keeping: Node):
+    zero, one = await keeping.unregistered(0), await keeping.unregistered(1)
+    await asyncio.gather(keeping.until_its_lease_ends(zero), keeping.until_its_lease_ends(one))
+    await keeping.answers_from("infer-0", "infer-1")
+    async with keeping.load():
+        async with one:
+            await one.update(state=State.READY, models=[ReadyModel("a", (1,))])
+            await keeping.answers_from("infer-1")
+
+
+async def test_a_replica_that_loses_its_lease_alone_gets_no_more_calls(keeping: Node):
+    await keeping.replica(1)
+    zero = await keeping.unregistered(0)
+    await keeping.answers_from("infer-1")
+    async with keeping.load():
+        await keeping.until_its_lease_ends(zero)
+        await keeping.answers_from("infer-1")
+
+
+async def test_the_last_replica_gets_no_call_after_it_has_announced_its_end(keeping: Node):
+    async with await keeping.unregistered(0) as last:
+        await last.update(state=State.READY, models=[ReadyModel("a", (1,))])
+        await keeping.answers_from("infer-0")
+    # Its process lives on, so calls would be answered if its endpoint was kept.
+    await until(keeping.no_answer, "no healthy upstream")

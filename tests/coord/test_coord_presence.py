@@ -32,7 +32,6 @@ def test_without_an_outage_it_is_the_membership():
     assert names(presence) == ["infer-0", "infer-1"]
     presence = observe(presence, seen(TWO), 2.0, SETTLE_S)
     assert names(presence) == ["infer-1"]
-    assert presence.remaining_s(2.0) is None
 
 
 def test_an_outage_changes_nothing_and_whoever_vanished_by_it_has_time_to_come_back():
@@ -68,6 +67,67 @@ def test_a_second_outage_starts_the_time_anew():
     presence = observe(presence, seen(), 20.0, SETTLE_S)
     assert names(presence) == ["infer-0"]
     assert presence.remaining_s(20.0) == SETTLE_S
+
+
+def lost(presence: Presence) -> list[str]:
+    return [each.instance.instance for each in presence.lost]
+
+
+def test_an_instance_that_disappears_unannounced_is_lost_for_a_time():
+    presence = observe(Presence(), seen(ONE, TWO), 1.0, SETTLE_S)
+    presence = observe(presence, seen(TWO), 2.0, SETTLE_S)
+    presence = observe(presence, seen(), 3.0, SETTLE_S)
+    assert (names(presence), lost(presence)) == ([], ["infer-0", "infer-1"])
+    assert presence.remaining_s(3.0) == SETTLE_S - 1
+    presence = observe(presence, seen(), 7.0, SETTLE_S)
+    assert lost(presence) == ["infer-1"]
+    presence = observe(presence, seen(), 8.0, SETTLE_S)
+    assert lost(presence) == []
+    assert presence.remaining_s(8.0) is None
+
+
+def test_an_instance_that_registers_again_or_is_replaced_is_no_longer_lost():
+    presence = observe(Presence(), seen(ONE, TWO), 1.0, SETTLE_S)
+    presence = observe(presence, seen(), 2.0, SETTLE_S)
+    presence = observe(presence, seen(replace(ONE, pid=99, state=State.STARTING), TWO), 3.0, SETTLE_S)
+    assert lost(presence) == []
+    presence = observe(presence, seen(TWO), 4.0, SETTLE_S)
+    assert lost(presence) == []
+
+
+def test_an_instance_that_announced_its_end_or_is_drained_or_was_starting_is_not_lost():
+    three = replace(ONE, instance="infer-2", state=State.STARTING)
+    before = seen(replace(ONE, state=State.DRAINING), TWO, three, drained=(TWO.name,))
+    presence = observe(observe(Presence(), before, 1.0, SETTLE_S), seen(), 2.0, SETTLE_S)
+    assert lost(presence) == []
+
+
+def test_an_outage_of_etcd_does_not_count_against_a_lost_instance():
+    presence = observe(Presence(), seen(ONE), 1.0, SETTLE_S)
+    presence = observe(presence, seen(), 2.0, SETTLE_S)
+    presence = observe(presence, seen(stale=True), 3.0, SETTLE_S)
+    assert presence.remaining_s(30.0) is None
+    presence = observe(presence, seen(), 30.0, SETTLE_S)
+    assert lost(presence) == ["infer-0"]
+    assert presence.remaining_s(30.0) == SETTLE_S
+    presence = observe(presence, seen(), 35.0, SETTLE_S)
+    assert (names(presence), lost(presence)) == ([], [])
+
+
+def test_instances_kept_after_an_outage_are_not_kept_a_second_time():
+    presence = observe(Presence(), seen(ONE), 1.0, SETTLE_S)
+    presence = observe(presence, seen(stale=True), 2.0, SETTLE_S)
+    presence = observe(presence, seen(), 3.0, SETTLE_S)
+    presence = observe(presence, seen(), 8.0, SETTLE_S)
+    assert (names(presence), lost(presence)) == ([], [])
+
+
+def test_the_number_of_lost_instances_is_bounded_and_the_newest_stay():
+    presence = Presence()
+    for number in range(1100):
+        presence = observe(presence, seen(replace(ONE, instance=f"infer-{number}")), 1.0, SETTLE_S)
+    assert len(presence.lost) == 1024
+    assert lost(presence)[-1] == "infer-1098"
 
 
 def test_a_ready_coord_that_has_lost_its_lease_stays_in_its_own_configuration():

@@ -242,6 +242,45 @@ async def test_etcd_stops_for_ten_seconds_and_inference_goes_on(whole: Any, onnx
     await asyncio.to_thread(whole.shoal, "models", "push", str(onnx_models / "double.onnx"), "--name", "after-etcd")
 
 
+async def calls_every(pause_s: float, gateway: str, load: Load, stop: asyncio.Event) -> None:
+    """Begin a call every `pause_s`, however many are open, until `stop`; return when all have ended."""
+    async with connect(gateway) as channel, asyncio.TaskGroup() as calls:
+        stub = oip_grpc.GRPCInferenceServiceStub(channel)
+
+        async def call() -> None:
+            try:
+                answer = await stub.ModelInfer(question(1.0), timeout=PATIENCE_S)
+                load.answered[answer.parameters["replica"].string_param] += 1
+            except grpc.aio.AioRpcError as err:
+                load.errors.append(f"{err.code().name}: {err.details()}")
+
+        while not stop.is_set():
+            calls.create_task(call())
+            await asyncio.sleep(pause_s)
+
+
+async def test_infer_stands_still_for_longer_than_its_leases_and_calls_only_wait(whole: Any) -> None:
+    pids = [whole.pids()[name] for name in ("infer-0", "infer-1")]
+    load, stop = Load(), asyncio.Event()
+    calls = asyncio.create_task(calls_every(0.006, whole.gateway, load, stop))
+    await load.goes_on(100)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        # Longer than a lease, and shorter than the 4.5 s after which Envoy's health check has failed.
+        await asyncio.sleep(4)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    await load.goes_on(100)
+    await until(lambda: everyone_is_ready(whole), "everyone is registered again")
+    await load.sees("local/infer-0")
+    await load.sees("local/infer-1")
+    stop.set()
+    await calls
+    assert Counter(load.errors) == Counter()
+
+
 async def submit(stub: ingest_pb2_grpc.IngestServiceStub, numbers: range) -> dict[str, float]:
     """Submits slow jobs on one stream; the number of each by its job id, once all are acknowledged."""
 

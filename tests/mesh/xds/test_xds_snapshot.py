@@ -78,6 +78,27 @@ def test_who_takes_traffic():
     assert endpoints_in(shot, "model/a") == expected
 
 
+def test_lost_instances_stay_where_no_other_one_takes_new_calls():
+    def found(*instances: Instance, drained: frozenset[str] = frozenset()) -> dict[str, set[Endpoint]]:
+        return clusters_of(instances, drained, "local", TABLE, lost=[infer(0, "a", "b"), infer(1, "a")])
+
+    zero, one, two = (Endpoint(infer(number).address) for number in range(3))
+    everywhere = found()
+    assert (everywhere["infer"], everywhere["model/a"], everywhere["model/b"]) == ({zero, one}, {zero, one}, {zero})
+    # One instance is back, or left: it serves alone, except the model that it does not have.
+    back = found(infer(2, "a"))
+    assert (back["infer"], back["model/a"], back["model/b"]) == ({two}, {two}, {zero})
+    drained = found(infer(2, "a"), drained=frozenset({infer(2).name}))
+    assert drained["model/a"] == {zero, one, Endpoint(infer(2).address, draining=True)}
+
+
+def test_a_model_of_lost_instances_keeps_its_routes():
+    sequenced = replace(infer(0), models=(ReadyModel("a", (1,), has_sequences=True),))
+    whole = made(sequenced)
+    after = snapshot([], frozenset(), NODE, TABLE, lost=[sequenced])
+    assert after == whole
+
+
 def test_routes_name_only_clusters_that_are_there():
     shot = made(infer(0, "a"), infer(9))
     assert set(shot.of(ROUTES)) == {NAME, GATEWAY_NAME}
