@@ -25,11 +25,14 @@ from shoal.coord.v1 import coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
 from shoal.node.probes import health
-from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
+from tests.breakable import PATIENCE_S, EnvoyProcess, EtcdProcess, Process, until
 from tests.long_form import by_form
 
 pytestmark = [pytest.mark.etcd, pytest.mark.envoy]
 
+KEPT_S = 30
+# On a busy machine a coord may miss etcd for a moment. After such an outage, it keeps all instances.
+AFTER_AN_OUTAGE_S = 2.0 * KEPT_S
 TINY = Path(__file__).parent.parent / "mesh" / "xds" / "tiny_infer.py"
 
 
@@ -105,7 +108,7 @@ class Node:
         response = await self.infer.ModelInfer(oip.ModelInferRequest(model_name="a"), timeout=20)
         return response.parameters["replica"].string_param
 
-    async def answers_from(self, *expected: str) -> None:
+    async def answers_from(self, *expected: str, within_s: float = PATIENCE_S) -> None:
         """Waits until calls are answered by exactly these."""
 
         async def so() -> bool:
@@ -117,7 +120,7 @@ class Node:
                     return False
             return found == set(expected)
 
-        await until(so, f"answers from {expected}")
+        await until(so, f"answers from {expected}", within_s)
 
     @asynccontextmanager
     async def load(self, pause_s: float = 0.005) -> AsyncIterator[Counter]:
@@ -169,10 +172,10 @@ def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def keeping(run_dir: Path, own_etcd: EtcdProcess, coord) -> AsyncIterator[Node]:
-    """A node that keeps lost instances for longer than any wait of a test."""
+    """A node that keeps lost instances for a long time."""
     async with AsyncExitStack() as stack:
         made = Node(run_dir, own_etcd, stack)
-        await made.start(coord, SETTLE_MS="60000")
+        await made.start(coord, SETTLE_MS=str(KEPT_S * 1000))
         yield made
 
 
@@ -302,9 +305,9 @@ async def test_replicas_that_have_all_lost_their_leases_serve_until_one_is_back(
     await asyncio.gather(keeping.until_its_lease_ends(zero), keeping.until_its_lease_ends(one))
     await keeping.answers_from("infer-0", "infer-1")
     async with keeping.load():
-        async with one:
-            await one.update(state=State.READY, models=[ReadyModel("a", (1,))])
-            await keeping.answers_from("infer-1")
+        await keeping.stack.enter_async_context(one)
+        await one.update(state=State.READY, models=[ReadyModel("a", (1,))])
+        await keeping.answers_from("infer-1", within_s=AFTER_AN_OUTAGE_S)
 
 
 async def test_a_replica_that_loses_its_lease_alone_gets_no_more_calls(keeping: Node):
@@ -313,7 +316,7 @@ async def test_a_replica_that_loses_its_lease_alone_gets_no_more_calls(keeping: 
     await keeping.answers_from("infer-1")
     async with keeping.load():
         await keeping.until_its_lease_ends(zero)
-        await keeping.answers_from("infer-1")
+        await keeping.answers_from("infer-1", within_s=AFTER_AN_OUTAGE_S)
 
 
 async def test_the_last_replica_gets_no_call_after_it_has_announced_its_end(keeping: Node):
