@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -104,6 +105,20 @@ class Verdict(Enum):
     CONFIRMED = "a process died of this work"
 
 
+Slots = list[list[int]]
+"""Fingerprints of each slot that was in use."""
+
+
+@dataclass(frozen=True)
+class _Journals:
+    """The journals in a folder at one time."""
+
+    undecided: list[Slots]
+    """Of dead processes whose supervisors have not recorded the exit yet."""
+    crashes: list[tuple[int, Slots]]
+    """Exit status and journal of each recent death."""
+
+
 class Crashes:
     """Reads the crash journals in `folder` that other processes left."""
 
@@ -111,37 +126,45 @@ class Crashes:
         """Store `folder` and `clock`, the clock of the files' modification times."""
         self._folder = folder
         self._clock = clock
+        self._journals: _Journals | None = None
 
     async def verdict(self, fingerprint: int) -> Verdict:
         """Return the evidence against retried work. Waits up to a second for the exit status of a dying process."""
         until = time.monotonic() + _NOTE_S
-        while self._is_undecided(fingerprint) and time.monotonic() < until:  # noqa: ASYNC110 - another process decides.
+        journals = self._read_once()
+        while any(_found(fingerprint, slots) for slots in journals.undecided) and time.monotonic() < until:
             await asyncio.sleep(_POLL_S)
-        return self._verdict(fingerprint)
-
-    def _is_undecided(self, fingerprint: int) -> bool:
-        """Return True when a dead process was executing the work and its supervisor has not recorded the exit yet."""
-        for path in self._folder.glob(f"*{SUFFIX}"):
-            pid, slots = read(path)
-            if pid and any(fingerprint in fingerprints for fingerprints in slots) and not _lives(pid):
-                return True
-        return False
-
-    def _verdict(self, fingerprint: int) -> Verdict:
+            journals = self._read_once()
         ambiguous = 0
-        for path in self._folder.glob(f"*{_CRASH}"):
-            found = [fingerprints for fingerprints in read(path)[1] if fingerprint in fingerprints]
-            if not found or not self._is_recent(path):
-                continue
-            if _status(path) not in _FROM_OUTSIDE and all(len(fingerprints) == 1 for fingerprints in found):
-                return Verdict.CONFIRMED
-            ambiguous += 1
+        for status, slots in journals.crashes:
+            if found := _found(fingerprint, slots):
+                if status not in _FROM_OUTSIDE and all(len(fingerprints) == 1 for fingerprints in found):
+                    return Verdict.CONFIRMED
+                ambiguous += 1
         return (Verdict.NOT_SEEN, Verdict.AMBIGUOUS)[ambiguous] if ambiguous < 2 else Verdict.CONFIRMED
+
+    def _read_once(self) -> _Journals:
+        """Read the journals once in each iteration of the event loop: a bulk may have hundreds of retries."""
+        if self._journals is None:
+            flights = [read(path) for path in self._folder.glob(f"*{SUFFIX}")]
+            self._journals = _Journals(
+                [slots for pid, slots in flights if slots and not _lives(pid)],
+                [(_status(path), read(path)[1]) for path in self._folder.glob(f"*{_CRASH}") if self._is_recent(path)],
+            )
+            asyncio.get_running_loop().call_soon(self._forget)
+        return self._journals
+
+    def _forget(self) -> None:
+        self._journals = None
 
     def _is_recent(self, path: Path) -> bool:
         with contextlib.suppress(OSError):
             return self._clock() - path.stat().st_mtime < _KEPT_S
         return False
+
+
+def _found(fingerprint: int, slots: Slots) -> Slots:
+    return [fingerprints for fingerprints in slots if fingerprint in fingerprints]
 
 
 def keep(path: Path, pid: int, status: int) -> None:
@@ -155,7 +178,7 @@ def keep(path: Path, pid: int, status: int) -> None:
             old.unlink()
 
 
-def read(path: Path) -> tuple[int, list[list[int]]]:
+def read(path: Path) -> tuple[int, Slots]:
     """Return the process id and each used slot's fingerprints; (0, []) when the file is not a crash journal."""
     try:
         data = path.read_bytes()

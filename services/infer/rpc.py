@@ -28,7 +28,7 @@ from services.infer.models.trials import Trials
 from services.infer.requests.request_memory import RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access import rpc_groups
-from shoal.access.caller_header import JOB_CALLER_HEADER
+from shoal.access.caller_header import JOB_CALLER_HEADER, JOB_RETRY_HEADER
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -261,8 +261,9 @@ def _deadline(context: Context) -> float:
 
 
 def _is_retry(context: Context) -> bool:
-    """Return True when the mesh has sent the request to another instance before."""
-    return any(key == ATTEMPT and value != "1" for key, value in context.invocation_metadata() or ())
+    """Return True when another instance may have run the request: the mesh repeats it, or a job does."""
+    given = context.invocation_metadata() or ()
+    return any((key == ATTEMPT and value != "1") or key == JOB_RETRY_HEADER for key, value in given)
 
 
 def _header(context: Context, name: str) -> str | None:

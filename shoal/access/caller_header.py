@@ -26,6 +26,9 @@ SIGNER_HEADER = "x-shoal-signer"
 JOB_CALLER_HEADER = "x-shoal-job-caller"
 """Header in which a service names the caller for whom it runs a job, as `x-shoal-caller` names one."""
 
+JOB_RETRY_HEADER = "x-shoal-job-retry"
+"""Header in which a service says that an earlier attempt of the job may have run."""
+
 LAUNCHER = b"launcher"
 """Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""
 SERVICE = b"service"

@@ -30,7 +30,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.response import kept
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
-from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER
+from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER, JOB_RETRY_HEADER
 from shoal.errors import Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
 _CALLER, _JOB_CALLER = CALLER_HEADER.encode(), JOB_CALLER_HEADER.encode()
+_JOB_RETRY = JOB_RETRY_HEADER.encode()
 
 # Names and versions as clients write them. Invented ones are never learnt, since no model has them.
 _MAX_NAMES = 1024
@@ -83,7 +84,7 @@ class FastInfer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, body: bytes, exchange: Exchange) -> None:
-        is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
+        is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1" or _JOB_RETRY in exchange.headers
         if is_retry or not self._try_fast(body, exchange):
             task = asyncio.create_task(self._run_slow(body, exchange, is_retry))
             self._tasks.add(task)

@@ -21,7 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from mesh.mongo_clock import Clock
 from mesh.rpc.access import Access
-from services.ingest.dispatch.bulk_calls import is_ambiguous
+from services.ingest.dispatch.bulk_calls import may_have_run
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
 from services.ingest.dispatch.remote import AttemptOutcome, BulkEntry, BulkUnavailable, GivenUpJobs
@@ -55,7 +55,7 @@ class ModelClient(Protocol):
     """Client of infer."""
 
     async def infer(
-        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b""
+        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b"", *, is_retry: bool = False
     ) -> inference_pb2.ModelInferResponse | Failure:
         """Run one serialised ModelInferRequest once. A failed call returns a Failure."""
 
@@ -111,7 +111,7 @@ class Attempts:
             ended_ids = {job.id for job, _ in ended}
             jobs = [job for job in jobs if job.id not in ended_ids]
         takes_bulks = asyncio.get_running_loop().time() >= self._no_bulks_until
-        if takes_bulks and (len(jobs) > 1 or (jobs and is_ambiguous(jobs[0]) and not jobs[0].is_apart)):
+        if takes_bulks and len(jobs) > 1:
             try:
                 async with aclosing(self._run_bulk(jobs, given_up)) as decided:
                     async for some in decided:
@@ -168,7 +168,7 @@ class Attempts:
                 job.request or b"",
                 self._remaining_s(job),
                 job.tenant,
-                is_ambiguous(job),
+                may_have_run(job),
                 self._counted_caller(job),
             )
             for job in jobs
@@ -244,7 +244,9 @@ class Attempts:
                     return Failure(int(err.code), err.message, is_reached=err.code is Code.DATA_LOSS)
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is no longer in the database")
-            return await self._model.infer(request + _EXPLAIN, timeout_s, job.tenant, self._counted_caller(job))
+            return await self._model.infer(
+                request + _EXPLAIN, timeout_s, job.tenant, self._counted_caller(job), is_retry=may_have_run(job)
+            )
 
     def _counted_caller(self, job: Job) -> bytes:
         """Return the caller in whose limits infer counts the job; empty without limits."""

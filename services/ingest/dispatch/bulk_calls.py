@@ -4,6 +4,8 @@
 
 Some jobs get a call of their own: large requests (one copy less), externally stored requests, steps of a sequence
 (routed by their sequence), and ambiguous jobs, during which an instance died (a crash then hits no other job).
+
+infer checks each job that may have run against the requests of which an instance died.
 """
 
 from __future__ import annotations
@@ -27,8 +29,16 @@ _TIMES_BEST = 3
 
 
 def is_ambiguous(job: Job) -> bool:
-    """Return True when an instance died, or was cut off, during the job's last attempt."""
-    return job.attempts > 1 and job.last_code in (Code.UNAVAILABLE, Code.ABORTED)
+    """Return True when an instance died, or was cut off, during the job's last attempt that reached one.
+
+    Attempts since then were refused. The code of the one before them is not known.
+    """
+    return may_have_run(job) and (job.refusals > 0 or job.last_code in (Code.UNAVAILABLE, Code.ABORTED))
+
+
+def may_have_run(job: Job) -> bool:
+    """Return True when an earlier attempt reached an instance. Refused attempts do not count."""
+    return job.attempts > 1
 
 
 def runs_alone(job: Job) -> bool:

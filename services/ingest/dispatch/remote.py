@@ -20,7 +20,7 @@ from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import store_errors
-from shoal.access.caller_header import JOB_CALLER_HEADER
+from shoal.access.caller_header import JOB_CALLER_HEADER, JOB_RETRY_HEADER
 from shoal.errors import RATE_LIMIT_KEY, Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -70,7 +70,7 @@ class BulkEntry:
     timeout_s: float
     tenant: str = ""
     is_retry: bool = False
-    """True: an instance died during an earlier attempt."""
+    """True: an instance may have died during an earlier attempt, so infer checks the request."""
     caller: bytes = b""
     """The caller in whose limits infer counts the entry; empty: in none."""
 
@@ -130,12 +130,17 @@ class RemoteModel:
         self._infer = channel.unary_unary(_INFER, None, inference_pb2.ModelInferResponse.FromString)
 
     async def infer(
-        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b""
+        self, request: bytes, timeout_s: float, tenant: str = "", caller: bytes = b"", *, is_retry: bool = False
     ) -> inference_pb2.ModelInferResponse | Failure:
-        """Run one serialised ModelInferRequest once, for the fair share of `tenant`, and in the limits of `caller`."""
+        """Run one serialised ModelInferRequest once, for the fair share of `tenant`, and in the limits of `caller`.
+
+        With `is_retry`, infer checks the request first, as an entry of a bulk (`BulkEntry`).
+        """
         metadata = (*_NO_RETRIES, (TENANT_HEADER, header_value(tenant))) if tenant else _NO_RETRIES
         if caller:
             metadata = (*metadata, (JOB_CALLER_HEADER, caller.decode("latin-1")))
+        if is_retry:
+            metadata = (*metadata, (JOB_RETRY_HEADER, "1"))
         try:
             response: inference_pb2.ModelInferResponse = await self._infer(
                 request, timeout=timeout_s, metadata=metadata

@@ -8,6 +8,7 @@ import math
 import struct
 import weakref
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,12 @@ from services.infer.models.models import Models
 from services.infer.requests import request as reading
 from services.infer.requests.request_memory import Uncounted
 from services.infer.requests.response import kept
+from services.infer.rpc import _is_retry
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.crash_guard import ATTEMPT
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import scan
+from shoal.access.caller_header import JOB_RETRY_HEADER
 from shoal.errors import InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -440,6 +444,36 @@ def test_large_outputs_are_not_copied_on_either_path(folder):
         assert server.short._by_name
 
     both_ways(folder, work)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_checked"),
+    [({}, False), ({ATTEMPT: "1"}, False), ({ATTEMPT: "2"}, True), ({JOB_RETRY_HEADER: "1"}, True)],
+    ids=["first", "first-of-the-mesh", "repeated-by-the-mesh", "attempt-of-a-job"],
+)
+def test_a_request_that_may_have_run_is_checked_on_both_paths(folder, headers, is_checked):
+    checked = []
+
+    class Guard:
+        async def checked(self, model, request):
+            checked.append(model)
+            return request
+
+    async def work(server):
+        server.core = InferenceServer(server.models, "test/infer-0", crash_guard=Guard())
+        server.short = FastInfer(server.core, server.models)
+        data = request("double").SerializeToString()
+        await server.short_end(data)
+        assert server.short._by_name
+        assert checked == []
+        exchange = Asked({name.encode(): value.encode() for name, value in headers.items()})
+        server.short(struct.pack(">BI", 0, len(data)) + data, exchange)
+        await asyncio.wait_for(exchange.end, 20)
+        context = SimpleNamespace(invocation_metadata=lambda: tuple(headers.items()))
+        return _is_retry(context)
+
+    assert both_ways(folder, work) is is_checked
+    assert bool(checked) is is_checked
 
 
 def test_a_large_output_that_is_a_view_is_copied(folder):

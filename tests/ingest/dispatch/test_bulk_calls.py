@@ -33,8 +33,9 @@ STEP = oip.ModelInferRequest(model_name="m", parameters={"sequence_id": oip.Infe
         job(request=STEP.SerializeToString()),
         job(attempts=2, last_code=int(Code.UNAVAILABLE)),
         job(attempts=2, last_code=int(Code.ABORTED)),
+        job(attempts=2, refusals=1, last_code=int(Code.RESOURCE_EXHAUSTED)),
     ],
-    ids=["apart", "gone", "large", "step-of-a-sequence", "its-instance-died", "its-holder-died"],
+    ids=["apart", "gone", "large", "step-of-a-sequence", "its-instance-died", "its-holder-died", "refused-since"],
 )
 def test_what_goes_alone(loner: Job) -> None:
     assert runs_alone(loner)
@@ -44,7 +45,14 @@ def test_what_goes_alone(loner: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"attempts": 1, "last_code": 14}, {"attempts": 3, "last_code": 13}], ids=["new", "first", "other"]
+    "fields",
+    [
+        {},
+        {"attempts": 1, "last_code": 14},
+        {"attempts": 3, "last_code": 13},
+        {"attempts": 1, "refusals": 2, "last_code": 8},
+    ],
+    ids=["new", "first", "other", "refused"],
 )
 def test_what_goes_with_others(fields: dict[str, int]) -> None:
     assert not runs_alone(job(**fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from pymongo import AsyncMongoClient
 
 from mesh.rpc.client.channel import Channel
 from services.ingest.dispatch.remote import BulkEntry, GivenUpJobs, RemoteModel
+from shoal.access.caller_header import JOB_RETRY_HEADER
 from shoal.errors import Code
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -161,11 +163,57 @@ async def test_when_an_instance_dies_its_jobs_come_back_alone_and_say_so(
     many = [entries for entries in seen if len(entries) > 1]
     assert many
     assert not any(is_retry for entries in many for is_retry in entries)
-    alone = [entries for entries in seen if len(entries) == 1]
-    assert alone == [[True]] * sum(map(len, many))
+    alone = [name for name, told in own_mesh.infer.metadata.items() if told.get(JOB_RETRY_HEADER) == "1"]
+    assert len(alone) == sum(map(len, many))
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
         counted = await mongo[mongo_database]["jobs"].count_documents({"last_code": int(Code.UNAVAILABLE)})
     assert counted == len(alone)
+
+
+@pytest.mark.parametrize("size", [1, 300 << 10], ids=["small", "stored-apart"])
+async def test_a_job_that_may_have_killed_an_instance_is_checked_in_all_later_attempts(
+    client: Client, mesh: FakeMesh, size: int
+) -> None:
+    seen: list[bool] = []
+
+    async def deadly(request: inference_pb2.ModelInferRequest, context: Any) -> Any:
+        seen.append(dict(context.invocation_metadata()).get(JOB_RETRY_HEADER) == "1")
+        if len(seen) in (1, 3):
+            await failing(context, S.UNAVAILABLE, "upstream reset: connection termination")
+        if len(seen) in (2, 4):
+            await failing(context, S.RESOURCE_EXHAUSTED, "the queue is full", retry_after_ms="1")
+        return await echo(request, context)
+
+    mesh.infer.model = deadly
+    retry = pb.RetryPolicy(max_attempts=5)
+    ended = await client.ended((await client.submit(data=bytes(size), retry=retry)).job.id)
+    assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 3)
+    assert seen == [False, True, True, True, True]
+
+
+async def test_jobs_that_have_failed_otherwise_are_checked_in_all_later_attempts(
+    client: Client, mesh: FakeMesh
+) -> None:
+    seen: defaultdict[str, list[bool]] = defaultdict(list)
+
+    async def note(first: bulk_pb2.InferBulkRequest, context: Any) -> None:
+        for entry in first.entries:
+            seen[inference_pb2.ModelInferRequest.FromString(entry.request).id].append(entry.is_retry)
+
+    async def once(request: inference_pb2.ModelInferRequest, context: Any) -> Any:
+        if len(seen[request.id]) < mesh.infer.calls[request.id]:
+            seen[request.id].append(dict(context.invocation_metadata()).get(JOB_RETRY_HEADER) == "1")
+        if mesh.infer.calls[request.id] < 3:
+            await failing(context, S.INTERNAL, "not yet")
+        return await echo(request, context)
+
+    mesh.infer.before_bulk, mesh.infer.model = note, once
+    retry = pb.RetryPolicy(max_attempts=3)
+    ids = await accepted(client, *(submit(request_id=f"f{n}", retry=retry) for n in range(50)))
+    for job_id in ids:
+        assert (await client.ended(job_id)).state == pb.JOB_STATE_SUCCEEDED
+    assert max(mesh.infer.bulks) > 1
+    assert seen == {f"f{n}": [False, True, True] for n in range(50)}
 
 
 async def test_a_job_is_claimed_in_the_write_that_makes_it_durable_where_there_is_room(

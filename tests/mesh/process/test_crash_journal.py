@@ -93,6 +93,19 @@ async def test_it_is_forgotten_in_the_end(tmp_path: Path) -> None:
     assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 601).verdict(A) is Verdict.NOT_SEEN
 
 
+async def test_retries_that_arrive_together_read_the_journals_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died(tmp_path, "infer-0", "a")
+    crashes, reads, read = Crashes(tmp_path), list[Path](), crash_journal.read
+    monkeypatch.setattr(crash_journal, "read", lambda path: (reads.append(path), read(path))[1])
+    verdicts = await asyncio.gather(*(crashes.verdict(fingerprint) for fingerprint in [A, B] * 128))
+    assert verdicts == [Verdict.CONFIRMED, Verdict.NOT_SEEN] * 128
+    assert len(reads) == 1
+    died(tmp_path, "infer-1", "b")
+    assert await crashes.verdict(B) is Verdict.CONFIRMED
+
+
 async def test_invalid_files_and_unwatched_processes_delay_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.flights").write_bytes(b"nonsense")
     (tmp_path / "y.flights").touch()
