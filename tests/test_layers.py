@@ -47,7 +47,8 @@ LAYERS = {
         traffic inference statistics cluster drains config
     """,
     "mesh": """
-        rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo process
+        rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo
+        tenant_locations process
     """,
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access

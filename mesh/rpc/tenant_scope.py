@@ -39,6 +39,11 @@ class TenantScope:
         """The condition that every query by id or filter has."""
         return {} if self.tenant is None else {"tenant": self.tenant}
 
+    @property
+    def verified_tenant(self) -> str | None:
+        """The tenant of a verified caller; None without one."""
+        return None if self.access is None else self.tenant
+
     def owner(self, field: str, named: str) -> str:
         """Return the tenant of an object or a filter whose message names `named`; empty: the scope's own.
 

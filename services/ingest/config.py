@@ -57,7 +57,8 @@ class IngestConfig(ServiceConfig):
     batch_urls: Annotated[str, Field(pattern=r"^((file|s3|gs|az)://[^,\s]*(,\s*|$))*$")] = "s3://,gs://,az://"
     """URL prefixes that batches may read and write, separated by commas: `file:///data,s3://bucket/x`. Every client
     that may submit a batch accesses these URLs with the rights of this process. Empty: none. With a policy, `{tenant}`
-    stands for the tenant of the caller (`file:///data/{tenant}`), and `file:///` alone allows nothing."""
+    stands for the tenant of the caller (`file:///data/{tenant}`), and `file:///` or `s3://` alone
+    allow nothing."""
     batch_chunks: Annotated[int, Field(ge=1, le=64)] = 2
     """Chunks of batches that this instance runs concurrently: models stay busy while another chunk is read or
     written."""

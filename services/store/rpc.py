@@ -188,9 +188,9 @@ class StoreRpc(ArtifactRpc):
     async def ExportResults(
         self, request: pb.ExportResultsRequest, ctx: Context
     ) -> AsyncIterator[pb.ExportResultsResponse]:
-        tenant = self._scopes.of(ctx, "ExportResults").owner("filter.tenant", request.filter.tenant)
-        request.filter.tenant = tenant
-        async with aclosing(self._exports.run(request)) as running:
+        scope = self._scopes.of(ctx, "ExportResults")
+        request.filter.tenant = scope.owner("filter.tenant", request.filter.tenant)
+        async with aclosing(self._exports.run(request, scope.verified_tenant)) as running:
             async for progress in running:
                 fields = asdict(progress)
                 yield pb.ExportResultsResponse(bytes=fields.pop("size"), **fields)

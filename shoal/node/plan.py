@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mesh.process import crash_journal
 from mesh.process.sockets import is_local
+from mesh.tenant_locations import TENANT
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import heap_bytes
@@ -191,6 +192,7 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
 
 
 def _own_defaults(service: str, options: Options, layout: Layout, environ: Mapping[str, str]) -> dict[str, str]:
+    # With verified callers: a folder for each tenant, and no bucket until the operator names one.
     is_private = is_local(layout.gateway)
     if service == "infer":
         control = options.model_control or environ.get("SHOAL_INFER_MODEL_CONTROL")
@@ -201,19 +203,20 @@ def _own_defaults(service: str, options: Options, layout: Layout, environ: Mappi
     if service == "store":
         exports = (options.data_dir / "exports").as_uri()
         backups = (options.data_dir / "backups").as_uri()
-        return {
-            "DATABASE": "shoal",
-            "BLOBS": (options.data_dir / "blobs").as_uri(),
+        if options.auth:
+            places = {"EXPORTS": f"{exports}/{TENANT}", "BACKUPS": backups}
+        else:
             # Any bucket that the user's credentials open. On this machine, only the node's own folder.
-            "EXPORTS": f"{exports},{_BUCKETS}",
-            "BACKUPS": _EVERYWHERE if is_private else f"{backups},{_BUCKETS}",
-        }
+            places = {
+                "EXPORTS": f"{exports},{_BUCKETS}",
+                "BACKUPS": _EVERYWHERE if is_private else f"{backups},{_BUCKETS}",
+            }
+        return {"DATABASE": "shoal", "BLOBS": (options.data_dir / "blobs").as_uri(), **places}
     if service == "ingest":
         batches = (options.data_dir / "batches").as_uri()
-        if options.auth:
-            # A folder for each tenant: callers share none.
-            batches += "/{tenant}"
-        return {"DATABASE": "shoal", "BATCH_URLS": _EVERYWHERE if is_private else f"{batches},{_BUCKETS}"}
+        open_urls = _EVERYWHERE if is_private else f"{batches},{_BUCKETS}"
+        urls = f"{batches}/{TENANT}" if options.auth else open_urls
+        return {"DATABASE": "shoal", "BATCH_URLS": urls}
     return {}
 
 

@@ -57,11 +57,14 @@ def test_files_of_the_machine_are_not_open_to_other_machines(tmp_path: Path) -> 
             assert any(place.startswith(f"file://{tmp_path}/") for place in places) is not is_open
 
 
-def test_with_authentication_each_tenant_has_a_folder_of_batches(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "run", 1, 2, gateway_host="0.0.0.0")
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_with_authentication_each_tenant_has_its_folders_and_no_bucket(tmp_path: Path, host: str) -> None:
+    layout = Layout(tmp_path / "run", 1, 2, gateway_host=host)
     groups = plan.groups(checked(data_dir=tmp_path, auth=True), layout, {}, 1)
     env = {name: value for group in groups for spec in group for name, value in spec.env.items()}
-    assert f"file://{tmp_path}/batches/{{tenant}}" in env["SHOAL_INGEST_BATCH_URLS"].split(",")
+    assert env["SHOAL_INGEST_BATCH_URLS"] == f"file://{tmp_path}/batches/{{tenant}}"
+    assert env["SHOAL_STORE_EXPORTS"] == f"file://{tmp_path}/exports/{{tenant}}"
+    assert env["SHOAL_STORE_BACKUPS"] == f"file://{tmp_path}/backups"
 
 
 @pytest.mark.parametrize(

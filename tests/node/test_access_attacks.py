@@ -1211,6 +1211,57 @@ def test_a_publisher_learns_nothing_of_files_of_another_tenant(node_world: NodeW
             stub.StatArtifact(stat, metadata=bearers["globex"], timeout=PATIENCE_S)
 
 
+def test_a_batch_an_export_and_a_backup_reach_no_place_but_their_own(node_world: NodeWorld) -> None:
+    data = node_world.node.data_dir
+    own, others = data / "batches" / "acme", data / "batches" / "globex"
+    for folder in (own, others, data / "batches" / "acme2"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "in.jsonl").write_text('{"x": [1, 2, 3, 4]}\n')
+    exports = data / "exports"
+    for folder in (exports / "acme", exports / "globex"):
+        folder.mkdir(parents=True)
+    (own / "link").symlink_to(others)
+    (exports / "acme" / "link").symlink_to(exports / "globex")
+    elsewhere = [
+        "s3://bucket",
+        "s3://bucket/acme",
+        "S3://bucket/acme",
+        "s3://key:secret@bucket/acme",
+        "gs://bucket/acme",
+        "file:///etc/passwd",
+        "FILE:///etc/passwd",
+        data.as_uri(),
+        others.as_uri(),
+        f"{own.as_uri()}2",
+        f"{own.as_uri()}/../globex",
+        f"{own.as_uri()}/%2e%2e/globex",
+        f"{own.as_uri()}%2f..%2fglobex",
+        f"{own.as_uri()}/link",
+    ]
+    with shoal.Client(node_world.address, token=node_world.key().text) as client:
+        for number, place in enumerate(elsewhere):
+            for source, output in (
+                (f"{place}/in.jsonl", f"{own.as_uri()}/out-{number}"),
+                (f"{place}/", f"{own.as_uri()}/out-{number}"),
+                (f"{own.as_uri()}/in.jsonl", f"{place}/out-{number}"),
+            ):
+                with pytest.raises((PermissionDenied, InvalidArgument), match=r"inputs\[0\]: |output: "):
+                    client.batches.submit(OPEN, source, output)
+            with pytest.raises((PermissionDenied, InvalidArgument), match="url: "):
+                list(client.results.export(place.replace("/batches/", "/exports/")))
+        assert not list((exports / "globex").iterdir())
+        batch = client.batches.submit(OPEN, f"{own.as_uri()}/in.jsonl", f"{own.as_uri()}/out")
+        assert client.batches.wait(batch.id, timeout=PATIENCE_S).rows_ok == 1
+        assert not [path for path in others.rglob("*") if path.name != "in.jsonl"]
+        assert list(client.results.export(f"{exports.as_uri()}/acme/first"))[-1].complete
+    operator = node_world.key(role="operator").text
+    with shoal.Client(node_world.address, token=operator) as client:
+        for place in ("s3://bucket/backups", f"{node_world.folder.as_uri()}/backups", (data / "blobs").as_uri()):
+            with pytest.raises(PermissionDenied, match="name it in SHOAL_STORE_BACKUPS"):
+                list(client.store.backup(place))
+        assert list(client.store.backup(f"{data.as_uri()}/backups"))[-1].complete
+
+
 def test_tokens_of_an_openid_provider_that_rolls_its_keys_and_goes_away(node_world: NodeWorld, tmp_path: Path) -> None:
     first, second = signing_key("first"), signing_key("second")
     address = f"127.0.0.1:{free_port()}"

@@ -121,7 +121,7 @@ class Submissions:
         return batch, existed
 
     def _checked_urls(self, request: pb.SubmitBatchRequest, scope: TenantScope) -> tuple[tuple[str, ...], str]:
-        owner = None if scope.access is None else scope.tenant
+        owner = scope.verified_tenant
         inputs = tuple(self._locations.check(f"inputs[{n}]", url, owner) for n, url in enumerate(request.inputs))
         output = self._locations.check("output", request.output, owner).rstrip("/")
         for url in inputs:

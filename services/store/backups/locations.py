@@ -24,7 +24,7 @@ class BackupLocations:
     """Opens folders and buckets at or below one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str], threads: Threads, *, checksums: bool) -> None:
-        advice = "or have the operator add it to SHOAL_STORE_BACKUPS"
+        advice = "or have the operator name it in SHOAL_STORE_BACKUPS"
         self._allowed = AllowedLocations(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 

@@ -115,8 +115,12 @@ class Exports:
         self._most = most
         self._running = 0
 
-    async def run(self, request: ExportResultsRequest) -> AsyncGenerator[ExportProgress, None]:
+    async def run(
+        self, request: ExportResultsRequest, tenant: str | None = None
+    ) -> AsyncGenerator[ExportProgress, None]:
         """Run an export and yield its progress. Closing the generator ends the export after its last part.
+
+        `tenant`: that of a verified caller, who may use the locations of its tenant only.
 
         Raises:
             InvalidArgument: a bad filter, URL, cursor or number of rows.
@@ -134,13 +138,13 @@ class Exports:
             )
         self._running += 1
         try:
-            async with aclosing(self._run(request)) as running:
+            async with aclosing(self._run(request, tenant)) as running:
                 async for progress in running:
                     yield progress
         finally:
             self._running -= 1
 
-    async def _run(self, request: ExportResultsRequest) -> AsyncGenerator[ExportProgress, None]:
+    async def _run(self, request: ExportResultsRequest, tenant: str | None) -> AsyncGenerator[ExportProgress, None]:
         digest = _digest(request)
         status = decode(request.cursor, digest) if request.cursor else None
         if status is not None and bool(status.export) != bool(request.url):
@@ -149,7 +153,7 @@ class Exports:
         location = None
         async with AsyncExitStack() as stack:
             if request.url:
-                opened = await self._locations.open(request.url)
+                opened = await self._locations.open(request.url, tenant)
                 claim = Claim(self._collections, name_of(request.url, opened), export)
                 location = ClaimedLocation(opened, await stack.enter_async_context(claim))
                 if status is None:

@@ -85,19 +85,21 @@ class ExportLocations:
     """Opens locations at or below one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str], threads: Threads, *, checksums: bool) -> None:
-        advice = "export to the caller (no url), or have the operator add it to SHOAL_STORE_EXPORTS"
+        advice = (
+            "export to the caller (no url), or have the operator name it in SHOAL_STORE_EXPORTS (s3://bucket/{tenant})"
+        )
         self._allowed = AllowedLocations(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 
-    async def open(self, url: str) -> ExportLocation:
-        """Return the location at `url`. A folder is made.
+    async def open(self, url: str, tenant: str | None = None) -> ExportLocation:
+        """Return the location at `url`. A folder is made. `tenant`: that of a verified caller.
 
         Raises:
             InvalidArgument: `url` is no URL of a location.
             PermissionDenied: the operator has not allowed it, or the store's user may not make it.
             FailedPrecondition: a file has that name.
         """
-        location = await self._allowed.open(url)
+        location = await self._allowed.open(url, tenant)
         if not isinstance(location, Path):
             return location
         await self._threads.run(make_folder, location)

@@ -208,3 +208,55 @@ async def test_an_outage_of_the_object_store_is_outlived(
         table = parts(own, f"{root}/out")
         assert table.column("row").to_pylist() == list(range(400))
         await client.channel.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://data/acme2/x.jsonl",
+        "s3://data/acm",
+        "s3://data/acme/../globex/x.jsonl",
+        "s3://data/acme/./x.jsonl",
+        "s3://data//acme/x.jsonl",
+        "s3://data/%61cme/x.jsonl",
+        "s3://DATA/acme/x.jsonl",
+        "S3://data/acme/x.jsonl",
+        "s3://data",
+        "s3://other/acme/x.jsonl",
+        "s3://key:secret@data/acme/x.jsonl",
+        "s3://data:9000/acme/x.jsonl",
+        "s3://data?endpoint=http://10.0.0.1/acme/x.jsonl",
+        "s3://data@evil/acme/x.jsonl",
+        "https://data.s3.amazonaws.com/acme/x.jsonl",
+        "gs://data/acme/x.jsonl",
+        "file:///etc/passwd",
+        "FILE:///etc/passwd",
+        "file://localhost/etc/passwd",
+        "{folder}/globex/x.jsonl",
+        "{folder}/acme2/x.jsonl",
+        "{folder}/acme/../globex/x.jsonl",
+        "{folder}/acme/%2e%2e/globex/x.jsonl",
+        "{folder}/acme%2f..%2fglobex/x.jsonl",
+        "{folder}/acme/link/x.jsonl",
+    ],
+)
+def test_a_verified_caller_leaves_the_folders_of_its_tenant_in_no_way(tmp_path: Path, url: str) -> None:
+    for name in ("acme", "acme2", "globex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text("{}\n")
+    (tmp_path / "acme" / "link").symlink_to(tmp_path / "globex")
+    folder = f"file://{tmp_path}"
+    locations = InputLocations(["s3://data/{tenant}", f"{folder}/{{tenant}}", "s3://", "gs://", "file:///"])
+    for own in ("s3://data/acme/x.jsonl", "s3://data/acme/deep/", f"{folder}/acme/x.jsonl"):
+        assert locations.check("inputs[0]", own, "acme") == own
+    with pytest.raises((PermissionDenied, InvalidArgument), match=r"inputs\[0\]: ") as refused:
+        locations.check("inputs[0]", url.replace("{folder}", folder), "acme")
+    if isinstance(refused.value, PermissionDenied):
+        assert "SHOAL_INGEST_BATCH_URLS, such as s3://bucket/{tenant}" in str(refused.value)
+
+
+def test_a_folder_that_is_reached_by_a_link_is_the_folder_that_the_operator_named(tmp_path: Path) -> None:
+    (tmp_path / "real" / "acme").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    locations = InputLocations([f"file://{tmp_path}/data/{{tenant}}"])
+    assert locations.check("output", f"file://{tmp_path}/data/acme/out", "acme") == f"file://{tmp_path}/real/acme/out"

@@ -20,9 +20,9 @@ from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports import part
 from services.store.exports.claim import Claim
-from services.store.exports.locations import FolderLocation, name_of
+from services.store.exports.locations import ExportLocations, FolderLocation, name_of
 from services.store.exports.table import table_of
-from shoal.errors import Aborted
+from shoal.errors import Aborted, InvalidArgument, PermissionDenied
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
 from tests.seaweedfs import WeedProcess
@@ -420,3 +420,48 @@ def test_the_setting_is_a_list_of_urls(config: StoreConfig) -> None:
     assert StoreConfig.model_validate(given).exports == ("file:///data/exports", "s3://reports/shoal", "gs://")
     with pytest.raises(ValueError, match="exports"):
         StoreConfig.model_validate(given | {"exports": "/data"})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://reports/globex",
+        "s3://reports/acme2",
+        "s3://reports/acme/../globex",
+        "s3://reports/acme/%2e%2e/globex",
+        "s3://reports/acme%2f..%2fglobex",
+        "s3://reports/acme/%2E./globex",
+        "s3://reports",
+        "s3://other/acme",
+        "S3://reports/acme",
+        "s3://key:secret@reports/acme",
+        "s3://reports:9000/acme",
+        "s3://reports/acme?endpoint=x",
+        "s3://reports/acme#x",
+        "gs://reports/acme",
+        "https://reports.s3.amazonaws.com/acme",
+        "{folder}/globex",
+        "{folder}/acme2",
+        "{folder}/acme/../globex",
+        "{folder}/acme/%2e%2e/globex",
+        "{folder}/acme%2f..%2fglobex",
+        "{folder}/acme/link",
+        "file:///etc",
+        "FILE:///etc",
+        "file://localhost/etc",
+    ],
+)
+async def test_a_verified_caller_exports_into_the_folders_of_its_tenant_only(tmp_path: Path, url: str) -> None:
+    for name in ("acme", "acme2", "globex"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "acme" / "link").symlink_to(tmp_path / "globex")
+    folder = tmp_path.as_uri()
+    named = ("s3://reports/{tenant}", f"{folder}/{{tenant}}", "s3://", "gs://", "file:///")
+    with Threads(1, "test") as threads:
+        locations = ExportLocations(named, threads, checksums=True)
+        assert name_of("", await locations.open(f"{folder}/acme/x", "acme")) == f"{folder}/acme/x"
+        await locations.open("s3://reports/acme/x", "acme")
+        with pytest.raises((PermissionDenied, InvalidArgument), match="url: ") as refused:
+            await locations.open(url.replace("{folder}", folder), "acme")
+    if isinstance(refused.value, PermissionDenied):
+        assert "SHOAL_STORE_EXPORTS (s3://bucket/{tenant})" in str(refused.value)

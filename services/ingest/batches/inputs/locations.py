@@ -25,6 +25,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import ObjectStore, from_url
 
+from mesh.tenant_locations import of_tenant
 from services.ingest.batches.inputs.ranged import Ranged
 from shoal.errors import (
     AlreadyExists,
@@ -57,14 +58,10 @@ class Entry:
     """Changes when the content does: an object's e-tag, a file's size and time."""
 
 
-TENANT = "{tenant}"
-"""Part of an allowed URL that stands for the tenant of a verified caller."""
-
-
 class InputLocations:
     """Access to the locations whose URLs lie below one of `allowed`.
 
-    Verified callers do not trust each other: `file:///`, the whole machine, is allowed to none of them.
+    Verified callers do not trust each other: each uses the locations of its tenant (`mesh.tenant_locations`).
     """
 
     def __init__(self, allowed: Sequence[str]) -> None:
@@ -84,11 +81,13 @@ class InputLocations:
                 "file:///path, s3://bucket/key, gs://bucket/key or az://container/key"
             )
         known = _local(field, rest) if scheme == "file" else f"{scheme}://{_key(field, rest)}"
-        roots = self._allowed if tenant is None else _roots_of(self._allowed, tenant)
-        if not any(is_within(known, root) for root in roots):
+        roots = self._allowed if tenant is None else of_tenant(self._allowed, tenant)
+        if not any(is_within(known, _resolved(root)) for root in roots):
             allowed = ", ".join(roots) or "none"
+            example = "s3://bucket/prefix" if tenant is None else "s3://bucket/{tenant}"
             raise PermissionDenied(
-                f"{field}: {url[:200]!r} may not be used here; this node allows: {allowed} (SHOAL_INGEST_BATCH_URLS)"
+                f"{field}: {url[:200]!r} may not be used here; this node allows: {allowed}. The operator names others "
+                f"in SHOAL_INGEST_BATCH_URLS, such as {example}"
             )
         return known
 
@@ -215,12 +214,6 @@ class InputLocations:
         return store, url[len(root) + 1 :]
 
 
-def _roots_of(allowed: Sequence[str], tenant: str) -> list[str]:
-    # A name with a slash could lead into the folder of another tenant.
-    named = [root for root in allowed if TENANT not in root or "/" not in tenant]
-    return [root.replace(TENANT, tenant) for root in named if root.rstrip("/") != "file:"]
-
-
 def is_within(url: str, root: str) -> bool:
     """Return True when `url` is at or below `root`, by whole names: `s3://a/bc` is not within `s3://a/b`."""
     root = root if root.endswith("://") else root.rstrip("/")
@@ -242,9 +235,19 @@ def _local(field: str, rest: str) -> str:
     return "file://" + real + ("/" if path.endswith("/") and real != "/" else "")
 
 
+def _resolved(root: str) -> str:
+    """Return an allowed URL without links in it, as the URLs that are compared with it."""
+    path = _path(root)
+    return root if path is None else f"file://{os.path.realpath(path)}"
+
+
 def _key(field: str, rest: str) -> str:
     bucket, _, key = rest.partition("/")
     names = key.rstrip("/").split("/") if key else []
+    if any(char in bucket for char in "@:?#%\\"):
+        raise InvalidArgument(
+            f"{field}: {rest[:200]!r}: expected a bucket's name first; credentials and endpoint are those of ingest"
+        )
     if not bucket or any(name in ("", ".", "..") for name in names):
         raise InvalidArgument(f"{field}: {rest[:200]!r}: expected BUCKET/KEY, without empty, . or .. names in it")
     return rest
