@@ -119,13 +119,13 @@ def _other_than(prefix: str, name: str) -> str:
 
 
 def _key_ids() -> dict[str, Any]:
-    """Return a filter that refuses tokens without a key id. Envoy accepts them after it has tried each key."""
+    """Return a filter that refuses tokens without a key id, or with an empty one. Envoy tries each key for them."""
     has_id = {
         "metadata_source": "DYNAMIC",
         "metadata_matcher": {
             "filter": "envoy.filters.http.jwt_authn",
             "path": [{"key": _TOKEN_HEADER}, {"key": "kid"}],
-            "value": {"present_match": True},
+            "value": {"string_match": {"safe_regex": {"regex": ".+"}}},
         },
     }
     ids = [

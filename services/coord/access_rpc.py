@@ -11,7 +11,7 @@ from mesh.rpc.interceptors import Context
 from services.coord.keys import Keys, Record
 from services.coord.messages import timestamp
 from services.coord.policies import Applied, Policies
-from shoal.access.caller_header import LAUNCHER, claims
+from shoal.access.caller_header import LAUNCHER, SIGNER_HEADER, claims
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc as pb_grpc
 from shoal.errors import FailedPrecondition
@@ -61,6 +61,7 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
             dict(request.files),
             _author(ctx),
             await self._keys.valid_claims(),
+            signer=_signer(ctx),
             expected=request.expected_version,
             force=request.force,
         )
@@ -73,6 +74,7 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
             earlier.files or {},
             _author(ctx),
             await self._keys.valid_claims(),
+            signer=_signer(ctx),
             force=request.force,
             rolled_back_to=earlier.version,
         )
@@ -107,6 +109,11 @@ def _author(ctx: Context) -> Mapping[str, Any] | None:
     """Return the claims of the caller; None for the node's user. Raises Unauthenticated for a call without a token."""
     caller = caller_in(ctx) or b""
     return None if caller == LAUNCHER else claims(caller)
+
+
+def _signer(ctx: Context) -> str:
+    """Return the id of the public key that has verified the caller's token; empty when the gateway named none."""
+    return str(dict(ctx.invocation_metadata() or ()).get(SIGNER_HEADER, ""))
 
 
 def _version(applied: Applied) -> pb.PolicyVersion:

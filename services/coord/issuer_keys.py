@@ -19,7 +19,7 @@ from mesh.process.tasks import Background
 from mesh.rpc.cluster_access import values_of
 from services.coord.fetch import fetch_json
 from shoal.access import cluster
-from shoal.access.policy import Issuer, check_key_set, check_url
+from shoal.access.policy import Issuer, check_url, usable_keys
 from shoal.errors import InvalidArgument, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ REFRESH_S = 60.0
 RETRY_S = 5.0
 # Longest wait of one round: another policy may name another issuer.
 _ROUND_S = 1.0
+# Unusable keys of one issuer that are named.
+_REASONS = 4
 
 
 class IssuerKeys(Background):
@@ -82,6 +84,8 @@ class IssuerKeys(Background):
             if entry is None or entry.value != value:
                 await self._etcd.transact([term.fence], [Put(key, value)])
                 log.info("the issuer %s has other keys: %s", issuer.issuer, [one["kid"] for one in jwks["keys"]])
+                for reason in jwks.get("skipped", ()):
+                    log.warning("a key of the issuer %s is not used: %s", issuer.issuer, reason)
         except ShoalError as err:
             log.warning("the keys of the issuer %s stay the last known ones: %s", issuer.issuer, err.message)
             return False
@@ -98,6 +102,8 @@ def _place(issuer: Issuer) -> tuple[str, str | None]:
 
 def fetched_keys(issuer: Issuer, fetch: Callable[[str], Any] = fetch_json) -> dict[str, Any]:
     """Return the key set of an issuer, without its keys for other purposes.
+
+    One key that a gateway cannot use does not keep the others from being known: `skipped` in the set has the reasons.
 
     Raises:
         Unavailable: a document cannot be fetched.
@@ -117,9 +123,13 @@ def fetched_keys(issuer: Issuer, fetch: Callable[[str], Any] = fetch_json) -> di
     keys = jwks.get("keys") if isinstance(jwks, dict) else None
     if not isinstance(keys, list):
         raise Unavailable(f"{url} has no key set")
-    usable = {"keys": [_named(key) for key in keys if isinstance(key, dict) and key.get("use", "sig") == "sig"]}
-    check_key_set(usable, url)
-    return usable
+    signing = [_named(key) for key in keys if isinstance(key, dict) and key.get("use", "sig") == "sig"]
+    usable, skipped = usable_keys(signing, url)
+    if not usable:
+        raise InvalidArgument(
+            f"{url} has no key that can be used{': ' if skipped else ''}{'; '.join(skipped[:_REASONS])}"
+        )
+    return {"keys": usable, **({"skipped": skipped[:_REASONS]} if skipped else {})}
 
 
 def _named(key: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from shoal.access import cluster, limits
 from shoal.access import policy as policies
 from shoal.access.cluster import POLICY
 from shoal.access.decision import caller_of, decide
-from shoal.access.policy import Policy
+from shoal.access.policy import Issuer, Policy
 from shoal.access.rpc_groups import APPLY_POLICY
 from shoal.errors import (
     Aborted,
@@ -110,6 +110,7 @@ class Policies:
         author: Claims | None,
         known: list[Claims],
         *,
+        signer: str = "",
         expected: int = 0,
         force: bool = False,
         rolled_back_to: int = 0,
@@ -119,6 +120,7 @@ class Policies:
         Args:
             author: claims of the caller; None: the node's user, whom no document locks out.
             known: claims of the keys that are valid now.
+            signer: id of the public key that has verified the author's token.
             expected: version that must be in force; 0: any.
             force: leave out the checks that the author, and somebody, may administer under the document.
 
@@ -134,7 +136,7 @@ class Policies:
         if expected not in (0, version):
             raise Aborted(f"version {version} of the policy is in force, not {expected}: see what has changed")
         policy = await asyncio.to_thread(_validated, document, files)
-        refusal = await asyncio.to_thread(self._refusal, policy, author, known)
+        refusal = await asyncio.to_thread(self._refusal, policy, author, known, signer)
         if refusal and not force:
             raise FailedPrecondition(f"{refusal}. --force applies it all the same, and records who did")
         by = await asyncio.to_thread(self._name_of, author)
@@ -157,12 +159,14 @@ class Policies:
         elif isinstance(when, Modified):
             raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
 
-    def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims]) -> str:
+    def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims], signer: str) -> str:
         """Return the reason why `policy` must not be applied; empty when there is none."""
         values, _ = values_of(self._mirror.copy)
         candidate = cluster.in_force({**values, POLICY: cluster.policy_value(0, policy)})
         assert candidate is not None
-        rule = _denial(candidate, author) if author is not None else ""
+        rule = ""
+        if author is not None:
+            rule = _denial(candidate, author) or _unverified(values, policy, candidate, author, signer)
         if author is not None and not rule:
             return ""
         if all(_denial(candidate, claims) for claims in known):
@@ -191,6 +195,33 @@ def _denial(policy: Policy, claims: Claims) -> str:
     except Unauthenticated as err:
         return err.message
     return "" if decision.allowed else decision.rule
+
+
+def _unverified(values: Mapping[bytes, bytes], document: Policy, candidate: Policy, claims: Claims, signer: str) -> str:
+    """Return the reason why `candidate` would not verify the token of a caller, which another issuer has signed; empty
+    when it would. `values`: those of the policy that has verified it, with the key `signer`."""
+    name = claims.get("iss")
+    applied, in_force = cluster.applied(values), cluster.in_force(values)
+    old, new = applied and applied.issuer_of(name), document.issuer_of(name)
+    before, after = in_force and in_force.issuer_of(name), candidate.issuer_of(name)
+    # Keys of the cluster have an issuer for each signer, which no document changes.
+    if old is None or new is None or before is None or after is None:
+        return ""
+    named = claims.get("aud")
+    if not set(after.audiences) & set(named if isinstance(named, list) else [named]):
+        return f"your token is for none of the audiences of the issuer {name}"
+    if after.token_prefix != before.token_prefix:
+        return f"your token does not have the prefix of the tokens of the issuer {name}"
+    if new.is_fetched and (new.jwks_url, new.discovery) != (old.jwks_url, old.discovery):
+        return f"the keys of the issuer {name} would come from another address, and may not verify your token"
+    key = next((key for key in _keys(before) if key["kid"] == signer), None)
+    if signer and key not in _keys(after):
+        return f"the key {signer!r}, which verifies your token, is not among the keys of the issuer {name}"
+    return ""
+
+
+def _keys(issuer: Issuer) -> list[Mapping[str, Any]]:
+    return list((issuer.jwks or {}).get("keys", ()))
 
 
 def _validated(document: str, files: Mapping[str, str]) -> Policy:

@@ -7,18 +7,17 @@ A gateway that does not know the model asks without one: the answer allows what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from shoal.access.patterns import matches_any
-from shoal.access.policy import ANY, Grant, Issuer, Policy, is_name
+from shoal.access.policy import ANY, KEY_ID, Grant, Issuer, Policy, is_name
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 from shoal.errors import Unauthenticated
 
-KEY_CHARS = 255
-"""Longest id of a key: limits count by it, at the gateway and in the services."""
 MODEL_NAME = 255
 """Longest name of a model, in characters: that of a file. Callers may send names of any length."""
 
@@ -134,7 +133,7 @@ def caller_of(policy: Policy, claims: Mapping[str, Any]) -> Caller:
 
     Raises:
         Unauthenticated: the issuer is not in the policy, a claim that its entry names is missing or no text, or the id
-            of the key is too long.
+            of the key cannot be revoked.
     """
     issuer = policy.issuer_of(claims.get("iss"))
     if issuer is None:
@@ -167,10 +166,19 @@ def connector(name: str, tenant: str) -> Caller:
 
 
 def _claim(claims: Mapping[str, Any], path: str | None) -> Any:
-    """Return a claim by its path; `a.b` is the claim b within the object a. None when there is none."""
+    """Return a claim by its path; `a.b` is the claim b within the object a. None when there is none.
+
+    Raises:
+        Unauthenticated: the token has a claim whose own name is `a.b`. Envoy cannot read it.
+    """
     found: Any = claims if path else None
     for name in (path or "").split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
+    if found is None and path and "." in path and path in claims:
+        raise Unauthenticated(
+            f"the token has a claim with a dot in its name, {path!r}, which cannot be read: the policy's `a.b` is the "
+            "claim b within the object a"
+        )
     return found
 
 
@@ -187,11 +195,13 @@ def _tenant(claims: Mapping[str, Any], path: str | None, issuer: Issuer) -> str:
 
 
 def _key(claims: Mapping[str, Any], path: str | None, issuer: Issuer) -> str:
-    found = _optional(claims, path)
-    if len(found) > KEY_CHARS:
+    found = _claim(claims, path)
+    if found is None:
+        return ""
+    if not isinstance(found, str) or not re.fullmatch(KEY_ID, found):
         raise Unauthenticated(
-            f"the token of {issuer.issuer} has an id of {len(found)} characters in its claim {path!r}: "
-            f"at most {KEY_CHARS} are taken"
+            f"the token of {issuer.issuer} has an id in its claim {path!r} that cannot be revoked: expected a text of "
+            "1 to 255 visible ASCII characters"
         )
     return found
 

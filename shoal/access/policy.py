@@ -16,12 +16,21 @@ from __future__ import annotations
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shoal.access.rpc_groups import ADMINISTER, GRANTABLE, HEALTH, INFER, JOBS, MODELS, OPERATE, READ
 from shoal.errors import InvalidArgument
@@ -68,7 +77,21 @@ Host = Annotated[
 Origin = Annotated[
     str, Field(pattern=r"^https?://([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?$", max_length=255)
 ]
-ClaimPath = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$", max_length=255)]
+
+
+def _checked_path(text: str, info: ValidationInfo) -> str:
+    # Envoy reads every dot as a step, and has no other way to name a claim. Policies that were applied stay valid.
+    if info.context and "." in text and re.search("[:/]", text):
+        raise ValueError(
+            f"{text!r}: a claim with a dot in its name cannot be read: `a.b` is the claim b within the object a; have "
+            "the issuer send the value in a claim without a dot, too"
+        )
+    return text
+
+
+ClaimPath = Annotated[str, Field(pattern=r"^[^\s.]+(\.[^\s.]+)*$", max_length=255), AfterValidator(_checked_path)]
+KEY_ID = r"^[!-~]{1,255}$"
+"""Ids of keys and tokens: another one could not be revoked."""
 
 assert set(GRANTABLE) == set(Group.__args__)  # type: ignore[attr-defined]
 
@@ -80,6 +103,7 @@ _ALGORITHMS = {
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # Base64 characters of a modulus of 2,048 bits.
 _RSA_CHARACTERS = 342
+_LEAST_RSA_BITS = 2_048
 # Limits of BoringSSL.
 _RSA_BITS, _EXPONENT_BITS = 16_384, 33
 _NUMBERS = frozenset({"x", "y", "n", "e"})
@@ -303,9 +327,7 @@ class Policy(_Part):
     audit: Audit = Audit()
     open: tuple[Literal["health"], ...] = ()
     """Groups that need no token."""
-    revoked: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[!-~]+$", max_length=255)], ...], Field(max_length=REVOKED)
-    ] = ()
+    revoked: Annotated[tuple[Annotated[str, Field(pattern=KEY_ID)], ...], Field(max_length=REVOKED)] = ()
     """Ids of revoked keys."""
 
     @field_validator("issuers")
@@ -484,6 +506,24 @@ def check_key_set(jwks: object, source: str) -> None:
     _check_numbers(jwks, source)
 
 
+def usable_keys(keys: Sequence[object], source: str) -> tuple[list[Any], list[str]]:
+    """Return the keys that a gateway can use, at most KEYS, and for each other one the reason why it is left out."""
+    usable: dict[str, Any] = {}
+    skipped = []
+    for at, key in enumerate(keys):
+        try:
+            check_key_set({"keys": [key]}, source)
+            assert isinstance(key, dict)
+            if key["kid"] in usable:
+                raise InvalidArgument(f"{source}: keys[0] ({key['kid']!r}): an earlier key has the same 'kid'")
+            if len(usable) == KEYS:
+                raise InvalidArgument(f"{source}: keys[0] ({key['kid']!r}): {KEYS} keys of an issuer are used")
+            usable[key["kid"]] = key
+        except InvalidArgument as err:
+            skipped.append(err.message.removeprefix(f"{source}: ").replace("keys[0]", f"keys[{at}]", 1)[:200])
+    return [*usable.values()], skipped
+
+
 def _check_numbers(jwks: Mapping[str, Any], source: str) -> None:
     """Raise InvalidArgument for a key whose numbers are no key. Envoy would refuse the whole policy for it."""
     import jwt
@@ -501,7 +541,10 @@ def _check_numbers(jwks: Mapping[str, Any], source: str) -> None:
 
 
 def _check_rsa(numbers: RSAPublicNumbers) -> None:
-    """Raise ValueError for an RSA key that Envoy's BoringSSL refuses."""
+    """Raise ValueError for an RSA key that is too short, or that Envoy's BoringSSL refuses."""
+    # Zeros before the modulus make a short one look long.
+    if numbers.n.bit_length() < _LEAST_RSA_BITS:
+        raise ValueError(f"n has {numbers.n.bit_length()} bits: use a key of {_LEAST_RSA_BITS} bits or more")
     if numbers.n.bit_length() > _RSA_BITS or numbers.n % 2 == 0:
         raise ValueError(f"n is even, or has more than {_RSA_BITS} bits")
     if numbers.e.bit_length() > _EXPONENT_BITS:
@@ -546,7 +589,7 @@ def parse(text: str, source: str = "policy") -> Policy:
     except (AttributeError, LookupError, TypeError) as err:
         raise InvalidArgument(f"{source}: not YAML: a value does not fit its tag: leave out tags (!!...)") from err
     try:
-        return Policy.model_validate(document)
+        return Policy.model_validate(document, context={"is_new": True})
     except ValidationError as err:
         raise InvalidArgument("\n".join(_lines(err, root, source))) from err
 

@@ -207,11 +207,23 @@ def test_a_token_without_a_name_of_a_tenant_is_refused(tenant: object) -> None:
         caller_of(foreign(), {"iss": "idp", "tenant": tenant})
 
 
-def test_a_token_with_an_id_that_no_limit_could_count_is_refused() -> None:
-    claims = {"iss": "idp", "tenant": "acme", "jti": "k" * 255}
-    assert caller_of(foreign(), claims).key == "k" * 255
-    with pytest.raises(Unauthenticated, match="an id of 256 characters in its claim 'jti'"):
-        caller_of(foreign(), {**claims, "jti": "k" * 256})
+@pytest.mark.parametrize(
+    "id", ["", " ", "k 1", " k-1", "k-1\n", "k\t", "schlüssel", "k" * 256, 7, ["k-1"], {"k": 1}, True]
+)
+def test_a_token_with_an_id_that_cannot_be_revoked_is_refused(id: object) -> None:
+    claims = {"iss": "idp", "tenant": "acme"}
+    assert caller_of(foreign(), {**claims, "jti": "k" * 255}).key == "k" * 255
+    assert caller_of(foreign(), claims).key == ""
+    with pytest.raises(Unauthenticated, match="an id in its claim 'jti' that cannot be revoked"):
+        caller_of(foreign(), {**claims, "jti": id})
+
+
+def test_a_claim_with_a_dot_in_its_name_is_refused_and_not_ignored() -> None:
+    policy = foreign(tenant=None, claims=Claims(tenant="org.id", role="acme.role"))
+    assert caller_of(policy, {"iss": "idp", "org": {"id": "acme"}, "acme": {"role": "user"}}).role == "user"
+    assert caller_of(policy, {"iss": "idp", "org": {"id": "acme"}}).role == ""
+    with pytest.raises(Unauthenticated, match=r"a claim with a dot in its name, 'acme\.role'"):
+        caller_of(policy, {"iss": "idp", "org": {"id": "acme"}, "acme.role": "user"})
 
 
 def test_a_fixed_tenant_and_role_override_the_claims() -> None:

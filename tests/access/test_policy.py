@@ -137,6 +137,7 @@ def test_numbers_that_are_no_key_are_refused(signer: Signer, tmp_path: Path) -> 
     ("change", "words"),
     [
         ({"n": 1 << 16_999 | 1}, "n is even, or has more than 16384 bits"),
+        ({"n": "A" * 172 + to_base64url_uint(1 << 1_023 | 1).decode()}, "n has 1024 bits: use a key of 2048 bits"),
         ({"n": 1 << 2_047}, "n is even, or has more than 16384 bits"),
         ({"e": 1 << 40 | 1}, "e has more than 33 bits"),
         ({"n": "+" * 400}, "n is not in base64url"),
@@ -150,6 +151,14 @@ def test_keys_that_envoy_would_refuse_are_refused(change: dict[str, Any], words:
     }
     with pytest.raises(InvalidArgument, match=re.escape(words)):
         policies.check_key_set({"keys": [encoded]}, "https://idp.example/keys")
+
+
+def test_a_claim_with_a_dot_in_its_name_is_refused_in_a_document_and_an_applied_one_stays_valid(signer: Signer) -> None:
+    named = {"claims": {"tenant": "https://acme/org", "role": "https://acme.example/role"}, "token_prefix": ""}
+    errors = error_of(signer, issuers=[issuer(signer, **named)])
+    assert "claims.role: 'https://acme.example/role': a claim with a dot in its name cannot be read" in errors
+    assert "claims.tenant" not in errors
+    assert Policy.model_validate(document(signer, issuers=[issuer(signer, **named)])).issuers[0].claims is not None
 
 
 def test_a_set_of_keys_that_is_no_json_is_refused(signer: Signer, tmp_path: Path) -> None:

@@ -240,6 +240,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("secret-open", local(secrets={"admin.key": 0o644}), E, "chmod 600 /srv/shoal/admin.key"),
     ("exposed-without-authentication", replace(HEALTHY, has_auth=False, keys=None), W, "may call every method"),
     ("policy-not-in-force", status(policy_version=0), E, "no policy is in force"),
+    (
+        "issuer-key-unused",
+        replace(HEALTHY, unused_issuer_keys=(("https://idp", "keys[0] ('k'): 'alg' is missing"),)),
+        W,
+        "tokens of https://idp that a key signs which cannot be used are refused: keys[0] ('k'): 'alg' is missing",
+    ),
     ("no-admin", replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True))), W, "every key of an admin ends"),
     ("key-ends", replace(HEALTHY, keys=(key(60), key(5, role="user"))), W, "1 keys end within 14 days"),
     (

@@ -32,7 +32,7 @@ from mesh.xds.resource import EXTENSION
 from services.coord.access_rpc import AccessRpc
 from services.coord.keys import Keys
 from shoal.access import cluster, tokens
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE
+from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE, SIGNER_HEADER
 from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
@@ -340,6 +340,67 @@ async def test_an_admin_of_another_issuer_rotates_and_keeps_its_token(access: Ac
     access.admin = passed(made)
     await access.apply(document())
     assert ended == "UNAUTHENTICATED"
+
+
+async def test_an_author_with_a_token_of_another_issuer_is_not_locked_out(access: Access, tmp_path: Path) -> None:
+    """The document leaves the author its grants, but would not verify its token any more."""
+    idp, other = (tokens.create_signer(tmp_path / name, "https://idp.example") for name in ("a", "b"))
+
+    def with_issuer(signer: Signer = idp, audience: str = "a", keys: str = "", **more: str) -> str:
+        keys = keys or f"jwks: {json.dumps(signer.jwks())}"
+        prefix = more.get("prefix", "")
+        foreign = f"{{issuer: '{idp.issuer}', audiences: [{audience}], tenant: acme, role: admin{prefix}, {keys}}}"
+        return document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]")
+
+    await access.apply(with_issuer())
+    own = access.admin
+    claims = {"iss": idp.issuer, "aud": "a", "sub": "ann", "exp": time.time() + 60}
+    access.admin = (policies.passed(claims), (SIGNER_HEADER, idp.kid))
+    await until(access.is_admitted, "the issuer is in force")
+    forged = Signer(idp.issuer, idp.kid, other.private_key)
+    for text, words in (
+        (document(), "the policy has no such issuer"),
+        (with_issuer(audience="b"), "your token is for none of the audiences"),
+        (with_issuer(other), f"the key '{idp.kid}', which verifies your token, is not among the keys"),
+        (with_issuer(forged), f"the key '{idp.kid}', which verifies your token, is not among the keys"),
+        (with_issuer(prefix=", token_prefix: shoal_"), "your token does not have the prefix"),
+        (with_issuer(keys="jwks_url: 'https://idp.example/keys'"), "the policy has no such issuer"),
+    ):
+        code, details = await refusal(access.apply(text))
+        assert code == "FAILED_PRECONDITION"
+        assert details.startswith("you could not have applied this document under itself"), details
+        assert words in details
+    assert not (await access.apply(with_issuer())).forced
+    access.admin = own
+    await access.apply(document())
+
+
+async def test_a_key_that_cannot_be_used_keeps_no_other_from_being_fetched(access: Access, tmp_path: Path) -> None:
+    signers = [tokens.create_signer(tmp_path / name) for name in ("a", "b")]
+    idp = Idp()
+    try:
+        idp.discoverable(signers[0])
+        foreign = f"{{issuer: '{idp.url}', audiences: [a], tenant: acme, role: user, discovery: true}}"
+        await access.apply(document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]"))
+
+        async def kids() -> list[str]:
+            issuer = (await access.policy()).issuer_of(idp.url)
+            return [] if issuer is None else [key["kid"] for key in (issuer.jwks or {})["keys"]]
+
+        async def has(*expected: Signer) -> bool:
+            return await kids() == [signer.kid for signer in expected]
+
+        await until(lambda: has(signers[0]), "the keys are fetched")
+        broken = {**signers[1].public_jwk(), "kid": "broken", "x": "AAAA"}
+        keys = {"keys": [broken, *(signer.public_jwk() for signer in signers)]}
+        idp.answers["/keys"] = json.dumps(keys).encode()
+        await until(lambda: has(*signers), "the usable keys are fetched")
+        shown = await access.stub.GetPolicy(pb.GetPolicyRequest(), metadata=access.admin)
+        (skipped,) = json.loads(shown.in_force)["issuers"][-1]["jwks"]["skipped"]
+        assert "the key 'broken' is no key" in skipped
+    finally:
+        idp.close()
+        await access.apply(document())
 
 
 async def test_an_issuers_keys_are_fetched_again_and_stay_in_its_outage(access: Access, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from services.coord import fetch
 from services.coord.issuer_keys import fetched_keys
 from shoal.access import policy as policies
 from shoal.access import tokens
-from shoal.access.policy import Issuer
+from shoal.access.policy import KEYS, Issuer
 from shoal.access.tokens import Signer
 from shoal.errors import InvalidArgument, Unavailable
 
@@ -107,6 +107,25 @@ def test_keys_for_other_purposes_are_left_out_and_rsa_has_its_usual_algorithm(id
     idp.answers["/keys"] = json.dumps({"keys": [own, encrypting, signer.public_jwk()]}).encode()
     found = fetched_keys(by_url(f"{idp.url}/keys"))["keys"]
     assert [(key["kid"], key["alg"]) for key in found] == [("r", "RS256"), (signer.kid, "ES256")]
+
+
+def test_keys_that_cannot_be_used_are_left_out_with_their_reasons(idp: Idp, signer: Signer) -> None:
+    good = [{**signer.public_jwk(), "kid": f"k-{number}"} for number in range(KEYS + 1)]
+    bad = [
+        {"kty": "OKP", "crv": "X448", "kid": "curve", "alg": "EdDSA"},
+        {**good[0], "kid": ""},
+        {**good[0], "d": "c2VjcmV0"},
+        {**good[0], "x": "AAAA"},
+        {**good[0], "y": {"deep": [1]}},
+    ]
+    idp.answers["/keys"] = json.dumps({"keys": [good[0], *bad, good[0], *good[1:]]}).encode()
+    found = fetched_keys(by_url(f"{idp.url}/keys"))
+    assert found["keys"] == good[:KEYS]
+    assert len(found["skipped"]) == 4
+    assert found["skipped"][0].startswith("keys[1] ('curve'): kty 'OKP' with alg 'EdDSA' is not supported")
+    idp.answers["/keys"] = json.dumps({"keys": bad}).encode()
+    with pytest.raises(InvalidArgument, match=r"has no key that can be used: keys\[0\] \('curve'\)"):
+        fetched_keys(by_url(f"{idp.url}/keys"))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"keys": []}', b'{"keys": [{"kty": "oct"}]}', b"[" * 100_000])

@@ -331,6 +331,8 @@ def test_key_ids_and_signatures(world: World, tmp_path: Path) -> None:
     other = tokens.create_signer(tmp_path / "other.json", world.signer.issuer)
     assert world.infer(signed(world.signer, kid="unknown")).startswith("UNAUTHENTICATED")
     assert world.infer(signed(world.signer, kid=None)).startswith("PERMISSION_DENIED")
+    empty = jwt.encode(claims_of(world.key()), world.signer.private_key, "ES256", {"kid": ""})
+    assert world.infer(PREFIX + empty).startswith("PERMISSION_DENIED")
     assert world.infer(key(other).text).startswith("UNAUTHENTICATED"), "a key of another installation"
     forged = Signer(world.signer.issuer, world.signer.kid, other.private_key)
     assert "Jwt verification fails" in world.infer(key(forged).text)
@@ -378,6 +380,12 @@ def test_a_key_without_its_prefix_and_a_foreign_token_with_it(world: World) -> N
     assert world.infer(token) == "OK"
     assert world.infer(token, SECRET).startswith("PERMISSION_DENIED")
     assert world.infer(PREFIX + token).startswith("UNAUTHENTICATED")
+
+
+def test_a_token_whose_id_cannot_be_revoked(world: World) -> None:
+    for id in ("", " ", "k 1", " k-1", "schlüssel", "k" * 256, 7, ["k-1"]):
+        assert world.infer(signed(world.signer, jti=id)) != "OK", id
+    assert world.infer(signed(world.signer, jti="k" * 255)) == "OK"
 
 
 def test_foreign_claims_that_are_no_names(world: World) -> None:

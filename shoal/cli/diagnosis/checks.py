@@ -448,6 +448,13 @@ def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
         yield _error("policy-not-in-force", "no policy is in force: every call is refused", "shoal logs coord")
 
 
+@_check("issuer-key-unused")
+def _issuer_key_unused(facts: Facts) -> Iterator[Finding]:
+    for issuer, reason in facts.unused_issuer_keys or ():
+        what = f"tokens of {issuer} that a key signs which cannot be used are refused: {reason}"
+        yield _warning("issuer-key-unused", what, "shoal logs coord")
+
+
 @_check("no-admin")
 def _no_admin(facts: Facts) -> Iterator[Finding]:
     if facts.keys is None:

@@ -126,6 +126,8 @@ class Facts:
     """The newest dead letters."""
     schedules: tuple[Schedule, ...] | None = None
     keys: tuple[KeyInfo, ...] | None = None
+    unused_issuer_keys: tuple[tuple[str, str], ...] | None = None
+    """Keys that issuers of the policy publish and that no gateway can use: the issuer, and the reason."""
     certificate: CertificateFacts | None = None
     local: LocalFacts | None = None
     unread: Mapping[str, str] = field(default_factory=dict)

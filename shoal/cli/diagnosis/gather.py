@@ -84,6 +84,7 @@ def of_node(client: Client, node: RunningNode | None) -> Facts:
         dead=_tuple(parts.read("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
         schedules=_tuple(parts.read("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
         keys=_tuple(parts.read("keys", lambda: client.access.keys(timeout=READ_S))) if has_auth else None,
+        unused_issuer_keys=_tuple(parts.read("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         local=None if node is None else _local(node.data_dir, node.pids, now, is_running=True),
         unread=parts.unread,
@@ -113,6 +114,14 @@ def _is_loopback(listen: str) -> bool:
     from mesh.process.sockets import is_local
 
     return is_local(listen)
+
+
+def _unused_issuer_keys(client: Client) -> list[tuple[str, str]]:
+    import json
+
+    policy = json.loads(client.access.policy(timeout=READ_S).in_force or "{}")
+    issuers = [(issuer["issuer"], issuer.get("jwks") or {}) for issuer in policy.get("issuers", ())]
+    return [(name, reason) for name, keys in issuers for reason in keys.get("skipped", ())]
 
 
 def _certificate(gateway: str) -> CertificateFacts | None:
