@@ -42,7 +42,8 @@ LAYERS = {
         allowed_locations page_token artifacts transactions documents limits
     """,
     "services/coord": """
-        __main__ app metrics rest rpc first_start access_rpc share_rpc share_claims share_messages shares messages
+        __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims share_messages shares
+        messages
         policies keys enforcement instances health issuer_keys fetch duties configurations gateway_policy presence
         traffic inference statistics cluster drains config
     """,

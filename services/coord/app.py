@@ -38,6 +38,7 @@ from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
 from services.coord.metrics import CoordMetrics
 from services.coord.policies import Policies
+from services.coord.policy_copy import PolicyCopy
 from services.coord.rest import rest_app
 from services.coord.rpc import CoordRpc
 from services.coord.share_claims import ShareClaims
@@ -78,7 +79,8 @@ async def run(config: CoordConfig) -> None:
         if config.master_key is not None and config.auth:
             keys = Keys(etcd, mirror, keyring.read(config.master_key, config.master_key_source))
             parts = AccessParts(Policies(etcd, mirror), keys)
-            await stack.enter_async_context(FirstStart(parts))
+            copy = None if config.policy_copy is None else PolicyCopy(config.policy_copy)
+            await stack.enter_async_context(FirstStart(parts, mirror, copy))
             policy_access = await stack.enter_async_context(Access(None))
             watch = await stack.enter_async_context(PolicyWatch(mirror, policy_access))
             gateway = await stack.enter_async_context(GatewayPolicy(watch, AT_GATEWAY))

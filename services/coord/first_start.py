@@ -1,13 +1,24 @@
-"""First start of a cluster with authentication: whichever coord is first makes its signer and its first policy."""
+"""First start of a cluster with authentication: whichever coord is first makes its signer and its first policy.
+
+    etcd has no policy ──> a copy in the data folder, or a history? ──yes──> the last policy is applied again
+                                                                   └──no───> a new cluster: the first policy
+    etcd has one ──each change──> the copy
+
+A copy that cannot be read stops this: the first policy allows more than another one, so callers stay refused.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
+from mesh.cluster.mirror import Mirror
 from mesh.process.tasks import Background
 from services.coord.access_rpc import AccessParts
-from shoal.errors import ShoalError
+from services.coord.policy_copy import PolicyCopy, Saved
+from shoal.access import cluster
+from shoal.errors import NotFound, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -15,18 +26,65 @@ _RETRY_S = 0.3
 
 
 class FirstStart(Background):
-    """Makes what is missing, as soon as etcd is reachable. Use as `async with`."""
+    """Makes what is missing, as soon as etcd is reachable, and keeps the copy. Use as `async with`.
 
-    def __init__(self, parts: AccessParts) -> None:
+    Args:
+        mirror: has all keys of the cluster.
+        copy: None: this coord keeps none.
+    """
+
+    def __init__(self, parts: AccessParts, mirror: Mirror, copy: PolicyCopy | None = None) -> None:
         self._parts = parts
+        self._mirror = mirror
+        self._copy = copy
+        self._kept: tuple[int, Mapping[str, float]] | None = None
+        """Version and revoked keys in the copy."""
 
     async def _run(self) -> None:
+        await self._until_begun()
+        async for seen in self._mirror.follow():
+            if seen.stale:
+                continue
+            if cluster.POLICY not in seen.entries:
+                log.warning("etcd has lost the policy")
+                await self._until_begun()
+            elif self._copy is not None:
+                await self._keep(self._copy)
+
+    async def _until_begun(self) -> None:
+        said = ""
         while True:
             try:
-                # The policy is the sign that the signer is there.
-                await self._parts.keys.begin()
-                await self._parts.policies.begin()
+                await self._begin()
                 return
             except ShoalError as err:
-                log.warning("keys and policy are not ready yet: %s", err)
-                await asyncio.sleep(_RETRY_S)
+                if err.message != said:
+                    log.warning("keys and policy are not ready yet: %s", err)
+                said = err.message
+            # A bug must not leave the cluster without a policy for ever.
+            except Exception:
+                log.exception("keys and policy cannot be made")
+            await asyncio.sleep(_RETRY_S)
+
+    async def _begin(self) -> None:
+        saved = None if self._copy is None else await asyncio.to_thread(self._copy.read)
+        try:
+            await self._parts.keys.begin(saved.revoked if saved is not None else {})
+        # A policy has no secret: it is restored under another master key, too.
+        finally:
+            await self._parts.policies.begin(saved.applied if saved is not None else None)
+
+    async def _keep(self, copy: PolicyCopy) -> None:
+        """Renew the copy when the policy or the revoked keys have changed."""
+        try:
+            entries = self._mirror.copy.entries
+            revoked = cluster.revoked_of(entries[cluster.REVOKED].value) if cluster.REVOKED in entries else {}
+            version = cluster.version_of({cluster.POLICY: entries[cluster.POLICY].value})
+            if self._kept == (version, revoked):
+                return
+            await asyncio.to_thread(copy.write, Saved(await self._parts.policies.get(version), revoked))
+            self._kept = version, revoked
+        except NotFound:
+            pass  # It was replaced meanwhile: the next change follows.
+        except (ShoalError, OSError, ValueError, LookupError, TypeError) as err:
+            log.warning("the copy of the policy in %s is not renewed: %s", copy.path, err)

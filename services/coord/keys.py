@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from mesh.cluster.etcd import Created, Entry, Etcd, Modified, Put
@@ -26,6 +28,8 @@ from shoal.access.cluster import REVOKED, SIGNERS, SignerKey
 from shoal.access.policy import REVOKED as MOST_REVOKED
 from shoal.access.tokens import AUDIENCE, ISSUER, LIFE_S, Key, Signer
 from shoal.errors import Aborted, FailedPrecondition, InvalidArgument, ResourceExhausted, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
 
 # Outside of /shoal/, of which every coord keeps a copy.
 _RECORDS = b"/shoal-keys/"
@@ -88,17 +92,33 @@ class Keys:
         self.keyring = keyring
         self._now = now
 
-    async def begin(self) -> None:
-        """Make the first signer of a new cluster.
+    async def begin(self, revoked: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Make the first signer of a new cluster. `revoked`: revoked keys that etcd may have lost.
 
         Raises:
             FailedPrecondition: the signer in etcd is sealed with another master key.
         """
+        await self._revoke_again(revoked)
         if await self._etcd.get(_SIGNER) is None:
             signer = _new_signer()
             puts = [self._sealed(signer), Put(SIGNERS, cluster.signers_value([SignerKey(signer.public_jwk())]))]
             await self._etcd.transact([Created(_SIGNER, 0)], puts)
         await self._signer()
+
+    async def _revoke_again(self, lost: Mapping[str, float]) -> None:
+        for _ in range(_ATTEMPTS):
+            entry = await self._etcd.get(REVOKED)
+            before = cluster.revoked_of(entry.value) if entry is not None else {}
+            after = {**lost, **before}
+            now = self._now()
+            after = {key: end for key, end in after.items() if key in before or end + _SKEW_S > now}
+            if after == before:
+                return
+            when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
+            if (await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])).succeeded:
+                log.warning("etcd had lost %d revoked keys: they are revoked again", len(after) - len(before))
+                return
+        raise Aborted("other keys are being revoked: retry")
 
     async def create(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from shoal.errors import (
     Unavailable,
 )
 
+log = logging.getLogger(__name__)
+
 _HISTORY = b"/shoal-policies/"
 """Outside of /shoal/, of which every coord keeps a copy."""
 KEPT = 20
@@ -52,6 +55,9 @@ grants:
   - {name: roles, models: ["*"]}
   - {name: code, tenants: [local], roles: [admin], allow: [code], models: ["*"]}
 """
+
+_FIRST_START = "the first start"
+_RESTORED = "coord, after etcd had lost it"
 
 Claims = Mapping[str, Any]
 
@@ -97,11 +103,45 @@ class Policies:
         listing = await self._etcd.list(_HISTORY)
         return [_decoded(entry) for entry in reversed(listing.entries)]
 
-    async def begin(self) -> None:
-        """Apply the first policy of a new cluster."""
-        if await self._etcd.get(POLICY) is None:
-            applied = Applied(1, self._now(), "the first start", document=FIRST, files={})
-            await self._write(applied, policies.parse(FIRST), Created(POLICY, 0))
+    async def begin(self, saved: Applied | None = None) -> None:
+        """Apply the first policy of a new cluster, or again the last one of a cluster whose etcd has lost it.
+
+        `saved`: a copy of the last one outside of etcd. It also replaces a first policy that another coord has made
+        since then, and that nobody has changed.
+
+        Raises:
+            FailedPrecondition: the lost policy is not valid. None is applied: the first one would allow more.
+        """
+        entry = await self._etcd.get(POLICY)
+        if entry is not None and (saved is None or saved.version == 1 or not await self._is_untouched(entry)):
+            return
+        history = [] if entry is not None else await self.history()
+        known = [one for one in (saved, *history[:1]) if one is not None]
+        when = Created(POLICY, 0) if entry is None else Modified(POLICY, entry.mod_revision)
+        if not known:
+            applied = Applied(1, self._now(), _FIRST_START, document=FIRST, files={})
+            await self._write(applied, policies.parse(FIRST), when)
+            return
+        last = max(known, key=lambda one: one.version)
+        try:
+            policy = await asyncio.to_thread(_validated, last.document, last.files or {})
+        except InvalidArgument as err:
+            raise FailedPrecondition(
+                f"etcd has lost the policy, and version {last.version}, the last one, is not valid any more "
+                f"({err.message}): mend its document in the data folder's copy"
+            ) from err
+        applied = Applied(last.version + 1, self._now(), _RESTORED, False, last.version, last.document, last.files)
+        await self._write(applied, policy, when)
+        log.warning("etcd had lost the policy: version %d is in force again, as %d", last.version, applied.version)
+
+    async def _is_untouched(self, entry: Entry) -> bool:
+        """Return True when the policy in etcd is the first one of a new cluster."""
+        if cluster.version_of({POLICY: entry.value}) != 1:
+            return False
+        try:
+            return (await self.get(1)).applied_by == _FIRST_START
+        except NotFound:
+            return False
 
     async def apply(
         self,
@@ -130,9 +170,10 @@ class Policies:
             Aborted: another policy is in force, or was applied meanwhile.
         """
         entry = await self._etcd.get(POLICY)
-        if entry is None:
+        # The node's user may replace a lost one.
+        if entry is None and author is not None:
             raise Unavailable("the cluster has no policy yet: retry in a moment")
-        version = cluster.version_of({POLICY: entry.value})
+        version = 0 if entry is None else cluster.version_of({POLICY: entry.value})
         if expected not in (0, version):
             raise Aborted(f"version {version} of the policy is in force, not {expected}: see what has changed")
         policy = await asyncio.to_thread(_validated, document, files)
@@ -143,7 +184,8 @@ class Policies:
         applied = Applied(
             version + 1, self._now(), by, bool(refusal), rolled_back_to, document=document, files=dict(files)
         )
-        await self._write(applied, policy, Modified(POLICY, entry.mod_revision))
+        when = Created(POLICY, 0) if entry is None else Modified(POLICY, entry.mod_revision)
+        await self._write(applied, policy, when)
         return applied
 
     async def _write(self, applied: Applied, policy: Policy, when: Created | Modified) -> None:

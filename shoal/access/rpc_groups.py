@@ -51,7 +51,7 @@ LIST_KEYS: Final = ACCESS_SERVICE + "ListKeys"
 ROLL_BACK: Final = ACCESS_SERVICE + "RollBackPolicy"
 TRY_MODEL_WITH_CODE: Final = TRY_MODEL + "#code"
 """A trial load of a model that runs code, as LOAD_WITH_CODE."""
-OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK})
+OF_LAUNCHER = frozenset({INDEX, CREATE_KEY, LIST_KEYS, ROLL_BACK, APPLY_POLICY})
 """RPCs that the process that started a server, or another one of its user, calls at the server's own socket."""
 SUBMIT: Final = _INGEST + "Submit"
 LIST_MODELS: Final = _STORE + "ListModels"

@@ -221,19 +221,54 @@ def rollback(
     typer.echo(f"version {number} is in force: the document of version {version}")
 
 
+@app.command()
+def restore(
+    data_dir: Annotated[Path, typer.Option(metavar="DIR", help="Data folder of a running node of yours.")],
+    force: _Force = False,
+) -> None:
+    """Apply the copy of the last policy in a node's data folder again, after etcd has lost it. No key is needed.
+
+    coord does so by itself when etcd has no policy.
+    """
+    from shoal.errors import FailedPrecondition
+    from shoal.node.folder import POLICY_COPY
+
+    path = data_dir.expanduser() / POLICY_COPY
+    try:
+        copy = json.loads(path.read_text())["applied"]
+        document, files, version = copy["document"], copy["files"] or {}, copy["version"]
+    except (OSError, ValueError, LookupError, TypeError) as err:
+        raise FailedPrecondition(f"{path} is no copy of a policy ({err}): apply a document of your own") from err
+    number = _restore_as_user(data_dir.expanduser(), document, files, force=force)
+    typer.echo(f"version {number} is in force: the copy of version {version}")
+
+
 def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> int:
     """Return the number of the new version. Raises ShoalError."""
-    import asyncio
-
     from shoal.access.rpc_groups import ROLL_BACK
     from shoal.coord.v1 import access_pb2 as pb
+
+    request = pb.RollBackPolicyRequest(version=version, force=force)
+    return int(_called_as_user(data_dir, ROLL_BACK, request, pb.RollBackPolicyResponse).policy.version)
+
+
+def _restore_as_user(data_dir: Path, document: str, files: Mapping[str, str], *, force: bool) -> int:
+    """Return the number of the new version. Raises ShoalError."""
+    from shoal.access.rpc_groups import APPLY_POLICY
+    from shoal.coord.v1 import access_pb2 as pb
+
+    request = pb.ApplyPolicyRequest(document=document, files=files, force=force)
+    return int(_called_as_user(data_dir, APPLY_POLICY, request, pb.ApplyPolicyResponse).policy.version)
+
+
+def _called_as_user(data_dir: Path, rpc: str, request: Any, response: Any) -> Any:
+    import asyncio
+
     from shoal.node import folder
     from shoal.node.admin_key import call_as_launcher
 
     sockets = sorted(folder.running_in(data_dir).glob("coord-*.sock"))
-    request = pb.RollBackPolicyRequest(version=version, force=force)
-    response = asyncio.run(call_as_launcher(sockets, ROLL_BACK, request, pb.RollBackPolicyResponse))
-    return int(response.policy.version)
+    return asyncio.run(call_as_launcher(sockets, rpc, request, response))
 
 
 @app.command()

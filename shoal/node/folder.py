@@ -4,6 +4,7 @@ DATA_DIR/node.lock     locked while a node runs; contains the pid of that proces
          node.json     the node's ready file, while it is ready
          master.key    with --auth: master key of the keyring, where no other one is given
          admin.key     with --auth: key of the node's user
+         policy.json   with --auth: copy of the last policy, for an etcd that has lost it
          logs/         a log for each process
          etcd/ mongo/ blobs/ cache/models/
          envoy.json    Envoy's bootstrap file
@@ -28,6 +29,8 @@ from pathlib import Path
 from mesh.process.private_folder import PrivateFolder
 from shoal.errors import FailedPrecondition, InvalidArgument
 
+POLICY_COPY = "policy.json"
+"""Name of the copy of the last policy."""
 _SUBFOLDERS = ("logs", "etcd", "mongo", "blobs", "cache/models")
 _RUN_PREFIX = "shoal-up-"
 # Earlier versions used this prefix alone.

@@ -15,7 +15,7 @@ from pathlib import Path
 from mesh.process import crash_journal
 from mesh.process.sockets import is_local
 from mesh.tenant_locations import TENANT
-from shoal.node import processes
+from shoal.node import folder, processes
 from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.options import Options
@@ -176,7 +176,12 @@ def _service(
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service == "coord" and layout.master_key is not None:
-        return {"MASTER_KEY": str(layout.master_key), "MASTER_KEY_SOURCE": layout.master_key_source}
+        copy = str(options.data_dir / folder.POLICY_COPY)
+        return {
+            "MASTER_KEY": str(layout.master_key),
+            "MASTER_KEY_SOURCE": layout.master_key_source,
+            "POLICY_COPY": copy,
+        }
     if service in _WITH_MONGO:
         connectors = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
         return {"MONGO": mongo_url(options, layout), **connectors}

@@ -1183,6 +1183,21 @@ def test_the_nodes_user_comes_back_after_a_policy_that_locks_everybody_out(node_
     assert (done.returncode, "no node of yours runs on" in done.stderr) == (1, True)
 
 
+def test_the_nodes_user_restores_the_copy_of_a_policy(node_world: NodeWorld) -> None:
+    copy = node_world.node.data_dir / "policy.json"
+    node_world.set_policy(hosts=["*", "lost.example"])
+    node_world.until(lambda: "lost.example" in copy.read_text())
+    text = copy.read_text()
+    node_world.set_policy()
+    node_world.until(lambda: "lost.example" not in copy.read_text())
+    copy.write_text(text)
+    done = node_world.node.shoal("policy", "restore", "--data-dir", str(node_world.node.data_dir))
+    assert "is in force: the copy of version" in done.stdout, done.stderr
+    with node_world.client() as client:
+        assert "lost.example" in client.access.policy().in_force
+    node_world.set_policy()
+
+
 def test_a_publisher_learns_nothing_of_files_of_another_tenant(node_world: NodeWorld) -> None:
     """A trial of a model with a file that another tenant has stored ends as one with a file that nobody has."""
     secret = os.urandom(1_000)

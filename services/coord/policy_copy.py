@@ -1,0 +1,64 @@
+"""Copy of the applied policy and of the revoked keys in the node's data folder, for an etcd that has lost them.
+
+The copy holds no secret, and no key is needed to read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from services.coord.policies import Applied
+from shoal.errors import FailedPrecondition
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Content of a copy."""
+
+    applied: Applied
+    revoked: Mapping[str, float]
+    """Expiry by the id of a key."""
+
+
+class PolicyCopy:
+    """Copy in the file `path`. All methods block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Saved | None:
+        """Return the copy; None when there is none.
+
+        Raises:
+            FailedPrecondition: the file cannot be read, or is no copy.
+        """
+        try:
+            found = json.loads(self.path.read_text())
+            return Saved(Applied(**found["applied"]), {str(key): float(end) for key, end in found["revoked"].items()})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+            raise FailedPrecondition(
+                f"{self.path}, the copy of the last policy, cannot be read ({err}): mend it, or remove it to begin "
+                "with the first policy, in which every role has its groups"
+            ) from err
+
+    def write(self, saved: Saved) -> None:
+        """Replace the copy as a whole, durably. Raises OSError."""
+        text = json.dumps({"applied": asdict(saved.applied), "revoked": dict(saved.revoked)})
+        # Each coord of a node writes the copy.
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with os.fdopen(
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w"
+            ) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
