@@ -1,8 +1,10 @@
-"""Header in which a call names its tenant."""
+"""Headers that tell a service who sends a call: its tenant, and its connection to the gateway."""
 
 from __future__ import annotations
 
 TENANT_HEADER = "x-shoal-tenant"
+CONNECTION_HEADER = "x-shoal-connection"
+"""Set by Envoy: the number of the client's connection. A call without it comes directly from its client."""
 UNNAMEABLE = "?"
 """Value for a name that a header cannot carry: it carries printable ASCII only."""
 

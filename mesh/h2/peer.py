@@ -180,7 +180,7 @@ class Peer(asyncio.Protocol, ABC):
                 assert self._turns is not None
                 checked += PART_FRAMES
                 now = self._turns.clock()
-                if began and now - began > PART_S:
+                if began and now - began > PART_S and not self._reads_on(now - began):
                     self._wait_for_turn()
                     break
                 began = began or now
@@ -210,6 +210,10 @@ class Peer(asyncio.Protocol, ABC):
             else:
                 self._turns.used()
         self._unparsed = data[at:]
+
+    def _reads_on(self, took_s: float) -> bool:
+        """Return True when more frames may be handled at once, after those that have taken `took_s`."""
+        return False
 
     def _check_order(self, kind: int) -> None:
         if self._block is not None and kind != CONTINUATION:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 from mesh.h2 import frames
 from mesh.h2.connections import Connections, admit
@@ -18,8 +19,9 @@ from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Re
 from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import STREAM_WINDOW, Peer
-from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, RequestHandler, ServerStream
-from mesh.h2.turns import Turns
+from mesh.h2.starts import Starts
+from mesh.h2.stream import CONNECTION, NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
+from mesh.h2.turns import PART_S, Turns
 from mesh.h2.unread import MAX_TICKS, TICK_S, Unread
 from shoal.tenant_header import TENANT_HEADER
 
@@ -47,6 +49,10 @@ _MAX_IDLE_SHARES = 64
 TENANT = TENANT_HEADER.encode()
 """Header of a request that names the tenant whose share of memory its body takes."""
 
+# Frames of a shared connection that are handled at once at least: starting their calls takes turns of its own, and
+# frames that wait unread would delay the calls of all its senders.
+_SHARED_FRAMES = 128
+
 # The end of a stream whose connection is lost costs as much as so many frames.
 _FRAMES_A_STREAM = 8
 
@@ -69,6 +75,7 @@ class Memory:
         self.bodies = MemoryAccount(body_bytes)
         self.unread = MemoryAccount(unread_bytes)
         self.turns = Turns()
+        self.starts = Starts()
 
 
 class ServerConnection(Peer):
@@ -83,6 +90,10 @@ class ServerConnection(Peer):
         self._connections = connections
         self._memory = memory
         self._bodies = memory.bodies
+        self._starts = memory.starts
+        # True when calls of several senders come over the connection: they start at once until `_starts_until`, then in
+        # turn.
+        self._is_shared, self._starts_until = False, 0.0
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
         self._streams: dict[int, ServerStream] = {}
@@ -217,7 +228,7 @@ class ServerConnection(Peer):
                 self._app.reject(stream)
                 return
             stream.handler = self._app.request(stream)
-            if is_ended:
+            if is_ended and not (self._is_shared and self._waits(stream, b"", 0)):
                 stream.handler.data(b"", 0, is_end=True)
         except Exception:
             reset(stream)
@@ -239,6 +250,8 @@ class ServerConnection(Peer):
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         if flags & END_STREAM:
             stream.is_request_ended = is_end = True
+            if self._is_shared and self._waits(stream, payload, size):
+                return
         else:
             stream.moved += size
             is_end = False
@@ -246,6 +259,38 @@ class ServerConnection(Peer):
             stream.handler.data(payload, size, is_end=is_end)
         except Exception:
             reset(stream)
+
+    def _waits(self, stream: ServerStream, piece: bytes, size: int) -> bool:
+        """Let a whole request, whose last piece is `piece`, wait for its start. Return False when it starts now."""
+        headers, starts = stream.head.by_name, self._starts
+        tenant, sender = headers.get(TENANT, b""), headers.get(CONNECTION, b"")
+        if not starts.has(tenant, sender) and starts.clock() < self._starts_until:
+            return False
+        # As a handler would: a small piece is counted with its stream.
+        counted = size if size > SMALL_BODY else 0
+        if counted and not stream.reserve(counted):
+            return False
+        starts.add(tenant, sender, partial(self._start, stream, piece, size, counted))
+        return True
+
+    def _start(self, stream: ServerStream, piece: bytes, size: int, counted: int) -> None:
+        """Start a request that has waited, unless it has ended."""
+        if self._streams.get(stream.number) is not stream:
+            return
+        stream.release(counted)
+        try:
+            stream.handler.data(piece, size, is_end=True)
+        except Exception:
+            reset(stream)
+
+    def _handle(self, data: bytes, most: int) -> None:
+        if self._is_shared:
+            self._starts_until = self._starts.clock() + PART_S
+            most = max(most, _SHARED_FRAMES)
+        super()._handle(data, most)
+
+    def _reads_on(self, took_s: float) -> bool:
+        return self._is_shared and took_s < 2 * PART_S
 
     def _on_trailers(self, number: int, flags: int) -> None:
         stream = self._streams.get(number)
@@ -267,6 +312,7 @@ class ServerConnection(Peer):
 
     def _new_share(self, head: Block) -> Share:
         """Open the share of the memory for requests that a request's tenant has on this connection."""
+        self._is_shared = self._is_shared or CONNECTION in head.by_name
         if len(self._shares) >= self._max_shares:
             self._shares = {name: share for name, share in self._shares.items() if share.held}
             self._max_shares = max(_MAX_IDLE_SHARES, 2 * len(self._shares))

@@ -9,7 +9,7 @@ All of it is callbacks, so a request costs no task and no coroutine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from mesh.h2 import frames
@@ -18,6 +18,10 @@ from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
 from mesh.h2.unread import MAX_TICKS, TICK_S
+from shoal.tenant_header import CONNECTION_HEADER
+
+CONNECTION = CONNECTION_HEADER.encode()
+"""Header of a request that came through Envoy."""
 
 # Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
 _PROGRESS_BYTES = 1024
@@ -161,6 +165,12 @@ class ServerStream:
     def peer(self) -> tuple[str, int]:
         """Address of the client; ("unix", 0) for a unix socket."""
         return self._connection.peer
+
+    @property
+    def sender(self) -> Hashable:
+        """Identity of the request's tenant and its connection, behind Envoy of its connection to Envoy."""
+        connection = self.head.by_name.get(CONNECTION)
+        return self.share if connection is None else (self.share, connection)
 
     def hold(self, size: int) -> bool:
         """Keep `size` bytes of the body in memory, as `reserve` does.

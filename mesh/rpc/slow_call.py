@@ -10,14 +10,13 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import grpc
 
 from mesh.h2.headers import encode, response_head
-from mesh.h2.memory_account import Share
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
 from mesh.rpc import status
@@ -269,9 +268,9 @@ class _Messages:
             raise no_memory()
 
     @property
-    def sender(self) -> Share:
-        """The share of the memory that the tenant has on its connection, as identity of both."""
-        return self._stream.share
+    def sender(self) -> Hashable:
+        """Identity of the tenant and its connection, behind Envoy of its connection to Envoy."""
+        return self._stream.sender
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mesh.h2.memory_account import Share
+from collections.abc import Hashable
+
 from mesh.h2.stream import ServerStream
 from mesh.rpc.framing import no_memory
 
@@ -17,9 +18,9 @@ class StreamMemory:
     """True when the call has ended: the stream has released what it held."""
 
     @property
-    def sender(self) -> Share:
-        """The share of the memory that the tenant has on its connection, as identity of both."""
-        return self._stream.share
+    def sender(self) -> Hashable:
+        """Identity of the tenant and its connection, behind Envoy of its connection to Envoy."""
+        return self._stream.sender
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""

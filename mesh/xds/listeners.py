@@ -33,7 +33,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, json_calls, limits, rest_errors, tls, web
+from mesh.xds import ADS_CLUSTER, access, json_calls, limits, rest_errors, senders, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -252,7 +252,10 @@ def _connection_manager(
         "skip_xff_append": name == OUTBOUND,
         # Only traces use a request id. Without it, repeated calls have equal headers, which servers parse from a cache.
         "generate_request_id": tracing is not None,
-        "early_header_mutation_extensions": [access.removal(NO_RETRY_HEADER) if has_access else _mutation(name)],
+        "early_header_mutation_extensions": [
+            access.removal(NO_RETRY_HEADER) if has_access else _mutation(name),
+            *([senders.connection_number()] if name == GATEWAY else ()),
+        ],
         "http_filters": [
             *(web.filters() if name == GATEWAY else ()),
             # No body of an unknown caller is read. Rules decide by the path of the RPC, which the transcoder sets.

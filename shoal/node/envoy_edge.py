@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.xds import rest_errors, tls, web
+from mesh.xds import rest_errors, senders, tls, web
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
@@ -155,6 +155,10 @@ def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None
         **access,
         "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": _STAT_PREFIX,
+        "early_header_mutation_extensions": [
+            *access.get("early_header_mutation_extensions", ()),
+            senders.connection_number(),
+        ],
         # Browsers without TLS speak HTTP/1.1.
         "codec_type": "AUTO",
         "http2_protocol_options": {

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import struct
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from mesh.h2.frames import Reason
 from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount
 from mesh.h2.peer import CREDIT
 from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.h2.starts import Starts
 from mesh.h2.stream import STREAM_BYTES
 from mesh.process.config import ServiceConfig
 from mesh.rpc.framing import PIECE_OVERHEAD, framed
@@ -25,6 +27,7 @@ from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.limits import MESSAGE_BYTES
 from services.infer.config import InferConfig
 from shoal.errors import ResourceExhausted
+from shoal.tenant_header import CONNECTION_HEADER
 
 FAST, SLOW, STREAM = "/t.T/Fast", "/t.T/Slow", "/t.T/Stream"
 LIMIT = 1 << 20
@@ -107,11 +110,16 @@ class Transport:
 
 
 class Front:
-    """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so."""
+    """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so.
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    With `is_shared`, it is that of an Envoy, and each call waits for its start.
+    """
+
+    def __init__(self, limit: int = LIMIT, *, is_shared: bool = False) -> None:
         self.calls: list[Any] = []
         self.memory = Memory(limit, limit)
+        self.memory.starts = Starts(map(float, count()).__next__)
+        self._is_shared = is_shared
         slow = grpc.unary_unary_rpc_method_handler(self._slow, bytes, bytes)
         stream = grpc.stream_stream_rpc_method_handler(self._stream, bytes, bytes)
         self.app = GrpcApp({FAST: slow, SLOW: slow, STREAM: stream}, {FAST: self._fast}, message_bytes=LIMIT // 2)
@@ -144,6 +152,7 @@ class Front:
         head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), ("grpc-encoding", encoding)]
         head += [("grpc-timeout", "20S")] if number % 4 == 1 else []
         head += [("x-shoal-tenant", tenant)] if tenant else []
+        head += [(CONNECTION_HEADER, str(number % 3))] if self._is_shared else []
         self.feed(frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head)))
         return number
 
@@ -199,8 +208,8 @@ STEPS = st.lists(
 )
 
 
-async def play(steps: list[Any]) -> None:
-    front = Front()
+async def play(steps: list[Any], *, is_shared: bool) -> None:
+    front = Front(is_shared=is_shared)
     connection = front.connection
     open_: list[int] = []
     held_by_calls: dict[Any, list[int]] = {}
@@ -278,15 +287,17 @@ async def play(steps: list[Any]) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(STEPS)
-@example([("open", FAST, "a", "identity"), ("data", 0, 99_000, False, False)])
-@example([("open", SLOW, "a", "identity"), ("data", 0, 99_000, False, False)])
-@example([("open", FAST, "", "identity"), ("message", 0, 10, True, False), ("reply", 0, 300_000)])
-@example([("open", SLOW, "", "gzip"), ("message", 0, 400_000, True, True), ("settle",)])
-def test_every_way_to_end_returns_what_was_held(steps):
+@given(STEPS, st.booleans())
+@example([("open", FAST, "a", "identity"), ("data", 0, 99_000, False, False)], False)
+@example([("open", SLOW, "a", "identity"), ("data", 0, 99_000, False, False)], False)
+@example([("open", FAST, "", "identity"), ("message", 0, 10, True, False), ("reply", 0, 300_000)], False)
+@example([("open", SLOW, "", "gzip"), ("message", 0, 400_000, True, True), ("settle",)], False)
+@example([("open", FAST, "a", "identity"), ("message", 0, 9_000, True, False), ("reset", 0), ("settle",)], True)
+@example([("open", FAST, "a", "identity"), ("message", 0, 9_000, True, False), ("settle",), ("reply", 0, 9)], True)
+def test_every_way_to_end_returns_what_was_held(steps, is_shared):
     log_level = server_connection.log.level
     server_connection.log.setLevel("CRITICAL")
     try:
-        asyncio.run(play(steps))
+        asyncio.run(play(steps, is_shared=is_shared))
     finally:
         server_connection.log.setLevel(log_level)

@@ -1,0 +1,139 @@
+"""Calls that share a connection, as those of an Envoy do: few cheap ones do not wait for many costly ones."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import hpack
+import pytest
+
+from mesh.h2 import frames
+from mesh.h2.frames import Reason
+from mesh.h2.server_connection import Memory, ServerConnection
+from mesh.h2.starts import Starts
+from mesh.h2.turns import Turns
+from mesh.rpc.framing import framed
+from mesh.rpc.grpc_app import GrpcApp
+from shoal.tenant_header import CONNECTION_HEADER, TENANT_HEADER
+from tests.mesh.h2.test_memory_account import Transport
+
+PATH = "/t.T/Call"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Envoy:
+    """One connection to a server whose calls cost the seconds that their bodies say, without sockets."""
+
+    def __init__(self, *, is_shared: bool = True) -> None:
+        clock = Clock()
+        self.memory = Memory()
+        self.memory.turns, self.memory.starts = Turns(clock), Starts(clock)
+        self.begun: list[str] = []
+        self.calls: list[Any] = []
+        self._is_shared = is_shared
+        self._next = 1
+        self._encoder = hpack.Encoder()
+        self._encoder.header_table_size = 0
+
+        def handler(body: bytes, call: Any) -> None:
+            name, cost = body[5:].strip(b"\0").split()
+            self.begun.append(name.decode())
+            self.calls.append(call)
+            clock.now += float(cost)
+
+        self.connection = ServerConnection(GrpcApp({}, {PATH: handler}), {}, self.memory)
+        self.transport: Any = Transport(self.connection)
+        self.connection.connection_made(self.transport)
+        self.connection.data_received(
+            frames.PREFACE + frames.settings({}) + frames.frame(frames.SETTINGS, frames.ACK, 0)
+        )
+
+    def call(self, tenant: str, sender: str, name: str, cost_s: float, size: int = 0) -> bytes:
+        """Return the frames of a whole call."""
+        number, self._next = self._next, self._next + 2
+        fields = {":method": "POST", ":path": PATH, "content-type": "application/grpc", TENANT_HEADER: tenant}
+        fields |= {CONNECTION_HEADER: sender} if self._is_shared else {}
+        body = framed(f"{name} {cost_s}".encode().ljust(size, b"\0"))
+        block = self._encoder.encode(fields.items())
+        head = frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)
+        return head + frames.frame(frames.DATA, frames.END_STREAM, number, body)
+
+    async def settle(self) -> None:
+        for _ in range(2_000):
+            await asyncio.sleep(0)
+
+    def close(self) -> None:
+        self.connection.abort()
+
+
+async def test_few_calls_do_not_start_behind_the_many_of_another_sender_or_tenant():
+    envoy = Envoy()
+    envoy.connection.data_received(
+        b"".join(envoy.call("a", "1", "many", 0.002) for _ in range(60))
+        + envoy.call("a", "2", "own", 0.0001)
+        + envoy.call("b", "3", "other", 0.0001)
+    )
+    await envoy.settle()
+    assert sorted(envoy.begun) == ["many"] * 60 + ["other", "own"]
+    assert envoy.begun.index("own") < 8
+    assert envoy.begun.index("other") < 8
+    envoy.close()
+
+
+async def test_a_direct_client_has_its_calls_started_in_their_order():
+    envoy = Envoy(is_shared=False)
+    names = [f"call-{n}" for n in range(60)]
+    envoy.connection.data_received(b"".join(envoy.call("ab"[n % 2], "", name, 0.002) for n, name in enumerate(names)))
+    await envoy.settle()
+    assert envoy.begun == names
+    envoy.close()
+
+
+async def test_calls_of_one_sender_start_in_the_order_of_their_arrival():
+    envoy = Envoy()
+    for n in range(100):
+        envoy.connection.data_received(envoy.call("a", str(n % 3), f"{n % 3}-{n}", 0.001 * (n % 5)))
+    await envoy.settle()
+    for sender in "012":
+        of_sender = [int(name[2:]) for name in envoy.begun if name.startswith(sender)]
+        assert len(of_sender) >= 33
+        assert of_sender == sorted(of_sender)
+    envoy.close()
+
+
+async def test_cheap_calls_get_their_share_of_the_time_and_not_of_the_turns():
+    envoy = Envoy()
+    costly = b"".join(envoy.call("a", str(n), "costly", 0.01) for _ in range(5) for n in range(8))
+    envoy.connection.data_received(costly + b"".join(envoy.call("a", "own", "cheap", 0.0001) for _ in range(20)))
+    await envoy.settle()
+    assert envoy.begun.count("costly") == 40
+    last = len(envoy.begun) - envoy.begun[::-1].index("cheap")
+    # 20 cheap ones cost less than one costly one. By turns, all costly ones would have been before the last of them.
+    assert envoy.begun[:last].count("costly") <= 16
+    envoy.close()
+
+
+@pytest.mark.parametrize("size", [0, 9_000])
+async def test_a_cancelled_or_lost_call_does_not_start_and_returns_its_memory(size: int):
+    envoy = Envoy()
+    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"call-{n}", 1.0, size) for n in range(5)))
+    assert not envoy.begun
+    assert envoy.memory.bodies.held >= 5 * (8192 + size), "what waits is counted"
+    for n in (1, 3):
+        envoy.connection.data_received(frames.rst_stream(2 * n + 1, Reason.CANCEL))
+    await envoy.settle()
+    assert envoy.begun == ["call-0", "call-2", "call-4"]
+    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"late-{n}", 1.0, size) for n in range(4)))
+    envoy.connection.connection_lost(None)
+    await envoy.settle()
+    assert envoy.begun[3:] == ["late-0"]
+    assert envoy.memory.bodies.held == 0
+    assert not envoy.memory.starts.has(b"a", b"1")
