@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ class Connection(Protocol):
 
     def abort(self) -> None:
         """Close the connection immediately."""
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        """Return the bytes that open requests hold here, by tenant; "" for those that name none."""
 
 
 Connections = dict[Connection, None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mesh.h2.connections import Connections
 from mesh.h2.server_connection import Memory, ServerConnection
@@ -69,6 +69,11 @@ class Listener:
         )
         bound: socket.socket = self._server.sockets[0]
         return f"{host}:{bound.getsockname()[1]}"
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        """Yield the bytes that open requests of a tenant hold on a connection; "" for those that name none."""
+        for connection in self._connections:
+            yield from connection.held_by_tenant()
 
     async def drain(self, drain_s: float, on_poll: Callable[[], object] = lambda: None) -> None:
         """Stop listening, let open streams end for `drain_s`, then close the connections that are left.

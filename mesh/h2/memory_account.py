@@ -10,6 +10,12 @@ gets two thirds of the limit, and never all of it: the more is held, the less a 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+Holder: TypeAlias = Callable[[], Iterable[tuple[str, int]]]
+"""Returns the bytes of an account that it holds, by tenant: "" for requests that name none. A tenant may come twice."""
+
 BODY_BYTES = 400 << 20
 """Default limit for requests. One tenant's share is 266 MiB: the pieces of one message of the maximal size, and the
 whole message."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 from mesh.h2 import frames
@@ -318,6 +319,9 @@ class ServerConnection(Peer):
             self._max_shares = max(_MAX_IDLE_SHARES, 2 * len(self._shares))
         share = self._shares[head.by_name.get(TENANT, b"")] = self._bodies.share()
         return share
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        return [(tenant.decode("latin-1"), share.held) for tenant, share in self._shares.items() if share.held]
 
     def return_credit(self, size: int) -> None:
         """Give back flow-control credit of the connection; a negative `size` keeps it."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mesh.h2.connections import Connections, admit
 from mesh.h2.frames import PREFACE, Reason
 from mesh.h2.headers import LIST_BYTES, Fields
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import READ_BYTES
-from mesh.h2.server_connection import LINGER_S, Memory, ServerConnection, disconnect, release
+from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect, release
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
 from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
@@ -487,6 +487,12 @@ class Http1Connection(asyncio.Protocol):
         if self._unparsed and self._is_free():
             self._wait()
         self._read_or_not()
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        if self._kept.held:
+            yield "", self._kept.held
+        if self._stream is not None:
+            yield self._stream.head.by_name.get(TENANT, b"").decode("latin-1"), self._stream.share.held
 
     # -- the end
 

@@ -1,101 +1,112 @@
-"""Metrics in Prometheus' text format and in OpenMetrics, written by Prometheus' own library."""
+"""Metrics in Prometheus' text format and in OpenMetrics.
+
+Formats: https://prometheus.io/docs/instrumenting/exposition_formats/ and https://prometheus.io/docs/specs/om/open_metrics_spec/.
+Prometheus' own library takes ten times as long, and keeps so many objects meanwhile that Python's garbage collector
+stops all threads for them. Here a page is written on the event loop, in pieces that leave it time for calls.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
-
-from prometheus_client import exposition
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-    UntypedMetricFamily,
-)
-from prometheus_client.openmetrics import exposition as openmetrics
 
 from mesh.metrics.endpoint import Endpoint, Request, Response
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading, Source
 from mesh.metrics.histogram import Buckets
-from mesh.metrics.snapshot import snapshot
+from mesh.metrics.snapshot import read
 
 KEPT_S = 1.0
-"""Time for which a page is given again: however many ask, a page of 500 models takes a thread for a second at most."""
+"""Time for which a page is given again: however many ask, a page of 500 models is made once a second at most."""
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-
-class _Collector:
-    """Collector as Prometheus' library reads it."""
-
-    def __init__(self, readings: Iterable[Reading]) -> None:
-        self._readings = readings
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[Family, Metric] = {}
-        for family, labels, value in self._readings:
-            metric = families.get(family)
-            if metric is None:
-                metric = families[family] = _metric(family)
-            _add(metric, [label[:LABEL_CHARS] for label in labels], value)
-        yield from families.values()
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+_OF_HELP = str.maketrans({"\\": r"\\", "\n": r"\n"})
 
 
-def _metric(family: Family) -> Metric:
-    name = family.prometheus
-    if family.verbatim and family.kind is Kind.COUNTER:
-        # The library gives a counter the suffix `_total`.
-        return UntypedMetricFamily(name, family.help, labels=family.labels)
-    match family.kind:
-        case Kind.COUNTER:
-            return CounterMetricFamily(name, family.help, labels=family.labels)
-        case Kind.GAUGE:
-            return GaugeMetricFamily(name, family.help, labels=family.labels)
-        case Kind.HISTOGRAM:
-            return HistogramMetricFamily(name, family.help, labels=family.labels)
+class PageWriter:
+    """Text of a page, written reading by reading. The series of a family stand together."""
+
+    def __init__(self, *, is_openmetrics: bool = False) -> None:
+        self._is_openmetrics = is_openmetrics
+        # By family: the name of its series, and their lines.
+        self._families: dict[Family, tuple[str, list[str]]] = {}
+
+    def add(self, reading: Reading) -> None:
+        """Write the series of a reading."""
+        family, labels, value = reading
+        name, lines = self._families.get(family) or self._head(family)
+        text = ",".join(
+            f'{label}="{given[:LABEL_CHARS].translate(_ESCAPES)}"'
+            for label, given in zip(family.labels, labels, strict=True)
+        )
+        if isinstance(value, Buckets):
+            comma = "," if text else ""
+            *bounded, total = accumulate(value.counts)
+            for bound, count in zip(value.bounds, bounded, strict=True):
+                lines.append(f'{name}_bucket{{{text}{comma}le="{bound!r}"}} {count}.0\n')
+            of_all = f"{{{text}}}" if text else ""
+            lines.append(
+                f'{name}_bucket{{{text}{comma}le="+Inf"}} {total}.0\n'
+                f"{name}_count{of_all} {total}.0\n{name}_sum{of_all} {_number(value.sum)}\n"
+            )
+        else:
+            lines.append(f"{name}{{{text}}} {_number(value)}\n" if text else f"{name} {_number(value)}\n")
+
+    def _head(self, family: Family) -> tuple[str, list[str]]:
+        name = named = family.prometheus
+        kind: str = family.kind
+        if family.kind is Kind.COUNTER and family.verbatim:
+            # A counter's name ends in `_total`; another server's names are kept.
+            kind = "unknown" if self._is_openmetrics else "untyped"
+        elif family.kind is Kind.COUNTER:
+            name = f"{named}_total"
+            # In OpenMetrics, the family of a counter has the name without the suffix.
+            named = named if self._is_openmetrics else name
+        help = family.help.translate(_ESCAPES if self._is_openmetrics else _OF_HELP)
+        found = self._families[family] = (name, [f"# HELP {named} {help}\n# TYPE {named} {kind}\n"])
+        return found
+
+    def page(self) -> tuple[bytes, str]:
+        """Return the page, and its content type."""
+        body = "".join(line for _, lines in self._families.values() for line in lines)
+        if self._is_openmetrics:
+            return f"{body}# EOF\n".encode(errors="replace"), OPENMETRICS
+        return body.encode(errors="replace"), TEXT
 
 
-def _add(metric: Metric, labels: list[str], value: float | Buckets) -> None:
-    if isinstance(value, Buckets):
-        assert isinstance(metric, HistogramMetricFamily)
-        cumulated = list(accumulate(value.counts))
-        bounds = [*(repr(bound) for bound in value.bounds), "+Inf"]
-        metric.add_metric(labels, list(zip(bounds, map(float, cumulated), strict=True)), value.sum)
-    else:
-        assert isinstance(metric, CounterMetricFamily | GaugeMetricFamily | UntypedMetricFamily)
-        metric.add_metric(labels, value)
+def _number(value: float) -> str:
+    if math.isfinite(value):
+        return repr(float(value))
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
 
 
-def page(readings: Iterable[Reading], accept: str = "") -> tuple[bytes, str]:
-    """Return the text of readings, and its content type, by the header `Accept` of the request.
-
-    It is called in a thread: the text of 500 models and 10,000 tenants takes most of a second.
-    """
-    collector: Any = _Collector(readings)
-    if "application/openmetrics-text" in accept:
-        return openmetrics.generate_latest(collector), OPENMETRICS
-    return exposition.generate_latest(collector), TEXT
+def page(readings: Iterable[Reading]) -> tuple[bytes, str]:
+    """Return the text of readings in Prometheus' format, and its content type."""
+    writer = PageWriter()
+    for reading in readings:
+        writer.add(reading)
+    return writer.page()
 
 
 def metrics_endpoint(listen: str, sources: Sequence[Source], names: Collection[str] = ()) -> Endpoint:
-    """Return the endpoint of a page of metrics, `/metrics`. One page at a time is made, in a thread."""
+    """Return the endpoint of a page of metrics, `/metrics`. One page at a time is made."""
     turn = asyncio.Lock()
     made: dict[bool, tuple[float, Response]] = {}
 
     async def metrics(request: Request) -> Response:
-        accept = request.headers.get("accept", "")
-        form = "application/openmetrics-text" in accept
+        is_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
         async with turn:
-            at, response = made.get(form, (-math.inf, None))
+            at, response = made.get(is_openmetrics, (-math.inf, None))
             if response is None or time.monotonic() - at >= KEPT_S:
-                body, content_type = await asyncio.to_thread(page, await snapshot(sources), accept)
+                writer = PageWriter(is_openmetrics=is_openmetrics)
+                await read(sources, writer.add)
+                body, content_type = writer.page()
                 response = Response(200, content_type, body)
-                made[form] = time.monotonic(), response
+                made[is_openmetrics] = time.monotonic(), response
             return response
 
     return Endpoint(listen, {"/metrics": metrics}, names)

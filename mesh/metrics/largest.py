@@ -8,7 +8,9 @@ A replaced key's row is dropped and not added to the shared one: a rate over the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
+from operator import itemgetter
 
 from mesh.metrics.families import LABEL_CHARS
 
@@ -17,6 +19,19 @@ OTHER = "other"
 
 LARGEST = 50
 """Rows of their own, by default: enough to name who uses a node, and as many lines a scrape for each family."""
+
+
+def largest(amounts: Iterable[tuple[str, float]], size: int = LARGEST) -> list[tuple[str, float]]:
+    """Return the sums of the `size` keys with the most, then that of all others as OTHER, if there are any."""
+    sums: dict[str, float] = {}
+    for key, amount in amounts:
+        key = key[:LABEL_CHARS]
+        sums[key] = sums.get(key, 0) + amount
+    shared = sums.pop(OTHER, 0)
+    found = nlargest(size, sums.items(), key=itemgetter(1))
+    if shared or len(sums) > size:
+        found.append((OTHER, shared + sum(sums.values()) - sum(amount for _, amount in found)))
+    return found
 
 
 class Largest:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
-from mesh.h2.memory_account import MemoryAccount
+from mesh.h2.memory_account import Holder, MemoryAccount
 from mesh.metrics.families import Family, Kind, Reading, Source
+from mesh.metrics.largest import largest
 from mesh.process.stall_watch import StallWatch
 
 BUILD = Family("shoal.build", Kind.GAUGE, "", "1; the label is the version of Shoal.", ("version",))
@@ -28,17 +30,29 @@ HELD = Family(
     ("kind",),
 )
 HELD_MOST = Family("shoal.connection.memory.limit", Kind.GAUGE, "By", "Limit of shoal.connection.memory.", ("kind",))
+HELD_BY = Family(
+    "shoal.connection.memory.tenant",
+    Kind.GAUGE,
+    "By",
+    "Bytes that requests of a tenant hold until they are answered: the 50 tenants with the most, else `other`.",
+    ("tenant",),
+)
 REFUSED = Family(
     "shoal.connection.memory.refused", Kind.COUNTER, "{request}", "Requests rejected at their begin: no memory is free."
 )
 FAMILIES = (
     *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST),
-    *(HELD, HELD_MOST, REFUSED),
+    *(HELD, HELD_MOST, HELD_BY, REFUSED),
 )
 
 
-def source(version: str, stalls: StallWatch, accounts: dict[str, MemoryAccount]) -> Source:
-    """Return the readings of this process; `accounts` are those of its connections, by kind."""
+def source(
+    version: str, stalls: StallWatch, accounts: dict[str, MemoryAccount], holders: Sequence[Holder] = ()
+) -> Source:
+    """Return the readings of this process.
+
+    `accounts` are those of its connections, by kind. `holders` hold the bytes of the account of requests.
+    """
 
     def read() -> Iterable[Reading]:
         yield BUILD, (version,), 1
@@ -55,9 +69,27 @@ def source(version: str, stalls: StallWatch, accounts: dict[str, MemoryAccount])
         for kind, account in accounts.items():
             yield HELD, (kind,), account.held
             yield HELD_MOST, (kind,), account.limit
+        for tenant, held in largest(chain.from_iterable(holder() for holder in holders)):
+            yield HELD_BY, (tenant,), held
         yield REFUSED, (), sum(account.refused for account in accounts.values())
 
     return read
+
+
+def resources(pid: int) -> list[Reading]:
+    """Return processor time and memory of a process of another project, under the same names.
+
+    Raises:
+        OSError: it has ended, or belongs to another user.
+    """
+    # proc(5), fields 14 and 15 of stat; the second field may have spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return [
+        (CPU, ("user",), int(fields[11]) / ticks),
+        (CPU, ("system",), int(fields[12]) / ticks),
+        (MEMORY, (), _resident_bytes(pid)),
+    ]
 
 
 def _start_time() -> float:
@@ -66,5 +98,5 @@ def _start_time() -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _resident_bytes(pid: int | str = "self") -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from mesh.h2.listener import Listener
-from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES
+from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, Holder
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.stream import Application
 from mesh.http1.connection import Http1Connection
@@ -85,6 +85,7 @@ class Server:
         http_listen: a second address, for HTTP clients that get one of their own.
         heavy: the process's turns for heavy work, if others use them, too.
         metrics: address of the page of metrics, beside those of `sources` with what every process has; None: no page.
+        holders: what holds memory for requests beside the connections, in the same account.
         exports_as: service and instance that metrics are exported as over OTLP, where the environment names a
             collector; None: they are not exported.
         shrink: frees memory that the service keeps for reuse. Called by a thread, when memory has grown and little is
@@ -113,6 +114,7 @@ class Server:
         heavy: HeavyWork | None = None,
         metrics: str | None = None,
         sources: Sequence[Source] = (),
+        holders: Sequence[Holder] = (),
         exports_as: tuple[str, str] | None = None,
         shrink: Callable[[], None] | None = None,
     ) -> None:
@@ -129,6 +131,7 @@ class Server:
         self._heavy = heavy
         self._metrics = metrics
         self._sources = tuple(sources)
+        self._holders = tuple(holders)
         self._exports_as = exports_as
         self._exports = AsyncExitStack()
         self._health = Health() if serves_health else None
@@ -172,7 +175,8 @@ class Server:
         from mesh.metrics import process
 
         accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
-        sources = (process.source(__version__, self._stalls, accounts), *self._sources)
+        holders = [*(listener.held_by_tenant for listener in self._listeners), *self._holders]
+        sources = (process.source(__version__, self._stalls, accounts, holders), *self._sources)
         if self._metrics is not None:
             from mesh.metrics.exposition import metrics_endpoint
 

@@ -107,6 +107,7 @@ async def run(config: InferConfig) -> None:
             metrics=config.metrics,
             exports_as=("infer", f"{config.node}/{config.instance}"),
             sources=[metrics.source(models)],
+            holders=[inner_calls.held_by_tenant],
             shrink=models.shrink,
         )
         inner_calls.bind(core, server.memory.bodies)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from shoal.cli import admin_page
@@ -42,6 +43,17 @@ def fetch(admin: str) -> list[Endpoint]:
         return of_document(json.loads(admin_page.read(admin, "/clusters?format=json", timeout_s=TIMEOUT_S)))
     except ValueError as err:
         raise Unavailable(f"the admin address {admin} is not that of a node: {err}") from err
+
+
+def by_instance(endpoints: Iterable[Endpoint]) -> dict[str, tuple[int, int]]:
+    """Return the requests that were sent to each instance of the node, and how many of them failed for Envoy."""
+    found: dict[str, tuple[int, int]] = {}
+    for endpoint in endpoints:
+        # Instances of the node listen at unix sockets of their name.
+        name = PurePath(endpoint.address).stem
+        total, failed = found.get(name, (0, 0))
+        found[name] = (total + endpoint.total_requests, failed + endpoint.failed_requests)
+    return found
 
 
 def of_document(document: Mapping[str, Any]) -> list[Endpoint]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli import admin_page
+from shoal.cli import admin_page, endpoints
 from shoal.cli.output import AsJson, console, plain, show_json
 from shoal.errors import InvalidArgument, Unavailable
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-_VIEWS = ("model", "tenant", "instance")
-_KEYS = {"m": "model", "t": "tenant", "i": "instance"}
+_VIEWS = ("model", "execution", "tenant", "instance")
+_KEYS = {"m": "model", "e": "execution", "t": "tenant", "i": "instance"}
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 10
 _READ_S = 10.0
@@ -35,7 +35,7 @@ _READ_S = 10.0
 
 @app.command()
 def top(
-    by: Annotated[str, typer.Option(metavar="VIEW", help="model, tenant or instance.")] = "model",
+    by: Annotated[str, typer.Option(metavar="VIEW", help="model, execution, tenant or instance.")] = "model",
     sort: Annotated[
         str,
         typer.Option(metavar="FIELD", help="rate, p99, errors, queue, age, batch, shed, cpu, memory, stalls or name."),
@@ -50,7 +50,7 @@ def top(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Show rates, latencies, queues and memory, live. Keys: m, t, i choose the view, s the order, q ends.
+    """Show rates, latencies, queues and memory, live. Keys: m, e, t, i choose the view, s the order, q ends.
 
     Figures are those between the last two readings of the node's metrics.
 
@@ -58,7 +58,7 @@ def top(
 
       shoal top
 
-      shoal top --by instance --sort memory --once
+      shoal top --by tenant --sort memory --once
 
       ssh gpu-1 shoal top --once --json
     """  # fmt: skip
@@ -123,9 +123,13 @@ class _State:
 
         text = admin_page.read(self.admin, "/metrics", timeout_s=_READ_S)
         try:
-            return parse(text, time.monotonic())
+            page = parse(text, time.monotonic())
         except ValueError as err:
             raise Unavailable(f"the node's admin address {self.admin} has no metrics: {err}") from err
+        # `shoal serve` has no page of its Envoy.
+        with contextlib.suppress(Unavailable):
+            page.endpoints = endpoints.by_instance(endpoints.fetch(self.admin))
+        return page
 
     def _rows(self, view: str) -> list[Row]:
         from shoal.cli.diagnosis import rates
@@ -134,6 +138,7 @@ class _State:
             return []
         of: dict[str, Callable[[Page, Page], list[Row]]] = {
             "model": rates.models,
+            "execution": rates.executions,
             "tenant": rates.tenants,
             "instance": rates.instances,
         }
@@ -201,8 +206,18 @@ _COLUMNS: dict[str, tuple[tuple[str, Callable[[Row], str]], ...]] = {
         ("age s", lambda row: _number(row.queue_age_s)),
         ("shed/s", lambda row: _number(row.shed)),
     ),
+    "execution": (
+        ("runs/s", lambda row: _number(row.rate)),
+        ("rows", lambda row: _number(row.batch)),
+        ("p50 ms", lambda row: _number(row.p50_ms)),
+        ("p99 ms", lambda row: _number(row.p99_ms)),
+        ("wait p50", lambda row: _number(row.queue_p50_ms)),
+        ("p99", lambda row: _number(row.queue_p99_ms)),
+        ("queue", lambda row: _number(row.queue, 0)),
+    ),
     "tenant": (
         ("req/s", lambda row: _number(row.rate)),
+        ("memory", lambda row: _mib(row.memory_bytes)),
         ("job age s", lambda row: _number(row.queue_age_s)),
     ),
     "instance": (
@@ -236,7 +251,7 @@ def _live(state: _State, every: float) -> None:
     from shoal.cli.diagnosis.rates import SORTS
 
     def view() -> Group:
-        keys = "m models  t tenants  i instances  s order  q end"
+        keys = "m models  e executions  t tenants  i instances  s order  q end"
         head = f"{state.admin}   by {state.by}, sorted by {state.sort}, of {state.seconds:.1f} s   {keys}"
         return Group(Text(head, "dim", no_wrap=True, overflow="ellipsis"), state.table(), Text(trouble, "red"))
 

@@ -1,6 +1,7 @@
 """Admin address of a node, for operators and Prometheus: GET only. It has `/metrics`, and Envoy's reading pages.
 
     /metrics  ──> each service's process, over its own socket; Envoy: chosen statistics ──> one page
+              ──> memory and processor time of Envoy, etcd and mongod, of /proc
     /clusters, /config_dump ... ──> Envoy's admin socket, which only the node's user can reach
 
 A process that does not answer in time has `shoal_process_up` 0, and the page has the others.
@@ -72,17 +73,21 @@ class Scraped:
 
     service: str
     instance: str
-    socket: Path
+    socket: Path | None
+    """Socket of its page; None: it has none, as etcd and mongod."""
     target: str = "/metrics"
     restarts: int = 0
+    pid: int | None = None
+    """Process whose memory and processor time the node reads; None: it does not run, or its own page has them."""
 
 
 Processes = Callable[[], Sequence[Scraped]]
 
 
-def envoy_process(socket: Path) -> Scraped:
+def envoy_process(socket: Path, pid: int | None, restarts: int = 0) -> Scraped:
     """Return the node's Envoy as a process whose metrics are read, from its admin socket."""
-    return Scraped("envoy", "envoy", socket, f"/stats/prometheus?filter={quote(_OF_ENVOY, safe='')}")
+    target = f"/stats/prometheus?filter={quote(_OF_ENVOY, safe='')}"
+    return Scraped("envoy", "envoy", socket, target, restarts, pid)
 
 
 def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -156,21 +161,32 @@ async def node_page(processes: Sequence[Scraped]) -> Response:
 def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None]) -> Response:
     from mesh.metrics import exposition
 
-    readings: list[Reading] = []
+    own: list[Reading] = []
+    found: list[tuple[Mapping[str, str], str]] = []
     for one, body in zip(processes, pages, strict=True):
-        readings.append((UP, (one.service, one.instance), int(body is not None)))
-        readings.append((RESTARTS, (one.service, one.instance), one.restarts))
-    own, content_type = exposition.page(readings)
-    merged = merge(
-        ({"service": one.service, "instance": one.instance}, body.decode())
-        for one, body in zip(processes, pages, strict=True)
-        if body is not None
-    )
-    return Response(200, content_type, own + merged.encode())
+        labels = {"service": one.service, "instance": one.instance}
+        resources = b"" if one.pid is None else _resources(one.pid)
+        own.append((UP, tuple(labels.values()), int(bool(resources) if one.socket is None else body is not None)))
+        own.append((RESTARTS, tuple(labels.values()), one.restarts))
+        found.extend((labels, text.decode()) for text in (body, resources) if text)
+    text, content_type = exposition.page(own)
+    return Response(200, content_type, merge([({}, text.decode()), *found]).encode())
+
+
+def _resources(pid: int) -> bytes:
+    """Return memory and processor time of a process as a page of metrics; an empty one when it has ended."""
+    from mesh.metrics import exposition, process
+
+    try:
+        return exposition.page(process.resources(pid))[0]
+    except OSError:
+        return b""
 
 
 async def _page(one: Scraped) -> bytes | None:
-    """Return a process's metrics; None when it does not answer in time, or not with metrics."""
+    """Return a process's metrics; None when it has no page, or does not answer in time, or not with metrics."""
+    if one.socket is None:
+        return None
     with contextlib.suppress(OSError, TimeoutError, ValueError):
         response = await fetch(one.socket, one.target)
         if response.status == 200:
@@ -199,6 +215,8 @@ def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:
 
 
 def _labelled(line: str, added: str) -> str:
+    if not added:
+        return line
     name, brace, rest = line.partition("{")
     if brace:
         comma = "" if rest.startswith("}") else ","

@@ -30,7 +30,7 @@ from shoal.node.ports import HOST, PortInUse, Ports, joined
 from shoal.node.process import raise_file_limit, stop_signals
 from shoal.node.processes import ProcessSpec
 from shoal.node.ready import Ready, ReadyFiles
-from shoal.node.supervisor import Event, Started, Supervisor
+from shoal.node.supervisor import Event, ProcessKeeper, Started, Supervisor
 from shoal.node.unique_name import check_unique
 
 if TYPE_CHECKING:
@@ -192,17 +192,16 @@ class _Running:
         return admin.endpoint(self.layout.admin, self._scraped, envoy, admin.secrets_of(os.environ))
 
     def _scraped(self) -> list[Scraped]:
-        services = [
-            Scraped(
-                keeper.spec.name.rpartition("-")[0],
-                keeper.spec.name,
-                self.layout.metrics_of(keeper.spec.name),
-                restarts=keeper.restart_count,
-            )
-            for keeper in self.supervisor.keepers
-            if keeper.spec.name.rpartition("-")[0] in SERVICES
-        ]
-        return [*services, admin.envoy_process(self.layout.envoy_admin)]
+        return [self._scraped_of(keeper) for keeper in self.supervisor.keepers]
+
+    def _scraped_of(self, keeper: ProcessKeeper) -> Scraped:
+        name, restarts = keeper.spec.name, keeper.restart_count
+        service = name.rpartition("-")[0]
+        if service in SERVICES:
+            return Scraped(service, name, self.layout.metrics_of(name), restarts=restarts)
+        if name == "envoy":
+            return admin.envoy_process(self.layout.envoy_admin, keeper.pid, restarts)
+        return Scraped(name, name, None, restarts=restarts, pid=keeper.pid)
 
     def write_ready_files(self) -> None:
         """Write the ready files, now and again whenever a process gets a new pid."""

@@ -162,12 +162,13 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
         if http_address and not has_envoy:
             options = replace(options, settings={**options.settings, "HTTP_LISTEN": http_address})
         pages: list[Path | None] = [None] * options.workers
+        edges: list[Edge] = []
         if run_dir is not None and has_metrics:
             sources = [Scraped("infer", f"infer-{n}", run_dir / f"metrics-{n}.sock") for n in range(options.workers)]
             pages = [source.socket for source in sources]
-            if has_envoy:
-                sources.append(envoy_process(run_dir / ADMIN_SOCKET))
-            await stack.enter_async_context(endpoint(addresses.metrics, lambda: sources, None))
+            admin_socket = run_dir / ADMIN_SOCKET
+            scraped = lambda: [*sources, *(envoy_process(admin_socket, edge.pid) for edge in edges)]  # noqa: E731
+            await stack.enter_async_context(endpoint(addresses.metrics, scraped, None))
         specs = [
             _spec(number, listen, options, environ, shared, policy_file, page)
             for number, (listen, page) in enumerate(zip(listens, pages, strict=True))
@@ -189,6 +190,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             policy=policy,
             http_port=http_port,
         )
+        edges.append(edge)
         announce = partial(
             _announce_behind, edge, specs, addresses, front, served, None if policy is None else listens[0]
         )

@@ -64,6 +64,73 @@ def test_an_instance_without_an_answer_is_named() -> None:
     assert (store.name, store.cpu) == ("store-0 (no answer)", None)
 
 
+def test_executions_have_their_rate_rows_and_the_time_that_requests_waited() -> None:
+    labels = 'service="infer",instance="infer-0",model="digits",version="1"'
+
+    def of(runs: int) -> str:
+        buckets = "".join(
+            f'shoal_infer_{name}_duration_seconds_bucket{{{labels},le="{le}"}} {count}\n'
+            for name, bound in (("compute", "0.001"), ("queue", "0.01"))
+            for le, count in ((bound, runs), ("+Inf", runs))
+        )
+        sizes = f"shoal_infer_batch_size_sum{{{labels}}} {8 * runs}\nshoal_infer_batch_size_count{{{labels}}} {runs}\n"
+        return f"shoal_infer_model_ready{{{labels}}} 1\n{buckets}{sizes}"
+
+    [row] = rates.executions(*pages(of(10), of(110)))
+    assert (row.name, row.rate, row.batch) == ("digits 1", 50.0, 8.0)
+    assert (row.p50_ms, row.queue_p50_ms) == (pytest.approx(0.5), pytest.approx(5.0))
+    assert row.queue_p99_ms == pytest.approx(9.9)
+
+
+def test_tenants_are_ordered_by_the_memory_of_their_requests() -> None:
+    text = "".join(
+        f'shoal_connection_memory_tenant_bytes{{service="{service}",instance="{service}-0",tenant="{tenant}"}} {size}\n'
+        for service, tenant, size in (("infer", "acme", 3 << 20), ("ingest", "acme", 1 << 20), ("infer", "b", 2 << 20))
+    )
+    rows = ordered(rates.tenants(*pages(text, text)), "memory")
+    assert [(row.name, row.memory_bytes) for row in rows] == [("acme", 4 << 20), ("b", 2 << 20)]
+
+
+@pytest.mark.parametrize(
+    ("rest_4xx", "rest_5xx", "of_clusters", "refused", "expected"),
+    [
+        # gRPC: Envoy answers with the HTTP status 200.
+        (0, 0, 30, 0, 0.3),
+        (0, 0, 0, 20, 0.2),
+        # REST: the same errors are in both counts.
+        (5, 30, 30, 5, 0.35),
+        (5, 10, 30, 0, 0.35),
+    ],
+)
+def test_errors_that_envoy_made_are_counted_for_grpc_too(
+    rest_4xx: int, rest_5xx: int, of_clusters: int, refused: int, expected: float
+) -> None:
+    envoy = 'service="envoy",instance="envoy"'
+    gateway = f'{envoy},envoy_http_conn_manager_prefix="gateway"'
+
+    def of(part: int) -> str:
+        return (
+            f"shoal_process_up{{{envoy}}} 1\n"
+            f"envoy_http_downstream_rq_total{{{gateway}}} {100 * part}\n"
+            f'envoy_http_downstream_rq_xx{{{gateway},envoy_response_code_class="4"}} {rest_4xx * part}\n'
+            f'envoy_http_downstream_rq_xx{{{gateway},envoy_response_code_class="5"}} {rest_5xx * part}\n'
+            f'envoy_cluster_upstream_rq_xx{{{envoy},envoy_cluster_name="infer",envoy_response_code_class="5"}} '
+            f"{of_clusters * part}\n"
+            f"envoy_http_rbac_denied{{{gateway}}} {refused * part}\n"
+        )
+
+    [row] = rates.instances(*pages(of(0), of(1)))
+    assert (row.name, row.errors) == ("envoy", pytest.approx(expected))
+
+
+def test_requests_that_envoy_saw_fail_at_an_instance_are_its_errors() -> None:
+    before, now = pages(page(0, 100, 0, 0), page(0, 200, 0, 0))
+    before.endpoints = {"infer-0": (100, 5), "store-0": (7, 0)}
+    now.endpoints = {"infer-0": (220, 35), "store-0": (7, 0)}
+    infer, store = rates.instances(before, now)
+    assert (infer.errors, store.errors) == (0.25, 0.0)
+
+
 @pytest.mark.parametrize(
     ("bounds", "share", "expected"),
     [
@@ -100,7 +167,7 @@ def test_the_table_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(state, "_fetch", lambda: parse(next(shown), float(next(clock))))
     for _ in range(12):
         state.read()
-    for view in ("model", "tenant", "instance"):
+    for view in ("model", "execution", "tenant", "instance"):
         state.by = view
         console = Console(width=200)
         with console.capture() as captured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import stat
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.metrics.endpoint import Endpoint, Request, Response
 from mesh.metrics.exposition import metrics_endpoint
@@ -112,7 +114,7 @@ async def test_operators_read_envoys_pages_and_nobody_writes() -> None:
 
         page = (await ask(address, "GET", "/metrics"))[1]
         assert page == ""
-        assert (await node_page([envoy_process(socket)])).body.count(b"\nenvoy_server_live{") == 1
+        assert (await node_page([envoy_process(socket, None)])).body.count(b"\nenvoy_server_live{") == 1
         assert process.is_running()
         assert await ask(directly, "POST", "/logging") == levels
 
@@ -159,10 +161,10 @@ async def test_one_process_that_does_not_answer_fails_no_scrape(run_dir: Path, m
     assert status == 200
     lines = text.splitlines()
     for name in ("one", "two"):
-        assert f'shoal_process_up{{instance="{name}",service="s"}} 1.0' in lines
+        assert f'shoal_process_up{{service="s",instance="{name}"}} 1.0' in lines
         assert f'shoal_test_jobs_total{{service="s",instance="{name}",tenant="acme"}} 7.0' in lines
     for name in ("dead", "silent", "large", "failing"):
-        assert f'shoal_process_up{{instance="{name}",service="s"}} 0.0' in lines
+        assert f'shoal_process_up{{service="s",instance="{name}"}} 0.0' in lines
     assert not any(line.startswith("shoal_large") for line in lines)
     assert lines.count("# TYPE shoal_test_jobs_total counter") == 1
 
@@ -180,6 +182,34 @@ async def test_names_that_callers_choose_do_not_break_the_page(run_dir: Path) ->
     assert len(lines) == len(names)
     assert all(line.startswith('shoal_test_jobs_total{service="s",instance="one",tenant="') for line in lines)
     assert all(line.endswith('"} 1.0') for line in lines)
+
+
+async def test_the_page_has_memory_and_processor_time_of_processes_of_other_projects(run_dir: Path) -> None:
+    async with metrics_endpoint(f"unix:{run_dir}/one", [lambda: source("acme")]):
+        asked = [
+            Scraped("s", "one", run_dir / "one", pid=os.getpid()),
+            Scraped("etcd", "etcd", None, pid=os.getpid(), restarts=2),
+            Scraped("mongod", "mongod", None, pid=None),
+            # No process has this id: it is above the kernel's limit.
+            Scraped("envoy", "envoy", None, pid=1 << 23),
+        ]
+        body = (await node_page(asked)).body.decode()
+    samples = {
+        (sample.name, sample.labels["instance"], sample.labels.get("mode", "")): sample.value
+        for family in text_string_to_metric_families(body)
+        for sample in family.samples
+    }
+    assert [samples["shoal_process_up", name, ""] for name in ("one", "etcd", "mongod", "envoy")] == [1, 1, 0, 0]
+    assert samples["shoal_process_restarts_total", "etcd", ""] == 2
+    for name in ("one", "etcd"):
+        assert samples["process_memory_usage_bytes", name, ""] > 1 << 20
+        assert samples["process_cpu_time_seconds_total", name, "user"] > 0
+    assert not any(
+        name == "mongod"
+        for _, name, _ in samples.keys()
+        - {("shoal_process_up", "mongod", ""), ("shoal_process_restarts_total", "mongod", "")}
+    )
+    assert body.count("# TYPE process_memory_usage_bytes gauge") == 1
 
 
 @pytest.mark.parametrize(

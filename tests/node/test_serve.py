@@ -93,7 +93,7 @@ def test_metrics_of_all_workers_are_at_one_address_that_takes_nothing_else(
     _, said = start(str(onnx_models), "--workers", "2", "--front", front, "--metrics-port", "0")
     assert said["metrics_address"].startswith("127.0.0.1:")
     deadline = time.monotonic() + 60
-    ups = [f'shoal_process_up{{instance="infer-{n}",service="infer"}} 1.0' for n in range(2)]
+    ups = [f'shoal_process_up{{service="infer",instance="infer-{n}"}} 1.0' for n in range(2)]
     while not all(up in (page := page_at(said["metrics_address"])) for up in ups):
         assert time.monotonic() < deadline, page
     assert double(said["address"]) == [2, 4, 6, 8]

@@ -353,6 +353,10 @@ class InnerCalls:
         """Run all later calls on `core`, in the running event loop, and count them in the account of requests."""
         self._core, self._loop, self._account = core, asyncio.get_running_loop(), account
 
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        """Return the bytes that inner calls hold, by tenant."""
+        return [(tenant, memory.held) for tenant, memory in self._memories.items()]
+
     def _memory_of(self, tenant: str) -> RequestMemory:
         if self._account is None:
             return UNCOUNTED

@@ -18,6 +18,8 @@ class Page:
     at: float
     """Seconds, on any clock."""
     samples: Mapping[str, Mapping[tuple[tuple[str, str], ...], float]]
+    endpoints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Requests that the node's Envoy has sent to an instance, and how many of them failed for it."""
 
     def by(self, name: str, labels: Sequence[str]) -> dict[Key, float]:
         """Return the sums of a sample's values by these labels."""
@@ -69,13 +71,15 @@ class Row:
     memory_bytes: float | None = None
     stalls: float = 0.0
     """Event loop stalls between the pages; for an instance."""
+    queue_p50_ms: float | None = None
+    """Time that requests waited for an execution; for executions."""
+    queue_p99_ms: float | None = None
     rates: list[float] = field(default_factory=list)
     """Rates of earlier pairs of pages, oldest first, with this one."""
 
 
 MODEL = ("model", "version")
 INSTANCE = ("instance",)
-_DURATION = "shoal_infer_request_duration_seconds"
 
 
 def _growth(before: Page, now: Page, name: str, labels: Sequence[str]) -> dict[Key, float]:
@@ -107,7 +111,7 @@ def models(before: Page, now: Page) -> list[Row]:
     """Return a row for each version of a model."""
     seconds = max(now.at - before.at, 1e-9)
     ended = _growth(before, now, "shoal_infer_requests_total", (*MODEL, "outcome"))
-    counts = _growth(before, now, f"{_DURATION}_bucket", (*MODEL, "le"))
+    durations = _percentiles_ms(before, now, "shoal_infer_request_duration_seconds")
     rows_run = _growth(before, now, "nv_inference_count", MODEL)
     executions = _growth(before, now, "nv_inference_exec_count", MODEL)
     shed = _growth(before, now, "shoal_infer_shed_total", MODEL)
@@ -116,15 +120,14 @@ def models(before: Page, now: Page) -> list[Row]:
     found = []
     for key in sorted(now.by("shoal_infer_model_ready", MODEL)):
         good, bad = ended.get((*key, "success"), 0.0), ended.get((*key, "failure"), 0.0)
-        bounds = {float(series[-1]): count for series, count in counts.items() if series[:-1] == key}
-        p50, p99 = percentile(bounds, 0.5), percentile(bounds, 0.99)
+        p50, p99 = durations.get(key, (None, None))
         found.append(
             Row(
                 name=f"{key[0]} {key[1]}",
                 rate=(good + bad) / seconds,
                 errors=bad / (good + bad) if good + bad else 0.0,
-                p50_ms=None if p50 is None else p50 * 1_000,
-                p99_ms=None if p99 is None else p99 * 1_000,
+                p50_ms=p50,
+                p99_ms=p99,
                 batch=rows_run.get(key, 0.0) / executions[key] if executions.get(key) else None,
                 queue=waiting.get(key, 0.0),
                 queue_age_s=age.get(key, 0.0),
@@ -134,8 +137,77 @@ def models(before: Page, now: Page) -> list[Row]:
     return found
 
 
+def executions(before: Page, now: Page) -> list[Row]:
+    """Return a row for each version of a model: how often it ran, with how many rows, and what requests waited for it.
+
+    Percentiles `p50_ms` and `p99_ms` are those of the model's own time.
+    """
+    seconds = max(now.at - before.at, 1e-9)
+    ran = _growth(before, now, "shoal_infer_batch_size_count", MODEL)
+    rows_run = _growth(before, now, "shoal_infer_batch_size_sum", MODEL)
+    compute = _percentiles_ms(before, now, "shoal_infer_compute_duration_seconds")
+    queue = _percentiles_ms(before, now, "shoal_infer_queue_duration_seconds")
+    waiting, age = now.by("shoal_infer_queue_depth", MODEL), now.most("shoal_infer_queue_age_seconds", MODEL)
+    found = []
+    for key in sorted(now.by("shoal_infer_model_ready", MODEL)):
+        p50, p99 = compute.get(key, (None, None))
+        queue_p50, queue_p99 = queue.get(key, (None, None))
+        found.append(
+            Row(
+                name=f"{key[0]} {key[1]}",
+                rate=ran.get(key, 0.0) / seconds,
+                batch=rows_run.get(key, 0.0) / ran[key] if ran.get(key) else None,
+                p50_ms=p50,
+                p99_ms=p99,
+                queue_p50_ms=queue_p50,
+                queue_p99_ms=queue_p99,
+                queue=waiting.get(key, 0.0),
+                queue_age_s=age.get(key, 0.0),
+            )
+        )
+    return found
+
+
+def _percentiles_ms(before: Page, now: Page, name: str) -> dict[Key, tuple[float | None, float | None]]:
+    """Return the 50th and the 99th percentile of a histogram, by version of a model."""
+    bounds: dict[Key, dict[float, float]] = defaultdict(dict)
+    for (*key, bound), count in _growth(before, now, f"{name}_bucket", (*MODEL, "le")).items():
+        bounds[tuple(key)][float(bound)] = count
+
+    def ms(of: Mapping[float, float], share: float) -> float | None:
+        value = percentile(of, share)
+        return None if value is None else value * 1_000
+
+    return {key: (ms(of, 0.5), ms(of, 0.99)) for key, of in bounds.items()}
+
+
+def _failed_at_envoy(before: Page, now: Page) -> float:
+    """Return how many requests have failed at Envoy between the pages, at least.
+
+    Its answer to a gRPC call has the HTTP status 200: such an error is in the counts of clusters (no instance answers,
+    an instance broke off, time over) or of filters (callers, limits), and one of REST also in those of the listener.
+    """
+
+    def grown(name: str, *labels: str) -> dict[Key, float]:
+        return _growth(before, now, name, labels)
+
+    classes = grown("envoy_http_downstream_rq_xx", "envoy_response_code_class")
+    clusters = grown("envoy_cluster_upstream_rq_xx", "envoy_response_code_class").get(("5",), 0.0)
+    refused = sum(
+        value
+        for name in now.samples
+        if name.startswith("envoy_http_") and name.endswith(("_denied", "_rate_limited"))
+        for value in grown(name).values()
+    )
+    return max(classes.get(("4",), 0.0), refused) + max(classes.get(("5",), 0.0), clusters)
+
+
 def instances(before: Page, now: Page) -> list[Row]:
-    """Return a row for each process of the node."""
+    """Return a row for each process of the node.
+
+    A request has failed when its instance counts it so, or the node's Envoy: one without an answer is in Envoy's count
+    alone.
+    """
     seconds = max(now.at - before.at, 1e-9)
     cpu = _growth(before, now, "process_cpu_time_seconds_total", INSTANCE)
     stalls = _growth(before, now, "shoal_event_loop_stalls_total", INSTANCE)
@@ -148,11 +220,18 @@ def instances(before: Page, now: Page) -> list[Row]:
     for (name,), is_up in sorted(now.by("shoal_process_up", INSTANCE).items()):
         good, bad = ended.get((name, "success"), 0.0), ended.get((name, "failure"), 0.0)
         total = good + bad + jobs.get((name,), 0.0) + calls.get((name, "gateway"), 0.0)
+        share = bad / (good + bad) if good + bad else 0.0
+        if name == "envoy" and (all_calls := sum(count for key, count in calls.items() if key[0] == name)):
+            share = min(1.0, _failed_at_envoy(before, now) / all_calls)
+        sent, failed = (
+            max(0, last - first)
+            for last, first in zip(now.endpoints.get(name, (0, 0)), before.endpoints.get(name, (0, 0)), strict=True)
+        )
         found.append(
             Row(
                 name=name if is_up else f"{name} (no answer)",
                 rate=total / seconds,
-                errors=bad / (good + bad) if good + bad else 0.0,
+                errors=max(share, min(1.0, failed / sent) if sent else float(failed > 0)),
                 queue=waiting.get((name,), 0.0),
                 cpu=cpu[(name,)] / seconds if (name,) in cpu else None,
                 memory_bytes=memory.get((name,)),
@@ -167,9 +246,15 @@ def tenants(before: Page, now: Page) -> list[Row]:
     seconds = max(now.at - before.at, 1e-9)
     ended = _growth(before, now, "shoal_infer_tenant_requests_total", ("tenant",))
     ages = now.most("shoal_ingest_queue_age_seconds", ("tenant",))
+    held = now.by("shoal_connection_memory_tenant_bytes", ("tenant",))
     return [
-        Row(name=key[0] or "(none)", rate=ended.get(key, 0.0) / seconds, queue_age_s=max(0.0, ages.get(key, 0.0)))
-        for key in sorted(ended.keys() | ages.keys())
+        Row(
+            name=key[0] or "(none)",
+            rate=ended.get(key, 0.0) / seconds,
+            queue_age_s=max(0.0, ages.get(key, 0.0)),
+            memory_bytes=held.get(key, 0.0),
+        )
+        for key in sorted(ended.keys() | ages.keys() | held.keys())
     ]
 
 

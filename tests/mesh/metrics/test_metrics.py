@@ -13,11 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from mesh.h2.memory_account import MemoryAccount
 from mesh.metrics import endpoint, exposition, process
-from mesh.metrics.exposition import metrics_endpoint, page
+from mesh.metrics.exposition import PageWriter, metrics_endpoint, page
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading
 from mesh.metrics.histogram import Histogram
-from mesh.metrics.largest import OTHER, Largest
-from mesh.metrics.snapshot import snapshot
+from mesh.metrics.largest import OTHER, Largest, largest
+from mesh.metrics.snapshot import read
 from mesh.process.stall_watch import StallWatch
 
 TIMES = Family("shoal.test.duration", Kind.HISTOGRAM, "s", "Times.", ("model",))
@@ -43,10 +43,20 @@ def test_both_forms_have_the_same_values() -> None:
     times = Histogram()
     times.add(0.02, 3)
     readings: list[Reading] = [(TIMES, ('a"{ \n\x85',), times.read()), (CALLS, ("m" * 1000,), 2)]
-    text, text_type = page(readings)
-    other, other_type = page(readings, "application/openmetrics-text; version=1.0.0")
+    plain, openmetrics = PageWriter(), PageWriter(is_openmetrics=True)
+    for reading in readings:
+        plain.add(reading)
+        openmetrics.add(reading)
+    text, text_type = plain.page()
+    other, other_type = openmetrics.page()
     assert (text_type, other_type) == (exposition.TEXT, exposition.OPENMETRICS)
     for families in (list(parse_text(text.decode())), list(parse_openmetrics(other.decode()))):
+        [bounds] = [
+            {sample.labels["le"]: sample.value for sample in family.samples if "le" in sample.labels}
+            for family in families
+            if family.type == "histogram"
+        ]
+        assert (bounds["0.01"], bounds["0.025"], bounds["+Inf"]) == (0, 3, 3)
         samples = {sample.name: sample for family in families for sample in family.samples if "le" not in sample.labels}
         assert samples["shoal_test_duration_seconds_count"].value == 3
         assert samples["shoal_test_duration_seconds_count"].labels == {"model": 'a"{ \n\x85'}
@@ -68,6 +78,13 @@ def test_the_largest_keys_have_rows_and_all_others_share_one() -> None:
     assert len(found) == 4
 
 
+def test_amounts_beyond_the_largest_are_one_sum() -> None:
+    amounts = [("a", 1), ("b", 5), ("a", 3), (OTHER, 2), ("c", 3), ("d" * 1_000, 9)]
+    assert largest(amounts, size=2) == [("d" * LABEL_CHARS, 9), ("b", 5), (OTHER, 9)]
+    assert largest([("a", 1)], size=2) == [("a", 1)]
+    assert largest([]) == []
+
+
 def test_ten_thousand_tenants_take_the_memory_and_the_series_of_fifty() -> None:
     rows = Largest(2)
     tracemalloc.start()
@@ -81,13 +98,28 @@ def test_ten_thousand_tenants_take_the_memory_and_the_series_of_fifty() -> None:
     assert used < 64 << 10
 
 
-async def test_a_snapshot_of_500_models_leaves_the_loop_time_for_calls() -> None:
-    watch, turns = StallWatch(), 0
+async def test_a_page_of_500_models_and_10000_tenants_leaves_the_loop_a_turn_every_5_ms() -> None:
+    tenants, writer, turns, looks = Largest(2), PageWriter(), 0, 0
+    for n in range(10_000):
+        tenants.row(f"tenant-{n}")[0] += 1
 
-    def readings() -> Iterable[Reading]:
+    def models() -> Iterable[Reading]:
         for n in range(500):
-            for _ in range(50):
+            for _ in range(20):
                 yield CALLS, (f"model-{n}",), 1
+            for _ in range(4):
+                yield TIMES, (f"model-{n}",), Histogram().read()
+
+    def of_tenants() -> Iterable[Reading]:
+        tenants.settle()
+        for tenant, (requests, _) in tenants.rows():
+            yield CALLS, (tenant,), requests
+
+    def clock() -> float:
+        # A millisecond between two looks: five looks, and the one that begins the next piece.
+        nonlocal looks
+        looks += 1
+        return looks / 1_000
 
     async def others() -> None:
         nonlocal turns
@@ -96,11 +128,11 @@ async def test_a_snapshot_of_500_models_leaves_the_loop_time_for_calls() -> None
             await asyncio.sleep(0)
 
     task = asyncio.create_task(others())
-    watch.start()
-    assert len(await snapshot([readings] * 4)) == 100_000
-    watch.stop()
+    await read([models, of_tenants], writer.add, clock)
     task.cancel()
-    assert turns > 1
+    readings = 500 * 24 + 51
+    assert turns >= readings // 32 // 6
+    assert writer.page()[0].count(b"\n") == 4 + 500 * (20 + 4 * 18) + 51
 
 
 async def test_a_page_is_made_once_a_second_whoever_asks(tmp_path: Path) -> None:
@@ -129,13 +161,18 @@ async def get(path: Path, target: str = "/metrics", method: str = "GET", headers
 
 async def test_the_endpoint_takes_reads_of_its_page_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "m.sock"
-    source = process.source("1.2.3", StallWatch(), {"requests": MemoryAccount(7)})
+    holders = [lambda: [("acme", 3)], lambda: [("acme", 4), ("", 1)]]
+    source = process.source("1.2.3", StallWatch(), {"requests": MemoryAccount(7)}, holders)
     async with metrics_endpoint(f"unix:{path}", [source]):
         status, body = await get(path)
         assert status == 200
         found = {family.name: family for family in parse_text(body.decode())}
         assert found["process_memory_usage_bytes"].samples[0].value > 1 << 20
         assert found["shoal_connection_memory_limit_bytes"].samples[0].value == 7
+        held = {
+            sample.labels["tenant"]: sample.value for sample in found["shoal_connection_memory_tenant_bytes"].samples
+        }
+        assert held == {"acme": 7, "": 1}
         assert [*found] == [family.prometheus for family in process.FAMILIES]
         status, body = await get(path, headers="accept: application/openmetrics-text\r\n")
         assert body.endswith(b"# EOF\n")

@@ -34,7 +34,11 @@ pytestmark = pytest.mark.node
 UNPACKED = Path(".prometheus/usr/bin").absolute()
 # Without connectors, callers that name a tenant, response caches, streams, and jobs that wait, there are no series.
 WITHOUT_SERIES = {
-    *(each for each in (*ingest.FAMILIES, *infer.FAMILIES) if each.labels in (("connector",), ("tenant",))),
+    *(
+        each
+        for each in (*process.FAMILIES, *ingest.FAMILIES, *infer.FAMILIES)
+        if each.labels in (("connector",), ("tenant",))
+    ),
     *(each for each in infer.FAMILIES if re.search(r"[._](cache|first_response)[._]", each.name)),
 }
 FAMILIES = {
@@ -134,7 +138,7 @@ def test_prometheus_scrapes_every_family(prometheus: str, loaded: Any) -> None:
     assert set(OF_ENVOY) - names == set()
     up = {each["metric"]["instance"]: each["value"][1] for each in query(prometheus, "shoal_process_up")}
     services = {name for name in loaded.pids() if "-" in name}
-    assert up == dict.fromkeys({*services, "envoy"}, "1")
+    assert up == dict.fromkeys({*services, "envoy", "etcd", "mongod"}, "1")
     [ended] = query(prometheus, 'sum(shoal_ingest_jobs_ended_total{outcome="succeeded"}) > 0')
     assert ended
     [requests] = query(prometheus, 'sum(shoal_infer_requests_total{model="double"}) >= 9')
