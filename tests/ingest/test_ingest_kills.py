@@ -132,7 +132,7 @@ async def test_killed_during_an_attempt(own_mesh: FakeMesh, start_ingest: StartI
     await second.until_ready()
     one, other = Client(first.address), Client(second.address)
     accepted = await one.submit()
-    await asyncio.wait_for(runs.wait(), 20)
+    await asyncio.wait_for(runs.wait(), 60)
     while (await one.get(accepted.job.id)).transitions[-1].state != pb.JOB_STATE_RUNNING:
         await asyncio.sleep(0.01)
     holder, client = (first, other) if (await one.get(accepted.job.id)).transitions[-1].instance.endswith("0") else (
@@ -160,7 +160,7 @@ async def test_killed_between_the_result_and_the_state(own_mesh: FakeMesh, start
     await ingest.until_ready()
     client = Client(ingest.address)
     accepted = await client.submit(request_id="once")
-    await asyncio.wait_for(recorded.wait(), 20)
+    await asyncio.wait_for(recorded.wait(), 60)
     ingest.kill()
     ingest.start()
     await ingest.until_ready()
@@ -185,7 +185,7 @@ async def test_a_frozen_worker_overwrites_nothing(own_mesh: FakeMesh, start_inge
     await slow_one.until_ready()
     one = Client(slow_one.address)
     accepted = await one.submit(data=b"in time")
-    await asyncio.wait_for(runs.wait(), 20)
+    await asyncio.wait_for(runs.wait(), 60)
     other_one = start_ingest(1, **LEASE)
     await other_one.until_ready()
     slow_one.freeze()

@@ -51,7 +51,7 @@ async def health(client: Client) -> int:
 
 async def answers(client: Client) -> bool:
     try:
-        await client.stub.Submit(submit(), timeout=15)
+        await client.stub.Submit(submit(), timeout=30)
     except grpc.aio.AioRpcError as err:
         # After an outage, a submit is rejected until the writes that waited are done.
         if err.code() not in (S.UNAVAILABLE, S.RESOURCE_EXHAUSTED):
@@ -122,7 +122,7 @@ async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
     watch = client.stub.WatchJob(pb.WatchJobRequest(id=accepted.job.id), timeout=90)
     # The watch has begun: until then, an unavailable database ends it.
     await watch.read()
-    await asyncio.wait_for(runs.wait(), 20)
+    await asyncio.wait_for(runs.wait(), 60)
     mongod.kill()
     may_answer.set()
     await until(lambda: accepted.job.id in own_mesh.store.results, "the result recorded")

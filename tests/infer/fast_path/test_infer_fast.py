@@ -76,7 +76,7 @@ class Server:
             self.short(struct.pack(">BI", 0, len(data)) + data, asked)
         except ShoalError as err:  # The exchange refuses what its handler raises.
             return err
-        return await asyncio.wait_for(asked.end, 20)
+        return await asyncio.wait_for(asked.end, 60)
 
     async def long_end(self, data: bytes):
         try:
@@ -436,7 +436,7 @@ def test_large_outputs_are_not_copied_on_either_path(folder):
         for _ in range(3):
             exchange = Keeping()
             server.short(struct.pack(">BI", 0, len(body)) + body, exchange)
-            response = await asyncio.wait_for(exchange.end, 20)
+            response = await asyncio.wait_for(exchange.end, 60)
             assert response == await server.core.infer(pb.ModelInferRequest.FromString(body))
             arrays = [part for part in parts[-1] if isinstance(part, np.ndarray)]
             assert sum(array.nbytes for array in arrays) == sum(map(len, response.raw_output_contents))

@@ -70,7 +70,7 @@ class Wire:
         await self.writer.drain()
 
     async def read(self) -> bool:
-        data = await asyncio.wait_for(self.reader.read(1 << 16), 10)
+        data = await asyncio.wait_for(self.reader.read(1 << 16), 60)
         if data:
             self.events += self.client.receive_data(data)
         return bool(data)
@@ -299,7 +299,7 @@ async def test_a_stop_sends_goaway_and_lets_the_call_in_flight_finish():
             await asyncio.sleep(0.05)
         assert not stopping.done()
         peer.writer.close()
-        await asyncio.wait_for(stopping, 20)
+        await asyncio.wait_for(stopping, 60)
 
 
 async def test_streams_opened_before_the_goaway_is_read_are_served():
@@ -313,7 +313,7 @@ async def test_streams_opened_before_the_goaway_is_read_are_served():
         goodbyes = [payload for kind, _, _, payload in peer.seen if kind == frames.GOAWAY]
         assert struct.unpack(">II", goodbyes[-1]) == (1, Reason.NO_ERROR)
         peer.writer.close()
-        await asyncio.wait_for(stopping, 20)
+        await asyncio.wait_for(stopping, 60)
 
 
 @pytest.mark.parametrize("speaks", [True, False], ids=["says nothing of the goodbye", "never spoke"])
@@ -403,7 +403,7 @@ async def test_a_broken_connection_gets_a_reason_and_others_continue(name):
         host, _, port = server.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(data)
-        came = await asyncio.wait_for(reader.read(), 10)
+        came = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         assert goodbye_in(came) == reason
         begin(good.client, 1)
@@ -447,7 +447,7 @@ async def test_streams_that_are_opened_and_cancelled_without_end_are_too_many(ca
             writer.write(frames.frame(frames.HEADERS, 4, 2 * n + 1, other if is_echo else again if n else opening))
             writer.write(frames.frame(frames.DATA, 1, 2 * n + 1, framed(b"x")) if is_echo else ending(2 * n + 1))
         with contextlib.suppress(ConnectionResetError):  # It closes while this side still talks.
-            while await asyncio.wait_for(reader.read(1 << 16), 20):
+            while await asyncio.wait_for(reader.read(1 << 16), 60):
                 pass
         writer.close()
         assert "ENHANCE_YOUR_CALM: more than 10000 streams were cancelled" in caplog.text
@@ -470,7 +470,7 @@ async def test_more_streams_than_allowed_are_refused_not_queued():
         resets = 0
         rest = b""
         while resets < 3:
-            rest += await asyncio.wait_for(w.reader.read(1 << 16), 10)
+            rest += await asyncio.wait_for(w.reader.read(1 << 16), 60)
             resets = rest.count(frames.HEADER.pack(0, 4, frames.RST_STREAM, 0, 2 * most + 1)[:5])
         assert struct.pack(">I", Reason.REFUSED_STREAM) in rest
         assert len(later.calls) == most

@@ -147,7 +147,7 @@ class Client:
         return number
 
     async def read(self) -> None:
-        data = await asyncio.wait_for(self._reader.read(1 << 16), 20)
+        data = await asyncio.wait_for(self._reader.read(1 << 16), 60)
         assert data, "the connection was closed"
         self.events += self.h2.receive_data(data)
         await self.flush()
@@ -293,4 +293,4 @@ async def test_a_drain_lets_an_open_stream_end(app: App) -> None:
     assert b"".join(payload for _, payload in data).count(b"data: ") == 40
     assert data[-1][0] & frames.END_STREAM
     peer.writer.close()
-    await asyncio.wait_for(draining, 20)
+    await asyncio.wait_for(draining, 60)
