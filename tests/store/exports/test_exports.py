@@ -43,7 +43,9 @@ def allowed(tmp_path: Path) -> Path:
 @pytest.fixture
 async def store(config: StoreConfig, allowed: Path) -> AsyncIterator[Store]:
     exports = (allowed.as_uri(), "s3://shoal")
-    async with running_store(config.model_copy(update={"exports": exports})) as running:
+    # A call that was broken off counts until the part that it writes is on the disk: on a busy machine, longer than the
+    # next calls of a test take.
+    async with running_store(config.model_copy(update={"exports": exports, "max_exports": 100})) as running:
         yield running
 
 
