@@ -91,7 +91,7 @@ class Node:
         os.kill(pid, number)
         return pid
 
-    def wait_until_restarted(self, name: str, old: int, within_s: float = 30.0) -> int:
+    def wait_until_restarted(self, name: str, old: int, within_s: float = 60.0) -> int:
         """Waits until `name` has another pid than `old`; returns it. It may still be starting then."""
         deadline = time.monotonic() + within_s
         while (pid := self.pids().get(name, old)) == old:

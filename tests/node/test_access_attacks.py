@@ -58,7 +58,7 @@ from tests.long_form import by_form
 from tests.node.conftest import SERVE, Node
 from tests.openid_providers import OidcProvider, signing_key
 
-pytestmark = [pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.timeout(300)]
 
 CHANNEL = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 X = floats([1, 2, 3, 4])

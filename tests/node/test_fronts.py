@@ -19,7 +19,7 @@ from tests.infer.model_process.test_model_process import is_alive
 from tests.node.conftest import Node, NodeFactory
 from tests.node.test_shared_models import owners, put, wait_until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.long_form import by_form
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
 PATIENCE_S = 40.0
 JOBS = by_form(60, 120)

@@ -37,7 +37,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: Iterable[int], within_s: float = 30.0) -> None:
+def wait_until_gone(pids: Iterable[int], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while left := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < deadline, f"still there: {left}"

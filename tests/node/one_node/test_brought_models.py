@@ -14,7 +14,7 @@ import shoal
 from shoal.client import JobRequest
 from tests.node.conftest import Node
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
 TRAIN = """
 import sys, joblib, numpy

@@ -13,7 +13,7 @@ import pytest
 
 from tests.infer.conformance import served_models
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
 START_IT = "must specify the START flag on the first request of the sequence"
 
