@@ -37,7 +37,7 @@ def largest(amounts: Iterable[tuple[str, float]], size: int = LARGEST) -> list[t
 class Largest:
     """Rows of `width` sums by key. Memory is bounded by `size`, whatever keys come."""
 
-    __slots__ = ("_candidates", "_kept", "_other", "_settled", "_size", "_width")
+    __slots__ = ("_candidates", "_kept", "_other", "_other_settled", "_settled", "_size", "_width")
 
     def __init__(self, width: int, size: int = LARGEST) -> None:
         self._width = width
@@ -47,6 +47,7 @@ class Largest:
         self._settled: dict[str, float] = {}
         self._other: list[float] = [0.0] * width
         self._candidates: dict[str, float] = {}
+        self._other_settled = 0.0
 
     def row(self, key: str) -> list[float]:
         """Return the sums that a key's events are added to. The first one decides who is large: add to it, too."""
@@ -68,13 +69,16 @@ class Largest:
         """Replace the smallest rows by larger candidates. Called when the rows are read."""
         grown = {key: row[0] - self._settled.get(key, 0.0) for key, row in self._kept.items()}
         smallest = sorted(grown, key=grown.__getitem__)
+        # Keys that change with every event are never large. Otherwise, they would renew all idle rows at every read.
+        least = max(1.0, (self._other[0] - self._other_settled) / (4 * self._size))
         for key in sorted(self._candidates, key=self._candidates.__getitem__, reverse=True):
-            if key == OTHER or not smallest or self._candidates[key] <= grown[smallest[0]]:
+            if key == OTHER or not smallest or self._candidates[key] <= max(least, grown[smallest[0]]):
                 break
             del self._kept[smallest.pop(0)]
             self._kept[key] = [0.0] * self._width
         self._candidates.clear()
         self._settled = {key: row[0] for key, row in self._kept.items()}
+        self._other_settled = self._other[0]
 
     def rows(self) -> Iterator[tuple[str, Sequence[float]]]:
         """Yield each key's sums; the shared row last, once it has any."""

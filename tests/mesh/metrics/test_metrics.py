@@ -85,6 +85,22 @@ def test_amounts_beyond_the_largest_are_one_sum() -> None:
     assert largest([]) == []
 
 
+@pytest.mark.parametrize(("keys", "events"), [(100, 1), (1_000, 3)])
+def test_keys_that_change_all_the_time_renew_no_rows(keys: int, events: int) -> None:
+    rows = Largest(1)
+    for scrape in range(5):
+        for n in range(keys):
+            for _ in range(events):
+                rows.row(f"{scrape}-{n}")[0] += 1
+        rows.settle()
+    assert {key for key, _ in rows.rows()} == {f"0-{n}" for n in range(50)} | {OTHER}
+    for n in range(keys):
+        rows.row(f"5-{n}")[0] += 1
+        rows.row("large")[0] += 1
+    rows.settle()
+    assert "large" in dict(rows.rows())
+
+
 def test_ten_thousand_tenants_take_the_memory_and_the_series_of_fifty() -> None:
     rows = Largest(2)
     tracemalloc.start()
