@@ -59,10 +59,8 @@ TOKEN_REMOVAL: Mapping[str, Any] = {
 """Part of a virtual host: a service never sees a token, also where none is required, nor what only `rules` read.
 The service sees the signer's id."""
 
-_NO_KEY = "no key: send 'authorization: Bearer shoal_...' (`shoal keys create` makes a key)"
-_INVALID_KEY = "%LOCAL_REPLY_BODY%: send a valid key as 'authorization: Bearer KEY' (`shoal keys create` makes one)"
-_REFUSED = "%LOCAL_REPLY_BODY%: the key is revoked, or is for other calls: ask for another one (`shoal policy explain`)"
-
+# Provider for calls without a bearer token: it looks into a header that no caller can send.
+_NOBODY, _NO_HEADER = "nobody", f"{TRUSTED_PREFIX}none"
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
 
@@ -70,29 +68,6 @@ _NOTHING = " "
 def filters(source_of: Callable[[str], Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the filters of a gateway. `source_of` returns the config source of the extension of that name."""
     return [_discovered(CALLERS, JWT, source_of), _key_ids(), _discovered(RULES, RBAC, source_of)]
-
-
-def hints() -> list[dict[str, Any]]:
-    """Return the mappers of local replies with which Envoy's own refusals say what to do; the first match counts."""
-    return [
-        _hint({"and_filter": {"filters": [_status(401), _without("authorization")]}}, _NO_KEY),
-        _hint(_status(401), _INVALID_KEY),
-        # Web pages are refused for their origin, too.
-        _hint({"and_filter": {"filters": [_status(403), _without("origin")]}}, _REFUSED),
-    ]
-
-
-def _without(name: str) -> dict[str, Any]:
-    return {"header_filter": {"header": {"name": name, "present_match": True, "invert_match": True}}}
-
-
-def _status(code: int) -> dict[str, Any]:
-    comparison = {"op": "EQ", "value": {"default_value": code, "runtime_key": f"shoal.status_{code}"}}
-    return {"status_code_filter": {"comparison": comparison}}
-
-
-def _hint(matched: Mapping[str, Any], text: str) -> dict[str, Any]:
-    return {"filter": matched, "body_format_override": {"text_format_source": {"inline_string": text}}}
 
 
 def _discovered(name: str, type_url: str, source_of: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
@@ -148,21 +123,33 @@ def callers(policy: Policy, services: Sequence[str], *, has_subject: bool = Fals
         {
             "match": {
                 "prefix": "/",
-                "headers": [{"name": "authorization", "string_match": {"prefix": f"Bearer {prefix}"}}],
+                "headers": [_begins_with(f"Bearer {prefix}")],
             },
             "requires": _one_of([name for name, issuer in providers.items() if issuer.token_prefix == prefix]),
         }
         for prefix in sorted(prefixed)
     ]
     foreign = [name for name, issuer in providers.items() if not issuer.token_prefix]
-    rest = {"match": {"prefix": "/"}, "requires": _one_of(foreign or list(providers))}
+    bearer = {
+        "match": {"prefix": "/", "headers": [_begins_with("Bearer ")]},
+        "requires": _one_of(foreign or list(providers)),
+    }
+    rest = {"match": {"prefix": "/"}, "requires": {"provider_name": _NOBODY}}
     if not providers:
         return {"@type": JWT}
+    verifying = {name: _provider(issuer, has_subject=has_subject) for name, issuer in providers.items()}
+    # A call must not pass because no rule is for it.
+    verifying[_NOBODY] = {**next(iter(verifying.values())), "from_headers": [{"name": _NO_HEADER}]}
     return {
         "@type": JWT,
-        "providers": {name: _provider(issuer, has_subject=has_subject) for name, issuer in providers.items()},
-        "rules": [*open_paths, *by_prefix, rest],
+        "providers": verifying,
+        "rules": [*open_paths, *by_prefix, bearer, rest],
     }
+
+
+def _begins_with(prefix: str) -> dict[str, Any]:
+    """Return a match of the header 'authorization'. The scheme has any case (RFC 9110)."""
+    return {"name": "authorization", "string_match": {"prefix": prefix, "ignore_case": True}}
 
 
 def _one_of(providers: Sequence[str]) -> dict[str, Any]:
@@ -189,7 +176,8 @@ def _provider(issuer: Issuer, *, has_subject: bool) -> dict[str, Any]:
         "clock_skew_seconds": issuer.clock_skew_s,
         # Without it, a token without an expiry is valid for ever.
         "require_expiration": True,
-        "from_headers": [{"name": "authorization", "value_prefix": f"Bearer {issuer.token_prefix}"}],
+        # Envoy looks for the prefix anywhere in the header, and minds its case. The rules have matched the scheme.
+        "from_headers": [{"name": "authorization", "value_prefix": f" {issuer.token_prefix}"}],
         "forward_payload_header": CALLER_HEADER,
         "claim_to_headers": [{"header_name": header, "claim_name": claim} for header, claim in named.items() if claim],
         "header_in_metadata": _TOKEN_HEADER,

@@ -119,27 +119,13 @@ def route(routes: JsonRoutes) -> dict[str, Any]:
     }
 
 
-# Codes of Envoy's own responses to JSON calls by their HTTP status; of others UNKNOWN.
-_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 408: 4, 413: 8, 415: 3, 429: 8, 431: 8, 503: 14, 504: 4}
-
-
-def error_mappers(routes: JsonRoutes) -> list[dict[str, Any]]:
-    """Return the mappers of local replies that give Envoy's own responses to JSON calls the form of the services'."""
+def condition(routes: JsonRoutes) -> dict[str, Any]:
+    """Return the condition of Envoy's access log filters by which a request is a JSON call."""
     is_json = {"filter": CHECK_FILTER, "path": [{"key": "is_json"}], "value": {"bool_match": True}}
     # Before the transcoder a call has its own path, and after the check it is marked.
     marked = {"metadata_filter": {"matcher": is_json, "match_if_key_not_found": {"value": False}}}
     begins = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": routes.prefix}}}}
-    condition = {"or_filter": {"filters": [begins, marked]}}
-
-    def mapper(code: int, chosen: dict[str, Any]) -> dict[str, Any]:
-        error = {"code": code, "message": "%LOCAL_REPLY_BODY%", "details": []}
-        return {"filter": chosen, "body_format_override": {"json_format": error}}
-
-    def of_status(status: int) -> dict[str, Any]:
-        comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "shoal.unused"}}
-        return {"and_filter": {"filters": [condition, {"status_code_filter": {"comparison": comparison}}]}}
-
-    return [*(mapper(code, of_status(status)) for status, code in _CODES.items()), mapper(2, condition)]
+    return {"or_filter": {"filters": [begins, marked]}}
 
 
 def check_script(calls: Sequence[JsonCall]) -> str:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from envoy_data_plane.envoy.config.listener.v3 import Listener
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 import (
     FieldExtractions,
@@ -33,7 +34,7 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
 from envoy_data_plane.google.protobuf import Any as Packed
 
-from mesh.xds import ADS_CLUSTER, access, json_calls, limits, rest_errors, senders, tls, web
+from mesh.xds import ADS_CLUSTER, access, json_calls, limits, refusals, senders, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
@@ -237,6 +238,8 @@ def _connection_manager(
         "max_request_headers_kb": _HEADERS_KB,
         "common_http_protocol_options": {"max_headers_count": _HEADERS},
         "http2_protocol_options": {
+            # A malformed request costs its own call, and not the others of its connection.
+            "override_stream_error_on_invalid_http_message": True,
             "max_concurrent_streams": _STREAMS[name],
             "initial_stream_window_size": STREAM_WINDOW,
             "initial_connection_window_size": _WINDOWS[name],
@@ -270,9 +273,10 @@ def _connection_manager(
     if has_access:
         document["access_log"] = [access_log(ADS_CLUSTER)]
     if table.models is not None:
-        mappers = json_calls.error_mappers(table.json) if has_json and table.json is not None else []
-        hints = access.hints() if has_access else []
-        document["local_reply_config"] = {"mappers": [_empty_stream(), *mappers, rest_errors.mapper(), *hints]}
+        json_call = json_calls.condition(table.json) if has_json and table.json is not None else None
+        # Services read Envoy's own texts.
+        refused = refusals.mappers(json_call) if name == GATEWAY else [refusals.rest()]
+        document["local_reply_config"] = {"mappers": [_empty_stream(), *refused]}
     if tracing is not None:
         document["tracing"] = connection_manager_tracing(tracing)
     return document

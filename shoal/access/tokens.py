@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Mapping, Sequence
@@ -204,7 +205,7 @@ def verified_claims(policy: Policy, text: str, now: float) -> Mapping[str, Any]:
     """
     import jwt
 
-    token = text.strip().removeprefix("Bearer ").strip()
+    token = re.sub(r"(?i)^bearer ", "", text.strip()).strip()
     prefix = PREFIX if token.startswith(PREFIX) else ""
     token = token.removeprefix(PREFIX)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mesh.xds import access, rest_errors
+from mesh.xds import access
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.web import Web, virtual_hosts
 from shoal.access.policy import Policy
@@ -26,7 +26,6 @@ def connection_manager(folder: Path) -> dict[str, Any]:
         "early_header_mutation_extensions": [access.removal()],
         "rds": {"route_config_name": HOSTS, "config_source": _file(folder, HOSTS)},
         "http_filters": access.filters(lambda name: _file(folder, name)),
-        "local_reply_config": {"mappers": [rest_errors.mapper(), *access.hints()]},
     }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesh.xds import rest_errors, senders, tls, web
+from mesh.xds import refusals, senders, tls, web
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
@@ -162,6 +162,8 @@ def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None
         # Browsers without TLS speak HTTP/1.1.
         "codec_type": "AUTO",
         "http2_protocol_options": {
+            # A malformed request costs its own call, and not the others of its connection.
+            "override_stream_error_on_invalid_http_message": True,
             "max_concurrent_streams": _STREAMS,
             "initial_stream_window_size": _STREAM_WINDOW,
             "initial_connection_window_size": _CONNECTION_WINDOW,
@@ -185,7 +187,7 @@ def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None
         # Without a range, Envoy treats private addresses as internal. No caller has this address.
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
-        "local_reply_config": access.get("local_reply_config", rest_errors.local_replies()),
+        "local_reply_config": refusals.local_replies(),
         "http_filters": [
             *web.filters(),
             *access.get("http_filters", ()),

@@ -1,9 +1,10 @@
-"""Snapshots of a gateway whose mesh has no instances."""
+"""Snapshots of a gateway whose mesh has no instances that respond."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from mesh.cluster.membership import Instance
 from mesh.process.watched import Watched
 from mesh.xds.extensions import GatewayAccess, gateway_access
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
@@ -11,11 +12,12 @@ from services.coord.traffic import AT_GATEWAY, table
 
 
 class Source:
-    """Snapshots without instances. A call that is admitted finds no instance, and gets UNAVAILABLE."""
+    """Snapshots without instances, or with some that do not respond. A call that is admitted gets UNAVAILABLE."""
 
-    def __init__(self) -> None:
+    def __init__(self, instances: tuple[Instance, ...] = ()) -> None:
+        self.instances = instances
         self.access: Watched[GatewayAccess] = Watched(gateway_access(None, AT_GATEWAY))
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
         async for one in self.access.follow():
-            yield snapshot((), frozenset(), node, table(), None, one)
+            yield snapshot(self.instances, frozenset(), node, table(), None, one)

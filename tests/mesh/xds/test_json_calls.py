@@ -436,7 +436,7 @@ async def test_json_and_pages_are_decided_as_grpc_is(tmp_path: Path) -> None:
             user = key(signer).text
             status, job, _ = await guarded.call("POST", "/shoal/v1/jobs", submit, authorization=f"Bearer {user}")
             assert (status, job["job"]["id"]) == (200, JOB)
-            assert await guarded.error("POST", "/shoal/v1/jobs", submit) == (401, 16, "Jwt is missing")
+            assert await guarded.error("POST", "/shoal/v1/jobs", submit) == (401, 16, NO_KEY)
             for token in ("x", key(other).text, user[:-4] + "AAAA"):
                 assert (await post(token))[:2] == (401, 16)
             assert (await post(key(signer, role="viewer").text))[:2] == (403, 7)

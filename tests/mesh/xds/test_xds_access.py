@@ -12,6 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from mesh.cluster.membership import Instance
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from mesh.xds import access
@@ -32,9 +33,9 @@ pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 class Gateway:
     """An Envoy, its ADS server, and a connection to its gateway."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, instances: tuple[Instance, ...] = ()) -> None:
         self.folder = folder
-        self.source = Source()
+        self.source = Source(instances)
         self.ads = AdsServer(self.source)
         self.signer = tokens.create_signer(folder / "signer.json")
 
