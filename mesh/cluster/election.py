@@ -206,7 +206,7 @@ class Election(Background):
         begun = await self._etcd.transact([Created(key, token)], [Put(key, self._record(since), lease.id)])
         if not begun.succeeded:
             raise LeaseLost("the candidate's key was deleted")
-        log.warning("%s leads (term %d)", self._name, token)
+        log.info("%s leads (term %d)", self._name, token)
         self._term.set(Term(key, token, since, lease))
 
     async def _until_gone(self, key: bytes, revision: int) -> None:

@@ -369,6 +369,11 @@ class Collections:
     def audit_anchors(self) -> Collection:
         return self._get("audit_anchors")
 
+    @property
+    def is_prepared(self) -> bool:
+        """True once the collections exist: MongoDB has been reached."""
+        return bool(self._prepared)
+
     def _get(self, name: str) -> Collection:
         if name not in self._prepared:
             raise Unavailable("the store is starting: it has not reached MongoDB yet: retry in a moment")

@@ -131,6 +131,20 @@ def test_everything_has_a_log_and_nothing_is_readable_for_others(running: Any) -
     assert stat.S_IMODE(running.data_dir.stat().st_mode) == 0o700
 
 
+def test_a_healthy_start_logs_no_warning(running: Any) -> None:
+    services = list((running.data_dir / "logs").glob("*-*.log"))
+    assert services
+    entries = [json.loads(line) for path in services for line in path.read_text().splitlines()]
+    warnings = [
+        (entry["instance"], entry["message"])
+        for entry in entries
+        # A busy machine delays event loops and responses of etcd.
+        if entry["level"] not in ("DEBUG", "INFO")
+        and not entry["logger"].startswith(("mesh.process.stall", "mesh.cluster"))
+    ]
+    assert warnings == []
+
+
 def test_a_second_node_on_the_same_folder_is_refused_by_name(node: Any, running: Any) -> None:
     second = node(wait=False, data_dir=running.data_dir)
     assert second.process.wait(60) == 1

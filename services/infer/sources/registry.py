@@ -45,6 +45,8 @@ STABLE = "stable"
 """Alias of the version that serves requests without a version."""
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+# The services of a node start at the same time: until then, an unreachable store is no reason to warn.
+_START_S = 30.0
 
 # Time in which an unavailable store is asked again for the files of a trial: a node that has just become ready may
 # still connect its services.
@@ -107,15 +109,18 @@ class Registry:
         """Report the desired models to `want` until cancelled."""
         await self._take_saved()
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
+        quiet_until = self._clock() + _START_S
         while True:
             try:
                 async for response in self._store.watch():
                     backoff.reset()
+                    quiet_until = 0.0
                     await self._take(response.snapshot)
                     self._keep(response)
                 log.info("the watch of the registry ended: watching again")
             except ShoalError as err:
-                log.warning("the registry cannot be watched: %s", err.message)
+                level = logging.WARNING if self._clock() >= quiet_until else logging.INFO
+                log.log(level, "the registry cannot be watched: %s", err.message)
             # A bug met in one snapshot must not end the watch for ever.
             except Exception:
                 log.exception("unexpected error while following the registry")

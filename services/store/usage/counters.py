@@ -201,6 +201,8 @@ class Counters(Background):
         checked = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(FLUSH_S)
+            if not self._collections.is_prepared:
+                continue
             await self.flush()
             if asyncio.get_running_loop().time() - checked >= _CHECK_S:
                 checked = asyncio.get_running_loop().time()

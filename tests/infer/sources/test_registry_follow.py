@@ -14,6 +14,7 @@ from services.infer.sources.registry import Registry
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
+from tests.ingest.making import Seconds
 
 
 class Store:
@@ -55,7 +56,8 @@ class Bench:
         self.cache = Cache(root, "infer-0", self.store)
         self.cache.start()
         self.heard: list[list[WantedModel]] = []
-        self.registry = Registry(self.store, self.cache, self.heard.append)
+        self.clock = Seconds()
+        self.registry = Registry(self.store, self.cache, self.heard.append, self.clock)
 
     @asynccontextmanager
     async def following(self):
@@ -155,3 +157,24 @@ async def test_a_name_that_is_none_is_left_out(bench, name):
     async with bench.following():
         bench.store.said.put_nowait([version("good", 1), version(name, 1), version("zero", 0)])
         await until(lambda: bench.wanted() == {"good": (1,)})
+
+
+async def test_a_store_that_is_away_is_a_warning_after_the_start_and_after_a_snapshot(bench, caplog):
+    def levels() -> list[str]:
+        return [record.levelname for record in caplog.records if "cannot be watched" in record.message]
+
+    async def breaks(count: int) -> None:
+        bench.store.said.put_nowait(Unavailable("away"))
+        await until(lambda: len(levels()) == count, f"break {count}")
+
+    caplog.set_level("INFO", "services.infer.sources.registry")
+    async with bench.following():
+        await breaks(1)
+        bench.clock.now += 31
+        await breaks(2)
+        assert levels() == ["INFO", "WARNING"]
+    caplog.clear()
+    async with bench.following():
+        bench.store.said.put_nowait([version("a", 1)])
+        await breaks(1)
+        assert levels() == ["WARNING"]
