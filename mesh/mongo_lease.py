@@ -112,12 +112,9 @@ class LeaderLease(Background):
         """
         began = self._clock()
         with translated(f"acquiring the leader lease of {self._name}"):
-            await self._ensure_document()
-            document = await self._leases.find_one_and_update(
-                {"_id": self._name, "$expr": {"$or": [_is_expired(), self._is_ours()]}},
-                [{"$set": self._ours()}],
-                return_document=ReturnDocument.AFTER,
-            )
+            document = await self._acquire()
+            if document is None and await self._insert_document():
+                document = await self._acquire()
         if document is None:
             self._until = 0.0
             return
@@ -139,11 +136,21 @@ class LeaderLease(Background):
             mine = {"_id": self._name, "holder": self._holder}
             await self._leases.update_one(mine, {"$set": {"expires_at": EXPIRED}})
 
-    async def _ensure_document(self) -> None:
+    async def _acquire(self) -> Document | None:
+        return await self._leases.find_one_and_update(
+            {"_id": self._name, "$expr": {"$or": [_is_expired(), self._is_ours()]}},
+            [{"$set": self._ours()}],
+            return_document=ReturnDocument.AFTER,
+        )
+
+    async def _insert_document(self) -> bool:
+        """Insert the document unless it exists. Return True when it was inserted."""
         free = {"holder": "", "token": 0, "expires_at": EXPIRED}
         # Two instances may insert it at the same moment.
         with suppress(AlreadyExists), translated("inserting a leader lease"):
-            await self._leases.update_one({"_id": self._name}, {"$setOnInsert": free}, upsert=True)
+            done = await self._leases.update_one({"_id": self._name}, {"$setOnInsert": free}, upsert=True)
+            return done.upserted_id is not None
+        return False
 
     def _is_ours(self) -> Document:
         return {"$eq": ["$holder", {"$literal": self._holder}]}

@@ -33,7 +33,7 @@ class IngestConfig(ServiceConfig):
     attempt_timeout_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
     """Timeout of one attempt."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
-    """Interval at which an idle instance polls for jobs of other instances."""
+    """Interval at which an instance polls for jobs of other instances; up to four times as long while it finds none."""
     ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
     """Waiting time that one priority level is worth: a job runs before lower-priority jobs that wait less than so much
     longer."""

@@ -54,6 +54,22 @@ async def test_one_instance_holds_the_lease_and_keeps_it(leases: Collection) -> 
         assert (one.is_held, other.is_held) == (True, False)
 
 
+async def test_a_renewal_is_one_write(leases: Collection, mongo_uri: str, mongo_database: str) -> None:
+    one = lease_of(leases, "one", Seconds())
+    await one.acquire_or_renew()
+    async with connect(mongo_uri) as client:
+        database = client[mongo_database]
+        await database.command("profile", 2)
+        for _ in range(3):
+            await one.acquire_or_renew()
+        await database.command("profile", 0)
+        assert await database["system.profile"].count_documents({"ns": f"{mongo_database}.{LEASES}"}) == 3
+    # The document may go meanwhile, as after a restore.
+    await leases.delete_many({})
+    await one.acquire_or_renew()
+    assert one.is_held
+
+
 async def test_a_holder_stops_by_its_own_clock(leases: Collection) -> None:
     clock = Seconds()
     one = lease_of(leases, "one", clock)

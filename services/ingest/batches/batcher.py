@@ -40,6 +40,7 @@ from services.ingest.batches.duties import Duties
 from services.ingest.batches.row_inference import MODEL_WAIT_S
 from services.ingest.job import Lease
 from services.ingest.job_access import refusal
+from services.ingest.polls import polls
 from services.ingest.retention.retention_repository import RetentionRepository
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
@@ -124,7 +125,7 @@ class Batcher:
         self._clock = clock
         self._ready = ready
         self._slots = slots
-        self._poll_s = poll_ms / 1000
+        self._polls = polls(poll_ms)
         self._renew_s = renew_ms / 1000
         self._retention = retention
         self._access = access
@@ -193,12 +194,14 @@ class Batcher:
         self._wake.clear()
         if self._is_open:
             active = await self._batches.active()
+            if active:
+                self._polls.reset()
             for batch in active:
                 await self._end_if_refused(batch)
                 await self._claim_due_duty(batch)
             await self._claim(active)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), self._poll_s)
+            await asyncio.wait_for(self._wake.wait(), self._polls.next_s())
 
     async def _end_if_refused(self, batch: Batch) -> None:
         """End a batch whose caller may not run its model any more. Its running chunks are dropped."""

@@ -90,6 +90,10 @@ class Claims:
             claimed = await self._claim_known(limit, closed)
         return claimed, self._queues.has_due(self._clock(), closed)
 
+    def next_due(self) -> datetime | None:
+        """Return the earliest due time that is to come, as far as this instance knows."""
+        return self._queues.next_due(self._clock())
+
     def due_queues(self, closed: Collection[ClosedQueue]) -> set[ClosedQueue]:
         """Return the queues of jobs that may be due, as far as this instance knows (`TenantQueues.due_queues`)."""
         return self._queues.due_queues(self._clock(), closed)

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,7 @@ from services.ingest.instance import Instance
 from services.ingest.intake.backlog import JobBacklog
 from services.ingest.job import BackToQueue, End, Job, Lease, after_stop, after_stop_in_call, claim
 from services.ingest.job_store import Inserted, UnknownOutcome
+from services.ingest.polls import polls
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ _CLAIM_FRACTION = 8
 _FAST_S = 1.0
 # Idle models beyond this number lose their adapted concurrency limits.
 _MAX_QUEUES = 1_000
+# Jobs that become due within this time are claimed together.
+_DUE_TOGETHER = timedelta(milliseconds=20)
 _UNAVAILABLE_WAIT_S = 1.0
 # Time to put unfinished jobs back after a drain that timed out.
 _LAST_WRITES_S = 1.0
@@ -121,6 +124,7 @@ class Dispatcher:
         self._max_calls = max_in_flight
         self._max_held = max_in_flight * HELD_PER_CALL
         self._poll_s = poll_ms / 1000
+        self._polls = polls(poll_ms)
         self._drain_s = drain_ms / 1000
         self.lost = 0
         """Jobs whose lease was lost to another instance, or has lapsed."""
@@ -325,14 +329,18 @@ class Dispatcher:
             accepted = [job for job in accepted if not is_closed(job.tenant, job.model_name, closed)]
             jobs = await self._claims.claim_accepted(accepted) if accepted else []
         else:
-            self._next_read = now + self._poll_s
+            self._next_read = now + self._polls.next_s()
             # The queue, which is read now, has these jobs too.
             self._just_accepted.clear()
             jobs, is_more = await self._claims.claim_due(capacity, closed)
+            if jobs:
+                self._polls.reset()
             if is_more:
                 self._read_by_queue_order()
             else:
                 self._is_drained, self._undrained = True, self._claims.due_queues(closed)
+            if (due_at := self._claims.next_due()) is not None:
+                self._read_at(max(due_at, self._clock() + _DUE_TOGETHER))
         self._backlog.removed(len(jobs))
         return jobs
 

@@ -25,8 +25,8 @@ from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
-RECOVERY_S = 0.5
-"""Interval of the search for lapsed leases and passed deadlines: one index query each."""
+RECOVERY_S = 1.0
+"""Maximum interval of the search for lapsed leases and passed deadlines: one index query each."""
 RECOVERY_JOBS = 200
 SWEEP_S = 600.0
 # Delay of the first sweep, which needs the store: a starting node does not have it immediately.

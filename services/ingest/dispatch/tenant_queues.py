@@ -66,6 +66,10 @@ class TenantQueues:
         """Return True when a job may be due whose queue is not closed."""
         return any(True for queues in self._heads.values() for _ in self._due(queues, now, closed))
 
+    def next_due(self, now: datetime) -> datetime | None:
+        """Return the earliest due time after `now`; None when no known queue has one."""
+        return min((at for queues in self._heads.values() for at in queues.values() if at > now), default=None)
+
     def due_queues(self, now: datetime, closed: Collection[ClosedQueue]) -> set[ClosedQueue]:
         """Return the models of jobs that may be due; of jobs that are closed for their tenant alone, both."""
         queues = {queue for heads in self._heads.values() for queue, due_at in heads.items() if due_at <= now}

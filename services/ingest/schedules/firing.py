@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from pymongo.asynchronous.collection import AsyncCollection
 
@@ -25,6 +25,7 @@ from mesh.mongo import Document, translated
 from mesh.mongo_clock import Clock
 from mesh.mongo_lease import LeaderLease, fenced
 from mesh.process.tasks import Background, for_ever, together
+from services.ingest.documents import EPOCH
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.schedules.documents import id_of, schedule_of
@@ -36,7 +37,9 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
-"""Interval of the leader's search for due schedules, and so the usual maximum delay of a firing."""
+"""Pause of the leader after a round of due schedules, some of which may be left."""
+AHEAD_S = 1.0
+"""Interval of the search for schedules that are due before the next search, and so the maximum delay of a new one."""
 DUE_AT_ONCE = 100
 """Maximum schedules of one round, shared by the tenants in turn: about a second of one tenant."""
 TURN_S = 1.0
@@ -87,27 +90,32 @@ class Firing(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        await for_ever("fire schedules", self._tick, away_s=_UNAVAILABLE_WAIT_S, log=log)
+        await for_ever("fire schedules", self.fire_due, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
-    async def _tick(self) -> float:
-        await self.fire_due()
-        return TICK_S
+    async def fire_due(self) -> float:
+        """Fire the due schedules, when this instance leads; return the pause until the next round.
 
-    async def fire_due(self) -> None:
-        """Fire the due schedules, when this instance leads. Each tenant gets its turn, however many others have.
+        Each tenant gets its turn, however many others have.
 
         Raises:
             ShoalError: the schedules cannot be read.
         """
         if self._lease.token is None:
-            return
+            return TICK_S
         now = self._clock()
-        due = {"next_at": {"$lte": now}, "try_again_at": {"$not": {"$gt": now}}}
+        soon = now + timedelta(seconds=AHEAD_S)
+        until = {"next_at": {"$lte": soon}, "try_again_at": {"$not": {"$gt": soon}}}
         with translated("finding due schedules"):
-            found = await self._schedules.find(due, {"tenant": 1}).sort("next_at", 1).to_list()
+            fields = {"tenant": 1, "next_at": 1, "try_again_at": 1}
+            found = await self._schedules.find(until, fields).sort("next_at", 1).to_list()
+        times = [max(document["next_at"], document.get("try_again_at") or EPOCH) for document in found]
+        due = [document for document, time in zip(found, times, strict=True) if time <= now]
+        if not due:
+            return max(0.0, (min(times, default=soon) - self._clock()).total_seconds())
         at_once = asyncio.Semaphore(_TENANTS_AT_ONCE)
-        by_tenant = turns([(document["tenant"], document["_id"]) for document in found], DUE_AT_ONCE)
+        by_tenant = turns([(document["tenant"], document["_id"]) for document in due], DUE_AT_ONCE)
         await together(self._take_turn(ids, at_once) for ids in by_tenant.values())
+        return TICK_S
 
     async def _take_turn(self, ids: Sequence[str], at_once: asyncio.Semaphore) -> None:
         """Fire the schedules of one tenant, for at most `TURN_S`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, cast
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -145,6 +146,19 @@ async def test_a_job_that_is_claimed_again_before_its_return_is_known_to_be_writ
         await until(lambda: not here.dispatcher.held(), "all are let go")
     assert sorted(result.job_id for result in here.store.results) == [one.id for one in made]
     assert {result.attempt for result in here.store.results} == {2}
+
+
+async def test_a_queued_job_runs_when_it_is_due_and_not_at_the_next_poll(jobs: Collection) -> None:
+    attempts = Fails(failures=0)
+    attempts.may.set()
+    here = Instance(jobs, utc_now, attempts, poll_ms=600_000)
+    now = utc_now()
+    first = job(due_at=now + timedelta(seconds=0.3))
+    second = job(due_at=now + timedelta(seconds=1), model_name="other")
+    await jobs.insert_many([document_of(one) for one in (first, second)])
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await here.has_ended(first, second)
 
 
 async def test_leases_that_lapsed_while_mongodb_was_away_cost_their_holder_nothing(jobs: Collection) -> None:

@@ -105,6 +105,17 @@ async def test_the_job_of_a_time_runs_for_the_caller_that_stored_the_schedule(
     assert rounds.callers == [b"claims"]
 
 
+async def test_the_next_round_is_when_a_schedule_is_due(schedules: Collection, clock: TestClock) -> None:
+    rounds = Rounds(schedules, clock)
+    assert await rounds.firing.fire_due() == firing.AHEAD_S
+    await put(schedules, schedule("acme", next_at=clock.now + timedelta(seconds=0.3)))
+    assert await rounds.firing.fire_due() == pytest.approx(0.3)
+    assert rounds.accepted == {}
+    clock.advance(seconds=0.3)
+    assert await rounds.firing.fire_due() == firing.TICK_S
+    assert rounds.accepted == {"acme": 1}
+
+
 async def test_a_tenant_whose_quota_is_spent_does_not_stop_the_schedules_of_others(
     schedules: Collection, clock: TestClock, caplog: pytest.LogCaptureFixture
 ) -> None:
