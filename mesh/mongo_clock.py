@@ -78,6 +78,8 @@ class DatabaseClock(Background):
         self._is_synchronized = False
         self.round_trip_s = 0.0
         """Time of the last read of MongoDB's clock: the network and the primary. 0: there was none."""
+        self.ahead_s = 0.0
+        """Time by which this machine's clock is ahead of MongoDB's, at the last read; negative: behind."""
         self._reported_ns = 0
 
     def __call__(self) -> datetime:
@@ -142,6 +144,7 @@ class DatabaseClock(Background):
             log.warning("MongoDB's clock was set %s by %.1f s", "forward" if moved > 0 else "back", abs(moved) / 1e9)
         self._offset, self._is_synchronized = offset, True
         ahead = self._wall_ns() - (offset + steady)
+        self.ahead_s = ahead / 1e9
         if abs(ahead - self._reported_ns) >= _REPORTED_NS:
             self._reported_ns = ahead
             if abs(ahead) < _REPORTED_NS:

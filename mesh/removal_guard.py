@@ -88,6 +88,8 @@ class RemovalGuard:
         self._certain_at = timedelta(0)
         self._ahead_since: timedelta | None = None
         self._asked_at: timedelta | None = None
+        self.is_stopped = False
+        """True at the last check: what is past its retention stays until an operator confirms the clock."""
 
     def __call__(self) -> datetime:
         """Return the time by which removal is decided. Only after the first `check`."""
@@ -119,6 +121,7 @@ class RemovalGuard:
             is_accepted, asked = await self._judge(now, now - certain, steady, asked)
         if is_accepted:
             certain, asked, self._ahead_since, self._asked_at = now, None, None, None
+        self.is_stopped = asked is not None
         await self._store(certain, asked)
         self._certain, self._certain_at = certain, steady
 

@@ -39,7 +39,7 @@ LAYERS = {
     """,
     "services/store": """
         __main__ app metrics rest rpc artifact_rpc config audit retention registry exports backups garbage usage results
-        allowed_locations page_token artifacts transactions documents limits
+        allowed_locations page_token artifacts transactions documents replica_set limits
     """,
     "services/coord": """
         __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims share_messages shares

@@ -159,6 +159,7 @@ class _Member:
         self.kv: Any = rpc.KVStub(self.channel)
         self.lease: Any = rpc.LeaseStub(self.channel)
         self.watch: Any = rpc.WatchStub(self.channel)
+        self.maintenance: Any = rpc.MaintenanceStub(self.channel)
 
 
 class Etcd:
@@ -228,6 +229,11 @@ class Etcd:
     async def compact(self, revision: int) -> None:
         """Discard the history before `revision`."""
         await self._unary(lambda m: m.kv.Compact, rpc.CompactionRequest(revision=revision), "compact")
+
+    async def alarms(self) -> tuple[str, ...]:
+        """Return the names of the alarms that are raised: NOSPACE (every write is refused), CORRUPT."""
+        response = await self._unary(lambda m: m.maintenance.Alarm, rpc.AlarmRequest(), "list the alarms")
+        return tuple(sorted({rpc.AlarmType.Name(one.alarm) for one in response.alarms}))
 
     async def grant(self, ttl_s: int, clock: Callable[[], float] = time.monotonic) -> Lease:
         """Return a new lease. etcd may grant a longer time to live than `ttl_s` (its minimum is 2 s)."""

@@ -108,7 +108,7 @@ class AdsServer:
                         stream.session.receive(_request(event), self._now())
                         _log_nack(stream.node, event)
                     # Nothing is sent without a snapshot: an Envoy keeps the one that it has from another coord.
-                    for response in stream.session.due(snapshot) if snapshot is not None else ():
+                    for response in stream.session.due(snapshot, self._now()) if snapshot is not None else ():
                         yield _response(response)
                     if snapshot is not None:
                         self._record_policy(stream, snapshot)

@@ -63,6 +63,8 @@ class TypeStatus:
     nack: str
     at: float
     """Arrival time of the last ACK or NACK, unix seconds; 0 before the first one."""
+    awaited_since: float = 0.0
+    """Time of the response that Envoy has neither acknowledged nor rejected, unix seconds; 0: there is none."""
 
 
 @dataclass
@@ -81,6 +83,7 @@ class _Type:
     """Acknowledged resources by name; only the version for a resource from before a reconnect."""
     in_flight: Response | None = None
     """The response that Envoy has neither acknowledged nor rejected."""
+    sent_at: float = 0.0
     retried_alone: set[str] = field(default_factory=set)
     """Names from a rejected response: each is sent again in a response of its own."""
     rejected: dict[str, str] = field(default_factory=dict)
@@ -117,14 +120,14 @@ class Session:
             self._record_acknowledgement(state, request, now)
         self._record_subscriptions(state, request)
 
-    def due(self, snapshot: Snapshot) -> list[Response]:
+    def due(self, snapshot: Snapshot, now: float = 0.0) -> list[Response]:
         """Return the responses to send now to bring Envoy closer to `snapshot`, and record them as in flight."""
         for state in self._types.values():
             self._match_versions(state, snapshot)
         responses = []
         for state in self._types.values():
             if state.in_flight is None and (response := self._next(state, snapshot)) is not None:
-                state.in_flight = response
+                state.in_flight, state.sent_at = response, now
                 responses.append(response)
         return responses
 
@@ -140,7 +143,14 @@ class Session:
     def status(self) -> tuple[TypeStatus, ...]:
         """Return the status of each type that Envoy has requested."""
         return tuple(
-            TypeStatus(state.type_url, tuple(sorted(state.acked)), state.acked_version, state.nack, state.at)
+            TypeStatus(
+                state.type_url,
+                tuple(sorted(state.acked)),
+                state.acked_version,
+                state.nack,
+                state.at,
+                0.0 if state.in_flight is None else state.sent_at,
+            )
             for state in self._types.values()
             if state.is_requested
         )

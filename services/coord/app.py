@@ -36,7 +36,7 @@ from services.coord.inference import MeshInference
 from services.coord.instances import Instances
 from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
-from services.coord.metrics import CoordMetrics
+from services.coord.metrics import CoordMetrics, EtcdAlarms
 from services.coord.policies import Policies
 from services.coord.policy_copy import PolicyCopy
 from services.coord.rest import rest_app
@@ -110,7 +110,8 @@ async def run(config: CoordConfig) -> None:
                 RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
             )
             methods |= refused.methods()
-        metrics = CoordMetrics(etcd, mirror, ads, watch)
+        alarms = await stack.enter_async_context(EtcdAlarms(etcd))
+        metrics = CoordMetrics(etcd, mirror, ads, watch, alarms)
         server = await stack.enter_async_context(
             Server(
                 config.listen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -10,9 +11,12 @@ from mesh.cluster.election import Election
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.mirror import Mirror
 from mesh.metrics.families import Family, Kind, Reading
+from mesh.process.tasks import Background, for_ever
 from mesh.rpc.cluster_access import PolicyWatch
 from mesh.xds.ads import AdsServer
 from services.coord.cluster import cluster_of
+
+log = logging.getLogger(__name__)
 
 C, G = Kind.COUNTER, Kind.GAUGE
 LEADS = Family("shoal.coord.leader", G, "", "1: the instance leads the cluster.")
@@ -27,12 +31,42 @@ REFUSED = Family(
 XDS_AGE = Family(
     "shoal.coord.xds.age", G, "s", "Time since the Envoy accepted or refused something of the type.", ("node", "type")
 )
+XDS_AWAITED = Family(
+    "shoal.coord.xds.awaited",
+    G,
+    "s",
+    "Time since something was sent that the Envoy has neither accepted nor refused; 0: it has answered all.",
+    ("node", "type"),
+)
 POLICY = Family(
     "shoal.coord.policy.version", G, "", "Version of the policy in force; 0: callers are not authenticated."
 )
 DRAINED = Family("shoal.coord.drained", G, "{instance}", "Instances that an operator has drained.")
 ETCD_TRIP = Family("shoal.coord.etcd.round_trip", G, "s", "Time of the last call of etcd that succeeded; 0: none did.")
-FAMILIES = (DRAINED, ETCD_TRIP, LEADS, TERM, INSTANCES, STALE, ENVOYS, RESOURCES, REFUSED, XDS_AGE, POLICY)
+ETCD_ALARM = Family("shoal.coord.etcd.alarm", G, "", "1: etcd has raised the alarm; NOSPACE: it is full.", ("alarm",))
+FAMILIES = (
+    *(DRAINED, ETCD_ALARM, ETCD_TRIP, LEADS, TERM, INSTANCES, STALE),
+    *(ENVOYS, RESOURCES, REFUSED, XDS_AGE, XDS_AWAITED, POLICY),
+)
+
+ALARMS_S = 5.0
+"""Interval at which etcd is asked for its alarms."""
+
+
+class EtcdAlarms(Background):
+    """Alarms that etcd has raised, read every few seconds. Used as `async with`."""
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._etcd = etcd
+        self.raised: tuple[str, ...] = ()
+
+    async def _run(self) -> None:
+        # An etcd that cannot be reached is the news of others.
+        await for_ever("read etcd's alarms", self._read, away_s=ALARMS_S, log=log, level=logging.DEBUG)
+
+    async def _read(self) -> float:
+        self.raised = await self._etcd.alarms()
+        return ALARMS_S
 
 
 class CoordMetrics:
@@ -44,8 +78,10 @@ class CoordMetrics:
         mirror: Mirror,
         ads: AdsServer,
         watch: PolicyWatch | None,
+        alarms: EtcdAlarms,
     ) -> None:
         self._etcd = etcd
+        self._alarms = alarms
         self.election: Election | None = None
         """Known once the instance takes part in the election."""
         self._mirror = mirror
@@ -60,6 +96,8 @@ class CoordMetrics:
         cluster = cluster_of(copy)
         yield DRAINED, (), len(cluster.drained)
         yield ETCD_TRIP, (), self._etcd.round_trip_s
+        for alarm in {"NOSPACE", *self._alarms.raised}:
+            yield ETCD_ALARM, (alarm,), int(alarm in self._alarms.raised)
         counts = Counter((one.service, one.state.value.lower()) for one in cluster.instances)
         for labels, count in sorted(counts.items()):
             yield INSTANCES, labels, count
@@ -73,5 +111,6 @@ class CoordMetrics:
                 labels = (envoy.node, resource.type_url.rpartition(".")[2])
                 yield RESOURCES, labels, len(resource.names)
                 yield REFUSED, labels, int(bool(resource.nack))
+                yield XDS_AWAITED, labels, max(0.0, now - resource.awaited_since) if resource.awaited_since else 0.0
                 if resource.at:
                     yield XDS_AGE, labels, max(0.0, now - resource.at)

@@ -139,7 +139,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         auditing = await stack.enter_async_context(auditing_of(config, access))
         sources: list[Source] = []
         if config.metrics is not None:
-            sources.append((await areas.build_metrics(shared, dispatch, schedules, streams, stack)).read)
+            sources.append((await areas.build_metrics(shared, dispatch, schedules, streams, retention, stack)).read)
         server = await stack.enter_async_context(
             Server(
                 config.listen,

@@ -158,6 +158,7 @@ class RetentionArea:
     """Retention rules of jobs and batches, and the sweep of jobs."""
 
     repository: RetentionRepository
+    guard: RemovalGuard
     sweep: JobSweep
 
 
@@ -362,7 +363,7 @@ def build_retention(config: IngestConfig, shared: SharedComponents, schedules: S
         round_s=config.retention_round_ms / 1_000,
         check=guard.check,
     )
-    return RetentionArea(repository, sweep)
+    return RetentionArea(repository, guard, sweep)
 
 
 def build_streams(
@@ -395,6 +396,7 @@ async def build_metrics(
     dispatch: DispatchArea,
     schedules: SchedulesArea,
     streams: StreamsArea,
+    retention: RetentionArea,
     stack: AsyncExitStack,
 ) -> IngestMetrics:
     """Return the metrics of the instance, started."""
@@ -410,6 +412,7 @@ async def build_metrics(
         dispatch.lease_keeper,
         schedules.firing,
         shared.clock,
+        retention.guard,
     )
 
 

@@ -11,6 +11,7 @@ from mesh.metrics.families import Family, Kind, Reading
 from mesh.mongo_clock import Clock, DatabaseClock
 from mesh.mongo_lease import LeaderLease
 from mesh.process.tasks import Background, for_ever
+from mesh.removal_guard import RemovalGuard
 from services.ingest.connectors.connectors import Connectors
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.lease_keeper import LeaseKeeper
@@ -53,7 +54,14 @@ DEAD = Family("shoal.ingest.connector.dead", C, "{message}", "Messages that ende
 LAG = Family("shoal.ingest.connector.lag", G, "{message}", "Messages that its source has beyond its position.", _LABELS)
 LAG_TIME = Family("shoal.ingest.connector.lag_time", G, "s", "Time by which it lags behind its source.", _LABELS)
 MONGO_TRIP = Family("shoal.ingest.mongo.round_trip", G, "s", "Time of the last small read of MongoDB's primary.")
+CLOCK_AHEAD = Family(
+    "shoal.ingest.mongo.clock_ahead", G, "s", "Time by which this machine's clock is ahead of MongoDB's, which is used."
+)
+STOPPED = Family(
+    "shoal.ingest.retention.stopped", G, "", "1: jobs past their retention stay until the clock is confirmed."
+)
 FAMILIES = (
+    *(CLOCK_AHEAD, STOPPED),
     *(PUT_BACK, LEASES_LOST, TAKEN_OVER, FIRED, SKIPPED, FIRING_FAILED, MONGO_TRIP),
     *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, OLDEST, QUEUES, READ_AGE, LEADS),
     *(MESSAGES, ANSWERED, DEAD, LAG, LAG_TIME),
@@ -134,7 +142,9 @@ class IngestMetrics:
         lease_keeper: LeaseKeeper,
         firing: Firing,
         clock: DatabaseClock,
+        guard: RemovalGuard,
     ) -> None:
+        self._guard = guard
         self._lease_keeper = lease_keeper
         self._firing = firing
         self._clock = clock
@@ -157,6 +167,9 @@ class IngestMetrics:
         yield SKIPPED, (), self._firing.skipped
         yield FIRING_FAILED, (), self._firing.failed
         yield MONGO_TRIP, (), self._clock.round_trip_s
+        yield CLOCK_AHEAD, (), self._clock.ahead_s
+        # An instance that does not lead removes nothing.
+        yield STOPPED, (), int(self._guard.is_stopped and self._lease.is_held)
         yield HELD, (), self._dispatcher.held_count
         yield BACKLOG, (), self._backlog.estimate
         yield from self._queue()

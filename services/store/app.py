@@ -44,6 +44,7 @@ from services.store.garbage.verification import Verification
 from services.store.metrics import RecordedCount, StoreMetrics
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
+from services.store.replica_set import ReplicaSet
 from services.store.rest import rest_app
 from services.store.results.large_responses import LargeResponses
 from services.store.results.result_stream import ResultStream
@@ -150,6 +151,8 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
         if access is not None:
             auditing = await stack.enter_async_context(Auditing(chain, access, f"{config.node}/{config.instance}"))
         fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods()), auditing), access)
+        replica_set = await stack.enter_async_context(ReplicaSet(client))
+        metrics = StoreMetrics(recorded, sweep, lease, chain, rpc, clock, guard, replica_set)
         server = await stack.enter_async_context(
             Server(
                 config.listen,
@@ -162,7 +165,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 exports_as=("store", f"{config.node}/{config.instance}"),
-                sources=[StoreMetrics(recorded, sweep, lease, chain, rpc, clock).read],
+                sources=[metrics.read],
                 http=rest_app,
             )
         )

@@ -8,8 +8,10 @@ from mesh.metrics.families import Family, Kind, Reading
 from mesh.mongo import Document
 from mesh.mongo_clock import DatabaseClock
 from mesh.mongo_lease import LeaderLease
+from mesh.removal_guard import RemovalGuard
 from services.store.artifact_rpc import ArtifactRpc
 from services.store.audit.chain import AuditChain
+from services.store.replica_set import ReplicaSet
 from services.store.retention.sweep import Sweep
 
 C, G = Kind.COUNTER, Kind.GAUGE
@@ -24,7 +26,19 @@ AUDIT_WAITING = Family("shoal.store.audit.waiting", G, "{entry}", "Entries that 
 BLOBS_READ = Family("shoal.store.artifacts.read", C, "By", "Bytes of artifacts that were sent to clients.")
 BLOBS_WRITTEN = Family("shoal.store.artifacts.stored", C, "By", "Bytes of artifacts that were stored, as new ones.")
 MONGO_TRIP = Family("shoal.store.mongo.round_trip", G, "s", "Time of the last small read of MongoDB's primary.")
-FAMILIES = (BLOBS_READ, BLOBS_WRITTEN, MONGO_TRIP, RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING)
+CLOCK_AHEAD = Family(
+    "shoal.store.mongo.clock_ahead", G, "s", "Time by which this machine's clock is ahead of MongoDB's, which is used."
+)
+MEMBER_UP = Family("shoal.store.mongo.member_up", G, "", "1: the member of MongoDB's set answers.", ("member",))
+OPLOG_WINDOW = Family("shoal.store.mongo.oplog_window", G, "s", "Time that MongoDB's oplog reaches back; -1: unknown.")
+OPLOG_USED = Family("shoal.store.mongo.oplog_used", G, "", "Share of the oplog's size in use; from 1 on, it is cut.")
+STOPPED = Family(
+    "shoal.store.retention.stopped", G, "", "1: results past their retention stay until the clock is confirmed."
+)
+FAMILIES = (
+    *(BLOBS_READ, BLOBS_WRITTEN, MONGO_TRIP, RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING),
+    *(CLOCK_AHEAD, MEMBER_UP, OPLOG_WINDOW, OPLOG_USED, STOPPED),
+)
 
 
 class RecordedCount:
@@ -51,7 +65,11 @@ class StoreMetrics:
         chain: AuditChain,
         artifacts: ArtifactRpc,
         clock: DatabaseClock,
+        guard: RemovalGuard,
+        replica_set: ReplicaSet,
     ) -> None:
+        self._guard = guard
+        self._replica_set = replica_set
         self._artifacts = artifacts
         self._clock = clock
         self._recorded = recorded
@@ -69,3 +87,10 @@ class StoreMetrics:
         yield AUDITED, (), self._chain.written
         yield AUDIT_FAILED, (), self._chain.failed
         yield AUDIT_WAITING, (), self._chain.waiting_count
+        yield CLOCK_AHEAD, (), self._clock.ahead_s
+        for member, is_up in sorted(self._replica_set.members.items()):
+            yield MEMBER_UP, (member,), int(is_up)
+        yield OPLOG_WINDOW, (), self._replica_set.oplog_window_s
+        yield OPLOG_USED, (), self._replica_set.oplog_used
+        # An instance that does not lead removes nothing, and its last check may be old.
+        yield STOPPED, (), int(self._guard.is_stopped and self._lease.is_held)

@@ -76,8 +76,12 @@ async def test_removal_goes_by_the_certain_time_while_a_clock_is_wrong_and_by_th
 ) -> None:
     await world.round()
     world.wrong = YEAR
+    await world.round()
+    # It may be corrected yet, and nothing is asked.
+    assert not world.guard.is_stopped
     for _ in range(30):
         assert await world.round() == world.true
+    assert world.guard.is_stopped
     world.wrong = timedelta(0)
     assert await world.round() == world.true
 
@@ -117,12 +121,15 @@ async def test_a_large_share_waits_until_a_rule_is_set(world: World) -> None:
     world.guard = world.started()
     for _ in range(3):
         assert await world.round(REST) < world.true - 9 * HOUR
+    assert world.guard.is_stopped
     # Another instance leads from now on, and an operator answers the question of the first.
     world.guard = world.started()
     await world.round()
+    assert world.guard.is_stopped
     world.removal.version = "2"
     await world.round(REST)
     assert await world.round() == world.true
+    assert not world.guard.is_stopped
 
 
 async def test_one_confirmation_counts_for_all_processes(world: World) -> None:
