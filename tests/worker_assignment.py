@@ -37,7 +37,7 @@ PATIENT = (
 )
 """Files that use less than half of a core. Together they last nearly as long as a whole run."""
 
-TOGETHER = ("tests/infer/conformance", "tests/node/one_node")
+TOGETHER = ("tests/infer/conformance", "tests/node/one_node", "tests/node/doctor")
 """Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node.
 Alone, each file would start them again."""
 
@@ -45,6 +45,7 @@ LONG = (
     "tests/node/test_access_attacks.py",
     "tests/node/test_up.py",
     "tests/node/one_node",
+    "tests/node/doctor",
     "tests/infer/conformance",
     "tests/siege/test_siege.py",
     "tests/chaos/test_chaos.py",

@@ -27,7 +27,8 @@ def doctor(
 ) -> None:
     """Look at a node, and say what is wrong, how bad it is, and the command that mends it.
 
-    Exits 0 when nothing is wrong, 1 with warnings, 2 with errors.
+    Exits 0 when nothing is wrong, 1 with warnings, 2 with errors. The last lines say what could not be checked: the
+    processes, disk, metrics and logs of a node are only seen on its own machine, by its user.
 
     [bold]Examples[/bold]
 
@@ -40,9 +41,10 @@ def doctor(
     facts = _facts(gateway, data_dir)
     findings = checks.diagnose(facts)
     if json:
-        show_json({"findings": [{**_plain(finding)} for finding in findings], "unread": facts.unread})
+        found = [_plain(finding) for finding in findings]
+        show_json({"findings": found, "unread": facts.unread, "not_checked": checks.skipped(facts)})
     else:
-        _show(facts, findings, len(checks.names()))
+        _show(facts, findings)
     if findings:
         raise typer.Exit(int(findings[0].severity))
 
@@ -62,7 +64,7 @@ def _facts(gateway: str | None, data_dir: Path | None) -> Facts:
         gateway = gateway or node.url
     with connect(gateway) as client:
         node = next((node for node in nodes if node.url == client.address), None)
-        return gather.of_node(client, node)
+        return gather.of_node(client, node, gateway or (client.address if len(nodes) > 1 else ""))
 
 
 def _plain(finding: Finding) -> dict[str, str]:
@@ -74,8 +76,10 @@ def _plain(finding: Finding) -> dict[str, str]:
     }
 
 
-def _show(facts: Facts, findings: list[Finding], checks: int) -> None:
+def _show(facts: Facts, findings: list[Finding]) -> None:
     from rich.text import Text
+
+    from shoal.cli.diagnosis import checks
 
     out = console()
     for finding in findings:
@@ -84,6 +88,18 @@ def _show(facts: Facts, findings: list[Finding], checks: int) -> None:
         out.print(line.append(f"  [{finding.check}]", "dim"), soft_wrap=True)
         out.print(Text(f"        {finding.command}", "cyan"), soft_wrap=True)
     where = facts.gateway or (facts.local.data_dir if facts.local else "")
-    out.print(f"{where}: {checks} checks, {len(findings) or 'no'} findings", markup=False, soft_wrap=True)
+    skipped, every = checks.skipped(facts), len(checks.names())
+    counted = f"{every - len(skipped)} of {every} checks" if skipped else f"{every} checks"
+    ends = "" if len(findings) == 1 else "s"
+    out.print(f"{where}: {counted}, {len(findings) or 'no'} finding{ends}", markup=False, soft_wrap=True)
     for part, reason in facts.unread.items():
-        out.print(f"not checked: {part}: {reason}", style="dim", markup=False, soft_wrap=True)
+        out.print(f"not read: {part}: {reason}", style="dim", markup=False, soft_wrap=True)
+    if skipped:
+        out.print(f"not checked: {', '.join(skipped)}", style="yellow", markup=False, soft_wrap=True)
+    if facts.local is None:
+        here = (
+            "no node of this user at this address runs on this machine: run `shoal doctor` and `shoal logs` on its own"
+        )
+        out.print(here, style="yellow", markup=False, soft_wrap=True)
+    elif facts.status is None and not facts.unread:
+        out.print("the node does not run: only its folder and this machine were checked", style="yellow", markup=False)

@@ -17,7 +17,7 @@ import typer
 
 from shoal.cli import admin_page, endpoints
 from shoal.cli.output import AsJson, console, plain, show_json
-from shoal.errors import InvalidArgument, Unavailable
+from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,9 +83,17 @@ def top(
 
 
 def _admin_here() -> str:
-    from shoal.discovery import find_node
+    from shoal.cli.contexts import chosen
+    from shoal.discovery import admin_of, find_gateway
 
-    return find_node(os.environ).admin
+    context = chosen(None, os.environ)
+    url = context.url if context is not None else find_gateway(None, os.environ).url
+    if (admin := admin_of(url, os.environ)) is None:
+        raise NotFound(
+            f"no node of this user at {url} runs on this machine, and `shoal top` reads metrics, which are only seen "
+            "there: run it on the node's own machine, as in `ssh HOST shoal top --once`"
+        )
+    return admin
 
 
 class _State:

@@ -16,11 +16,15 @@ from tests.free_ports import free_port
 
 
 class ReplicaSet:
-    """Used as `with`; `uri` names all members."""
+    """Used as `with`; `uri` names all members.
 
-    def __init__(self, folder: Path, members: int = 3) -> None:
+    Only the first `voters` members elect the primary, and are elected. `oplog_mib`: the size of the oplog.
+    """
+
+    def __init__(self, folder: Path, members: int = 3, *, voters: int = 3, oplog_mib: int | None = None) -> None:
         self._ports = [free_port() for _ in range(members)]
-        self._members = [_member(folder, port) for port in self._ports]
+        self._members = [_member(folder, port, oplog_mib) for port in self._ports]
+        self._voters = voters
         self._stack = ExitStack()
         hosts = ",".join(f"127.0.0.1:{port}" for port in self._ports)
         self.uri = f"mongodb://{hosts}/?replicaSet=rs0"
@@ -57,6 +61,9 @@ class ReplicaSet:
         """The number of the member that is primary."""
         return next((n for n in range(len(self._members)) if self._hello(n).get("isWritablePrimary")), None)
 
+    def address(self, number: int) -> str:
+        return f"127.0.0.1:{self._ports[number]}"
+
     def kill(self, number: int) -> None:
         self._members[number].kill()
 
@@ -68,7 +75,9 @@ class ReplicaSet:
         return all(state.get("isWritablePrimary") or state.get("secondary") for state in states)
 
     def _initiated(self) -> bool:
-        members = [{"_id": n, "host": f"127.0.0.1:{port}"} for n, port in enumerate(self._ports)]
+        members: list[dict[str, Any]] = [{"_id": n, "host": self.address(n)} for n in range(len(self._ports))]
+        for member in members[self._voters :]:
+            member |= {"votes": 0, "priority": 0}
         settings = {"electionTimeoutMillis": 2000, "heartbeatIntervalMillis": 500}
         config = {"_id": "rs0", "members": members, "settings": settings}
         try:
@@ -95,10 +104,13 @@ def _client(port: int) -> MongoClient[dict[str, Any]]:
     return MongoClient(f"mongodb://127.0.0.1:{port}", directConnection=True, serverSelectionTimeoutMS=1000)
 
 
-def _member(folder: Path, port: int) -> Process:
+def _member(folder: Path, port: int, oplog_mib: int | None) -> Process:
     data = folder / f"mongod-{port}"
     data.mkdir()
     part = processes.mongod(data, f"127.0.0.1:{port}")
     argv = list(part.argv)
     argv[argv.index("--wiredTigerCacheSizeGB") + 1] = "0.25"
+    if oplog_mib is not None:
+        argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
+        argv[argv.index("--oplogMinRetentionHours") + 1] = "0"
     return Process(argv, folder / f"mongod-{port}.log", part.env)

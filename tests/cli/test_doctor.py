@@ -21,13 +21,15 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from shoal.cli.diagnosis import checks, gather
+from shoal.cli.diagnosis import checks, gather, rates
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
 from shoal.cli.main import app
 from shoal.client import Connector, ConnectorPhase, Instance, InstanceState, Job, JobState, KeyInfo, Leader, Schedule
 from shoal.client.models.serving import IndexEntry
 from shoal.client.status import EnvoyResources, EnvoyStatus, Status
+from shoal.discovery import RunningNode
+from shoal.node.tls import own_ca
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -84,6 +86,28 @@ LOCAL = LocalFacts(
     shm_free_bytes=1 << 30,
     secrets={"admin.key": 0o600},
 )
+PAGE = """
+shoal_coord_leader{instance="coord-0"} 0
+shoal_coord_leader{instance="coord-1"} 1
+shoal_coord_view_stale{instance="coord-0"} 0
+shoal_coord_envoys{instance="coord-0"} 0
+shoal_coord_envoys{instance="coord-1"} 1
+shoal_coord_xds_refused{instance="coord-1",node="local",type="Listener"} 0
+shoal_coord_xds_awaited_seconds{instance="coord-1",node="local",type="Listener"} 0
+shoal_coord_etcd_alarm{instance="coord-0",alarm="NOSPACE"} 0
+shoal_coord_policy_version{instance="coord-0"} 3
+shoal_store_mongo_clock_ahead_seconds{instance="store-0"} -0.001
+shoal_ingest_mongo_clock_ahead_seconds{instance="ingest-0"} 0.002
+shoal_store_mongo_member_up{instance="store-0",member="a:27017"} 1
+shoal_store_mongo_member_up{instance="store-0",member="b:27017"} 1
+shoal_store_mongo_member_up{instance="store-0",member="c:27017"} 1
+shoal_store_mongo_oplog_used{instance="store-0"} 0.5
+shoal_store_mongo_oplog_window_seconds{instance="store-0"} 60
+shoal_store_retention_stopped{instance="store-0"} 0
+shoal_ingest_retention_stopped{instance="ingest-0"} 0
+shoal_ingest_queue_oldest_seconds{instance="ingest-0"} 3
+shoal_ingest_queue_age_seconds{instance="ingest-0",tenant="acme"} 3
+"""
 HEALTHY = Facts(
     now=NOW,
     version="1.0",
@@ -97,12 +121,23 @@ HEALTHY = Facts(
     schedules=(),
     keys=(key(60), key(-1), key(5, role="user", created_at=NOW - DAY)),
     certificate=CertificateFacts("CN=gateway", NOW - 30 * DAY, NOW + 60 * DAY),
+    ca=CertificateFacts("CN=Shoal CA", NOW - 30 * DAY, NOW + 3_000 * DAY),
+    page=rates.parse(PAGE, 0.0),
+    admin="127.0.0.1:9901",
     local=LOCAL,
 )
 
 
 def status(**fields: object) -> Facts:
     return replace(HEALTHY, status=replace(STATUS, **fields))  # type: ignore[arg-type]
+
+
+def page(*lines: str) -> Facts:
+    """Return the facts with other values of these series."""
+    changed = {line.rpartition(" ")[0]: line for line in lines}
+    kept = [changed.pop(line.rpartition(" ")[0], line) for line in PAGE.splitlines()]
+    assert not changed, "a series of the healthy page"
+    return replace(HEALTHY, page=rates.parse("\n".join([*kept, ""]), 0.0))
 
 
 def local(**fields: object) -> Facts:
@@ -177,13 +212,43 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("part-unreadable", status(problems=("models: no",)), E, "models: no"),
     ("admin-unreachable", replace(HEALTHY, endpoints=None, unread={"endpoints": "no"}), W, "shoal logs envoy"),
     ("etcd-unreachable", status(stale=True), E, "etcd cannot be reached"),
-    ("no-leader", status(leader=None), E, "no instance of coord leads"),
-    ("envoy-disconnected", status(envoys=()), E, "no Envoy has a configuration stream"),
+    ("etcd-unreachable", page('shoal_coord_view_stale{instance="coord-0"} 1'), E, "etcd cannot be reached"),
+    ("no-leader", page('shoal_coord_leader{instance="coord-1"} 0'), E, "no instance of coord leads"),
+    (
+        "no-leader",
+        replace(status(leader=None, problems=("leader: there is no leader at present",)), page=None),
+        E,
+        "no instance of coord leads",
+    ),
+    (
+        "etcd-refuses-writes",
+        page('shoal_coord_etcd_alarm{instance="coord-0",alarm="NOSPACE"} 1'),
+        E,
+        "etcd has raised the alarm NOSPACE",
+    ),
+    (
+        "envoy-disconnected",
+        page('shoal_coord_envoys{instance="coord-1"} 0'),
+        E,
+        "no Envoy has a configuration stream",
+    ),
+    (
+        "envoy-stale",
+        page('shoal_coord_xds_awaited_seconds{instance="coord-1",node="local",type="Listener"} 45'),
+        E,
+        "has not answered a change of its configuration for 45 s",
+    ),
+    (
+        "configuration-refused",
+        page('shoal_coord_xds_refused{instance="coord-1",node="local",type="Listener"} 1'),
+        E,
+        "has refused its Listener, and keeps the former one | shoal logs coord",
+    ),
     (
         "configuration-refused",
         status(envoys=(replace(ENVOY, resources=(replace(ENVOY.resources[0], nack="bad regex"),)),)),
         E,
-        "has refused its Listener: bad regex",
+        "has refused its Listener, and keeps the former one: bad regex",
     ),
     ("endpoint-unhealthy", replace(HEALTHY, endpoints=(endpoint(health="failed"),)), E, "shoal logs infer-0"),
     (
@@ -222,6 +287,19 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ),
     ("model-not-everywhere", others(instance("infer", 1, models={})), W, "is not ready at local/infer-1"),
     ("dead-letters", replace(HEALTHY, dead=(job(timedelta(minutes=5)), job(2 * DAY))), W, "1 jobs have died"),
+    (
+        "schedule-failing",
+        replace(
+            HEALTHY,
+            schedules=(Schedule("nightly", "0 3 * * *", "UTC", "acme", last_job_id="J2"),),
+            dead=tuple(
+                replace(job(2 * DAY), id=id, tenant=tenant, labels={"schedule": "nightly"})
+                for id, tenant in (("J2", "acme"), ("J1", "acme"), ("J0", "other"))
+            ),
+        ),
+        W,
+        "the last job of schedule nightly has failed, and 1 before: out of memory",
+    ),
     ("schedule-skipped", schedule(timedelta(minutes=-5)), E, "schedule nightly has missed its time"),
     ("connector-failing", connector(stale=True), E, "has not reported"),
     ("connector-failing", connector(last_error="no topic", last_error_at=NOW), E, "fails: no topic"),
@@ -232,14 +310,61 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("shared-memory-low", local(shm_free_bytes=1 << 20), W, "1 MiB are free in /dev/shm"),
     ("file-limit", process(open_files=60_000), E, "infer-0 has 60000 of 65536 files open"),
     ("file-limit", process(file_limit=1_024), W, "may open 1024 files"),
-    ("clock", logs(clock=("the clock is 3 s off",)), W, "the clock is 3 s off"),
+    (
+        "clock",
+        page('shoal_store_mongo_clock_ahead_seconds{instance="store-0"} -3'),
+        W,
+        "clock is 3.0 s behind MongoDB's, as store-0 sees it",
+    ),
+    (
+        "mongodb-members-missing",
+        page('shoal_store_mongo_member_up{instance="store-0",member="b:27017"} 0'),
+        W,
+        "1 of 3 members of MongoDB's set do not answer: b:27017",
+    ),
+    (
+        "mongodb-members-missing",
+        page(
+            'shoal_store_mongo_member_up{instance="store-0",member="a:27017"} 0',
+            'shoal_store_mongo_member_up{instance="store-0",member="b:27017"} 0',
+        ),
+        E,
+        "without a majority nothing is written",
+    ),
+    ("oplog-short", page('shoal_store_mongo_oplog_used{instance="store-0"} 1.1'), W, "is full and reaches back 60 s"),
+    (
+        "removal-stopped",
+        page('shoal_store_retention_stopped{instance="store-0"} 1'),
+        W,
+        "results past their retention are not removed",
+    ),
+    (
+        "removal-stopped",
+        page('shoal_ingest_retention_stopped{instance="ingest-0"} 1'),
+        W,
+        "(`shoal jobs retention set`) | shoal jobs retention list",
+    ),
+    (
+        "queue-old",
+        page(
+            'shoal_ingest_queue_oldest_seconds{instance="ingest-0"} 400',
+            'shoal_ingest_queue_age_seconds{instance="ingest-0",tenant="acme"} 400',
+        ),
+        W,
+        "waits for 400 s, of tenant acme",
+    ),
     ("event-loop-stalls", logs(stalls_ms={"infer-0": (300,) * 20}), W, "stalled 20 times"),
     ("event-loop-stalls", logs(stalls_ms={"infer-0": (2_000,) * 5}), W, "2000 ms at most"),
     ("errors-logged", logs(errors={("store-0", "no disk"): 30, ("store-0", "x"): 1}), W, "31 errors in 15 minutes, 30"),
     ("data-folder-open", local(data_dir_mode=0o755), W, "chmod 700 /srv/shoal"),
     ("secret-open", local(secrets={"admin.key": 0o644}), E, "chmod 600 /srv/shoal/admin.key"),
     ("exposed-without-authentication", replace(HEALTHY, has_auth=False, keys=None), W, "may call every method"),
-    ("policy-not-in-force", status(policy_version=0), E, "no policy is in force"),
+    (
+        "policy-not-in-force",
+        page('shoal_coord_policy_version{instance="coord-0"} 0'),
+        E,
+        "coord-0 finds no policy in etcd",
+    ),
     (
         "issuer-key-unused",
         replace(HEALTHY, unused_issuer_keys=(("https://idp", "keys[0] ('k'): 'alg' is missing"),)),
@@ -260,6 +385,8 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         E,
         "has ended on 2026-11-27",
     ),
+    ("ca-ends", replace(HEALTHY, ca=CertificateFacts("CN=CA", NOW - 999 * DAY, NOW + 90 * DAY)), W, "mv /srv/shoal/ca"),
+    ("ca-ends", replace(HEALTHY, ca=CertificateFacts("CN=CA", NOW - 999 * DAY, NOW - DAY)), E, "ends on 2026-11-27"),
 ]
 
 
@@ -278,6 +405,25 @@ def test_each_cause_is_found_by_its_check_alone(check: str, facts: Facts, severi
     [finding] = checks.diagnose(facts)
     assert (finding.check, finding.severity) == (check, severity)
     assert words in f"{finding.what} | {finding.command}"
+
+
+def test_checks_without_their_facts_are_named() -> None:
+    assert checks.skipped(HEALTHY) == []
+    remote = checks.skipped(replace(HEALTHY, local=None, page=None, endpoints=None))
+    assert {"memory-low", "envoy-disconnected", "endpoint-unhealthy", "process-ended", "clock"} <= {*remote}
+    assert "no-leader" not in remote
+    assert "gateway-unreachable" not in checks.skipped(replace(HEALTHY, status=None, unread={"status": "refused"}))
+
+
+def test_commands_name_the_node_that_was_looked_at() -> None:
+    drained = others(instance("infer", 1, state=InstanceState.DRAINING, drained_by_operator=True))
+    [finding] = checks.diagnose(replace(drained, chosen="https://10.0.0.5:8443"))
+    assert finding.command == "shoal instances undrain local/infer-1 --gateway https://10.0.0.5:8443"
+    ended = local(launcher_alive=False, data_dir=Path("/srv/my node"), logs=LogFacts(starts={"infer-0": 3}))
+    assert {one.command for one in checks.diagnose(ended)} == {
+        "shoal up --data-dir '/srv/my node'",
+        "shoal logs infer-0 --level error --data-dir '/srv/my node'",
+    }
 
 
 def test_every_check_has_a_cause_here_and_there_are_enough() -> None:
@@ -323,6 +469,17 @@ def test_a_lock_that_is_held_means_that_a_node_runs(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_the_own_ca_is_read_and_another_one_is_not(folder: Path) -> None:
+    own_ca._make(folder / "ca", datetime.now(UTC) - timedelta(days=3_600))
+    node = RunningNode("127.0.0.1:8080", "127.0.0.1:9901", folder, 1, ca=folder / "ca" / "ca.pem")
+    found = gather._own_ca(node)
+    assert found is not None
+    [finding] = checks.diagnose(Facts(now=datetime.now(UTC), version="1.0", ca=found, local=LOCAL))
+    assert finding.check == "ca-ends"
+    (folder / "ca").rename(folder / "other")
+    assert gather._own_ca(replace(node, ca=folder / "other" / "ca.pem")) is None
+
+
 def test_logs_are_counted_within_their_window(folder: Path) -> None:
     def line(age_s: float, message: str, level: str = "INFO", **fields: object) -> str:
         at = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
@@ -331,12 +488,10 @@ def test_logs_are_counted_within_their_window(folder: Path) -> None:
     lines = [line(7_200, "old", "ERROR"), line(60, "serving at unix:/x"), line(50, "serving at unix:/x")]
     lines += [line(40, "no disk", "ERROR")] * 3
     lines += [line(30, "event loop stalled for 300 ms", "WARNING", stall_ms=300)]
-    lines += [line(20, "MongoDB's clock was set back by 3.0 s", "WARNING")]
     (folder / "logs" / "store-0.log").write_text("\n".join(lines))
     found = of_folder(folder).logs
     assert found.errors == {("store-0", "no disk"): 3}
     assert (found.starts, found.stalls_ms) == ({"store-0": 2}, {"store-0": (300,)})
-    assert found.clock == ("MongoDB's clock was set back by 3.0 s",)
 
 
 def test_processes_of_an_ended_node_and_holders_of_its_ports_are_named(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
+from shlex import quote
 from typing import TypeAlias
 
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
 from shoal.cli.endpoints import Endpoint
-from shoal.client import InstanceState
+from shoal.client import InstanceState, Job, Schedule
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 
@@ -39,16 +42,31 @@ FILE_LIMIT = 4_096
 """Open files that a process should be allowed: each connection is one."""
 MEMORY_LOW_SHARE = 0.05
 SHM_LOW_BYTES = 64 << 20
+ANSWER_S = 30.0
+"""Time in which an Envoy answers a change of its configuration: it takes milliseconds."""
+CLOCK_S = 1.0
+QUEUE_AGE_S = 300.0
+FAILED_RUNS = 2
+"""Failed jobs of a schedule, the last one among them, that make the schedule a failing one."""
+OPLOG_FULL = 0.9
+"""Share of the oplog's size from which MongoDB removes its oldest entries."""
+OPLOG_SHORT_S = 300.0
+CA_ENDS = timedelta(days=180)
+"""Clients are given another CA by hand."""
 KEYS_END = timedelta(days=14)
 CERTIFICATE_SHARE = 0.25
 """Share of a certificate's life that should be left."""
 
 _CHECKS: dict[str, Check] = {}
+_NEEDS: dict[str, str] = {}
 
 
-def _check(name: str) -> Callable[[Check], Check]:
+def _check(name: str, needs: str = "") -> Callable[[Check], Check]:
+    """Register a check. `needs` names the parts of the facts of which it needs one (`status or page`)."""
+
     def add(function: Check) -> Check:
         _CHECKS[name] = function
+        _NEEDS[name] = needs
         return function
 
     return add
@@ -57,7 +75,27 @@ def _check(name: str) -> Callable[[Check], Check]:
 def diagnose(facts: Facts) -> list[Finding]:
     """Return the findings of all checks, the most severe first."""
     found = [finding for check in _CHECKS.values() for finding in check(facts)]
-    return sorted(found, key=lambda finding: -finding.severity)
+    addressed = [replace(finding, command=_addressed(finding.command, facts)) for finding in found]
+    return sorted(addressed, key=lambda finding: -finding.severity)
+
+
+def skipped(facts: Facts) -> list[str]:
+    """Return the names of the checks that these facts are not enough for."""
+    return [
+        name
+        for name, needs in _NEEDS.items()
+        if needs and all(getattr(facts, part) is None for part in needs.split(" or "))
+    ]
+
+
+def _addressed(command: str, facts: Facts) -> str:
+    """Return a command for the node that was looked at, where the command would find another one or none."""
+    local = facts.local
+    if command.startswith(("shoal up", "shoal logs")):
+        is_needed = local is not None and (command.startswith("shoal up") or facts.chosen or not local.launcher_alive)
+        return f"{command} --data-dir {quote(str(local.data_dir))}" if local is not None and is_needed else command
+    takes_gateway = command.startswith("shoal ") and command != "shoal --version"
+    return f"{command} --gateway {quote(facts.chosen)}" if takes_gateway and facts.chosen else command
 
 
 def names() -> list[str]:
@@ -76,14 +114,14 @@ def _warning(check: str, what: str, command: str) -> Finding:
 # Reachability.
 
 
-@_check("node-down")
+@_check("node-down", "local")
 def _node_down(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     if local is not None and not local.launcher_alive:
-        yield _error("node-down", f"no node runs on {local.data_dir}", f"shoal up --data-dir {local.data_dir}")
+        yield _error("node-down", f"no node runs on {local.data_dir}", "shoal up")
 
 
-@_check("leftover-processes")
+@_check("leftover-processes", "local")
 def _leftover_processes(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     if local is not None and local.leftovers:
@@ -92,7 +130,7 @@ def _leftover_processes(facts: Facts) -> Iterator[Finding]:
         yield _error("leftover-processes", what, f"kill {pids}")
 
 
-@_check("port-taken")
+@_check("port-taken", "local")
 def _port_taken(facts: Facts) -> Iterator[Finding]:
     for port, holder in (facts.local.holders if facts.local else {}).items():
         what = f"port {port} of the node, which does not run, is in use by {holder}"
@@ -109,9 +147,11 @@ def _gateway_unreachable(facts: Facts) -> Iterator[Finding]:
         )
 
 
-@_check("part-unreadable")
+@_check("part-unreadable", "status")
 def _part_unreadable(facts: Facts) -> Iterator[Finding]:
     for problem in facts.status.problems if facts.status else ():
+        if problem.startswith("leader: ") and _has_no_leader(facts):
+            continue
         yield _error("part-unreadable", problem, "shoal logs --level warning --since 15m")
 
 
@@ -124,43 +164,80 @@ def _admin_unreachable(facts: Facts) -> Iterator[Finding]:
 # Coordination and the mesh.
 
 
-@_check("etcd-unreachable")
+@_check("etcd-unreachable", "status or page")
 def _etcd_unreachable(facts: Facts) -> Iterator[Finding]:
-    if facts.status is not None and facts.status.stale:
+    if _is_stale(facts):
         what = "etcd cannot be reached: no change of instances, policy or leader takes effect"
         yield _error("etcd-unreachable", what, "shoal logs etcd coord --level warning")
 
 
-@_check("no-leader")
+def _is_stale(facts: Facts) -> bool:
+    """Return True when a coord goes by the last view of etcd that it knows."""
+    told = facts.page is not None and facts.page.sum("shoal_coord_view_stale") > 0
+    return told or (facts.status is not None and facts.status.stale)
+
+
+def _has_no_leader(facts: Facts) -> bool:
+    """Return True when coord answers, and knows of no leader. With instances lost, too, only its metrics answer."""
+    if facts.page is not None and facts.page.has("shoal_coord_leader"):
+        return facts.page.sum("shoal_coord_leader") == 0
+    problems = () if facts.status is None else facts.status.problems
+    return any(problem.startswith("leader: ") and "no leader" in problem for problem in problems)
+
+
+@_check("no-leader", "status or page")
 def _no_leader(facts: Facts) -> Iterator[Finding]:
-    status = facts.status
-    if status is not None and status.leader is None and not status.stale:
-        yield _error("no-leader", "no instance of coord leads", "shoal logs coord --level warning")
+    if _has_no_leader(facts) and not _is_stale(facts):
+        what = "no instance of coord leads: policies, drains and keys of issuers stand still"
+        yield _error("no-leader", what, "shoal logs coord etcd --level warning")
 
 
-@_check("envoy-disconnected")
+@_check("etcd-refuses-writes", "page")
+def _etcd_refuses_writes(facts: Facts) -> Iterator[Finding]:
+    for (alarm,), raised in facts.page.most("shoal_coord_etcd_alarm", ("alarm",)).items() if facts.page else ():
+        if raised:
+            what = f"etcd has raised the alarm {alarm}: it refuses writes, and nothing can register or change"
+            etcdctl = f"etcdctl --endpoints {facts.local.etcd if facts.local and facts.local.etcd else 'HOST:2379'}"
+            yield _error("etcd-refuses-writes", what, f"{etcdctl} defrag && {etcdctl} alarm disarm")
+
+
+@_check("envoy-disconnected", "page")
 def _envoy_disconnected(facts: Facts) -> Iterator[Finding]:
-    status = facts.status
-    if status is not None and not status.envoys and not any("mesh" in problem for problem in status.problems):
+    # Each coord knows the Envoys with a stream to itself, and each Envoy has one stream.
+    if facts.page is not None and facts.page.has("shoal_coord_envoys") and not facts.page.sum("shoal_coord_envoys"):
         what = "no Envoy has a configuration stream to coord: its routes and endpoints are old"
         yield _error("envoy-disconnected", what, "shoal logs envoy coord --level warning")
 
 
-@_check("configuration-refused")
+@_check("envoy-stale", "page")
+def _envoy_stale(facts: Facts) -> Iterator[Finding]:
+    for (node,), waited in facts.page.most("shoal_coord_xds_awaited_seconds", ("node",)).items() if facts.page else ():
+        if waited > ANSWER_S:
+            what = f"the Envoy of node {node} has not answered a change of its configuration for {waited:.0f} s"
+            yield _error("envoy-stale", what, "shoal logs envoy coord --level warning")
+
+
+@_check("configuration-refused", "status or page")
 def _configuration_refused(facts: Facts) -> Iterator[Finding]:
-    for envoy in facts.status.envoys if facts.status else ():
-        for resource in envoy.refused:
-            what = f"the Envoy of node {envoy.node} has refused its {resource.type}: {resource.nack}"
-            yield _error("configuration-refused", what, "shoal policy history")
+    # The coord that answered knows Envoy's error; the metrics have the Envoys of the others.
+    told = {
+        (envoy.node, resource.type): f": {resource.nack}"
+        for envoy in (facts.status.envoys if facts.status else ())
+        for resource in envoy.refused
+    }
+    found = facts.page.most("shoal_coord_xds_refused", ("node", "type")) if facts.page else {}
+    for node, type in sorted({*told, *((node, type) for (node, type), refused in found.items() if refused)}):
+        what = f"the Envoy of node {node} has refused its {type}, and keeps the former one{told.get((node, type), '')}"
+        yield _error("configuration-refused", what, "shoal logs coord --contains rejected")
 
 
-@_check("endpoint-unhealthy")
+@_check("endpoint-unhealthy", "endpoints")
 def _endpoint_unhealthy(facts: Facts) -> Iterator[Finding]:
     for endpoint in facts.endpoints or ():
         # A drained instance has a finding of its own, and one that stops is none.
         if not endpoint.healthy and "draining" not in endpoint.health:
             what = f"Envoy sends nothing to {endpoint.address} of {endpoint.cluster}: {endpoint.health}"
-            yield _error("endpoint-unhealthy", what, f"shoal logs {_process_of(endpoint.address)}")
+            yield _error("endpoint-unhealthy", what, f"shoal logs {_process_of(endpoint.address)}".rstrip())
 
 
 def fails_often(endpoint: Endpoint) -> bool:
@@ -168,7 +245,7 @@ def fails_often(endpoint: Endpoint) -> bool:
     return endpoint.total_requests >= REQUESTS and endpoint.failed_requests / endpoint.total_requests > FAILED_SHARE
 
 
-@_check("endpoint-failing")
+@_check("endpoint-failing", "endpoints")
 def _endpoint_failing(facts: Facts) -> Iterator[Finding]:
     earlier = {(one.cluster, one.address): one.failed_requests for one in facts.earlier_endpoints or ()}
     for endpoint in facts.endpoints or ():
@@ -188,7 +265,7 @@ def _process_of(address: str) -> str:
 # Instances.
 
 
-@_check("service-missing")
+@_check("service-missing", "local")
 def _service_missing(facts: Facts) -> Iterator[Finding]:
     if facts.status is None or not facts.status.instances:
         return
@@ -204,7 +281,7 @@ def _service_missing(facts: Facts) -> Iterator[Finding]:
             )
 
 
-@_check("instance-starting")
+@_check("instance-starting", "status")
 def _instance_starting(facts: Facts) -> Iterator[Finding]:
     for instance in facts.status.instances if facts.status else ():
         if instance.state is InstanceState.STARTING and instance.started_at is not None:
@@ -214,7 +291,7 @@ def _instance_starting(facts: Facts) -> Iterator[Finding]:
                 yield _error("instance-starting", what, f"shoal logs {instance.name.rpartition('/')[2]}")
 
 
-@_check("instance-drained")
+@_check("instance-drained", "status")
 def _instance_drained(facts: Facts) -> Iterator[Finding]:
     for instance in facts.status.instances if facts.status else ():
         if instance.drained_by_operator:
@@ -222,7 +299,7 @@ def _instance_drained(facts: Facts) -> Iterator[Finding]:
             yield _warning("instance-drained", what, f"shoal instances undrain {instance.name}")
 
 
-@_check("process-ended")
+@_check("process-ended", "local")
 def _process_ended(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     for process in local.processes if local is not None and local.launcher_alive else ():
@@ -231,7 +308,7 @@ def _process_ended(facts: Facts) -> Iterator[Finding]:
             yield _error("process-ended", what, f"shoal logs {process.name}")
 
 
-@_check("process-flapping")
+@_check("process-flapping", "local")
 def _process_flapping(facts: Facts) -> Iterator[Finding]:
     for process, starts in (facts.local.logs.starts if facts.local else {}).items():
         if starts >= RESTARTS:
@@ -239,15 +316,15 @@ def _process_flapping(facts: Facts) -> Iterator[Finding]:
             yield _error("process-flapping", what, f"shoal logs {process} --level error")
 
 
-@_check("mixed-versions")
+@_check("mixed-versions", "status")
 def _mixed_versions(facts: Facts) -> Iterator[Finding]:
     versions = Counter(instance.version for instance in facts.status.instances) if facts.status else Counter()
     if len(versions) > 1:
         counted = ", ".join(f"{count} of {version}" for version, count in sorted(versions.items()))
-        yield _warning("mixed-versions", f"instances of several versions run: {counted}", "shoal status")
+        yield _warning("mixed-versions", f"instances of several versions run: {counted}", "shoal status --json")
 
 
-@_check("other-version")
+@_check("other-version", "status")
 def _other_version(facts: Facts) -> Iterator[Finding]:
     versions = {instance.version for instance in facts.status.instances} if facts.status else set()
     if len(versions) == 1 and facts.version not in versions:
@@ -258,7 +335,7 @@ def _other_version(facts: Facts) -> Iterator[Finding]:
 # Models.
 
 
-@_check("model-unavailable")
+@_check("model-unavailable", "index")
 def _model_unavailable(facts: Facts) -> Iterator[Finding]:
     for entry in facts.index or ():
         if entry.state == "UNAVAILABLE" and entry.reason and not _is_unloaded(entry.reason):
@@ -271,7 +348,7 @@ def _is_unloaded(reason: str) -> bool:
     return reason in ("unloaded", "") or "policy" in reason
 
 
-@_check("model-not-everywhere")
+@_check("model-not-everywhere", "status")
 def _model_not_everywhere(facts: Facts) -> Iterator[Finding]:
     status = facts.status
     ready = [
@@ -292,7 +369,7 @@ def _model_not_everywhere(facts: Facts) -> Iterator[Finding]:
 # Jobs.
 
 
-@_check("dead-letters")
+@_check("dead-letters", "dead")
 def _dead_letters(facts: Facts) -> Iterator[Finding]:
     recent = [
         job for job in facts.dead or () if job.updated_at is not None and facts.now - job.updated_at < DEAD_LETTERS_AGE
@@ -306,7 +383,35 @@ def _dead_letters(facts: Facts) -> Iterator[Finding]:
         yield _warning("dead-letters", what, f"shoal jobs dead list --model {model}")
 
 
-@_check("schedule-skipped")
+@_check("schedule-failing", "schedules")
+def _schedule_failing(facts: Facts) -> Iterator[Finding]:
+    for schedule in facts.schedules or ():
+        runs = [job for job in (*(facts.dead or ()), *(facts.failed or ())) if _is_run_of(job, schedule)]
+        last = next((job for job in runs if job.id == schedule.last_job_id), None)
+        if last is not None and len(runs) >= FAILED_RUNS:
+            what = (
+                f"the last job of schedule {schedule.name} has failed, and {len(runs) - 1} before: {last.last_message}"
+            )
+            yield _warning("schedule-failing", what, f"shoal jobs dead show {schedule.last_job_id}")
+
+
+def _is_run_of(job: Job, schedule: Schedule) -> bool:
+    return job.labels.get("schedule") == schedule.name and job.tenant == schedule.tenant
+
+
+@_check("queue-old", "page")
+def _queue_old(facts: Facts) -> Iterator[Finding]:
+    if facts.page is None:
+        return
+    oldest = facts.page.most("shoal_ingest_queue_oldest_seconds", ()).get((), 0.0)
+    if oldest > QUEUE_AGE_S:
+        tenants = facts.page.most("shoal_ingest_queue_age_seconds", ("tenant",))
+        (tenant,) = max(tenants, key=lambda key: tenants[key], default=("",))
+        what = f"the oldest job that is due waits for {oldest:.0f} s, of tenant {tenant or '(none)'}"
+        yield _warning("queue-old", what, "shoal tenants list")
+
+
+@_check("schedule-skipped", "schedules")
 def _schedule_skipped(facts: Facts) -> Iterator[Finding]:
     for schedule in facts.schedules or ():
         due = schedule.upcoming[0] if schedule.upcoming else None
@@ -315,7 +420,7 @@ def _schedule_skipped(facts: Facts) -> Iterator[Finding]:
             yield _error("schedule-skipped", what, "shoal logs ingest --level warning")
 
 
-@_check("connector-failing")
+@_check("connector-failing", "status")
 def _connector_failing(facts: Facts) -> Iterator[Finding]:
     for connector in facts.status.connectors if facts.status else ():
         if connector.stale:
@@ -329,29 +434,33 @@ def _connector_failing(facts: Facts) -> Iterator[Finding]:
 # The machine.
 
 
-@_check("disk-full")
+@_check("disk-full", "local")
 def _disk_full(facts: Facts) -> Iterator[Finding]:
     if facts.local is None:
         return
     disk = facts.local.disk
     free = f"{disk.free_bytes / (1 << 20):.0f} MiB of {disk.total_bytes / (1 << 20):.0f} MiB are free at {disk.path}"
     if disk.free_bytes < DISK_REFUSES_BYTES:
-        yield _error("disk-full", f"{free}: submits are refused", "shoal store usage")
+        yield _error("disk-full", f"{free}: submits are refused", _largest(disk.path))
     elif disk.free_bytes < min(DISK_LOW_BYTES, DISK_LOW_SHARE * disk.total_bytes):
-        yield _warning("disk-full", free, "shoal store usage")
+        yield _warning("disk-full", free, _largest(disk.path))
 
 
-@_check("inodes-full")
+def _largest(path: Path) -> str:
+    return f"du -xhd 1 {quote(str(path))} | sort -h"
+
+
+@_check("inodes-full", "local")
 def _inodes_full(facts: Facts) -> Iterator[Finding]:
     if facts.local is None:
         return
     disk = facts.local.disk
     if disk.total_inodes and disk.free_inodes < INODES_LOW_SHARE * disk.total_inodes:
         what = f"{disk.free_inodes} of {disk.total_inodes} files can still be made at {disk.path}"
-        yield _warning("inodes-full", what, f"df -i {disk.path}")
+        yield _warning("inodes-full", what, f"df -i {quote(str(disk.path))}")
 
 
-@_check("memory-low")
+@_check("memory-low", "local")
 def _memory_low(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     if local is None or local.memory_available_bytes >= MEMORY_LOW_SHARE * local.memory_bytes:
@@ -362,7 +471,7 @@ def _memory_low(facts: Facts) -> Iterator[Finding]:
     yield _error("memory-low", what, "ps --sort=-rss -eo pid,rss,args | head")
 
 
-@_check("shared-memory-low")
+@_check("shared-memory-low", "local")
 def _shared_memory_low(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     if local is not None and local.shm_free_bytes < SHM_LOW_BYTES:
@@ -370,7 +479,7 @@ def _shared_memory_low(facts: Facts) -> Iterator[Finding]:
         yield _warning("shared-memory-low", what, "ls -lS /dev/shm")
 
 
-@_check("file-limit")
+@_check("file-limit", "local")
 def _file_limit(facts: Facts) -> Iterator[Finding]:
     for process in facts.local.processes if facts.local else ():
         if not process.file_limit:
@@ -383,13 +492,60 @@ def _file_limit(facts: Facts) -> Iterator[Finding]:
             yield _warning("file-limit", what, "ulimit -n 65536 && shoal up")
 
 
-@_check("clock")
+@_check("clock", "page")
 def _clock(facts: Facts) -> Iterator[Finding]:
-    for warning in facts.local.logs.clock[:1] if facts.local else ():
-        yield _warning("clock", warning, "timedatectl")
+    if facts.page is None:
+        return
+    ahead = {}
+    for service in ("ingest", "store"):
+        ahead |= facts.page.by(f"shoal_{service}_mongo_clock_ahead_seconds", ("instance",))
+    worst = max(ahead, key=lambda key: abs(ahead[key]), default=None)
+    if worst is not None and abs(ahead[worst]) >= CLOCK_S:
+        way = "ahead of" if ahead[worst] > 0 else "behind"
+        what = f"this machine's clock is {abs(ahead[worst]):.1f} s {way} MongoDB's, as {worst[0]} sees it"
+        yield _warning("clock", what, "timedatectl")
 
 
-@_check("event-loop-stalls")
+@_check("mongodb-members-missing", "page")
+def _mongodb_members_missing(facts: Facts) -> Iterator[Finding]:
+    members = facts.page.most("shoal_store_mongo_member_up", ("member",)) if facts.page else {}
+    missing = sorted(member for (member,), is_up in members.items() if not is_up)
+    if missing:
+        what = f"{len(missing)} of {len(members)} members of MongoDB's set do not answer: {', '.join(missing)}"
+        command = f"curl -s http://{facts.admin}/metrics | grep mongo_member_up"
+        if 2 * len(missing) > len(members):
+            yield _error("mongodb-members-missing", f"{what}; without a majority nothing is written", command)
+        else:
+            yield _warning("mongodb-members-missing", what, command)
+
+
+@_check("oplog-short", "page")
+def _oplog_short(facts: Facts) -> Iterator[Finding]:
+    if facts.page is None or not facts.page.has("shoal_store_mongo_oplog_used"):
+        return
+    [used] = facts.page.most("shoal_store_mongo_oplog_used", ()).values()
+    [window] = facts.page.most("shoal_store_mongo_oplog_window_seconds", ()).values()
+    # A young log reaches back as far as its set is old.
+    if used >= OPLOG_FULL and 0 <= window < OPLOG_SHORT_S:
+        what = f"MongoDB's oplog is full and reaches back {window:.0f} s: whoever reads changes may not stop for longer"
+        yield _warning("oplog-short", what, f"curl -s http://{facts.admin}/metrics | grep mongo_oplog")
+
+
+@_check("removal-stopped", "page")
+def _removal_stopped(facts: Facts) -> Iterator[Finding]:
+    for service, of, command in (
+        ("store", "results", "shoal store retention list"),
+        ("ingest", "jobs", "shoal jobs retention list"),
+    ):
+        if facts.page is not None and facts.page.sum(f"shoal_{service}_retention_stopped"):
+            what = (
+                f"{of} past their retention are not removed, since the clock has jumped: if it is right, set a rule "
+                f"again (`{command.removesuffix('list')}set`)"
+            )
+            yield _warning("removal-stopped", what, command)
+
+
+@_check("event-loop-stalls", "local")
 def _event_loop_stalls(facts: Facts) -> Iterator[Finding]:
     for process, stalls in (facts.local.logs.stalls_ms if facts.local else {}).items():
         if len(stalls) >= STALLS or sum(stall >= STALL_MS for stall in stalls) >= LONG_STALLS:
@@ -399,7 +555,7 @@ def _event_loop_stalls(facts: Facts) -> Iterator[Finding]:
             yield _warning("event-loop-stalls", what, f"shoal logs {process} --contains stalled")
 
 
-@_check("errors-logged")
+@_check("errors-logged", "local")
 def _errors_logged(facts: Facts) -> Iterator[Finding]:
     by_process: dict[str, Counter[str]] = {}
     for (process, message), count in (facts.local.logs.errors if facts.local else {}).items():
@@ -418,34 +574,39 @@ def _minutes() -> str:
 # Security.
 
 
-@_check("data-folder-open")
+@_check("data-folder-open", "local")
 def _data_folder_open(facts: Facts) -> Iterator[Finding]:
     local = facts.local
     if local is not None and local.data_dir_mode & 0o077:
         what = f"other users of this machine can look into {local.data_dir} (mode {local.data_dir_mode:04o})"
-        yield _warning("data-folder-open", what, f"chmod 700 {local.data_dir}")
+        yield _warning("data-folder-open", what, f"chmod 700 {quote(str(local.data_dir))}")
 
 
-@_check("secret-open")
+@_check("secret-open", "local")
 def _secret_open(facts: Facts) -> Iterator[Finding]:
     local: LocalFacts | None = facts.local
     for name, mode in (local.secrets if local else {}).items():
         if mode & 0o077 and local is not None:
             path = local.data_dir / name
-            yield _error("secret-open", f"other users can read {path} (mode {mode:04o})", f"chmod 600 {path}")
+            yield _error(
+                "secret-open", f"other users can read {path} (mode {mode:04o})", f"chmod 600 {quote(str(path))}"
+            )
 
 
-@_check("exposed-without-authentication")
+@_check("exposed-without-authentication", "local")
 def _exposed(facts: Facts) -> Iterator[Finding]:
     if facts.is_exposed and not facts.has_auth:
         what = f"everyone who can reach {facts.gateway} may call every method"
         yield _warning("exposed-without-authentication", what, "shoal up --listen HOST:PORT --tls auto --auth")
 
 
-@_check("policy-not-in-force")
+@_check("policy-not-in-force", "page")
 def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
-    if facts.has_auth and facts.status is not None and not facts.status.policy_version:
-        yield _error("policy-not-in-force", "no policy is in force: every call is refused", "shoal logs coord")
+    versions = facts.page.by("shoal_coord_policy_version", ("instance",)) if facts.page and facts.has_auth else {}
+    for (name,), version in sorted(versions.items()):
+        if not version:
+            what = f"{name} finds no policy in etcd: what starts now refuses every call"
+            yield _error("policy-not-in-force", what, "shoal policy history")
 
 
 @_check("issuer-key-unused")
@@ -490,10 +651,26 @@ def _certificate_ends(facts: Facts) -> Iterator[Finding]:
     found = facts.certificate
     if found is None:
         return
+    renewal = "shoal up --tls auto" if facts.ca is not None else "shoal up --tls-cert FILE --tls-key FILE"
     left, life = found.ends_at - facts.now, found.ends_at - found.starts_at
     if left < timedelta():
         what = f"the gateway's certificate ({found.subject}) has ended on {found.ends_at:%Y-%m-%d}"
-        yield _error("certificate-ends", what, "shoal up --tls-cert FILE --tls-key FILE")
+        yield _error("certificate-ends", what, renewal)
     elif left < CERTIFICATE_SHARE * life:
         what = f"the gateway's certificate ({found.subject}) ends in {left.days} days, on {found.ends_at:%Y-%m-%d}"
-        yield _warning("certificate-ends", what, "shoal up --tls-cert FILE --tls-key FILE")
+        yield _warning("certificate-ends", what, renewal)
+
+
+@_check("ca-ends")
+def _ca_ends(facts: Facts) -> Iterator[Finding]:
+    found, local = facts.ca, facts.local
+    if found is None or local is None or found.ends_at - facts.now >= CA_ENDS:
+        return
+    folder = quote(str(local.data_dir / "ca"))
+    what = (
+        f"the node's own CA ({found.subject}) ends on {found.ends_at:%Y-%m-%d}: move it away, start the node "
+        "again, and give its clients the new one (`shoal ca show`)"
+    )
+    yield Finding(
+        "ca-ends", Severity.ERROR if found.ends_at < facts.now else Severity.WARNING, what, f"mv {folder} {folder}.old"
+    )

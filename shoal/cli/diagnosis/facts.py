@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shoal.cli.diagnosis.rates import Page
     from shoal.cli.endpoints import Endpoint
     from shoal.client import Job, KeyInfo, Schedule, Status
     from shoal.client.models.serving import IndexEntry
@@ -63,7 +64,7 @@ class DiskFacts:
 
 @dataclass(frozen=True, slots=True)
 class CertificateFacts:
-    """The certificate that the gateway presents."""
+    """A certificate: that of the gateway, or of a CA."""
 
     subject: str
     starts_at: datetime
@@ -80,8 +81,6 @@ class LogFacts:
     """Event loop stalls by process."""
     starts: Mapping[str, int] = field(default_factory=dict)
     """Times that a service has begun to serve, by process."""
-    clock: tuple[str, ...] = ()
-    """Warnings about the machine's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +99,8 @@ class LocalFacts:
     shm_free_bytes: int
     secrets: Mapping[str, int] = field(default_factory=dict)
     """Modes of files with secrets, by name."""
+    etcd: str = ""
+    """Endpoint of the node's own etcd, as etcdctl takes it; empty: it has another one, or does not run."""
     leftovers: tuple[str, ...] = ()
     """Processes that run although the launcher of the data folder has ended."""
     holders: Mapping[int, str] = field(default_factory=dict)
@@ -114,6 +115,9 @@ class Facts:
     version: str
     """Version of this command."""
     gateway: str = ""
+    admin: str = ""
+    chosen: str = ""
+    """The --gateway of commands that would not find this node without it; empty: they find it."""
     is_exposed: bool = False
     """True: other machines can reach the gateway."""
     has_auth: bool = False
@@ -123,11 +127,17 @@ class Facts:
     """An earlier reading of the endpoints; None when no endpoint has failed often."""
     index: tuple[IndexEntry, ...] | None = None
     dead: tuple[Job, ...] | None = None
-    """The newest dead letters."""
+    """The newest dead letters: jobs out of attempts."""
+    failed: tuple[Job, ...] | None = None
+    """The newest jobs that failed, which another attempt would not have helped."""
     schedules: tuple[Schedule, ...] | None = None
     keys: tuple[KeyInfo, ...] | None = None
     unused_issuer_keys: tuple[tuple[str, str], ...] | None = None
     """Keys that issuers of the policy publish and that no gateway can use: the issuer, and the reason."""
     certificate: CertificateFacts | None = None
+    ca: CertificateFacts | None = None
+    """The node's own CA; None: it has none."""
+    page: Page | None = None
+    """Metrics of all processes of the node."""
     local: LocalFacts | None = None
     unread: Mapping[str, str] = field(default_factory=dict)

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shoal import __version__
+from shoal.cli import admin_page
 from shoal.cli.diagnosis.checks import LOG_WINDOW, fails_often
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
+from shoal.cli.diagnosis.rates import Page, parse
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
-from shoal.errors import ShoalError
-from shoal.node.logs import LogEntry, LogFilter, latest, processes
+from shoal.errors import ShoalError, Unavailable
+from shoal.node.logs import LogFilter, latest, processes
 from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
 
@@ -34,6 +36,8 @@ T = TypeVar("T")
 
 FAILING_S = 1.0
 """Time between two readings of an endpoint that has failed before: an old failure is none of now."""
+PAGE_S = 10.0
+"""Timeout of the page of metrics, which waits 5 s for a process that stands still."""
 READ_S = 5.0
 """Timeout of one read: a part that takes longer is a finding."""
 LOG_ENTRIES = 20_000
@@ -48,18 +52,25 @@ class _Parts:
 
     unread: dict[str, str] = field(default_factory=dict)
 
+    def call(self, name: str, read: Callable[[], T]) -> T | None:
+        """Read a part through the gateway; not at all when the first one had no answer, since each would wait."""
+        return None if "status" in self.unread else self.read(name, read)
+
     def read(self, name: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
         except ShoalError as err:
             self.unread[name] = err.message
-        except OSError as err:
+        except (OSError, ValueError) as err:
             self.unread[name] = str(err)
         return None
 
 
-def of_node(client: Client, node: RunningNode | None) -> Facts:
-    """Return the facts about a running node; `node` is None for a node of another machine."""
+def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts:
+    """Return the facts about a running node; `node` is None for a node of another machine.
+
+    `chosen` is the --gateway of commands that would not find it without.
+    """
     parts = _Parts()
     now = datetime.now(UTC)
     status = parts.read("status", lambda: client.status(timeout=READ_S))
@@ -75,17 +86,24 @@ def of_node(client: Client, node: RunningNode | None) -> Facts:
         now=now,
         version=__version__,
         gateway=client.address,
+        admin="" if node is None else node.admin,
+        chosen=chosen,
         is_exposed=bool(listen) and not _is_loopback(listen),
         has_auth=has_auth,
         status=status,
         endpoints=endpoints,
         earlier_endpoints=earlier,
-        index=_tuple(parts.read("index", lambda: client.models.index(timeout=READ_S))),
-        dead=_tuple(parts.read("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
-        schedules=_tuple(parts.read("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
-        keys=_tuple(parts.read("keys", lambda: client.access.keys(timeout=READ_S))) if has_auth else None,
-        unused_issuer_keys=_tuple(parts.read("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
+        index=_tuple(parts.call("index", lambda: client.models.index(timeout=READ_S))),
+        dead=_tuple(parts.call("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
+        failed=_tuple(
+            parts.call("failed", lambda: client.jobs.dead.list(state="failed", limit=DEAD_LETTERS, timeout=READ_S))
+        ),
+        schedules=_tuple(parts.call("schedules", lambda: client.jobs.schedules.list(timeout=READ_S))),
+        keys=_tuple(parts.call("keys", lambda: client.access.keys(timeout=READ_S))) if has_auth else None,
+        unused_issuer_keys=_tuple(parts.call("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
+        ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
+        page=None if node is None else parts.read("metrics", lambda: _metrics(node.admin)),
         local=None if node is None else _local(node.data_dir, node.pids, now, is_running=True),
         unread=parts.unread,
     )
@@ -94,7 +112,8 @@ def of_node(client: Client, node: RunningNode | None) -> Facts:
 def of_folder(data_dir: Path) -> Facts:
     """Return the facts about a node that does not run, from its data folder."""
     now = datetime.now(UTC)
-    return Facts(now=now, version=__version__, local=_local(data_dir, {}, now, is_running=_is_locked(data_dir)))
+    local = _local(data_dir, {}, now, is_running=_is_locked(data_dir))
+    return Facts(now=now, version=__version__, local=local)
 
 
 def _tuple(found: list[T] | None) -> tuple[T, ...] | None:
@@ -124,14 +143,35 @@ def _unused_issuer_keys(client: Client) -> list[tuple[str, str]]:
     return [(name, reason) for name, keys in issuers for reason in keys.get("skipped", ())]
 
 
+def _metrics(admin: str) -> Page:
+    """Return the metrics of the node. Its page waits for the slowest process."""
+    text = admin_page.read(admin, "/metrics", timeout_s=PAGE_S)
+    try:
+        return parse(text, time.monotonic())
+    except ValueError as err:
+        raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err
+
+
 def _certificate(gateway: str) -> CertificateFacts | None:
     """Return the certificate of a gateway; None when it speaks plaintext."""
-    from cryptography import x509
-
     if not gateway.startswith("https://"):
         return None
     host, _, port = gateway.removeprefix("https://").rpartition(":")
-    pem = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=READ_S)
+    return _read_certificate(ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=READ_S))
+
+
+def _own_ca(node: RunningNode) -> CertificateFacts | None:
+    """Return the CA of `--tls auto`; None when the node has another certificate or none."""
+    from shoal.node.tls import own_ca
+
+    if node.ca != node.data_dir / own_ca.FOLDER / own_ca.CERTIFICATE:
+        return None
+    return _read_certificate(node.ca.read_text())
+
+
+def _read_certificate(pem: str) -> CertificateFacts:
+    from cryptography import x509
+
     found = x509.load_pem_x509_certificate(pem.encode())
     return CertificateFacts(
         found.subject.rfc4514_string() or found.issuer.rfc4514_string(),
@@ -156,9 +196,19 @@ def _local(data_dir: Path, pids: Mapping[str, int], now: datetime, *, is_running
         memory_available_bytes=memory.get("MemAvailable", 0),
         shm_free_bytes=shm.f_bavail * shm.f_frsize if shm is not None else 1 << 40,
         secrets={name: mode for name in SECRETS if (mode := _mode(data_dir / name)) is not None},
+        etcd=_etcd(pids),
         leftovers=() if is_running else tuple(_leftovers(data_dir)),
         holders={} if is_running else dict(_holders((DEFAULT_GATEWAY_PORT, DEFAULT_ADMIN_PORT))),
     )
+
+
+def _etcd(pids: Mapping[str, int]) -> str:
+    """Return the endpoint of the node's own etcd: a socket in the folder in which it runs."""
+    try:
+        folder = os.readlink(f"/proc/{pids['etcd']}/cwd")
+    except (KeyError, OSError):
+        return ""
+    return f"unix://{folder}/etcd:0"
 
 
 def _mode(path: Path) -> int | None:
@@ -208,7 +258,6 @@ def _logs(folder: Path, now: datetime) -> LogFacts:
     errors: Counter[tuple[str, str]] = Counter()
     starts: Counter[str] = Counter()
     stalls: dict[str, list[int]] = {}
-    clock: list[str] = []
     chosen = LogFilter(since=now - LOG_WINDOW)
     for name in processes(folder):
         for entry in latest(folder, [name], LOG_ENTRIES, chosen):
@@ -218,13 +267,7 @@ def _logs(folder: Path, now: datetime) -> LogFacts:
                 stalls.setdefault(name, []).append(int(stall))
             if entry.logger.startswith("services.") and entry.message.startswith("serving at "):
                 starts[name] += 1
-            if entry.level == "WARNING" and _is_about_clock(entry):
-                clock.append(entry.message)
-    return LogFacts(errors, {name: tuple(found) for name, found in stalls.items()}, starts, tuple(clock[::-1]))
-
-
-def _is_about_clock(entry: LogEntry) -> bool:
-    return entry.logger == "mesh.mongo_clock" or "clock" in entry.message.lower()
+    return LogFacts(errors, {name: tuple(found) for name, found in stalls.items()}, starts)
 
 
 def _leftovers(data_dir: Path) -> Iterator[str]:

@@ -21,6 +21,14 @@ class Page:
     endpoints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Requests that the node's Envoy has sent to an instance, and how many of them failed for it."""
 
+    def has(self, name: str) -> bool:
+        """Return True when the page has a series of the sample."""
+        return bool(self.samples.get(name))
+
+    def sum(self, name: str) -> float:
+        """Return the sum of all series of the sample; 0 without one."""
+        return self.by(name, ()).get((), 0.0)
+
     def by(self, name: str, labels: Sequence[str]) -> dict[Key, float]:
         """Return the sums of a sample's values by these labels."""
         sums: dict[Key, float] = defaultdict(float)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import shoal
@@ -31,9 +39,47 @@ def found(client: shoal.Client, running: Node) -> list[Finding]:
     return [finding for finding in checks.diagnose(facts) if finding.check not in machine]
 
 
-def test_a_healthy_node_has_no_finding_twenty_times_in_a_row(client: shoal.Client, running: Node) -> None:
+@pytest.fixture
+def load(running: Node) -> Iterator[None]:
+    """Requests and jobs, one after the other, of two callers."""
+    is_over = threading.Event()
+
+    def call(once: Callable[[shoal.Client], object]) -> None:
+        with shoal.Client(running.gateway) as client:
+            while not is_over.is_set():
+                once(client)
+
+    x = {"x": np.ones((8, 4), np.float32)}
+    with ThreadPoolExecutor() as threads:
+        calls = [
+            threads.submit(call, lambda client: client.infer("double", x)),
+            threads.submit(call, lambda client: client.jobs.result(client.jobs.submit("double", x).id)),
+        ]
+        yield
+        is_over.set()
+        for each in calls:
+            each.result()
+
+
+@pytest.mark.usefixtures("load")
+def test_a_healthy_node_under_load_has_no_finding_twenty_times_in_a_row(client: shoal.Client, running: Node) -> None:
     for _ in range(20):
         assert found(client, running) == []
+
+
+def test_from_another_machine_it_says_what_it_does_not_see(running: Node, tmp_path: Path) -> None:
+    # Without the folder of the node's user, the node is not found here.
+    command = [sys.executable, "-m", "shoal.cli.main", "doctor", "--gateway", running.gateway]
+    environ = {**running.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [counts, left_out, where] = done.stdout.splitlines()
+    assert re.fullmatch(rf"{running.gateway}: \d+ of {len(checks.names())} checks, no findings", counts)
+    assert left_out.startswith("not checked: ")
+    assert {"envoy-disconnected", "process-ended", "disk-full", "endpoint-unhealthy"} <= {*re.split("[ ,:]+", left_out)}
+    assert "on its own" in where
+    done = subprocess.run([*command, "--json"], env=environ, capture_output=True, text=True, timeout=60)
+    assert "envoy-disconnected" in json.loads(done.stdout)["not_checked"]
 
 
 async def test_a_drained_instance_is_found_until_the_command_has_run(client: shoal.Client, running: Node) -> None:

@@ -1,0 +1,205 @@
+"""Causes of findings on a real node: each is found, its command shows or mends it, and when it is mended nothing is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from aetcd import rpc
+
+from shoal.access.cluster import POLICY
+from shoal.cli.diagnosis import checks
+from shoal.cli.diagnosis.facts import Severity
+from shoal.client import JobRequest
+from tests.breakable import until
+from tests.node.conftest import python_model
+from tests.node.doctor.conftest import Ward
+
+SLEEPS = """
+import time
+
+class Model:
+    inputs = {"x": ("FP32", [-1, 4])}
+    outputs = {"y": ("FP32", [-1, 4])}
+
+    def predict(self, batch):
+        time.sleep(1)
+        return {"y": batch["x"]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def well(ward: Ward) -> Iterator[None]:
+    """Each test begins and ends on a node without a finding."""
+    ward.until_well()
+    yield
+    ward.until_well()
+
+
+def etcd_is_full(ward: Ward, is_full: bool) -> None:
+    """Raise or disarm the alarm that etcd raises when it has no space left."""
+    with grpc.insecure_channel(ward.etcd_address()) as channel:
+        stub = rpc.MaintenanceStub(channel)
+        alarm = {"alarm": rpc.AlarmType.NOSPACE}
+        if is_full:
+            stub.Alarm(rpc.AlarmRequest(action=rpc.AlarmRequest.ACTIVATE, **alarm))
+        for one in [] if is_full else stub.Alarm(rpc.AlarmRequest()).alarms:
+            stub.Alarm(rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, memberID=one.memberID, **alarm))
+
+
+def test_two_coords_of_which_one_has_the_envoy_are_no_finding(ward: Ward) -> None:
+    assert ward.page().most("shoal_coord_envoys", ("instance",)).values() != {1.0}
+    for _ in range(20):
+        assert ward.look() == []
+
+
+def test_an_etcd_that_is_full_is_found_and_a_node_that_then_has_no_leader(ward: Ward) -> None:
+    etcd_is_full(ward, True)
+    try:
+        finding = ward.until_found("etcd-refuses-writes")
+        assert finding.severity is Severity.ERROR
+        assert "no-leader" not in ward.checks()
+        ward.until_alerted("ShoalEtcdRefusesWrites")
+        # No coord gets a lease any more, so none is elected; and none is registered, so only metrics answer.
+        for name in ("coord-0", "coord-1"):
+            ward.node.kill(name)
+        assert ward.until_found("no-leader").severity is Severity.ERROR
+        ward.until_alerted("ShoalNoLeader")
+        assert "no space" in ward.run(ward.until_found("no-leader"))
+    finally:
+        etcd_is_full(ward, False)
+
+
+def test_an_etcd_that_stands_still_is_found(ward: Ward) -> None:
+    ward.node.kill("etcd", signal.SIGSTOP)
+    try:
+        finding = ward.until_found("etcd-unreachable")
+        assert "no-leader" not in ward.checks()
+        ward.until_alerted("ShoalEtcdUnreachable")
+        assert ward.run(finding)
+    finally:
+        ward.node.kill("etcd", signal.SIGCONT)
+
+
+def test_an_envoy_that_stands_still_is_found(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ANSWER_S", 1.0)
+    ward.node.kill("envoy", signal.SIGSTOP)
+    try:
+        # The endpoints change.
+        ward.node.kill("store-0")
+        assert "has not answered a change" in ward.until_found("envoy-stale").what
+        ward.until_alerted("ShoalEnvoyStale")
+    finally:
+        ward.node.kill("envoy", signal.SIGCONT)
+
+
+def test_a_policy_that_etcd_has_lost_is_found_until_there_is_one(ward: Ward) -> None:
+    async def lose() -> None:
+        async with ward.etcd() as etcd:
+            assert await etcd.delete(POLICY)
+
+    asyncio.run(lose())
+    finding = ward.until_found("policy-not-in-force")
+    assert "the first start" in ward.run(finding)
+    # A coord that starts makes sure that there is a policy.
+    ward.node.kill("coord-0")
+
+
+def test_a_clock_that_is_off_is_found_until_it_is_set_right(ward: Ward) -> None:
+    ward.clock.write_text("90")
+    assert "is 90.0 s ahead of MongoDB's, as store-0 sees it" in ward.until_found("clock").what
+    ward.until_alerted("ShoalClockOff")
+    ward.clock.write_text("-90")
+    asyncio.run(until(lambda: "90.0 s behind" in ward.until_found("clock").what, "the other way", 60))
+    ward.clock.unlink()
+
+
+def test_a_member_of_mongodb_that_does_not_answer_is_found(ward: Ward) -> None:
+    ward.mongo.kill(1)
+    try:
+        finding = ward.until_found("mongodb-members-missing")
+        assert finding.severity is Severity.WARNING
+        assert ward.mongo.address(1) in finding.what
+        ward.until_alerted("ShoalMongoMembersMissing")
+        assert f'member="{ward.mongo.address(1)}"}} 0' in os.popen(finding.command).read()
+    finally:
+        ward.mongo.bring_back(1)
+
+
+def test_a_removal_that_waits_for_a_confirmation_is_found(ward: Ward) -> None:
+    # The state that a jump of the clock by 40 days leaves, ten minutes after it. A new process reads it.
+    with ward.database() as client:
+        marks = client["shoal"]["removals"]
+        before = {mark["_id"]: mark for mark in marks.find()}
+        jump = {"at": datetime.now(UTC) - timedelta(days=40), "asked": "the rules of then"}
+        try:
+            marks.update_one({"_id": "results"}, {"$set": jump}, upsert=True)
+            ward.node.wait_until_restarted("store-0", ward.node.kill("store-0"))
+            finding = ward.until_found("removal-stopped")
+            assert finding.what.startswith("results ")
+            ward.until_alerted("ShoalRemovalStopped")
+            ward.run(finding)
+        finally:
+            marks.replace_one({"_id": "results"}, before["results"], upsert=True)
+            ward.node.kill("store-0")
+
+
+def test_a_schedule_whose_last_jobs_failed_is_found_until_one_succeeds(ward: Ward) -> None:
+    name, schedules = "hourly", ward.client.jobs.schedules
+    wrong = JobRequest("double", {"x": np.ones((1, 3), np.float32)})
+    schedules.put(name, "0 * * * *", wrong, misfire="all")
+    try:
+        # Two runs are due at once, as after a stop of the node.
+        miss(ward, name, timedelta(hours=2))
+        finding = ward.until_found("schedule-failing")
+        assert "the last job of schedule hourly has failed, and " in finding.what
+        assert "[1, 3]" in ward.run(finding)
+        schedules.put(name, "0 * * * *", JobRequest("double", {"x": np.ones((1, 4), np.float32)}), replace=True)
+        miss(ward, name, timedelta(hours=1))
+        ward.until_well()
+    finally:
+        schedules.remove(name)
+
+
+def miss(ward: Ward, schedule: str, by: timedelta) -> None:
+    """Set the next time of a schedule back, as if the node had not run since then."""
+    with ward.database() as client:
+        changed = client["shoal"]["schedules"].update_one(
+            {"name": schedule}, {"$set": {"next_at": datetime.now(UTC) - by}, "$inc": {"revision": 1}}
+        )
+        assert changed.modified_count == 1
+
+
+def test_an_oplog_that_reaches_back_only_minutes_is_found(ward: Ward) -> None:
+    with ward.database() as client:
+        noise = client["noise"]["noise"]
+        for _ in range(12):
+            noise.insert_many([{"bytes": os.urandom(100_000)} for _ in range(10)])
+        finding = ward.until_found("oplog-short")
+        assert "mongo_oplog_used" in os.popen(finding.command).read()
+        # MongoDB's remedy.
+        client.admin.command("replSetResizeOplog", 1, size=990.0)
+        client.drop_database("noise")
+
+
+def test_a_queue_whose_oldest_job_waits_is_found_until_it_is_empty(
+    ward: Ward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "QUEUE_AGE_S", 1.0)
+    ward.client.models.push(python_model(tmp_path / "sleepy", SLEEPS))
+    try:
+        for _ in range(20):
+            ward.client.jobs.submit("sleepy", {"x": np.ones((1, 4), np.float32)})
+        finding = ward.until_found("queue-old")
+        assert "of tenant local" in finding.what
+        assert "local" in ward.run(finding)
+        ward.until_well()
+    finally:
+        ward.client.models.remove("sleepy")
