@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 
-from pymongo import ASCENDING, DESCENDING
+from pymongo import ASCENDING, DESCENDING, AsyncMongoClient
 
-from mesh.mongo import Client, translated
+from mesh.mongo import Document, translated
 from mesh.process.tasks import Background, for_ever
 
 log = logging.getLogger(__name__)
 
-READ_S = 30.0
+READ_S = 10.0
 """Interval at which the oplog is read: its two ends and its size."""
 
 
 class ReplicaSet(Background):
     """State of the set behind a client. Used as `async with`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: AsyncMongoClient[Document]) -> None:
         self._client = client
         self.oplog_window_s = -1.0
         """Seconds between the oldest and the newest entry; -1: not read, or this user may not read it."""
@@ -46,7 +46,7 @@ class ReplicaSet(Background):
                 for order in (ASCENDING, DESCENDING)
             ]
             size = await local.command("collStats", "oplog.rs")
-        if first is not None and last is not None:
+        if first is not None and last is not None and size.get("maxSize"):
             self.oplog_window_s = float(last["ts"].time - first["ts"].time)
             self.oplog_used = size["size"] / size["maxSize"]
         return READ_S

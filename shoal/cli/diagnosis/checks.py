@@ -150,9 +150,9 @@ def _gateway_unreachable(facts: Facts) -> Iterator[Finding]:
 @_check("part-unreadable", "status")
 def _part_unreadable(facts: Facts) -> Iterator[Finding]:
     for problem in facts.status.problems if facts.status else ():
-        if problem.startswith("leader: ") and _has_no_leader(facts):
-            continue
-        yield _error("part-unreadable", problem, "shoal logs --level warning --since 15m")
+        # These have findings of their own.
+        if not (problem.startswith("leader: ") and (_has_no_leader(facts) or _is_stale(facts))):
+            yield _error("part-unreadable", problem, "shoal logs --level warning --since 15m")
 
 
 @_check("admin-unreachable")
@@ -496,7 +496,7 @@ def _file_limit(facts: Facts) -> Iterator[Finding]:
 def _clock(facts: Facts) -> Iterator[Finding]:
     if facts.page is None:
         return
-    ahead = {}
+    ahead: dict[tuple[str, ...], float] = {}
     for service in ("ingest", "store"):
         ahead |= facts.page.by(f"shoal_{service}_mongo_clock_ahead_seconds", ("instance",))
     worst = max(ahead, key=lambda key: abs(ahead[key]), default=None)
@@ -605,8 +605,8 @@ def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
     versions = facts.page.by("shoal_coord_policy_version", ("instance",)) if facts.page and facts.has_auth else {}
     for (name,), version in sorted(versions.items()):
         if not version:
-            what = f"{name} finds no policy in etcd: what starts now refuses every call"
-            yield _error("policy-not-in-force", what, "shoal policy history")
+            what = f"{name} finds no policy in etcd, and the gateway refuses every call: a coord that starts makes one"
+            yield _error("policy-not-in-force", what, "shoal logs coord")
 
 
 @_check("issuer-key-unused")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,9 @@ from shoal.client import JobRequest
 from tests.breakable import until
 from tests.node.conftest import python_model
 from tests.node.doctor.conftest import Ward
+
+# A look at a node whose Envoy stands still waits for three timeouts.
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
 SLEEPS = """
 import time
@@ -92,11 +96,12 @@ def test_an_envoy_that_stands_still_is_found(ward: Ward, monkeypatch: pytest.Mon
     monkeypatch.setattr(checks, "ANSWER_S", 1.0)
     ward.node.kill("envoy", signal.SIGSTOP)
     try:
-        # The endpoints change.
-        ward.node.kill("store-0")
+        # A service that stands still loses its lease, and its endpoint is taken away.
+        ward.node.kill("store-0", signal.SIGSTOP)
         assert "has not answered a change" in ward.until_found("envoy-stale").what
         ward.until_alerted("ShoalEnvoyStale")
     finally:
+        ward.node.kill("store-0", signal.SIGCONT)
         ward.node.kill("envoy", signal.SIGCONT)
 
 
@@ -107,7 +112,9 @@ def test_a_policy_that_etcd_has_lost_is_found_until_there_is_one(ward: Ward) -> 
 
     asyncio.run(lose())
     finding = ward.until_found("policy-not-in-force")
-    assert "the first start" in ward.run(finding)
+    # The reason why calls have no answer is not seen from the gateway.
+    assert "gateway-unreachable" in ward.checks()
+    assert ward.run(finding)
     # A coord that starts makes sure that there is a policy.
     ward.node.kill("coord-0")
 
@@ -128,7 +135,8 @@ def test_a_member_of_mongodb_that_does_not_answer_is_found(ward: Ward) -> None:
         assert finding.severity is Severity.WARNING
         assert ward.mongo.address(1) in finding.what
         ward.until_alerted("ShoalMongoMembersMissing")
-        assert f'member="{ward.mongo.address(1)}"}} 0' in os.popen(finding.command).read()
+        shown = os.popen(finding.command).read()
+        assert re.search(rf'member="{ward.mongo.address(1)}".* 0(\.0)?$', shown, re.MULTILINE), shown
     finally:
         ward.mongo.bring_back(1)
 
@@ -160,7 +168,7 @@ def test_a_schedule_whose_last_jobs_failed_is_found_until_one_succeeds(ward: War
         miss(ward, name, timedelta(hours=2))
         finding = ward.until_found("schedule-failing")
         assert "the last job of schedule hourly has failed, and " in finding.what
-        assert "[1, 3]" in ward.run(finding)
+        assert "double" in ward.run(finding)
         schedules.put(name, "0 * * * *", JobRequest("double", {"x": np.ones((1, 4), np.float32)}), replace=True)
         miss(ward, name, timedelta(hours=1))
         ward.until_well()
@@ -195,7 +203,7 @@ def test_a_queue_whose_oldest_job_waits_is_found_until_it_is_empty(
     monkeypatch.setattr(checks, "QUEUE_AGE_S", 1.0)
     ward.client.models.push(python_model(tmp_path / "sleepy", SLEEPS))
     try:
-        for _ in range(20):
+        for _ in range(12):
             ward.client.jobs.submit("sleepy", {"x": np.ones((1, 4), np.float32)})
         finding = ward.until_found("queue-old")
         assert "of tenant local" in finding.what

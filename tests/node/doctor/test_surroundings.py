@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.node
+
 DOCTOR = f"exec {sys.executable} -m shoal.cli.main doctor --json --data-dir"
 MEMINFO = "MemTotal: 16000000 kB\nMemFree: 100000 kB\nMemAvailable: {available} kB\n"
 
