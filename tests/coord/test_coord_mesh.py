@@ -90,7 +90,7 @@ class Node:
             for coord in self.coords.values():
                 async with connect(f"unix:{coord.socket}") as channel:
                     stub = coord_pb2_grpc.CoordServiceStub(channel)
-                    listed = await stub.ListInstances(pb.ListInstancesRequest(), timeout=10)
+                    listed = await stub.ListInstances(pb.ListInstancesRequest(), timeout=30)
                     found.append(name in {instance.name for instance in listed.instances})
             return found == [is_so, is_so]
 
@@ -300,6 +300,7 @@ async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, ou
         await node.answers_from("infer-1")
 
 
+@pytest.mark.usefixtures("long_leases")
 async def test_replicas_that_have_all_lost_their_leases_serve_until_one_is_back(keeping: Node):
     zero, one = await keeping.unregistered(0), await keeping.unregistered(1)
     await asyncio.gather(keeping.until_its_lease_ends(zero), keeping.until_its_lease_ends(one))
@@ -310,6 +311,7 @@ async def test_replicas_that_have_all_lost_their_leases_serve_until_one_is_back(
         await keeping.answers_from("infer-1", within_s=AFTER_AN_OUTAGE_S)
 
 
+@pytest.mark.usefixtures("long_leases")
 async def test_a_replica_that_loses_its_lease_alone_gets_no_more_calls(keeping: Node):
     await keeping.replica(1)
     zero = await keeping.unregistered(0)
@@ -319,6 +321,7 @@ async def test_a_replica_that_loses_its_lease_alone_gets_no_more_calls(keeping: 
         await keeping.answers_from("infer-1", within_s=AFTER_AN_OUTAGE_S)
 
 
+@pytest.mark.usefixtures("long_leases")
 async def test_the_last_replica_gets_no_call_after_it_has_announced_its_end(keeping: Node):
     async with await keeping.unregistered(0) as last:
         await last.update(state=State.READY, models=[ReadyModel("a", (1,))])

@@ -80,6 +80,14 @@ async def everyone_is_ready(one: Any) -> bool:
     return not answer.stale and ready == ours
 
 
+async def are_unregistered(one: Any, *names: str) -> bool:
+    async with connect(one.gateway) as channel:
+        answer = await coord_pb2_grpc.CoordServiceStub(channel).ListInstances(
+            coord_pb2.ListInstancesRequest(), timeout=2
+        )
+    return not answer.stale and not {i.name.partition("/")[2] for i in answer.instances} & {*names}
+
+
 def question(number: float, model: str = "double") -> oip.ModelInferRequest:
     """x = [number] * 4, asking who answers."""
     request = oip.ModelInferRequest(model_name=model, id=str(number))
@@ -267,8 +275,8 @@ async def test_infer_stands_still_for_longer_than_its_leases_and_calls_only_wait
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
-        # Longer than a lease, and shorter than the 4.5 s after which Envoy's health check has failed.
-        await asyncio.sleep(4)
+        # No longer than until the leases have ended: after 4.5 s, Envoy's health check has failed.
+        await until(lambda: are_unregistered(whole, "infer-0", "infer-1"), "the leases end")
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)

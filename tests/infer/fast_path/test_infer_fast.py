@@ -468,7 +468,7 @@ def test_a_request_that_may_have_run_is_checked_on_both_paths(folder, headers, i
         assert checked == []
         exchange = Asked({name.encode(): value.encode() for name, value in headers.items()})
         server.short(struct.pack(">BI", 0, len(data)) + data, exchange)
-        await asyncio.wait_for(exchange.end, 20)
+        await asyncio.wait_for(exchange.end, 60)
         context = SimpleNamespace(invocation_metadata=lambda: tuple(headers.items()))
         return _is_retry(context)
 
