@@ -99,7 +99,7 @@ def mappers(json_call: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     if json_call is not None:
         found += [_json(_SAID, code, [_status(status), json_call]) for status, code in _CODES.items()]
         found.append(_json(_SAID, _UNKNOWN, [json_call]))
-    return [*found, rest(), _invalid()]
+    return [*found, rest()]
 
 
 def rest() -> dict[str, Any]:
@@ -108,7 +108,6 @@ def rest() -> dict[str, Any]:
 
 
 _REST = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": PREFIX}}}}
-_GRPC = {"header_filter": {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}}
 
 
 def _conditions(cause: Cause) -> list[Mapping[str, Any]]:
@@ -153,9 +152,3 @@ def _text(text: str, conditions: list[Mapping[str, Any]]) -> dict[str, Any]:
         "filter": _all(conditions),
         "body_format_override": {"text_format_source": {"inline_string": text}},
     }
-
-
-def _invalid() -> dict[str, Any]:
-    """Return the mapper of a malformed gRPC call. Envoy takes 400 for INTERNAL, an error of the server."""
-    status = {"header": {"key": "grpc-status", "value": "3"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-    return {"filter": _all([_status(400), _GRPC]), "headers_to_add": [status]}

@@ -229,7 +229,8 @@ class Keys:
 
         Args:
             is_stolen: the keys of the former signers end now; otherwise they stay valid until they expire.
-            own: claims of the caller. A token of another issuer stays valid, and gets no key.
+            own: claims of the caller, whose new key lives as long as its key did. A token of another issuer stays
+                valid, and gets no key.
 
         Raises:
             FailedPrecondition: too many former signers have valid keys.
@@ -251,6 +252,7 @@ class Keys:
         when = [Modified(_SIGNER, entry.mod_revision), Modified(SIGNERS, public.mod_revision)]
         key = None
         if own is not None and own["iss"] in {cluster.issuer_name(ISSUER, one.kid) for one in known}:
+            life_s = _life_s(own)
             record, key = self._made(
                 signer,
                 str(own["tenant"]),
@@ -258,9 +260,9 @@ class Keys:
                 str(own.get("sub", "")),
                 tuple(own.get("models", ("*",))),
                 tuple(own.get("grants", ())),
-                LIFE_S,
+                life_s,
             )
-            async with self._lease(LIFE_S) as lease:
+            async with self._lease(life_s) as lease:
                 revision = await self._replace(when, [*then, _put(record, lease)])
         else:
             revision = await self._replace(when, then)
@@ -285,6 +287,13 @@ class Keys:
 
     def _sealed(self, signer: Signer) -> Put:
         return Put(_SIGNER, self.keyring.seal(_PURPOSE, signer.as_text().encode()))
+
+
+def _life_s(claims: Mapping[str, Any]) -> int:
+    """Return the life of the key with `claims`: a short one must not become a long one."""
+    issued, ends = claims.get("iat"), claims.get("exp")
+    is_known = isinstance(issued, int | float) and isinstance(ends, int | float)
+    return max(1, int(ends - issued)) if is_known else LIFE_S
 
 
 def _new_signer() -> Signer:

@@ -120,8 +120,8 @@ def _bar(doing: str, json: bool) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
-        TextColumn(doing), TextColumn("{task.fields[documents]} documents, blobs"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[copied]}"), TimeRemainingColumn(), console=out, transient=True,
+        TextColumn(doing, markup=False), TextColumn("{task.fields[documents]} documents, blobs"), BarColumn(),
+        MofNCompleteColumn(), TextColumn("{task.fields[copied]}"), TimeRemainingColumn(), console=out, transient=True,
     ) as bar:  # fmt: skip
         task = bar.add_task("", total=None, documents=0, copied="")
         yield lambda at: bar.update(

@@ -135,12 +135,14 @@ def convert(path: Path, into: Path, name: str | None, options: ConversionOptions
 
 def show_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
     """Print the model's inputs and outputs, and its drift from the original."""
+    from rich.text import Text
+
     from shoal.convert.sample import written
 
     out = console(stderr=stderr)
     packages = ", ".join(f"{package} {version}" for package, version in conversion.packages.items())
-    source = f"[bold]{conversion.source.name}[/bold] ({conversion.framework})"
-    out.print(f"{source} -> {conversion.name}, {size(conversion.size_bytes)}; {packages}")
+    rest = f" ({conversion.framework}) -> {conversion.name}, {size(conversion.size_bytes)}; {packages}"
+    out.print(Text.assemble((conversion.source.name, "bold"), rest))
     for role, ports in (("inputs ", conversion.inputs), ("outputs", conversion.outputs)):
         out.print(f"  {role} " + "; ".join(f"{port.name} {written(port)}" for port in ports), markup=False)
     calls = ", ".join(map(str, conversion.batches[:6])) + (", ..." if len(conversion.batches) > 6 else "")

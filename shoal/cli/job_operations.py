@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import amounts
-from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
+from shoal.cli.output import AsJson, Gateway, connect, console, pairs, show, show_json
 
 if TYPE_CHECKING:
     from shoal.client import Client, JobOperation, JobSelection
@@ -217,15 +217,16 @@ def _run(
 
 def _follow(client: Client, operation: JobOperation, *, quiet: bool) -> JobOperation:
     """Wait for the end of an operation. An interrupt ends the wait and not the operation."""
-    from rich.console import Console
     from rich.status import Status
+    from rich.text import Text
 
-    console = Console(stderr=True)
+    out = console(stderr=True)
     try:
-        with Status("", console=console) as status:
+        with Status("", console=out) as status:
             while not operation.state.ended:
-                if console.is_terminal and not quiet:
-                    status.update(f"operation {operation.id}: {operation.changed} of {_matched(operation)} jobs")
+                if out.is_terminal and not quiet:
+                    progress = f"operation {operation.id}: {operation.changed} of {_matched(operation)} jobs"
+                    status.update(Text(progress))
                 time.sleep(_POLL_S)
                 operation = client.jobs.operations.get(operation.id)
     except KeyboardInterrupt:

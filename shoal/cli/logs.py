@@ -138,7 +138,7 @@ class _Lines:
         from rich.console import Console
 
         self._width = width
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def __call__(self, entry: LogEntry) -> None:
         from rich.text import Text

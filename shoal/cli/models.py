@@ -274,7 +274,7 @@ def _count(total: int) -> Iterator[Callable[[ModelPush], None]]:
     from rich.progress import Progress as Bar
 
     err = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("models pushed", total=total)
         failed = 0
@@ -294,7 +294,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     err = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("upload", total=None)
 

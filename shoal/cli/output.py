@@ -59,10 +59,10 @@ def connect(gateway: str | None, *, tenant: str = "") -> Client:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return the console for tables and progress."""
+    """Return the console for tables and progress. A text is printed as it is: names and ids may look like markup."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False)
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = WIDTH
     return made

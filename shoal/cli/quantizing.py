@@ -310,11 +310,13 @@ def _labels(report: Compression) -> dict[str, str]:
 
 def show_compression(report: Compression, *, stderr: bool = False) -> None:
     """Print a report: the source, the method, the size, the latency and the drift."""
+    from rich.text import Text
+
     out = console(stderr=stderr)
     ratio = report.original_bytes / max(report.compressed_bytes, 1)
     gain = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     packages = ", ".join(f"{package} {version}" for package, version in report.packages.items())
-    out.print(f"[bold]{report.source}[/bold], {report.method.value} ({packages})")
+    out.print(Text.assemble((str(report.source), "bold"), f", {report.method.value} ({packages})"))
     out.print(f"  size: {size(report.original_bytes)} -> {size(report.compressed_bytes)} ({gain})")
     out.print(f"  measured on: {report.processor}", markup=False, highlight=False)
     times = [

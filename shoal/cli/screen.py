@@ -47,7 +47,8 @@ class NodeScreen:
         self._options = options
         self._as_json = as_json
         self._said_starting = False
-        self._out, self._err = _Console(), _Console(stderr=True)
+        # Paths and fingerprints may look like markup: `:CD:` is a picture there.
+        self._out, self._err = (_Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
         for console in (self._out, self._err):
             if not console.is_terminal:
                 console.width = _WIDTH
@@ -56,7 +57,8 @@ class NodeScreen:
     def waiting(self, names: Sequence[str]) -> None:
         if self._status:
             with contextlib.suppress(OSError):
-                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "starting: last checks")
+                text = f"starting: waiting for {', '.join(names)}" if names else "starting: last checks"
+                self._status.update(Text(text))
                 self._status.start()
         elif not self._said_starting:
             self._say(f"starting {', '.join(names)}")

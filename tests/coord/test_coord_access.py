@@ -271,12 +271,14 @@ async def test_a_former_signers_keys_live_until_they_expire_unless_it_was_stolen
     policy = await access.policy()
     for made in (before, after):
         assert tokens.verified_claims(policy, made.key, time.time())["jti"] == made.info.id
+    access.admin = passed(await access.create("local", "admin", life_seconds=3_600))
     request = pb.RotateSignerRequest(stolen=True, renew_own_key=True)
     stolen = await access.stub.RotateSigner(request, metadata=access.admin)
     policy = await access.policy()
     assert [issuer.issuer for issuer in policy.issuers] == [f"shoal:{stolen.signer}"]
     own = tokens.verified_claims(policy, stolen.key, time.time())
     assert (own["tenant"], own["role"]) == ("local", "admin")
+    assert own["exp"] - own["iat"] == 3_600, "it lives as long as the caller's former key"
     access.admin = ((CALLER_HEADER, stolen.key.removeprefix(PREFIX).split(".")[1]),)
     keys = await access.keys()
     assert [keys[made.info.id].revoked for made in (before, after)] == [True, True]

@@ -65,9 +65,11 @@ def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
     only_for_rules = ["x-shoal-issuer", "x-shoal-key", "x-shoal-role", "x-shoal-subject"]
     removed = ["x-forwarded-proto", "authorization", *only_for_rules]
     assert hosts["virtual_hosts"][0]["request_headers_to_remove"] == removed
-    (provider,) = access.callers(policy(signer), SERVICES)["providers"].values()
-    assert provider["require_expiration"] is True
-    assert provider["forward"] is False
+    providers = access.callers(policy(signer), SERVICES)["providers"]
+    assert providers.keys() == {"issuer-0", "nobody"}
+    for provider in providers.values():
+        assert provider["require_expiration"] is True
+        assert provider["forward"] is False
 
 
 def test_every_path_needs_a_token_unless_its_group_is_open(signer: Signer) -> None:

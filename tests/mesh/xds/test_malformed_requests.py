@@ -145,7 +145,6 @@ async def test_the_scheme_has_any_case_and_no_other_scheme_is_taken(gateway: Gat
     ],
 )
 async def test_a_malformed_message_is_the_callers_fault(gateway: Gateway, body: bytes) -> None:
-    """Envoy takes it for INTERNAL, an error of the server."""
     answer = await call(gateway, key(gateway.signer).text, body)
     assert answer.status == Code.INVALID_ARGUMENT, (answer.status, answer.message)
     assert answer.message
