@@ -292,8 +292,9 @@ class Keys:
 def _life_s(claims: Mapping[str, Any]) -> int:
     """Return the life of the key with `claims`: a short one must not become a long one."""
     issued, ends = claims.get("iat"), claims.get("exp")
-    is_known = isinstance(issued, int | float) and isinstance(ends, int | float)
-    return max(1, int(ends - issued)) if is_known else LIFE_S
+    if not isinstance(issued, int | float) or not isinstance(ends, int | float):
+        return LIFE_S
+    return max(1, int(ends - issued))
 
 
 def _new_signer() -> Signer:

@@ -244,8 +244,10 @@ def _unverified(values: Mapping[bytes, bytes], document: Policy, candidate: Poli
     when it would. `values`: those of the policy that has verified it, with the key `signer`."""
     name = claims.get("iss")
     applied, in_force = cluster.applied(values), cluster.in_force(values)
-    old, new = applied and applied.issuer_of(name), document.issuer_of(name)
-    before, after = in_force and in_force.issuer_of(name), candidate.issuer_of(name)
+    if applied is None or in_force is None:
+        return ""
+    old, new = applied.issuer_of(name), document.issuer_of(name)
+    before, after = in_force.issuer_of(name), candidate.issuer_of(name)
     # Keys of the cluster have an issuer for each signer, which no document changes.
     if old is None or new is None or before is None or after is None:
         return ""
