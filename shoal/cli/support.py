@@ -48,7 +48,8 @@ def bundle(
 ) -> None:
     """Write an archive of versions, status, findings, metrics, Envoy's configuration and logs. Secrets are left out.
 
-    Names of models, tenants and callers are in it, and what the logs say; payloads are not.
+    Names of models, tenants and callers are in it, and what the logs say; payloads are not. Its file left_out.txt says
+    what is not in it.
 
     [bold]Example[/bold]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from shoal.cli.diagnosis.redaction import REDACTED, redact
+from shoal.cli.diagnosis import bundle
+from shoal.cli.diagnosis.redaction import REDACTED, redact, without_headers
 from shoal.cli.main import app
 
 TOKEN = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
@@ -35,15 +36,61 @@ KEY = f"shoal_{TOKEN}"
         ("OTEL_EXPORTER_OTLP_HEADERS=x-honeycomb-team=abcdef123456,x=y", "abcdef123456"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS=Authorization=Bearer%20abc123", "abc123"),
         ("x-api-key=abc123", "abc123"),
+        ("x-api-key: abc123def", "abc123def"),
+        ("x-goog-api-key:abc123def", "abc123def"),
+        ("authorization: ApiKey 4711-abc", "4711-abc"),
+        ("Cookie: session=4711abc; other=1", "4711abc"),
+        ('{"set-cookie": "session=4711abc"}', "4711abc"),
+        ("{'password': 'hunter2'}", "hunter2"),
+        ("password: hunter2", "hunter2"),
+        ('sasl.password = "hunter2"', "hunter2"),
+        ('"sasl.password" = "hunter2"', "hunter2"),
+        (r"sasl.jaas.config=Plain username=\"ann\" password=\"hunter2\";", "hunter2"),
+        (r'{"options": "password=\"hunter2\""}', "hunter2"),
+        (r'{"a": "{\"b\": \"{\\\"password\\\": \\\"hunter2\\\"}\"}"}', "hunter2"),
+        ("mongod --keyFilePassword hunter2 --port 1", "hunter2"),
+        ("argv: tool --api-token hunter2-4711", "hunter2-4711"),
+        ("redis://:hunter2@cache:6379/0", "hunter2"),
+        ("address lookup failed for ann:hunter2@127.0.0.1:9: Misformatted", "hunter2"),
+        ("https://ghp-like-token@git.example/x.git", "ghp-like-token"),
+        ("https://b.s3.example/x?X-Amz-Credential=AKID4711&X-Amz-Signature=abcdef99", "abcdef99"),
+        ("https://b.blob.example/x?sv=1&sig=abc%2Bdef99&se=2", "abc%2Bdef99"),
+        ("https://maps.example/x?key=4711abcdef", "4711abcdef"),
+        ("AccountName=a;AccountKey=4711abc==;EndpointSuffix=x", "4711abc=="),
+        ("OTEL_RESOURCE_ATTRIBUTES=team=a,api.key=4711abc", "4711abc"),
+        ("push by AKIAIOSFODNN7EXAMPLE failed", "AKIAIOSFODNN7EXAMPLE"),
+        ("hub: hf_abcdefghijklmnopqrstuvwx", "hf_abcdefghijklmnopqrstuvwx"),
+        ("-----BEGIN PRIVATE KEY-----\nMHcCAQEE\nAAAA", "MHcCAQEE"),
+        ("MHcCAQEE\nAAAA\n-----END RSA PRIVATE KEY-----\nnext", "MHcCAQEE"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQOYBF\n-----END PGP PRIVATE KEY BLOCK-----", "lQOYBF"),
+        (json.dumps({"pem": "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEE\n-----END EC PRIVATE KEY-----\n"}), "MHcCAQEE"),
+        (json.dumps({"message": 'with "quotes" and \n lines'}), "quotes"),
+        ("GET /x?of=with%2B%2F%2Bslash", "%2F"),
     ],
 )
 def test_secrets_are_redacted_by_value_and_by_form(text: str, secret: str) -> None:
-    redacted = redact(text, ["correct-horse\n", "short"])
+    redacted = redact(text, ["correct-horse\n", "short", 'with "quotes" and \n lines', "with+/+slash"])
     assert secret not in redacted
     assert REDACTED in redacted
 
 
-@pytest.mark.parametrize("unit", ["a1", "eyJaaaaaaaa-", "a.", "://a", ":", "secret", "-----BEGIN PRIVATE KEY-----"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a1",
+        "eyJaaaaaaaa-",
+        "a.",
+        "://a",
+        ":",
+        "secret",
+        "-----BEGIN PRIVATE KEY-----",
+        "token: ",
+        "cookie:",
+        "?key=",
+        "a:",
+        ".:a",
+    ],
+)
 def test_a_long_line_is_redacted_in_linear_time(unit: str) -> None:
     # With quadratic patterns it takes minutes.
     text = "://" + unit * (400_000 // len(unit))
@@ -106,3 +153,40 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 def test_a_folder_of_no_node_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["support", "bundle", "--data-dir", str(tmp_path), "-o", str(tmp_path / "b.tar.gz")])
     assert "not the data folder of a node" in str(done.exception)
+
+
+def test_a_bundle_is_bounded_and_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(bundle, "LOG_BYTES", 10_000)
+    monkeypatch.setattr(bundle, "BUNDLE_BYTES", 60_000)
+    data, archive = tmp_path / "data", tmp_path / "b.tar.gz"
+    (data / "logs").mkdir(parents=True)
+    for n in range(9):
+        lines = "".join(f"line {i} of {n} {'x' * 80}\n" for i in range(200))
+        (data / "logs" / f"infer-{n}.log").write_text(lines)
+        (data / "logs" / f"infer-{n}.log.1").write_text(lines)
+    done = CliRunner().invoke(app, ["support", "bundle", "--data-dir", str(data), "-o", str(archive)])
+    assert done.exit_code == 0, done.output
+    with tarfile.open(archive) as opened:
+        texts = {Path(one.name).relative_to("b").as_posix(): _read(opened, one) for one in opened.getmembers()}
+    left_out = texts.pop("left_out.txt")
+    assert sum(len(text) for text in texts.values()) <= 60_000
+    kept = texts["logs/infer-0.log"]
+    # Whole lines: a part of one may be a part of a secret.
+    assert kept.startswith("line ")
+    cut = len((data / "logs" / "infer-0.log").read_bytes()) - len(kept)
+    assert f"logs/infer-0.log: the first {cut} bytes\n" in left_out
+    assert "logs/infer-8.log.1: all of it, since the bundle has" in left_out
+
+
+def test_headers_that_envoy_sends_are_left_out_of_its_configuration() -> None:
+    document = {
+        "grpc_services": [{"initial_metadata": [{"key": "x-vendor", "value": "4711"}]}],
+        "key": "a",
+        "value": "b",
+    }
+    assert without_headers(document) == {
+        "grpc_services": [{"initial_metadata": [{"key": "x-vendor", "value": REDACTED}]}],
+        "key": "a",
+        "value": "b",
+    }
