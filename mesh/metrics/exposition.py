@@ -1,8 +1,8 @@
 """Metrics in Prometheus' text format and in OpenMetrics.
 
 Formats: https://prometheus.io/docs/instrumenting/exposition_formats/ and https://prometheus.io/docs/specs/om/open_metrics_spec/.
-Prometheus' own library takes ten times as long, and keeps so many objects meanwhile that Python's garbage collector
-stops all threads for them. Here a page is written on the event loop, in pieces that leave it time for calls.
+Prometheus' own library takes longer for a page of 500 models, and from a thread it shares the interpreter with calls.
+Here a page is written on the event loop, in pieces that leave it time for calls.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 
-from mesh.metrics.endpoint import Endpoint, Request, Response
+from mesh.metrics.endpoint import Endpoint, Handler, Request, Response
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading, Source
 from mesh.metrics.histogram import Buckets
 from mesh.metrics.snapshot import read
@@ -92,8 +93,13 @@ def page(readings: Iterable[Reading]) -> tuple[bytes, str]:
     return writer.page()
 
 
-def metrics_endpoint(listen: str, sources: Sequence[Source], names: Collection[str] = ()) -> Endpoint:
-    """Return the endpoint of a page of metrics, `/metrics`. One page at a time is made."""
+def metrics_endpoint(
+    listen: str,
+    sources: Sequence[Source],
+    names: Collection[str] = (),
+    pages: Mapping[str, Handler] = MappingProxyType({}),
+) -> Endpoint:
+    """Return the endpoint of a page of metrics, `/metrics`, and of other pages. One page of metrics is made at once."""
     turn = asyncio.Lock()
     made: dict[bool, tuple[float, Response]] = {}
 
@@ -109,4 +115,4 @@ def metrics_endpoint(listen: str, sources: Sequence[Source], names: Collection[s
                 made[is_openmetrics] = time.monotonic(), response
             return response
 
-    return Endpoint(listen, {"/metrics": metrics}, names)
+    return Endpoint(listen, {"/metrics": metrics, **pages}, names)

@@ -39,7 +39,7 @@ def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None
     if config is None:
         sys.exit(WRONG_SETTINGS)
     logs.configure(f"{config.node}/{config.instance}", config.log_level)
-    with telemetry.tracing(service, f"{config.node}/{config.instance}"):
+    with telemetry.tracing(service, f"{config.node}/{config.instance}", keeps=config.metrics is not None):
         # Imported objects live as long as the process: exclude them from garbage collection.
         gc.freeze()
         gc.set_threshold(*_COLLECTED_AT)

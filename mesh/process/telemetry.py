@@ -1,4 +1,4 @@
-"""OpenTelemetry: spans are exported when the standard OTEL_* variables name a collector; otherwise none are made.
+"""OpenTelemetry: spans are exported when the standard OTEL_* variables name a collector; otherwise a few are kept.
 
 OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) turns the exporter on; OTEL_EXPORTER_OTLP_PROTOCOL selects `grpc`
 (default) or `http/protobuf`; OTEL_TRACES_EXPORTER=none and OTEL_SDK_DISABLED=true turn it off. The same variables with
@@ -20,6 +20,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
+from mesh.process.kept_spans import KeptSpans, OnRequest
 from shoal import __version__
 
 LAST_EXPORT_S = 2.0
@@ -90,22 +91,42 @@ class Exporting:
     """Takes a finished, sampled span; never waits."""
     resource: Resource
     sampling: Sampling
+    admits: Callable[[], bool] | None = None
+    """Returns True when a span may be made for one more sampled call; None: always."""
 
 
 class _Provider(TracerProvider):
     """Tracer provider that also exposes the export of a finished span."""
 
-    def __init__(self, resource: Resource, exporter: SpanExporter, sampling: Sampling) -> None:
+    def __init__(
+        self, resource: Resource, exporter: SpanExporter, sampling: Sampling, kept: KeptSpans | None = None
+    ) -> None:
         super().__init__(resource=resource, shutdown_on_exit=False)
-        processor = BatchSpanProcessor(exporter)
-        self.add_span_processor(processor)
-        self.exporting = Exporting(processor.on_end, resource, sampling)
+        self.kept = kept
+        processors = [BatchSpanProcessor(exporter), *([kept] if kept is not None else [])]
+        for processor in processors:
+            self.add_span_processor(processor)
+
+        def export(span: ReadableSpan) -> None:
+            for processor in processors:
+                processor.on_end(span)
+
+        self.exporting = Exporting(export if kept is not None else processors[0].on_end, resource, sampling)
 
 
 def exporting() -> Exporting | None:
-    """Return how this process exports spans; None when it exports none."""
+    """Return how this process exports or keeps spans; None when it does neither."""
     provider = trace.get_tracer_provider()
+    if isinstance(provider, OnRequest):
+        kept = provider.kept
+        return Exporting(kept.on_end, provider.resource, Sampling(0.0, follows_parent=True), kept.admits)
     return provider.exporting if isinstance(provider, _Provider) else None
+
+
+def kept_spans() -> KeptSpans | None:
+    """Return the spans that this process keeps; None when it keeps none."""
+    provider = trace.get_tracer_provider()
+    return provider.kept if isinstance(provider, OnRequest | _Provider) else None
 
 
 def _exporter(environ: Mapping[str, str]) -> SpanExporter:
@@ -119,14 +140,22 @@ def _exporter(environ: Mapping[str, str]) -> SpanExporter:
 
 
 @contextmanager
-def tracing(service: str, instance: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Export this process's spans as service `shoal-<service>` until the block ends, then flush them."""
+def tracing(
+    service: str, instance: str, environ: Mapping[str, str] = os.environ, *, keeps: bool = False
+) -> Iterator[None]:
+    """Export this process's spans as service `shoal-<service>` until the block ends, then flush them.
+
+    With `keeps`, the latest ones are kept in memory, too, and without a collector those of sampled callers.
+    """
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if collector(environ) is None:
+        if keeps and not is_off:
+            trace.set_tracer_provider(OnRequest(resource_of(service, instance), KeptSpans()))
         yield
         return
     resource = resource_of(service, instance)
     exporter = _exporter(environ)
-    provider = _Provider(resource, exporter, sampling_of(environ))
+    provider = _Provider(resource, exporter, sampling_of(environ), KeptSpans() if keeps else None)
     trace.set_tracer_provider(provider)
     try:
         yield

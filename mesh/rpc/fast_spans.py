@@ -60,9 +60,18 @@ class FastTracer:
     """Decides which fast calls are sampled, and hands their finished spans to the exporter."""
 
     def __init__(
-        self, export: Callable[[ReadableSpan], None], resource: Resource, sampling: Sampling, seed: int | None = None
+        self,
+        export: Callable[[ReadableSpan], None],
+        resource: Resource,
+        sampling: Sampling,
+        seed: int | None = None,
+        admits: Callable[[], bool] | None = None,
     ) -> None:
-        """Store the parts. `seed` is for tests: otherwise the ids are the system's random numbers."""
+        """Store the parts. `seed` is for tests: otherwise the ids are the system's random numbers.
+
+        `admits` returns True when a span may be made for one more call of a sampled trace; None: always.
+        """
+        self._admits = admits
         self._export = export
         self._resource = resource
         self._follows_parent = sampling.follows_parent
@@ -71,9 +80,9 @@ class FastTracer:
 
     @classmethod
     def of_process(cls) -> FastTracer | None:
-        """Return the tracer of a process that exports spans; None in any other."""
+        """Return the tracer of a process that exports or keeps spans; None in any other."""
         found: Exporting | None = exporting()
-        return None if found is None else cls(found.export, found.resource, found.sampling)
+        return None if found is None else cls(found.export, found.resource, found.sampling, admits=found.admits)
 
     def begin(self, headers: Mapping[bytes, bytes]) -> FastSpan | None:
         """Return the span of a call with these headers; None when the call is not sampled."""
@@ -91,6 +100,8 @@ class FastTracer:
         return self._child(headers, given) if parent[0] & _LOW_64 < self._bound else None
 
     def _root(self) -> FastSpan | None:
+        if not self._bound:
+            return None
         low = self._bits(64)
         if low >= self._bound:
             return None
@@ -101,6 +112,8 @@ class FastTracer:
         parent = _parsed(given)
         if parent is None:
             return self._root()
+        if self._admits is not None and not self._admits():
+            return None
         state = TraceState()
         if (text := headers.get(b"tracestate")) is not None:
             state = TraceState.from_header([text.decode("latin-1")])

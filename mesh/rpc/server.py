@@ -172,7 +172,7 @@ class Server:
         is_exported = self._exports_as is not None and telemetry.collector(os.environ, "METRICS") is not None
         if self._metrics is None and not is_exported:
             return
-        from mesh.metrics import process
+        from mesh.metrics import process, spans
 
         accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
         holders = [*(listener.held_by_tenant for listener in self._listeners), *self._holders]
@@ -180,7 +180,9 @@ class Server:
         if self._metrics is not None:
             from mesh.metrics.exposition import metrics_endpoint
 
-            await self._exports.enter_async_context(metrics_endpoint(self._metrics, sources))
+            kept = telemetry.kept_spans()
+            pages = {} if kept is None else {spans.PAGE: spans.SpansPage(kept)}
+            await self._exports.enter_async_context(metrics_endpoint(self._metrics, sources, pages=pages))
         if is_exported and self._exports_as is not None:
             from mesh.metrics.otlp import exported
 

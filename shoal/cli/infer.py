@@ -57,13 +57,14 @@ def infer(
       echo '{"x": [1, 2, 3, 4]}' | shoal infer digits - --json
     """
     from shoal.cli import tensors
+    from shoal.cli.traced import traced
 
     started = time.monotonic()
     request = tensors.read(written)
     parameters = {**request.parameters, **tensors.of_options(parameter or [], "--parameter")}
     if explain:
         parameters["explain"] = True
-    with connect(gateway) as client:
+    with connect(gateway) as client, traced(gateway) as trace_command:
         ready = tensors.fit(request, client.models.metadata(model, version, timeout=min(timeout, 10.0)))
         result = client.infer(
             model,
@@ -76,3 +77,5 @@ def infer(
             timeout=max(timeout - (time.monotonic() - started), 0.0),
         )
     tensors.show_result(result, as_json=json, output=output)
+    if explain:
+        typer.echo(f"trace: {trace_command}", err=True)

@@ -203,6 +203,7 @@ def submit(
       shoal jobs submit digits rows.npy --delay 600 --attempts 10 --retry-on unavailable --retry-on internal
     """
     from shoal.cli import tensors
+    from shoal.cli.traced import traced
     from shoal.client import JobRetry
 
     labels = pairs(label or [], "--label")
@@ -230,7 +231,7 @@ def submit(
         raise InvalidArgument("a job needs MODEL and INPUT; a batch needs --batch, --out and --model")
     request = tensors.read(written)
     parameters = {**request.parameters, **tensors.of_options(parameter or [], "--parameter")}
-    with connect(gateway, tenant=tenant) as client:
+    with connect(gateway, tenant=tenant) as client, traced(gateway):
         ready = tensors.fit(request, client.models.metadata(model, version))
         job = client.jobs.submit(
             model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import amounts
-from shoal.cli.output import printable, show_json_line, text
+from shoal.cli.here import node_here
+from shoal.cli.output import Gateway, printable, show_json_line, text
 from shoal.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -56,10 +56,12 @@ def logs(
             show_default=False,
         ),
     ] = None,
+    gateway: Gateway = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print the logs of a node's processes, merged by time: the last entries, and new ones with --follow.
 
+    The logs are files of the node's own machine; those of other nodes, and of `shoal serve`, are not in them.
     Of mongod, only warnings and errors are printed, unless it is named.
 
     [bold]Examples[/bold]
@@ -74,7 +76,7 @@ def logs(
 
     if level and level.upper() not in LEVELS:
         raise InvalidArgument(f"--level {level!r}: expected one of {', '.join(LEVELS).lower()}")
-    folder = _folder(data_dir)
+    folder = _folder(data_dir, gateway)
     known = processes(folder)
     wanted = [name for name in known if _includes(process, name)]
     if unknown := [part for part in process or () if not any(_includes([part], name) for name in known)]:
@@ -107,11 +109,9 @@ def _includes(wanted: list[str] | None, name: str) -> bool:
     return not wanted or any(name == part or name.rpartition("-")[0] == part for part in wanted)
 
 
-def _folder(data_dir: Path | None) -> Path:
+def _folder(data_dir: Path | None, gateway: str | None) -> Path:
     if data_dir is None:
-        from shoal.discovery import find_node
-
-        data_dir = find_node(os.environ).data_dir
+        data_dir = node_here(gateway, "logs", "`shoal serve` logs to its own terminal.").data_dir
     folder = data_dir / "logs"
     if not folder.is_dir():
         raise NotFound(f"{data_dir} has no folder of logs: give the data folder of a node with --data-dir")

@@ -31,6 +31,7 @@ COMMANDS = (
     "instances",
     "logs",
     "top",
+    "trace",
     "doctor",
     "support",
     "context",

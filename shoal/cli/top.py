@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import admin_page, endpoints
-from shoal.cli.output import AsJson, console, plain, show_json
-from shoal.errors import InvalidArgument, NotFound, Unavailable
+from shoal.cli.here import node_here
+from shoal.cli.output import AsJson, Gateway, console, plain, show_json
+from shoal.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,11 +49,12 @@ def top(
             metavar="HOST:PORT", help="Admin address of the node. Default: the node here.", show_default=False
         ),
     ] = None,
+    gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
     """Show rates, latencies, queues and memory, live. Keys: m, e, t, i choose the view, s the order, q ends.
 
-    Figures are those between the last two readings of the node's metrics.
+    Figures are those between the last two readings of the metrics of one node, which only its own machine can read.
 
     [bold]Examples[/bold]
 
@@ -68,7 +70,8 @@ def top(
         raise InvalidArgument(f"--by {by!r}: expected {', '.join(_VIEWS)}")
     if sort not in SORTS:
         raise InvalidArgument(f"--sort {sort!r}: expected {', '.join(SORTS)}")
-    address = admin or _admin_here()
+    elsewhere = "For `shoal serve --metrics-port N` add --admin 127.0.0.1:N."
+    address = admin or node_here(gateway, "metrics", elsewhere).admin
     state = _State(address, by, sort)
     if once or json or not sys.stdout.isatty():
         state.read()
@@ -80,20 +83,6 @@ def top(
             console().print(state.table())
         return
     _live(state, every)
-
-
-def _admin_here() -> str:
-    from shoal.cli.contexts import chosen
-    from shoal.discovery import admin_of, find_gateway
-
-    context = chosen(None, os.environ)
-    url = context.url if context is not None else find_gateway(None, os.environ).url
-    if (admin := admin_of(url, os.environ)) is None:
-        raise NotFound(
-            f"no node of this user at {url} runs on this machine, and `shoal top` reads metrics, which are only seen "
-            "there: run it on the node's own machine, as in `ssh HOST shoal top --once`"
-        )
-    return admin
 
 
 class _State:

@@ -2,6 +2,7 @@
 
     /metrics  ──> each service's process, over its own socket; Envoy: chosen statistics ──> one page
               ──> memory and processor time of Envoy, etcd and mongod, of /proc
+    /spans    ──> each service's process ──> the kept spans of a trace or a job
     /clusters, /config_dump ... ──> Envoy's admin socket, which only the node's user can reach
 
 A process that does not answer in time has `shoal_process_up` 0, and the page has the others.
@@ -13,13 +14,14 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httptools
 
+from mesh.metrics import spans as spans_page
 from mesh.metrics.endpoint import Endpoint, Handler, Request, Response, text
 from mesh.metrics.families import Family, Kind, Reading
 
@@ -113,7 +115,10 @@ def endpoint(listen: str, processes: Processes, envoy: Path | None, secrets: Seq
         async with turn:
             return await node_page(processes())
 
-    pages: dict[str, Handler] = {"/metrics": metrics}
+    async def spans(request: Request) -> Response:
+        return await node_spans(processes(), request.query)
+
+    pages: dict[str, Handler] = {"/metrics": metrics, spans_page.PAGE: spans}
     if envoy is not None:
 
         async def of_envoy(request: Request) -> Response:
@@ -192,6 +197,23 @@ async def _page(one: Scraped) -> bytes | None:
         if response.status == 200:
             return response.body
     return None
+
+
+async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
+    """Return the kept spans that a query asks for, of all processes, and the names of processes without an answer."""
+    wanted = spans_page.asked(query)
+    if wanted is None:
+        return text(400, "expected ?trace=ID (8 to 32 hexadecimal digits) or ?job=ID")
+    name, id = wanted
+    # Envoy's page is that of its statistics.
+    services = [one for one in processes if one.socket is not None and one.target == "/metrics"]
+    target = f"{spans_page.PAGE}?{name}={id}"
+    found = await asyncio.gather(*(_page(replace(one, target=target)) for one in services))
+    document = {
+        "spans": [span for body in found if body is not None for span in json.loads(body)],
+        "silent": [one.instance for one, body in zip(services, found, strict=True) if body is None],
+    }
+    return Response(200, "application/json", json.dumps(document).encode())
 
 
 def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:

@@ -568,3 +568,26 @@ def test_a_wrong_setting_ends_all_workers(onnx_models: Path, monkeypatch: pytest
     monkeypatch.setenv("SHOAL_INFER_THREADS", "many")
     status, said = fails(str(onnx_models), "--port", "0", "--workers", "3")
     assert (status, "SHOAL_INFER_THREADS='many'" in said) == (2, True)
+
+
+def test_a_trace_shows_the_calls_of_a_server(start: Start, onnx_models: Path) -> None:
+    _, said = start(str(onnx_models), "--workers", "2", "--metrics-port", "0")
+
+    def shoal_(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shoal.cli.main", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    done = shoal_("infer", "double", '{"x": [[1, 2, 3, 4]]}', "--explain", "--gateway", said["address"])
+    assert done.returncode == 0, done.stderr
+    [named] = re.findall(r"^trace: shoal (trace [0-9a-f]{32}) --gateway (\S+)$", done.stderr, re.MULTILINE)
+    assert named[1] == said["address"]
+    # The gateway of a server does not tell where its metrics are: the command says what to add.
+    elsewhere = shoal_(*named[0].split(), "--gateway", named[1])
+    assert elsewhere.returncode == 2
+    assert "add --admin 127.0.0.1:N" in elsewhere.stderr
+    shown = shoal_(*named[0].split(), "--admin", said["metrics_address"])
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"█.* ms +infer-\d +GRPCInferenceService/ModelInfer", shown.stdout), shown.stdout
+    absent = shoal_("trace", "f" * 32, "--admin", said["metrics_address"])
+    assert absent.returncode == 1
+    assert "no process at" in absent.stderr

@@ -1,0 +1,30 @@
+"""The node of a command that reads what only the node's own machine has: its metrics, spans and logs."""
+
+from __future__ import annotations
+
+import os
+
+from shoal.discovery import RunningNode, find_gateway, find_node, node_of
+from shoal.errors import InvalidArgument
+
+
+def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
+    """Return the node that the command's gateway, or the context in use, names; else the one on this machine.
+
+    Raises:
+        InvalidArgument: it runs on another machine, where `what` is; `otherwise` says what else to do.
+        NotFound, FailedPrecondition: none is named, and none or several run here.
+    """
+    from shoal.cli.contexts import chosen
+
+    context = chosen(gateway, os.environ)
+    if context is None and not gateway and not os.environ.get("SHOAL_GATEWAY"):
+        return find_node(os.environ)
+    url = context.url if context is not None else find_gateway(gateway, os.environ).url
+    node = node_of(url, os.environ)
+    if node is None:
+        raise InvalidArgument(
+            f"{url} is no node of this user on this machine, and {what} are on the node's own: run the command there. "
+            f"{otherwise}"
+        )
+    return node
