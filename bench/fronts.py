@@ -3,15 +3,19 @@
     python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--starts 5] [--seconds 1.5]
     python bench/fronts.py --before FOLDER --loopback --loads tiny@1,tiny@64 --rounds 20
     python bench/fronts.py --before FOLDER --namespace --loads tiny@1,tiny@64 --rounds 20
+    python bench/fronts.py --before . --metrics --loopback --loads tiny@64 --rounds 20 --starts 1
 
 loopback     both checkouts with `--host 127.0.0.1`
 namespace    both checkouts, and Triton, at one end of a veth pair, with the clients at the other end. Both ends are in
              namespaces of this run. Each checkout uses its default front for that address.
 
-With --loopback or --namespace only that one. Needs root, for the namespaces. Each checkout has its own .venv. A shell
-runs COMMAND, which starts a Triton with the models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of their
-ONNX files. Servers run on processor 0 with one thread for the model, the generator on the other processors. Rounds
-interleave the servers; a ratio is the median of the rounds' ratios.
+With --loopback or --namespace only that one. Needs root, for the namespaces. Each checkout has its own .venv. With
+--metrics the second checkout has `--metrics-port`, and its page is read once a second meanwhile: with one checkout as
+both, the ratio is what metrics cost.
+
+A shell runs COMMAND, which starts a Triton with the models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of
+their ONNX files. Servers run on processor 0 with one thread for the model, the generator on the other processors.
+Rounds interleave the servers; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +52,7 @@ LOADS: tuple[Load, ...] = tuple((model, in_flight) for model in ("tiny", "mlp", 
 SERVER_IP, CLIENT_IP = "10.77.31.1", "10.77.31.2"
 _CLONE_NEWNET = 0x4000_0000
 _READY_S = 60.0
+_SCRAPED_EVERY_S = 1.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -119,6 +126,8 @@ class Contender:
     rss_mb: list[float] = field(default_factory=list)
     pss_mb: list[float] = field(default_factory=list)
     loads: dict[tuple[str, int], Measured] = field(default_factory=dict)
+    page: str = ""
+    """URL of its metrics; empty: they are not read."""
 
     @contextlib.contextmanager
     def running(self, sample: Sample) -> Iterator[Server]:
@@ -153,15 +162,38 @@ def _pss_mb(pid: int) -> float:
     return 0.0
 
 
-def shoal(name: str, folder: Path, models: Path, network: Network) -> Contender:
-    """Return the contender `shoal serve` of the checkout `folder`."""
+def shoal(name: str, folder: Path, models: Path, network: Network, *, has_metrics: bool = False) -> Contender:
+    """Return the contender `shoal serve` of the checkout `folder`, and with `has_metrics` one with a page of them."""
     port = free_port()
     python = str(folder / ".venv/bin/python")
     command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", network.host, "--port", str(port)]
     command += [] if network.servers is None else ["--insecure"]
+    metrics = free_port() if has_metrics else None
+    command += [] if metrics is None else ["--metrics-port", str(metrics)]
+    page = "" if metrics is None else f"http://127.0.0.1:{metrics}/metrics"
     # The checkout's modules take precedence, even if its environment was built for another checkout.
     environ = {"PYTHONPATH": str(folder), "SHOAL_INFER_THREADS": "1"}
-    return Contender(name, network, port, command, environ, folder)
+    return Contender(name, network, port, command, environ, folder, page=page)
+
+
+@contextlib.contextmanager
+def scraped(pages: Sequence[str]) -> Iterator[None]:
+    """Read pages of metrics once a second during the block."""
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(_SCRAPED_EVERY_S):
+            for page in pages:
+                with urllib.request.urlopen(page, timeout=_READY_S) as response:
+                    response.read()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def triton(command: str, models: Path, network: Network) -> Contender:
@@ -177,6 +209,7 @@ def measure(
     requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(contender.running(samples["tiny"])) for contender in contenders]
+        stack.enter_context(scraped([contender.page for contender in contenders if contender.page]))
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for load in loads:
@@ -247,10 +280,13 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5, help="of each server, to measure start and memory")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--loads", type=_loads, default=LOADS, metavar="MODEL@N,...", help="default: all nine")
+    parser.add_argument("--metrics", action="store_true", help="the second one has metrics, with --loopback")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--loopback", action="store_true", help="only on loopback")
     only.add_argument("--namespace", action="store_true", help="only from another network namespace")
     args = parser.parse_args()
+    if args.metrics and not args.loopback:
+        parser.error("--metrics needs --loopback: the page is at 127.0.0.1")
     console = Console(width=140)
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
@@ -264,7 +300,7 @@ def main() -> None:
         for title, network in networks.items():
             groups[title] = [
                 shoal("before", args.before.resolve(), models, network),
-                shoal("after", args.after.resolve(), models, network),
+                shoal("after", args.after.resolve(), models, network, has_metrics=args.metrics),
             ]
         if args.triton and not args.loopback:
             groups["from another namespace"].append(triton(args.triton, models, elsewhere))
