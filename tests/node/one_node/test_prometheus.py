@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,6 +29,7 @@ from services.store import metrics as store
 from shoal.node import admin
 from shoal.node.ports import Ports
 from tests.breakable import Process, until
+from tools import dashboards
 
 pytestmark = pytest.mark.node
 
@@ -76,11 +78,15 @@ def read(url: str) -> str:
 @pytest.fixture(scope="module")
 def loaded(running: Any) -> Any:
     """The node, after requests and jobs."""
-    with shoal.Client(running.gateway) as client:
+    with shoal.Client(running.gateway, tenant="acme") as client:
         for _ in range(8):
             client.infer("double", {"x": np.ones((1, 4), np.float32)})
         job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
         client.jobs.result(job.id)
+    # An error over REST, of a service.
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://{running.gateway}/v2/models/absent", timeout=30)
+    refused.value.close()
     return running
 
 
@@ -154,6 +160,26 @@ def test_the_queries_of_the_page_about_observability_have_results(prometheus: st
         text = each.removesuffix(" > 0")
         # A rate has a value after two scrapes.
         asyncio.run(until(partial(_has_results, prometheus, text), text, 60))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path("deploy/observability/dashboards").glob("*.json")), ids=lambda path: path.stem
+)
+def test_no_panel_of_a_dashboard_is_empty(prometheus: str, path: Path) -> None:
+    dashboard = json.loads(path.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert expressions
+    for each in expressions:
+        text = each.replace(dashboards.RATE, "1m")
+        asyncio.run(until(partial(_has_results, prometheus, text), text, 60))
+
+
+def test_the_files_of_the_dashboards_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/dashboards.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in dashboards.FOLDER.glob("*.json")} == dashboards.DASHBOARDS.keys()
 
 
 def _has_results(url: str, text: str) -> bool:
