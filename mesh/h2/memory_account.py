@@ -62,6 +62,11 @@ class Share:
         account = self._account
         return not size or account.held + size <= account.limit
 
+    @property
+    def free(self) -> int:
+        """Bytes of the account that nobody holds."""
+        return self._account.limit - self._account.held
+
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""
         self.held += size

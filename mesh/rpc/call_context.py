@@ -20,6 +20,10 @@ class RequestMemory(Protocol):
     def sender(self) -> Hashable:
         """Identity of the connection and tenant that sent the request: equal for all its requests."""
 
+    @property
+    def room(self) -> int:
+        """Bytes that `hold_response` may count now."""
+
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
 

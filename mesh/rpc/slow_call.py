@@ -272,6 +272,11 @@ class _Messages:
         """Identity of the tenant and its connection, behind Envoy of its connection to Envoy."""
         return self._stream.sender
 
+    @property
+    def room(self) -> int:
+        """Bytes that `hold_response` may count now."""
+        return self._stream.share.free
+
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the call ends. Raises ResourceExhausted when there is no room."""
         self._reserve(size)

@@ -222,6 +222,11 @@ class Entry:
         """The sender of the call."""
         return self._part.sender
 
+    @property
+    def room(self) -> int:
+        """Bytes that `hold_response` may count now."""
+        return self._part.room
+
     def hold(self, size: int) -> None:
         """Count `size` bytes more of memory until the entry ends. Raises ResourceExhausted when there is no room."""
         if not self.is_over:

@@ -157,6 +157,11 @@ class _TenantMemory:
     def sender(self) -> Share:
         return self._share
 
+    @property
+    def room(self) -> int:
+        """Bytes that `hold_response` may count now."""
+        return self._share.free
+
     def hold(self, size: int) -> None:
         if not self._share.has_room(size):
             raise no_memory()

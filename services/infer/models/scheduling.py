@@ -20,6 +20,7 @@ from services.infer.remote.session import RemoteSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Executor
+from services.infer.scheduling.output_sizes import OutputSizes
 from services.infer.scheduling.parts_execution import PartsExecution
 from services.infer.scheduling.process_execution import ProcessExecution
 from services.infer.scheduling.queue import QueueLimits
@@ -60,16 +61,17 @@ def _ensemble(loaded: Composed, context: LoadContext, statistics: Statistics) ->
 
 
 def _batching(name: str, number: int, loaded: Loaded, context: LoadContext, statistics: Statistics) -> Scheduler:
-    config = loaded.model.config
+    config, policy = loaded.model.config, loaded.batch_policy()
     return Scheduler(
         name,
         lambda: _execution(name, number, loaded, context),
-        loaded.batch_policy(),
+        policy,
         context.limits,
         rules.of(config),
         instances=model_config.instances(config),
         statistics=statistics,
         cost=loaded.cost,
+        outputs=OutputSizes.of(loaded.model.signature, policy.max_bytes),
         outcomes=context.outcomes,
         clock=context.clock,
         worker=_worker,

@@ -15,6 +15,7 @@ class Uncounted:
 
     message_bytes = 0
     sender: Hashable = None
+    room = 1 << 62
 
     def hold(self, size: int) -> None:
         pass
@@ -49,6 +50,11 @@ class RequestPart:
     def sender(self) -> Hashable:
         """The sender of the call."""
         return self._memory.sender
+
+    @property
+    def room(self) -> int:
+        """Bytes that `hold_response` may count now."""
+        return self._memory.room
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more. Counts nothing after the end. Raises ResourceExhausted when there is no room."""

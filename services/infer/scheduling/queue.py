@@ -28,6 +28,7 @@ from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.deadline_heap import DeadlineHeap
 from services.infer.scheduling.delivery import PendingRequest, Receiver
 from services.infer.scheduling.fairness import TenantQueue, TenantQueues
+from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.stack_group import Member, StackGroup, add_in_turn, fair_order_key
 from shoal.errors import ResourceExhausted
@@ -97,7 +98,7 @@ class QueueLimits:
 class Batch:
     """Requests that run as one."""
 
-    __slots__ = ("fired", "leaves_rows", "requests", "rows", "size_bytes")
+    __slots__ = ("fired", "leaves_rows", "requests", "reserved_row_bytes", "rows", "size_bytes")
 
     def __init__(
         self, requests: Sequence[QueuedRequest], rows: int, size_bytes: int, fired: str, *, leaves_rows: bool
@@ -109,13 +110,24 @@ class Batch:
         """Reason for running the batch now, in one word."""
         self.leaves_rows = leaves_rows
         """True when requests remain in the queue: the model has a backlog."""
+        self.reserved_row_bytes = 0
+        """Bytes that the memory of each request counts for each row's outputs until they exist."""
 
 
 class Queue:
     """Adds at the back, takes batches from the front. Pure: no event loop, and no clock but the times passed in."""
 
-    def __init__(self, model: str, limits: QueueLimits, policy: BatchPolicy, rules: Rules, cost: CostCurve) -> None:
+    def __init__(
+        self,
+        model: str,
+        limits: QueueLimits,
+        policy: BatchPolicy,
+        rules: Rules,
+        cost: CostCurve,
+        outputs: OutputSizes = UNBOUNDED,
+    ) -> None:
         self._model = model
+        self._outputs = outputs
         self._limits = limits
         self._policy = policy
         self._rules = rules
@@ -261,7 +273,7 @@ class Queue:
             return self._take_when_due(now, instances)
         key = self._next_key()
         group = self._groups[key]
-        front, is_cut = self._front(group, max_rows)
+        front, is_cut = self._front(key, group, max_rows)
         if is_late:
             fired = "closing"
         elif self._policy.max_rows == 1:
@@ -278,7 +290,7 @@ class Queue:
         soonest: tuple[float, Hashable, list[QueuedRequest]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
         for key, group in self._candidates().items():
-            front, is_cut = self._front(group)
+            front, is_cut = self._front(key, group)
             decision = self._decide(group, front, is_cut, now, rate, instances)
             if isinstance(decision, Run):
                 ready[key], runs[key] = group, (front[: decision.count], decision.fired)
@@ -302,8 +314,14 @@ class Queue:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
         return batcher.decide(front, group.oldest(), now, self._policy, is_cut=is_cut)
 
-    def _front(self, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
-        front, is_cut = group.front(max_rows or self._policy.max_rows, self._policy.max_bytes)
+    def _front(self, key: Hashable, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
+        most = min(max_rows or self._policy.max_rows, self._outputs.max_rows(key))
+        row_bytes = self._outputs.row_bytes(key)
+        if row_bytes * min(most, group.rows) > UNRESERVED_BYTES:
+            # The outputs are reserved before the run: what finds no room now waits for a later batch.
+            head = cast("QueuedRequest", next(group.heads()))
+            most = min(most, max(head.request.memory.room // row_bytes, 1))
+        front, is_cut = group.front(most, self._policy.max_bytes)
         return cast("list[QueuedRequest]", front), is_cut
 
     def _next_key(self) -> Hashable:

@@ -26,6 +26,7 @@ from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve, LoopCost
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
+from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, OutputSizes
 from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Rules
@@ -76,6 +77,7 @@ class Scheduler:
         execution: makes the executor of one worker; called once for each instance.
         instances: number of executions that may run at the same time.
         cost: execution costs known from warm-up.
+        outputs: sizes of the model's outputs.
         outcomes: delivers the outcomes; shared by the schedulers of a process.
         clock: seconds; deadlines and the executions' expiry are on this clock.
         worker: makes the worker of one instance.
@@ -92,6 +94,7 @@ class Scheduler:
         instances: int = 1,
         statistics: Statistics,
         cost: CostCurve | None = None,
+        outputs: OutputSizes = UNBOUNDED,
         outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
@@ -102,7 +105,8 @@ class Scheduler:
         self.cost = cost if cost is not None else CostCurve()
         # Processor time of the model alone: the cost of a run on the loop.
         self._loop_cost = LoopCost()
-        self._queue = Queue(name, limits, policy, self._rules, self.cost)
+        self._outputs = outputs
+        self._queue = Queue(name, limits, policy, self._rules, self.cost, outputs)
         self._execution = execution
         self._instances = instances
         self._statistics = statistics
@@ -169,6 +173,8 @@ class Scheduler:
         self._end_queued()
         running, self._running = self._running, {}
         for batch in running.values():
+            if batch.reserved_row_bytes:
+                _release_outputs(batch)
             for queued in batch.requests:
                 self._settle(queued, self._unloading_error())
                 # The run may end early.
@@ -365,6 +371,9 @@ class Scheduler:
                 if batch.until is not None:
                     self._wake_at(batch.until, now)
                 break
+            row_bytes = self._outputs.row_bytes(batch.requests[0].request.key)
+            if row_bytes * batch.rows > UNRESERVED_BYTES and not self._reserve(batch, row_bytes):
+                continue
             worker = self._idle.pop()
             self._wake_timer_at = math.inf
             if self._may_run_on_loop and self._is_short(batch, now):
@@ -375,6 +384,26 @@ class Scheduler:
             self._was_busy = False
         if self._is_closing:
             self._check_drained()
+
+    def _reserve(self, batch: Batch, row_bytes: int) -> bool:
+        """Count the expected outputs in the memory of their requests, and reject those that find no room.
+
+        Return False when none is left.
+        """
+        kept: list[QueuedRequest] = []
+        for queued in batch.requests:
+            try:
+                queued.request.memory.hold_response(row_bytes * queued.rows)
+                kept.append(queued)
+            except ResourceExhausted as err:
+                self._statistics.shed += 1
+                self._settle(queued, err)
+        if len(kept) < len(batch.requests):
+            batch.requests = kept
+            batch.rows = sum(queued.rows for queued in kept)
+            batch.size_bytes = sum(queued.size_bytes for queued in kept)
+        batch.reserved_row_bytes = row_bytes
+        return bool(kept)
 
     def _is_short(self, batch: Batch, now: float) -> bool:
         is_lone = self._idle_gaps > _IDLE_GAPS and len(batch.requests) == 1
@@ -389,6 +418,10 @@ class Scheduler:
         if seconds > _STALL_S:
             self._loop_cost.add_stall(seconds, now)
         self._idle.append(worker)
+        if batch.reserved_row_bytes:
+            _release_outputs(batch)
+        if self._outputs.is_learning:
+            self._learn_outputs(batch, outcomes)
         if self._queue:
             self._was_busy = True
             # Not now: requests that arrived during the run should join the batch.
@@ -413,6 +446,10 @@ class Scheduler:
             return
         if not self._is_ended:
             self._idle.append(worker)
+        if batch.reserved_row_bytes:
+            _release_outputs(batch)
+        if self._outputs.is_learning:
+            self._learn_outputs(batch, outcomes)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True
@@ -495,6 +532,12 @@ class Scheduler:
             self._release()
             return []
         return concluded
+
+    def _learn_outputs(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        for queued, outcome in zip(batch.requests, outcomes, strict=True):
+            if isinstance(outcome, InferenceResult):
+                self._outputs.add(queued.request.key, queued.rows, outcome.outputs)
+                return
 
     def _release(self) -> None:
         """Pass on the outcomes that are next in order of arrival."""
@@ -588,3 +631,9 @@ class Scheduler:
 
     def _expired_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
+
+
+def _release_outputs(batch: Batch) -> None:
+    """Release what was reserved for outputs: from now on they count as what they are."""
+    for queued in batch.requests:
+        queued.request.memory.release(batch.reserved_row_bytes * queued.rows)
