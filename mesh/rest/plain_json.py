@@ -5,9 +5,13 @@ Unlike in protobuf's own JSON, 64-bit numbers are numbers, and plain fields with
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import orjson
 from google.protobuf.message import Message
+
+from mesh.rpc.heavy_work import Steps
 
 
 def as_json(message: Message) -> dict[str, Any]:
@@ -20,6 +24,15 @@ def as_json(message: Message) -> dict[str, Any]:
             continue
         found[field.name] = _value(field, getattr(message, field.name))
     return found
+
+
+def list_json(name: str, messages: Iterable[Message]) -> Steps[bytes]:
+    """Return an object with one list of messages as JSON, each message in a step."""
+    found = []
+    for message in messages:
+        found.append(orjson.dumps(as_json(message)))
+        yield
+    return b'{"%b":[%b]}' % (name.encode(), b",".join(found))
 
 
 def _value(field: Any, value: Any) -> Any:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import orjson
-
 from mesh.rest.app import RestApp
 from mesh.rest.call import Reply, RestCall, health_reply
 from mesh.rest.handlers import unary
-from mesh.rest.plain_json import as_json
+from mesh.rest.plain_json import list_json
 from mesh.rpc.grpc_app import GrpcApp
-from mesh.rpc.heavy_work import Steps
 from shoal.inference.v2 import inference_pb2 as pb
 
 
@@ -28,12 +25,5 @@ async def _ready(call: RestCall) -> Reply:
 
 async def _statistics(call: RestCall) -> Reply:
     request = pb.ModelStatisticsRequest(name=call.target.model, version=call.target.version)
-    return Reply(await call.in_turn(_written(await unary(call, call.target.rpc, request))))
-
-
-def _written(response: pb.ModelStatisticsResponse) -> Steps[bytes]:
-    found = []
-    for stats in response.model_stats:
-        found.append(orjson.dumps(as_json(stats)))
-        yield
-    return b'{"model_stats":[%b]}' % b",".join(found)
+    response = await unary(call, call.target.rpc, request)
+    return Reply(await call.in_turn(list_json("model_stats", response.model_stats)))

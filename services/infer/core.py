@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mesh.rpc.call_context import RequestMemory
-from mesh.rpc.heavy_work import HeavyWork
+from mesh.rpc.heavy_work import HeavyWork, Steps
 from mesh.rpc.held_shares import CallLimits
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
@@ -132,19 +132,26 @@ class InferenceServer:
 
     def model_statistics(
         self, request: pb.ModelStatisticsRequest, may_see: Callable[[str], bool] = _everything
-    ) -> pb.ModelStatisticsResponse:
+    ) -> Steps[pb.ModelStatisticsResponse]:
         """Return the statistics of every requested ready version; without a name, of the models that `may_see` allows.
+
+        A model takes a step: those of hundreds would hold the event loop for tens of milliseconds.
 
         Raises:
             InvalidArgument: no such version is ready, or the version is not a number.
         """
         number = version_number(request.version)
-        names = [request.name] if request.name else [name for name in self.models.names() if may_see(name)]
-        versions = [v for name in names for v in self.models.versions(name) if number in (None, v.number)]
-        if request.name and not versions:
+        response = pb.ModelStatisticsResponse()
+        for name in [request.name] if request.name else self.models.names():
+            if request.name or may_see(name):
+                for version in self.models.versions(name):
+                    if number in (None, version.number):
+                        response.model_stats.append((yield from version.statistics.message(name, version.number)))
+            yield
+        if request.name and not response.model_stats:
             which = quoted(request.name) + (f" version {number}" if number is not None else "")
             raise InvalidArgument(f"requested model {which} is not available")
-        return pb.ModelStatisticsResponse(model_stats=[v.statistics.message(v.name, v.number) for v in versions])
+        return response
 
     def index(
         self, request: pb.RepositoryIndexRequest, may_see: Callable[[str], bool] = _everything

@@ -83,7 +83,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
         if request.name:
             self._check(context, "ModelStatistics", request.name)
-        return self._server.model_statistics(request, self._may_see(context, "ModelStatistics"))
+        steps = self._server.model_statistics(request, self._may_see(context, "ModelStatistics"))
+        tenant = _header(context, TENANT_HEADER) or ""
+        return await self._server.heavy.run(tenant.encode("latin-1", "replace"), steps)
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         return self._server.index(request, self._may_see(context, "RepositoryIndex"))

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -96,7 +97,8 @@ async def serving(
         fast = fast_methods(core, access) if access is not None else {}
         rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
         http = partial(InferRestApp, core)
-        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, fast_methods=fast, access=access, http=http) as server:
+        options: Any = {"fast_methods": fast, "access": access, "http": http, "heavy": core.heavy}
+        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, **options) as server:
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

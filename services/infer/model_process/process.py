@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import select
 import signal
 import socket
@@ -20,14 +21,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from services.infer.model_process import started
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.model_runner import ExclusiveRunner, NotLoaded, SignalledProcess
+from services.infer.model_process.output_lines import OutputLines
 
 log = logging.getLogger(__name__)
 
-# A longer line is split: a model may write output without line breaks.
-_LINE_BYTES = 8192
 _PIPE_BYTES = 1 << 16
+# Output beyond its budget is read at 3 MB/s: each read takes the interpreter's lock. The model waits in its writes.
+_PAUSE_S = 0.02
 # A process that has closed its channel is killed when it has not exited after this.
 _END_S = 2.0
 # Output is read for this long after the process has exited: a process that it started may hold the pipe open for ever.
@@ -51,7 +54,8 @@ class Process(SignalledProcess, ExclusiveRunner):
     def __init__(self, program: Program, title: str) -> None:
         """Start the process. `title` names the model in the log. Raises OSError."""
         super().__init__(title)
-        self._rest = b""
+        self._lines = OutputLines()
+        self._mark = secrets.token_hex(8)
         ours, theirs = socket.socketpair()
         out, their_out = os.pipe2(os.O_CLOEXEC)
         try:
@@ -60,7 +64,7 @@ class Process(SignalledProcess, ExclusiveRunner):
                 stdin=subprocess.DEVNULL,
                 stdout=their_out,
                 stderr=their_out,
-                env=dict(program.environment),
+                env={**program.environment, started.VARIABLE: self._mark},
                 cwd=program.folder,
                 pass_fds=(theirs.fileno(),),
                 # A process group of its own: Ctrl-C reaches the server only, and `reap` can kill the whole group.
@@ -141,15 +145,10 @@ class Process(SignalledProcess, ExclusiveRunner):
             data = os.read(self._out, _PIPE_BYTES)
         except BlockingIOError:
             return True
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        while len(self._rest) > _LINE_BYTES:
-            lines.append(self._rest[:_LINE_BYTES])
-            self._rest = self._rest[_LINE_BYTES:]
-        if not data and self._rest:
-            lines.append(self._rest)
-        for line in lines:
-            if text := line[:_LINE_BYTES].decode(errors="replace").rstrip():
-                log.info("model %s: %s", self.title, text)
+        for text in self._lines.add(data):
+            log.info("model %s: %s", self.title, text)
+        if self._lines.is_over_budget:
+            time.sleep(_PAUSE_S)
         return bool(data)
 
     def reap(self) -> None:
@@ -157,8 +156,10 @@ class Process(SignalledProcess, ExclusiveRunner):
         # A program that embeds the server may let the kernel reap all children.
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            if count := started.end_all(self._mark, self.pid):
+                log.info("model %s: %d processes that it had started were killed", self.title, count)
         with self._signalling:
-            # Kills the processes that the model started, before the reaping frees the process id for reuse.
+            # Also of a process that the kernel has reaped.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             code = self._popen.wait()

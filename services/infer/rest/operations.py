@@ -8,7 +8,8 @@ from typing import Any
 
 from mesh.rest.call import Reply, RestCall, health_reply, json_reply
 from mesh.rest.json_text import as_object, member
-from mesh.rest.plain_json import as_json
+from mesh.rest.plain_json import as_json, list_json
+from mesh.rpc.heavy_work import Steps
 from services.infer.core import InferenceServer
 from services.infer.rest import load_request
 from services.infer.rest.fast_infer import FastRestInfer
@@ -80,7 +81,11 @@ class Operations:
     async def _statistics(self, call: RestCall) -> Reply:
         target = call.target
         request = pb.ModelStatisticsRequest(name=target.model, version=target.version)
-        return json_reply(as_json(self._server.model_statistics(request, call.may_see)))
+        return Reply(await call.in_turn(self._statistics_json(request, call)))
+
+    def _statistics_json(self, request: pb.ModelStatisticsRequest, call: RestCall) -> Steps[bytes]:
+        found = yield from self._server.model_statistics(request, call.may_see)
+        return (yield from list_json("model_stats", found.model_stats))
 
     async def _index(self, call: RestCall) -> Reply:
         async with call.parsed(await call.body() or b"{}") as document:

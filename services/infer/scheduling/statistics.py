@@ -6,11 +6,15 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from mesh.metrics.histogram import ROWS, SECONDS, Buckets, Histogram
+from mesh.rpc.heavy_work import Steps
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.scheduling.execution import Tally
 from shoal.inference.v2 import inference_pb2 as pb
 
 _BUCKETS = len(SECONDS) + 1
+
+# Sizes of batches in one step of a message: 0.3 ms.
+_STEP_SIZES = 64
 
 
 @dataclass(slots=True)
@@ -141,8 +145,20 @@ class Statistics:
         """Count one request that was rejected, expired or failed."""
         self.fail.add(total_ns)
 
-    def message(self, name: str, version: int) -> pb.ModelStatistics:
-        """Return the statistics as the protocol's message."""
+    def message(self, name: str, version: int) -> Steps[pb.ModelStatistics]:
+        """Return the statistics as the protocol's message, in steps: there may be as many sizes as rows in a batch."""
+        sizes = []
+        for n, (rows, times) in enumerate(sorted(self.by_rows.items()), 1):
+            sizes.append(
+                pb.InferBatchStatistics(
+                    batch_size=rows,
+                    compute_input=times.message(times.gather_ns),
+                    compute_infer=times.message(times.compute_ns),
+                    compute_output=times.message(times.scatter_ns),
+                )
+            )
+            if not n % _STEP_SIZES:
+                yield
         return pb.ModelStatistics(
             name=name,
             version=str(version),
@@ -159,15 +175,7 @@ class Statistics:
                 cache_hit=self.cache_hit.message(),
                 cache_miss=self.cache_miss.message(),
             ),
-            batch_stats=[
-                pb.InferBatchStatistics(
-                    batch_size=rows,
-                    compute_input=times.message(times.gather_ns),
-                    compute_infer=times.message(times.compute_ns),
-                    compute_output=times.message(times.scatter_ns),
-                )
-                for rows, times in sorted(self.by_rows.items())
-            ],
+            batch_stats=sizes,
             scheduling=pb.SchedulingStatistics(
                 expired=self.expired,
                 cancelled=self.cancelled,

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +311,73 @@ def test_processes_started_by_the_model_end_with_its_process(load, tmp_path):
     assert is_alive(started)
     os.kill(pids(session)[0], signal.SIGKILL)
     wait_until(lambda: not is_alive(started))
+
+
+DAEMON = """
+def daemon():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execvp("sleep", ["sleep", "1000"])
+        os._exit(0)
+    os.wait()
+"""
+# All write the id of a process into a file.
+STARTED = {
+    "a session of its own": "subprocess.Popen(['sleep', '1000'], start_new_session=True)",
+    "a daemon": "daemon()",
+    "a fork that waits": "os.fork() or (os.setsid(), time.sleep(1000))",
+    "no environment": "subprocess.Popen(['sleep', '1000'], env={}, process_group=0)",
+    "a child of a child": "subprocess.Popen(['setsid', 'sh', '-c', 'env -i setsid sleep 1000; true'])",
+}
+
+
+def descendants(folder: Path) -> set[int]:
+    """Return the processes whose working directory is `folder`, as a model's processes have it."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder) and is_alive(int(pid)):
+                found.add(int(pid))
+    return found
+
+
+@pytest.mark.parametrize("how", STARTED)
+@pytest.mark.parametrize("end", ["close", "crash"])
+def test_processes_that_left_the_group_of_the_model_end_with_its_process(load, tmp_path, how, end):
+    session = load(model("", head="import subprocess" + DAEMON, load=STARTED[how]))
+    folder = tmp_path / "m" / "1"
+    own = set(pids(session))
+    wait_until(lambda: descendants(folder) - own)
+    first = descendants(folder)
+    if end == "close":
+        session.close()
+    else:
+        os.kill(pids(session)[0], signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, first)))
+
+
+def test_processes_of_another_model_go_on(load, tmp_path):
+    starts = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    session = load(model("", head="import subprocess", load=starts), instances=2)
+    folder = tmp_path / "m" / "1"
+    wait_until(lambda: len(descendants(folder)) == 4)
+    os.kill(pids(session)[0], signal.SIGKILL)
+    wait_until(lambda: len(descendants(folder)) == 4 and len(set(pids(session))) == 2)
+    session.close()
+    wait_until(lambda: not descendants(folder))
+
+
+def test_output_without_end_is_logged_in_part_and_other_work_goes_on(load, caplog):
+    caplog.set_level(logging.INFO)
+    session = load(model("[print('x' * 20) for _ in range(20_000)]"))
+    run(session)
+    session.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "services.infer.model_process.process"]
+    kept = sum("x" * 20 in line for line in lines)
+    dropped = sum(int(found[1]) for line in lines if (found := re.search(r"dropped (\d+) lines", line)))
+    assert 1_000 <= kept < 10_000
+    assert kept + dropped == 20_000
 
 
 def test_instances_run_concurrently(load):
