@@ -5,7 +5,7 @@
                            └──> decoupled: any number, as they arrive ────┘
 
 At most AHEAD requests run at a time. A client that does not read slows its stream down: a decoupled request pauses
-while 32 responses wait for the client. The call's memory counts requests, and the responses that wait.
+while 32 responses, or 1 MiB, wait for the client. The call's memory counts requests, and the responses that wait.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ AHEAD = 64
 """Requests of one stream that run at a time: enough to fill a batch. Beyond AHEAD the stream is not read, so that a
 client that sends faster than it reads is slowed down and not buffered."""
 
-# Responses of decoupled requests that wait for the client; each request may add one more.
-_UNREAD = 32
+# Responses of decoupled requests that wait for the client, and their bytes; each request may add one more.
+_UNREAD, _UNREAD_BYTES = 32, 1 << 20
 
 Infer = Callable[[pb.ModelInferRequest, RequestPart], Awaitable[pb.ModelInferResponse]]
 
@@ -70,6 +70,7 @@ class _Stream:
         # Responses that the client has not read, each with its memory, and True when reading it ends its request.
         # Bounded by `_capacity` and `_may_add`: an unread response still counts as a running request.
         self._out: deque[tuple[pb.ModelStreamInferResponse, RequestPart, bool]] = deque()
+        self._unread_bytes = 0
         self._may_add = asyncio.Event()
         self._may_add.set()
         self._is_new = asyncio.Event()
@@ -81,10 +82,12 @@ class _Stream:
         while True:
             while self._out:
                 response, part, ends_request = self._out.popleft()
+                if not ends_request:
+                    self._unread_bytes -= part.held
                 part.close()
                 if ends_request:
                     self._capacity.release()
-                if len(self._out) < _UNREAD:
+                if not self._is_full:
                     self._may_add.set()
                 yield response
             if not self._tasks:
@@ -169,12 +172,18 @@ class _Stream:
     async def _add(self, response: pb.ModelStreamInferResponse, size: int = 0) -> None:
         """Add a response of `size` bytes. Raises ResourceExhausted when there is no room for them."""
         unread = RequestPart(self._memory)
-        unread.hold(size)
+        # The response exists twice: what has made it waits here, too.
+        unread.hold(2 * size)
         self._out.append((response, unread, False))
+        self._unread_bytes += unread.held
         self._is_new.set()
-        if len(self._out) >= _UNREAD:
+        if self._is_full:
             self._may_add.clear()
             await self._may_add.wait()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._out) >= _UNREAD or self._unread_bytes >= _UNREAD_BYTES
 
     async def close(self) -> None:
         """Cancel the requests that still run."""

@@ -333,6 +333,33 @@ async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memor
     assert errors == [("the model's own error", "7"), ("the model has failed", "7")]
 
 
+@pytest.mark.parametrize(("kib", "most"), [(1_024, 1), (200, 3), (1, 32)])
+async def test_a_decoupled_request_pauses_while_its_responses_wait_for_the_client(kib: int, most: int):
+    memory = Limited(256 * MIB)
+    made = 0
+
+    async def responses() -> AsyncIterator[Any]:
+        nonlocal made
+        for _ in range(100):
+            made += 1
+            yield pb.ModelInferResponse(raw_output_contents=[bytes(kib << 10)])
+
+    async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+        yield pb.ModelInferRequest(model_name="m", id="7")
+
+    async def infer(*_: Any) -> pb.ModelInferResponse:
+        raise AssertionError("the model is decoupled")
+
+    stream = stream_responses(requests(), infer, lambda *_: responses(), memory)
+    await anext(stream)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    # The first one is read.
+    assert made <= 1 + most
+    assert len([response async for response in stream]) == 99
+    assert memory.held == 0
+
+
 class CallingModel:
     """Model of a caller, as far as InnerCalls reads it."""
 

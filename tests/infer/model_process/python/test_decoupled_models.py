@@ -281,6 +281,23 @@ async def test_big_responses(repo, serve):
     assert sums == [n << 20 for n in range(30)]
 
 
+async def test_few_large_responses_are_in_flight(repo, serve):
+    source = COUNT.replace("np.array([i], np.int32)", "np.full(1 << 18, i, np.int32)")
+    repo.python(
+        "count",
+        source,
+        COUNT_CONFIG.replace('"i" data_type: TYPE_INT32 dims: [ 1 ]', '"i" data_type: TYPE_INT32 dims: [ -1 ]'),
+    )
+    serving = await serve()
+    async with aclosing(each(serving.core, count(50))) as responses:
+        await anext(responses)
+        # Other requests of the model run to their ends meanwhile.
+        for _ in range(3):
+            assert len([1 async for _ in each(serving.core, count(3))]) == 3
+        own = len(journal(repo)) - 9
+        assert own <= 1 + 2 + 1, "one is read, two are in flight, the next one is made"
+
+
 LARGE = """
     import numpy as np
     class Model:
@@ -291,14 +308,14 @@ LARGE = """
 
 
 class CallMemory:
-    """Memory of a call with a limit of 5 MiB."""
+    """Memory of a call with a limit of 2.5 MiB."""
 
     def __init__(self) -> None:
         self.held = 0
         self.refused = 0
 
     def hold(self, size: int) -> None:
-        if self.held + size > 5 << 20:
+        if self.held + size > 5 << 19:
             self.refused += 1
             raise ResourceExhausted("no room")
         self.held += size
