@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from services.infer.model_process.channel import Channel
+from services.infer.model_process.child import engine
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
 from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo
@@ -35,6 +36,29 @@ class Doubling:
 def model_info(*, wants_requests: bool) -> HostedModelInfo:
     spec = (("x", "FP32", (-1,)),)
     return HostedModelInfo(inputs=spec, outputs=spec, wants_requests=wants_requests)
+
+
+def test_outputs_that_are_too_large_are_an_error_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_RESULT_BYTES", 1_000)
+    one, other = socket.socketpair()
+    server, channel = Channel(one), Channel(other)
+    model = Doubling(model_info(wants_requests=False))
+    model.go.set()
+    worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), model), daemon=True)
+    worker.start()
+    found = []
+    for number, floats in enumerate((251, 250), 1):
+        x = np.ones(floats, np.float32)
+        server.send({"op": "run", "id": number, "outputs": ["y"], "rows": [1]}, [part("x", "FP32", [x])])
+        response = server.receive(PATIENCE_S)
+        assert response is not None
+        found.append((response.op, response.header.get("error"), response.tensor_bytes))
+    assert found == [
+        ("error", "its outputs have 1004 bytes, at most 1000 may be returned at once", 0),
+        ("result", None, 1_000),
+    ]
+    server.send({"op": "close"})
+    worker.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("wants_requests", [False, True])

@@ -19,6 +19,9 @@ from services.infer.model_process.payload import TensorPart
 # Errors are cut to this length: a status message travels in a header of limited size.
 _MAX_ERROR_CHARACTERS = 1000
 
+MAX_RESULT_BYTES = 1 << 30
+"""Outputs of one run, or of one response of a decoupled model: more than the server's memory of requests has."""
+
 
 class MessageSink(Protocol):
     """Sink of responses: a `channel.Channel`, or an owner's Multiplexer."""
@@ -82,12 +85,19 @@ def _run(channel: MessageSink, mailbox: MessageSource, hosted: Hosted, message: 
         if result.responses is not None:
             header["responses"] = result.responses
         parts: Sequence[TensorPart] = result.parts
+        _check_size(parts)
     except RunFailed as err:
         text = str(err)[:_MAX_ERROR_CHARACTERS]
         header, parts = {"op": "error", "id": number, "error": text, "code": err.code}, ()
     finally:
         del mailbox.listeners[number]
     channel.send(header, parts)
+
+
+def _check_size(parts: Sequence[TensorPart]) -> None:
+    """Raise RunFailed for outputs that the server could not use: mapped there, they would be its memory."""
+    if (size := sum(part.size_bytes for part in parts)) > MAX_RESULT_BYTES:
+        raise RunFailed(f"its outputs have {size} bytes, at most {MAX_RESULT_BYTES} may be returned at once")
 
 
 def _batch(message: Message, listener: _Cancellable | None = None) -> Batch:
@@ -107,6 +117,7 @@ class _Stream:
         self._is_cancelled = self.is_ended = False
 
     def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
+        _check_size(parts)
         self._use_credit(final=final)
         self._channel.send({"op": "response", "id": self._number, "final": final}, parts)
         if final:
