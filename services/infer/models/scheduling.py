@@ -125,6 +125,7 @@ def _sequencing(
         instances=model_config.instances(config),
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
+        outputs=OutputSizes.of(signature, loaded.batch_policy().max_bytes),
         statistics=statistics,
         outcomes=context.outcomes,
         clock=context.clock,

@@ -21,6 +21,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
+from services.infer.scheduling.output_sizes import UNBOUNDED, OutputSizes
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submit import submit_and_wait
@@ -54,6 +55,7 @@ class SequenceScheduler:
         instances: int = 1,
         weights: Mapping[str, float] | None = None,
         first_shapes: Hashable = (),
+        outputs: OutputSizes = UNBOUNDED,
         statistics: Statistics,
         outcomes: OutcomeQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -66,11 +68,13 @@ class SequenceScheduler:
             limits: bounds of queued steps.
             weights: shares of tenants whose sequences wait for a slot; 1 for tenants without an entry.
             first_shapes: shapes of the initial states.
+            outputs: sizes of the model's outputs, which bound the batches of `oldest`.
             outcomes: delivers the outcomes; shared by the schedulers of a process.
             clock: seconds; deadlines and the executions' expiry are on this clock.
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
+        self._outputs = outputs
         self._outcomes = outcomes or OutcomeQueue()
         self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
         self._instances = instances
@@ -206,8 +210,13 @@ class SequenceScheduler:
                     self._set_timer(chosen.until, now)
                 continue
             self._idle.discard(instance)
-            self.table.take(chosen.steps)
-            steps = sorted(chosen.steps, key=lambda step: step.slot) if self._settings.is_direct else chosen.steps
+            steps = chosen.steps
+            # An instance of a direct model computes all slots, whichever have a step.
+            if not self._settings.is_direct:
+                steps = steps[: self._outputs.max_rows(steps[0].request.key)]
+            self.table.take(steps)
+            if self._settings.is_direct:
+                steps = sorted(steps, key=lambda step: step.slot)
             self._running[instance] = steps
             self._workers[instance].run(steps, partial(self._on_batch_done, instance, steps, chosen.fired, now))
         self._set_timer(self.table.next_expiry(), now)
@@ -239,6 +248,8 @@ class SequenceScheduler:
         started_sequences = set()
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, InferenceResult)
+            if isinstance(outcome, InferenceResult) and self._outputs.is_learning:
+                self._outputs.add(step.request.key, step.request.rows, outcome.outputs)
             self._reject_unknown(self.table.ran(step, now, is_success=is_success))
             if is_success and step.starts and not step.ends:
                 started_sequences.add(step.sequence)

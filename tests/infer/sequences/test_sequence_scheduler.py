@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import replace
 
 import pytest
 
 from services.infer.requests.request import InferenceRequest
+from services.infer.scheduling.output_sizes import OutputSizes
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
@@ -55,6 +57,20 @@ def test_direct_waits_for_its_share_of_the_rows():
             assert clock() == pytest.approx(0.21)
             result = await bench.scheduler.submit(step(1))
             assert (result.fired, clock()) == ("delay", pytest.approx(0.72))
+
+    run(scene())
+
+
+def test_outputs_bound_the_batches_of_oldest():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=8, rows=8), outputs=OutputSizes(24, None))
+        async with bench.scheduler:
+            # The first run measures a row: 8 bytes.
+            for starts in (True, False):
+                await asyncio.gather(*(bench.total(step(n, start=starts)) for n in range(1, 8)))
+            runs = Counter(ran.run for ran in bench.log)
+            assert list(runs.values()) == [1, 3, 3, 3, 3, 1]
+            assert [ran.id for ran in bench.log] == [*range(1, 8)] * 2
 
     run(scene())
 
