@@ -1,6 +1,7 @@
 """Attack suite: bystanders call a small model at a steady rate while attack after attack runs.
 
-    python -m bench.siege [--only NAME,...] [--front serve|gateway] [--seconds 2.5] [--before FOLDER] [--out FILE]
+    python -m bench.siege [--only NAME,...] [--front serve|gateway] [--seconds 2.5] [--repeat N]
+                           [--before FOLDER] [--out FILE]
 
 docs/benchmarks.md says how to read the table. `--before` runs the same attacks against another checkout with a .venv.
 Exits with 1 when a goal is missed by this checkout.
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CATALOGUE)}")
     parser.add_argument("--front", choices=tuple(RUNS), help="default: both")
     parser.add_argument("--seconds", type=float, default=2.5, help="of each attack")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run each attack so many times")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, with a .venv")
     parser.add_argument("--precedence", action="store_true", help="before other work of the machine (root)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there, too")
@@ -73,6 +75,7 @@ def main() -> None:
     attacks = args.only.split(",") if args.only else list(CATALOGUE)
     if unknown := [name for name in attacks if name not in CATALOGUE]:
         parser.error(f"--only: unknown attacks {', '.join(unknown)}")
+    attacks = [name for name in attacks for _ in range(args.repeat)]
     phases = Phases(quiet=1.5, during=args.seconds, after=1.5)
     checkouts = [servers.here(), *([servers.other(args.before.resolve())] if args.before else [])]
     rows: dict[str, list[Row]] = {front: [] for front in ([args.front] if args.front else RUNS)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from bench.siege.attack import ATTACKER, Attack
-from bench.siege.messages import MIB, tensor
+from bench.siege.messages import MIB, repeating, tensor
 from bench.siege.wire import Connection, Script, framed, head
 from mesh.h2 import frames
 
@@ -111,5 +111,10 @@ ATTACKS = (
     Attack("unread-streams", "streams of responses of 1 MiB, no reading", _unread_streams),
     Attack("no-window", "responses of 1 MiB, and no window", _no_window, settings={frames.WINDOW_SIZE: 0}),
     Attack("large", "messages of 100 MB, and responses of 100 MB", _large, prepare=lambda: echo(100_000_000)),
+    repeating(
+        "wide-outputs",
+        "requests of 4 bytes, responses of 50 MB",
+        lambda: framed(tensor("wide", "FP32", [1, 1], bytes(4))),
+    ),
     Attack("slow-senders", "4,000 bodies, a byte of each twice a second", _slow),
 )

@@ -32,7 +32,7 @@ def write(root: Path) -> None:
 
     `small` y = 2x [n,4], of the bystanders; `echo` y = x, FP32 [n,k]; `text` y = x, BYTES [n,k]; `attention` [n,t,64],
     whose cost grows with the square of t; `slow` and `ordered` (which preserves the order of its responses) [n,4], some
-    milliseconds; `rows`, an ensemble that calls `ordered` for each row.
+    milliseconds; `rows`, an ensemble that calls `ordered` for each row; `wide` [n,1], whose y has 50 MB for each row.
     """
     _put(root, "small", _model([helper.make_node("Add", ["x", "x"], ["y"])], TensorProto.FLOAT, ("n", 4)))
     _put(root, "echo", _model([helper.make_node("Identity", ["x"], ["y"])], TensorProto.FLOAT, ("n", "k")))
@@ -40,6 +40,7 @@ def write(root: Path) -> None:
     _put(root, "attention", _attention())
     _put(root, "slow", _slow(200))
     _put(root, "ordered", _slow(50), ORDERED)
+    _put(root, "wide", wide(12_500_000))
     (root / "rows" / "1").mkdir(parents=True)
     (root / "rows" / "config.pbtxt").write_text(ROWS)
 
@@ -54,6 +55,17 @@ def _put(root: Path, name: str, model: ModelProto, config: str = "") -> None:
 def _model(nodes: Sequence[NodeProto], kind: int, dims: Dims, constants: Sequence[TensorProto] = ()) -> ModelProto:
     inputs, outputs = ([helper.make_tensor_value_info(name, kind, dims)] for name in "xy")
     graph = helper.make_graph(nodes, "siege", inputs, outputs, initializer=list(constants))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def wide(columns: int) -> ModelProto:
+    """Return a model x [n,1] -> y [n,columns], FP32."""
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", dim))] for name, dim in (("x", 1), ("y", "k"))
+    )
+    shape = numpy_helper.from_array(np.array([1, columns]), "shape")
+    nodes = [helper.make_node("Expand", ["x", "shape"], ["y"])]
+    graph = helper.make_graph(nodes, "siege", inputs, outputs, initializer=[shape])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 

@@ -31,8 +31,8 @@ _REFUSED = f"status {int(Code.RESOURCE_EXHAUSTED)}"
 _START_S = 0.05
 # Time beyond its own after which a process is killed.
 _PATIENCE_S = 60.0
-# Longest wait for memory to return to the system after the last connection.
-_SETTLE_S = 3.0
+# Longest wait for memory to return to the system after the attack.
+_SETTLE_S = 30.0
 
 CEILINGS_MIB = {"infer": 1024.0, "envoy": 512.0}
 """Above idle for infer, altogether for Envoy."""
@@ -59,7 +59,7 @@ class Latencies:
 
 @dataclass
 class Memory:
-    """Resident MiB of one process."""
+    """Resident MiB of one process. `after` is what it has when all memory is back, or after the longest wait."""
 
     before: float = 0.0
     peak: float = 0.0
@@ -80,6 +80,8 @@ class Row:
     """Outcomes that are no right answer, by tenant."""
     repeated: int = 0
     memory: dict[str, Memory] = field(default_factory=dict)
+    back_s: float = math.inf
+    """Seconds from the end of the attack until the memory of all processes was back; infinite: not while waited for."""
     stall_ms: float = 0.0
     tally: dict[str, int] = field(default_factory=dict)
     is_alive: bool = True
@@ -141,7 +143,7 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
             calls.append([tuple(call) for call in found["calls"]])
             row.repeated += found["repeated"]
         probes = _result(probe, end + _PATIENCE_S)["calls"]
-    _settle(row, pids)
+    row.back_s = _settle(row, pids, left)
     row.quiet, row.during, row.after = (
         _worse(calls, begin, stop) for begin, stop in ((start, attacked), (attacked, left), (left, end))
     )
@@ -188,14 +190,16 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else math.nan
 
 
-def _settle(row: Row, pids: dict[str, int]) -> None:
-    """Wait until the memory is back, for a while at most."""
-    until = time.monotonic() + _SETTLE_S
+def _settle(row: Row, pids: dict[str, int], attacked_until: float) -> float:
+    """Wait until the memory is back. Return the seconds since the attack's end; infinite when it is not back."""
     while True:
         for part, pid in pids.items():
             row.memory[part].after = resident_mib(pid)
-        if all(each.after <= RETURNED * each.before for each in row.memory.values()) or time.monotonic() > until:
-            return
+        took = time.monotonic() - attacked_until
+        if all(each.after <= RETURNED * each.before for each in row.memory.values()):
+            return took
+        if took > _SETTLE_S:
+            return math.inf
         time.sleep(0.1)
 
 

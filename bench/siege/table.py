@@ -25,6 +25,7 @@ _COLUMNS = (
     "errors",
     "infer MiB",
     "Envoy MiB",
+    "back s",
     "stall ms",
     "SIGTERM s",
     "goals",
@@ -79,7 +80,8 @@ def _method(phases: Phases) -> str:
         "probe and the attacker on processor 1, where the attacker gets what the others leave. "
         f"Quiet {phases.quiet:g} s, attack {phases.during:g} s, after {phases.after:g} s.\n\n"
         "Latencies are p50/p99 in ms of the worse bystander, from when a call was due. Errors are those of the "
-        "bystander of the attacker's tenant + those of the other. Memory is before/peak/after. A stall is the longest "
+        'bystander of the attacker\'s tenant + those of the other. Memory is before/peak/after; "back" is the time '
+        "from the attack's end until it was within 10 % of before, for which 30 s are waited. A stall is the longest "
         "wait of a ServerLive, sent to infer itself every 10 ms. SIGTERM is sent during a second attack.\n\n"
         f"Goals: no errors; p99 during the attack at most {MAX_RATIO:g} times the quiet one and {MAX_MS:g} ms; infer "
         "at most 1 GiB above before, Envoy 512 MiB; memory back within 10 %; SIGTERM ends within the drain."
@@ -97,6 +99,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _errors(row),
         memory.get("infer", ""),
         memory.get("envoy", ""),
+        _number(row.back_s),
         _number(row.stall_ms),
         "killed" if row.stop_s is None else _number(row.stop_s),
         ", ".join(missed(row)) or "met",

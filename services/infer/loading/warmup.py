@@ -26,6 +26,7 @@ from services.infer.loading import canary
 from services.infer.loading.model_config import Completed
 from services.infer.model_files.wanted_models import read_bytes
 from services.infer.requests import tensors
+from services.infer.requests.request import held_bytes
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -223,7 +224,7 @@ def batch_sizes(largest: int) -> Iterator[int]:
 
 
 def _batches(name: str, model: Completed, session: Session, first: First, clock: Clock, cost: CostCurve) -> None:
-    row_bytes, start = _size_bytes(model, 1, first.size), clock()
+    row_bytes, start = max(_size_bytes(model, 1, first.size), held_bytes(first.outputs)), clock()
     row_s = first.took_s
     cost.add_trial(1, row_s)
     for rows in batch_sizes(model.signature.max_batch_size):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from services.infer.loading import onnx_graph
+from bench.siege.models import wide
+from services.infer.loading import onnx_graph, warmup
 from services.infer.models.version import State
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -101,6 +102,15 @@ async def test_a_model_that_fails_on_zeros_is_served_with_a_warning(serve, model
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.stub.ModelInfer(request("broken", x=floats([1, 2, 3, 4])))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+async def test_outputs_bound_the_batches_of_the_warm_up(serve, models_folder: Repository, caplog, monkeypatch):
+    monkeypatch.setattr(warmup, "_BATCHES_S", 600.0)
+    # A row is 16 MiB.
+    models_folder.bare("wide", wide(4 << 20))
+    with caplog.at_level("INFO"):
+        await serve(models_folder.root)
+    assert "model wide: batches of 8 rows and more are not warmed up" in caplog.text
 
 
 async def test_a_stated_warm_up_that_fails_fails_the_load(serve, models_folder: Repository):
