@@ -19,6 +19,10 @@ UNRESERVED_BYTES = 1 << 20
 # Stack keys that are remembered: shapes come from callers. A forgotten key runs alone once more.
 _MAX_KEYS = 1_024
 
+# What was measured may come from the content of one caller's input. It never shuts others out: a request reserves no
+# more than a response may have, which an idle server always has.
+_MOST_LEARNED_BYTES = 128 << 20
+
 # Elements of BYTES that are measured; the others count as these do.
 _MEASURED_ELEMENTS = 1_024
 
@@ -57,6 +61,11 @@ class OutputSizes:
         """Return the expected bytes of the outputs of one row; 0 for a key that nothing has measured."""
         return self._by_key.get(key, 0) if self._row_bytes is None else self._row_bytes
 
+    def reservation(self, key: Hashable, rows: int) -> int:
+        """Return the bytes that a request of `rows` rows reserves before its run."""
+        size = self.row_bytes(key) * rows
+        return min(size, _MOST_LEARNED_BYTES) if self.is_learning else size
+
     def max_rows(self, key: Hashable) -> int:
         """Return the rows whose outputs fit a batch, at least one; one for a key that nothing has measured."""
         row_bytes = self._by_key.get(key) if self._row_bytes is None else self._row_bytes
@@ -67,6 +76,7 @@ class OutputSizes:
     def add(self, key: Hashable, rows: int, outputs: Sequence[Value]) -> None:
         """Learn from the outputs of a request of `rows` rows."""
         row_bytes = sum(_held_bytes(array) for value in outputs for array in arrays(value)) // rows
+        row_bytes = min(row_bytes, _MOST_LEARNED_BYTES)
         known = self._by_key.get(key)
         if known is None and len(self._by_key) >= _MAX_KEYS:
             del self._by_key[next(iter(self._by_key))]

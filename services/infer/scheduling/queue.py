@@ -98,7 +98,7 @@ class QueueLimits:
 class Batch:
     """Requests that run as one."""
 
-    __slots__ = ("fired", "leaves_rows", "requests", "reserved_row_bytes", "rows", "size_bytes")
+    __slots__ = ("fired", "leaves_rows", "requests", "reserved", "rows", "size_bytes")
 
     def __init__(
         self, requests: Sequence[QueuedRequest], rows: int, size_bytes: int, fired: str, *, leaves_rows: bool
@@ -110,8 +110,8 @@ class Batch:
         """Reason for running the batch now, in one word."""
         self.leaves_rows = leaves_rows
         """True when requests remain in the queue: the model has a backlog."""
-        self.reserved_row_bytes = 0
-        """Bytes that the memory of each request counts for each row's outputs until they exist."""
+        self.reserved: Sequence[int] = ()
+        """Bytes that the memory of each request counts for its outputs until they exist; empty: none."""
 
 
 class Queue:

@@ -173,7 +173,7 @@ class Scheduler:
         self._end_queued()
         running, self._running = self._running, {}
         for batch in running.values():
-            if batch.reserved_row_bytes:
+            if batch.reserved:
                 _release_outputs(batch)
             for queued in batch.requests:
                 self._settle(queued, self._unloading_error())
@@ -372,7 +372,7 @@ class Scheduler:
                     self._wake_at(batch.until, now)
                 break
             row_bytes = self._outputs.row_bytes(batch.requests[0].request.key)
-            if row_bytes * batch.rows > UNRESERVED_BYTES and not self._reserve(batch, row_bytes):
+            if row_bytes * batch.rows > UNRESERVED_BYTES and not self._reserve(batch):
                 continue
             worker = self._idle.pop()
             self._wake_timer_at = math.inf
@@ -385,16 +385,19 @@ class Scheduler:
         if self._is_closing:
             self._check_drained()
 
-    def _reserve(self, batch: Batch, row_bytes: int) -> bool:
+    def _reserve(self, batch: Batch) -> bool:
         """Count the expected outputs in the memory of their requests, and reject those that find no room.
 
         Return False when none is left.
         """
         kept: list[QueuedRequest] = []
+        reserved: list[int] = []
         for queued in batch.requests:
+            size = self._outputs.reservation(queued.request.key, queued.rows)
             try:
-                queued.request.memory.hold_response(row_bytes * queued.rows)
+                queued.request.memory.hold_response(size)
                 kept.append(queued)
+                reserved.append(size)
             except ResourceExhausted as err:
                 self._statistics.shed += 1
                 self._settle(queued, err)
@@ -402,7 +405,7 @@ class Scheduler:
             batch.requests = kept
             batch.rows = sum(queued.rows for queued in kept)
             batch.size_bytes = sum(queued.size_bytes for queued in kept)
-        batch.reserved_row_bytes = row_bytes
+        batch.reserved = reserved
         return bool(kept)
 
     def _is_short(self, batch: Batch, now: float) -> bool:
@@ -418,7 +421,7 @@ class Scheduler:
         if seconds > _STALL_S:
             self._loop_cost.add_stall(seconds, now)
         self._idle.append(worker)
-        if batch.reserved_row_bytes:
+        if batch.reserved:
             _release_outputs(batch)
         if self._outputs.is_learning:
             self._learn_outputs(batch, outcomes)
@@ -446,7 +449,7 @@ class Scheduler:
             return
         if not self._is_ended:
             self._idle.append(worker)
-        if batch.reserved_row_bytes:
+        if batch.reserved:
             _release_outputs(batch)
         if self._outputs.is_learning:
             self._learn_outputs(batch, outcomes)
@@ -635,5 +638,5 @@ class Scheduler:
 
 def _release_outputs(batch: Batch) -> None:
     """Release what was reserved for outputs: from now on they count as what they are."""
-    for queued in batch.requests:
-        queued.request.memory.release(batch.reserved_row_bytes * queued.rows)
+    for queued, size in zip(batch.requests, batch.reserved, strict=True):
+        queued.request.memory.release(size)

@@ -14,7 +14,7 @@ from services.infer.scheduling.output_sizes import OutputSizes
 from shoal.errors import ResourceExhausted
 from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
-from tests.infer.scheduling.test_scheduler import Bench, call
+from tests.infer.scheduling.test_scheduler import Bench, call, values
 
 MIB = 1 << 20
 FLOATS = MIB // 4
@@ -159,6 +159,20 @@ async def test_a_request_whose_outputs_never_fit_is_refused_and_the_next_one_run
         assert (await tasks[1]).outputs[0].tolist() == [[10]]
         assert bench.statistics.shed == 1
         assert memory.account.held == 0
+
+
+async def test_one_huge_output_shuts_out_no_other_request_of_its_shape():
+    bench, memory = Bench(outputs=learned(4)), Memory(200)
+    huge = np.broadcast_to(np.float32(0), (1, 600 * FLOATS))
+    bench.model.compute = lambda x: huge if x[0, 0] == 666 else 2 * x
+    async with bench.scheduler:
+        await bench.scheduler.submit(call(666))
+        for _ in range(40):
+            request = call(1, 2, 3)
+            request.memory = memory
+            assert values(await bench.scheduler.submit(request)) == [2, 4, 6]
+        assert memory.account.held == 0
+        assert await run_queued(bench, *[1] * 8) == [8], "the huge one is forgotten"
 
 
 async def test_outputs_of_a_run_whose_version_ends_are_released():
