@@ -403,7 +403,11 @@ class _Response:
             self._stream.start(self._head())
             self._has_started = True
         sent = asyncio.get_running_loop().create_future()
-        self._stream.send(framed(message), lambda: None if sent.done() else sent.set_result(None))
+        data = framed(message)
+        # Only what is sent waits for the client.
+        del message
+        self._stream.send(data, lambda: None if sent.done() else sent.set_result(None))
+        del data
         await sent
 
     def end(self, code: Code | int, message: str, trailing: Iterable[tuple[str, str | bytes]] = ()) -> None:

@@ -82,14 +82,17 @@ class _Stream:
         while True:
             while self._out:
                 response, part, ends_request = self._out.popleft()
-                if not ends_request:
-                    self._unread_bytes -= part.held
-                part.close()
                 if ends_request:
                     self._capacity.release()
+                else:
+                    self._unread_bytes -= part.held
                 if not self._is_full:
                     self._may_add.set()
-                yield response
+                # The call writes the response, which exists until the client has taken it.
+                try:
+                    yield response
+                finally:
+                    part.close()
             if not self._tasks:
                 break
             self._is_new.clear()
