@@ -155,28 +155,25 @@ class InferenceServer:
 
     def index(
         self, request: pb.RepositoryIndexRequest, may_see: Callable[[str], bool] = _everything
-    ) -> pb.RepositoryIndexResponse:
-        """Return the state of every version of every model that `may_see` allows.
+    ) -> Steps[pb.RepositoryIndexResponse]:
+        """Return the state of every version of every model that `may_see` allows; a model takes a step.
 
         Raises:
             Unimplemented: the request names a repository.
         """
         _only_repository(request.repository_name)
-        rows = [
-            row for row in self.models.index() if (row.state is State.READY or not request.ready) and may_see(row.name)
-        ]
-        index = pb.RepositoryIndexResponse.ModelIndex
-        return pb.RepositoryIndexResponse(
-            models=[
-                index(
-                    name=row.name,
-                    version="" if row.version is None else str(row.version),
-                    state=row.state,
-                    reason=row.reason,
-                )
-                for row in rows
-            ]
-        )
+        response = pb.RepositoryIndexResponse()
+        for rows in self.models.rows():
+            for row in rows:
+                if (row.state is State.READY or not request.ready) and may_see(row.name):
+                    response.models.add(
+                        name=row.name,
+                        version="" if row.version is None else str(row.version),
+                        state=row.state,
+                        reason=row.reason,
+                    )
+            yield
+        return response
 
     async def load_model(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         """Load or reload a model; return once it serves. Raises as `Control.load` does, and Unimplemented."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from mesh.rpc.access import Access, caller_in
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.heavy_work import Steps
 from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
@@ -35,6 +36,8 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from shoal.store.v1 import store_pb2
 from shoal.tenant_header import TENANT_HEADER
+
+R = TypeVar("R")
 
 _SERVICE = "/inference.GRPCInferenceService/"
 
@@ -58,6 +61,11 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             return lambda model: True
         caller = caller_in(context)
         return lambda model: access.allows(_SERVICE + method, caller, model)
+
+    async def _in_turns(self, context: Context, steps: Steps[R]) -> R:
+        """Return the result of `steps`, in the turns of the caller's tenant."""
+        tenant = _header(context, TENANT_HEADER) or ""
+        return await self._server.heavy.run(tenant.encode("latin-1", "replace"), steps)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         return self._server.live()
@@ -84,11 +92,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         if request.name:
             self._check(context, "ModelStatistics", request.name)
         steps = self._server.model_statistics(request, self._may_see(context, "ModelStatistics"))
-        tenant = _header(context, TENANT_HEADER) or ""
-        return await self._server.heavy.run(tenant.encode("latin-1", "replace"), steps)
+        return await self._in_turns(context, steps)
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
-        return self._server.index(request, self._may_see(context, "RepositoryIndex"))
+        return await self._in_turns(context, self._server.index(request, self._may_see(context, "RepositoryIndex")))
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         memory = _memory(context)

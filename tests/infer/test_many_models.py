@@ -1,4 +1,4 @@
-"""Statistics of many models, and of many sizes of batches, leave the event loop to other calls."""
+"""Statistics and index of many models, and statistics of many sizes of batches, leave the event loop to other calls."""
 
 from __future__ import annotations
 
@@ -51,6 +51,19 @@ async def test_statistics_of_many_models_over_rest_take_a_turn_each(many: Servin
     assert [stats["name"] for stats in json.loads(response.body)["model_stats"]] == [f"m{n:02d}" for n in range(MODELS)]
     # Twice: the messages, and their JSON.
     assert len(turns) >= 2 * MODELS
+
+
+async def test_the_index_of_many_models_takes_a_turn_each(many: Serving, monkeypatch: pytest.MonkeyPatch):
+    assert many.server is not None
+    names = [f"m{n:02d}" for n in range(MODELS)]
+    turns = count_turns(many.core.heavy, monkeypatch)
+    response = await many.stub.RepositoryIndex(pb.RepositoryIndexRequest())
+    assert [row.name for row in response.models] == names
+    assert len(turns) >= MODELS
+    async with await RawClient.connect(many.server.address) as client:
+        answer = await client.request("POST", "/v2/repository/index", b"")
+    assert [(row["name"], row["state"]) for row in json.loads(answer.body)] == [(name, "READY") for name in names]
+    assert len(turns) >= 3 * MODELS
 
 
 def test_statistics_of_many_sizes_of_batches_are_made_in_steps():

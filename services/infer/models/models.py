@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -171,7 +171,13 @@ class Models:
 
     def index(self) -> list[IndexRow]:
         """Return every version of every model, sorted by name and version."""
-        return [row for name in sorted(self._models) for row in self._models[name].rows()]
+        return [row for rows in self.rows() for row in rows]
+
+    def rows(self) -> Iterator[Sequence[IndexRow]]:
+        """Yield the versions of each model, sorted by name. Models may come and go meanwhile."""
+        for name in sorted(self._models):
+            if (model := self._models.get(name)) is not None:
+                yield model.rows()
 
     def knows(self, name: str) -> bool:
         """Return True when the model is desired, or something of it is still loaded."""

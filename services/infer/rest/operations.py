@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import orjson
+
 from mesh.rest.call import Reply, RestCall, health_reply, json_reply
 from mesh.rest.json_text import as_object, member
 from mesh.rest.plain_json import as_json, list_json
@@ -90,8 +92,15 @@ class Operations:
     async def _index(self, call: RestCall) -> Reply:
         async with call.parsed(await call.body() or b"{}") as document:
             is_ready = member(as_object(document, "the request"), "ready", bool, False)
-        found = self._server.index(pb.RepositoryIndexRequest(ready=is_ready), call.may_see)
-        return json_reply([{name: value for name, value in as_json(row).items() if value} for row in found.models])
+        return Reply(await call.in_turn(self._index_json(pb.RepositoryIndexRequest(ready=is_ready), call)))
+
+    def _index_json(self, request: pb.RepositoryIndexRequest, call: RestCall) -> Steps[bytes]:
+        found = yield from self._server.index(request, call.may_see)
+        rows = []
+        for row in found.models:
+            rows.append(orjson.dumps({name: value for name, value in as_json(row).items() if value}))
+            yield
+        return b"[%b]" % b",".join(rows)
 
     async def _load(self, call: RestCall) -> Reply:
         await self._server.load_model(await load_request.read(call))
