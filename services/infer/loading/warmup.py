@@ -83,7 +83,8 @@ def run(
     """
     first = _first_run(name, model, session, clock) if made_up or model.is_batch_guessed else None
     if model.is_batch_guessed:
-        model = _with_batch_tested(name, model, session, first.size if first else None, dependence)
+        why = dependence or ("two rows have too large outputs" if first is not None and not _fit(first) else "")
+        model = _with_batch_tested(name, model, session, first.size if first else None, why)
     elif model.signature.max_batch_size > 1:
         _warn_of_dependence(name, model, session, first, dependence)
     batched = model.signature.max_batch_size
@@ -134,6 +135,11 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock) -> F
     return None
 
 
+def _fit(first: First) -> bool:
+    """Return True when the outputs of two rows are small enough for a trial."""
+    return 2 * held_bytes(first.outputs) <= _LARGEST_BYTES
+
+
 def _with_batch_tested(name: str, model: Completed, session: Session, size: int | None, dependence: str) -> Completed:
     """Return the model unchanged when its rows are independent, otherwise without a batch dimension."""
     if dependence:
@@ -154,7 +160,7 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
 def _warn_of_dependence(name: str, model: Completed, session: Session, first: First | None, dependence: str) -> None:
     """Log a warning when the rows of a model depend on each other whose configuration sets a batch size."""
     # The trial is five runs, within the bounds of the batches.
-    is_small = first is not None and 2 * _size_bytes(model, 1, first.size) <= _LARGEST_BYTES
+    is_small = first is not None and 2 * _size_bytes(model, 1, first.size) <= _LARGEST_BYTES and _fit(first)
     if not dependence and first is not None and is_small and 5 * first.took_s < _BATCHES_S:
         with suppress(ModelFailed):
             dependence = _mixed_rows(model, session, first.size)

@@ -173,7 +173,7 @@ class Models:
         """Return every version of every model, sorted by name and version."""
         return [row for rows in self.rows() for row in rows]
 
-    def rows(self) -> Iterator[Sequence[IndexRow]]:
+    def rows(self) -> Iterator[Iterator[IndexRow]]:
         """Yield the versions of each model, sorted by name. Models may come and go meanwhile."""
         for name in sorted(self._models):
             if (model := self._models.get(name)) is not None:

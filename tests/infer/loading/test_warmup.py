@@ -108,9 +108,12 @@ async def test_outputs_bound_the_batches_of_the_warm_up(serve, models_folder: Re
     monkeypatch.setattr(warmup, "_BATCHES_S", 600.0)
     # A row is 16 MiB.
     models_folder.bare("wide", wide(4 << 20))
+    # Two rows are 72 MiB: they are not tried together.
+    models_folder.bare("wider", wide(9 << 20))
     with caplog.at_level("INFO"):
-        await serve(models_folder.root)
+        served = await serve(models_folder.root)
     assert "model wide: batches of 8 rows and more are not warmed up" in caplog.text
+    assert [await max_batch_size(served, name) for name in ("wide", "wider")] == [64, 0]
 
 
 async def test_a_stated_warm_up_that_fails_fails_the_load(serve, models_folder: Repository):
