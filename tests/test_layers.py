@@ -35,7 +35,7 @@ LAYERS = {
         __main__ app areas metrics fast_submit rest rpc operations dead_letters batches schedules mongo_jobs dispatch
         config retention connectors queries
         intake job_events tracing job_access tenants job_scan documents job_fields instance store_calls messages
-        dependencies ulid job_store job tenant_queue limits group_commit
+        dependencies ulid job_store job tenant_queue limits group_commit polls
     """,
     "services/store": """
         __main__ app metrics rest rpc artifact_rpc config audit retention registry exports backups garbage usage results
