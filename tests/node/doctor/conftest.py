@@ -95,13 +95,7 @@ class Ward:
 
     def until_well(self) -> None:
         """Wait until nothing is found."""
-        left: list[Finding] = []
-
-        def is_well() -> bool:
-            left[:] = self.look()
-            return not left
-
-        asyncio.run(until(is_well, f"nothing is found ({left})", MEND_S, every_s=0.2))
+        asyncio.run(until(lambda: not self.look(), "nothing is found", MEND_S, every_s=0.2))
 
     def run(self, finding: Finding) -> str:
         """Run the command of a finding as a user does, and return what it prints."""

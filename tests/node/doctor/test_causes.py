@@ -168,7 +168,8 @@ def test_a_schedule_whose_last_jobs_failed_is_found_until_one_succeeds(ward: War
         finding = ward.until_found("schedule-failing")
         assert "the last job of schedule hourly has failed, and " in finding.what
         assert "double" in ward.run(finding)
-        schedules.put(name, "0 * * * *", JobRequest("double", {"x": np.ones((1, 4), np.float32)}), replace=True)
+        right = JobRequest("double", {"x": np.ones((1, 4), np.float32)})
+        schedules.put(name, "0 * * * *", right, misfire="all", replace=True)
         miss(ward, name, timedelta(hours=1))
         ward.until_well()
     finally:
@@ -206,7 +207,7 @@ def test_a_queue_whose_oldest_job_waits_is_found_until_it_is_empty(
             ward.client.jobs.submit("sleepy", {"x": np.ones((1, 4), np.float32)})
         finding = ward.until_found("queue-old")
         assert "of tenant local" in finding.what
-        assert "local" in ward.run(finding)
+        ward.run(finding)
         ward.until_well()
     finally:
         ward.client.models.remove("sleepy")
