@@ -61,11 +61,24 @@ def parsed_bytes(data: bytes) -> int:
         return _PARSED_RATIO * size
     if size > JSON_BYTES:
         raise too_much(f"{size} bytes, at most {JSON_BYTES}")
-    if (values := data.count(b",")) > MAX_VALUES:
-        raise too_much(f"{values} values, at most {MAX_VALUES}")
-    if (containers := data.count(b"[") + data.count(b"{") + data.count(b":")) > MAX_CONTAINERS:
-        raise too_much(f"{containers} lists, objects and names, at most {MAX_CONTAINERS}")
+    values, containers = counts(data)
+    if problem := too_many(values, containers):
+        raise too_much(problem)
     return _TEXT_RATIO * size + _OBJECT_BYTES * (values + containers)
+
+
+def counts(data: bytes) -> tuple[int, int]:
+    """Return the values of JSON, and its lists, objects and names; at least as many as it has."""
+    return data.count(b","), data.count(b"[") + data.count(b"{") + data.count(b":")
+
+
+def too_many(values: int, containers: int) -> str:
+    """Return the count that is beyond its bound, and the bound; empty when none is."""
+    if values > MAX_VALUES:
+        return f"{values} values, at most {MAX_VALUES}"
+    if containers > MAX_CONTAINERS:
+        return f"{containers} lists, objects and names, at most {MAX_CONTAINERS}"
+    return ""
 
 
 def too_much(problem: str) -> InvalidArgument:

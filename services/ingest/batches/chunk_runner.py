@@ -171,6 +171,9 @@ class ChunkRunner:
                     pending.append(_Pending(prepared, task))
                     while len(pending) >= self._window:
                         await self._write(chunk, part, pending, progress, versions)
+                # Pieces of nothing but failed rows have no stacks that wait.
+                while len(pending) >= self._window:
+                    await self._write(chunk, part, pending, progress, versions)
             while pending:
                 await self._write(chunk, part, pending, progress, versions)
         except BaseException:
@@ -207,7 +210,11 @@ def prepare(requested: RequestedColumns, piece: Piece, max_rows: int) -> Prepare
     # A row that could not be read at all has the reader's error, instead of one about missing values.
     errors.update(piece.errors)
     valid = [row for row in range(piece.count) if row not in errors]
-    return Prepared(piece, inputs, kept, errors, list(stacks(inputs, valid, max_rows)))
+    # Cells that no row of a tensor holds are not kept while the stacks wait.
+    piece = replace(piece, columns={}, arrow={})
+    return Prepared(
+        piece, inputs if valid else [], kept if valid else {}, errors, list(stacks(inputs, valid, max_rows))
+    )
 
 
 def unfit_rows(prepared: Prepared) -> Outcomes:

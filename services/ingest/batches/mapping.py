@@ -15,17 +15,17 @@ import pyarrow as pa
 
 from services.ingest.batches.batch import Batch, Format
 from services.ingest.batches.inputs import npz_rows
-from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.json_lines import JsonLines, row_of
 from services.ingest.batches.inputs.object_rows import COLUMNS as OBJECT_COLUMNS
 from services.ingest.batches.inputs.parquet_rows import open_parquet
-from services.ingest.batches.inputs.piece import ROW_BYTES, Piece
+from services.ingest.batches.inputs.piece import PIECE_BYTES, ROW_BYTES, Piece
 from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.rows.fitting import check_array, fit
 from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import DataLoss, InvalidArgument
 
 SAMPLE_ROWS = 50
-"""First rows of a JSON Lines file from which the columns and their types are inferred, as the format has no schema."""
+"""First rows, of PIECE_BYTES at most, of a JSON Lines file. The columns and their types are inferred from them."""
 _AS_JSON = {b"shoal": b"json"}
 
 
@@ -272,9 +272,11 @@ def _sample(file: BinaryIO) -> list[dict[str, Any]]:
     file.seek(0)
     found = []
     for line in itertools.islice(iter(lambda: file.readline(ROW_BYTES), b""), SAMPLE_ROWS):
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)]
+        with suppress(ValueError):
+            found.append(row_of(line))
+        if file.tell() > PIECE_BYTES:
+            break
+    return found
 
 
 def _json_field(name: str, values: Sequence[Any]) -> Any:

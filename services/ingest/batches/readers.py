@@ -130,9 +130,13 @@ def _key(batch: Batch, chunk: Chunk) -> _Key:
 
 
 def rows_of(kind: Format, file: BinaryIO, columns: frozenset[str]) -> Rows:
-    """Return a reader of a file of rows; the reader closes the file."""
-    if kind is Format.PARQUET:
-        return ParquetRows(file, columns)
-    if kind is Format.NPZ:
-        return NpzRows(file, columns)
-    return JsonLines(file, columns)
+    """Return a reader of a file of rows; the reader closes the file. Without a reader, the file is closed here."""
+    try:
+        if kind is Format.PARQUET:
+            return ParquetRows(file, columns)
+        if kind is Format.NPZ:
+            return NpzRows(file, columns)
+        return JsonLines(file, columns)
+    except BaseException:
+        file.close()
+        raise

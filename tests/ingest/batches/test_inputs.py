@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.batches.batch import Batch, Chunk, Format
-from services.ingest.batches.inputs import json_lines, npz_rows, ranged
+from services.ingest.batches.inputs import json_lines, npz_rows, parquet_pages, parquet_rows, ranged
 from services.ingest.batches.inputs.arrow_cells import cells_of
 from services.ingest.batches.inputs.json_lines import JsonLines
 from services.ingest.batches.inputs.locations import Entry, InputLocations, is_within
@@ -27,7 +31,7 @@ from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
 from services.ingest.batches.plan import plan
-from services.ingest.batches.readers import ReaderCache, read_pinned
+from services.ingest.batches.readers import ReaderCache, read_pinned, rows_of
 from services.ingest.batches.rows.signature import Signature, TensorSpec
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
 from tests.ingest.batches.making import DOUBLE, batch, listing, locations, write_lines, write_npz, write_parquet
@@ -201,6 +205,216 @@ def test_parquet_pages_that_are_broken_are_data_loss(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataLoss):
         all_of(ParquetRows(path.open("rb"), frozenset({"x"})), 10_000, most=500)
+
+
+# The most memory that a reader may take for a file of less than 1 MB: the bounds of pages, and what Python takes.
+BOMB_MIB = 400
+
+
+def peak_mib(path: Path, rows: int) -> tuple[int, str]:
+    """Read a file in a process of its own; return the growth of its memory, and the last error."""
+    code = f"""
+import sys
+from services.ingest.batches.batch import Format
+from services.ingest.batches.chunk_runner import prepare
+from services.ingest.batches.mapping import RequestedColumns
+from services.ingest.batches.readers import rows_of
+from services.ingest.batches.rows.signature import TensorSpec
+import pyarrow as pa
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) >> 10
+before, left, last = peak(), {rows}, ""
+requested = RequestedColumns(((TensorSpec("x", "BYTES", (-1,)), "x"),), pa.schema([]))
+try:
+    rows = rows_of(Format({path.suffix[1:]!r}), open({str(path)!r}, "rb"), frozenset(["x"]))
+    while left > 0:
+        piece = rows.read(left)
+        left -= piece.count
+        last = next(iter(piece.errors.values()), last)
+        prepare(requested, piece, 8)
+except Exception as err:
+    last = str(err)
+print(peak() - before, last[:300])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    grown, _, error = done.stdout.strip().partition(" ")
+    return int(grown), error
+
+
+def repeated(text: str, count: int) -> Any:
+    """An array that holds `text` once, and refers to it `count` times."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([text]))
+
+
+def write_bomb(path: Path, column: Any, **options: Any) -> Path:
+    made = {"compression": "zstd", "store_schema": False, "write_statistics": False, **options}
+    pq.write_table(pa.table({"x": column}), path, **made)
+    assert path.stat().st_size < 10_000
+    return path
+
+
+def test_one_long_text_that_all_rows_refer_to_fails_them_one_by_one(tmp_path: Path) -> None:
+    bomb = write_bomb(tmp_path / "in.parquet", repeated("a" * 13_500_000, 512))
+    grown, error = peak_mib(bomb, 512)
+    assert grown < BOMB_MIB
+    assert "the row has 13500000 bytes: at most 12582912" in error
+
+
+def test_lists_of_one_long_text_are_bounded(tmp_path: Path) -> None:
+    lists = pa.ListArray.from_arrays(np.arange(0, 100_001, 1000, dtype=np.int32), repeated("a" * 1_000_000, 100_000))
+    grown, error = peak_mib(write_bomb(tmp_path / "in.parquet", lists), 100)
+    assert grown < BOMB_MIB
+    assert "the row has 1000000000 bytes" in error
+
+
+def test_a_row_that_is_far_longer_than_the_others_is_not_read_whole(tmp_path: Path) -> None:
+    ends = np.cumsum([0, *[4] * 1000, 40_000_000])
+    lists = pa.LargeListArray.from_arrays(ends, np.zeros(ends[-1], np.float32))
+    grown, error = peak_mib(write_bomb(tmp_path / "in.parquet", lists), 1001)
+    assert grown < BOMB_MIB
+    assert "near row 0: column 'x.list.element': the pages of one row hold" in error
+
+
+def test_texts_that_share_a_prefix_are_read_row_by_row(tmp_path: Path) -> None:
+    texts = pa.array(["a" * 4_000_000 + str(n) for n in range(60)])
+    options = {"use_dictionary": False, "column_encoding": {"x": "DELTA_BYTE_ARRAY"}}
+    grown, error = peak_mib(write_bomb(tmp_path / "in.parquet", texts, **options), 60)
+    assert grown < BOMB_MIB
+    assert not error
+
+
+def test_rows_that_are_larger_than_their_metadata_says_are_read_one_by_one(tmp_path: Path) -> None:
+    sizes = [1] * 1000 + [5_000_000] * 60
+    texts = pa.array(["a" * size for size in sizes])
+    url = write_parquet(
+        tmp_path / "in.parquet",
+        {"x": texts},
+        use_dictionary=False,
+        data_page_size=1,
+        write_batch_size=1,
+        compression="zstd",
+    )
+    rows = open_rows("parquet", url)
+    rows.seek(900, 0)
+    assert [len(cell) for cell in all_of(rows, 160, most=200)] == sizes[900:]
+    grown, error = peak_mib(tmp_path / "in.parquet", len(sizes))
+    assert grown < BOMB_MIB
+    assert not error
+
+
+def test_an_encoding_that_the_metadata_does_not_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    options = {"use_dictionary": False, "column_encoding": {"x": "DELTA_BYTE_ARRAY"}, "compression": "none"}
+    write_parquet(path, {"x": ["abc", "abcd"]}, **options)
+    rows = ParquetRows(path.open("rb"), frozenset({"x"}))
+    assert all_of(rows, 2) == ["abc", "abcd"]
+    guard = parquet_pages.GuardedPages(path.open("rb"))
+    guard.guard([parquet_pages.ColumnPages("x", 4, path.stat().st_size, 0, is_nested=False, has_prefixes=False)])
+    guard.seek(4)
+    with pytest.raises(parquet_pages.OversizedPages, match="an encoding that its metadata does not name"):
+        guard.read(20)
+
+
+@pytest.mark.parametrize("options", [{}, {"data_page_version": "2.0"}, {"use_dictionary": False}], ids=str)
+def test_headers_of_pages_are_read_as_pyarrow_does(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    write_parquet(path, {"x": list(range(5_000))}, data_page_size=1_000, **options)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    data = path.read_bytes()
+    at = column.dictionary_page_offset or column.data_page_offset
+    end, values = at + column.total_compressed_size, 0
+    while at < end:
+        header = parquet_pages.page_header(data[at:end])
+        at += header.header_bytes + header.packed_bytes
+        values += header.values if header.kind != 2 else 0
+    assert (at, values) == (end, 5_000)
+
+
+def test_columns_that_share_bytes_are_refused() -> None:
+    one, two = (parquet_pages.ColumnPages("x", at, at + 10, 4, is_nested=False, has_prefixes=False) for at in (4, 9))
+    with pytest.raises(parquet_pages.OversizedPages, match="overlaps"):
+        parquet_pages.GuardedPages(io.BytesIO()).guard([one, two])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x15", b"\x15\x00\x15\x01\x15\x00\x00", b"\x15\x00\x05\x02\x00\x00", b"\x19" * 99]
+)
+def test_a_broken_header_of_a_page_is_refused(data: bytes) -> None:
+    with pytest.raises(parquet_pages.OversizedPages, match="broken"):
+        parquet_pages.page_header(data)
+
+
+def test_a_footer_that_claims_to_be_huge_is_refused() -> None:
+    data = b"PAR1" + b"\0" * 100 + (parquet_rows.FOOTER_BYTES + 1).to_bytes(4, "little") + b"PAR1"
+    with pytest.raises(InvalidArgument, match=r"its metadata has \d+ bytes, at most"):
+        parquet_rows.open_parquet(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+def test_a_file_without_a_reader_is_closed(kind: str) -> None:
+    file = io.BytesIO(b"nonsense")
+    with pytest.raises(InvalidArgument):
+        rows_of(Format(kind), file, frozenset({"x"}))
+    assert file.closed
+
+
+def header_bomb(header: bytes, method: int = zipfile.ZIP_DEFLATED) -> io.BytesIO:
+    """An archive of one array that begins with `header`."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("x.npy", header)
+    return file
+
+
+def test_a_header_of_an_array_is_not_read_beyond_its_bound(tmp_path: Path) -> None:
+    path = tmp_path / "in.npz"
+    size = 600_000_000
+    path.write_bytes(header_bomb(b"\x93NUMPY\x02\x00" + size.to_bytes(4, "little") + b" " * size).getvalue())
+    grown, error = peak_mib(path, 1)
+    assert grown < BOMB_MIB
+    assert "not an NPZ file" in error
+
+
+@pytest.mark.parametrize("text", ["(" * 5_000, "{'descr': " + "[" * 4_000 + "]" * 4_000 + "}", "9" * 9_000], ids=len)
+def test_a_header_of_an_array_that_is_nested_is_refused(text: str) -> None:
+    header = b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
+    with pytest.raises(InvalidArgument, match="not an NPZ file"):
+        npz_rows.members(header_bomb(header))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_array_packed_by_another_method_is_refused(method: int) -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros(10))
+    with pytest.raises(InvalidArgument, match="packed by another method"):
+        npz_rows.members(header_bomb(file.getvalue(), method))
+
+
+def test_a_directory_of_an_archive_is_bounded() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for n in range(npz_rows.DIRECTORY_BYTES // 50):
+            archive.writestr(f"{n}.npy", b"")
+    with pytest.raises(InvalidArgument, match="its directory has"):
+        npz_rows.members(file)
+
+
+def test_a_line_of_too_many_values_fails_and_the_next_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"x": [' + b"0.5," * 700_000 + b'0]}\n{"x": [' + b"[]," * 200_000 + b'0]}\n{"x": 1}\n')
+    rows = JsonLines(path.open("rb"), frozenset({"x"}))
+    found = [rows.read(3), rows.read(2), rows.read(1)]
+    assert [piece.count for piece in found] == [1, 1, 1]
+    assert "700000 values, at most 600000 are accepted: write such rows as Parquet or NPZ" in found[0].errors[0]
+    assert "200003 lists, objects and names, at most 100000" in found[1].errors[0]
+    assert found[2].columns["x"] == [1]
+
+
+def test_a_long_text_among_numbers_takes_no_memory_for_each_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"x": [0] * 20_000 + ["a" * 50_000]}) + "\n")
+    grown, _ = peak_mib(path, 1)
+    assert grown < BOMB_MIB
 
 
 @pytest.mark.parametrize(

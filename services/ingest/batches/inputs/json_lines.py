@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mesh.rest.json_text import counts, too_many
 from services.ingest.batches.inputs.piece import PIECE_BYTES, PIECE_ROWS, ROW_BYTES, Piece, Span, null_column
 from shoal.errors import DataLoss
 
@@ -39,14 +40,16 @@ class JsonLines:
         """Return the next lines. A line that is no object is a failed row."""
         rows: list[dict[str, Any]] = []
         errors: dict[int, str] = {}
-        nbytes = 0
-        while len(rows) < min(limit, PIECE_ROWS) and nbytes < PIECE_BYTES:
+        nbytes = values = containers = 0
+        while len(rows) < min(limit, PIECE_ROWS) and nbytes < PIECE_BYTES and not too_many(values, containers):
             line = self._file.readline(ROW_BYTES + 1)
             if not line:
                 break
             nbytes += len(line)
+            more = counts(line)
+            values, containers = values + more[0], containers + more[1]
             try:
-                rows.append(_object(self._whole(line)))
+                rows.append(row_of(self._whole(line)))
             except ValueError as err:
                 errors[len(rows)] = str(err)
                 rows.append({})
@@ -108,7 +111,14 @@ def _has_tail(file: BinaryIO, size: int) -> int:
     return int(file.read(1) != b"\n")
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def row_of(line: bytes) -> dict[str, Any]:
+    """Return the object of a line. Its parse holds the interpreter, so that its values are counted before.
+
+    Raises:
+        ValueError: it is no object, or has too many values.
+    """
+    if problem := too_many(*counts(line)):
+        raise ValueError(f"the line has {problem} are accepted: write such rows as Parquet or NPZ")
     try:
         found = json.loads(line)
     except RecursionError:

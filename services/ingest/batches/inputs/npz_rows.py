@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -25,7 +26,25 @@ from shoal.errors import DataLoss, InvalidArgument
 
 # https://pkware.cachefly.net/webdocs/APPNOTE/APPNOTE-6.3.9.TXT, 4.3.7: the lengths of name and extra field at 26.
 _LOCAL_HEADER = 30
-_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError)
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    KeyError,
+    MemoryError,
+    # numpy reads a header that is no Python with its tokenizer.
+    tokenize.TokenError,
+)
+DIRECTORY_BYTES = 512 << 10
+"""Directory of an archive: some 60 bytes for each array, which become a Python object of 1 KB."""
+# numpy reads as many bytes as the header says that it has, and then refuses more than 10,000.
+_HEADER_BYTES = 16 << 10
+# Deflate is unpacked by as much as is read; zipfile unpacks all of what it has read of other methods.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class NpzRows:
     def __init__(self, file: BinaryIO, columns: frozenset[str]) -> None:
         self._file = file
         found = [member for member in members(file) if member.name in columns]
-        self._zip = zipfile.ZipFile(file)
+        self._zip = _archive(file)
         self._streams = [(member, _Stream(file, self._zip, member)) for member in found]
         self._total = found[0].shape[0] if found else 0
         self._piece_rows = piece_rows(1 << 30, sum(member.row_bytes for member in found))
@@ -87,7 +106,7 @@ def members(file: BinaryIO) -> list[Member]:
         InvalidArgument: the file is no NPZ file, or one of its arrays cannot be read row by row.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with _archive(file) as archive:
             return [_member(archive, info) for info in archive.infolist() if info.filename.endswith(".npy")]
     except InvalidArgument:
         raise
@@ -95,14 +114,26 @@ def members(file: BinaryIO) -> list[Member]:
         raise InvalidArgument(f"not an NPZ file: {err}") from err
 
 
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    """Return the archive in `file`. Raises as zipfile.ZipFile does."""
+    # ZipFile reads the directory whole, with the size that the end of the file claims.
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is not None and end[zipfile._ECD_SIZE] > DIRECTORY_BYTES:  # type: ignore[attr-defined]
+        raise ValueError(f"its directory has {end[5]} bytes: at most {DIRECTORY_BYTES} are accepted")
+    return zipfile.ZipFile(file)
+
+
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     name = info.filename.removesuffix(".npy")
+    if info.compress_type not in _METHODS:
+        raise InvalidArgument(f"array {name!r} is packed by another method than those of numpy.savez_compressed")
     with archive.open(info) as opened:
-        version = npy.read_magic(cast(Any, opened))
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(cast(Any, opened))
-        header_bytes = opened.tell()
-    if dtype.hasobject or dtype.names:
+        start = io.BytesIO(opened.read(_HEADER_BYTES))
+    version = npy.read_magic(start)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(start)
+    header_bytes = start.tell()
+    if dtype.hasobject or dtype.names or dtype.subdtype:
         raise InvalidArgument(
             f"array {name!r}: dtype {dtype} cannot be read: save numbers, or text as dtype str or bytes"
         )

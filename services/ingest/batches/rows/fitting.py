@@ -26,6 +26,8 @@ from shoal.oip.conversion import converted
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import Array
 
+_NUMBERS = (bool, int, float, np.bool_, np.number)
+
 
 class UnfitValue(ValueError):
     """Value that does not fit the model's input; the message has the expected and the actual value."""
@@ -113,16 +115,18 @@ def _regular(cells: Sequence[Any]) -> Array | None:
     """Return the cells as one array of numbers, or of texts or bytes (as objects); None when they are not alike."""
     if not cells:
         return None
-    first: Any = cells[0]
-    while isinstance(first, list | tuple) and first:
-        first = first[0]
     try:
-        array = np.array(cells, dtype=object) if isinstance(first, str | bytes) else np.asarray(cells)
-    except (ValueError, TypeError, OverflowError):
+        array = np.array(cells, dtype=object)
+    except ValueError:
         return None
-    if array.dtype != object:
-        return array if array.dtype.kind in "biuf" else None
-    return array if all(isinstance(element, str | bytes) for element in array.reshape(-1)) else None
+    kinds = set(map(type, array.reshape(-1).tolist()))
+    if kinds and all(issubclass(kind, str | bytes) for kind in kinds):
+        return array
+    # Beside one long text, numpy makes each number a text of this length.
+    if not all(issubclass(kind, _NUMBERS) for kind in kinds):
+        return None
+    made = np.asarray(cells)
+    return made if made.dtype.kind in "biuf" else None
 
 
 def _fitted(spec: TensorSpec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
