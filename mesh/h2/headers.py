@@ -9,6 +9,7 @@ header of 55 kB costs 0.2 ms; tables of Python objects cost 2 to 4 ms.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 
@@ -23,10 +24,12 @@ Fields = Sequence[tuple[bytes, bytes]]
 class Block:
     """One decoded block, immutable: requests with equal headers share it."""
 
-    __slots__ = ("by_name", "fields", "list_bytes", "path")
+    __slots__ = ("by_name", "fields", "is_malformed", "list_bytes", "path")
 
-    def __init__(self, fields: Fields, list_bytes: int = 0) -> None:
+    def __init__(self, fields: Fields, list_bytes: int = 0, *, is_malformed: bool = False) -> None:
         self.fields = fields
+        self.is_malformed = is_malformed
+        """True when a field breaks the rules of RFC 9113, section 8.2 or 8.3, which ends its stream only."""
         self.list_bytes = list_bytes
         """Size of the fields, each with 32 bytes more (RFC 9113, section 6.5.2)."""
         self.by_name = dict(fields)
@@ -138,7 +141,8 @@ class Decoder:
 
     def _decoded(self, block: bytes) -> Block:
         fields: list[tuple[bytes, bytes]] = []
-        at = size = 0
+        at = size = pseudo = 0
+        is_malformed = False
         is_stateless, known = self._is_stateless, self._cache.fields
         is_cacheable = is_stateless and len(block) <= _CACHED_BYTES
         while at < len(block):
@@ -155,20 +159,28 @@ class Decoder:
                 field = known.get(piece)
                 if field is None:
                     field = self._field(block, at)
-                    if len(field[0]) + len(field[1]) <= _CACHED_BYTES:
+                    if not is_valid(*field):
+                        is_malformed = True
+                    elif len(field[0]) + len(field[1]) <= _CACHED_BYTES:
                         self._cache.add_field(piece, field)
                     else:
                         is_cacheable = False
             else:
                 field = self._field(block, at)
+                is_malformed = is_malformed or not is_valid(*field)
                 if not is_stateless and first & 0xC0 == 0x40:
                     self._add(field)
             at = end
             size += len(field[0]) + len(field[1]) + _ENTRY_BYTES
             if size > LIST_BYTES or len(fields) >= LIST_FIELDS:
                 raise _Oversized
+            if field[0][:1] == b":":
+                is_malformed = is_malformed or pseudo != len(fields)
+                pseudo += 1
             fields.append(field)
-        found = Block(fields, size)
+        found = Block(fields, size, is_malformed=is_malformed)
+        if len(found.by_name) != len(fields):
+            found.is_malformed = is_malformed or len(dict(fields[:pseudo])) != pseudo
         if is_cacheable:
             self._cache.add_block(block, found, size)
         return found
@@ -209,6 +221,19 @@ class Decoder:
         while self._table and self._table_bytes > limit:
             name, value = self._table.pop()
             self._table_bytes -= len(name) + len(value) + _ENTRY_BYTES
+
+
+_NAME = re.compile(rb"[!-9;-@\[-~]+")
+_FORBIDDEN = re.compile(rb"[\0\r\n]")
+_PSEUDO = frozenset({b":method", b":scheme", b":path", b":authority", b":status"})
+_OF_CONNECTIONS = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
+
+
+def is_valid(name: bytes, value: bytes) -> bool:
+    """Return True for a field that HTTP/2 allows (RFC 9113, sections 8.2.1, 8.2.2 and 8.3)."""
+    if _FORBIDDEN.search(value) or name in _OF_CONNECTIONS:
+        return False
+    return name in _PSEUDO or _NAME.fullmatch(name) is not None
 
 
 def _field_end(block: bytes, at: int) -> int:

@@ -207,11 +207,12 @@ class ServerConnection(Peer):
 
     def _on_block(self, number: int, flags: int, block: Block) -> None:
         if number <= self._newest or not number & 1:
-            self._on_trailers(number, flags)
+            self._on_trailers(number, flags, block)
             return
         self._newest = number
-        if len(self._streams) >= _MAX_STREAMS or self._is_closing:
-            self._sender.write(frames.rst_stream(number, Reason.REFUSED_STREAM))
+        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or self._is_closing:
+            reason = Reason.PROTOCOL_ERROR if block.is_malformed else Reason.REFUSED_STREAM
+            self._sender.write(frames.rst_stream(number, reason))
             self._spend(1)
             return
         is_ended = flags & END_STREAM != 0
@@ -293,14 +294,17 @@ class ServerConnection(Peer):
     def _reads_on(self, took_s: float) -> bool:
         return self._is_shared and took_s < 2 * PART_S
 
-    def _on_trailers(self, number: int, flags: int) -> None:
+    def _on_trailers(self, number: int, flags: int, block: Block) -> None:
         stream = self._streams.get(number)
         if stream is None:
             if number > self._newest or not number & 1:
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS on stream {number}, which no client opens")
             return
-        if not flags & END_STREAM or stream.is_request_ended:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS inside stream {number}")
+        is_malformed = block.is_malformed or any(name[:1] == b":" for name in block.by_name)
+        if is_malformed or not flags & END_STREAM or stream.is_request_ended:
+            # A malformed request ends its stream, and no other one (RFC 9113, section 8.1.1).
+            stream.reset(Reason.PROTOCOL_ERROR)
+            return
         stream.is_request_ended = True
         try:
             stream.handler.data(b"", 0, is_end=True)

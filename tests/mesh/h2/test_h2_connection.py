@@ -339,10 +339,6 @@ BROKEN = {
     "data on stream 0": (PRE + frames.frame(frames.DATA, 0, 0, b"x"), Reason.PROTOCOL_ERROR),
     "headers on an even stream": (PRE + frames.frame(frames.HEADERS, 4, 2, OPEN), Reason.PROTOCOL_ERROR),
     "headers on stream 0": (PRE + frames.frame(frames.HEADERS, 4, 0, OPEN), Reason.PROTOCOL_ERROR),
-    "headers inside a stream": (
-        PRE + frames.frame(frames.HEADERS, 4, 1, OPEN) + frames.frame(frames.HEADERS, 4, 1, b"\x82"),
-        Reason.PROTOCOL_ERROR,
-    ),
     "a block that is none": (
         PRE + frames.frame(frames.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
         Reason.COMPRESSION_ERROR,

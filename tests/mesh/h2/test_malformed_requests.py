@@ -1,0 +1,67 @@
+"""A malformed request costs its own call, and not those beside it on its connection (RFC 9113, section 8.1.1)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from mesh.h2 import frames
+from mesh.h2.frames import Reason
+from mesh.rpc.framing import framed
+from tests.http2 import Connection
+from tests.mesh.h2.test_h2_connection import ECHO, LATER, serving
+
+Fields = Sequence[tuple[bytes, bytes]]
+MALFORMED: dict[str, Fields] = {
+    "capitals": [(b"X-Name", b"a")],
+    "a line break in a value": [(b"x-name", b"a\r\nx-shoal-tenant: acme")],
+    "a zero in a value": [(b"x-name", b"a\0b")],
+    "a space in a name": [(b"x name", b"a")],
+    "a colon in a name": [(b"x:name", b"a")],
+    "an empty name": [(b"", b"a")],
+    "a second path": [(b":path", b"/test.Test/Other")],
+    "an unknown pseudo-header": [(b":name", b"a")],
+    "a header of HTTP/1": [(b"transfer-encoding", b"chunked")],
+}
+
+
+def ask_beside(address: str, more: Fields) -> tuple[int | None, bytes]:
+    """Begin a call, make a malformed one, and end the first. Return the reset's reason and the first one's answer."""
+    with Connection(address) as connection:
+        bystander = connection.open(ECHO)
+        malformed = connection.open(ECHO, more=more)
+        reset = connection.answer(malformed).reset
+        connection.send(bystander, framed(b"whole"), end=True)
+        return reset, connection.answer(bystander).messages[0]
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_a_malformed_request_is_reset_and_the_call_beside_it_goes_on(name: str) -> None:
+    async with serving() as (server, later):
+        reset, answer = await asyncio.to_thread(ask_beside, server.address, MALFORMED[name])
+        assert (reset, answer) == (Reason.PROTOCOL_ERROR, b"whole")
+        assert not later.calls
+
+
+def ask_with_trailers(address: str, trailers: Fields, flags: int) -> tuple[int | None, bytes]:
+    with Connection(address) as connection:
+        bystander, malformed = connection.open(ECHO), connection.open(LATER)
+        block = b"".join(b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in trailers)
+        connection.socket.sendall(frames.frame(frames.HEADERS, frames.END_HEADERS | flags, malformed, block))
+        reset = connection.answer(malformed).reset
+        connection.send(bystander, framed(b"whole"), end=True)
+        return reset, connection.answer(bystander).messages[0]
+
+
+@pytest.mark.parametrize(
+    ("trailers", "flags"),
+    [([(b":path", b"/x")], frames.END_STREAM), ([(b"X", b"a")], frames.END_STREAM), ([(b"x", b"a")], 0)],
+    ids=["pseudo-header", "capitals", "no end"],
+)
+async def test_malformed_trailers_reset_their_stream_only(trailers: Fields, flags: int) -> None:
+    async with serving() as (server, later):
+        reset, answer = await asyncio.to_thread(ask_with_trailers, server.address, trailers, flags)
+        assert (reset, answer) == (Reason.PROTOCOL_ERROR, b"whole")
+        assert not later.calls
