@@ -40,9 +40,13 @@ class JsonParser(Parser[Any]):
     def __call__(self, data: bytes, start: int = 0) -> Any:
         """Parse JSON. Raises InvalidArgument."""
         try:
-            if any(name in data for name in _NOT_FINITE):
-                return json.loads(data)
-            return orjson.loads(data)
+            if not any(name in data for name in _NOT_FINITE):
+                return orjson.loads(data)
+            # Unlike orjson, `json` takes half of a surrogate pair, escaped or in bytes: no message can hold it.
+            document = json.loads(data.decode())
+            if b"\\u" in data:
+                json.dumps(document, ensure_ascii=False).encode()
+            return document
         except (ValueError, RecursionError) as err:
             raise InvalidArgument(f"failed to parse the request JSON buffer: {err}") from err
 

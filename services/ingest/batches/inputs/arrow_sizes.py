@@ -19,10 +19,12 @@ def row_sizes(array: Any) -> NDArray[np.int64]:
         return np.full(count, width, np.int64)
     if pa.types.is_dictionary(kind):
         indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        return row_sizes(array.dictionary)[indices] if len(array.dictionary) else np.zeros(count, np.int64)
+        values = row_sizes(array.dictionary)
+        return np.asarray(values[indices]) if len(values) else np.zeros(count, np.int64)
     if pa.types.is_fixed_size_list(kind):
         first, size = array.offset * kind.list_size, count * kind.list_size
-        return row_sizes(array.values)[first : first + size].reshape(count, kind.list_size).sum(axis=1)
+        inner = row_sizes(array.values)[first : first + size]
+        return np.asarray(inner.reshape(count, kind.list_size).sum(axis=1))
     if pa.types.is_map(kind):
         return _sums(row_sizes(array.keys) + row_sizes(array.items), array.offsets)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -44,11 +46,11 @@ def _width(kind: Any) -> int:
     if pa.types.is_dictionary(kind) or pa.types.is_nested(kind):
         return 0
     try:
-        return max(1, kind.bit_width // 8)
+        return max(1, int(kind.bit_width) // 8)
     except ValueError:
         return 0
 
 
 def _sums(sizes: NDArray[np.int64], offsets: Any) -> NDArray[np.int64]:
     """Return the sums of sizes between offsets."""
-    return np.diff(np.concatenate([[0], np.cumsum(sizes)])[offsets.to_numpy()])
+    return np.asarray(np.diff(np.concatenate([[0], np.cumsum(sizes)])[offsets.to_numpy()]))

@@ -207,7 +207,7 @@ def _paths(metadata: Any) -> list[str]:
 
 def _width_of(schema: Any) -> int:
     """Return the bytes of a value; 0 for texts and bytes."""
-    return _WIDTHS.get(schema.physical_type, schema.length)
+    return _WIDTHS.get(schema.physical_type, int(schema.length))
 
 
 def _without_dictionary(kind: Any) -> Any:

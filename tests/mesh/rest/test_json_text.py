@@ -1,0 +1,24 @@
+"""JSON of requests: what Python's parser takes and orjson does not, in documents with NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mesh.rest.json_text import PARSER
+from shoal.errors import InvalidArgument
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'"a\\uDFFFb"', b'"\xed\xa0\x80"', b'"\xff"'], ids=repr)
+@pytest.mark.parametrize("number", [b"1", b"NaN", b"-Infinity"])
+def test_half_of_a_surrogate_pair_is_no_text(text: bytes, number: bytes) -> None:
+    for document in (b"[%b, %b]" % (text, number), b"{%b: [%b]}" % (text, number)):
+        with pytest.raises(InvalidArgument, match="failed to parse the request JSON buffer"):
+            PARSER(document)
+
+
+def test_a_whole_pair_and_numbers_that_are_not_finite_are_read() -> None:
+    text, number = PARSER(b'["\\ud83d\\ude00", NaN]')
+    assert text == "\U0001f600"
+    assert math.isnan(number)
