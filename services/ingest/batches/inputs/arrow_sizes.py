@@ -29,7 +29,7 @@ def row_sizes(array: Any) -> NDArray[np.int64]:
         return _sums(row_sizes(array.keys) + row_sizes(array.items), array.offsets)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if width := _width(kind.value_type):
-            return np.diff(array.offsets.to_numpy()).astype(np.int64) * width
+            return np.asarray(np.diff(array.offsets.to_numpy()).astype(np.int64) * width)
         return _sums(row_sizes(array.values), array.offsets)
     if pa.types.is_struct(kind):
         return sum((row_sizes(array.field(n)) for n in range(kind.num_fields)), np.zeros(count, np.int64))
