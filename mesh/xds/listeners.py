@@ -244,8 +244,6 @@ def _connection_manager(
             "initial_stream_window_size": STREAM_WINDOW,
             "initial_connection_window_size": _WINDOWS[name],
             "connection_keepalive": {"interval": "30s", "timeout": "10s"},
-            # A malformed request costs its own call, and not those beside it on its connection.
-            "override_stream_error_on_invalid_http_message": True,
         },
         "use_remote_address": True,
         # Clients of the outbound socket are services of this node, which may forbid Envoy to retry a call. No client of
