@@ -470,6 +470,7 @@ def test_a_lock_that_is_held_means_that_a_node_runs(folder: Path) -> None:
 
 
 def test_the_own_ca_is_read_and_another_one_is_not(folder: Path) -> None:
+    (folder / "ca").mkdir()
     own_ca._make(folder / "ca", datetime.now(UTC) - timedelta(days=3_600))
     node = RunningNode("127.0.0.1:8080", "127.0.0.1:9901", folder, 1, ca=folder / "ca" / "ca.pem")
     found = gather._own_ca(node)
