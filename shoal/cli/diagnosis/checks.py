@@ -605,7 +605,9 @@ def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
     versions = facts.page.by("shoal_coord_policy_version", ("instance",)) if facts.page and facts.has_auth else {}
     for (name,), version in sorted(versions.items()):
         if not version:
-            what = f"{name} finds no policy in etcd, and the gateway refuses every call: a coord that starts makes one"
+            what = (
+                f"{name} finds no policy in etcd, and the gateway refuses every call: coord's log says why it has none"
+            )
             yield _error("policy-not-in-force", what, "shoal logs coord")
 
 
