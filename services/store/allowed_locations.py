@@ -104,7 +104,9 @@ def checked_url(url: str) -> tuple[str, str]:
         parts = urlsplit(url)
     except ValueError:
         parts = urlsplit("")
-    is_plain = len(url) <= _MAX_CHARACTERS and url.isprintable() and not set("?#") & set(url)
+    is_plain = (
+        len(url) <= _MAX_CHARACTERS and url.isprintable() and not set("?#") & set(url) and "\0" not in unquote(url)
+    )
     is_bucket = bool(parts.netloc) and not set("@:%\\") & set(parts.netloc)
     is_whole = len(parts.path) > 1 and not parts.netloc if parts.scheme == "file" else is_bucket
     # urlsplit reads a scheme in capitals, too.

@@ -111,7 +111,8 @@ class Submissions:
                 return check_same_request(earlier, digest), True
         if (active := await self._batches.count_active()) >= MAX_ACTIVE:
             raise ResourceExhausted(f"{active} batches are active, which is the limit", retry_after_ms=10_000)
-        inputs, output = self._checked_urls(request, scope)
+        # Links are looked up on the disk, up to a thousand for each of a thousand URLs.
+        inputs, output = await self._threads.run(self._checked_urls, request, scope)
         signature = await self._metadata.signature(request.model_name, request.model_version, request.outputs)
         inspected = await self._threads.run(self._inspect, request, inputs, output, signature)
         batch = replace(self._batch(request, inputs, output, signature, inspected, digest), caller=caller)

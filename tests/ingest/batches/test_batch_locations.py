@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mesh.process.threads import Threads
 from services.ingest.batches.inputs.locations import InputLocations
+from services.ingest.batches.submission import Submissions
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
@@ -260,3 +263,38 @@ def test_a_folder_that_is_reached_by_a_link_is_the_folder_that_the_operator_name
     (tmp_path / "data").symlink_to(tmp_path / "real")
     locations = InputLocations([f"file://{tmp_path}/data/{{tenant}}"])
     assert locations.check("output", f"file://{tmp_path}/data/acme/out", "acme") == f"file://{tmp_path}/real/acme/out"
+
+
+def test_a_folder_with_a_space_in_its_name_is_allowed_as_a_url_names_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    locations = InputLocations([folder.as_uri() + "/{tenant}"])
+    assert locations.check("output", f"{folder.as_uri()}/acme/out", "acme") == f"file://{folder}/acme/out"
+
+
+async def test_the_links_of_a_batchs_urls_are_looked_up_in_a_thread() -> None:
+    threads_of_checks = set()
+
+    class Locations(InputLocations):
+        def check(self, field: str, url: str, tenant: str | None = None) -> str:
+            threads_of_checks.add(threading.current_thread())
+            raise InvalidArgument(field)
+
+    class NoBatches:
+        async def count_active(self) -> int:
+            return 0
+
+    nothing: Any = None
+    with Threads(1, "test") as threads:
+        batches: Any = NoBatches()
+        submissions = Submissions(
+            *(batches, nothing, Locations([]), threads),
+            clock=nothing,
+            new_id=nothing,
+            instance="",
+            on_accepted=nothing,
+        )
+        request = pb.SubmitBatchRequest(inputs=["file:///a"], output="file:///b", model_name="m")
+        with pytest.raises(InvalidArgument, match=r"inputs\[0\]"):
+            await submissions.submit(request)
+    assert len(threads_of_checks) == 1
+    assert threading.main_thread() not in threads_of_checks

@@ -568,6 +568,7 @@ def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:
         ("s3:///x", InvalidArgument),
         ("s3://bucket/" + "x" * 3000, InvalidArgument),
         ("file:///data/\0", InvalidArgument),
+        ("file:///data/%00", InvalidArgument),
     ],
 )
 def test_places_that_may_not_be_used(url: str, error: type[Exception]) -> None:

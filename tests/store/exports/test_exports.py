@@ -451,6 +451,7 @@ def test_the_setting_is_a_list_of_urls(config: StoreConfig) -> None:
         "file:///etc",
         "FILE:///etc",
         "file://localhost/etc",
+        "{folder}/acme/%00",
     ],
 )
 async def test_a_verified_caller_exports_into_the_folders_of_its_tenant_only(tmp_path: Path, url: str) -> None:

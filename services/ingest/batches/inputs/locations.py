@@ -228,7 +228,7 @@ def join(prefix: str, name: str) -> str:
 
 def _local(field: str, rest: str) -> str:
     path = unquote(rest)
-    if not path.startswith("/"):
+    if not path.startswith("/") or "\0" in path:
         raise InvalidArgument(f"{field}: {'file://' + rest[:200]!r}: expected an absolute path: file:///path")
     # Links are resolved here, so that their targets are checked too.
     real = os.path.realpath(path)
@@ -237,8 +237,8 @@ def _local(field: str, rest: str) -> str:
 
 def _resolved(root: str) -> str:
     """Return an allowed URL without links in it, as the URLs that are compared with it."""
-    path = _path(root)
-    return root if path is None else f"file://{os.path.realpath(path)}"
+    scheme, _, rest = root.partition("://")
+    return f"file://{os.path.realpath(unquote(rest))}" if scheme == "file" else root
 
 
 def _key(field: str, rest: str) -> str:
