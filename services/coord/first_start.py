@@ -2,9 +2,11 @@
 
     etcd has no policy ──> a copy in the data folder, or a history? ──yes──> the last policy is applied again
                                                                    └──no───> a new cluster: the first policy
+    etcd has less history than before ──> another coord may have begun anew, with less: a later copy replaces that
     etcd has one ──each change──> the copy
 
-A copy that cannot be read stops this: the first policy allows more than another one, so callers stay refused.
+A copy that cannot be read stops this, unless etcd has a policy that somebody has applied: the first policy allows more
+than another one, so callers stay refused.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mesh.process.tasks import Background
 from services.coord.access_rpc import AccessParts
 from services.coord.policy_copy import PolicyCopy, Saved
 from shoal.access import cluster
-from shoal.errors import NotFound, ShoalError
+from shoal.errors import FailedPrecondition, NotFound, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,17 @@ class FirstStart(Background):
 
     async def _run(self) -> None:
         await self._until_begun()
+        revision = 0
         async for seen in self._mirror.follow():
             if seen.stale:
                 continue
-            if cluster.POLICY not in seen.entries:
-                log.warning("etcd has lost the policy")
+            # Another coord may have begun anew before this one has seen the loss: the copy must not follow it.
+            went_back, revision = seen.revision < revision, seen.revision
+            is_lost = cluster.POLICY not in seen.entries
+            if is_lost or went_back:
+                log.warning("etcd has lost the policy" if is_lost else "etcd has lost changes")
                 await self._until_begun()
-            elif self._copy is not None:
+            if self._copy is not None and not is_lost:
                 await self._keep(self._copy)
 
     async def _until_begun(self) -> None:
@@ -67,7 +73,13 @@ class FirstStart(Background):
             await asyncio.sleep(_RETRY_S)
 
     async def _begin(self) -> None:
-        saved = None if self._copy is None else await asyncio.to_thread(self._copy.read)
+        try:
+            saved = None if self._copy is None else await asyncio.to_thread(self._copy.read)
+        except FailedPrecondition as err:
+            if not await self._parts.policies.is_changed():
+                raise
+            log.warning("etcd has the policy, and its copy is made anew: %s", err.message)
+            saved = None
         try:
             await self._parts.keys.begin(saved.revoked if saved is not None else {})
         # A policy has no secret: it is restored under another master key, too.

@@ -106,14 +106,14 @@ class Policies:
     async def begin(self, saved: Applied | None = None) -> None:
         """Apply the first policy of a new cluster, or again the last one of a cluster whose etcd has lost it.
 
-        `saved`: a copy of the last one outside of etcd. It also replaces a first policy that another coord has made
-        since then, and that nobody has changed.
+        `saved`: a copy of the last one outside of etcd. It also replaces the policy that another coord has begun with
+        since then, the first one or that of an older copy, as long as nobody has changed it.
 
         Raises:
             FailedPrecondition: the lost policy is not valid. None is applied: the first one would allow more.
         """
         entry = await self._etcd.get(POLICY)
-        if entry is not None and (saved is None or saved.version == 1 or not await self._is_untouched(entry)):
+        if entry is not None and (saved is None or not await self._is_replaced_by(saved, entry)):
             return
         history = [] if entry is not None else await self.history()
         known = [one for one in (saved, *history[:1]) if one is not None]
@@ -134,14 +134,25 @@ class Policies:
         await self._write(applied, policy, when)
         log.warning("etcd had lost the policy: version %d is in force again, as %d", last.version, applied.version)
 
-    async def _is_untouched(self, entry: Entry) -> bool:
-        """Return True when the policy in etcd is the first one of a new cluster."""
-        if cluster.version_of({POLICY: entry.value}) != 1:
-            return False
+    async def is_changed(self) -> bool:
+        """Return True when etcd has a policy, and not the first one of a new cluster."""
+        entry = await self._etcd.get(POLICY)
+        return entry is not None and not _is_first(await self._entered(entry))
+
+    async def _is_replaced_by(self, saved: Applied, entry: Entry) -> bool:
+        """Return True when nobody has applied the policy in etcd, and `saved` is a later one: the one in etcd is the
+        first one of a new cluster, or was restored from an older copy."""
+        found = await self._entered(entry)
+        if found is not None and found.applied_by == _RESTORED:
+            return found.rolled_back_to < saved.version and saved.applied_at < found.applied_at
+        return _is_first(found) and not _is_first(saved)
+
+    async def _entered(self, entry: Entry) -> Applied | None:
+        """Return the policy in etcd as it was applied; None when its history is lost."""
         try:
-            return (await self.get(1)).applied_by == _FIRST_START
+            return await self.get(cluster.version_of({POLICY: entry.value}))
         except NotFound:
-            return False
+            return None
 
     async def apply(
         self,
@@ -173,7 +184,10 @@ class Policies:
         # The node's user may replace a lost one.
         if entry is None and author is not None:
             raise Unavailable("the cluster has no policy yet: retry in a moment")
-        version = 0 if entry is None else cluster.version_of({POLICY: entry.value})
+        if entry is None:
+            version = max((one.version for one in await self.history()), default=0)
+        else:
+            version = cluster.version_of({POLICY: entry.value})
         if expected not in (0, version):
             raise Aborted(f"version {version} of the policy is in force, not {expected}: see what has changed")
         policy = await asyncio.to_thread(_validated, document, files)
@@ -228,6 +242,10 @@ class Policies:
         except (ShoalError, AssertionError):
             return "a caller that is not known any more"
         return f"{caller.subject or '-'} of {caller.tenant}, key {caller.key or '-'}"
+
+
+def _is_first(applied: Applied | None) -> bool:
+    return applied is not None and applied.version == 1 and applied.applied_by == _FIRST_START
 
 
 def _denial(policy: Policy, claims: Claims) -> str:
