@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from services.coord.policies import Applied
 from shoal.errors import FailedPrecondition
 
@@ -22,6 +24,10 @@ class Saved:
     applied: Applied
     revoked: Mapping[str, float]
     """Expiry by the id of a key."""
+
+
+# Users mend copies by hand: each field is checked.
+_SAVED = TypeAdapter(Saved)
 
 
 class PolicyCopy:
@@ -37,15 +43,20 @@ class PolicyCopy:
             FailedPrecondition: the file cannot be read, or is no copy.
         """
         try:
-            found = json.loads(self.path.read_text())
-            return Saved(Applied(**found["applied"]), {str(key): float(end) for key, end in found["revoked"].items()})
+            return _SAVED.validate_json(self.path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
-            raise FailedPrecondition(
-                f"{self.path}, the copy of the last policy, cannot be read ({err}): mend it, or remove it to begin "
-                "with the first policy, in which every role has its groups"
-            ) from err
+        except ValidationError as err:
+            first = err.errors()[0]
+            raise self._unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from err
+        except OSError as err:
+            raise self._unreadable(str(err)) from err
+
+    def _unreadable(self, reason: str) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"{self.path}, the copy of the last policy, cannot be read ({reason}): mend it, or remove it to begin with "
+            "the first policy, in which every role has its groups"
+        )
 
     def write(self, saved: Saved) -> None:
         """Replace the copy as a whole, durably. Raises OSError."""

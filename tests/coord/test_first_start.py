@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,3 +157,26 @@ async def test_a_copy_that_cannot_be_read_is_not_replaced_by_the_first_policy(tm
     with pytest.raises(FailedPrecondition, match="cannot be read"):
         await store.start(copy)._begin()
     assert copy.path.read_text() == '{"applied": {}}'
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": "five"},
+        {"document": None},
+        {"files": ["keys.json"]},
+        {"files": {"keys.json": 1}},
+        {"applied_at": []},
+    ],
+)
+def test_a_copy_that_was_mended_wrongly_is_said_to_be_no_copy(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    copy = PolicyCopy(tmp_path / "policy.json")
+    copy.write(Saved(saved(4), {"stolen": 5.0}))
+    assert copy.read() == Saved(saved(4), {"stolen": 5.0})
+    text = json.loads(copy.path.read_text())
+    copy.path.write_text(json.dumps({**text, "applied": {**text["applied"], **wrong}}))
+    with pytest.raises(FailedPrecondition, match="cannot be read"):
+        copy.read()
+    copy.path.write_text(json.dumps({**text, "revoked": None}))
+    with pytest.raises(FailedPrecondition, match="cannot be read"):
+        copy.read()
