@@ -48,7 +48,7 @@ class PolicyCopy:
             return None
         except ValidationError as err:
             first = err.errors()[0]
-            raise self._unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from err
+            raise self._unreadable(": ".join((*map(str, first["loc"]), first["msg"]))) from err
         except OSError as err:
             raise self._unreadable(str(err)) from err
 

@@ -230,17 +230,20 @@ def restore(
 
     coord does so by itself when etcd has no policy.
     """
+    from shoal.access.rpc_groups import APPLY_POLICY
+    from shoal.coord.v1 import access_pb2 as pb
     from shoal.errors import FailedPrecondition
     from shoal.node.folder import POLICY_COPY
 
     path = data_dir.expanduser() / POLICY_COPY
     try:
         copy = json.loads(path.read_text())["applied"]
-        document, files, version = copy["document"], copy["files"] or {}, copy["version"]
+        version = int(copy["version"])
+        request = pb.ApplyPolicyRequest(document=copy["document"], files=copy["files"] or {}, force=force)
     except (OSError, ValueError, LookupError, TypeError) as err:
         raise FailedPrecondition(f"{path} is no copy of a policy ({err}): apply a document of your own") from err
-    number = _restore_as_user(data_dir.expanduser(), document, files, force=force)
-    typer.echo(f"version {number} is in force: the copy of version {version}")
+    applied = _called_as_user(data_dir.expanduser(), APPLY_POLICY, request, pb.ApplyPolicyResponse).policy
+    typer.echo(f"version {applied.version} is in force: the copy of version {version}")
 
 
 def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> int:
@@ -250,15 +253,6 @@ def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> int:
 
     request = pb.RollBackPolicyRequest(version=version, force=force)
     return int(_called_as_user(data_dir, ROLL_BACK, request, pb.RollBackPolicyResponse).policy.version)
-
-
-def _restore_as_user(data_dir: Path, document: str, files: Mapping[str, str], *, force: bool) -> int:
-    """Return the number of the new version. Raises ShoalError."""
-    from shoal.access.rpc_groups import APPLY_POLICY
-    from shoal.coord.v1 import access_pb2 as pb
-
-    request = pb.ApplyPolicyRequest(document=document, files=files, force=force)
-    return int(_called_as_user(data_dir, APPLY_POLICY, request, pb.ApplyPolicyResponse).policy.version)
 
 
 def _called_as_user(data_dir: Path, rpc: str, request: Any, response: Any) -> Any:

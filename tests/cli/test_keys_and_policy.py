@@ -132,3 +132,14 @@ def test_a_policy_without_tls_is_refused_where_other_machines_can_reach_the_addr
     status, _, said = run("serve", "models", "--policy", "policy.yaml", "--port", "0", "--host", "0.0.0.0")
     assert status == 2
     assert "--insecure" in said
+
+
+@pytest.mark.parametrize(
+    "applied",
+    [[], {"document": None, "files": ["keys.json"], "version": 3}, {"document": 4, "files": {}, "version": 3}],
+)
+def test_a_file_that_is_no_copy_of_a_policy_is_not_restored(run, tmp_path: Path, applied: object) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps({"applied": applied}))
+    status, _, said = run("policy", "restore", "--data-dir", ".")
+    assert status != 0
+    assert said.startswith("shoal: policy.json is no copy of a policy (")
