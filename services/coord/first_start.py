@@ -80,11 +80,15 @@ class FirstStart(Background):
                 raise
             log.warning("etcd has the policy, and its copy is made anew: %s", err.message)
             saved = None
+        failed = None
         try:
             await self._parts.keys.begin(saved.revoked if saved is not None else {})
         # A policy has no secret: it is restored under another master key, too.
-        finally:
-            await self._parts.policies.begin(saved.applied if saved is not None else None)
+        except Exception as err:
+            failed = err
+        await self._parts.policies.begin(saved.applied if saved is not None else None)
+        if failed is not None:
+            raise failed
 
     async def _keep(self, copy: PolicyCopy) -> None:
         """Renew the copy when the policy or the revoked keys have changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -87,6 +88,20 @@ class Keys:
 
 def saved(version: int, document: str = CLOSED, by: str = "eve") -> Applied:
     return Applied(version, float(version), by, document=document, files={})
+
+
+async def test_a_stop_asks_etcd_for_nothing_more() -> None:
+    class Waiting(Keys):
+        async def begin(self, revoked: Mapping[str, float]) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+    begun, store = asyncio.Event(), Store()
+    keys: Any = Waiting()
+    mirror: Any = store
+    async with FirstStart(AccessParts(store.policies(), keys), mirror):
+        await begun.wait()
+    assert store.copy.entries == {}
 
 
 async def test_a_copy_does_not_follow_a_policy_with_which_another_coord_has_begun_anew(tmp_path: Path) -> None:
