@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from services.infer.model_process.channel import Channel
 from services.infer.model_process.child import engine
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo
+from services.infer.model_process.hosted import Batch, BatchResult, HostedModelInfo, Sender
 from services.infer.model_process.payload import part
 
 PATIENCE_S = 30
@@ -86,3 +88,56 @@ def test_a_late_cancellation_does_not_end_the_process(wants_requests: bool) -> N
     assert not worker.is_alive()
     server.close()
     channel.close()
+
+
+class Endless:
+    """Responds without end. Its first request starts only once it is cancelled."""
+
+    def __init__(self) -> None:
+        spec = (("x", "FP32", (-1,)),)
+        self.model_info = HostedModelInfo(inputs=spec, outputs=spec, is_decoupled=True)
+        self.started = 0
+
+    def start(self, batch: Batch, sender: Sender) -> Iterator[None]:
+        self.started += 1
+        if self.started == 1:
+            wait_until(batch.is_cancelled)
+        return self._steps(sender)
+
+    def _steps(self, sender: Sender) -> Iterator[None]:
+        while True:
+            sender.send([part("x", "FP32", [np.ones(3, np.float32)])], final=False)
+            yield
+
+    def close(self) -> None: ...
+
+
+def test_a_request_that_is_cancelled_before_it_starts_ends() -> None:
+    one, other = socket.socketpair()
+    server, channel = Channel(one), Channel(other)
+    worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), Endless()), daemon=True)
+    worker.start()
+    x = [part("x", "FP32", [np.ones(3, np.float32)])]
+    for number in (1, 2):
+        server.send({"op": "start", "id": number, "outputs": ["x"], "rows": [], "credit": 1}, x)
+    # The first request waits for its own cancellation: then that of the second has been read, too.
+    for number in (2, 1):
+        server.send({"op": "cancel", "id": number})
+    ended = set()
+    while len(ended) < 2:
+        message = server.receive(PATIENCE_S)
+        assert message is not None, f"only {ended} have ended"
+        if message.op == "end":
+            ended.add(message.header["id"])
+    server.send({"op": "close"})
+    worker.join(PATIENCE_S)
+    assert not worker.is_alive()
+    server.close()
+    channel.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -186,7 +186,11 @@ class _Streams:
             if isinstance(item, Message):
                 if item.op == "close":
                     return
-                self._start(item)
+                if item.op == "start":
+                    self._start(item)
+                # A cancellation that came before its request had started.
+                elif item.op == "cancel" and item.header.get("id") in self._streams:
+                    self._streams[item.header["id"]].cancel()
             elif isinstance(item, Abandoned) and item.id in self._streams:
                 self._streams[item.id].end()
             self._step()

@@ -109,6 +109,9 @@ class Mailbox:
             if (listener := self.listeners.get(number)) is not None:
                 listener.cancel() if message.op == "cancel" else listener.credit(int(message.header.get("more", 0)))
                 self._queue.put(WAKE)
+            elif message.op == "cancel":
+                # The request has ended, or its start is still in the queue, which the cancellation then follows.
+                self._queue.put(message)
         else:
             self._queue.put(message)
 

@@ -161,6 +161,9 @@ class Multiplexer:
             if (listener := self.listeners.get(local)) is not None:
                 listener.cancel()
                 self.put(WAKE)
+            else:
+                # The engine has taken the request, and has not started it yet.
+                self.put(Message({"op": "cancel", "id": local}, []))
 
     def _drop(self, batch: ForwardedBatch) -> None:
         queue = self._queues[batch.connection.worker]
