@@ -304,8 +304,11 @@ class ServerConnection(Peer):
         if is_malformed or not flags & END_STREAM or stream.is_request_ended:
             # A malformed request ends its stream, and no other one (RFC 9113, section 8.1.1).
             stream.reset(Reason.PROTOCOL_ERROR)
+            self._spend(0)
             return
         stream.is_request_ended = True
+        if self._is_shared and self._waits(stream, b"", 0):
+            return
         try:
             stream.handler.data(b"", 0, is_end=True)
         except Exception:

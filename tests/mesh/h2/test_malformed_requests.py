@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from mesh.h2 import frames
+from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.rpc.framing import framed
 from tests.http2 import Connection
 from tests.mesh.h2.test_h2_connection import ECHO, LATER, serving
+from tests.mesh.h2.test_starts import Envoy
 
 Fields = Sequence[tuple[bytes, bytes]]
 MALFORMED: dict[str, Fields] = {
@@ -65,3 +66,16 @@ async def test_malformed_trailers_reset_their_stream_only(trailers: Fields, flag
         reset, answer = await asyncio.to_thread(ask_with_trailers, server.address, trailers, flags)
         assert (reset, answer) == (Reason.PROTOCOL_ERROR, b"whole")
         assert not later.calls
+
+
+async def test_streams_that_are_reset_for_their_trailers_take_tokens_of_the_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_connection, "_RESETS", 20)
+    monkeypatch.setattr(server_connection, "_RESETS_A_S", 0)
+    peer = Envoy(is_shared=False)
+    for n in range(40):
+        peer.connection.data_received(peer.call_with_trailers("a", "", f"call-{n}", 0.0, flags=0))
+    assert peer.transport.is_closing()
+    assert frames.goaway(41, Reason.ENHANCE_YOUR_CALM)[9:] in bytes(peer.transport.written)
+    peer.close()

@@ -66,6 +66,17 @@ class Envoy:
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)
         return head + frames.frame(frames.DATA, frames.END_STREAM, number, body)
 
+    def call_with_trailers(
+        self, tenant: str, sender: str, name: str, cost_s: float, flags: int = frames.END_STREAM
+    ) -> bytes:
+        """Return the frames of a call that ends with trailers; `flags` without END_STREAM: they are malformed."""
+        number = self._next
+        call = bytearray(self.call(tenant, sender, name, cost_s))
+        data = bytes(call).index(framed(f"{name} {cost_s}".encode()))
+        # The flags of DATA, in its frame's header.
+        call[data - 5] = 0
+        return bytes(call) + frames.frame(frames.HEADERS, frames.END_HEADERS | flags, number, b"\x00\x01x\x01y")
+
     async def settle(self) -> None:
         for _ in range(2_000):
             await asyncio.sleep(0)
@@ -84,6 +95,18 @@ async def test_few_calls_do_not_start_behind_the_many_of_another_sender_or_tenan
     await envoy.settle()
     assert sorted(envoy.begun) == ["many"] * 60 + ["other", "own"]
     assert envoy.begun.index("own") < 8
+    assert envoy.begun.index("other") < 8
+    envoy.close()
+
+
+async def test_calls_that_end_with_trailers_do_not_pass_the_others():
+    envoy = Envoy()
+    envoy.connection.data_received(
+        b"".join(envoy.call_with_trailers("a", "1", f"many-{n}", 0.002) for n in range(60))
+        + envoy.call("b", "3", "other", 0.0001)
+    )
+    await envoy.settle()
+    assert [name for name in envoy.begun if name != "other"] == [f"many-{n}" for n in range(60)]
     assert envoy.begun.index("other") < 8
     envoy.close()
 
