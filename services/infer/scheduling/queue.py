@@ -257,7 +257,14 @@ class Queue:
         )
 
     def take(
-        self, now: float, *, max_rows: int = 0, instances: int = 1, is_idle: bool = True, is_late: bool = False
+        self,
+        now: float,
+        *,
+        max_rows: int = 0,
+        instances: int = 1,
+        is_idle: bool = True,
+        is_late: bool = False,
+        room_comes: bool = False,
     ) -> Batch | Wait:
         """Remove and return the next batch, or return how long to wait for one. Call `expire` first.
 
@@ -266,14 +273,18 @@ class Queue:
             instances: executions that may run at the same time.
             is_idle: the requests found an idle instance, and did not wait for one.
             is_late: never wait for a better batch.
+            room_comes: running batches have reserved memory for outputs. Requests whose own find no room wait until
+                these end.
         """
         if not self._groups:
             return NOTHING
         if self._waits and not is_late:
-            return self._take_when_due(now, instances)
+            return self._take_when_due(now, instances, room_comes=room_comes)
         key = self._next_key()
         group = self._groups[key]
         front, is_cut = self._front(key, group, max_rows)
+        if room_comes and self._finds_no_room(front[0]):
+            return NOTHING
         if is_late:
             fired = "closing"
         elif self._policy.max_rows == 1:
@@ -284,13 +295,19 @@ class Queue:
             fired = "idle" if is_idle else "queued"
         return self._pop(key, front, fired)
 
-    def _take_when_due(self, now: float, instances: int) -> Batch | Wait:
+    def _finds_no_room(self, queued: QueuedRequest) -> bool:
+        size = self._outputs.reservation(queued.request.key, queued.rows)
+        return size > UNRESERVED_BYTES and size > queued.request.memory.room
+
+    def _take_when_due(self, now: float, instances: int, *, room_comes: bool) -> Batch | Wait:
         ready: dict[Hashable, StackGroup] = {}
         runs: dict[Hashable, tuple[list[QueuedRequest], str]] = {}
         soonest: tuple[float, Hashable, list[QueuedRequest]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
         for key, group in self._candidates().items():
             front, is_cut = self._front(key, group)
+            if room_comes and self._finds_no_room(front[0]):
+                continue
             decision = self._decide(group, front, is_cut, now, rate, instances)
             if isinstance(decision, Run):
                 ready[key], runs[key] = group, (front[: decision.count], decision.fired)

@@ -365,7 +365,12 @@ class Scheduler:
             if (self._queue.rows > most or self._pressure.is_overloaded) and self._has_estimates:
                 self._shed(now, min(most, self._queue.rows))
             batch = self._queue.take(
-                now, max_rows=most, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing
+                now,
+                max_rows=most,
+                instances=self._instances,
+                is_idle=not self._was_busy,
+                is_late=self._is_closing,
+                room_comes=bool(self._running) and any(batch.reserved for batch in self._running.values()),
             )
             if isinstance(batch, Wait):
                 if batch.until is not None:

@@ -10,6 +10,7 @@ import pytest
 from mesh.h2.memory_account import MemoryAccount
 from services.infer.model_process.inner_calls import _TenantMemory
 from services.infer.requests.signature import Signature, TensorSpec
+from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.output_sizes import OutputSizes
 from shoal.errors import ResourceExhausted
 from shoal.oip.datatypes import BY_NAME
@@ -142,6 +143,29 @@ async def test_what_finds_no_room_waits_for_the_next_batch():
         await first
         await asyncio.gather(*tasks)
         assert bench.model.runs == [[-1], [1, 2], [3]]
+        assert memory.account.held == 0
+
+
+@pytest.mark.parametrize("preferred", [frozenset(), frozenset({1})])
+async def test_an_idle_instance_refuses_nothing_that_has_room_once_another_one_ends(preferred):
+    policy = BatchPolicy(8, 1 << 20, preferred=preferred)
+    bench = Bench(outputs=OutputSizes(64 * MIB, 8 * MIB), policy=policy, instances=2)
+    memory = Memory(10)
+    async with bench.scheduler:
+        bench.model.gate.clear()
+        requests = [call(1), call(2), call(3)]
+        for request in requests:
+            request.memory = memory
+        first = bench.submit(requests[0])
+        await until(lambda: bench.model.entered)
+        tasks = await bench.queued(*requests[1:])
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+        bench.model.gate.set()
+        found = [values(result) for result in await asyncio.gather(first, *tasks)]
+        assert found == [[2], [4], [6]]
+        assert bench.statistics.shed == 0
         assert memory.account.held == 0
 
 
