@@ -246,10 +246,13 @@ class SequenceScheduler:
         if not self._is_ended:
             self._idle.add(instance)
         started_sequences = set()
+        learns = self._outputs.is_learning and not self._settings.is_direct
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, InferenceResult)
-            if isinstance(outcome, InferenceResult) and self._outputs.is_learning:
+            if learns and isinstance(outcome, InferenceResult):
+                # One of the batch is enough: texts take up to some 100 us.
                 self._outputs.add(step.request.key, step.request.rows, outcome.outputs)
+                learns = False
             self._reject_unknown(self.table.ran(step, now, is_success=is_success))
             if is_success and step.starts and not step.ends:
                 started_sequences.add(step.sequence)

@@ -75,6 +75,27 @@ def test_outputs_bound_the_batches_of_oldest():
     run(scene())
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_batch_is_measured_once_and_only_where_outputs_bound_it(monkeypatch, direct):
+    measured = []
+    add = OutputSizes.add
+
+    def counted(sizes, key, rows, outputs):
+        measured.append(key)
+        add(sizes, key, rows, outputs)
+
+    monkeypatch.setattr(OutputSizes, "add", counted)
+
+    async def scene() -> None:
+        bench = Bench(settings(direct=direct, slots=8, rows=8), outputs=OutputSizes(24, None))
+        async with bench.scheduler:
+            for starts in (True, False):
+                await asyncio.gather(*(bench.total(step(n, start=starts)) for n in range(1, 8)))
+            assert len(measured) == (0 if direct else len({ran.run for ran in bench.log}))
+
+    run(scene())
+
+
 def test_oldest_batches_the_first_arrivals():
     async def scene() -> None:
         bench = Bench(settings(direct=False, slots=8, rows=2))
