@@ -153,8 +153,9 @@ class Process(SignalledProcess, ExclusiveRunner):
 
     def reap(self) -> None:
         """Wait for the exit of the process, set `end` and `died`, and close its descriptors."""
-        # A program that embeds the server may let the kernel reap all children.
-        with suppress(ChildProcessError):
+        # A program that embeds the server may let the kernel reap all children: ChildProcessError. Without a free file
+        # descriptor /proc cannot be read.
+        with suppress(OSError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             if count := started.end_all(self._mark, self.pid):
                 log.info("model %s: %d processes that it had started were killed", self.title, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.infer.model_process import started
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.runtimes.runtime import About, ModelFailed, SessionOptions
@@ -355,6 +357,18 @@ def test_processes_that_left_the_group_of_the_model_end_with_its_process(load, t
     else:
         os.kill(pids(session)[0], signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, first)))
+
+
+def test_a_process_is_reaped_where_the_processes_it_had_started_cannot_be_found(load, monkeypatch):
+    def fails(mark: str, session: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(started, "end_all", fails)
+    session = load(model(""))
+    first = session.instances[0].running(PATIENCE_S)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.died.wait(PATIENCE_S)
+    assert first.end == "signal 9, SIGKILL"
 
 
 def test_processes_of_another_model_go_on(load, tmp_path):
