@@ -335,6 +335,8 @@ class Dispatcher:
             jobs, is_more = await self._claims.claim_due(capacity, closed)
             if jobs:
                 self._polls.reset()
+                # The interval above follows the polls that found nothing.
+                self._next_read = min(self._next_read, now + self._polls.next_s())
             if is_more:
                 self._read_by_queue_order()
             else:
@@ -534,7 +536,9 @@ class Dispatcher:
             return self._poll_s
         if self._just_accepted or not self._is_drained:
             return 0.0 if self._is_drained else self._poll_s / 10
-        return max(0.0, self._next_read - asyncio.get_running_loop().time())
+        wait_s = max(0.0, self._next_read - asyncio.get_running_loop().time())
+        # A closed queue opens after a time, without a wake.
+        return min(wait_s, self._poll_s) if self._undrained else wait_s
 
     async def _sleep(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -11,6 +11,7 @@ from typing import Any, cast
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo_clock import Clock, utc_now
+from mesh.process.backoff import Backoff
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
@@ -159,6 +160,38 @@ async def test_a_queued_job_runs_when_it_is_due_and_not_at_the_next_poll(jobs: C
     async with here.recorder, here.dispatcher:
         here.ready.set()
         await here.has_ended(first, second)
+
+
+async def test_a_poll_that_finds_a_job_is_followed_by_another_soon(jobs: Collection) -> None:
+    attempts = Fails(failures=0)
+    attempts.may.set()
+    here = Instance(jobs, utc_now, attempts)
+    first, second = job(), job()
+    await jobs.insert_one(document_of(first))
+    # It has found nothing for long: its intervals are of an hour.
+    idle = here.dispatcher._polls = Backoff(0.01, 3_600.0)
+    for _ in range(32):
+        idle.next_s()
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await here.has_ended(first)
+        await jobs.insert_one(document_of(second))
+        await here.has_ended(second)
+
+
+async def test_jobs_of_a_model_that_was_closed_run_when_it_opens_and_not_at_the_next_idle_poll(
+    jobs: Collection,
+) -> None:
+    attempts = Fails(failures=0)
+    attempts.may.set()
+    here = Instance(jobs, utc_now, attempts)
+    waiting = job()
+    await jobs.insert_one(document_of(waiting))
+    here.dispatcher._gate.refused(waiting.model_name, utc_now(), retry_after_ms=500)
+    here.dispatcher._polls = Backoff(3_600.0, 3_600.0)
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await here.has_ended(waiting)
 
 
 async def test_leases_that_lapsed_while_mongodb_was_away_cost_their_holder_nothing(jobs: Collection) -> None:
