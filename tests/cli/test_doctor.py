@@ -105,6 +105,13 @@ shoal_store_mongo_oplog_used{instance="store-0"} 0.5
 shoal_store_mongo_oplog_window_seconds{instance="store-0"} 60
 shoal_store_retention_stopped{instance="store-0"} 0
 shoal_ingest_retention_stopped{instance="ingest-0"} 0
+shoal_connection_memory_bytes{instance="infer-0",kind="requests"} 900
+shoal_connection_memory_bytes{instance="infer-0",kind="responses"} 0
+shoal_connection_memory_limit_bytes{instance="infer-0",kind="requests"} 1000
+shoal_connection_memory_limit_bytes{instance="infer-0",kind="responses"} 1000
+shoal_connection_memory_tenant_bytes{instance="infer-0",tenant="acme"} 400
+shoal_connection_memory_tenant_bytes{instance="infer-0",tenant="globex"} 500
+shoal_connection_memory_tenant_bytes{instance="infer-1",tenant="initech"} 600
 shoal_ingest_queue_oldest_seconds{instance="ingest-0"} 3
 shoal_ingest_queue_age_seconds{instance="ingest-0",tenant="acme"} 3
 """
@@ -307,6 +314,22 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("disk-full", disk(free_bytes=1 << 30), W, "1024 MiB of 102400 MiB are free"),
     ("inodes-full", disk(free_inodes=10), W, "10 of 2000000 files"),
     ("memory-low", local(memory_available_bytes=100 << 20), E, "100 MiB of memory are available; infer-0 has 128 MiB"),
+    (
+        "memory-near-limit",
+        page(
+            'shoal_connection_memory_bytes{instance="infer-0",kind="requests"} 671088640',
+            'shoal_connection_memory_limit_bytes{instance="infer-0",kind="requests"} 704643072',
+            'shoal_connection_memory_tenant_bytes{instance="infer-0",tenant="globex"} 524288000',
+        ),
+        W,
+        "requests hold 640 of 672 MiB at infer-0: beyond it calls are refused; tenant globex holds 500 MiB",
+    ),
+    (
+        "memory-near-limit",
+        page('shoal_connection_memory_bytes{instance="infer-0",kind="responses"} 901'),
+        W,
+        "responses hold 0 of 0 MiB at infer-0: beyond it calls are refused | shoal top",
+    ),
     ("shared-memory-low", local(shm_free_bytes=1 << 20), W, "1 MiB are free in /dev/shm"),
     ("file-limit", process(open_files=60_000), E, "infer-0 has 60000 of 65536 files open"),
     ("file-limit", process(file_limit=1_024), W, "may open 1024 files"),

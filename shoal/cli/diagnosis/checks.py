@@ -11,6 +11,7 @@ from shlex import quote
 from typing import TypeAlias
 
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
+from shoal.cli.diagnosis.rates import Page
 from shoal.cli.endpoints import Endpoint
 from shoal.client import InstanceState, Job, Schedule
 
@@ -41,6 +42,8 @@ FILES_USED_SHARE = 0.8
 FILE_LIMIT = 4_096
 """Open files that a process should be allowed: each connection is one."""
 MEMORY_LOW_SHARE = 0.05
+MEMORY_NEAR_SHARE = 0.9
+"""Share of the limit of requests or unread responses, as in the alert ShoalMemoryNearLimit."""
 SHM_LOW_BYTES = 64 << 20
 ANSWER_S = 30.0
 """Time in which an Envoy answers a change of its configuration: it takes milliseconds."""
@@ -469,6 +472,32 @@ def _memory_low(facts: Facts) -> Iterator[Finding]:
     of_whom = f"; {largest.name} has {largest.rss_bytes / (1 << 20):.0f} MiB" if largest else ""
     what = f"{local.memory_available_bytes / (1 << 20):.0f} MiB of memory are available{of_whom}"
     yield _error("memory-low", what, "ps --sort=-rss -eo pid,rss,args | head")
+
+
+@_check("memory-near-limit", "page")
+def _memory_near_limit(facts: Facts) -> Iterator[Finding]:
+    if facts.page is None:
+        return
+    limits = facts.page.by("shoal_connection_memory_limit_bytes", ("instance", "kind"))
+    for (instance, kind), held in sorted(facts.page.by("shoal_connection_memory_bytes", ("instance", "kind")).items()):
+        limit = limits.get((instance, kind), 0.0)
+        if limit <= 0 or held <= MEMORY_NEAR_SHARE * limit:
+            continue
+        what = (
+            f"{kind} hold {held / (1 << 20):.0f} of {limit / (1 << 20):.0f} MiB at {instance}: beyond it calls are "
+            f"refused{_largest_holder(facts.page, instance) if kind == 'requests' else ''}"
+        )
+        yield _warning("memory-near-limit", what, "shoal top --by tenant --sort memory")
+
+
+def _largest_holder(page: Page, instance: str) -> str:
+    """Return a text that names the tenant whose requests hold the most memory of an instance; empty without one."""
+    held = page.by("shoal_connection_memory_tenant_bytes", ("instance", "tenant"))
+    by_tenant = {tenant: size for (at, tenant), size in held.items() if at == instance and size}
+    if not by_tenant:
+        return ""
+    tenant = max(by_tenant, key=lambda name: by_tenant[name])
+    return f"; tenant {tenant or '(none)'} holds {by_tenant[tenant] / (1 << 20):.0f} MiB"
 
 
 @_check("shared-memory-low", "local")
