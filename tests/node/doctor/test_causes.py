@@ -163,7 +163,7 @@ def test_a_removal_that_waits_for_a_confirmation_is_found(ward: Ward) -> None:
             ward.node.kill("store-0")
 
 
-def test_a_schedule_whose_last_jobs_failed_is_found(ward: Ward) -> None:
+def test_a_schedule_whose_last_jobs_failed_is_found_until_one_succeeds(ward: Ward) -> None:
     name, schedules = "hourly", ward.client.jobs.schedules
     wrong = JobRequest("double", {"x": np.ones((1, 3), np.float32)})
     schedules.put(name, "0 * * * *", wrong, misfire="all")
@@ -173,6 +173,11 @@ def test_a_schedule_whose_last_jobs_failed_is_found(ward: Ward) -> None:
         finding = ward.until_found("schedule-failing")
         assert "the last job of schedule hourly has failed, and " in finding.what
         assert "double" in ward.run(finding)
+        right = JobRequest("double", {"x": np.ones((1, 4), np.float32)})
+        # Other times: those that have fired keep their jobs, which failed.
+        schedules.put(name, "30 * * * *", right, misfire="latest", replace=True)
+        miss(ward, name, timedelta(seconds=1))
+        ward.until_well()
     finally:
         schedules.remove(name)
 
