@@ -207,6 +207,30 @@ def test_parquet_pages_that_are_broken_are_data_loss(tmp_path: Path) -> None:
         all_of(ParquetRows(path.open("rb"), frozenset({"x"})), 10_000, most=500)
 
 
+def test_a_row_group_of_texts_is_not_kept_in_memory(tmp_path: Path) -> None:
+    texts = [f"{n:08d}" * 80 for n in range(100_000)]
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"x": texts}), path)
+    grown, error = peak_mib(path, len(texts))
+    assert not error
+    # The texts have 61 MiB; the pages of a piece, and what Python and pyarrow take, some 30.
+    assert grown < 100
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary()])
+def test_pieces_of_short_texts_are_whole(kind: Any, tmp_path: Path) -> None:
+    texts = pa.array([f"text {n}" for n in range(20_000)]).cast(kind)
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"x": texts}), path)
+    rows = ParquetRows(path.open("rb"), frozenset({"x"}))
+    pieces = []
+    while sum(piece.count for piece in pieces) < len(texts):
+        pieces.append(rows.read(len(texts)))
+    rows.close()
+    assert pa.chunked_array([piece.arrow["x"] for piece in pieces]).to_pylist() == texts.to_pylist()
+    assert len(pieces) <= 2 * len(texts) / 512
+
+
 # The most memory that a reader may take for a file of less than 1 MB: the bounds of pages, and what Python takes.
 BOMB_MIB = 400
 

@@ -33,6 +33,8 @@ def row_sizes(array: Any) -> NDArray[np.int64]:
         return _sums(row_sizes(array.values), array.offsets)
     if pa.types.is_struct(kind):
         return sum((row_sizes(array.field(n)) for n in range(kind.num_fields)), np.zeros(count, np.int64))
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        array = array.cast(pa.large_binary())
     try:
         lengths = pc.binary_length(array).fill_null(0)
     except pa.ArrowNotImplementedError:

@@ -60,7 +60,14 @@ class ColumnPages:
     """True when the metadata says that texts are encoded by the prefix that they share with the one before."""
     next_header: int = 0
     dictionary_bytes: int = 0
+    dictionary_limit: int | None = None
+    """Size that `read_dictionary_size` has found; None: it has not been called."""
     page_bytes: int = 0
+
+    @property
+    def has_texts(self) -> bool:
+        """True for texts and bytes outside of lists."""
+        return not self.value_bytes and not self.is_nested
 
     @property
     def open_bytes(self) -> int:
@@ -89,6 +96,17 @@ class GuardedPages(io.RawIOBase):
                 raise OversizedPages(f"column {column.name!r} overlaps another one")
             at = column.end
         self._columns = columns
+
+    def read_dictionary_size(self, column: ColumnPages) -> int:
+        """Return the size of the dictionary of a column, from now on the limit of it; 0 without one.
+
+        Raises:
+            OversizedPages: the column does not begin with the header of a page.
+        """
+        self._file.seek(column.begin)
+        header = page_header(self._file.read(min(_HEADER_BYTES, column.end - column.begin)))
+        column.dictionary_limit = header.unpacked_bytes if header.kind == _DICTIONARY_PAGE else 0
+        return column.dictionary_limit
 
     def begin_piece(self) -> None:
         """Count the values of the next piece from zero."""
@@ -144,6 +162,8 @@ class GuardedPages(io.RawIOBase):
             # No value of a dictionary takes less than a byte.
             if header.values > header.unpacked_bytes:
                 raise OversizedPages(f"the dictionary of column {column.name!r} claims {header.values} values")
+            if column.dictionary_limit is not None and header.unpacked_bytes > column.dictionary_limit:
+                raise OversizedPages(f"the dictionary of column {column.name!r} is not at its beginning")
             column.dictionary_bytes = header.unpacked_bytes
         else:
             column.page_bytes = header.unpacked_bytes

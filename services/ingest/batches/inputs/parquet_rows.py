@@ -1,7 +1,8 @@
 """Reader of Parquet files, page by page, so that a row group may be larger than memory.
 
-A row is reached by reading from the start of its row group; a cached reader continues from its position. Texts stay
-encoded by dictionary until their sizes are known: `parquet_pages` and `arrow_sizes` bound what a file may become.
+A row is reached by reading from the start of its row group; a cached reader continues from its position.
+`parquet_pages` and `arrow_sizes` bound what a file may become: rows whose texts may be long are read few at a time, and
+texts in lists stay encoded by dictionary until their sizes are known.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import pyarrow.parquet as pq
 from services.ingest.batches.inputs.arrow_cells import cells_of
 from services.ingest.batches.inputs.arrow_sizes import row_sizes
 from services.ingest.batches.inputs.parquet_pages import ColumnPages, GuardedPages, OversizedPages
-from services.ingest.batches.inputs.piece import PIECE_BYTES, ROW_BYTES, Piece, null_column, piece_rows
+from services.ingest.batches.inputs.piece import PIECE_BYTES, PIECE_ROWS, ROW_BYTES, Piece, null_column
 from shoal.errors import DataLoss, InvalidArgument
 
 _BUFFER_BYTES = 1 << 20
+# A batch costs some time itself, most of all where pyarrow makes the dictionary of texts in lists again.
+_BATCH_ROWS = 16 << 10
+# Texts of one batch, if each row repeats the longest that its dictionary can have.
+_REPEATED_BYTES = 64 << 20
 _BROKEN = (pa.ArrowException, OSError, ValueError)
 FOOTER_BYTES = 8 << 20
 """Metadata of a file, whose C++ objects may take 100 times as much: some 200 bytes for each column of a row group."""
@@ -94,25 +99,52 @@ class ParquetRows:
             self._guard.guard(pages)
             is_slow = index == self._slow_group or any(each.has_prefixes for each in pages)
             rows = 1 if is_slow else self._batch_rows(index)
-            yield from self._file.iter_batches(
-                rows, row_groups=[index], columns=self._columns or None, use_threads=False
+            # Each text may be the longest one of its column's dictionary.
+            if longest := sum(self._guard.read_dictionary_size(each) for each in pages if each.has_texts):
+                rows = max(1, min(rows, _REPEATED_BYTES // longest))
+            yield from self._joined(
+                self._file.iter_batches(rows, row_groups=[index], columns=self._columns or None, use_threads=False)
             )
 
+    def _joined(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches, small ones together."""
+        parts: list[Any] = []
+        rows = size = 0
+        is_left = True
+        while is_left:
+            self._guard.begin_piece()
+            try:
+                batch = next(batches, None)
+            except _BROKEN:
+                if parts:
+                    yield pa.concat_batches(parts)
+                raise
+            if is_left := batch is not None:
+                parts.append(batch)
+                rows, size = rows + batch.num_rows, size + batch.nbytes
+            if parts and (rows >= _BATCH_ROWS or size >= PIECE_BYTES or not is_left):
+                yield parts[0] if len(parts) == 1 else pa.concat_batches(parts)
+                parts, rows, size = [], 0, 0
+
     def _batch_rows(self, group: int) -> int:
-        """Return the rows of one batch: as many as fit a piece by the numbers of values that the metadata names."""
+        """Return the rows of one batch: as many as have PIECE_BYTES by what the metadata says."""
         metadata = self._metadata.row_group(group)
         size = 0
         for leaf in self._leaves:
             chunk = metadata.column(leaf)
             values = max(chunk.num_values, metadata.num_rows)
             size += max(chunk.total_uncompressed_size, values * _width_of(self._metadata.schema.column(leaf)))
-        return piece_rows(1 << 30, size / max(metadata.num_rows, 1))
+        return max(1, min(_BATCH_ROWS, PIECE_BYTES * metadata.num_rows // max(size, 1)))
 
     def _has_dictionary(self, leaf: int) -> bool:
-        """Return True for texts and bytes, unless they have the encoding that pyarrow cannot read as a dictionary."""
+        """Return True for texts and bytes in lists, of which one row may repeat a long one often.
+
+        pyarrow keeps all texts of a row group that it reads as dictionaries. It cannot read prefixes so.
+        """
         groups = range(self._metadata.num_row_groups)
-        is_text = self._metadata.schema.column(leaf).physical_type == "BYTE_ARRAY"
-        return is_text and not any(self._pages_of(group, leaf).has_prefixes for group in groups)
+        schema = self._metadata.schema.column(leaf)
+        is_listed = schema.physical_type == "BYTE_ARRAY" and schema.max_repetition_level > 0
+        return is_listed and not any(self._pages_of(group, leaf).has_prefixes for group in groups)
 
     def _pages_of(self, group: int, leaf: int) -> ColumnPages:
         chunk, schema = self._metadata.row_group(group).column(leaf), self._metadata.schema.column(leaf)
@@ -127,7 +159,6 @@ class ParquetRows:
         """Return the next rows that fit a piece, at least one and at most `limit`, and their size."""
         try:
             while self._left is None or not self._left.num_rows:
-                self._guard.begin_piece()
                 self._left = next(self._batches)
                 self._sizes = sum(map(row_sizes, self._left.columns), np.zeros(self._left.num_rows, np.int64))
         except StopIteration:
@@ -141,7 +172,8 @@ class ParquetRows:
             return self._take(limit)
         except _BROKEN as err:
             raise DataLoss(f"broken near row {self._row}: {str(err)[:300]}") from err
-        count = max(1, int(np.searchsorted(np.cumsum(self._sizes[:limit]), PIECE_BYTES, side="right")))
+        sizes = self._sizes[: min(limit, PIECE_ROWS)]
+        count = max(1, int(np.searchsorted(np.cumsum(sizes), PIECE_BYTES, side="right")))
         taken, self._left = self._left.slice(0, count), self._left.slice(count)
         size, self._sizes = int(self._sizes[:count].sum()), self._sizes[count:]
         self._row += count
