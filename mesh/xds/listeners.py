@@ -55,7 +55,7 @@ from mesh.xds.routes import (
     path_of,
 )
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.caller_header import CALLER_HEADER, JOB_RETRY_HEADER, SERVICE
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
@@ -285,12 +285,13 @@ def _connection_manager(
 def _mutation(name: str) -> dict[str, Any]:
     """Return the changes to the headers of each request, before Envoy selects its route.
 
-    Clients must not set the model, the sequence or the caller of a call. Services of the mesh may set the model. All
-    processes that can connect to the outbound socket are services of this node.
+    Clients must not set the model, the sequence or the caller of a call, nor say that it is a job's retry, which infer
+    checks against its crash journals. Services of the mesh may set the model and the retry. All processes that can
+    connect to the outbound socket are services of this node.
     """
     mutations: list[dict[str, Any]] = [{"remove": SEQUENCE_HEADER}]
     if name == GATEWAY:
-        mutations += [{"remove": MODEL_HEADER}, {"remove": CALLER_HEADER}]
+        mutations += [{"remove": header} for header in (MODEL_HEADER, CALLER_HEADER, JOB_RETRY_HEADER)]
     else:
         caller = {"header": {"key": CALLER_HEADER, "value": SERVICE.decode()}}
         mutations.append({"append": {**caller, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}})

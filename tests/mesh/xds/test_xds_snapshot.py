@@ -10,6 +10,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.config.listener.v3 import Listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext
 
 from mesh.cluster.membership import Instance, ReadyModel, State
@@ -229,6 +230,17 @@ def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
         internal = manager.internal_address_config
         assert internal.unix_sockets is (name == "outbound")
         assert [each.address_prefix for each in internal.cidr_ranges] == ["0.0.0.0"]
+
+
+def test_clients_cannot_set_the_headers_that_only_services_set():
+    found = {}
+    for name in ("gateway", "outbound"):
+        message = Listener.parse(made().of(LISTENER)[name].packed.value)
+        manager = HttpConnectionManager.parse(message.filter_chains[0].filters[0].typed_config.value)
+        extensions = [HeaderMutation.parse(e.typed_config.value) for e in manager.early_header_mutation_extensions]
+        found[name] = {each.remove for extension in extensions for each in extension.mutations if each.remove}
+    assert found["gateway"] >= {"x-shoal-model", "x-shoal-caller", "x-shoal-job-retry", "x-shoal-sequence"}
+    assert "x-shoal-job-retry" not in found["outbound"]
 
 
 def test_frames_of_one_client_cannot_close_the_connection_to_an_instance():
