@@ -16,13 +16,14 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, connect, ensure_collection
 from mesh.mongo_lease import LeaderLease
 from services.ingest.intake.intake import Accepted
+from services.ingest.job import Job
 from services.ingest.schedules import firing
 from services.ingest.schedules.documents import INDEXES, RETIRED_INDEXES, SCHEDULES, VALIDATOR, document_of, id_of
 from services.ingest.schedules.firing import Firing
 from services.ingest.schedules.schedule import Misfire, Schedule
 from services.ingest.schedules.schedule_repository import ScheduleRepository
 from services.ingest.schedules.turns import turns
-from shoal.errors import ResourceExhausted
+from shoal.errors import AlreadyExists, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.making import START, TestClock, job
 
@@ -103,6 +104,30 @@ async def test_the_job_of_a_time_runs_for_the_caller_that_stored_the_schedule(
     await put(schedules, schedule("acme", caller=b"claims"))
     await rounds.firing.fire_due()
     assert rounds.callers == [b"claims"]
+
+
+async def test_a_time_that_has_a_job_keeps_it_and_the_next_time_gets_a_new_one(
+    schedules: Collection, clock: TestClock
+) -> None:
+    rounds, kept, new = Rounds(schedules, clock), job(), job()
+
+    async def submit(request: pb.SubmitRequest, caller: bytes) -> Accepted:
+        if request.idempotency_key == one.key_of(START):
+            raise AlreadyExists("the key has another request")
+        return Accepted(new, False)
+
+    async def find(tenant: str, key: str) -> Job | None:
+        return kept if (tenant, key) == ("acme", one.key_of(START)) else None
+
+    rounds.firing._submit, rounds.firing._find = submit, find
+    one = schedule("acme")
+    await put(schedules, one)
+    last = []
+    for seconds in (0.1, 1.0):
+        clock.advance(seconds=seconds)
+        await rounds.firing.fire_due()
+        last.append((await schedules.find_one({}) or {})["last_job"])
+    assert last == [kept.id, new.id]
 
 
 async def test_the_next_round_is_when_a_schedule_is_due(schedules: Collection, clock: TestClock) -> None:
