@@ -29,7 +29,7 @@ from services.ingest.batches.inputs.locations import Entry, InputLocations, is_w
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
-from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
+from services.ingest.batches.inputs.piece import ROW_BYTES, Piece, Rows, Span
 from services.ingest.batches.plan import plan
 from services.ingest.batches.readers import ReaderCache, read_pinned, rows_of
 from services.ingest.batches.rows.signature import Signature, TensorSpec
@@ -223,7 +223,7 @@ def test_pieces_of_short_texts_are_whole(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"x": texts}), path)
     rows = ParquetRows(path.open("rb"), frozenset({"x"}))
-    pieces = []
+    pieces: list[Piece] = []
     while sum(piece.count for piece in pieces) < len(texts):
         pieces.append(rows.read(len(texts)))
     rows.close()

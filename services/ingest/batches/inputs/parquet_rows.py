@@ -134,7 +134,7 @@ class ParquetRows:
             chunk = metadata.column(leaf)
             values = max(chunk.num_values, metadata.num_rows)
             size += max(chunk.total_uncompressed_size, values * _width_of(self._metadata.schema.column(leaf)))
-        return max(1, min(_BATCH_ROWS, PIECE_BYTES * metadata.num_rows // max(size, 1)))
+        return max(1, min(_BATCH_ROWS, int(PIECE_BYTES * metadata.num_rows / max(size, 1))))
 
     def _has_dictionary(self, leaf: int) -> bool:
         """Return True for texts and bytes in lists, of which one row may repeat a long one often.
