@@ -28,7 +28,7 @@ class Worker:
 
 
 def run(files: dict[str, int], workers: int, together: list[set[str]] | None = None) -> dict[str, list[str]]:
-    """What each worker runs of `files` (tests by name of file), when all tests take the same time.
+    """Return the tests of each worker, for `files` with so many tests each, when all take the same time.
 
     `together` gets the tests that run at the same time.
     """

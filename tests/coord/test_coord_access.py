@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -377,59 +378,55 @@ async def test_an_author_with_a_token_of_another_issuer_is_not_locked_out(access
     await access.apply(document())
 
 
-async def test_a_key_that_cannot_be_used_keeps_no_other_from_being_fetched(access: Access, tmp_path: Path) -> None:
+@dataclass
+class Fetched:
+    """An issuer whose keys coord fetches, with two signers; the first one's key is fetched."""
+
+    idp: Idp
+    signers: list[Signer]
+    access: Access
+
+    async def has(self, *expected: Signer) -> bool:
+        """Return True when the policy has these keys of the issuer, in this order."""
+        issuer = (await self.access.policy()).issuer_of(self.idp.url)
+        found = [] if issuer is None else [key["kid"] for key in (issuer.jwks or {})["keys"]]
+        return found == [signer.kid for signer in expected]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fetched(access: Access, tmp_path: Path) -> AsyncIterator[Fetched]:
     signers = [tokens.create_signer(tmp_path / name) for name in ("a", "b")]
-    idp = Idp()
+    made = Fetched(Idp(), signers, access)
     try:
-        idp.discoverable(signers[0])
-        foreign = f"{{issuer: '{idp.url}', audiences: [a], tenant: acme, role: user, discovery: true}}"
+        made.idp.discoverable(signers[0])
+        foreign = f"{{issuer: '{made.idp.url}', audiences: [a], tenant: acme, role: user, discovery: true}}"
         await access.apply(document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]"))
-
-        async def kids() -> list[str]:
-            issuer = (await access.policy()).issuer_of(idp.url)
-            return [] if issuer is None else [key["kid"] for key in (issuer.jwks or {})["keys"]]
-
-        async def has(*expected: Signer) -> bool:
-            return await kids() == [signer.kid for signer in expected]
-
-        await until(lambda: has(signers[0]), "the keys are fetched")
-        broken = {**signers[1].public_jwk(), "kid": "broken", "x": "AAAA"}
-        keys = {"keys": [broken, *(signer.public_jwk() for signer in signers)]}
-        idp.answers["/keys"] = json.dumps(keys).encode()
-        await until(lambda: has(*signers), "the usable keys are fetched")
-        shown = await access.stub.GetPolicy(pb.GetPolicyRequest(), metadata=access.admin)
-        (skipped,) = json.loads(shown.in_force)["issuers"][-1]["jwks"]["skipped"]
-        assert "the key 'broken' is no key" in skipped
+        await until(lambda: made.has(signers[0]), "the keys are fetched")
+        yield made
     finally:
-        idp.close()
+        made.idp.close()
         await access.apply(document())
 
 
-async def test_an_issuers_keys_are_fetched_again_and_stay_in_its_outage(access: Access, tmp_path: Path) -> None:
-    signers = [tokens.create_signer(tmp_path / name) for name in ("a", "b")]
-    idp = Idp()
-    try:
-        idp.discoverable(signers[0])
-        foreign = f"{{issuer: '{idp.url}', audiences: [a], tenant: acme, role: user, discovery: true}}"
-        await access.apply(document().replace(f"[{OWN}]", f"[{OWN}, {foreign}]"))
+async def test_a_key_that_cannot_be_used_keeps_no_other_from_being_fetched(access: Access, fetched: Fetched) -> None:
+    signers = fetched.signers
+    broken = {**signers[1].public_jwk(), "kid": "broken", "x": "AAAA"}
+    keys = {"keys": [broken, *(signer.public_jwk() for signer in signers)]}
+    fetched.idp.answers["/keys"] = json.dumps(keys).encode()
+    await until(lambda: fetched.has(*signers), "the usable keys are fetched")
+    shown = await access.stub.GetPolicy(pb.GetPolicyRequest(), metadata=access.admin)
+    (skipped,) = json.loads(shown.in_force)["issuers"][-1]["jwks"]["skipped"]
+    assert "the key 'broken' is no key" in skipped
 
-        async def kids() -> list[str]:
-            issuer = (await access.policy()).issuer_of(idp.url)
-            return [] if issuer is None else [key["kid"] for key in (issuer.jwks or {})["keys"]]
 
-        async def has(*expected: Signer) -> bool:
-            return await kids() == [signer.kid for signer in expected]
-
-        await until(lambda: has(signers[0]), "the keys are fetched")
-        idp.discoverable(*reversed(signers))
-        await until(lambda: has(signers[1], signers[0]), "the rolled keys are fetched")
-        idp.answers.clear()
-        asked = len(idp.asked)
-        await until(lambda: len(idp.asked) > asked, "the keys are asked for in the outage")
-        assert await has(signers[1], signers[0])
-    finally:
-        idp.close()
-        await access.apply(document())
+async def test_an_issuers_keys_are_fetched_again_and_stay_in_its_outage(fetched: Fetched) -> None:
+    idp, (first, second) = fetched.idp, fetched.signers
+    idp.discoverable(second, first)
+    await until(lambda: fetched.has(second, first), "the rolled keys are fetched")
+    idp.answers.clear()
+    asked = len(idp.asked)
+    await until(lambda: len(idp.asked) > asked, "the keys are asked for in the outage")
+    assert await fetched.has(second, first)
 
 
 async def test_only_admins_and_for_keys_the_launcher_may_call(access: Access) -> None:
