@@ -45,7 +45,7 @@ def test_callers_are_verified_before_rules_and_rules_before_the_router(tmp_path:
 def test_without_a_policy_nothing_is_added() -> None:
     made = manager(None)
     assert [one["name"] for one in made["http_filters"]] == [*WEB, "envoy.filters.http.router"]
-    assert "early_header_mutation_extensions" not in made
+    assert [one["name"] for one in made["early_header_mutation_extensions"]] == ["connection"]
     assert "rds" not in made
 
 

@@ -96,7 +96,7 @@ class Client:
         self.head = SimpleNamespace(by_name=headers, path="/call")
         self.responses: list[bytes | BaseException] = []
         self.is_cancelled = self.is_expired = False
-        self.held, self.share = 0, number % 3
+        self.held, self.sender = 0, number % 3
 
     def hold(self, size: int) -> bool:
         return True
