@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import Generic, TypeVar
+
+log = logging.getLogger(__name__)
 
 # Time for starts in one iteration of the event loop. One call may take longer.
 _ITERATION_S = 0.0025
@@ -85,7 +88,7 @@ class Starts:
         return senders is not None and senders.get(sender) is not None
 
     def add(self, tenant: bytes, sender: bytes, start: Callable[[], None]) -> None:
-        """Let a call wait. `start` does nothing when the call has ended meanwhile, and raises nothing."""
+        """Let a call wait. `start` does nothing when the call has ended meanwhile."""
         senders = self._tenants.get(tenant)
         if senders is None:
             senders = Shares()
@@ -109,8 +112,11 @@ class Starts:
         while tenants and began < end:
             senders = tenants.next()
             waiting = senders.next()
-            start = waiting.popleft()
-            start()
+            try:
+                waiting.popleft()()
+            # A fault of one call must not keep all others from starting.
+            except Exception:
+                log.exception("a fault while starting a call")
             now = self.clock()
             senders.used(now - began, is_empty=not waiting)
             tenants.used(now - began, is_empty=not senders)

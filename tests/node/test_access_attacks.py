@@ -1085,7 +1085,7 @@ def test_a_revoked_key_is_refused_everywhere_when_revoke_returns_and_its_streams
         }
         next(streams["infer"])
         assert all(stream.is_active() for stream in streams.values())
-        client.access.revoke_key(made.info.id)
+        client.access.revoke_key(made.info.id, timeout=4 * PATIENCE_S)
         assert [outcome(channel, OPEN, bearer)[:17] for _ in range(50)] == ["PERMISSION_DENIED"] * 50
         for name, stream in streams.items():
             with pytest.raises(grpc.RpcError) as caught:
@@ -1153,7 +1153,7 @@ def test_the_policy_in_force_is_explained_for_a_key_its_id_and_a_foreign_token(n
         assert (code, "no-secrets" in said) == (1, True)
         code, said = explained("--token", node_world.key("globex").text, SECRET)
         assert (code, said.startswith("allowed")) == (0, True)
-        client.access.revoke_key(made.info.id)
+        client.access.revoke_key(made.info.id, timeout=4 * PATIENCE_S)
     code, said = explained("--key", made.key, OPEN)
     assert (code, f"{made.info.id} is revoked" in said) == (1, True)
     code, said = explained("--key", "k-unknown", OPEN)

@@ -160,3 +160,14 @@ async def test_a_cancelled_or_lost_call_does_not_start_and_returns_its_memory(si
     assert envoy.begun[3:] == ["late-0"]
     assert envoy.memory.bodies.held == 0
     assert not envoy.memory.starts.has(b"a", b"1")
+
+
+async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
+    begun: list[str] = []
+    starts = Starts()
+    starts.add(b"a", b"1", lambda: 1 // 0)
+    starts.add(b"a", b"1", lambda: begun.append("own"))
+    starts.add(b"b", b"2", lambda: begun.append("other"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert sorted(begun) == ["other", "own"]
