@@ -115,11 +115,13 @@ class Endless:
 def test_a_request_that_is_cancelled_before_it_starts_ends() -> None:
     one, other = socket.socketpair()
     server, channel = Channel(one), Channel(other)
-    worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), Endless()), daemon=True)
+    model = Endless()
+    worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), model), daemon=True)
     worker.start()
     x = [part("x", "FP32", [np.ones(3, np.float32)])]
     for number in (1, 2):
         server.send({"op": "start", "id": number, "outputs": ["x"], "rows": [], "credit": 1}, x)
+    wait_until(lambda: model.started == 1)
     # The first request waits for its own cancellation: then that of the second has been read, too.
     for number in (2, 1):
         server.send({"op": "cancel", "id": number})
