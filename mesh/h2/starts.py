@@ -29,7 +29,7 @@ _ITERATION_S = 0.0025
 T = TypeVar("T")
 
 
-class Shares(Generic[T]):
+class LeastUsed(Generic[T]):
     """Queues by name, none of them empty: the one that has used the least time is next."""
 
     __slots__ = ("_by_name", "_heap", "_numbers", "_used")
@@ -79,7 +79,7 @@ class Starts:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self._tenants: Shares[Shares[Waiting]] = Shares()
+        self._tenants: LeastUsed[LeastUsed[Waiting]] = LeastUsed()
         self._is_scheduled = False
 
     def has(self, tenant: bytes, sender: bytes) -> bool:
@@ -91,7 +91,7 @@ class Starts:
         """Let a call wait. `start` does nothing when the call has ended meanwhile."""
         senders = self._tenants.get(tenant)
         if senders is None:
-            senders = Shares()
+            senders = LeastUsed()
             self._tenants.add(tenant, senders)
         waiting = senders.get(sender)
         if waiting is None:

@@ -6,13 +6,13 @@ The copy holds no secret, and no key is needed to read it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from mesh.process.files import write_atomically
 from services.coord.policies import Applied
 from shoal.errors import FailedPrecondition
 
@@ -60,16 +60,5 @@ class PolicyCopy:
 
     def write(self, saved: Saved) -> None:
         """Replace the copy as a whole, durably. Raises OSError."""
-        text = json.dumps({"applied": asdict(saved.applied), "revoked": dict(saved.revoked)})
-        # Each coord of a node writes the copy.
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            with os.fdopen(
-                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w"
-            ) as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        document = {"applied": asdict(saved.applied), "revoked": dict(saved.revoked)}
+        write_atomically(self.path, json.dumps(document), is_private=True)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from mesh.process.files import write_atomically
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from shoal.node.folder import locked, write_atomically
+from shoal.node.folder import locked
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 

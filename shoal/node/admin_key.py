@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mesh.process.files import write_atomically
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.access.policy import is_name
 from shoal.access.rpc_groups import CREATE_KEY, LIST_KEYS
 from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable, from_status
-from shoal.node.folder import write_atomically
 from shoal.node.probes import channel_to
 
 FILE = "admin.key"

@@ -9,8 +9,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from mesh import keyring
+from mesh.process.files import write_atomically
 from shoal.errors import InvalidArgument
-from shoal.node.folder import write_atomically
 
 FILE_VARIABLE = "SHOAL_MASTER_KEY_FILE"
 VARIABLE = "SHOAL_MASTER_KEY"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mesh.metrics.endpoint import Endpoint
+from mesh.process.files import write_atomically
 from mesh.process.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import admin, folder, gateway, plan, probes, versions
@@ -116,7 +117,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         served = _certificate(options, layout)
         layout = replace(layout, sds=None if served is None else served.sds)
         groups = plan.groups(options, layout, environ, os.getpid())
-        folder.write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout, environ))
+        write_atomically(plan.envoy_file(options), plan.envoy_bootstrap(options, layout, environ))
         stack.enter_context(signals.caught())
         if options.etcd is not None:
             await check_unique(options.etcd, options.name)
@@ -213,7 +214,7 @@ class _Running:
         """Write the file by which Prometheus finds the node (`file_sd_configs`)."""
         try:
             document = admin.file_sd(self.layout.admin, self.options.name)
-            folder.write_atomically(self.options.data_dir / admin.FILE_SD, document)
+            write_atomically(self.options.data_dir / admin.FILE_SD, document)
         except OSError as err:
             self.screen.trouble(f"{admin.FILE_SD} cannot be written: {err.strerror}")
 

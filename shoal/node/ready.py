@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mesh.process.files import write_atomically
 from shoal.errors import InvalidArgument
-from shoal.node.folder import write_atomically
 
 if TYPE_CHECKING:
     from shoal.node.tls.served import Trust

@@ -12,8 +12,7 @@ from collections.abc import Callable
 # A longer line is split: a model may write output without line breaks.
 _LINE_BYTES = 8192
 
-# Lines that may come at once, and lines a second afterwards. A line costs 30 us of the interpreter's lock. A model that
-# printed without end gave calls of other models a median of 29 ms.
+# Lines that may come at once, and lines a second afterwards: each takes the interpreter's lock.
 BURST, RATE = 1_000, 100
 
 # Interval at which dropped lines are reported while more come.

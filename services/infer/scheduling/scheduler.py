@@ -426,10 +426,7 @@ class Scheduler:
         if seconds > _STALL_S:
             self._loop_cost.add_stall(seconds, now)
         self._idle.append(worker)
-        if batch.reserved:
-            _release_outputs(batch)
-        if self._outputs.is_learning:
-            self._learn_outputs(batch, outcomes)
+        self._outputs_exist(batch, outcomes)
         if self._queue:
             self._was_busy = True
             # Not now: requests that arrived during the run should join the batch.
@@ -454,10 +451,7 @@ class Scheduler:
             return
         if not self._is_ended:
             self._idle.append(worker)
-        if batch.reserved:
-            _release_outputs(batch)
-        if self._outputs.is_learning:
-            self._learn_outputs(batch, outcomes)
+        self._outputs_exist(batch, outcomes)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True
@@ -541,11 +535,15 @@ class Scheduler:
             return []
         return concluded
 
-    def _learn_outputs(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
-        for queued, outcome in zip(batch.requests, outcomes, strict=True):
-            if isinstance(outcome, InferenceResult):
-                self._outputs.add(queued.request.key, queued.rows, outcome.outputs)
-                return
+    def _outputs_exist(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """Release what was reserved for outputs, which count as what they are now, and learn from one of them."""
+        if batch.reserved:
+            _release_outputs(batch)
+        if self._outputs.is_learning:
+            for queued, outcome in zip(batch.requests, outcomes, strict=True):
+                if isinstance(outcome, InferenceResult):
+                    self._outputs.add(queued.request.key, queued.rows, outcome.outputs)
+                    return
 
     def _release(self) -> None:
         """Pass on the outcomes that are next in order of arrival."""
@@ -642,6 +640,6 @@ class Scheduler:
 
 
 def _release_outputs(batch: Batch) -> None:
-    """Release what was reserved for outputs: from now on they count as what they are."""
+    """Release what the requests of a batch have reserved for their outputs."""
     for queued, size in zip(batch.requests, batch.reserved, strict=True):
         queued.request.memory.release(size)

@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mesh.process.files import write_atomically
 from shoal.errors import InvalidArgument
-from shoal.node.folder import locked, write_atomically
+from shoal.node.folder import locked
 from shoal.node.tls.pair import Pair, checked, fingerprint, read_key
 
 FOLDER, CERTIFICATE, KEY = "ca", "ca.pem", "ca.key"

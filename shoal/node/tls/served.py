@@ -18,9 +18,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+from mesh.process.files import write_atomically
 from mesh.xds.tls import SECRET
 from shoal.errors import InvalidArgument
-from shoal.node.folder import write_atomically
 from shoal.node.tls import own_ca
 from shoal.node.tls.own_ca import OwnCa
 from shoal.node.tls.pair import Pair, read_pair
