@@ -74,7 +74,7 @@ _CAUSES = (
         f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call "
         "(`shoal policy explain`)",
     ),
-    Cause(404, "route_not_found", "there is no such call: see the path and the method"),
+    Cause(404, "route_not_found", "there is no such call: check the path and the method"),
     Cause(400, "missing_host_header", "the header 'host' is missing"),
     Cause(400, "http1.", f"malformed request: {_SAID} (%RESPONSE_CODE_DETAILS%)"),
     Cause(408, "", f"{_SAID}: the request was not whole in time: send it faster"),
@@ -83,13 +83,11 @@ _CAUSES = (
 )
 
 
-def local_replies(json_call: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the configuration of a gateway's local replies. `json_call`: condition of a JSON call; None: has none."""
-    return {"mappers": mappers(json_call)}
-
-
 def mappers(json_call: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Return the mappers of a gateway, as `local_replies` has them."""
+    """Return the mappers of a gateway's local replies.
+
+    `json_call` is the condition by which a request is a JSON call; None: the gateway takes no JSON calls.
+    """
     found = []
     for cause in _CAUSES:
         if json_call is not None:

@@ -187,7 +187,7 @@ def _connection_manager(listen: str, is_sticky: bool, policy_folder: Path | None
         # Without a range, Envoy treats private addresses as internal. No caller has this address.
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
-        "local_reply_config": refusals.local_replies(),
+        "local_reply_config": {"mappers": refusals.mappers()},
         "http_filters": [
             *web.filters(),
             *access.get("http_filters", ()),
