@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-from opentelemetry.trace import Link, Span, SpanKind
-from opentelemetry.util._decorator import _agnosticcontextmanager
+from opentelemetry.trace import Span
 
 KEPT = 2_000
 """Spans of a process: about 2 MiB."""
@@ -108,32 +108,10 @@ class _OnRequestTracer(trace.Tracer):
         self._sdk = sdk
         self._kept = kept
 
-    def start_span(
-        self,
-        name: str,
-        context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] | None = None,
-        links: Sequence[Link] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Span:
+    def start_span(self, name: str, context: Context | None = None, *args: Any, **kwargs: Any) -> Span:
         parent = trace.get_current_span(context).get_span_context()
         is_kept = parent.is_valid and parent.trace_flags.sampled and (not parent.is_remote or self._kept.admits())
-        tracer = self._sdk if is_kept else _NONE
-        return tracer.start_span(name, context, kind, attributes, links, *args, **kwargs)
+        return (self._sdk if is_kept else _NONE).start_span(name, context, *args, **kwargs)
 
-    # The decorator of the base class's method.
-    @_agnosticcontextmanager
-    def start_as_current_span(
-        self,
-        name: str,
-        context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Any] | None = None,
-        links: Sequence[Link] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Iterator[Span]:
-        with trace.use_span(self.start_span(name, context, kind, attributes, links), end_on_exit=True) as span:
-            yield span
+    # The SDK's method calls `start_span`.
+    start_as_current_span = SdkTracer.start_as_current_span

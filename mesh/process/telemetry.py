@@ -111,7 +111,7 @@ class _Provider(TracerProvider):
             for processor in processors:
                 processor.on_end(span)
 
-        self.exporting = Exporting(export if kept is not None else processors[0].on_end, resource, sampling)
+        self.exporting = Exporting(export, resource, sampling)
 
 
 def exporting() -> Exporting | None:
