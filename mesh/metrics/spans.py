@@ -10,6 +10,7 @@ from mesh.metrics.endpoint import Request, Response, text
 from mesh.process.kept_spans import KeptSpans
 
 PAGE = "/spans"
+BAD_QUERY = text(400, "expected ?trace=ID (8 to 32 hexadecimal digits) or ?job=ID")
 _TRACE = re.compile(r"[0-9a-f]{8,32}")
 _JOB = re.compile(r"[0-9A-Za-z]{1,64}")
 
@@ -33,7 +34,7 @@ class SpansPage:
     async def __call__(self, request: Request) -> Response:
         wanted = asked(request.query)
         if wanted is None:
-            return text(400, "expected ?trace=ID (8 to 32 hexadecimal digits) or ?job=ID")
+            return BAD_QUERY
         name, id = wanted
         found = self._kept.of_trace(id) if name == "trace" else self._kept.of_job(id)
         return Response(200, "application/json", json.dumps(found).encode())

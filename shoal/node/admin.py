@@ -201,13 +201,11 @@ async def _page(one: Scraped) -> bytes | None:
 
 async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
     """Return the kept spans that a query asks for, of all processes, and the names of processes without an answer."""
-    wanted = spans_page.asked(query)
-    if wanted is None:
-        return text(400, "expected ?trace=ID (8 to 32 hexadecimal digits) or ?job=ID")
-    name, id = wanted
+    if spans_page.asked(query) is None:
+        return spans_page.BAD_QUERY
     # Envoy's page is that of its statistics.
     services = [one for one in processes if one.socket is not None and one.target == "/metrics"]
-    target = f"{spans_page.PAGE}?{name}={id}"
+    target = f"{spans_page.PAGE}?{query}"
     found = await asyncio.gather(*(_page(replace(one, target=target)) for one in services))
     document = {
         "spans": [span for body in found if body is not None for span in json.loads(body)],
