@@ -124,7 +124,7 @@ def fetched_keys(issuer: Issuer, fetch: Callable[[str], Any] = fetch_json) -> di
     if not isinstance(keys, list):
         raise Unavailable(f"{url} has no key set")
     signing = [_named(key) for key in keys if isinstance(key, dict) and key.get("use", "sig") == "sig"]
-    usable, skipped = usable_keys(signing, url)
+    usable, skipped = usable_keys(signing)
     if not usable:
         raise InvalidArgument(
             f"{url} has no key that can be used{': ' if skipped else ''}{'; '.join(skipped[:_REASONS])}"

@@ -496,31 +496,23 @@ def _with_keys(issuer: Issuer, read: Callable[[Path], str], source: str) -> Issu
     return issuer.model_copy(update={"jwks": jwks, "jwks_file": None})
 
 
-def check_key_set(jwks: object, source: str) -> None:
-    """Raise InvalidArgument when `jwks` is no set of public keys that a gateway can use."""
-    try:
-        check_jwks(jwks)
-    except ValueError as err:
-        raise InvalidArgument(f"{source}: {err}") from err
-    assert isinstance(jwks, dict)
-    _check_numbers(jwks, source)
-
-
-def usable_keys(keys: Sequence[object], source: str) -> tuple[list[Any], list[str]]:
+def usable_keys(keys: Sequence[object]) -> tuple[list[Any], list[str]]:
     """Return the keys that a gateway can use, at most KEYS, and for each other one the reason why it is left out."""
     usable: dict[str, Any] = {}
     skipped = []
     for at, key in enumerate(keys):
         try:
-            check_key_set({"keys": [key]}, source)
+            check_jwks({"keys": [key]})
             assert isinstance(key, dict)
+            _check_numbers({"keys": [key]}, "keys[0]")
             if key["kid"] in usable:
-                raise InvalidArgument(f"{source}: keys[0] ({key['kid']!r}): an earlier key has the same 'kid'")
+                raise ValueError(f"keys[0] ({key['kid']!r}): an earlier key has the same 'kid'")
             if len(usable) == KEYS:
-                raise InvalidArgument(f"{source}: keys[0] ({key['kid']!r}): {KEYS} keys of an issuer are used")
+                raise ValueError(f"keys[0] ({key['kid']!r}): {KEYS} keys of an issuer are used")
             usable[key["kid"]] = key
-        except InvalidArgument as err:
-            skipped.append(err.message.removeprefix(f"{source}: ").replace("keys[0]", f"keys[{at}]", 1)[:200])
+        except (ValueError, InvalidArgument) as err:
+            # Each key was checked as the only one of a set.
+            skipped.append(str(err).replace("keys[0]", f"keys[{at}]", 1)[:200])
     return [*usable.values()], skipped
 
 
