@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 from http.client import HTTPException
+from typing import TYPE_CHECKING
 
 from shoal.errors import Unavailable
+
+if TYPE_CHECKING:
+    from shoal.cli.diagnosis.rates import Page
 
 PAGE_BYTES = 64 << 20
 """Bytes of a page that are read."""
 
 
-def read(admin: str, target: str, *, timeout_s: float, most: int = PAGE_BYTES) -> str:
-    """Return the first `most` bytes of a page at the admin address `host:port`.
+def read(admin: str, target: str, *, timeout_s: float) -> str:
+    """Return the first PAGE_BYTES of a page at the admin address `host:port`.
 
     Raises:
         Unavailable: the node does not answer in time, or not with this page.
@@ -21,9 +26,24 @@ def read(admin: str, target: str, *, timeout_s: float, most: int = PAGE_BYTES) -
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{admin}{target}", timeout=timeout_s) as response:
-            text: str = response.read(most).decode(errors="replace")
+            text: str = response.read(PAGE_BYTES).decode(errors="replace")
             return text
     except (OSError, ValueError, HTTPException) as err:
         raise Unavailable(
             f"the admin address {admin} of the node does not answer {target.partition('?')[0]}: {err}"
         ) from err
+
+
+def metrics(admin: str, *, timeout_s: float) -> Page:
+    """Return the page of metrics at the admin address, with the time at which it was read.
+
+    Raises:
+        Unavailable: as `read`, or the page has no metrics.
+    """
+    from shoal.cli.diagnosis.rates import parse
+
+    text = read(admin, "/metrics", timeout_s=timeout_s)
+    try:
+        return parse(text, time.monotonic())
+    except ValueError as err:
+        raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err

@@ -7,6 +7,9 @@ import os
 from shoal.discovery import RunningNode, find_gateway, find_node, node_of
 from shoal.errors import InvalidArgument
 
+ADMIN_OF_SERVE = "For `shoal serve --metrics-port N` add --admin 127.0.0.1:N."
+"""What else to do, for commands with --admin."""
+
 
 def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
     """Return the node that the command's gateway, or the context in use, names; else the one on this machine.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import admin_page, endpoints
-from shoal.cli.here import node_here
+from shoal.cli.here import ADMIN_OF_SERVE, node_here
 from shoal.cli.output import AsJson, Gateway, console, plain, show_json
 from shoal.errors import InvalidArgument, Unavailable
 
@@ -70,8 +70,7 @@ def top(
         raise InvalidArgument(f"--by {by!r}: expected {', '.join(_VIEWS)}")
     if sort not in SORTS:
         raise InvalidArgument(f"--sort {sort!r}: expected {', '.join(SORTS)}")
-    elsewhere = "For `shoal serve --metrics-port N` add --admin 127.0.0.1:N."
-    address = admin or node_here(gateway, "metrics", elsewhere).admin
+    address = admin or node_here(gateway, "metrics", ADMIN_OF_SERVE).admin
     state = _State(address, by, sort)
     if once or json or not sys.stdout.isatty():
         state.read()
@@ -116,13 +115,7 @@ class _State:
                 self._past[key].append(row.rate)
 
     def _fetch(self) -> Page:
-        from shoal.cli.diagnosis.rates import parse
-
-        text = admin_page.read(self.admin, "/metrics", timeout_s=_READ_S)
-        try:
-            page = parse(text, time.monotonic())
-        except ValueError as err:
-            raise Unavailable(f"the node's admin address {self.admin} has no metrics: {err}") from err
+        page = admin_page.metrics(self.admin, timeout_s=_READ_S)
         # `shoal serve` has no page of its Envoy.
         with contextlib.suppress(Unavailable):
             page.endpoints = endpoints.by_instance(endpoints.fetch(self.admin))
@@ -209,7 +202,7 @@ _COLUMNS: dict[str, tuple[tuple[str, Callable[[Row], str]], ...]] = {
         ("p50 ms", lambda row: _number(row.p50_ms)),
         ("p99 ms", lambda row: _number(row.p99_ms)),
         ("wait p50", lambda row: _number(row.queue_p50_ms)),
-        ("p99", lambda row: _number(row.queue_p99_ms)),
+        ("wait p99", lambda row: _number(row.queue_p99_ms)),
         ("queue", lambda row: _number(row.queue, 0)),
     ),
     "tenant": (

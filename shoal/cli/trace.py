@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import admin_page
-from shoal.cli.here import node_here
+from shoal.cli.here import ADMIN_OF_SERVE, node_here
 from shoal.cli.output import Gateway, console, printable
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-ELSEWHERE = "For `shoal serve --metrics-port N` add --admin 127.0.0.1:N."
 _READ_S = 10.0
 _TRACE = re.compile(r"[0-9a-fA-F]{8,32}")
 _JOB = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")
@@ -50,7 +49,7 @@ def trace(
 
       shoal trace 4bf92f3577b34da6 --admin 127.0.0.1:8002
     """  # fmt: skip
-    address = admin or node_here(gateway, "spans", ELSEWHERE).admin
+    address = admin or node_here(gateway, "spans", ADMIN_OF_SERVE).admin
     if _JOB.fullmatch(id):
         found = _read(address, f"job={id}")
         traces = sorted({span["trace"] for span in found["spans"]})
@@ -93,11 +92,8 @@ def _show(spans: list[dict[str, Any]]) -> None:
     instances = {line.instance for line in lines}
     length = max(line.offset_ms + line.duration_ms for line in lines)
     traces = sorted({span["trace"] for span in spans})
-    head = f"{len(lines)} span{'s'[: len(lines) != 1]} of {len(instances)} process{'es' if len(instances) != 1 else ''}"
-    console().print(
-        Text(f"trace {', '.join(traces)}: {head}, {length:.1f} ms", "bold"),
-        soft_wrap=True,
-    )
+    counts = f"{_counted(len(lines), 'span', 'spans')} of {_counted(len(instances), 'process', 'processes')}"
+    console().print(Text(f"trace {', '.join(traces)}: {counts}, {length:.1f} ms", "bold"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     for justify in ("right", "left", "right", "left", "left"):
         table.add_column(justify=justify, no_wrap=True)
@@ -107,3 +103,7 @@ def _show(spans: list[dict[str, Any]]) -> None:
             f"{line.offset_ms:.1f}", Text(line.bar, "cyan"), f"{line.duration_ms:.1f} ms", line.instance, about
         )
     console().print(table)
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

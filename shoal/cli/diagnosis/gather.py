@@ -21,10 +21,9 @@ from shoal import __version__
 from shoal.cli import admin_page
 from shoal.cli.diagnosis.checks import LOG_WINDOW, fails_often
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
-from shoal.cli.diagnosis.rates import Page, parse
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
-from shoal.errors import ShoalError, Unavailable
+from shoal.errors import ShoalError
 from shoal.node.logs import LogFilter, latest, processes
 from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
@@ -103,7 +102,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         unused_issuer_keys=_tuple(parts.call("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
-        page=None if node is None else parts.read("metrics", lambda: _metrics(node.admin)),
+        page=None if node is None else parts.read("metrics", lambda: admin_page.metrics(node.admin, timeout_s=PAGE_S)),
         local=None if node is None else _local(node.data_dir, node.pids, now, is_running=True),
         unread=parts.unread,
     )
@@ -141,15 +140,6 @@ def _unused_issuer_keys(client: Client) -> list[tuple[str, str]]:
     policy = json.loads(client.access.policy(timeout=READ_S).in_force or "{}")
     issuers = [(issuer["issuer"], issuer.get("jwks") or {}) for issuer in policy.get("issuers", ())]
     return [(name, reason) for name, keys in issuers for reason in keys.get("skipped", ())]
-
-
-def _metrics(admin: str) -> Page:
-    """Return the metrics of the node. Its page waits for the slowest process."""
-    text = admin_page.read(admin, "/metrics", timeout_s=PAGE_S)
-    try:
-        return parse(text, time.monotonic())
-    except ValueError as err:
-        raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err
 
 
 def _certificate(gateway: str) -> CertificateFacts | None:

@@ -19,6 +19,7 @@ from pymongo import MongoClient
 
 import shoal
 from mesh.cluster.etcd import Etcd
+from shoal.cli import admin_page
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.cli.diagnosis.rates import Page
@@ -74,7 +75,7 @@ class Ward:
 
     def page(self) -> Page:
         [node] = running_nodes(self.node.environ)
-        return gather._metrics(node.admin)
+        return admin_page.metrics(node.admin, timeout_s=gather.PAGE_S)
 
     def until_found(self, check: str) -> Finding:
         """Wait until a check finds something, and return the finding."""
