@@ -392,7 +392,8 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "issuer-key-unused",
         replace(HEALTHY, unused_issuer_keys=(("https://idp", "keys[0] ('k'): 'alg' is missing"),)),
         W,
-        "tokens of https://idp that a key signs which cannot be used are refused: keys[0] ('k'): 'alg' is missing",
+        "a key of issuer https://idp cannot be used, and tokens that it signs are refused: keys[0] ('k'): 'alg' is "
+        "missing",
     ),
     ("no-admin", replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True))), W, "every key of an admin ends"),
     ("key-ends", replace(HEALTHY, keys=(key(60), key(5, role="user"))), W, "1 keys end within 14 days"),

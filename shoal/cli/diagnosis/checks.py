@@ -643,7 +643,7 @@ def _policy_not_in_force(facts: Facts) -> Iterator[Finding]:
 @_check("issuer-key-unused")
 def _issuer_key_unused(facts: Facts) -> Iterator[Finding]:
     for issuer, reason in facts.unused_issuer_keys or ():
-        what = f"tokens of {issuer} that a key signs which cannot be used are refused: {reason}"
+        what = f"a key of issuer {issuer} cannot be used, and tokens that it signs are refused: {reason}"
         yield _warning("issuer-key-unused", what, "shoal logs coord")
 
 
