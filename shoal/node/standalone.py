@@ -167,7 +167,10 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
             sources = [Scraped("infer", f"infer-{n}", run_dir / f"metrics-{n}.sock") for n in range(options.workers)]
             pages = [source.socket for source in sources]
             admin_socket = run_dir / ADMIN_SOCKET
-            scraped = lambda: [*sources, *(envoy_process(admin_socket, edge.pid) for edge in edges)]  # noqa: E731
+
+            def scraped() -> list[Scraped]:
+                return [*sources, *(envoy_process(admin_socket, edge.pid) for edge in edges)]
+
             await stack.enter_async_context(endpoint(addresses.metrics, scraped, None))
         specs = [
             _spec(number, listen, options, environ, shared, policy_file, page)
