@@ -179,6 +179,17 @@ def test_a_bundle_is_bounded_and_says_what_it_left_out(tmp_path: Path, monkeypat
     assert "logs/infer-8.log.1: all of it, since the bundle has" in left_out
 
 
+def test_the_cut_of_a_long_page_leaves_no_part_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "PAGE_BYTES", 500_000)
+    secret = "correct-horse-" * 20
+    # Redacted, the page is far shorter than the bound.
+    text = f"{'x' * 200_000}\n" + f"{secret}\n" * 4_000
+    body, is_cut = bundle._begin(text, [secret])
+    assert is_cut
+    assert b"horse" not in body
+    assert bundle._begin("short", [secret]) == (b"short", False)
+
+
 def test_headers_that_envoy_sends_are_left_out_of_its_configuration() -> None:
     document = {
         "grpc_services": [{"initial_metadata": [{"key": "x-vendor", "value": "4711"}]}],

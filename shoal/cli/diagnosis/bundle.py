@@ -14,7 +14,7 @@ import re
 import tarfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,8 @@ PAGE_BYTES = 16 << 20
 BUNDLE_BYTES = 128 << 20
 """Bytes of all files together, before they are compressed."""
 LEFT_OUT = "left_out.txt"
-_MARGIN = 64 << 10
+# No secret is longer: the end of a cut page, where a part of one may be.
+_SECRET_BYTES = 64 << 10
 _READ_S = 10.0
 _PAGES = {
     "metrics.txt": "/metrics",
@@ -82,17 +83,26 @@ def write(
         for name, text, cut in _parts(client, node, facts, data_dir):
             if cut:
                 left_out.append(f"{name}: the first {cut} bytes")
-            if len(text) > PAGE_BYTES:
-                left_out.append(f"{name}: the last {len(text) - PAGE_BYTES} characters")
-            # Cut after the redaction: a part of a secret has not its form.
-            body = redact(text[: PAGE_BYTES + _MARGIN], secrets).encode(errors="replace")[:PAGE_BYTES]
+            body, is_cut = _begin(text, secrets)
             if len(body) > room:
                 left_out.append(f"{name}: all of it, since the bundle has {BUNDLE_BYTES >> 20} MiB at most")
                 continue
+            if is_cut:
+                left_out.append(f"{name}: all after its first {len(body)} bytes")
             room -= len(body)
             add(name, body)
         add(LEFT_OUT, "".join(f"{line}\n" for line in (*_NEVER, *left_out)).encode())
     return names
+
+
+def _begin(text: str, secrets: Sequence[str]) -> tuple[bytes, bool]:
+    """Return the begin of a text, some PAGE_BYTES, without secrets; and True when there is more."""
+    whole = text.encode(errors="replace")
+    body = redact(whole[:PAGE_BYTES].decode(errors="ignore"), secrets).encode()
+    if len(whole) <= PAGE_BYTES:
+        return body, False
+    # The cut may have left a part of a secret, which nothing recognizes.
+    return body[:-_SECRET_BYTES], True
 
 
 _NEVER = (
@@ -121,11 +131,9 @@ def _secrets(node: RunningNode | None, data_dir: Path | None) -> list[str]:
                 found += [*values, *map(unquote, values)]
         if connectors := environ.get("SHOAL_INGEST_CONNECTORS"):
             found += _in_toml(Path(connectors))
-    for name in SECRETS if data_dir is not None else ():
-        try:
-            found.append((data_dir / name).read_text() if data_dir is not None else "")
-        except (OSError, UnicodeDecodeError):
-            continue
+    for path in [data_dir / name for name in SECRETS] if data_dir is not None else ():
+        with contextlib.suppress(OSError, ValueError):
+            found.append(path.read_text())
     return found
 
 
