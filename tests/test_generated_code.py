@@ -1,4 +1,4 @@
-"""The committed stubs are what the .proto files give, and every field of our own contracts is documented."""
+"""Generated files are fresh: stubs, docs/openapi.json, dashboards. Every field of our own contracts is documented."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from tools import dashboards
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = sorted((ROOT / "proto").rglob("*.proto"))
@@ -33,6 +35,12 @@ def test_the_openapi_document_is_fresh_and_whole() -> None:
             assert operation["description"]
             in_path = [each["name"] for each in operation["parameters"] if each["in"] == "path"]
             assert in_path == re.findall(r"{(\w+)}", path)
+
+
+def test_the_files_of_the_dashboards_are_fresh() -> None:
+    done = subprocess.run([sys.executable, "tools/dashboards.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in dashboards.FOLDER.glob("*.json")} == dashboards.DASHBOARDS.keys()
 
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.name)

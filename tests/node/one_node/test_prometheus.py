@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -172,14 +171,6 @@ def test_no_panel_of_a_dashboard_is_empty(prometheus: str, path: Path) -> None:
     for each in expressions:
         text = each.replace(dashboards.RATE, "1m")
         asyncio.run(until(partial(_has_results, prometheus, text), text, 60))
-
-
-def test_the_files_of_the_dashboards_are_fresh() -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/dashboards.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert {path.stem for path in dashboards.FOLDER.glob("*.json")} == dashboards.DASHBOARDS.keys()
 
 
 def _has_results(url: str, text: str) -> bool:
