@@ -33,6 +33,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def shoal(name: str, folder: Path, models: Path, network: Network, *, has_metric
 
 @contextlib.contextmanager
 def scraped(pages: Sequence[str]) -> Iterator[None]:
-    """Read pages of metrics once a second during the block."""
+    """Read pages of metrics once a second during the block. At its end, raise what a read has raised."""
     is_over = threading.Event()
 
     def scrape() -> None:
@@ -187,13 +188,13 @@ def scraped(pages: Sequence[str]) -> Iterator[None]:
                 with urllib.request.urlopen(page, timeout=_READY_S) as response:
                     response.read()
 
-    thread = threading.Thread(target=scrape)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        scraping = pool.submit(scrape)
+        try:
+            yield
+        finally:
+            is_over.set()
+        scraping.result()
 
 
 def triton(command: str, models: Path, network: Network) -> Contender:
