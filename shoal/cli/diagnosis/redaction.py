@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
-REDACTED = "[redacted]"
+from shoal.node import admin
+
+# Pages of the admin address have this text already.
+REDACTED = admin.REDACTED
 # Shorter values would redact ordinary words.
 _SHORTEST = 8
 _WORDS = (
