@@ -1,4 +1,4 @@
-"""Rates, percentiles and gauges by model, tenant or instance, from two pages of a node's metrics. Pure."""
+"""Rates, percentiles and gauges by model, execution, tenant or instance, from two pages of a node's metrics. Pure."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def parse(text: str, at: float) -> Page:
 
 @dataclass(slots=True)
 class Row:
-    """Figures of one model, tenant or instance between two pages."""
+    """Figures of one model, its executions, a tenant or an instance between two pages."""
 
     name: str
     rate: float = 0.0
-    """Requests a second that have ended; for a tenant also."""
+    """Requests a second that have ended; for executions, executions a second."""
     errors: float = 0.0
     """Share of them that failed."""
     p50_ms: float | None = None
@@ -77,6 +77,7 @@ class Row:
     cpu: float | None = None
     """Share of one processor; for an instance."""
     memory_bytes: float | None = None
+    """Resident memory of an instance; for a tenant, what its open requests hold."""
     stalls: float = 0.0
     """Event loop stalls between the pages; for an instance."""
     queue_p50_ms: float | None = None
