@@ -49,13 +49,3 @@ class TestClock:
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)
-
-
-class Seconds:
-    """A monotonic clock that moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now

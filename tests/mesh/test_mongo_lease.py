@@ -12,21 +12,12 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import connect, ensure_collection
 from mesh.mongo_lease import EXPIRED, LEASE_VALIDATOR, LEASES, LeaderLease, fenced
 from tests.breakable import until
+from tests.clocks import Seconds
 
 pytestmark = pytest.mark.mongo
 
 Collection = AsyncCollection[dict[str, Any]]
 TTL_MS = 60_000
-
-
-class Seconds:
-    """Monotonic clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

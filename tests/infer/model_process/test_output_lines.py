@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from services.infer.model_process.output_lines import BURST, RATE, OutputLines
-
-
-class Clock:
-    now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clocks import Seconds
 
 
 def test_lines_are_whole_however_they_arrive():
-    lines = OutputLines(Clock())
+    lines = OutputLines(Seconds())
     assert lines.add(b"one\ntw") == ["one"]
     assert lines.add(b"o\n\n  \nthree") == ["two"]
     assert lines.add(b"") == ["three"]
@@ -21,14 +15,14 @@ def test_lines_are_whole_however_they_arrive():
 
 
 def test_a_line_without_end_is_split():
-    lines = OutputLines(Clock())
+    lines = OutputLines(Seconds())
     found = [text for _ in range(5) for text in lines.add(b"x" * 9_000)] + lines.add(b"")
     assert sum(map(len, found)) == 45_000
     assert max(map(len, found)) <= 8_192
 
 
 def test_lines_beyond_the_budget_are_dropped_and_reported_each_second():
-    clock = Clock()
+    clock = Seconds()
     lines = OutputLines(clock)
     assert len(lines.add(b"x\n" * (BURST + 7))) == BURST
     assert lines.is_over_budget
@@ -42,7 +36,7 @@ def test_lines_beyond_the_budget_are_dropped_and_reported_each_second():
 
 
 def test_the_last_lines_are_reported_at_the_end():
-    lines = OutputLines(Clock())
+    lines = OutputLines(Seconds())
     lines.add(b"x\n" * (BURST + 9))
     assert [text[:17] for text in lines.add(b"")] == ["… dropped 9 lines"]
     assert not lines.is_over_budget

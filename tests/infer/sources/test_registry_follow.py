@@ -14,7 +14,7 @@ from services.infer.sources.registry import Registry
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.ingest.making import Seconds
+from tests.clocks import Seconds
 
 
 class Store:

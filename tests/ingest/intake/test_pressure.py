@@ -7,7 +7,7 @@ import pytest
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.pressure import WritePressure
 from shoal.errors import ResourceExhausted
-from tests.ingest.making import Seconds
+from tests.clocks import Seconds
 
 
 @pytest.fixture

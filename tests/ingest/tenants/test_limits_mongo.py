@@ -21,7 +21,8 @@ from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.tenants.tenant_status import COUNTED_MOST, TenantStatuses
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from tests.breakable import until
-from tests.ingest.making import START, Seconds, job
+from tests.clocks import Seconds
+from tests.ingest.making import START, job
 
 Database = AsyncDatabase[dict[str, Any]]
 NEVER_AGAIN = TenantLimits(rate=0.001, burst=20)

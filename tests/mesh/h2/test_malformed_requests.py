@@ -10,7 +10,7 @@ import pytest
 from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.rpc.framing import framed
-from tests.http2 import Connection
+from tests.http2 import Answer, Connection
 from tests.mesh.h2.test_h2_connection import ECHO, LATER, serving
 from tests.mesh.h2.test_starts import Envoy
 
@@ -28,25 +28,25 @@ MALFORMED: dict[str, Fields] = {
 }
 
 
-def ask_beside(address: str, more: Fields) -> tuple[int | None, bytes]:
-    """Begin a call, make a malformed one, and end the first. Return the reset's reason and the first one's answer."""
+def ask_beside(address: str, more: Fields, path: str = ECHO, body: bytes = b"whole") -> tuple[Answer, Answer]:
+    """Begin a call, make one with the fields `more`, and end the first. Return the answers of the second and first."""
     with Connection(address) as connection:
-        bystander = connection.open(ECHO)
-        malformed = connection.open(ECHO, more=more)
-        reset = connection.answer(malformed).reset
-        connection.send(bystander, framed(b"whole"), end=True)
-        return reset, connection.answer(bystander).messages[0]
+        bystander = connection.open(path)
+        malformed = connection.answer(connection.open(path, more=more))
+        connection.send(bystander, framed(body), end=True)
+        return malformed, connection.answer(bystander)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_a_malformed_request_is_reset_and_the_call_beside_it_goes_on(name: str) -> None:
     async with serving() as (server, later):
-        reset, answer = await asyncio.to_thread(ask_beside, server.address, MALFORMED[name])
-        assert (reset, answer) == (Reason.PROTOCOL_ERROR, b"whole")
+        malformed, bystander = await asyncio.to_thread(ask_beside, server.address, MALFORMED[name])
+        assert (malformed.reset, bystander.messages) == (Reason.PROTOCOL_ERROR, [b"whole"])
         assert not later.calls
 
 
 def ask_with_trailers(address: str, trailers: Fields, flags: int) -> tuple[int | None, bytes]:
+    """Begin two calls, and end one with trailers, the other as usual. Return the first's reset, the second's answer."""
     with Connection(address) as connection:
         bystander, malformed = connection.open(ECHO), connection.open(LATER)
         block = b"".join(b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in trailers)
@@ -75,7 +75,8 @@ async def test_streams_that_are_reset_for_their_trailers_take_tokens_of_the_buck
     monkeypatch.setattr(server_connection, "_RESETS_A_S", 0)
     peer = Envoy(is_shared=False)
     for n in range(40):
-        peer.connection.data_received(peer.call_with_trailers("a", "", f"call-{n}", 0.0, flags=0))
+        # Without END_STREAM, trailers are malformed.
+        peer.connection.data_received(peer.call("a", "", f"call-{n}", 0.0, trailers=0))
     assert peer.transport.is_closing()
     assert frames.goaway(41, Reason.ENHANCE_YOUR_CALM)[9:] in bytes(peer.transport.written)
     peer.close()

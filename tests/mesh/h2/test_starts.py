@@ -16,24 +16,17 @@ from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
 from shoal.tenant_header import CONNECTION_HEADER, TENANT_HEADER
+from tests.clocks import Seconds
 from tests.mesh.h2.test_memory_account import Transport
 
 PATH = "/t.T/Call"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Envoy:
     """One connection to a server whose calls cost the seconds that their bodies say, without sockets."""
 
     def __init__(self, *, is_shared: bool = True) -> None:
-        clock = Clock()
+        clock = Seconds()
         self.memory = Memory()
         self.memory.turns, self.memory.starts = Turns(clock), Starts(clock)
         self.begun: list[str] = []
@@ -56,26 +49,20 @@ class Envoy:
             frames.PREFACE + frames.settings({}) + frames.frame(frames.SETTINGS, frames.ACK, 0)
         )
 
-    def call(self, tenant: str, sender: str, name: str, cost_s: float, size: int = 0) -> bytes:
-        """Return the frames of a whole call."""
+    def call(
+        self, tenant: str, sender: str, name: str, cost_s: float, *, size: int = 0, trailers: int | None = None
+    ) -> bytes:
+        """Return the frames of a whole call with a body of at least `size` bytes; `trailers`: flags of its trailers."""
         number, self._next = self._next, self._next + 2
         fields = {":method": "POST", ":path": PATH, "content-type": "application/grpc", TENANT_HEADER: tenant}
         fields |= {CONNECTION_HEADER: sender} if self._is_shared else {}
         body = framed(f"{name} {cost_s}".encode().ljust(size, b"\0"))
         block = self._encoder.encode(fields.items())
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, number, block)
-        return head + frames.frame(frames.DATA, frames.END_STREAM, number, body)
-
-    def call_with_trailers(
-        self, tenant: str, sender: str, name: str, cost_s: float, flags: int = frames.END_STREAM
-    ) -> bytes:
-        """Return the frames of a call that ends with trailers; `flags` without END_STREAM: they are malformed."""
-        number = self._next
-        call = bytearray(self.call(tenant, sender, name, cost_s))
-        data = bytes(call).index(framed(f"{name} {cost_s}".encode()))
-        # The flags of DATA, in its frame's header.
-        call[data - 5] = 0
-        return bytes(call) + frames.frame(frames.HEADERS, frames.END_HEADERS | flags, number, b"\x00\x01x\x01y")
+        if trailers is None:
+            return head + frames.frame(frames.DATA, frames.END_STREAM, number, body)
+        last = frames.frame(frames.HEADERS, frames.END_HEADERS | trailers, number, b"\x00\x01x\x01y")
+        return head + frames.frame(frames.DATA, 0, number, body) + last
 
     async def settle(self) -> None:
         for _ in range(2_000):
@@ -102,7 +89,7 @@ async def test_few_calls_do_not_start_behind_the_many_of_another_sender_or_tenan
 async def test_calls_that_end_with_trailers_do_not_pass_the_others():
     envoy = Envoy()
     envoy.connection.data_received(
-        b"".join(envoy.call_with_trailers("a", "1", f"many-{n}", 0.002) for n in range(60))
+        b"".join(envoy.call("a", "1", f"many-{n}", 0.002, trailers=frames.END_STREAM) for n in range(60))
         + envoy.call("b", "3", "other", 0.0001)
     )
     await envoy.settle()
@@ -147,14 +134,14 @@ async def test_cheap_calls_get_their_share_of_the_time_and_not_of_the_turns():
 @pytest.mark.parametrize("size", [0, 9_000])
 async def test_a_cancelled_or_lost_call_does_not_start_and_returns_its_memory(size: int):
     envoy = Envoy()
-    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"call-{n}", 1.0, size) for n in range(5)))
+    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"call-{n}", 1.0, size=size) for n in range(5)))
     assert not envoy.begun
     assert envoy.memory.bodies.held >= 5 * (8192 + size), "what waits is counted"
     for n in (1, 3):
         envoy.connection.data_received(frames.rst_stream(2 * n + 1, Reason.CANCEL))
     await envoy.settle()
     assert envoy.begun == ["call-0", "call-2", "call-4"]
-    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"late-{n}", 1.0, size) for n in range(4)))
+    envoy.connection.data_received(b"".join(envoy.call("a", "1", f"late-{n}", 1.0, size=size) for n in range(4)))
     envoy.connection.connection_lost(None)
     await envoy.settle()
     assert envoy.begun[3:] == ["late-0"]

@@ -14,6 +14,7 @@ from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
 from mesh.rpc.server import Server
+from tests.clocks import Seconds
 from tests.mesh.h2.test_memory_account import Transport
 
 PATIENCE_S = 30.0
@@ -65,18 +66,10 @@ async def test_a_call_is_not_behind_the_floods_of_other_connections():
     assert handled.index("call") < CONNECTIONS * 40
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Endless:
     """A connection whose frames cost `frame_s` each, and never end."""
 
-    def __init__(self, turns: Turns, clock: Clock, frame_s: float) -> None:
+    def __init__(self, turns: Turns, clock: Seconds, frame_s: float) -> None:
         self._turns, self._clock, self._frame_s = turns, clock, frame_s
         self.taken: list[int] = []
         self.is_lost = False
@@ -91,7 +84,7 @@ class Endless:
 
 
 async def turned(*costs: float, iterations: int = 40) -> list[Endless]:
-    clock = Clock()
+    clock = Seconds()
     turns = Turns(clock)
     connections = [Endless(turns, clock, cost) for cost in costs]
     for connection in connections:
@@ -121,7 +114,7 @@ async def test_connections_take_turns():
 
 
 async def test_a_lost_connection_costs_no_turn():
-    clock = Clock()
+    clock = Seconds()
     turns = Turns(clock)
     lost, alive = Endless(turns, clock, 1e-6), Endless(turns, clock, 1e-6)
     lost.is_lost = True
@@ -135,7 +128,7 @@ async def test_a_lost_connection_costs_no_turn():
 
 
 async def test_a_fault_of_a_connection_does_not_end_the_turns_of_others():
-    clock = Clock()
+    clock = Seconds()
     turns = Turns(clock)
 
     class Faulty:
@@ -184,7 +177,7 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
 
 
 async def test_a_connection_whose_calls_take_long_stops_early():
-    memory, clock, begun = Memory(), Clock(), []
+    memory, clock, begun = Memory(), Seconds(), []
     clock.now = 1.0
     memory.turns = Turns(clock)
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from mesh.rpc.framing import framed
-from tests.http2 import INFER, Answer, Connection
-from tests.mesh.h2.test_malformed_requests import MALFORMED, Fields
+from tests.http2 import INFER
+from tests.mesh.h2.test_malformed_requests import MALFORMED, ask_beside
 from tests.mesh.xds.test_xds_envoy import Mesh, request
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
@@ -33,18 +32,10 @@ async def mesh() -> AsyncIterator[Mesh]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def ask_beside(address: str, more: Fields) -> tuple[Answer, Answer]:
-    """Begin a call, make a malformed one, and end the first. Return the answers of both."""
-    with Connection(address) as connection:
-        bystander = connection.open(INFER)
-        malformed = connection.answer(connection.open(INFER, more=more))
-        connection.send(bystander, framed(request("a").SerializeToString()), end=True)
-        return malformed, connection.answer(bystander)
-
-
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_a_malformed_request_costs_its_own_call(name: str, mesh: Mesh) -> None:
-    malformed, bystander = await asyncio.to_thread(ask_beside, mesh.envoy.gateway, MALFORMED[name])
+    body = request("a").SerializeToString()
+    malformed, bystander = await asyncio.to_thread(ask_beside, mesh.envoy.gateway, MALFORMED[name], INFER, body)
     assert malformed.reset is not None or malformed.http_status == 400
     assert not malformed.is_cut
     assert (bystander.http_status, bystander.status) == (200, 0)
