@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.prometheus_binaries import find_binary
 
 RULES = Path("deploy/observability/alerts.yml")
 MODEL = 'model="digits",version="1",instance="infer-0"'
@@ -106,8 +107,8 @@ def rules(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def promtool(repository_root: Path) -> str:
-    found = shutil.which("promtool") or shutil.which("promtool", path=str(repository_root / ".prometheus/usr/bin"))
+def promtool() -> str:
+    found = find_binary("promtool")
     if found is None:
         pytest.skip("needs promtool: run tools/prometheus.sh")
     return found

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,11 @@ from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.cli.diagnosis.rates import Page
 from shoal.discovery import running_nodes
-from shoal.node import processes
 from tests.breakable import Process, until
 from tests.chaos.replica_set import ReplicaSet
+from tests.free_ports import free_port
 from tests.node.conftest import Node
+from tests.prometheus_binaries import find_binary
 
 # Stalls, errors and the disk are the test machine's, and the folders' modes are pytest's. The errors of causes stay in
 # the logs for 15 minutes.
@@ -139,32 +139,30 @@ def ward(tmp_path_factory: pytest.TempPathFactory, onnx_models: Path) -> Iterato
         client = stack.enter_context(shoal.Client(node.gateway, token=key))
         [pushed] = client.models.push(onnx_models / "double.onnx")
         assert pushed.ready
-        prometheus = stack.enter_context(scraping(folder, node)) if binary("prometheus") else None
+        binary = find_binary("prometheus")
+        prometheus = stack.enter_context(scraping(folder, node, binary)) if binary is not None else None
         yield Ward(node, mongo, clock, client, prometheus)
 
 
-def binary(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path=str(Path(".prometheus/usr/bin").absolute()))
-
-
 @contextmanager
-def scraping(folder: Path, node: Node) -> Iterator[str]:
-    """Run a Prometheus with the rules as shipped: each time and window is divided by 60."""
+def scraping(folder: Path, node: Node, binary: str) -> Iterator[str]:
+    """Run a Prometheus with the rules as shipped, each time and window divided by 60; give its URL."""
     rules = Path("deploy/observability/alerts.yml").read_text()
     faster = re.sub(
         r"(for: |\[)(\d+)([mh])\b", lambda found: found[1] + found[2] + {"m": "s", "h": "m"}[found[3]], rules
     )
     (folder / "alerts.yml").write_text(faster.replace("awaited_seconds) > 30", "awaited_seconds) > 0.5"))
     target = {"files": [str(node.data_dir / "prometheus.json")]}
+    # The page of the node waits 5 s for a process that stands still.
     config = {
         "global": {"scrape_interval": "6s", "scrape_timeout": "6s", "evaluation_interval": "1s"},
         "rule_files": ["alerts.yml"],
         "scrape_configs": [{"job_name": "shoal", "honor_labels": True, "file_sd_configs": [target]}],
     }
-    # A page waits 5 s for a process that stands still. JSON is YAML.
+    # JSON is YAML.
     (folder / "prometheus.yml").write_text(json.dumps(config))
-    address = f"127.0.0.1:{processes.free_port()}"
-    argv = [str(binary("prometheus")), f"--config.file={folder}/prometheus.yml"]
+    address = f"127.0.0.1:{free_port()}"
+    argv = [binary, f"--config.file={folder}/prometheus.yml"]
     argv += [f"--storage.tsdb.path={folder}/prometheus", f"--web.listen-address={address}"]
     with Process(argv, folder / "prometheus.log"):
         yield f"http://{address}"

@@ -54,7 +54,8 @@ def etcd_is_full(ward: Ward, is_full: bool) -> None:
         alarm = {"alarm": rpc.AlarmType.NOSPACE}
         if is_full:
             stub.Alarm(rpc.AlarmRequest(action=rpc.AlarmRequest.ACTIVATE, **alarm))
-        for one in [] if is_full else stub.Alarm(rpc.AlarmRequest()).alarms:
+            return
+        for one in stub.Alarm(rpc.AlarmRequest()).alarms:
             stub.Alarm(rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, memberID=one.memberID, **alarm))
 
 

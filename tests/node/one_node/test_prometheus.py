@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import subprocess
 import urllib.error
 import urllib.parse
@@ -28,11 +27,11 @@ from services.store import metrics as store
 from shoal.node import admin
 from shoal.node.ports import Ports
 from tests.breakable import Process, until
+from tests.prometheus_binaries import find_binary
 from tools import dashboards
 
 pytestmark = pytest.mark.node
 
-UNPACKED = Path(".prometheus/usr/bin").absolute()
 # Without connectors, callers that name a tenant, response caches, streams, and jobs that wait, there are no series.
 WITHOUT_SERIES = {
     *(
@@ -62,7 +61,7 @@ FOREIGN = ("envoy_", "nv_")
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path=str(UNPACKED))
+    found = find_binary(name)
     if found is None:
         pytest.skip("needs Prometheus: run tools/prometheus.sh")
     return found

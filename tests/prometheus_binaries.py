@@ -1,0 +1,13 @@
+"""Prometheus' programs, of the system or of `tools/prometheus.sh`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+_UNPACKED = Path(__file__).parent.parent / ".prometheus/usr/bin"
+
+
+def find_binary(name: str) -> str | None:
+    """Return the path of `prometheus` or `promtool`; None where it is not installed."""
+    return shutil.which(name) or shutil.which(name, path=str(_UNPACKED))
