@@ -450,9 +450,10 @@ def test_commands_name_the_node_that_was_looked_at() -> None:
     }
 
 
-def test_every_check_has_a_cause_here_and_there_are_enough() -> None:
+def test_every_check_has_a_cause_here_and_there_are_as_many_as_the_docs_say(repository_root: Path) -> None:
     assert {check for check, *_ in CASES} == set(checks.names())
     assert len(checks.names()) >= 30
+    assert f": {len(checks.names())} checks, 2 findings" in (repository_root / "docs/running.md").read_text()
 
 
 def test_commands_of_findings_are_commands_with_valid_options() -> None:
