@@ -43,9 +43,8 @@ LAYERS = {
     """,
     "services/coord": """
         __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims share_messages shares
-        messages
-        policies keys enforcement instances health issuer_keys fetch duties configurations gateway_policy presence
-        traffic inference statistics cluster drains config
+        messages policies keys enforcement instances health issuer_keys fetch duties configurations gateway_policy
+        presence traffic inference statistics cluster drains config
     """,
     "mesh": """
         rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo

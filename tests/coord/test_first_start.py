@@ -1,4 +1,4 @@
-"""Whose policy a cluster begins with, by what etcd, its history and the copies of its nodes have: etcd is in memory."""
+"""The policy that a cluster begins with: from etcd, its history, or the copies of its nodes. etcd is in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLOSED = FIRST + "  # closed\n"
 
 
 class Store:
-    """An etcd and its mirror, which is never behind."""
+    """An etcd in memory, and a mirror of it that is never behind."""
 
     def __init__(self) -> None:
         self.seen = Watched(Copy(revision=50, stale=False))

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -96,9 +95,16 @@ async def serving(
         core = InferenceServer(models, "test/infer-0", control=control)
         fast = fast_methods(core, access) if access is not None else {}
         rpcs = [inference_rpc(core, access), bulk_rpc(core, access)]
-        http = partial(InferRestApp, core)
-        options: Any = {"fast_methods": fast, "access": access, "http": http, "heavy": core.heavy}
-        async with Server(f"unix:{socket}", rpcs, drain_ms=2000, **options) as server:
+        server = Server(
+            f"unix:{socket}",
+            rpcs,
+            drain_ms=2000,
+            fast_methods=fast,
+            access=access,
+            http=partial(InferRestApp, core),
+            heavy=core.heavy,
+        )
+        async with server:
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

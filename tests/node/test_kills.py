@@ -69,22 +69,22 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
         pytest.fail(f"not within {PATIENCE_S} s: {what}")
 
 
+async def registered(one: Any) -> coord_pb2.ListInstancesResponse:
+    async with connect(one.gateway) as channel:
+        stub = coord_pb2_grpc.CoordServiceStub(channel)
+        return await stub.ListInstances(coord_pb2.ListInstancesRequest(), timeout=2)
+
+
 async def everyone_is_ready(one: Any) -> bool:
     """Each process of the ready file is registered, as READY, under the pid that it has now."""
-    async with connect(one.gateway) as channel:
-        answer = await coord_pb2_grpc.CoordServiceStub(channel).ListInstances(
-            coord_pb2.ListInstancesRequest(), timeout=2
-        )
+    answer = await registered(one)
     ready = {i.name.partition("/")[2]: i.pid for i in answer.instances if i.state == coord_pb2.INSTANCE_STATE_READY}
     ours = {name: pid for name, pid in one.pids().items() if "-" in name}
     return not answer.stale and ready == ours
 
 
 async def are_unregistered(one: Any, *names: str) -> bool:
-    async with connect(one.gateway) as channel:
-        answer = await coord_pb2_grpc.CoordServiceStub(channel).ListInstances(
-            coord_pb2.ListInstancesRequest(), timeout=2
-        )
+    answer = await registered(one)
     return not answer.stale and not {i.name.partition("/")[2] for i in answer.instances} & {*names}
 
 

@@ -324,7 +324,7 @@ def daemon():
         os._exit(0)
     os.wait()
 """
-# All write the id of a process into a file.
+# Statements by which a model starts a process that leaves its process group.
 STARTED = {
     "a session of its own": "subprocess.Popen(['sleep', '1000'], start_new_session=True)",
     "a daemon": "daemon()",

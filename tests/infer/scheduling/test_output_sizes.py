@@ -9,6 +9,7 @@ import pytest
 
 from mesh.h2.memory_account import MemoryAccount
 from services.infer.model_process.inner_calls import _TenantMemory
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.output_sizes import OutputSizes
@@ -66,7 +67,7 @@ async def test_the_first_run_of_a_shape_is_one_request():
         assert [len(run) for run in bench.model.runs] == [1, 1, 4]
 
 
-async def test_outputs_that_shrink_are_believed_after_some_runs():
+def test_outputs_that_shrink_are_believed_after_some_runs():
     sizes = learned(8)
     sizes.add("k", 1, [np.zeros(8 * FLOATS, np.float32)])
     assert sizes.max_rows("k") == 1
@@ -111,14 +112,19 @@ class Memory(_TenantMemory):
         super().__init__(self.account.share())
 
 
+def counted(memory: Memory, *rows: float) -> list[InferenceRequest]:
+    """Return requests of one row each whose memory is that of `memory`."""
+    requests = [call(row) for row in rows]
+    for request in requests:
+        request.memory = memory
+    return requests
+
+
 async def test_outputs_are_reserved_while_a_model_runs_and_released_afterwards():
     bench, memory = Bench(outputs=OutputSizes(64 * MIB, 8 * MIB)), Memory(30)
     async with bench.scheduler:
         first = await bench.occupied()
-        requests = [call(1), call(2), call(3)]
-        for request in requests:
-            request.memory = memory
-        tasks = await bench.queued(*requests)
+        tasks = await bench.queued(*counted(memory, 1, 2, 3))
         entered = bench.model.entered
         assert memory.account.held == 0
         bench.model.gate.set()
@@ -135,10 +141,7 @@ async def test_what_finds_no_room_waits_for_the_next_batch():
     bench, memory = Bench(outputs=OutputSizes(64 * MIB, 8 * MIB)), Memory(20)
     async with bench.scheduler:
         first = await bench.occupied()
-        requests = [call(1), call(2), call(3)]
-        for request in requests:
-            request.memory = memory
-        tasks = await bench.queued(*requests)
+        tasks = await bench.queued(*counted(memory, 1, 2, 3))
         bench.model.gate.set()
         await first
         await asyncio.gather(*tasks)
@@ -153,9 +156,7 @@ async def test_an_idle_instance_refuses_nothing_that_has_room_once_another_one_e
     memory = Memory(10)
     async with bench.scheduler:
         bench.model.gate.clear()
-        requests = [call(1), call(2), call(3)]
-        for request in requests:
-            request.memory = memory
+        requests = counted(memory, 1, 2, 3)
         first = bench.submit(requests[0])
         await until(lambda: bench.model.entered)
         tasks = await bench.queued(*requests[1:])
@@ -173,9 +174,7 @@ async def test_a_request_whose_outputs_never_fit_is_refused_and_the_next_one_run
     bench, memory = Bench(outputs=OutputSizes(64 * MIB, 8 * MIB)), Memory(4)
     async with bench.scheduler:
         first = await bench.occupied()
-        refused, other = call(1), call(5)
-        refused.memory = memory
-        tasks = await bench.queued(refused, other)
+        tasks = await bench.queued(*counted(memory, 1), call(5))
         bench.model.gate.set()
         await first
         with pytest.raises(ResourceExhausted):
@@ -203,9 +202,7 @@ async def test_outputs_of_a_run_whose_version_ends_are_released():
     bench, memory = Bench(outputs=OutputSizes(64 * MIB, 8 * MIB)), Memory(20)
     async with bench.scheduler:
         bench.model.gate.clear()
-        request = call(1)
-        request.memory = memory
-        task = bench.submit(request)
+        task = bench.submit(*counted(memory, 1))
         await until(lambda: bench.model.entered)
         assert memory.account.held == 8 * MIB
         bench.scheduler.end_all()

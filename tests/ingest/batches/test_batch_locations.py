@@ -287,7 +287,10 @@ async def test_the_links_of_a_batchs_urls_are_looked_up_in_a_thread() -> None:
     with Threads(1, "test") as threads:
         batches: Any = NoBatches()
         submissions = Submissions(
-            *(batches, nothing, Locations([]), threads),
+            batches,
+            nothing,
+            Locations([]),
+            threads,
             clock=nothing,
             new_id=nothing,
             instance="",

@@ -56,22 +56,8 @@ def test_who_holds_the_memory_of_requests_is_named(running: Any) -> None:
                 60,
             )
         )
-        done = CliRunner().invoke(
-            app,
-            [
-                "top",
-                "--by",
-                "tenant",
-                "--sort",
-                "memory",
-                "--once",
-                "--json",
-                "--every",
-                "0.2",
-                "--admin",
-                running.admin,
-            ],
-        )
+        command = f"top --by tenant --sort memory --once --json --every 0.2 --admin {running.admin}"
+        done = CliRunner().invoke(app, command.split())
         assert done.exit_code == 0, done.output
         rows = [row for row in json.loads(done.output)["rows"] if row["name"] in BODIES]
         assert [row["name"] for row in rows] == ["acme", "small"]
