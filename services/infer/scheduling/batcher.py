@@ -73,14 +73,14 @@ NOTHING = Wait(None)
 
 
 def decide(
-    front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool
+    front: Sequence[BatchCandidate], oldest: float, now: float, policy: BatchPolicy, *, is_full: bool
 ) -> Decision:
     """Decide about the requests of the next batch, with a static policy.
 
     Args:
         front: at least one request, and no more than may run together.
         oldest: arrival of the oldest queued request.
-        is_cut: True when more requests are queued than fit.
+        is_full: no further row may join them: more requests are queued than fit, or their outputs fill a batch.
     """
     rows = 0
     preferred = 0
@@ -92,7 +92,7 @@ def decide(
         return Run(len(front), "full")
     if preferred:
         return Run(preferred, "preferred")
-    if is_cut:
+    if is_full:
         return Run(len(front), "full")
     due = oldest + policy.delay_s
     return Run(len(front), "delay") if now >= due else Wait(due)

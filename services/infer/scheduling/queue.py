@@ -308,7 +308,8 @@ class Queue:
             front, is_cut = self._front(key, group)
             if room_comes and self._finds_no_room(front[0]):
                 continue
-            decision = self._decide(group, front, is_cut, now, rate, instances)
+            is_full = is_cut or group.rows >= self._outputs.max_rows(key)
+            decision = self._decide(group, front, is_full, now, rate, instances)
             if isinstance(decision, Run):
                 ready[key], runs[key] = group, (front[: decision.count], decision.fired)
             elif decision.until is not None and (soonest is None or decision.until < soonest[0]):
@@ -325,11 +326,11 @@ class Queue:
         return self._pop(key, requests, fired)
 
     def _decide(
-        self, group: StackGroup, front: list[QueuedRequest], is_cut: bool, now: float, rate: float, instances: int
+        self, group: StackGroup, front: list[QueuedRequest], is_full: bool, now: float, rate: float, instances: int
     ) -> Decision:
         if self._has_goal:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
-        return batcher.decide(front, group.oldest(), now, self._policy, is_cut=is_cut)
+        return batcher.decide(front, group.oldest(), now, self._policy, is_full=is_full)
 
     def _front(self, key: Hashable, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
         most = min(max_rows or self._policy.max_rows, self._outputs.max_rows(key))

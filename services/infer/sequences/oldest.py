@@ -34,7 +34,7 @@ def decide(
     if not settings.policy.is_static:
         return Chosen(front[:most], "full" if len(front) >= most else "idle")
     oldest = in_order[0].arrived
-    decision = batcher.decide(front[:most], oldest, now, settings.policy, is_cut=len(front) > most)
+    decision = batcher.decide(front[:most], oldest, now, settings.policy, is_full=len(front) >= most)
     return decision if isinstance(decision, Wait) else Chosen(front[: decision.count], decision.fired)
 
 

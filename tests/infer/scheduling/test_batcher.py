@@ -28,7 +28,7 @@ EAGER = BatchPolicy(max_rows=8, max_bytes=1000, preferred=frozenset({4}))
 
 
 @pytest.mark.parametrize(
-    ("calls", "is_cut", "now", "policy", "expected"),
+    ("calls", "is_full", "now", "policy", "expected"),
     [
         # With a delay: not before it is over ...
         (front(1), False, 0.5, PATIENT, Wait(1.0)),
@@ -48,22 +48,22 @@ EAGER = BatchPolicy(max_rows=8, max_bytes=1000, preferred=frozenset({4}))
         (front(1, 1, 1, 1, 1), False, 0.0, EAGER, Run(4, "preferred")),
     ],
 )
-def test_examples(calls, is_cut, now, policy, expected):
-    assert decide(calls, 0.0, now, policy, is_cut=is_cut) == expected
+def test_examples(calls, is_full, now, policy, expected):
+    assert decide(calls, 0.0, now, policy, is_full=is_full) == expected
 
 
 @given(
     calls=st.lists(st.builds(Call, rows=st.integers(1, 9)), min_size=1, max_size=12),
-    is_cut=st.booleans(),
+    is_full=st.booleans(),
     oldest=st.floats(0, 10),
     waited=st.floats(0, 10),
     delay=st.sampled_from([0.0, 0.5, 5.0]),
     preferred=st.frozensets(st.integers(1, 8), max_size=3),
 )
-def test_any_decision_keeps_the_policys_bounds(calls, is_cut, oldest, waited, delay, preferred):
+def test_any_decision_keeps_the_policys_bounds(calls, is_full, oldest, waited, delay, preferred):
     policy = BatchPolicy(max_rows=8, max_bytes=1000, delay_s=delay, preferred=preferred)
     now = oldest + waited
-    decision = decide(calls, oldest, now, policy, is_cut=is_cut)
+    decision = decide(calls, oldest, now, policy, is_full=is_full)
     if isinstance(decision, Run):
         assert 1 <= decision.count <= len(calls)
         if decision.fired == "preferred":
@@ -71,4 +71,4 @@ def test_any_decision_keeps_the_policys_bounds(calls, is_cut, oldest, waited, de
     else:
         # Nothing is forgotten: at the time that it names, something runs.
         assert now < decision.until == oldest + delay
-        assert isinstance(decide(calls, oldest, decision.until, policy, is_cut=is_cut), Run)
+        assert isinstance(decide(calls, oldest, decision.until, policy, is_full=is_full), Run)

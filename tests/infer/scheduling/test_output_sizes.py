@@ -67,6 +67,16 @@ async def test_the_first_run_of_a_shape_is_one_request():
         assert [len(run) for run in bench.model.runs] == [1, 1, 4]
 
 
+async def test_a_batch_whose_outputs_leave_no_room_for_more_rows_does_not_wait_for_them():
+    bench = Bench(outputs=learned(4), policy=BatchPolicy(8, 1 << 20, delay_s=600.0))
+    bench.model.compute = wide(1)
+    async with bench.scheduler, asyncio.timeout(30):
+        # Of a shape that nothing has measured, one request runs.
+        await bench.scheduler.submit(call(1))
+        await asyncio.gather(*(bench.scheduler.submit(call(1)) for _ in range(4)))
+        assert [len(run) for run in bench.model.runs] == [1, 4]
+
+
 def test_outputs_that_shrink_are_believed_after_some_runs():
     sizes = learned(8)
     sizes.add("k", 1, [np.zeros(8 * FLOATS, np.float32)])
