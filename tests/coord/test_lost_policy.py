@@ -81,7 +81,9 @@ async def policy_or_none(access: Access) -> Policy | None:
     return cluster.in_force({entry.key: entry.value for entry in listing.entries})
 
 
-async def is_restored(access: Access, version: int) -> None:
+async def until_restored(access: Access, version: int) -> None:
+    """Wait until there is a policy, which must be CLOSED, as this version."""
+
     async def is_in_force() -> bool:
         return await policy_or_none(access) is not None
 
@@ -98,7 +100,7 @@ async def test_an_etcd_that_was_emptied_gets_the_last_policy_at_the_next_start(p
     assert place.copy.stat().st_mode & 0o777 == 0o600
     await place.empty_etcd()
     async with place.coord() as access:
-        await is_restored(access, version + 1)
+        await until_restored(access, version + 1)
         assert "stolen" in (await access.policy()).revoked_ids
         await access.begin()
         history = (await access.stub.ListPolicies(pb.ListPoliciesRequest(), metadata=access.admin)).policies
@@ -111,7 +113,7 @@ async def test_a_running_coord_restores_the_policy_of_an_etcd_that_was_emptied(p
     async with place.coord() as access:
         version = await place.apply_and_revoke(access)
         await place.empty_etcd()
-        await is_restored(access, version + 1)
+        await until_restored(access, version + 1)
         assert "stolen" in (await access.policy()).revoked_ids
 
 
@@ -128,7 +130,7 @@ async def test_a_policy_that_another_node_has_begun_with_is_replaced(place: Plac
                 return found is not None and [grant.name for grant in found.grants] == ["only-health", "own"]
 
             await until(is_restored_here, "the first policy is replaced")
-            await is_restored(access, version + 1)
+            await until_restored(access, version + 1)
 
 
 async def test_a_policy_that_was_changed_elsewhere_is_not_replaced(place: Place) -> None:
@@ -148,7 +150,7 @@ async def test_without_a_copy_the_history_in_etcd_has_the_last_policy(place: Pla
         await access.begin()
         version = (await access.apply(CLOSED)).version
         await access.etcd.transact([], [Delete(cluster.POLICY)])
-        await is_restored(access, version + 1)
+        await until_restored(access, version + 1)
 
 
 async def test_another_master_key_does_not_keep_a_policy_from_being_restored(place: Place) -> None:
@@ -157,10 +159,10 @@ async def test_another_master_key_does_not_keep_a_policy_from_being_restored(pla
         etcd = access.etcd
         place.new_master_key()
         await etcd.transact([], [Delete(cluster.POLICY)])
-        await is_restored(access, version + 1)
+        await until_restored(access, version + 1)
     async with place.coord() as access:
         await access.etcd.transact([], [Delete(cluster.POLICY)])
-        await is_restored(access, version + 2)
+        await until_restored(access, version + 2)
 
 
 async def test_a_copy_that_cannot_be_read_leaves_callers_refused_and_the_nodes_user_applies_another(
@@ -178,6 +180,6 @@ async def test_a_copy_that_cannot_be_read_leaves_callers_refused_and_the_nodes_u
         request = pb.ApplyPolicyRequest(document=CLOSED, force=True)
         assert (await access.stub.ApplyPolicy(request, metadata=LAUNCHED)).policy.version == 1
         place.copy.unlink()
-        await is_restored(access, 1)
+        await until_restored(access, 1)
         code, _ = await refusal(access.stub.ApplyPolicy(request))
         assert code == "UNAUTHENTICATED"
