@@ -41,7 +41,7 @@ def write(root: Path) -> None:
     _put(root, "slow", _slow(200))
     _put(root, "ordered", _slow(50), ORDERED)
     # Stated: the trial of a guessed batch would leave memory that returns during the first seconds.
-    _put(root, "wide", _wide(12_500_000), "max_batch_size: 32\n")
+    _put(root, "wide", wide(12_500_000), "max_batch_size: 32\n")
     (root / "rows" / "1").mkdir(parents=True)
     (root / "rows" / "config.pbtxt").write_text(ROWS)
 
@@ -59,7 +59,7 @@ def _model(nodes: Sequence[NodeProto], kind: int, dims: Dims, constants: Sequenc
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _wide(columns: int) -> ModelProto:
+def wide(columns: int) -> ModelProto:
     """Return a model x [n,1] -> y [n,columns], FP32."""
     inputs, outputs = (
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", dim))] for name, dim in (("x", 1), ("y", "k"))

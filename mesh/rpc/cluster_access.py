@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import Registration
@@ -52,11 +52,17 @@ class PolicyWatch(Background):
         """The policy that `access` enforces."""
 
     async def _run(self) -> None:
+        is_enforced = False
         async for copy in self._mirror.follow():
             values, revision = values_of(copy)
-            if copy.stale or values == self._seen:
+            if copy.stale:
                 continue
-            self._seen = values
+            if values == self._seen:
+                # Written again, as by a repeated revocation, whose caller waits for its revision.
+                if is_enforced:
+                    self.in_force.set(replace(self.in_force.value, revision=revision))
+                continue
+            self._seen, is_enforced = values, False
             try:
                 # A large policy takes a tenth of a second.
                 policy = await asyncio.to_thread(cluster.in_force, values)
@@ -66,6 +72,7 @@ class PolicyWatch(Background):
             if policy is not None:
                 self.access.set_policy(policy)
                 log.info("version %d of the policy is in force", cluster.version_of(values))
+            is_enforced = True
             self.in_force.set(InForce(policy, cluster.version_of(values), revision, is_known=True))
 
 

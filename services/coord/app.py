@@ -29,6 +29,7 @@ from services.coord.cluster import PREFIX
 from services.coord.config import CoordConfig
 from services.coord.configurations import Configurations
 from services.coord.duties import Duties
+from services.coord.enforcement import Enforcement
 from services.coord.first_start import FirstStart
 from services.coord.gateway_policy import GatewayPolicy
 from services.coord.health import MeshHealth
@@ -73,12 +74,13 @@ async def run(config: CoordConfig) -> None:
     async with AsyncExitStack() as stack:
         etcd = await stack.enter_async_context(Etcd(config.etcd, timeout_s=_TIMEOUT_S, idle_s=_IDLE_S))
         mirror = await stack.enter_async_context(Mirror(etcd, PREFIX))
+        enforcement = Enforcement(mirror)
         watch: PolicyWatch | None = None
         parts: AccessParts | None = None
         gateway: GatewayPolicy | None = None
         if config.master_key is not None and config.auth:
-            keys = Keys(etcd, mirror, keyring.read(config.master_key, config.master_key_source))
-            parts = AccessParts(Policies(etcd, mirror), keys)
+            keys = Keys(etcd, enforcement, keyring.read(config.master_key, config.master_key_source))
+            parts = AccessParts(Policies(etcd, mirror, enforcement), keys)
             copy = None if config.policy_copy is None else PolicyCopy(config.policy_copy)
             await stack.enter_async_context(FirstStart(parts, mirror, copy))
             policy_access = await stack.enter_async_context(Access(None))
@@ -132,6 +134,7 @@ async def run(config: CoordConfig) -> None:
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
         configurations.own = lambda: registration.instance
+        enforcement.unregistered = configurations.serving
         await stack.enter_async_context(published(watch, registration, ads.until_enforced))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         metrics.election = election

@@ -67,6 +67,11 @@ class Configurations(Background):
                 yield new
             last = new
 
+    def serving(self) -> tuple[Instance, ...]:
+        """Return the instances that may serve calls, with those that have lost their leases a moment ago."""
+        presence = self._inputs.value.presence
+        return with_own((*presence.instances, *(each.instance for each in presence.lost)), self.own())
+
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_cluster())

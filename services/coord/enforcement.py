@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 
-from mesh.cluster.membership import view_of
+from mesh.cluster.membership import Instance, view_of
 from mesh.cluster.mirror import Copy, Mirror
 
+_AGAIN_S = 0.2
 
-def lagging(copy: Copy, revision: int) -> tuple[str, ...]:
-    """Return the names of the instances that enforce an older policy. Instances without authentication are left out."""
+
+def lagging(copy: Copy, unregistered: Iterable[Instance], revision: int) -> tuple[str, ...]:
+    """Return the names of the instances that enforce an older policy. Instances without authentication are left out.
+
+    `unregistered` may be in `copy` as well: their entries there count.
+    """
+    instances = {instance.name: instance for instance in (*unregistered, *view_of(copy).instances)}
     return tuple(
-        instance.name
-        for instance in view_of(copy).instances
-        if instance.policy_revision is not None and instance.policy_revision < revision
+        sorted(
+            name
+            for name, instance in instances.items()
+            if instance.policy_revision is not None and instance.policy_revision < revision
+        )
     )
 
 
-async def enforced(mirror: Mirror, revision: int, within_s: float) -> tuple[str, ...]:
-    """Wait until every instance enforces the policy of `revision`, at most `within_s`; return those that do not."""
-    deadline = time.monotonic() + within_s
-    while True:
-        copy = mirror.copy
-        # Before the copy has the write, it may lack an instance that started meanwhile.
-        late = lagging(copy, revision) if copy.revision >= revision else ("coord",)
-        left_s = deadline - time.monotonic()
-        if not late or left_s <= 0:
-            return late
-        await mirror.after(copy, left_s)
+class Enforcement:
+    """Waits until every instance enforces a policy. `mirror` has all keys of the cluster."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+        self.unregistered: Callable[[], Iterable[Instance]] = tuple
+        """Return the instances that serve and may have lost their registrations: they are waited for, too."""
+
+    async def lacking(self, revision: int, within_s: float) -> tuple[str, ...]:
+        """Wait until every instance enforces the policy of `revision`, at most `within_s`; return those that do not."""
+        deadline = time.monotonic() + within_s
+        while True:
+            copy = self._mirror.copy
+            # Before the copy has the write, it may lack an instance that started meanwhile.
+            late = lagging(copy, self.unregistered(), revision) if copy.revision >= revision else ("coord",)
+            left_s = deadline - time.monotonic()
+            if not late or left_s <= 0:
+                return late
+            await self._mirror.after(copy, min(left_s, _AGAIN_S))

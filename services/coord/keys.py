@@ -20,9 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mesh.cluster.etcd import Created, Entry, Etcd, Modified, Put
-from mesh.cluster.mirror import Mirror
 from mesh.keyring import Keyring
-from services.coord.enforcement import enforced
+from services.coord.enforcement import Enforcement
 from shoal.access import cluster, tokens
 from shoal.access.cluster import REVOKED, SIGNERS, SignerKey
 from shoal.access.policy import REVOKED as MOST_REVOKED
@@ -84,11 +83,13 @@ class Record:
 
 
 class Keys:
-    """Makes, lists and revokes keys. `mirror` has all keys of the cluster."""
+    """Makes, lists and revokes keys."""
 
-    def __init__(self, etcd: Etcd, mirror: Mirror, keyring: Keyring, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, etcd: Etcd, enforcement: Enforcement, keyring: Keyring, now: Callable[[], float] = time.time
+    ) -> None:
         self._etcd = etcd
-        self._mirror = mirror
+        self._enforcement = enforcement
         self.keyring = keyring
         self._now = now
 
@@ -213,7 +214,7 @@ class Keys:
             when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
             done = await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])
             if done.succeeded:
-                if late := await enforced(self._mirror, done.revision, _ENFORCED_S):
+                if late := await self._enforcement.lacking(done.revision, _ENFORCED_S):
                     raise Unavailable(
                         f"{id} is revoked, but not everywhere yet: {', '.join(late)} has not confirmed it"
                     )
@@ -266,7 +267,7 @@ class Keys:
                 revision = await self._replace(when, [*then, _put(record, lease)])
         else:
             revision = await self._replace(when, then)
-        return signer.kid, key, await enforced(self._mirror, revision, _ENFORCED_S)
+        return signer.kid, key, await self._enforcement.lacking(revision, _ENFORCED_S)
 
     async def _replace(self, when: list[Modified], then: list[Put]) -> int:
         done = await self._etcd.transact(when, then)

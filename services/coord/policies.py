@@ -17,7 +17,7 @@ from typing import Any
 from mesh.cluster.etcd import Created, Delete, Entry, Etcd, Modified, Put
 from mesh.cluster.mirror import Mirror
 from mesh.rpc.cluster_access import values_of
-from services.coord.enforcement import enforced
+from services.coord.enforcement import Enforcement
 from shoal.access import cluster, limits
 from shoal.access import policy as policies
 from shoal.access.cluster import POLICY
@@ -78,9 +78,12 @@ class Applied:
 class Policies:
     """Reads and replaces the policy of the cluster. `mirror` has all keys of the cluster."""
 
-    def __init__(self, etcd: Etcd, mirror: Mirror, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, etcd: Etcd, mirror: Mirror, enforcement: Enforcement, now: Callable[[], float] = time.time
+    ) -> None:
         self._etcd = etcd
         self._mirror = mirror
+        self._enforcement = enforcement
         self._now = now
 
     async def get(self, version: int = 0) -> Applied:
@@ -211,7 +214,7 @@ class Policies:
             then.append(Delete(_key(applied.version - KEPT)))
         done = await self._etcd.transact([when], then)
         if done.succeeded:
-            await enforced(self._mirror, done.revision, _ENFORCED_S)
+            await self._enforcement.lacking(done.revision, _ENFORCED_S)
         elif isinstance(when, Modified):
             raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from mesh.cluster.membership import Instance, State
+from mesh.cluster.etcd import Entry
+from mesh.cluster.membership import Instance, State, encode
+from mesh.cluster.mirror import Copy
 from services.coord.cluster import Cluster
+from services.coord.enforcement import Enforcement
 from services.coord.presence import Presence, observe, with_own
+from tests.breakable import PATIENCE_S
 
 ONE = Instance("infer", "local", "infer-0", "unix:/x", 10, State.READY, 100.0)
 TWO = replace(ONE, instance="infer-1", pid=11)
@@ -137,3 +143,24 @@ def test_a_ready_coord_that_has_lost_its_lease_stays_in_its_own_configuration():
     assert with_own((replace(own, pid=99), ONE), own) == (replace(own, pid=99), ONE)
     assert with_own((ONE,), replace(own, state=State.DRAINING)) == (ONE,)
     assert with_own((ONE,), None) == (ONE,)
+
+
+async def test_a_policy_is_in_force_when_a_lost_instance_and_one_without_its_lease_enforce_it_too():
+    behind, ahead = replace(ONE, policy_revision=4), replace(TWO, policy_revision=6)
+    mirror: Any = SimpleNamespace(copy=Copy({ahead.key: Entry(ahead.key, encode(ahead), 6, 6, 1)}, 6, stale=False))
+
+    async def after(seen: Copy, timeout_s: float) -> Copy:
+        serving.pop()
+        return seen
+
+    mirror.after = after
+    enforcement = Enforcement(mirror)
+    # The entry in etcd is newer than what is remembered of the same instance.
+    serving = [replace(ahead, policy_revision=2)]
+    enforcement.unregistered = lambda: serving
+    assert await enforcement.lacking(6, 0.0) == ()
+    serving.append(behind)
+    assert await enforcement.lacking(6, 0.0) == (behind.name,)
+    assert await enforcement.lacking(6, PATIENCE_S) == (), "it waits until the instance is no longer known"
+    assert serving == [replace(ahead, policy_revision=2)]
+    assert await enforcement.lacking(7, 0.0) == ("coord",), "the copy is older than the policy"

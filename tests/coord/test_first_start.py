@@ -15,6 +15,7 @@ from mesh.cluster.etcd import Created, Delete, Entry, Listing, Modified, Outcome
 from mesh.cluster.mirror import Copy
 from mesh.process.watched import Watched
 from services.coord.access_rpc import AccessParts
+from services.coord.enforcement import Enforcement
 from services.coord.first_start import FirstStart
 from services.coord.policies import FIRST, Applied, Policies
 from services.coord.policy_copy import PolicyCopy, Saved
@@ -71,7 +72,7 @@ class Store:
 
     def policies(self, now: float = 100.0) -> Policies:
         etcd: Any = self
-        return Policies(etcd, etcd, lambda: now)
+        return Policies(etcd, etcd, Enforcement(etcd), lambda: now)
 
     def start(self, copy: PolicyCopy | None) -> FirstStart:
         mirror: Any = self

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
+import pytest
+
 from mesh.cluster.etcd import Entry
 from mesh.cluster.mirror import Copy
 from mesh.process.watched import Watched
@@ -37,7 +39,9 @@ class Etcd:
         self.copies.set(Copy(entries, revision, stale=False))
 
 
-async def test_a_policy_is_in_force_with_its_revision_and_survives_outages_and_invalid_ones() -> None:
+async def test_a_policy_is_in_force_with_its_revision_and_survives_outages_and_invalid_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     etcd, access = Etcd(), Access(None)
     applied: list[object] = []
     access.set_policy = applied.append  # type: ignore[method-assign]
@@ -48,10 +52,16 @@ async def test_a_policy_is_in_force_with_its_revision_and_survives_outages_and_i
         assert watch.in_force.value.policy is None
         etcd.set(7, {cluster.POLICY: cluster.policy_value(1, parse(DOCUMENT))})
         await until(lambda: watch.in_force.value.revision == 7, "the policy is in force")
+        etcd.set(8, {cluster.POLICY: cluster.policy_value(1, parse(DOCUMENT))})
+        await until(lambda: watch.in_force.value.revision == 8, "the same policy is in force at a later revision")
         etcd.copies.set(replace(etcd.copies.value, stale=True))
-        etcd.set(8, {cluster.POLICY: b"{}"})
-        await asyncio.sleep(0)
-        etcd.set(9, {cluster.POLICY: cluster.policy_value(2, parse(DOCUMENT))})
-        await until(lambda: watch.in_force.value.revision == 9, "the next policy is in force")
+        etcd.set(9, {cluster.POLICY: b"{}"})
+        await until(lambda: "cannot be read" in caplog.text, "an invalid policy was seen")
+        etcd.set(10, {cluster.POLICY: b"{}"})
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert watch.in_force.value.revision == 8, "it is not in force when it is written again"
+        etcd.set(11, {cluster.POLICY: cluster.policy_value(2, parse(DOCUMENT))})
+        await until(lambda: watch.in_force.value.revision == 11, "the next policy is in force")
     assert len(applied) == 2
     assert access.check(INDEX, LAUNCHER) is None
