@@ -152,8 +152,8 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             panel(
                 "Requests without an execution",
                 "reqps",
-                "Rejected, evicted or expired.",
-                f"sum by (model, version) (rate(shoal_infer_shed_total[{RATE}])) | {_OF_MODEL} shed",
+                "Rejected or evicted, by reason, or expired.",
+                f"sum by (model, version, reason) (rate(shoal_infer_shed_total[{RATE}])) | {_OF_MODEL} {{{{reason}}}}",
                 f"sum by (model, version) (rate(shoal_infer_expired_total[{RATE}])) | {_OF_MODEL} expired",
             ),
             panel(
@@ -192,6 +192,25 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "max by (tenant) (shoal_ingest_queue_age_seconds) or max(shoal_ingest_queue_oldest_seconds)"
                 " | {{tenant}}",
             ),
+            panel(
+                "Queued jobs",
+                "short",
+                "Of these tenants, 10,000 at most of each. Without a name: of all.",
+                "max by (tenant) (shoal_ingest_queue_jobs) or max(shoal_ingest_backlog) | {{tenant}}",
+            ),
+            panel(
+                "Bytes in the store",
+                "bytes",
+                "Results and payloads of the 20 tenants with the most.",
+                "max by (tenant) (shoal_store_tenant_size_bytes) | {{tenant}}",
+            ),
+            panel(
+                "Calls that a limit refused",
+                "reqps",
+                "By limit of the policy and its number. Without a name: there are none.",
+                f"sum by (limit, of) (rate(shoal_limits_refused_total[{RATE}])) or vector(0)"
+                " | {{limit}} {{of}}",
+            ),
         ),
     ),
     "jobs": (
@@ -224,6 +243,18 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "ops",
                 "A second, by instance of the store.",
                 f"sum by (instance) (rate(shoal_store_results_recorded_total[{RATE}])) | {{{{instance}}}}",
+            ),
+            panel(
+                "Bytes in the store",
+                "bytes",
+                "Results, and payloads of jobs.",
+                "max by (kind) (shoal_store_kept_size_bytes) | {{kind}}",
+            ),
+            panel(
+                "Rows of batches",
+                "ops",
+                "A second, by outcome.",
+                f"sum by (outcome) (rate(shoal_ingest_batch_rows_total[{RATE}])) | {{{{outcome}}}}",
             ),
             panel(
                 "Round trip to MongoDB",

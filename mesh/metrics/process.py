@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from mesh.h2.memory_account import Holder, MemoryAccount
+from mesh.metrics import limits
 from mesh.metrics.families import Family, Kind, Reading, Source
 from mesh.metrics.largest import largest
 from mesh.process.stall_watch import StallWatch
@@ -42,7 +43,7 @@ REFUSED = Family(
 )
 FAMILIES = (
     *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST),
-    *(HELD, HELD_MOST, HELD_BY, REFUSED),
+    *(HELD, HELD_MOST, HELD_BY, REFUSED, limits.REFUSED),
 )
 
 

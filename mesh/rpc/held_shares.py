@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from mesh.metrics.limits import RefusedCounts
 from shoal.access.decision import Caller
 from shoal.access.limits import Amount, Bucket, Kind, amount_of, at_gateway, bucket_of, in_services
 from shoal.access.patterns import matches_any
@@ -154,10 +155,11 @@ class InFlight(Share):
 class CallLimits:
     """The shares in which the calls of one caller and model count."""
 
-    __slots__ = ("_clock", "_in_flight", "_rates")
+    __slots__ = ("_clock", "_in_flight", "_rates", "_refused")
 
-    def __init__(self, shares: Iterable[Share], clock: Callable[[], float]) -> None:
+    def __init__(self, shares: Iterable[Share], clock: Callable[[], float], refused: RefusedCounts) -> None:
         found = tuple(shares)
+        self._refused = refused
         self._in_flight = tuple(share for share in found if isinstance(share, InFlight))
         self._rates = tuple(share for share in found if isinstance(share, Rate))
         self._clock = clock
@@ -173,6 +175,7 @@ class CallLimits:
             if share.count >= share.most:
                 share.at = now
                 share.refused += 1
+                self._refused.add(share.bucket.limit, share.bucket.kind)
                 raise _in_flight_reached(share)
         costs = (1, nbytes, rows)
         for rate in self._rates:
@@ -185,6 +188,7 @@ class CallLimits:
             if level < cost and level < burst:
                 rate.level = level
                 rate.refused += cost
+                self._refused.add(rate.bucket.limit, rate.bucket.kind)
                 self._give_back(rate, costs)
                 raise _rate_reached(rate, cost)
             rate.level = level - cost
@@ -312,6 +316,7 @@ class HeldShares:
         self._limits: Mapping[str, Limit] = {}
         self.epoch = 0
         """Raised when a share is dropped: every CallLimits from before is then out of date."""
+        self.refused = RefusedCounts()
         self.on_new: Callable[[], None] = lambda: None
         """Called for a share that is provisional, or of a limit that has changed."""
 
@@ -325,6 +330,7 @@ class HeldShares:
         kinds = self._kinds | self._job_kinds
         self._limits = {limit.name: limit for limit in policy.limits if not kinds.isdisjoint(self._counted(limit))}
         self.epoch += 1
+        self.refused.keep(self._limits)
         now = self._clock()
         for bucket, share in list(self._shares.items()):
             limit = self._limits.get(bucket.limit)
@@ -352,7 +358,7 @@ class HeldShares:
             for kind in self._counted(limit)
             if kind in kinds
         ]
-        return CallLimits(shares, self._clock) if shares else None
+        return CallLimits(shares, self._clock, self.refused) if shares else None
 
     def demands(self) -> dict[Bucket, float]:
         """Forget the full buckets that no call has met for long, and return the demands of the others."""

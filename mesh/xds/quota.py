@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from mesh.metrics.limits import RefusedCounts
 from mesh.process.tasks import end
 from mesh.rpc.interceptors import Context
 from mesh.xds.limits import bucket_of_id, id_of_bucket
@@ -85,8 +86,9 @@ class _Usage:
 class _Gateway:
     """Buckets of one connected Envoy. `now` is a monotonic time in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, refused: RefusedCounts) -> None:
         self._usages: dict[Bucket, _Usage] = {}
+        self._refused = refused
 
     def report(self, usages: Iterable[Any], now: float) -> bool:
         """Take a report, or a part of one. Return True when it has a bucket that was not known."""
@@ -94,6 +96,8 @@ class _Gateway:
         for each in usages:
             bucket = bucket_of_id({entry.key: entry.value for entry in each.bucket_id.bucket})
             if bucket is not None:
+                if each.num_requests_denied:
+                    self._refused.add(bucket.limit, bucket.kind, each.num_requests_denied)
                 self._count(bucket, each.num_requests_allowed + each.num_requests_denied, now)
         return len(self._usages) > before
 
@@ -176,6 +180,7 @@ class QuotaServer:
         self._origin = origin
         self._clock = clock
         self._numbers: Iterator[int] = itertools.count()
+        self.refused = RefusedCounts()
 
     def methods(self) -> dict[str, Any]:
         """Return the methods for a server, by path."""
@@ -186,7 +191,7 @@ class QuotaServer:
 
     async def _stream(self, reports: AsyncIterator[Any], ctx: Context) -> AsyncIterator[Any]:
         claimant = f"{self._origin}/gateway-{next(self._numbers)}"
-        gateway, news, took_s = _Gateway(), asyncio.Event(), 0.0
+        gateway, news, took_s = _Gateway(self.refused), asyncio.Event(), 0.0
 
         async def read() -> None:
             async for message in reports:

@@ -14,6 +14,7 @@ from mesh.cluster.election import LEADER, Election
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import Registration, State
 from mesh.cluster.mirror import Mirror
+from mesh.metrics.families import Source
 from mesh.process.signals import until_stopped
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import auditing_of
@@ -105,8 +106,11 @@ async def run(config: CoordConfig) -> None:
         access = None if watch is None else watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
         methods = ads.methods()
+        sources: list[Source] = []
         if claims is not None:
-            methods |= QuotaServer(claims, name).methods()
+            quota = QuotaServer(claims, name)
+            methods |= quota.methods()
+            sources.append(quota.refused.read)
         if access is not None and auditing is not None:
             refused = await stack.enter_async_context(
                 RefusedCalls(auditing.log, access, name, list(json_calls(JSON_SERVICES)))
@@ -127,7 +131,7 @@ async def run(config: CoordConfig) -> None:
                 auditing=auditing,
                 metrics=config.metrics,
                 exports_as=("coord", f"{config.node}/{config.instance}"),
-                sources=[metrics.read],
+                sources=[metrics.read, *sources],
                 http=rest_app,
             )
         )

@@ -91,6 +91,7 @@ async def run(config: InferConfig) -> None:
         if watch is not None:
             access = watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
+        limited = [] if access is None or access.shares is None else [access.shares.refused.read]
         server = Server(
             config.listen,
             rpcs_of(config, core, trials, access),
@@ -106,7 +107,7 @@ async def run(config: InferConfig) -> None:
             heavy=heavy,
             metrics=config.metrics,
             exports_as=("infer", f"{config.node}/{config.instance}"),
-            sources=[metrics.source(models)],
+            sources=[metrics.source(models), *limited],
             holders=[inner_calls.held_by_tenant],
             shrink=models.shrink,
         )

@@ -13,7 +13,7 @@ from mesh.metrics.histogram import SECONDS, Buckets
 from services.infer.models.models import Models
 from services.infer.models.version import State, Version
 from services.infer.scheduling.scheduler import Scheduler
-from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.statistics import Shed, Statistics
 
 _MODEL = ("model", "version")
 C, G, H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
@@ -29,7 +29,7 @@ GATHER = Family("shoal.infer.gather.time", C, "s", "Time for the inputs of batch
 SCATTER = Family("shoal.infer.scatter.time", C, "s", "Time for the outputs of batches to be split.", _MODEL)
 EXPIRED = Family("shoal.infer.expired", C, "{request}", "Requests that expired before they were executed.", _MODEL)
 CANCELLED = Family("shoal.infer.cancelled", C, "{request}", "Requests whose caller left first.", _MODEL)
-SHED = Family("shoal.infer.shed", C, "{request}", "Requests rejected or evicted: queue full or too long.", _MODEL)
+SHED = Family("shoal.infer.shed", C, "{request}", "Requests rejected or evicted, by reason.", (*_MODEL, "reason"))
 EXPIRED_ROWS = Family("shoal.infer.expired_rows_executed", C, "{row}", "Rows run after their deadline: 0.", _MODEL)
 BISECTIONS = Family("shoal.infer.bisections", C, "{batch}", "Failed batches split to find the poison.", _MODEL)
 CACHE = Family(
@@ -136,7 +136,10 @@ def _counted(found: Statistics, labels: tuple[str, str]) -> Iterable[Reading]:
     yield SCATTER, labels, sum(times.scatter_ns for times in found.by_rows.values()) / 1e9
     yield EXPIRED, labels, found.expired
     yield CANCELLED, labels, found.cancelled
-    yield SHED, labels, found.shed
+    for reason, count in found.shed_by.items():
+        # One series of a model whose requests are not shed: there may be 500 models.
+        if count or reason is Shed.QUEUE_FULL:
+            yield SHED, (*labels, reason), count
     yield EXPIRED_ROWS, labels, found.expired_executed
     yield BISECTIONS, labels, found.bisections
     if found.cache_hit.count or found.cache_miss.count:

@@ -139,7 +139,10 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         auditing = await stack.enter_async_context(auditing_of(config, access))
         sources: list[Source] = []
         if config.metrics is not None:
-            sources.append((await areas.build_metrics(shared, dispatch, schedules, streams, retention, stack)).read)
+            metrics = await areas.build_metrics(
+                shared, tenants, dispatch, schedules, streams, retention, batches, stack
+            )
+            sources += [metrics.read, shares.refused.read]
         server = await stack.enter_async_context(
             Server(
                 config.listen,

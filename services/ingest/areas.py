@@ -393,14 +393,18 @@ def build_streams(
 
 async def build_metrics(
     shared: SharedComponents,
+    tenants: TenantsArea,
     dispatch: DispatchArea,
     schedules: SchedulesArea,
     streams: StreamsArea,
     retention: RetentionArea,
+    batches: Batches | None,
     stack: AsyncExitStack,
 ) -> IngestMetrics:
     """Return the metrics of the instance, started."""
-    ages = await stack.enter_async_context(QueueAges(shared.store, shared.clock, shared.instance.ready))
+    ages = await stack.enter_async_context(
+        QueueAges(shared.store, tenants.pending.count, shared.clock, shared.instance.ready)
+    )
     counts = JobCounts(shared.events)
     return IngestMetrics(
         counts,
@@ -413,6 +417,7 @@ async def build_metrics(
         schedules.firing,
         shared.clock,
         retention.guard,
+        None if batches is None else batches.runner,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from mesh.metrics.families import Family, Kind, Reading
 from mesh.mongo_clock import Clock, DatabaseClock
@@ -21,6 +22,9 @@ from services.ingest.job_events import JobEvents
 from services.ingest.job_store import JobStore
 from services.ingest.schedules.firing import Firing
 from shoal.store.v1 import store_pb2
+
+if TYPE_CHECKING:
+    from services.ingest.batches.chunk_runner import ChunkRunner
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +47,25 @@ BACKLOG = Family("shoal.ingest.backlog", G, "{job}", "Queued jobs of all instanc
 AGE = Family(
     "shoal.ingest.queue.age", G, "s", "Age of the oldest due job of a tenant: the 20 oldest, or `other`.", ("tenant",)
 )
+QUEUED = Family(
+    "shoal.ingest.queue.jobs",
+    G,
+    "{job}",
+    "Jobs of these tenants that are queued or wait for others, 10,000 at most; of all instances.",
+    ("tenant",),
+)
 OLDEST = Family("shoal.ingest.queue.oldest", G, "s", "Age of the oldest due job of all; 0: none is due.")
 QUEUES = Family("shoal.ingest.queues", G, "{queue}", "Tenant queues that have jobs.")
 READ_AGE = Family("shoal.ingest.queue.read_age", G, "s", "Time since the ages of the queue were read; -1: never.")
 LEADS = Family("shoal.ingest.leader", G, "", "1: the instance leads ingest; schedules fire and operations run there.")
+BATCH_ROWS = Family(
+    "shoal.ingest.batch.rows",
+    C,
+    "{row}",
+    "Rows of batches that were written, attempts that are repeated included.",
+    ("outcome",),
+)
+BATCH_CHUNKS = Family("shoal.ingest.batch.chunks", G, "{chunk}", "Chunks of batches that the instance runs now.")
 _LABELS = ("connector",)
 MESSAGES = Family("shoal.ingest.connector.messages", C, "{message}", "Messages that a connector has read.", _LABELS)
 ANSWERED = Family("shoal.ingest.connector.answered", C, "{message}", "Messages that it has answered.", _LABELS)
@@ -63,15 +82,20 @@ STOPPED = Family(
 FAMILIES = (
     *(CLOCK_AHEAD, STOPPED),
     *(PUT_BACK, LEASES_LOST, TAKEN_OVER, FIRED, SKIPPED, FIRING_FAILED, MONGO_TRIP),
-    *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, OLDEST, QUEUES, READ_AGE, LEADS),
+    *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, QUEUED, OLDEST, QUEUES, READ_AGE, LEADS),
+    *(BATCH_ROWS, BATCH_CHUNKS),
     *(MESSAGES, ANSWERED, DEAD, LAG, LAG_TIME),
 )
 
 TENANTS = 20
 """Tenants with a series of their own."""
+COUNTED = 10_000
+"""Jobs of a tenant that are counted: an index entry each."""
 QUEUES_READ = 1_000
 """Tenant queues whose ages are read: one step of an index each."""
 _READ_S = 5.0
+# Reading takes at most a twentieth of the time.
+_REST = 20
 _UNAVAILABLE_WAIT_S = 10.0
 
 
@@ -99,15 +123,21 @@ class JobCounts:
 class QueueAges(Background):
     """Ages of the oldest due jobs by tenant, read every few seconds. Used as `async with`."""
 
-    def __init__(self, store: JobStore, clock: Clock, ready: asyncio.Event) -> None:
+    def __init__(
+        self, store: JobStore, count: Callable[[str, int], Awaitable[int]], clock: Clock, ready: asyncio.Event
+    ) -> None:
+        """`count` returns the queued jobs of a tenant, up to a number."""
         self._store = store
+        self._count = count
         self._clock = clock
         self._ready = ready
         self._loop_time = asyncio.get_running_loop().time
         self._read_at: float | None = None
         self.queues = 0
         self.ages: dict[str, float] = {}
-        """Seconds by tenant."""
+        """Seconds by tenant, the oldest first."""
+        self.jobs: dict[str, int] = {}
+        """Queued jobs of the TENANTS oldest."""
 
     @property
     def read_age_s(self) -> float:
@@ -119,13 +149,16 @@ class QueueAges(Background):
         await for_ever("read the ages of the queue", self._read, away_s=_UNAVAILABLE_WAIT_S, log=log)
 
     async def _read(self) -> float:
+        began = self._loop_time()
         found = await self._store.tenant_queues("", QUEUES_READ)
         now = self._clock()
         ages: dict[str, float] = {}
         for key, due_at in found:
             ages[key.tenant] = max(ages.get(key.tenant, 0.0), (now - due_at).total_seconds())
+        ages = dict(sorted(ages.items(), key=lambda pair: -pair[1]))
         self.queues, self.ages, self._read_at = len(found), ages, self._loop_time()
-        return _READ_S
+        self.jobs = {tenant: await self._count(tenant, COUNTED) for tenant in [*ages][:TENANTS]}
+        return max(_READ_S, _REST * (self._loop_time() - began))
 
 
 class IngestMetrics:
@@ -143,8 +176,10 @@ class IngestMetrics:
         firing: Firing,
         clock: DatabaseClock,
         guard: RemovalGuard,
+        chunks: ChunkRunner | None,
     ) -> None:
         self._guard = guard
+        self._chunks = chunks
         self._lease_keeper = lease_keeper
         self._firing = firing
         self._clock = clock
@@ -174,6 +209,10 @@ class IngestMetrics:
         yield BACKLOG, (), self._backlog.estimate
         yield from self._queue()
         yield LEADS, (), int(self._lease.is_held)
+        if self._chunks is not None:
+            yield BATCH_ROWS, ("succeeded",), self._chunks.succeeded
+            yield BATCH_ROWS, ("failed",), self._chunks.failed
+            yield BATCH_CHUNKS, (), self._chunks.running
         for name, (_, progress) in self._connectors.own().items():
             yield MESSAGES, (name,), progress.messages
             yield ANSWERED, (name,), progress.answered
@@ -185,11 +224,13 @@ class IngestMetrics:
                 yield LAG_TIME, (name,), status.lag_ms / 1_000
 
     def _queue(self) -> Iterable[Reading]:
-        oldest_first = sorted(self._ages.ages.items(), key=lambda pair: -pair[1])
+        oldest_first = list(self._ages.ages.items())
         yield OLDEST, (), max(0.0, oldest_first[0][1]) if oldest_first else 0.0
         yield QUEUES, (), self._ages.queues
         yield READ_AGE, (), self._ages.read_age_s
         for tenant, age_s in oldest_first[:TENANTS]:
             yield AGE, (tenant,), age_s
+        for tenant, jobs in self._ages.jobs.items():
+            yield QUEUED, (tenant,), jobs
         if len(oldest_first) > TENANTS:
             yield AGE, ("other",), oldest_first[TENANTS][1]

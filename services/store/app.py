@@ -57,6 +57,7 @@ from services.store.retention.sweep import Sweep
 from services.store.rpc import SERVICE, AuditParts, StoreRpc
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
+from services.store.usage.totals import UsageTotals
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -152,7 +153,8 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
             auditing = await stack.enter_async_context(Auditing(chain, access, f"{config.node}/{config.instance}"))
         fast_methods = admitted(rpc.fast_methods(await stack.enter_async_context(TaskMethods()), auditing), access)
         replica_set = await stack.enter_async_context(ReplicaSet(client))
-        metrics = StoreMetrics(recorded, sweep, lease, chain, rpc, clock, guard, replica_set)
+        totals = await stack.enter_async_context(UsageTotals(collections))
+        metrics = StoreMetrics(recorded, sweep, lease, chain, rpc, clock, guard, replica_set, totals)
         server = await stack.enter_async_context(
             Server(
                 config.listen,

@@ -13,6 +13,7 @@ from services.store.artifact_rpc import ArtifactRpc
 from services.store.audit.chain import AuditChain
 from services.store.replica_set import ReplicaSet
 from services.store.retention.sweep import Sweep
+from services.store.usage.totals import UsageTotals
 
 C, G = Kind.COUNTER, Kind.GAUGE
 RECORDED = Family("shoal.store.results.recorded", C, "{result}", "Results that the instance has recorded.")
@@ -25,6 +26,17 @@ AUDIT_FAILED = Family(
 AUDIT_WAITING = Family("shoal.store.audit.waiting", G, "{entry}", "Entries that wait to be written.")
 BLOBS_READ = Family("shoal.store.artifacts.read", C, "By", "Bytes of artifacts that were sent to clients.")
 BLOBS_WRITTEN = Family("shoal.store.artifacts.stored", C, "By", "Bytes of artifacts that were stored, as new ones.")
+KEPT = Family(
+    "shoal.store.kept",
+    G,
+    "{document}",
+    "Results that are kept, and the payloads of jobs: of all tenants, and of all instances together.",
+    ("kind",),
+)
+KEPT_SIZE = Family("shoal.store.kept.size", G, "By", "Bytes of these results and payloads.", ("kind",))
+TENANT_SIZE = Family(
+    "shoal.store.tenant.size", G, "By", "Bytes of results and payloads of the 20 tenants with the most.", ("tenant",)
+)
 MONGO_TRIP = Family("shoal.store.mongo.round_trip", G, "s", "Time of the last small read of MongoDB's primary.")
 CLOCK_AHEAD = Family(
     "shoal.store.mongo.clock_ahead", G, "s", "Time by which this machine's clock is ahead of MongoDB's, which is used."
@@ -37,6 +49,7 @@ STOPPED = Family(
 )
 FAMILIES = (
     *(BLOBS_READ, BLOBS_WRITTEN, MONGO_TRIP, RECORDED, REMOVED, LEADS, AUDITED, AUDIT_FAILED, AUDIT_WAITING),
+    *(KEPT, KEPT_SIZE, TENANT_SIZE),
     *(CLOCK_AHEAD, MEMBER_UP, OPLOG_WINDOW, OPLOG_USED, STOPPED),
 )
 
@@ -67,7 +80,9 @@ class StoreMetrics:
         clock: DatabaseClock,
         guard: RemovalGuard,
         replica_set: ReplicaSet,
+        totals: UsageTotals,
     ) -> None:
+        self._totals = totals
         self._guard = guard
         self._replica_set = replica_set
         self._artifacts = artifacts
@@ -81,6 +96,13 @@ class StoreMetrics:
         yield BLOBS_READ, (), self._artifacts.read_bytes
         yield BLOBS_WRITTEN, (), self._artifacts.stored_bytes
         yield MONGO_TRIP, (), self._clock.round_trip_s
+        if sums := self._totals.sums:
+            yield KEPT, ("results",), sums["results"]
+            yield KEPT, ("payloads",), sums["payloads"]
+            yield KEPT_SIZE, ("results",), sums["bytes"] - sums["payload_bytes"]
+            yield KEPT_SIZE, ("payloads",), sums["payload_bytes"]
+        for tenant, size in self._totals.largest.items():
+            yield TENANT_SIZE, (tenant,), size
         yield RECORDED, (), self._recorded.count
         yield REMOVED, (), self._sweep.removed
         yield LEADS, (), int(self._lease.is_held)

@@ -18,7 +18,7 @@ from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.statistics import Shed, Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
@@ -137,7 +137,7 @@ class EnsembleScheduler:
         size = self._size_bytes + request.size_bytes
         if len(self._runs) < self._max_requests and (size <= self._max_bytes or not self._runs):
             return
-        self._statistics.shed += 1
+        self._statistics.shed_by[Shed.QUEUE_FULL] += 1
         after_ms = int(min(max(self._mean_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
         raise ResourceExhausted(
             f"Exceeds maximum queue size of ensemble '{self._name}': {len(self._runs)} requests are in progress with "

@@ -29,7 +29,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.statistics import Shed, Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
 
 CREDIT = 16
@@ -221,7 +221,7 @@ class DecoupledScheduler:
         if len(self._waiting) >= self._limits.calls or (
             self._waiting and waiting + request.size_bytes > self._limits.size_bytes
         ):
-            self._statistics.shed += 1
+            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
             raise ResourceExhausted(
                 f"Exceeds maximum queue size of model '{self._name}': {len(self._waiting)} requests with {waiting} "
                 f"bytes wait, at most {self._limits.calls} and {self._limits.size_bytes} may; "

@@ -30,7 +30,7 @@ from services.infer.scheduling.output_sizes import UNBOUNDED, UNRESERVED_BYTES, 
 from services.infer.scheduling.overload import USABLE_SHARE, Pressure, usable_share
 from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Rules
-from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.statistics import Shed, Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
@@ -227,7 +227,7 @@ class Scheduler:
         try:
             evicted = self._queue.add(queued, tenant, self._retry_after_ms)
         except ResourceExhausted:
-            self._statistics.shed += 1
+            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
             raise
         if evicted:
             self._evict(evicted)
@@ -309,7 +309,7 @@ class Scheduler:
         meets_goal = end < queued.due or not self._can_reach_goal()
         if meets_goal and now + start_s < queued.expires and end < queued.deadline:
             return
-        self._statistics.shed += 1
+        self._statistics.shed_by[Shed.TOO_LATE] += 1
         after_ms = self._retry_after_ms()
         raise ResourceExhausted(
             f"model '{self._name}' is overloaded: about {start_s * 1000:.0f} ms of work wait before this request, "
@@ -404,7 +404,7 @@ class Scheduler:
                 kept.append(queued)
                 reserved.append(size)
             except ResourceExhausted as err:
-                self._statistics.shed += 1
+                self._statistics.shed_by[Shed.MEMORY] += 1
                 self._settle(queued, err)
         if len(kept) < len(batch.requests):
             batch.requests = kept
@@ -593,6 +593,7 @@ class Scheduler:
         for queued in self._queue.shed(now + self._cautious_batch_s(rows)):
             self._reject(
                 queued,
+                Shed.TOO_LATE,
                 f"model '{self._name}' is overloaded: this request could not be done before its deadline, and was not "
                 "executed",
             )
@@ -608,12 +609,13 @@ class Scheduler:
         for queued in queued_requests:
             self._reject(
                 queued,
+                Shed.EVICTED,
                 f"Exceeds maximum queue size of model '{self._name}': this request was evicted, since its tenant or "
                 "priority holds more than its share of the queue",
             )
 
-    def _reject(self, queued: QueuedRequest, why: str) -> None:
-        self._statistics.shed += 1
+    def _reject(self, queued: QueuedRequest, reason: Shed, why: str) -> None:
+        self._statistics.shed_by[reason] += 1
         after_ms = self._retry_after_ms()
         self._settle(queued, ResourceExhausted(f"{why}; retry after {after_ms} ms", retry_after_ms=after_ms))
 

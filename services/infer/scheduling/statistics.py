@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from mesh.metrics.histogram import ROWS, SECONDS, Buckets, Histogram
 from mesh.rpc.heavy_work import Steps
@@ -52,6 +53,18 @@ class BatchTimes:
         return pb.StatisticDuration(count=self.count, ns=ns)
 
 
+class Shed(StrEnum):
+    """Reason for which a request is rejected or evicted."""
+
+    QUEUE_FULL = "queue_full"
+    TOO_LATE = "too_late"
+    """It would not be done before its deadline or goal."""
+    EVICTED = "evicted"
+    """Others have less than their share of a full queue."""
+    MEMORY = "memory"
+    """No memory is free for its outputs."""
+
+
 @dataclass
 class Statistics:
     """Statistics of one model version since it was loaded. Only the event loop's thread uses them."""
@@ -83,12 +96,17 @@ class Statistics:
     """Requests that expired before they were executed."""
     cancelled: int = 0
     """Requests whose caller left before they were completed."""
-    shed: int = 0
-    """Requests that were rejected or evicted because the queue was full or too long."""
+    shed_by: dict[Shed, int] = field(default_factory=lambda: dict.fromkeys(Shed, 0))
+    """Requests that were rejected or evicted, by reason."""
     expired_executed: int = 0
     """Rows executed after their deadline: always 0, unless there is a bug."""
     bisections: int = 0
     """Failed batches that were split in two to find the failing requests."""
+
+    @property
+    def shed(self) -> int:
+        """Requests that were rejected or evicted because the queue was full or too long."""
+        return sum(self.shed_by.values())
 
     def executed(self, times: ExecutionTimes, now_ms: int) -> None:
         """Count one successful execution."""

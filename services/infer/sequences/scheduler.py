@@ -23,7 +23,7 @@ from services.infer.scheduling.delivery import OutcomeQueue, Receiver
 from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.output_sizes import UNBOUNDED, OutputSizes
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.statistics import Shed, Statistics
 from services.infer.scheduling.submit import submit_and_wait
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences import admission, direct, oldest, rejections
@@ -181,7 +181,7 @@ class SequenceScheduler:
         count, size = self.table.waiting, self.table.waiting_bytes
         limits = self._limits
         if count >= limits.calls or (count and size + request.size_bytes > limits.size_bytes):
-            self._statistics.shed += 1
+            self._statistics.shed_by[Shed.QUEUE_FULL] += 1
             raise ResourceExhausted(
                 f"Exceeds maximum queue size of model '{self._name}': {count} requests with {size} bytes wait, at most "
                 f"{limits.calls} and {limits.size_bytes} may; retry after {_RETRY_MS} ms",

@@ -79,7 +79,7 @@ class Batches:
             lease_ms=config.lease_ms,
         )
         self._batches = BatchRepository(database[BATCHES], self._chunks, clock=clock, instance=name)
-        runner = ChunkRunner(
+        self.runner = ChunkRunner(
             model,
             locations,
             self._readers,
@@ -92,7 +92,7 @@ class Batches:
             self._batches,
             self._chunks,
             Duties(self._batches, self._chunks, locations, self._threads, folder=folder),
-            runner,
+            self.runner,
             clock=clock,
             ready=ready,
             slots=config.batch_chunks,

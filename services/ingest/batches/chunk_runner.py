@@ -100,6 +100,10 @@ class ChunkRunner:
         self._slots = RequestSlots(max_requests)
         self._window = _STACKS_PER_SLOT * max_requests
         self._timeout_s = timeout_s
+        self.succeeded = self.failed = 0
+        """Rows that were written, of all attempts."""
+        self.running = 0
+        """Chunks that run now."""
 
     async def run(
         self, batch: Batch, chunk: Chunk, progress: ChunkProgress, model_wait_s: float
@@ -116,13 +120,18 @@ class ChunkRunner:
         assert chunk.lease is not None
         name = f"{chunk.number:08d}-{chunk.lease.id}"
         versions: set[str] = set()
-        with OutputPart(self._folder, name, result_columns(batch)) as part:
-            await self._fill(batch, chunk, part, self._row_inference(batch, progress, model_wait_s), progress, versions)
-            summary = await self._threads.run(part.finish)
-            if summary.rows:
-                await self._adopt(batch, f"{name}.parquet", part.file)
-            if summary.failed:
-                await self._adopt(batch, f"{name}.dead.parquet", part.dead_file)
+        self.running += 1
+        try:
+            with OutputPart(self._folder, name, result_columns(batch)) as part:
+                inference = self._row_inference(batch, progress, model_wait_s)
+                await self._fill(batch, chunk, part, inference, progress, versions)
+                summary = await self._threads.run(part.finish)
+                if summary.rows:
+                    await self._adopt(batch, f"{name}.parquet", part.file)
+                if summary.failed:
+                    await self._adopt(batch, f"{name}.dead.parquet", part.dead_file)
+        finally:
+            self.running -= 1
         return name, summary, tuple(sorted(versions))
 
     async def publish(self, batch: Batch, chunk: Chunk) -> None:
@@ -198,6 +207,8 @@ class ChunkRunner:
             pending.popleft()
         versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, SucceededRows))
         ok, failed = await self._threads.run(write, part, chunk, ready)
+        self.succeeded += ok
+        self.failed += failed
         progress.add(ok, failed)
 
 

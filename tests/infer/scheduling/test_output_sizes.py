@@ -13,6 +13,7 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.output_sizes import OutputSizes
+from services.infer.scheduling.statistics import Shed
 from shoal.errors import ResourceExhausted
 from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
@@ -190,7 +191,7 @@ async def test_a_request_whose_outputs_never_fit_is_refused_and_the_next_one_run
         with pytest.raises(ResourceExhausted):
             await tasks[0]
         assert (await tasks[1]).outputs[0].tolist() == [[10]]
-        assert bench.statistics.shed == 1
+        assert (bench.statistics.shed, bench.statistics.shed_by[Shed.MEMORY]) == (1, 1)
         assert memory.account.held == 0
 
 

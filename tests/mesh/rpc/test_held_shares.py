@@ -76,6 +76,25 @@ ACTIONS = st.lists(
 )
 
 
+def test_refused_calls_are_counted_by_limit_and_number(signer: Signer) -> None:
+    world = World(signer, ALL)
+    limits = world.limits()
+    limits.reserve(3_000, 0).end()
+    refusal(limits, nbytes=1)
+    world.now += 10
+    limits.reserve(0, 40).end()
+    refusal(limits, rows=1)
+    refusal(limits, rows=1)
+    world.now += 10
+    for _ in range(4):
+        limits.reserve(0, 0)
+    refusal(limits)
+    counts = {labels: count for _, labels, count in world.shares.refused.read()}
+    assert counts == {("all", "bytes"): 1, ("all", "rows"): 2, ("all", "in_flight"): 1}
+    world.access.set_policy(policy(signer, limits=[{**ALL, "name": "other"}]))
+    assert [*world.shares.refused.read()] == []
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 def test_no_limit_is_exceeded_and_everything_is_free_when_all_calls_have_ended(

@@ -15,6 +15,7 @@ from envoy_data_plane.envoy.service.rate_limit_quota.v3 import (
 )
 from envoy_data_plane.envoy.type.v3 import RateLimitStrategyBlanketRule
 
+from mesh.metrics.limits import REFUSED, RefusedCounts
 from mesh.xds import quota
 from mesh.xds.quota import IDLE_S, _Gateway
 from mesh.xds.quota_messages import Reports
@@ -54,7 +55,7 @@ def limit(**fields: Any) -> Limit:
 
 
 def test_envoy_reads_what_coord_writes() -> None:
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     assert gateway.report(reports((IDS, 1, 0)), 0.0)
     (action,) = told(gateway, Amount(2.5, 4.0), limit(), 0.0)
     assert action.bucket_id.bucket == IDS
@@ -65,7 +66,8 @@ def test_envoy_reads_what_coord_writes() -> None:
 
 
 def test_a_demand_counts_refused_calls_over_the_time_between_reports() -> None:
-    gateway = _Gateway()
+    refused = RefusedCounts()
+    gateway = _Gateway(refused)
     gateway.report(reports((IDS, 1, 0)), 0.0)
     assert gateway.demands()[ACME] == float("inf")
     # Envoy may report again at once.
@@ -73,10 +75,11 @@ def test_a_demand_counts_refused_calls_over_the_time_between_reports() -> None:
     assert gateway.demands()[ACME] == float("inf")
     gateway.report(reports((IDS, 10, 25)), 5.0)
     assert gateway.demands()[ACME] == 8.0
+    assert [*refused.read()] == [(REFUSED, ("l", "requests"), 25)]
 
 
 def test_only_a_changed_share_is_sent_unless_it_expires() -> None:
-    kept, strict = _Gateway(), _Gateway()
+    kept, strict = _Gateway(RefusedCounts()), _Gateway(RefusedCounts())
     for gateway, unrenewed in ((kept, "keep"), (strict, "deny")):
         gateway.report(reports((IDS, 1, 0)), 0.0)
         assert len(told(gateway, Amount(5, 5), limit(unrenewed=unrenewed), 0.0)) == 1
@@ -88,7 +91,7 @@ def test_only_a_changed_share_is_sent_unless_it_expires() -> None:
 
 
 def test_without_a_share_every_call_is_denied() -> None:
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     gateway.report(reports((IDS, 1, 0)), 0.0)
     (action,) = told(gateway, Amount(0, 0), limit(), 0.0)
     strategy = action.quota_assignment_action.rate_limit_strategy
@@ -98,7 +101,7 @@ def test_without_a_share_every_call_is_denied() -> None:
 
 @pytest.mark.parametrize(("now", "of_policy"), [(IDLE_S, True), (1.0, False)])
 def test_envoy_forgets_idle_buckets_and_those_of_removed_limits(now: float, of_policy: bool) -> None:
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     gateway.report(reports((IDS, 1, 0)), 0.0)
     told(gateway, Amount(5, 5), limit(), 0.0)
     gateway.report(reports((IDS, 0, 0)), 0.9)
@@ -108,7 +111,7 @@ def test_envoy_forgets_idle_buckets_and_those_of_removed_limits(now: float, of_p
 
 
 def test_envoy_keeps_an_idle_bucket_until_it_is_full_again() -> None:
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     slow = Limit(name="l", requests_per_second=1, burst_requests=1000)
     gateway.report(reports((IDS, 1000, 0)), 0.0)
     told(gateway, Amount(1, 1000), slow, 0.0)
@@ -119,7 +122,7 @@ def test_envoy_keeps_an_idle_bucket_until_it_is_full_again() -> None:
 
 def test_buckets_beyond_the_bound_are_forgotten_the_latest_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quota, "BUCKETS", 2)
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     names = ["a", "b", "c", "d"]
     for at, name in enumerate(names):
         gateway.report(reports(({**IDS, "tenant": name}, 1, 0)), float(at))
@@ -133,5 +136,5 @@ def test_buckets_beyond_the_bound_are_forgotten_the_latest_ones_stay(monkeypatch
 
 @pytest.mark.parametrize("ids", [{}, {"tenant": "a"}, {"limit": "l", "else": "x"}, {"limit": "l", "tenant": "x" * 600}])
 def test_buckets_that_shoal_has_not_made_are_ignored(ids: dict[str, str]) -> None:
-    gateway = _Gateway()
+    gateway = _Gateway(RefusedCounts())
     assert not gateway.report(reports((ids, 1, 0)), 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import shoal
-from mesh.metrics import process
+from mesh.metrics import limits, process
 from mesh.metrics.families import Family, Kind
 from services.coord import metrics as coord
 from services.infer import metrics as infer
@@ -32,8 +32,10 @@ from tools import dashboards
 
 pytestmark = pytest.mark.node
 
-# Without connectors, callers that name a tenant, response caches, streams, and jobs that wait, there are no series.
+# Without connectors, callers that name a tenant, response caches, streams, jobs that wait, and limits, there are no
+# series.
 WITHOUT_SERIES = {
+    limits.REFUSED,
     *(
         each
         for each in (*process.FAMILIES, *ingest.FAMILIES, *infer.FAMILIES)
@@ -137,9 +139,16 @@ def test_prometheus_scrapes_every_family(prometheus: str, loaded: Any) -> None:
     asyncio.run(until(lambda: target(prometheus).get("health") == "up", "a scrape without an error", 60))
     assert target(prometheus)["lastError"] == ""
     assert target(prometheus)["labels"]["node"] == "local"
-    names = set(json.loads(read(f"{prometheus}/api/v1/label/__name__/values"))["data"])
-    assert {series_of(family) for family in FAMILIES} - names == set()
-    assert set(OF_ENVOY) - names == set()
+
+    def names() -> set[str]:
+        return set(json.loads(read(f"{prometheus}/api/v1/label/__name__/values"))["data"])
+
+    def missing() -> set[str]:
+        return {series_of(family) for family in FAMILIES} - names()
+
+    # Some are read from MongoDB every few seconds.
+    asyncio.run(until(lambda: not missing(), "a series of each family", 60))
+    assert set(OF_ENVOY) - names() == set()
     up = {each["metric"]["instance"]: each["value"][1] for each in query(prometheus, "shoal_process_up")}
     services = {name for name in loaded.pids() if "-" in name}
     assert up == dict.fromkeys({*services, "envoy", "etcd", "mongod"}, "1")

@@ -16,8 +16,10 @@ from services.store.retention.rule_repository import RuleRepository
 from services.store.retention.rules import DataKind, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
+from services.store.usage import totals
 from services.store.usage.counters import Counters
 from services.store.usage.quotas import Quotas
+from services.store.usage.totals import UsageTotals
 from services.store.usage.weight import Weight, by_tenant, weight_of
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
@@ -207,6 +209,22 @@ async def test_quotas_and_who_is_over(store: Store) -> None:
     await quota(store, 0)
     (entry,) = await put(store, result("more", tenant="a"))
     assert entry.recorded
+
+
+async def test_the_sums_of_usage_and_the_largest_tenants(
+    collections: Collections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(totals, "LARGEST", 2)
+    async with UsageTotals(collections) as empty:
+        await until(lambda: bool(empty.sums), "the counters are read")
+    assert (empty.sums, empty.largest) == (dict.fromkeys(empty.sums, 0), {})
+    counters = Counters(collections, now)
+    weights = {name: Weight(results=n, bytes=100 * n) for n, name in enumerate(("a", "b", "c"), 1)}
+    await counters.add(weights | {"b": Weight(2, 5_200, payloads=3, payload_bytes=5_000)})
+    async with UsageTotals(collections) as read:
+        await until(lambda: bool(read.sums), "the counters are read")
+    assert read.sums == {"results": 6, "bytes": 5_600, "payloads": 3, "payload_bytes": 5_000}
+    assert [*read.largest.items()] == [("b", 5_200), ("c", 300)]
 
 
 async def test_pages_of_usage(store: Store) -> None:
