@@ -213,7 +213,15 @@ async def ensure_indexes(
         existing = await collection.index_information() if indexes or retired else {}
         missing = sorted({index.document["name"] for index in indexes} - set(existing))
         if missing and (size := await collection.estimated_document_count()) >= _LARGE_DOCUMENTS:
-            log.info("building the indexes %s of %s, which has about %d documents", ", ".join(missing), name, size)
+            log.info(
+                "building the indexes %(indexes)s of %(collection)s, which has about %(documents)d documents",
+                {
+                    "event": "mongo.building_indexes",
+                    "indexes": ", ".join(missing),
+                    "collection": name,
+                    "documents": size,
+                },
+            )
         with pymongo.timeout(BUILD_TIMEOUT_S):
             if indexes:
                 await _create_indexes(collection, indexes)
@@ -236,7 +244,7 @@ async def build_later_indexes(
             await ensure_indexes(collection, indexes, retired)
             return
         except ShoalError as err:
-            log.warning("%s for now: %s", meanwhile, err)
+            log.warning("%(doing)s for now: %(error)s", {"event": "mongo.retrying", "doing": meanwhile, "error": err})
             await asyncio.sleep(_BUILD_RETRY_S)
 
 

@@ -141,19 +141,30 @@ class DatabaseClock(Background):
             candidates = (self._offset, self._before) if steady < self._settled_at else (self._offset,)
             self._before = max(candidates, key=lambda before: abs(offset - before))
             self._settled_at = steady + _SETTLED_NS
-            log.warning("MongoDB's clock was set %s by %.1f s", "forward" if moved > 0 else "back", abs(moved) / 1e9)
+            log.warning(
+                "MongoDB's clock was set %(direction)s by %(seconds).1f s",
+                {
+                    "event": "clock.mongo_was_set",
+                    "direction": "forward" if moved > 0 else "back",
+                    "seconds": abs(moved) / 1e9,
+                },
+            )
         self._offset, self._is_synchronized = offset, True
         ahead = self._wall_ns() - (offset + steady)
         self.ahead_s = ahead / 1e9
         if abs(ahead - self._reported_ns) >= _REPORTED_NS:
             self._reported_ns = ahead
             if abs(ahead) < _REPORTED_NS:
-                log.info("this machine's clock and MongoDB's agree again")
+                log.info("this machine's clock and MongoDB's agree again", {"event": "clock.agrees"})
             else:
                 log.warning(
-                    "this machine's clock is %.1f s %s MongoDB's, which Shoal uses: correct this machine's clock",
-                    abs(ahead) / 1e9,
-                    "ahead of" if ahead > 0 else "behind",
+                    "this machine's clock is %(seconds).1f s %(direction)s MongoDB's, which Shoal uses: correct this "
+                    "machine's clock",
+                    {
+                        "event": "clock.off",
+                        "seconds": abs(ahead) / 1e9,
+                        "direction": "ahead of" if ahead > 0 else "behind",
+                    },
                 )
 
 

@@ -119,7 +119,10 @@ class LeaderLease(Background):
             self._until = 0.0
             return
         if self.token != document["token"]:
-            log.info("acquired the leader lease of %s, token %d", self._name, document["token"])
+            log.info(
+                "acquired the leader lease of %(name)s, token %(token)d",
+                {"event": "leader.acquired", "name": self._name, "token": document["token"]},
+            )
         # The term counts from before the request here, and from a later moment in MongoDB: it ends here first.
         self._token, self._until = document["token"], began + self._ttl_ms / 1_000
 

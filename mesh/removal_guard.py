@@ -116,7 +116,10 @@ class RemovalGuard:
         if now - certain <= _SLACK:
             is_accepted = True
             if self._ahead_since is not None:
-                log.info("the clock is right again: removal of %s goes by it", self._name)
+                log.info(
+                    "the clock is right again: removal of %(collection)s goes by it",
+                    {"event": "removal.resumed", "collection": self._name},
+                )
         else:
             is_accepted, asked = await self._judge(now, now - certain, steady, asked)
         if is_accepted:
@@ -132,32 +135,40 @@ class RemovalGuard:
         if self._ahead_since is None:
             self._ahead_since = steady
             log.warning(
-                "MongoDB's clock is %s ahead of the last removal of %s: removal goes by the time before for %s",
-                ahead,
-                self._name,
-                REST,
+                "MongoDB's clock is %(ahead)s ahead of the last removal of %(collection)s: removal goes by the time "
+                "before for %(pause)s",
+                {"event": "removal.paused", "ahead": ahead, "collection": self._name, "pause": REST},
             )
         if steady - self._ahead_since < REST:
             return False, asked
         share = await self._removal.share(now)
         if share <= SHARE:
-            log.info("removal of %s goes by the clock: %.0f %% are past their retention", self._name, share * 100)
+            log.info(
+                "removal of %(collection)s goes by the clock: %(percent).0f %% are past their retention",
+                {"event": "removal.confirmed_by_clock", "collection": self._name, "percent": share * 100},
+            )
             return True, None
         version = await self._removal.rules_version()
         if asked is not None and asked != version:
-            log.warning("a retention rule was set: %.0f %% of the %s are removed", share * 100, self._name)
+            log.warning(
+                "a retention rule was set: %(percent).0f %% of the %(collection)s are removed",
+                {"event": "removal.confirmed_by_rule", "percent": share * 100, "collection": self._name},
+            )
             return True, None
         if self._asked_at is None or steady - self._asked_at >= _REPEATED:
             self._asked_at = steady
             log.error(
-                "MongoDB's clock is %s ahead of the last removal, and %.0f %% of the %s would be removed at once. Is "
-                "the clock (%s) right? Then confirm: set a retention rule, also to the value that it has (%s). "
-                "Otherwise correct the clock",
-                ahead,
-                share * 100,
-                self._name,
-                now.isoformat(timespec="seconds"),
-                self._command,
+                "MongoDB's clock is %(ahead)s ahead of the last removal, and %(percent).0f %% of the %(collection)s "
+                "would be removed at once. Is the clock (%(clock)s) right? Then confirm: set a retention rule, also to "
+                "the value that it has (%(command)s). Otherwise correct the clock",
+                {
+                    "event": "removal.stopped",
+                    "ahead": ahead,
+                    "percent": share * 100,
+                    "collection": self._name,
+                    "clock": now.isoformat(timespec="seconds"),
+                    "command": self._command,
+                },
             )
         return False, version
 

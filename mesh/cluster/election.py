@@ -146,9 +146,12 @@ class Election(Background):
                 await self._campaign_and_lead(lease)
             except Exception as err:
                 if not isinstance(err, ShoalError):  # A bug must not end the candidacy for ever.
-                    log.exception("election")
+                    log.exception("election", {"event": "election.failed"})
                 elif not is_failing:
-                    log.warning("cannot take part in the election for now: %s", err)
+                    log.warning(
+                        "cannot take part in the election for now: %(error)s",
+                        {"event": "election.retrying", "error": err},
+                    )
                 is_failing = True
                 await asyncio.sleep(_RETRY_S)
 
@@ -165,7 +168,10 @@ class Election(Background):
                     raise error
         finally:
             if self._term.value is not None:
-                log.warning("%s no longer leads (term %d)", self._name, self._term.value.token)
+                log.warning(
+                    "%(name)s no longer leads (term %(term)d)",
+                    {"event": "election.lost", "name": self._name, "term": self._term.value.token},
+                )
             self._term.set(None)
             for task in (keeping, campaign):
                 task.cancel()
@@ -188,7 +194,10 @@ class Election(Background):
             except LeaseLost:
                 raise
             except ShoalError as err:
-                log.info("the lease of the election was not refreshed: %s", err)
+                log.info(
+                    "the lease of the election was not refreshed: %(error)s",
+                    {"event": "election.lease_not_refreshed", "error": err},
+                )
         raise LeaseLost("the lease of the election expired: etcd was unreachable for too long")
 
     async def _campaign(self, lease: Lease) -> None:
@@ -206,7 +215,7 @@ class Election(Background):
         begun = await self._etcd.transact([Created(key, token)], [Put(key, self._record(since), lease.id)])
         if not begun.succeeded:
             raise LeaseLost("the candidate's key was deleted")
-        log.info("%s leads (term %d)", self._name, token)
+        log.info("%(name)s leads (term %(term)d)", {"event": "election.won", "name": self._name, "term": token})
         self._term.set(Term(key, token, since, lease))
 
     async def _until_gone(self, key: bytes, revision: int) -> None:

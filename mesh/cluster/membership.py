@@ -272,16 +272,18 @@ class Registration:
                 try:
                     lease = await etcd.grant(TTL_S)
                     if is_failing:
-                        log.info("etcd is reachable again: registering")
+                        log.info("etcd is reachable again: registering", {"event": "registration.resumed"})
                     is_failing = False
                     await self._keep(etcd, lease)
                 except LeaseLost as err:
-                    log.warning("lost the registration: %s", err)
+                    log.warning("lost the registration: %(error)s", {"event": "registration.lost", "error": err})
                 except Exception as err:
                     if not isinstance(err, ShoalError):  # A bug must not end the registration for ever.
-                        log.exception("registration")
+                        log.exception("registration", {"event": "registration.failed"})
                     elif not is_failing:
-                        log.warning("cannot register for now: %s", err)
+                        log.warning(
+                            "cannot register for now: %(error)s", {"event": "registration.retrying", "error": err}
+                        )
                     is_failing = True
                     await asyncio.sleep(_RETRY_S)
 
@@ -339,7 +341,9 @@ def _readable(key: bytes, value: bytes) -> Instance | None:
     try:
         return decode(key, value)
     except (ValueError, RecursionError) as err:
-        log.warning("ignoring the key %r in etcd: %s", key, err)
+        log.warning(
+            "ignoring the key %(key)r in etcd: %(error)s", {"event": "etcd.key_ignored", "key": key, "error": err}
+        )
         return None
 
 

@@ -81,14 +81,16 @@ class Mirror(Background):
                 failures = 0
                 listed = await self._watch()
             except Compacted as err:
-                log.info("%s: listing again", err)
+                log.info("%(error)s: listing again", {"event": "etcd.listing_again", "error": err})
                 listed = False
             except Exception as err:
                 if not isinstance(err, ShoalError):  # A bug must not stop the mirror for ever.
-                    log.exception("mirror of %s", self._prefix.decode())
+                    log.exception(
+                        "mirror of %(prefix)s", {"event": "etcd.mirror_failed", "prefix": self._prefix.decode()}
+                    )
                     listed = False
                 if not self.copy.stale:
-                    log.warning("etcd is unreachable: %s", err)
+                    log.warning("etcd is unreachable: %(error)s", {"event": "etcd.unreachable", "error": err})
                 self._copy.set(replace(self.copy, stale=True))
                 await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
@@ -98,12 +100,22 @@ class Mirror(Background):
         async with aclosing(self._etcd.watch(self._prefix, self.copy.revision + 1)) as changes:
             async for change in changes:
                 if change.revision < self.copy.revision:
-                    log.warning("etcd's revision went back from %d to %d", self.copy.revision, change.revision)
+                    log.warning(
+                        "etcd's revision went back from %(former_revision)d to %(revision)d",
+                        {
+                            "event": "etcd.revision_went_back",
+                            "former_revision": self.copy.revision,
+                            "revision": change.revision,
+                        },
+                    )
                     return False
                 entries = applied(self.copy.entries, change.events) if change.events else self.copy.entries
                 # Items without events do not advance the revision: events before theirs may still arrive.
                 revision = change.revision if change.events else self.copy.revision
                 if self.copy.stale:
-                    log.info("etcd is reachable again, at revision %d", change.revision)
+                    log.info(
+                        "etcd is reachable again, at revision %(revision)d",
+                        {"event": "etcd.reachable", "revision": change.revision},
+                    )
                 self._copy.set(Copy(entries, revision, stale=False))
         return True

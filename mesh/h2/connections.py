@@ -44,7 +44,10 @@ Connections = dict[Connection, None]
 def admit(connection: Connection, connections: Connections) -> bool:
     """Add a connection. Return False when there are too many, and none is idle."""
     if len(connections) >= _MAX_CONNECTIONS and not _displace_idle(connections):
-        log.warning("a connection is refused: %d are open, and none is idle", len(connections))
+        log.warning(
+            "a connection is refused: %(open)d are open, and none is idle",
+            {"event": "connection.refused", "open": len(connections)},
+        )
         return False
     connections[connection] = None
     return True

@@ -124,7 +124,9 @@ class Peer(asyncio.Protocol, ABC):
         except ConnectionBroken as err:
             self._break(err)
         except Exception:
-            log.exception("a fault while reading a connection: the connection is closed")
+            log.exception(
+                "a fault while reading a connection: the connection is closed", {"event": "connection.read_failed"}
+            )
             self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
         self._sender.flush()
 
@@ -151,7 +153,10 @@ class Peer(asyncio.Protocol, ABC):
             self._transport.resume_reading()
 
     def _break(self, err: ConnectionBroken) -> None:
-        log.warning("a connection is closed with %s: %s", err.reason.name, err)
+        log.warning(
+            "a connection is closed with %(code)s: %(error)s",
+            {"event": "connection.protocol_error", "code": err.reason.name, "error": err},
+        )
         self._sender.write(frames.goaway(self._newest, err.reason, str(err)))
         self._sender.flush()
         self._transport.close()

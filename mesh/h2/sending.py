@@ -72,7 +72,7 @@ class Outgoing:
         try:
             self.on_sent()
         except Exception:
-            log.exception("a callback of a stream's sender failed")
+            log.exception("a callback of a stream's sender failed", {"event": "stream.callback_failed"})
 
 
 class Sender:
@@ -372,7 +372,10 @@ class Sender:
                 continue
             outgoing.idle_ticks += 1
             if outgoing.idle_ticks > max_ticks:
-                log.info("stream %d is reset: its peer takes none of the %d bytes that wait", number, outgoing.size)
+                log.info(
+                    "stream %(stream)d is reset: its peer takes none of the %(bytes)d bytes that wait",
+                    {"event": "stream.reset_unread", "stream": number, "bytes": outgoing.size},
+                )
                 self.reset(number, Reason.CANCEL)
 
     def _header_frames(self, number: int, block: bytes, *, is_last: bool = False) -> bytes:

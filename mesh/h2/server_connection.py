@@ -450,7 +450,10 @@ class ServerConnection(Peer):
 
 def reset(stream: ServerStream) -> None:
     """Reset the stream of a request whose handler has raised an exception."""
-    log.exception("the handler of %s failed: its stream is reset", stream.head.path)
+    log.exception(
+        "the handler of %(path)s failed: its stream is reset",
+        {"event": "stream.handler_failed", "path": stream.head.path},
+    )
     stream.reset(Reason.INTERNAL_ERROR)
 
 
@@ -468,4 +471,7 @@ def disconnect(stream: ServerStream, handler: RequestHandler) -> None:
     try:
         handler.disconnected()
     except Exception:
-        log.exception("the handler of %s failed when its client disconnected", stream.head.path)
+        log.exception(
+            "the handler of %(path)s failed when its client disconnected",
+            {"event": "stream.handler_failed_at_disconnect", "path": stream.head.path},
+        )

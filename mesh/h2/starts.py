@@ -116,7 +116,7 @@ class Starts:
                 waiting.popleft()()
             # A fault of one call must not keep all others from starting.
             except Exception:
-                log.exception("a fault while starting a call")
+                log.exception("a fault while starting a call", {"event": "call.start_failed"})
             now = self.clock()
             senders.used(now - began, is_empty=not waiting)
             tenants.used(now - began, is_empty=not senders)

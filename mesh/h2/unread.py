@@ -31,7 +31,10 @@ class Unread:
         added, self._counted = size - self._counted, size
         self.share.add(added)
         if added > 0 and self._account.held > self._account.limit:
-            log.warning("a connection is closed: its peer does not read, and %d bytes find no room", size)
+            log.warning(
+                "a connection is closed: its peer does not read, and %(bytes)d bytes find no room",
+                {"event": "connection.no_room_for_responses", "bytes": size},
+            )
             transport.abort()
 
     def tick(self, transport: asyncio.WriteTransport) -> None:
@@ -42,5 +45,8 @@ class Unread:
         self._bytes = unread
         if self._ticks > MAX_TICKS:
             seconds = MAX_TICKS * TICK_S
-            log.warning("a connection is closed: its peer reads none of %d bytes for %.0f s", unread, seconds)
+            log.warning(
+                "a connection is closed: its peer reads none of %(bytes)d bytes for %(seconds).0f s",
+                {"event": "connection.does_not_read", "bytes": unread, "seconds": seconds},
+            )
             transport.abort()

@@ -185,7 +185,10 @@ class Http1Connection(asyncio.Protocol):
         has_room = kept.has_room(max(size - kept.held, 0))
         kept.add(size - kept.held)
         if not has_room:
-            log.warning("a connection is closed: there is no room for %d bytes of its requests", size)
+            log.warning(
+                "a connection is closed: there is no room for %(bytes)d bytes of its requests",
+                {"event": "connection.no_room_for_requests", "bytes": size},
+            )
             self._transport.abort()
 
     def eof_received(self) -> None:
@@ -278,7 +281,9 @@ class Http1Connection(asyncio.Protocol):
         except BadRequest as err:
             self._refuse(err)
         except Exception:
-            log.exception("a fault while reading a connection: the connection is closed")
+            log.exception(
+                "a fault while reading a connection: the connection is closed", {"event": "connection.read_failed"}
+            )
             self._transport.abort()
         finally:
             self._is_parsing = False
@@ -359,12 +364,18 @@ class Http1Connection(asyncio.Protocol):
         return is_end or not (is_chunked and rest)
 
     def _fail(self, stream: Http1Stream) -> None:
-        log.exception("the handler of %s failed: its connection is closed", stream.head.path)
+        log.exception(
+            "the handler of %(path)s failed: its connection is closed",
+            {"event": "stream.handler_failed", "path": stream.head.path},
+        )
         self._transport.abort()
 
     def _refuse(self, err: BadRequest) -> None:
         """Answer a request that cannot be read, and end the connection."""
-        log.info("a connection is closed with status %d: %s", err.status, err.message)
+        log.info(
+            "a connection is closed with status %(status)d: %(error)s",
+            {"event": "connection.closed_with_status", "status": err.status, "error": err.message},
+        )
         self._unparsed = b""
         stream = self._take_stream()
         if stream is not None:

@@ -131,4 +131,4 @@ async def _logged(export: Any) -> None:
         await export()
     # An exporter must not end its service.
     except Exception:
-        log.exception("the metrics were not exported")
+        log.exception("the metrics were not exported", {"event": "metrics.export_failed"})

@@ -1,7 +1,11 @@
 """Structured logs: one JSON object a line on standard error, with the ids of the current trace and span.
 
-{"time": "2026-11-24T16:00:00.123Z", "level": "INFO", "logger": "mesh.mongo", "message": "...",
- "instance": "store-0", "trace_id": "...", "span_id": "...", <fields given with extra={...}>}
+    log.warning("lost the registration: %(error)s", {"event": "registration.lost", "error": err})
+
+{"time": "2026-11-24T16:00:00.123Z", "level": "WARNING", "logger": "mesh.cluster.membership", "message": "lost the ...",
+ "instance": "node-a/store-0", "event": "registration.lost", "error": "...", "trace_id": "...", "span_id": "..."}
+
+Every call at INFO and above has an event and its values by name; docs/logs.md lists them all.
 """
 
 from __future__ import annotations
@@ -9,15 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from opentelemetry import trace
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON. Each field of `extra=` becomes a key."""
+    """Formats a record as one line of JSON. The event and its values, the mapping of the call, become keys."""
 
     def __init__(self, instance: str) -> None:
         super().__init__()
@@ -32,13 +35,16 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             "instance": self._instance,
         }
+        if isinstance(record.args, Mapping):
+            entry |= {key: value for key, value in record.args.items() if key not in entry}
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             entry["trace_id"] = trace.format_trace_id(context.trace_id)
             entry["span_id"] = trace.format_span_id(context.span_id)
-        entry.update({key: value for key, value in vars(record).items() if key not in _STANDARD and key not in entry})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            entry["stack"] = record.stack_info
         return json.dumps(entry, default=str, ensure_ascii=False)
 
 

@@ -24,7 +24,7 @@ async def until_stopped() -> None:
     def on_signal(number: int) -> None:
         if stop.is_set():
             os._exit(128 + number)
-        log.info("stopping on %s", signal.Signals(number).name)
+        log.info("stopping on %(signal)s", {"event": "service.stopping", "signal": signal.Signals(number).name})
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -34,5 +34,8 @@ async def until_stopped() -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _PARENT_CHECK_S)
         if parent and os.getppid() != int(parent) and not stop.is_set():
-            log.warning("the launcher (pid %s) has ended: stopping", parent)
+            log.warning(
+                "the launcher (pid %(pid)d) has ended: stopping",
+                {"event": "service.launcher_ended", "pid": int(parent)},
+            )
             stop.set()

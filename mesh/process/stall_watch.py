@@ -62,9 +62,8 @@ class StallWatch:
         self._recent.append((time.time() - stall_s, stall_s))
         if stall_s >= _LOGGED_S:
             log.warning(
-                "event loop stalled for %.0f ms, of which its thread ran for %.0f ms: all calls waited",
-                *(stall_s * 1000, cpu_s * 1000),
-                extra={"stall_ms": round(stall_s * 1000), "cpu_ms": round(cpu_s * 1000)},
+                "event loop stalled for %(stall_ms)d ms, of which its thread ran for %(cpu_ms)d ms: all calls waited",
+                {"event": "event_loop.stalled", "stall_ms": round(stall_s * 1000), "cpu_ms": round(cpu_s * 1000)},
             )
 
     def report(self) -> str:

@@ -57,7 +57,7 @@ async def all_to_the_end(works: Iterable[Coroutine[Any, Any, None]]) -> None:
 def log_failure(task: asyncio.Task[Any]) -> None:
     """Log the error of a task that has failed. For tasks that nobody awaits."""
     if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-        log.error("%s failed", task.get_name(), exc_info=error)
+        log.error("%(task)s failed", {"event": "task.failed", "task": task.get_name()}, exc_info=error)
 
 
 async def for_ever(
@@ -75,10 +75,12 @@ async def for_ever(
         try:
             rest_s = await step()
         except ShoalError as err:
-            log.log(level, "cannot %s for now: %s", what, err)
+            log.log(
+                level, "cannot %(doing)s for now: %(error)s", {"event": "task.retrying", "doing": what, "error": err}
+            )
             rest_s = away_s
         except Exception:
-            log.exception("cannot %s", what)
+            log.exception("cannot %(doing)s", {"event": "task.unexpected_error", "doing": what})
             rest_s = away_s
         await asyncio.sleep(rest_s)
 

@@ -286,7 +286,10 @@ class Access(Background):
             except ShoalError as err:
                 error = err
             del self._open[call]
-            log.info("a call of %s ends: %s", rpc, error.message)
+            log.info(
+                "a call of %(method)s ends: %(reason)s",
+                {"event": "call.ended_by_policy", "method": rpc, "reason": error.message},
+            )
             end(error)
 
 

@@ -179,7 +179,9 @@ class Auditing:
         try:
             await self._reads.write()
         except ShoalError as err:
-            log.warning("the last reads are missing in the audit log: %s", err)
+            log.warning(
+                "the last reads are missing in the audit log: %(error)s", {"event": "audit.reads_missing", "error": err}
+            )
 
     def _act(self, method: str, request: Any, ctx: Context) -> AbstractAsyncContextManager[Act]:
         return self.act(method, caller_in(ctx), _address_in(ctx), _target_of(request))
@@ -205,7 +207,10 @@ class Auditing:
         except (ShoalError, TimeoutError) as err:
             if not is_launcher:
                 raise Unavailable(f"the audit log cannot be written, so nothing was done: {_cause(err)}") from err
-            log.warning("a call of %s by the launcher is missing in the audit log: %s", rpc, _cause(err))
+            log.warning(
+                "a call of %(method)s by the launcher is missing in the audit log: %(error)s",
+                {"event": "audit.call_missing", "method": rpc, "error": _cause(err)},
+            )
             yield act
             return
         outcome = replace(event, kind=OUTCOME, of=written)
@@ -262,7 +267,10 @@ class Auditing:
             async with asyncio.timeout(_RECORD_S):
                 await self.log.record([outcome])
         except (ShoalError, TimeoutError) as err:
-            log.warning("the outcome of %s is missing in the audit log: %s", outcome.of, _cause(err))
+            log.warning(
+                "the outcome of %(entry)s is missing in the audit log: %(error)s",
+                {"event": "audit.outcome_missing", "entry": outcome.of, "error": _cause(err)},
+            )
 
 
 def _target_of(request: Any) -> str:

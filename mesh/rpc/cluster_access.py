@@ -67,11 +67,16 @@ class PolicyWatch(Background):
                 # A large policy takes a tenth of a second.
                 policy = await asyncio.to_thread(cluster.in_force, values)
             except (ValueError, KeyError, TypeError):
-                log.exception("the policy in etcd cannot be read: the former one stays in force")
+                log.exception(
+                    "the policy in etcd cannot be read: the former one stays in force", {"event": "policy.unreadable"}
+                )
                 continue
             if policy is not None:
                 self.access.set_policy(policy)
-                log.info("version %d of the policy is in force", cluster.version_of(values))
+                log.info(
+                    "version %(version)d of the policy is in force",
+                    {"event": "policy.in_force", "version": cluster.version_of(values)},
+                )
             is_enforced = True
             self.in_force.set(InForce(policy, cluster.version_of(values), revision, is_known=True))
 

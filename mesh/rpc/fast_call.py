@@ -279,7 +279,7 @@ class FastCall(StreamMemory):
         code, message, trailing = status_of(error)
         self._finish(code.value[0], message if isinstance(error, ShoalError) else type(error).__name__)
         if not isinstance(error, ShoalError):
-            log.error("unexpected error in a call", exc_info=error)
+            log.error("unexpected error in a call", {"event": "call.unexpected_error"}, exc_info=error)
         trailers = status.trailers(code.value[0], message, trailing)
         self._stream.respond(response_head(200, [status.CONTENT_TYPE, *trailers]))
 
@@ -365,6 +365,6 @@ class Deadlines:
                 # An error of one call must not affect the deadlines of the others.
                 except Exception:
                     self.discard(call)
-                    log.exception("the end of a call at its deadline failed")
+                    log.exception("the end of a call at its deadline failed", {"event": "call.deadline_failed"})
         finally:
             self._timer = self._loop.call_later(_DEADLINE_CHECK_S, self._check) if self._calls else None

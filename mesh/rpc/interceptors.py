@@ -208,12 +208,18 @@ def log_error(method: str, error: BaseException) -> None:
     """Log the error of a call of `method`: unexpected errors and faults as errors, others at INFO or DEBUG."""
     code, message, _ = status_of(error)
     if not isinstance(error, ShoalError):
-        log.error("unexpected error in %s", method, exc_info=error)
+        log.error("unexpected error in %(method)s", {"event": "call.method_failed", "method": method}, exc_info=error)
     elif code in _FAULTS:
-        log.error("%s failed: %s", method, message, exc_info=error)
+        log.error(
+            "%(method)s failed: %(error)s", {"event": "call.failed", "method": method, "error": message}, exc_info=error
+        )
     else:
         level = logging.INFO if isinstance(error, ResourceExhausted) else logging.DEBUG
-        log.log(level, "%s refused with %s: %s", method, code.name, message)
+        log.log(
+            level,
+            "%(method)s refused with %(code)s: %(reason)s",
+            {"event": "call.refused", "method": method, "code": code.name, "reason": message},
+        )
 
 
 def trace_metadata() -> dict[str, str]:

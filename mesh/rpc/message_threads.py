@@ -90,7 +90,7 @@ class MessageThreads:
             if done is not None:
                 done(result)
         except Exception:
-            log.exception("a call failed after a thread had worked on its message")
+            log.exception("a call failed after a thread had worked on its message", {"event": "call.message_failed"})
 
     def close(self) -> None:
         """Start nothing more. What runs ends within a second, by its bound of bytes."""

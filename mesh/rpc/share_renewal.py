@@ -61,11 +61,13 @@ class ShareRenewal(Background):
             try:
                 pause_s = await self._claim()
             except ShoalError as err:
-                log.warning("cannot claim shares of limits for now: %s", err)
+                log.warning(
+                    "cannot claim shares of limits for now: %(error)s", {"event": "limits.claim_retrying", "error": err}
+                )
                 pause_s = _RETRY_S
             # A fault of one claim must not end the claims.
             except Exception:
-                log.exception("unexpected error while claiming shares of limits")
+                log.exception("unexpected error while claiming shares of limits", {"event": "limits.claim_failed"})
                 pause_s = _RETRY_S
             self._shares.expire(self._lifetime_s)
 

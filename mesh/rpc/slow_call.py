@@ -125,7 +125,7 @@ class SlowCall:
         # SystemExit, too: an exception of one call must not end the others.
         except BaseException as err:
             if not isinstance(err, ShoalError):
-                log.error("unexpected error in a call", exc_info=err)
+                log.error("unexpected error in a call", {"event": "call.unexpected_error"}, exc_info=err)
             code, message, trailing = status_of(err)
             response.end(code.value[0], message, trailing)
             # A traceback refers to frames, some of which refer to the exception: a reference cycle.

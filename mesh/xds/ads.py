@@ -124,13 +124,13 @@ class AdsServer:
         stream = _Stream(node, self._now(), Session())
         self._streams.add(stream)
         self._compare()
-        log.info("Envoy of node %s connected", node.id)
+        log.info("Envoy of node %(node)s connected", {"event": "envoy.connected", "node": node.id})
         try:
             yield stream
         finally:
             self._streams.discard(stream)
             self._compare()
-            log.info("Envoy of node %s disconnected", node.id)
+            log.info("Envoy of node %(node)s disconnected", {"event": "envoy.disconnected", "node": node.id})
 
 
 async def _merged(requests: AsyncIterator[Any], snapshots: AsyncIterator[Snapshot]) -> AsyncGenerator[Any, None]:
@@ -176,7 +176,13 @@ def _request(message: DeltaDiscoveryRequest) -> Request:
 def _log_nack(node: EnvoyNode, message: DeltaDiscoveryRequest) -> None:
     if message.error_detail is not None:
         log.error(
-            "Envoy of node %s rejected a %s: %s", node.id, short_type(message.type_url), message.error_detail.message
+            "Envoy of node %(node)s rejected a %(type)s: %(error)s",
+            {
+                "event": "envoy.refused",
+                "node": node.id,
+                "type": short_type(message.type_url),
+                "error": message.error_detail.message,
+            },
         )
 
 

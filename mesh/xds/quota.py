@@ -232,6 +232,9 @@ class QuotaServer:
         try:
             shares = await self._claims.claim(claimant, demands)
         except ShoalError as err:
-            log.warning("the shares of %s stay the last ones: %s", claimant, err.message)
+            log.warning(
+                "the shares of %(claimant)s stay the last ones: %(error)s",
+                {"event": "limits.shares_stale", "claimant": claimant, "error": err.message},
+            )
             return None
         return gateway.actions(shares, self._claims.limit, self._clock())

@@ -149,7 +149,7 @@ async def run(config: CoordConfig) -> None:
             )
         health.serve()
         await registration.update(state=State.READY)
-        log.info("serving at %s", server.address)
+        log.info("serving at %(address)s", {"event": "service.serving", "address": server.address})
         await until_stopped()
 
 

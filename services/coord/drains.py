@@ -58,7 +58,9 @@ def _decode(key: bytes, value: bytes) -> DrainMark | None:
         raw = json.loads(value)
         return DrainMark(key.removeprefix(PREFIX).decode(), int(raw["pid"]), float(raw["started_at"]))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as err:
-        log.warning("ignoring the key %r in etcd: %r", key, err)
+        log.warning(
+            "ignoring the key %(key)r in etcd: %(error)r", {"event": "etcd.key_ignored", "key": key, "error": err}
+        )
         return None
 
 

@@ -73,9 +73,21 @@ class Duties(Background):
                     [term.fence, Modified(mark.key, entry.mod_revision)], [Delete(mark.key)]
                 )
             except ShoalError as err:
-                log.warning("cannot delete the drain mark of %s, will retry: %s", mark.name, err)
+                log.warning(
+                    "cannot delete the drain mark of %(name)s, will retry: %(error)s",
+                    {"event": "drain.mark_retrying", "name": mark.name, "error": err},
+                )
             # A bug must not end the duties for the rest of the process.
             except Exception:
-                log.exception("deleting the drain mark of %s failed", mark.name)
+                log.exception(
+                    "deleting the drain mark of %(name)s failed", {"event": "drain.mark_failed", "name": mark.name}
+                )
             else:
-                log.info("drain mark of %s: %s", mark.name, "deleted" if done.succeeded else "changed meanwhile")
+                log.info(
+                    "drain mark of %(name)s: %(outcome)s",
+                    {
+                        "event": "drain.mark_ended",
+                        "name": mark.name,
+                        "outcome": "deleted" if done.succeeded else "changed meanwhile",
+                    },
+                )

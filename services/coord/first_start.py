@@ -52,7 +52,9 @@ class FirstStart(Background):
             went_back, revision = seen.revision < revision, seen.revision
             is_lost = cluster.POLICY not in seen.entries
             if is_lost or went_back:
-                log.warning("etcd has lost the policy" if is_lost else "etcd has lost changes")
+                log.warning(
+                    "etcd has lost the policy" if is_lost else "etcd has lost changes", {"event": "policy.lost_by_etcd"}
+                )
                 await self._until_begun()
             if self._copy is not None and not is_lost:
                 await self._keep(self._copy)
@@ -65,11 +67,14 @@ class FirstStart(Background):
                 return
             except ShoalError as err:
                 if err.message != said:
-                    log.warning("keys and policy are not ready yet: %s", err)
+                    log.warning(
+                        "keys and policy are not ready yet: %(error)s",
+                        {"event": "policy.first_start_retrying", "error": err},
+                    )
                 said = err.message
             # A bug must not leave the cluster without a policy for ever.
             except Exception:
-                log.exception("keys and policy cannot be made")
+                log.exception("keys and policy cannot be made", {"event": "policy.first_start_failed"})
             await asyncio.sleep(_RETRY_S)
 
     async def _begin(self) -> None:
@@ -78,7 +83,10 @@ class FirstStart(Background):
         except FailedPrecondition as err:
             if not await self._parts.policies.is_changed():
                 raise
-            log.warning("etcd has the policy, and its copy is made anew: %s", err.message)
+            log.warning(
+                "etcd has the policy, and its copy is made anew: %(error)s",
+                {"event": "policy.copy_remade", "error": err.message},
+            )
             saved = None
         failed = None
         try:
@@ -103,4 +111,7 @@ class FirstStart(Background):
         except NotFound:
             pass  # It was replaced meanwhile: the next change follows.
         except (ShoalError, OSError, ValueError, LookupError, TypeError) as err:
-            log.warning("the copy of the policy in %s is not renewed: %s", copy.path, err)
+            log.warning(
+                "the copy of the policy in %(path)s is not renewed: %(error)s",
+                {"event": "policy.copy_not_renewed", "path": copy.path, "error": err},
+            )

@@ -36,4 +36,7 @@ class GatewayPolicy(Background):
                 self.access.set(access)
             # The task goes on: later revocations must reach Envoy.
             except Exception:
-                log.exception("version %d of the policy cannot be given to Envoy", in_force.version)
+                log.exception(
+                    "version %(version)d of the policy cannot be given to Envoy",
+                    {"event": "policy.not_given_to_envoy", "version": in_force.version},
+                )

@@ -71,7 +71,7 @@ class IssuerKeys(Background):
         try:
             policy = cluster.applied(values_of(self._mirror.copy)[0])
         except (ValueError, KeyError, TypeError):
-            log.exception("the policy in etcd cannot be read")
+            log.exception("the policy in etcd cannot be read", {"event": "policy.unreadable"})
             return []
         return [] if policy is None else [issuer for issuer in policy.issuers if issuer.is_fetched]
 
@@ -83,15 +83,31 @@ class IssuerKeys(Background):
             entry = self._mirror.copy.entries.get(key)
             if entry is None or entry.value != value:
                 await self._etcd.transact([term.fence], [Put(key, value)])
-                log.info("the issuer %s has other keys: %s", issuer.issuer, [one["kid"] for one in jwks["keys"]])
+                log.info(
+                    "the issuer %(issuer)s has other keys: %(key_ids)s",
+                    {
+                        "event": "issuer.keys_changed",
+                        "issuer": issuer.issuer,
+                        "key_ids": [one["kid"] for one in jwks["keys"]],
+                    },
+                )
                 for reason in jwks.get("skipped", ()):
-                    log.warning("a key of the issuer %s is not used: %s", issuer.issuer, reason)
+                    log.warning(
+                        "a key of the issuer %(issuer)s is not used: %(reason)s",
+                        {"event": "issuer.key_unused", "issuer": issuer.issuer, "reason": reason},
+                    )
         except ShoalError as err:
-            log.warning("the keys of the issuer %s stay the last known ones: %s", issuer.issuer, err.message)
+            log.warning(
+                "the keys of the issuer %(issuer)s stay the last known ones: %(error)s",
+                {"event": "issuer.keys_stale", "issuer": issuer.issuer, "error": err.message},
+            )
             return False
         # A bug must not end the refresh of the others.
         except Exception:
-            log.exception("the keys of the issuer %s cannot be fetched", issuer.issuer)
+            log.exception(
+                "the keys of the issuer %(issuer)s cannot be fetched",
+                {"event": "issuer.fetch_failed", "issuer": issuer.issuer},
+            )
             return False
         return True
 

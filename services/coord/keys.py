@@ -117,7 +117,10 @@ class Keys:
                 return
             when = Modified(REVOKED, entry.mod_revision) if entry is not None else Created(REVOKED, 0)
             if (await self._etcd.transact([when], [Put(REVOKED, cluster.revoked_value(after))])).succeeded:
-                log.warning("etcd had lost %d revoked keys: they are revoked again", len(after) - len(before))
+                log.warning(
+                    "etcd had lost %(keys)d revoked keys: they are revoked again",
+                    {"event": "keys.revoked_again", "keys": len(after) - len(before)},
+                )
                 return
         raise Aborted("other keys are being revoked: retry")
 

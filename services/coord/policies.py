@@ -135,7 +135,10 @@ class Policies:
             ) from err
         applied = Applied(last.version + 1, self._now(), _RESTORED, False, last.version, last.document, last.files)
         await self._write(applied, policy, when)
-        log.warning("etcd had lost the policy: version %d is in force again, as %d", last.version, applied.version)
+        log.warning(
+            "etcd had lost the policy: version %(former_version)d is in force again, as %(version)d",
+            {"event": "policy.restored", "former_version": last.version, "version": applied.version},
+        )
 
     async def is_changed(self) -> bool:
         """Return True when etcd has a policy, and not the first one of a new cluster."""

@@ -138,4 +138,7 @@ class ShareClaims:
     def _note(self, *, alone: bool, why: str = "") -> None:
         if alone is not self._divides_alone:
             self._divides_alone = alone
-            log.warning("limits are divided by %s", f"this coord alone: {why}" if alone else "the leader again")
+            log.warning(
+                "limits are divided by %(by)s",
+                {"event": "limits.divided_by", "by": f"this coord alone: {why}" if alone else "the leader again"},
+            )

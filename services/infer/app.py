@@ -7,6 +7,7 @@ models <── core <── server <── registration      ready models are pu
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -50,6 +51,8 @@ from services.infer.sources.poll import Poll
 from services.infer.sources.registry import Registry
 from services.infer.sources.store_client import StoreClient
 from shoal.access.limits import Kind
+
+log = logging.getLogger(__name__)
 
 
 def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: Access | None = None) -> list[Rpc]:
@@ -134,6 +137,7 @@ async def run(config: InferConfig) -> None:
                 await stack.enter_async_context(server)
             await server.serve()
             await registration.update(state=State.READY)
+            log.info("serving at %(address)s", {"event": "service.serving", "address": server.address})
         await stopped
         # The server's drain is part of this time.
         models.stop_by(context.clock() + context.drain_s)

@@ -209,7 +209,7 @@ def _error_response(request: pb.ModelInferRequest, error: Exception) -> pb.Model
     if isinstance(error, ShoalError):
         code, message, retry_after_ms = error.code, error.message, error.retry_after_ms
     else:
-        log.error("unexpected error in a stream's inference", exc_info=error)
+        log.error("unexpected error in a stream's inference", {"event": "call.stream_inference_failed"}, exc_info=error)
         code, message, retry_after_ms = Code.INTERNAL, "internal error: the log of the service has the cause", None
     response = pb.ModelInferResponse(model_name=request.model_name, model_version=request.model_version, id=request.id)
     response.parameters[ERROR_CODE_PARAMETER].int64_param = code

@@ -42,10 +42,13 @@ async def _follow(path: Path, seen: tuple[int, int], access: Access) -> None:
             if (stamp := _stamp(path)) != seen:
                 seen = stamp
                 access.set_policy(await asyncio.to_thread(_read, path))
-                log.info("a new policy is in force")
+                log.info("a new policy is in force", {"event": "policy.file_in_force"})
         # The launcher validates what it writes. The former policy stays in force.
         except (OSError, ValueError):
-            log.exception("%s cannot be read: the former policy stays in force", path)
+            log.exception(
+                "%(path)s cannot be read: the former policy stays in force",
+                {"event": "policy.file_unreadable", "path": path},
+            )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -169,7 +169,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
             shared.instance.ready.set()
             await server.serve()
             await registration.update(state=State.READY)
-            log.info("serving at %s", server.address)
+            log.info("serving at %(address)s", {"event": "service.serving", "address": server.address})
             await mongo.build_later_indexes(
                 shared.jobs, LATER_INDEXES, RETIRED_INDEXES, meanwhile="lists of jobs are slow"
             )
@@ -209,14 +209,23 @@ async def _prepare(shared: SharedComponents, claims: Claims, tenants: TenantsAre
             await tenants.repository.open()
             await tenants.buckets.open()
             if migrated := await claims.add_tenant_queues():
-                log.info("set the tenant queues of %d jobs of an earlier version", migrated)
+                log.info(
+                    "set the tenant queues of %(jobs)d jobs of an earlier version",
+                    {"event": "jobs.migrated", "jobs": migrated},
+                )
             if recovered := await claims.expire_inherited():
-                log.warning("recovering %d jobs that an earlier process of this instance held", recovered)
+                log.warning(
+                    "recovering %(jobs)d jobs that an earlier process of this instance held",
+                    {"event": "jobs.recovering", "jobs": recovered},
+                )
             if batches is not None and (chunks := await batches.prepare()):
-                log.warning("recovering %d batch chunks that an earlier process of this instance held", chunks)
+                log.warning(
+                    "recovering %(chunks)d batch chunks that an earlier process of this instance held",
+                    {"event": "batch.recovering_chunks", "chunks": chunks},
+                )
             return
         except ShoalError as err:
-            log.warning("not ready yet: %s", err)
+            log.warning("not ready yet: %(error)s", {"event": "service.not_ready", "error": err})
             await asyncio.sleep(_RETRY_S)
 
 

@@ -208,7 +208,7 @@ class Group(Generic[T, R]):
         except ShoalError as err:
             _fail(group, err)
         except Exception:
-            log.exception("writing a group of %s", self._name)
+            log.exception("writing a group of %(group)s", {"event": "group_commit.failed", "group": self._name})
             _fail(group, Internal(f"{self._name}: an unexpected error; the log has the cause"))
         finally:
             # After a cancellation of this task, no caller may wait for ever.

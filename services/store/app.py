@@ -202,10 +202,10 @@ async def _open(
             await guard.check()
             break
         except Unavailable as err:
-            log.warning("not serving yet: %s", err)
+            log.warning("not serving yet: %(error)s", {"event": "service.not_ready", "error": err})
             await asyncio.sleep(_RETRY_S)
     ready.set()
     await server.serve()
     await registration.update(state=State.READY)
-    log.info("serving at %s", server.address)
+    log.info("serving at %(address)s", {"event": "service.serving", "address": server.address})
     await collections.build_later_indexes()

@@ -449,8 +449,18 @@ class Edge:
                 finally:
                     writer.close()
         except (OSError, TimeoutError) as err:
-            log.warning("Envoy's admin socket %s does not respond to %s: %s", self._admin, target, err)
+            log.warning(
+                "Envoy's admin socket %(socket)s does not respond to %(target)s: %(error)s",
+                {"event": "envoy.admin_does_not_respond", "socket": self._admin, "target": target, "error": err},
+            )
             return ""
         if b" 200 " not in head.partition(b"\r\n")[0]:
-            log.warning("Envoy refused %s: %s", target, head.partition(b"\r\n")[0].decode("latin-1"))
+            log.warning(
+                "Envoy refused %(target)s: %(status_line)s",
+                {
+                    "event": "envoy.admin_refused",
+                    "target": target,
+                    "status_line": head.partition(b"\r\n")[0].decode("latin-1"),
+                },
+            )
         return body.decode(errors="replace")

@@ -63,8 +63,10 @@ class LogEntry:
 
     @property
     def summary(self) -> str:
-        """The message, the fields of the event, and the last line of an exception."""
-        fields = "".join(f"  {key}={_short(value)}" for key, value in self.fields.items() if key not in _COMMON)
+        """The message, the event or, without one, the fields, and the last line of an exception."""
+        # The message of an event has its values.
+        shown = self.fields if "event" not in self.fields else {"event": self.fields["event"]}
+        fields = "".join(f"  {key}={_short(value)}" for key, value in shown.items() if key not in _COMMON)
         cause = str(self.fields.get("exception", "")).rstrip().rpartition("\n")[2]
         return f"{self.message}{fields}" + (f" ({cause})" if cause else "")
 

@@ -79,7 +79,7 @@ class PolicyFile(Background):
             return
         # The task goes on: later revocations must be in force.
         except Exception as err:
-            log.exception("%s cannot be applied", self._source)
+            log.exception("%(path)s cannot be applied", {"event": "policy.file_not_applied", "path": self._source})
             self._report(f"{self._source}: the policy cannot be applied ({type(err).__name__}): change it")
             return
         self._policy = policy

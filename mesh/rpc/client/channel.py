@@ -259,7 +259,9 @@ class Channel(StubChannel):
         except Exception as err:
             # A bug here, or an invalid address: the waiting calls fail with it.
             if not isinstance(err, OSError):
-                log.exception("cannot connect to %s", self._address)
+                log.exception(
+                    "cannot connect to %(address)s", {"event": "channel.connect_failed", "address": self._address}
+                )
             self._connecting = None
             why = str(err) or f"no connection within {_CONNECT_S:.0f} s"
             self._back_off(why)

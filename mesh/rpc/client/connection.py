@@ -296,7 +296,15 @@ class ClientConnection(Peer):
         last, reason = struct.unpack_from(">II", payload)
         if reason != Reason.NO_ERROR:
             text = payload[8:].decode("utf-8", "replace")[:200]
-            log.warning("%s ends the connection with error code %d: %s", self._address, reason, text or "no details")
+            log.warning(
+                "%(address)s ends the connection with error code %(error_code)d: %(details)s",
+                {
+                    "event": "channel.goaway",
+                    "address": self._address,
+                    "error_code": reason,
+                    "details": text or "no details",
+                },
+            )
         self._retire()
         failure = CallFailed(S.UNAVAILABLE, f"{self._address} ended the connection (GOAWAY)", is_unprocessed=True)
         for number in [number for number in self._calls if number > last & LARGEST_WINDOW]:

@@ -62,8 +62,16 @@ def _checked(name: str, model: Completed, spec: TensorSpec, result: Tensor, rows
         )
     seen = _loosened(spec.shape, result.shape)
     log.warning(
-        "model %s: output '%s' is %s by its file, and %s in fact: it is served as %s",
-        *(name, spec.name, shape_text(spec.shape), shape_text(result.shape), shape_text(seen)),
+        "model %(model)s: output '%(output)s' is %(declared)s by its file, and %(seen)s in fact: it is served as "
+        "%(served)s",
+        {
+            "event": "model.output_differs",
+            "model": name,
+            "output": spec.name,
+            "declared": shape_text(spec.shape),
+            "seen": shape_text(result.shape),
+            "served": shape_text(seen),
+        },
     )
     return replace(spec, shape=seen)
 

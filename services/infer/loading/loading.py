@@ -84,7 +84,8 @@ def load(
     config = model_config.parse(text)
     if config.name not in ("", name):
         log.warning(
-            "model %s: config.pbtxt calls it '%s'; it is served under the name of its folder", name, config.name
+            "model %(model)s: config.pbtxt calls it '%(configured)s'; it is served under the name of its folder",
+            {"event": "model.name_differs", "model": name, "configured": config.name},
         )
     config.name = name
     runtime = _runtime(runtimes, config, files)

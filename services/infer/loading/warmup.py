@@ -128,9 +128,9 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock) -> F
         except ModelFailed as err:
             failure = str(err)
     log.warning(
-        "model %s: not warmed up, because every made-up input (zeros) failed: %s; "
+        "model %(model)s: not warmed up, because every made-up input (zeros) failed: %(error)s; "
         "if it needs other data, give it as model_warmup in config.pbtxt",
-        *(name, failure),
+        {"event": "model.not_warmed_up", "model": name, "error": failure},
     )
     return None
 
@@ -153,7 +153,10 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
             why = str(err)
     if not why:
         return model
-    log.info("model %s: not batched (%s); max_batch_size in config.pbtxt overrides this", name, why)
+    log.info(
+        "model %(model)s: not batched (%(reason)s); max_batch_size in config.pbtxt overrides this",
+        {"event": "model.not_batched", "model": name, "reason": why},
+    )
     return model.unbatched()
 
 
@@ -166,9 +169,9 @@ def _warn_of_dependence(name: str, model: Completed, session: Session, first: Fi
             dependence = _mixed_rows(model, session, first.size)
     if dependence:
         log.warning(
-            "model %s: batched, because config.pbtxt sets max_batch_size, but a row's results depend on the rows "
-            "beside it (%s); max_batch_size: 0 avoids this",
-            *(name, dependence),
+            "model %(model)s: batched, because config.pbtxt sets max_batch_size, but a row's results depend on the "
+            "rows beside it (%(reason)s); max_batch_size: 0 avoids this",
+            {"event": "model.batch_dependent", "model": name, "reason": dependence},
         )
 
 
@@ -236,7 +239,10 @@ def _batches(name: str, model: Completed, session: Session, first: First, clock:
     for rows in batch_sizes(model.signature.max_batch_size):
         # A row in a batch takes no longer than a row took in the batch before.
         if rows * row_bytes > _LARGEST_BYTES or clock() - start + rows * row_s > _BATCHES_S:
-            log.info("model %s: batches of %d rows and more are not warmed up: they are too large", name, rows)
+            log.info(
+                "model %(model)s: batches of %(rows)d rows and more are not warmed up: they are too large",
+                {"event": "model.large_batches_not_warmed_up", "model": name, "rows": rows},
+            )
             return
         begun = clock()
         try:

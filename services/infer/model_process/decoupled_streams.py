@@ -87,7 +87,10 @@ class DecoupledStreams:
                 return
             # No memory for the tensors: nothing was sent.
             except (OSError, ValueError) as err:
-                log.warning("model %s: a request could not be sent: %s", self.process.title, err)
+                log.warning(
+                    "model %(model_process)s: a request could not be sent: %(error)s",
+                    {"event": "model.request_not_sent", "model_process": self.process.title, "error": err},
+                )
                 self.process.kill(f"killed: a request could not be sent to it: {err}")
                 return
 

@@ -427,7 +427,7 @@ class InnerCalls:
         except (TypeError, ValueError, KeyError) as err:
             header, _ = error_reply(f"the request cannot be read: {err}", Code.INVALID_ARGUMENT)
         except Exception:
-            log.exception("unexpected error in a call that a model made")
+            log.exception("unexpected error in a call that a model made", {"event": "model.inner_call_failed"})
             header, _ = error_reply("internal error: the log of the service has the cause", Code.INTERNAL)
         return header, parts
 

@@ -119,7 +119,10 @@ class Instance:
             except (ChannelClosed, OSError):
                 pass
             if not process.died.wait(_GRACE_S):
-                log.warning("model %s: its process did not end within %.0f s: it is killed", self._title, _GRACE_S)
+                log.warning(
+                    "model %(model_process)s: its process did not end within %(grace_s).0f s: it is killed",
+                    {"event": "model.process_killed", "model_process": self._title, "grace_s": _GRACE_S},
+                )
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -141,14 +144,20 @@ class Instance:
                 why = self._run_once()
             # An internal error: waiters must learn of it, and the next attempt may succeed.
             except Exception:
-                log.exception("model %s: internal error while its process was supervised", self._title)
+                log.exception(
+                    "model %(model_process)s: internal error while its process was supervised",
+                    {"event": "model.supervision_failed", "model_process": self._title},
+                )
                 why = "internal error: the log of the service has the cause"
             if self._must_close.is_set():
                 break
             if time.monotonic() - started > _STEADY_S:
                 backoff.reset()
             wait_s = backoff.next_s()
-            log.warning("model %s: its process ended (%s); restart in %.2f s", self._title, why, wait_s)
+            log.warning(
+                "model %(model_process)s: its process ended (%(reason)s); restart in %(wait_s).2f s",
+                {"event": "model.process_ended", "model_process": self._title, "reason": why, "wait_s": wait_s},
+            )
             with self._changed:
                 self._why, self._next_start = why, time.monotonic() + wait_s
                 if not self.restarts and not self._was_running:

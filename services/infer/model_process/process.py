@@ -146,7 +146,10 @@ class Process(SignalledProcess, ExclusiveRunner):
         except BlockingIOError:
             return True
         for text in self._lines.add(data):
-            log.info("model %s: %s", self.title, text)
+            log.info(
+                "model %(model_process)s: %(text)s",
+                {"event": "model.printed", "model_process": self.title, "text": text},
+            )
         if self._lines.is_over_budget:
             time.sleep(_PAUSE_S)
         return bool(data)
@@ -158,7 +161,10 @@ class Process(SignalledProcess, ExclusiveRunner):
         with suppress(OSError):
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             if count := started.end_all(self._mark, self.pid):
-                log.info("model %s: %d processes that it had started were killed", self.title, count)
+                log.info(
+                    "model %(model_process)s: %(processes)d processes that it had started were killed",
+                    {"event": "model.children_killed", "model_process": self.title, "processes": count},
+                )
         with self._signalling:
             # Also of a process that the kernel has reaped.
             with suppress(ProcessLookupError, PermissionError):

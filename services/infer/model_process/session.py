@@ -322,7 +322,10 @@ class ProcessSession(Session):
             try:
                 process.channel.send(header, parts)
             except (ChannelClosed, OSError) as err:
-                log.info("model %s: the response to its inner call could not be sent: %s", self.title, err)
+                log.info(
+                    "model %(model_process)s: the response to its inner call could not be sent: %(error)s",
+                    {"event": "model.inner_response_not_sent", "model_process": self.title, "error": err},
+                )
 
         self._run_inner_call(message, run, send)
 

@@ -39,7 +39,10 @@ class ThreadRunner(ExclusiveRunner):
         except ChannelClosed:
             pass
         except BaseException:
-            log.exception("model %s: its thread ended", self.title)
+            log.exception(
+                "model %(model_process)s: its thread ended",
+                {"event": "model.thread_ended", "model_process": self.title},
+            )
         finally:
             channel.shut()
             channel.close()
@@ -71,7 +74,8 @@ class ThreadRunner(ExclusiveRunner):
         self._thread.join(_GRACE_S)
         if self._thread.is_alive():
             log.warning(
-                "model %s: its thread is still running; it is in the server's process and cannot be killed", self.title
+                "model %(model_process)s: its thread is still running; it is in the server's process and cannot be killed",
+                {"event": "model.thread_still_runs", "model_process": self.title},
             )
         self.end = self._killed_for or "its thread ended"
         self.died.set()

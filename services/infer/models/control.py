@@ -184,7 +184,10 @@ class Control:
                     await model.left()
                 await self._models.followed()
         except TimeoutError:
-            log.info("model %s: still in use; it is unloaded after its last call", asked.model_name)
+            log.info(
+                "model %(model)s: still in use; it is unloaded after its last call",
+                {"event": "model.unload_waits", "model": asked.model_name},
+            )
 
     def _unwanted(self, name: str) -> Model:
         replaced, self._commands[name] = self._commands.get(name), Command(is_served=False)
@@ -273,7 +276,7 @@ class Control:
         self._loads.discard(load)
         if not load.cancelled() and isinstance(error := load.exception(), ShoalError):
             # The client may have disconnected.
-            log.warning("%s", error.message)
+            log.warning("%(error)s", {"event": "model.load_without_client_failed", "error": error.message})
 
 
 def _with_dependents(asked: pb.RepositoryModelUnloadRequest) -> bool:

@@ -152,7 +152,9 @@ class Model:
             try:
                 await asyncio.wait_for(self._rewanted.wait(), backoff.next_s() if failed else None)
             except TimeoutError:
-                log.info("model %s: trying again to load it", wanted.name)
+                log.info(
+                    "model %(model)s: trying again to load it", {"event": "model.load_retrying", "model": wanted.name}
+                )
 
     async def _load_missing(self, wanted: WantedModel) -> None:
         again, self._is_again = self._is_again, False

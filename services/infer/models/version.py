@@ -180,7 +180,15 @@ class Version:
         try:
             await self._load(context)
             self.state = State.READY
-            log.info("model %s version %d is ready after %.3f s", self.name, self.number, context.clock() - start)
+            log.info(
+                "model %(model)s version %(version)d is ready after %(seconds).3f s",
+                {
+                    "event": "model.ready",
+                    "model": self.name,
+                    "version": self.number,
+                    "seconds": context.clock() - start,
+                },
+            )
         except asyncio.CancelledError:
             await self._resources.aclose()
             raise
@@ -189,9 +197,16 @@ class Version:
             self.may_retry = isinstance(err, OSError | DataLoss) or not isinstance(err, FailedPrecondition)
             self.reason = _reason(err)
             self.state = State.UNAVAILABLE
-            log.warning("model %s version %d is unavailable: %s", self.name, self.number, self.reason)
+            log.warning(
+                "model %(model)s version %(version)d is unavailable: %(reason)s",
+                {"event": "model.unavailable", "model": self.name, "version": self.number, "reason": self.reason},
+            )
             if not isinstance(err, ShoalError | OSError):
-                log.error("model %s version %d: unexpected error", self.name, self.number, exc_info=err)
+                log.error(
+                    "model %(model)s version %(version)d: unexpected error",
+                    {"event": "model.load_failed", "model": self.name, "version": self.number},
+                    exc_info=err,
+                )
 
     async def _load(self, context: LoadContext) -> None:
         async with context.at_once:
@@ -287,7 +302,10 @@ class Version:
             return True
         except ShoalError as err:
             self.reason, self.state = err.message, State.UNAVAILABLE
-            log.warning("model %s version %d is unavailable: %s", self.name, self.number, self.reason)
+            log.warning(
+                "model %(model)s version %(version)d is unavailable: %(reason)s",
+                {"event": "model.unavailable", "model": self.name, "version": self.number, "reason": self.reason},
+            )
             return False
 
     def __enter__(self) -> Version:
@@ -297,7 +315,11 @@ class Version:
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         if not self._users:
-            log.error("model %s version %d: a request left the version twice", self.name, self.number, stack_info=True)
+            log.error(
+                "model %(model)s version %(version)d: a request left the version twice",
+                {"event": "model.request_left_twice", "model": self.name, "version": self.number},
+                stack_info=True,
+            )
             return
         self._users -= 1
         if not self._users:
@@ -323,8 +345,14 @@ class Version:
         self._loaded = self._scheduler = self.decoupled = self.response_cache = self.arrival_order = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
-            log.error("model %s version %d: %d rows were executed after their deadline", self.name, self.number, rows)
-        log.info("model %s version %d is unloaded", self.name, self.number)
+            log.error(
+                "model %(model)s version %(version)d: %(rows)d rows were executed after their deadline",
+                {"event": "model.expired_rows_run", "model": self.name, "version": self.number, "rows": rows},
+            )
+        log.info(
+            "model %(model)s version %(version)d is unloaded",
+            {"event": "model.unloaded", "model": self.name, "version": self.number},
+        )
 
     def end_within(self, drain_s: float) -> None:
         """End the requests that are left after `drain_s` seconds, while the version is unloading."""
@@ -335,8 +363,14 @@ class Version:
         """End all requests of the version: the time to unload is over."""
         if self._users:
             log.warning(
-                "model %s version %d: %d requests did not end in time; the unload does not wait for them",
-                *(self.name, self.number, self._users),
+                "model %(model)s version %(version)d: %(requests)d requests did not end in time; "
+                "the unload does not wait for them",
+                {
+                    "event": "model.unload_does_not_wait",
+                    "model": self.name,
+                    "version": self.number,
+                    "requests": self._users,
+                },
             )
         self._is_overdue = True
         if self._scheduler is not None:

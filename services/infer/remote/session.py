@@ -254,9 +254,15 @@ class RemoteSession(Session):
             log.debug("model %s: querying the remote model failed: %s", self.name, err)
             return
         if change and not self._change:
-            log.error("model %s rejects requests, because the remote model has changed: %s", self.name, change)
+            log.error(
+                "model %(model)s rejects requests, because the remote model has changed: %(change)s",
+                {"event": "remote.incompatible", "model": self.name, "change": change},
+            )
         if self._change and not change:
-            log.info("model %s: the remote model is compatible again", self.name)
+            log.info(
+                "model %(model)s: the remote model is compatible again",
+                {"event": "remote.compatible", "model": self.name},
+            )
         self._change = change
         self._may_have_changed = bool(change)
 

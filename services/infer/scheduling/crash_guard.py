@@ -74,7 +74,10 @@ class CrashGuard:
         """
         match await self._crashes.verdict(fingerprint(digest_of(model), request)):
             case Verdict.CONFIRMED:
-                log.error("model %s: rejected a poison request: another instance died while it ran it", model)
+                log.error(
+                    "model %(model)s: rejected a poison request: another instance died while it ran it",
+                    {"event": "model.poison_request", "model": model},
+                )
                 raise Internal(
                     f"model '{model}': the instance that ran this request died, so no other instance runs it: "
                     "send another request"

@@ -78,7 +78,7 @@ class PendingRequest:
                 receiver.failed(outcome)
         # An error of one receiver must not affect the others.
         except Exception:
-            log.exception("the receiver of an outcome failed")
+            log.exception("the receiver of an outcome failed", {"event": "model.receiver_failed"})
 
 
 class OutcomeQueue:

@@ -95,7 +95,10 @@ class Execution:
         return outcomes
 
     def _bisect(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
+        log.info(
+            "model %(model)s failed for a batch of %(requests)d requests, which is bisected: %(error)s",
+            {"event": "model.batch_bisected", "model": self._name, "requests": len(batch), "error": err},
+        )
         bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts

@@ -126,10 +126,13 @@ class ProcessExecution(Execution):
     def _run_one_by_one(self, requests: Sequence[InferenceRequest], err: ModelDied) -> list[Outcome]:
         """Run each request alone. Bisection would have more processes die."""
         log.info(
-            "model %s: %d requests run one by one after a crash: their %s",
-            self._name,
-            len(requests),
-            str(err).removeprefix("the "),
+            "model %(model)s: %(requests)d requests run one by one after a crash: their %(reason)s",
+            {
+                "event": "model.run_one_by_one",
+                "model": self._name,
+                "requests": len(requests),
+                "reason": str(err).removeprefix("the "),
+            },
         )
         self.tally.bisections += 1
         self._restart_deadline = self._clock() + _RESTART_WAIT_S

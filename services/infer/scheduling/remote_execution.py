@@ -36,7 +36,10 @@ class RemoteExecution(Execution):
             return await self._bisect_async(batch, err) if len(batch) > 1 else [self._outcome_of_error(err)]
 
     async def _bisect_async(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
-        log.info("model %s failed for a batch of %d requests, which is bisected: %s", self._name, len(batch), err)
+        log.info(
+            "model %(model)s failed for a batch of %(requests)d requests, which is bisected: %(error)s",
+            {"event": "model.batch_bisected", "model": self._name, "requests": len(batch), "error": err},
+        )
         bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._outcome_of_error)
         outcomes = await bisection.outcomes_async(batch, self._attempt)
         self.tally.bisections += bisection.cuts

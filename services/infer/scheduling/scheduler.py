@@ -116,7 +116,8 @@ class Scheduler:
         self._goal_s = policy.slo_s if policy.has_goal else math.inf
         if policy.slo_s != math.inf and policy.is_static:
             log.warning(
-                "model %s: slo_ms has no effect: a queue delay or preferred sizes are set, and take precedence", name
+                "model %(model)s: slo_ms has no effect: a queue delay or preferred sizes are set, and take precedence",
+                {"event": "model.slo_has_no_effect", "model": name},
             )
         self._waits = policy.is_static or policy.has_goal
         self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
@@ -565,8 +566,14 @@ class Scheduler:
             self.cost.add(batch.rows, elapsed_s)
             if self.cost.samples == _GOAL_CHECK_AFTER and self.cost.expected(1) > self._goal_s:
                 log.warning(
-                    "model %s: slo_ms %.0f cannot be met: one request alone takes about %.0f ms",
-                    *(self._name, self._goal_s * 1000, self.cost.expected(1) * 1000),
+                    "model %(model)s: slo_ms %(slo_ms).0f cannot be met: one request alone takes about "
+                    "%(takes_ms).0f ms",
+                    {
+                        "event": "model.slo_cannot_be_met",
+                        "model": self._name,
+                        "slo_ms": self._goal_s * 1000,
+                        "takes_ms": self.cost.expected(1) * 1000,
+                    },
                 )
         if batch.leaves_rows:
             self._backlog.add(batch.rows, elapsed_s)

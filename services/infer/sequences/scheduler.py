@@ -257,7 +257,10 @@ class SequenceScheduler:
             if is_success and step.starts and not step.ends:
                 started_sequences.add(step.sequence)
         if any(step.is_lost for step in steps):
-            log.warning("model %s: the process of instance %d ended, and its sequences are lost", self._name, instance)
+            log.warning(
+                "model %(model)s: the process of instance %(model_instance)d ended, and its sequences are lost",
+                {"event": "model.sequences_lost", "model": self._name, "model_instance": instance},
+            )
             self._reject_unknown(self.table.lose_instance(instance, started_sequences))
         self._count_succeeded(steps, outcomes, fired, started, now)
         tally = self._workers[instance].execution.tally

@@ -152,7 +152,10 @@ class Cache:
         """Remove blobs that are not `needed` and were not used for a week. `now`: unix seconds."""
         for file in self._blobs_folder.iterdir():
             if file.name[:64] not in needed and file.stat().st_mtime < now - _UNUSED_S:
-                log.info("removing %s from the cache: no registered model needs it", file.name)
+                log.info(
+                    "removing %(blob)s from the cache: no registered model needs it",
+                    {"event": "cache.blob_removed", "blob": file.name},
+                )
                 file.unlink(missing_ok=True)
 
 
@@ -186,7 +189,9 @@ def _is_whole(blob: Path, sha256: str) -> bool:
         # The time of the last use, for `prune`.
         os.utime(blob)
     else:
-        log.error("%s in the cache is damaged: it is downloaded again", blob)
+        log.error(
+            "%(blob)s in the cache is damaged: it is downloaded again", {"event": "cache.blob_damaged", "blob": blob}
+        )
     return is_whole
 
 

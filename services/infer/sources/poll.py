@@ -57,7 +57,10 @@ class Poll(Background):
             try:
                 now = _by_name(await asyncio.to_thread(self._scan))
             except ShoalError as err:
-                log.warning("%s: the served models stay as they are", err.message)
+                log.warning(
+                    "%(error)s: the served models stay as they are",
+                    {"event": "repository.unreadable", "error": err.message},
+                )
                 continue
             models = stood_still(self._offered, before, now)
             before = now

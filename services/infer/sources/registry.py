@@ -117,13 +117,17 @@ class Registry:
                     quiet_until = 0.0
                     await self._take(response.snapshot)
                     self._keep(response)
-                log.info("the watch of the registry ended: watching again")
+                log.info("the watch of the registry ended: watching again", {"event": "registry.watch_ended"})
             except ShoalError as err:
                 level = logging.WARNING if self._clock() >= quiet_until else logging.INFO
-                log.log(level, "the registry cannot be watched: %s", err.message)
+                log.log(
+                    level,
+                    "the registry cannot be watched: %(error)s",
+                    {"event": "registry.unreachable", "error": err.message},
+                )
             # A bug met in one snapshot must not end the watch for ever.
             except Exception:
-                log.exception("unexpected error while following the registry")
+                log.exception("unexpected error while following the registry", {"event": "registry.follow_failed"})
             self.is_tried.set()
             await asyncio.sleep(backoff.next_s())
 
@@ -178,9 +182,14 @@ class Registry:
         try:
             snapshot = pb.WatchModelsResponse.FromString(data).snapshot
         except DecodeError:
-            log.warning("the saved registry in the cache is damaged and ignored")
+            log.warning(
+                "the saved registry in the cache is damaged and ignored", {"event": "registry.saved_one_damaged"}
+            )
             return
-        log.info("serving the %d model versions of the last known registry until the store responds", len(snapshot))
+        log.info(
+            "serving the %(versions)d model versions of the last known registry until the store responds",
+            {"event": "registry.last_known_served", "versions": len(snapshot)},
+        )
         await self._take(snapshot)
 
     async def _take(self, snapshot: Iterable[pb.ModelVersion]) -> None:
@@ -205,7 +214,7 @@ class Registry:
                 self._prune_at = now + _PRUNE_S
                 self._cache.prune(self._needed, now)
         except OSError as err:
-            log.warning("the cache cannot be written: %s", err)
+            log.warning("the cache cannot be written: %(error)s", {"event": "cache.not_written", "error": err})
 
     async def _read(self, versions: list[pb.ModelVersion]) -> _Read:
         by_number = {version.version: version for version in versions}
@@ -247,5 +256,8 @@ def _is_valid(version: pb.ModelVersion) -> bool:
 def _is_named(version: pb.ModelVersion) -> bool:
     is_named = _is_valid(version)
     if not is_named:
-        log.error("the registry has a model with the invalid name %s, which is ignored", quoted(version.name))
+        log.error(
+            "the registry has a model with the invalid name %(model)s, which is ignored",
+            {"event": "registry.invalid_name", "model": quoted(version.name)},
+        )
     return is_named

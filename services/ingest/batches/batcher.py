@@ -182,11 +182,11 @@ class Batcher:
             try:
                 await step()
             except ShoalError as err:
-                log.warning("%s: %s", name, err)
+                log.warning("%(task)s: %(error)s", {"event": "batch.task_retrying", "task": name, "error": err})
                 await asyncio.sleep(_RETRY_S)
             except Exception:
                 # An unexpected error must not end the loop.
-                log.exception("%s", name)
+                log.exception("%(task)s", {"event": "batch.task_failed", "task": name})
                 await asyncio.sleep(_RETRY_S)
 
     async def _claim_work(self) -> None:
@@ -263,7 +263,7 @@ class Batcher:
         except ShoalError as err:
             await self._chunk_failed(held, err)
         except Exception as err:
-            log.exception("running chunk %s", held.chunk.id)
+            log.exception("running chunk %(chunk)s", {"event": "batch.chunk_failed", "chunk": held.chunk.id})
             await self._chunk_failed(held, Internal(f"{type(err).__name__}: {err}"[:500]))
         finally:
             # The canceller releases the chunk itself.
@@ -305,7 +305,10 @@ class Batcher:
     async def _chunk_failed(self, held: _HeldChunk, error: ShoalError) -> None:
         chunk = held.chunk
         decision = decide_after_failure(chunk.attempts, error, self._clock())
-        log.warning("chunk %s: %s", chunk.id, decision.reason)
+        log.warning(
+            "chunk %(chunk)s: %(reason)s",
+            {"event": "batch.chunk_retrying", "chunk": chunk.id, "reason": decision.reason},
+        )
         if decision.retry_at is not None:
             self._back_off(chunk.batch)
         # A lease that cannot be released lapses.
@@ -336,7 +339,9 @@ class Batcher:
         except ShoalError as err:
             await self._duty_failed(batch, duty, err)
         except Exception as err:
-            log.exception("duty %s of batch %s", duty, batch.id)
+            log.exception(
+                "duty %(duty)s of batch %(batch)s", {"event": "batch.duty_failed", "duty": duty, "batch": batch.id}
+            )
             await self._duty_failed(batch, duty, Internal(f"{type(err).__name__}: {err}"[:500]))
         finally:
             if not _is_cancelled():
@@ -345,7 +350,10 @@ class Batcher:
 
     async def _duty_failed(self, batch: Batch, duty: Duty, error: ShoalError) -> None:
         decision = decide_after_failure(batch.tries, error, self._clock())
-        log.warning("batch %s: cannot %s: %s", batch.id, duty, decision.reason)
+        log.warning(
+            "batch %(batch)s: cannot %(duty)s: %(reason)s",
+            {"event": "batch.duty_refused", "batch": batch.id, "duty": duty, "reason": decision.reason},
+        )
         with suppress(ShoalError):
             if decision.retry_at is None and duty is Duty.FINISH:
                 ending = ending_of(batch)
@@ -397,7 +405,9 @@ class Batcher:
         await asyncio.sleep(self._next_sweep_s)
         self._next_sweep_s = self._sweep_s
         if removed := await self._batches.remove_ended(await self._retention.read(), self._clock()):
-            log.info("removed %d batches whose retention is over", removed)
+            log.info(
+                "removed %(batches)d batches whose retention is over", {"event": "batch.removed", "batches": removed}
+            )
         # Chunks are read first: a batch exists before its chunks do.
         with_chunks = await self._chunks.batch_ids()
         for batch_id in with_chunks - await self._batches.filter_active(with_chunks):

@@ -87,7 +87,11 @@ class Connector(Background):
             except* ShoalError as group:
                 self._log_problem(_first(group))
             except* Exception as group:
-                log.exception("connector %s", self._spec.name, exc_info=group)
+                log.exception(
+                    "connector %(connector)s",
+                    {"event": "connector.failed", "connector": self._spec.name},
+                    exc_info=group,
+                )
                 self.progress.record_error("an unexpected error: the log has the cause")
             backoff = Backoff() if self.progress.settled > before else backoff
             self.progress.stopped()
@@ -223,7 +227,10 @@ class Connector(Background):
 
     def _log_problem(self, err: ShoalError) -> None:
         if self.progress.record_error(err.message):
-            log.warning("connector %s: %s", self._spec.name, err.message)
+            log.warning(
+                "connector %(connector)s: %(error)s",
+                {"event": "connector.retrying", "connector": self._spec.name, "error": err.message},
+            )
 
 
 def _is_of_message(job: Job, submit: pb.SubmitRequest) -> bool:

@@ -132,7 +132,10 @@ class KafkaSource:
                 self._commit(consumer)
                 consumer.close()
             except Exception as err:
-                log.warning("leaving topic %s: %s", self._topic, err)
+                log.warning(
+                    "leaving topic %(topic)s: %(error)s",
+                    {"event": "connector.kafka_leave_failed", "topic": self._topic, "error": err},
+                )
             for partition, _ in self._assigned.values():
                 _call_on(self._loop, partition.mark_revoked)
 
@@ -425,7 +428,15 @@ def _headers(consumed: Any) -> tuple[tuple[str, bytes], ...]:
     except (SystemError, UnicodeDecodeError) as err:
         # A name is no UTF-8, so the library returns no headers. The message goes on without them, or its partition
         # would stop.
-        log.warning("the headers of %s/%s cannot be read: %s", consumed.partition(), consumed.offset(), err)
+        log.warning(
+            "the headers of %(partition)s/%(offset)s cannot be read: %(error)s",
+            {
+                "event": "connector.kafka_headers_unreadable",
+                "partition": consumed.partition(),
+                "offset": consumed.offset(),
+                "error": err,
+            },
+        )
         return ()
 
 
@@ -448,5 +459,5 @@ def _translated(error: Exception, doing: str) -> ShoalError:
         return error
     if isinstance(error, KafkaException):
         return Unavailable(f"{doing}: {error.args[0].str()}")
-    log.error("%s", doing, exc_info=error)
+    log.error("%(doing)s", {"event": "connector.kafka_failed", "doing": doing}, exc_info=error)
     return Internal(f"{doing}: an unexpected error; the log has the cause")

@@ -109,7 +109,10 @@ class Reports(Background):
             try:
                 await self._write()
             except ShoalError as err:
-                log.warning("cannot write the reports on connectors: %s", err)
+                log.warning(
+                    "cannot write the reports on connectors: %(error)s",
+                    {"event": "connector.reports_not_written", "error": err},
+                )
             await asyncio.sleep(_EVERY_S)
 
     async def _write(self) -> None:

@@ -225,7 +225,7 @@ class RunStream:
         except ShoalError as err:
             self._reject(item, err)
         except Exception:
-            log.exception("an item of a stream failed with an unexpected error")
+            log.exception("an item of a stream failed with an unexpected error", {"event": "connector.item_failed"})
             self._reject(item, Internal(_OURS))
         else:
             item.submission = future

@@ -107,10 +107,13 @@ class Cascade(Background):
         try:
             await step()
         except ShoalError as err:
-            log.warning("cannot decide about jobs that wait for dependencies: %s", err)
+            log.warning(
+                "cannot decide about jobs that wait for dependencies: %(error)s",
+                {"event": "dependencies.retrying", "error": err},
+            )
             await asyncio.sleep(_UNAVAILABLE_WAIT_S)
         except Exception:
-            log.exception("unexpected error with jobs that wait for dependencies")
+            log.exception("unexpected error with jobs that wait for dependencies", {"event": "dependencies.failed"})
             await asyncio.sleep(_UNAVAILABLE_WAIT_S)
 
     async def _sweep(self) -> None:

@@ -281,7 +281,7 @@ class Dispatcher:
         """
         held_job = self._held.get(job_id)
         if held_job is not None and self._is_before_result(held_job) and held_job.job.lease == lease:
-            log.info("lost the lease of job %s: giving up its attempt", job_id)
+            log.info("lost the lease of job %(job)s: giving up its attempt", {"event": "job.lease_lost", "job": job_id})
             self.lost += 1
             self._release(held_job)
 
@@ -289,7 +289,7 @@ class Dispatcher:
         """Release a job that the lease with id `by_lease` holds now, unless that is this instance's."""
         held_job = self._held.get(job_id)
         if held_job is not None and held_job.job.lease is not None and held_job.job.lease.id != by_lease:
-            log.info("job %s was taken over: releasing it", job_id)
+            log.info("job %(job)s was taken over: releasing it", {"event": "job.taken_over", "job": job_id})
             self.lost += 1
             self._release(held_job)
 
@@ -300,12 +300,12 @@ class Dispatcher:
             try:
                 claimed = await self._claim()
             except ShoalError as err:
-                log.warning("cannot claim jobs for now: %s", err)
+                log.warning("cannot claim jobs for now: %(error)s", {"event": "dispatch.claim_retrying", "error": err})
                 await self._sleep(_UNAVAILABLE_WAIT_S * random.uniform(0.5, 1))
                 continue
             # An internal error must not end the dispatching.
             except Exception:
-                log.exception("unexpected error while claiming jobs")
+                log.exception("unexpected error while claiming jobs", {"event": "dispatch.claim_failed"})
                 await self._sleep(_UNAVAILABLE_WAIT_S)
                 continue
             self._enqueue(claimed)
@@ -522,7 +522,9 @@ class Dispatcher:
         self._tasks.discard(task)
         if not task.cancelled() and (err := task.exception()) is not None:
             # The leases of its jobs lapse, and the next holder retries.
-            log.error("unexpected error in the %s", task.get_name(), exc_info=err)
+            log.error(
+                "unexpected error in the %(task)s", {"event": "dispatch.failed", "task": task.get_name()}, exc_info=err
+            )
         self._remove_all([held_job.job for held_job in held_jobs if self._held.get(held_job.job.id) is held_job])
 
     def _read_by_queue_order(self) -> None:

@@ -106,7 +106,7 @@ class LeaseKeeper:
         if not lapsed:
             return
         self.taken_over += len(lapsed)
-        log.warning("took over %d jobs whose leases lapsed", len(lapsed))
+        log.warning("took over %(jobs)d jobs whose leases lapsed", {"event": "jobs.leases_lapsed", "jobs": len(lapsed)})
         recorded = await self._recorded_ends([job.id for job, _ in lapsed])
         for job, lost in lapsed:
             self._resume(job, lost, recorded.get(job.id))
@@ -117,7 +117,10 @@ class LeaseKeeper:
             return await self._results.recorded_ends(job_ids)
         except ShoalError as err:
             # The jobs then run again, and the store returns the first result when the second is put.
-            log.info("cannot query the store for results of lapsed jobs: %s", err)
+            log.info(
+                "cannot query the store for results of lapsed jobs: %(error)s",
+                {"event": "jobs.lapsed_results_unknown", "error": err},
+            )
             return {}
 
     def _resume(self, job: Job, lost: Lease, recorded: End | None) -> None:
@@ -135,5 +138,7 @@ class LeaseKeeper:
 
     async def _sweep(self) -> float:
         if swept := await self._payloads.sweep(self._clock()):
-            log.info("removed %d payloads that no job needs", swept)
+            log.info(
+                "removed %(payloads)d payloads that no job needs", {"event": "payloads.removed", "payloads": swept}
+            )
         return SWEEP_S * random.uniform(0.5, 1)

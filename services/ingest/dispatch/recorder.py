@@ -150,7 +150,10 @@ class Recorder:
             elif not isinstance(outcome, ShoalError):
                 recorded.append((ending.job, outcome))
             elif _is_refused(outcome) and ending.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
-                log.error("the store refuses the result of job %s: %s", ending.job.id, outcome)
+                log.error(
+                    "the store refuses the result of job %(job)s: %(error)s",
+                    {"event": "results.refused", "job": ending.job.id, "error": outcome},
+                )
                 left.append(replace(ending, result=_unstorable(ending.result, outcome)))
             else:
                 left.append(ending)
@@ -179,9 +182,15 @@ class Recorder:
             return await self._put_several(pending)
         except ShoalError as err:
             if len(pending) == 1 or not (_is_refused(err) or err.code in _MAYBE_ONE_RESULT):
-                log.warning("cannot record %d results for now: %s", len(pending), err)
+                log.warning(
+                    "cannot record %(results)d results for now: %(error)s",
+                    {"event": "results.not_recorded", "results": len(pending), "error": err},
+                )
                 raise
-            log.warning("the store refused %d results in one call: putting each alone: %s", len(pending), err)
+            log.warning(
+                "the store refused %(results)d results in one call: putting each alone: %(error)s",
+                {"event": "results.put_alone", "results": len(pending), "error": err},
+            )
         return [await self._put_one(one) for one in pending]
 
     async def _put_one(self, one: PendingResult) -> End | ShoalError | None:
@@ -196,10 +205,16 @@ class Recorder:
     async def _write(self, changes: list[Change]) -> Sequence[None]:
         outcome = await self._store.write_states(changes)
         if isinstance(outcome, UnknownOutcome):
-            log.warning("cannot write the states of %d jobs for now: %s", len(changes), outcome.error)
+            log.warning(
+                "cannot write the states of %(jobs)d jobs for now: %(error)s",
+                {"event": "jobs.states_not_written", "jobs": len(changes), "error": outcome.error},
+            )
             raise outcome.error
         if fenced := len(changes) - outcome.count:
-            log.info("%d of %d state changes were fenced: other instances hold the jobs", fenced, len(changes))
+            log.info(
+                "%(fenced)d of %(jobs)d state changes were fenced: other instances hold the jobs",
+                {"event": "jobs.fenced", "fenced": fenced, "jobs": len(changes)},
+            )
         done = [after.id for _, after in changes if after.is_apart and not after.needs_request]
         # The results of fenced jobs are recorded too, so their payloads are not needed either.
         await self._payloads.drop(done)

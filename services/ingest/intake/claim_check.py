@@ -72,7 +72,10 @@ class ClaimCheck:
         try:
             response = await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
         except grpc.RpcError as err:
-            log.warning("large requests go to MongoDB: the store does not accept them: %s", translate(err))
+            log.warning(
+                "large requests go to MongoDB: the store does not accept them: %(error)s",
+                {"event": "payloads.kept_in_mongo", "error": translate(err)},
+            )
             self._paused_until = self._monotonic() + _PAUSE_S
             return None
         if response.HasField("over_quota"):

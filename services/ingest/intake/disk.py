@@ -58,9 +58,15 @@ class Disk(Background):
         self._free = free
         self._is_short = free < self._reserve * (_AGAIN if was_short else 1)
         if self._is_short and not was_short:
-            log.error("MongoDB's disk has %d MiB left: submits are rejected until there is more", free // _MIB)
+            log.error(
+                "MongoDB's disk has %(free_mib)d MiB left: submits are rejected until there is more",
+                {"event": "disk.full", "free_mib": free // _MIB},
+            )
         if was_short and not self._is_short:
-            log.warning("MongoDB's disk has %d MiB again: submits are accepted", free // _MIB)
+            log.warning(
+                "MongoDB's disk has %(free_mib)d MiB again: submits are accepted",
+                {"event": "disk.has_room_again", "free_mib": free // _MIB},
+            )
 
     async def _run(self) -> None:
         await self._is_open.wait()

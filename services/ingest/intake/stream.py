@@ -175,7 +175,7 @@ class Stream:
         except ShoalError as err:
             return err
         except Exception:
-            log.exception("unexpected error with an item of a stream")
+            log.exception("unexpected error with an item of a stream", {"event": "submit.item_failed"})
             return Internal("internal error: the log of the service has the cause")
 
 

@@ -82,7 +82,10 @@ class Operator(Background):
                 await self._page(operation)
             except ShoalError as err:
                 # The operations of others go on.
-                log.warning("operation %s cannot be carried out for now: %s", operation.id, err)
+                log.warning(
+                    "operation %(operation)s cannot be carried out for now: %(error)s",
+                    {"event": "operation.retrying", "operation": operation.id, "error": err},
+                )
                 self._again_at[operation.id] = time.monotonic() + _UNAVAILABLE_WAIT_S
         return 0.0 if len(running) > len(self._again_at) else _IDLE_S
 
@@ -98,7 +101,10 @@ class Operator(Background):
         position = page.end or (ids[-1] if ids else operation.position or end)
         await self._operations.advance(operation, position, changed, len(ids) - changed, ends=ends)
         if ends:
-            log.info("operation %s (%s) has examined all its jobs", operation.id, operation.action)
+            log.info(
+                "operation %(operation)s (%(action)s) has examined all its jobs",
+                {"event": "operation.examined", "operation": operation.id, "action": operation.action},
+            )
 
     async def _change(self, operation: Operation, ids: Sequence[str]) -> int:
         """Apply the action to the jobs; return the number of jobs that changed."""

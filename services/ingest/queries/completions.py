@@ -197,10 +197,12 @@ class Completions(Background):
                     await self._settle(list(self._waiting))
                     next_poll = time.monotonic() + max(_POLL_S, _REST * (time.monotonic() - began))
             except ShoalError as err:
-                log.warning("cannot query which jobs have ended: %s", err)
+                log.warning(
+                    "cannot query which jobs have ended: %(error)s", {"event": "completions.retrying", "error": err}
+                )
                 await asyncio.sleep(_UNAVAILABLE_WAIT_S)
             except Exception:
-                log.exception("unexpected error while querying ended jobs")
+                log.exception("unexpected error while querying ended jobs", {"event": "completions.failed"})
                 await asyncio.sleep(_UNAVAILABLE_WAIT_S)
 
     async def _settle(self, job_ids: list[str]) -> None:

@@ -103,10 +103,12 @@ class ChangeFeed(Background):
             try:
                 await self._follow(is_wide)
             except PyMongoError as err:
-                log.warning("%s", translate(err, "following changes of jobs"))
+                log.warning(
+                    "%(error)s", {"event": "watch.retrying", "error": translate(err, "following changes of jobs")}
+                )
                 await asyncio.sleep(_REOPEN_S)
             except Exception:
-                log.exception("following changes of jobs")
+                log.exception("following changes of jobs", {"event": "watch.failed"})
                 await asyncio.sleep(_REOPEN_S)
 
     async def _follow(self, is_wide: bool) -> None:

@@ -98,7 +98,7 @@ class JobSweep(Background):
                 if not page:
                     break
         if removed:
-            log.info("removed %d jobs past their retention", removed)
+            log.info("removed %(jobs)d jobs past their retention", {"event": "jobs.removed", "jobs": removed})
         return removed
 
     async def _page(self, state: State, rules: Rules, now: datetime) -> tuple[bool, int]:

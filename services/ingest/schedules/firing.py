@@ -142,7 +142,11 @@ class Firing(Background):
         tries = (document or {}).get("tries", 0) + 1
         if tries == 1:
             unexpected = None if isinstance(err, ShoalError) else err
-            log.warning("cannot fire schedule %s, which is tried again: %s", schedule_id, err, exc_info=unexpected)
+            log.warning(
+                "cannot fire schedule %(schedule)s, which is tried again: %(error)s",
+                {"event": "schedule.retrying", "schedule": schedule_id, "error": err},
+                exc_info=unexpected,
+            )
         if document is None or (token := self._lease.token) is None:
             return
         unchanged = {"_id": schedule_id, "revision": document["revision"], **fenced(token)}
@@ -183,7 +187,15 @@ class Firing(Background):
             earlier = await self._find(schedule.tenant, schedule.key_of(time))
             return "" if earlier is None else earlier.id, ""
         except InvalidArgument as err:
-            log.error("cannot create the job of schedule %s of tenant %r: %s", schedule.name, schedule.tenant, err)
+            log.error(
+                "cannot create the job of schedule %(schedule)s of tenant %(tenant)r: %(error)s",
+                {
+                    "event": "schedule.job_not_created",
+                    "schedule": schedule.name,
+                    "tenant": schedule.tenant,
+                    "error": err,
+                },
+            )
             return "", f"its job could not be created: {err.message}"
 
     async def _is_running(self, job_id: str) -> bool:

@@ -83,7 +83,7 @@ class LocalBlobs(ObjectBlobs):
     def _unreadable(self, key: str, err: OSError) -> ShoalError:
         if err.errno in _GONE:
             return NotFound(f"reading blob {key}: it does not exist")
-        log.warning("reading blob %s: %s", key, err)
+        log.warning("reading blob %(blob)s: %(error)s", {"event": "blob.read_failed", "blob": key, "error": err})
         if err.errno in _REFUSED:
             return PermissionDenied(
                 f"reading blob {key}: {err.strerror}: the user that the store runs as must own its folder of blobs"

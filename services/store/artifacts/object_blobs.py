@@ -139,7 +139,9 @@ def _translated(doing: str) -> Iterator[None]:
     except BaseError as err:
         # The text names buckets and endpoints, which callers must not see.
         text = str(err)
-        log.warning("%s: %s", doing, text.splitlines()[0])
+        log.warning(
+            "%(doing)s: %(error)s", {"event": "blob.object_store_failed", "doing": doing, "error": text.splitlines()[0]}
+        )
         if "NoSuchBucket" in text:
             raise FailedPrecondition(f"{doing}: the store's bucket does not exist: make it") from err
         # A refused listing has no error class.

@@ -70,7 +70,10 @@ class AuditChain:
             future = self._enqueue(Event(kind=CHAIN, origin=self._instance, reason="end"))
             await asyncio.wait([future], timeout=_CLOSE_S)
             if not future.done() or future.exception() is not None:
-                log.warning("the end of the audit chain %s was not written", self.writer)
+                log.warning(
+                    "the end of the audit chain %(writer)s was not written",
+                    {"event": "audit.end_not_written", "writer": self.writer},
+                )
         if self._writing is not None:
             await end(self._writing)
         self._fail_waiting(Unavailable("the store is stopping"))
@@ -158,7 +161,10 @@ class AuditChain:
                     raise
                 found = {doc["_id"]: doc async for doc in collection.find({"_id": {"$in": list(documents)}})}
                 if any(doc != documents[id_] for id_, doc in found.items()):
-                    log.error("audit chain %s has entries that this process did not write: it ends", self.writer)
+                    log.error(
+                        "audit chain %(writer)s has entries that this process did not write: it ends",
+                        {"event": "audit.chain_ended", "writer": self.writer},
+                    )
                     self._begin()
                     raise Unavailable("the audit log was changed from outside: retry, a new chain begins") from err
                 if missing := [doc for id_, doc in documents.items() if id_ not in found]:

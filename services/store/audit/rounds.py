@@ -83,7 +83,10 @@ class AuditRounds(Background):
                     removed = await self._collections.audit.delete_many(
                         {"_id": {"$gte": f"{writer}/", "$lt": f"{writer}/{one.first:012d}"}}
                     )
-                log.info("removed %d old entries of the audit chain %s", removed.deleted_count, writer)
+                log.info(
+                    "removed %(entries)d old entries of the audit chain %(writer)s",
+                    {"event": "audit.removed", "entries": removed.deleted_count, "writer": writer},
+                )
         if newest is not None and oldest is not None and oldest != newest.oldest:
             await self._anchors.remove_before(oldest)
 

@@ -209,7 +209,9 @@ class _BackupRun:
             trust_size = self._trust_sizes or blob.sha256 in self._known
             done = await copy_blob(blob, of._blobs, self._target, key, of._staging, of._threads, trust_size=trust_size)
         except DataLoss as err:
-            log.error("the backup continues without a damaged blob: %s", err)
+            log.error(
+                "the backup continues without a damaged blob: %(error)s", {"event": "backup.blob_damaged", "error": err}
+            )
             self._progress = replace(self._progress, missing=(*self._progress.missing, blob.sha256))
         else:
             self._count(blob, done)
@@ -217,7 +219,10 @@ class _BackupRun:
 
     def _count(self, blob: BlobRef, done: CopyOutcome) -> None:
         if done is CopyOutcome.REPAIRED:
-            log.warning("blob %s was damaged in the backup location, and was replaced", blob.sha256)
+            log.warning(
+                "blob %(blob)s was damaged in the backup location, and was replaced",
+                {"event": "backup.blob_replaced", "blob": blob.sha256},
+            )
         if len(self._known) < _KNOWN:
             self._known.add(blob.sha256)
         self._blob_bytes += blob.size

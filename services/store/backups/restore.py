@@ -232,10 +232,14 @@ class Restore:
             existing += some
             if taken:
                 log.warning(
-                    "restoring %d documents of %s without their idempotency keys, which newer documents have: %s",
-                    len(taken),
-                    dumped.name,
-                    ", ".join(str(doc["_id"]) for doc in taken[:_NAMED]),
+                    "restoring %(documents)d documents of %(collection)s without their idempotency keys, which newer "
+                    "documents have: %(ids)s",
+                    {
+                        "event": "restore.idempotency_keys_left_out",
+                        "documents": len(taken),
+                        "collection": dumped.name,
+                        "ids": ", ".join(str(doc["_id"]) for doc in taken[:_NAMED]),
+                    },
                 )
                 some, _ = await _insert_new(raw, [dump.without_field(doc, _IDEMPOTENCY_KEY) for doc in taken])
                 existing += some

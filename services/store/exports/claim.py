@@ -118,7 +118,7 @@ class Claim(Background):
                 with translated("renewing the claim of an export"):
                     renewed = await self._collections.exports.update_one(claim, [{"$set": {"expires_at": _until()}}])
             except ShoalError as err:
-                log.info("%s", err)
+                log.info("%(error)s", {"event": "export.claim_not_renewed", "error": err})
                 continue
             if renewed.matched_count:
                 self._expires_at = expires_at

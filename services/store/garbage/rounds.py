@@ -36,10 +36,12 @@ class CollectorRounds(Background):
         try:
             done = await self._collector.collect(strays=strays)
         except ShoalError as err:
-            log.warning("artifacts could not be collected for now: %s", err)
+            log.warning(
+                "artifacts could not be collected for now: %(error)s", {"event": "garbage.retrying", "error": err}
+            )
         except Exception:
             # A bug in one round must not end the later ones.
-            log.exception("collecting artifacts")
+            log.exception("collecting artifacts", {"event": "garbage.failed"})
         else:
             if done != Collected():
-                log.info("collected: %s", done)
+                log.info("collected: %(collected)s", {"event": "garbage.collected", "collected": done})

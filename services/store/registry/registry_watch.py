@@ -119,7 +119,7 @@ class RegistryWatch:
 
 async def _log_and_wait(doing: str, err: Exception) -> None:
     if isinstance(err, ShoalError):
-        log.warning("%s: %s; retrying", doing, err)
+        log.warning("%(doing)s: %(error)s; retrying", {"event": "registry.retrying", "doing": doing, "error": err})
     else:
-        log.error("%s failed; retrying", doing, exc_info=err)
+        log.error("%(doing)s failed; retrying", {"event": "registry.failed", "doing": doing}, exc_info=err)
     await asyncio.sleep(_RETRY_S)

@@ -178,7 +178,10 @@ class Results:
             if now is not None and not is_removed and result_documents.blob_of(now) != result_documents.blob_of(doc):
                 return await self.readable(now)
             if not is_removed:
-                log.error("job %s: the damaged answer is left out: %s", doc["_id"], err.message)
+                log.error(
+                    "job %(job)s: the damaged answer is left out: %(error)s",
+                    {"event": "results.answer_damaged", "job": doc["_id"], "error": err.message},
+                )
             found = result_documents.result(_without_response(doc))
             found.answer_lost = "the result was removed while it was read" if is_removed else err.message
             return found

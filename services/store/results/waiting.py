@@ -130,7 +130,10 @@ class Waiters(Background):
             try:
                 await self._query(list(self._futures))
             except ShoalError as err:
-                log.info("cannot query now for results recorded by other instances: %s", err)
+                log.info(
+                    "cannot query now for results recorded by other instances: %(error)s",
+                    {"event": "results.query_retrying", "error": err},
+                )
                 await asyncio.sleep(_AWAY_S)
             await asyncio.sleep(_REST * (time.monotonic() - began))
 

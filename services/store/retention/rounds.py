@@ -52,9 +52,12 @@ class RetentionRounds(Background):
         swept = await self._sweep.apply(self._lease)
         if swept != Swept(more=swept.more):
             log.info(
-                "retention removed %d results, %d answers, %d tombstones",
-                swept.results,
-                swept.answers,
-                swept.tombstones,
+                "retention removed %(results)d results, %(answers)d answers, %(tombstones)d tombstones",
+                {
+                    "event": "retention.removed",
+                    "results": swept.results,
+                    "answers": swept.answers,
+                    "tombstones": swept.tombstones,
+                },
             )
         return 0.0 if swept.more else self._every_s

@@ -89,7 +89,10 @@ class Counters(Background):
             with translated("counting usage"):
                 await self.add(waiting)
         except ShoalError as err:
-            log.warning("the usage of %d tenants will be counted later: %s", len(waiting), err)
+            log.warning(
+                "the usage of %(tenants)d tenants will be counted later: %(error)s",
+                {"event": "usage.count_retrying", "tenants": len(waiting), "error": err},
+            )
             for tenant, weight in waiting.items():
                 self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
 
@@ -109,7 +112,7 @@ class Counters(Background):
                 while await transaction(self._collections, all_or_nothing):
                     pass
         except ShoalError as err:
-            log.warning("payloads will be counted later: %s", err)
+            log.warning("payloads will be counted later: %(error)s", {"event": "usage.payloads_retrying", "error": err})
 
     async def pending(self, tenant: str) -> Weight:
         """Return the changes of a tenant's usage that its counter does not include yet.
@@ -157,11 +160,15 @@ class Counters(Background):
             await usage.update_one({"_id": tenant, "recounts": before["recounts"]}, counted)
         if off:
             log.info(
-                "tenant %r: the usage was off by %d results, %d payloads and %d bytes",
-                tenant,
-                off.results,
-                off.payloads,
-                off.bytes,
+                "tenant %(tenant)r: the usage was off by %(results)d results, %(payloads)d payloads and "
+                "%(bytes)d bytes",
+                {
+                    "event": "usage.corrected",
+                    "tenant": tenant,
+                    "results": off.results,
+                    "payloads": off.payloads,
+                    "bytes": off.bytes,
+                },
             )
 
     async def _walked(self, tenant: str, until: datetime) -> Weight:
@@ -213,10 +220,10 @@ class Counters(Background):
             while (tenant := await self._longest_uncounted()) is not None:
                 await self.recount(tenant)
         except ShoalError as err:
-            log.warning("usage will be recounted later: %s", err)
+            log.warning("usage will be recounted later: %(error)s", {"event": "usage.recount_retrying", "error": err})
         except Exception:
             # A bug in one recount must not end the later ones.
-            log.exception("recounting usage")
+            log.exception("recounting usage", {"event": "usage.recount_failed"})
 
     async def _longest_uncounted(self) -> str | None:
         """Return the tenant whose recount is due first; None when none is due."""

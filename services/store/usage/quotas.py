@@ -107,7 +107,10 @@ class Quotas:
             # Read last: a note that is added in between is missed for now, rather than counted twice.
             more = await self._counters.pending(tenant) if found else _NO_MORE
         except ShoalError as err:
-            log.warning("cannot check now whether tenant %r is over its quota: %s", tenant, err)
+            log.warning(
+                "cannot check now whether tenant %(tenant)r is over its quota: %(error)s",
+                {"event": "usage.quota_unknown", "tenant": tenant, "error": err},
+            )
             return None
         usage = _usage(doc or {"_id": tenant, **_NOTHING}, _by_tenant(found), more)
         return usage if usage.is_over else None

@@ -50,7 +50,7 @@ async def test_rows_that_share_a_scale_are_not_batched_unasked(serve, models_fol
     with caplog.at_level("INFO"):
         served = await serve(models_folder.root)
     assert [await max_batch_size(served, name) for name in ("trial", "graph", "stated", "off")] == [0, 0, 8, 0]
-    warned = [record.args[0] for record in caplog.records if record.levelname == "WARNING"]
+    warned = [record.args["model"] for record in caplog.records if record.levelname == "WARNING"]
     assert sorted(warned) == ["stated", "stated_trial"]
     assert "model graph: not batched (DynamicQuantizeLinear in the model takes one scale" in caplog.text
     assert "model trial: not batched (output 'y' of a row depends on the rows beside it)" in caplog.text
@@ -94,7 +94,7 @@ async def test_a_model_that_fails_on_zeros_is_served_with_a_warning(serve, model
         ("parsing", "broken", "double"), State.READY
     )
     assert (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
-    warned = [record.args[0] for record in caplog.records if "not warmed up" in record.message]
+    warned = [record.args["model"] for record in caplog.records if "not warmed up" in record.message]
     assert sorted(warned) == ["broken", "parsing"]
     asked = pb.ModelInferRequest(model_name="parsing")
     asked.inputs.add(name="x", datatype="BYTES", shape=[1, 4]).contents.bytes_contents.extend([b"7", b"-1", b"0", b"2"])

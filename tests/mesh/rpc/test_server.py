@@ -197,7 +197,7 @@ async def test_a_health_check_reports_the_stalls_of_the_event_loop(
     assert after["longest_ms"] >= 370
     assert [ms for at, ms in after["recent"] if at >= began - 0.001 and ms >= 370]
     warnings = [record for record in caplog.records if record.name == "mesh.process.stall_watch"]
-    assert any(vars(record)["stall_ms"] >= 370 for record in warnings)
+    assert any(record.args["stall_ms"] >= 370 for record in warnings)
 
 
 async def test_the_error_names_a_port_in_use() -> None:
@@ -236,9 +236,11 @@ def test_a_wrong_setting_is_named(environ: dict[str, str], named: str) -> None:
 
 
 def test_a_log_line_is_json_with_its_fields() -> None:
-    record = logging.makeLogRecord({"name": "a", "levelname": "INFO", "msg": "hello %s", "args": ("you",), "job": "j1"})
+    values = {"event": "job.greeted", "job": "j1", "level": "no field of an event"}
+    record = logging.makeLogRecord({"name": "a", "levelname": "INFO", "msg": "hello %(job)s", "args": values})
     entry = json.loads(JsonFormatter("local/x-0").format(record))
-    assert (entry["message"], entry["job"], entry["instance"]) == ("hello you", "j1", "local/x-0")
+    assert (entry["message"], entry["job"], entry["event"]) == ("hello j1", "j1", "job.greeted")
+    assert (entry["instance"], entry["level"]) == ("local/x-0", "INFO")
 
 
 @pytest.mark.parametrize("listen", ["unix:{}/x.sock", "127.0.0.1:0"])

@@ -187,7 +187,10 @@ class Multiplexer:
         with self._changed:
             if number not in self._running:
                 return
-        log.warning("a run did not end within %.0f s after its infer process disconnected: exiting", _ABANDONED_S)
+        log.warning(
+            "a run did not end within %(seconds).0f s after its infer process disconnected: exiting",
+            {"event": "model.run_abandoned", "seconds": _ABANDONED_S},
+        )
         os.kill(os.getpid(), signal.SIGKILL)
 
     # Batches for the engine.

@@ -64,7 +64,8 @@ class SharedProcess(SignalledProcess):
             if message is not None or self.is_new or is_last or self._released_for or self._killed_for:
                 break
             log.info(
-                "model %s: shared process %d died before its first message; joining the next one", self.title, self.pid
+                "model %(model_process)s: shared process %(pid)d died before its first message; joining the next one",
+                {"event": "model.shared_process_died", "model_process": self.title, "pid": self.pid},
             )
             with self._signalling:
                 os.close(self._pidfd)
