@@ -2,8 +2,8 @@
 
     python tools/logs_table.py [--check]
 
-The table is placed between `<!-- events -->` and `<!-- end events -->`. With --check the script writes nothing, and exits
-with 1 when the table is stale.
+The table is placed between `<!-- events -->` and `<!-- end events -->`. With --check the script writes nothing, and
+exits with 1 when the table is stale.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _call(path: Path, node: ast.Call, method: str) -> LogCall:
         case [text, ast.Dict(keys=[ast.Constant("event"), *keys], values=[ast.Constant(str(event)), *_])]:
             fields = [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
         case _:
-            raise NoEvent(f'{place}: expected log.{method}("... %(name)s", {{"event": "area.happened", "name": value}})')
+            raise NoEvent(f'{place}: expected log.{method}("... %(name)s", {{"event": "area.happened", "name": ...}})')
     messages = _texts(text)
     shown = {found[1]: found[2] for message in messages for found in _VALUE.finditer(message) if found[1]}
     if not messages or len(fields) != len(keys) or not set(shown) <= set(fields):

@@ -58,6 +58,8 @@ class ServiceConfig(BaseModel):
     """Address of the page of metrics for Prometheus, `/metrics`: a unix socket or a loopback port. Unset: no page."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
+    log_levels: str | None = None
+    """File of levels that differ for a time; `shoal up` gives it, for `shoal logs --set-level`. Unset: none do."""
 
 
 C = TypeVar("C", bound=ServiceConfig)

@@ -7,6 +7,8 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -14,6 +16,7 @@ import uvloop
 from mesh.process import logs, telemetry
 from mesh.process.config import ConfigError, ServiceConfig, load
 from mesh.process.exits import WRONG_SETTINGS
+from mesh.process.log_levels import LogLevels
 
 C = TypeVar("C", bound=ServiceConfig)
 
@@ -44,9 +47,15 @@ def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None
         gc.freeze()
         gc.set_threshold(*_COLLECTED_AT)
         try:
-            uvloop.run(run(config))
+            uvloop.run(_with_log_levels(config, run))
         except OSError as err:
             if err.errno not in _NO_ADDRESS:
                 raise
             print(f"shoal {service} cannot start:\ncannot listen on {config.listen}: {err.strerror}", file=sys.stderr)
             sys.exit(1)
+
+
+async def _with_log_levels(config: C, run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
+    levels = config.log_levels
+    async with LogLevels(Path(levels), config.instance) if levels is not None else nullcontext():
+        await run(config)

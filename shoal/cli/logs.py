@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +24,9 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 _POLL_S = 0.2
 # mongod logs each connection. Unless it is named, its warnings and errors are printed.
 _CHATTY = frozenset({"mongod"})
+_SERVICES = ("coord", "store", "infer", "ingest")
+_DEFAULT = "DEFAULT"
+_LONGEST_S = 7 * 86_400
 _STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red"}
 
 
@@ -58,6 +63,19 @@ def logs(
     ] = None,
     gateway: Gateway = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    set_level: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="Log from this level on, for a time: debug, info, warning, error; `default` ends it. "
+            "Prints entries only with --follow.",
+        ),
+    ] = "",
+    lasting: Annotated[str, typer.Option("--for", metavar="AGE", help="Time of --set-level: 90s, 10m, 2h.")] = "10m",
+    logger: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="With --set-level: only this logger and those below it, such as mesh.xds."),
+    ] = "",
 ) -> None:
     """Print the logs of a node's processes, merged by time: the last entries, and new ones with --follow.
 
@@ -71,11 +89,15 @@ def logs(
       shoal logs infer ingest --follow
 
       shoal logs --trace 4bf92f3577b34da6a3ce929d0e0e4736
+
+      shoal logs infer --set-level debug --for 10m --follow
     """
     from shoal.node.logs import LEVELS, Follower, LogFilter, latest, processes
 
     if level and level.upper() not in LEVELS:
         raise InvalidArgument(f"--level {level!r}: expected one of {', '.join(LEVELS).lower()}")
+    if set_level and set_level.upper() not in (*LEVELS, _DEFAULT):
+        raise InvalidArgument(f"--set-level {set_level!r}: expected one of {', '.join((*LEVELS, _DEFAULT)).lower()}")
     folder = _folder(data_dir, gateway)
     known = processes(folder)
     wanted = [name for name in known if _includes(process, name)]
@@ -90,8 +112,11 @@ def logs(
     )
     show = _JsonLines() if json else _Lines(max((len(name) for name in wanted), default=0))
     follower = Follower(folder, lambda name: _includes(process, name), chosen) if follow else None
-    for entry in latest(folder, wanted, lines, chosen):
-        show(entry)
+    if set_level:
+        _set_levels(folder, process, wanted, set_level.upper(), logger, lasting)
+    else:
+        for entry in latest(folder, wanted, lines, chosen):
+            show(entry)
     if follower is None:
         return
     try:
@@ -107,6 +132,39 @@ def logs(
 
 def _includes(wanted: list[str] | None, name: str) -> bool:
     return not wanted or any(name == part or name.rpartition("-")[0] == part for part in wanted)
+
+
+def _set_levels(
+    logs: Path, named: list[str] | None, wanted: Sequence[str], level: str, logger: str, lasting: str
+) -> None:
+    """Write the level of the processes `wanted` into the node's file, or remove it, and print what is in force."""
+    from mesh.process.log_levels import TimedLevel, read, write
+    from shoal.node import folder
+
+    chosen = [name for name in wanted if name.rpartition("-")[0] in _SERVICES]
+    if not chosen or (named and len(chosen) < len(wanted)):
+        others = ", ".join(name for name in wanted if name not in chosen)
+        raise InvalidArgument(f"--set-level {level.lower()}: only of {', '.join(_SERVICES)}, not of {others}")
+    until = time.time() + amounts.age(lasting, "--for").total_seconds()
+    if until - time.time() > _LONGEST_S:
+        raise InvalidArgument(f"--for {lasting!r}: at most 7d; SHOAL_<SERVICE>_LOG_LEVEL sets a level for ever")
+    path = logs.parent / folder.LOG_LEVELS
+    with folder.locked(logs):
+        try:
+            present = [one for one in read(path) if one.until > time.time()]
+        except ValueError:
+            present = []
+        # `default` without a logger ends those of all loggers.
+        kept = [
+            one
+            for one in present
+            if one.process not in chosen or (one.logger != logger and not (level == _DEFAULT and not logger))
+        ]
+        new = [] if level == _DEFAULT else [TimedLevel(name, logger, level, until) for name in chosen]
+        write(path, [*kept, *new])
+    at = f"{datetime.fromtimestamp(until).astimezone():%Y-%m-%d %H:%M:%S}"
+    end = "as configured again" if level == _DEFAULT else f"from {level} until {at}"
+    typer.echo(f"{', '.join(chosen)}: {logger or 'everything'} is logged {end}")
 
 
 def _folder(data_dir: Path | None, gateway: str | None) -> Path:

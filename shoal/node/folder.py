@@ -6,6 +6,7 @@ DATA_DIR/node.lock     locked while a node runs; contains the pid of that proces
          admin.key     with --auth: key of the node's user
          policy.json   with --auth: copy of the last policy, for an etcd that has lost it
          logs/         a log for each process
+         log_levels.json  levels of `shoal logs --set-level`
          etcd/ mongo/ blobs/ cache/models/
          envoy.json    Envoy's bootstrap file
          prometheus.json  the address of the node's metrics, for Prometheus' file_sd_configs
@@ -31,6 +32,8 @@ from shoal.errors import FailedPrecondition, InvalidArgument
 
 POLICY_COPY = "policy.json"
 """Name of the copy of the last policy."""
+LOG_LEVELS = "log_levels.json"
+"""Name of the file of levels that differ for a time (mesh.process.log_levels)."""
 _SUBFOLDERS = ("logs", "etcd", "mongo", "blobs", "cache/models")
 _RUN_PREFIX = "shoal-up-"
 # Earlier versions used this prefix alone.

@@ -163,6 +163,7 @@ def _service(
         "METRICS": f"unix:{layout.metrics_of(instance)}",
         "MESH": f"unix:{layout.outbound}",
         "ETCD": etcd_address(options, layout),
+        "LOG_LEVELS": str(options.data_dir / folder.LOG_LEVELS),
         **({"AUTH": "true"} if options.auth else {}),
         **_own_settings(service, instance, options, layout),
     }

@@ -74,7 +74,8 @@ class ThreadRunner(ExclusiveRunner):
         self._thread.join(_GRACE_S)
         if self._thread.is_alive():
             log.warning(
-                "model %(model_process)s: its thread is still running; it is in the server's process and cannot be killed",
+                "model %(model_process)s: its thread is still running; it is in the server's process and cannot be "
+                "killed",
                 {"event": "model.thread_still_runs", "model_process": self.title},
             )
         self.end = self._killed_for or "its thread ended"
