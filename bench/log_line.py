@@ -14,8 +14,8 @@ from collections.abc import Callable
 from mesh.process import logs
 
 log = logging.getLogger(__name__)
-LINES = 20_000
-ROUNDS = 7
+LINES = 5_000
+ROUNDS = 9
 
 
 def plain() -> None:
