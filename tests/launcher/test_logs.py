@@ -23,6 +23,12 @@ def ours(second: int, message: str, level: str = "INFO", **fields: object) -> st
     ("line", "level", "logger", "summary"),
     [
         (ours(0, "serving", logger="services.app", jobs=3, instance="a"), "INFO", "services.app", "serving  jobs=3"),
+        (
+            ours(0, "at a:1", logger="a", event="service.serving", address="a:1"),
+            "INFO",
+            "a",
+            "at a:1  event=service.serving",
+        ),
         (ours(0, "no", "ERROR", exception="Traceback\n ...\nOSError: gone"), "ERROR", "", "no (OSError: gone)"),
         (
             '{"t":{"$date":"2026-11-28T12:00:00.000+00:00"},"s":"W","c":"NETWORK","msg":"slow","attr":{"ms":9}}',
