@@ -23,6 +23,7 @@ to the same class.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
@@ -59,6 +60,8 @@ class ShoalError(Exception):
     code: ClassVar[Code] = Code.UNKNOWN
     trailing: tuple[tuple[str, str], ...] = ()
     """Further trailing metadata of the call that fails, and headers of its response over REST."""
+    trace_id: str = ""
+    """Trace of the failed call, for `shoal trace`; empty: the server has named none."""
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
@@ -136,6 +139,8 @@ class Internal(ShoalError):
 
 RATE_LIMIT_KEY = "x-ratelimit-limit"
 """Key of the trailing metadata with the limit of the policy that has rejected a call."""
+TRACE_KEY = "shoal-trace"
+"""Key of the trailing metadata, and header over REST, with the trace of a call whose spans are kept."""
 RETRY_AFTER_KEY = "retry-after-ms"
 """Key of the trailing metadata with the time after which a rejected call may be retried, in milliseconds."""
 ERROR_CODE_PARAMETER = "error_code"
@@ -143,6 +148,7 @@ ERROR_CODE_PARAMETER = "error_code"
 RETRY_AFTER_PARAMETER = "retry_after_ms"
 """Parameter of a failed response within an inference stream: the same as RETRY_AFTER_KEY."""
 _LONGEST_WAIT_MS = 3_600_000
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def retry_after_of(trailing: Iterable[tuple[str, str | bytes]]) -> int | None:
@@ -151,6 +157,14 @@ def retry_after_of(trailing: Iterable[tuple[str, str | bytes]]) -> int | None:
         if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
             return min(int(value[:10]), _LONGEST_WAIT_MS)
     return None
+
+
+def trace_of(trailing: Iterable[tuple[str, str | bytes]]) -> str:
+    """Return the trace that a call's trailing metadata names; empty without one."""
+    for key, value in trailing:
+        if key == TRACE_KEY and isinstance(value, str) and _TRACE_ID.fullmatch(value):
+            return value
+    return ""
 
 
 BY_CODE: dict[Code, type[ShoalError]] = {error.code: error for error in ShoalError.__subclasses__()}

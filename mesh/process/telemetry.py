@@ -103,6 +103,8 @@ class _Provider(TracerProvider):
     ) -> None:
         super().__init__(resource=resource, shutdown_on_exit=False)
         self.kept = kept
+        if kept is not None:
+            kept.has_all_roots = sampling.ratio >= 1
         processors = [BatchSpanProcessor(exporter), *([kept] if kept is not None else [])]
         for processor in processors:
             self.add_span_processor(processor)
@@ -145,17 +147,18 @@ def tracing(
 ) -> Iterator[None]:
     """Export this process's spans as service `shoal-<service>` until the block ends, then flush them.
 
-    With `keeps`, the latest ones are kept in memory, too, and without a collector those of sampled callers.
+    With `keeps`, the latest ones are kept in memory, too, and without a collector those of sampled callers; and those
+    of calls that fail or are slow, whether sampled or not.
     """
     is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if collector(environ) is None:
         if keeps and not is_off:
-            trace.set_tracer_provider(OnRequest(resource_of(service, instance), KeptSpans()))
+            trace.set_tracer_provider(OnRequest(resource_of(service, instance), KeptSpans(instance=instance)))
         yield
         return
     resource = resource_of(service, instance)
     exporter = _exporter(environ)
-    provider = _Provider(resource, exporter, sampling_of(environ), KeptSpans() if keeps else None)
+    provider = _Provider(resource, exporter, sampling_of(environ), KeptSpans(instance=instance) if keeps else None)
     trace.set_tracer_provider(provider)
     try:
         yield

@@ -29,7 +29,8 @@ from mesh.rest.heartbeats import Heartbeats
 from mesh.rest.json_text import PARSER, parsed_bytes
 from mesh.rest.target import Target
 from mesh.rest.tenant_lock import TenantLock
-from mesh.rpc import status
+from mesh.rpc import status, tail_spans
+from mesh.rpc.access import tenant_of
 from mesh.rpc.auditing import ADDRESS, Auditing
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.fast_spans import FastTracer
@@ -47,13 +48,15 @@ from mesh.rpc.framing import (
 )
 from mesh.rpc.heavy_work import Steps
 from mesh.rpc.held_shares import CallLimits
-from mesh.rpc.interceptors import log_error, status_of
+from mesh.rpc.interceptors import FAILURES, log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
+from mesh.rpc.tail_spans import NO_ATTRIBUTES, Attributes
 from shoal.access.audit import AUDITED
 from shoal.errors import (
     RETRY_AFTER_KEY,
+    TRACE_KEY,
     Code,
     DeadlineExceeded,
     InvalidArgument,
@@ -179,6 +182,8 @@ class RestCall(StreamMemory):
         self.on_end: Callable[[], None] | None = None
         """Callback for a disconnected client, on the fast path."""
         self.is_over = self._has_begun = False
+        self._began = 0.0
+        """Begin of the call's task, on the app's clock; 0: there is none."""
         self._span = None if app.tracer is None else app.tracer.begin(self.headers)
 
     # -- RequestHandler
@@ -392,28 +397,37 @@ class RestCall(StreamMemory):
 
         self._start(written)
 
-    def refuse(self, error: BaseException) -> None:
-        """End the call with an error. Does nothing after the end."""
+    def keep_slow(self, seconds: float, about: Attributes = NO_ATTRIBUTES) -> None:
+        """Keep the span of the call, which succeeds and took `seconds`, too long."""
+        if self._span is None:
+            tail_spans.slow(self.target.rpc, self.headers, self._app.access, seconds, about)
+
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
+        """End the call with an error. Does nothing after the end. `seconds` and `about` are for its span."""
         if not self.is_over:
             self.on_end = None
-            self._end_span(*self._refused(error))
+            self._end_span(*self._refused(error, seconds, about))
 
-    def _refused(self, error: BaseException) -> tuple[Code, str]:
+    def _refused(
+        self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES
+    ) -> tuple[Code, str]:
         """Respond with an error; return its code and text for the span."""
         log_error(self.target.rpc, error)
-        self._fail(error)
+        self._fail(error, seconds, about)
         # A traceback refers to frames, some of which refer to the exception: a reference cycle.
         error.__traceback__ = None
         return Code(status_of(error)[0].value[0]), str(error)
 
     def _end_span(self, code: Code = Code.OK, message: str = "") -> None:
         if self._span is not None and self._app.tracer is not None:
-            self._app.tracer.end(self._span, self.target.rpc, code, message)
+            tenant = tenant_of(self._app.access, self.headers)
+            self._app.tracer.end(self._span, self.target.rpc, code, message, tenant)
 
     # -- the call
 
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         code, message = Code.OK, ""
+        self._began = self._app.clock()
         # Of a fast call whose response needs a task. It refers to this call.
         self.on_end = None
         try:
@@ -432,6 +446,9 @@ class RestCall(StreamMemory):
             code, message = self._refused(err)
         finally:
             self._end_span(code, message)
+            seconds = self._app.clock() - self._began
+            if seconds > tail_spans.SLOW_S and code is Code.OK and not self._has_begun:
+                self.keep_slow(seconds)
 
     async def _call(self) -> None:
         access = self._app.access
@@ -516,7 +533,7 @@ class RestCall(StreamMemory):
         self._stream.send(data, lambda: None if sent.done() else sent.set_result(None))
         await sent
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
         """End the call with an error: as a response, or as the last event of one that has begun."""
         if self.is_over:
             return
@@ -533,8 +550,30 @@ class RestCall(StreamMemory):
         http_status = HTTP_STATUS[code]
         fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
         fields += [(name.encode(), value.encode()) for name, value in trailing if name != RETRY_AFTER_KEY]
+        if trace_id := self._trace_of(error, code, message, seconds, about):
+            fields.append((TRACE_KEY.encode(), trace_id.encode()))
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
         stream.respond(stream.encode_head(http_status, head), body)
+
+    def _trace_of(self, error: BaseException, code: Code, message: str, seconds: float, about: Attributes) -> str:
+        """Return the trace of the call, which fails, when a span of it is kept; else an empty text."""
+        if self._span is not None:
+            return self._span.trace_id if code in FAILURES else ""
+        if self._began:
+            seconds = self._app.clock() - self._began
+        text = message if isinstance(error, ShoalError) else type(error).__name__
+        cause = getattr(error, "trace_id", "")
+        kept = tail_spans.failed(
+            self.target.rpc,
+            self.headers,
+            self._app.access,
+            code,
+            text,
+            seconds=seconds,
+            attributes=about,
+            trace_id=cause,
+        )
+        return kept or cause
 
 
 def _encoded_head(

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from mesh.rest.call import RestCall
 from mesh.rpc.call_context import CallContext
-from shoal.errors import from_status, retry_after_of
+from shoal.errors import from_status, retry_after_of, trace_of
 
 
 async def unary(call: RestCall, rpc: str, request: Message) -> Any:
@@ -42,4 +42,5 @@ def _raised(context: CallContext) -> Iterator[None]:
         error.trailing = tuple(
             (key, value) for key, value in context.trailing if key.startswith("x-ratelimit-") and isinstance(value, str)
         )
+        error.trace_id = trace_of(context.trailing) or context.cause
         raise error from err

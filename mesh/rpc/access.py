@@ -29,6 +29,7 @@ from shoal.access.limits import applicable
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import ACCESS_SERVICE, MODEL_INFER, OF_LAUNCHER, is_health_check
 from shoal.errors import PermissionDenied, ShoalError, Unauthenticated, Unavailable
+from shoal.tenant_header import TENANT_HEADER
 
 if TYPE_CHECKING:
     from mesh.rpc.fast_call import FastCall, FastHandler
@@ -42,7 +43,7 @@ _DECISIONS = 1024
 # Pause between two checks for expired tokens of open calls.
 _EXPIRY_CHECK_S = 2.0
 
-_CALLER = CALLER_HEADER.encode()
+_CALLER, _TENANT = CALLER_HEADER.encode(), TENANT_HEADER.encode()
 # Values of the header without claims.
 _UNNAMED = (None, LAUNCHER, SERVICE)
 _ALLOWED = Decision(True, "a check of the server's health, its launcher, or a service of the mesh")
@@ -54,6 +55,18 @@ def caller_in(context: Any) -> bytes | None:
         if key == CALLER_HEADER:
             return value.encode("latin-1", "replace") if isinstance(value, str) else None
     return None
+
+
+def tenant_of(access: Access | None, headers: Mapping[bytes, bytes]) -> str:
+    """Return the tenant of a call: the verified caller's; of a service, or without access, the one that it names."""
+    caller = headers.get(_CALLER)
+    if access is not None and caller not in _UNNAMED:
+        try:
+            known = access.identify(caller)
+        except ShoalError:
+            return ""
+        return "" if known is None else known.tenant
+    return headers.get(_TENANT, b"").decode("latin-1")
 
 
 def admitted(methods: Mapping[str, FastHandler], access: Access | None) -> Mapping[str, FastHandler]:

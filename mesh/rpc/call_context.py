@@ -60,6 +60,8 @@ class CallContext:
         self.status: tuple[int, str] = (0, "")
         self.trailing: Metadata = ()
         self.leading: Metadata = ()
+        self.cause = ""
+        """Trace of the call whose failure ends this one; empty: none is known."""
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
         return metadata(self._headers)

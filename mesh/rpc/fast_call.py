@@ -17,7 +17,8 @@ from mesh.h2.frames import DEFAULT_FRAME
 from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import SMALL_BODY, ServerStream
-from mesh.rpc import status
+from mesh.rpc import status, tail_spans
+from mesh.rpc.access import Access, tenant_of
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
     JOIN_BYTES,
@@ -35,10 +36,11 @@ from mesh.rpc.framing import (
     unread,
 )
 from mesh.rpc.heavy_work import HeavyWork
-from mesh.rpc.interceptors import status_of
+from mesh.rpc.interceptors import FAILURES, status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.stream_memory import StreamMemory
-from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
+from mesh.rpc.tail_spans import NO_ATTRIBUTES, Attributes
+from shoal.errors import TRACE_KEY, Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class CallLimits(Protocol):
     heavy: HeavyWork
     tracer: FastTracer | None
     """None: no spans are exported."""
+    access: Access | None
+    """Knows the tenants of callers; None: callers name them."""
 
 
 class FastHandler(Protocol):
@@ -232,7 +236,7 @@ class FastCall(StreamMemory):
             # With a size of 0: the body is counted already.
             self.data(result, 0, is_end=True)
 
-    def reply(self, parts: Sequence[Any], size: int) -> None:
+    def reply(self, parts: Sequence[Any], size: int, trailers: bytes = _OK) -> None:
         """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end.
 
         Parts of more than UNJOINED_BYTES together are kept until they are sent: nobody may change them.
@@ -243,7 +247,7 @@ class FastCall(StreamMemory):
             if size > DEFAULT_FRAME:
                 self._check_large(size)
                 if size > UNJOINED_BYTES:
-                    self._reply_unjoined(_pieces(PREFIX.pack(0, size), parts))
+                    self._reply_unjoined(_pieces(PREFIX.pack(0, size), parts), trailers)
                     return
             body = b"".join((PREFIX.pack(0, size), *parts))
         # Too large, not bytes, or out of memory: the client needs a status.
@@ -251,12 +255,12 @@ class FastCall(StreamMemory):
             self.refuse(err)
             return
         self._finish()
-        self._stream.respond(_HEAD, body, _OK)
+        self._stream.respond(_HEAD, body, trailers)
         # The response waits for the client to read: it counts by itself.
         if self._stream.held:
             self._release_all_but(0)
 
-    def _reply_unjoined(self, pieces: Sequence[bytes | memoryview]) -> None:
+    def _reply_unjoined(self, pieces: Sequence[bytes | memoryview], trailers: bytes) -> None:
         stream = self._stream
         self._finish()
         # The pieces count when they are sent, or wait to be.
@@ -264,7 +268,7 @@ class FastCall(StreamMemory):
         stream.start(_HEAD)
         for piece in pieces:
             stream.send(piece, _nothing)
-        stream.end(_OK)
+        stream.end(trailers)
 
     def _check_large(self, size: int) -> None:
         if size > self._app.message_bytes:
@@ -272,15 +276,37 @@ class FastCall(StreamMemory):
         if not self._stream.has_room(size):
             raise unread()
 
-    def refuse(self, error: BaseException) -> None:
-        """End the call with an error. Does nothing after the end."""
+    def reply_slow(self, parts: Sequence[Any], size: int, seconds: float, about: Attributes = NO_ATTRIBUTES) -> None:
+        """End the call as `reply` does, and keep its span: the call took `seconds`, too long."""
+        trailers = _OK
+        if not self.is_over and self.span is None:
+            trace_id = tail_spans.slow(self._stream.head.path, self.headers, self._app.access, seconds, about)
+            if trace_id:
+                trailers = encode([*status.OK, (TRACE_KEY.encode(), trace_id.encode())])
+        self.reply(parts, size, trailers)
+
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
+        """End the call with an error. Does nothing after the end.
+
+        `seconds`, the time of the call, and `about` are for its span; 0: the time is not known.
+        """
         if self.is_over:
             return
         code, message, trailing = status_of(error)
-        self._finish(code.value[0], message if isinstance(error, ShoalError) else type(error).__name__)
+        number, text = code.value[0], message if isinstance(error, ShoalError) else type(error).__name__
+        self._finish(number, text)
         if not isinstance(error, ShoalError):
             log.error("unexpected error in a call", {"event": "call.unexpected_error"}, exc_info=error)
-        trailers = status.trailers(code.value[0], message, trailing)
+        if self.span is not None:
+            trace_id = self.span.trace_id if number in FAILURES else ""
+        else:
+            path, cause = self._stream.head.path, getattr(error, "trace_id", "")
+            trace_id = tail_spans.failed(
+                path, self.headers, self._app.access, number, text, seconds=seconds, attributes=about, trace_id=cause
+            )
+        if trace_id:
+            trailing = (*trailing, (TRACE_KEY, trace_id))
+        trailers = status.trailers(number, message, trailing)
         self._stream.respond(response_head(200, [status.CONTENT_TYPE, *trailers]))
 
     def expire(self) -> None:
@@ -288,7 +314,8 @@ class FastCall(StreamMemory):
         if self.is_over:
             return
         on_end = self.on_end
-        self.refuse(DeadlineExceeded("the deadline of the call has passed"))
+        seconds = status.timeout_s(self.headers[b"grpc-timeout"])
+        self.refuse(DeadlineExceeded("the deadline of the call has passed"), seconds)
         if on_end is not None:
             on_end()
 
@@ -313,7 +340,8 @@ class FastCall(StreamMemory):
         self.on_end = None
         if self.span is not None:
             assert self._app.tracer is not None
-            self._app.tracer.end(self.span, self._stream.head.path, code, message)
+            tenant = tenant_of(self._app.access, self.headers)
+            self._app.tracer.end(self.span, self._stream.head.path, code, message, tenant)
         if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
 

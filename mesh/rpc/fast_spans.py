@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
+from mesh.process.kept_spans import TENANT
 from mesh.process.telemetry import Exporting, Sampling, exporting
 from mesh.rpc.interceptors import PATH
 from shoal.errors import Code
@@ -30,6 +31,7 @@ from shoal.errors import Code
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _LENGTH = 55
 _LOW_64 = (1 << 64) - 1
+# The last hexadecimal digit of the flags of a caller's span that is not sampled.
 _EVEN = frozenset(b"02468ace")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _SCOPE = InstrumentationScope("shoal")
@@ -51,9 +53,14 @@ class FastSpan:
         return trace.use_span(trace.NonRecordingSpan(self.context))
 
     @property
+    def trace_id(self) -> str:
+        """The trace, as 32 hexadecimal digits."""
+        return f"{self.context.trace_id:032x}"
+
+    @property
     def traceparent(self) -> str:
         """The header that makes another span a child of this one."""
-        return f"00-{self.context.trace_id:032x}-{self.context.span_id:016x}-01"
+        return f"00-{self.trace_id}-{self.context.span_id:016x}-01"
 
 
 class FastTracer:
@@ -90,11 +97,10 @@ class FastTracer:
         if given is None or len(given) < _LENGTH:
             return self._root()
         if self._follows_parent:
-            # The last hex digit of the flags is even when the caller's span is not sampled. Such a header is not
-            # validated further: these are nearly all calls, and a regular expression would double their cost.
+            # Not validated further: these are nearly all calls, and a regular expression would double their cost.
             return None if given[_LENGTH - 1] in _EVEN else self._child(headers, given)
         # Samplers that ignore the parent decide by the trace's id, as the SDK's do.
-        parent = _parsed(given)
+        parent = parsed_traceparent(given)
         if parent is None:
             return self._root()
         return self._child(headers, given) if parent[0] & _LOW_64 < self._bound else None
@@ -109,7 +115,7 @@ class FastTracer:
         return FastSpan(SpanContext(trace_id, self._bits(64) or 1, False, _SAMPLED), None, time.time_ns())
 
     def _child(self, headers: Mapping[bytes, bytes], given: bytes) -> FastSpan | None:
-        parent = _parsed(given)
+        parent = parsed_traceparent(given)
         if parent is None:
             return self._root()
         if self._admits is not None and not self._admits():
@@ -121,9 +127,11 @@ class FastTracer:
         caller = SpanContext(trace_id, span_id, True, TraceFlags(flags), state)
         return FastSpan(SpanContext(trace_id, self._bits(64) or 1, False, _SAMPLED, state), caller, time.time_ns())
 
-    def end(self, span: FastSpan, path: str, code: int = 0, message: str = "") -> None:
+    def end(self, span: FastSpan, path: str, code: int = 0, message: str = "", tenant: str = "") -> None:
         """Export the span of a call of `path` (`/package.Service/Method`) that ended with the gRPC status `code`."""
         attributes: dict[str, str | int] = {"rpc.system": "grpc", PATH: "fast"}
+        if tenant:
+            attributes[TENANT] = tenant
         status = Status(StatusCode.UNSET)
         if code:
             attributes["rpc.grpc.status_code"] = code
@@ -148,10 +156,15 @@ class FastTracer:
 def parent_of(headers: Mapping[bytes, bytes]) -> str:
     """Return the caller's `traceparent` header when it is valid, else an empty text."""
     given = headers.get(b"traceparent", b"")
-    return given[:_LENGTH].decode() if _parsed(given) is not None else ""
+    return given[:_LENGTH].decode() if parsed_traceparent(given) is not None else ""
 
 
-def _parsed(given: bytes) -> tuple[int, int, int] | None:
+def is_sampled(traceparent: bytes) -> bool:
+    """Return True when the header says that the caller's span is sampled. It is not validated."""
+    return len(traceparent) >= _LENGTH and traceparent[_LENGTH - 1] not in _EVEN
+
+
+def parsed_traceparent(given: bytes) -> tuple[int, int, int] | None:
     """Return the trace id, span id and flags of a `traceparent` header; None when it is invalid."""
     match = _TRACEPARENT.fullmatch(given)
     if match is None or match[1] == b"ff" or (match[1] == b"00" and match[5]):

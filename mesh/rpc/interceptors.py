@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Token
 from typing import Any, TypeAlias
@@ -18,21 +18,40 @@ import grpc
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
+from mesh.process.kept_spans import TENANT
+from mesh.rpc.access import Access, tenant_of
+from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import (
     RETRY_AFTER_KEY,
+    TRACE_KEY,
     Code,
     ResourceExhausted,
     ShoalError,
     Unimplemented,
     from_status,
     retry_after_of,
+    trace_of,
 )
+from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 # Every Envoy checks the health twice a second: spans of health checks would outnumber all others.
-_UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
+UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
+"""Beginnings of the paths of calls without spans."""
+FAILURES = frozenset(
+    {
+        Code.UNKNOWN,
+        Code.DEADLINE_EXCEEDED,
+        Code.RESOURCE_EXHAUSTED,
+        Code.INTERNAL,
+        Code.UNAVAILABLE,
+        Code.DATA_LOSS,
+    }
+)
+"""Statuses that are the server's doing or its limits': the caller learns the trace of a call that ends with one. The
+others are the caller's doing, and their message says all."""
 _FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
 
 PATH = "shoal.path"
@@ -73,9 +92,12 @@ def translate(error: grpc.RpcError, action: str = "") -> ShoalError:
     """Return the ShoalError of a failed call; `action` opens its message."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return from_status(Code.UNKNOWN, f"{action}: {error}" if action else str(error))
-    after_ms = retry_after_of(error.trailing_metadata() or ())
+    trailing = error.trailing_metadata() or ()
     details = error.details() or "no details"
-    return from_status(error.code().value[0], f"{action}: {details}" if action else details, retry_after_ms=after_ms)
+    message = f"{action}: {details}" if action else details
+    found = from_status(error.code().value[0], message, retry_after_ms=retry_after_of(trailing))
+    found.trace_id = trace_of(trailing)
+    return found
 
 
 @contextmanager
@@ -93,9 +115,12 @@ class ServerInterceptor:
     The interceptor also records the open streams, so that a stop does not wait for idle ones: `end_idle_streams`.
     """
 
-    def __init__(self, audit: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
-        """Wrap methods; `audit` wraps the behaviour of a method before (mesh.rpc.auditing)."""
+    def __init__(
+        self, audit: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None, access: Access | None = None
+    ) -> None:
+        """Wrap methods; `audit` wraps the behaviour of a method before (mesh.rpc.auditing). `access` knows callers."""
         self._audit = audit
+        self._access = access
         self._tracer = trace.get_tracer("shoal")
         self._streams: dict[asyncio.Task[Any], float] = {}
         self._ended: set[asyncio.Task[Any]] = set()
@@ -108,6 +133,10 @@ class ServerInterceptor:
         for task in idle:
             task.cancel()
         return len(idle)
+
+    def _tenant_of(self, headers: Mapping[str, str]) -> str:
+        named = [name for name in (CALLER_HEADER, TENANT_HEADER) if name in headers]
+        return tenant_of(self._access, {name.encode(): headers[name].encode("latin-1", "replace") for name in named})
 
     def wrap(self, method: str, handler: Any) -> Any:
         """Return the wrapped handler of `method` (`/package.Service/Method`), of the same kind as `handler`."""
@@ -164,12 +193,14 @@ class ServerInterceptor:
 
     @contextmanager
     def _span(self, method: str, ctx: Context) -> Iterator[Span]:
-        if method.startswith(_UNTRACED):
+        if method.startswith(UNTRACED):
             yield trace.INVALID_SPAN
             return
         carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
         parent = propagate.extract(carrier)
         span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _SPAN_ATTRIBUTES)
+        if span.is_recording() and (tenant := self._tenant_of(carrier)):
+            span.set_attribute(TENANT, tenant)
         token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
             yield span
@@ -201,6 +232,10 @@ async def _reject(method: str, error: BaseException, ctx: Context, span: Span) -
         span.record_exception(error)
     elif code in _FAULTS:
         span.set_status(Status(StatusCode.ERROR, message))
+    if span.is_recording() and code.value[0] in FAILURES:
+        trailing += ((TRACE_KEY, f"{span.get_span_context().trace_id:032x}"),)
+    elif isinstance(error, ShoalError):
+        ctx.cause = error.trace_id  # type: ignore[attr-defined]
     await ctx.abort(code, message, trailing)
 
 

@@ -135,7 +135,7 @@ class Server:
         self._exports_as = exports_as
         self._exports = AsyncExitStack()
         self._health = Health() if serves_health else None
-        self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None)
+        self._interceptor = ServerInterceptor(auditing.wrap if auditing is not None else None, access)
         self._stalls = StallWatch()
         self._freed_memory = FreedMemory(self._is_quiet, shrink)
         self.memory = Memory(body_bytes, unread_bytes)

@@ -19,9 +19,9 @@ import grpc
 from mesh.h2.headers import encode, response_head
 from mesh.h2.server_connection import TENANT
 from mesh.h2.stream import ServerStream
-from mesh.rpc import status
+from mesh.rpc import status, tail_spans
 from mesh.rpc.access import Access
-from mesh.rpc.call_context import CallContext
+from mesh.rpc.call_context import CallContext, Metadata
 from mesh.rpc.framing import (
     ACCEPTED,
     PIECE_OVERHEAD,
@@ -42,7 +42,7 @@ from mesh.rpc.interceptors import status_of
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.parsing import Parser, parse_in_turn
 from shoal.access.caller_header import CALLER_HEADER, SIGNER_HEADER
-from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
+from shoal.errors import TRACE_KEY, Code, DeadlineExceeded, InvalidArgument, ShoalError, trace_of
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class SlowCall:
         self._tenant = stream.head.by_name.get(TENANT, b"")
         self._peer = stream.peer
         self._refusal: ShoalError | None = None
+        self._began = app.clock()
         task = asyncio.create_task(self._run(), name=stream.head.path)
         app.tasks.add(task)
         task.add_done_callback(app.tasks.discard)
@@ -109,25 +110,35 @@ class SlowCall:
         if self._task is not None:
             self._task.cancel()
 
+    def _fail(self, code: int, message: str, trailing: Metadata = (), cause: str = "") -> None:
+        """End the call with an error, which names its trace when a span of it is kept. `cause` is another's trace."""
+        if not trace_of(trailing):
+            headers, seconds = self._head.by_name, self._app.clock() - self._began
+            trace_id = tail_spans.failed(
+                self._head.path, headers, self._app.access, code, message, seconds=seconds, trace_id=cause
+            )
+            if trace_id:
+                trailing = (*trailing, (TRACE_KEY, trace_id))
+        self._response.end(code, message, trailing)
+
     async def _run(self) -> None:
-        response = self._response
         try:
             await self._call()
         except Disconnected:
             pass
         except asyncio.CancelledError:
             if self._refusal is not None:
-                response.end(self._refusal.code, self._refusal.message)
+                self._fail(self._refusal.code, self._refusal.message)
                 return
             # The exception is not raised again: the task would keep it, with the frames that refer to the task. Such
             # reference cycles keep a call's memory until a garbage collection, and make that long.
-            response.end(Code.UNAVAILABLE, "this instance is stopping")
+            self._fail(Code.UNAVAILABLE, "this instance is stopping")
         # SystemExit, too: an exception of one call must not end the others.
         except BaseException as err:
             if not isinstance(err, ShoalError):
                 log.error("unexpected error in a call", {"event": "call.unexpected_error"}, exc_info=err)
             code, message, trailing = status_of(err)
-            response.end(code.value[0], message, trailing)
+            self._fail(code.value[0], message, trailing, getattr(err, "trace_id", ""))
             # A traceback refers to frames, some of which refer to the exception: a reference cycle.
             err.__traceback__ = None
 
@@ -155,7 +166,7 @@ class SlowCall:
         except TimeoutError:
             raise DeadlineExceeded("the deadline of the call has passed") from None
         except grpc.aio.AbortError:
-            response.end(*context.status, context.trailing)
+            self._fail(*context.status, context.trailing, context.cause)
 
     async def _handle(self, handler: Any, context: CallContext) -> None:
         messages, response = self._messages, self._response
@@ -172,6 +183,11 @@ class SlowCall:
         behaviour = getattr(handler, kind)
         if not handler.response_streaming:
             message = handler.response_serializer(await behaviour(request, context))
+            seconds = self._app.clock() - self._began
+            if seconds > tail_spans.SLOW_S:
+                trace_id = tail_spans.slow(self._head.path, self._head.by_name, self._app.access, seconds)
+                if trace_id:
+                    context.trailing = (*context.trailing, (TRACE_KEY, trace_id))
             response.whole(message)
             return
         responses = behaviour(request, context)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -17,6 +18,7 @@ from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import log_error
 from mesh.rpc.parsing import Parser, parse_in_turn
+from mesh.rpc.tail_spans import SLOW_S
 from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.
@@ -75,6 +77,7 @@ class TaskMethods:
 
 
 async def _reply(path: str, answer: Callable[[], Coroutine[Any, Any, Message]], call: FastCall) -> None:
+    began = time.monotonic()
     try:
         message = (await answer()).SerializeToString()
     except asyncio.CancelledError:
@@ -86,6 +89,10 @@ async def _reply(path: str, answer: Callable[[], Coroutine[Any, Any, Message]], 
         # `refuse` logs the errors that are not ShoalErrors.
         if isinstance(err, ShoalError):
             log_error(path, err)
-        call.refuse(err)
+        call.refuse(err, time.monotonic() - began)
     else:
-        call.reply((message,), len(message))
+        seconds = time.monotonic() - began
+        if seconds > SLOW_S:
+            call.reply_slow((message,), len(message), seconds)
+        else:
+            call.reply((message,), len(message))

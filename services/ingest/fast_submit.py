@@ -6,11 +6,13 @@ body ──parsed──> intake ──durable──> response
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import TURN_BYTES, Parser, parse_in_turn
+from mesh.rpc.tail_spans import SLOW_S
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
@@ -52,18 +54,22 @@ class FastSubmit:
         # When the caller disconnects before its write begins, the job is not written. The boolean that `cancel` returns
         # is not used.
         call.on_end = future.cancel  # type: ignore[assignment]
-        future.add_done_callback(partial(_reply, call))
+        future.add_done_callback(partial(_reply, call, time.monotonic()))
 
 
-def _reply(call: FastCall, future: asyncio.Future[Accepted]) -> None:
+def _reply(call: FastCall, began: float, future: asyncio.Future[Accepted]) -> None:
     if future.cancelled():
         call.refuse(_stopping())
     elif (error := future.exception()) is not None:
-        call.refuse(error)
+        call.refuse(error, time.monotonic() - began)
     else:
         accepted = future.result()
         message = pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed).SerializeToString()
-        call.reply((message,), len(message))
+        seconds = time.monotonic() - began
+        if seconds > SLOW_S:
+            call.reply_slow((message,), len(message), seconds)
+        else:
+            call.reply((message,), len(message))
 
 
 def _stopping() -> Unavailable:

@@ -317,6 +317,8 @@ class Failure:
     retry_after_ms: int = 0
     is_limited: bool = False
     """True when a limit of the policy refused the request: the model may have room for other tenants."""
+    trace_id: str = ""
+    """Trace of infer's failed call; empty: infer has named none."""
 
 
 @dataclass(frozen=True, slots=True)

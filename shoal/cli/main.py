@@ -97,6 +97,8 @@ def main() -> None:
         app(prog_name="shoal")
     except ShoalError as err:
         print(f"shoal: {printable(err.message)}", file=sys.stderr)
+        if err.trace_id:
+            print(f"trace: shoal trace {err.trace_id}", file=sys.stderr)
         sys.exit(2 if isinstance(err, InvalidArgument) else 1)
     except OSError as err:
         # A full disk, or a file that cannot be read or written.

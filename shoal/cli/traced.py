@@ -34,6 +34,8 @@ def traced(gateway: str | None) -> Iterator[str]:
     except ShoalError as err:
         if err.code not in _CLEAR:
             typer.echo(f"trace: {command}", err=True)
+            # Its command is named already.
+            err.trace_id = ""
         raise
     finally:
         context.detach(token)

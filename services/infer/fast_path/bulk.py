@@ -19,6 +19,7 @@ from mesh.process.tasks import end, log_failure
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import status_of
+from mesh.rpc.tail_spans import NO_ATTRIBUTES, Attributes
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.requests.request_memory import UNCOUNTED, RequestPart
 from services.infer.scheduling.crash_guard import ATTEMPT
@@ -203,7 +204,11 @@ class Entry:
         if not self.is_over:
             self._end(pb.InferBulkResponse.Answer(number=self._number, response=b"".join(parts)), size)
 
-    def refuse(self, error: BaseException) -> None:
+    def reply_slow(self, parts: Sequence[Any], size: int, seconds: float, about: Attributes) -> None:
+        """End the entry as `reply` does: ingest keeps the span of the attempt."""
+        self.reply(parts, size)
+
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
         """End the entry with an error."""
         if self.is_over:
             return

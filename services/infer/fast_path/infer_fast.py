@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.held_shares import CallLimits, Reservation
 from mesh.rpc.parsing import parse_in_turn
+from mesh.rpc.tail_spans import COMPUTE_MS, MODEL, MODEL_VERSION, NO_ATTRIBUTES, QUEUE_MS, SLOW_S, Attributes
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.large_request import PARSER, shared_bytes
@@ -31,7 +33,7 @@ from services.infer.requests.response import kept
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER, JOB_RETRY_HEADER
-from shoal.errors import Unavailable
+from shoal.errors import ShoalError, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
@@ -57,8 +59,8 @@ class Pending(RequestMemory, Protocol):
     """Called when the caller has left."""
     is_over: bool
 
-    def refuse(self, error: BaseException) -> None:
-        """End the request with an error."""
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
+        """End the request with an error; `seconds`, its time, and `about` are for its span."""
 
 
 class Exchange(Pending, Protocol):
@@ -69,6 +71,9 @@ class Exchange(Pending, Protocol):
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the exchange with a message: `parts` are bytes-like, `size` bytes together."""
+
+    def reply_slow(self, parts: Sequence[Any], size: int, seconds: float, about: Attributes) -> None:
+        """End the exchange as `reply` does, and keep its span: it took `seconds`, too long."""
 
 
 class FastInfer:
@@ -143,6 +148,7 @@ class FastInfer:
         return self._access.limits_of(headers.get(_CALLER), model, headers.get(_JOB_CALLER))
 
     async def _run_slow(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
+        began = time.monotonic()
         try:
             # The message is a copy.
             exchange.hold(len(body))
@@ -166,7 +172,13 @@ class FastInfer:
                 raw=raw,
                 limits=limits,
             )
-            exchange.reply(*template.with_raw(response.SerializeToString(), raw))
+            parts, size = template.with_raw(response.SerializeToString(), raw)
+            seconds = time.monotonic() - began
+            if seconds * 1e9 > self._slow_ns(message):
+                about = {MODEL: response.model_name, MODEL_VERSION: response.model_version}
+                exchange.reply_slow(parts, size, seconds, about)
+            else:
+                exchange.reply(parts, size)
             self._learn(body, message)
         except asyncio.CancelledError:
             # When the exchange is over, its caller has left. Else this process stops.
@@ -174,7 +186,14 @@ class FastInfer:
                 exchange.refuse(Unavailable("this instance is stopping"))
                 raise
         except BaseException as err:
-            exchange.refuse(err)
+            exchange.refuse(err, time.monotonic() - began)
+
+    def _slow_ns(self, message: pb.ModelInferRequest) -> float:
+        try:
+            return self._models.find(message.model_name, message.model_version).slow_ns
+        # Unloaded since.
+        except ShoalError:
+            return SLOW_S * 1e9
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)
@@ -249,8 +268,21 @@ class FastRequest:
         version.__exit__(None, None, None)
         if self._reservation is not None:
             self._reservation.end(error)
-        version.statistics.failed(version.scheduler.age_ns(self._queued))
-        exchange.refuse(error)
+        age_ns = version.scheduler.age_ns(self._queued)
+        version.statistics.failed(age_ns)
+        exchange.refuse(error, age_ns / 1e9, {MODEL: version.name, MODEL_VERSION: version.number})
+
+
+def slow_request(version: Version, result: InferenceResult) -> tuple[float, Attributes]:
+    """Return the seconds of a request that was slow, from its arrival to its outputs, and attributes for its span."""
+    compute_ns = result.times.compute_ns
+    about: Attributes = {
+        MODEL: version.name,
+        MODEL_VERSION: version.number,
+        QUEUE_MS: round(result.queue_ns / 1e6, 1),
+        COMPUTE_MS: round(compute_ns / 1e6, 1),
+    }
+    return (result.queue_ns + compute_ns) / 1e9, about
 
 
 class _FastRequest(FastRequest):
@@ -287,4 +319,7 @@ class _FastRequest(FastRequest):
         size = template.size + len(self._id)
         if size > UNJOINED_BYTES:
             parts = [kept(part) if isinstance(part, np.ndarray) else part for part in parts]
-        self._exchange.reply(parts, size)
+        if result.queue_ns + result.times.compute_ns > self._version.slow_ns:
+            self._exchange.reply_slow(parts, size, *slow_request(self._version, result))
+        else:
+            self._exchange.reply(parts, size)

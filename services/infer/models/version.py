@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
 
+from mesh.rpc.tail_spans import SLOW_S
 from services.infer.ensembles import graph as graphs
 from services.infer.ensembles import loading as composing
 from services.infer.ensembles import warmup
@@ -28,6 +30,7 @@ from services.infer.models.load_context import LoadContext
 from services.infer.models.scheduling import scheduler_of
 from services.infer.response_cache.cache import ResponseCache, ttl_s
 from services.infer.response_cache.key import ResponseKeys
+from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
@@ -59,6 +62,8 @@ class Version:
     may_retry: bool = False
     """True when the cause of UNAVAILABLE may be temporary: files or remote server were unreachable."""
     statistics: Statistics = field(default_factory=Statistics)
+    slow_ns: float = SLOW_S * 1e9
+    """A request that takes longer leaves a span in memory: the model's `slo_ms`, if it has one."""
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration enables it."""
     decoupled: DecoupledScheduler | None = None
@@ -252,6 +257,8 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
+        goal_s = rules.slo_s(loaded.model.config)
+        self.slow_ns = (SLOW_S if goal_s == math.inf else goal_s) * 1e9
         self.arrival_order = ArrivalOrder() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:

@@ -24,7 +24,7 @@ from mesh.rest import tensor_json
 from mesh.rest.call import JSON, KnownHead, Reply, RestCall
 from mesh.rest.infer_request import Wanted
 from mesh.rest.target import Target
-from services.infer.fast_path.infer_fast import FastRequest
+from services.infer.fast_path.infer_fast import FastRequest, slow_request
 from services.infer.fast_path.large_request import LARGE_BYTES
 from services.infer.fast_path.template import Template, template_of
 from services.infer.models.models import Models
@@ -262,6 +262,8 @@ class _FastRestRequest(FastRequest):
         if self._reservation is not None:
             self._reservation.end()
         call, known = self._exchange, self._known
+        if result.queue_ns + result.times.compute_ns > self._version.slow_ns:
+            call.keep_slow(*slow_request(self._version, result))
         try:
             # A template has no ragged outputs.
             outputs = cast("Sequence[Tensor]", result.outputs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Protocol, TypeAlias
@@ -20,7 +21,10 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from mesh.mongo_clock import Clock
+from mesh.process.kept_spans import JOB, TENANT
 from mesh.rpc.access import Access
+from mesh.rpc.interceptors import FAILURES
+from mesh.rpc.tail_spans import MODEL, SLOW_S, keep
 from services.ingest.dispatch.bulk_calls import may_have_run
 from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
@@ -41,6 +45,8 @@ _EXPLAIN = inference_pb2.ModelInferRequest(
     parameters={EXPLAIN: inference_pb2.InferParameter(bool_param=True)}
 ).SerializeToString()
 _NAME_CHARS = 256
+_ATTEMPT = "attempt"
+"""Name of the span of an attempt."""
 # Parameters that infer adds when it is asked to explain; of an ensemble, also some for each step.
 _EXPLANATIONS = frozenset(
     {"replica", "version", "cache", "batch_size", "fired", "queue_us", "gather_us", "compute_us", "scatter_us"}
@@ -175,11 +181,14 @@ class Attempts:
         ]
         # The call belongs to the trace of the first job that has one.
         traceparent = traceparent_of(trace.set_span_in_context(next(iter(spans.values())))) if spans else ""
+        began = time.monotonic()
         try:
             outcomes = self._model.infer_bulk(jobs[0].model_name, entries, given_up, traceparent)
             async with aclosing(outcomes):
                 async for some in outcomes:
+                    seconds = time.monotonic() - began
                     for job_id, outcome in some:
+                        _keep(by_id[job_id], seconds, outcome)
                         if (span := spans.pop(job_id, None)) is not None:
                             _finish(span, outcome)
                     yield [(by_id[job_id], self._decided(by_id[job_id], outcome)) for job_id, outcome in some]
@@ -217,19 +226,19 @@ class Attempts:
 
     def _span(self, job: Job) -> Span:
         parent = propagate.extract({"traceparent": job.traceparent}) if job.traceparent else None
-        about: dict[str, str | int] = {
-            "shoal.job": job.id,
-            "shoal.attempt": job.attempts,
-            "shoal.model": job.model_name,
-        }
-        return self._tracer.start_span("attempt", parent, SpanKind.CONSUMER, about)
+        about = _attributes(job)
+        if job.tenant:
+            about[TENANT] = job.tenant
+        return self._tracer.start_span(_ATTEMPT, parent, SpanKind.CONSUMER, about)
 
     async def _traced(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+        began = time.monotonic()
         with trace.use_span(self._span(job), end_on_exit=True) as span:
             outcome = await self._call(job, timeout_s)
             if isinstance(outcome, Failure):
                 _mark(span, outcome)
-            return outcome
+        _keep(job, time.monotonic() - began, outcome)
+        return outcome
 
     async def _call(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
         async with AsyncExitStack() as stack:
@@ -262,6 +271,24 @@ def _succeeded(result: store_pb2.Result, instance: str) -> store_pb2.Result:
     result.model_version = result.response.model_version[:_NAME_CHARS]
     result.instance = instance[:_NAME_CHARS]
     return result
+
+
+def _attributes(job: Job) -> dict[str, str | int]:
+    return {JOB: job.id, "shoal.attempt": job.attempts, MODEL: job.model_name}
+
+
+def _keep(job: Job, seconds: float, outcome: object) -> None:
+    """Keep the span of an attempt that was not sampled, when it failed or was slow."""
+    if isinstance(outcome, Failure):
+        if outcome.code not in FAILURES:
+            return
+        error, code, trace_id = outcome.message or "failed", {"rpc.grpc.status_code": outcome.code}, outcome.trace_id
+    elif seconds > SLOW_S:
+        error, code, trace_id = "", {}, ""
+    else:
+        return
+    traceparent, about = job.traceparent.encode(), {**_attributes(job), **code}
+    keep(_ATTEMPT, traceparent, job.tenant, seconds=seconds, error=error, attributes=about, trace_id=trace_id)
 
 
 def _mark(span: Span, failure: Failure) -> None:

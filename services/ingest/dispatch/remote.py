@@ -221,7 +221,8 @@ def failure_of(error: grpc.RpcError) -> Failure:
     """Return the failure of an attempt whose call failed."""
     known = translate(error)
     is_reached = not _is_unreached(error, known)
-    return Failure(int(known.code), known.message, is_reached, known.retry_after_ms or 0, _is_limited(error))
+    retry_after_ms, is_limited = known.retry_after_ms or 0, _is_limited(error)
+    return Failure(int(known.code), known.message, is_reached, retry_after_ms, is_limited, known.trace_id)
 
 
 def _is_limited(error: grpc.RpcError) -> bool:

@@ -8,7 +8,10 @@ from typing import Any
 
 BAR = 24
 """Characters of the longest bar."""
-_NAMES = ("shoal.job", "shoal.attempt", "shoal.results", "rpc.grpc.status_code", "shoal.path")
+_NAMES = (
+    *("shoal.job", "shoal.attempt", "shoal.results", "shoal.tenant", "shoal.model", "shoal.queue_ms"),
+    *("shoal.compute_ms", "rpc.grpc.status_code", "shoal.path"),
+)
 
 
 @dataclass(frozen=True, slots=True)

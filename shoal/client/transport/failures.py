@@ -16,6 +16,7 @@ from shoal.errors import (
     Unimplemented,
     from_status,
     retry_after_of,
+    trace_of,
 )
 
 # Beginnings of messages about a node that was not reached: of mesh.rpc.client and of grpc. grpc does not tell its own
@@ -50,6 +51,12 @@ _NOT_GRPC_RESPONSE = "the response is not gRPC's"
 
 def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float | None) -> ShoalError:
     """Return the ShoalError of a failed call to `address`; `doing` names the call, `timeout_s` is its time limit."""
+    found = _explained(err, address=address, doing=doing, timeout_s=timeout_s)
+    found.trace_id = trace_of(err.trailing_metadata() or ())
+    return found
+
+
+def _explained(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float | None) -> ShoalError:
     code, details = err.code(), err.details() or "no details"
     if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
         return Unavailable(f"{doing}: the connection broke")

@@ -57,7 +57,7 @@ class Asked(Uncounted):
         self.is_over, self.on_end = True, None
         self.end.set_result(pb.ModelInferResponse.FromString(data))
 
-    def refuse(self, error: BaseException) -> None:
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: object = None) -> None:
         self.is_over, self.on_end = True, None
         self.end.set_result(error)
 

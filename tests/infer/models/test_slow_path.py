@@ -51,7 +51,7 @@ class Caller(Uncounted):
         self.is_over = True
         self.responded.set()
 
-    def refuse(self, error: BaseException) -> None:
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: object = None) -> None:
         raise error
 
 

@@ -119,7 +119,7 @@ class Client:
 class RecordedCall(FastCall):
     """A call whose error the test can read."""
 
-    def refuse(self, error: BaseException) -> None:
+    def refuse(self, error: BaseException, seconds: float = 0.0, about: object = None) -> None:
         if not self.is_over:
             self._app.errors.append(error)
         super().refuse(error)
@@ -181,7 +181,7 @@ class World:
         self.begun: Counter[str] = Counter()
         self.moments = 0
         # What a FastCall uses of its application.
-        self.message_bytes, self.tracer = 1 << 20, None
+        self.message_bytes, self.tracer, self.access = 1 << 20, None, None
         self.errors: list[BaseException] = []
         self.deadlines = Deadlines(self.clock)
 

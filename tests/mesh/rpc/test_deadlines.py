@@ -31,7 +31,7 @@ class Stream:
 
 async def test_a_call_that_fails_at_its_deadline_leaves_the_deadlines_of_others_in_force(caplog):
     clock = asyncio.get_running_loop().time
-    app: Any = SimpleNamespace(message_bytes=1 << 20, clock=clock, deadlines=Deadlines(clock), tracer=None)
+    app: Any = SimpleNamespace(message_bytes=1 << 20, clock=clock, deadlines=Deadlines(clock), tracer=None, access=None)
     ended: list[int] = []
 
     def call(number: int) -> Stream:
@@ -58,7 +58,7 @@ async def test_a_call_that_fails_at_its_deadline_leaves_the_deadlines_of_others_
 
 async def test_a_call_is_ended_at_its_deadline_once():
     clock = asyncio.get_running_loop().time
-    app: Any = SimpleNamespace(message_bytes=1 << 20, clock=clock, deadlines=Deadlines(clock), tracer=None)
+    app: Any = SimpleNamespace(message_bytes=1 << 20, clock=clock, deadlines=Deadlines(clock), tracer=None, access=None)
     ended: list[FastCall] = []
 
     def handle(body: bytes, call: FastCall) -> None:
