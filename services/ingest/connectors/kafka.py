@@ -283,28 +283,44 @@ class KafkaSource:
         """Replace the status that reports show."""
         if self._problem and self._is_well(consumer):
             self._problem = ""
-        partitions = [self._partition_progress(consumer, partition) for partition in sorted(self._assigned)]
+        ends = self._ends(consumer) if self.is_paused else {}
+        partitions = [self._partition_progress(consumer, partition, ends) for partition in sorted(self._assigned)]
         self._status = SourceStatus(tuple(partitions), self._problem or self._no_topic or self._not_committed)
+
+    def _ends(self, consumer: Any) -> dict[int, int]:
+        """Return the ends of the assigned partitions; none without an answer of the broker.
+
+        A paused consumer fetches nothing, and so learns no end by itself: its lag would stand still.
+        """
+        try:
+            return {each.partition: each.offset for each in self._queried_ends(consumer)}
+        except KafkaException:
+            return {}
+
+    def _queried_ends(self, consumer: Any) -> Sequence[Any]:
+        wanted = [self._of(partition, OFFSET_END) for partition in self._assigned]
+        found: Sequence[Any] = _without_errors(consumer.offsets_for_times(wanted, timeout=_HEALTH_TIMEOUT_S))
+        return found
 
     def _is_well(self, consumer: Any) -> bool:
         """Query the broker, because the library reports a lost broker, but not its return."""
         try:
             if self._assigned:
-                ends = [self._of(partition, OFFSET_END) for partition in self._assigned]
-                _without_errors(consumer.offsets_for_times(ends, timeout=_HEALTH_TIMEOUT_S))
+                self._queried_ends(consumer)
             else:
                 _without_errors(consumer.committed([self._of(0)], timeout=_HEALTH_TIMEOUT_S))
         except KafkaException:
             return False
         return True
 
-    def _partition_progress(self, consumer: Any, partition: int) -> PartitionProgress:
+    def _partition_progress(self, consumer: Any, partition: int, ends: Mapping[int, int]) -> PartitionProgress:
         committed = self._committed.get(partition)
         position = self._start_offsets.get(partition) if committed is None else committed
         try:
             _, high = consumer.get_watermark_offsets(self._of(partition), cached=True)
         except KafkaException:
             high = -1
+        high = max(high, ends.get(partition, -1))
         return PartitionProgress(
             str(partition),
             "" if committed is None else str(committed),
