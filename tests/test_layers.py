@@ -43,7 +43,7 @@ LAYERS = {
     """,
     "services/coord": """
         __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims share_messages shares
-        messages policies keys enforcement instances health issuer_keys fetch duties configurations gateway_policy
+        messages policies keys enforcement instances spans health issuer_keys fetch duties configurations gateway_policy
         presence traffic inference statistics cluster drains config
     """,
     "mesh": """
@@ -56,7 +56,7 @@ LAYERS = {
     """,
     "shoal/access": "audit gateway limits cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
     "shoal/client": """
-        __init__ blocking face aio access audit tenants store instances status jobs models inference transport
+        __init__ blocking face aio access audit tenants store instances spans status jobs models inference transport
     """,
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms

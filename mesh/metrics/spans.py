@@ -1,28 +1,48 @@
-"""The page of a process's kept spans, for `shoal trace`: GET /spans?trace=ID or ?job=ID, as JSON."""
+"""The page of a process's kept spans, for `shoal trace`: GET /spans?trace=ID or ?job=ID, as JSON.
+
+Without a query: the latest spans of calls that failed or were slow.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from typing import Any
 from urllib.parse import parse_qs
 
 from mesh.metrics.endpoint import Request, Response, text
 from mesh.process.kept_spans import KeptSpans
 
 PAGE = "/spans"
-BAD_QUERY = text(400, "expected ?trace=ID (8 to 32 hexadecimal digits) or ?job=ID")
+IDS = "expected a trace (8 to 32 hexadecimal digits), a job, or neither"
+BAD_QUERY = text(400, f"?trace=ID, ?job=ID: {IDS}")
+LATEST = 100
+"""Spans of calls that failed or were slow, in an answer for no trace and no job."""
 _TRACE = re.compile(r"[0-9a-f]{8,32}")
 _JOB = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
+def is_asked(trace: str, job: str) -> bool:
+    """Return True for a trace, a job, or two empty texts, which ask for the latest spans of failed or slow calls."""
+    if trace and job:
+        return False
+    return bool(_TRACE.fullmatch(trace)) if trace else not job or bool(_JOB.fullmatch(job))
+
+
 def asked(query: str) -> tuple[str, str] | None:
-    """Return `trace` or `job` and the id, of the query of a request; None for any other query."""
-    fields = parse_qs(query)
-    for name, form in (("trace", _TRACE), ("job", _JOB)):
-        values = fields.get(name, [])
-        if len(fields) == 1 and len(values) == 1 and form.fullmatch(values[0]):
-            return name, values[0]
-    return None
+    """Return the trace and the job, of which one is empty, of the query of a request; None for any other query."""
+    fields = parse_qs(query, keep_blank_values=True)
+    if any(len(values) != 1 or not values[0] for values in fields.values()) or fields.keys() - {"trace", "job"}:
+        return None
+    trace, job = (fields.get(name, [""])[0] for name in ("trace", "job"))
+    return (trace, job) if is_asked(trace, job) else None
+
+
+def found(kept: KeptSpans, trace: str, job: str) -> list[dict[str, Any]]:
+    """Return the kept spans of a trace or of a job; for neither, the latest of calls that failed or were slow."""
+    if trace:
+        return kept.of_trace(trace)
+    return kept.of_job(job) if job else kept.latest(LATEST)
 
 
 class SpansPage:
@@ -35,6 +55,4 @@ class SpansPage:
         wanted = asked(request.query)
         if wanted is None:
             return BAD_QUERY
-        name, id = wanted
-        found = self._kept.of_trace(id) if name == "trace" else self._kept.of_job(id)
-        return Response(200, "application/json", json.dumps(found).encode())
+        return Response(200, "application/json", json.dumps(found(self._kept, *wanted)).encode())

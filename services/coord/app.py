@@ -16,6 +16,7 @@ from mesh.cluster.membership import Registration, State
 from mesh.cluster.mirror import Mirror
 from mesh.metrics.families import Source
 from mesh.process.signals import until_stopped
+from mesh.rpc import span_listing
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import PolicyWatch, published
@@ -45,6 +46,7 @@ from services.coord.rest import rest_app
 from services.coord.rpc import CoordRpc
 from services.coord.share_claims import ShareClaims
 from services.coord.share_rpc import ShareRpc
+from services.coord.spans import MeshSpans
 from services.coord.traffic import (
     ACCESS,
     AT_GATEWAY,
@@ -98,14 +100,14 @@ async def run(config: CoordConfig) -> None:
         )
         ads = AdsServer(configurations)
         health = MeshHealth(mirror, PUBLIC)
-        coord = CoordRpc(name, Instances(etcd, mirror), ads, watch, parts)
+        coord = CoordRpc(name, Instances(etcd, mirror), ads, MeshSpans(mirror, config.node), watch, parts)
         claims: ShareClaims | None = None
         if watch is not None:
             claims = await stack.enter_async_context(ShareClaims(mirror, watch.in_force, name))
         rpcs = _rpcs(coord, AccessRpc(parts), ShareRpc(claims), health, MeshInference(mirror, config.node))
         access = None if watch is None else watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
-        methods = ads.methods()
+        methods = {**ads.methods(), **span_listing.methods()}
         sources: list[Source] = []
         if claims is not None:
             quota = QuotaServer(claims, name)

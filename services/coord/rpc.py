@@ -11,6 +11,7 @@ from mesh.xds.ads import AdsServer
 from services.coord.access_rpc import AccessParts
 from services.coord.instances import Instances
 from services.coord.messages import envoy_message, instance_message, instance_messages, leader_message
+from services.coord.spans import MeshSpans, visible_tenant
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
 
@@ -23,6 +24,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         name: str,
         instances: Instances,
         ads: AdsServer,
+        spans: MeshSpans,
         watch: PolicyWatch | None = None,
         parts: AccessParts | None = None,
     ) -> None:
@@ -31,6 +33,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         self._ads = ads
         self._watch = watch
         self._parts = parts
+        self._spans = spans
 
     async def ListInstances(self, request: pb.ListInstancesRequest, ctx: Context) -> pb.ListInstancesResponse:
         cluster = self._instances.cluster
@@ -70,3 +73,8 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
             policy_version=0 if self._watch is None else self._watch.in_force.value.version,
             master_key="" if self._parts is None else self._parts.keys.keyring.source,
         )
+
+    async def GetSpans(self, request: pb.GetSpansRequest, ctx: Context) -> pb.GetSpansResponse:
+        access = None if self._watch is None else self._watch.access
+        tenant = visible_tenant(access, dict(ctx.invocation_metadata() or ()))
+        return await self._spans.get(request, tenant)

@@ -85,6 +85,7 @@ _COORD_IDEMPOTENT = (
     "WatchInstances",
     "GetLeader",
     "GetMeshStatus",
+    "GetSpans",
     # The second of two equal marks changes nothing.
     "DrainInstance",
     "UndrainInstance",

@@ -19,6 +19,7 @@ from mesh.process.crash_journal import CrashJournal
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
 from mesh.process.watched import Watched
+from mesh.rpc import span_listing
 from mesh.rpc.access import Access
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.channel import connect
@@ -109,6 +110,8 @@ async def run(config: InferConfig) -> None:
             http_listen=config.http_listen,
             heavy=heavy,
             metrics=config.metrics,
+            # Without a mesh, the server's address is the clients'.
+            methods=span_listing.methods() if config.etcd is not None else {},
             exports_as=("infer", f"{config.node}/{config.instance}"),
             sources=[metrics.source(models), *limited],
             holders=[inner_calls.held_by_tenant],

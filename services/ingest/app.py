@@ -17,6 +17,7 @@ from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end, log_failure
 from mesh.removal_guard import MARK_VALIDATOR, MARKS
+from mesh.rpc import span_listing
 from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import auditing_of
 from mesh.rpc.cluster_access import access_of, published
@@ -154,6 +155,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                methods=span_listing.methods(),
                 exports_as=("ingest", f"{config.node}/{config.instance}"),
                 sources=sources,
                 http=rest_app,

@@ -15,6 +15,7 @@ from mesh.mongo_lease import LEASES, LeaderLease
 from mesh.process.signals import until_stopped
 from mesh.process.threads import Threads
 from mesh.removal_guard import MARKS, RemovalGuard
+from mesh.rpc import span_listing
 from mesh.rpc.access import Access, admitted
 from mesh.rpc.auditing import Auditing
 from mesh.rpc.cluster_access import access_of, published
@@ -166,6 +167,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
                 access=access,
                 auditing=auditing,
                 metrics=config.metrics,
+                methods=span_listing.methods(),
                 exports_as=("store", f"{config.node}/{config.instance}"),
                 sources=[metrics.read],
                 http=rest_app,

@@ -60,6 +60,10 @@ REGISTER_WITH_CODE: Final = REGISTER + "#code"
 """A registration of a model that runs code or reaches other addresses, as LOAD_WITH_CODE."""
 REMOVE: Final = _STORE + "RemoveModel"
 SET_ALIAS: Final = _STORE + "SetAlias"
+GET_SPANS: Final = _COORD + "GetSpans"
+SPANS_OF_ALL: Final = GET_SPANS + "#all"
+"""A read of the spans of every tenant, as LOAD_WITH_CODE."""
+LIST_SPANS: Final = "/shoal.coord.v1.SpanService/ListSpans"
 CLAIM_SHARES: Final = "/shoal.coord.v1.ShareService/ClaimShares"
 INFER_BULK: Final = "/shoal.inference.v2.BulkInference/InferBulk"
 
@@ -115,10 +119,11 @@ GROUP_OF: Mapping[str, str] = {
     **_table(
         _COORD,
         {
-            READ: "ListInstances WatchInstances GetLeader GetMeshStatus",
-            OPERATE: "DrainInstance UndrainInstance",
+            READ: "ListInstances WatchInstances GetLeader GetMeshStatus GetSpans",
+            OPERATE: "DrainInstance UndrainInstance GetSpans#all",
         },
     ),
+    LIST_SPANS: INTERNAL,
     **_table(
         ACCESS_SERVICE,
         {

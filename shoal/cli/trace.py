@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import json as json_format
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli import admin_page
-from shoal.cli.here import ADMIN_OF_SERVE, node_here
-from shoal.cli.output import Gateway, console, printable
+from shoal.cli.here import node_or_url
+from shoal.cli.output import Gateway, connect, console, printable, show
 from shoal.errors import InvalidArgument, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from shoal.client import Client
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 _READ_S = 10.0
+_LATEST = 20
+# A job's attempts have a trace each when its submit had none.
+_TRACES = 32
 _TRACE = re.compile(r"[0-9a-fA-F]{8,32}")
 _JOB = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}")
 
 
 @app.command()
 def trace(
-    id: Annotated[str, typer.Argument(metavar="ID|JOB", help="A trace, by 8 characters or more, or a job.")],
+    id: Annotated[
+        str, typer.Argument(metavar="[ID|JOB]", help="A trace, by 8 characters or more, or a job.", show_default=False)
+    ] = "",
     admin: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: that of the node here.",
+            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: the node of --gateway.",
             show_default=False,
         ),
     ] = None,
@@ -36,10 +49,14 @@ def trace(
 ) -> None:
     """Show the spans of a request or job in all processes of the node, as a waterfall.
 
-    Each process keeps the latest 2,000 spans of sampled calls in memory: those of `shoal infer`, `shoal jobs submit`
-    and programs with a sampled trace. Envoy's own spans, and those of other nodes, are in the collector alone.
+    Without an id: the latest calls that failed or were slow. Each process keeps the latest 2,000 spans of sampled
+    calls in memory, those of `shoal infer`, `shoal jobs submit` and programs with a sampled trace; and of other calls
+    those that failed by the node's doing, or took longer than 1 s or the model's slo_ms. Envoy's own spans are in the
+    collector alone.
 
     [bold]Examples[/bold]
+
+      shoal trace                                   the latest calls that failed or were slow
 
       shoal infer digits rows.npy --explain         its last line names the trace
 
@@ -49,37 +66,86 @@ def trace(
 
       shoal trace 4bf92f3577b34da6 --admin 127.0.0.1:8002
     """  # fmt: skip
-    address = admin or node_here(gateway, "spans", ADMIN_OF_SERVE).admin
-    if _JOB.fullmatch(id):
-        found = _read(address, f"job={id}")
-        traces = sorted({span["trace"] for span in found["spans"]})
-        for each in traces:
-            found["spans"] += _read(address, f"trace={each}")["spans"]
-    elif _TRACE.fullmatch(id):
-        found = _read(address, f"trace={id.lower()}")
-    else:
+    if id and not _JOB.fullmatch(id) and not _TRACE.fullmatch(id):
         raise InvalidArgument(f"{id!r} is neither a trace (8 to 32 hexadecimal digits) nor a job")
+    with ExitStack() as stack:
+        read, where = _reader(admin, gateway, stack)
+        if _JOB.fullmatch(id):
+            found = read("", id)
+            for each in sorted({span["trace"] for span in found["spans"]})[:_TRACES]:
+                found["spans"] += read(each, "")["spans"]
+        else:
+            found = read(id.lower(), "")
     spans = list({(span["instance"], span["span"]): span for span in found["spans"]}.values())
     if json:
         typer.echo(json_format.dumps({"spans": spans, "silent": found["silent"]}))
-    elif spans:
+    elif spans and id:
         _show(spans)
+    elif spans:
+        _show_latest(spans)
     if found["silent"]:
         typer.echo(f"no answer of {', '.join(found['silent'])}: their spans are missing", err=True)
-    if not spans:
+    if found.get("truncated"):
+        typer.echo("there are more spans: these are the latest", err=True)
+    if id and not spans:
         raise NotFound(
-            f"no process at {address} has a span of {id}: a process keeps the latest 2,000 of sampled calls, since its "
-            f"start. Its log may have more: `shoal logs --contains {id}`"
+            f"no process at {where} has a span of {id}: a process keeps the latest of sampled, failed and slow calls, "
+            f"since its start. Its log may have more: `shoal logs --contains {id}`"
         )
+    if not spans and not json:
+        typer.echo(f"no process at {where} has the span of a call that failed or was slow")
 
 
-def _read(admin: str, query: str) -> dict[str, Any]:
-    text = admin_page.read(admin, f"/spans?{query}", timeout_s=_READ_S)
+def _reader(
+    admin: str | None, gateway: str | None, stack: ExitStack
+) -> tuple[Callable[[str, str], dict[str, Any]], str]:
+    """Return a function that reads the spans of a trace or a job, and the address that it asks.
+
+    That is the admin address of a node on this machine, else the gateway.
+    """
+    if admin is None:
+        node, url = node_or_url(gateway)
+        if node is None:
+            client = stack.enter_context(connect(gateway))
+            return partial(_of_gateway, client), url
+        admin = node.admin
+    return partial(_of_page, admin), admin
+
+
+def _of_gateway(client: Client, trace: str, job: str) -> dict[str, Any]:
+    found = client.spans(trace, job=job)
+    spans = [asdict(span) for span in found.spans]
+    return {"spans": spans, "silent": list(found.silent), "truncated": found.truncated}
+
+
+def _of_page(admin: str, trace: str, job: str) -> dict[str, Any]:
+    query = f"?trace={trace}" if trace else f"?job={job}" if job else ""
+    text = admin_page.read(admin, f"/spans{query}", timeout_s=_READ_S)
     try:
         document = json_format.loads(text)
         return {"spans": list(document["spans"]), "silent": list(document["silent"])}
     except (ValueError, KeyError, TypeError) as err:
         raise Unavailable(f"the address {admin} has no spans: give the admin address of a node") from err
+
+
+def _show_latest(spans: list[dict[str, Any]]) -> None:
+    rows = []
+    for span in sorted(spans, key=lambda span: span["end_ns"], reverse=True)[:_LATEST]:
+        ended = datetime.fromtimestamp(span["end_ns"] / 1e9).astimezone()
+        about = span["attributes"]
+        rows.append(
+            (
+                f"{ended:%H:%M:%S}",
+                f"{(span['end_ns'] - span['start_ns']) / 1e6:.0f}",
+                span["instance"].rpartition("/")[2],
+                span["name"].rpartition(".")[2],
+                about.get("shoal.model", ""),
+                about.get("shoal.tenant", ""),
+                span["trace"][:16],
+                printable(span["error"])[:60] or "slow",
+            )
+        )
+    show(("ended", "ms", "at", "call", "model", "tenant", "trace", "why"), rows)
 
 
 def _show(spans: list[dict[str, Any]]) -> None:
@@ -95,8 +161,12 @@ def _show(spans: list[dict[str, Any]]) -> None:
     counts = f"{_counted(len(lines), 'span', 'spans')} of {_counted(len(instances), 'process', 'processes')}"
     console().print(Text(f"trace {', '.join(traces)}: {counts}, {length:.1f} ms", "bold"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
-    for justify in ("right", "left", "right", "left", "left"):
-        table.add_column(justify=justify, no_wrap=True)
+    # A long error wraps, and takes no room from the others.
+    table.add_column(justify="right", no_wrap=True, min_width=6)
+    table.add_column(no_wrap=True, min_width=waterfall.BAR)
+    table.add_column(justify="right", no_wrap=True, min_width=10)
+    table.add_column(no_wrap=True, min_width=9)
+    table.add_column(overflow="fold")
     for line in lines:
         about = Text(printable(f"{line.name}  {line.about}".rstrip()), "red" if line.has_failed else "")
         table.add_row(

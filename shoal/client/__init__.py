@@ -18,6 +18,7 @@ from shoal.client.jobs.job_watch import JobChange, JobFilter
 from shoal.client.jobs.schedules import Schedule
 from shoal.client.models.registry import ModelFile, ModelPush, ModelVersion, Progress, Pushed
 from shoal.client.models.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
+from shoal.client.spans import Span, Spans
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
 from shoal.client.store.backups import BackupProgress
 from shoal.client.store.export import Exported
@@ -85,6 +86,8 @@ __all__ = [
     "RetentionRule",
     "RetryPolicy",
     "Schedule",
+    "Span",
+    "Spans",
     "Status",
     "StoreUsage",
     "Submitted",

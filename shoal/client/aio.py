@@ -15,6 +15,7 @@ from shoal.client.instances import AsyncInstances
 from shoal.client.jobs.batches import AsyncBatches
 from shoal.client.jobs.jobs import AsyncJobs
 from shoal.client.models.models import AsyncModels
+from shoal.client.spans import Spans, fetch_spans
 from shoal.client.status import Status, fetch_status
 from shoal.client.store.results import AsyncResults
 from shoal.client.store.store import AsyncStore
@@ -35,6 +36,8 @@ INFER_S = 60.0
 STREAM_S = 3_600.0
 """Timeout of an inference stream, which normally ends with its requests; the limit ends a forgotten stream."""
 
+SPANS_S = 10.0
+"""Timeout of `spans`: coord waits 5 s for a process that does not answer."""
 STATUS_S = 5.0
 """Timeout of `status`: the services respond from memory, so a slower response is itself a problem to report."""
 
@@ -247,6 +250,20 @@ class AsyncClient:
             Unavailable: no node responds.
         """
         return await fetch_status(self._caller, timeout)
+
+    async def spans(self, trace: str = "", *, job: str = "", timeout: float | None = SPANS_S) -> Spans:
+        """Return the spans that the node's processes keep of a trace or of a job, as `shoal trace` shows them.
+
+        Without both: the latest of calls that failed or were slow. Callers who may not operate the node get those of
+        their tenant's calls.
+
+        Args:
+            trace: its id, or the first 8 digits or more.
+
+        Raises:
+            InvalidArgument: the id is not one.
+        """
+        return await fetch_spans(self._caller, trace, job, timeout)
 
 
 def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:

@@ -212,6 +212,7 @@ class Client(SyncFacade[AsyncClient]):
     live = blocking(AsyncClient.live)
     ready = blocking(AsyncClient.ready)
     status = blocking(AsyncClient.status)
+    spans = blocking(AsyncClient.spans)
 
     def __init__(
         self,

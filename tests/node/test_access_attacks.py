@@ -45,7 +45,7 @@ from shoal.access.decision import caller_of, decide
 from shoal.access.policy import Policy
 from shoal.access.rpc_groups import GROUP_OF, INDEX, INTERNAL, MODEL_INFER, ROLL_BACK
 from shoal.access.tokens import PREFIX, Key, Signer
-from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied, ShoalError
+from shoal.errors import ERROR_CODE_PARAMETER, Code, InvalidArgument, PermissionDenied, ShoalError, trace_of
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc, trial_pb2, trial_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -55,7 +55,7 @@ from tests.http2 import Connection, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, request
 from tests.long_form import by_form
-from tests.node.conftest import SERVE, Node
+from tests.node.conftest import SERVE, Node, python_model
 from tests.openid_providers import OidcProvider, signing_key
 
 pytestmark = [pytest.mark.timeout(300)]
@@ -1097,6 +1097,35 @@ def test_a_revoked_key_is_refused_everywhere_when_revoke_returns_and_its_streams
         (listed,) = [key for key in keys if key.id == made.info.id]
         assert listed.revoked
         assert (listed.tenant, listed.role, listed.subject) == ("acme", "user", "ann")
+
+
+def test_a_tenant_sees_the_spans_of_its_own_failed_calls_alone(node_world: NodeWorld) -> None:
+    failing = """
+class Model:
+    inputs = {"x": ("FP32", [-1, 4])}
+    outputs = {"y": ("FP32", [-1, 4])}
+
+    def predict(self, batch):
+        if batch["x"].any():
+            raise RuntimeError("failing")
+        return {"y": batch["x"]}
+"""
+    folder = python_model(node_world.folder / "failing", failing)
+    with node_world.client() as client:
+        assert client.models.push(folder)[0].ready
+    bearer = (("authorization", f"Bearer {node_world.key('acme').text}"),)
+    with node_world.channel() as channel:
+        infer = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(request("failing", x=X), metadata=(*bearer, ("x-shoal-tenant", "globex")), timeout=PATIENCE_S)
+    trace = trace_of(caught.value.trailing_metadata())
+    assert trace
+    for tenant, role, count in (("acme", "user", 1), ("globex", "user", 0), ("globex", "operator", 1)):
+        with shoal.Client(node_world.address, token=node_world.key(tenant, role).text) as client:
+            assert len(client.spans(trace).spans) == count, (tenant, role)
+            # The first digits alone, and the latest of all calls.
+            assert sum(span.trace == trace for span in client.spans(trace[:8]).spans) == count
+            assert sum(span.trace == trace for span in client.spans().spans) == count
 
 
 def test_services_methods_have_no_route_and_a_service_can_be_named_by_nobody(node_world: NodeWorld) -> None:

@@ -165,3 +165,70 @@ class ResourceStatus(_message.Message):
     nack: str
     at: _timestamp_pb2.Timestamp
     def __init__(self, type: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., acked_version: _Optional[str] = ..., nack: _Optional[str] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class GetSpansRequest(_message.Message):
+    __slots__ = ("trace", "job")
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    trace: str
+    job: str
+    def __init__(self, trace: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+
+class GetSpansResponse(_message.Message):
+    __slots__ = ("spans", "silent", "truncated")
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    truncated: bool
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ..., truncated: _Optional[bool] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("trace", "span", "parent", "instance", "name", "start_ns", "end_ns", "error", "attributes", "links")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_NS_FIELD_NUMBER: _ClassVar[int]
+    END_NS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    trace: str
+    span: str
+    parent: str
+    instance: str
+    name: str
+    start_ns: int
+    end_ns: int
+    error: str
+    attributes: _containers.ScalarMap[str, str]
+    links: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, trace: _Optional[str] = ..., span: _Optional[str] = ..., parent: _Optional[str] = ..., instance: _Optional[str] = ..., name: _Optional[str] = ..., start_ns: _Optional[int] = ..., end_ns: _Optional[int] = ..., error: _Optional[str] = ..., attributes: _Optional[_Mapping[str, str]] = ..., links: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListSpansRequest(_message.Message):
+    __slots__ = ("trace", "job", "tenant")
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    trace: str
+    job: str
+    tenant: str
+    def __init__(self, trace: _Optional[str] = ..., job: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class ListSpansResponse(_message.Message):
+    __slots__ = ("spans", "truncated")
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    truncated: bool
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., truncated: _Optional[bool] = ...) -> None: ...

@@ -64,6 +64,11 @@ class CoordServiceStub:
                 request_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusRequest.SerializeToString,
                 response_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusResponse.FromString,
                 _registered_method=True)
+        self.GetSpans = channel.unary_unary(
+                '/shoal.coord.v1.CoordService/GetSpans',
+                request_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.SerializeToString,
+                response_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.FromString,
+                _registered_method=True)
 
 
 class CoordServiceServicer:
@@ -115,6 +120,15 @@ class CoordServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSpans(self, request, context):
+        """Returns spans that the processes of the node keep in memory: those of a trace or of a job, or the latest of calls
+        that failed or were slow. A caller who may not operate the node gets the spans of its own tenant's calls.
+        INVALID_ARGUMENT: the id is not one, or both are given.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +161,11 @@ def add_CoordServiceServicer_to_server(servicer, server):
                     servicer.GetMeshStatus,
                     request_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusRequest.FromString,
                     response_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusResponse.SerializeToString,
+            ),
+            'GetSpans': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSpans,
+                    request_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.FromString,
+                    response_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +330,109 @@ class CoordService:
             '/shoal.coord.v1.CoordService/GetMeshStatus',
             shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusRequest.SerializeToString,
             shoal_dot_coord_dot_v1_dot_coord__pb2.GetMeshStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSpans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.coord.v1.CoordService/GetSpans',
+            shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.SerializeToString,
+            shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class SpanServiceStub:
+    """Served by each process of a node, for coord; it has no route at the gateway.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListSpans = channel.unary_unary(
+                '/shoal.coord.v1.SpanService/ListSpans',
+                request_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansRequest.SerializeToString,
+                response_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansResponse.FromString,
+                _registered_method=True)
+
+
+class SpanServiceServicer:
+    """Served by each process of a node, for coord; it has no route at the gateway.
+    """
+
+    def ListSpans(self, request, context):
+        """Lists spans that this process keeps.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SpanServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListSpans': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSpans,
+                    request_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansRequest.FromString,
+                    response_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'shoal.coord.v1.SpanService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('shoal.coord.v1.SpanService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class SpanService:
+    """Served by each process of a node, for coord; it has no route at the gateway.
+    """
+
+    @staticmethod
+    def ListSpans(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.coord.v1.SpanService/ListSpans',
+            shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansRequest.SerializeToString,
+            shoal_dot_coord_dot_v1_dot_coord__pb2.ListSpansResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,5 +75,8 @@ async def test_the_page_takes_a_trace_or_a_job_and_nothing_else() -> None:
     for query in ("trace=4bf92f35", "job=01JD8"):
         response = await page(Request("/spans", query, {}))
         assert [span["name"] for span in json.loads(response.body)] == ["attempt"]
-    for query in ("", "trace=", "trace=4BF92F35", "trace=4bf92f3", "job=a%0ab", "trace=4bf92f35&job=1", "x=4bf92f35"):
+    kept.tail.add("", {"end_ns": 1, "trace": "0" * 32, "links": [], "attributes": {}, "name": "failed"})
+    response = await page(Request("/spans", "", {}))
+    assert [span["name"] for span in json.loads(response.body)] == ["failed"]
+    for query in ("trace=", "trace=4BF92F35", "trace=4bf92f3", "job=a%0ab", "trace=4bf92f35&job=1", "x=4bf92f35"):
         assert (await page(Request("/spans", query, {}))).status == 400

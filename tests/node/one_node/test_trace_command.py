@@ -1,16 +1,72 @@
-"""`shoal trace` on a node: a request and a job in all processes that they crossed, and errors that name the command."""
+"""`shoal trace` on a node: a request and a job in all processes that they crossed, sampled, failed or slow."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import secrets
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import shoal
+from shoal.errors import TRACE_KEY
+from tests.node.conftest import python_model
+
 pytestmark = pytest.mark.node
 
 INPUT = '{"x": [[1, 2, 3, 4]]}'
+FAILS, SLOW, FAST = 666, 2, 1
+MOODY = f"""
+import time
+
+class Model:
+    inputs = {{"x": ("FP32", [-1, 4])}}
+    outputs = {{"y": ("FP32", [-1, 4])}}
+
+    def predict(self, batch):
+        x = batch["x"]
+        if (x == {FAILS}).any():
+            raise RuntimeError("moody")
+        if (x == {SLOW}).any():
+            time.sleep(1.1)
+        return {{"y": 2 * x}}
+"""
+
+
+@pytest.fixture(scope="module")
+def moody(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The node, with a model that fails or is slow, by its input."""
+    running.shoal("models", "push", str(python_model(tmp_path_factory.mktemp("models") / "moody", MOODY)))
+    return running
+
+
+def infer(node: Any, value: float, **headers: str) -> tuple[int, str]:
+    """The status of an inference over REST, and the trace that its response names."""
+    connection = http.client.HTTPConnection(node.gateway, timeout=60)
+    tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}
+    connection.request("POST", "/v2/models/moody/infer", json.dumps({"inputs": [tensor]}), headers)
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status, response.headers.get(TRACE_KEY, "")
+
+
+def unsampled() -> tuple[str, dict[str, str]]:
+    """A new trace that is not sampled, and its header."""
+    trace = secrets.token_hex(16)
+    return trace, {"traceparent": f"00-{trace}-00f067aa0ba902b7-00"}
+
+
+def elsewhere(node: Any, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as on another machine: it finds no node by itself, and asks the gateway."""
+    environ = {**node.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    command = [sys.executable, "-m", "shoal.cli.main", *args, "--gateway", node.gateway]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
 def spans_of(running: Any, id: str) -> set[tuple[str, str]]:
@@ -38,3 +94,54 @@ def test_a_job_is_shown_in_each_process_that_it_crossed(running: Any) -> None:
     assert any(service == "store" for service, _ in found)
     shown = running.shoal("trace", job).stdout
     assert f"job={job}" in shown
+
+
+def test_a_failed_call_names_a_trace_that_shows_it(moody: Any) -> None:
+    status, trace = infer(moody, FAILS)
+    assert status == 500
+    shown = moody.shoal("trace", trace).stdout
+    assert re.search(r"infer-\d +GRPCInferenceService/ModelInfer", shown), shown
+    assert "moody" in shown
+    assert trace[:16] in moody.shoal("trace").stdout
+
+
+def test_a_slow_call_is_kept_and_a_fast_one_is_not(moody: Any) -> None:
+    # Over REST the first call of its kind takes the slow path, and the next ones the fast path.
+    for _ in range(2):
+        trace, header = unsampled()
+        assert infer(moody, SLOW, **header)[0] == 200
+        [span] = json.loads(moody.shoal("trace", trace, "--json").stdout)["spans"]
+        assert (span["parent"], span["error"]) == ("00f067aa0ba902b7", "")
+        assert span["end_ns"] - span["start_ns"] >= 1_000_000_000
+    assert span["attributes"]["shoal.compute_ms"] >= 1_000
+    trace, header = unsampled()
+    assert infer(moody, FAST, **header) == (200, "")
+    missing = moody.shoal("trace", trace, check=False)
+    assert (missing.returncode, "has a span of" in missing.stderr) == (1, True)
+
+
+def test_a_failed_job_without_a_trace_shows_its_attempt_in_both_processes(moody: Any) -> None:
+    with shoal.Client(moody.gateway) as client:
+        job = client.jobs.submit("moody", {"x": [[FAILS] * 4]}, retry=shoal.JobRetry(max_attempts=1))
+        *_, last = client.jobs.watch(job.id)
+        assert last.state == "dead"
+    document = json.loads(moody.shoal("trace", job.id, "--json").stdout)
+    found = {(re.split(r"[/-]", span["instance"])[1], span["name"]) for span in document["spans"]}
+    assert found == {("ingest", "attempt"), ("infer", "inference.GRPCInferenceService/ModelInfer")}
+    assert len({span["trace"] for span in document["spans"]}) == 1
+    assert "moody" in moody.shoal("trace", job.id).stdout
+
+
+def test_another_machine_reads_the_spans_at_the_gateway(moody: Any, tmp_path: Path) -> None:
+    _, trace = infer(moody, FAILS)
+    here = json.loads(moody.shoal("trace", trace, "--json").stdout)["spans"]
+    there = elsewhere(moody, tmp_path, "trace", trace, "--json")
+    assert there.returncode == 0, there.stderr
+    document = json.loads(there.stdout)
+    assert document["silent"] == []
+    assert [span["span"] for span in document["spans"]] == [span["span"] for span in here]
+    assert "ModelInfer" in elsewhere(moody, tmp_path, "trace", trace).stdout
+    assert trace[:16] in elsewhere(moody, tmp_path, "trace").stdout
+    # Nothing that is not a trace or a job reaches the processes.
+    with shoal.Client(moody.gateway) as client, pytest.raises(shoal.InvalidArgument, match="trace, job"):
+        client.spans("nothing")
