@@ -25,7 +25,19 @@ from shoal.cli.diagnosis import checks, gather, rates
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
 from shoal.cli.main import app
-from shoal.client import Connector, ConnectorPhase, Instance, InstanceState, Job, JobState, KeyInfo, Leader, Schedule
+from shoal.client import (
+    Connector,
+    ConnectorPhase,
+    Instance,
+    InstanceState,
+    Job,
+    JobState,
+    KeyInfo,
+    Leader,
+    Schedule,
+    Tenant,
+    TenantSettings,
+)
 from shoal.client.models.serving import IndexEntry
 from shoal.client.status import EnvoyResources, EnvoyStatus, Status
 from shoal.discovery import RunningNode
@@ -185,6 +197,16 @@ def connector(**fields: object) -> Facts:
     return status(connectors=(replace(made, **fields),))  # type: ignore[arg-type]
 
 
+def lagging(before: dict[str, object], now: dict[str, object], **settings: object) -> Facts:
+    """A connector of the tenant shop, read twice; `settings` are the tenant's."""
+    common = {"tenant": "shop", "in_flight": 100}
+    [earlier] = connector(**common, **before).status.connectors  # type: ignore[union-attr]
+    in_force = replace(TenantSettings(1.0, 0, 0.0, 0.0), **settings)  # type: ignore[arg-type]
+    tenant = Tenant("shop", TenantSettings(), in_force, pending=500)
+    facts = connector(**{**common, **now})
+    return replace(facts, earlier_connectors=(earlier,), connector_tenants={"shop": tenant})
+
+
 def schedule(due: timedelta) -> Facts:
     return replace(HEALTHY, schedules=(Schedule("nightly", "0 3 * * *", "UTC", upcoming=(NOW + due,)),))
 
@@ -310,6 +332,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("schedule-skipped", schedule(timedelta(minutes=-5)), E, "schedule nightly has missed its time"),
     ("connector-failing", connector(stale=True), E, "has not reported"),
     ("connector-failing", connector(last_error="no topic", last_error_at=NOW), E, "fails: no topic"),
+    ("connector-lags", lagging({"lag": 5_000}, {"lag": 5_100}), W, "5100 messages behind its source: 100 of its"),
+    ("connector-lags", lagging({"lag": 5_000}, {"lag": 4_990}), W, "4990 messages behind its source"),
+    ("connector-lags", lagging({"lag": 5_000}, {"lag": 5_000, "in_flight": 0}), W, "and reads nothing"),
+    ("connector-lags", lagging({"lag": 9_000}, {"lag": 9_000}, rate=2.0), W, "tenant shop may submit 2 jobs a second"),
+    ("connector-lags", lagging({"lag": 9_000}, {"lag": 9_000}, max_pending=500), W, "500 waiting jobs, of 500 allowed"),
+    ("connector-lags", lagging({"lag_ms": 90_000, "lag": None}, {"lag_ms": 98_000, "lag": None}), W, "98 s behind"),
     ("disk-full", disk(free_bytes=500 << 20), E, "submits are refused"),
     ("disk-full", disk(free_bytes=1 << 30), W, "1024 MiB of 102400 MiB are free"),
     ("inodes-full", disk(free_inodes=10), W, "10 of 2000000 files"),
@@ -422,6 +450,22 @@ def test_a_healthy_node_has_no_finding() -> None:
 def test_failures_of_the_start_up_are_no_finding() -> None:
     failed = (endpoint(failed_requests=51),)
     assert checks.diagnose(replace(HEALTHY, endpoints=failed, earlier_endpoints=failed)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        # It will have caught up within ten minutes.
+        ({"lag": 5_000}, {"lag": 4_900}),
+        ({"lag_ms": 90_000, "lag": None}, {"lag_ms": 82_000, "lag": None}),
+        # The messages in flight are not committed yet.
+        ({"lag": 5_000}, {"lag": 5_000, "in_flight": 4_000}),
+        ({"lag": 5_000}, {"lag": 900}),
+        ({"lag": None, "lag_ms": None}, {"lag": 5_000}),
+    ],
+)
+def test_a_connector_that_catches_up_is_no_finding(before: dict[str, object], now: dict[str, object]) -> None:
+    assert checks.diagnose(lagging(before, now)) == []
 
 
 @pytest.mark.parametrize(("check", "facts", "severity", "words"), CASES)

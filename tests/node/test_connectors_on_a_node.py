@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,5 +74,28 @@ async def test_rows_of_a_topic_are_answered_in_another_and_the_status_says_how_i
     with shoal.Client(running.gateway) as client:
         assert all(job.labels["connector"] == "doubles" for job in client.jobs.list(tenant="shop"))
 
+    await lag_and_catch_up(running, kafka)
     tansu.kill()
     await until(lambda: "Kafka" in seen(running.gateway).last_error, "the error", **PATIENT)
+
+
+async def lag_and_catch_up(running: Any, kafka: Kafka) -> None:
+    """A connector whose tenant may submit too few jobs is found; the command of the finding lets it catch up."""
+
+    def found() -> list[dict[str, str]]:
+        document = json.loads(running.shoal("doctor", "--json", check=False).stdout)
+        return [finding for finding in document["findings"] if finding["check"] == "connector-lags"]
+
+    assert found() == []
+    running.shoal("tenants", "set", "shop", "--rate", "1")
+    rows = [json.dumps({"x": [n, 0, 0, 0]}).encode() for n in range(1_500)]
+    for start in range(0, len(rows), 100):
+        await kafka.publish(rows[start : start + 100])
+    await until(lambda: (seen(running.gateway).lag or 0) > 1_300, "a lag", **PATIENT)
+    [finding] = found()
+    assert "its tenant shop may submit 1 jobs a second" in finding["what"]
+    program, *args = shlex.split(finding["command"])
+    assert program == "shoal"
+    running.shoal(*args)
+    await until(lambda: found() == [], "no finding", **PATIENT)
+    await until(lambda: seen(running.gateway).lag == 0, "no lag", **PATIENT)

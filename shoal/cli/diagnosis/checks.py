@@ -13,7 +13,7 @@ from typing import TypeAlias
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
 from shoal.cli.diagnosis.rates import Page
 from shoal.cli.endpoints import Endpoint
-from shoal.client import InstanceState, Job, Schedule
+from shoal.client import Connector, InstanceState, Job, Schedule
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 
@@ -49,6 +49,14 @@ ANSWER_S = 30.0
 """Time in which an Envoy answers a change of its configuration: it takes milliseconds."""
 CLOCK_S = 1.0
 QUEUE_AGE_S = 300.0
+LAG_MESSAGES = 1_000
+"""Messages, beside those in flight, from which a connector is far behind its source."""
+LAG_S = 60.0
+"""The same as time, for sources that count no messages."""
+LAG_WATCH_S = 8.0
+"""Time between two readings of a connector that is far behind: it reports every 2 s."""
+CATCH_UP_S = 600.0
+"""A connector that will have caught up within this time, as fast as it is now, is a healthy one."""
 FAILED_RUNS = 2
 """Failed jobs of a schedule, the last one among them, that make the schedule a failing one."""
 OPLOG_FULL = 0.9
@@ -432,6 +440,50 @@ def _connector_failing(facts: Facts) -> Iterator[Finding]:
         elif connector.last_error_at is not None and facts.now - connector.last_error_at < LOG_WINDOW:
             what = f"connector {connector.name} at {connector.instance} fails: {connector.last_error}"
             yield _error("connector-failing", what, f"shoal logs ingest --contains {connector.name}")
+
+
+def is_far_behind(connector: Connector) -> bool:
+    """Return True when a connector that reports has much to read before the end of its source."""
+    lag, lag_ms = connector.lag, connector.lag_ms
+    return not connector.stale and (
+        (lag is not None and lag - connector.in_flight > LAG_MESSAGES) or (lag_ms is not None and lag_ms > LAG_S * 1000)
+    )
+
+
+@_check("connector-lags", "status")
+def _connector_lags(facts: Facts) -> Iterator[Finding]:
+    earlier = {(one.name, one.instance): one for one in facts.earlier_connectors or ()}
+    for connector in facts.status.connectors if facts.status else ():
+        before = earlier.get((connector.name, connector.instance))
+        if before is None or not is_far_behind(connector) or _catches_up(before, connector):
+            continue
+        behind = f"{connector.lag} messages" if connector.lag is not None else f"{(connector.lag_ms or 0) / 1000:.0f} s"
+        what = f"connector {connector.name} at {connector.instance} is {behind} behind its source"
+        yield _warning("connector-lags", *_reason_of_lag(what, connector, facts))
+
+
+def _catches_up(before: Connector, now: Connector) -> bool:
+    is_counted = now.lag is not None
+    first, last = (one.lag if is_counted else one.lag_ms for one in (before, now))
+    return first is None or last is None or (first - last) * CATCH_UP_S / LAG_WATCH_S >= last
+
+
+def _reason_of_lag(what: str, connector: Connector, facts: Facts) -> tuple[str, str]:
+    """Return the description of a lag with its reason, and the command for it."""
+    tenant = facts.connector_tenants.get(connector.tenant)
+    name = connector.tenant or "(none)"
+    if tenant is not None and (rate := tenant.in_force.rate):
+        limit = f"its tenant {name} may submit {rate:g} jobs a second"
+        return f"{what}: {limit}", f"shoal tenants set {quote(connector.tenant)} --rate 0"
+    if tenant is not None and (most := tenant.in_force.max_pending) and tenant.pending >= most:
+        limit = f"its tenant {name} has {tenant.pending} waiting jobs, of {most} allowed"
+        return f"{what}: {limit}", f"shoal tenants set {quote(connector.tenant)} --max-pending 0"
+    if not connector.in_flight:
+        return f"{what}, and reads nothing", f"shoal logs ingest --contains {quote(connector.name)}"
+    return (
+        f"{what}: {connector.in_flight} of its messages wait for model {connector.model_name}",
+        "shoal top --once --by execution",
+    )
 
 
 # The machine.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shoal.cli.diagnosis.rates import Page
     from shoal.cli.endpoints import Endpoint
-    from shoal.client import Job, KeyInfo, Schedule, Status
+    from shoal.client import Connector, Job, KeyInfo, Schedule, Status, Tenant
     from shoal.client.models.serving import IndexEntry
 
 
@@ -125,6 +125,10 @@ class Facts:
     endpoints: tuple[Endpoint, ...] | None = None
     earlier_endpoints: tuple[Endpoint, ...] | None = None
     """An earlier reading of the endpoints; None when no endpoint has failed often."""
+    earlier_connectors: tuple[Connector, ...] | None = None
+    """A reading of the connectors LAG_WATCH_S before `status`; None when none was far behind its source."""
+    connector_tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    """Tenants of the connectors that are far behind."""
     index: tuple[IndexEntry, ...] | None = None
     dead: tuple[Job, ...] | None = None
     """The newest dead letters: jobs out of attempts."""

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shoal import __version__
 from shoal.cli import admin_page
-from shoal.cli.diagnosis.checks import LOG_WINDOW, fails_often
+from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_far_behind
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
@@ -29,7 +30,7 @@ from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
 
 if TYPE_CHECKING:
-    from shoal.client import Client
+    from shoal.client import Client, Connector, Tenant
 
 T = TypeVar("T")
 
@@ -80,6 +81,16 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         # Envoy counts since its start, when calls to a service that was not ready yet have failed.
         time.sleep(FAILING_S)
         earlier, endpoints = endpoints, _tuple(parts.read("endpoints", lambda: fetch(node.admin)))
+    earlier_connectors: tuple[Connector, ...] | None = None
+    tenants: dict[str, Tenant] = {}
+    if status is not None and (behind := [one for one in status.connectors if is_far_behind(one)]):
+        # One that catches up is healthy.
+        time.sleep(LAG_WATCH_S)
+        earlier_connectors = status.connectors
+        status = parts.read("status", lambda: client.status(timeout=READ_S))
+        for name in {one.tenant for one in behind}:
+            if (tenant := parts.call("tenants", partial(client.tenants.get, name, timeout=READ_S))) is not None:
+                tenants[name] = tenant
     has_auth = node.key_file is not None if node is not None else bool(status and status.master_key)
     return Facts(
         now=now,
@@ -92,6 +103,8 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         status=status,
         endpoints=endpoints,
         earlier_endpoints=earlier,
+        earlier_connectors=earlier_connectors,
+        connector_tenants=tenants,
         index=_tuple(parts.call("index", lambda: client.models.index(timeout=READ_S))),
         dead=_tuple(parts.call("dead", lambda: client.jobs.dead.list(limit=DEAD_LETTERS, timeout=READ_S))),
         failed=_tuple(
