@@ -1,7 +1,7 @@
 """Export of a process's metrics over OTLP, as finished points: no meter of the SDK counts anything.
 
 OTEL_EXPORTER_OTLP_ENDPOINT (or ..._METRICS_ENDPOINT) turns the export on, OTEL_METRICS_EXPORTER=none off;
-OTEL_METRIC_EXPORT_INTERVAL is its interval in milliseconds. The SDK's exporter reads the variables for headers and TLS.
+OTEL_METRIC_EXPORT_INTERVAL is its interval in milliseconds. The SDK's exporter reads the variables for TLS.
 """
 
 from __future__ import annotations
@@ -87,13 +87,14 @@ def _point(attributes: Mapping[str, str], value: Value, started_ns: int, now_ns:
 
 
 def _exporter(environ: Mapping[str, str]) -> MetricExporter:
+    endpoint, headers = telemetry.collector(environ, "METRICS"), telemetry.collector_headers(environ, "METRICS")
     if telemetry.protocol(environ, "METRICS") == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-        return HttpExporter(max_export_batch_size=_MAX_POINTS)
+        return HttpExporter(endpoint, headers=headers, max_export_batch_size=_MAX_POINTS)
     from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
 
-    return GrpcExporter(max_export_batch_size=_MAX_POINTS)
+    return GrpcExporter(endpoint, headers=headers, max_export_batch_size=_MAX_POINTS)
 
 
 @asynccontextmanager

@@ -3,12 +3,17 @@
 OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) turns the exporter on; OTEL_EXPORTER_OTLP_PROTOCOL selects `grpc`
 (default) or `http/protobuf`; OTEL_TRACES_EXPORTER=none and OTEL_SDK_DISABLED=true turn it off. The same variables with
 METRICS for TRACES are those of `mesh.metrics.otlp`. OTEL_TRACES_SAMPLER and
-OTEL_TRACES_SAMPLER_ARG select the sampled calls. The SDK itself reads the variables for batching and headers.
+OTEL_TRACES_SAMPLER_ARG select the sampled calls. The SDK itself reads the variables for batching and TLS.
+
+The exporter logs its address when a collector cannot be reached, so a password never stays in the address: user and
+password become the header `authorization`.
 """
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,20 +31,32 @@ from shoal import __version__
 LAST_EXPORT_S = 2.0
 """Longest wait of a stop for the collector to accept the last spans or metrics."""
 
+_USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*://)?)([^/?#]*)@")
+"""Scheme, and user and password, of an address that has these."""
+
 
 def collector(environ: Mapping[str, str], signal: str = "TRACES") -> str | None:
-    """Return the OTLP endpoint for TRACES or METRICS, or None when the environment names none."""
+    """Return the OTLP endpoint for TRACES or METRICS without user and password; None when the environment names none.
+
+    With `http/protobuf` it has the path of the signal.
+    """
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     if environ.get(f"OTEL_{signal}_EXPORTER", "otlp") != "otlp":
         return None
-    return environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    endpoint = _USERINFO.sub(r"\1", _setting(environ, signal, "ENDPOINT"))
+    if protocol(environ, signal) == "http/protobuf" and not environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"):
+        endpoint = endpoint and f"{endpoint.rstrip('/')}/v1/{signal.lower()}"
+    return endpoint or None
 
 
 def protocol(environ: Mapping[str, str], signal: str = "TRACES") -> str:
     """Return the protocol of the exporter: `grpc` or `http/protobuf`."""
-    own = environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
-    return own or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+    return "http/protobuf" if _setting(environ, signal, "PROTOCOL") == "http/protobuf" else "grpc"
+
+
+def _setting(environ: Mapping[str, str], signal: str, name: str) -> str:
+    return environ.get(f"OTEL_EXPORTER_OTLP_{signal}_{name}") or environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 
 def resource_of(service: str, instance: str) -> Resource:
@@ -49,12 +66,15 @@ def resource_of(service: str, instance: str) -> Resource:
     )
 
 
-def collector_headers(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Return the headers of each request to the traces' collector, such as its key."""
-    prefix = "OTEL_EXPORTER_OTLP"
-    text = environ.get(f"{prefix}_TRACES_HEADERS") or environ.get(f"{prefix}_HEADERS") or ""
-    pairs = (pair.partition("=") for pair in text.split(",") if "=" in pair)
-    return tuple((key.strip().lower(), unquote(value.strip())) for key, _, value in pairs)
+def collector_headers(environ: Mapping[str, str], signal: str = "TRACES") -> dict[str, str]:
+    """Return the headers of each request to the collector, such as its key, or the user and password of its address."""
+    pairs = (pair.partition("=") for pair in _setting(environ, signal, "HEADERS").split(",") if "=" in pair)
+    headers = {key.strip().lower(): unquote(value.strip()) for key, _, value in pairs}
+    if found := _USERINFO.match(_setting(environ, signal, "ENDPOINT")):
+        user, _, password = found[2].partition(":")
+        basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+        headers.setdefault("authorization", f"Basic {basic}")
+    return headers
 
 
 @dataclass(frozen=True)
@@ -132,13 +152,14 @@ def kept_spans() -> KeptSpans | None:
 
 
 def _exporter(environ: Mapping[str, str]) -> SpanExporter:
+    endpoint, headers = collector(environ), collector_headers(environ)
     if protocol(environ) == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
-        return HttpExporter()
+        return HttpExporter(endpoint, headers=headers)
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
-    return GrpcExporter()
+    return GrpcExporter(endpoint, headers=headers)
 
 
 @contextmanager

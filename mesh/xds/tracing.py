@@ -12,14 +12,13 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import UpstreamTlsContext
 
-from mesh.process.telemetry import collector, collector_headers, sampling_of
+from mesh.process.telemetry import collector, collector_headers, protocol, sampling_of
 from mesh.xds.clusters import address, http2
 from mesh.xds.resource import CLUSTER, Resource, pack, typed
 
 OTEL = "otel"
 """The collector's cluster."""
 SERVICE = "shoal-envoy"
-_TRACES_PATH = "/v1/traces"
 _DEFAULT_PORTS = {"grpc": 4317, "http/protobuf": 4318}
 
 
@@ -40,14 +39,8 @@ def tracing_of(environ: Mapping[str, str]) -> Tracing | None:
     endpoint = collector(environ)
     if endpoint is None:
         return None
-
-    def setting(name: str) -> str:
-        return environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
-
-    protocol = "http/protobuf" if setting("PROTOCOL") == "http/protobuf" else "grpc"
-    if protocol == "http/protobuf" and not environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
-        endpoint = endpoint.rstrip("/") + _TRACES_PATH
-    return Tracing(endpoint, protocol, collector_headers(environ), 100 * sampling_of(environ).ratio)
+    headers = tuple(collector_headers(environ).items())
+    return Tracing(endpoint, protocol(environ), headers, 100 * sampling_of(environ).ratio)
 
 
 def _collector_address(tracing: Tracing) -> tuple[str, bool]:

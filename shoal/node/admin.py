@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httptools
 
@@ -97,11 +97,9 @@ def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
     if not any(name.startswith("OTEL_EXPORTER_OTLP_") for name in environ):
         return ()
     # Imported here: the SDK takes most of a second to import.
-    from mesh.process.telemetry import collector, collector_headers
+    from mesh.process.telemetry import collector_headers
 
-    values = [value for _, value in collector_headers(environ)]
-    password = urlsplit(collector(environ) or "").password
-    return tuple(value for value in (*values, password) if value)
+    return tuple(value for value in collector_headers(environ).values() if value)
 
 
 def endpoint(listen: str, processes: Processes, envoy: Path | None, secrets: Sequence[str] = ()) -> Endpoint:

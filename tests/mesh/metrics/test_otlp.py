@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,9 +26,11 @@ NV = Family("nv_inference_count", Kind.COUNTER, "", "As in Triton.", ("model",),
 class Collector(metrics_service_pb2_grpc.MetricsServiceServicer):
     def __init__(self) -> None:
         self.requests: list[pb.ExportMetricsServiceRequest] = []
+        self.headers: dict[str, str] = {}
 
     async def Export(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
+        self.headers = dict(context.invocation_metadata())
         return pb.ExportMetricsServiceResponse()
 
 
@@ -37,7 +40,7 @@ async def received(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(found, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://ann:s%40cret@127.0.0.1:{port}")
     yield found
     await server.stop(None)
 
@@ -52,6 +55,7 @@ async def test_the_readings_arrive_as_points_at_the_end_of_the_process(received:
     async with otlp.exported([readings], resource_of("test", "local/test-0")):
         pass
     (request,) = received.requests
+    assert received.headers["authorization"] == "Basic " + base64.b64encode(b"ann:s@cret").decode()
     (of_resource,) = request.resource_metrics
     attributes = {each.key: each.value.string_value for each in of_resource.resource.attributes}
     assert attributes["service.name"] == "shoal-test"

@@ -346,6 +346,10 @@ def test_tracing_adds_a_cluster_and_changes_the_listeners():
             Tracing("http://c:4318/v1/traces", "http/protobuf"),
         ),
         (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://ann:s%40cret@c:4317"},
+            Tracing("https://c:4317", headers=(("authorization", "Basic YW5uOnNAY3JldA=="),)),
+        ),
+        (
             {
                 "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/x",
                 "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
