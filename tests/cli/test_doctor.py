@@ -131,7 +131,7 @@ HEALTHY = Facts(
     now=NOW,
     version="1.0",
     gateway="https://127.0.0.1:8080",
-    is_exposed=True,
+    exposed_at="0.0.0.0:8443",
     has_auth=True,
     status=STATUS,
     endpoints=(endpoint(),),
@@ -207,8 +207,9 @@ def lagging(before: dict[str, object], now: dict[str, object], **settings: objec
     return replace(facts, earlier_connectors=(earlier,), connector_tenants={"shop": tenant})
 
 
-def schedule(due: timedelta) -> Facts:
-    return replace(HEALTHY, schedules=(Schedule("nightly", "0 3 * * *", "UTC", upcoming=(NOW + due,)),))
+def schedule(due: timedelta, **fields: object) -> Facts:
+    made = Schedule("nightly", "0 3 * * *", "UTC", upcoming=(NOW + due,))
+    return replace(HEALTHY, schedules=(replace(made, **fields),))  # type: ignore[arg-type]
 
 
 def job(age: timedelta) -> Job:
@@ -314,6 +315,14 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         E,
         "model digits version 3 cannot be served: no such operator",
     ),
+    (
+        "model-unavailable",
+        replace(
+            HEALTHY, index=(IndexEntry("py", "1", "UNAVAILABLE", "with a policy the caller needs the group code"),)
+        ),
+        E,
+        "with a policy the caller needs the group code",
+    ),
     ("model-not-everywhere", others(instance("infer", 1, models={})), W, "is not ready at local/infer-1"),
     ("dead-letters", replace(HEALTHY, dead=(job(timedelta(minutes=5)), job(2 * DAY))), W, "1 jobs have died"),
     (
@@ -330,6 +339,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "the last job of schedule nightly has failed, and 1 before: out of memory",
     ),
     ("schedule-skipped", schedule(timedelta(minutes=-5)), E, "schedule nightly has missed its time"),
+    (
+        "schedule-skipped",
+        schedule(DAY, last_skip="no leader ran at 2026-11-28T03:00:00Z", last_at=NOW - DAY, tenant="acme"),
+        W,
+        "no leader ran at 2026-11-28T03:00:00Z | shoal jobs schedule show nightly --tenant acme",
+    ),
     ("connector-failing", connector(stale=True), E, "has not reported"),
     ("connector-failing", connector(last_error="no topic", last_error_at=NOW), E, "fails: no topic"),
     ("connector-lags", lagging({"lag": 5_000}, {"lag": 5_100}), W, "5100 messages behind its source: 100 of its"),
@@ -409,7 +424,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("errors-logged", logs(errors={("store-0", "no disk"): 30, ("store-0", "x"): 1}), W, "31 errors in 15 minutes, 30"),
     ("data-folder-open", local(data_dir_mode=0o755), W, "chmod 700 /srv/shoal"),
     ("secret-open", local(secrets={"admin.key": 0o644}), E, "chmod 600 /srv/shoal/admin.key"),
-    ("exposed-without-authentication", replace(HEALTHY, has_auth=False, keys=None), W, "may call every method"),
+    (
+        "exposed-without-authentication",
+        replace(HEALTHY, has_auth=False, keys=None),
+        W,
+        "| shoal up --listen 0.0.0.0:8443 --tls auto --auth",
+    ),
     (
         "policy-not-in-force",
         page('shoal_coord_policy_version{instance="coord-0"} 0'),
@@ -423,8 +443,18 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "a key of issuer https://idp cannot be used, and tokens that it signs are refused: keys[0] ('k'): 'alg' is "
         "missing",
     ),
-    ("no-admin", replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True))), W, "every key of an admin ends"),
-    ("key-ends", replace(HEALTHY, keys=(key(60), key(5, role="user"))), W, "1 keys end within 14 days"),
+    (
+        "no-admin",
+        replace(HEALTHY, keys=(key(60, role="user"), key(60, revoked=True), key(10, created_at=NOW - DAY))),
+        W,
+        "every key of an admin ends within 14 days | shoal keys create --tenant acme --role admin --subject ann",
+    ),
+    (
+        "key-ends",
+        replace(HEALTHY, keys=(key(60), key(5, role="user", models=("ocr*", "nlp"), grants=("g",)))),
+        W,
+        "shoal keys create --tenant acme --role user --subject ann --models 'ocr*' --models nlp --grant g",
+    ),
     (
         "certificate-ends",
         replace(HEALTHY, certificate=CertificateFacts("CN=g", NOW - 90 * DAY, NOW + 10 * DAY)),
@@ -445,6 +475,30 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
 def test_a_healthy_node_has_no_finding() -> None:
     assert checks.diagnose(HEALTHY) == []
     assert checks.diagnose(Facts(now=NOW, version="1.0")) == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        # The holder of the key that ends has another one.
+        replace(HEALTHY, keys=(key(5), key(60))),
+        # The admins have tokens of another issuer.
+        replace(HEALTHY, keys=(key(60, role="user"),)),
+        # A certificate of ten years, two years before its end.
+        replace(HEALTHY, ca=None, certificate=CertificateFacts("CN=g", NOW - 2_900 * DAY, NOW + 750 * DAY)),
+        schedule(DAY, last_skip="no leader ran at 2026-11-27T03:00:00Z", last_at=NOW - timedelta(hours=9)),
+        schedule(DAY, last_skip="job J had not ended at 2026-11-28T03:00:00Z", last_at=NOW - DAY),
+    ],
+)
+def test_what_ends_or_was_mended_on_purpose_is_no_finding(facts: Facts) -> None:
+    assert checks.diagnose(facts) == []
+
+
+def test_a_certificate_that_ends_with_its_ca_is_a_finding_of_the_ca() -> None:
+    ends = NOW + 10 * DAY
+    ca, certificate = CertificateFacts("CN=CA", NOW - 999 * DAY, ends), CertificateFacts("CN=g", NOW - 40 * DAY, ends)
+    [finding] = checks.diagnose(replace(HEALTHY, ca=ca, certificate=certificate))
+    assert finding.check == "ca-ends"
 
 
 def test_failures_of_the_start_up_are_no_finding() -> None:

@@ -196,7 +196,7 @@ class Firing(Background):
                     "error": err,
                 },
             )
-            return "", f"its job could not be created: {err.message}"
+            return "", f"its job could not be created at {label_of(time)}: {err.message}"
 
     async def _is_running(self, job_id: str) -> bool:
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shlex import quote
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from typing import TypeAlias
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
 from shoal.cli.diagnosis.rates import Page
 from shoal.cli.endpoints import Endpoint
-from shoal.client import Connector, InstanceState, Job, Schedule
+from shoal.client import Connector, InstanceState, Job, KeyInfo, Schedule
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 
@@ -62,11 +63,17 @@ FAILED_RUNS = 2
 OPLOG_FULL = 0.9
 """Share of the oplog's size from which MongoDB removes its oldest entries."""
 OPLOG_SHORT_S = 300.0
+UNLOADED = "unloaded"
+"""Reason of a version that is left out on purpose."""
 CA_ENDS = timedelta(days=180)
 """Clients are given another CA by hand."""
 KEYS_END = timedelta(days=14)
 CERTIFICATE_SHARE = 0.25
-"""Share of a certificate's life that should be left."""
+CERTIFICATE_ENDS = timedelta(days=30)
+"""Time or share of a certificate's life, whichever is shorter, that should be left."""
+
+# Time in the reason of a schedule's skip.
+_LABEL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 _CHECKS: dict[str, Check] = {}
 _NEEDS: dict[str, str] = {}
@@ -349,14 +356,9 @@ def _other_version(facts: Facts) -> Iterator[Finding]:
 @_check("model-unavailable", "index")
 def _model_unavailable(facts: Facts) -> Iterator[Finding]:
     for entry in facts.index or ():
-        if entry.state == "UNAVAILABLE" and entry.reason and not _is_unloaded(entry.reason):
+        if entry.state == "UNAVAILABLE" and entry.reason not in ("", UNLOADED):
             what = f"model {entry.name} version {entry.version} cannot be served: {entry.reason}"
             yield _error("model-unavailable", what, f"shoal logs infer --contains {entry.name}")
-
-
-def _is_unloaded(reason: str) -> bool:
-    """Return True when a version is left out on purpose: by its model's version policy, or by an unload."""
-    return reason in ("unloaded", "") or "policy" in reason
 
 
 @_check("model-not-everywhere", "status")
@@ -429,6 +431,18 @@ def _schedule_skipped(facts: Facts) -> Iterator[Finding]:
         if due is not None and facts.now - due > timedelta(minutes=1):
             what = f"schedule {schedule.name} has missed its time {due:%Y-%m-%d %H:%M}"
             yield _error("schedule-skipped", what, "shoal logs ingest --level warning")
+        elif _has_skipped_last(schedule):
+            what = f"schedule {schedule.name} has made no job for its last time: {schedule.last_skip}"
+            tenant = f" --tenant {quote(schedule.tenant)}" if schedule.tenant else ""
+            yield _warning("schedule-skipped", what, f"shoal jobs schedule show {schedule.name}{tenant}")
+
+
+def _has_skipped_last(schedule: Schedule) -> bool:
+    """Return True when the last time of a schedule got no job. One whose job before still ran is skipped on purpose."""
+    time = _LABEL.search(schedule.last_skip)
+    if time is None or schedule.paused or schedule.last_skip.startswith("job "):
+        return False
+    return schedule.last_at is None or datetime.fromisoformat(time[0]) > schedule.last_at
 
 
 @_check("connector-failing", "status")
@@ -676,9 +690,11 @@ def _secret_open(facts: Facts) -> Iterator[Finding]:
 
 @_check("exposed-without-authentication", "local")
 def _exposed(facts: Facts) -> Iterator[Finding]:
-    if facts.is_exposed and not facts.has_auth:
-        what = f"everyone who can reach {facts.gateway} may call every method"
-        yield _warning("exposed-without-authentication", what, "shoal up --listen HOST:PORT --tls auto --auth")
+    if facts.exposed_at and not facts.has_auth:
+        what = f"everyone who can reach {facts.exposed_at} may call every method: start the node again with --auth"
+        yield _warning(
+            "exposed-without-authentication", what, f"shoal up --listen {facts.exposed_at} --tls auto --auth"
+        )
 
 
 @_check("policy-not-in-force", "page")
@@ -701,47 +717,72 @@ def _issuer_key_unused(facts: Facts) -> Iterator[Finding]:
 
 @_check("no-admin")
 def _no_admin(facts: Facts) -> Iterator[Finding]:
-    if facts.keys is None:
-        return
-    admins = [key for key in facts.keys if key.role == "admin" and not key.revoked]
-    if not any(key.expires_at is None or key.expires_at > facts.now + KEYS_END for key in admins):
+    # Without any such key, the admins have tokens of another issuer.
+    admins = [key for key in facts.keys or () if key.role == "admin" and not key.revoked]
+    if admins and all(_ends_soon(key, facts) for key in admins):
         what = f"every key of an admin ends within {KEYS_END.days} days"
-        yield _warning("no-admin", what, "shoal keys create --tenant TENANT --role admin")
+        yield _warning("no-admin", what, _another(max(admins, key=_end)))
 
 
 @_check("key-ends")
 def _key_ends(facts: Facts) -> Iterator[Finding]:
+    valid = [key for key in facts.keys or () if not key.revoked]
     ending = [
         key
-        for key in facts.keys or ()
-        if not key.revoked
-        and key.expires_at is not None
-        and facts.now < key.expires_at < facts.now + KEYS_END
+        for key in valid
+        if _ends_soon(key, facts)
         # A key that was made for a short time ends on purpose.
-        and (key.created_at is None or key.expires_at - key.created_at > 2 * KEYS_END)
+        and (key.created_at is None or _end(key) - key.created_at > 2 * KEYS_END)
+        # Its holder has another one.
+        and not any(_rights(other) == _rights(key) and _end(other) > _end(key) for other in valid)
     ]
     if ending:
-        first = min(ending, key=lambda key: key.expires_at or facts.now)
+        first = min(ending, key=_end)
         what = (
             f"{len(ending)} keys end within {KEYS_END.days} days, the first on {first.expires_at:%Y-%m-%d}: "
             f"{first.id} of {first.subject or first.tenant}"
         )
-        yield _warning("key-ends", what, "shoal keys list")
+        yield _warning("key-ends", what, _another(first))
+
+
+def _end(key: KeyInfo) -> datetime:
+    return key.expires_at or datetime.max.replace(tzinfo=UTC)
+
+
+def _ends_soon(key: KeyInfo, facts: Facts) -> bool:
+    return facts.now < _end(key) < facts.now + KEYS_END
+
+
+def _rights(key: KeyInfo) -> tuple[object, ...]:
+    """Return the holder of a key, and the calls that it is for."""
+    return key.tenant, key.role, key.subject, key.models, key.grants
+
+
+def _another(key: KeyInfo) -> str:
+    """Return the command that makes another key of the same holder."""
+    options = [("tenant", key.tenant), ("role", key.role), ("subject", key.subject)]
+    options += [("models", model) for model in key.models if key.models != ("*",)]
+    options += [("grant", grant) for grant in key.grants]
+    return "shoal keys create" + "".join(f" --{name} {quote(value)}" for name, value in options if value)
 
 
 @_check("certificate-ends")
 def _certificate_ends(facts: Facts) -> Iterator[Finding]:
-    found = facts.certificate
-    if found is None:
+    found, ca = facts.certificate, facts.ca
+    # A certificate of the node's own CA that ends with the CA is the finding `ca-ends`.
+    if found is None or (ca is not None and found.ends_at >= ca.ends_at):
         return
-    renewal = "shoal up --tls auto" if facts.ca is not None else "shoal up --tls-cert FILE --tls-key FILE"
+    remedy = "renew the files of --tls-cert and --tls-key, which the node then serves"
+    command = f"openssl s_client -connect {facts.gateway.rpartition('/')[2]} </dev/null | openssl x509 -noout -dates"
+    if ca is not None:
+        remedy, command = "the node renews it by itself, and has not: start it again", "shoal up --tls auto"
     left, life = found.ends_at - facts.now, found.ends_at - found.starts_at
     if left < timedelta():
-        what = f"the gateway's certificate ({found.subject}) has ended on {found.ends_at:%Y-%m-%d}"
-        yield _error("certificate-ends", what, renewal)
-    elif left < CERTIFICATE_SHARE * life:
-        what = f"the gateway's certificate ({found.subject}) ends in {left.days} days, on {found.ends_at:%Y-%m-%d}"
-        yield _warning("certificate-ends", what, renewal)
+        what = f"the gateway's certificate ({found.subject}) has ended on {found.ends_at:%Y-%m-%d}: {remedy}"
+        yield _error("certificate-ends", what, command)
+    elif left < min(CERTIFICATE_ENDS, CERTIFICATE_SHARE * life):
+        when = f"ends in {left.days} days, on {found.ends_at:%Y-%m-%d}"
+        yield _warning("certificate-ends", f"the gateway's certificate ({found.subject}) {when}: {remedy}", command)
 
 
 @_check("ca-ends")

@@ -118,8 +118,8 @@ class Facts:
     admin: str = ""
     chosen: str = ""
     """The --gateway of commands that would not find this node without it; empty: they find it."""
-    is_exposed: bool = False
-    """True: other machines can reach the gateway."""
+    exposed_at: str = ""
+    """Address at which other machines reach the gateway; empty: only this one does."""
     has_auth: bool = False
     status: Status | None = None
     endpoints: tuple[Endpoint, ...] | None = None

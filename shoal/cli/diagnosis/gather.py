@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -43,7 +43,7 @@ READ_S = 5.0
 LOG_ENTRIES = 20_000
 """Entries of one process that are read."""
 DEAD_LETTERS = 200
-SECRETS = ("admin.key", "master.key", "mongo.key", "etcd.key")
+SECRETS = ("admin.key", "master.key", "mongo.key", "etcd.key", "ca/ca.key")
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         gateway=client.address,
         admin="" if node is None else node.admin,
         chosen=chosen,
-        is_exposed=bool(listen) and not _is_loopback(listen),
+        exposed_at="" if not listen or _is_loopback(listen) else listen,
         has_auth=has_auth,
         status=status,
         endpoints=endpoints,
@@ -116,7 +116,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
         page=None if node is None else parts.read("metrics", lambda: admin_page.metrics(node.admin, timeout_s=PAGE_S)),
-        local=None if node is None else _local(node.data_dir, node.pids, now, is_running=True),
+        local=None if node is None else _local(node.data_dir, node.pids, _log_window(now, node.pid), is_running=True),
         unread=parts.unread,
     )
 
@@ -124,7 +124,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
 def of_folder(data_dir: Path) -> Facts:
     """Return the facts about a node that does not run, from its data folder."""
     now = datetime.now(UTC)
-    local = _local(data_dir, {}, now, is_running=_is_locked(data_dir))
+    local = _local(data_dir, {}, now - LOG_WINDOW, is_running=_is_locked(data_dir))
     return Facts(now=now, version=__version__, local=local)
 
 
@@ -183,7 +183,20 @@ def _read_certificate(pem: str) -> CertificateFacts:
     )
 
 
-def _local(data_dir: Path, pids: Mapping[str, int], now: datetime, *, is_running: bool) -> LocalFacts:
+def _log_window(now: datetime, pid: int) -> datetime:
+    """Return the time from which the log of a node is counted: entries of an earlier run are none of this one.
+
+    The start of process `pid` is in ticks since the boot (proc(5), /proc/pid/stat).
+    """
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return now - LOG_WINDOW
+    return now - min(LOG_WINDOW, timedelta(seconds=uptime_s - ticks / os.sysconf("SC_CLK_TCK")))
+
+
+def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, *, is_running: bool) -> LocalFacts:
     disk = shutil.disk_usage(data_dir)
     inodes = os.statvfs(data_dir)
     memory = _memory()
@@ -194,7 +207,7 @@ def _local(data_dir: Path, pids: Mapping[str, int], now: datetime, *, is_running
         launcher_alive=is_running,
         processes=tuple(_process(name, pid) for name, pid in pids.items()),
         disk=DiskFacts(data_dir, disk.free, disk.total, inodes.f_favail, inodes.f_files),
-        logs=_logs(data_dir / "logs", now),
+        logs=_logs(data_dir / "logs", logs_since),
         memory_bytes=memory.get("MemTotal", 0),
         memory_available_bytes=memory.get("MemAvailable", 0),
         shm_free_bytes=shm.f_bavail * shm.f_frsize if shm is not None else 1 << 40,
@@ -257,11 +270,11 @@ def _process(name: str, pid: int) -> ProcessFacts:
     return ProcessFacts(name, pid, True, rss, open_files, int(soft) if soft.isdigit() else 0)
 
 
-def _logs(folder: Path, now: datetime) -> LogFacts:
+def _logs(folder: Path, since: datetime) -> LogFacts:
     errors: Counter[tuple[str, str]] = Counter()
     starts: Counter[str] = Counter()
     stalls: dict[str, list[int]] = {}
-    chosen = LogFilter(since=now - LOG_WINDOW)
+    chosen = LogFilter(since=since)
     for name in processes(folder):
         for entry in latest(folder, [name], LOG_ENTRIES, chosen):
             if entry.level == "ERROR":
