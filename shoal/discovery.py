@@ -6,7 +6,8 @@
 
 A running node keeps a copy of its ready file, the pointer, in a folder of its user. The file is named after the node's
 process (`<pid>-<start>.json`), so a file left by a killed node is recognized as stale even when its pid is reused.
-Linux only, as the node is.
+Linux only, as the node is. A `shoal serve` with metrics has such a file, too (`serve-<pid>-<start>.json`), by which
+`shoal top` and `shoal trace` find it; other commands do not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
@@ -29,7 +32,8 @@ TOKEN_VARIABLE = "SHOAL_TOKEN"
 """Token that clients send."""
 
 _ADDRESS = re.compile(r"^(unix:.+|[^/:\s@]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})$")
-_POINTER = re.compile(r"^(\d+)-(\d+)\.json$")
+_POINTER = re.compile(r"^(serve-)?(\d+)-(\d+)\.json$")
+_SERVER = "serve-"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,16 @@ class RunningNode:
     @property
     def url(self) -> str:
         return self.gateway if self.ca is None else f"https://{self.gateway}"
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A `shoal serve --metrics-port` of this user that runs on this machine."""
+
+    gateway: str
+    """Its address for clients, as `Gateway.url`."""
+    admin: str
+    """Its address for metrics and spans, `host:port`."""
 
 
 def find_gateway(flag: str | None, environ: Mapping[str, str]) -> Gateway:
@@ -177,7 +191,35 @@ def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
     return []
 
 
-def pointer_path(environ: Mapping[str, str], pid: int) -> Path:
+def running_servers(environ: Mapping[str, str]) -> list[RunningServer]:
+    """Return this user's running servers with metrics on this machine. Stale and foreign files are skipped."""
+    for folder in _folders(environ):
+        found = [
+            RunningServer(str(document["gateway"]), str(document["admin"]))
+            for path, document in _documents(folder)
+            if path.name.startswith(_SERVER)
+        ]
+        if found:
+            return found
+    return []
+
+
+@contextmanager
+def announced(environ: Mapping[str, str], server: RunningServer) -> Iterator[None]:
+    """Let commands find a server of this process until the block ends. A folder that cannot be used is no error."""
+    path = None
+    with suppress(OSError):
+        path = pointer_path(environ, os.getpid(), _SERVER)
+        path.write_text(json.dumps({"gateway": server.gateway, "admin": server.admin}))
+    try:
+        yield
+    finally:
+        if path is not None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def pointer_path(environ: Mapping[str, str], pid: int, kind: str = "") -> Path:
     """Return the pointer's path for process `pid`. Create the folder and remove stale files from it.
 
     Raises:
@@ -190,7 +232,7 @@ def pointer_path(environ: Mapping[str, str], pid: int) -> Path:
     for path in _pointers(folder):
         if not _is_alive(path):
             path.unlink(missing_ok=True)
-    return folder / f"{pid}-{_started(pid)}.json"
+    return folder / f"{kind}{pid}-{_started(pid)}.json"
 
 
 def parse_gateway(text: str, source: str) -> Gateway:
@@ -227,33 +269,39 @@ def _pointers(folder: Path) -> Iterator[Path]:
     yield from (path for path in folder.iterdir() if _POINTER.match(path.name))
 
 
+def _documents(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the pointers of running processes in a folder, each with its document."""
+    for path in _pointers(folder) if _is_ours(folder) else ():
+        # The file may be removed meanwhile, or be no pointer.
+        with suppress(OSError, ValueError):
+            document = json.loads(path.read_text())
+            if _is_alive(path) and isinstance(document, dict) and {"gateway", "admin"} <= document.keys():
+                yield path, document
+
+
 def _nodes_in(folder: Path) -> Iterator[RunningNode]:
-    if not _is_ours(folder):
-        return
-    for path in _pointers(folder):
-        if _is_alive(path):
-            try:
-                document = json.loads(path.read_text())
-                tls = document.get("tls") or {}
-                yield RunningNode(
-                    gateway=str(document["gateway"]),
-                    admin=str(document["admin"]),
-                    data_dir=Path(document["data_dir"]),
-                    pid=int(path.name.partition("-")[0]),
-                    pids={str(name): int(pid) for name, pid in document["pids"].items()},
-                    ca=Path(tls["ca"]) if tls else None,
-                    name=str(tls.get("name", "")),
-                    key_file=Path(document["key_file"]) if document.get("key_file") else None,
-                    versions={str(name): str(text) for name, text in document.get("versions", {}).items()},
-                )
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                # The file was removed meanwhile, or is not a pointer.
-                continue
+    for path, document in _documents(folder):
+        try:
+            tls = document.get("tls") or {}
+            yield RunningNode(
+                gateway=str(document["gateway"]),
+                admin=str(document["admin"]),
+                data_dir=Path(document["data_dir"]),
+                pid=int(path.name.partition("-")[0]),
+                pids={str(name): int(pid) for name, pid in document["pids"].items()},
+                ca=Path(tls["ca"]) if tls else None,
+                name=str(tls.get("name", "")),
+                key_file=Path(document["key_file"]) if document.get("key_file") else None,
+                versions={str(name): str(text) for name, text in document.get("versions", {}).items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # The file of a server, or one that is not a pointer.
+            continue
 
 
 def _is_alive(path: Path) -> bool:
     match = _POINTER.match(path.name)
-    return match is not None and _started(int(match[1])) == match[2]
+    return match is not None and _started(int(match[2])) == match[3]
 
 
 def _started(pid: int) -> str | None:

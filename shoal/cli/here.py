@@ -1,14 +1,13 @@
-"""The node of a command that reads what only the node's own machine has, such as its metrics and logs."""
+"""The node of a command that reads what only the node's own machine has: its metrics, spans and logs."""
 
 from __future__ import annotations
 
 import os
 
-from shoal.discovery import RunningNode, find_gateway, find_node, node_of
-from shoal.errors import InvalidArgument
+from shoal.discovery import RunningNode, find_gateway, find_node, node_of, running_servers
+from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
-ADMIN_OF_SERVE = "For `shoal serve --metrics-port N` add --admin 127.0.0.1:N."
-"""What else to do, for commands with --admin."""
+_SERVE = "For `shoal serve`, start it with --metrics-port N, and add --admin 127.0.0.1:N where it is not found."
 
 
 def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
@@ -18,7 +17,10 @@ def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
         InvalidArgument: it runs on another machine, where `what` is; `otherwise` says what else to do.
         NotFound, FailedPrecondition: none is named, and none or several run here.
     """
-    node, url = node_or_url(gateway)
+    url = named(gateway)
+    if url is None:
+        return find_node(os.environ)
+    node = node_of(url, os.environ)
     if node is None:
         raise InvalidArgument(
             f"{url} is no node of this user on this machine, and {what} are on the node's own: run the command there. "
@@ -27,13 +29,34 @@ def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
     return node
 
 
-def node_or_url(gateway: str | None) -> tuple[RunningNode | None, str]:
-    """Return the node of a command, and its gateway; None for a node that does not run here. Raises as `node_here`."""
+def admin_here(gateway: str | None, what: str) -> str:
+    """Return the admin address of the node as of `node_here`; without such a node, that of a `shoal serve`.
+
+    Raises:
+        InvalidArgument, NotFound, FailedPrecondition: as `node_here`, and several servers run here.
+    """
+    url = named(gateway)
+    try:
+        return node_here(gateway, what, _SERVE).admin
+    except (InvalidArgument, NotFound) as err:
+        servers = [server for server in running_servers(os.environ) if url in (None, server.gateway)]
+        if len(servers) == 1:
+            return servers[0].admin
+        if servers:
+            choices = ", ".join(f"{server.admin} (of {server.gateway})" for server in servers)
+            raise FailedPrecondition(
+                f"{len(servers)} servers are running on this machine: choose one with --admin: {choices}"
+            ) from None
+        if url is None:
+            raise NotFound(f"{err.message}. {_SERVE}") from None
+        raise
+
+
+def named(gateway: str | None) -> str | None:
+    """Return the URL that the command, a variable or the context in use names; None when none does."""
     from shoal.cli.contexts import chosen
 
     context = chosen(gateway, os.environ)
-    if context is None and not gateway and not os.environ.get("SHOAL_GATEWAY"):
-        node = find_node(os.environ)
-        return node, node.url
-    url = context.url if context is not None else find_gateway(gateway, os.environ).url
-    return node_of(url, os.environ), url
+    if context is not None:
+        return context.url
+    return find_gateway(gateway, os.environ).url if gateway or os.environ.get("SHOAL_GATEWAY") else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -157,7 +158,6 @@ def serve(
     from shoal.node import standalone
 
     _check_kind(repository)
-    screen = _Screen(as_json=json)
     if load_model and model_control is not ModelControl.explicit:
         raise typer.BadParameter(
             "needs --model-control explicit: otherwise every model is loaded", param_hint="--load-model"
@@ -183,7 +183,8 @@ def serve(
         http_port=http_port,
         metrics_port=metrics_port,
     )
-    raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
+    with _Screen(as_json=json) as screen:
+        raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 
 
 def _check_kind(file: Path) -> None:
@@ -198,12 +199,23 @@ def _check_kind(file: Path) -> None:
 
 
 class _Screen:
-    """A shoal.node.standalone.Screen: the ready message goes to standard output, the rest to standard error."""
+    """A shoal.node.standalone.Screen: the ready message goes to standard output, the rest to standard error.
+
+    Until the `with` block ends, commands find a ready server that has metrics.
+    """
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
+        self._announced = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._announced.close()
 
     def ready(self, served: Served) -> None:
+        self._announce(served)
         if self._as_json:
             import dataclasses
             import json
@@ -229,6 +241,18 @@ class _Screen:
             version = f" version {model.version}" if model.version else ""
             state = model.state or "not loaded"
             typer.echo(f"  {model.name}{version}: {state}" + (f": {model.reason}" if model.reason else ""))
+
+    def _announce(self, served: Served) -> None:
+        import os
+
+        from shoal.discovery import RunningServer, announced
+        from shoal.node.ports import callable_here, joined
+
+        if served.metrics_address:
+            host, _, port = served.address.rpartition(":")
+            here = joined(callable_here(host.strip("[]")), int(port))
+            server = RunningServer(here if served.tls is None else f"https://{here}", served.metrics_address)
+            self._announced.enter_context(announced(os.environ, server))
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
         from shoal.node.process import ending

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import admin_page, endpoints
-from shoal.cli.here import ADMIN_OF_SERVE, node_here
+from shoal.cli.here import admin_here
 from shoal.cli.output import AsJson, Gateway, console, plain, show_json
 from shoal.errors import InvalidArgument, Unavailable
 
@@ -46,7 +46,9 @@ def top(
     admin: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Admin address of the node. Default: the node here.", show_default=False
+            metavar="HOST:PORT",
+            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: the one here.",
+            show_default=False,
         ),
     ] = None,
     gateway: Gateway = None,
@@ -70,7 +72,7 @@ def top(
         raise InvalidArgument(f"--by {by!r}: expected {', '.join(_VIEWS)}")
     if sort not in SORTS:
         raise InvalidArgument(f"--sort {sort!r}: expected {', '.join(SORTS)}")
-    address = admin or node_here(gateway, "metrics", ADMIN_OF_SERVE).admin
+    address = admin or admin_here(gateway, "metrics")
     state = _State(address, by, sort)
     if once or json or not sys.stdout.isatty():
         state.read()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import admin_page
-from shoal.cli.here import node_or_url
+from shoal.cli.here import admin_here, named
 from shoal.cli.output import Gateway, connect, console, printable, show
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
@@ -40,7 +40,7 @@ def trace(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: the node of --gateway.",
+            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: that of --gateway, or the one here.",
             show_default=False,
         ),
     ] = None,
@@ -63,8 +63,6 @@ def trace(
       shoal trace 4bf92f3577b34da6a3ce929d0e0e4736
 
       shoal trace 01JD8Y3V5M2Q4R6T8W0X2Z4B6D        the attempts of a job
-
-      shoal trace 4bf92f3577b34da6 --admin 127.0.0.1:8002
     """  # fmt: skip
     if id and not _JOB.fullmatch(id) and not _TRACE.fullmatch(id):
         raise InvalidArgument(f"{id!r} is neither a trace (8 to 32 hexadecimal digits) nor a job")
@@ -101,14 +99,14 @@ def _reader(
 ) -> tuple[Callable[[str, str], dict[str, Any]], str]:
     """Return a function that reads the spans of a trace or a job, and the address that it asks.
 
-    That is the admin address of a node on this machine, else the gateway.
+    That is the admin address of a node or server on this machine, else the gateway.
     """
     if admin is None:
-        node, url = node_or_url(gateway)
-        if node is None:
+        try:
+            admin = admin_here(gateway, "spans")
+        except InvalidArgument:  # The node is of another machine or user.
             client = stack.enter_context(connect(gateway))
-            return partial(_of_gateway, client), url
-        admin = node.admin
+            return partial(_of_gateway, client), str(named(gateway))
     return partial(_of_page, admin), admin
 
 

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from shoal.discovery import admin_of, find_gateway, find_node, key_of, pointer_path, replace_key, running_nodes
+from shoal.discovery import (
+    RunningServer,
+    admin_of,
+    announced,
+    find_gateway,
+    find_node,
+    key_of,
+    pointer_path,
+    replace_key,
+    running_nodes,
+    running_servers,
+)
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 
@@ -81,6 +92,18 @@ def test_a_stale_file_is_ignored_and_cleared_by_the_next_node(environ: dict[str,
 def test_an_invalid_file_is_ignored(environ: dict[str, str], text: str) -> None:
     announce(environ).write_text(text)
     assert running_nodes(environ) == []
+
+
+def test_a_server_is_found_while_it_runs_and_is_no_node(environ: dict[str, str]) -> None:
+    server = RunningServer("127.0.0.1:8001", "127.0.0.1:8002")
+    assert running_servers(environ) == []
+    with announced(environ, server):
+        assert running_servers(environ) == [server]
+        assert running_nodes(environ) == []
+        announce(environ)
+        assert [node.gateway for node in running_nodes(environ)] == ["127.0.0.1:8080"]
+        assert running_servers(environ) == [server]
+    assert running_servers(environ) == []
 
 
 def test_a_folder_that_others_may_write_to_is_ignored(environ: dict[str, str]) -> None:

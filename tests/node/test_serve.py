@@ -581,13 +581,22 @@ def test_a_trace_shows_the_calls_of_a_server(start: Start, onnx_models: Path) ->
     assert done.returncode == 0, done.stderr
     [named] = re.findall(r"^trace: shoal (trace [0-9a-f]{32}) --gateway (\S+)$", done.stderr, re.MULTILINE)
     assert named[1] == said["address"]
-    # The gateway of a server does not tell where its metrics are: the command says what to add.
-    elsewhere = shoal_(*named[0].split(), "--gateway", named[1])
-    assert elsewhere.returncode == 2
-    assert "add --admin 127.0.0.1:N" in elsewhere.stderr
-    shown = shoal_(*named[0].split(), "--admin", said["metrics_address"])
-    assert shown.returncode == 0, shown.stderr
-    assert re.search(r"█.* ms +infer-\d +GRPCInferenceService/ModelInfer", shown.stdout), shown.stdout
+    for how in (("--gateway", named[1]), ("--admin", said["metrics_address"])):
+        shown = shoal_(*named[0].split(), *how)
+        assert shown.returncode == 0, shown.stderr
+        assert re.search(r"█.* ms +infer-\d +GRPCInferenceService/ModelInfer", shown.stdout), shown.stdout
+    top = shoal_("top", "--once", "--every", "0.2", "--gateway", said["address"])
+    assert re.search(r"^double 1 ", top.stdout, re.MULTILINE), top.stdout + top.stderr
+    doctor = shoal_("doctor", "--gateway", said["address"])
+    assert (doctor.returncode, "is a `shoal serve`" in doctor.stderr) == (2, True), doctor.stdout + doctor.stderr
     absent = shoal_("trace", "f" * 32, "--admin", said["metrics_address"])
     assert absent.returncode == 1
     assert "no process at" in absent.stderr
+
+
+def test_a_server_without_metrics_has_no_trace_and_the_error_says_what_to_do(start: Start, onnx_models: Path) -> None:
+    _, said = start(str(onnx_models))
+    command = [sys.executable, "-m", "shoal.cli.main", "trace", "f" * 32, "--gateway", said["address"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "For `shoal serve`, start it with --metrics-port N" in done.stderr

@@ -175,8 +175,10 @@ def _part_unreadable(facts: Facts) -> Iterator[Finding]:
 
 @_check("admin-unreachable")
 def _admin_unreachable(facts: Facts) -> Iterator[Finding]:
-    if facts.status is not None and "endpoints" in facts.unread:
-        yield _warning("admin-unreachable", facts.unread["endpoints"], "shoal logs envoy")
+    if facts.status is not None and "endpoints" in facts.unread and facts.local is not None:
+        pid = facts.local.launcher_pid
+        what = f"{facts.unread['endpoints']}: `shoal up` (pid {pid}) stands still, as after Ctrl-Z"
+        yield _warning("admin-unreachable", what, f"kill -CONT {pid}")
 
 
 # Coordination and the mesh.

@@ -91,6 +91,8 @@ class LocalFacts:
     data_dir_mode: int
     launcher_alive: bool
     """False: no `shoal up` holds the data folder."""
+    launcher_pid: int
+    """0: it does not run."""
     processes: tuple[ProcessFacts, ...]
     disk: DiskFacts
     logs: LogFacts

@@ -24,7 +24,7 @@ from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
-from shoal.errors import ShoalError
+from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.node.logs import LogFilter, latest, processes
 from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
@@ -69,11 +69,19 @@ class _Parts:
 def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts:
     """Return the facts about a running node; `node` is None for a node of another machine.
 
-    `chosen` is the --gateway of commands that would not find it without.
+    `chosen` is the --gateway of commands that would not find it without. Raises InvalidArgument for a `shoal serve`.
     """
     parts = _Parts()
     now = datetime.now(UTC)
-    status = parts.read("status", lambda: client.status(timeout=READ_S))
+    status = None
+    try:
+        status = client.status(timeout=READ_S)
+    except Unimplemented as err:
+        raise InvalidArgument(
+            f"{client.address} is a `shoal serve`, and doctor looks at nodes: see `shoal top` for what a server does"
+        ) from err
+    except ShoalError as err:
+        parts.unread["status"] = err.message
     listen = _listen(node.data_dir) if node is not None else ""
     endpoints = None if node is None else _tuple(parts.read("endpoints", lambda: fetch(node.admin)))
     earlier: tuple[Endpoint, ...] | None = None
@@ -116,7 +124,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
         page=None if node is None else parts.read("metrics", lambda: admin_page.metrics(node.admin, timeout_s=PAGE_S)),
-        local=None if node is None else _local(node.data_dir, node.pids, _log_window(now, node.pid), is_running=True),
+        local=None if node is None else _local(node.data_dir, node.pids, _log_window(now, node.pid), node.pid),
         unread=parts.unread,
     )
 
@@ -124,7 +132,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
 def of_folder(data_dir: Path) -> Facts:
     """Return the facts about a node that does not run, from its data folder."""
     now = datetime.now(UTC)
-    local = _local(data_dir, {}, now - LOG_WINDOW, is_running=_is_locked(data_dir))
+    local = _local(data_dir, {}, now - LOG_WINDOW, 0)
     return Facts(now=now, version=__version__, local=local)
 
 
@@ -196,7 +204,8 @@ def _log_window(now: datetime, pid: int) -> datetime:
     return now - min(LOG_WINDOW, timedelta(seconds=uptime_s - ticks / os.sysconf("SC_CLK_TCK")))
 
 
-def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, *, is_running: bool) -> LocalFacts:
+def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, launcher: int) -> LocalFacts:
+    is_running = launcher > 0 or _is_locked(data_dir)
     disk = shutil.disk_usage(data_dir)
     inodes = os.statvfs(data_dir)
     memory = _memory()
@@ -205,6 +214,7 @@ def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, *, is_
         data_dir=data_dir,
         data_dir_mode=data_dir.stat().st_mode & 0o7777,
         launcher_alive=is_running,
+        launcher_pid=launcher,
         processes=tuple(_process(name, pid) for name, pid in pids.items()),
         disk=DiskFacts(data_dir, disk.free, disk.total, inodes.f_favail, inodes.f_files),
         logs=_logs(data_dir / "logs", logs_since),
