@@ -14,6 +14,10 @@ from mesh.h2 import frames
 STREAM = b"/inference.GRPCInferenceService/ModelStreamInfer"
 
 
+# Between two readings of a slow reader.
+_PAUSE_S = 0.5
+
+
 @functools.cache
 def echo(nbytes: int) -> bytes:
     """Return a request whose response has as many bytes."""
@@ -70,6 +74,26 @@ def _unread_streams(connection: Connection) -> Script:
             yield from connection.body(number, body, is_end=False, is_patient=False)
 
 
+def _many(*, is_read: bool) -> Callable[[Connection], Script]:
+    """Return a script that opens one stream, whose responses do not end. It reads them now and then, or not at all."""
+
+    def script(connection: Connection) -> Script:
+        connection.is_reading = False
+        number, opening = connection.open(head(STREAM, tenant=ATTACKER))
+        connection.tally["calls"] += 1
+        yield opening
+        yield from connection.body(number, framed(tensor("many", "FP32", [1], bytes(4))), is_end=False)
+        while True:
+            due = time.monotonic() + _PAUSE_S
+            while time.monotonic() < due:
+                yield None
+            connection.is_reading = is_read
+            yield None
+            connection.is_reading = False
+
+    return script
+
+
 def _no_window(connection: Connection) -> Script:
     block, body = head(tenant=ATTACKER), echo(MIB)
     for _ in range(min(connection.max_streams, 1000)):
@@ -109,6 +133,8 @@ ATTACKS = (
     Attack("unread", "responses of 1 MiB, no reading", _unread(MIB)),
     Attack("unread-small", "responses of 4 KiB, no reading", _unread(4096)),
     Attack("unread-streams", "streams of responses of 1 MiB, no reading", _unread_streams),
+    Attack("many-unread", "240 streams of a decoupled model, no reading", _many(is_read=False), connections=240),
+    Attack("many-slow", "240 streams of a decoupled model, slow reading", _many(is_read=True), connections=240),
     Attack("no-window", "responses of 1 MiB, and no window", _no_window, settings={frames.WINDOW_SIZE: 0}),
     Attack("large", "messages of 100 MB, and responses of 100 MB", _large, prepare=lambda: echo(100_000_000)),
     repeating(

@@ -27,12 +27,30 @@ parameters { key: "each.ordered" value { string_value: "x" } }
 """
 
 
+# Responses of 1 MiB, without an end.
+MANY = """
+import numpy as np
+
+class Model:
+    def predict(self, batch):
+        while True:
+            yield {"y": np.zeros(1 << 18, np.float32)}
+"""
+MANY_CONFIG = """
+backend: "python"
+input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "y" data_type: TYPE_FP32 dims: [ -1 ] }
+parameters { key: "max_streams" value { string_value: "256" } }
+"""
+
+
 def write(root: Path) -> None:
     """Write the model repository.
 
     `small` y = 2x [n,4], of the bystanders; `echo` y = x, FP32 [n,k]; `text` y = x, BYTES [n,k]; `attention` [n,t,64],
     whose cost grows with the square of t; `slow` and `ordered` (which preserves the order of its responses) [n,4], some
-    milliseconds; `rows`, an ensemble that calls `ordered` for each row; `wide` [n,1], whose y has 50 MB for each row.
+    milliseconds; `rows`, an ensemble that calls `ordered` for each row; `wide` [n,1], whose y has 50 MB for each row;
+    `many`, a decoupled model.
     """
     _put(root, "small", _model([helper.make_node("Add", ["x", "x"], ["y"])], TensorProto.FLOAT, ("n", 4)))
     _put(root, "echo", _model([helper.make_node("Identity", ["x"], ["y"])], TensorProto.FLOAT, ("n", "k")))
@@ -42,6 +60,9 @@ def write(root: Path) -> None:
     _put(root, "ordered", _slow(50), ORDERED)
     # Stated: the trial of a guessed batch would leave memory that returns during the first seconds.
     _put(root, "wide", wide(12_500_000), "max_batch_size: 32\n")
+    (root / "many" / "1").mkdir(parents=True)
+    (root / "many" / "1" / "model.py").write_text(MANY)
+    (root / "many" / "config.pbtxt").write_text(MANY_CONFIG)
     (root / "rows" / "1").mkdir(parents=True)
     (root / "rows" / "config.pbtxt").write_text(ROWS)
 

@@ -31,6 +31,7 @@ from mesh.rpc.framing import (
     most_inflated,
     no_memory,
     not_encoded,
+    pieces,
     stalled,
     too_large,
     unread,
@@ -50,9 +51,6 @@ _NEVER = math.inf
 
 UNJOINED_BYTES = 1 << 20
 """Parts of a larger message are sent as they are. A join of 100 MB takes 50 ms, and as much memory again."""
-
-# Parts of such a message that are joined: as much as a frame costs.
-_SMALL_PART_BYTES = 16 << 10
 
 # Time between two checks of the deadlines. A timer for each call would cost more than the call.
 _DEADLINE_CHECK_S = 0.02
@@ -247,7 +245,7 @@ class FastCall(StreamMemory):
             if size > DEFAULT_FRAME:
                 self._check_large(size)
                 if size > UNJOINED_BYTES:
-                    self._reply_unjoined(_pieces(PREFIX.pack(0, size), parts), trailers)
+                    self._reply_unjoined(pieces(PREFIX.pack(0, size), parts), trailers)
                     return
             body = b"".join((PREFIX.pack(0, size), *parts))
         # Too large, not bytes, or out of memory: the client needs a status.
@@ -344,23 +342,6 @@ class FastCall(StreamMemory):
             self._app.tracer.end(self.span, self._stream.head.path, code, message, tenant)
         if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
-
-
-def _pieces(prefix: bytes, parts: Sequence[Any]) -> list[bytes | memoryview]:
-    """Return the prefix and the parts of a message as pieces, of which the small ones are joined."""
-    pieces: list[bytes | memoryview] = []
-    small: list[Any] = [prefix]
-    for part in parts:
-        with memoryview(part) as view:
-            is_large = view.nbytes > _SMALL_PART_BYTES
-        if is_large:
-            pieces += [b"".join(small), memoryview(part).cast("B")]
-            small = []
-        else:
-            small.append(part)
-    if small:
-        pieces.append(b"".join(small))
-    return pieces
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from shoal.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, ShoalError, Unimplemented
@@ -43,6 +43,37 @@ _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 def framed(message: bytes) -> bytes:
     """Return one message with its prefix, uncompressed."""
     return PREFIX.pack(0, len(message)) + message
+
+
+class MessageParts:
+    """A message that is serialised already, in parts: bytes-like, `size` bytes together. They are sent as they are."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self, parts: Sequence[Any], size: int) -> None:
+        self.parts = parts
+        self.size = size
+
+
+# Parts of a message that are joined: as much as a frame costs.
+_SMALL_PART_BYTES = 16 << 10
+
+
+def pieces(prefix: bytes, parts: Sequence[Any]) -> list[bytes | memoryview]:
+    """Return the prefix and the parts of a message as pieces, of which the small ones are joined."""
+    found: list[bytes | memoryview] = []
+    small: list[Any] = [prefix]
+    for part in parts:
+        with memoryview(part) as view:
+            is_large = view.nbytes > _SMALL_PART_BYTES
+        if is_large:
+            found += [b"".join(small), memoryview(part).cast("B")]
+            small = []
+        else:
+            small.append(part)
+    if small:
+        found.append(b"".join(small))
+    return found
 
 
 class Unfinished(list[bytes]):

@@ -25,7 +25,9 @@ from mesh.rpc.call_context import CallContext, Metadata
 from mesh.rpc.framing import (
     ACCEPTED,
     PIECE_OVERHEAD,
+    PREFIX,
     Deframer,
+    MessageParts,
     Unfinished,
     check_encoding,
     framed,
@@ -33,6 +35,7 @@ from mesh.rpc.framing import (
     inflated_inline,
     most_inflated,
     no_memory,
+    pieces,
     stalled,
     too_large,
     unread,
@@ -193,7 +196,11 @@ class SlowCall:
         responses = behaviour(request, context)
         try:
             async for message in responses:
-                await response.message(handler.response_serializer(message))
+                if not isinstance(message, MessageParts):
+                    serialised = handler.response_serializer(message)
+                    message = MessageParts((serialised,), len(serialised))
+                    del serialised
+                await response.message(message)
         finally:
             await responses.aclose()
         response.end(*context.status, context.trailing)
@@ -391,6 +398,10 @@ def _deliver(done: asyncio.Future[bytes], result: bytes | BaseException) -> None
         done.set_result(result)
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Response:
     """Messages and status of one call's response. The status is sent once; later ones are ignored."""
 
@@ -406,24 +417,23 @@ class _Response:
         """Send the message of a unary call, and its status."""
         context = self.context
         assert context is not None
-        self._check(message)
+        self._check(len(message))
         trailers = status.trailers(*context.status, context.trailing)
         head = self._head()
         self._is_over = True
         self._stream.respond(head, framed(message), encode(trailers))
 
-    async def message(self, message: bytes) -> None:
+    async def message(self, message: MessageParts) -> None:
         """Send a message of a streamed response. Return when all of it is written."""
-        self._check(message)
+        self._check(message.size)
         if not self._has_started:
             self._stream.start(self._head())
             self._has_started = True
         sent = asyncio.get_running_loop().create_future()
-        data = framed(message)
-        # Only what is sent waits for the client.
-        del message
-        self._stream.send(data, lambda: None if sent.done() else sent.set_result(None))
-        del data
+        *first, last = pieces(PREFIX.pack(0, message.size), message.parts)
+        for piece in first:
+            self._stream.send(piece, _nothing)
+        self._stream.send(last, lambda: None if sent.done() else sent.set_result(None))
         await sent
 
     def end(self, code: Code | int, message: str, trailing: Iterable[tuple[str, str | bytes]] = ()) -> None:
@@ -441,10 +451,10 @@ class _Response:
         leading = status.encoded(self.context.leading) if self.context else []
         return response_head(200, [status.CONTENT_TYPE, (b"grpc-accept-encoding", ACCEPTED), *leading, *trailers])
 
-    def _check(self, message: bytes) -> None:
+    def _check(self, size: int) -> None:
         if self.is_disconnected:
             raise Disconnected("the client has disconnected")
-        if len(message) > self._message_bytes:
-            raise too_large(len(message), self._message_bytes)
-        if not self._stream.has_room(len(message)):
+        if size > self._message_bytes:
+            raise too_large(size, self._message_bytes)
+        if not self._stream.has_room(size):
             raise unread()

@@ -355,8 +355,12 @@ class InferenceServer:
         memory: RequestMemory = UNCOUNTED,
         message_bytes: int = 0,
         limits: CallLimits | None = None,
+        raw: list[Any] | None = None,
     ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
-        """Yield the responses of a decoupled model and the model's own errors. Raises other errors as `infer` does."""
+        """Yield the responses of a decoupled model and the model's own errors. Raises other errors as `infer` does.
+
+        Before a response of numbers is yielded, `raw`, if given, receives its raw contents in place of the message.
+        """
         with (
             self.models.use(message.model_name, message.model_version) as version,
             _counted(limits, message, message_bytes, version),
@@ -370,7 +374,7 @@ class InferenceServer:
                     self.models.tenants.add(tenant, request.rows)
                 request.memory = memory
                 async with aclosing(
-                    decoupled_responses.responses(version, request, message, self.heavy, deadline, tenant)
+                    decoupled_responses.responses(version, request, message, self.heavy, deadline, tenant, raw)
                 ) as responses:
                     async for response in responses:
                         yield response

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from mesh.rpc.heavy_work import HeavyWork
 from services.infer.models.version import Version
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.requests.response import write_response_async
+from services.infer.requests.response import has_numbers_only, write_response_async
 from services.infer.scheduling.decoupled import Response
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -27,8 +28,11 @@ async def responses(
     heavy: HeavyWork,
     deadline: float,
     tenant: str,
+    raw: list[Any] | None = None,
 ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
     """Yield the response messages of one request; the model's own errors are yielded, too.
+
+    Before a response of numbers is yielded, `raw`, if given, receives its raw contents in place of the message.
 
     Raises as `DecoupledScheduler.stream` does.
     """
@@ -39,11 +43,17 @@ async def responses(
             if response.error is not None:
                 yield response.error
             elif wants_empty or not response.is_empty:
-                yield await _response_message(response, version, request, heavy, tenant, message.id)
+                yield await _response_message(response, version, request, heavy, tenant, message.id, raw)
 
 
 async def _response_message(
-    response: Response, version: Version, request: InferenceRequest, heavy: HeavyWork, tenant: str, id: str
+    response: Response,
+    version: Version,
+    request: InferenceRequest,
+    heavy: HeavyWork,
+    tenant: str,
+    id: str,
+    raw: list[Any] | None,
 ) -> pb.ModelInferResponse:
     if response.is_empty:
         # As in Triton, an empty response has no version.
@@ -52,7 +62,16 @@ async def _response_message(
         batched = version.loaded.model.signature.max_batch_size > 0
         result = InferenceResult(response.outputs, ExecutionTimes())
         message = await write_response_async(
-            result, request, heavy, tenant, model=version.name, version=version.number, id=id, batched=batched
+            result,
+            request,
+            heavy,
+            tenant,
+            model=version.name,
+            version=version.number,
+            id=id,
+            batched=batched,
+            raw=raw if has_numbers_only(request) else None,
+            is_own=True,
         )
     message.parameters[FINAL].bool_param = response.is_final
     return message

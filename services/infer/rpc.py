@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from mesh.rpc.access import Access, caller_in
 from mesh.rpc.call_context import CallMemory
 from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.framing import MessageParts
 from mesh.rpc.heavy_work import Steps
 from mesh.rpc.held_shares import CallLimits
 from mesh.rpc.interceptors import Context
@@ -112,24 +113,24 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    ) -> AsyncIterator[MessageParts]:
         server, deadline, is_retry = self._server, _deadline(context), _is_retry(context)
         admit = _admission(context, self._access, rpc_groups.MODEL_STREAM_INFER)
 
-        async def infer(message: pb.ModelInferRequest, part: RequestPart) -> pb.ModelInferResponse:
+        async def infer(message: pb.ModelInferRequest, part: RequestPart, raw: list[Any]) -> pb.ModelInferResponse:
             tenant, limits = admit(message.model_name)
             size = part.message_bytes
             return await server.infer(
-                message, deadline, tenant, is_retry=is_retry, memory=part, message_bytes=size, limits=limits
+                message, deadline, tenant, is_retry=is_retry, memory=part, message_bytes=size, raw=raw, limits=limits
             )
 
         def respond(
-            message: pb.ModelInferRequest, part: RequestPart
+            message: pb.ModelInferRequest, part: RequestPart, raw: list[Any]
         ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None] | None:
             if not server.is_decoupled(message):
                 return None
             tenant, limits = admit(message.model_name)
-            return server.responses(message, deadline, tenant, part, part.message_bytes, limits)
+            return server.responses(message, deadline, tenant, part, part.message_bytes, limits, raw)
 
         responses = model_stream_infer.stream_responses(request_iterator, infer, respond, _memory(context))
         async with aclosing(responses):

@@ -329,8 +329,35 @@ async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memor
         raise AssertionError("the model is decoupled")
 
     stream = stream_responses(requests(), infer, lambda *_: responses(), memory)
-    errors = [(response.error_message, response.infer_response.id) async for response in stream]
+    read = [pb.ModelStreamInferResponse.FromString(b"".join(response.parts)) async for response in stream]
+    errors = [(response.error_message, response.infer_response.id) for response in read]
     assert errors == [("the model's own error", "7"), ("the model has failed", "7")]
+
+
+async def test_raw_contents_of_a_streams_responses_are_not_copied():
+    memory, contents = Limited(256 * MIB), np.arange(1 << 18, dtype=np.float32)
+
+    async def responses(raw: list[Any]) -> AsyncIterator[Any]:
+        for n in range(2):
+            raw.append(contents)
+            yield pb.ModelInferResponse(id=str(n))
+
+    async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+        yield pb.ModelInferRequest(model_name="m")
+
+    async def infer(*_: Any) -> pb.ModelInferResponse:
+        raise AssertionError("the model is decoupled")
+
+    stream = stream_responses(requests(), infer, lambda message, part, raw: responses(raw), memory)
+    for n, message in enumerate([message async for message in stream]):
+        assert sum(part is contents for part in message.parts) == 1
+        whole = b"".join(message.parts)
+        response = pb.ModelStreamInferResponse.FromString(whole).infer_response
+        assert (len(whole), response.id, response.raw_output_contents[:]) == (
+            message.size,
+            str(n),
+            [contents.tobytes()],
+        )
 
 
 @pytest.mark.parametrize(("kib", "most"), [(1_024, 1), (200, 3), (1, 32)])

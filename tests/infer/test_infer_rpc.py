@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from onnx import TensorProto
 
+from mesh.rpc.framing import MessageParts
 from services.infer import model_stream_infer
 from shoal.errors import ERROR_CODE_PARAMETER, Code
 from shoal.inference.v2 import inference_pb2 as pb
@@ -480,7 +482,7 @@ async def test_a_stream_is_read_no_faster_than_its_responses_are_sent(served):
     class Infer:
         running = most = 0
 
-        async def __call__(self, asked: pb.ModelInferRequest, part: object) -> pb.ModelInferResponse:
+        async def __call__(self, asked: pb.ModelInferRequest, part: object, raw: list[Any]) -> pb.ModelInferResponse:
             self.running += 1
             self.most = max(self.most, self.running)
             await asyncio.sleep(0)
@@ -489,9 +491,13 @@ async def test_a_stream_is_read_no_faster_than_its_responses_are_sent(served):
 
     infer = Infer()
     responses = model_stream_infer.stream_responses(asked(), infer)
-    assert (await anext(responses)).infer_response.id == "0"
+
+    def id_of(response: MessageParts) -> str:
+        return pb.ModelStreamInferResponse.FromString(b"".join(response.parts)).infer_response.id
+
+    assert id_of(await anext(responses)) == "0"
     await asyncio.sleep(0)
     assert sent <= model_stream_infer.AHEAD + 1
-    rest = [response.infer_response.id async for response in responses]
+    rest = [id_of(response) async for response in responses]
     assert rest == [str(n) for n in range(1, 1000)]
     assert infer.most <= model_stream_infer.AHEAD

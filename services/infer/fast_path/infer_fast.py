@@ -29,7 +29,7 @@ from services.infer.models.models import Models
 from services.infer.models.version import Version
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.request import InferenceRequest
-from services.infer.requests.response import kept
+from services.infer.requests.response import kept, with_raw
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER, JOB_RETRY_HEADER
@@ -172,7 +172,7 @@ class FastInfer:
                 raw=raw,
                 limits=limits,
             )
-            parts, size = template.with_raw(response.SerializeToString(), raw)
+            parts, size = with_raw(response.SerializeToString(), raw)
             seconds = time.monotonic() - began
             if seconds * 1e9 > self._slow_ns(message):
                 about = {MODEL: response.model_name, MODEL_VERSION: response.model_version}

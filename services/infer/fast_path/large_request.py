@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from mesh.rpc.parsing import Parser, varint
-from services.infer.fast_path.template import tag_and_length
+from services.infer.requests.response import tag_and_length
 from shoal.inference.v2 import inference_pb2 as pb
 
 LARGE_BYTES = 4 << 20

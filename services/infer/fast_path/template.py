@@ -22,11 +22,12 @@ from mesh.rpc.framing import PREFIX_BYTES
 from services.infer.models.version import Version
 from services.infer.requests import parameters
 from services.infer.requests.request import InferenceRequest, WantedOutput, read
+from services.infer.requests.response import RAW_OUTPUT, tag_and_length
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 
-NAME, VERSION, ID, RAW_INPUT, RAW_OUTPUT = 0x0A, 0x12, 0x1A, 0x3A, 0x32
+NAME, VERSION, ID, RAW_INPUT = 0x0A, 0x12, 0x1A, 0x3A
 """Tags: the field's number and wire type 2 (length-delimited)."""
 
 # Bounds of one model: a client that varies the number of rows sends one head for each number.
@@ -199,25 +200,3 @@ def _response_template(prefix: bytes, requested: Sequence[WantedOutput], outputs
     raw = tuple(tag_and_length(RAW_OUTPUT, output.nbytes) for output in outputs)
     size = len(prefix) + len(heads) + sum(map(len, raw)) + sum(output.nbytes for output in outputs)
     return ResponseTemplate(heads, raw, size)
-
-
-def with_raw(response: bytes, raw: Sequence[Any]) -> tuple[list[Any], int]:
-    """Return the parts and the size of a response whose raw contents, bytes-like, are not in it."""
-    parts: list[Any] = [response]
-    size = len(response)
-    for contents in raw:
-        length = memoryview(contents).nbytes
-        opening = tag_and_length(RAW_OUTPUT, length)
-        parts += [opening, contents]
-        size += len(opening) + length
-    return parts, size
-
-
-def tag_and_length(tag: int, size: int) -> bytes:
-    """Return the tag and length of a field of `size` bytes."""
-    out = bytearray([tag])
-    while size > 127:
-        out.append(size & 127 | 128)
-        size >>= 7
-    out.append(size)
-    return bytes(out)

@@ -99,8 +99,8 @@ async def begin(world: World, target: str, path: str, *, is_late: bool) -> Calla
         core = core_of(world)
         responses = model_stream_infer.stream_responses(
             requests(),
-            lambda message, part: core.infer(message, memory=part),
-            lambda message, part: core.responses(message, memory=part) if core.is_decoupled(message) else None,
+            lambda message, part, raw: core.infer(message, memory=part, raw=raw),
+            lambda message, part, raw: core.responses(message, memory=part) if core.is_decoupled(message) else None,
         )
         async with aclosing(responses):
             async for _ in responses:

@@ -305,6 +305,7 @@ LARGE = """
             for i in range(int(batch["n"][0])):
                 yield {"i": np.full([1 << 18], i, np.int32)}
 """
+LARGE_CONFIG = COUNT_CONFIG.replace('"i" data_type: TYPE_INT32 dims: [ 1 ]', '"i" data_type: TYPE_INT32 dims: [ -1 ]')
 
 
 class CallMemory:
@@ -327,8 +328,20 @@ class CallMemory:
         assert self.held >= 0
 
 
+async def test_raw_contents_of_a_response_are_those_that_the_model_process_sent(repo, serve):
+    repo.python("large", LARGE, LARGE_CONFIG)
+    serving, raw = await serve(), []
+    async with aclosing(serving.core.responses(request("large", n=np.array([2], np.int32)), raw=raw)) as responses:
+        async for response in responses:
+            assert not response.raw_output_contents
+            if response.outputs:
+                (contents,) = raw
+                assert (contents.nbytes, contents.base is None) == (1 << 20, False)
+            raw.clear()
+
+
 async def test_responses_that_are_not_read_count_and_a_request_beyond_the_limit_ends(serve, repo):
-    repo.python("large", LARGE, COUNT_CONFIG.replace("dims: [ 1 ]\n}\n", "dims: [ -1 ]\n}\n"))
+    repo.python("large", LARGE, LARGE_CONFIG)
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
     memory = CallMemory()
