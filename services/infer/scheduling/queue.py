@@ -329,7 +329,7 @@ class Queue:
         self, group: StackGroup, front: list[QueuedRequest], is_full: bool, now: float, rate: float, instances: int
     ) -> Decision:
         if self._has_goal:
-            return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
+            return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances, is_full=is_full)
         return batcher.decide(front, group.oldest(), now, self._policy, is_full=is_full)
 
     def _front(self, key: Hashable, group: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:

@@ -60,7 +60,14 @@ class Arrivals:
 
 
 def decide(
-    front: Sequence[BatchCandidate], now: float, policy: BatchPolicy, cost: CostCurve, *, rate: float, instances: int
+    front: Sequence[BatchCandidate],
+    now: float,
+    policy: BatchPolicy,
+    cost: CostCurve,
+    *,
+    rate: float,
+    instances: int,
+    is_full: bool,
 ) -> Decision:
     """Decide about the requests of the next batch.
 
@@ -68,13 +75,14 @@ def decide(
         front: at least one request, and no more than may run together; earliest due first.
         rate: rows that arrive in a second.
         instances: executions that may run at the same time.
+        is_full: as for `batcher.decide`.
     """
     if not cost.is_known:
         return Run(len(front), "slo")
     count, rows, due = _fitting_prefix(front, now, cost)
     if count < len(front):
         return Run(count, "slo")
-    if rows >= policy.max_rows:
+    if is_full or rows >= policy.max_rows:
         return Run(count, "full")
     latest = due - cost.worst(rows) - _HANDOVER_S
     if due == math.inf or latest <= now:

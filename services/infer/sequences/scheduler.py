@@ -74,7 +74,8 @@ class SequenceScheduler:
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
-        self._outputs = outputs
+        # An instance of a direct model computes all slots, whichever have a step.
+        self._outputs = UNBOUNDED if settings.is_direct else outputs
         self._outcomes = outcomes or OutcomeQueue()
         self.table = SequenceTable(instances, settings.slots, settings.idle_s, weights, first_shapes)
         self._instances = instances
@@ -211,9 +212,6 @@ class SequenceScheduler:
                 continue
             self._idle.discard(instance)
             steps = chosen.steps
-            # An instance of a direct model computes all slots, whichever have a step.
-            if not self._settings.is_direct:
-                steps = steps[: self._outputs.max_rows(steps[0].request.key)]
             self.table.take(steps)
             if self._settings.is_direct:
                 steps = sorted(steps, key=lambda step: step.slot)
@@ -226,9 +224,10 @@ class SequenceScheduler:
     def _decide(self, instance: int, now: float) -> Chosen | Wait:
         heads = self.table.heads(instance)
         if self._is_closing:
-            return oldest.choose_now(heads, self._settings, self.table.key)
-        decide = direct.decide if self._settings.is_direct else oldest.decide
-        return decide(heads, now, self._settings, self.table.key)
+            return oldest.choose_now(heads, self._settings, self.table.key, self._outputs)
+        if self._settings.is_direct:
+            return direct.decide(heads, now, self._settings, self.table.key)
+        return oldest.decide(heads, now, self._settings, self.table.key, self._outputs)
 
     def _on_batch_done(
         self,
@@ -246,7 +245,7 @@ class SequenceScheduler:
         if not self._is_ended:
             self._idle.add(instance)
         started_sequences = set()
-        learns = self._outputs.is_learning and not self._settings.is_direct
+        learns = self._outputs.is_learning
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, InferenceResult)
             if learns and isinstance(outcome, InferenceResult):

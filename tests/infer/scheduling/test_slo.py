@@ -38,8 +38,8 @@ def curve(fixed_s: float, row_s: float, most: int = 64) -> CostCurve:
 GOAL = BatchPolicy(64, 1 << 30, slo_s=0.05)
 
 
-def decide(calls, now, cost, *, rate=0.0, instances=1):
-    return slo.decide(calls, now, GOAL, cost, rate=rate, instances=instances)
+def decide(calls, now, cost, *, rate=0.0, instances=1, is_full=False):
+    return slo.decide(calls, now, GOAL, cost, rate=rate, instances=instances, is_full=is_full)
 
 
 def test_a_lone_request_on_an_idle_server_runs_immediately():
@@ -51,6 +51,10 @@ def test_on_a_busy_server_it_waits_as_long_as_the_goal_allows():
     assert isinstance(decision, Wait)
     assert 0.04 < decision.until < 0.045
     assert decide([Call(1, 0.05)], decision.until, curve(5 * MS, 1e-5), rate=1000.0) == Run(1, "slo")
+
+
+def test_it_does_not_wait_for_rows_that_find_no_room():
+    assert decide([Call(1, 0.05)], 0.0, curve(5 * MS, 1e-5), rate=1000.0, is_full=True) == Run(1, "full")
 
 
 def test_it_does_not_wait_while_the_instances_are_hardly_busy():

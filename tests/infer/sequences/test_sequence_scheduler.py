@@ -75,6 +75,19 @@ def test_outputs_bound_the_batches_of_oldest():
     run(scene())
 
 
+def test_a_batch_of_oldest_that_outputs_fill_does_not_wait_for_more():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, slots=8, rows=8, delay_s=600.0), outputs=OutputSizes(24, None))
+        async with bench.scheduler:
+            # Of a shape that nothing has measured, one step runs.
+            await bench.total(step(1, start=True))
+            await asyncio.gather(*(bench.total(step(n, start=True)) for n in (2, 3, 4)))
+            assert asyncio.get_running_loop().time() == pytest.approx(0.02)
+            assert Counter(ran.run for ran in bench.log) == {1: 1, 2: 3}
+
+    run(scene())
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_batch_is_measured_once_and_only_where_outputs_bound_it(monkeypatch, direct):
     measured = []
