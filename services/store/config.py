@@ -56,8 +56,9 @@ class StoreConfig(ServiceConfig):
     """URLs, separated by commas, below which ExportResults may write (`file:///data/exports,s3://reports/shoal,gs://`).
     Exports to the caller need none. With a policy, `{tenant}` stands for the tenant of the caller
     (`s3://reports/{tenant}`), and `file:///` or `s3://` alone allow nothing."""
-    max_exports: Annotated[int, Field(ge=1, le=100)] = 2
-    """Most exports at a time. Each holds a part (64 MiB of answers) in memory."""
+    max_exports: Annotated[int, Field(ge=1, le=100)] = 3
+    """Most exports at a time, of which one tenant may have two thirds. Each holds a part (64 MiB of answers) in
+    memory."""
 
     backups: tuple[Annotated[str, Field(pattern=LOCATION_URL)], ...] = ()
     """URLs, separated by commas, below which BackUp may write and Restore may read."""

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from itertools import chain, product
 
@@ -20,10 +20,14 @@ from mesh import change_tokens
 from services.store.artifacts.object_blobs import ObjectBlobs
 from services.store.config import StoreConfig
 from services.store.results import result_watch
+from services.store.results.large_responses import LargeResponses
+from services.store.results.read_gate import ReadGate
+from services.store.results.result_documents import BlobRef
 from services.store.results.result_rules import check_results
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as pb
+from tests.breakable import until
 from tests.store.conftest import Store, on_shared_loop, refused, running_store
 
 pytestmark = pytest.mark.mongo
@@ -194,6 +198,42 @@ async def test_how_much_lies_in_a_document_is_for_the_operator_to_say(config: St
             await put(store, *sent)
             assert len([path for path in (store.root / "responses").rglob("*") if path.is_file()]) == blobs
             assert [(await get(store, one.job_id)).response for one in sent] == [one.response for one in sent]
+
+
+async def streamed(store: Store) -> list[str]:
+    stream = store.stub.StreamResults(pb.StreamResultsRequest())
+    return [one.job_id async for page in stream for one in page.results]
+
+
+@pytest.mark.parametrize(
+    ("call", "at_once"),
+    [(lambda store: get(store, "j0"), 2), (query, 1), (streamed, 1)],
+    ids=["get", "query", "stream"],
+)
+async def test_large_responses_that_are_read_at_a_time_are_bounded(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, call: Callable[[Store], Awaitable[object]], at_once: int
+) -> None:
+    read, may_end, counts = LargeResponses.read, asyncio.Event(), [0]
+
+    async def held(responses: LargeResponses, ref: BlobRef) -> bytes:
+        counts.append(counts[-1] + 1)
+        await may_end.wait()
+        counts.append(counts[-1] - 1)
+        return await read(responses, ref)
+
+    # Of single responses two find room, of pages one.
+    monkeypatch.setattr("services.store.results.results.ReadGate", lambda: ReadGate(5 << 20))
+    monkeypatch.setattr(LargeResponses, "read", held)
+    async with running_store(config) as store:
+        for n in range(3):
+            await put(store, result(f"j{n}", response=answer(2 << 20)))
+        calls = [asyncio.ensure_future(call(store)) for _ in range(4)]
+        await until(lambda: counts[-1] == at_once, "the first reads")
+        # A small read overtakes them, and those that arrived before it have begun.
+        assert not (await store.stub.QueryResults(pb.QueryResultsRequest(omit_response=True, tenant="none"))).results
+        may_end.set()
+        await asyncio.gather(*calls)
+        assert max(counts) == at_once
 
 
 async def test_a_response_near_the_limit_of_a_message(store: Store) -> None:

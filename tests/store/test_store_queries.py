@@ -14,6 +14,7 @@ from pymongo import monitoring
 from mesh import mongo
 from services.store.documents import Collections
 from services.store.page_token import Position
+from services.store.results.read_gate import ReadGate
 from services.store.results.result_documents import document
 from services.store.results.result_filter import find
 from services.store.results.results import Results
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.mongo
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
 PLACES = [None, Position(NOW, "j")]
+READING = ReadGate().reading("")
 # Each field of a filter, left out and given: every combination of them is asked.
 CHOICES: dict[str, list[Any]] = {
     "model_name": [None, "m1"],
@@ -159,7 +161,7 @@ async def test_answers_are_those_that_match(thousand: Collections) -> None:
     docs = [recorded(n) for n in range(1_000)]
     results = Results(thousand, cast(Any, None), lambda: NOW)
     for wanted in combinations(job_ids=[None, ["j0000", "j0042", "j0043", "j0777", "none"]]):
-        page, more = await results.page(wanted, None, 1_000, omit_response=True)
+        page, more = await results.page(wanted, None, 1_000, READING, omit_response=True)
         expected = [doc["_id"] for doc in reversed(docs) if matches(doc, wanted)]
         assert ([doc["_id"] for doc in page], more) == (expected, False), wanted
 
@@ -181,8 +183,10 @@ async def test_questions_with_job_ids_read_no_more_than_those(
         await listened.prepare()
         heard.commands.clear()
         results = Results(listened, cast(Any, None), lambda: NOW)
-        await results.page(pb.ResultFilter(job_ids=["j0001", "j0002"], tenant="t1", labels={"a": "b"}), None, 9)
-        await results.page(pb.ResultFilter(job_ids=["j0001", "j0002"]), PLACES[1], 9, oldest_first=True)
+        await results.page(
+            pb.ResultFilter(job_ids=["j0001", "j0002"], tenant="t1", labels={"a": "b"}), None, 9, READING
+        )
+        await results.page(pb.ResultFilter(job_ids=["j0001", "j0002"]), PLACES[1], 9, READING, oldest_first=True)
     found = [command for _, command in heard.commands if "find" in command]
     assert len(found) >= 3
     for command in found:

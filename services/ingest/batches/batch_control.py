@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
@@ -17,7 +18,7 @@ from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.limits import REASON_CHARS
 from services.ingest.queries.jobs import Filter
 from services.ingest.ulid import is_ulid
-from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from shoal.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1_000
@@ -58,9 +59,8 @@ class BatchControl:
         self._batches = batches
         self._chunks = chunks
         self._on_change = on_change
-        self._max_watches = max_watches
+        self._watches = Places(max_watches, "watches")
         self._monotonic = monotonic
-        self._watches = 0
         # Each with the time until which it is returned.
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
         self._locks: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = WeakValueDictionary()
@@ -95,10 +95,7 @@ class BatchControl:
             NotFound: no such batch. ResourceExhausted: too many watches. Unavailable: MongoDB was unavailable for too
             long.
         """
-        if self._watches >= self._max_watches:
-            raise ResourceExhausted(f"{self._watches} watches are open, which is the limit", retry_after_ms=1_000)
-        self._watches += 1
-        try:
+        with self._watches.take(scope.tenant):
             last = await self.get(batch_id, scope)
             yield last
             while not last.batch.is_final:
@@ -107,8 +104,6 @@ class BatchControl:
                 if view != last:
                     last = view
                     yield view
-        finally:
-            self._watches -= 1
 
     async def cancel(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
         """Cancel a batch of the scope; published parts stay. Wait briefly for the batch's end, and return the batch.

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from mesh.process.tasks import end, together
 from mesh.rpc.call_context import CallMemory
+from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
@@ -30,7 +31,7 @@ from services.ingest.job import State
 from services.ingest.limits import KEY_CHARS
 from services.ingest.queries.completions import Ended
 from services.ingest.ulid import is_ulid
-from shoal.errors import Code, Internal, InvalidArgument, ResourceExhausted, ShoalError
+from shoal.errors import Code, Internal, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
 
@@ -78,10 +79,9 @@ class RunStreams:
     ) -> None:
         self._intake = intake
         self._endings = endings
-        self._max_open = most
+        self._places = Places(most, "streams", retry_after_ms=_TOO_MANY_MS)
         self._items = items
         self._budget = Budget(all_items, "jobs of open streams")
-        self._open = 0
 
     async def serve(
         self,
@@ -94,18 +94,15 @@ class RunStreams:
         Raises:
             ResourceExhausted: too many streams are open, or responses find no room: jobs go on, request them again.
         """
-        if self._open >= self._max_open:
-            raise ResourceExhausted(f"{self._open} streams are open, which is the limit", retry_after_ms=_TOO_MANY_MS)
-        self._open += 1
-        stream = RunStream(
-            self._intake, self._endings, items=self._items, budget=self._budget, memory=memory, scope=scope
-        )
-        try:
-            async for response in stream.responses(requests):
-                yield response
-        finally:
-            self._open -= 1
-            await stream.close()
+        with self._places.take(scope.tenant):
+            stream = RunStream(
+                self._intake, self._endings, items=self._items, budget=self._budget, memory=memory, scope=scope
+            )
+            try:
+                async for response in stream.responses(requests):
+                    yield response
+            finally:
+                await stream.close()
 
 
 @dataclass(eq=False, slots=True)

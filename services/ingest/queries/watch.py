@@ -24,10 +24,11 @@ from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
 from mesh.process.tasks import Background, end
+from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.job import Job, generations
 from services.ingest.queries.jobs import Jobs
-from shoal.errors import ResourceExhausted, Unavailable
+from shoal.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -58,33 +59,29 @@ class ChangeFeed(Background):
         self._jobs = jobs
         self._ready = ready
         self._on_taken = on_taken
-        self._max_watches = max_watches
+        self._places = Places(max_watches, "watches")
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._count = 0
         self._has_watchers = asyncio.Event()
 
     @contextmanager
-    def of(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Yield an event that is set whenever the job may have changed.
+    def of(self, job_id: str, tenant: str | None = None) -> Iterator[asyncio.Event]:
+        """Yield an event that is set whenever the job may have changed, to a watcher of `tenant`.
 
         Raises:
             ResourceExhausted: too many watches.
         """
-        if self._count >= self._max_watches:
-            raise ResourceExhausted(f"{self._count} watches are open, which is the limit", retry_after_ms=1_000)
         event = asyncio.Event()
-        self._watchers[job_id].add(event)
-        self._count += 1
-        self._has_watchers.set()
-        try:
-            yield event
-        finally:
-            self._count -= 1
-            self._watchers[job_id].discard(event)
-            if not self._watchers[job_id]:
-                del self._watchers[job_id]
-            if not self._count:
-                self._has_watchers.clear()
+        with self._places.take(tenant):
+            self._watchers[job_id].add(event)
+            self._has_watchers.set()
+            try:
+                yield event
+            finally:
+                self._watchers[job_id].discard(event)
+                if not self._watchers[job_id]:
+                    del self._watchers[job_id]
+                if not self._watchers:
+                    self._has_watchers.clear()
 
     def notify(self, job_id: str) -> None:
         """Notify the watchers of a job."""
@@ -99,7 +96,7 @@ class ChangeFeed(Background):
     async def _run(self) -> None:
         await self._ready.wait()
         while True:
-            is_wide = self._count > 0
+            is_wide = self._places.taken > 0
             try:
                 await self._follow(is_wide)
             except PyMongoError as err:
@@ -128,7 +125,7 @@ class ChangeFeed(Background):
     async def _until_quiet(self) -> None:
         while True:
             await asyncio.sleep(_QUIET_S)
-            if not self._count:
+            if not self._places.taken:
                 return
 
     async def _stream(self, is_wide: bool) -> None:
@@ -180,7 +177,7 @@ class Watch:
         Raises:
             NotFound: no such job. ResourceExhausted: too many watches. Unavailable: MongoDB is unavailable for 30 s.
         """
-        with self._changes.of(job_id) as changed:
+        with self._changes.of(job_id, scope.tenant) as changed:
             job = await self._jobs.get(job_id, scope)
             yield job
             while not job.is_final:

@@ -26,13 +26,14 @@ from pymongo.errors import OperationFailure
 
 from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
+from mesh.rpc.places import Places
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.job import Job
 from services.ingest.job_scan import ScanPage, scan
 from services.ingest.queries.filters import JobFilter
 from services.ingest.queries.watch import as_of
 from services.ingest.ulid import is_ulid
-from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
+from shoal.errors import InvalidArgument, Unavailable
 
 _AWAIT_MS = 1_000
 # An idle watch sends a token this often: a token older than MongoDB's log is useless.
@@ -68,8 +69,7 @@ class WatchMany:
 
     def __init__(self, jobs: AsyncCollection[Document], max_watches: int) -> None:
         self._jobs = jobs
-        self._max_watches = max_watches
-        self._open = 0
+        self._places = Places(max_watches, "watches")
 
     async def follow(self, filter_: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[WatchUpdate, None]:
         """Yield a first token, then the existing jobs (with `existing`, unless `token` is past them), then transitions.
@@ -85,15 +85,9 @@ class WatchMany:
         position = _read_token(token, filter_) if token else None
         if existing if position is None else position.listed is not None:
             _check_listed(filter_)
-        if self._open >= self._max_watches:
-            raise ResourceExhausted(f"{self._open} watches are open, which is the limit", retry_after_ms=1_000)
-        self._open += 1
-        try:
-            with translated("watching jobs"):
-                async for update in self._updates(filter_, position, existing):
-                    yield update
-        finally:
-            self._open -= 1
+        with self._places.take(filter_.tenant), translated("watching jobs"):
+            async for update in self._updates(filter_, position, existing):
+                yield update
 
     async def _updates(
         self, filter_: JobFilter, position: StreamPosition | None, existing: bool

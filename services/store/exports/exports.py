@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.json_format import MessageToDict
 
 from mesh.process.threads import Threads
+from mesh.rpc.places import Places
 from services.store.documents import Collections
 from services.store.exports.claim import Claim
 from services.store.exports.locations import ExportLocation, ExportLocations, name_of
@@ -32,7 +33,7 @@ from services.store.page_token import Cursor, decode_cursor, encode_cursor, filt
 from services.store.results import result_rules
 from services.store.results.result_stream import ResultStream
 from services.store.results.results import Results
-from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.store.v1.store_pb2 import ExportResultsRequest
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ class Exports:
         self._stream = stream
         self._locations = locations
         self._threads = threads
-        self._most = most
-        self._running = 0
+        self._places = Places(most, "exports", retry_after_ms=5_000)
 
     async def run(
         self, request: ExportResultsRequest, tenant: str | None = None
@@ -132,17 +132,10 @@ class Exports:
         """
         result_rules.check_filter(request.filter)
         check_part_rows(request.part_rows)
-        if self._running >= self._most:
-            raise ResourceExhausted(
-                f"{self._running} exports are running, the most allowed: retry later", retry_after_ms=5_000
-            )
-        self._running += 1
-        try:
+        with self._places.take(request.filter.tenant):
             async with aclosing(self._run(request, tenant)) as running:
                 async for progress in running:
                     yield progress
-        finally:
-            self._running -= 1
 
     async def _run(self, request: ExportResultsRequest, tenant: str | None) -> AsyncGenerator[ExportProgress, None]:
         digest = _digest(request)
@@ -201,8 +194,11 @@ class Exports:
     async def _fill(self, part: ExportPart, request: ExportResultsRequest, cursor: Cursor) -> Cursor:
         """Add the next rows to `part`. Return the cursor after them."""
         size = min(_STEP_ROWS, part.free_rows)
-        docs, cursor = await self._stream.step(request.filter, cursor, size=size, omit_response=request.omit_response)
-        await self._threads.run(part.add, [await self._results.readable(doc) for doc in docs])
+        with self._results.reads.reading(request.filter.tenant) as reading:
+            docs, cursor = await self._stream.step(
+                request.filter, cursor, reading, size=size, omit_response=request.omit_response
+            )
+            await self._threads.run(part.add, [await self._results.readable(doc) for doc in docs])
         return cursor
 
     async def _deliver(

@@ -16,11 +16,13 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from mesh.mongo import Document
+from mesh.rpc.places import Places
 from services.store.page_token import START, Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
+from services.store.results.read_gate import Reading
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results, position_of
-from shoal.errors import InvalidArgument, ResourceExhausted
+from shoal.errors import InvalidArgument
 from shoal.store.v1.store_pb2 import Result, ResultFilter, StreamResultsRequest
 
 MESSAGE_RESULTS, MESSAGE_BYTES = 200, 4 << 20
@@ -45,8 +47,7 @@ class ResultStream:
     def __init__(self, results: Results, watch: ResultWatch, max_streams: int) -> None:
         self._results = results
         self._watch = watch
-        self._max_streams = max_streams
-        self._open = 0
+        self._places = Places(max_streams, "streams")
 
     async def follow(self, request: StreamResultsRequest) -> AsyncGenerator[StreamPage, None]:
         """Yield the pages of a stream; the first is empty.
@@ -59,16 +60,9 @@ class ResultStream:
         result_rules.check_filter(request.filter)
         if request.cursor and request.want_watch_token:
             raise InvalidArgument("want_watch_token: only at the beginning of a stream: leave it or the cursor out")
-        if self._open >= self._max_streams:
-            raise ResourceExhausted(
-                f"{self._open} streams are open, the most allowed: retry later", retry_after_ms=1_000
-            )
-        self._open += 1
-        try:
+        with self._places.take(request.filter.tenant):
             async for page in self._pages(request, filter_digest(request.filter)):
                 yield page
-        finally:
-            self._open -= 1
 
     async def _pages(self, request: StreamResultsRequest, digest: str) -> AsyncGenerator[StreamPage, None]:
         # The watch first: a result recorded between the two is in the watch, and perhaps also in the stream.
@@ -76,23 +70,36 @@ class ResultStream:
         cursor = decode_cursor(request.cursor, digest) if request.cursor else await self.whole(request.filter)
         yield StreamPage([], encode_cursor(cursor, digest), token, complete=cursor.after >= cursor.last)
         while cursor.after < cursor.last:
-            docs, cursor = await self.step(request.filter, cursor, omit_response=request.omit_response)
-            results = [await self._results.readable(doc) for doc in docs]
+            with self._results.reads.reading(request.filter.tenant) as reading:
+                docs, cursor = await self.step(request.filter, cursor, reading, omit_response=request.omit_response)
+                results = [await self._results.readable(doc) for doc in docs]
+            del docs
             yield StreamPage(results, encode_cursor(cursor, digest), complete=cursor.after >= cursor.last)
 
     async def whole(self, result_filter: ResultFilter) -> Cursor:
         """Return the cursor of a stream that begins now."""
-        newest, _ = await self._results.page(result_filter, None, 1, omit_response=True)
+        with self._results.reads.reading(result_filter.tenant) as reading:
+            newest, _ = await self._results.page(result_filter, None, 1, reading, omit_response=True)
         return Cursor(START, position_of(newest[0]) if newest else START)
 
     async def step(
-        self, result_filter: ResultFilter, cursor: Cursor, *, size: int = MESSAGE_RESULTS, omit_response: bool = False
+        self,
+        result_filter: ResultFilter,
+        cursor: Cursor,
+        reading: Reading,
+        *,
+        size: int = MESSAGE_RESULTS,
+        omit_response: bool = False,
     ) -> tuple[list[Document], Cursor]:
-        """Return the next documents, and the cursor after them. The stream ends when `after` has reached `last`."""
+        """Return the next documents, read as part of `reading`, and the cursor after them.
+
+        The stream ends when `after` has reached `last`.
+        """
         page, more = await self._results.page(
             result_filter,
             cursor.after,
             size,
+            reading,
             most_bytes=MESSAGE_BYTES,
             oldest_first=True,
             omit_response=omit_response,

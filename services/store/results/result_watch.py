@@ -11,10 +11,12 @@ from pymongo.errors import OperationFailure
 
 from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
+from mesh.rpc.places import Places
 from services.store.documents import Collection, Collections
+from services.store.results import result_documents
 from services.store.results.result_rules import check_text
 from services.store.results.results import Results
-from shoal.errors import ResourceExhausted, Unavailable
+from shoal.errors import Unavailable
 from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 
 _AWAIT_MS = 1_000
@@ -36,8 +38,7 @@ class ResultWatch:
         self._db = db
         self._collections = collections
         self._results = results
-        self._max_watches = max_watches
-        self._open = 0
+        self._places = Places(max_watches, "watches")
 
     async def follow(self, request: WatchResultsRequest) -> AsyncGenerator[tuple[Result | None, str], None]:
         """Yield (None, token) when the watch is open, then each result and the token to resume after it. Never ends.
@@ -52,17 +53,9 @@ class ResultWatch:
         """
         pipeline = _pipeline(request)
         after = change_tokens.validated(change_tokens.decode(request.resume_token)) if request.resume_token else None
-        if self._open >= self._max_watches:
-            raise ResourceExhausted(
-                f"{self._open} watches are open, the most allowed: retry later", retry_after_ms=1_000
-            )
-        self._open += 1
-        try:
-            with translated("watching results"):
-                async for item in self._items(pipeline, after):
-                    yield item
-        finally:
-            self._open -= 1
+        with self._places.take(request.tenant), translated("watching results"):
+            async for item in self._items(pipeline, after, request.tenant):
+                yield item
 
     async def token(self) -> str:
         """Return a token for a watch without a gap to reads: the watch shows all results that later reads may lack.
@@ -85,7 +78,7 @@ class ResultWatch:
         return token
 
     async def _items(
-        self, pipeline: list[Document], after: Document | None
+        self, pipeline: list[Document], after: Document | None, tenant: str
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
         collection, loop = self._db[self._collections.results.name], asyncio.get_running_loop()
         if after is None:
@@ -98,7 +91,12 @@ class ResultWatch:
             while stream.alive:
                 if (change := await _next(stream)) is not None:
                     after = _token(change["_id"])
-                    yield await self._results.readable(change["fullDocument"]), _written(after)
+                    doc = change["fullDocument"]
+                    with self._results.reads.reading(tenant) as reading:
+                        await reading.take(result_documents.response_bytes(doc))
+                        result = await self._results.readable(doc)
+                    del change, doc
+                    yield result, _written(after)
                 elif loop.time() < sent_at + _HEARTBEAT_S or (newest := _token(stream.resume_token)) == after:
                     continue
                 else:

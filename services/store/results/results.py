@@ -26,6 +26,7 @@ from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.large_responses import LargeResponses
+from services.store.results.read_gate import UNGATED_BYTES, ReadGate, Reading
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
 from services.store.results.tombstones import is_tombstone
 from services.store.results.waiting import Waiters, is_young
@@ -60,6 +61,8 @@ class Results:
         self._collections = collections
         self._responses = responses
         self._clock = clock
+        self.reads = ReadGate()
+        """Places for calls that read many or large responses."""
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""
         self._on_recorded = on_recorded
@@ -96,7 +99,9 @@ class Results:
         result_rules.check_job_id(job_id)
         stored = self._waited_for(job_id, wait_s, scope) if wait_s else self._stored(job_id, scope)
         doc = _checked(job_id, await stored)
-        found = await self.readable(doc)
+        with self.reads.reading(scope.tenant) as reading:
+            await reading.take(result_documents.response_bytes(doc))
+            found = await self.readable(doc)
         if found.answer_lost:
             # The result may have been removed while it was read.
             _checked(job_id, await self._stored(job_id))
@@ -141,8 +146,11 @@ class Results:
         if query.include_removed and not query.job_ids:
             raise InvalidArgument("include_removed: only with job_ids: removed results are in no other order")
         removed = {"removed_at": {"$exists": True}, **scope.condition} if query.include_removed else None
-        docs, more = await self.page(result_filter, after, size, omit_response=query.omit_response, removed=removed)
-        found = [await self.readable(doc) for doc in docs]
+        with self.reads.reading(query.tenant) as reading:
+            docs, more = await self.page(
+                result_filter, after, size, reading, omit_response=query.omit_response, removed=removed
+            )
+            found = [await self.readable(doc) for doc in docs]
         if not more:
             return found, ""
         return found, page_token.encode(position_of(docs[-1]), digest)
@@ -191,6 +199,7 @@ class Results:
         result_filter: ResultFilter,
         after: Position | None,
         size: int,
+        reading: Reading,
         *,
         most_bytes: int = PAGE_BYTES,
         oldest_first: bool = False,
@@ -199,8 +208,8 @@ class Results:
     ) -> tuple[list[Document], bool]:
         """Return the documents of one page of `size`, after `after`, and True when there are more.
 
-        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own. Of named jobs,
-        it includes the tombstones that match `removed`.
+        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own. Large ones are
+        read as part of `reading`. Of named jobs, the page includes the tombstones that match `removed`.
         """
         if result_filter.job_ids:
             docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
@@ -218,6 +227,8 @@ class Results:
                     if len(page) == size or (page and nbytes > most_bytes):
                         return page, True
                     page.append(doc)
+                    if nbytes > UNGATED_BYTES:
+                        await reading.take(max(nbytes, most_bytes))
         return page, False
 
     async def _named(

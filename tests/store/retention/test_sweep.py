@@ -83,7 +83,7 @@ class World:
         return recorded
 
     async def all(self) -> list[pb.Result]:
-        docs, _ = await self.results.page(pb.ResultFilter(), None, 1_000)
+        docs, _ = await self.results.page(pb.ResultFilter(), None, 1_000, self.results.reads.reading(""))
         return [await self.results.whole(doc) for doc in reversed(docs)]
 
     async def jobs(self) -> list[str]:
