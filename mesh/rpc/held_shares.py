@@ -113,9 +113,10 @@ class Rate(Share):
         if is_first:
             self.level += amount.burst - self.burst
         self.rate = amount.amount
-        self.level = min(self.level, amount.burst)
-        # Without a share, the level stays below one unit, and every call is refused.
+        # A share of less than one unit fills up to one, or no call would ever pass.
         self.burst = max(amount.burst, 1.0)
+        # Without a share nothing is left, and every call is refused.
+        self.level = min(self.level, self.burst if amount.amount > 0 else 0.0)
 
     def demand(self, now: float) -> float:
         wanted = (self.taken + self.refused) / max(now - self._since, 0.001)

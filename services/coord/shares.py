@@ -129,8 +129,11 @@ class Shares:
         parts = divide(whole.amount, [each.demand for each in holdings.values()], is_whole=is_whole)
         part = parts[list(holdings).index(claimant)]
         others = sum(each.share for each in holdings.values()) - holding.share
-        room = (2 if is_new else 1) * whole.amount - others
-        holding.share = min(part, max(room, holding.share))
+        room = whole.amount - others
+        if is_new:
+            # Half of what is left of twice the limit: further newcomers of the same interval get a share, too.
+            room = (room + whole.amount) / 2
+        holding.share = min(part, max(math.floor(room) if is_whole else room, holding.share))
         return Amount(holding.share, 0.0 if is_whole else whole.burst * holding.share / whole.amount)
 
     def _release(self, claimant: str, bucket: Bucket) -> None:

@@ -119,6 +119,18 @@ def test_another_leader_hands_out_at_most_the_limit_again() -> None:
     assert 100 < most <= 200
 
 
+@pytest.mark.parametrize("bucket", [ACME, RUNNING])
+def test_another_leader_leaves_no_claimant_without_a_share(bucket: Bucket) -> None:
+    successor = shares_of(100, in_flight=1000)
+    held = [successor.claim(name, {bucket: 100.0}, 0.0)[bucket].amount for name in "abcdefgh"]
+    assert min(held) > 0
+    assert held == sorted(held, reverse=True)
+    assert (
+        sum(settle(successor, dict.fromkeys("abcdefgh", 100.0), bucket).values())
+        <= (1000 if bucket is RUNNING else 100) + 1e-9
+    )
+
+
 def test_a_share_without_a_new_claim_expires() -> None:
     shares = shares_of()
     settle(shares, {"a": 100, "b": 100})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mesh.rpc import held_shares as module
 from mesh.rpc.access import Access
 from mesh.rpc.held_shares import FORGOTTEN_AFTER_S, PROVISIONAL_PARTS, CallLimits, HeldShares, Reservation
+from services.coord.shares import Shares
 from shoal.access import tokens
 from shoal.access.caller_header import SERVICE
 from shoal.access.limits import Amount, Bucket, Kind
@@ -374,3 +376,23 @@ def test_calls_of_many_unknown_models_do_not_fill_the_bucket_of_another(
         world.limits("acme", f"unknown-{number}")
         assert len(world.shares._shares) <= 100
     refusal(world.limits("globex", "mine"), rows=1)
+
+
+@pytest.mark.parametrize("instances", [2, 8])
+def test_a_share_of_less_than_one_unit_fills_until_a_call_passes(signer: Signer, instances: int) -> None:
+    limit = {"name": "all", "per": "model", "requests_per_second": 1}
+    worlds = [World(signer, limit, part=None) for _ in range(instances)]
+    coord = Shares()
+    coord.set_limits(policy(signer, limits=[limit]).limits)
+    admitted = [0] * instances
+    for second in range(100):
+        for number, world in enumerate(worlds):
+            for _ in range(4):
+                world.now += 0.25
+                with suppress(LimitReached):
+                    world.limits().reserve(0, 1).end()
+                    admitted[number] += 1
+            world.shares.grant(coord.claim(str(number), world.shares.demands(), float(second)), 10)
+    # Each has had a provisional unit.
+    assert 90 <= sum(admitted) <= 100 + instances
+    assert min(admitted) > 100 / instances / 2
