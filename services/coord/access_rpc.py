@@ -56,7 +56,7 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
         return pb.ListPoliciesResponse(policies=[_version(one) for one in await self._policies.history()])
 
     async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, ctx: Context) -> pb.ApplyPolicyResponse:
-        applied = await self._policies.apply(
+        applied, late = await self._policies.apply(
             request.document,
             dict(request.files),
             _author(ctx),
@@ -65,11 +65,11 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
             expected=request.expected_version,
             force=request.force,
         )
-        return pb.ApplyPolicyResponse(policy=_version(applied))
+        return pb.ApplyPolicyResponse(policy=_version(applied), unconfirmed=late)
 
     async def RollBackPolicy(self, request: pb.RollBackPolicyRequest, ctx: Context) -> pb.RollBackPolicyResponse:
         earlier = await self._policies.get(request.version)
-        applied = await self._policies.apply(
+        applied, late = await self._policies.apply(
             earlier.document,
             earlier.files or {},
             _author(ctx),
@@ -78,7 +78,7 @@ class AccessRpc(pb_grpc.AccessServiceServicer):
             force=request.force,
             rolled_back_to=earlier.version,
         )
-        return pb.RollBackPolicyResponse(policy=_version(applied))
+        return pb.RollBackPolicyResponse(policy=_version(applied), unconfirmed=late)
 
     async def CreateKey(self, request: pb.CreateKeyRequest, ctx: Context) -> pb.CreateKeyResponse:
         record, key = await self._keys.create(

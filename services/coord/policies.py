@@ -171,8 +171,8 @@ class Policies:
         expected: int = 0,
         force: bool = False,
         rolled_back_to: int = 0,
-    ) -> Applied:
-        """Replace the policy.
+    ) -> tuple[Applied, tuple[str, ...]]:
+        """Replace the policy. Return it, and the instances that have not confirmed that they enforce it.
 
         Args:
             author: claims of the caller; None: the node's user, whom no document locks out.
@@ -205,10 +205,9 @@ class Policies:
             version + 1, self._now(), by, bool(refusal), rolled_back_to, document=document, files=dict(files)
         )
         when = Created(POLICY, 0) if entry is None else Modified(POLICY, entry.mod_revision)
-        await self._write(applied, policy, when)
-        return applied
+        return applied, await self._write(applied, policy, when)
 
-    async def _write(self, applied: Applied, policy: Policy, when: Created | Modified) -> None:
+    async def _write(self, applied: Applied, policy: Policy, when: Created | Modified) -> tuple[str, ...]:
         then: list[Put | Delete] = [
             Put(POLICY, cluster.policy_value(applied.version, policy)),
             Put(_key(applied.version), json.dumps(asdict(applied)).encode()),
@@ -217,9 +216,10 @@ class Policies:
             then.append(Delete(_key(applied.version - KEPT)))
         done = await self._etcd.transact([when], then)
         if done.succeeded:
-            await self._enforcement.lacking(done.revision, _ENFORCED_S)
-        elif isinstance(when, Modified):
+            return await self._enforcement.lacking(done.revision, _ENFORCED_S)
+        if isinstance(when, Modified):
             raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
+        return ()
 
     def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims], signer: str) -> str:
         """Return the reason why `policy` must not be applied; empty when there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,7 +158,7 @@ def apply(
     document, files = policies.read_files(file)
     with connect(gateway) as client:
         applied = client.access.apply(document, files, expected_version=expect, force=force)
-    typer.echo(f"version {applied.version} is in force")
+    _say(applied.version, applied.unconfirmed)
 
 
 @app.command(name="show")
@@ -214,11 +214,13 @@ def rollback(
       shoal policy rollback 6 --data-dir ~/.local/share/shoal     # nobody may administer under version 7
     """
     if data_dir is not None:
-        number = _roll_back_as_user(data_dir.expanduser(), version, force=force)
+        made = _roll_back_as_user(data_dir.expanduser(), version, force=force)
+        number, late = int(made.policy.version), tuple(made.unconfirmed)
     else:
         with connect(gateway) as client:
-            number = client.access.roll_back(version, force=force).version
-    typer.echo(f"version {number} is in force: the document of version {version}")
+            applied = client.access.roll_back(version, force=force)
+        number, late = applied.version, applied.unconfirmed
+    _say(number, late, f": the document of version {version}")
 
 
 @app.command()
@@ -242,17 +244,23 @@ def restore(
         request = pb.ApplyPolicyRequest(document=copy["document"], files=copy["files"] or {}, force=force)
     except (OSError, ValueError, LookupError, TypeError) as err:
         raise FailedPrecondition(f"{path} is no copy of a policy ({err}): apply a document of your own") from err
-    applied = _called_as_user(data_dir.expanduser(), APPLY_POLICY, request, pb.ApplyPolicyResponse).policy
-    typer.echo(f"version {applied.version} is in force: the copy of version {version}")
+    made = _called_as_user(data_dir.expanduser(), APPLY_POLICY, request, pb.ApplyPolicyResponse)
+    _say(made.policy.version, made.unconfirmed, f": the copy of version {version}")
 
 
-def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> int:
-    """Return the number of the new version. Raises ShoalError."""
+def _say(version: int, unconfirmed: Sequence[str], source: str = "") -> None:
+    typer.echo(f"version {version} is in force{source}")
+    if unconfirmed:
+        typer.echo(f"not confirmed yet by {', '.join(unconfirmed)}", err=True)
+
+
+def _roll_back_as_user(data_dir: Path, version: int, *, force: bool) -> Any:
+    """Return the RollBackPolicyResponse. Raises ShoalError."""
     from shoal.access.rpc_groups import ROLL_BACK
     from shoal.coord.v1 import access_pb2 as pb
 
     request = pb.RollBackPolicyRequest(version=version, force=force)
-    return int(_called_as_user(data_dir, ROLL_BACK, request, pb.RollBackPolicyResponse).policy.version)
+    return _called_as_user(data_dir, ROLL_BACK, request, pb.RollBackPolicyResponse)
 
 
 def _called_as_user(data_dir: Path, rpc: str, request: Any, response: Any) -> Any:

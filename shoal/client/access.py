@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from shoal.client.models.registry import of_time
@@ -27,6 +27,8 @@ class PolicyVersion:
     """True: it was applied against the refusal of the node."""
     rolled_back_to: int = 0
     """The version that was applied again; 0 for a new document."""
+    unconfirmed: tuple[str, ...] = ()
+    """Of the version that a call has applied: instances that have not confirmed in time that they enforce it."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,14 @@ class AsyncAccess:
         request = pb.ApplyPolicyRequest(
             document=document, files=files or {}, expected_version=expected_version, force=force
         )
-        return _version((await self._caller.call(methods.APPLY_POLICY, request, timeout_s=timeout)).policy)
+        made = await self._caller.call(methods.APPLY_POLICY, request, timeout_s=timeout)
+        return replace(_version(made.policy), unconfirmed=tuple(made.unconfirmed))
 
     async def roll_back(self, version: int, *, force: bool = False, timeout: float | None = TIMEOUT_S) -> PolicyVersion:
         """Apply an earlier version again, as a new version. Raises as `apply`, and NotFound."""
         request = pb.RollBackPolicyRequest(version=version, force=force)
-        return _version((await self._caller.call(methods.ROLL_BACK_POLICY, request, timeout_s=timeout)).policy)
+        made = await self._caller.call(methods.ROLL_BACK_POLICY, request, timeout_s=timeout)
+        return replace(_version(made.policy), unconfirmed=tuple(made.unconfirmed))
 
     async def create_key(
         self,

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, D
 
 from mesh import keyring
 from mesh.cluster.etcd import Etcd, Lease, Outcome
+from mesh.cluster.membership import Instance, State, encode
 from mesh.cluster.mirror import Mirror
 from mesh.keyring import Keyring
 from mesh.rpc.channel import connect
@@ -190,6 +191,22 @@ async def test_the_author_of_a_policy_and_somebody_must_be_able_to_administer_un
     assert (code, "no grant allows administer" in details) == ("PERMISSION_DENIED", True)
     restored = pb.ApplyPolicyRequest(document=document())
     assert not (await access.stub.ApplyPolicy(restored, metadata=ann)).policy.forced
+
+
+async def test_a_policy_that_an_instance_does_not_enforce_yet_names_it(access: Access) -> None:
+    stalled = Instance("infer", "local", "infer-0", "unix:/x", 10, State.READY, 100.0, policy_revision=1)
+    await access.etcd.put(stalled.key, encode(stalled))
+    try:
+        applied = await access.stub.ApplyPolicy(pb.ApplyPolicyRequest(document=document()), metadata=access.admin)
+        assert list(applied.unconfirmed) == [stalled.name]
+        again = pb.RollBackPolicyRequest(version=applied.policy.version)
+        assert list((await access.stub.RollBackPolicy(again, metadata=access.admin)).unconfirmed) == [stalled.name]
+    finally:
+        # An instance whose entry disappears is waited for, too.
+        await access.etcd.put(stalled.key, encode(replace(stalled, policy_revision=1 << 40)))
+        await access.etcd.delete(stalled.key)
+    applied = await access.stub.ApplyPolicy(pb.ApplyPolicyRequest(document=document()), metadata=access.admin)
+    assert not applied.unconfirmed
 
 
 async def test_the_nodes_user_rolls_back_a_document_that_locks_everybody_out(access: Access) -> None:

@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal/coord/v1/access.proto\x12\x0eshoal.coord.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\rPolicyVersion\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12.\n\napplied_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\napplied_by\x18\x03 \x01(\t\x12\x0e\n\x06\x66orced\x18\x04 \x01(\x08\x12\x16\n\x0erolled_back_to\x18\x05 \x01(\x04\"#\n\x10GetPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\xd1\x01\n\x11GetPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12;\n\x05\x66iles\x18\x03 \x03(\x0b\x32,.shoal.coord.v1.GetPolicyResponse.FilesEntry\x12\x10\n\x08in_force\x18\x04 \x01(\t\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x15\n\x13ListPoliciesRequest\"G\n\x14ListPoliciesResponse\x12/\n\x08policies\x18\x01 \x03(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\"\xbb\x01\n\x12\x41pplyPolicyRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12<\n\x05\x66iles\x18\x02 \x03(\x0b\x32-.shoal.coord.v1.ApplyPolicyRequest.FilesEntry\x12\x18\n\x10\x65xpected_version\x18\x03 \x01(\x04\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x13\x41pplyPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\"7\n\x15RollBackPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"G\n\x16RollBackPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\"\xe5\x01\n\x07KeyInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\x0e\n\x06grants\x18\x06 \x03(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06signer\x18\t \x01(\t\x12\x0f\n\x07revoked\x18\n \x01(\x08\"w\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06grants\x18\x05 \x03(\t\x12\x14\n\x0clife_seconds\x18\x06 \x01(\x03\"G\n\x11\x43reateKeyResponse\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.shoal.coord.v1.KeyInfo\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x11\n\x0fListKeysRequest\"9\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.shoal.coord.v1.KeyInfo\"\x1e\n\x10RevokeKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse\"<\n\x13RotateSignerRequest\x12\x0e\n\x06stolen\x18\x01 \x01(\x08\x12\x15\n\rrenew_own_key\x18\x02 \x01(\x08\"H\n\x14RotateSignerResponse\x12\x0e\n\x06signer\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x13\n\x0bunconfirmed\x18\x03 \x03(\t2\xbf\x07\n\rAccessService\x12j\n\tGetPolicy\x12 .shoal.coord.v1.GetPolicyRequest\x1a!.shoal.coord.v1.GetPolicyResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/shoal/v1/policy\x12u\n\x0cListPolicies\x12#.shoal.coord.v1.ListPoliciesRequest\x1a$.shoal.coord.v1.ListPoliciesResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/shoal/v1/policies\x12u\n\x0b\x41pplyPolicy\x12\".shoal.coord.v1.ApplyPolicyRequest\x1a#.shoal.coord.v1.ApplyPolicyResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/shoal/v1/policies:\x01*\x12\x87\x01\n\x0eRollBackPolicy\x12%.shoal.coord.v1.RollBackPolicyRequest\x1a&.shoal.coord.v1.RollBackPolicyResponse\"&\x82\xd3\xe4\x93\x02 \"\x1b/shoal/v1/policies:rollback:\x01*\x12k\n\tCreateKey\x12 .shoal.coord.v1.CreateKeyRequest\x1a!.shoal.coord.v1.CreateKeyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/shoal/v1/keys:\x01*\x12\x65\n\x08ListKeys\x12\x1f.shoal.coord.v1.ListKeysRequest\x1a .shoal.coord.v1.ListKeysResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/shoal/v1/keys\x12w\n\tRevokeKey\x12 .shoal.coord.v1.RevokeKeyRequest\x1a!.shoal.coord.v1.RevokeKeyResponse\"%\x82\xd3\xe4\x93\x02\x1f\"\x1a/shoal/v1/keys/{id}:revoke:\x01*\x12}\n\x0cRotateSigner\x12#.shoal.coord.v1.RotateSignerRequest\x1a$.shoal.coord.v1.RotateSignerResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/shoal/v1/signer:rotate:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal/coord/v1/access.proto\x12\x0eshoal.coord.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\rPolicyVersion\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12.\n\napplied_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\napplied_by\x18\x03 \x01(\t\x12\x0e\n\x06\x66orced\x18\x04 \x01(\x08\x12\x16\n\x0erolled_back_to\x18\x05 \x01(\x04\"#\n\x10GetPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\xd1\x01\n\x11GetPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\x12\x10\n\x08\x64ocument\x18\x02 \x01(\t\x12;\n\x05\x66iles\x18\x03 \x03(\x0b\x32,.shoal.coord.v1.GetPolicyResponse.FilesEntry\x12\x10\n\x08in_force\x18\x04 \x01(\t\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x15\n\x13ListPoliciesRequest\"G\n\x14ListPoliciesResponse\x12/\n\x08policies\x18\x01 \x03(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\"\xbb\x01\n\x12\x41pplyPolicyRequest\x12\x10\n\x08\x64ocument\x18\x01 \x01(\t\x12<\n\x05\x66iles\x18\x02 \x03(\x0b\x32-.shoal.coord.v1.ApplyPolicyRequest.FilesEntry\x12\x18\n\x10\x65xpected_version\x18\x03 \x01(\x04\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Y\n\x13\x41pplyPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\x12\x13\n\x0bunconfirmed\x18\x02 \x03(\t\"7\n\x15RollBackPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\\\n\x16RollBackPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shoal.coord.v1.PolicyVersion\x12\x13\n\x0bunconfirmed\x18\x02 \x03(\t\"\xe5\x01\n\x07KeyInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\x0e\n\x06grants\x18\x06 \x03(\t\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06signer\x18\t \x01(\t\x12\x0f\n\x07revoked\x18\n \x01(\x08\"w\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06grants\x18\x05 \x03(\t\x12\x14\n\x0clife_seconds\x18\x06 \x01(\x03\"G\n\x11\x43reateKeyResponse\x12%\n\x04info\x18\x01 \x01(\x0b\x32\x17.shoal.coord.v1.KeyInfo\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x11\n\x0fListKeysRequest\"9\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.shoal.coord.v1.KeyInfo\"\x1e\n\x10RevokeKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse\"<\n\x13RotateSignerRequest\x12\x0e\n\x06stolen\x18\x01 \x01(\x08\x12\x15\n\rrenew_own_key\x18\x02 \x01(\x08\"H\n\x14RotateSignerResponse\x12\x0e\n\x06signer\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x13\n\x0bunconfirmed\x18\x03 \x03(\t2\xbf\x07\n\rAccessService\x12j\n\tGetPolicy\x12 .shoal.coord.v1.GetPolicyRequest\x1a!.shoal.coord.v1.GetPolicyResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/shoal/v1/policy\x12u\n\x0cListPolicies\x12#.shoal.coord.v1.ListPoliciesRequest\x1a$.shoal.coord.v1.ListPoliciesResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/shoal/v1/policies\x12u\n\x0b\x41pplyPolicy\x12\".shoal.coord.v1.ApplyPolicyRequest\x1a#.shoal.coord.v1.ApplyPolicyResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/shoal/v1/policies:\x01*\x12\x87\x01\n\x0eRollBackPolicy\x12%.shoal.coord.v1.RollBackPolicyRequest\x1a&.shoal.coord.v1.RollBackPolicyResponse\"&\x82\xd3\xe4\x93\x02 \"\x1b/shoal/v1/policies:rollback:\x01*\x12k\n\tCreateKey\x12 .shoal.coord.v1.CreateKeyRequest\x1a!.shoal.coord.v1.CreateKeyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/shoal/v1/keys:\x01*\x12\x65\n\x08ListKeys\x12\x1f.shoal.coord.v1.ListKeysRequest\x1a .shoal.coord.v1.ListKeysResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/shoal/v1/keys\x12w\n\tRevokeKey\x12 .shoal.coord.v1.RevokeKeyRequest\x1a!.shoal.coord.v1.RevokeKeyResponse\"%\x82\xd3\xe4\x93\x02\x1f\"\x1a/shoal/v1/keys/{id}:revoke:\x01*\x12}\n\x0cRotateSigner\x12#.shoal.coord.v1.RotateSignerRequest\x1a$.shoal.coord.v1.RotateSignerResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/shoal/v1/signer:rotate:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -70,29 +70,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APPLYPOLICYREQUEST_FILESENTRY']._serialized_start=456
   _globals['_APPLYPOLICYREQUEST_FILESENTRY']._serialized_end=500
   _globals['_APPLYPOLICYRESPONSE']._serialized_start=788
-  _globals['_APPLYPOLICYRESPONSE']._serialized_end=856
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=858
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=913
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=915
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=986
-  _globals['_KEYINFO']._serialized_start=989
-  _globals['_KEYINFO']._serialized_end=1218
-  _globals['_CREATEKEYREQUEST']._serialized_start=1220
-  _globals['_CREATEKEYREQUEST']._serialized_end=1339
-  _globals['_CREATEKEYRESPONSE']._serialized_start=1341
-  _globals['_CREATEKEYRESPONSE']._serialized_end=1412
-  _globals['_LISTKEYSREQUEST']._serialized_start=1414
-  _globals['_LISTKEYSREQUEST']._serialized_end=1431
-  _globals['_LISTKEYSRESPONSE']._serialized_start=1433
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1490
-  _globals['_REVOKEKEYREQUEST']._serialized_start=1492
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1522
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1524
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1543
-  _globals['_ROTATESIGNERREQUEST']._serialized_start=1545
-  _globals['_ROTATESIGNERREQUEST']._serialized_end=1605
-  _globals['_ROTATESIGNERRESPONSE']._serialized_start=1607
-  _globals['_ROTATESIGNERRESPONSE']._serialized_end=1679
-  _globals['_ACCESSSERVICE']._serialized_start=1682
-  _globals['_ACCESSSERVICE']._serialized_end=2641
+  _globals['_APPLYPOLICYRESPONSE']._serialized_end=877
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=879
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=934
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=936
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=1028
+  _globals['_KEYINFO']._serialized_start=1031
+  _globals['_KEYINFO']._serialized_end=1260
+  _globals['_CREATEKEYREQUEST']._serialized_start=1262
+  _globals['_CREATEKEYREQUEST']._serialized_end=1381
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1383
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1454
+  _globals['_LISTKEYSREQUEST']._serialized_start=1456
+  _globals['_LISTKEYSREQUEST']._serialized_end=1473
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1475
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1532
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1534
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1564
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1566
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1585
+  _globals['_ROTATESIGNERREQUEST']._serialized_start=1587
+  _globals['_ROTATESIGNERREQUEST']._serialized_end=1647
+  _globals['_ROTATESIGNERRESPONSE']._serialized_start=1649
+  _globals['_ROTATESIGNERRESPONSE']._serialized_end=1721
+  _globals['_ACCESSSERVICE']._serialized_start=1724
+  _globals['_ACCESSSERVICE']._serialized_end=2683
 # @@protoc_insertion_point(module_scope)

@@ -79,10 +79,12 @@ class ApplyPolicyRequest(_message.Message):
     def __init__(self, document: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., expected_version: _Optional[int] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class ApplyPolicyResponse(_message.Message):
-    __slots__ = ("policy",)
+    __slots__ = ("policy", "unconfirmed")
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    UNCONFIRMED_FIELD_NUMBER: _ClassVar[int]
     policy: PolicyVersion
-    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ...) -> None: ...
+    unconfirmed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ..., unconfirmed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RollBackPolicyRequest(_message.Message):
     __slots__ = ("version", "force")
@@ -93,10 +95,12 @@ class RollBackPolicyRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class RollBackPolicyResponse(_message.Message):
-    __slots__ = ("policy",)
+    __slots__ = ("policy", "unconfirmed")
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    UNCONFIRMED_FIELD_NUMBER: _ClassVar[int]
     policy: PolicyVersion
-    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ...) -> None: ...
+    unconfirmed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, policy: _Optional[_Union[PolicyVersion, _Mapping]] = ..., unconfirmed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KeyInfo(_message.Message):
     __slots__ = ("id", "tenant", "role", "subject", "models", "grants", "created_at", "expires_at", "signer", "revoked")
