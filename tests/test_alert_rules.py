@@ -18,6 +18,7 @@ MODEL = 'model="digits",version="1",instance="infer-0"'
 HEALTHY: dict[str, str] = {
     f'shoal_infer_requests_total{{{MODEL},outcome="success"}}': "0+6000x400",
     f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}': "0+1x400",
+    f"shoal_infer_requests_within_slo_total{{{MODEL}}}": "0+5990x400",
     f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x400",
     f"shoal_infer_model_ready{{{MODEL}}}": "1x400",
     'shoal_process_up{service="infer",instance="infer-0"}': "1x400",
@@ -48,8 +49,11 @@ HEALTHY: dict[str, str] = {
     'shoal_store_audit_failed_total{instance="store-0"}': "0x400",
 }
 FAILURES = f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}'
+WITHIN = f"shoal_infer_requests_within_slo_total{{{MODEL}}}"
+# Series whose alerts look at the last six hours.
+OF_HOURS = {FAILURES, WITHIN}
 STALLED = 'shoal_event_loop_stalled_seconds_total{instance="infer-0"}'
-# The alerts that fire, and the series that differ from the healthy ones: after 390 minutes for errors, else after 30.
+# The alerts that fire, and the series that differ from the healthy ones: after 390 minutes for those of hours, else 30.
 CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
     # 1 % for six hours: the slow alert. 5 % in the last hour: the fast one.
     (("ShoalErrorsSlow",), {FAILURES: "0+60x400"}),
@@ -57,6 +61,11 @@ CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
     (("ShoalErrorsFast", "ShoalErrorsSlow"), {FAILURES: "0+600x400"}),
     # It is over: the short windows are clean again.
     ((), {FAILURES: "0+600x200 120000x200"}),
+    # The goal is missed by 10 % of the requests for six hours, by 20 % in the last one, and by 30 % until an hour ago.
+    (("ShoalLatencySlow",), {WITHIN: "0+5400x400"}),
+    (("ShoalLatencyFast",), {WITHIN: "0+6000x325 1950000+4800x75"}),
+    (("ShoalLatencyFast", "ShoalLatencySlow"), {WITHIN: "0+4000x400"}),
+    ((), {WITHIN: "0+4200x325 1365000+6000x75"}),
     (("ShoalExpiredRowsRun",), {f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x27 3x13"}),
     (("ShoalProcessDown",), {'shoal_process_up{service="infer",instance="infer-0"}': "1x20 0x20"}),
     (
@@ -120,13 +129,13 @@ def test_each_alert_fires_for_its_cause_alone(promtool: str, repository_root: Pa
         {
             "interval": "1m",
             "input_series": [
-                {"series": name, "values": values if FAILURES in changed else values.replace("x400", "x40")}
+                {"series": name, "values": values if OF_HOURS & changed.keys() else values.replace("x400", "x40")}
                 for name, values in {**HEALTHY, **changed}.items()
             ],
             "promql_expr_test": [
                 {
                     "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
-                    "eval_time": "390m" if FAILURES in changed else "30m",
+                    "eval_time": "390m" if OF_HOURS & changed.keys() else "30m",
                     "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in alerts],
                 }
             ],

@@ -28,6 +28,8 @@ WRITE_S = 30.0
 """Time in which a response must be read."""
 PAGE_S = 30.0
 """Time in which a page must be made."""
+OPENMETRICS = "application/openmetrics-text"
+"""Type of a page in OpenMetrics, without its version. Readers of exemplars, such as Prometheus, name it in `Accept`."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 

@@ -11,18 +11,18 @@ import asyncio
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from types import MappingProxyType
 
-from mesh.metrics.endpoint import Endpoint, Handler, Request, Response
+from mesh.metrics.endpoint import OPENMETRICS, Endpoint, Handler, Request, Response
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading, Source
-from mesh.metrics.histogram import Buckets
+from mesh.metrics.histogram import Buckets, Exemplar
 from mesh.metrics.snapshot import read
 
 KEPT_S = 1.0
 """Time for which a page is given again: however many ask, a page of 500 models is made once a second at most."""
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+OPENMETRICS_1 = f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 _OF_HELP = str.maketrans({"\\": r"\\", "\n": r"\n"})
@@ -47,11 +47,14 @@ class PageWriter:
         if isinstance(value, Buckets):
             comma = "," if text else ""
             *bounded, total = accumulate(value.counts)
-            for bound, count in zip(value.bounds, bounded, strict=True):
-                lines.append(f'{name}_bucket{{{text}{comma}le="{bound!r}"}} {count}.0\n')
+            # Only OpenMetrics has exemplars.
+            exemplars = [_exemplar(each) for each in value.exemplars] if self._is_openmetrics else ()
+            *of_bounded, of_total = exemplars or repeat("", len(value.counts))
+            for bound, count, exemplar in zip(value.bounds, bounded, of_bounded, strict=True):
+                lines.append(f'{name}_bucket{{{text}{comma}le="{bound!r}"}} {count}.0{exemplar}\n')
             of_all = f"{{{text}}}" if text else ""
             lines.append(
-                f'{name}_bucket{{{text}{comma}le="+Inf"}} {total}.0\n'
+                f'{name}_bucket{{{text}{comma}le="+Inf"}} {total}.0{of_total}\n'
                 f"{name}_count{of_all} {total}.0\n{name}_sum{of_all} {_number(value.sum)}\n"
             )
         else:
@@ -75,8 +78,15 @@ class PageWriter:
         """Return the page, and its content type."""
         body = "".join(line for _, lines in self._families.values() for line in lines)
         if self._is_openmetrics:
-            return f"{body}# EOF\n".encode(errors="replace"), OPENMETRICS
+            return f"{body}# EOF\n".encode(errors="replace"), OPENMETRICS_1
         return body.encode(errors="replace"), TEXT
+
+
+def _exemplar(exemplar: Exemplar | None) -> str:
+    if exemplar is None:
+        return ""
+    ids = f'trace_id="{exemplar.trace_id:032x}",span_id="{exemplar.span_id:016x}"'
+    return f" # {{{ids}}} {exemplar.value!r} {exemplar.at_s:.3f}"
 
 
 def _number(value: float) -> str:
@@ -85,9 +95,9 @@ def _number(value: float) -> str:
     return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
 
 
-def page(readings: Iterable[Reading]) -> tuple[bytes, str]:
-    """Return the text of readings in Prometheus' format, and its content type."""
-    writer = PageWriter()
+def page(readings: Iterable[Reading], *, is_openmetrics: bool = False) -> tuple[bytes, str]:
+    """Return the text of readings in Prometheus' format or in OpenMetrics, and its content type."""
+    writer = PageWriter(is_openmetrics=is_openmetrics)
     for reading in readings:
         writer.add(reading)
     return writer.page()
@@ -104,7 +114,7 @@ def metrics_endpoint(
     made: dict[bool, tuple[float, Response]] = {}
 
     async def metrics(request: Request) -> Response:
-        is_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        is_openmetrics = OPENMETRICS in request.headers.get("accept", "")
         async with turn:
             at, response = made.get(is_openmetrics, (-math.inf, None))
             if response is None or time.monotonic() - at >= KEPT_S:

@@ -15,6 +15,42 @@ ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """Upper bounds of the buckets for sizes of batches."""
 
 
+EXEMPLAR_S = 60.0
+"""Time for which a bucket keeps its exemplar: the collector gets one a bucket and minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """An observation of a sampled trace, by which a bucket leads to a request."""
+
+    value: float
+    trace_id: int
+    span_id: int
+    at_s: float
+    """Unix time."""
+
+
+class Exemplars:
+    """The exemplar of each bucket: the first observation of a sampled trace in a minute."""
+
+    __slots__ = ("_bounds", "_by_bucket")
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self._bounds = bounds
+        self._by_bucket: list[Exemplar | None] = [None] * (len(bounds) + 1)
+
+    def add(self, value: float, trace_id: int, span_id: int, now_s: float) -> None:
+        """Keep an observation, unless its bucket has an exemplar of this minute."""
+        bucket = bisect_left(self._bounds, value)
+        kept = self._by_bucket[bucket]
+        if kept is None or now_s - kept.at_s >= EXEMPLAR_S:
+            self._by_bucket[bucket] = Exemplar(value, trace_id, span_id, now_s)
+
+    def read(self) -> tuple[Exemplar | None, ...]:
+        """Return the exemplars by bucket; nothing without any."""
+        return tuple(self._by_bucket) if any(self._by_bucket) else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Buckets:
     """Reading of a histogram."""
@@ -23,6 +59,8 @@ class Buckets:
     counts: Sequence[int]
     """Observations of each bucket alone, the last one beyond all bounds."""
     sum: float
+    exemplars: Sequence[Exemplar | None] = ()
+    """By bucket; empty without any."""
 
 
 class Histogram:
@@ -40,6 +78,6 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
-    def read(self) -> Buckets:
-        """Return the counts as they are now."""
-        return Buckets(self.bounds, list(self.counts), self.sum)
+    def read(self, exemplars: Sequence[Exemplar | None] = ()) -> Buckets:
+        """Return the counts as they are now, with these exemplars."""
+        return Buckets(self.bounds, list(self.counts), self.sum, exemplars)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -81,8 +82,13 @@ def _point(attributes: Mapping[str, str], value: Value, started_ns: int, now_ns:
     # The smallest and the largest value are not known: the encoder leaves out what is None.
     least: Any = None
     total = sum(value.counts)
+    exemplars = [
+        Exemplar({}, float(each.value), int(each.at_s * 1e9), each.span_id, each.trace_id)
+        for each in value.exemplars
+        if each is not None
+    ]
     return HistogramDataPoint(
-        attributes, started_ns, now_ns, total, value.sum, value.counts, value.bounds, least, least
+        attributes, started_ns, now_ns, total, value.sum, value.counts, value.bounds, least, least, exemplars
     )
 
 

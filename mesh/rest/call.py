@@ -184,7 +184,7 @@ class RestCall(StreamMemory):
         self.is_over = self._has_begun = False
         self._began = 0.0
         """Begin of the call's task, on the app's clock; 0: there is none."""
-        self._span = None if app.tracer is None else app.tracer.begin(self.headers)
+        self.span = None if app.tracer is None else app.tracer.begin(self.headers)
 
     # -- RequestHandler
 
@@ -214,7 +214,7 @@ class RestCall(StreamMemory):
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do the rest of the call in a task."""
-        with self._span.current() if self._span is not None else contextlib.nullcontext():
+        with self.span.current() if self.span is not None else contextlib.nullcontext():
             task = asyncio.create_task(self._run(work), name=self._stream.head.path)
         self._app.tasks.add(task)
         task.add_done_callback(self._app.tasks.discard)
@@ -385,7 +385,7 @@ class RestCall(StreamMemory):
         if not stream.has_room(len(body)):
             raise unread()
         self.is_over = True
-        if self._span is not None:
+        if self.span is not None:
             self._end_span()
         stream.respond(head.encoded(stream), body)
 
@@ -399,7 +399,7 @@ class RestCall(StreamMemory):
 
     def keep_slow(self, seconds: float, about: Attributes = NO_ATTRIBUTES) -> None:
         """Keep the span of the call, which succeeds and took `seconds`, too long."""
-        if self._span is None:
+        if self.span is None:
             tail_spans.slow(self.target.rpc, self.headers, self._app.access, seconds, about)
 
     def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
@@ -419,9 +419,9 @@ class RestCall(StreamMemory):
         return Code(status_of(error)[0].value[0]), str(error)
 
     def _end_span(self, code: Code = Code.OK, message: str = "") -> None:
-        if self._span is not None and self._app.tracer is not None:
+        if self.span is not None and self._app.tracer is not None:
             tenant = tenant_of(self._app.access, self.headers)
-            self._app.tracer.end(self._span, self.target.rpc, code, message, tenant)
+            self._app.tracer.end(self.span, self.target.rpc, code, message, tenant)
 
     # -- the call
 
@@ -557,8 +557,8 @@ class RestCall(StreamMemory):
 
     def _trace_of(self, error: BaseException, code: Code, message: str, seconds: float, about: Attributes) -> str:
         """Return the trace of the call, which fails, when a span of it is kept; else an empty text."""
-        if self._span is not None:
-            return self._span.trace_id if code in FAILURES else ""
+        if self.span is not None:
+            return self.span.trace_id if code in FAILURES else ""
         if self._began:
             seconds = self._app.clock() - self._began
         text = message if isinstance(error, ShoalError) else type(error).__name__

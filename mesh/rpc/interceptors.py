@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry import context, propagate, trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode
 
 from mesh.process.kept_spans import TENANT
 from mesh.rpc.access import Access, tenant_of
@@ -107,6 +107,13 @@ def translated(action: str = "") -> Iterator[None]:
         yield
     except grpc.RpcError as err:
         raise translate(err, action) from err
+
+
+def sampled_span() -> SpanContext | None:
+    """Return the context of this call's span in a sampled trace; None when this process makes no span of the call."""
+    found = trace.get_current_span().get_span_context()
+    # Without a span here, the current one is the caller's.
+    return found if found.is_valid and found.trace_flags.sampled and not found.is_remote else None
 
 
 class ServerInterceptor:

@@ -17,6 +17,7 @@ from typing import Any
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.heavy_work import HeavyWork, Steps
 from mesh.rpc.held_shares import CallLimits
+from mesh.rpc.interceptors import sampled_span
 from services.infer import decoupled_responses
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.other_models import StepVersion
@@ -316,7 +317,9 @@ class InferenceServer:
 
     async def _read_in_turns(self, message: pb.ModelInferRequest, version: Version, tenant: str) -> InferenceRequest:
         steps = read_steps(message, version.loaded.model.signature)
-        return await in_turns(self.heavy, tenant, steps, is_long=is_long_read(message))
+        request = await in_turns(self.heavy, tenant, steps, is_long=is_long_read(message))
+        request.trace = sampled_span()
+        return request
 
     async def _step(
         self,
@@ -334,6 +337,7 @@ class InferenceServer:
         scheduler = version.scheduler
         if order.is_free(id) and not is_retry and inner_call is None and not is_long_read(message):
             request = read(message, version.loaded.model.signature)
+            request.trace = sampled_span()
             if tenant:
                 self.models.tenants.add(tenant, request.rows)
             return request, await scheduler.submit(request, deadline, tenant)

@@ -6,6 +6,7 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from mesh.metrics.families import Family, Kind, Reading, Source
@@ -13,12 +14,16 @@ from mesh.metrics.histogram import SECONDS, Buckets
 from services.infer.models.models import Models
 from services.infer.models.version import State, Version
 from services.infer.scheduling.scheduler import Scheduler
-from services.infer.scheduling.statistics import Shed, Statistics
+from services.infer.scheduling.statistics import RequestExemplars, Shed, Statistics
 
 _MODEL = ("model", "version")
 C, G, H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 REQUESTS = Family("shoal.infer.requests", C, "{request}", "Requests that have ended.", (*_MODEL, "outcome"))
+SLO = Family("shoal.infer.slo", G, "s", "Latency goal of a model that has one, its parameter `slo_ms`.", _MODEL)
+WITHIN_SLO = Family(
+    "shoal.infer.requests.within_slo", C, "{request}", "Successful requests that met the latency goal.", _MODEL
+)
 DURATION = Family(
     "shoal.infer.request.duration", H, "s", "Time of successful requests, from arrival to outcome.", _MODEL
 )
@@ -52,7 +57,22 @@ TENANT = Family(
 )
 TENANT_ROWS = Family("shoal.infer.tenant.rows", C, "{row}", "Rows of these requests.", ("tenant",))
 OWN = (
-    *(REQUESTS, DURATION, QUEUE, COMPUTE, BATCH, GATHER, SCATTER, EXPIRED, CANCELLED, SHED, EXPIRED_ROWS, BISECTIONS),
+    *(
+        REQUESTS,
+        SLO,
+        WITHIN_SLO,
+        DURATION,
+        QUEUE,
+        COMPUTE,
+        BATCH,
+        GATHER,
+        SCATTER,
+        EXPIRED,
+        CANCELLED,
+        SHED,
+        EXPIRED_ROWS,
+        BISECTIONS,
+    ),
     *(CACHE, WAITING, AGE, READY, FIRST, IN_FLIGHT, CACHE_SIZE, TENANT, TENANT_ROWS),
 )
 
@@ -92,6 +112,8 @@ TRITONS = (
 )
 FAMILIES = (*OWN, *TRITONS)
 
+_NO_EXEMPLARS = RequestExemplars()
+
 
 def source(models: Models) -> Source:
     """Return the readings of all versions that are loaded, or that should be."""
@@ -115,13 +137,15 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
     yield READY, labels, int(version.is_ready)
     yield IN_FLIGHT, labels, version.in_flight
     yield from _counted(found, labels)
-    yield DURATION, labels, Buckets(SECONDS, list(found.durations), found.success.ns / 1e9)
-    yield QUEUE, labels, Buckets(SECONDS, list(found.queue_durations), found.queue.ns / 1e9)
+    exemplars = found.exemplars or _NO_EXEMPLARS
+    total, queue = found.success.ns / 1e9, found.queue.ns / 1e9
+    yield DURATION, labels, Buckets(SECONDS, list(found.durations), total, exemplars.total.read())
+    yield QUEUE, labels, Buckets(SECONDS, list(found.queue_durations), queue, exemplars.queue.read())
     executed = sum(times.compute_ns for times in found.by_rows.values()) / 1e9
-    yield COMPUTE, labels, Buckets(SECONDS, list(found.compute_durations), executed)
-    yield BATCH, labels, found.sizes()
+    yield COMPUTE, labels, Buckets(SECONDS, list(found.compute_durations), executed, exemplars.compute.read())
+    yield BATCH, labels, found.sizes().read(exemplars.rows.read())
     if version.decoupled is not None:
-        yield FIRST, labels, found.first_responses.read()
+        yield FIRST, labels, found.first_responses.read(exemplars.first_response.read())
     if version.is_loaded and isinstance(version.scheduler, Scheduler):
         depth, age_s = version.scheduler.waiting()
         yield WAITING, labels, depth
@@ -132,6 +156,9 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
 def _counted(found: Statistics, labels: tuple[str, str]) -> Iterable[Reading]:
     yield REQUESTS, (*labels, "success"), found.success.count
     yield REQUESTS, (*labels, "failure"), found.fail.count
+    if found.slo_s != math.inf:
+        yield SLO, labels, found.slo_s
+        yield WITHIN_SLO, labels, found.within_slo
     yield GATHER, labels, sum(times.gather_ns for times in found.by_rows.values()) / 1e9
     yield SCATTER, labels, sum(times.scatter_ns for times in found.by_rows.values()) / 1e9
     yield EXPIRED, labels, found.expired

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httptools
 
 from mesh.metrics import spans as spans_page
-from mesh.metrics.endpoint import Endpoint, Handler, Request, Response, text
+from mesh.metrics.endpoint import OPENMETRICS, Endpoint, Handler, Request, Response, text
 from mesh.metrics.families import Family, Kind, Reading
 
 ENVOY_PAGES = (
@@ -30,6 +30,8 @@ ENVOY_PAGES = (
     *("/server_info", "/stats", "/stats/prometheus", "/stats/recentlookups"),
 )
 """Pages of Envoy's admin interface that change nothing. Envoy leaves private keys out of them, but no headers."""
+_END = "# EOF"
+"""Last line of a page in OpenMetrics."""
 _DUMPS = ("/config_dump", "/init_dump")
 REDACTED = "[redacted]"
 FILE_SD = "prometheus.json"
@@ -111,7 +113,7 @@ def endpoint(listen: str, processes: Processes, envoy: Path | None, secrets: Seq
 
     async def metrics(request: Request) -> Response:
         async with turn:
-            return await node_page(processes())
+            return await node_page(processes(), request.headers.get("accept", ""))
 
     async def spans(request: Request) -> Response:
         return await node_spans(processes(), request.query)
@@ -155,43 +157,49 @@ def _redacted(response: Response, secrets: Sequence[str]) -> Response:
     return Response(response.status, response.content_type, body)
 
 
-async def node_page(processes: Sequence[Scraped]) -> Response:
-    """Return the page of metrics of these processes, each series with its service and instance."""
-    pages = await asyncio.gather(*(_page(one) for one in processes))
-    return await asyncio.to_thread(_merged, processes, pages)
+async def node_page(processes: Sequence[Scraped], accept: str = "") -> Response:
+    """Return the page of metrics of these processes, each series with its service and instance.
+
+    The page is in OpenMetrics, which has exemplars, when the header `accept` names it; else in Prometheus' text format.
+    """
+    is_openmetrics = OPENMETRICS in accept
+    # Not the reader's own header: Envoy also has a form that is no text.
+    accept = OPENMETRICS if is_openmetrics else ""
+    pages = await asyncio.gather(*(_page(one, accept) for one in processes))
+    return await asyncio.to_thread(_merged, processes, pages, is_openmetrics)
 
 
-def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None]) -> Response:
+def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None], is_openmetrics: bool) -> Response:
     from mesh.metrics import exposition
 
     own: list[Reading] = []
     found: list[tuple[Mapping[str, str], str]] = []
     for one, body in zip(processes, pages, strict=True):
         labels = {"service": one.service, "instance": one.instance}
-        resources = b"" if one.pid is None else _resources(one.pid)
+        resources = b"" if one.pid is None else _resources(one.pid, is_openmetrics)
         own.append((UP, tuple(labels.values()), int(bool(resources) if one.socket is None else body is not None)))
         own.append((RESTARTS, tuple(labels.values()), one.restarts))
         found.extend((labels, text.decode()) for text in (body, resources) if text)
-    text, content_type = exposition.page(own)
-    return Response(200, content_type, merge([({}, text.decode()), *found]).encode())
+    text, content_type = exposition.page(own, is_openmetrics=is_openmetrics)
+    return Response(200, content_type, merge([({}, text.decode()), *found], is_openmetrics=is_openmetrics).encode())
 
 
-def _resources(pid: int) -> bytes:
+def _resources(pid: int, is_openmetrics: bool) -> bytes:
     """Return memory and processor time of a process as a page of metrics; an empty one when it has ended."""
     from mesh.metrics import exposition, process
 
     try:
-        return exposition.page(process.resources(pid))[0]
+        return exposition.page(process.resources(pid), is_openmetrics=is_openmetrics)[0]
     except OSError:
         return b""
 
 
-async def _page(one: Scraped) -> bytes | None:
+async def _page(one: Scraped, accept: str = "") -> bytes | None:
     """Return a process's metrics; None when it has no page, or does not answer in time, or not with metrics."""
     if one.socket is None:
         return None
     with contextlib.suppress(OSError, TimeoutError, ValueError):
-        response = await fetch(one.socket, one.target)
+        response = await fetch(one.socket, one.target, accept)
         if response.status == 200:
             return response.body
     return None
@@ -212,15 +220,23 @@ async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
     return Response(200, "application/json", json.dumps(document).encode())
 
 
-def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:
-    """Return pages in Prometheus' text format as one: each family once, each series with the page's labels."""
+def merge(pages: Iterable[tuple[Mapping[str, str], str]], *, is_openmetrics: bool = False) -> str:
+    """Return pages as one: each family once, each series with the page's labels.
+
+    With `is_openmetrics`, the page is in OpenMetrics. Pages of Envoy, which has Prometheus' text format only, fit in:
+    its counters, whose names do not end in `_total`, are of type `unknown` there.
+    """
     families: dict[str, tuple[list[str], list[str]]] = {}
     for labels, page in pages:
         added = ",".join(f'{name}="{value}"' for name, value in labels.items())
         family = ""
         # Not splitlines: names of models and tenants may have other characters that end a line for Python.
         for line in page.split("\n"):
+            if line == _END:
+                continue
             if line.startswith("#"):
+                if is_openmetrics and line.startswith("# TYPE envoy_"):
+                    line = line.replace(" counter", " unknown")
                 parts = line.split(" ", 3)
                 if len(parts) > 2:
                     family = parts[2]
@@ -229,7 +245,9 @@ def merge(pages: Iterable[tuple[Mapping[str, str], str]]) -> str:
                         heads.append(line)
             elif line:
                 families.setdefault(family, ([], []))[1].append(_labelled(line, added))
-    return "".join(f"{line}\n" for heads, series in families.values() for line in (*heads, *series))
+    end = [_END] if is_openmetrics else []
+    lines = (line for heads, series in families.values() for line in (*heads, *series))
+    return "".join(f"{line}\n" for line in (*lines, *end))
 
 
 def _labelled(line: str, added: str) -> str:
@@ -264,8 +282,8 @@ class _Answer:
         self.is_whole = True
 
 
-async def fetch(socket: Path, target: str) -> Response:
-    """Return the response to a GET at a unix socket.
+async def fetch(socket: Path, target: str, accept: str = "") -> Response:
+    """Return the response to a GET at a unix socket. `accept` is the header of that name.
 
     Raises:
         OSError: nobody listens. TimeoutError: it takes longer than READ_S. ValueError: not a response, or too large.
@@ -275,7 +293,8 @@ async def fetch(socket: Path, target: str) -> Response:
     async with asyncio.timeout(READ_S):
         reader, writer = await asyncio.open_unix_connection(socket)
         try:
-            writer.write(f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode("latin-1"))
+            head = f"GET {target} HTTP/1.1\r\nhost: localhost\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
+            writer.write(head.encode("latin-1"))
             while not answer.is_whole:
                 block = await reader.read(1 << 16)
                 if not block:

@@ -224,6 +224,17 @@ def test_a_series_gets_the_labels_of_its_process(line: str, labelled: str) -> No
     assert merge([({"x": "1"}, f"{line}\n")]) == f"{labelled}\n"
 
 
+def test_a_page_in_openmetrics_keeps_exemplars_and_takes_envoys_counters_as_unknown() -> None:
+    labels, rest = 'le="1"', '1.0 # {trace_id="ab"} 0.5 1.000'
+    own = f"# HELP a Text.\n# TYPE a histogram\na_bucket{{{labels}}} {rest}\n# EOF\n"
+    envoys = "# TYPE envoy_retries counter\nenvoy_retries{} 3\n"
+    pages: Sequence[tuple[dict[str, str], str]] = [({"i": "0"}, own), ({"i": "e"}, envoys)]
+    assert merge(pages, is_openmetrics=True) == (
+        f'# HELP a Text.\n# TYPE a histogram\na_bucket{{i="0",{labels}}} {rest}\n'
+        '# TYPE envoy_retries unknown\nenvoy_retries{i="e"} 3\n# EOF\n'
+    )
+
+
 def test_a_family_of_several_processes_is_written_once() -> None:
     page = "# HELP a Text.\n# TYPE a gauge\na 1\n"
     pages: Sequence[tuple[dict[str, str], str]] = [({"i": "0"}, page), ({"i": "1"}, page + "b 2\n")]

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from opentelemetry.trace import SpanContext
+
 from mesh.rpc.call_context import RequestMemory
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import StepInputs
@@ -45,6 +47,7 @@ class RequestContext:
     tenant: str
     memory: RequestMemory
     """Counts the outputs of steps: they are kept until the request ends."""
+    trace: SpanContext | None
 
 
 @dataclass(eq=False, slots=True)
@@ -122,7 +125,7 @@ class FanOut:
         context = self.context
         try:
             request = feeding.row_request(self.step, self.inputs, row, context.parameters, context.source)
-            request.memory = context.memory
+            request.memory, request.trace = context.memory, context.trace
             call = StepCall(self, row, self.step.version, request)
             call.start(context.expires, context.tenant, context.check)
         except Exception as err:

@@ -77,7 +77,8 @@ class EnsembleRun(PendingRequest):
         parameters = request.parameters
         # `expires` includes `timeout`, and holds for all steps together.
         step_parameters = NONE if parameters is NONE else replace(parameters, timeout_us=0, explain=False)
-        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant, request.memory)
+        of_call = request.memory, request.trace
+        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant, *of_call)
         self._route = plan.route(request.outputs)
         self._outputs_left = len(self._route.targets)
         self._missing = list(self._route.missing)
@@ -146,7 +147,7 @@ class EnsembleRun(PendingRequest):
         if request is None:
             self._store_outputs(index, step, feeding.outputs_without_rows(step))
             return
-        request.memory = self._context.memory
+        request.memory, request.trace = self._context.memory, self._context.trace
         call = StepCall(self, index, step.version, request)
         call.start(self._context.expires, self._context.tenant, self._context.check)
         self._in_flight.add(call)

@@ -154,6 +154,8 @@ class EnsembleScheduler:
         self._mean_s += _WEIGHT * (total_s - self._mean_s)
         self._statistics.executed(result.times, time.time_ns() // 1_000_000)
         self._statistics.succeeded(result.times, queue_ns=result.queue_ns, total_ns=int(total_s * 1e9))
+        if (trace := run.request.trace) is not None:
+            self._statistics.traced(trace, result.times, queue_s=result.queue_ns * 1e-9, total_s=total_s)
 
     def end(self, run: EnsembleRun) -> None:
         """Release what a concluded run holds, and deliver its outcome."""

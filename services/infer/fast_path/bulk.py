@@ -17,8 +17,9 @@ from typing import Any
 
 from mesh.process.tasks import end, log_failure
 from mesh.rpc.call_context import CallMemory
+from mesh.rpc.fast_spans import FastSpan
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.rpc.interceptors import status_of
+from mesh.rpc.interceptors import sampled_span, status_of
 from mesh.rpc.tail_spans import NO_ATTRIBUTES, Attributes
 from services.infer.fast_path.infer_fast import FastInfer
 from services.infer.requests.request_memory import UNCOUNTED, RequestPart
@@ -106,10 +107,12 @@ class Bulk:
             numbers.add(entry.number)
 
     async def _start(self, entries: Sequence[pb.InferBulkRequest.Entry]) -> None:
-        now = self._clock()
+        now, context = self._clock(), sampled_span()
+        # The interceptor ends the span of the call, which is that of all its entries.
+        span = None if context is None else FastSpan(context, None, 0)
         for message in entries:
             deadline = now + message.timeout_ms / 1000 if message.timeout_ms else math.inf
-            entry = Entry(self._on_outcome, message, deadline, RequestPart(self._memory))
+            entry = Entry(self._on_outcome, message, deadline, RequestPart(self._memory), span)
             if self._caller is not None:
                 entry.headers = {**entry.headers, CALLER: self._caller}
                 if message.caller:
@@ -180,7 +183,7 @@ class Bulk:
 class Entry:
     """One entry of a bulk; an `infer_fast.Exchange`."""
 
-    __slots__ = ("_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end")
+    __slots__ = ("_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end", "span")
 
     def __init__(
         self,
@@ -188,6 +191,7 @@ class Entry:
         message: pb.InferBulkRequest.Entry,
         deadline: float,
         part: RequestPart,
+        span: FastSpan | None,
     ) -> None:
         self._on_outcome = on_outcome
         self._part = part
@@ -198,6 +202,7 @@ class Entry:
             self.headers = {**self.headers, _TENANT: message.tenant.encode("latin-1", "replace")}
         self.on_end: Callable[[], None] | None = None
         self.is_over = False
+        self.span = span
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """End the entry with a response."""

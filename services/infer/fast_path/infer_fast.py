@@ -10,9 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import numpy as np
+from opentelemetry.trace import SpanContext
 
 from mesh.rpc.access import Access
 from mesh.rpc.call_context import RequestMemory
@@ -39,6 +41,9 @@ from shoal.tenant_header import TENANT_HEADER
 
 log = logging.getLogger(__name__)
 
+# Without a sampled span, a task keeps the context of its call: none.
+_NO_SPAN = nullcontext()
+
 _TENANT, _ATTEMPT = TENANT_HEADER.encode(), ATTEMPT.encode()
 _CALLER, _JOB_CALLER = CALLER_HEADER.encode(), JOB_CALLER_HEADER.encode()
 _JOB_RETRY = JOB_RETRY_HEADER.encode()
@@ -50,8 +55,21 @@ _MAX_NAMES = 1024
 _MAX_LEARNT_BYTES = 32 << 20
 
 
+class SampledSpan(Protocol):
+    """Span of a call in a sampled trace."""
+
+    @property
+    def context(self) -> SpanContext: ...
+
+    def current(self) -> AbstractContextManager[object]:
+        """Return a block in which the span is the current one."""
+
+
 class Pending(RequestMemory, Protocol):
     """A caller that waits for the outcome of one request."""
+
+    @property
+    def span(self) -> SampledSpan | None: ...
 
     deadline: float
     """On the clock of the core; infinite when there is none."""
@@ -91,7 +109,8 @@ class FastInfer:
     def __call__(self, body: bytes, exchange: Exchange) -> None:
         is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1" or _JOB_RETRY in exchange.headers
         if is_retry or not self._try_fast(body, exchange):
-            task = asyncio.create_task(self._run_slow(body, exchange, is_retry))
+            with exchange.span.current() if exchange.span is not None else _NO_SPAN:
+                task = asyncio.create_task(self._run_slow(body, exchange, is_retry))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             exchange.on_end = task.cancel  # type: ignore[assignment]
@@ -232,6 +251,8 @@ class FastRequest:
         """Start the request, counted in `limits`. Raises LimitReached, and as the scheduler does."""
         exchange, version = self._exchange, self._version
         request.memory = exchange
+        if exchange.span is not None:
+            request.trace = exchange.span.context
         self._reservation: Reservation | None = None
         if limits is not None:
             self._reservation = limits.reserve(message_bytes, request.rows)

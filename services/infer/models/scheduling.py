@@ -40,6 +40,7 @@ def scheduler_of(
     name: str, number: int, loaded: Loaded, context: LoadContext, statistics: Statistics
 ) -> RequestScheduler | DecoupledScheduler:
     """Return the scheduler for version `number` of the model `name`. Entering the scheduler starts it."""
+    statistics.slo_s = rules.slo_s(loaded.model.config)
     if isinstance(loaded, Composed):
         return _ensemble(loaded, context, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mesh.rpc.call_context import RequestMemory
 from mesh.rpc.heavy_work import Steps
@@ -21,6 +21,10 @@ from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.tensors import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS, completed, count_elements, shape_text
+
+if TYPE_CHECKING:
+    # A model's process, which has requests too, does without it.
+    from opentelemetry.trace import SpanContext
 
 # Beyond these, reading a request takes about a millisecond, and waits for its turns. Typed contents are copied, and
 # BYTES become Python objects, one by one. Raw numbers of any size are views of the message.
@@ -59,6 +63,8 @@ class InferenceRequest:
     """Crash guard of a retry: an ensemble checks the request of each step, by its model's name."""
     memory: RequestMemory = UNCOUNTED
     """Memory of the request's call, for tensors and responses that are made before the end."""
+    trace: SpanContext | None = None
+    """Span of the request's call in a sampled trace."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

@@ -149,7 +149,7 @@ class DecoupledScheduler:
                 if isinstance(event, Message) and not response.is_final:
                     _renew_credit(stream, event.tensor_bytes)
                 if is_first and not response.is_empty:
-                    self._statistics.first_responses.add(self._clock() - arrived)
+                    self._statistics.responded_first(request.trace, self._clock() - arrived)
                     is_first = False
                 yield response
                 # The tensors exist until the caller has written the response, and asks for the next one.
@@ -358,6 +358,8 @@ class DecoupledScheduler:
         times = ExecutionTimes(request.rows, 0, int((now - started) * 1e9), 0)
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         self._statistics.succeeded(times, queue_ns=int((started - arrived) * 1e9), total_ns=int((now - arrived) * 1e9))
+        if request.trace is not None:
+            self._statistics.traced(request.trace, times, queue_s=started - arrived, total_s=now - arrived)
 
 
 def _renew_credit(stream: _ActiveStream, response_bytes: int) -> None:

@@ -502,6 +502,7 @@ class Scheduler:
         times: ExecutionTimes | None = None
         is_whole = True
         durations, queue_durations = self._statistics.durations, self._statistics.queue_durations
+        slo_s, within_slo = self._statistics.slo_s, 0
         for queued, outcome in zip(batch.requests, outcomes, strict=True):
             if type(outcome) is InferenceResult:
                 if outcome.times is not times:
@@ -513,8 +514,13 @@ class Scheduler:
                 if queued.receiver is not None:
                     count += 1
                     arrived += queued.arrived
-                    durations[bisect_left(SECONDS, now - queued.arrived)] += 1
-                    queue_durations[bisect_left(SECONDS, started - queued.arrived)] += 1
+                    total_s, queue_s = now - queued.arrived, started - queued.arrived
+                    durations[bisect_left(SECONDS, total_s)] += 1
+                    queue_durations[bisect_left(SECONDS, queue_s)] += 1
+                    if total_s <= slo_s:
+                        within_slo += 1
+                    if (trace := queued.request.trace) is not None:
+                        self._statistics.traced(trace, times, queue_s=queue_s, total_s=total_s)
                 outcome.queue_ns = int((started - queued.arrived) * 1e9) + outcome.times.waited_ns
                 outcome.fired = fired
             else:
@@ -526,6 +532,7 @@ class Scheduler:
                 concluded.append(queued)
         if times is not None:
             self._count_succeeded(times, count, arrived, started, now)
+        self._statistics.within_slo += within_slo
         if is_whole:
             self._update_costs(batch, now - started, seconds)
         tally = worker.execution.tally

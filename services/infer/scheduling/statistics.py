@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from mesh.metrics.histogram import ROWS, SECONDS, Buckets, Histogram
+from opentelemetry.trace import SpanContext
+
+from mesh.metrics.histogram import ROWS, SECONDS, Exemplars, Histogram
 from mesh.rpc.heavy_work import Steps
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.scheduling.execution import Tally
@@ -65,6 +69,16 @@ class Shed(StrEnum):
     """No memory is free for its outputs."""
 
 
+class RequestExemplars:
+    """Exemplars of a version's histograms."""
+
+    __slots__ = ("compute", "first_response", "queue", "rows", "total")
+
+    def __init__(self) -> None:
+        self.total, self.queue, self.compute, self.first_response = (Exemplars() for _ in range(4))
+        self.rows = Exemplars(ROWS)
+
+
 @dataclass
 class Statistics:
     """Statistics of one model version since it was loaded. Only the event loop's thread uses them."""
@@ -77,6 +91,12 @@ class Statistics:
     """Executions by the time of the model."""
     first_responses: Histogram = field(default_factory=Histogram)
     """Requests of a decoupled model by the time from arrival to the first response."""
+    slo_s: float = math.inf
+    """The model's latency goal, once it is loaded; infinite without one."""
+    within_slo: int = 0
+    """Successful requests that took `slo_s` at most."""
+    exemplars: RequestExemplars | None = None
+    """None until the first request of a sampled trace."""
     last_inference_ms: int = 0
     """Milliseconds since 1970."""
     rows: int = 0
@@ -122,24 +142,41 @@ class Statistics:
     def succeeded(self, times: ExecutionTimes, *, queue_ns: int, total_ns: int) -> None:
         """Count one successful request."""
         self.durations[bisect_left(SECONDS, total_ns * 1e-9)] += 1
+        self.within_slo += total_ns * 1e-9 <= self.slo_s
         self.queue_durations[bisect_left(SECONDS, queue_ns * 1e-9)] += 1
         self.succeeded_together(times, 1, queue_ns=queue_ns, total_ns=total_ns)
 
     def succeeded_together(self, times: ExecutionTimes, count: int, *, queue_ns: int, total_ns: int) -> None:
         """Count the successful requests of one execution; `queue_ns` and `total_ns` are their sums.
 
-        The caller counts each in `durations` and `queue_durations`.
+        The caller counts each in `durations`, `queue_durations` and `within_slo`.
         """
         self.success.add(total_ns, count)
         self.queue.add(queue_ns, count)
         self.by_request.add(times, count)
 
-    def sizes(self) -> Buckets:
+    def traced(self, trace: SpanContext, times: ExecutionTimes, *, queue_s: float, total_s: float) -> None:
+        """Keep a successful request of a sampled trace as an exemplar; other calls count it."""
+        found = self.exemplars = self.exemplars or RequestExemplars()
+        ids = trace.trace_id, trace.span_id, time.time()
+        found.total.add(total_s, *ids)
+        found.queue.add(queue_s, *ids)
+        found.compute.add(times.compute_ns * 1e-9, *ids)
+        found.rows.add(times.rows, *ids)
+
+    def responded_first(self, trace: SpanContext | None, seconds: float) -> None:
+        """Count the first response to a request of a decoupled model."""
+        self.first_responses.add(seconds)
+        if trace is not None:
+            found = self.exemplars = self.exemplars or RequestExemplars()
+            found.first_response.add(seconds, trace.trace_id, trace.span_id, time.time())
+
+    def sizes(self) -> Histogram:
         """Return the executions by their number of rows."""
         sizes = Histogram(ROWS)
         for rows, times in list(self.by_rows.items()):
             sizes.add(rows, times.count)
-        return sizes.read()
+        return sizes
 
     def tally(self, tally: Tally) -> None:
         """Add and clear the counts of an execution."""
@@ -150,6 +187,7 @@ class Statistics:
     def hit(self, lookup_ns: int, total_ns: int) -> None:
         """Count one request that the response cache completed: from the store, or with another request's execution."""
         self.durations[bisect_left(SECONDS, total_ns * 1e-9)] += 1
+        self.within_slo += total_ns * 1e-9 <= self.slo_s
         self.queue_durations[0] += 1
         self.success.add(total_ns)
         self.queue.add(0)

@@ -287,6 +287,8 @@ class SequenceScheduler:
             outcome.queue_ns, outcome.fired = int((started - step.arrived) * 1e9), fired
             total_ns = int((now - step.arrived) * 1e9)
             self._statistics.succeeded(times, queue_ns=outcome.queue_ns, total_ns=total_ns)
+            if (trace := step.request.trace) is not None:
+                self._statistics.traced(trace, times, queue_s=started - step.arrived, total_s=now - step.arrived)
 
     # Outcomes
 

@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
+from opentelemetry.trace import SpanContext, TraceFlags
 
+from mesh.rpc.fast_spans import FastSpan
 from services.infer import core
 from services.infer.core import InferenceServer
 from services.infer.fast_path.infer_fast import FastInfer
@@ -44,8 +46,9 @@ DTYPES = {"FP32": np.float32, "INT64": np.int64}
 class Asked(Uncounted):
     """Stands for the exchange of a front: keeps what the call ends with."""
 
-    def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:
+    def __init__(self, headers: dict[bytes, bytes] | None = None, span: FastSpan | None = None) -> None:
         self.headers = headers or {}
+        self.span = span
         self.deadline = math.inf
         self.on_end = None
         self.is_over = False
@@ -70,8 +73,8 @@ class Server:
         self.core = InferenceServer(models, "test/infer-0")
         self.short = FastInfer(self.core, models)
 
-    async def short_end(self, data: bytes):
-        asked = Asked()
+    async def short_end(self, data: bytes, span: FastSpan | None = None):
+        asked = Asked(span=span)
         try:
             self.short(struct.pack(">BI", 0, len(data)) + data, asked)
         except ShoalError as err:  # The exchange refuses what its handler raises.
@@ -216,6 +219,32 @@ def test_a_learnt_template_is_used_and_each_request_gets_its_own_response(folder
         named = server.short._by_name
         assert len(named) == 1
         assert sum(len(one.templates) for one in named.values()) == 1
+
+    both_ways(folder, work)
+
+
+@pytest.mark.parametrize("model", ["double", "chain"])
+def test_a_sampled_request_is_an_exemplar_on_both_paths(folder, model):
+    def traces(server, of):
+        found = server.models.find(of, "").statistics.exemplars
+        kept = () if found is None else (found.total, found.queue, found.compute, found.rows)
+        return [{each.trace_id for each in exemplars.read() if each} for exemplars in kept]
+
+    async def work(server):
+        data = request(model).SerializeToString()
+        for number, path in enumerate(("slow", "fast"), 1):
+            await server.short_end(data)
+            assert traces(server, model) == traces(server, "double") == [], path
+            span = FastSpan(SpanContext(number, 7, False, TraceFlags(TraceFlags.SAMPLED)), None, 0)
+            # Without a learnt template, a request takes the slow path.
+            if path == "slow":
+                server.short = FastInfer(server.core, server.models)
+            await server.short_end(data, span)
+            assert traces(server, model) == [{number}] * 4, path
+            # The step of an ensemble leads to the request, too.
+            assert traces(server, "double") == [{number}] * 4, path
+            for each in ("double", model):
+                server.models.find(each, "").statistics.exemplars = None
 
     both_ways(folder, work)
 

@@ -15,7 +15,7 @@ from mesh.h2.memory_account import MemoryAccount
 from mesh.metrics import endpoint, exposition, limits, process
 from mesh.metrics.exposition import PageWriter, metrics_endpoint, page
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading
-from mesh.metrics.histogram import Histogram
+from mesh.metrics.histogram import EXEMPLAR_S, Exemplars, Histogram
 from mesh.metrics.largest import OTHER, Largest, largest
 from mesh.metrics.snapshot import read
 from mesh.process.stall_watch import StallWatch
@@ -49,7 +49,7 @@ def test_both_forms_have_the_same_values() -> None:
         openmetrics.add(reading)
     text, text_type = plain.page()
     other, other_type = openmetrics.page()
-    assert (text_type, other_type) == (exposition.TEXT, exposition.OPENMETRICS)
+    assert (text_type, other_type) == (exposition.TEXT, exposition.OPENMETRICS_1)
     for families in (list(parse_text(text.decode())), list(parse_openmetrics(other.decode()))):
         [bounds] = [
             {sample.labels["le"]: sample.value for sample in family.samples if "le" in sample.labels}
@@ -61,6 +61,25 @@ def test_both_forms_have_the_same_values() -> None:
         assert samples["shoal_test_duration_seconds_count"].value == 3
         assert samples["shoal_test_duration_seconds_count"].labels == {"model": 'a"{ \n\x85'}
         assert samples["shoal_test_calls_total"].labels == {"model": "m" * LABEL_CHARS}
+
+
+def test_a_bucket_has_one_exemplar_a_minute_and_only_in_openmetrics() -> None:
+    times, exemplars = Histogram(), Exemplars()
+    for at_s, trace_id in ((100.0, 1), (100.0 + EXEMPLAR_S - 1, 2), (100.0 + EXEMPLAR_S, 3), (161.0, 4)):
+        times.add(0.02)
+        exemplars.add(0.02, trace_id, 7, at_s)
+    times.add(99.0)
+    exemplars.add(99.0, 5, 7, 161.5)
+    plain, openmetrics = PageWriter(), PageWriter(is_openmetrics=True)
+    for writer in (plain, openmetrics):
+        writer.add((TIMES, ("m",), times.read(exemplars.read())))
+    assert b"trace_id" not in plain.page()[0]
+    [family] = parse_openmetrics(openmetrics.page()[0].decode())
+    found = {sample.labels["le"]: sample.exemplar for sample in family.samples if sample.exemplar}
+    assert {le: (each.value, float(each.timestamp), each.labels) for le, each in found.items()} == {
+        "0.025": (0.02, 160.0, {"trace_id": f"{3:032x}", "span_id": f"{7:016x}"}),
+        "+Inf": (99.0, 161.5, {"trace_id": f"{5:032x}", "span_id": f"{7:016x}"}),
+    }
 
 
 def test_the_largest_keys_have_rows_and_all_others_share_one() -> None:

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
 
 from mesh.metrics import otlp
 from mesh.metrics.families import Family, Kind, Reading
-from mesh.metrics.histogram import Histogram
+from mesh.metrics.histogram import Exemplars, Histogram
 from mesh.process.telemetry import collector, resource_of
 
 TIMES = Family("shoal.test.duration", Kind.HISTOGRAM, "s", "Times.", ("model",))
@@ -48,7 +48,9 @@ async def received(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
 def readings() -> list[Reading]:
     times = Histogram((0.1, 1.0))
     times.add(0.5, 3)
-    return [(TIMES, ("m",), times.read()), (CALLS, ("m",), 7), (NOW, (), 2.5), (NV, ("m",), 1)]
+    exemplars = Exemplars((0.1, 1.0))
+    exemplars.add(0.5, 0xABC, 0xDEF, 1_700_000_000.5)
+    return [(TIMES, ("m",), times.read(exemplars.read())), (CALLS, ("m",), 7), (NOW, (), 2.5), (NV, ("m",), 1)]
 
 
 async def test_the_readings_arrive_as_points_at_the_end_of_the_process(received: Collector) -> None:
@@ -65,6 +67,9 @@ async def test_the_readings_arrive_as_points_at_the_end_of_the_process(received:
     (times,) = found["shoal.test.duration"].histogram.data_points
     assert (list(times.bucket_counts), list(times.explicit_bounds)) == ([0, 3, 0], [0.1, 1.0])
     assert (times.count, times.sum) == (3, 1.5)
+    [exemplar] = times.exemplars
+    assert (exemplar.as_double, exemplar.time_unix_nano) == (0.5, 1_700_000_000_500_000_000)
+    assert (exemplar.trace_id.hex(), exemplar.span_id.hex()) == (f"{0xABC:032x}", f"{0xDEF:016x}")
     calls = found["shoal.test.calls"].sum
     assert calls.is_monotonic
     assert calls.data_points[0].as_int == 7

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,6 +26,7 @@ from services.coord import metrics as coord
 from services.infer import metrics as infer
 from services.ingest import metrics as ingest
 from services.store import metrics as store
+from shoal.cli.traced import traced
 from shoal.node import admin
 from shoal.node.ports import Ports
 from tests.breakable import Process, until
@@ -58,6 +61,7 @@ OF_ENVOY = (
     "envoy_cluster_manager_cds_update_rejected",
     "envoy_server_days_until_first_cert_expiring",
 )
+GOAL = 'parameters { key: "slo_ms" value { string_value: "30000" } }'
 # Names of other projects, which are kept: Envoy's and Triton's break promtool's rules of naming.
 FOREIGN = ("envoy_", "nv_")
 
@@ -76,9 +80,15 @@ def read(url: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def loaded(running: Any) -> Any:
-    """The node, after requests and jobs."""
+def loaded(running: Any, onnx_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The node, after requests and jobs, with a model that has a latency goal."""
+    folder = tmp_path_factory.mktemp("models") / "prompt"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(GOAL)
+    shutil.copy(onnx_models / "double.onnx", folder / "1/model.onnx")
     with shoal.Client(running.gateway, tenant="acme") as client:
+        client.models.push(folder)
+        client.infer("prompt", {"x": np.ones((1, 4), np.float32)})
         for _ in range(8):
             client.infer("double", {"x": np.ones((1, 4), np.float32)})
         job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
@@ -110,6 +120,7 @@ def prometheus(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with Ports() as ports:
         address = f"127.0.0.1:{ports.reserve()}"
     argv = [tool("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    argv.append("--enable-feature=exemplar-storage")
     with Process([*argv, f"--web.listen-address={address}"], folder / "prometheus.log"):
         yield f"http://{address}"
 
@@ -156,6 +167,27 @@ def test_prometheus_scrapes_every_family(prometheus: str, loaded: Any) -> None:
     assert ended
     [requests] = query(prometheus, 'sum(shoal_infer_requests_total{model="double"}) >= 9')
     assert requests
+
+
+def test_an_exemplar_of_a_bucket_leads_to_the_trace_of_a_request(prometheus: str, loaded: Any) -> None:
+    begun = time.time()
+    with traced(None) as command, shoal.Client(loaded.gateway) as client:
+        # Each bucket takes one exemplar a minute, and only this model's requests.
+        client.infer("prompt", {"x": np.ones((1, 4), np.float32)})
+    trace_id = command.split()[2]
+    for name in ("request_duration_seconds", "queue_duration_seconds", "compute_duration_seconds", "batch_size"):
+        series = f'shoal_infer_{name}_bucket{{model="prompt"}}'
+        found = partial(exemplars, prometheus, series, begun)
+        asyncio.run(until(lambda found=found: trace_id in found(), f"the exemplar of {series}", 60))
+    assert len(exemplars(prometheus, 'shoal_infer_request_duration_seconds_bucket{model="prompt"}', begun)) == 1
+    assert "ModelInfer" in loaded.shoal("trace", trace_id).stdout
+
+
+def exemplars(url: str, series: str, begun: float) -> list[str]:
+    """Return the traces of the exemplars of a series since `begun`."""
+    times = f"start={begun - 60}&end={time.time() + 60}"
+    document = json.loads(read(f"{url}/api/v1/query_exemplars?query={urllib.parse.quote(series)}&{times}"))
+    return [each["labels"]["trace_id"] for one in document["data"] for each in one["exemplars"]]
 
 
 def test_the_queries_of_the_page_about_observability_have_results(prometheus: str) -> None:
