@@ -1,4 +1,4 @@
-"""Prometheus' programs, of the system or of `tools/prometheus.sh`."""
+"""Prometheus, promtool, Alertmanager and VictoriaMetrics, of the system or of `tools/prometheus.sh`."""
 
 from __future__ import annotations
 
