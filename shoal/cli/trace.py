@@ -40,7 +40,7 @@ def trace(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: of --gateway, or the one here.",
+            help="Admin address of the node, or --metrics-port of `shoal serve`. Default: the one here.",
             show_default=False,
         ),
     ] = None,
