@@ -215,7 +215,7 @@ def test_the_work_on_an_entry_that_has_ended_is_freed_at_once(end: str) -> None:
             abandoned.append(end)
 
     abandoned: list[str] = []
-    one = Entry(lambda *_: None, entry(1, b"x"), math.inf, RequestPart(UNCOUNTED))
+    one = Entry(lambda *_: None, entry(1, b"x"), math.inf, RequestPart(UNCOUNTED), None)
     work = Work(one)
     freed = weakref.ref(work)
     gc.collect()
