@@ -52,7 +52,7 @@ from mesh.rpc.interceptors import FAILURES, log_error, status_of
 from mesh.rpc.parsing import UNSCANNED_BYTES, parse_in_turn
 from mesh.rpc.slow_call import CALLER, SIGNER, CallTable
 from mesh.rpc.stream_memory import StreamMemory
-from mesh.rpc.tail_spans import NO_ATTRIBUTES, Attributes
+from mesh.rpc.tail_spans import MODEL, NO_ATTRIBUTES, Attributes
 from shoal.access.audit import AUDITED
 from shoal.errors import (
     RETRY_AFTER_KEY,
@@ -400,7 +400,7 @@ class RestCall(StreamMemory):
     def keep_slow(self, seconds: float, about: Attributes = NO_ATTRIBUTES) -> None:
         """Keep the span of the call, which succeeds and took `seconds`, too long."""
         if self.span is None:
-            tail_spans.slow(self.target.rpc, self.headers, self._app.access, seconds, about)
+            tail_spans.slow(self.target.rpc, self.headers, self._app.access, seconds, {**self._about, **about})
 
     def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
         """End the call with an error. Does nothing after the end. `seconds` and `about` are for its span."""
@@ -555,6 +555,10 @@ class RestCall(StreamMemory):
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
         stream.respond(stream.encode_head(http_status, head), body)
 
+    @property
+    def _about(self) -> Attributes:
+        return {MODEL: self.target.model} if self.target.model else NO_ATTRIBUTES
+
     def _trace_of(self, error: BaseException, code: Code, message: str, seconds: float, about: Attributes) -> str:
         """Return the trace of the call, which fails, when a span of it is kept; else an empty text."""
         if self.span is not None:
@@ -570,7 +574,7 @@ class RestCall(StreamMemory):
             code,
             text,
             seconds=seconds,
-            attributes=about,
+            attributes={**self._about, **about},
             trace_id=cause,
         )
         return kept or cause

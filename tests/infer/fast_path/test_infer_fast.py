@@ -53,12 +53,17 @@ class Asked(Uncounted):
         self.on_end = None
         self.is_over = False
         self.end: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self.slow: tuple[float, dict[str, object]] | None = None
 
     def reply(self, parts, size) -> None:
         data = b"".join(parts)
         assert len(data) == size
         self.is_over, self.on_end = True, None
         self.end.set_result(pb.ModelInferResponse.FromString(data))
+
+    def reply_slow(self, parts, size, seconds, about) -> None:
+        self.slow = seconds, about
+        self.reply(parts, size)
 
     def refuse(self, error: BaseException, seconds: float = 0.0, about: object = None) -> None:
         self.is_over, self.on_end = True, None
@@ -74,7 +79,9 @@ class Server:
         self.short = FastInfer(self.core, models)
 
     async def short_end(self, data: bytes, span: FastSpan | None = None):
-        asked = Asked(span=span)
+        return await self.asked(Asked(span=span), data)
+
+    async def asked(self, asked: Asked, data: bytes):
         try:
             self.short(struct.pack(">BI", 0, len(data)) + data, asked)
         except ShoalError as err:  # The exchange refuses what its handler raises.
@@ -245,6 +252,25 @@ def test_a_sampled_request_is_an_exemplar_on_both_paths(folder, model):
             assert traces(server, "double") == [{number}] * 4, path
             for each in ("double", model):
                 server.models.find(each, "").statistics.exemplars = None
+
+    both_ways(folder, work)
+
+
+def test_a_request_that_takes_longer_than_its_model_may_is_replied_as_a_slow_one(folder):
+    async def work(server):
+        data = request(rows=3).SerializeToString()
+        version = server.models.find("double", "")
+        version.slow_ns = -1
+        # The first one on the slow path, whose request is learnt.
+        slow = [Asked(), Asked()]
+        for asked in slow:
+            await server.asked(asked, data)
+        assert [asked.slow[1]["shoal.model"] for asked in slow] == ["double"] * 2
+        assert ["shoal.compute_ms" in asked.slow[1] for asked in slow] == [False, True]
+        version.slow_ns = math.inf
+        fast = Asked()
+        await server.asked(fast, data)
+        assert fast.slow is None
 
     both_ways(folder, work)
 

@@ -51,6 +51,9 @@ class Caller(Uncounted):
         self.is_over = True
         self.responded.set()
 
+    def reply_slow(self, parts: Any, size: int, seconds: float, about: object) -> None:
+        self.reply(parts, size)
+
     def refuse(self, error: BaseException, seconds: float = 0.0, about: object = None) -> None:
         raise error
 
