@@ -16,6 +16,7 @@ from typing import Any
 
 from mesh.cluster.membership import ReadyModel, Registration, State
 from mesh.process.crash_journal import CrashJournal
+from mesh.process.memory_limit import limit_memory
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
 from mesh.process.watched import Watched
@@ -65,6 +66,7 @@ def rpcs_of(config: InferConfig, core: InferenceServer, trials: Trials, access: 
 
 async def run(config: InferConfig) -> None:
     """Serve until the process receives a stop signal."""
+    limit_memory(config.memory_bytes)
     async with AsyncExitStack() as stack:
         stopped = await stack.enter_async_context(_background(until_stopped()))
         inner_calls = InnerCalls()

@@ -83,6 +83,15 @@ def reshaping() -> onnx.ModelProto:
     )
 
 
+def expanding() -> onnx.ModelProto:
+    """y has as many zeros as the number in `count`: its size depends on the data of an input, and not on its shape."""
+    return model(
+        [helper.make_node("ConstantOfShape", ["count"], ["y"])],
+        [("count", TensorProto.INT64, (1,))],
+        [("y", TensorProto.FLOAT, (None,))],
+    )
+
+
 def broken() -> onnx.ModelProto:
     """Raises for every input: 4 elements into 5."""
     return model(

@@ -87,6 +87,25 @@ async def test_it_serves_a_folder_and_stops_in_order(infer):
     assert not [line for line in lines if line["level"] == "ERROR"]
 
 
+async def test_a_run_that_needs_more_memory_than_the_process_may_have_fails_alone(python, models_folder, tmp_path):
+    models_folder.bare("double", onnx_files.scale())
+    models_folder.bare("expanding", onnx_files.expanding())
+    infer = Infer(python, tmp_path / "log", repository=str(models_folder.root), memory_bytes=str(2 << 30))
+    async with serving(infer) as (stub, _):
+
+        async def zeros(count: int) -> int:
+            return output(await stub.ModelInfer(request("expanding", count=np.array([count]))), "y").size
+
+        assert await zeros(1000) == 1000
+        for count in (2 << 30, 1 << 40):
+            with pytest.raises(grpc.aio.AioRpcError, match="Failed to allocate memory") as err:
+                await zeros(count)
+            assert err.value.code() is grpc.StatusCode.INTERNAL
+            assert await zeros(1000) == 1000
+            np.testing.assert_array_equal(output(await stub.ModelInfer(request("double", x=X)), "y"), 2 * X)
+        assert infer.is_running()
+
+
 async def test_hostile_bytes_end_nothing(infer):
     async with serving(infer) as (stub, channel):
         rng = np.random.default_rng(5)
