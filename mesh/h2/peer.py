@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from mesh.h2 import frames
+from mesh.h2.bursts import Bursts
 from mesh.h2.frames import (
     ACK,
     CONTINUATION,
@@ -68,6 +69,7 @@ class Peer(asyncio.Protocol, ABC):
         cache: header cache that connections share; None: the connection has its own.
         unread: share of the memory for data that waits for the other end to read; None: the data has no limit.
         turns: queue that connections share; None: all frames are handled when they arrive.
+        bursts: turns that connections share for writing what waits; None: the connection has its own.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class Peer(asyncio.Protocol, ABC):
         cache: HeaderCache | None = None,
         unread: Share | None = None,
         turns: Turns | None = None,
+        bursts: Bursts | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(HeaderCache() if cache is None else cache)
-        self._sender = Sender(self._ended, unlimited() if unread is None else unread)
+        self._sender = Sender(self._ended, unlimited() if unread is None else unread, bursts)
         self._turns = turns
         # Frames of earlier data wait for their turn; the transport cannot write.
         self._is_waiting = self._is_write_paused = False

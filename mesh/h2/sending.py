@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from mesh.h2 import frames
+from mesh.h2.bursts import Bursts
 from mesh.h2.frames import (
     CONTINUATION,
     DATA,
@@ -81,9 +82,10 @@ class Sender:
     Args:
         ended: called for each stream whose sending side has ended; with a reason when it was reset.
         share: the connection's share of the memory for data that waits.
+        bursts: turns that connections share for such data; None: the connection has its own.
     """
 
-    def __init__(self, ended: Callable[[int, Reason | None], None], share: Share) -> None:
+    def __init__(self, ended: Callable[[int, Reason | None], None], share: Share, bursts: Bursts | None = None) -> None:
         self._ended = ended
         self._share = share
         self._loop = asyncio.get_running_loop()
@@ -93,6 +95,8 @@ class Sender:
         self._waiting: dict[int, Outgoing] = {}
         self._ready: deque[int] = deque()
         self._pumped = 0
+        self._bursts = Bursts() if bursts is None else bursts
+        self._waits_for_turn = False
         # A whole response may be written at once: nothing is paused, and no table size update is due.
         self._is_direct = True
         self._owes_update = self._has_updated = False
@@ -151,10 +155,7 @@ class Sender:
             self._out.clear()
             if not self._is_eof_written and not self._transport.is_closing():
                 self._transport.write(data)
-        if self._pumped:
-            self._pumped = 0
-            if self._ready:
-                self._loop.call_soon(self._pump)
+        self._pumped = 0
 
     def write_eof(self) -> None:
         """Close our side, after everything that was added. What is added later is dropped."""
@@ -327,8 +328,9 @@ class Sender:
 
     def _pump(self) -> None:
         """Send waiting data as the windows allow, one frame of each ready stream in turn."""
-        ready = self._ready
-        while ready and self._window > 0 and not self._is_paused and self._pumped < _BURST_BYTES:
+        ready, begun_at = self._ready, self._pumped
+        most = min(_BURST_BYTES, begun_at + self._bursts.left)
+        while ready and self._window > 0 and not self._is_paused and self._pumped < most:
             number = ready.popleft()
             self._pumped += _STREAM_BYTES
             # The stream may have been dropped meanwhile.
@@ -359,9 +361,17 @@ class Sender:
                 self.write(self._end_frames(number, outgoing.end))
                 self._end(number)
             outgoing.report_sent()
-        # The flush goes on with the others, also when nothing is written.
-        if self._pumped >= _BURST_BYTES and ready:
+        if self._pumped > begun_at:
+            self._bursts.take(self._pumped - begun_at)
+            # It begins to count anew, also when nothing is written.
             self._flush_soon()
+        if self._pumped >= most and ready and not self._waits_for_turn:
+            self._waits_for_turn = True
+            self._bursts.wait(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._waits_for_turn = False
+        self._pump()
 
     def tick(self, max_ticks: int) -> None:
         """Reset the streams whose peer has opened no window for more than `max_ticks` ticks."""

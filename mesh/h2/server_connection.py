@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from mesh.h2 import frames
+from mesh.h2.bursts import Bursts
 from mesh.h2.connections import Connections, admit
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import Block, HeaderCache
@@ -69,13 +70,16 @@ _SHUTDOWN_PING = b"shutdown"
 
 
 class Memory:
-    """State that connections of one server share: header cache, accounts of requests and unread responses, turns."""
+    """State that connections of one server share: header cache, accounts of requests and unread responses, turns of
+    reading, starting and writing.
+    """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()
         self.bodies = MemoryAccount(body_bytes)
         self.unread = MemoryAccount(unread_bytes)
         self.turns = Turns()
+        self.bursts = Bursts()
         self.starts = Starts()
 
 
@@ -86,7 +90,13 @@ class ServerConnection(Peer):
 
     def __init__(self, app: Application, connections: Connections, memory: Memory) -> None:
         self._unread = Unread(memory.unread)
-        super().__init__(awaits_preface=True, cache=memory.headers, unread=self._unread.share, turns=memory.turns)
+        super().__init__(
+            awaits_preface=True,
+            cache=memory.headers,
+            unread=self._unread.share,
+            turns=memory.turns,
+            bursts=memory.bursts,
+        )
         self._app = app
         self._connections = connections
         self._memory = memory

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from mesh.h2 import connections, frames, server_connection
+from mesh.h2.bursts import Bursts
 from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
 from mesh.h2.sending import Sender
@@ -489,8 +490,8 @@ class Transport:
         self.written.append(bytes(data))
 
 
-def sender_of(account: MemoryAccount) -> tuple[Sender, Transport]:
-    sender, transport = Sender(lambda number, reason: None, account.share()), Transport()
+def sender_of(account: MemoryAccount, bursts: Bursts | None = None) -> tuple[Sender, Transport]:
+    sender, transport = Sender(lambda number, reason: None, account.share(), bursts), Transport()
     sender.attach(transport)
     return sender, transport
 
@@ -549,6 +550,32 @@ async def test_settings_that_change_many_windows_leave_the_loop_to_others():
         await asyncio.sleep(0)
         seen = len(data_frames(transport))
         assert seen == sent
+    assert account.held == 0
+
+
+async def test_many_connections_write_a_bounded_amount_in_an_iteration_of_the_loop():
+    account, bursts = MemoryAccount(1 << 30), Bursts()
+    senders = [sender_of(account, bursts) for _ in range(20)]
+
+    def written() -> list[int]:
+        return [sum(map(len, transport.written)) for _, transport in senders]
+
+    for sender, _ in senders:
+        sender.open(1)
+        sender.apply_settings({frames.WINDOW_SIZE: 16 * MIB})
+        sender.data(1, bytes(8 * MIB), lambda: None)
+    # The windows of the connections open at once, as when clients begin to read.
+    for sender, _ in senders:
+        sender.add_window(0, 16 * MIB)
+    counts = [written()]
+    while min(counts[-1]) < 8 * MIB:
+        await asyncio.sleep(0)
+        counts.append(written())
+        # Two turns, and a frame of each connection.
+        assert sum(counts[-1]) - sum(counts[-2]) <= 5 * MIB
+        # Connections take turns: none is far ahead of the others.
+        assert max(counts[-1]) - min(counts[-1]) <= 3 * MIB
+        assert len(counts) < 1_000
     assert account.held == 0
 
 
