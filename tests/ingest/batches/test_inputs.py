@@ -231,6 +231,38 @@ def test_pieces_of_short_texts_are_whole(kind: Any, tmp_path: Path) -> None:
     assert len(pieces) <= 2 * len(texts) / 512
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "brotli"])
+def test_short_texts_are_read_in_large_batches_whatever_the_size_of_their_dictionary(
+    compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, begin = [], parquet_pages.GuardedPages.begin_piece
+    monkeypatch.setattr(parquet_pages.GuardedPages, "begin_piece", lambda pages: (batches.append(1), begin(pages)))
+    path, texts = tmp_path / "in.parquet", [f"text {n}" for n in range(30_000)]
+    # The longest text is neither the first nor the last one.
+    texts[100] = "x" * 1000
+    pq.write_table(pa.table({"x": texts}), path, compression=compression)
+    assert all_of(ParquetRows(path.open("rb"), frozenset({"x"})), len(texts), most=len(texts)) == texts
+    # Two batches of 16,384 rows at the most, and the end.
+    assert len(batches) == 3
+
+
+def test_a_row_may_repeat_the_longest_text_of_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    joined = ParquetRows._joined
+
+    def counted(batches: Iterator[Any]) -> Iterator[Any]:
+        for each in batches:
+            rows.append(each.num_rows)
+            yield each
+
+    monkeypatch.setattr(parquet_rows, "_REPEATED_BYTES", 1 << 20)
+    monkeypatch.setattr(ParquetRows, "_joined", lambda reader, batches: joined(reader, counted(batches)))
+    path, texts = tmp_path / "in.parquet", ["a", "x" * 10_000, "b"] * 200
+    pq.write_table(pa.table({"x": texts}), path)
+    assert all_of(ParquetRows(path.open("rb"), frozenset({"x"})), len(texts), most=len(texts)) == texts
+    assert max(rows) == (1 << 20) // 10_000
+
+
 # The most memory that a reader may take for a file of less than 1 MB: the bounds of pages, and what Python takes.
 BOMB_MIB = 400
 
@@ -333,7 +365,9 @@ def test_an_encoding_that_the_metadata_does_not_name_is_refused(tmp_path: Path) 
     rows = ParquetRows(path.open("rb"), frozenset({"x"}))
     assert all_of(rows, 2) == ["abc", "abcd"]
     guard = parquet_pages.GuardedPages(path.open("rb"))
-    guard.guard([parquet_pages.ColumnPages("x", 4, path.stat().st_size, 0, is_nested=False, has_prefixes=False)])
+    guard.guard(
+        [parquet_pages.ColumnPages("x", 4, path.stat().st_size, 0, is_nested=False, has_prefixes=False, compression="")]
+    )
     guard.seek(4)
     with pytest.raises(parquet_pages.OversizedPages, match="an encoding that its metadata does not name"):
         guard.read(20)
@@ -355,7 +389,10 @@ def test_headers_of_pages_are_read_as_pyarrow_does(options: dict[str, Any], tmp_
 
 
 def test_columns_that_share_bytes_are_refused() -> None:
-    one, two = (parquet_pages.ColumnPages("x", at, at + 10, 4, is_nested=False, has_prefixes=False) for at in (4, 9))
+    one, two = (
+        parquet_pages.ColumnPages("x", at, at + 10, 4, is_nested=False, has_prefixes=False, compression="")
+        for at in (4, 9)
+    )
     with pytest.raises(parquet_pages.OversizedPages, match="overlaps"):
         parquet_pages.GuardedPages(io.BytesIO()).guard([one, two])
 

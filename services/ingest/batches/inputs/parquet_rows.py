@@ -100,7 +100,7 @@ class ParquetRows:
             is_slow = index == self._slow_group or any(each.has_prefixes for each in pages)
             rows = 1 if is_slow else self._batch_rows(index)
             # Each text may be the longest one of its column's dictionary.
-            if longest := sum(self._guard.read_dictionary_size(each) for each in pages if each.has_texts):
+            if longest := sum(self._guard.read_longest_text(each) for each in pages if each.has_texts):
                 rows = max(1, min(rows, _REPEATED_BYTES // longest))
             yield from self._joined(
                 self._file.iter_batches(rows, row_groups=[index], columns=self._columns or None, use_threads=False)
@@ -153,7 +153,8 @@ class ParquetRows:
             begin = chunk.dictionary_page_offset
         end = begin + chunk.total_compressed_size
         has_prefixes = "DELTA_BYTE_ARRAY" in chunk.encodings
-        return ColumnPages(schema.path, begin, end, _width_of(schema), schema.max_repetition_level > 0, has_prefixes)
+        is_nested = schema.max_repetition_level > 0
+        return ColumnPages(schema.path, begin, end, _width_of(schema), is_nested, has_prefixes, chunk.compression)
 
     def _take(self, limit: int) -> tuple[Any, int]:
         """Return the next rows that fit a piece, at least one and at most `limit`, and their size."""
