@@ -9,6 +9,7 @@ fast_call     a unary call on the fast path
 slow_call     a call of any kind on the slow path
 task_methods  fast methods that are coroutine functions
 call_context  context of a slow call for its handler
+copied        copies of messages into other messages
 framing       messages in bodies; compression
 parsing       messages from bytes, in bounds
 heavy_work    turns of work that would hold the event loop

@@ -33,7 +33,6 @@ from services.ingest.schedules.schedule_repository import ScheduleRepository
 from services.ingest.tenants.rpc import TenantsRpc
 from services.ingest.tenants.tenant_repository import TenantRepository
 from services.ingest.tenants.tenant_status import TenantStatuses
-from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
@@ -111,7 +110,9 @@ class IngestRpc(
 
     async def GetPayload(self, request: pb.GetPayloadRequest, context: Context) -> pb.GetPayloadResponse:
         payload = await self._jobs.payload(request.id, self._scopes.of(context, "GetPayload"))
-        return pb.GetPayloadResponse(request=inference_pb2.ModelInferRequest.FromString(payload))
+        response = pb.GetPayloadResponse()
+        response.request.MergeFromString(payload)
+        return response
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         tenant = self._scopes.of(context, "ListJobs").owner("tenant", request.tenant)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from mesh.rpc.auditing import Auditing, Respond
+from mesh.rpc.copied import copy_all
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.task_methods import Headers, TaskMethods
 from mesh.rpc.tenant_scope import Scopes, TenantScope
@@ -160,13 +161,17 @@ class StoreRpc(ArtifactRpc):
 
     async def get_result(self, request: pb.GetResultRequest, scope: TenantScope) -> pb.GetResultResponse:
         wait_s = check_wait(request.wait) if request.HasField("wait") else 0.0
-        return pb.GetResultResponse(result=await self._results.get(request.job_id, wait_s, scope))
+        response = pb.GetResultResponse()
+        response.result.CopyFrom(await self._results.get(request.job_id, wait_s, scope))
+        return response
 
     async def QueryResults(self, request: pb.QueryResultsRequest, ctx: Context) -> pb.QueryResultsResponse:
         scope = self._scopes.of(ctx, "QueryResults")
         request.tenant = scope.owner("tenant", request.tenant)
         results, token = await self._results.query(request, scope)
-        return pb.QueryResultsResponse(results=results, next_page_token=token)
+        response = pb.QueryResultsResponse(next_page_token=token)
+        copy_all(results, response.results)
+        return response
 
     async def WatchResults(
         self, request: pb.WatchResultsRequest, ctx: Context
@@ -174,7 +179,10 @@ class StoreRpc(ArtifactRpc):
         request.tenant = self._scopes.of(ctx, "WatchResults").owner("tenant", request.tenant)
         async with aclosing(self._result_watch.follow(request)) as items:
             async for result, token in items:
-                yield pb.WatchResultsResponse(result=result, resume_token=token)
+                response = pb.WatchResultsResponse(resume_token=token)
+                if result is not None:
+                    response.result.CopyFrom(result)
+                yield response
 
     async def StreamResults(
         self, request: pb.StreamResultsRequest, ctx: Context
@@ -183,7 +191,11 @@ class StoreRpc(ArtifactRpc):
         request.filter.tenant = tenant
         async with aclosing(self._result_stream.follow(request)) as pieces:
             async for piece in pieces:
-                yield pb.StreamResultsResponse(**vars(piece))
+                response = pb.StreamResultsResponse(
+                    cursor=piece.cursor, watch_token=piece.watch_token, complete=piece.complete
+                )
+                copy_all(piece.results, response.results)
+                yield response
 
     async def ExportResults(
         self, request: pb.ExportResultsRequest, ctx: Context

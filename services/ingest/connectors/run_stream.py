@@ -293,18 +293,18 @@ def _messages(
     items: list[StreamItem], responses: list[pb.RunStreamResponse], sizes: list[int]
 ) -> Iterator[pb.RunStreamResponse]:
     """Yield messages of the responses, in which responses to bundled requests are bundled up to _MESSAGE_BYTES."""
-    bundle, nbytes = list[pb.RunStreamResponse](), 0
+    bundle, nbytes = pb.RunStreamResponse(), 0
     for item, response, size in zip(items, responses, sizes, strict=True):
-        if bundle and (not item.is_bundled or nbytes + size > _MESSAGE_BYTES):
-            yield pb.RunStreamResponse(answers=bundle)
-            bundle, nbytes = [], 0
+        if bundle.answers and (not item.is_bundled or nbytes + size > _MESSAGE_BYTES):
+            yield bundle
+            bundle, nbytes = pb.RunStreamResponse(), 0
         if item.is_bundled:
-            bundle.append(response)
+            bundle.answers.add().CopyFrom(response)
             nbytes += size
         else:
             yield response
-    if bundle:
-        yield pb.RunStreamResponse(answers=bundle)
+    if bundle.answers:
+        yield bundle
 
 
 def _submit_of(request: pb.RunStreamRequest) -> pb.SubmitRequest:

@@ -17,6 +17,7 @@ from mesh.rpc.channel import AnyChannel
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.client.streams import StreamCall
+from mesh.rpc.copied import copy_all
 from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import store_errors
@@ -268,7 +269,8 @@ class RemoteResults:
         Raises:
             ShoalError: some results may not be recorded; repeating the call is safe.
         """
-        request = store_pb2.PutResultsRequest(results=results)
+        request = store_pb2.PutResultsRequest()
+        copy_all(results, request.results)
         with self._span(traceparents), store_errors("recording results"):
             response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
         if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:

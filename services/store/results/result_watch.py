@@ -95,7 +95,6 @@ class ResultWatch:
                     with self._results.reads.reading(tenant) as reading:
                         await reading.take(result_documents.response_bytes(doc))
                         result = await self._results.readable(doc)
-                    del change, doc
                     yield result, _written(after)
                 elif loop.time() < sent_at + _HEARTBEAT_S or (newest := _token(stream.resume_token)) == after:
                     continue
