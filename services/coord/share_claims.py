@@ -110,7 +110,8 @@ class ShareClaims:
         if self._leader is None or self._leader[0] != address:
             former, self._leader = self._leader, (address, connect(address))
             if former is not None:
-                await former[1].close()
+                # Other claims may still wait for the former leader, and a closed channel would cancel them.
+                await former[1].close(_TIMEOUT_S)
         stub = shares_pb2_grpc.ShareServiceStub(self._leader[1])
         request = request_message(claimant, demands, is_forwarded=True)
         response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=_FROM_SERVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -107,6 +108,20 @@ async def test_a_coord_that_reaches_no_leader_divides_by_itself(coords: Coords) 
     coords.mirror.lead(*coords.instances)
     await coords.claim(1, "local/infer-1")
     assert [await coords.claim(at, f"local/infer-{at}") for at in (0, 1)] == [5, 5]
+
+
+async def test_a_claim_that_waits_for_a_former_leader_has_a_share_when_another_leads(
+    coords: Coords, tmp_path: Path
+) -> None:
+    async with await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "stalled.sock"):
+        stalled = Instance("coord", "other", "coord-0", f"unix:{tmp_path}/stalled.sock", 9, State.READY, 1.0)
+        coords.mirror.lead(stalled, *coords.instances)
+        waiting = asyncio.create_task(coords.claim(1, "local/infer-0"))
+        await until(lambda: coords.claims[1]._leader is not None, "the claim waits")
+        await asyncio.sleep(0)
+        coords.mirror.lead(*coords.instances)
+        assert await coords.claim(1, "local/infer-1") == 10
+        assert await waiting == 10
 
 
 async def test_two_coords_that_take_each_other_for_the_leader_pass_no_claim_on_for_ever(coords: Coords) -> None:
