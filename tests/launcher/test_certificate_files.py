@@ -184,3 +184,20 @@ def test_renewed_files_are_taken_over_once_both_are_there_and_wrong_ones_never(t
     assert served_serial(served) != second
     assert (served.sds.parent / "current").is_symlink()
     assert len([each for each in served.sds.parent.iterdir() if each.is_dir() and not each.is_symlink()]) <= 2
+
+
+def test_a_renewed_certificate_that_is_valid_in_a_moment_is_served_then(tmp_path: Path) -> None:
+    clock, said = Clock(), []
+    ca = ca_in(tmp_path)
+    cert, key = write_pair(tmp_path / "server", ca.issue(NAMES, now()))
+    served = ServedCertificate(tmp_path / "tls", Files(cert, key, clock))
+    first = served_serial(served)
+    # The clock of the issuer is ahead by more than an hour, by which it backdates.
+    write_pair(tmp_path / "server", ca.issue(NAMES, now() + timedelta(hours=2)))
+    for _ in range(5):
+        served.check(said.append)
+    assert served_serial(served) == first
+    assert ["is valid only from" in text for text in said] == [True], "told once"
+    clock.now += timedelta(hours=2)
+    served.check(said.append)
+    assert served_serial(served) != first

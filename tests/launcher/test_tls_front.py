@@ -37,7 +37,7 @@ from shoal.node.probes import health
 from shoal.node.tls.own_ca import OwnCa
 from shoal.node.tls.served import Files, ServedCertificate
 from tests.breakable import until
-from tests.certificates import NAMES, ca_in, now, write_pair
+from tests.certificates import NAMES, ca_in, now, write_pair, written
 from tests.client.served import Served
 from tests.free_ports import free_port
 
@@ -206,6 +206,21 @@ async def test_a_client_that_calls_another_name_ends_the_call_with_the_remedy(fr
     async with Relay("127.0.0.2", front.port), front.client(f"https://127.0.0.2:{front.port}") as client:
         with pytest.raises(FailedPrecondition, match=r"is for other names: .*--tls-name"):
             await client.live(timeout=30)
+
+
+@pytest.mark.parametrize(("days", "why"), [((-2, -1), "has expired"), ((1, 2), "is not yet valid")])
+async def test_a_client_of_a_server_whose_certificate_has_expired_is_told_so(
+    transport: None, tmp_path: Path, days: tuple[int, int], why: str
+) -> None:
+    ca = ca_in(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*written(tmp_path / "server", ca, days=days))
+    context.set_alpn_protocols(["h2"])
+    async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0, ssl=context) as server:
+        address = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        async with shoal.AsyncClient(address, ca=ca.path, retry=RetryPolicy(attempts=1)) as client:
+            with pytest.raises(FailedPrecondition, match=f"the certificate of {address}, or its CA's, {why}"):
+                await client.live(timeout=30)
 
 
 class Relay:

@@ -31,6 +31,8 @@ _UNKNOWN_HOST = re.compile(r"errors resolving|DNS resolution failed")
 _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: the peer broke HTTP/2")
 # Messages of OpenSSL, BoringSSL (grpc's) and asyncio about a failed handshake.
 _UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED\W+(?:certificate verify failed: )?(?P<why>[^:(]+)")
+# Reasons for which another CA is no remedy.
+_OUT_OF_DATE = {"certificate has expired": "has expired", "certificate is not yet valid": "is not yet valid"}
 _WRONG_NAME = re.compile(r"Hostname mismatch|IP address mismatch|Hostname Verification Check failed")
 _NOT_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST")
 _CLIENT_CERTIFICATE = re.compile(r"CERTIFICATE_REQUIRED|ALERT_(?:UNKNOWN_CA|BAD_CERTIFICATE|CERTIFICATE_\w+)")
@@ -124,6 +126,11 @@ def _handshake_failure(details: str, address: str) -> ShoalError | None:
             "(with `--tls auto`, `--tls-name` adds one)"
         )
     if untrusted := _UNTRUSTED.search(details):
+        if when := _OUT_OF_DATE.get(untrusted["why"].strip()):
+            return FailedPrecondition(
+                f"the certificate of {address}, or its CA's, {when}: renew it on the server (`shoal doctor` there "
+                "says which), or set the clock of this machine"
+            )
         return FailedPrecondition(
             f"the certificate of {address} is not trusted ({untrusted['why'].strip()}): give the CA that signed it "
             "with ca=FILE or SHOAL_CA=FILE; on a server with `--tls auto`, `shoal ca show` prints it"

@@ -78,6 +78,7 @@ class Files:
     def __init__(self, cert: Path, key: Path, clock: Callable[[], datetime] = utc_now) -> None:
         self._cert, self._key, self._clock = cert, key, clock
         self._seen = self._taken = self._signature()
+        self._said = ""
 
     def first(self) -> Pair:
         return read_pair(self._cert, self._key, self._clock())
@@ -90,8 +91,15 @@ class Files:
             # The other file, or the rest of this one, may follow.
             self._seen = signature
             return None
-        self._taken = signature
-        pair = read_pair(self._cert, self._key, self._clock())
+        try:
+            pair = read_pair(self._cert, self._key, self._clock())
+        except InvalidArgument as err:
+            # It is read again: a certificate becomes valid, although its file stays the same.
+            if err.message == self._said:
+                return None
+            self._said = err.message
+            raise
+        self._taken, self._said = signature, ""
         return None if (pair.chain, pair.key) == (current.chain, current.key) else pair
 
     def trust(self, pair: Pair) -> Trust:
