@@ -158,6 +158,13 @@ def test_every_alert_has_a_cause_here_a_command_and_a_line_in_the_docs(repositor
         assert rule["labels"]["severity"] in ("critical", "warning")
 
 
+def test_every_alert_is_caused_on_a_real_node(repository_root: Path) -> None:
+    files = ("tests/node/test_alerts.py", "tests/node/doctor/test_causes.py")
+    text = "".join((repository_root / file).read_text() for file in files)
+    caused = re.findall(r'until_(?:notified|alerted)\("(\w+)"', text)
+    assert {*caused} == {rule["alert"] for rule in rules(repository_root) if "alert" in rule}
+
+
 def test_rules_read_only_metrics_that_exist(repository_root: Path) -> None:
     table = (repository_root / "docs/metrics.md").read_text()
     for rule in rules(repository_root):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
 import shlex
-import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +20,10 @@ from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.cli.diagnosis.rates import Page
 from shoal.discovery import running_nodes
-from tests.breakable import Process, until
+from tests.alerting import Alerting, can_alert
+from tests.breakable import until
 from tests.chaos.replica_set import ReplicaSet
-from tests.free_ports import free_port
 from tests.node.conftest import Node
-from tests.prometheus_binaries import find_binary
 
 # Stalls, errors and the disk are the test machine's, and the folders' modes are pytest's. The errors of causes stay in
 # the logs for 15 minutes.
@@ -61,8 +57,8 @@ class Ward:
     clock: Path
     """File with the seconds by which the store's clock is ahead; without it, the clock is right."""
     client: shoal.Client
-    prometheus: str | None
-    """URL of a Prometheus that scrapes the node with the rules as shipped, sixty times as fast; None: there is none."""
+    alerting: Alerting | None
+    """Prometheus and Alertmanager as shipped, sixty times as fast; None: they are not installed."""
 
     def look(self, chosen: str = "") -> list[Finding]:
         """Return the findings now, without those of the machine."""
@@ -89,10 +85,9 @@ class Ward:
         return found[0]
 
     def until_alerted(self, alert: str) -> None:
-        """Wait until an alert fires, where there is a Prometheus."""
-        if self.prometheus is None:
-            return
-        asyncio.run(until(lambda: alert in firing(self.prometheus), f"{alert} fires", MEND_S, every_s=0.2))
+        """Wait until the webhook of Alertmanager gets an alert, where there is one."""
+        if self.alerting is not None:
+            self.alerting.until_notified(alert)
 
     def until_well(self) -> None:
         """Wait until nothing is found."""
@@ -139,40 +134,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory, onnx_models: Path) -> Iterato
         client = stack.enter_context(shoal.Client(node.gateway, token=key))
         [pushed] = client.models.push(onnx_models / "double.onnx")
         assert pushed.ready
-        binary = find_binary("prometheus")
-        prometheus = stack.enter_context(scraping(folder, node, binary)) if binary is not None else None
-        yield Ward(node, mongo, clock, client, prometheus)
-
-
-@contextmanager
-def scraping(folder: Path, node: Node, binary: str) -> Iterator[str]:
-    """Run a Prometheus with the rules as shipped, each time and window divided by 60; give its URL."""
-    rules = Path("deploy/observability/alerts.yml").read_text()
-    faster = re.sub(
-        r"(for: |\[)(\d+)([mh])\b", lambda found: found[1] + found[2] + {"m": "s", "h": "m"}[found[3]], rules
-    )
-    (folder / "alerts.yml").write_text(faster.replace("awaited_seconds) > 30", "awaited_seconds) > 0.5"))
-    target = {"files": [str(node.data_dir / "prometheus.json")]}
-    # The page of the node waits 5 s for a process that stands still.
-    config = {
-        "global": {"scrape_interval": "6s", "scrape_timeout": "6s", "evaluation_interval": "1s"},
-        "rule_files": ["alerts.yml"],
-        "scrape_configs": [{"job_name": "shoal", "honor_labels": True, "file_sd_configs": [target]}],
-    }
-    # JSON is YAML.
-    (folder / "prometheus.yml").write_text(json.dumps(config))
-    address = f"127.0.0.1:{free_port()}"
-    argv = [binary, f"--config.file={folder}/prometheus.yml"]
-    argv += [f"--storage.tsdb.path={folder}/prometheus", f"--web.listen-address={address}"]
-    with Process(argv, folder / "prometheus.log"):
-        yield f"http://{address}"
-
-
-def firing(prometheus: str | None) -> set[str]:
-    """Return the names of the alerts that fire."""
-    try:
-        with urllib.request.urlopen(f"{prometheus}/api/v1/alerts", timeout=10) as response:
-            alerts = json.load(response)["data"]["alerts"]
-    except OSError:
-        return set()
-    return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        alerting = None
+        if can_alert():
+            alerting = stack.enter_context(Alerting(folder, node.data_dir / "prometheus.json"))
+        yield Ward(node, mongo, clock, client, alerting)

@@ -43,6 +43,8 @@ class Model:
 def well(ward: Ward) -> Iterator[None]:
     """Each test begins and ends on a node without a finding."""
     ward.until_well()
+    if ward.alerting is not None:
+        ward.alerting.notified.clear()
     yield
     ward.until_well()
 

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from shoal.cli.traced import traced
 from shoal.node import admin
 from shoal.node.ports import Ports
 from tests.breakable import Process, until
+from tests.free_ports import free_port
 from tests.prometheus_binaries import find_binary
 from tools import dashboards
 
@@ -188,6 +190,38 @@ def exemplars(url: str, series: str, begun: float) -> list[str]:
     times = f"start={begun - 60}&end={time.time() + 60}"
     document = json.loads(read(f"{url}/api/v1/query_exemplars?query={urllib.parse.quote(series)}&{times}"))
     return [each["labels"]["trace_id"] for one in document["data"] for each in one["exemplars"]]
+
+
+def test_the_commands_of_the_page_about_observability_do_what_it_says(loaded: Any, tmp_path: Path) -> None:
+    page = Path("docs/observability.md").read_text()
+    ports = {shipped: str(free_port()) for shipped in ("9090", "9093")}
+    unpack, *commands = re.findall(r"```sh\n(.+?)```", page, re.DOTALL)[0].strip().split("\n")
+    assert (unpack, len(commands)) == ("tools/prometheus.sh", 4)
+    # As in a checkout whose user runs `shoal up`.
+    (tmp_path / ".local/share").mkdir(parents=True)
+    (tmp_path / ".local/share/shoal").symlink_to(loaded.data_dir)
+    shutil.copytree("deploy", tmp_path / "deploy")
+    (tmp_path / ".prometheus").mkdir()
+    (tmp_path / ".prometheus/usr").symlink_to(Path(tool("prometheus-alertmanager")).parent.parent)
+    config = tmp_path / "deploy/observability/prometheus.yml"
+    config.write_text(config.read_text().replace("9093", ports["9093"]).replace("15s", "1s"))
+    with ExitStack() as stack:
+        for number, command in enumerate(commands):
+            for shipped, own in ports.items():
+                command = command.replace(shipped, own)
+            shell = ["sh", "-c", f"cd {tmp_path} && HOME={tmp_path} && {command.removesuffix(' &')}"]
+            if command.endswith(" &"):
+                # The program in the place of the shell: it is killed at the end.
+                shell[2] = shell[2].replace("&& .prometheus", "&& exec .prometheus")
+                stack.enter_context(Process(shell, tmp_path / f"{number}.log"))
+                continue
+            asyncio.run(until(lambda shell=shell: subprocess.run(shell).returncode == 0, command, 60, every_s=0.2))
+        url = f"http://127.0.0.1:{ports['9090']}"
+        asyncio.run(until(lambda: target(url).get("health") == "up", "Prometheus scrapes the node", 60))
+        active = json.loads(read(f"{url}/api/v1/alertmanagers"))["data"]["activeAlertmanagers"]
+        assert [each["url"] for each in active] == [f"http://127.0.0.1:{ports['9093']}/api/v2/alerts"]
+        found = [rule for group in json.loads(read(f"{url}/api/v1/rules"))["data"]["groups"] for rule in group["rules"]]
+        assert "ShoalNoLeader" in {rule["name"] for rule in found}
 
 
 def test_the_queries_of_the_page_about_observability_have_results(prometheus: str) -> None:
