@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import getpass
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from shoal.node.probes import channel_to
 FILE = "admin.key"
 TENANT = "local"
 ROLE = "admin"
-# A key that expires sooner is replaced at the start of its node.
+# A key that expires sooner is replaced.
 _LEAST_S = 30 * 86_400
 _LIFE_S = 366 * 86_400
+CHECK_S = 3_600.0
+"""Interval of checks of the key while its node runs."""
 # coord waits 5 s for the audit log.
 _CALL_S = 15.0
 
@@ -51,15 +54,33 @@ class AdminKey:
             return False
         return True
 
+    async def keep(self, report: Callable[[str], None]) -> None:
+        """Replace the key when it is missing or ends soon, until cancelled. `report` gets the reason of a failure."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            if self._read()[2] > time.time() + _LEAST_S:
+                continue
+            try:
+                self.text = await self._new_text()
+            except ShoalError as err:
+                report(f"the key of the node's user in {self.path} cannot be replaced yet: {err.message}")
+
+    def _read(self) -> tuple[str, str, float]:
+        """Return the key in the file, its id and its end; an empty text when the file has none."""
+        try:
+            text = self.path.read_text().strip()
+            payload = text.split(".")[1]
+            claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            return text, str(claims["jti"]), float(claims["exp"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return "", "", 0.0
+
     async def _valid_text(self) -> str:
         """Return the key in the file, if it is valid for a while; else nothing."""
         from shoal.coord.v1 import access_pb2 as pb
 
-        try:
-            text = self.path.read_text().strip()
-            payload = text.split(".")[1]
-            id = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["jti"]
-        except (OSError, ValueError, LookupError, TypeError):
+        text, id, _ = self._read()
+        if not text:
             return ""
         listed = await self._call(LIST_KEYS, pb.ListKeysRequest(), pb.ListKeysResponse)
         least = time.time() + _LEAST_S

@@ -145,6 +145,9 @@ async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signa
                 running.write_ready_files()
                 running.write_file_sd()
                 running.screen.ready(running.ready_now(), time.monotonic() - started)
+                if running.admin_key is not None:
+                    keeping_key = asyncio.create_task(running.admin_key.keep(running.screen.trouble))
+                    stack.push_async_callback(end, keeping_key)
                 for warning in versions.warnings(running.versions):
                     running.screen.trouble(warning)
                 await signals.stop.wait()

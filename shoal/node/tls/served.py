@@ -174,10 +174,10 @@ class ServedCertificate:
     def trust(self) -> Trust:
         return self._source.trust(self.pair)
 
-    async def keep(self, report: Callable[[str], None], check_s: float = CHECK_S) -> None:
+    async def keep(self, report: Callable[[str], None]) -> None:
         """Serve each renewed pair, until cancelled. `report` gets a text when a pair cannot be used or expires soon."""
         while True:
-            await asyncio.sleep(check_s)
+            await asyncio.sleep(CHECK_S)
             self.check(report)
 
     def check(self, report: Callable[[str], None]) -> None:

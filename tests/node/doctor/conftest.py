@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from pymongo import MongoClient
 
 import shoal
 from mesh.cluster.etcd import Etcd
+from mesh.process.files import write_atomically
 from shoal.cli import admin_page
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.cli.diagnosis.rates import Page
 from shoal.discovery import running_nodes
+from shoal.node.tls import own_ca
 from tests.alerting import Alerting, can_alert
 from tests.breakable import until
 from tests.chaos.replica_set import ReplicaSet
@@ -32,12 +35,13 @@ OF_THE_MACHINE = {
     *("process-flapping", "endpoint-failing"),
 }
 MEND_S = 90.0
-# The clock of the store's process is set by a file: the real one cannot be set in a container.
-CLOCK = """\
+# The clock and the version of the store's process are set by files: the real clock cannot be set in a container. The
+# launcher looks at its certificate and its key all the time.
+SITE = """\
 import sys
-if any("services.store" in part for part in sys.orig_argv):
-    import time
-    real, path = time.time_ns, {path!r}
+if "services.store" in sys.orig_argv:
+    import os, time
+    real, path = time.time_ns, {clock!r}
     def time_ns():
         try:
             with open(path) as file:
@@ -45,6 +49,13 @@ if any("services.store" in part for part in sys.orig_argv):
         except (OSError, ValueError):
             return real()
     time.time_ns = time_ns
+    if os.path.exists({version!r}):
+        import shoal
+        shoal.__version__ = "0.0.9"
+if sys.orig_argv[2:4] == ["shoal.cli.main", "up"]:
+    from shoal.node import admin_key
+    from shoal.node.tls import served
+    admin_key.CHECK_S = served.CHECK_S = 0.2
 """
 
 
@@ -56,15 +67,22 @@ class Ward:
     mongo: ReplicaSet
     clock: Path
     """File with the seconds by which the store's clock is ahead; without it, the clock is right."""
+    version: Path
+    """File that makes the next process of store one of another version."""
+    tls: Path
+    """Folder with the gateway's certificate, and its issuer."""
     client: shoal.Client
     alerting: Alerting | None
     """Prometheus and Alertmanager as shipped, sixty times as fast; None: they are not installed."""
 
-    def look(self, chosen: str = "") -> list[Finding]:
-        """Return the findings now, without those of the machine."""
+    def look_at_all(self) -> list[Finding]:
+        """Return the findings now."""
         [node] = running_nodes(self.node.environ)
-        facts = gather.of_node(self.client, node, chosen)
-        return [finding for finding in checks.diagnose(facts) if finding.check not in OF_THE_MACHINE]
+        return checks.diagnose(gather.of_node(self.client, node))
+
+    def look(self) -> list[Finding]:
+        """Return the findings now, without those of the machine."""
+        return [finding for finding in self.look_at_all() if finding.check not in OF_THE_MACHINE]
 
     def checks(self) -> set[str]:
         return {finding.check for finding in self.look()}
@@ -73,12 +91,12 @@ class Ward:
         [node] = running_nodes(self.node.environ)
         return admin_page.metrics(node.admin, timeout_s=gather.PAGE_S)
 
-    def until_found(self, check: str) -> Finding:
-        """Wait until a check finds something, and return the finding."""
+    def until_found(self, check: str, text: str = "") -> Finding:
+        """Wait until a check finds something whose description has a text, and return the finding."""
         found: list[Finding] = []
 
         def is_found() -> bool:
-            found[:] = [finding for finding in self.look() if finding.check == check]
+            found[:] = [one for one in self.look_at_all() if one.check == check and text in one.what]
             return bool(found)
 
         asyncio.run(until(is_found, f"{check} is found", MEND_S, every_s=0.2))
@@ -112,13 +130,34 @@ class Ward:
         return MongoClient(self.mongo.uri, tz_aware=True)
 
 
+def write_certificate(folder: Path, days: int) -> None:
+    """Write a certificate of 90 days for the gateway that ends in `days`, and its key."""
+    now = datetime.now(UTC)
+    issued = own_ca.open_ca(folder, now).issue(["127.0.0.1"], now - timedelta(days=own_ca.LEAF_DAYS - days))
+    write_atomically(folder / "key.pem", issued.key, is_private=True)
+    write_atomically(folder / "cert.pem", issued.chain)
+
+
+@pytest.fixture
+def well(ward: Ward) -> Iterator[None]:
+    """The test begins and ends on a node without a finding."""
+    ward.until_well()
+    if ward.alerting is not None:
+        ward.alerting.notified.clear()
+    yield
+    ward.until_well()
+
+
 @pytest.fixture(scope="package")
 def ward(tmp_path_factory: pytest.TempPathFactory, onnx_models: Path) -> Iterator[Ward]:
-    """A node with authentication and two coords."""
+    """A node with authentication, a certificate and two coords."""
     folder = tmp_path_factory.mktemp("ward")
     (folder / "site").mkdir()
-    clock = folder / "clock"
-    (folder / "site/sitecustomize.py").write_text(CLOCK.format(path=str(clock)))
+    clock, version = folder / "clock", folder / "version"
+    (folder / "site/sitecustomize.py").write_text(SITE.format(clock=str(clock), version=str(version)))
+    (folder / own_ca.FOLDER).mkdir(mode=0o700)
+    own_ca._make(folder / own_ca.FOLDER, datetime.now(UTC) - timedelta(days=own_ca.LEAF_DAYS))
+    write_certificate(folder, own_ca.LEAF_DAYS)
     with ExitStack() as stack:
         mongo = stack.enter_context(ReplicaSet(folder, members=2, voters=1, oplog_mib=8))
         asyncio.run(mongo.until_ready())
@@ -126,15 +165,26 @@ def ward(tmp_path_factory: pytest.TempPathFactory, onnx_models: Path) -> Iterato
             "PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]),
             # A queue forms behind few jobs.
             "SHOAL_INGEST_MAX_IN_FLIGHT": "1",
+            "SHOAL_COORD_ISSUER_REFRESH_MS": "1000",
         }
-        node = Node(folder, "--auth", "--mongo", mongo.uri, "--replicas", "coord=2", env=environ)
+        tls = ("--tls-cert", f"{folder}/cert.pem", "--tls-key", f"{folder}/key.pem")
+        node = Node(folder, "--auth", *tls, "--mongo", mongo.uri, "--replicas", "coord=2", env=environ)
         stack.callback(node.close)
         node.wait_until_ready()
         key = Path(node.document()["key_file"]).read_text().strip()
-        client = stack.enter_context(shoal.Client(node.gateway, token=key))
+        client = stack.enter_context(shoal.Client(f"https://{node.gateway}", ca=f"{folder}/ca/ca.pem", token=key))
         [pushed] = client.models.push(onnx_models / "double.onnx")
         assert pushed.ready
         alerting = None
         if can_alert():
             alerting = stack.enter_context(Alerting(folder, node.data_dir / "prometheus.json"))
-        yield Ward(node, mongo, clock, client, alerting)
+        yield Ward(node, mongo, clock, version, folder, client, alerting)
+
+
+def miss(ward: Ward, schedule: str, by: timedelta) -> None:
+    """Set the next time of a schedule back, as if the node had not run since then."""
+    with ward.database() as client:
+        changed = client["shoal"]["schedules"].update_one(
+            {"name": schedule}, {"$set": {"next_at": datetime.now(UTC) - by}, "$inc": {"revision": 1}}
+        )
+        assert changed.modified_count == 1

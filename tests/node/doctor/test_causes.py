@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from shoal.cli.diagnosis.facts import Severity
 from shoal.client import JobRequest
 from shoal.node.folder import POLICY_COPY
 from tests.node.conftest import python_model
-from tests.node.doctor.conftest import Ward
+from tests.node.doctor.conftest import Ward, miss
 
 # A look at a node whose Envoy stands still waits for three timeouts.
-pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300), pytest.mark.usefixtures("well")]
 
 SLEEPS = """
 import time
@@ -37,16 +36,6 @@ class Model:
         time.sleep(1)
         return {"y": batch["x"]}
 """
-
-
-@pytest.fixture(autouse=True)
-def well(ward: Ward) -> Iterator[None]:
-    """Each test begins and ends on a node without a finding."""
-    ward.until_well()
-    if ward.alerting is not None:
-        ward.alerting.notified.clear()
-    yield
-    ward.until_well()
 
 
 def etcd_is_full(ward: Ward, is_full: bool) -> None:
@@ -183,15 +172,6 @@ def test_a_schedule_whose_last_jobs_failed_is_found_until_one_succeeds(ward: War
         ward.until_well()
     finally:
         schedules.remove(name)
-
-
-def miss(ward: Ward, schedule: str, by: timedelta) -> None:
-    """Set the next time of a schedule back, as if the node had not run since then."""
-    with ward.database() as client:
-        changed = client["shoal"]["schedules"].update_one(
-            {"name": schedule}, {"$set": {"next_at": datetime.now(UTC) - by}, "$inc": {"revision": 1}}
-        )
-        assert changed.modified_count == 1
 
 
 def test_an_oplog_that_reaches_back_only_minutes_is_found(ward: Ward) -> None:
