@@ -21,7 +21,7 @@ from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.discovery import running_nodes
 from tests.breakable import until
-from tests.node.conftest import Node
+from tests.node.conftest import Node, python_model
 
 
 @pytest.fixture
@@ -89,6 +89,41 @@ async def test_a_drained_instance_is_found_until_the_command_has_run(client: sho
     program, *args = shlex.split(finding.command)
     assert program == "shoal"
     running.shoal(*args)
+    await until(lambda: found(client, running) == [], "the finding is gone")
+
+
+NOT_AT_1 = """
+import os
+
+class Model:
+    inputs = outputs = {"x": ("FP32", [-1, 4])}
+
+    def __init__(self):
+        if os.environ["SHOAL_INFER_INSTANCE"] == "infer-1":
+            raise RuntimeError("no device here")
+
+    def predict(self, batch):
+        return batch
+"""
+
+
+async def test_a_model_that_one_replica_lacks_is_found_until_it_is_removed(
+    client: shoal.Client, running: Node, tmp_path: Path
+) -> None:
+    client.models.push(python_model(tmp_path / "picky", NOT_AT_1), check=False, wait=False)
+    try:
+        missing: list[Finding] = []
+
+        def is_found() -> bool:
+            missing[:] = [one for one in found(client, running) if one.check == "model-not-everywhere"]
+            return bool(missing)
+
+        await until(is_found, "the model is missing at one replica")
+        assert missing[0].what == "model picky version 1 is not ready at local/infer-1"
+        program, *args = shlex.split(missing[0].command)
+        assert (program, "no device here" in running.shoal(*args).stdout) == ("shoal", True)
+    finally:
+        client.models.remove("picky")
     await until(lambda: found(client, running) == [], "the finding is gone")
 
 

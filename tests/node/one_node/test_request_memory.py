@@ -13,7 +13,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+import shoal
+from shoal.cli.diagnosis import checks, gather
 from shoal.cli.main import app
+from shoal.discovery import running_nodes
 from tests.breakable import until
 
 pytestmark = pytest.mark.node
@@ -46,7 +49,7 @@ def begin(gateway: str, tenant: str, size: int) -> socket.socket:
     return connection
 
 
-def test_who_holds_the_memory_of_requests_is_named(running: Any) -> None:
+def test_who_holds_the_memory_of_requests_is_named(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     open_requests = [begin(running.gateway, tenant, size) for tenant, size in BODIES.items()]
     try:
         asyncio.run(
@@ -62,6 +65,13 @@ def test_who_holds_the_memory_of_requests_is_named(running: Any) -> None:
         rows = [row for row in json.loads(done.output)["rows"] if row["name"] in BODIES]
         assert [row["name"] for row in rows] == ["acme", "small"]
         assert 8 * MIB <= rows[0]["memory_bytes"] < 32 * MIB
+        monkeypatch.setattr(checks, "MEMORY_NEAR_SHARE", 0.01)
+        [node] = running_nodes(running.environ)
+        with shoal.Client(running.gateway) as client:
+            findings = checks.diagnose(gather.of_node(client, node))
+        [near] = [finding for finding in findings if finding.check == "memory-near-limit"]
+        assert "tenant acme holds 8 MiB" in near.what
+        assert near.command == "shoal top --by tenant --sort memory"
     finally:
         for connection in open_requests:
             connection.close()
