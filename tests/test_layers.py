@@ -3,7 +3,7 @@
 shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, shoal.node
 shoal.node -> mesh, shoal's stubs and errors; names the services, and starts them as processes
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
-services  -> mesh, kernels, shoal's stubs, errors, tensor codec and own_packages; never each other
+services  -> mesh, kernels, shoal's stubs, errors, tensor codec, own_packages and rates; never each other
 mesh      -> shoal's stubs and errors; names no service, not even in a string
 kernels   -> nothing of ours, no grpc, no asyncio
 shoal.access -> shoal's errors; all others may ask it who may call what
@@ -42,9 +42,9 @@ LAYERS = {
         allowed_locations page_token artifacts transactions documents replica_set limits
     """,
     "services/coord": """
-        __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims share_messages shares
-        messages policies keys enforcement instances spans health issuer_keys fetch duties configurations gateway_policy
-        presence traffic inference statistics cluster drains config
+        __main__ app metrics rest rpc first_start policy_copy access_rpc share_rpc share_claims leader_channel
+        share_messages shares messages sampling history policies keys enforcement instances spans health issuer_keys
+        fetch duties configurations gateway_policy presence traffic inference statistics cluster drains config
     """,
     "mesh": """
         rest xds rpc http1 metrics h2 keyring cluster mongo_lease removal_guard mongo_clock change_tokens mongo
@@ -52,11 +52,12 @@ LAYERS = {
     """,
     "shoal": """
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
-        errors tenant_header _version
+        rates errors tenant_header _version
     """,
     "shoal/access": "audit gateway limits cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
     "shoal/client": """
-        __init__ blocking face aio access audit tenants store instances spans status jobs models inference transport
+        __init__ blocking face aio access audit tenants store instances spans status history jobs models inference
+        transport
     """,
     "kernels": """
         operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
@@ -112,6 +113,7 @@ def allowed(module: str) -> tuple[str, ...]:
         *STUBS,
         "shoal.access",
         "shoal.errors",
+        "shoal.rates",
         "shoal.tenant_header",
         "shoal.oip",
         "shoal.__version__",

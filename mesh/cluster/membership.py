@@ -79,6 +79,8 @@ class Instance:
     """Models that the instance is to serve, has no ready version of, and has not given up. None: not known yet."""
     policy_revision: int | None = None
     """Revision of etcd of the policy that the instance enforces, 0 before the first one. None: it enforces none."""
+    admin: str = ""
+    """Address of the metrics of all processes of the node, from the instance that knows it; else empty."""
 
     @property
     def name(self) -> str:
@@ -99,6 +101,8 @@ def encode(instance: Instance) -> bytes:
         del document["awaited"]
     if instance.policy_revision is None:
         del document["policy_revision"]
+    if not instance.admin:
+        del document["admin"]
     return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -132,6 +136,7 @@ def decode(key: bytes, value: bytes) -> Instance:
         version=_text(raw, "version") if "version" in raw else "",
         awaited=_names(raw, "awaited"),
         policy_revision=_number(raw, "policy_revision") if "policy_revision" in raw else None,
+        admin=_text(raw, "admin") if "admin" in raw else "",
     )
     if instance.key != key:
         raise ValueError(f"the value names {instance.service}/{instance.name}")
@@ -206,11 +211,12 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    def of(cls, config: ServiceConfig, service: str, address: str) -> Registration:
-        """Return the registration of this process, which serves `service` at `address`."""
+    def of(cls, config: ServiceConfig, service: str, address: str, *, admin: str = "") -> Registration:
+        """Return the registration of this process, which serves `service` at `address`; `admin` is as in Instance."""
         instance = Instance(
             service, config.node, config.instance, address, os.getpid(), State.STARTING, time.time(), (), __version__
         )
+        instance = replace(instance, admin=admin)
         return cls(config.etcd, instance, notice_ms=config.notice_ms)
 
     @property

@@ -2,7 +2,8 @@
 
 Formats: https://prometheus.io/docs/instrumenting/exposition_formats/ and https://prometheus.io/docs/specs/om/open_metrics_spec/.
 Prometheus' own library takes longer for a page of 500 models, and from a thread it shares the interpreter with calls.
-Here a page is written on the event loop, in pieces that leave it time for calls.
+Here a page is written on the event loop, in pieces that leave it time for calls. `?name[]=NAME&name[]=...` asks for
+these families only.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate, repeat
 from types import MappingProxyType
+from typing import TypeAlias
+from urllib.parse import parse_qs
 
 from mesh.metrics.endpoint import OPENMETRICS, Endpoint, Handler, Request, Response
 from mesh.metrics.families import LABEL_CHARS, Family, Kind, Reading, Source
@@ -21,6 +24,7 @@ from mesh.metrics.snapshot import read
 
 KEPT_S = 1.0
 """Time for which a page is given again: however many ask, a page of 500 models is made once a second at most."""
+_KEPT = 8
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_1 = f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 
@@ -28,11 +32,27 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 _OF_HELP = str.maketrans({"\\": r"\\", "\n": r"\n"})
 
 
+Wanted: TypeAlias = Callable[[str], bool]
+
+
+def wanted(query: str) -> Wanted | None:
+    """Return a function that returns True for the families of a request, by their names on the page; None: for all.
+
+    As for other exporters, each `name[]` is one name. One that ends in `*` is the begin of names.
+    """
+    names = parse_qs(query).get("name[]")
+    if names is None:
+        return None
+    exact, begins = frozenset(names), tuple(name[:-1] for name in names if name.endswith("*"))
+    return lambda name: name in exact or name.startswith(begins)
+
+
 class PageWriter:
     """Text of a page, written reading by reading. The series of a family stand together."""
 
-    def __init__(self, *, is_openmetrics: bool = False) -> None:
+    def __init__(self, *, is_openmetrics: bool = False, wanted: Wanted | None = None) -> None:
         self._is_openmetrics = is_openmetrics
+        self._wanted = wanted
         # By family: the name of its series, and their lines.
         self._families: dict[Family, tuple[str, list[str]]] = {}
 
@@ -40,6 +60,8 @@ class PageWriter:
         """Write the series of a reading."""
         family, labels, value = reading
         name, lines = self._families.get(family) or self._head(family)
+        if not name:
+            return
         text = ",".join(
             f'{label}="{given[:LABEL_CHARS].translate(_ESCAPES)}"'
             for label, given in zip(family.labels, labels, strict=True)
@@ -70,6 +92,9 @@ class PageWriter:
             name = f"{named}_total"
             # In OpenMetrics, the family of a counter has the name without the suffix.
             named = named if self._is_openmetrics else name
+        if self._wanted is not None and not self._wanted(name):
+            found = self._families[family] = ("", [])
+            return found
         help = family.help.translate(_ESCAPES if self._is_openmetrics else _OF_HELP)
         found = self._families[family] = (name, [f"# HELP {named} {help}\n# TYPE {named} {kind}\n"])
         return found
@@ -111,18 +136,20 @@ def metrics_endpoint(
 ) -> Endpoint:
     """Return the endpoint of a page of metrics, `/metrics`, and of other pages. One page of metrics is made at once."""
     turn = asyncio.Lock()
-    made: dict[bool, tuple[float, Response]] = {}
+    made: dict[tuple[bool, str], tuple[float, Response]] = {}
 
     async def metrics(request: Request) -> Response:
         is_openmetrics = OPENMETRICS in request.headers.get("accept", "")
         async with turn:
-            at, response = made.get(is_openmetrics, (-math.inf, None))
+            at, response = made.get((is_openmetrics, request.query), (-math.inf, None))
             if response is None or time.monotonic() - at >= KEPT_S:
-                writer = PageWriter(is_openmetrics=is_openmetrics)
+                if len(made) >= _KEPT:
+                    made.clear()
+                writer = PageWriter(is_openmetrics=is_openmetrics, wanted=wanted(request.query))
                 await read(sources, writer.add)
                 body, content_type = writer.page()
                 response = Response(200, content_type, body)
-                made[is_openmetrics] = time.monotonic(), response
+                made[is_openmetrics, request.query] = time.monotonic(), response
             return response
 
     return Endpoint(listen, {"/metrics": metrics, **pages}, names)

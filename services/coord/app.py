@@ -39,11 +39,13 @@ from services.coord.inference import MeshInference
 from services.coord.instances import Instances
 from services.coord.issuer_keys import IssuerKeys
 from services.coord.keys import Keys
+from services.coord.leader_channel import LeaderChannel
 from services.coord.metrics import CoordMetrics, EtcdAlarms
 from services.coord.policies import Policies
 from services.coord.policy_copy import PolicyCopy
 from services.coord.rest import rest_app
 from services.coord.rpc import CoordRpc
+from services.coord.sampling import Sampling
 from services.coord.share_claims import ShareClaims
 from services.coord.share_rpc import ShareRpc
 from services.coord.spans import MeshSpans
@@ -100,7 +102,11 @@ async def run(config: CoordConfig) -> None:
         )
         ads = AdsServer(configurations)
         health = MeshHealth(mirror, PUBLIC)
-        coord = CoordRpc(name, Instances(etcd, mirror), ads, MeshSpans(mirror, config.node), watch, parts)
+        election = Election(etcd, LEADER, name)
+        sampling = Sampling(mirror, election)
+        leader = await stack.enter_async_context(LeaderChannel(mirror, name))
+        instances, spans = Instances(etcd, mirror), MeshSpans(mirror, config.node)
+        coord = CoordRpc(name, instances, ads, spans, watch, parts, leader=leader, sampling=sampling)
         claims: ShareClaims | None = None
         if watch is not None:
             claims = await stack.enter_async_context(ShareClaims(mirror, watch.in_force, name))
@@ -138,13 +144,15 @@ async def run(config: CoordConfig) -> None:
             )
         )
         stack.callback(health.leave)
-        registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
+        registration = await stack.enter_async_context(
+            Registration.of(config, "coord", server.address, admin=config.admin or "")
+        )
         configurations.own = lambda: registration.instance
         enforcement.unregistered = configurations.serving
         await stack.enter_async_context(published(watch, registration, ads.until_enforced))
-        election = await stack.enter_async_context(Election(etcd, LEADER, name))
-        metrics.election = election
+        metrics.election = await stack.enter_async_context(election)
         await stack.enter_async_context(Duties(etcd, mirror, election))
+        await stack.enter_async_context(sampling)
         if parts is not None:
             await stack.enter_async_context(
                 IssuerKeys(etcd, mirror, election, refresh_s=config.issuer_refresh_ms / 1000)

@@ -32,6 +32,8 @@ class CoordConfig(ServiceConfig):
     """Source of the master key, as `shoal status` names it. Unset: the file."""
     policy_copy: Path | None = None
     """File for a copy of the applied policy, from which it is restored when etcd has lost it. Unset: none is kept."""
+    admin: Annotated[str, Field(pattern=r"^[^/\s?#]+:\d{1,5}$")] | None = None
+    """Admin address of the node, where the leading coord reads its metrics for the history. Unset: it has none."""
     issuer_refresh_ms: Annotated[int, Field(ge=1_000, le=86_400_000)] = 60_000
     """Interval at which the keys of the policy's issuers are fetched again. The last known ones stay in an outage."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000

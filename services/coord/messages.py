@@ -12,6 +12,7 @@ from mesh.xds.ads import EnvoyStatus
 from mesh.xds.delta import TypeStatus
 from mesh.xds.resource import short_type
 from services.coord.cluster import Cluster
+from services.coord.sampling import Report
 from shoal.coord.v1 import coord_pb2 as pb
 
 _STATES = {
@@ -72,4 +73,26 @@ def _resource_message(status: TypeStatus) -> pb.ResourceStatus:
         acked_version=status.acked_version,
         nack=status.nack,
         at=timestamp(status.at) if status.at else None,
+    )
+
+
+def history_message(coord: str, report: Report) -> pb.GetHistoryResponse:
+    """Return the message of the history of `coord`."""
+    nodes = [
+        pb.HistoryNode(
+            name=node.name,
+            address=node.address,
+            answered_at=timestamp(node.answered_at) if node.answered_at else None,
+            missing=node.is_missing,
+        )
+        for node in report.nodes
+    ]
+    return pb.GetHistoryResponse(
+        coord=coord,
+        since=timestamp(report.since),
+        until=timestamp(report.until),
+        step_seconds=report.points.step_s,
+        rows=[pb.HistoryRow(name=name, **fields) for name, fields in report.points.rows.items()],
+        nodes=nodes,
+        left_out=report.left_out,
     )

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
+
+import grpc
 
 from mesh.rpc.access import caller_in
 from mesh.rpc.cluster_access import PolicyWatch
 from mesh.rpc.interceptors import Context
 from mesh.xds.ads import AdsServer
 from services.coord.access_rpc import AccessParts
+from services.coord.history import FIELDS
 from services.coord.instances import Instances
-from services.coord.messages import envoy_message, instance_message, instance_messages, leader_message
+from services.coord.leader_channel import FROM_SERVICE, LeaderChannel
+from services.coord.messages import (
+    envoy_message,
+    history_message,
+    instance_message,
+    instance_messages,
+    leader_message,
+)
+from services.coord.sampling import Sampling
 from services.coord.spans import MeshSpans, visible_tenant
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
+from shoal.errors import InvalidArgument, Unavailable
+
+_FORWARD_S = 5.0
 
 
 class CoordRpc(pb_grpc.CoordServiceServicer):
@@ -27,6 +42,9 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         spans: MeshSpans,
         watch: PolicyWatch | None = None,
         parts: AccessParts | None = None,
+        *,
+        leader: LeaderChannel,
+        sampling: Sampling,
     ) -> None:
         self._name = name
         self._instances = instances
@@ -34,6 +52,8 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         self._watch = watch
         self._parts = parts
         self._spans = spans
+        self._leader = leader
+        self._sampling = sampling
 
     async def ListInstances(self, request: pb.ListInstancesRequest, ctx: Context) -> pb.ListInstancesResponse:
         cluster = self._instances.cluster
@@ -78,3 +98,26 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         access = None if self._watch is None else self._watch.access
         tenant = visible_tenant(access, dict(ctx.invocation_metadata() or ()))
         return await self._spans.get(request, tenant)
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, ctx: Context) -> pb.GetHistoryResponse:
+        by = request.by or "model"
+        if by not in FIELDS:
+            raise InvalidArgument(f"by {by[:100]!r}: expected {', '.join(FIELDS)}")
+        if not 0 <= request.seconds < math.inf:
+            raise InvalidArgument(f"seconds {request.seconds:g}: expected a time before now")
+        response: pb.GetHistoryResponse
+        if not request.forwarded and (leader := await self._leader.get()) is not None:
+            forwarded = pb.GetHistoryRequest(by=by, seconds=request.seconds, points=request.points, forwarded=True)
+            stub = pb_grpc.CoordServiceStub(leader)
+            try:
+                response = await stub.GetHistory(forwarded, timeout=_FORWARD_S, metadata=FROM_SERVICE)
+            except grpc.aio.AioRpcError as err:
+                raise Unavailable(f"the leading coord does not answer: {err.details()}") from err
+        else:
+            response = history_message(self._name, await self._sampling.report(by, request.seconds, request.points))
+        if by == "model":
+            may_see = self._may_see(ctx, "GetHistory")
+            seen = [row for row in response.rows if may_see(row.name.rpartition(" ")[0])]
+            del response.rows[:]
+            response.rows.extend(seen)
+        return response

@@ -19,12 +19,10 @@ import grpc
 
 from mesh.cluster.mirror import Mirror
 from mesh.process.watched import Watched
-from mesh.rpc.channel import connect
 from mesh.rpc.cluster_access import InForce
 from mesh.rpc.share_messages import request_message, shares_in
-from services.coord.cluster import cluster_of
+from services.coord.leader_channel import FROM_SERVICE, LeaderChannel
 from services.coord.shares import RENEW_S, Shares
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.access.limits import Amount, Bucket
 from shoal.access.policy import Limit, Policy
 from shoal.coord.v1 import shares_pb2_grpc
@@ -34,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # Longest wait for the leader. A claim is repeated each second.
 _TIMEOUT_S = 0.5
-_FROM_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
 
 
 class ShareClaims:
@@ -51,23 +48,19 @@ class ShareClaims:
     def __init__(
         self, mirror: Mirror, in_force: Watched[InForce], name: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._mirror = mirror
         self._in_force = in_force
-        self._name = name
         self._clock = clock
         self._shares = Shares()
         self._policy: Policy | None = None
         self._limits: Mapping[str, Limit] = {}
-        # Address of the leader, and the channel to it.
-        self._leader: tuple[str, grpc.aio.Channel] | None = None
+        self._leader = LeaderChannel(mirror, name)
         self._divides_alone = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._leader is not None:
-            await self._leader[1].close()
+        await self._leader.__aexit__(*exc)
 
     def limit(self, name: str) -> Limit | None:
         """Return a limit of the policy in force."""
@@ -90,9 +83,9 @@ class ShareClaims:
         """
         if self._in_force.value.policy is None:
             raise Unavailable("this coord does not know the policy yet: retry")
-        if not is_forwarded and (address := self._leader_address()) is not None:
+        if not is_forwarded and (leader := await self._leader.get()) is not None:
             try:
-                return await self._forwarded(address, claimant, demands)
+                return await self._forwarded(leader, claimant, demands)
             except (grpc.aio.AioRpcError, ShoalError) as err:
                 self._note(alone=True, why=str(err))
         self._followed()
@@ -106,26 +99,15 @@ class ShareClaims:
         """Release the shares of a claimant. Those that the leader has handed out expire."""
         self._shares.leave(claimant)
 
-    async def _forwarded(self, address: str, claimant: str, demands: Mapping[Bucket, float]) -> Mapping[Bucket, Amount]:
-        if self._leader is None or self._leader[0] != address:
-            former, self._leader = self._leader, (address, connect(address))
-            if former is not None:
-                # Other claims may still wait for the former leader, and a closed channel would cancel them.
-                await former[1].close(_TIMEOUT_S)
-        stub = shares_pb2_grpc.ShareServiceStub(self._leader[1])
+    async def _forwarded(
+        self, leader: grpc.aio.Channel, claimant: str, demands: Mapping[Bucket, float]
+    ) -> Mapping[Bucket, Amount]:
+        stub = shares_pb2_grpc.ShareServiceStub(leader)
         request = request_message(claimant, demands, is_forwarded=True)
-        response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=_FROM_SERVICE)
+        response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=FROM_SERVICE)
         self._note(alone=False)
         self._shares.leave(claimant)
         return shares_in(response)
-
-    def _leader_address(self) -> str | None:
-        """Return the address of the leader; None when this coord leads, or none is known."""
-        cluster = cluster_of(self._mirror.copy)
-        leader = cluster.leader
-        if leader is None or leader.name == self._name:
-            return None
-        return next((each.address for each in cluster.instances if each.name == leader.name), None)
 
     def _followed(self) -> Mapping[str, Limit]:
         """Return the limits of the policy in force, after the shares follow them, too."""

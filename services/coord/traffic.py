@@ -86,6 +86,7 @@ _COORD_IDEMPOTENT = (
     "GetLeader",
     "GetMeshStatus",
     "GetSpans",
+    "GetHistory",
     # The second of two equal marks changes nothing.
     "DrainInstance",
     "UndrainInstance",

@@ -43,7 +43,7 @@ _MAX_COUNT = 1 << 40
 _READS = """
     GetArtifact StatArtifact PutArtifact
     ListJobRetention GetTenant ListTenants ListConnectors
-    ListRetention ListUsage VerifyStore
+    ListRetention ListUsage VerifyStore GetHistory
     StreamAudit VerifyAudit
     GetPolicy ListPolicies ListKeys
 """

@@ -25,7 +25,7 @@ GRANTABLE: Mapping[str, str] = {
     JOBS: "own jobs, batches, schedules and results",
     MODELS: "load, unload, push and remove models",
     CODE: "models that run code or reach other addresses: Python models, `file:` and `config` of a load",
-    OPERATE: "tenants, limits, retention, drains, backups",
+    OPERATE: "tenants, limits, retention, drains, backups, history of the metrics",
     ADMINISTER: "policy, keys, audit",
 }
 """Groups that a policy may grant. INTERNAL is for services only, and has no route at a gateway."""
@@ -120,7 +120,8 @@ GROUP_OF: Mapping[str, str] = {
         _COORD,
         {
             READ: "ListInstances WatchInstances GetLeader GetMeshStatus GetSpans",
-            OPERATE: "DrainInstance UndrainInstance GetSpans#all",
+            # The history names the tenants.
+            OPERATE: "DrainInstance UndrainInstance GetHistory GetSpans#all",
         },
     ),
     LIST_SPANS: INTERNAL,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from collections import defaultdict
 from http.client import HTTPException
 from typing import TYPE_CHECKING
 
 from shoal.errors import Unavailable
 
 if TYPE_CHECKING:
-    from shoal.cli.diagnosis.rates import Page
+    from shoal.rates import Page
 
 PAGE_BYTES = 64 << 20
 """Bytes of a page that are read."""
@@ -40,10 +41,21 @@ def metrics(admin: str, *, timeout_s: float) -> Page:
     Raises:
         Unavailable: as `read`, or the page has no metrics.
     """
-    from shoal.cli.diagnosis.rates import parse
-
     text = read(admin, "/metrics", timeout_s=timeout_s)
     try:
         return parse(text, time.monotonic())
     except ValueError as err:
         raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err
+
+
+def parse(text: str, at: float) -> Page:
+    """Return the page of a text in Prometheus' format. Raises ValueError when it is none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from shoal.rates import Page
+
+    samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(dict)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+    return Page(at, samples)

@@ -1,4 +1,4 @@
-"""`shoal top`: what the node does now, by model, tenant or process."""
+"""`shoal top`: what a node does now, or what its cluster has done in the last hour, by model, tenant or process."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ import sys
 import termios
 import time
 import tty
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from shoal.cli import admin_page, endpoints
+from shoal.cli.figures import ClusterFigures, Figures, NodeFigures, parse_since, past
 from shoal.cli.here import admin_here
-from shoal.cli.output import AsJson, Gateway, console, plain, show_json
-from shoal.errors import InvalidArgument, Unavailable
+from shoal.cli.output import AsJson, Gateway, connect, console, plain, show_json
+from shoal.errors import InvalidArgument, NotFound, ShoalError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal.cli.diagnosis.rates import Page, Row
+    from shoal.client import Client
+    from shoal.client.history import By
+    from shoal.rates import Row
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 _VIEWS = ("model", "execution", "tenant", "instance")
 _KEYS = {"m": "model", "e": "execution", "t": "tenant", "i": "instance"}
 _SPARKS = "▁▂▃▄▅▆▇█"
-_SPARK_WIDTH = 10
-_READ_S = 10.0
 
 
 @app.command()
@@ -43,6 +42,12 @@ def top(
     ] = "rate",
     every: Annotated[float, typer.Option(metavar="SECONDS", min=0.2, max=60, help="Time between two readings.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one table, and end.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", help="Print the figures of the last 30m, of all nodes, and end.", show_default=False
+        ),
+    ] = None,
     admin: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +61,8 @@ def top(
 ) -> None:
     """Show rates, latencies, queues and memory, live. Keys: m, e, t, i choose the view, s the order, q ends.
 
-    Figures are those between the last two readings of the metrics of one node, which only its own machine can read.
+    On the node's own machine, figures are those between the last two readings of its metrics. Elsewhere, and with
+    --since, they are those of all nodes: the leading coord reads each node every 5 s, and keeps an hour in memory.
 
     [bold]Examples[/bold]
 
@@ -64,86 +70,93 @@ def top(
 
       shoal top --by tenant --sort memory --once
 
-      ssh gpu-1 shoal top --once --json
+      shoal top --since 30m --sort errors
+
+      shoal top --gateway https://gpu-1:8080 --once --json
     """  # fmt: skip
-    from shoal.cli.diagnosis.rates import SORTS
+    from shoal.rates import SORTS
 
     if by not in _VIEWS:
         raise InvalidArgument(f"--by {by!r}: expected {', '.join(_VIEWS)}")
     if sort not in SORTS:
         raise InvalidArgument(f"--sort {sort!r}: expected {', '.join(SORTS)}")
-    address = admin or admin_here(gateway, "metrics")
-    state = _State(address, by, sort)
-    if once or json or not sys.stdout.isatty():
-        state.read()
+    seconds = 0.0 if since is None else parse_since(since)
+    if seconds and admin is not None:
+        raise InvalidArgument("--since reads the history of coord at a gateway, not at --admin: leave one of them out")
+    with contextlib.ExitStack() as stack:
+        figures, client = _figures(admin, gateway, seconds, stack)
+        state = _State(figures, by, sort)
+        if by not in figures.views:
+            raise InvalidArgument(f"--by {by}: the history has {', '.join(figures.views)}")
+        if once or json or seconds or not sys.stdout.isatty():
+            _print(state, every, client, seconds, as_json=json)
+        else:
+            _live(state, max(every, figures.shortest_s))
+
+
+def _figures(
+    admin: str | None, gateway: str | None, seconds: float, stack: contextlib.ExitStack
+) -> tuple[Figures, Client | None]:
+    """Return the figures of a node or server on this machine, else those of the history; and the history's client."""
+    if admin is not None:
+        return NodeFigures(admin), None
+    if not seconds:
+        # What runs on another machine has no page here.
+        with contextlib.suppress(InvalidArgument):
+            admin = admin_here(gateway, "metrics")
+    if admin is None:
+        client = stack.enter_context(connect(gateway))
+        return ClusterFigures(client, seconds), client
+    # A server that nobody names has no gateway.
+    with contextlib.suppress(NotFound):
+        client = stack.enter_context(connect(gateway))
+        return NodeFigures(admin, client), client
+    return NodeFigures(admin), None
+
+
+def _print(state: _State, every: float, client: Client | None, seconds: float, *, as_json: bool) -> None:
+    state.read()
+    if isinstance(state.figures, NodeFigures):
         time.sleep(every)
         state.read()
-        if json:
-            show_json({"by": state.by, "seconds": state.seconds, "rows": [_plain(row) for row in state.rows()]})
-        else:
-            console().print(state.table())
+    if not as_json:
+        console().print(state.table())
+        for note in state.figures.notes():
+            console().print(note, style="dim", soft_wrap=True)
         return
-    _live(state, every)
+    rows = [_plain(row) for row in state.rows()]
+    show_json({"by": state.by, "seconds": state.figures.seconds, "rows": rows, "past": _past(state, client, seconds)})
+
+
+def _past(state: _State, client: Client | None, seconds: float) -> dict[str, object] | None:
+    """Return the history in 60 points; None where there is none."""
+    if client is None or state.by not in ClusterFigures.views:
+        return None
+    try:
+        return past(client.history(cast("By", state.by), seconds=seconds))
+    except ShoalError:
+        if isinstance(state.figures, ClusterFigures):
+            raise
+        return None
 
 
 class _State:
-    """The last two pages, the view and the order, and the rates of the past."""
+    """The figures, the view and the order."""
 
-    def __init__(self, admin: str, by: str, sort: str) -> None:
-        self.admin = admin
+    def __init__(self, figures: Figures, by: str, sort: str) -> None:
+        self.figures = figures
         self.by = by
         self.sort = sort
-        self._before: Page | None = None
-        self._now: Page | None = None
-        self._past: dict[tuple[str, str], deque[float]] = {}
-
-    @property
-    def seconds(self) -> float:
-        """Seconds between the pages."""
-        return 0.0 if self._before is None or self._now is None else self._now.at - self._before.at
 
     def read(self) -> None:
-        """Read a page.
-
-        Raises:
-            Unavailable: the node does not answer.
-        """
-        self._before, self._now = self._now, self._fetch()
-        known, self._past = self._past, {}
-        for view in _VIEWS:
-            for row in self._rows(view):
-                key = (view, row.name)
-                self._past[key] = known.get(key) or deque(maxlen=_SPARK_WIDTH)
-                self._past[key].append(row.rate)
-
-    def _fetch(self) -> Page:
-        page = admin_page.metrics(self.admin, timeout_s=_READ_S)
-        # `shoal serve` has no page of its Envoy.
-        with contextlib.suppress(Unavailable):
-            page.endpoints = endpoints.by_instance(endpoints.fetch(self.admin))
-        return page
-
-    def _rows(self, view: str) -> list[Row]:
-        from shoal.cli.diagnosis import rates
-
-        if self._before is None or self._now is None:
-            return []
-        of: dict[str, Callable[[Page, Page], list[Row]]] = {
-            "model": rates.models,
-            "execution": rates.executions,
-            "tenant": rates.tenants,
-            "instance": rates.instances,
-        }
-        return of[view](self._before, self._now)
+        """Read the figures of the view anew. Raises ShoalError when nothing answers."""
+        self.figures.read(self.by)
 
     def rows(self) -> list[Row]:
         """Return the rows of the view, in its order."""
-        from shoal.cli.diagnosis.rates import ordered
+        from shoal.rates import ordered
 
-        rows = self._rows(self.by)
-        for row in rows:
-            row.rates = list(self._past.get((self.by, row.name), ()))
-        return ordered(rows, self.sort)
+        return ordered(self.figures.rows(self.by), self.sort)
 
     def table(self) -> Table:
         """Return the view as a table that fits into 80 columns."""
@@ -240,12 +253,15 @@ def _live(state: _State, every: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from shoal.cli.diagnosis.rates import SORTS
+    from shoal.rates import SORTS
+
+    figures = state.figures
 
     def view() -> Group:
         keys = "m models  e executions  t tenants  i instances  s order  q end"
-        head = f"{state.admin}   by {state.by}, sorted by {state.sort}, of {state.seconds:.1f} s   {keys}"
-        return Group(Text(head, "dim", no_wrap=True, overflow="ellipsis"), state.table(), Text(trouble, "red"))
+        head = f"{figures.where}   by {state.by}, sorted by {state.sort}, of {figures.seconds:.1f} s   {keys}"
+        notes = [Text(note, "dim") for note in figures.notes()]
+        return Group(Text(head, "dim", no_wrap=True, overflow="ellipsis"), state.table(), *notes, Text(trouble, "red"))
 
     trouble = "reading twice for the first figures"
     with (
@@ -259,15 +275,17 @@ def _live(state: _State, every: float) -> None:
                 due = time.monotonic() + every
                 try:
                     state.read()
-                    trouble = "" if state.seconds else trouble
-                except Unavailable as err:
+                    trouble = "" if figures.seconds else trouble
+                except ShoalError as err:
                     trouble = err.message
                 live.update(view(), refresh=True)
             key = next_key(max(0.0, min(due - time.monotonic(), every)))
             if key == "q":
                 return
-            if key in _KEYS:
+            if _KEYS.get(key) in figures.views:
                 state.by = _KEYS[key]
+                # The history is read for one view.
+                due = 0.0 if isinstance(figures, ClusterFigures) else due
             elif key == "s":
                 names = list(SORTS)
                 state.sort = names[(names.index(state.sort) + 1) % len(names)]

@@ -6,6 +6,7 @@ from shoal.client.access import KeyInfo, NewKey, NewSigner, PolicyDocument, Poli
 from shoal.client.aio import AsyncClient
 from shoal.client.audit import AuditEntry, AuditProblem, AuditVerified
 from shoal.client.blocking import Client
+from shoal.client.history import History, HistoryNode
 from shoal.client.inference.arrays import BFloat16
 from shoal.client.inference.inference import InferRequest, InferResult
 from shoal.client.jobs.batch import Batch, BatchFormat, BatchState, BatchStep
@@ -49,6 +50,8 @@ __all__ = [
     "Finding",
     "FindingKind",
     "Handled",
+    "History",
+    "HistoryNode",
     "IndexEntry",
     "InferRequest",
     "InferResult",

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from shoal.client.access import AsyncAccess
 from shoal.client.audit import AsyncAudit
+from shoal.client.history import By, History, fetch_history
 from shoal.client.inference.arrays import ArrayLike
 from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_parameters, of_response
 from shoal.client.inference.requests import RequestEncoder, as_async, encoded, is_fresh
@@ -264,6 +265,21 @@ class AsyncClient:
             InvalidArgument: the id is not one.
         """
         return await fetch_spans(self._caller, trace, job, timeout)
+
+    async def history(
+        self, by: By = "model", *, seconds: float = 0, points: int = 0, timeout: float | None = STATUS_S
+    ) -> History:
+        """Return rates, latencies and queues of the last hour at most, as the leading coord keeps them in memory.
+
+        Args:
+            by: model, tenant or instance.
+            seconds: time before now; 0: all that there is.
+            points: most points of a series, 720 at most; 0: 60.
+
+        Raises:
+            Unavailable: no coord leads at present. PermissionDenied: the caller may not operate the cluster.
+        """
+        return await fetch_history(self._caller, by, seconds, points, timeout)
 
 
 def _of_stream(response: oip.ModelStreamInferResponse) -> InferResult:

@@ -213,6 +213,7 @@ class Client(SyncFacade[AsyncClient]):
     ready = blocking(AsyncClient.ready)
     status = blocking(AsyncClient.status)
     spans = blocking(AsyncClient.spans)
+    history = blocking(AsyncClient.history)
 
     def __init__(
         self,

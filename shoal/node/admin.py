@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
-import httptools
-
+from mesh.metrics import exposition, page_client
 from mesh.metrics import spans as spans_page
 from mesh.metrics.endpoint import OPENMETRICS, Endpoint, Handler, Request, Response, text
 from mesh.metrics.families import Family, Kind, Reading
@@ -104,16 +103,21 @@ def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(value for value in collector_headers(environ).values() if value)
 
 
-def endpoint(listen: str, processes: Processes, envoy: Path | None, secrets: Sequence[str] = ()) -> Endpoint:
-    """Return the endpoint of the admin address; `envoy` is the path of Envoy's admin socket.
+def endpoint(
+    listen: str, processes: Processes, envoy: Path | None, secrets: Sequence[str] = (), node: str = ""
+) -> Endpoint:
+    """Return the endpoint of the admin address of a node; `envoy` is the path of Envoy's admin socket.
 
     `secrets` are left out of Envoy's dumps of its configuration.
     """
     turn = asyncio.Lock()
 
     async def metrics(request: Request) -> Response:
+        # A reader that means another node: on each machine, the first one listens at the same port.
+        if (asked := parse_qs(request.query).get("node")) is not None and asked != [node]:
+            return text(404, f"this is the node {node}")
         async with turn:
-            return await node_page(processes(), request.headers.get("accept", ""))
+            return await node_page(processes(), request.headers.get("accept", ""), request.query)
 
     async def spans(request: Request) -> Response:
         return await node_spans(processes(), request.query)
@@ -157,21 +161,27 @@ def _redacted(response: Response, secrets: Sequence[str]) -> Response:
     return Response(response.status, response.content_type, body)
 
 
-async def node_page(processes: Sequence[Scraped], accept: str = "") -> Response:
+async def node_page(processes: Sequence[Scraped], accept: str = "", query: str = "") -> Response:
     """Return the page of metrics of these processes, each series with its service and instance.
 
     The page is in OpenMetrics, which has exemplars, when the header `accept` names it; else in Prometheus' text format.
+    The query may name the families, as at the page of one process.
     """
     is_openmetrics = OPENMETRICS in accept
     # Not the reader's own header: Envoy also has a form that is no text.
     accept = OPENMETRICS if is_openmetrics else ""
+    if query:
+        # Envoy's own page has another query.
+        processes = [
+            replace(one, target=f"{one.target}?{query}") if one.target == "/metrics" else one for one in processes
+        ]
     pages = await asyncio.gather(*(_page(one, accept) for one in processes))
-    return await asyncio.to_thread(_merged, processes, pages, is_openmetrics)
+    return await asyncio.to_thread(_merged, processes, pages, is_openmetrics, exposition.wanted(query))
 
 
-def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None], is_openmetrics: bool) -> Response:
-    from mesh.metrics import exposition
-
+def _merged(
+    processes: Sequence[Scraped], pages: Sequence[bytes | None], is_openmetrics: bool, wanted: exposition.Wanted | None
+) -> Response:
     own: list[Reading] = []
     found: list[tuple[Mapping[str, str], str]] = []
     for one, body in zip(processes, pages, strict=True):
@@ -181,12 +191,13 @@ def _merged(processes: Sequence[Scraped], pages: Sequence[bytes | None], is_open
         own.append((RESTARTS, tuple(labels.values()), one.restarts))
         found.extend((labels, text.decode()) for text in (body, resources) if text)
     text, content_type = exposition.page(own, is_openmetrics=is_openmetrics)
-    return Response(200, content_type, merge([({}, text.decode()), *found], is_openmetrics=is_openmetrics).encode())
+    merged = merge([({}, text.decode()), *found], wanted, is_openmetrics=is_openmetrics)
+    return Response(200, content_type, merged.encode())
 
 
 def _resources(pid: int, is_openmetrics: bool) -> bytes:
     """Return memory and processor time of a process as a page of metrics; an empty one when it has ended."""
-    from mesh.metrics import exposition, process
+    from mesh.metrics import process
 
     try:
         return exposition.page(process.resources(pid), is_openmetrics=is_openmetrics)[0]
@@ -220,8 +231,13 @@ async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
     return Response(200, "application/json", json.dumps(document).encode())
 
 
-def merge(pages: Iterable[tuple[Mapping[str, str], str]], *, is_openmetrics: bool = False) -> str:
-    """Return pages as one: each family once, each series with the page's labels.
+def merge(
+    pages: Iterable[tuple[Mapping[str, str], str]],
+    wanted: exposition.Wanted | None = None,
+    *,
+    is_openmetrics: bool = False,
+) -> str:
+    """Return pages as one: each wanted family once, each series with the page's labels.
 
     With `is_openmetrics`, the page is in OpenMetrics. Pages of Envoy, which has Prometheus' text format only, fit in:
     its counters, whose names do not end in `_total`, are of type `unknown` there.
@@ -229,7 +245,7 @@ def merge(pages: Iterable[tuple[Mapping[str, str], str]], *, is_openmetrics: boo
     families: dict[str, tuple[list[str], list[str]]] = {}
     for labels, page in pages:
         added = ",".join(f'{name}="{value}"' for name, value in labels.items())
-        family = ""
+        family, is_wanted = "", True
         # Not splitlines: names of models and tenants may have other characters that end a line for Python.
         for line in page.split("\n"):
             if line == _END:
@@ -240,10 +256,13 @@ def merge(pages: Iterable[tuple[Mapping[str, str], str]], *, is_openmetrics: boo
                 parts = line.split(" ", 3)
                 if len(parts) > 2:
                     family = parts[2]
+                    is_wanted = wanted is None or wanted(family)
+                    if not is_wanted:
+                        continue
                     heads, _ = families.setdefault(family, ([], []))
                     if line not in heads and not any(head.startswith(" ".join(parts[:3])) for head in heads):
                         heads.append(line)
-            elif line:
+            elif line and is_wanted:
                 families.setdefault(family, ([], []))[1].append(_labelled(line, added))
     end = [_END] if is_openmetrics else []
     lines = (line for heads, series in families.values() for line in (*heads, *series))
@@ -261,51 +280,12 @@ def _labelled(line: str, added: str) -> str:
     return f"{name}{{{added}}} {value}"
 
 
-class _Answer:
-    """Parser callbacks of httptools: one response."""
-
-    def __init__(self) -> None:
-        self.content_type = "text/plain"
-        self.body = bytearray()
-        self.is_whole = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
-            self.content_type = value.decode("latin-1")
-
-    def on_body(self, body: bytes) -> None:
-        self.body += body
-        if len(self.body) > PAGE_BYTES:
-            raise ValueError(f"the page is larger than {PAGE_BYTES >> 20} MiB")
-
-    def on_message_complete(self) -> None:
-        self.is_whole = True
-
-
 async def fetch(socket: Path, target: str, accept: str = "") -> Response:
     """Return the response to a GET at a unix socket. `accept` is the header of that name.
 
-    Raises:
-        OSError: nobody listens. TimeoutError: it takes longer than READ_S. ValueError: not a response, or too large.
+    Raises as `mesh.metrics.page_client.fetch` does.
     """
-    answer = _Answer()
-    parser = httptools.HttpResponseParser(answer)
-    async with asyncio.timeout(READ_S):
-        reader, writer = await asyncio.open_unix_connection(socket)
-        try:
-            head = f"GET {target} HTTP/1.1\r\nhost: localhost\r\naccept: {accept}\r\nconnection: close\r\n\r\n"
-            writer.write(head.encode("latin-1"))
-            while not answer.is_whole:
-                block = await reader.read(1 << 16)
-                if not block:
-                    raise ValueError("the connection was closed before the end of the response")
-                try:
-                    parser.feed_data(block)
-                except httptools.HttpParserError as err:
-                    raise ValueError(f"not a response: {err}") from None
-        finally:
-            writer.close()
-    return Response(parser.get_status_code(), answer.content_type, bytes(answer.body))
+    return await page_client.fetch(f"unix:{socket}", target, accept, timeout_s=READ_S, most_bytes=PAGE_BYTES)
 
 
 def file_sd(address: str, node: str) -> str:

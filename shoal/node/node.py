@@ -193,7 +193,7 @@ class _Running:
     def admin(self) -> Endpoint:
         """Return the endpoint of the admin address."""
         envoy = self.layout.envoy_admin
-        return admin.endpoint(self.layout.admin, self._scraped, envoy, admin.secrets_of(os.environ))
+        return admin.endpoint(self.layout.admin, self._scraped, envoy, admin.secrets_of(os.environ), self.options.name)
 
     def _scraped(self) -> list[Scraped]:
         return [self._scraped_of(keeper) for keeper in self.supervisor.keepers]

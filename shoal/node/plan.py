@@ -176,9 +176,12 @@ def _service(
 
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
-    if service == "coord" and layout.master_key is not None:
+    if service == "coord":
+        if layout.master_key is None:
+            return {"ADMIN": layout.admin}
         copy = str(options.data_dir / folder.POLICY_COPY)
         return {
+            "ADMIN": layout.admin,
             "MASTER_KEY": str(layout.master_key),
             "MASTER_KEY_SOURCE": layout.master_key_source,
             "POLICY_COPY": copy,

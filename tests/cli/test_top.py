@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from shoal import rates
 from shoal.cli import top
-from shoal.cli.diagnosis import rates
-from shoal.cli.diagnosis.rates import Page, Row, ordered, parse, percentile
+from shoal.cli.figures import NodeFigures
 from shoal.cli.main import app
 from shoal.errors import Unavailable
+from shoal.rates import Change, Counters, Row, ordered, percentile
 
 
 def page(at: float, requests: int, failures: int, slow: int, cpu: float = 0.0) -> str:
@@ -39,12 +41,16 @@ def page(at: float, requests: int, failures: int, slow: int, cpu: float = 0.0) -
     )
 
 
-def pages(first: str, second: str, seconds: float = 2.0) -> tuple[Page, Page]:
-    return parse(first, 10.0), parse(second, 10.0 + seconds)
+def change(first: str, second: str, seconds: float = 2.0) -> Change:
+    counters = Counters()
+    assert counters.take(first, 10.0) is None
+    found = counters.take(second, 10.0 + seconds)
+    assert found is not None
+    return found
 
 
 def test_a_model_s_figures_are_those_between_two_pages() -> None:
-    [row] = rates.models(*pages(page(0, 100, 10, 0), page(0, 300, 20, 95)))
+    [row] = rates.models(change(page(0, 100, 10, 0), page(0, 300, 20, 95)))
     assert row.name == "digits 1"
     assert (row.rate, row.errors) == (100.0, 0.05)
     # 190 succeeded: 95 within 1 ms, and 95 within 10 to 25 ms.
@@ -54,12 +60,12 @@ def test_a_model_s_figures_are_those_between_two_pages() -> None:
 
 
 def test_a_process_that_starts_again_counts_from_zero() -> None:
-    [row] = rates.models(*pages(page(0, 1_000, 0, 0), page(0, 50, 0, 0), seconds=1.0))
+    [row] = rates.models(change(page(0, 1_000, 0, 0), page(0, 50, 0, 0), seconds=1.0))
     assert row.rate == 50.0
 
 
 def test_an_instance_without_an_answer_is_named() -> None:
-    infer, store = rates.instances(*pages(page(0, 0, 0, 0), page(0, 0, 0, 0, cpu=1.0)))
+    infer, store = rates.instances(change(page(0, 0, 0, 0), page(0, 0, 0, 0, cpu=1.0)))
     assert (infer.name, infer.cpu, infer.memory_bytes) == ("infer-0", 0.5, 1 << 20)
     assert (store.name, store.cpu) == ("store-0 (no answer)", None)
 
@@ -76,7 +82,7 @@ def test_executions_have_their_rate_rows_and_the_time_that_requests_waited() -> 
         sizes = f"shoal_infer_batch_size_sum{{{labels}}} {8 * runs}\nshoal_infer_batch_size_count{{{labels}}} {runs}\n"
         return f"shoal_infer_model_ready{{{labels}}} 1\n{buckets}{sizes}"
 
-    [row] = rates.executions(*pages(of(10), of(110)))
+    [row] = rates.executions(change(of(10), of(110)))
     assert (row.name, row.rate, row.batch) == ("digits 1", 50.0, 8.0)
     assert (row.p50_ms, row.queue_p50_ms) == (pytest.approx(0.5), pytest.approx(5.0))
     assert row.queue_p99_ms == pytest.approx(9.9)
@@ -87,7 +93,7 @@ def test_tenants_are_ordered_by_the_memory_of_their_requests() -> None:
         f'shoal_connection_memory_tenant_bytes{{service="{service}",instance="{service}-0",tenant="{tenant}"}} {size}\n'
         for service, tenant, size in (("infer", "acme", 3 << 20), ("ingest", "acme", 1 << 20), ("infer", "b", 2 << 20))
     )
-    rows = ordered(rates.tenants(*pages(text, text)), "memory")
+    rows = ordered(rates.tenants(change(text, text)), "memory")
     assert [(row.name, row.memory_bytes) for row in rows] == [("acme", 4 << 20), ("b", 2 << 20)]
 
 
@@ -119,15 +125,13 @@ def test_errors_that_envoy_made_are_counted_for_grpc_too(
             f"envoy_http_rbac_denied{{{gateway}}} {refused * part}\n"
         )
 
-    [row] = rates.instances(*pages(of(0), of(1)))
+    [row] = rates.instances(change(of(0), of(1)))
     assert (row.name, row.errors) == ("envoy", pytest.approx(expected))
 
 
 def test_requests_that_envoy_saw_fail_at_an_instance_are_its_errors() -> None:
-    before, now = pages(page(0, 100, 0, 0), page(0, 200, 0, 0))
-    before.endpoints = {"infer-0": (100, 5), "store-0": (7, 0)}
-    now.endpoints = {"infer-0": (220, 35), "store-0": (7, 0)}
-    infer, store = rates.instances(before, now)
+    seen = replace(change(page(0, 100, 0, 0), page(0, 200, 0, 0)), calls={"infer-0": (120, 30), "store-0": (0, 0)})
+    infer, store = rates.instances(seen)
     assert (infer.errors, store.errors) == (0.25, 0.0)
 
 
@@ -163,8 +167,9 @@ def test_bars_grow_with_the_rate() -> None:
 def test_the_table_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = iter([page(0, 0, 0, 0), *(page(0, 10_000_000 * n, 10, 5, cpu=n) for n in range(1, 12))])
     clock = iter(range(100))
-    state = top._State("127.0.0.1:1", "model", "rate")
-    monkeypatch.setattr(state, "_fetch", lambda: parse(next(shown), float(next(clock))))
+    figures = NodeFigures("127.0.0.1:1")
+    state = top._State(figures, "model", "rate")
+    monkeypatch.setattr(figures, "_fetch", lambda: (next(shown), float(next(clock)), {}))
     for _ in range(12):
         state.read()
     for view in ("model", "execution", "tenant", "instance"):

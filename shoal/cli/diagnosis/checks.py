@@ -12,9 +12,9 @@ from shlex import quote
 from typing import TypeAlias
 
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
-from shoal.cli.diagnosis.rates import Page
 from shoal.cli.endpoints import Endpoint
 from shoal.client import Connector, InstanceState, Job, KeyInfo, Schedule
+from shoal.rates import Page
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 

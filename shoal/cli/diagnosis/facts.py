@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shoal.cli.diagnosis.rates import Page
     from shoal.cli.endpoints import Endpoint
     from shoal.client import Connector, Job, KeyInfo, Schedule, Status, Tenant
     from shoal.client.models.serving import IndexEntry
+    from shoal.rates import Page
 
 
 class Severity(IntEnum):

@@ -137,6 +137,7 @@ REMOVE_SCHEDULE = Method(_INGEST + "RemoveSchedule", ingest.RemoveScheduleReques
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
 GET_LEADER = Method(_COORD + "GetLeader", coord.GetLeaderRequest, coord.GetLeaderResponse)
+GET_HISTORY = Method(_COORD + "GetHistory", coord.GetHistoryRequest, coord.GetHistoryResponse)
 GET_MESH_STATUS = Method(_COORD + "GetMeshStatus", coord.GetMeshStatusRequest, coord.GetMeshStatusResponse)
 GET_SPANS = Method(_COORD + "GetSpans", coord.GetSpansRequest, coord.GetSpansResponse)
 DRAIN_INSTANCE = Method(_COORD + "DrainInstance", coord.DrainInstanceRequest, coord.DrainInstanceResponse)

@@ -232,3 +232,73 @@ class ListSpansResponse(_message.Message):
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     truncated: bool
     def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., truncated: _Optional[bool] = ...) -> None: ...
+
+class GetHistoryRequest(_message.Message):
+    __slots__ = ("by", "seconds", "points", "forwarded")
+    BY_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    FORWARDED_FIELD_NUMBER: _ClassVar[int]
+    by: str
+    seconds: float
+    points: int
+    forwarded: bool
+    def __init__(self, by: _Optional[str] = ..., seconds: _Optional[float] = ..., points: _Optional[int] = ..., forwarded: _Optional[bool] = ...) -> None: ...
+
+class GetHistoryResponse(_message.Message):
+    __slots__ = ("coord", "since", "until", "step_seconds", "rows", "nodes", "left_out")
+    COORD_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    coord: str
+    since: _timestamp_pb2.Timestamp
+    until: _timestamp_pb2.Timestamp
+    step_seconds: float
+    rows: _containers.RepeatedCompositeFieldContainer[HistoryRow]
+    nodes: _containers.RepeatedCompositeFieldContainer[HistoryNode]
+    left_out: int
+    def __init__(self, coord: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., step_seconds: _Optional[float] = ..., rows: _Optional[_Iterable[_Union[HistoryRow, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[HistoryNode, _Mapping]]] = ..., left_out: _Optional[int] = ...) -> None: ...
+
+class HistoryRow(_message.Message):
+    __slots__ = ("name", "rate", "errors", "p50_ms", "p99_ms", "batch", "queue", "queue_age_s", "shed", "cpu", "memory_bytes", "stalls")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    P50_MS_FIELD_NUMBER: _ClassVar[int]
+    P99_MS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SHED_FIELD_NUMBER: _ClassVar[int]
+    CPU_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STALLS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rate: _containers.RepeatedScalarFieldContainer[float]
+    errors: _containers.RepeatedScalarFieldContainer[float]
+    p50_ms: _containers.RepeatedScalarFieldContainer[float]
+    p99_ms: _containers.RepeatedScalarFieldContainer[float]
+    batch: _containers.RepeatedScalarFieldContainer[float]
+    queue: _containers.RepeatedScalarFieldContainer[float]
+    queue_age_s: _containers.RepeatedScalarFieldContainer[float]
+    shed: _containers.RepeatedScalarFieldContainer[float]
+    cpu: _containers.RepeatedScalarFieldContainer[float]
+    memory_bytes: _containers.RepeatedScalarFieldContainer[float]
+    stalls: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., rate: _Optional[_Iterable[float]] = ..., errors: _Optional[_Iterable[float]] = ..., p50_ms: _Optional[_Iterable[float]] = ..., p99_ms: _Optional[_Iterable[float]] = ..., batch: _Optional[_Iterable[float]] = ..., queue: _Optional[_Iterable[float]] = ..., queue_age_s: _Optional[_Iterable[float]] = ..., shed: _Optional[_Iterable[float]] = ..., cpu: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[float]] = ..., stalls: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class HistoryNode(_message.Message):
+    __slots__ = ("name", "address", "answered_at", "missing")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_AT_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    answered_at: _timestamp_pb2.Timestamp
+    missing: bool
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., answered_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., missing: _Optional[bool] = ...) -> None: ...

@@ -69,6 +69,11 @@ class CoordServiceStub:
                 request_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.SerializeToString,
                 response_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.FromString,
                 _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/shoal.coord.v1.CoordService/GetHistory',
+                request_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryResponse.FromString,
+                _registered_method=True)
 
 
 class CoordServiceServicer:
@@ -129,6 +134,16 @@ class CoordServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHistory(self, request, context):
+        """Returns figures of the last hour at most, by model, tenant or instance. The leading coord reads the metrics of each
+        node every 5 s, and keeps them in memory: they begin anew when another coord leads. Another coord passes the call on
+        to the leader. Models that the caller may not see are left out.
+        INVALID_ARGUMENT: another `by`, or a negative time. UNAVAILABLE: there is no leader, or it has not begun yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +181,11 @@ def add_CoordServiceServicer_to_server(servicer, server):
                     servicer.GetSpans,
                     request_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.FromString,
                     response_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryRequest.FromString,
+                    response_serializer=shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -357,6 +377,33 @@ class CoordService:
             '/shoal.coord.v1.CoordService/GetSpans',
             shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansRequest.SerializeToString,
             shoal_dot_coord_dot_v1_dot_coord__pb2.GetSpansResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.coord.v1.CoordService/GetHistory',
+            shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryRequest.SerializeToString,
+            shoal_dot_coord_dot_v1_dot_coord__pb2.GetHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

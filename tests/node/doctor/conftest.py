@@ -20,9 +20,9 @@ from mesh.process.files import write_atomically
 from shoal.cli import admin_page
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
-from shoal.cli.diagnosis.rates import Page
 from shoal.discovery import running_nodes
 from shoal.node.tls import own_ca
+from shoal.rates import Page
 from tests.alerting import Alerting, can_alert
 from tests.breakable import until
 from tests.chaos.replica_set import ReplicaSet

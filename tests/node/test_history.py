@@ -1,0 +1,107 @@
+"""History of a node under load: `shoal top` has the past at once, and it begins anew after a failover of coord."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import shoal
+from shoal.client import History
+from shoal.errors import ShoalError
+
+PATIENCE_S = 120.0
+
+
+@contextmanager
+def load(gateway: str) -> Iterator[None]:
+    """Call the model until the end of the block; calls that fail count for nothing."""
+    stop = threading.Event()
+
+    def call() -> None:
+        with shoal.Client(gateway) as client:
+            while not stop.wait(0.01):
+                try:
+                    client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=10)
+                except ShoalError:
+                    continue
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    """Return the first true value of `found`; a call that fails meanwhile counts as none."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            if value := found():
+                return value
+        except ShoalError:
+            pass
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def top(one: Any, *args: str, elsewhere: Path) -> Any:
+    """The JSON of `shoal top` on a machine that has the node's gateway and none of its files."""
+    environ = one.environ | {"XDG_RUNTIME_DIR": str(elsewhere), "HOME": str(elsewhere)}
+    command = [sys.executable, "-m", "shoal.cli.main", "top", "--gateway", one.gateway, "--json", *args]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def leads_and_has_two_readings(client: shoal.Client, not_of: str = "") -> History | None:
+    found = client.history()
+    rates = found.rows.get("double 1", {}).get("rate", ())
+    return found if len(rates) >= 2 and rates[-1] > 0 and found.coord != not_of else None
+
+
+def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
+    node: Any, onnx_models: Path, tmp_path: Path
+) -> None:
+    one = node("--replicas", "coord=2")
+    one.shoal("models", "push", str(onnx_models / "double.onnx"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    with shoal.Client(one.gateway) as client, load(one.gateway):
+        before = until(lambda: leads_and_has_two_readings(client), "coord has read the node twice under load")
+        assert [(each.name, each.missing) for each in before.nodes] == [("local", False)]
+
+        seen = top(one, "--once", elsewhere=elsewhere)
+        [row] = [each for each in seen["rows"] if each["name"] == "double 1"]
+        past = seen["past"]
+        assert row["rate"] > 0
+        assert row["p99_ms"] > 0
+        assert past["coord"] == before.coord
+        assert len(past["rows"]["double 1"]["rate"]) >= 2
+        # Both coords give the leader's, whichever the gateway asks.
+        assert {client.history().since for _ in range(8)} == {before.since}
+        # On the node's own machine, too, and with what each process uses.
+        here = json.loads(one.shoal("top", "--once", "--json", "--by", "instance", "--every", "0.5").stdout)
+        assert here["past"]["since"] == past["since"]
+        assert max(here["past"]["rows"]["local/infer-0"]["cpu"]) > 0
+        text = one.shoal("top", "--since", "30m").stdout
+        assert f"when the history of {before.coord} began" in text
+
+        one.kill(before.coord.partition("/")[2])
+        after = until(
+            lambda: leads_and_has_two_readings(client, before.coord), "another coord leads and reads the node"
+        )
+        anew = top(one, "--once", elsewhere=elsewhere)["past"]
+        assert (anew["coord"], anew["coord"] != past["coord"]) == (after.coord, True)
+        assert after.since > before.since
