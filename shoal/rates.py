@@ -41,6 +41,7 @@ _GAUGES = frozenset(
     )
 )
 _RESTARTS = "shoal_process_restarts_total"
+_READY = "shoal_infer_model_ready"
 # A tenant without requests between the pages has a row, too.
 _TENANTS = "shoal_infer_tenant_requests_total"
 # A node puts the labels `service` and `instance` first. The page of a single process has neither.
@@ -48,6 +49,7 @@ _SERIES = re.compile(
     r'^([a-zA-Z_:][\w:]*)(?:\{(?:service="([^"]*)",instance="([^"]*)",?)?(.*)\})? (\S+)$', re.MULTILINE
 )
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_OF_MODEL = re.compile(r'model="(?:[^"\\]|\\.)*",version="[^"]*"')
 _ESCAPED = re.compile(r"\\(.)")
 
 
@@ -106,12 +108,17 @@ class Counters:
         # By instance, and by series without the labels `service` and `instance`.
         self._last: dict[str, dict[str, float]] = {}
         self._restarts: dict[str, float] = {}
+        # Models of each instance on the last page, as labels.
+        self._models: dict[str, set[str]] = {}
+        # True: the last page had more counters than are followed. One that is new may have been left out there.
+        self._is_cut = False
 
     def take(self, text: str, at: float) -> Change | None:
         """Return the change since the page before; None for the first one.
 
         A counter that is smaller than before, or whose process was restarted, has grown from 0. One of a process that
-        did not answer is compared with the process's last answer. The first answer of a process is no growth.
+        did not answer is compared with the process's last answer. The first answer of a process is no growth. Neither
+        are the counts of a model that was not there before: one that is loaded again goes on with its own.
 
         Args:
             text: the page, in Prometheus' text format.
@@ -127,10 +134,13 @@ class Counters:
         last, kept, count = self._last, dict[str, dict[str, float]](), 0
         grown: dict[str, dict[Labels, float]] = defaultdict(dict)
         now: dict[str, dict[Labels, float]] = defaultdict(dict)
+        models: dict[str, set[str]] = defaultdict(set)
         series = ("", "", "", "")
         for name, service, instance, labels, number in lines:
             if name in _GAUGES:
                 now[name][_labels(service, instance, labels)] = float(number)
+                if name == _READY:
+                    models[instance].add(labels)
                 continue
             if name == _RESTARTS:
                 continue
@@ -143,7 +153,7 @@ class Counters:
                 continue
             key = f"{name}{{{labels}"
             mine[key], count = value, count + 1
-            if known is None:
+            if known is None or (key not in known and self._is_new(instance, labels)):
                 continue
             earlier = known.get(key, 0.0) if restarts.get(instance) == self._restarts.get(instance) else 0.0
             if value != earlier:
@@ -155,8 +165,15 @@ class Counters:
         silent = last.keys() & restarts.keys() - kept.keys()
         self._last = kept | {instance: last[instance] for instance in silent}
         self._restarts = {each: (self._restarts if each in silent else restarts).get(each, 0.0) for each in restarts}
+        self._models = models | {instance: self._models.get(instance, set()) for instance in silent}
+        self._is_cut = count >= self.series
         before, self._at = self._at, at
         return None if before is None else Change(max(at - before, 1e-9), Page(at, grown), Page(at, now))
+
+    def _is_new(self, instance: str, labels: str) -> bool:
+        """Return True for a counter whose value is not known to have been 0 on the last page."""
+        of_model = _OF_MODEL.match(labels)
+        return self._is_cut or (of_model is not None and of_model[0] not in self._models.get(instance, ()))
 
 
 def _labels(service: str, instance: str, text: str) -> Labels:

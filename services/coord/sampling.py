@@ -29,8 +29,9 @@ from shoal.rates import Change, Counters, Row
 
 log = logging.getLogger(__name__)
 
-ASK_S = 4.0
-"""Time in which a node must answer: less than a slot. A process that stands still takes a node's page 5 s."""
+ASK_S, PROCESS_S = 4.0, 3.0
+"""Time in which a node must answer, less than a slot, and in which each of its processes must: one that stands still
+does not take the others' figures along."""
 SERIES = 40_000
 """Most counters of all nodes that are followed: 10 MiB. An idle one is none; a busy model has 25 an instance."""
 PAGE_BYTES = 64 << 20
@@ -128,7 +129,7 @@ class Sampling(Background):
             del self._nodes[name]
 
     async def _ask(self, node: Node) -> str | None:
-        target = f"/metrics?node={quote(node.name)}&{_NAMES}"
+        target = f"/metrics?node={quote(node.name)}&within={PROCESS_S:g}&{_NAMES}"
         with contextlib.suppress(OSError, TimeoutError, ValueError):
             found = await page_client.fetch(node.address, target, timeout_s=ASK_S, most_bytes=PAGE_BYTES)
             if found.status == 200:

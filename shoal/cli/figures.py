@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from shoal.cli import admin_page, endpoints
-from shoal.errors import InvalidArgument, ShoalError, Unavailable
+from shoal.cli.here import ADMIN_OF_SERVE
+from shoal.errors import InvalidArgument, ShoalError, Unavailable, Unimplemented
 
 if TYPE_CHECKING:
     from shoal.client import Client, History
@@ -24,6 +25,8 @@ SPARK_WIDTH = 10
 """Rates that a row has of the past."""
 EVERY_S = 5.0
 """Interval of the history."""
+PAST_S = 2.0
+"""Longest wait for the past of a node, whose figures of now do not need it."""
 _READ_S = 10.0
 
 
@@ -118,7 +121,9 @@ class NodeFigures(Figures):
         # A node without coord, or a caller who may not: the rates begin now.
         with contextlib.suppress(ShoalError):
             for view in ClusterFigures.views:
-                history = self._client.history(cast("By", view), seconds=SPARK_WIDTH * EVERY_S, points=SPARK_WIDTH)
+                history = self._client.history(
+                    cast("By", view), seconds=SPARK_WIDTH * EVERY_S, points=SPARK_WIDTH, timeout=PAST_S
+                )
                 if len(history.nodes) != 1:
                     return {}
                 for name, fields in history.rows.items():
@@ -167,9 +172,13 @@ class ClusterFigures(Figures):
 
         Raises:
             Unavailable: no coord leads at present. PermissionDenied: the caller may not operate the cluster.
+            InvalidArgument: it is no node, but a `shoal serve`.
         """
         seconds = self._since_s or SPARK_WIDTH * EVERY_S
-        self._history = self._client.history(cast("By", view), seconds=seconds, points=SPARK_WIDTH)
+        try:
+            self._history = self._client.history(cast("By", view), seconds=seconds, points=SPARK_WIDTH)
+        except Unimplemented as err:
+            raise InvalidArgument(f"{self._client.address} keeps no history. {ADMIN_OF_SERVE}") from err
         self._whole = self._history
         if self._since_s:
             self._whole = self._client.history(cast("By", view), seconds=seconds, points=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from shoal.cli.figures import ClusterFigures, Figures, NodeFigures, parse_since, past
+from shoal.cli.figures import PAST_S, ClusterFigures, Figures, NodeFigures, parse_since, past
 from shoal.cli.here import admin_here
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show_json
 from shoal.errors import InvalidArgument, NotFound, ShoalError
@@ -84,7 +84,7 @@ def top(
     if seconds and admin is not None:
         raise InvalidArgument("--since reads the history of coord at a gateway, not at --admin: leave one of them out")
     with contextlib.ExitStack() as stack:
-        figures, client = _figures(admin, gateway, seconds, stack)
+        figures, client = _figures(admin, gateway, by, seconds, stack)
         state = _State(figures, by, sort)
         if by not in figures.views:
             raise InvalidArgument(f"--by {by}: the history has {', '.join(figures.views)}")
@@ -95,15 +95,18 @@ def top(
 
 
 def _figures(
-    admin: str | None, gateway: str | None, seconds: float, stack: contextlib.ExitStack
+    admin: str | None, gateway: str | None, by: str, seconds: float, stack: contextlib.ExitStack
 ) -> tuple[Figures, Client | None]:
     """Return the figures of a node or server on this machine, else those of the history; and the history's client."""
     if admin is not None:
         return NodeFigures(admin), None
     if not seconds:
-        # What runs on another machine has no page here.
-        with contextlib.suppress(InvalidArgument):
+        try:
             admin = admin_here(gateway, "metrics")
+        except InvalidArgument:
+            # What runs on another machine has its page there.
+            if by not in ClusterFigures.views:
+                raise
     if admin is None:
         client = stack.enter_context(connect(gateway))
         return ClusterFigures(client, seconds), client
@@ -132,12 +135,12 @@ def _past(state: _State, client: Client | None, seconds: float) -> dict[str, obj
     """Return the history in 60 points; None where there is none."""
     if client is None or state.by not in ClusterFigures.views:
         return None
-    try:
-        return past(client.history(cast("By", state.by), seconds=seconds))
-    except ShoalError:
-        if isinstance(state.figures, ClusterFigures):
-            raise
-        return None
+    by = cast("By", state.by)
+    if isinstance(state.figures, ClusterFigures):
+        return past(client.history(by, seconds=seconds))
+    with contextlib.suppress(ShoalError):
+        return past(client.history(by, timeout=PAST_S))
+    return None
 
 
 class _State:

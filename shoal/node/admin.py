@@ -165,17 +165,21 @@ async def node_page(processes: Sequence[Scraped], accept: str = "", query: str =
     """Return the page of metrics of these processes, each series with its service and instance.
 
     The page is in OpenMetrics, which has exemplars, when the header `accept` names it; else in Prometheus' text format.
-    The query may name the families, as at the page of one process.
+    The query may name the families, as at the page of one process, and have a shorter time than READ_S for each
+    process, in seconds (`within`).
     """
     is_openmetrics = OPENMETRICS in accept
     # Not the reader's own header: Envoy also has a form that is no text.
     accept = OPENMETRICS if is_openmetrics else ""
+    within_s = READ_S
+    with contextlib.suppress(ValueError):
+        within_s = min(READ_S, max(0.1, float(parse_qs(query).get("within", [""])[0])))
     if query:
         # Envoy's own page has another query.
         processes = [
             replace(one, target=f"{one.target}?{query}") if one.target == "/metrics" else one for one in processes
         ]
-    pages = await asyncio.gather(*(_page(one, accept) for one in processes))
+    pages = await asyncio.gather(*(_page(one, accept, within_s) for one in processes))
     return await asyncio.to_thread(_merged, processes, pages, is_openmetrics, exposition.wanted(query))
 
 
@@ -205,12 +209,12 @@ def _resources(pid: int, is_openmetrics: bool) -> bytes:
         return b""
 
 
-async def _page(one: Scraped, accept: str = "") -> bytes | None:
+async def _page(one: Scraped, accept: str = "", within_s: float | None = None) -> bytes | None:
     """Return a process's metrics; None when it has no page, or does not answer in time, or not with metrics."""
     if one.socket is None:
         return None
     with contextlib.suppress(OSError, TimeoutError, ValueError):
-        response = await fetch(one.socket, one.target, accept)
+        response = await fetch(one.socket, one.target, accept, within_s)
         if response.status == 200:
             return response.body
     return None
@@ -280,12 +284,13 @@ def _labelled(line: str, added: str) -> str:
     return f"{name}{{{added}}} {value}"
 
 
-async def fetch(socket: Path, target: str, accept: str = "") -> Response:
+async def fetch(socket: Path, target: str, accept: str = "", within_s: float | None = None) -> Response:
     """Return the response to a GET at a unix socket. `accept` is the header of that name.
 
     Raises as `mesh.metrics.page_client.fetch` does.
     """
-    return await page_client.fetch(f"unix:{socket}", target, accept, timeout_s=READ_S, most_bytes=PAGE_BYTES)
+    timeout_s = within_s or READ_S
+    return await page_client.fetch(f"unix:{socket}", target, accept, timeout_s=timeout_s, most_bytes=PAGE_BYTES)
 
 
 def file_sd(address: str, node: str) -> str:

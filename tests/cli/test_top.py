@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,9 +14,10 @@ from typer.testing import CliRunner
 
 from shoal import rates
 from shoal.cli import top
-from shoal.cli.figures import NodeFigures
+from shoal.cli.figures import ClusterFigures, NodeFigures, parse_since, past
 from shoal.cli.main import app
-from shoal.errors import Unavailable
+from shoal.client import History, HistoryNode
+from shoal.errors import InvalidArgument, Unavailable
 from shoal.rates import Change, Counters, Row, ordered, percentile
 
 
@@ -200,3 +204,55 @@ def test_an_address_without_metrics_is_named(address: str) -> None:
     done = CliRunner().invoke(app, ["top", "--once", "--admin", address])
     assert isinstance(done.exception, Unavailable)
     assert address in str(done.exception)
+
+
+def history(nodes: int = 1, **rows: tuple[float, ...]) -> History:
+    listed = tuple(HistoryNode(f"n{number}", "127.0.0.1:1", None, number > 0) for number in range(nodes))
+    since = datetime(2026, 12, 1, 12, 3, tzinfo=UTC)
+    figures = {f"{name} 1": {"rate": rates, "p99_ms": rates} for name, rates in rows.items()}
+    return History("local/coord-0", since, since, 5.0, figures, listed, 0)
+
+
+class Coord:
+    """A client whose coord has this history of models, and none of anything else."""
+
+    address = "node-7:8080"
+
+    def __init__(self, of_models: History) -> None:
+        self.of_models = of_models
+
+    def history(self, by: str, **asked: float) -> History:
+        return self.of_models if by == "model" else replace(self.of_models, rows={})
+
+
+@pytest.mark.parametrize(("nodes", "expected"), [(1, [0.0, 7.0, 50.0]), (2, [50.0])])
+def test_the_rates_before_the_first_page_are_those_of_the_history(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, expected: list[float]
+) -> None:
+    client: Any = Coord(history(nodes, digits=(math.nan, 0.0, 7.0)))
+    figures = NodeFigures("127.0.0.1:1", client)
+    shown = iter([(page(0, 0, 0, 0), 0.0, {}), (page(0, 100, 0, 0), 2.0, {})])
+    monkeypatch.setattr(figures, "_fetch", lambda: next(shown))
+    for _ in range(2):
+        figures.read("model")
+    [row] = figures.rows("model")
+    assert row.rates == expected
+
+
+def test_figures_of_the_history_say_since_when_and_which_nodes_are_missing() -> None:
+    client: Any = Coord(history(2, digits=(4.0, math.nan, 8.0), gone=(4.0, 4.0, math.nan)))
+    figures = ClusterFigures(client)
+    figures.read("model")
+    [row] = figures.rows("model")
+    assert (row.name, row.rate, row.p99_ms, row.rates) == ("digits 1", 8.0, 8.0, [4.0, 0.0, 8.0])
+    began, missing = figures.notes()
+    assert "when the history of local/coord-0 began" in began
+    assert missing.startswith("node n1 is missing: 127.0.0.1:1 does not answer")
+    assert json.loads(json.dumps(past(client.of_models)))["rows"]["gone 1"]["rate"] == [4.0, 4.0, None]
+
+
+@pytest.mark.parametrize("wrong", ["61m", "0m", "soon", "2h"])
+def test_a_time_that_the_history_does_not_have_is_refused(wrong: str) -> None:
+    assert parse_since("60m") == 3_600
+    with pytest.raises(InvalidArgument):
+        parse_since(wrong)

@@ -66,7 +66,9 @@ def test_what_is_no_id_is_refused(id: str) -> None:
     assert "neither a trace" in str(done.exception)
 
 
-@pytest.mark.parametrize(("command", "what"), [(("top", "--once"), "metrics"), (("logs",), "logs")])
+@pytest.mark.parametrize(
+    ("command", "what"), [(("top", "--once", "--by", "execution"), "metrics"), (("logs",), "logs")]
+)
 @pytest.mark.parametrize("by", ["flag", "variable"])
 def test_what_only_another_machine_has_is_said_to_be_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...], what: str, by: str

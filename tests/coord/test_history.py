@@ -14,9 +14,11 @@ from mesh.cluster.membership import Instance, State, encode
 from mesh.cluster.mirror import Copy
 from mesh.metrics.endpoint import Endpoint, Request, Response
 from services.coord.history import EVERY_S, SLOTS, History
+from services.coord.rpc import CoordRpc
 from services.coord.sampling import SERIES, Sampling
 from shoal import rates
-from shoal.errors import Unavailable
+from shoal.coord.v1 import coord_pb2 as pb
+from shoal.errors import InvalidArgument, Unavailable
 from shoal.rates import Change, Counters, Row
 
 BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, math.inf)
@@ -81,6 +83,16 @@ def test_a_process_without_an_answer_is_compared_with_its_last_one() -> None:
 
 def test_what_a_process_had_counted_before_it_was_read_for_the_first_time_is_no_rate() -> None:
     assert rate(took(process(up=0) + model("m", 5, instance="infer-1"), process() + model("m", 10**6))) == 0
+
+
+def test_a_model_that_is_loaded_again_brings_its_counts_along_and_they_are_no_rate() -> None:
+    other = process() + model("other", 1)
+    loaded = other + model("m", 10**6)
+    change = took(loaded, other, loaded)
+    assert change is not None
+    assert {row.name: row.rate for row in rates.models(change)} == {"m 1": 0.0, "other 1": 0.0}
+    # The first requests of a model that is there without any.
+    assert rate(took(process() + model("m", 0), process() + model("m", 3))) == 3
 
 
 def test_percentiles_need_no_buckets_that_have_not_grown() -> None:
@@ -259,7 +271,7 @@ async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() ->
         report = await history.report("model", 0.0, 0)
         instances = await history.report("instance", 0.0, 0)
     assert len(asked) == 3
-    assert all(query.startswith("node=one&name[]=") for query in asked)
+    assert all(query.startswith("node=one&within=3&name[]=") for query in asked)
     assert report.points.rows["m 1"]["rate"] == [20.0, 20.0]
     assert list(instances.points.rows) == ["one/infer-0"]
     assert (report.since, report.until) == (1_000.0, 1_010.0)
@@ -282,3 +294,40 @@ async def test_a_node_that_is_gone_is_named_for_an_hour() -> None:
 async def test_only_the_leader_answers() -> None:
     with pytest.raises(Unavailable):
         await sampling_of(Cluster(), (0.0,), leads=False).report("model", 0.0, 0)
+
+
+def test_counters_beyond_the_bound_have_no_rate_and_none_when_there_is_room_again() -> None:
+    counters = Counters()
+    counters.series = 13
+    two = process() + model("a", 100) + model("b", 1_000)
+    found = [counters.take(two, 0.0), counters.take(two.replace(" 1000.0", " 1001.0"), 1.0)]
+    counters.series = SERIES
+    found.append(counters.take(two.replace(" 1000.0", " 1002.0"), 2.0))
+    assert [{row.name: row.rate for row in rates.models(change)} for change in found if change is not None] == [
+        {"a 1": 0.0, "b 1": 0.0},
+        {"a 1": 0.0, "b 1": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+async def test_models_that_the_caller_may_not_see_are_left_out(forwarded: bool) -> None:
+    class Leads:
+        async def get(self) -> None:
+            return None
+
+    history = sampling_of(Cluster(), (0.0,))
+    history._history.add(0, rows(["seen 1", "hidden 1"]))
+    watch: Any = SimpleNamespace(access=SimpleNamespace(allows=lambda rpc, caller, model: model == "seen"))
+    unused: Any = None
+    leader: Any = Leads()
+    served = CoordRpc("local/coord-0", unused, unused, watch, leader=leader, sampling=history)
+    ctx: Any = SimpleNamespace(invocation_metadata=lambda: ())
+    found = await served.GetHistory(pb.GetHistoryRequest(forwarded=forwarded), ctx)
+    assert [(row.name, list(row.rate)) for row in found.rows] == [("seen 1", [1.0])]
+    for wrong in (
+        pb.GetHistoryRequest(by="execution"),
+        pb.GetHistoryRequest(seconds=-1),
+        pb.GetHistoryRequest(seconds=math.nan),
+    ):
+        with pytest.raises(InvalidArgument):
+            await served.GetHistory(wrong, ctx)

@@ -169,6 +169,47 @@ async def test_one_process_that_does_not_answer_fails_no_scrape(run_dir: Path, m
     assert lines.count("# TYPE shoal_test_jobs_total counter") == 1
 
 
+async def test_a_reader_names_the_families_and_the_node_that_it_means(run_dir: Path) -> None:
+    async with (
+        metrics_endpoint(f"unix:{run_dir}/one", [lambda: source("acme")]),
+        endpoint(f"{HOST}:0", lambda: [Scraped("s", "one", run_dir / "one")], None, node="mine") as served,
+    ):
+        both = (await ask(served.address, "GET", "/metrics?node=mine&name[]=shoal_test_*&name[]=shoal_process_up"))[1]
+        one = (await ask(served.address, "GET", "/metrics?name[]=shoal_test_jobs_total"))[1]
+        alone = (await ask(f"unix:{run_dir}/one", "GET", "/metrics?name[]=shoal_test_other"))[1]
+        status, _ = await ask(served.address, "GET", "/metrics?node=other")
+    series = 'shoal_test_jobs_total{service="s",instance="one",tenant="acme"} 7.0'
+    assert [line for line in both.splitlines() if not line.startswith("#")] == [
+        'shoal_process_up{service="s",instance="one"} 1.0',
+        series,
+    ]
+    assert [line for line in one.splitlines() if not line.startswith("#")] == [series]
+    assert (alone, status) == ("", 404)
+
+
+async def test_a_reader_in_a_hurry_gets_the_others_of_a_process_that_stands_still(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "READ_S", 600.0)
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    async with metrics_endpoint(f"unix:{run_dir}/one", [lambda: source("acme")]):
+        slow = await asyncio.start_unix_server(silent, run_dir / "silent")
+        both = [Scraped("s", name, run_dir / name) for name in ("one", "silent")]
+        # Without `within`, the page would take READ_S.
+        async with asyncio.timeout(60):
+            text = (await node_page(both, "within=0.5")).body.decode()
+        slow.close()
+    assert asked.is_set()
+    assert 'shoal_process_up{service="s",instance="silent"} 0.0' in text
+    assert "shoal_test_jobs_total{" in text
+
+
 async def test_names_that_callers_choose_do_not_break_the_page(run_dir: Path) -> None:
     names = ["a\nb", 'c"d', "e\u2028f", "g\x85h", "i\x0cj", "k\\l", "}"]
 

@@ -79,23 +79,29 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     with shoal.Client(one.gateway) as client, load(one.gateway):
-        before = until(lambda: leads_and_has_two_readings(client), "coord has read the node twice under load")
-        assert [(each.name, each.missing) for each in before.nodes] == [("local", False)]
 
-        seen = top(one, "--once", elsewhere=elsewhere)
-        [row] = [each for each in seen["rows"] if each["name"] == "double 1"]
-        past = seen["past"]
-        assert row["rate"] > 0
-        assert row["p99_ms"] > 0
+        def seen() -> tuple[History, Any, Any, str] | None:
+            """What all ways show; None while the leader changes, or infer does not answer: the machine may be busy."""
+            history = leads_and_has_two_readings(client)
+            if history is None:
+                return None
+            there = top(one, "--once", elsewhere=elsewhere)
+            here = json.loads(one.shoal("top", "--once", "--json", "--by", "instance", "--every", "0.5").stdout)
+            text = one.shoal("top", "--since", "30m").stdout
+            # The gateway asks both coords in turn, and both give the leader's.
+            is_steady = {client.history().since for _ in range(8)} == {history.since}
+            rates = [row["rate"] for row in there["rows"] if row["name"] == "double 1"]
+            return (history, there, here, text) if is_steady and any(rates) else None
+
+        before, there, here, text = until(seen, "coord has read the node twice under load")
+        past = there["past"]
+        assert [each.name for each in before.nodes] == ["local"]
         assert past["coord"] == before.coord
         assert len(past["rows"]["double 1"]["rate"]) >= 2
-        # Both coords give the leader's, whichever the gateway asks.
-        assert {client.history().since for _ in range(8)} == {before.since}
+        assert any(past["rows"]["double 1"]["p99_ms"])
         # On the node's own machine, too, and with what each process uses.
-        here = json.loads(one.shoal("top", "--once", "--json", "--by", "instance", "--every", "0.5").stdout)
         assert here["past"]["since"] == past["since"]
-        assert max(here["past"]["rows"]["local/infer-0"]["cpu"]) > 0
-        text = one.shoal("top", "--since", "30m").stdout
+        assert any(here["past"]["rows"]["local/infer-0"]["cpu"])
         assert f"when the history of {before.coord} began" in text
 
         one.kill(before.coord.partition("/")[2])
@@ -103,5 +109,5 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
             lambda: leads_and_has_two_readings(client, before.coord), "another coord leads and reads the node"
         )
         anew = top(one, "--once", elsewhere=elsewhere)["past"]
-        assert (anew["coord"], anew["coord"] != past["coord"]) == (after.coord, True)
         assert after.since > before.since
+        assert anew["since"] > past["since"]
