@@ -1,7 +1,9 @@
 """Cost of authenticated calls through a node's gateway, beside open ones: `shoal up --auth` and `shoal up`.
 
     python bench/access.py [--parts calls,streams,tls,policy,limits] [--rounds 5] [--seconds 1]
+    python bench/access.py --precedence --parts goal --modes open,named,authenticated,limited --rounds 9
 
+goal      tiny with 64 in flight: each call has the next of 1,000 keys
 calls     tiny with 64 and 1 in flight, mlp, bodies of 50 KB: each call has the next of 1,000 keys; "one key": all calls
           have the same. "first use": 1,000 calls, each the first of its key since the policy was applied.
 streams   messages of one ModelStreamInfer
@@ -9,6 +11,10 @@ tls       64 connections in plaintext and with TLS; a new connection for each ca
 policy    time until a change of the policy is in force, and memory by keys and grants
 limits    tiny with 64 in flight, with no limit of requests, one (per tenant), and four that apply to each caller (two
           per key, so 1,000 buckets each); no call is refused
+
+Modes of the parts that compare nodes: "open"; "named", open calls that name the hundred tenants in turn;
+"authenticated"; and "limited", with limits per tenant of requests a second, counted by Envoy, and of requests in
+flight, counted by infer. Refusals are audited in both.
 
 The policy has 100 tenants and 200 grants. The time of the gateway (Envoy) and of the services (infer, coord, store,
 ingest) counts, not that of etcd and MongoDB. Nodes run on processor 0 with one thread for models, the generator on the
@@ -34,7 +40,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +62,8 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.node.processes import free_port
 
 KEYS, TENANTS, GRANTS = 1_000, 100, 200
-MODES = ("open", "authenticated")
+OPEN, NAMED, AUTHENTICATED, LIMITED = MODES = ("open", "named", "authenticated", "limited")
+_WITH_KEYS = (AUTHENTICATED, LIMITED)
 _ROLE = "caller"
 _CHANGES = 10
 # A policy has at most 1,000, with the one of administrators.
@@ -79,6 +86,10 @@ class Node:
     ca: str | None
     """File of the CA; None: plaintext."""
     keys: list[str] = field(default_factory=list)
+    tenants: Sequence[str] = ()
+    """That calls without a key name."""
+    limits: Sequence[Mapping[str, Any]] = ()
+    """Of its policy."""
 
     @property
     def envoy(self) -> int:
@@ -94,12 +105,13 @@ class Node:
         return AsyncClient(("https://" if self.ca else "") + self.address, token=self.key, ca=self.ca)
 
     def load(self, requests: Requests, keys: Sequence[str]) -> _Load:
-        return _Load(self.address, requests, keys=keys, tls=_tls(self.ca) if self.ca else None)
+        tls = _tls(self.ca) if self.ca else None
+        return _Load(self.address, requests, keys=keys, tenants=self.tenants, tls=tls)
 
     async def set_up(self) -> None:
         """Apply the policy, and make the keys of the callers."""
         async with self.client() as client:
-            await client.access.apply(document(GRANTS))
+            await client.access.apply(document(GRANTS, limits=self.limits))
             places = asyncio.Semaphore(_AT_A_TIME)
 
             async def made(number: int) -> str:
@@ -289,7 +301,9 @@ PARTS: dict[str, Sequence[Case]] = {
     ),
     "policy": (),
     "limits": (),
+    "goal": (Case("tiny", 64),),
 }
+_DEFAULT_PARTS = ("calls", "streams", "tls", "policy", "limits")
 
 
 async def run(case: Case, node: Node, requests: Requests, seconds: float) -> Result:
@@ -311,7 +325,7 @@ async def forget_keys(node: Node) -> None:
         async with node.client() as client:
             shown = json.loads((await client.access.policy()).document)
             skew = 121 - int(shown["issuers"][0]["clock_skew_s"])
-            await client.access.apply(document(GRANTS, clock_skew_s=skew))
+            await client.access.apply(document(GRANTS, clock_skew_s=skew, limits=node.limits))
     await asyncio.sleep(0.5)
 
 
@@ -328,11 +342,12 @@ def measure(
 ) -> None:
     """Run all cases in interleaved rounds, and print the tables."""
     requests = {name: Requests.of(name, each.inputs, each.outputs) for name, each in samples.items()}
-    whole, envoy = ([Row(mode) for mode in MODES] for _ in range(2))
+    modes = arguments.modes
+    whole, envoy = ([Row(mode) for mode in modes] for _ in range(2))
     for number in range(arguments.rounds):
         for case in cases:
-            for place in (0, 1) if number % 2 else (1, 0):
-                node = nodes[MODES[place], case.has_tls]
+            for place in range(len(modes)) if number % 2 else reversed(range(len(modes))):
+                node = nodes[modes[place], case.has_tls]
                 count, used = uvloop.run(run(case, node, requests[case.model], arguments.seconds))
                 for rows, seconds in zip((whole, envoy), used, strict=True):
                     rows[place].loads.setdefault((case.title, case.in_flight), Measured()).add(count, float(seconds))
@@ -345,6 +360,7 @@ def measure(
 # -- limits
 
 _MANY: Mapping[str, Any] = {"roles": [_ROLE], "requests_per_second": 1_000_000}
+_OF_GOAL: Mapping[str, Any] = {"name": "a", **_MANY, "requests_in_flight": 1_000}
 LIMITS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "no limit": (),
     "one, per tenant": ({"name": "a", **_MANY},),
@@ -448,7 +464,7 @@ def show_policy(node: Node, requests: Requests) -> None:
 @contextlib.contextmanager
 def running(models: Path, folder: Path, mode: str, *, has_tls: bool, precedence: bool) -> Iterator[Node]:
     folder.mkdir()
-    options = ["--auth"] if mode == MODES[1] else []
+    options = ["--auth"] if mode in _WITH_KEYS else []
     if has_tls:
         options += ["--listen", f"127.0.0.1:{free_port()}", "--tls", "auto"]
     with node(here(), models, folder, *options) as server:
@@ -456,7 +472,14 @@ def running(models: Path, folder: Path, mode: str, *, has_tls: bool, precedence:
             server.take_precedence()
         ready = json.loads((folder / "ready.json").read_text())
         key = Path(ready["key_file"]).read_text().strip() if ready["key_file"] else ""
-        started = Node(ready["gateway"], ready["admin"], ready["pids"], key, ready["tls"] and ready["tls"]["ca"])
+        started = Node(
+            ready["gateway"],
+            ready["admin"],
+            ready["pids"],
+            key,
+            ready["tls"] and ready["tls"]["ca"],
+            limits=(_OF_GOAL,) if mode == LIMITED else (),
+        )
         if key:
             uvloop.run(started.set_up())
         yield started
@@ -480,7 +503,8 @@ def save_wide(folder: Path) -> Sample:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(_DEFAULT_PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--modes", default=f"{OPEN},{AUTHENTICATED}", help=f"of {', '.join(MODES)}; the first is 1.00")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--precedence", action="store_true", help="run before other work of the machine; needs root")
@@ -488,6 +512,9 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts is of {', '.join(PARTS)}")
+    arguments.modes = arguments.modes.split(",")
+    if not set(arguments.modes) <= set(MODES) or (NAMED in arguments.modes and OPEN not in arguments.modes):
+        parser.error(f"--modes is of {', '.join(MODES)}; {NAMED} needs {OPEN}")
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
     with tempfile.TemporaryDirectory(prefix="shoal-bench-access-") as scratch, contextlib.ExitStack() as stack:
@@ -502,16 +529,22 @@ def main() -> None:
                 running(models, folder / f"{mode}-{has_tls}", mode, has_tls=has_tls, precedence=arguments.precedence)
             )
             for has_tls in ((False, True) if "tls" in parts else (False,))
-            for mode in MODES
+            for mode in arguments.modes
+            if mode != NAMED
         }
+        if NAMED in arguments.modes:
+            tenants = [_tenant(number) for number in range(TENANTS)]
+            nodes |= {
+                (NAMED, tls): replace(node, tenants=tenants) for (mode, tls), node in nodes.items() if mode == OPEN
+            }
         cases = [case for part in parts for case in PARTS[part]]
         if cases:
             measure(nodes, cases, samples, arguments)
         tiny = Requests.of("tiny", samples["tiny"].inputs, samples["tiny"].outputs)
         if "policy" in parts:
-            show_policy(nodes[MODES[1], False], tiny)
+            show_policy(nodes[AUTHENTICATED, False], tiny)
         if "limits" in parts:
-            measure_limits(nodes[MODES[1], False], tiny, arguments)
+            measure_limits(nodes[AUTHENTICATED, False], tiny, arguments)
 
 
 if __name__ == "__main__":

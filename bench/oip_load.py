@@ -23,6 +23,7 @@ import numpy as np
 from mesh.h2 import frames
 from mesh.h2.headers import Decoder, HeaderCache, encode
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.tenant_header import TENANT_HEADER
 
 _PATH = "/inference.GRPCInferenceService/ModelInfer"
 _TOLERANCE = 1e-3
@@ -90,10 +91,12 @@ class Load:
         *,
         deadline_s: float = math.inf,
         keys: Sequence[str] = (),
+        tenants: Sequence[str] = (),
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """Args:
         keys: of the callers, in turn; without any, calls have no key.
+        tenants: that calls without a key name, in turn; without any, they name none.
         tls: None: plaintext.
         """
         self._address = address
@@ -110,7 +113,9 @@ class Load:
         ]
         if deadline_s != math.inf:
             headers.append((b"grpc-timeout", b"%dm" % int(deadline_s * 1000)))
-        self._blocks = [encode([*headers, (b"authorization", f"Bearer {key}".encode())]) for key in keys]
+        own = [(b"authorization", f"Bearer {key}".encode()) for key in keys]
+        own = own or [(TENANT_HEADER.encode(), tenant.encode()) for tenant in tenants]
+        self._blocks = [encode([*headers, header]) for header in own]
         self._blocks = self._blocks or [encode(headers)]
         self.count = Count()
         self._next = 0

@@ -3,6 +3,9 @@
 The peer may use no dynamic table. Once it has acknowledged that, equal bytes mean equal fields, in every block. So each
 distinct block and each distinct field is decoded once, and kept in a `HeaderCache`. Until then every block is decoded.
 
+The number of the client's connection to Envoy (x-shoal-connection) is taken out of the fields: otherwise each caller
+would have a block of its own for each connection.
+
 Huffman-coded strings are decoded in C, by ls-qpack: HPACK and QPACK have the same code (RFC 9204, section 4.1.2). A
 header of 55 kB costs 0.2 ms; tables of Python objects cost 2 to 4 ms.
 """
@@ -17,6 +20,7 @@ import pylsqpack
 
 from mesh.h2.frames import ConnectionBroken, Reason
 from mesh.h2.static_table import STATIC_TABLE
+from shoal.tenant_header import CONNECTION_HEADER
 
 Fields = Sequence[tuple[bytes, bytes]]
 
@@ -24,10 +28,14 @@ Fields = Sequence[tuple[bytes, bytes]]
 class Block:
     """One decoded block, immutable: requests with equal headers share it."""
 
-    __slots__ = ("by_name", "fields", "is_malformed", "list_bytes", "path")
+    __slots__ = ("by_name", "connection_at", "fields", "is_malformed", "list_bytes", "path")
 
-    def __init__(self, fields: Fields, list_bytes: int = 0, *, is_malformed: bool = False) -> None:
+    def __init__(
+        self, fields: Fields, list_bytes: int = 0, *, is_malformed: bool = False, connection_at: int = -1
+    ) -> None:
         self.fields = fields
+        self.connection_at = connection_at
+        """Place in the encoded block from which the number of a connection was taken; -1: there was none."""
         self.is_malformed = is_malformed
         """True when a field breaks the rules of RFC 9113, section 8.2 or 8.3, which ends its stream only."""
         self.list_bytes = list_bytes
@@ -51,6 +59,8 @@ LIST_FIELDS = 256
 
 OVERSIZED = Block(())
 """Block in place of one beyond the limits, whose request is to be rejected."""
+
+_CONNECTION = CONNECTION_HEADER.encode()
 
 # A value that is longer is a token or a list of its own request: it would displace what repeats.
 _CACHED_BYTES = 1 << 10
@@ -103,6 +113,10 @@ class Decoder:
         self._cache = cache
         self._blocks = cache.blocks
         self._is_stateless = False
+        self.connection: bytes | None = None
+        """Number of the client's connection to Envoy, of the latest block; None: the block has none."""
+        # The encoded field of that number, without its value. Empty: no block had one.
+        self._connection_name = b""
         self._table: deque[tuple[bytes, bytes]] = deque()
         self._table_bytes = 0
         # Limit of the peer, and ours.
@@ -124,8 +138,10 @@ class Decoder:
             ConnectionBroken: the block is invalid, or oversized while a dynamic table is allowed. Later blocks could
                 not be decoded.
         """
+        self.connection = None
         if self._is_stateless:
-            known = self._blocks.get(block)
+            at = block.find(self._connection_name) if self._connection_name else -1
+            known = self._blocks.get(block) if at < 0 else self._known_without_connection(block, at)
             if known is not None:
                 return known
         try:
@@ -139,8 +155,20 @@ class Decoder:
         except (IndexError, pylsqpack.DecompressionFailed) as err:
             raise ConnectionBroken(Reason.COMPRESSION_ERROR, _MALFORMED + str(err)) from err
 
+    def _known_without_connection(self, block: bytes, at: int) -> Block | None:
+        """Return the known block without the number of a connection, whose field seems to begin at `at`."""
+        length_at = at + len(self._connection_name)
+        end = length_at + 1 + (block[length_at] & 0x7F if length_at < len(block) else 0)
+        known, field = self._blocks.get(block[:at] + block[end:]), self._cache.fields.get(block[at:end])
+        # A field begins at `at`, and not a part of another one: the bytes before it are those of the known block.
+        if known is None or field is None or known.connection_at != at:
+            return None
+        self.connection = field[1]
+        return known
+
     def _decoded(self, block: bytes) -> Block:
         fields: list[tuple[bytes, bytes]] = []
+        connections: list[tuple[int, int]] = []
         at = size = pseudo = 0
         is_malformed = False
         is_stateless, known = self._is_stateless, self._cache.fields
@@ -170,6 +198,8 @@ class Decoder:
                 is_malformed = is_malformed or not is_valid(*field)
                 if not is_stateless and first & 0xC0 == 0x40:
                     self._add(field)
+            if field[0] == _CONNECTION:
+                connections.append((at, end))
             at = end
             size += len(field[0]) + len(field[1]) + _ENTRY_BYTES
             if size > LIST_BYTES or len(fields) >= LIST_FIELDS:
@@ -178,7 +208,19 @@ class Decoder:
                 is_malformed = is_malformed or pseudo != len(fields)
                 pseudo += 1
             fields.append(field)
-        found = Block(fields, size, is_malformed=is_malformed)
+        connection_at = -1
+        if connections:
+            connection_at, end = connections[-1]
+            self.connection = dict(fields)[_CONNECTION]
+            fields = [field for field in fields if field[0] != _CONNECTION]
+            # Without a table the name is a literal, and its length follows the first byte.
+            self._connection_name = (
+                block[connection_at : _string_end(block, connection_at + 1)] if is_stateless else b""
+            )
+            # The block is then for all connections: not with a fault that only the number may have.
+            is_cacheable = is_cacheable and len(connections) == 1 and not is_malformed
+            block = block[:connection_at] + block[end:]
+        found = Block(fields, size, is_malformed=is_malformed, connection_at=connection_at)
         if len(found.by_name) != len(fields):
             found.is_malformed = is_malformed or len(dict(fields[:pseudo])) != pseudo
         if is_cacheable:

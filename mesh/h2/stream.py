@@ -18,10 +18,6 @@ from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
 from mesh.h2.unread import MAX_TICKS, TICK_S
-from shoal.tenant_header import CONNECTION_HEADER
-
-CONNECTION = CONNECTION_HEADER.encode()
-"""Header of a request that came through Envoy."""
 
 # Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
 _PROGRESS_BYTES = 1024
@@ -118,6 +114,7 @@ class ServerStream:
         "_connection",
         "_sender",
         "_unreturned",
+        "client",
         "handler",
         "head",
         "held",
@@ -142,8 +139,11 @@ class ServerStream:
         is_request_ended: bool,
         share: Share,
         size: int,
+        client: bytes | None = None,
     ) -> None:
         """Begin a request; `share` already counts `size` bytes for it."""
+        self.client = client
+        """Behind Envoy, the number of the client's connection to Envoy; else None."""
         self._connection = connection
         self._sender = sender
         self._unreturned = 0
@@ -169,8 +169,7 @@ class ServerStream:
     @property
     def sender(self) -> Hashable:
         """Identity of the request's tenant and its connection, behind Envoy of its connection to Envoy."""
-        connection = self.head.by_name.get(CONNECTION)
-        return self.share if connection is None else (self.share, connection)
+        return self.share if self.client is None else (self.share, self.client)
 
     def hold(self, size: int) -> bool:
         """Keep `size` bytes of the body in memory, as `reserve` does.

@@ -154,3 +154,34 @@ def test_long_values_are_not_cached():
         decoder.decode(encoder.encode([(b"x", b"%d" % number + b"a" * 1_100)]))
     assert not decoder._cache.fields
     assert not decoder._cache.blocks
+
+
+def test_blocks_of_all_connections_to_envoy_are_one():
+    decoder, encoder = acknowledged()
+    before, after = (b":path", b"/t.T/Call"), (b"x-shoal-caller", b"someone")
+    blocks = [encoder.encode([before, (b"x-shoal-connection", number), after]) for number in (b"7", b"12", b"7")]
+    found = [(decoder.decode(block), decoder.connection) for block in blocks]
+    assert [number for _, number in found] == [b"7", b"12", b"7"]
+    assert list(found[0][0].fields) == [before, after]
+    # A number that is met for the first time is decoded with its block.
+    assert found[2][0] is found[1][0]
+    third, number = decoder.decode(encoder.encode([before, after])), decoder.connection
+    assert list(third.fields) == [before, after]
+    assert number is None
+
+
+CONNECTION = st.tuples(st.just(b"x-shoal-connection"), st.sampled_from([b"1", b"2", b"31", b"bad\n"]))
+INSIDE = st.tuples(
+    st.just(b"user-agent"), st.sampled_from([encode([(b"x-shoal-connection", b"1")]), encode([(b"te", b"x" * 40)])])
+)
+
+
+@given(st.lists(st.lists(CONNECTION | INSIDE | FIELD, max_size=6), min_size=1, max_size=6), st.booleans())
+def test_a_known_block_with_another_connection_is_what_a_new_decoder_finds(blocks, huffman):
+    decoder, encoder = acknowledged()
+    for fields in [*blocks, *blocks]:
+        block = encoder.encode(fields, huffman=huffman) if huffman else encode(fields)
+        fresh, _ = acknowledged()
+        expected, found = fresh.decode(block), decoder.decode(block)
+        assert (found.fields, found.is_malformed) == (expected.fields, expected.is_malformed)
+        assert decoder.connection == fresh.connection == dict(fields).get(b"x-shoal-connection")
