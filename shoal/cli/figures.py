@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from shoal.cli import admin_page, endpoints
-from shoal.cli.here import ADMIN_OF_SERVE
+from shoal.cli.here import SERVE
 from shoal.errors import InvalidArgument, ShoalError, Unavailable, Unimplemented
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ClusterFigures(Figures):
         try:
             self._history = self._client.history(cast("By", view), seconds=seconds, points=SPARK_WIDTH)
         except Unimplemented as err:
-            raise InvalidArgument(f"{self._client.address} keeps no history. {ADMIN_OF_SERVE}") from err
+            raise InvalidArgument(f"{self._client.address} keeps no history. {SERVE}") from err
         self._whole = self._history
         if self._since_s:
             self._whole = self._client.history(cast("By", view), seconds=seconds, points=1)

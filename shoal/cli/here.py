@@ -7,7 +7,7 @@ import os
 from shoal.discovery import RunningNode, find_gateway, find_node, node_of, running_servers
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
-_SERVE = "For `shoal serve`, start it with --metrics-port N, and add --admin 127.0.0.1:N where it is not found."
+SERVE = "For `shoal serve`, start it with --metrics-port N, and add --admin 127.0.0.1:N where it is not found."
 
 
 def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
@@ -37,7 +37,7 @@ def admin_here(gateway: str | None, what: str) -> str:
     """
     url = named(gateway)
     try:
-        return node_here(gateway, what, _SERVE).admin
+        return node_here(gateway, what, SERVE).admin
     except (InvalidArgument, NotFound) as err:
         servers = [server for server in running_servers(os.environ) if url in (None, server.gateway)]
         if len(servers) == 1:
@@ -48,7 +48,7 @@ def admin_here(gateway: str | None, what: str) -> str:
                 f"{len(servers)} servers are running on this machine: choose one with --admin: {choices}"
             ) from None
         if url is None:
-            raise NotFound(f"{err.message}. {_SERVE}") from None
+            raise NotFound(f"{err.message}. {SERVE}") from None
         raise
 
 
