@@ -21,7 +21,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from shoal.cli.diagnosis import checks, gather, rates
+from shoal import rates
+from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
 from shoal.cli.main import app
