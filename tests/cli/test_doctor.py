@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from shoal import rates
+from shoal.cli import admin_page
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
@@ -143,7 +143,7 @@ HEALTHY = Facts(
     keys=(key(60), key(-1), key(5, role="user", created_at=NOW - DAY)),
     certificate=CertificateFacts("CN=gateway", NOW - 30 * DAY, NOW + 60 * DAY),
     ca=CertificateFacts("CN=Shoal CA", NOW - 30 * DAY, NOW + 3_000 * DAY),
-    page=rates.parse(PAGE, 0.0),
+    page=admin_page.parse(PAGE, 0.0),
     admin="127.0.0.1:9901",
     local=LOCAL,
 )
@@ -158,7 +158,7 @@ def page(*lines: str) -> Facts:
     changed = {line.rpartition(" ")[0]: line for line in lines}
     kept = [changed.pop(line.rpartition(" ")[0], line) for line in PAGE.splitlines()]
     assert not changed, "a series of the healthy page"
-    return replace(HEALTHY, page=rates.parse("\n".join([*kept, ""]), 0.0))
+    return replace(HEALTHY, page=admin_page.parse("\n".join([*kept, ""]), 0.0))
 
 
 def local(**fields: object) -> Facts:
