@@ -320,7 +320,7 @@ async def test_models_that_the_caller_may_not_see_are_left_out(forwarded: bool) 
     watch: Any = SimpleNamespace(access=SimpleNamespace(allows=lambda rpc, caller, model: model == "seen"))
     unused: Any = None
     leader: Any = Leads()
-    served = CoordRpc("local/coord-0", unused, unused, watch, leader=leader, sampling=history)
+    served = CoordRpc("local/coord-0", unused, unused, unused, watch, leader=leader, sampling=history)
     ctx: Any = SimpleNamespace(invocation_metadata=lambda: ())
     found = await served.GetHistory(pb.GetHistoryRequest(forwarded=forwarded), ctx)
     assert [(row.name, list(row.rate)) for row in found.rows] == [("seen 1", [1.0])]

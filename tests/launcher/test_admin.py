@@ -203,7 +203,7 @@ async def test_a_reader_in_a_hurry_gets_the_others_of_a_process_that_stands_stil
         both = [Scraped("s", name, run_dir / name) for name in ("one", "silent")]
         # Without `within`, the page would take READ_S.
         async with asyncio.timeout(60):
-            text = (await node_page(both, "within=0.5")).body.decode()
+            text = (await node_page(both, query="within=0.5")).body.decode()
         slow.close()
     assert asked.is_set()
     assert 'shoal_process_up{service="s",instance="silent"} 0.0' in text
