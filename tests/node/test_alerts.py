@@ -296,8 +296,11 @@ def test_jobs_that_wait_for_long_fire(world: World) -> None:
 
 def test_jobs_that_fail_fire(world: World) -> None:
     wrong = JobRequest("double", {"x": np.ones((1, 3), np.float32)})
-    list(world.client.jobs.submit_many([wrong] * 200))
-    world.alerting.until_notified("ShoalJobsFail")
+
+    def submit() -> None:
+        assert all(each.error is None for each in world.client.jobs.submit_many([wrong] * 20))
+
+    world.alerting.until_notified("ShoalJobsFail", doing=submit)
 
 
 def test_a_schedule_that_cannot_be_fired_fires(world: World) -> None:
