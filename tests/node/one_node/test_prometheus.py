@@ -124,6 +124,7 @@ def prometheus(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     argv = [tool("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     argv.append("--enable-feature=exemplar-storage")
     with Process([*argv, f"--web.listen-address={address}"], folder / "prometheus.log"):
+        asyncio.run(until(lambda: bool(target(f"http://{address}")), "Prometheus listens", 60))
         yield f"http://{address}"
 
 
