@@ -294,11 +294,9 @@ def _service_missing(facts: Facts) -> Iterator[Finding]:
         service = process.name.rpartition("-")[0]
         if service and service not in present:
             present.add(service)
-            yield _error(
-                "service-missing",
-                f"{service} has no instance that takes calls",
-                f"shoal logs {service} --level warning",
-            )
+            # One that stands still has logged no warning.
+            what = f"{service} has no instance that takes calls"
+            yield _error("service-missing", what, f"shoal logs {service}")
 
 
 @_check("instance-starting", "status")
