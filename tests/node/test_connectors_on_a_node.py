@@ -77,6 +77,10 @@ async def test_rows_of_a_topic_are_answered_in_another_and_the_status_says_how_i
     await lag_and_catch_up(running, kafka)
     tansu.kill()
     await until(lambda: "Kafka" in seen(running.gateway).last_error, "the error", **PATIENT)
+    done = running.shoal("doctor", "--json", check=False)
+    [failing] = [each for each in json.loads(done.stdout)["findings"] if each["check"] == "connector-failing"]
+    assert "connector doubles at local/ingest-0 fails: Kafka" in failing["what"]
+    assert "Connection refused" in running.shoal(*shlex.split(failing["command"])[1:]).stdout
 
 
 async def lag_and_catch_up(running: Any, kafka: Kafka) -> None:
