@@ -19,7 +19,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +98,18 @@ class RunningServer:
 def find_gateway(flag: str | None, environ: Mapping[str, str]) -> Gateway:
     """Return the gateway that the user set, else the one of the node that runs on this machine.
 
+    A set one that is a node of this user on this machine has the node's CA.
+
     Raises:
         InvalidArgument: the flag or the variable is not an address.
         NotFound: neither is set, and no node of this user runs on this machine.
         FailedPrecondition: neither is set, and several nodes run on this machine.
     """
-    if flag:
-        return parse_gateway(flag, "--gateway")
-    if environ.get(GATEWAY_VARIABLE):
-        return parse_gateway(environ[GATEWAY_VARIABLE], GATEWAY_VARIABLE)
+    text = flag or environ.get(GATEWAY_VARIABLE)
+    if text:
+        named = parse_gateway(text, "--gateway" if flag else GATEWAY_VARIABLE)
+        here = node_of(named.url, environ)
+        return named if here is None else replace(named, ca=here.ca, name=here.name)
     node = find_node(environ)
     return Gateway(node.gateway, node.ca is not None, True, node.ca, node.name, node.key_file)
 

@@ -71,6 +71,14 @@ def test_without_a_node_the_error_says_what_to_do(environ: dict[str, str]) -> No
         find_gateway(None, environ)
 
 
+def test_a_node_that_is_named_has_its_ca_as_one_that_is_found(environ: dict[str, str]) -> None:
+    path = announce(environ, "127.0.0.1:3")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tls": {"ca": "/d/ca.pem", "name": "localhost"}}))
+    named = find_gateway("https://127.0.0.1:3", environ)
+    assert (named.ca, named.name) == (Path("/d/ca.pem"), "localhost")
+    assert find_gateway("https://127.0.0.1:4", environ).ca is None
+
+
 def test_two_nodes_are_an_error(environ: dict[str, str]) -> None:
     announce(environ, "127.0.0.1:1")
     announce(environ, "127.0.0.1:2", pid=os.getppid())

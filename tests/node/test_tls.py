@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shoal.node.tls import own_ca
 from tests.breakable import until
-from tests.node.conftest import NodeFactory
+from tests.node.conftest import Node, NodeFactory
 
 pytestmark = pytest.mark.node
 
 OPEN = ("--listen", "0.0.0.0:0", "--tls", "auto", "--insecure", "--services", "infer,store")
 
 
-def test_commands_and_clients_use_a_node_with_tls(node: NodeFactory, onnx_models: Path, tmp_path: Path) -> None:
-    running = node(*OPEN, "--tls-name", "shoal.test")
+@pytest.fixture(scope="module")
+def running(node: NodeFactory, tmp_path_factory: pytest.TempPathFactory) -> Node:
+    """A node whose CA ends in 50 days."""
+    data_dir = tmp_path_factory.mktemp("tls") / "data"
+    (data_dir / own_ca.FOLDER).mkdir(mode=0o700, parents=True)
+    data_dir.chmod(0o700)
+    own_ca._make(data_dir / own_ca.FOLDER, datetime.now(UTC) - timedelta(days=3_600))
+    return node(*OPEN, "--tls-name", "shoal.test", data_dir=data_dir)
+
+
+def test_commands_and_clients_use_a_node_with_tls(running: Node, onnx_models: Path, tmp_path: Path) -> None:
     document = running.document()
     port = document["listen"].rpartition(":")[2]
     assert (document["gateway"], document["listen"]) == (f"127.0.0.1:{port}", f"0.0.0.0:{port}")
@@ -55,3 +67,25 @@ def test_commands_and_clients_use_a_node_with_tls(node: NodeFactory, onnx_models
     assert (untrusted.returncode, "is not trusted" in untrusted.stderr) == (1, True), untrusted.stderr
     plain = running.shoal("status", "--gateway", f"localhost:{port}", check=False)
     assert (plain.returncode, f"call https://localhost:{port}" in plain.stderr) == (1, True), plain.stderr
+
+
+def test_a_ca_that_ends_an_open_address_and_a_stopped_node_are_found_until_the_commands_have_run(
+    node: NodeFactory, running: Node
+) -> None:
+    data_dir = running.data_dir
+
+    def doctor(of: Node, *args: str) -> dict[str, str]:
+        done = of.shoal("doctor", "--json", *args, check=False)
+        # These are the test machine's.
+        machine = {"event-loop-stalls", "errors-logged", "disk-full", "memory-low", "shared-memory-low", "file-limit"}
+        findings = json.loads(done.stdout)["findings"]
+        return {each["check"]: each["command"] for each in findings if each["check"] not in machine}
+
+    found = doctor(running, "--gateway", f"https://{running.gateway}")
+    assert found.keys() == {"ca-ends", "exposed-without-authentication"}
+    assert os.system(found["ca-ends"]) == 0
+    options = found["exposed-without-authentication"].removeprefix("shoal up ")
+    running.stop()
+    assert doctor(running, "--data-dir", str(data_dir))["node-down"] == f"shoal up --data-dir {data_dir}"
+    again = node(*options.removesuffix(f" --data-dir {data_dir}").split(), data_dir=data_dir)
+    assert doctor(again) == {}
