@@ -113,4 +113,5 @@ class RestApp:
 def _refuse(stream: ServerStream, status: int, message: str, retry_after_ms: str | None = None) -> None:
     body = error_body(message)
     fields = [(b"content-type", JSON), *error_fields(status, retry_after_ms), (b"content-length", b"%d" % len(body))]
-    stream.respond(stream.encode_head(status, fields), body)
+    # A client ends the stream, and Envoy the connection, at a body that follows the head (RFC 9110, section 9.3.2).
+    stream.respond(stream.encode_head(status, fields), b"" if stream.head.method == "HEAD" else body)

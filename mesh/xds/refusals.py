@@ -34,6 +34,7 @@ class Cause:
     """Name of a header that the request lacks; empty: any request."""
 
 
+_NO_CALL = "there is no such call: check the path and the method"
 _MAKES_ONE = "(`shoal keys create` makes one)"
 _CAUSES = (
     Cause(
@@ -74,8 +75,11 @@ _CAUSES = (
         f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call "
         "(`shoal policy explain`)",
     ),
-    Cause(404, "route_not_found", "there is no such call: check the path and the method"),
+    Cause(404, "route_not_found", _NO_CALL),
+    Cause(404, "direct_response", _NO_CALL),
     Cause(400, "missing_host_header", "the header 'host' is missing"),
+    Cause(400, "path_normalization_failed", "malformed request: a path has no '#', and its dots do not lead out of it"),
+    Cause(403, "upgrade_failed", "this server upgrades no connection: send the request without 'upgrade'"),
     Cause(400, "http1.", f"malformed request: {_SAID} (%RESPONSE_CODE_DETAILS%)"),
     Cause(408, "", f"{_SAID}: the request was not whole in time: send it faster"),
     Cause(413, "", f"{_SAID}: the body is too large for this call (docs/limits.md): send less at once"),

@@ -22,6 +22,7 @@ from mesh.rest.json_text import JSON_BYTES, MAX_CONTAINERS, MAX_VALUES, JsonPars
 from shoal.errors import InvalidArgument, Unavailable
 from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
+from tests.http2 import INFER, Connection
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, Serving
 from tests.mesh.http1.raw import RawClient, Response
@@ -268,6 +269,16 @@ PATHS = {
 async def test_names_are_decoded_once_and_traversal_is_no_name(client: RawClient, path: str) -> None:
     answer = await client.request("GET", path)
     assert answer.status == PATHS[path]
+
+
+async def test_a_response_to_head_has_no_body_over_http_2(served: Serving) -> None:
+    def call() -> None:
+        with Connection(served.server.address) as one:
+            for path, status in (("/v2/health/ready", 405), ("/v2/none", 404), (INFER, 415)):
+                answer = one.call(path=path, change={":method": "HEAD", "content-type": None})
+                assert (answer.http_status, answer.data, answer.reset, answer.is_cut) == (status, b"", None, False)
+
+    await asyncio.to_thread(call)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS"])

@@ -187,6 +187,12 @@ async def test_malformed_requests_of_http_1_are_told_why(gateway: Gateway) -> No
             400,
             "(http1.content_length_and_chunked_not_allowed)",
         ),
+        (f"GET /v2#x HTTP/1.1\r\nhost: a\r\n{bearer}\r\n", 400, "a path has no '#'"),
+        (
+            f"GET /v2 HTTP/1.1\r\nhost: a\r\n{bearer}connection: upgrade\r\nupgrade: websocket\r\n\r\n",
+            403,
+            "this server upgrades no connection",
+        ),
         (f"GET /v2 HTTP/1.1\r\nhost: a\r\n{many}\r\n", 431, "send fewer or shorter headers (docs/limits.md)"),
         (f"GET /nothing HTTP/1.1\r\nhost: a\r\n{bearer}connection: close\r\n\r\n", 403, "or there is no such call"),
     ):

@@ -96,6 +96,11 @@ async def test_without_the_preference_and_at_other_paths_it_is_none(gateway: Gat
     assert len(gateway.ingest.requests) == before
 
 
+async def test_a_path_that_nobody_serves_is_refused_with_a_text(gateway: Gateway) -> None:
+    for path in ("/", "/metrics", "/V2/models/m", "//v2", "/v1/chat/completions", "/api.Service/Call"):
+        assert await gateway.text("POST", path, {}) == (404, "there is no such call: check the path and the method")
+
+
 async def test_a_request_that_is_no_inference_is_refused_in_the_form_of_its_protocol(gateway: Gateway) -> None:
     before = len(gateway.ingest.requests)
     for body, more, wanted, words in (
