@@ -203,7 +203,9 @@ def route_configuration(
     host = VirtualHost.from_dict(first)
     host.typed_per_filter_config.update(dict.fromkeys(limit_filters, _ENABLED))
     hosts = nested(_HOSTS, bytes(host) + b"".join(nested(_ROUTE, route) for route in routes))
-    hosts += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict(other))) for other in others)
+    # A refused request is not searched for a model: without a message, the filters would answer before the host does.
+    unsearched = {"typed_per_filter_config": _disabled(*_MODEL_FILTERS)} if table.models is not None else {}
+    hosts += b"".join(nested(_HOSTS, bytes(VirtualHost.from_dict({**other, **unsearched}))) for other in others)
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
     needs |= {table.rest} - {""}
     return pack_serialized(ROUTES, name, bytes(configuration) + hosts, frozenset(needs))

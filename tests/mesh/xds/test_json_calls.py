@@ -416,6 +416,8 @@ async def test_a_page_of_a_foreign_origin_or_name_does_nothing(gateway: Gateway)
     for host in ("evil.example", "127.0.0.1.nip.io", "localhost.evil.example:80"):
         status, text = await gateway.text("POST", "/shoal/v1/jobs", submit, JSON, host=host)
         assert (status, "this server has another name" in text) == (421, True)
+        status, text = await gateway.text("GET", "/v2", host=host)
+        assert (status, "this server has another name" in text) == (421, True)
     assert len(gateway.ingest.requests) == before
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:1"):
         assert (await gateway.text("GET", "/shoal/v1/jobs", host=host))[0] == 200, host
