@@ -107,6 +107,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
             raise InvalidArgument(f"seconds {request.seconds:g}: expected a time before now")
         response: pb.GetHistoryResponse
         if not request.forwarded and (leader := await self._leader.get()) is not None:
+            response: pb.GetHistoryResponse
             forwarded = pb.GetHistoryRequest(by=by, seconds=request.seconds, points=request.points, forwarded=True)
             stub = pb_grpc.CoordServiceStub(leader)
             try:

@@ -109,5 +109,6 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
             lambda: leads_and_has_two_readings(client, before.coord), "another coord leads and reads the node"
         )
         anew = top(one, "--once", elsewhere=elsewhere)["past"]
-        assert after.since > before.since
-        assert anew["since"] > past["since"]
+        # On a busy machine, that one may have led before, and have an earlier beginning.
+        assert after.since != before.since
+        assert (anew["coord"], anew["since"]) != (past["coord"], past["since"])
