@@ -105,7 +105,6 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
             raise InvalidArgument(f"by {by[:100]!r}: expected {', '.join(FIELDS)}")
         if not 0 <= request.seconds < math.inf:
             raise InvalidArgument(f"seconds {request.seconds:g}: expected a time before now")
-        response: pb.GetHistoryResponse
         if not request.forwarded and (leader := await self._leader.get()) is not None:
             response: pb.GetHistoryResponse
             forwarded = pb.GetHistoryRequest(by=by, seconds=request.seconds, points=request.points, forwarded=True)
