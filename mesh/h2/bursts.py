@@ -41,10 +41,13 @@ class Bursts:
     def _next(self) -> None:
         self._is_scheduled = False
         self.left = BURST_BYTES
-        # Those that are not done wait again, behind the others.
-        for _ in range(len(self._waiting)):
-            if self.left <= 0:
-                break
-            self._waiting.popleft()()
-        if self._waiting:
-            self._schedule()
+        try:
+            # Those that are not done wait again, behind the others.
+            for _ in range(len(self._waiting)):
+                if self.left <= 0:
+                    break
+                self._waiting.popleft()()
+        # A fault of one connection must not end the turns of the others.
+        finally:
+            if self._waiting:
+                self._schedule()

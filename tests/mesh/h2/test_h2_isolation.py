@@ -579,6 +579,21 @@ async def test_many_connections_write_a_bounded_amount_in_an_iteration_of_the_lo
     assert account.held == 0
 
 
+async def test_a_fault_of_one_connection_does_not_end_the_turns_of_the_others():
+    bursts, faults, resumed = Bursts(), [], []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(context["exception"]))
+
+    def fail() -> None:
+        raise ValueError("fault")
+
+    bursts.wait(fail)
+    bursts.wait(lambda: resumed.append(1))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [type(fault) for fault in faults] == [ValueError]
+    assert resumed == [1]
+
+
 async def test_streams_take_turns_by_frame():
     account = MemoryAccount(1 << 30)
     sender, transport = sender_of(account)
