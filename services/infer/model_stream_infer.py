@@ -189,7 +189,9 @@ class _Stream:
     async def _add(self, response: MessageParts, size: int = 0) -> None:
         """Add a response that takes `size` bytes of memory. Raises ResourceExhausted when there is no room for them."""
         unread = RequestPart(self._memory)
-        unread.hold(size)
+        # Nothing is held for an error: after the end of the call, no room is left for anything.
+        if size:
+            unread.hold(size)
         self._out.append((response, unread, False))
         self._unread_bytes += unread.held
         self._is_new.set()

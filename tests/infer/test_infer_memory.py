@@ -317,8 +317,13 @@ async def test_outcomes_of_a_bulk_that_are_not_read_are_bounded():
 async def test_an_error_of_a_decoupled_request_reaches_the_client_when_the_memory_is_full():
     memory = Limited(1 * MIB)
 
+    def refuse(size: int) -> None:
+        raise ResourceExhausted("no room", retry_after_ms=1000)
+
     async def responses() -> AsyncIterator[Any]:
         memory._share.add(2 * MIB)
+        # As after the end of the call.
+        memory.hold = refuse
         yield InvalidArgument("the model's own error")
         raise Unavailable("the model has failed")
 
