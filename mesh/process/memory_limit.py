@@ -15,12 +15,15 @@ _ROOT = Path("/")
 _LEAST_BYTES = 2 << 30
 
 
-def limit_memory(size: int | None) -> None:
+def limit_memory(size: int | None, root: Path = _ROOT) -> None:
     """Limit the private memory of this process, and of each that it starts, to `size` bytes.
 
-    None: three quarters of the memory of the machine or container, and 2 GiB at least. A lower limit stays as it is.
+    None: three quarters of the memory of the machine or container, and 2 GiB at least; no limit where `root` has an
+    NVIDIA GPU, whose driver reserves addresses beyond the memory. A lower limit stays as it is.
     """
     if size is None:
+        if (root / "dev/nvidiactl").exists():
+            return
         size = max(memory_bytes() // 4 * 3, _LEAST_BYTES)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limits = [each for each in (size, soft, hard) if each != resource.RLIM_INFINITY]

@@ -48,7 +48,8 @@ class InferConfig(ServiceConfig):
     response of 128 MiB at once, with their copies."""
     memory_bytes: Annotated[int, Field(ge=1 << 30)] | None = None
     """Most private memory that the process, and each model process, may allocate: a run that needs more fails with
-    INTERNAL, and the others go on. Unset: three quarters of the memory of the machine or container, 2 GiB at least."""
+    INTERNAL, and the others go on. Unset: three quarters of the memory of the machine or container, 2 GiB at least;
+    with an NVIDIA GPU, no limit."""
     share_port: bool = False
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
     crash_journal: Path | None = None

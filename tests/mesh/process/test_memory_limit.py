@@ -39,9 +39,14 @@ def test_a_machine_without_control_groups_has_its_memory(tmp_path: Path):
     assert memory_bytes(tmp_path) == MIB
 
 
-def test_an_allocation_beyond_the_limit_fails_and_the_process_goes_on():
+def test_an_allocation_beyond_the_limit_fails_and_the_process_goes_on(tmp_path: Path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
     text = f"""
-        from mesh.process.memory_limit import limit_memory
+        from pathlib import Path
+        from mesh.process.memory_limit import limit_memory, resource
+        limit_memory(None, Path({str(tmp_path)!r}))
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
         limit_memory(1 << 30)
         limit_memory(None)
         try:
