@@ -294,7 +294,8 @@ async def test_streams_that_send_nothing_are_bounded_with_their_headers():
         assert await other.status(other.call(ECHO, b"x")) == 0
 
 
-async def test_many_tenants_on_a_connection_cost_no_more_than_their_number():
+async def test_many_tenants_on_a_connection_cost_no_more_than_their_number(monkeypatch):
+    monkeypatch.setattr(server_connection, "_MAX_IDLE_SHARES", 64)
     async with serving() as front, front.peer() as peer:
         for n in range(300):
             peer.open(STREAM, ("x-shoal-tenant", str(n)))

@@ -7,6 +7,7 @@
     {"do": "sleep", "ms": 50}               answers after so long
     {"do": "size", "bytes": 100}            answers with so many bytes; streams: `count` times
     {"do": "metadata"}                      sends back every header that begins with `x-`, leading and trailing
+    {"do": "connection"}                    answers with the number of the client's connection to Envoy (`Short`)
     {"do": "die" | "child"}    ends the process; a child's signal mask
 
 Four methods, one of each kind, and two that are answered on the fast path: `Short`, and `Tasked`, whose answer is
@@ -136,6 +137,8 @@ class Service:
         if order["do"] == "wait":
             self._note("started", order)
             call.on_end = lambda: self._note("cancelled", order)
+        elif order["do"] == "connection":
+            self._reply(call, call._stream.client or b"")
         elif order["do"] == "sleep":
             self._note("started", order)
             timer = asyncio.get_running_loop().call_later(order["ms"] / 1000, self._reply, call, value)
