@@ -29,7 +29,7 @@ from shoal.rates import Change, Counters, Row
 
 log = logging.getLogger(__name__)
 
-ASK_S, PROCESS_S = 4.0, 3.0
+ASK_S, PROCESS_S = 4.0, 2.0
 """Time in which a node must answer, less than a slot, and in which each of its processes must: one that stands still
 does not take the others' figures along."""
 SERIES = 40_000

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import admin_page
-from shoal.cli.here import admin_here, named
+from shoal.cli.here import SERVE, admin_here, named
 from shoal.cli.output import Gateway, connect, console, printable, show
-from shoal.errors import InvalidArgument, NotFound, Unavailable
+from shoal.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 
 if TYPE_CHECKING:
     from shoal.client import Client
@@ -111,7 +111,10 @@ def _reader(
 
 
 def _of_gateway(client: Client, trace: str, job: str) -> dict[str, Any]:
-    found = client.spans(trace, job=job)
+    try:
+        found = client.spans(trace, job=job)
+    except Unimplemented as err:
+        raise InvalidArgument(f"{client.address} keeps no spans for others. {SERVE}") from err
     spans = [asdict(span) for span in found.spans]
     return {"spans": spans, "silent": list(found.silent), "truncated": found.truncated}
 

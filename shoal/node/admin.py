@@ -37,6 +37,8 @@ FILE_SD = "prometheus.json"
 """File in the data folder that names the node for Prometheus."""
 READ_S = 5.0
 """Time in which a process must answer: less than a scrape's default timeout of 10 s."""
+_PAGES = 4
+"""Pages that are made at a time: one waits for a process that stands still, and must not hold the next ones up."""
 PAGE_BYTES = 64 << 20
 """Most bytes of one process's page: 500 models and 10,000 tenants have 3.3 MiB."""
 # Requests by code, retries, overflow, ejections, errors of TLS, rejects of configurations, days of certificates.
@@ -110,13 +112,13 @@ def endpoint(
 
     `secrets` are left out of Envoy's dumps of its configuration.
     """
-    turn = asyncio.Lock()
+    turns = asyncio.Semaphore(_PAGES)
 
     async def metrics(request: Request) -> Response:
         # A reader that means another node: on each machine, the first one listens at the same port.
         if (asked := parse_qs(request.query).get("node")) is not None and asked != [node]:
             return text(404, f"this is the node {node}")
-        async with turn:
+        async with turns:
             return await node_page(processes(), request.headers.get("accept", ""), request.query)
 
     async def spans(request: Request) -> Response:
