@@ -33,6 +33,7 @@ HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 ACCESS: ServiceDescriptor = access_pb2.DESCRIPTOR.services_by_name["AccessService"]
 SHARES: ServiceDescriptor = shares_pb2.DESCRIPTOR.services_by_name["ShareService"]
+SPANS: ServiceDescriptor = coord_pb2.DESCRIPTOR.services_by_name["SpanService"]
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 PUBLIC: dict[str, str] = {
@@ -151,7 +152,7 @@ def table() -> RouteTable:
                 "/shoal.coord.v1.",
                 "coord",
                 idempotent=(*paths(COORD, _COORD_IDEMPOTENT), *paths(ACCESS, _ACCESS_IDEMPOTENT)),
-                internal=paths(SHARES, internal_methods(SHARES)),
+                internal=(*paths(SHARES, internal_methods(SHARES)), *paths(SPANS, internal_methods(SPANS))),
             ),
             # Coord responds for all services, from membership.
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),

@@ -6,12 +6,19 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from services.coord import traffic
 from services.coord.inference import METHODS
+from shoal.access.rpc_groups import GROUP_OF, INTERNAL
 
 
 def test_every_public_service_has_a_route():
     prefixes = [route.prefix for route in traffic.table().services]
     for name in [*traffic.PUBLIC, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"]:
         assert any(f"/{name}/".startswith(prefix) for prefix in prefixes), name
+
+
+def test_what_only_services_may_call_is_refused_at_the_gateway_or_has_no_service_there():
+    refused = {path for service in traffic.table().services for path in service.internal}
+    bulk = f"/{traffic.BULK.full_name}/"
+    assert {rpc for rpc, group in GROUP_OF.items() if group == INTERNAL and not rpc.startswith(bulk)} == refused
 
 
 def test_nothing_that_submits_or_changes_is_idempotent():

@@ -271,7 +271,7 @@ async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() ->
         report = await history.report("model", 0.0, 0)
         instances = await history.report("instance", 0.0, 0)
     assert len(asked) == 3
-    assert all(query.startswith("node=one&within=3&name[]=") for query in asked)
+    assert all(query.startswith("node=one&within=2&name[]=") for query in asked)
     assert report.points.rows["m 1"]["rate"] == [20.0, 20.0]
     assert list(instances.points.rows) == ["one/infer-0"]
     assert (report.since, report.until) == (1_000.0, 1_010.0)
