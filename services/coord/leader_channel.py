@@ -17,6 +17,10 @@ FROM_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
 """Metadata of a call that a coord makes for itself."""
 
 
+FAILED = (grpc.aio.AioRpcError, grpc.aio.UsageError)
+"""Errors of a call over the channel. The second one: another coord leads since the channel was given out."""
+
+
 class LeaderChannel:
     """Channel to the leader, made at the first use. Use as `async with`.
 

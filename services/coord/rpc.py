@@ -14,7 +14,7 @@ from mesh.xds.ads import AdsServer
 from services.coord.access_rpc import AccessParts
 from services.coord.history import FIELDS
 from services.coord.instances import Instances
-from services.coord.leader_channel import FROM_SERVICE, LeaderChannel
+from services.coord.leader_channel import FAILED, FROM_SERVICE, LeaderChannel
 from services.coord.messages import (
     envoy_message,
     history_message,
@@ -111,8 +111,9 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
             stub = pb_grpc.CoordServiceStub(leader)
             try:
                 response = await stub.GetHistory(forwarded, timeout=_FORWARD_S, metadata=FROM_SERVICE)
-            except grpc.aio.AioRpcError as err:
-                raise Unavailable(f"the leading coord does not answer: {err.details()}") from err
+            except FAILED as err:
+                why = err.details() if isinstance(err, grpc.aio.AioRpcError) else err
+                raise Unavailable(f"the leading coord does not answer: {why}") from err
         else:
             response = history_message(self._name, await self._sampling.report(by, request.seconds, request.points))
         if by == "model":

@@ -21,7 +21,7 @@ from mesh.cluster.mirror import Mirror
 from mesh.process.watched import Watched
 from mesh.rpc.cluster_access import InForce
 from mesh.rpc.share_messages import request_message, shares_in
-from services.coord.leader_channel import FROM_SERVICE, LeaderChannel
+from services.coord.leader_channel import FAILED, FROM_SERVICE, LeaderChannel
 from services.coord.shares import RENEW_S, Shares
 from shoal.access.limits import Amount, Bucket
 from shoal.access.policy import Limit, Policy
@@ -86,7 +86,7 @@ class ShareClaims:
         if not is_forwarded and (leader := await self._leader.get()) is not None:
             try:
                 return await self._forwarded(leader, claimant, demands)
-            except (grpc.aio.AioRpcError, ShoalError) as err:
+            except (*FAILED, ShoalError) as err:
                 self._note(alone=True, why=str(err))
         self._followed()
         found: dict[Bucket, Amount] = {}

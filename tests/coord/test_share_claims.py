@@ -35,7 +35,7 @@ from shoal.access.limits import Bucket, Kind
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.coord.v1 import shares_pb2_grpc
 from shoal.errors import LimitReached, Unavailable
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 
 ACME = Bucket("plan", Kind.IN_FLIGHT, "acme")
 POLICY = policy.parse("""
@@ -113,12 +113,16 @@ async def test_a_coord_that_reaches_no_leader_divides_by_itself(coords: Coords) 
 async def test_a_claim_that_waits_for_a_former_leader_has_a_share_when_another_leads(
     coords: Coords, tmp_path: Path
 ) -> None:
-    async with await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "stalled.sock"):
+    is_asked = asyncio.Event()
+
+    async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_asked.set()
+
+    async with await asyncio.start_unix_server(stall, tmp_path / "stalled.sock"):
         stalled = Instance("coord", "other", "coord-0", f"unix:{tmp_path}/stalled.sock", 9, State.READY, 1.0)
         coords.mirror.lead(stalled, *coords.instances)
         waiting = asyncio.create_task(coords.claim(1, "local/infer-0"))
-        await until(lambda: coords.claims[1]._leader is not None, "the claim waits")
-        await asyncio.sleep(0)
+        await asyncio.wait_for(is_asked.wait(), PATIENCE_S)
         coords.mirror.lead(*coords.instances)
         assert await coords.claim(1, "local/infer-1") == 10
         assert await waiting == 10
