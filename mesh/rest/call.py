@@ -166,6 +166,8 @@ class RestCall(StreamMemory):
 
     heartbeat = b""
     """Bytes that are sent when a streamed response has had no event for HEARTBEAT_S; empty: nothing is sent."""
+    slow_s = tail_spans.SLOW_S
+    """A call that succeeds and takes longer leaves a span; its operation may set another time."""
 
     def __init__(self, app: RestTable, stream: ServerStream, target: Target) -> None:
         self._app = app
@@ -447,7 +449,7 @@ class RestCall(StreamMemory):
         finally:
             self._end_span(code, message)
             seconds = self._app.clock() - self._began
-            if seconds > tail_spans.SLOW_S and code is Code.OK and not self._has_begun:
+            if seconds > self.slow_s and code is Code.OK and not self._has_begun:
                 self.keep_slow(seconds)
 
     async def _call(self) -> None:

@@ -22,7 +22,7 @@ from mesh.rpc.fast_call import UNJOINED_BYTES
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.held_shares import CallLimits, Reservation
 from mesh.rpc.parsing import parse_in_turn
-from mesh.rpc.tail_spans import COMPUTE_MS, MODEL, MODEL_VERSION, NO_ATTRIBUTES, QUEUE_MS, SLOW_S, Attributes
+from mesh.rpc.tail_spans import COMPUTE_MS, MODEL, MODEL_VERSION, NO_ATTRIBUTES, QUEUE_MS, Attributes
 from services.infer.core import InferenceServer
 from services.infer.fast_path import template
 from services.infer.fast_path.large_request import PARSER, shared_bytes
@@ -35,7 +35,7 @@ from services.infer.requests.response import kept, with_raw
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.access.caller_header import CALLER_HEADER, JOB_CALLER_HEADER, JOB_RETRY_HEADER
-from shoal.errors import ShoalError, Unavailable
+from shoal.errors import Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.tenant_header import TENANT_HEADER
 
@@ -91,7 +91,7 @@ class Exchange(Pending, Protocol):
         """End the exchange with a message: `parts` are bytes-like, `size` bytes together."""
 
     def reply_slow(self, parts: Sequence[Any], size: int, seconds: float, about: Attributes) -> None:
-        """End the exchange as `reply` does, and keep its span: it took `seconds`, too long."""
+        """End the exchange as `reply` does, and keep its span: it took `seconds`, longer than its model may."""
 
 
 class FastInfer:
@@ -180,6 +180,7 @@ class FastInfer:
                 caller = self._access.check_infer(exchange.headers.get(_CALLER), message.model_name)
                 limits = self._limits_of(exchange, message.model_name)
             tenant = named.decode("latin-1") if caller is None else caller.tenant
+            slow_ns = self._models.find(message.model_name, message.model_version).slow_ns
             raw: list[Any] = []
             response = await self._server.infer(
                 message,
@@ -193,7 +194,7 @@ class FastInfer:
             )
             parts, size = with_raw(response.SerializeToString(), raw)
             seconds = time.monotonic() - began
-            if seconds * 1e9 > self._slow_ns(message):
+            if seconds * 1e9 > slow_ns:
                 about = {MODEL: response.model_name, MODEL_VERSION: response.model_version}
                 exchange.reply_slow(parts, size, seconds, about)
             else:
@@ -206,13 +207,6 @@ class FastInfer:
                 raise
         except BaseException as err:
             exchange.refuse(err, time.monotonic() - began)
-
-    def _slow_ns(self, message: pb.ModelInferRequest) -> float:
-        try:
-            return self._models.find(message.model_name, message.model_version).slow_ns
-        # Unloaded since.
-        except ShoalError:
-            return SLOW_S * 1e9
 
     def _learn(self, body: bytes, message: pb.ModelInferRequest) -> None:
         version = self._models.find(message.model_name, message.model_version)

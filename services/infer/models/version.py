@@ -30,7 +30,6 @@ from services.infer.models.load_context import LoadContext
 from services.infer.models.scheduling import scheduler_of
 from services.infer.response_cache.cache import ResponseCache, ttl_s
 from services.infer.response_cache.key import ResponseKeys
-from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
@@ -63,7 +62,7 @@ class Version:
     """True when the cause of UNAVAILABLE may be temporary: files or remote server were unreachable."""
     statistics: Statistics = field(default_factory=Statistics)
     slow_ns: float = SLOW_S * 1e9
-    """A request that takes longer leaves a span in memory: the model's `slo_ms`, if it has one."""
+    """Nanoseconds of a request beyond which its span is kept (mesh.rpc.tail_spans): `slo_ms`, if the model has it."""
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration enables it."""
     decoupled: DecoupledScheduler | None = None
@@ -257,8 +256,8 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        goal_s = rules.slo_s(loaded.model.config)
-        self.slow_ns = (SLOW_S if goal_s == math.inf else goal_s) * 1e9
+        if self.statistics.slo_s != math.inf:
+            self.slow_ns = self.statistics.slo_s * 1e9
         self.arrival_order = ArrivalOrder() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:

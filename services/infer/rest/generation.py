@@ -81,9 +81,10 @@ async def _read(server: InferenceServer, call: RestCall) -> tuple[pb.ModelInferR
     """Return the message of a request, and the bytes of its body."""
     body = await call.body()
     target = call.target
-    signature = server.models.find(target.model, target.version).loaded.model.signature
+    version = server.models.find(target.model, target.version)
+    call.slow_s = version.slow_ns / 1e9
     async with call.parsed(body) as document:
-        return await _message(as_object(document, "the request"), signature, target), len(body)
+        return await _message(as_object(document, "the request"), version.loaded.model.signature, target), len(body)
 
 
 async def _message(document: Mapping[str, Any], signature: Signature, target: Target) -> pb.ModelInferRequest:

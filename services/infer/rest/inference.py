@@ -54,6 +54,7 @@ async def infer(server: InferenceServer, fast: FastRestInfer, call: RestCall) ->
         message = await _message(call, body, len(body) if length is None else length, wanted)
     if server.is_decoupled(message):
         raise Unimplemented("HTTP end point doesn't support models with decoupled transaction policy")
+    call.slow_s = server.models.find(call.target.model, call.target.version).slow_ns / 1e9
     response = await server.infer(
         message,
         call.deadline,

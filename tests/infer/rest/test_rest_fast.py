@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from random import Random
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from mesh.process import telemetry
+from mesh.process.kept_spans import KeptSpans
+from mesh.rest.call import RestCall
 from services.infer.rest import fast_infer
 from shoal.errors import ResourceExhausted
 from tests.breakable import until
@@ -119,6 +123,22 @@ async def test_equal_json_takes_the_fast_path_and_the_response_is_the_same(
     assert first.status == 200
     assert served.slow == 1
     assert served.serving.server.memory.bodies.held == 0
+
+
+@pytest.mark.parametrize(("slow_ns", "count"), [(-1.0, 2), (math.inf, 0)])
+async def test_a_call_that_takes_longer_than_its_model_may_leaves_a_span_on_both_paths(
+    served: Served, client: RawClient, monkeypatch: pytest.MonkeyPatch, slow_ns: float, count: int
+) -> None:
+    kept = KeptSpans(lambda: 0.0)
+    monkeypatch.setattr(telemetry, "kept_spans", lambda: kept)
+    # Without the goal of the model, each call would leave one, and then none.
+    monkeypatch.setattr(RestCall, "slow_s", -slow_ns)
+    served.serving.models.find("double", "").slow_ns = slow_ns
+    for _ in range(2):
+        assert (await infer(client, *doubling())).status == 200
+    assert served.slow == 1
+    await until(lambda: len(kept.tail.all()) >= count, "the spans are kept")
+    assert [span["attributes"]["shoal.model"] for span in kept.tail.all()] == ["double"] * count
 
 
 async def test_both_versions_of_http_take_the_fast_path(served: Served, client: RawClient) -> None:
