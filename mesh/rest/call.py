@@ -562,14 +562,13 @@ class RestCall(StreamMemory):
         return {MODEL: self.target.model} if self.target.model else NO_ATTRIBUTES
 
     def _trace_of(self, error: BaseException, code: Code, message: str, seconds: float, about: Attributes) -> str:
-        """Return the trace of the call, which fails, when a span of it is kept; else an empty text."""
+        """Return the trace that the error of the call names, and keep a span of it; an empty text: none."""
         if self.span is not None:
             return self.span.trace_id if code in FAILURES else ""
         if self._began:
             seconds = self._app.clock() - self._began
         text = message if isinstance(error, ShoalError) else type(error).__name__
-        cause = getattr(error, "trace_id", "")
-        kept = tail_spans.failed(
+        return tail_spans.failed(
             self.target.rpc,
             self.headers,
             self._app.access,
@@ -577,9 +576,8 @@ class RestCall(StreamMemory):
             text,
             seconds=seconds,
             attributes={**self._about, **about},
-            trace_id=cause,
+            cause=getattr(error, "trace_id", ""),
         )
-        return kept or cause
 
 
 def _encoded_head(

@@ -300,7 +300,7 @@ class FastCall(StreamMemory):
         else:
             path, cause = self._stream.head.path, getattr(error, "trace_id", "")
             trace_id = tail_spans.failed(
-                path, self.headers, self._app.access, number, text, seconds=seconds, attributes=about, trace_id=cause
+                path, self.headers, self._app.access, number, text, seconds=seconds, attributes=about, cause=cause
             )
         if trace_id:
             trailing = (*trailing, (TRACE_KEY, trace_id))

@@ -114,11 +114,11 @@ class SlowCall:
             self._task.cancel()
 
     def _fail(self, code: int, message: str, trailing: Metadata = (), cause: str = "") -> None:
-        """End the call with an error, which names its trace when a span of it is kept. `cause` is another's trace."""
+        """End the call with an error, which names its trace. `cause`: trace of the call that made it fail."""
         if not trace_of(trailing):
             headers, seconds = self._head.by_name, self._app.clock() - self._began
             trace_id = tail_spans.failed(
-                self._head.path, headers, self._app.access, code, message, seconds=seconds, trace_id=cause
+                self._head.path, headers, self._app.access, code, message, seconds=seconds, cause=cause
             )
             if trace_id:
                 trailing = (*trailing, (TRACE_KEY, trace_id))

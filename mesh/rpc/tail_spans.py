@@ -5,7 +5,7 @@
                                          └──> the trace's id, which the caller receives as TRACE_KEY
 
 The end of a call decides, in each process by itself. Processes agree on the trace when the caller has sent one, sampled
-or not. Otherwise the process that fails first chooses it, and its callers take it over from the error.
+or not. Otherwise the process that fails first chooses it, and the processes that called it take it over from the error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mesh.process import telemetry
-from mesh.process.kept_spans import KeptSpans
 from mesh.rpc.access import Access, tenant_of
 from mesh.rpc.fast_spans import is_sampled, parsed_traceparent
 from mesh.rpc.interceptors import FAILURES, UNTRACED
@@ -39,17 +38,18 @@ def failed(
     *,
     seconds: float,
     attributes: Attributes = NO_ATTRIBUTES,
-    trace_id: str = "",
+    cause: str = "",
 ) -> str:
-    """Keep the span of a call of `path` that failed after `seconds`; return its trace, or an empty text: not kept.
+    """Keep the span of a call of `path` that failed after `seconds`. Return its trace; an empty text: it has none.
 
     Args:
         code: gRPC status. Those that are the caller's doing leave no span: the message says all.
-        trace_id: the trace of the call whose failure is the cause.
+        cause: trace of the call that made this one fail. It is returned also when this one leaves no span.
     """
     if code not in FAILURES:
         return ""
-    return _keep(path, headers, access, seconds, code, message, attributes, trace_id)
+    about = {**attributes, "rpc.grpc.status_code": code}
+    return _keep(path, headers, access, seconds, message or Code(code).name, about, cause) or cause
 
 
 def slow(
@@ -59,8 +59,8 @@ def slow(
     seconds: float,
     attributes: Attributes = NO_ATTRIBUTES,
 ) -> str:
-    """Keep the span of a call that succeeded after `seconds`; return its trace, or an empty text: not kept."""
-    return _keep(path, headers, access, seconds, 0, "", attributes)
+    """Keep the span of a call that succeeded after `seconds`. Return its trace; an empty text: the span is not kept."""
+    return _keep(path, headers, access, seconds, "", attributes, "")
 
 
 def _keep(
@@ -68,23 +68,21 @@ def _keep(
     headers: Mapping[bytes, bytes],
     access: Access | None,
     seconds: float,
-    code: int,
-    message: str,
+    error: str,
     attributes: Attributes,
-    trace_id: str = "",
+    cause: str,
 ) -> str:
     if path.startswith(UNTRACED):
         return ""
-    given, tenant = headers.get(b"traceparent", b""), tenant_of(access, headers)
-    kept = _admitting(given, tenant)
-    # A flood of failures costs no more than this.
-    if kept is None:
-        return ""
-    about: dict[str, str | int | float] = {"rpc.system": "grpc", **attributes}
-    if code:
-        about["rpc.grpc.status_code"] = code
-    error = (message or Code(code).name) if code else ""
-    return _add(kept, path.lstrip("/"), given, tenant, seconds, error, about, trace_id)
+    return keep(
+        path.lstrip("/"),
+        headers.get(b"traceparent", b""),
+        tenant_of(access, headers),
+        seconds=seconds,
+        error=error,
+        attributes={"rpc.system": "grpc", **attributes},
+        cause=cause,
+    )
 
 
 def keep(
@@ -95,39 +93,21 @@ def keep(
     seconds: float,
     error: str,
     attributes: Attributes,
-    trace_id: str = "",
+    cause: str = "",
 ) -> str:
-    """Keep the span of an operation that ends now; return its trace, or an empty text: not kept.
+    """Keep the span of an operation that ends now after `seconds`. Return its trace; an empty text: it is not kept.
 
     Not kept are those of a sampled trace, whose spans were made when they began, and those beyond the tenant's rate.
+    Without a `traceparent`, the span belongs to the trace `cause`, if there is one, or else to a new one.
     """
-    kept = _admitting(traceparent, tenant)
-    return "" if kept is None else _add(kept, name, traceparent, tenant, seconds, error, attributes, trace_id)
-
-
-def _admitting(traceparent: bytes, tenant: str) -> KeptSpans | None:
-    """Return the memory for one more span of a tenant, counted; None when it takes none."""
     kept = telemetry.kept_spans()
     if kept is None or (kept.has_all_roots if not traceparent else is_sampled(traceparent)):
-        return None
-    return kept if kept.tail.admits(tenant) else None
-
-
-def _add(
-    kept: KeptSpans,
-    name: str,
-    traceparent: bytes,
-    tenant: str,
-    seconds: float,
-    error: str,
-    attributes: Attributes,
-    trace_id: str,
-) -> str:
+        return ""
+    # A flood of failures costs no more than this.
+    if not kept.tail.admits(tenant):
+        return ""
     parent = parsed_traceparent(traceparent)
-    if parent is not None:
-        trace_id = f"{parent[0]:032x}"
-    elif not trace_id:
-        trace_id = f"{random.getrandbits(128) or 1:032x}"
+    trace_id = cause or f"{random.getrandbits(128) or 1:032x}" if parent is None else f"{parent[0]:032x}"
     kept.add_tail(
         name,
         trace_id=trace_id,

@@ -282,13 +282,13 @@ def _keep(job: Job, seconds: float, outcome: object) -> None:
     if isinstance(outcome, Failure):
         if outcome.code not in FAILURES:
             return
-        error, code, trace_id = outcome.message or "failed", {"rpc.grpc.status_code": outcome.code}, outcome.trace_id
+        error, code, cause = outcome.message or "failed", {"rpc.grpc.status_code": outcome.code}, outcome.trace_id
     elif seconds > SLOW_S:
-        error, code, trace_id = "", {}, ""
+        error, code, cause = "", {}, ""
     else:
         return
     traceparent, about = job.traceparent.encode(), {**_attributes(job), **code}
-    keep(_ATTEMPT, traceparent, job.tenant, seconds=seconds, error=error, attributes=about, trace_id=trace_id)
+    keep(_ATTEMPT, traceparent, job.tenant, seconds=seconds, error=error, attributes=about, cause=cause)
 
 
 def _mark(span: Span, failure: Failure) -> None:

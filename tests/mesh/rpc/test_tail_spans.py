@@ -175,6 +175,14 @@ async def test_a_flood_of_one_tenants_failures_leaves_the_spans_of_others(run_di
     assert kept.of_trace(late.trace_id)
 
 
+def test_a_failure_that_leaves_no_span_names_the_trace_of_its_cause(kept: KeptSpans) -> None:
+    def failed(cause: str) -> str:
+        return tail_spans.failed(GET_LEADER, {}, None, errors.Code.INTERNAL, "broken", seconds=0.0, cause=cause)
+
+    assert all(failed("") for _ in range(TAIL_OF_TENANT_A_SECOND))
+    assert (failed(""), failed(TRACE), kept.of_trace(TRACE)) == ("", TRACE, [])
+
+
 def test_the_tail_is_bounded_by_tenant_in_a_second_and_in_all() -> None:
     now = 0.0
     tail = TailSpans(lambda: now)
