@@ -280,11 +280,11 @@ class Sender:
         if number in self._window_changes:
             self.write(self._header_frames(number, head))
 
-    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
+    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None] | None = None) -> None:
         """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is closed."""
         if number in self._window_changes:
             self._send(number, data, None, on_sent)
-        else:
+        elif on_sent is not None:
             on_sent()
 
     def end(self, number: int, trailers: bytes = b"") -> None:
@@ -363,7 +363,7 @@ class Sender:
             outgoing.report_sent()
         if self._pumped > begun_at:
             self._bursts.take(self._pumped - begun_at)
-            # It begins to count anew, also when nothing is written.
+            # A flush begins to count `_pumped` anew: it is due also when nothing was written.
             self._flush_soon()
         if self._pumped >= most and ready and not self._waits_for_turn:
             self._waits_for_turn = True

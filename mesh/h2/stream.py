@@ -94,7 +94,7 @@ class ResponseSender(Protocol):
 
     def headers(self, number: int, head: bytes, /) -> None: ...
 
-    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None], /) -> None: ...
+    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None] | None, /) -> None: ...
 
     def end(self, number: int, trailers: bytes, /) -> None: ...
 
@@ -245,7 +245,7 @@ class ServerStream:
         """Send the head of a streamed response."""
         self._sender.headers(self.number, head)
 
-    def send(self, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
+    def send(self, data: bytes | memoryview, on_sent: Callable[[], None] | None = None) -> None:
         """Send a piece of a streamed response.
 
         `on_sent` is called when all of it is written, or the stream is closed. To bound memory, wait for it.

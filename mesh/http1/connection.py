@@ -433,13 +433,13 @@ class Http1Connection(asyncio.Protocol):
         self._is_chunking = not is_1_0
         self._transport.write(b"".join((head, b"" if is_1_0 else _CHUNKED, self._head_end())))
 
-    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None]) -> None:
+    def data(self, number: int, data: bytes | memoryview, on_sent: Callable[[], None] | None) -> None:
         """Send data of a streamed response. `on_sent` is called when more may be sent, or the connection is lost."""
         if self.is_open(number) and data and self._has_body():
             self._transport.write(b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if self._is_chunking else data)
         if self._is_write_paused and self.is_open(number):
-            self._on_sent = on_sent
-        else:
+            self._on_sent = on_sent or self._on_sent
+        elif on_sent is not None:
             on_sent()
 
     def end(self, number: int, trailers: bytes) -> None:

@@ -545,7 +545,7 @@ class RestCall(StreamMemory):
         stream = self._stream
         self.is_over = True
         if self._has_begun:
-            stream.send(self.last_event(code, message), lambda: None)
+            stream.send(self.last_event(code, message))
             stream.end()
             return
         body = self.error_document(code, message)

@@ -265,7 +265,7 @@ class FastCall(StreamMemory):
         self._release_all_but(0)
         stream.start(_HEAD)
         for piece in pieces:
-            stream.send(piece, _nothing)
+            stream.send(piece)
         stream.end(trailers)
 
     def _check_large(self, size: int) -> None:
@@ -342,10 +342,6 @@ class FastCall(StreamMemory):
             self._app.tracer.end(self.span, self._stream.head.path, code, message, tenant)
         if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
-
-
-def _nothing() -> None:
-    pass
 
 
 class Deadlines:

@@ -398,10 +398,6 @@ def _deliver(done: asyncio.Future[bytes], result: bytes | BaseException) -> None
         done.set_result(result)
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Response:
     """Messages and status of one call's response. The status is sent once; later ones are ignored."""
 
@@ -432,7 +428,7 @@ class _Response:
         sent = asyncio.get_running_loop().create_future()
         *first, last = pieces(PREFIX.pack(0, message.size), message.parts)
         for piece in first:
-            self._stream.send(piece, _nothing)
+            self._stream.send(piece)
         self._stream.send(last, lambda: None if sent.done() else sent.set_result(None))
         await sent
 
