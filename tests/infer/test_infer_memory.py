@@ -354,7 +354,9 @@ async def test_raw_contents_of_a_streams_responses_are_not_copied():
         raise AssertionError("the model is decoupled")
 
     stream = stream_responses(requests(), infer, lambda message, part, raw: responses(raw), memory)
-    for n, message in enumerate([message async for message in stream]):
+    messages = [message async for message in stream]
+    assert len(messages) == 2
+    for n, message in enumerate(messages):
         assert sum(part is contents for part in message.parts) == 1
         whole = b"".join(message.parts)
         response = pb.ModelStreamInferResponse.FromString(whole).infer_response

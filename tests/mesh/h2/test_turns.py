@@ -178,7 +178,6 @@ async def test_of_connections_that_send_at_the_same_time_one_begins_many_calls_a
 
 async def test_a_connection_whose_calls_take_long_stops_early():
     memory, clock, begun = Memory(), Seconds(), []
-    clock.now = 1.0
     memory.turns = Turns(clock)
 
     def slow(body, call):

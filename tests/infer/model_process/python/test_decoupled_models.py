@@ -330,14 +330,16 @@ class CallMemory:
 
 async def test_raw_contents_of_a_response_are_those_that_the_model_process_sent(repo, serve):
     repo.python("large", LARGE, LARGE_CONFIG)
-    serving, raw = await serve(), []
+    serving, raw, count = await serve(), [], 0
     async with aclosing(serving.core.responses(request("large", n=np.array([2], np.int32)), raw=raw)) as responses:
         async for response in responses:
             assert not response.raw_output_contents
             if response.outputs:
                 (contents,) = raw
                 assert (contents.nbytes, contents.base is None) == (1 << 20, False)
+                count += 1
             raw.clear()
+    assert count == 2
 
 
 async def test_responses_that_are_not_read_count_and_a_request_beyond_the_limit_ends(serve, repo):
