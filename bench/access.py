@@ -87,9 +87,9 @@ class Node:
     """File of the CA; None: plaintext."""
     keys: list[str] = field(default_factory=list)
     tenants: Sequence[str] = ()
-    """That calls without a key name."""
+    """Tenants that calls without a key name, in turn."""
     limits: Sequence[Mapping[str, Any]] = ()
-    """Of its policy."""
+    """Limits of its policy."""
 
     @property
     def envoy(self) -> int:

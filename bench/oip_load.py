@@ -96,7 +96,7 @@ class Load:
     ) -> None:
         """Args:
         keys: of the callers, in turn; without any, calls have no key.
-        tenants: that calls without a key name, in turn; without any, they name none.
+        tenants: named by calls without a key, in turn; without any, they name none.
         tls: None: plaintext.
         """
         self._address = address

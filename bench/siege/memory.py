@@ -13,8 +13,7 @@ from mesh.h2 import frames
 
 STREAM = b"/inference.GRPCInferenceService/ModelStreamInfer"
 
-
-# Between two readings of a slow reader.
+# Time between two readings of a slow reader.
 _PAUSE_S = 0.5
 
 

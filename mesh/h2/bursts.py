@@ -42,7 +42,7 @@ class Bursts:
         self._is_scheduled = False
         self.left = BURST_BYTES
         try:
-            # Those that are not done wait again, behind the others.
+            # A connection that is not done waits again, behind the others.
             for _ in range(len(self._waiting)):
                 if self.left <= 0:
                     break

@@ -71,9 +71,7 @@ _SHUTDOWN_PING = b"shutdown"
 
 
 class Memory:
-    """State that connections of one server share: header cache, accounts of requests and unread responses, turns of
-    reading, starting and writing.
-    """
+    """State that connections of one server share: header cache, memory accounts, turns to read, start and write."""
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()

@@ -10,6 +10,9 @@ slow_call     a call of any kind on the slow path
 task_methods  fast methods that are coroutine functions
 call_context  context of a slow call for its handler
 copied        copies of messages into other messages
+places        places for calls that stay open, shared by tenants
+tail_spans    spans of failed and slow calls that were not sampled
+span_listing  the RPC by which coord reads the spans of a process
 framing       messages in bodies; compression
 parsing       messages from bytes, in bounds
 heavy_work    turns of work that would hold the event loop

@@ -237,7 +237,8 @@ class FastCall(StreamMemory):
     def reply(self, parts: Sequence[Any], size: int, trailers: bytes = _OK) -> None:
         """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end.
 
-        Parts of more than UNJOINED_BYTES together are kept until they are sent: nobody may change them.
+        Parts of more than UNJOINED_BYTES together are kept until they are sent: nobody may change them. `trailers` are
+        an encoded header block.
         """
         if self.is_over:
             return
@@ -286,7 +287,7 @@ class FastCall(StreamMemory):
     def refuse(self, error: BaseException, seconds: float = 0.0, about: Attributes = NO_ATTRIBUTES) -> None:
         """End the call with an error. Does nothing after the end.
 
-        `seconds`, the time of the call, and `about` are for its span; 0: the time is not known.
+        The span of the call has `seconds`, its time (0: unknown), and the attributes `about`.
         """
         if self.is_over:
             return

@@ -199,7 +199,6 @@ class SlowCall:
                 if not isinstance(message, MessageParts):
                     serialised = handler.response_serializer(message)
                     message = MessageParts((serialised,), len(serialised))
-                    del serialised
                 await response.message(message)
         finally:
             await responses.aclose()

@@ -1,4 +1,4 @@
-"""SpanService: the spans that a process keeps, for coord; and the selection and the bounds of an answer.
+"""SpanService, by which coord reads the spans that a process keeps; and the bounds of an answer.
 
 client ──GetSpans──> coord ──ListSpans──> SpanService of each process of the node
 """
@@ -50,7 +50,7 @@ def message_of(span: Mapping[str, Any]) -> pb.Span:
 
 
 def latest(spans: Iterable[pb.Span]) -> tuple[list[pb.Span], bool]:
-    """Return the latest spans that fit into an answer, in the order of their begins; True when there are more."""
+    """Return the latest spans that fit into an answer, in the order of their starts, and True when there are more."""
     ordered = sorted(spans, key=lambda span: span.start_ns, reverse=True)
     chosen: list[pb.Span] = []
     size = 0

@@ -97,7 +97,7 @@ async def run(config: InferConfig) -> None:
         if watch is not None:
             access = watch.access
         auditing = await stack.enter_async_context(auditing_of(config, access))
-        limited = [] if access is None or access.shares is None else [access.shares.refused.read]
+        refusals = [] if access is None or access.shares is None else [access.shares.refused.read]
         server = Server(
             config.listen,
             rpcs_of(config, core, trials, access),
@@ -112,10 +112,10 @@ async def run(config: InferConfig) -> None:
             http_listen=config.http_listen,
             heavy=heavy,
             metrics=config.metrics,
-            # Without a mesh, the server's address is the clients'.
+            # Without a mesh, clients reach this address, and spans of other tenants are not for them.
             methods=span_listing.methods() if config.etcd is not None else {},
             exports_as=("infer", f"{config.node}/{config.instance}"),
-            sources=[metrics.source(models), *limited],
+            sources=[metrics.source(models), *refusals],
             holders=[inner_calls.held_by_tenant],
             shrink=models.shrink,
         )

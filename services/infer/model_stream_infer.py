@@ -37,7 +37,7 @@ client that sends faster than it reads is slowed down and not buffered."""
 # Responses of decoupled requests that wait for the client, and their bytes; each request may add one more.
 _UNREAD, _UNREAD_BYTES = 32, 1 << 20
 
-# Field of ModelStreamInferResponse.
+# Tag of `infer_response` in ModelStreamInferResponse: field 2, wire type 2 (length-delimited).
 _INFER_RESPONSE = 0x12
 
 Infer = Callable[[pb.ModelInferRequest, RequestPart, list[Any]], Awaitable[pb.ModelInferResponse]]
@@ -177,6 +177,7 @@ class _Stream:
                         await self._add(_error_response(request, response))
                     else:
                         message = _serialised(response, raw)
+                        # The rest exists twice: the response, which waits here, and its serialised copy.
                         copied = message.size - sum(memoryview(contents).nbytes for contents in raw)
                         raw.clear()
                         await self._add(message, message.size + copied)

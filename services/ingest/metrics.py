@@ -51,7 +51,7 @@ QUEUED = Family(
     "shoal.ingest.queue.jobs",
     G,
     "{job}",
-    "Jobs of these tenants that are queued or wait for others, 10,000 at most; of all instances.",
+    "Jobs of a tenant that are queued or wait for others, 10,000 at most; of the 20 tenants with the oldest due jobs.",
     ("tenant",),
 )
 OLDEST = Family("shoal.ingest.queue.oldest", G, "s", "Age of the oldest due job of all; 0: none is due.")

@@ -30,10 +30,16 @@ KEPT = Family(
     "shoal.store.kept",
     G,
     "{document}",
-    "Results that are kept, and the payloads of jobs: of all tenants, and of all instances together.",
+    "Results and payloads of jobs that the store keeps, of all tenants and instances.",
     ("kind",),
 )
-KEPT_SIZE = Family("shoal.store.kept.size", G, "By", "Bytes of these results and payloads.", ("kind",))
+KEPT_SIZE = Family(
+    "shoal.store.kept.size",
+    G,
+    "By",
+    "Bytes of results and payloads of jobs that the store keeps, of all tenants and instances.",
+    ("kind",),
+)
 TENANT_SIZE = Family(
     "shoal.store.tenant.size", G, "By", "Bytes of results and payloads of the 20 tenants with the most.", ("tenant",)
 )

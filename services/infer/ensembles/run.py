@@ -77,8 +77,9 @@ class EnsembleRun(PendingRequest):
         parameters = request.parameters
         # `expires` includes `timeout`, and holds for all steps together.
         step_parameters = NONE if parameters is NONE else replace(parameters, timeout_us=0, explain=False)
-        of_call = request.memory, request.trace
-        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant, *of_call)
+        self._context = RequestContext(
+            step_parameters, request.source, request.check, expires, tenant, request.memory, request.trace
+        )
         self._route = plan.route(request.outputs)
         self._outputs_left = len(self._route.targets)
         self._missing = list(self._route.missing)

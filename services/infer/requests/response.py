@@ -94,7 +94,7 @@ def _is_long_write(result: InferenceResult, request: InferenceRequest, *, copies
 
 
 def has_numbers_only(request: InferenceRequest) -> bool:
-    """Return True when all outputs of a response are numbers, which are raw contents as they are."""
+    """Return True when all requested outputs are numbers, whose memory is their raw contents."""
     return not any(requested.classes or requested.spec.datatype.is_bytes for requested in request.outputs)
 
 

@@ -62,11 +62,11 @@ class Shed(StrEnum):
 
     QUEUE_FULL = "queue_full"
     TOO_LATE = "too_late"
-    """It would not be done before its deadline or goal."""
+    """The request would not be done before its deadline or goal."""
     EVICTED = "evicted"
-    """Others have less than their share of a full queue."""
+    """The queue was full, and its tenant or priority held more than its share."""
     MEMORY = "memory"
-    """No memory is free for its outputs."""
+    """No memory is free for the outputs of the request."""
 
 
 class RequestExemplars:
@@ -125,7 +125,7 @@ class Statistics:
 
     @property
     def shed(self) -> int:
-        """Requests that were rejected or evicted because the queue was full or too long."""
+        """Requests that were rejected or evicted, for any reason."""
         return sum(self.shed_by.values())
 
     def executed(self, times: ExecutionTimes, now_ms: int) -> None:

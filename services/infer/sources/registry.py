@@ -182,9 +182,7 @@ class Registry:
         try:
             snapshot = pb.WatchModelsResponse.FromString(data).snapshot
         except DecodeError:
-            log.warning(
-                "the saved registry in the cache is damaged and ignored", {"event": "registry.saved_one_damaged"}
-            )
+            log.warning("the saved registry in the cache is damaged and ignored", {"event": "registry.copy_damaged"})
             return
         log.info(
             "serving the %(versions)d model versions of the last known registry until the store responds",

@@ -288,7 +288,7 @@ class KafkaSource:
         self._status = SourceStatus(tuple(partitions), self._problem or self._no_topic or self._not_committed)
 
     def _ends(self, consumer: Any) -> dict[int, int]:
-        """Return the ends of the assigned partitions; none without an answer of the broker.
+        """Return the end offset of each assigned partition; none without an answer of the broker.
 
         A paused consumer fetches nothing, and so learns no end by itself: its lag would stand still.
         """

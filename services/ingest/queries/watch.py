@@ -65,7 +65,7 @@ class ChangeFeed(Background):
 
     @contextmanager
     def of(self, job_id: str, tenant: str | None = None) -> Iterator[asyncio.Event]:
-        """Yield an event that is set whenever the job may have changed, to a watcher of `tenant`.
+        """Yield an event that is set whenever the job may have changed. The watch takes a place of `tenant`.
 
         Raises:
             ResourceExhausted: too many watches.

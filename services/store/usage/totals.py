@@ -29,7 +29,7 @@ class UsageTotals(Background):
         """Bytes of results and payloads of the LARGEST tenants, the most first."""
 
     async def _run(self) -> None:
-        # An unavailable MongoDB is the news of others.
+        # Other tasks warn of an unavailable MongoDB.
         await for_ever("read the usage", self._read, away_s=_AGAIN_S, log=log, level=logging.DEBUG)
 
     async def _read(self) -> float:

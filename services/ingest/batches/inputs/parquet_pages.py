@@ -30,8 +30,8 @@ _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 _DETAIL_OF = {_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}
 _DELTA_BYTE_ARRAY = 7
 _LENGTH = struct.Struct("<I")
-# Dictionaries whose texts are measured: writers end them at 1 MiB. That takes Python 0.1 us a text. The bound of the
-# others is that one text has all their bytes.
+# The texts of a larger dictionary are not measured: one of them may have all its bytes. Writers end dictionaries at
+# 1 MiB; to measure takes Python 0.1 us a text.
 _MEASURED_BYTES, _MEASURED_TEXTS = 2 << 20, 150_000
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
 # A level of nesting takes two bytes for each value, and a value in a list has two levels.
