@@ -275,6 +275,13 @@ class FastCall(StreamMemory):
         if not self._stream.has_room(size):
             raise unread()
 
+    def reply_after(self, parts: Sequence[Any], size: int, seconds: float) -> None:
+        """End the call as `reply` does; keep its span when `seconds`, its time, are more than SLOW_S."""
+        if seconds > tail_spans.SLOW_S:
+            self.reply_slow(parts, size, seconds)
+        else:
+            self.reply(parts, size)
+
     def reply_slow(self, parts: Sequence[Any], size: int, seconds: float, about: Attributes = NO_ATTRIBUTES) -> None:
         """End the call as `reply` does, and keep its span: the call took `seconds`, too long."""
         trailers = _OK

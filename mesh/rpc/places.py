@@ -37,7 +37,7 @@ class Places:
         if free <= 0:
             raise self._full(f"{self.taken} {self._what} are open, which is the limit")
         if name and held and held + 1 > FREE_FACTOR * (free - 1):
-            raise self._full(f"{held} {self._what} of this tenant are open: the {free} places left are for others")
+            raise self._full(f"{held} {self._what} of this tenant are open, and the {free} places left are for others")
         self._by_tenant[name] += 1
         self.taken += 1
         try:
@@ -49,4 +49,4 @@ class Places:
                 del self._by_tenant[name]
 
     def _full(self, why: str) -> ResourceExhausted:
-        return ResourceExhausted(why, retry_after_ms=self._retry_after_ms)
+        return ResourceExhausted(f"{why}: end one, or retry later", retry_after_ms=self._retry_after_ms)

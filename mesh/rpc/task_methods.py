@@ -18,7 +18,6 @@ from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.interceptors import log_error
 from mesh.rpc.parsing import Parser, parse_in_turn
-from mesh.rpc.tail_spans import SLOW_S
 from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.
@@ -91,8 +90,4 @@ async def _reply(path: str, answer: Callable[[], Coroutine[Any, Any, Message]], 
             log_error(path, err)
         call.refuse(err, time.monotonic() - began)
     else:
-        seconds = time.monotonic() - began
-        if seconds > SLOW_S:
-            call.reply_slow((message,), len(message), seconds)
-        else:
-            call.reply((message,), len(message))
+        call.reply_after((message,), len(message), time.monotonic() - began)

@@ -34,7 +34,14 @@ GATHER = Family("shoal.infer.gather.time", C, "s", "Time for the inputs of batch
 SCATTER = Family("shoal.infer.scatter.time", C, "s", "Time for the outputs of batches to be split.", _MODEL)
 EXPIRED = Family("shoal.infer.expired", C, "{request}", "Requests that expired before they were executed.", _MODEL)
 CANCELLED = Family("shoal.infer.cancelled", C, "{request}", "Requests whose caller left first.", _MODEL)
-SHED = Family("shoal.infer.shed", C, "{request}", "Requests rejected or evicted, by reason.", (*_MODEL, "reason"))
+SHED = Family(
+    "shoal.infer.shed",
+    C,
+    "{request}",
+    "Requests rejected or evicted: `queue_full`; `too_late` for the deadline or goal; `evicted` from a full queue by "
+    "others; `memory`: none free for outputs.",
+    (*_MODEL, "reason"),
+)
 EXPIRED_ROWS = Family("shoal.infer.expired_rows_executed", C, "{row}", "Rows run after their deadline: 0.", _MODEL)
 BISECTIONS = Family("shoal.infer.bisections", C, "{batch}", "Failed batches split to find the poison.", _MODEL)
 CACHE = Family(

@@ -12,7 +12,6 @@ from functools import partial
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.rpc.parsing import TURN_BYTES, Parser, parse_in_turn
-from mesh.rpc.tail_spans import SLOW_S
 from mesh.rpc.tenant_scope import Scopes
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
@@ -65,11 +64,7 @@ def _reply(call: FastCall, began: float, future: asyncio.Future[Accepted]) -> No
     else:
         accepted = future.result()
         message = pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed).SerializeToString()
-        seconds = time.monotonic() - began
-        if seconds > SLOW_S:
-            call.reply_slow((message,), len(message), seconds)
-        else:
-            call.reply((message,), len(message))
+        call.reply_after((message,), len(message), time.monotonic() - began)
 
 
 def _stopping() -> Unavailable:

@@ -121,12 +121,12 @@ class JobCounts:
 
 
 class QueueAges(Background):
-    """Ages of the oldest due jobs by tenant, read every few seconds. Used as `async with`."""
+    """Ages of the oldest due jobs, and numbers of jobs, by tenant: read every few seconds. Used as `async with`."""
 
     def __init__(
         self, store: JobStore, count: Callable[[str, int], Awaitable[int]], clock: Clock, ready: asyncio.Event
     ) -> None:
-        """`count` returns the queued jobs of a tenant, up to a number."""
+        """`count` returns the number of queued jobs of a tenant, at most the one given."""
         self._store = store
         self._count = count
         self._clock = clock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mesh.rpc.channel import AnyChannel, connect
 from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.interceptors import translated
 from mesh.rpc.server import Rpc, Server
+from mesh.rpc.task_methods import TaskMethods
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
@@ -113,10 +115,18 @@ async def test_a_failure_has_one_trace_in_all_processes_that_it_crossed(run_dir:
     assert [span["name"] for span in kept.of_trace(error.trace_id)] == [GET_LEADER[1:]] * 2
 
 
+@pytest.mark.parametrize("is_fast", [False, True])
 async def test_only_slow_calls_that_succeed_leave_a_span(
-    run_dir: Path, kept: KeptSpans, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, kept: KeptSpans, monkeypatch: pytest.MonkeyPatch, is_fast: bool
 ) -> None:
-    async with server(run_dir, succeeding) as one, connect(one.address) as channel:
+    async def leader(request: Any, headers: object) -> Any:
+        return await succeeding()
+
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(TaskMethods())
+        fast = tasks.method(GET_LEADER, pb.GetLeaderRequest.FromString, leader) if is_fast else {}
+        one = await stack.enter_async_context(server(run_dir, succeeding, fast_methods=fast))
+        channel = await stack.enter_async_context(connect(one.address))
         get_leader = rpc.CoordServiceStub(channel).GetLeader
         call = get_leader(pb.GetLeaderRequest(), metadata=(("traceparent", UNSAMPLED),))
         await call
