@@ -515,6 +515,8 @@ def main() -> None:
     arguments.modes = arguments.modes.split(",")
     if not set(arguments.modes) <= set(MODES) or (NAMED in arguments.modes and OPEN not in arguments.modes):
         parser.error(f"--modes is of {', '.join(MODES)}; {NAMED} needs {OPEN}")
+    if AUTHENTICATED not in arguments.modes and not {"policy", "limits"}.isdisjoint(parts):
+        parser.error(f"the parts policy and limits need the mode {AUTHENTICATED}")
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
     with tempfile.TemporaryDirectory(prefix="shoal-bench-access-") as scratch, contextlib.ExitStack() as stack:
