@@ -217,7 +217,7 @@ class Decoder:
             self._connection_name = (
                 block[connection_at : _string_end(block, connection_at + 1)] if is_stateless else b""
             )
-            # The block is then for all connections: not with a fault that only the number may have.
+            # All connections share the block, so one with a fault is not kept: only its number may have the fault.
             is_cacheable = is_cacheable and len(connections) == 1 and not is_malformed
             block = block[:connection_at] + block[end:]
         found = Block(fields, size, is_malformed=is_malformed, connection_at=connection_at)

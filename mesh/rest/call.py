@@ -185,7 +185,7 @@ class RestCall(StreamMemory):
         """Callback for a disconnected client, on the fast path."""
         self.is_over = self._has_begun = False
         self._began = 0.0
-        """Begin of the call's task, on the app's clock; 0: there is none."""
+        """Start of the call's task, on the app's clock; 0: there is none."""
         self.span = None if app.tracer is None else app.tracer.begin(self.headers)
 
     # -- RequestHandler

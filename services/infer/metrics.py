@@ -64,22 +64,8 @@ TENANT = Family(
 )
 TENANT_ROWS = Family("shoal.infer.tenant.rows", C, "{row}", "Rows of these requests.", ("tenant",))
 OWN = (
-    *(
-        REQUESTS,
-        SLO,
-        WITHIN_SLO,
-        DURATION,
-        QUEUE,
-        COMPUTE,
-        BATCH,
-        GATHER,
-        SCATTER,
-        EXPIRED,
-        CANCELLED,
-        SHED,
-        EXPIRED_ROWS,
-        BISECTIONS,
-    ),
+    *(REQUESTS, SLO, WITHIN_SLO, DURATION, QUEUE, COMPUTE, BATCH, GATHER, SCATTER),
+    *(EXPIRED, CANCELLED, SHED, EXPIRED_ROWS, BISECTIONS),
     *(CACHE, WAITING, AGE, READY, FIRST, IN_FLIGHT, CACHE_SIZE, TENANT, TENANT_ROWS),
 )
 
@@ -171,7 +157,7 @@ def _counted(found: Statistics, labels: tuple[str, str]) -> Iterable[Reading]:
     yield EXPIRED, labels, found.expired
     yield CANCELLED, labels, found.cancelled
     for reason, count in found.shed_by.items():
-        # One series of a model whose requests are not shed: there may be 500 models.
+        # A model that sheds nothing has one series, and not four: there may be 500 models.
         if count or reason is Shed.QUEUE_FULL:
             yield SHED, (*labels, reason), count
     yield EXPIRED_ROWS, labels, found.expired_executed

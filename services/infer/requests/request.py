@@ -23,7 +23,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.tensors import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS, completed, count_elements, shape_text
 
 if TYPE_CHECKING:
-    # A model's process, which has requests too, does without it.
+    # Model processes import this module, too, and do without OpenTelemetry.
     from opentelemetry.trace import SpanContext
 
 # Beyond these, reading a request takes about a millisecond, and waits for its turns. Typed contents are copied, and
