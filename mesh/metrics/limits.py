@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Iterable
 
 from mesh.metrics.families import Family, Kind, Reading
 
@@ -17,7 +17,7 @@ REFUSED = Family(
 
 
 class RefusedCounts:
-    """Counts of refused calls. Memory is bounded by the limits of the policy."""
+    """Counts of refused calls. `keep` bounds their memory by the limits of the policy."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -26,9 +26,9 @@ class RefusedCounts:
         """Count calls refused by the number `of` of a limit: `requests`, `in_flight`, `bytes`, `rows`."""
         self._counts[limit, of] += calls
 
-    def keep(self, limits: Container[str]) -> None:
-        """Forget the limits that the policy does not have any more."""
-        self._counts = Counter({key: count for key, count in self._counts.items() if key[0] in limits})
+    def keep(self, has: Callable[[str], bool]) -> None:
+        """Forget the limits that the policy does not have any more; `has` returns True for the others."""
+        self._counts = Counter({key: count for key, count in self._counts.items() if has(key[0])})
 
     def read(self) -> Iterable[Reading]:
         for labels, count in sorted(self._counts.items()):

@@ -331,7 +331,7 @@ class HeldShares:
         kinds = self._kinds | self._job_kinds
         self._limits = {limit.name: limit for limit in policy.limits if not kinds.isdisjoint(self._counted(limit))}
         self.epoch += 1
-        self.refused.keep(self._limits)
+        self.refused.keep(self._limits.__contains__)
         now = self._clock()
         for bucket, share in list(self._shares.items()):
             limit = self._limits.get(bucket.limit)

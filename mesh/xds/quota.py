@@ -237,4 +237,5 @@ class QuotaServer:
                 {"event": "limits.shares_stale", "claimant": claimant, "error": err.message},
             )
             return None
+        self.refused.keep(lambda name: self._claims.limit(name) is not None)
         return gateway.actions(shares, self._claims.limit, self._clock())

@@ -17,7 +17,7 @@ from envoy_data_plane.envoy.type.v3 import RateLimitStrategyBlanketRule
 
 from mesh.metrics.limits import REFUSED, RefusedCounts
 from mesh.xds import quota
-from mesh.xds.quota import IDLE_S, _Gateway
+from mesh.xds.quota import IDLE_S, QuotaServer, _Gateway
 from mesh.xds.quota_messages import Reports
 from shoal.access.limits import Amount, Bucket, Kind
 from shoal.access.policy import Limit
@@ -76,6 +76,28 @@ def test_a_demand_counts_refused_calls_over_the_time_between_reports() -> None:
     gateway.report(reports((IDS, 10, 25)), 5.0)
     assert gateway.demands()[ACME] == 8.0
     assert [*refused.read()] == [(REFUSED, ("l", "requests"), 25)]
+
+
+async def test_refused_calls_of_a_limit_that_the_policy_does_not_have_any_more_are_forgotten() -> None:
+    class OneLimit:
+        renew_s = 1.0
+        found: Limit | None = limit()
+
+        async def claim(self, claimant: str, demands: Mapping[Bucket, float]) -> Mapping[Bucket, Amount]:
+            return {}
+
+        def limit(self, name: str) -> Limit | None:
+            return self.found
+
+    claims: Any = OneLimit()
+    server = QuotaServer(claims, "local/coord-0", lambda: 0.0)
+    gateway = _Gateway(server.refused)
+    gateway.report(reports((IDS, 0, 3)), 0.0)
+    await server._renewed("local/coord-0/gateway-0", gateway)
+    assert [*server.refused.read()] == [(REFUSED, ("l", "requests"), 3)]
+    claims.found = None
+    await server._renewed("local/coord-0/gateway-0", gateway)
+    assert [*server.refused.read()] == []
 
 
 def test_only_a_changed_share_is_sent_unless_it_expires() -> None:
