@@ -9,13 +9,9 @@ import grpc
 from mesh.cluster.mirror import Mirror
 from mesh.rpc.channel import connect
 from services.coord.cluster import cluster_of
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
 
+# Longest wait for the calls to a former leader.
 _FORMER_S = 5.0
-
-FROM_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
-"""Metadata of a call that a coord makes for itself."""
-
 
 FAILED = (grpc.aio.AioRpcError, grpc.aio.UsageError)
 """Errors of a call over the channel. The second one: another coord leads since the channel was given out."""

@@ -14,7 +14,7 @@ from mesh.xds.ads import AdsServer
 from services.coord.access_rpc import AccessParts
 from services.coord.history import FIELDS
 from services.coord.instances import Instances
-from services.coord.leader_channel import FAILED, FROM_SERVICE, LeaderChannel
+from services.coord.leader_channel import FAILED, LeaderChannel
 from services.coord.messages import (
     envoy_message,
     history_message,
@@ -24,11 +24,13 @@ from services.coord.messages import (
 )
 from services.coord.sampling import Sampling
 from services.coord.spans import MeshSpans, visible_tenant
+from shoal.access.caller_header import AS_SERVICE
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
 from shoal.errors import InvalidArgument, Unavailable
 
-_FORWARD_S = 5.0
+# Less than a client's own timeout of 5 s: it is told that the leader does not answer.
+_FORWARD_S = 4.0
 
 
 class CoordRpc(pb_grpc.CoordServiceServicer):
@@ -96,8 +98,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
 
     async def GetSpans(self, request: pb.GetSpansRequest, ctx: Context) -> pb.GetSpansResponse:
         access = None if self._watch is None else self._watch.access
-        tenant = visible_tenant(access, dict(ctx.invocation_metadata() or ()))
-        return await self._spans.get(request, tenant)
+        return await self._spans.get(request, visible_tenant(access, ctx))
 
     async def GetHistory(self, request: pb.GetHistoryRequest, ctx: Context) -> pb.GetHistoryResponse:
         by = request.by or "model"
@@ -110,7 +111,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
             forwarded = pb.GetHistoryRequest(by=by, seconds=request.seconds, points=request.points, forwarded=True)
             stub = pb_grpc.CoordServiceStub(leader)
             try:
-                response = await stub.GetHistory(forwarded, timeout=_FORWARD_S, metadata=FROM_SERVICE)
+                response = await stub.GetHistory(forwarded, timeout=_FORWARD_S, metadata=AS_SERVICE)
             except FAILED as err:
                 why = err.details() if isinstance(err, grpc.aio.AioRpcError) else err
                 raise Unavailable(f"the leading coord does not answer: {why}") from err

@@ -21,8 +21,9 @@ from mesh.cluster.mirror import Mirror
 from mesh.process.watched import Watched
 from mesh.rpc.cluster_access import InForce
 from mesh.rpc.share_messages import request_message, shares_in
-from services.coord.leader_channel import FAILED, FROM_SERVICE, LeaderChannel
+from services.coord.leader_channel import FAILED, LeaderChannel
 from services.coord.shares import RENEW_S, Shares
+from shoal.access.caller_header import AS_SERVICE
 from shoal.access.limits import Amount, Bucket
 from shoal.access.policy import Limit, Policy
 from shoal.coord.v1 import shares_pb2_grpc
@@ -104,7 +105,7 @@ class ShareClaims:
     ) -> Mapping[Bucket, Amount]:
         stub = shares_pb2_grpc.ShareServiceStub(leader)
         request = request_message(claimant, demands, is_forwarded=True)
-        response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=FROM_SERVICE)
+        response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=AS_SERVICE)
         self._note(alone=False)
         self._shares.leave(claimant)
         return shares_in(response)

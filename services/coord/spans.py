@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import grpc
 
 from mesh.cluster.membership import Instance
 from mesh.cluster.mirror import Mirror
 from mesh.metrics.spans import IDS, is_asked
-from mesh.rpc.access import Access
+from mesh.rpc.access import Access, caller_in
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
+from mesh.rpc.interceptors import Context
 from mesh.rpc.span_listing import latest
 from services.coord.cluster import cluster_of
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.caller_header import AS_SERVICE
 from shoal.access.rpc_groups import GET_SPANS, LIST_SPANS, SPANS_OF_ALL
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.errors import InvalidArgument, PermissionDenied, Unauthenticated
@@ -25,11 +26,10 @@ PROCESS_S = 5.0
 """Longest wait for the spans of one process."""
 # A process sends at most 2 MiB.
 _AT_ONCE = 2
-_AS_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
 
 
-def visible_tenant(access: Access | None, headers: Mapping[str, str | bytes]) -> str | None:
-    """Return the tenant whose spans a caller may see; None: those of all tenants.
+def visible_tenant(access: Access | None, context: Context) -> str | None:
+    """Return the tenant whose spans the caller of a call may see; None: those of all tenants.
 
     Without `access`, that is the one that the caller names, if any.
 
@@ -37,10 +37,9 @@ def visible_tenant(access: Access | None, headers: Mapping[str, str | bytes]) ->
         Unauthenticated, PermissionDenied: the caller may see none.
     """
     if access is None:
-        named = headers.get(TENANT_HEADER)
-        return named if named and isinstance(named, str) else None
-    header = headers.get(CALLER_HEADER)
-    caller = header.encode("latin-1", "replace") if isinstance(header, str) else None
+        named = dict(context.invocation_metadata() or ()).get(TENANT_HEADER)
+        return str(named) if named else None
+    caller = caller_in(context)
     verified = access.check(GET_SPANS, caller)
     try:
         access.check(SPANS_OF_ALL, caller)
@@ -83,7 +82,7 @@ async def _list(instance: Instance, request: bytes) -> bytes | None:
     """Return the response of a process; None without one."""
     try:
         async with Channel(instance.address) as channel:
-            return await channel.unary(LIST_SPANS, request, timeout_s=PROCESS_S, metadata=_AS_SERVICE)
+            return await channel.unary(LIST_SPANS, request, timeout_s=PROCESS_S, metadata=AS_SERVICE)
     except CallFailed as err:
         # It keeps no spans.
         return b"" if err.code() is grpc.StatusCode.UNIMPLEMENTED else None

@@ -33,6 +33,8 @@ LAUNCHER = b"launcher"
 """Caller of the process that started the server. No gateway can send it: it is not the base64 of a JSON object."""
 SERVICE = b"service"
 """Caller of a service of the mesh. The outbound listener of a node's Envoy sets it; a gateway cannot, as LAUNCHER."""
+AS_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
+"""Metadata of a call that a service makes for itself, and not through its node's Envoy."""
 
 CONNECTOR = b"connector:"
 """Begins the caller of the jobs of a connector. No gateway can send it either."""

@@ -23,7 +23,7 @@ from mesh.rpc.access import Access
 from services.ingest.config import IngestConfig
 from services.ingest.ulid import Ulids
 from shoal.access import tokens
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.caller_header import AS_SERVICE
 from shoal.access.rpc_groups import ADMINISTER, GROUP_OF, INTERNAL, OPERATE
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.ingest.v1 import ingest_pb2_grpc
@@ -41,7 +41,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Metadata = tuple[tuple[str, str], ...]
 INGEST, STORE = "/shoal.ingest.v1.IngestService/", "/shoal.store.v1.StoreService/"
 BROKEN = 13
-AS_SERVICE: Metadata = ((CALLER_HEADER, SERVICE.decode()),)
 # RPCs of models, and of their files, which without a policy everybody may read.
 OF_GRANTS = {STORE + method for method in ["ListModels", "WatchModels", "RemoveModel", "SetAlias"]}
 OF_GRANTS |= {STORE + method for method in ["RegisterModel", "StatArtifact", "GetArtifact", "PutArtifact"]}

@@ -35,7 +35,7 @@ from services.coord.access_rpc import AccessRpc
 from services.coord.enforcement import Enforcement
 from services.coord.keys import Keys
 from shoal.access import cluster, tokens
-from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE, SIGNER_HEADER
+from shoal.access.caller_header import AS_SERVICE, CALLER_HEADER, LAUNCHER, SIGNER_HEADER
 from shoal.access.policy import Policy
 from shoal.access.tokens import PREFIX, Signer
 from shoal.coord.v1 import access_pb2 as pb
@@ -312,7 +312,7 @@ async def test_a_rotation_returns_when_every_envoy_verifies_the_new_signers_keys
         f"/{SERVICE_NAME}/DeltaAggregatedResources",
         request_serializer=bytes,
         response_deserializer=DeltaDiscoveryResponse.parse,
-    )(metadata=((CALLER_HEADER, SERVICE.decode()),))
+    )(metadata=AS_SERVICE)
     acknowledges, received = asyncio.Event(), ""
 
     async def envoy() -> None:
@@ -508,7 +508,7 @@ async def test_services_claim_shares_of_the_limits_that_are_applied(access: Acce
     code, _ = await refusal(stub.ClaimShares(request, metadata=access.admin))
     assert code == "PERMISSION_DENIED"
     await access.apply(document(limits="[{name: plan, rows_per_second: 100, burst_rows: 300}]"))
-    (share,) = (await stub.ClaimShares(request, metadata=((CALLER_HEADER, SERVICE.decode()),))).shares
+    (share,) = (await stub.ClaimShares(request, metadata=AS_SERVICE)).shares
     assert (share.bucket, share.amount, share.burst) == (bucket, 100, 300)
     many = [{"name": f"l{number}", "requests_per_second": 1} for number in range(5)]
     code, text = await refusal(access.apply(document(limits=json.dumps(many))))

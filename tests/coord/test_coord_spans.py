@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from mesh.rpc.access import Access
 from mesh.rpc.span_listing import BYTES, SPANS, latest
 from services.coord.spans import visible_tenant
 from shoal.access import tokens
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.caller_header import AS_SERVICE
 from shoal.access.tokens import Signer
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.errors import PermissionDenied, Unauthenticated
@@ -23,9 +24,13 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
     return tokens.create_signer(tmp_path_factory.mktemp("signer") / "signer.json")
 
 
-def named(signer: Signer, role: str) -> Mapping[str, str]:
+def call(*headers: tuple[str, str]) -> Any:
+    return SimpleNamespace(invocation_metadata=lambda: headers)
+
+
+def named(signer: Signer, role: str) -> Any:
     # A gateway removes this header; it must count for nothing.
-    return {**dict([passed(claims_of(key(signer, tenant="acme", role=role)))]), TENANT_HEADER: "globex"}
+    return call(passed(claims_of(key(signer, tenant="acme", role=role))), (TENANT_HEADER, "globex"))
 
 
 @pytest.mark.parametrize(
@@ -42,13 +47,13 @@ def test_a_caller_without_rights_or_without_a_token_sees_none(signer: Signer) ->
     with pytest.raises(PermissionDenied):
         visible_tenant(access, named(signer, "unknown"))
     with pytest.raises(Unauthenticated):
-        visible_tenant(access, {TENANT_HEADER: "acme"})
-    assert visible_tenant(access, {CALLER_HEADER: SERVICE.decode()}) is None
+        visible_tenant(access, call((TENANT_HEADER, "acme")))
+    assert visible_tenant(access, call(*AS_SERVICE)) is None
 
 
 def test_without_a_policy_a_caller_sees_the_spans_of_the_tenant_that_it_names() -> None:
-    assert visible_tenant(None, {TENANT_HEADER: "acme"}) == "acme"
-    assert visible_tenant(None, {}) is None
+    assert visible_tenant(None, call((TENANT_HEADER, "acme"))) == "acme"
+    assert visible_tenant(None, call()) is None
 
 
 def test_an_answer_has_the_latest_spans_up_to_a_number_and_a_size() -> None:

@@ -18,14 +18,13 @@ from services.store.registry.model_code import has_code
 from services.store.registry.model_rules import File
 from services.store.results.waiting import Waiters
 from shoal.access import tokens
-from shoal.access.caller_header import CALLER_HEADER, SERVICE
+from shoal.access.caller_header import AS_SERVICE
 from shoal.access.tokens import Signer
 from shoal.store.v1 import store_pb2 as pb
 from tests.access.policies import claims_of, key, passed, policy
 from tests.store.conftest import Store, refused, running_store, sha256, upload
 
 S = grpc.StatusCode
-AS_SERVICE = ((CALLER_HEADER, SERVICE.decode()),)
 MODEL = b"the bytes of a model"
 GRANTS: list[dict[str, Any]] = [
     {"name": "acme", "tenants": ["acme"], "models": ["acme-*", "shared"]},
