@@ -27,7 +27,7 @@ PAGE = (
 )
 """Families of the page that rows of models, tenants and instances need, as `name[]` of a request for `/metrics`."""
 EXECUTIONS = ("shoal_infer_batch_size", "shoal_infer_compute_duration_seconds", "shoal_infer_queue_duration_seconds")
-"""Those that rows of executions need, too."""
+"""Families that rows of executions need besides PAGE."""
 SERIES = 200_000
 """Most counters of a node that `shoal top` follows and that are not 0: those of 500 busy models with 4 instances."""
 NO_ANSWER = " (no answer)"
@@ -331,7 +331,6 @@ def _failed_at_envoy(change: Change) -> float:
     Its answer to a gRPC call has the HTTP status 200: such an error is in the counts of clusters (no instance answers,
     an instance broke off, time over) or of filters (callers, limits), and one of REST also in those of the listener.
     """
-
     grown = change.grown
     classes = grown.by("envoy_http_downstream_rq_xx", ("envoy_response_code_class",))
     clusters = grown.by("envoy_cluster_upstream_rq_xx", ("envoy_response_code_class",)).get(("5",), 0.0)

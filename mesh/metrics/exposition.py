@@ -25,6 +25,7 @@ from mesh.metrics.snapshot import read
 KEPT_S = 1.0
 """Time for which a page is given again: however many ask, a page of 500 models is made once a second at most."""
 _KEPT = 8
+"""Pages with different families that are kept."""
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_1 = f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 
@@ -38,7 +39,7 @@ Wanted: TypeAlias = Callable[[str], bool]
 def wanted(query: str) -> Wanted | None:
     """Return a function that returns True for the families of a request, by their names on the page; None: for all.
 
-    As for other exporters, each `name[]` is one name. One that ends in `*` is the begin of names.
+    As for other exporters, each `name[]` is one name. One that ends in `*` stands for all names that begin so.
     """
     names = parse_qs(query).get("name[]")
     if names is None:

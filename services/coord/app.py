@@ -148,7 +148,7 @@ async def run(config: CoordConfig) -> None:
             Registration.of(config, "coord", server.address, admin=config.admin or "")
         )
         configurations.own = lambda: registration.instance
-        enforcement.unregistered = configurations.serving
+        enforcement.serving = configurations.serving
         await stack.enter_async_context(published(watch, registration, ads.until_enforced))
         metrics.election = await stack.enter_async_context(election)
         await stack.enter_async_context(Duties(etcd, mirror, election))

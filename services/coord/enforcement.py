@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from mesh.cluster.membership import Instance, view_of
 from mesh.cluster.mirror import Copy, Mirror
 
+# An instance without a registration that ends changes no key: nothing wakes whoever waits for it.
 _AGAIN_S = 0.2
 
 
-def lagging(copy: Copy, unregistered: Iterable[Instance], revision: int) -> tuple[str, ...]:
+def lagging(copy: Copy, serving: Iterable[Instance], revision: int) -> tuple[str, ...]:
     """Return the names of the instances that enforce an older policy. Instances without authentication are left out.
 
-    `unregistered` may be in `copy` as well: their entries there count.
+    Of an instance that is in `serving` and in `copy`, the entry in `copy` counts.
     """
-    instances = {instance.name: instance for instance in (*unregistered, *view_of(copy).instances)}
+    instances = {instance.name: instance for instance in (*serving, *view_of(copy).instances)}
     return tuple(
         sorted(
             name
@@ -31,8 +32,8 @@ class Enforcement:
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self.unregistered: Callable[[], Iterable[Instance]] = tuple
-        """Return the instances that serve and may have lost their registrations: they are waited for, too."""
+        self.serving: Callable[[], Iterable[Instance]] = tuple
+        """Returns the instances that may serve calls, also without a registration: they are waited for, too."""
 
     async def lacking(self, revision: int, within_s: float) -> tuple[str, ...]:
         """Wait until every instance enforces the policy of `revision`, at most `within_s`; return those that do not."""
@@ -40,7 +41,7 @@ class Enforcement:
         while True:
             copy = self._mirror.copy
             # Before the copy has the write, it may lack an instance that started meanwhile.
-            late = lagging(copy, self.unregistered(), revision) if copy.revision >= revision else ("coord",)
+            late = lagging(copy, self.serving(), revision) if copy.revision >= revision else ("coord",)
             left_s = deadline - time.monotonic()
             if not late or left_s <= 0:
                 return late

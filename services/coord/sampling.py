@@ -35,6 +35,7 @@ does not take the others' figures along."""
 SERIES = 40_000
 """Most counters of all nodes that are followed: 10 MiB. An idle one is none; a busy model has 25 an instance."""
 PAGE_BYTES = 64 << 20
+"""Most bytes of a node's page."""
 _NAMES = "&".join(f"name[]={quote(name)}" for name in rates.PAGE)
 
 
@@ -54,20 +55,24 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a client gets of the history."""
+    """Points of one kind of names, with the nodes that they are from."""
 
     since: float
-    """Unix time of the beginning."""
+    """Unix time at which the history began."""
     until: float
+    """Unix time of the end of the last point."""
     points: Points
     nodes: tuple[Node, ...]
     left_out: int
+    """Names of the last reading that the memory has no place for."""
 
 
 class Sampling(Background):
-    """Keeps the history while this coord leads.
+    """Keeps the history while this coord leads. Use as `async with`.
 
     Args:
+        mirror: copy of all keys of the cluster, with the admin address of each node.
+        election: tells when this coord leads.
         clock: monotonic seconds.
         now: unix seconds.
     """

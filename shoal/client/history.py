@@ -33,9 +33,9 @@ class History:
     """Figures of the past, in points of equal time."""
 
     coord: str
-    """The coord whose history it is."""
+    """The leading coord, which keeps the history: `<node>/coord-<n>`."""
     since: datetime | None
-    """When it began: after a failover, and after a restart of coord, it begins anew."""
+    """The beginning of the history: each failover, and each restart of that coord, begins it anew."""
     until: datetime | None
     """The end of the last point."""
     step_seconds: float

@@ -157,7 +157,7 @@ async def test_a_policy_is_in_force_when_a_lost_instance_and_one_without_its_lea
     enforcement = Enforcement(mirror)
     # The entry in etcd is newer than what is remembered of the same instance.
     serving = [replace(ahead, policy_revision=2)]
-    enforcement.unregistered = lambda: serving
+    enforcement.serving = lambda: serving
     assert await enforcement.lacking(6, 0.0) == ()
     serving.append(behind)
     assert await enforcement.lacking(6, 0.0) == (behind.name,)
