@@ -57,8 +57,6 @@ _ESCAPED = re.compile(r"\\(.)")
 class Page:
     """Values by name of the sample, and by labels."""
 
-    at: float
-    """Seconds, on any clock."""
     samples: Samples
 
     def has(self, name: str) -> bool:
@@ -168,7 +166,7 @@ class Counters:
         self._models = models | {instance: self._models.get(instance, set()) for instance in silent}
         self._is_cut = count >= self.series
         before, self._at = self._at, at
-        return None if before is None else Change(max(at - before, 1e-9), Page(at, grown), Page(at, now))
+        return None if before is None else Change(max(at - before, 1e-9), Page(grown), Page(now))
 
     def _is_new(self, instance: str, labels: str) -> bool:
         """Return True for a counter whose value is not known to have been 0 on the last page."""
@@ -196,7 +194,7 @@ def merged(changes: Mapping[str, Change], seconds: float) -> Change:
         for page, into, factor in ((change.grown, grown, scale), (change.now, now, 1.0)):
             for name, series in page.samples.items():
                 into[name].update({(("node", node), *labels): value * factor for labels, value in series.items()})
-    return Change(seconds, Page(0.0, grown), Page(0.0, now))
+    return Change(seconds, Page(grown), Page(now))
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import urllib.request
 from collections import defaultdict
 from http.client import HTTPException
@@ -36,19 +35,19 @@ def read(admin: str, target: str, *, timeout_s: float) -> str:
 
 
 def metrics(admin: str, *, timeout_s: float) -> Page:
-    """Return the page of metrics at the admin address, with the time at which it was read.
+    """Return the page of metrics at the admin address.
 
     Raises:
         Unavailable: as `read`, or the page has no metrics.
     """
     text = read(admin, "/metrics", timeout_s=timeout_s)
     try:
-        return parse(text, time.monotonic())
+        return parse(text)
     except ValueError as err:
         raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err
 
 
-def parse(text: str, at: float) -> Page:
+def parse(text: str) -> Page:
     """Return the page of a text in Prometheus' format. Raises ValueError when it is none."""
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,4 +57,4 @@ def parse(text: str, at: float) -> Page:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
-    return Page(at, samples)
+    return Page(samples)

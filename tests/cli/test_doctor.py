@@ -143,7 +143,7 @@ HEALTHY = Facts(
     keys=(key(60), key(-1), key(5, role="user", created_at=NOW - DAY)),
     certificate=CertificateFacts("CN=gateway", NOW - 30 * DAY, NOW + 60 * DAY),
     ca=CertificateFacts("CN=Shoal CA", NOW - 30 * DAY, NOW + 3_000 * DAY),
-    page=admin_page.parse(PAGE, 0.0),
+    page=admin_page.parse(PAGE),
     admin="127.0.0.1:9901",
     local=LOCAL,
 )
@@ -158,7 +158,7 @@ def page(*lines: str) -> Facts:
     changed = {line.rpartition(" ")[0]: line for line in lines}
     kept = [changed.pop(line.rpartition(" ")[0], line) for line in PAGE.splitlines()]
     assert not changed, "a series of the healthy page"
-    return replace(HEALTHY, page=admin_page.parse("\n".join([*kept, ""]), 0.0))
+    return replace(HEALTHY, page=admin_page.parse("\n".join([*kept, ""])))
 
 
 def local(**fields: object) -> Facts:
