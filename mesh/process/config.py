@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -58,7 +59,7 @@ class ServiceConfig(BaseModel):
     """Address of the page of metrics for Prometheus, `/metrics`: a unix socket or a loopback port. Unset: no page."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
-    log_levels: str | None = None
+    log_levels: Path | None = None
     """File of levels that differ for a time; `shoal up` gives it, for `shoal logs --set-level`. Unset: none do."""
 
 

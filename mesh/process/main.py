@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -57,5 +56,5 @@ def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None
 
 async def _with_log_levels(config: C, run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
     levels = config.log_levels
-    async with LogLevels(Path(levels), config.instance) if levels is not None else nullcontext():
+    async with LogLevels(levels, config.instance) if levels is not None else nullcontext():
         await run(config)

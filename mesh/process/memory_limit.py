@@ -24,7 +24,7 @@ def limit_memory(size: int | None, root: Path = _ROOT) -> None:
     if size is None:
         if (root / "dev/nvidiactl").exists():
             return
-        size = max(memory_bytes() // 4 * 3, _LEAST_BYTES)
+        size = max(memory_bytes(root) // 4 * 3, _LEAST_BYTES)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limits = [each for each in (size, soft, hard) if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
