@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mesh.process.files import write_atomically
 from shoal.cli.output import printable, show_json_line, text
 from shoal.errors import InvalidArgument
 
@@ -90,10 +90,8 @@ def _read(path: Path | None) -> str:
 
 
 def _write(path: Path, token: str) -> None:
-    """Replace the file atomically: after a kill the old token remains, and a line may be printed again."""
-    new = path.with_name(path.name + ".new")
+    """Replace the file: after a kill the old token remains, and a line may be printed again."""
     try:
-        new.write_text(token + "\n", "ascii")
-        os.replace(new, path)
+        write_atomically(path, token + "\n")
     except OSError as err:
         raise InvalidArgument(f"--resume {path}: cannot write it: {err}") from None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mesh.process.files import write_atomically
 from mesh.xds import access
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.web import Web, virtual_hosts
@@ -56,6 +56,4 @@ def _file(folder: Path, name: str) -> dict[str, Any]:
 def _replace(folder: Path, name: str, resource: Mapping[str, Any]) -> None:
     version = hashlib.sha256(json.dumps(resource).encode()).hexdigest()[:16]
     # Envoy notices a file that is moved to the path, and not one that is written there.
-    written = folder / f"{name}.new"
-    written.write_text(json.dumps({"version_info": version, "resources": [resource]}))
-    os.replace(written, folder / f"{name}.json")
+    write_atomically(folder / f"{name}.json", json.dumps({"version_info": version, "resources": [resource]}))

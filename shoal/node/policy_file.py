@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mesh.process.files import write_atomically
 from mesh.process.tasks import Background
 from shoal.access import policy as policies
 from shoal.access.policy import Policy
@@ -48,7 +48,7 @@ class PolicyFile(Background):
         self._files = policies.files(source)
         # The files may have changed since `policy` was read: the first look reads them again.
         self._seen: _Stamps = ()
-        _write(policy, target)
+        write_atomically(target, policy.model_dump_json())
 
     async def _run(self) -> None:
         while True:
@@ -69,7 +69,7 @@ class PolicyFile(Background):
             refused = await self._edge.rejected_policies()
             self._policy = None
             # Workers first: what the new policy refuses ends there, whatever Envoy still lets pass.
-            await asyncio.to_thread(_write, policy, self._target)
+            await asyncio.to_thread(write_atomically, self._target, policy.model_dump_json())
             await asyncio.to_thread(self._edge.apply, policy)
         except ShoalError as err:
             self._report(f"{err.message}\nthe former policy stays in force")
@@ -100,9 +100,3 @@ def _stamps(files: list[Path]) -> _Stamps:
         except OSError:
             found.append((str(path), 0, 0))
     return tuple(found)
-
-
-def _write(policy: Policy, target: Path) -> None:
-    written = target.with_suffix(".new")
-    written.write_text(policy.model_dump_json())
-    os.replace(written, target)
