@@ -22,23 +22,23 @@ _TRACE = re.compile(r"[0-9a-f]{8,32}")
 _JOB = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
-def is_asked(trace: str, job: str) -> bool:
-    """Return True for a trace, a job, or two empty texts, which ask for the latest spans of failed or slow calls."""
+def is_valid(trace: str, job: str) -> bool:
+    """Return True when not both are given, and the one that is given is an id."""
     if trace and job:
         return False
     return bool(_TRACE.fullmatch(trace)) if trace else not job or bool(_JOB.fullmatch(job))
 
 
-def asked(query: str) -> tuple[str, str] | None:
-    """Return the trace and the job, of which one is empty, of the query of a request; None for any other query."""
+def parsed(query: str) -> tuple[str, str] | None:
+    """Return the trace and the job that the query of a request names, else empty; None for any other query."""
     fields = parse_qs(query, keep_blank_values=True)
     if any(len(values) != 1 or not values[0] for values in fields.values()) or fields.keys() - {"trace", "job"}:
         return None
     trace, job = (fields.get(name, [""])[0] for name in ("trace", "job"))
-    return (trace, job) if is_asked(trace, job) else None
+    return (trace, job) if is_valid(trace, job) else None
 
 
-def found(kept: KeptSpans, trace: str, job: str) -> list[dict[str, Any]]:
+def select(kept: KeptSpans, trace: str, job: str) -> list[dict[str, Any]]:
     """Return the kept spans of a trace or of a job; for neither, the latest of calls that failed or were slow."""
     if trace:
         return kept.of_trace(trace)
@@ -52,7 +52,7 @@ class SpansPage:
         self._kept = kept
 
     async def __call__(self, request: Request) -> Response:
-        wanted = asked(request.query)
-        if wanted is None:
+        query = parsed(request.query)
+        if query is None:
             return BAD_QUERY
-        return Response(200, "application/json", json.dumps(found(self._kept, *wanted)).encode())
+        return Response(200, "application/json", json.dumps(select(self._kept, *query)).encode())

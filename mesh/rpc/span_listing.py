@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from mesh.metrics.spans import found
+from mesh.metrics.spans import select
 from mesh.process import telemetry
 from mesh.process.kept_spans import TENANT, KeptSpans
 from mesh.rpc.interceptors import Context
@@ -32,7 +32,7 @@ def methods() -> Mapping[str, Any]:
 
 def _handler(kept: KeptSpans) -> Any:
     async def list_spans(request: pb.ListSpansRequest, context: Context) -> pb.ListSpansResponse:
-        chosen = found(kept, request.trace, request.job)
+        chosen = select(kept, request.trace, request.job)
         if request.HasField("tenant"):
             chosen = [span for span in chosen if span["attributes"].get(TENANT) == request.tenant]
         spans, is_truncated = latest(map(message_of, chosen))

@@ -9,7 +9,7 @@ import grpc
 
 from mesh.cluster.membership import Instance
 from mesh.cluster.mirror import Mirror
-from mesh.metrics.spans import IDS, is_asked
+from mesh.metrics.spans import IDS, is_valid
 from mesh.rpc.access import Access, caller_in
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.failures import CallFailed
@@ -60,7 +60,7 @@ class MeshSpans:
 
     async def get(self, request: pb.GetSpansRequest, tenant: str | None) -> pb.GetSpansResponse:
         """Return the spans that a request asks for, of one tenant; None: of all. Raises InvalidArgument."""
-        if not is_asked(request.trace, request.job):
+        if not is_valid(request.trace, request.job):
             raise InvalidArgument(f"trace, job: {IDS}")
         wanted = pb.ListSpansRequest(trace=request.trace, job=request.job, tenant=tenant).SerializeToString()
         instances = [one for one in cluster_of(self._mirror.copy).instances if one.node == self._node]

@@ -35,7 +35,7 @@ class History:
     coord: str
     """The leading coord, which keeps the history: `<node>/coord-<n>`."""
     since: datetime | None
-    """The beginning of the history: each failover, and each restart of that coord, begins it anew."""
+    """The beginning of the history: the first time that this coord led since its start."""
     until: datetime | None
     """The end of the last point."""
     step_seconds: float

@@ -224,7 +224,7 @@ async def _page(one: Scraped, accept: str = "", within_s: float | None = None) -
 
 async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
     """Return the kept spans that a query asks for, of all processes, and the names of processes without an answer."""
-    if spans_page.asked(query) is None:
+    if spans_page.parsed(query) is None:
         return spans_page.BAD_QUERY
     # Envoy's page is that of its statistics.
     services = [one for one in processes if one.socket is not None and one.target == "/metrics"]
