@@ -214,9 +214,16 @@ class Registration:
     def of(cls, config: ServiceConfig, service: str, address: str, *, admin: str = "") -> Registration:
         """Return the registration of this process, which serves `service` at `address`; `admin` is as in Instance."""
         instance = Instance(
-            service, config.node, config.instance, address, os.getpid(), State.STARTING, time.time(), (), __version__
+            service,
+            config.node,
+            config.instance,
+            address,
+            os.getpid(),
+            State.STARTING,
+            time.time(),
+            version=__version__,
+            admin=admin,
         )
-        instance = replace(instance, admin=admin)
         return cls(config.etcd, instance, notice_ms=config.notice_ms)
 
     @property

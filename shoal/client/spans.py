@@ -30,12 +30,12 @@ class Span:
     """Text of the error; empty without one."""
     attributes: Mapping[str, str]
     links: tuple[str, ...]
-    """Other traces that the span did the work of, too."""
+    """Traces of other calls whose work the span did as well."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Kept spans, in the order of their begins."""
+    """Kept spans, sorted by start."""
 
     spans: tuple[Span, ...]
     silent: tuple[str, ...]
