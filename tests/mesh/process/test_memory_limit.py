@@ -50,7 +50,7 @@ def test_an_allocation_beyond_the_limit_fails_and_the_process_goes_on(tmp_path: 
         limit_memory(1 << 30)
         limit_memory(None)
         try:
-            bytearray(1 << 40)
+            bytearray(2 << 30)
         except MemoryError:
             print(len(bytearray({MIB})))
     """
