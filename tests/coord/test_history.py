@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from mesh.cluster.membership import Instance, State, encode
 from mesh.cluster.mirror import Copy
 from mesh.metrics.endpoint import Endpoint, Request, Response
+from mesh.rpc.channel import connect
 from services.coord.history import EVERY_S, SLOTS, History
 from services.coord.rpc import CoordRpc
 from services.coord.sampling import SERIES, Sampling
@@ -309,18 +312,31 @@ def test_counters_beyond_the_bound_have_no_rate_and_none_when_there_is_room_agai
     ]
 
 
+def served_by(leader: grpc.aio.Channel | None, history: Sampling, watch: Any = None) -> CoordRpc:
+    """Return a coord whose channel to the leader this is; None: it leads."""
+
+    async def get() -> grpc.aio.Channel | None:
+        return leader
+
+    unused: Any = None
+    channel: Any = SimpleNamespace(get=get)
+    return CoordRpc("local/coord-0", unused, unused, unused, watch, leader=channel, sampling=history)
+
+
+async def test_a_leader_that_does_not_answer_is_named_with_the_reason(tmp_path: Path) -> None:
+    ctx: Any = None
+    async with connect(f"unix:{tmp_path}/none.sock") as nobody:
+        served = served_by(nobody, sampling_of(Cluster(), (0.0,), leads=False))
+        with pytest.raises(Unavailable, match=r"^the leading coord does not answer: .*none\.sock"):
+            await served.GetHistory(pb.GetHistoryRequest(by="tenant"), ctx)
+
+
 @pytest.mark.parametrize("forwarded", [False, True])
 async def test_models_that_the_caller_may_not_see_are_left_out(forwarded: bool) -> None:
-    class Leads:
-        async def get(self) -> None:
-            return None
-
     history = sampling_of(Cluster(), (0.0,))
     history._history.add(0, rows(["seen 1", "hidden 1"]))
     watch: Any = SimpleNamespace(access=SimpleNamespace(allows=lambda rpc, caller, model: model == "seen"))
-    unused: Any = None
-    leader: Any = Leads()
-    served = CoordRpc("local/coord-0", unused, unused, unused, watch, leader=leader, sampling=history)
+    served = served_by(None, history, watch)
     ctx: Any = SimpleNamespace(invocation_metadata=lambda: ())
     found = await served.GetHistory(pb.GetHistoryRequest(forwarded=forwarded), ctx)
     assert [(row.name, list(row.rate)) for row in found.rows] == [("seen 1", [1.0])]
