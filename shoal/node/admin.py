@@ -130,7 +130,7 @@ def endpoint(
         async def of_envoy(request: Request) -> Response:
             target = request.path + (f"?{request.query}" if request.query else "")
             try:
-                response = await fetch(envoy, target)
+                response = await fetch(envoy, target, "", READ_S)
                 if secrets and request.path in _DUMPS and response.status == 200:
                     return await asyncio.to_thread(_redacted, response, secrets)
                 return response
@@ -211,8 +211,8 @@ def _resources(pid: int, is_openmetrics: bool) -> bytes:
         return b""
 
 
-async def _page(one: Scraped, accept: str = "", within_s: float | None = None) -> bytes | None:
-    """Return a process's metrics; None when it has no page, or does not answer in time, or not with metrics."""
+async def _page(one: Scraped, accept: str, within_s: float) -> bytes | None:
+    """Return the body of a process's page; None when it has none, or does not answer in time, or not with the page."""
     if one.socket is None:
         return None
     with contextlib.suppress(OSError, TimeoutError, ValueError):
@@ -229,7 +229,7 @@ async def node_spans(processes: Sequence[Scraped], query: str) -> Response:
     # Envoy's page is that of its statistics.
     services = [one for one in processes if one.socket is not None and one.target == "/metrics"]
     target = f"{spans_page.PAGE}?{query}"
-    found = await asyncio.gather(*(_page(replace(one, target=target)) for one in services))
+    found = await asyncio.gather(*(_page(replace(one, target=target), "", READ_S) for one in services))
     document = {
         "spans": [span for body in found if body is not None for span in json.loads(body)],
         "silent": [one.instance for one, body in zip(services, found, strict=True) if body is None],
@@ -262,7 +262,9 @@ def merge(
                 parts = line.split(" ", 3)
                 if len(parts) > 2:
                     family = parts[2]
-                    is_wanted = wanted is None or wanted(family)
+                    # In OpenMetrics, the head of a counter has the name of its series without the suffix.
+                    named = (family, f"{family}_total") if is_openmetrics else (family,)
+                    is_wanted = wanted is None or any(map(wanted, named))
                     if not is_wanted:
                         continue
                     heads, _ = families.setdefault(family, ([], []))
@@ -286,13 +288,13 @@ def _labelled(line: str, added: str) -> str:
     return f"{name}{{{added}}} {value}"
 
 
-async def fetch(socket: Path, target: str, accept: str = "", within_s: float | None = None) -> Response:
+async def fetch(socket: Path, target: str, accept: str, within_s: float) -> Response:
     """Return the response to a GET at a unix socket. `accept` is the header of that name.
 
-    Raises as `mesh.metrics.page_client.fetch` does.
+    Raises:
+        OSError, TimeoutError, ValueError: as `mesh.metrics.page_client.fetch`.
     """
-    timeout_s = within_s or READ_S
-    return await page_client.fetch(f"unix:{socket}", target, accept, timeout_s=timeout_s, most_bytes=PAGE_BYTES)
+    return await page_client.fetch(f"unix:{socket}", target, accept, timeout_s=within_s, most_bytes=PAGE_BYTES)
 
 
 def file_sd(address: str, node: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mesh.metrics.endpoint import Endpoint, Request, Response
+from mesh.metrics.endpoint import OPENMETRICS, Endpoint, Request, Response
 from mesh.metrics.exposition import metrics_endpoint
 from mesh.metrics.families import Family, Kind, Reading
 from shoal.node import admin, processes
@@ -185,6 +185,19 @@ async def test_a_reader_names_the_families_and_the_node_that_it_means(run_dir: P
     ]
     assert [line for line in one.splitlines() if not line.startswith("#")] == [series]
     assert (alone, status) == ("", 404)
+
+
+async def test_a_reader_of_openmetrics_names_a_counter_as_its_series(run_dir: Path) -> None:
+    async with metrics_endpoint(f"unix:{run_dir}/one", [lambda: source("acme")]):
+        asked = "name[]=shoal_test_jobs_total&name[]=shoal_process_restarts_total"
+        response = await node_page([Scraped("s", "one", run_dir / "one")], OPENMETRICS, asked)
+    assert [line for line in response.body.decode().splitlines() if not line.startswith("# HELP")] == [
+        "# TYPE shoal_process_restarts counter",
+        'shoal_process_restarts_total{service="s",instance="one"} 0.0',
+        "# TYPE shoal_test_jobs counter",
+        'shoal_test_jobs_total{service="s",instance="one",tenant="acme"} 7.0',
+        "# EOF",
+    ]
 
 
 async def test_a_reader_in_a_hurry_gets_the_others_of_a_process_that_stands_still(
