@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from shoal.rates import Change, Row
 
 SPARK_WIDTH = 10
-"""Rates that a row has of the past."""
+"""Earlier rates of a row, for its bars."""
 EVERY_S = 5.0
 """Interval of the history."""
-PAST_S = 2.0
-"""Longest wait for the past of a node, whose figures of now do not need it."""
 _READ_S = 10.0
+# Longest wait for the history of a node, whose figures of now do not need it.
+_PAST_S = 2.0
 
 
 class Figures(ABC):
@@ -48,6 +48,10 @@ class Figures(ABC):
     @abstractmethod
     def rows(self, view: str) -> list[Row]:
         """Return the rows of the view, in no order."""
+
+    @abstractmethod
+    def past(self, view: str) -> dict[str, Any] | None:
+        """Return the history of the view in 60 points, as JSON data with null where there is no figure; None: none."""
 
     def notes(self) -> list[str]:
         """Return remarks on what was read: when it begins, and what is missing."""
@@ -72,7 +76,8 @@ class NodeFigures(Figures):
         self._counters = Counters()
         self._change: Change | None = None
         self._calls: Mapping[str, tuple[int, int]] = {}
-        self._past: dict[tuple[str, str], deque[float]] = {}
+        # By view and name.
+        self._rates: dict[tuple[str, str], deque[float]] = {}
 
     def read(self, view: str) -> None:
         """Read a page.
@@ -87,7 +92,7 @@ class NodeFigures(Figures):
             raise Unavailable(f"the admin address {self.where} has no metrics: {err}") from err
         before, self._calls = self._calls, calls
         if change is None:
-            self._past = self._of_history()
+            self._rates = self._of_history()
             return
         grown = {
             name: (max(0, sent - before[name][0]), max(0, failed - before[name][1]))
@@ -96,11 +101,11 @@ class NodeFigures(Figures):
         }
         self._change = replace(change, calls=grown)
         self.seconds = change.seconds
-        known, self._past = self._past, {}
+        known, self._rates = self._rates, {}
         for each in self.views:
             for row in self._now(each):
-                self._past[each, row.name] = known.get((each, row.name)) or deque(maxlen=SPARK_WIDTH)
-                self._past[each, row.name].append(row.rate)
+                self._rates[each, row.name] = known.get((each, row.name)) or deque(maxlen=SPARK_WIDTH)
+                self._rates[each, row.name].append(row.rate)
 
     def _fetch(self) -> tuple[str, float, Mapping[str, tuple[int, int]]]:
         from shoal.rates import EXECUTIONS, PAGE
@@ -122,7 +127,7 @@ class NodeFigures(Figures):
         with contextlib.suppress(ShoalError):
             for view in ClusterFigures.views:
                 history = self._client.history(
-                    cast("By", view), seconds=SPARK_WIDTH * EVERY_S, points=SPARK_WIDTH, timeout=PAST_S
+                    cast("By", view), seconds=SPARK_WIDTH * EVERY_S, points=SPARK_WIDTH, timeout=_PAST_S
                 )
                 if len(history.nodes) != 1:
                     return {}
@@ -146,8 +151,15 @@ class NodeFigures(Figures):
         """Return the rows of the view."""
         rows = self._now(view)
         for row in rows:
-            row.rates = list(self._past.get((view, row.name), ()))
+            row.rates = list(self._rates.get((view, row.name), ()))
         return rows
+
+    def past(self, view: str) -> dict[str, Any] | None:
+        """Return the history of the view; None when nobody keeps one, or it does not answer in time."""
+        if self._client is not None and view in ClusterFigures.views:
+            with contextlib.suppress(ShoalError):
+                return _plain(self._client.history(cast("By", view), timeout=_PAST_S))
+        return None
 
 
 class ClusterFigures(Figures):
@@ -196,24 +208,25 @@ class ClusterFigures(Figures):
                 found.append(row)
         return found
 
+    def past(self, view: str) -> dict[str, Any]:
+        """Return the history of the view. Raises as `read`."""
+        return _plain(self._client.history(cast("By", view), seconds=self._since_s))
+
     def notes(self) -> list[str]:
-        """Return when the history began, and which nodes are missing."""
-        return [] if self._history is None else notes(self._history)
+        """Return when the history began, and which nodes and names are missing."""
+        if (read := self._history) is None:
+            return []
+        found = [f"since {_clock(read.since)}, when the history of {read.coord} began; until {_clock(read.until)}"]
+        for node in read.nodes:
+            if node.missing:
+                last = f"last answer {_clock(node.answered_at)}" if node.answered_at else "it has not answered yet"
+                found.append(f"node {node.name} is missing: {node.address} does not answer ({last})")
+        if read.left_out:
+            found.append(f"{read.left_out} names are left out: the memory of the history is full")
+        return found
 
 
-def notes(history: History) -> list[str]:
-    """Return when a history began, and which nodes are missing."""
-    found = [f"since {_clock(history.since)}, when the history of {history.coord} began; until {_clock(history.until)}"]
-    for node in history.nodes:
-        if node.missing:
-            last = f"last answer {_clock(node.answered_at)}" if node.answered_at else "it has not answered yet"
-            found.append(f"node {node.name} is missing: {node.address} does not answer ({last})")
-    if history.left_out:
-        found.append(f"{history.left_out} names are left out: the memory of the history is full")
-    return found
-
-
-def past(history: History) -> dict[str, Any]:
+def _plain(history: History) -> dict[str, Any]:
     """Return a history as JSON data, with null where there is no figure."""
     from shoal.cli.output import plain
 

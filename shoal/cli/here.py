@@ -8,6 +8,7 @@ from shoal.discovery import RunningNode, find_gateway, find_node, node_of, runni
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 SERVE = "For `shoal serve`, start it with --metrics-port N, and add --admin 127.0.0.1:N where it is not found."
+"""End of an error where no node is found: the metrics and spans of a server are at this address."""
 
 
 def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
@@ -17,7 +18,7 @@ def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
         InvalidArgument: it runs on another machine, where `what` is; `otherwise` says what else to do.
         NotFound, FailedPrecondition: none is named, and none or several run here.
     """
-    url = named(gateway)
+    url = _named(gateway)
     if url is None:
         return find_node(os.environ)
     node = node_of(url, os.environ)
@@ -35,7 +36,7 @@ def admin_here(gateway: str | None, what: str) -> str:
     Raises:
         InvalidArgument, NotFound, FailedPrecondition: as `node_here`, and several servers run here.
     """
-    url = named(gateway)
+    url = _named(gateway)
     try:
         return node_here(gateway, what, SERVE).admin
     except (InvalidArgument, NotFound) as err:
@@ -52,7 +53,7 @@ def admin_here(gateway: str | None, what: str) -> str:
         raise
 
 
-def named(gateway: str | None) -> str | None:
+def _named(gateway: str | None) -> str | None:
     """Return the URL that the command, a variable or the context in use names; None when none does."""
     from shoal.cli.contexts import chosen
 

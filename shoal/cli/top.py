@@ -10,11 +10,11 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.figures import PAST_S, ClusterFigures, Figures, NodeFigures, parse_since, past
+from shoal.cli.figures import ClusterFigures, Figures, NodeFigures, parse_since
 from shoal.cli.here import admin_here
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show_json
 from shoal.errors import InvalidArgument, NotFound, ShoalError
@@ -22,8 +22,6 @@ from shoal.errors import InvalidArgument, NotFound, ShoalError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal.client import Client
-    from shoal.client.history import By
     from shoal.rates import Row
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
@@ -45,7 +43,7 @@ def top(
     since: Annotated[
         str | None,
         typer.Option(
-            metavar="AGE", help="Print the figures of the last 30m, of all nodes, and end.", show_default=False
+            metavar="AGE", help="Print figures of all nodes since then, such as 30m, and end.", show_default=False
         ),
     ] = None,
     admin: Annotated[
@@ -80,44 +78,40 @@ def top(
         raise InvalidArgument(f"--by {by!r}: expected {', '.join(_VIEWS)}")
     if sort not in SORTS:
         raise InvalidArgument(f"--sort {sort!r}: expected {', '.join(SORTS)}")
-    seconds = 0.0 if since is None else parse_since(since)
-    if seconds and admin is not None:
+    since_s = 0.0 if since is None else parse_since(since)
+    if since_s and admin is not None:
         raise InvalidArgument("--since reads the history of coord at a gateway, not at --admin: leave one of them out")
     with contextlib.ExitStack() as stack:
-        figures, client = _figures(admin, gateway, by, seconds, stack)
-        state = _State(figures, by, sort)
+        figures = _figures(admin, gateway, by, since_s, stack)
         if by not in figures.views:
             raise InvalidArgument(f"--by {by}: the history has {', '.join(figures.views)}")
-        if once or json or seconds or not sys.stdout.isatty():
-            _print(state, every, client, seconds, as_json=json)
+        state = _State(figures, by, sort)
+        if once or json or since_s or not sys.stdout.isatty():
+            _print(state, every, as_json=json)
         else:
             _live(state, max(every, figures.shortest_s))
 
 
-def _figures(
-    admin: str | None, gateway: str | None, by: str, seconds: float, stack: contextlib.ExitStack
-) -> tuple[Figures, Client | None]:
-    """Return the figures of a node or server on this machine, else those of the history; and the history's client."""
+def _figures(admin: str | None, gateway: str | None, by: str, since_s: float, stack: contextlib.ExitStack) -> Figures:
+    """Return the figures of a node or server on this machine, else those of the history. `stack` closes the client."""
     if admin is not None:
-        return NodeFigures(admin), None
-    if not seconds:
+        return NodeFigures(admin)
+    if not since_s:
         try:
-            admin = admin_here(gateway, "metrics")
+            here = admin_here(gateway, "metrics")
         except InvalidArgument:
-            # What runs on another machine has its page there.
+            # The page of metrics is on another machine; only the page has executions.
             if by not in ClusterFigures.views:
                 raise
-    if admin is None:
-        client = stack.enter_context(connect(gateway))
-        return ClusterFigures(client, seconds), client
-    # A server that nobody names has no gateway.
-    with contextlib.suppress(NotFound):
-        client = stack.enter_context(connect(gateway))
-        return NodeFigures(admin, client), client
-    return NodeFigures(admin), None
+        else:
+            # A `shoal serve` that nobody names is no gateway for `connect`.
+            with contextlib.suppress(NotFound):
+                return NodeFigures(here, stack.enter_context(connect(gateway)))
+            return NodeFigures(here)
+    return ClusterFigures(stack.enter_context(connect(gateway)), since_s)
 
 
-def _print(state: _State, every: float, client: Client | None, seconds: float, *, as_json: bool) -> None:
+def _print(state: _State, every: float, *, as_json: bool) -> None:
     state.read()
     if isinstance(state.figures, NodeFigures):
         time.sleep(every)
@@ -128,19 +122,8 @@ def _print(state: _State, every: float, client: Client | None, seconds: float, *
             console().print(note, style="dim", soft_wrap=True)
         return
     rows = [_plain(row) for row in state.rows()]
-    show_json({"by": state.by, "seconds": state.figures.seconds, "rows": rows, "past": _past(state, client, seconds)})
-
-
-def _past(state: _State, client: Client | None, seconds: float) -> dict[str, object] | None:
-    """Return the history in 60 points; None where there is none."""
-    if client is None or state.by not in ClusterFigures.views:
-        return None
-    by = cast("By", state.by)
-    if isinstance(state.figures, ClusterFigures):
-        return past(client.history(by, seconds=seconds))
-    with contextlib.suppress(ShoalError):
-        return past(client.history(by, timeout=PAST_S))
-    return None
+    past = state.figures.past(state.by)
+    show_json({"by": state.by, "seconds": state.figures.seconds, "rows": rows, "past": past})
 
 
 class _State:

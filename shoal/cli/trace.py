@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import admin_page
-from shoal.cli.here import SERVE, admin_here, named
+from shoal.cli.here import SERVE, admin_here
 from shoal.cli.output import Gateway, connect, console, printable, show
 from shoal.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 
@@ -106,7 +106,7 @@ def _reader(
             admin = admin_here(gateway, "spans")
         except InvalidArgument:  # The node is of another machine or user.
             client = stack.enter_context(connect(gateway))
-            return partial(_of_gateway, client), str(named(gateway))
+            return partial(_of_gateway, client), client.address
     return partial(_of_page, admin), admin
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from shoal import rates
 from shoal.cli import top
-from shoal.cli.figures import ClusterFigures, NodeFigures, parse_since, past
+from shoal.cli.figures import ClusterFigures, NodeFigures, parse_since
 from shoal.cli.main import app
 from shoal.client import History, HistoryNode
 from shoal.errors import InvalidArgument, Unavailable
@@ -248,7 +248,7 @@ def test_figures_of_the_history_say_since_when_and_which_nodes_are_missing() -> 
     began, missing = figures.notes()
     assert "when the history of local/coord-0 began" in began
     assert missing.startswith("node n1 is missing: 127.0.0.1:1 does not answer")
-    assert json.loads(json.dumps(past(client.of_models)))["rows"]["gone 1"]["rate"] == [4.0, 4.0, None]
+    assert json.loads(json.dumps(figures.past("model")))["rows"]["gone 1"]["rate"] == [4.0, 4.0, None]
 
 
 @pytest.mark.parametrize("wrong", ["61m", "0m", "soon", "2h"])
