@@ -9,5 +9,5 @@ _UNPACKED = Path(__file__).parent.parent / ".prometheus/usr/bin"
 
 
 def find_binary(name: str) -> str | None:
-    """Return the path of `prometheus` or `promtool`; None where it is not installed."""
+    """Return the path of a program, such as `promtool`; None where it is not installed."""
     return shutil.which(name) or shutil.which(name, path=str(_UNPACKED))

@@ -57,7 +57,7 @@ def source(
 
     def read() -> Iterable[Reading]:
         yield BUILD, (version,), 1
-        yield START, (), _start_time()
+        yield START, (), start_time()
         times = os.times()
         yield CPU, ("user",), times.user
         yield CPU, ("system",), times.system
@@ -93,9 +93,13 @@ def resources(pid: int) -> list[Reading]:
     ]
 
 
-def _start_time() -> float:
-    """Return the Unix time of the process's start (proc(5), field 22 of stat)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+def start_time(pid: int | str = "self") -> float:
+    """Return the Unix time of a process's start (proc(5), field 22 of stat).
+
+    Raises:
+        OSError: it has ended.
+    """
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 

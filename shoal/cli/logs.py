@@ -98,6 +98,8 @@ def logs(
         raise InvalidArgument(f"--level {level!r}: expected one of {', '.join(LEVELS).lower()}")
     if set_level and set_level.upper() not in (*LEVELS, _DEFAULT):
         raise InvalidArgument(f"--set-level {set_level!r}: expected one of {', '.join((*LEVELS, _DEFAULT)).lower()}")
+    if logger and not set_level:
+        raise InvalidArgument("--logger is for --set-level; --contains prints the entries that have a text")
     folder = _folder(data_dir, gateway)
     known = processes(folder)
     wanted = [name for name in known if _includes(process, name)]
@@ -137,7 +139,15 @@ def _includes(wanted: list[str] | None, name: str) -> bool:
 def _set_levels(
     logs: Path, named: list[str] | None, wanted: Sequence[str], level: str, logger: str, lasting: str
 ) -> None:
-    """Write the level of the processes `wanted` into the node's file, or remove it, and print what is in force."""
+    """Write the level of the processes `wanted` into the node's file, or remove it, and print what is in force.
+
+    Args:
+        logs: folder of the node's logs.
+        named: processes and services of the command line; None: none.
+        level: `DEFAULT` removes the level of the logger; without a logger, all levels.
+        logger: empty: every logger that has no level of its own.
+        lasting: an age, for which the level is in force.
+    """
     from mesh.process.log_levels import TimedLevel, read, write
     from shoal.node import folder
 
@@ -145,21 +155,19 @@ def _set_levels(
     if not chosen or (named and len(chosen) < len(wanted)):
         others = ", ".join(name for name in wanted if name not in chosen)
         raise InvalidArgument(f"--set-level {level.lower()}: only of {', '.join(_SERVICES)}, not of {others}")
-    until = time.time() + amounts.age(lasting, "--for").total_seconds()
-    if until - time.time() > _LONGEST_S:
+    lasts_s = amounts.age(lasting, "--for").total_seconds()
+    if lasts_s > _LONGEST_S:
         raise InvalidArgument(f"--for {lasting!r}: at most 7d; SHOAL_<SERVICE>_LOG_LEVEL sets a level for ever")
+    now = time.time()
+    until = now + lasts_s
     path = logs.parent / folder.LOG_LEVELS
     with folder.locked(logs):
         try:
-            present = [one for one in read(path) if one.until > time.time()]
+            present = [one for one in read(path) if one.until > now]
         except ValueError:
             present = []
-        # `default` without a logger ends those of all loggers.
-        kept = [
-            one
-            for one in present
-            if one.process not in chosen or (one.logger != logger and not (level == _DEFAULT and not logger))
-        ]
+        ends_all = level == _DEFAULT and not logger
+        kept = [one for one in present if one.process not in chosen or not (ends_all or one.logger == logger)]
         new = [] if level == _DEFAULT else [TimedLevel(name, logger, level, until) for name in chosen]
         write(path, [*kept, *new])
     at = f"{datetime.fromtimestamp(until).astimezone():%Y-%m-%d %H:%M:%S}"

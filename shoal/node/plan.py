@@ -177,15 +177,11 @@ def _service(
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service == "coord":
-        if layout.master_key is None:
-            return {"ADMIN": layout.admin}
-        copy = str(options.data_dir / folder.POLICY_COPY)
-        return {
-            "ADMIN": layout.admin,
-            "MASTER_KEY": str(layout.master_key),
-            "MASTER_KEY_SOURCE": layout.master_key_source,
-            "POLICY_COPY": copy,
-        }
+        keys = {}
+        if layout.master_key is not None:
+            keys = {"MASTER_KEY": str(layout.master_key), "MASTER_KEY_SOURCE": layout.master_key_source}
+            keys["POLICY_COPY"] = str(options.data_dir / folder.POLICY_COPY)
+        return {"ADMIN": layout.admin, **keys}
     if service in _WITH_MONGO:
         connectors = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
         return {"MONGO": mongo_url(options, layout), **connectors}

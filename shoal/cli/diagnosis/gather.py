@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from mesh.metrics.process import start_time
 from shoal import __version__
 from shoal.cli import admin_page
 from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_far_behind
@@ -192,16 +193,12 @@ def _read_certificate(pem: str) -> CertificateFacts:
 
 
 def _log_window(now: datetime, pid: int) -> datetime:
-    """Return the time from which the log of a node is counted: entries of an earlier run are none of this one.
-
-    The start of process `pid` is in ticks since the boot (proc(5), /proc/pid/stat).
-    """
+    """Return the time from which the log of a node is counted: its launcher's start, or LOG_WINDOW ago."""
+    begin = now - LOG_WINDOW
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return now - LOG_WINDOW
-    return now - min(LOG_WINDOW, timedelta(seconds=uptime_s - ticks / os.sysconf("SC_CLK_TCK")))
+        return max(begin, datetime.fromtimestamp(start_time(pid), UTC))
+    except OSError:
+        return begin
 
 
 def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, launcher: int) -> LocalFacts:
