@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ READY_S = 60.0
 STOP_S = 60.0
 NOT_INHERITED = {"SHOAL_GATEWAY", "SHOAL_TOKEN", "SHOAL_CA", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 """Variables of the process of the tests that a node does not get."""
+OF_THE_MACHINE = {"event-loop-stalls", "errors-logged", "disk-full", "memory-low", "shared-memory-low", "file-limit"}
+"""Findings of `shoal doctor` that the machine of the tests may make on a healthy node."""
 IN_PROCESS = 'backend: "python"\nparameters { key: "isolation" value { string_value: "none" } }\n'
 """Configuration of a Python model that runs in the process of its infer instance, and takes it down when it dies."""
 
@@ -105,6 +108,12 @@ class Node:
         done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=timeout_s, check=False)
         assert not check or done.returncode == 0, f"shoal {' '.join(args)}: {done.stdout}{done.stderr}\n{self.story()}"
         return done
+
+    def typed(self, line: str) -> str:
+        """Runs a command line of `shoal` as a user types it; returns what it prints."""
+        program, *args = shlex.split(line)
+        assert program == "shoal", line
+        return self.shoal(*args).stdout
 
     def stop(self, number: int = signal.SIGTERM, within_s: float = STOP_S) -> int:
         """Stops the node in order; returns its exit status."""

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.node.tls import own_ca
 from tests.breakable import until
-from tests.node.conftest import Node, NodeFactory
+from tests.node.conftest import OF_THE_MACHINE, Node, NodeFactory
 
 pytestmark = pytest.mark.node
 
@@ -76,10 +76,8 @@ def test_a_ca_that_ends_an_open_address_and_a_stopped_node_are_found_until_the_c
 
     def doctor(of: Node, *args: str) -> dict[str, str]:
         done = of.shoal("doctor", "--json", *args, check=False)
-        # These are the test machine's.
-        machine = {"event-loop-stalls", "errors-logged", "disk-full", "memory-low", "shared-memory-low", "file-limit"}
         findings = json.loads(done.stdout)["findings"]
-        return {each["check"]: each["command"] for each in findings if each["check"] not in machine}
+        return {each["check"]: each["command"] for each in findings if each["check"] not in OF_THE_MACHINE}
 
     found = doctor(running, "--gateway", f"https://{running.gateway}")
     assert found.keys() == {"ca-ends", "exposed-without-authentication"}

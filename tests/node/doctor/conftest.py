@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,14 +25,10 @@ from shoal.rates import Page
 from tests.alerting import Alerting, can_alert
 from tests.breakable import until
 from tests.chaos.replica_set import ReplicaSet
-from tests.node.conftest import Node
+from tests.node.conftest import OF_THE_MACHINE, Node
 
-# Stalls, errors and the disk are the test machine's, and the folders' modes are pytest's. The errors of causes stay in
-# the logs for 15 minutes.
-OF_THE_MACHINE = {
-    *("event-loop-stalls", "errors-logged", "disk-full", "memory-low", "shared-memory-low", "file-limit"),
-    *("process-flapping", "endpoint-failing"),
-}
+# Of the causes that are mended, starts stay in the logs for 15 minutes, and failures in Envoy's counts.
+OF_FORMER_CAUSES = {"process-flapping", "endpoint-failing"}
 MEND_S = 90.0
 # The clock and the version of the store's process are set by files: the real clock cannot be set in a container. The
 # launcher looks at its certificate and its key all the time. The coords let addresses below /refused pass, of which
@@ -86,8 +81,8 @@ class Ward:
         return checks.diagnose(gather.of_node(self.client, node))
 
     def look(self) -> list[Finding]:
-        """Return the findings now, without those of the machine."""
-        return [finding for finding in self.look_at_all() if finding.check not in OF_THE_MACHINE]
+        """Return the findings now, without those of the machine and of former causes."""
+        return [each for each in self.look_at_all() if each.check not in OF_THE_MACHINE | OF_FORMER_CAUSES]
 
     def checks(self) -> set[str]:
         return {finding.check for finding in self.look()}
@@ -118,9 +113,7 @@ class Ward:
 
     def run(self, finding: Finding) -> str:
         """Run the command of a finding as a user does, and return what it prints."""
-        program, *args = shlex.split(finding.command)
-        assert program == "shoal", finding.command
-        return self.node.shoal(*args).stdout
+        return self.node.typed(finding.command)
 
     def etcd_address(self) -> str:
         """The address of the node's etcd: a socket in the folder in which it runs."""
