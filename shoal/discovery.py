@@ -98,7 +98,7 @@ class RunningServer:
 def find_gateway(flag: str | None, environ: Mapping[str, str]) -> Gateway:
     """Return the gateway that the user set, else the one of the node that runs on this machine.
 
-    A set one that is a node of this user on this machine has the node's CA.
+    Where the user's choice is a node of this user on this machine, it has the node's CA.
 
     Raises:
         InvalidArgument: the flag or the variable is not an address.

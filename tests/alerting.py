@@ -56,7 +56,7 @@ class Notified:
 
 
 class Alerting:
-    """Prometheus, Alertmanager and the webhook. Used as `with`; started by the first entering.
+    """Prometheus, Alertmanager and the webhook, which run while the `with` block lasts.
 
     Args:
         file_sd: the file with which the node names itself.

@@ -184,10 +184,10 @@ def test_the_cut_of_a_long_page_leaves_no_part_of_a_secret(monkeypatch: pytest.M
     secret = "correct-horse-" * 20
     # Redacted, the page is far shorter than the bound.
     text = f"{'x' * 200_000}\n" + f"{secret}\n" * 4_000
-    body, is_cut = bundle._begin(text, [secret])
+    body, is_cut = bundle._head(text, [secret])
     assert is_cut
     assert b"horse" not in body
-    assert bundle._begin("short", [secret]) == (b"short", False)
+    assert bundle._head("short", [secret]) == (b"short", False)
 
 
 def test_headers_that_envoy_sends_are_left_out_of_its_configuration() -> None:

@@ -40,7 +40,7 @@ PAGE_BYTES = 16 << 20
 BUNDLE_BYTES = 128 << 20
 """Bytes of all files together, before they are compressed."""
 LEFT_OUT = "left_out.txt"
-# No secret is longer: the end of a cut page, where a part of one may be.
+# Bytes that are dropped at the end of a cut page: a part of a secret may be there. No secret is longer.
 _SECRET_BYTES = 64 << 10
 _READ_S = 10.0
 _PAGES = {
@@ -83,7 +83,7 @@ def write(
         for name, text, cut in _parts(client, node, facts, data_dir):
             if cut:
                 left_out.append(f"{name}: the first {cut} bytes")
-            body, is_cut = _begin(text, secrets)
+            body, is_cut = _head(text, secrets)
             if len(body) > room:
                 left_out.append(f"{name}: all of it, since the bundle has {BUNDLE_BYTES >> 20} MiB at most")
                 continue
@@ -95,8 +95,8 @@ def write(
     return names
 
 
-def _begin(text: str, secrets: Sequence[str]) -> tuple[bytes, bool]:
-    """Return the begin of a text, some PAGE_BYTES, without secrets; and True when there is more."""
+def _head(text: str, secrets: Sequence[str]) -> tuple[bytes, bool]:
+    """Return the first bytes of a text, about PAGE_BYTES, without secrets; and True when there are more."""
     whole = text.encode(errors="replace")
     body = redact(whole[:PAGE_BYTES].decode(errors="ignore"), secrets).encode()
     if len(whole) <= PAGE_BYTES:

@@ -72,8 +72,8 @@ CERTIFICATE_SHARE = 0.25
 CERTIFICATE_ENDS = timedelta(days=30)
 """Time or share of a certificate's life, whichever is shorter, that should be left."""
 
-# Time in the reason of a schedule's skip.
-_LABEL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+# Time in the reason for which a schedule skipped it.
+_SKIPPED_AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 _CHECKS: dict[str, Check] = {}
 _NEEDS: dict[str, str] = {}
@@ -439,7 +439,7 @@ def _schedule_skipped(facts: Facts) -> Iterator[Finding]:
 
 def _has_skipped_last(schedule: Schedule) -> bool:
     """Return True when the last time of a schedule got no job. One whose job before still ran is skipped on purpose."""
-    time = _LABEL.search(schedule.last_skip)
+    time = _SKIPPED_AT.search(schedule.last_skip)
     if time is None or schedule.paused or schedule.last_skip.startswith("job "):
         return False
     return schedule.last_at is None or datetime.fromisoformat(time[0]) > schedule.last_at
