@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "logs.md"
 SOURCES = ("mesh", "services", "shoal")
 _LEVELS = {
-    "debug": "DEBUG",
     "info": "INFO",
     "warning": "WARNING",
     "error": "ERROR",
@@ -57,7 +56,7 @@ def calls() -> Iterator[LogCall]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                     is_ours = isinstance(node.func.value, ast.Name) and node.func.value.id == "log"
-                    if is_ours and node.func.attr in _LEVELS and node.func.attr != "debug":
+                    if is_ours and node.func.attr in _LEVELS:
                         yield _call(path.relative_to(ROOT), node, node.func.attr)
 
 

@@ -102,10 +102,18 @@ class Node:
             time.sleep(0.02)
         return pid
 
-    def shoal(self, *args: str, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs another `shoal` command, which finds this node by itself."""
-        command = [sys.executable, "-m", "shoal.cli.main", *args]
-        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+    def shoal(
+        self, *args: str, timeout_s: float = 60.0, check: bool = True, elsewhere: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs another `shoal` command, which finds this node by itself.
+
+        With an empty folder `elsewhere`, it runs as on another machine: it is told the gateway, and finds no files.
+        """
+        command, environ = [sys.executable, "-m", "shoal.cli.main", *args], self.environ
+        if elsewhere is not None:
+            command += ["--gateway", self.gateway]
+            environ = environ | {"XDG_RUNTIME_DIR": str(elsewhere), "XDG_CONFIG_HOME": str(elsewhere)}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
         assert not check or done.returncode == 0, f"shoal {' '.join(args)}: {done.stdout}{done.stderr}\n{self.story()}"
         return done
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,15 +54,6 @@ def until(found: Callable[[], Any], what: str) -> Any:
         time.sleep(0.2)
 
 
-def top(one: Any, *args: str, elsewhere: Path) -> Any:
-    """The JSON of `shoal top` on a machine that has the node's gateway and none of its files."""
-    environ = one.environ | {"XDG_RUNTIME_DIR": str(elsewhere), "HOME": str(elsewhere)}
-    command = [sys.executable, "-m", "shoal.cli.main", "top", "--gateway", one.gateway, "--json", *args]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def leads_and_has_two_readings(client: shoal.Client, not_of: str = "") -> History | None:
     found = client.history()
     rates = found.rows.get("double 1", {}).get("rate", ())
@@ -76,8 +65,6 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
 ) -> None:
     one = node("--replicas", "coord=2")
     one.shoal("models", "push", str(onnx_models / "double.onnx"))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir(mode=0o700)
     with shoal.Client(one.gateway) as client, load(one.gateway):
 
         def seen() -> tuple[History, Any, Any, str] | None:
@@ -88,7 +75,7 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
             history = leads_and_has_two_readings(client)
             if history is None:
                 return None
-            there = top(one, "--once", elsewhere=elsewhere)
+            there = json.loads(one.shoal("top", "--once", "--json", elsewhere=tmp_path).stdout)
             here = json.loads(one.shoal("top", "--once", "--json", "--by", "instance", "--every", "0.5").stdout)
             text = one.shoal("top", "--since", "30m").stdout
             # The gateway asks both coords in turn, and both give the leader's.
@@ -111,7 +98,7 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
         after = until(
             lambda: leads_and_has_two_readings(client, before.coord), "another coord leads and reads the node"
         )
-        anew = top(one, "--once", elsewhere=elsewhere)["past"]
+        anew = json.loads(one.shoal("top", "--once", "--json", elsewhere=tmp_path).stdout)["past"]
         # On a busy machine, that one may have led before, and have an earlier beginning.
         assert after.since != before.since
         assert (anew["coord"], anew["since"]) != (past["coord"], past["since"])

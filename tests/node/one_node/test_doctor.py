@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,17 +65,13 @@ def test_a_healthy_node_under_load_has_no_finding_twenty_times_in_a_row(client: 
 
 
 def test_from_another_machine_it_says_what_it_does_not_see(running: Node, tmp_path: Path) -> None:
-    # Without the folder of the node's user, the node is not found here.
-    command = [sys.executable, "-m", "shoal.cli.main", "doctor", "--gateway", running.gateway]
-    environ = {**running.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = running.shoal("doctor", elsewhere=tmp_path)
     [counts, left_out, where] = done.stdout.splitlines()
     assert re.fullmatch(rf"{running.gateway}: \d+ of {len(checks.names())} checks, no findings", counts)
     assert left_out.startswith("not checked: ")
     assert {"envoy-disconnected", "process-ended", "disk-full", "endpoint-unhealthy"} <= {*re.split("[ ,:]+", left_out)}
     assert "on its own" in where
-    done = subprocess.run([*command, "--json"], env=environ, capture_output=True, text=True, timeout=60)
+    done = running.shoal("doctor", "--json", elsewhere=tmp_path)
     assert "envoy-disconnected" in json.loads(done.stdout)["not_checked"]
 
 
