@@ -68,9 +68,9 @@ def test_top_has_the_past_from_the_gateway_and_says_that_it_begins_anew(
     with shoal.Client(one.gateway) as client, load(one.gateway):
 
         def seen() -> tuple[History, Any, Any, str] | None:
-            """Return the history, as the client, `--once` elsewhere, `--json` and `--since` show it under one leader.
+            """Return the figures of the client and of three commands; None while not all can be had.
 
-            None while the leader changes, or infer does not answer: the machine may be busy.
+            The leader may change, and on a busy machine infer may not answer in time.
             """
             history = leads_and_has_two_readings(client)
             if history is None:
