@@ -190,7 +190,8 @@ class ClusterFigures(Figures):
         try:
             self._history = self._client.history(cast("By", view), seconds=seconds, points=SPARK_WIDTH)
         except Unimplemented as err:
-            raise InvalidArgument(f"{self._client.address} keeps no history. {SERVE}") from err
+            remedy = "A `shoal serve` has none: leave --since out." if self._since_s else SERVE
+            raise InvalidArgument(f"{self._client.address} keeps no history. {remedy}") from err
         self._whole = self._history
         if self._since_s:
             self._whole = self._client.history(cast("By", view), seconds=seconds, points=1)

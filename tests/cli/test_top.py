@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -15,9 +19,11 @@ from typer.testing import CliRunner
 from shoal import rates
 from shoal.cli import top
 from shoal.cli.figures import ClusterFigures, NodeFigures, parse_since
+from shoal.cli.here import admin_here
 from shoal.cli.main import app
 from shoal.client import History, HistoryNode
-from shoal.errors import InvalidArgument, Unavailable
+from shoal.discovery import pointer_path
+from shoal.errors import FailedPrecondition, InvalidArgument, Unavailable, Unimplemented
 from shoal.rates import Change, Counters, Row, ordered, percentile
 
 
@@ -249,6 +255,26 @@ def test_figures_of_the_history_say_since_when_and_which_nodes_are_missing() -> 
     assert "when the history of local/coord-0 began" in began
     assert missing.startswith("node n1 is missing: 127.0.0.1:1 does not answer")
     assert json.loads(json.dumps(figures.past("model")))["rows"]["gone 1"]["rate"] == [4.0, 4.0, None]
+
+
+@pytest.mark.parametrize(("since_s", "remedy"), [(0.0, "start it with --metrics-port"), (60.0, "leave --since out")])
+def test_a_server_has_no_history_and_the_error_says_what_to_do(since_s: float, remedy: str) -> None:
+    client: Any = SimpleNamespace(address="127.0.0.1:1", history=Mock(side_effect=Unimplemented("no such method")))
+    with pytest.raises(InvalidArgument, match=f"127.0.0.1:1 keeps no history. .*{remedy}"):
+        ClusterFigures(client, since_s).read("model")
+
+
+def test_one_of_several_servers_is_chosen_by_its_gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    for variable in ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "TMPDIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    for number, pid in enumerate((os.getpid(), os.getppid())):
+        document = {"gateway": f"127.0.0.1:{number}", "admin": f"127.0.0.1:90{number}"}
+        pointer_path(os.environ, pid, "serve-").write_text(json.dumps(document))
+    assert admin_here("127.0.0.1:1", "metrics") == "127.0.0.1:901"
+    with pytest.raises(FailedPrecondition, match="2 servers are running") as caught:
+        admin_here(None, "metrics")
+    assert "127.0.0.1:900 (of 127.0.0.1:0)" in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", ["61m", "0m", "soon", "2h"])
