@@ -2,7 +2,7 @@
 
     /metrics  ──> each service's process, over its own socket; Envoy: chosen statistics ──> one page
               ──> memory and processor time of Envoy, etcd and mongod, of /proc
-    /spans    ──> each service's process ──> the kept spans of a trace or a job
+    /spans    ──> each service's process ──> the kept spans of a trace or a job, or of the latest failed and slow calls
     /clusters, /config_dump ... ──> Envoy's admin socket, which only the node's user can reach
 
 A process that does not answer in time has `shoal_process_up` 0, and the page has the others.
