@@ -77,6 +77,10 @@ class Gate:
 
         monkeypatch.setattr(Scheduler, "_dispatch", gated)
 
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._held)
+
     def open(self) -> None:
         self.is_closed = False
         for scheduler in self._held:
@@ -231,7 +235,9 @@ async def test_texts_count_with_their_objects(tmp_path: Path, gate: Gate):
     async with serving(tmp_path / "m", 24 * MIB) as front, front.peer(WIDE) as peer:
         gate.is_closed = True
         number = await send(peer, INFER, request("text", x=texts).SerializeToString())
-        await until(lambda: front.held > 100_000 * 56, "the objects are counted")
+        # Not before it is queued: until then it takes more memory, and would be the one that is refused.
+        await until(lambda: gate.has_requests, "the request is queued")
+        assert front.held > 100_000 * 56
         refused = [await send(peer, INFER, request("text", x=texts).SerializeToString()) for _ in range(3)]
         assert await peer.status(refused[-1]) == Code.RESOURCE_EXHAUSTED
         gate.open()
