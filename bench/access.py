@@ -42,7 +42,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -104,9 +104,9 @@ class Node:
     def client(self) -> AsyncClient:
         return AsyncClient(("https://" if self.ca else "") + self.address, token=self.key, ca=self.ca)
 
-    def load(self, requests: Requests, keys: Sequence[str]) -> _Load:
-        tls = _tls(self.ca) if self.ca else None
-        return _Load(self.address, requests, keys=keys, tenants=self.tenants, tls=tls)
+    def load(self, requests: Requests, keys: Sequence[str]) -> KeyedLoad:
+        tls = tls_of(self.ca) if self.ca else None
+        return KeyedLoad(self.address, requests, keys=keys, tenants=self.tenants, tls=tls)
 
     async def set_up(self) -> None:
         """Apply the policy, and make the keys of the callers."""
@@ -121,7 +121,7 @@ class Node:
             self.keys = list(await asyncio.gather(*(made(number) for number in range(KEYS))))
 
 
-def _tls(ca: str) -> ssl.SSLContext:
+def tls_of(ca: str) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=ca)
     context.set_alpn_protocols(["h2"])
     return context
@@ -164,10 +164,17 @@ def document(
 # -- loads
 
 Result = tuple[Count, np.ndarray]
-"""Counts, and the processor time of `Node.cpu_s` meanwhile."""
+"""Counts, and the processor time of `Timed.cpu_s` meanwhile."""
 
 
-class _Load(Load):
+class Timed(Protocol):
+    """A server whose processor time is read."""
+
+    def cpu_s(self) -> np.ndarray:
+        """Return the processor time so far: of all that counts, and of Envoy."""
+
+
+class KeyedLoad(Load):
     """A closed loop of a number of calls, or with a connection for each call, beside the one of a duration."""
 
     _left = 0
@@ -181,7 +188,7 @@ class _Load(Load):
             if not self._left:
                 self._answered.set()
 
-    async def each_key_once(self, node: Node, in_flight: int) -> Result:
+    async def each_key_once(self, node: Timed, in_flight: int) -> Result:
         """Make KEYS calls."""
         self._is_counted, self._left, self._answered = True, KEYS, asyncio.Event()
         connections = await self.connect(8)
@@ -195,14 +202,14 @@ class _Load(Load):
         return self.count, node.cpu_s() - before
 
 
-async def closed(node: Node, load: _Load, in_flight: int, seconds: float, connections: int = 0) -> Result:
+async def closed(node: Timed, load: KeyedLoad, in_flight: int, seconds: float, connections: int = 0) -> Result:
     before: list[np.ndarray] = []
     asyncio.get_running_loop().call_later(_WARM_UP_S, lambda: before.append(node.cpu_s()))
     count = await load.closed(in_flight, seconds, _WARM_UP_S, connections)
     return count, node.cpu_s() - before[0]
 
 
-async def one_call_each(node: Node, make: Callable[[], _Load], in_flight: int, seconds: float) -> Result:
+async def one_call_each(node: Timed, make: Callable[[], KeyedLoad], in_flight: int, seconds: float) -> Result:
     """Run a closed loop in which each call has a connection of its own."""
     total, before, began = Count(), node.cpu_s(), time.perf_counter()
 

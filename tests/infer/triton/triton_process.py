@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ class Triton:
 
     grpc: str
     http: str
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 @contextmanager
@@ -41,11 +43,33 @@ def running(environment: Path, root: Path, work: Path) -> Iterator[Triton]:
         environment: the virtual environment with the wheel.
         work: an empty folder, for the backend and the log.
     """
+    with started(environment, root, work) as triton:
+        _wait(triton)
+        yield triton
+
+
+@contextmanager
+def started(
+    environment: Path,
+    root: Path,
+    work: Path,
+    *,
+    host: str = "127.0.0.1",
+    within: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> Iterator[Triton]:
+    """Starts a server, as `running` does, without waiting until it is ready.
+
+    Args:
+        within: command that runs the server's command.
+        options: further options of the server.
+    """
     packages = next(environment.glob("lib/python3*/site-packages"), None)
     if packages is None:
         pytest.fail("real Triton has an environment of its own: run `make .venv-triton/.installed`")
     port, http_port, log = free_port(), free_port(), work / "triton.log"
     command = [
+        *within,
         str(packages / "pytriton/tritonserver/bin/tritonserver"),
         f"--model-repository={root}",
         f"--backend-directory={_backends(packages, work)}",
@@ -54,19 +78,19 @@ def running(environment: Path, root: Path, work: Path) -> Iterator[Triton]:
         # Each model would be started twice otherwise, and half a minute be lost.
         "--disable-auto-complete-config",
         "--model-load-thread-count=4",
-        "--http-address=127.0.0.1",
+        f"--http-address={host}",
         f"--http-port={http_port}",
         "--allow-metrics=false",
-        "--grpc-address=127.0.0.1",
+        f"--grpc-address={host}",
         f"--grpc-port={port}",
         "--exit-on-error=false",
+        *options,
     ]
     variables = _variables(environment, packages)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
     try:
-        _wait(f"127.0.0.1:{port}", process, log)
-        yield Triton(f"127.0.0.1:{port}", f"127.0.0.1:{http_port}")
+        yield Triton(f"{host}:{port}", f"{host}:{http_port}", process, log)
     finally:
         process.terminate()
         try:
@@ -101,15 +125,17 @@ def _variables(environment: Path, packages: Path) -> dict[str, str]:
     return {**clean, "PYTHONHOME": prefix, "LD_LIBRARY_PATH": f"{prefix}/lib:{packages / 'nvidia_pytriton.libs'}"}
 
 
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(triton: Triton) -> None:
     deadline = time.monotonic() + READY_S
-    with grpc.insecure_channel(address, options=wire.OPTIONS) as channel:
+    with grpc.insecure_channel(triton.grpc, options=wire.OPTIONS) as channel:
         while True:
             try:
                 if GRPCInferenceServiceStub(channel).ServerReady(pb.ServerReadyRequest(), timeout=2).ready:
                     return
             except grpc.RpcError:
                 pass
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"Triton did not become ready (exit {process.poll()}):\n{log.read_text()[-4000:]}")
+            if triton.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(
+                    f"Triton did not become ready (exit {triton.process.poll()}):\n{triton.log.read_text()[-4000:]}"
+                )
             time.sleep(0.1)
