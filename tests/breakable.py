@@ -134,7 +134,7 @@ class EnvoyProcess(Process):
 
     async def admin_get(self, path: str) -> str:
         """Return a response of the admin endpoint."""
-        return (await fetch(self.admin, path)).body.decode()
+        return (await fetch(self.admin, path, "", PATIENCE_S)).body.decode()
 
     async def stats(self, pattern: str = "") -> dict[str, int]:
         """Return counters and gauges by name."""
