@@ -50,6 +50,7 @@ class Process:
 
     def start(self) -> None:
         """Start the process, also after its end, without waiting until it is ready."""
+        assert not self.is_running(), "the first one would be left running"
         self._popen = fork_server.start(self._argv, self.log, self._env)
         if self._popen is None:
             with self.log.open("ab") as out:
