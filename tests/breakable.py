@@ -50,6 +50,7 @@ class Process:
 
     def start(self) -> None:
         """Start the process, also after its end, without waiting until it is ready."""
+        assert not self.is_running(), "the first one would be left running"
         self._popen = fork_server.start(self._argv, self.log, self._env)
         if self._popen is None:
             with self.log.open("ab") as out:
@@ -134,7 +135,7 @@ class EnvoyProcess(Process):
 
     async def admin_get(self, path: str) -> str:
         """Return a response of the admin endpoint."""
-        return (await fetch(self.admin, path)).body.decode()
+        return (await fetch(self.admin, path, "", PATIENCE_S)).body.decode()
 
     async def stats(self, pattern: str = "") -> dict[str, int]:
         """Return counters and gauges by name."""

@@ -198,7 +198,6 @@ async def test_operations_that_run_are_bounded_for_each_tenant_and_can_be_aborte
 async def test_an_operation_continues_after_a_kill(start_ingest: StartIngest, tenant: str) -> None:
     ingest = start_ingest(lease_ms=2_000, renew_ms=500)
     async with mesh_at(ingest.folder):
-        ingest.start()
         await ingest.until_ready()
         client = Client(ingest.address)
         try:
