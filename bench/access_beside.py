@@ -273,10 +273,16 @@ def wait_for(peer: Peer, requests: Requests) -> None:
 
 def measure(rows: Sequence[tuple[Row, Timed, Any]], rounds: int, how: Mapping[tuple[str, int], Any]) -> None:
     """Measure servers in interleaved rounds. `how` has by load a function of a server and what makes its load."""
+    # The first use of a key is not part of it.
+    for _, server, make in rows:
+        uvloop.run(make().each_key_once(server, 64))
     for number in range(rounds):
         for load, run in how.items():
             for row, server, make in rows if number % 2 else reversed(rows):
-                count, used = uvloop.run(run(server, make))
+                try:
+                    count, used = uvloop.run(run(server, make))
+                except OSError as err:
+                    sys.exit(f"{row.name}: {err}")
                 row.loads.setdefault(load, Measured()).add(count, float(used[0]))
 
 
