@@ -198,6 +198,14 @@ def test_kernels_know_no_transport() -> None:
     assert not transports, sorted(transports)
 
 
+def test_envoys_messages_are_imported_where_pydantic_is_kept_from_them() -> None:
+    importing = {m for m in modules() for name in imports_of(m) if within(name, "envoy_data_plane")}
+    assert importing == {"mesh.xds.messages"}
+    code = "from mesh.xds.messages import Cluster; print(hasattr(Cluster, '__pydantic_fields__'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 FRAMEWORKS = ("torch", "sklearn", "skl2onnx", "xgboost", "lightgbm", "onnxmltools", "joblib", "skops", "onnx")
 
 

@@ -17,15 +17,18 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from envoy_data_plane.envoy.config.core.v3 import RequestMethod
-from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
-from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import HttpGrpcAccessLogConfig
-from envoy_data_plane.envoy.service.accesslog.v3 import StreamAccessLogsMessage, StreamAccessLogsResponse
 
 from mesh.rpc.access import Access
 from mesh.rpc.audit_log import AuditLog, CountedEvents
 from mesh.rpc.interceptors import Context
 from mesh.xds.json_calls import JsonCall, rpcs_of_paths
+from mesh.xds.messages import (
+    HttpAccessLogEntry,
+    HttpGrpcAccessLogConfig,
+    RequestMethod,
+    StreamAccessLogsMessage,
+    StreamAccessLogsResponse,
+)
 from mesh.xds.resource import typed
 from shoal.access import rest_paths
 from shoal.access.audit import REFUSAL, Event

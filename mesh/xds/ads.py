@@ -16,15 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
-from envoy_data_plane.envoy.service.discovery.v3 import (
-    DeltaDiscoveryRequest,
-    DeltaDiscoveryResponse,
-)
-from envoy_data_plane.envoy.service.discovery.v3 import Resource as Sent
 
 from mesh.process.watched import Watched
 from mesh.rpc.interceptors import Context
 from mesh.xds.delta import Request, Response, Session, TypeStatus
+from mesh.xds.messages import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Sent
 from mesh.xds.resource import EXTENSION, short_type
 from mesh.xds.snapshot import EnvoyNode, Snapshot, envoy_node
 from shoal.errors import InvalidArgument

@@ -11,10 +11,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster, OutlierDetection
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
-from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions
-
+from mesh.xds.messages import Cluster, ClusterLoadAssignment, HttpProtocolOptions, OutlierDetection
 from mesh.xds.resource import CLUSTER, ENDPOINTS, Resource, pack, pack_serialized, typed
 
 MODEL_PREFIX = "model/"

@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
-from envoy_data_plane.envoy.config.rbac.v3 import Action  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.filters.http.jwt_authn.v3 import JwtAuthentication  # noqa: F401 - as above.
-from envoy_data_plane.envoy.extensions.filters.http.rate_limit_quota.v3 import (  # noqa: F401 - as above.
-    RateLimitQuotaBucketSettings,
-    RateLimitQuotaFilterConfig,
-)
-from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - as above.
-from envoy_data_plane.envoy.type.matcher.v3 import HttpRequestHeaderMatchInput  # noqa: F401 - as above.
-
 from mesh.xds import ADS_CLUSTER, access, limits
 from mesh.xds.access import CALLERS, RULES
+from mesh.xds.messages import TypedExtensionConfig
 from mesh.xds.resource import EXTENSION, Resource, pack
 from mesh.xds.web import Web
 from shoal.access.policy import Policy

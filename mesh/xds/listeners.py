@@ -13,30 +13,21 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from envoy_data_plane.envoy.config.listener.v3 import Listener
-from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import Cors  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 import (
-    FieldExtractions,
-    GrpcFieldExtractionConfig,
-    RequestFieldValueDisposition,
-)
-from envoy_data_plane.envoy.extensions.filters.http.grpc_json_transcoder.v3 import GrpcJsonTranscoder  # noqa: F401 - as above.
-from envoy_data_plane.envoy.extensions.filters.http.grpc_web.v3 import GrpcWeb  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
-from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
-    HttpConnectionManager,
-    HttpFilter,
-)
-from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
-from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.google.protobuf import Any as Packed
-
 from mesh.xds import ADS_CLUSTER, access, json_calls, limits, refusals, senders, tls, web
 from mesh.xds.access_log import access_log
 from mesh.xds.clusters import CONNECTION_WINDOW, STREAM_WINDOW, address
+from mesh.xds.messages import (
+    FieldExtractions,
+    GrpcFieldExtractionConfig,
+    HeaderMutation,
+    HttpConnectionManager,
+    HttpFilter,
+    Listener,
+    Lua,
+    Packed,
+    RequestFieldValueDisposition,
+    Router,
+)
 from mesh.xds.resource import LISTENER, Resource, pack, typed
 from mesh.xds.routes import (
     BODY_FILTER,

@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from envoy_data_plane.envoy.config.route.v3 import (
+from mesh.xds import access, json_calls
+from mesh.xds.clusters import model_cluster
+from mesh.xds.json_calls import JsonRoutes
+from mesh.xds.messages import (
     FilterConfig,
+    Packed,
+    PreviousHostsPredicate,
     Route,
     RouteAction,
     RouteConfiguration,
     RouteMatch,
     VirtualHost,
 )
-from envoy_data_plane.envoy.extensions.filters.http.cors.v3 import CorsPolicy  # noqa: F401 - from_dict needs it.
-from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
-from envoy_data_plane.google.protobuf import Any as Packed
-
-from mesh.xds import access, json_calls
-from mesh.xds.clusters import model_cluster
-from mesh.xds.json_calls import JsonRoutes
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 from mesh.xds.web import Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE

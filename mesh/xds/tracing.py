@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster
-from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig
-from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import UpstreamTlsContext
-
 from mesh.process.telemetry import collector, collector_headers, protocol, sampling_of
 from mesh.xds.clusters import address, http2
+from mesh.xds.messages import Cluster, OpenTelemetryConfig, UpstreamTlsContext
 from mesh.xds.resource import CLUSTER, Resource, pack, typed
 
 OTEL = "otel"

@@ -20,7 +20,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 
 from mesh import keyring
 from mesh.cluster.etcd import Etcd, Lease, Outcome
@@ -30,6 +29,7 @@ from mesh.keyring import Keyring
 from mesh.rpc.channel import connect
 from mesh.xds.access import CALLERS, RULES
 from mesh.xds.ads import SERVICE as SERVICE_NAME
+from mesh.xds.messages import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from mesh.xds.resource import EXTENSION
 from services.coord.access_rpc import AccessRpc
 from services.coord.enforcement import Enforcement

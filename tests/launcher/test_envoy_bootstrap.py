@@ -7,14 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import envoy_data_plane.envoy.extensions.filters.http.router.v3
-import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3  # noqa: F401 - from_dict needs it.
 import grpc
 import pytest
-from envoy_data_plane.envoy.config.listener.v3 import Listener
-from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
-from envoy_data_plane.google.protobuf import Any as Packed
 
+from mesh.xds.messages import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Listener, Packed
+from mesh.xds.messages import Sent as Resource
 from shoal.errors import InvalidArgument
 from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from envoy_data_plane.envoy.data.accesslog.v3 import HttpAccessLogEntry
 
 from mesh.rpc import audit_log
 from mesh.rpc.access import Access
 from mesh.xds.access_log import RefusedCalls
 from mesh.xds.json_calls import json_calls
+from mesh.xds.messages import HttpAccessLogEntry
 from services.coord.traffic import JSON_SERVICES
 from shoal.access import tokens
 from shoal.access.audit import Event

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from envoy_data_plane.google.protobuf import Any as Packed
-
 from mesh.xds.delta import Request, Response, Session
+from mesh.xds.messages import Packed
 from mesh.xds.resource import CLUSTER, ENDPOINTS, EXTENSION, LISTENER, ROUTES, TYPES, Resource
 from mesh.xds.snapshot import Snapshot
 

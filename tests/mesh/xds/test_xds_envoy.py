@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.process.watched import Watched
@@ -26,6 +25,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.server import Rpc, Server
 from mesh.xds.ads import AdsServer
+from mesh.xds.messages import Cluster
 from mesh.xds.resource import CLUSTER, pack
 from mesh.xds.routes import NO_RETRY_HEADER, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, Snapshot, checked, snapshot

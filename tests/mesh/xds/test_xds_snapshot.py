@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
-from envoy_data_plane.envoy.config.listener.v3 import Listener
-from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
-from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
-from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext
 
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, http2, model_cluster
+from mesh.xds.messages import (
+    Cluster,
+    ClusterLoadAssignment,
+    DownstreamTlsContext,
+    HeaderMutation,
+    HttpConnectionManager,
+    Listener,
+    RouteConfiguration,
+)
 from mesh.xds.resource import CLUSTER, ENDPOINTS, LISTENER, ROUTES, pack
 from mesh.xds.routes import GATEWAY_NAME, NAME, ModelRoutes, RouteTable, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, checked, clusters_of, envoy_node, snapshot
