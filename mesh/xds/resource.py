@@ -48,8 +48,8 @@ def pack(type_url: str, name: str, message: Any, needs: frozenset[str] = frozens
 def pack_serialized(type_url: str, name: str, value: bytes, needs: frozenset[str] = frozenset()) -> Resource:
     """Pack a serialized message.
 
-    Serializing is expensive (0.5 ms per cluster or route), so hundreds of messages that differ by a name share the bytes
-    of their common fields. In protobuf's wire format, two concatenated messages decode to the merge of both.
+    Serializing is expensive (0.5 ms per cluster or route), so hundreds of messages that differ by a name share the
+    bytes of their common fields. In protobuf's wire format, two concatenated messages decode to the merge of both.
     """
     version = hashlib.sha256(value).hexdigest()[:16]
     return Resource(type_url, name, version, Packed(type_url=type_url, value=value), needs)
