@@ -20,6 +20,7 @@ from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode
 
 from mesh.process.kept_spans import TENANT
 from mesh.rpc.access import Access, tenant_of
+from mesh.rpc.client.request import trace_metadata
 from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import (
     RETRY_AFTER_KEY,
@@ -262,14 +263,6 @@ def log_error(method: str, error: BaseException) -> None:
             "%(method)s refused with %(code)s: %(reason)s",
             {"event": "call.refused", "method": method, "code": code.name, "reason": message},
         )
-
-
-def trace_metadata() -> dict[str, str]:
-    """Return the current trace as metadata of a call; empty without a trace."""
-    carrier: dict[str, str] = {}
-    if context.get_current():
-        propagate.inject(carrier)
-    return carrier
 
 
 def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:

@@ -26,10 +26,9 @@ from mesh.rpc.client import request
 from mesh.rpc.client.calls import Call, UnaryCall, deadline_exceeded, too_large
 from mesh.rpc.client.connection import TICK_S, ClientConnection
 from mesh.rpc.client.failures import CallFailed
-from mesh.rpc.client.request import Metadata
+from mesh.rpc.client.request import Metadata, trace_metadata
 from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.client.stubs import StubChannel
-from mesh.rpc.interceptors import trace_metadata
 from mesh.rpc.limits import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)

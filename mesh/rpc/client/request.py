@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from opentelemetry import context, propagate
+
 from mesh.h2.headers import encode
 from mesh.rpc import status
 
@@ -62,3 +64,11 @@ def timeout(seconds: float) -> bytes:
     else:
         text = b"%dS" % min(-(-millis // 1000), _DIGITS - 1)
     return encode([(b"grpc-timeout", text)])
+
+
+def trace_metadata() -> dict[str, str]:
+    """Return the current trace as metadata of a call; empty without a trace."""
+    carrier: dict[str, str] = {}
+    if context.get_current():
+        propagate.inject(carrier)
+    return carrier
