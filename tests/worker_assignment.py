@@ -17,6 +17,7 @@ from typing import Any
 from xdist.scheduler.loadfile import LoadFileScheduling
 
 PATIENT = (
+    "tests/node/doctor",
     "tests/ingest/connectors/test_connector_contract.py",
     "tests/ingest/connectors/test_kafka.py",
     "tests/mesh/xds/test_xds_envoy.py",
@@ -34,8 +35,20 @@ PATIENT = (
     "tests/ingest/intake/test_mongo_gone.py",
     "tests/mesh/cluster/test_membership_etcd.py",
     "tests/mesh/cluster/test_election.py",
+    "tests/mesh/rpc/fronts/test_front_calls.py",
+    "tests/store/garbage/test_interleavings.py",
+    "tests/infer/model_process/test_model_process.py",
+    "tests/mesh/xds/test_malformed_requests.py",
+    "tests/mesh/rpc/fronts/test_front_wire.py",
+    "tests/infer/test_wire_fuzz.py",
+    "tests/mesh/rpc/fronts/test_lean_client.py",
+    "tests/infer/model_process/python/test_decoupled_models.py",
+    "tests/node/test_rest_fronts.py",
+    "tests/node/test_victoria_metrics.py",
 )
-"""Files that use less than half of a core. Together they last nearly as long as a whole run."""
+"""Files, and folders of TOGETHER, that use less than half of a core. Together they last nearly as long as a whole run,
+so that no worker is idle at its end. The folder whose tests look at a whole node comes first, beside whole nodes that
+wait, too: those of LONG that load a server come later."""
 
 TOGETHER = ("tests/infer/conformance", "tests/node/one_node", "tests/node/doctor")
 """Folders of which one worker runs all files, in the order of the collection: their tests share servers or a node.
@@ -45,11 +58,9 @@ LONG = (
     "tests/node/test_access_attacks.py",
     "tests/node/test_up.py",
     "tests/node/one_node",
-    "tests/node/doctor",
     "tests/infer/conformance",
     "tests/siege/test_siege.py",
     "tests/chaos/test_chaos.py",
-    "tests/store/garbage/test_interleavings.py",
     "tests/node/test_fronts.py",
     "tests/packaging/test_wheel.py",
     "tests/mesh/rpc/fronts/test_front_life.py",
@@ -59,7 +70,6 @@ LONG = (
     "tests/examples/test_embeddings.py",
     "tests/clients/test_cpp.py",
     "tests/node/test_bad_input.py",
-    "tests/mesh/rpc/fronts/test_front_calls.py",
     "tests/kernels/test_compile_only.py",
     "tests/node/test_batches.py",
     "tests/chaos/test_kill_jobs.py",
@@ -95,7 +105,6 @@ SLOW = (
     "tests/infer/remote",
     "tests/infer/scheduling/test_overload.py",
     "tests/infer/test_infer_process.py",
-    "tests/infer/test_wire_fuzz.py",
     "tests/infer/triton",
     "tests/ingest/batches/test_batch_kills.py",
     "tests/ingest/batches/test_batch_life.py",
