@@ -20,7 +20,7 @@ from mesh.process.tasks import Background
 from services.coord.access_rpc import AccessParts
 from services.coord.policy_copy import PolicyCopy, Saved
 from shoal.access import cluster
-from shoal.errors import FailedPrecondition, NotFound, ShoalError
+from shoal.errors import Aborted, FailedPrecondition, NotFound, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class FirstStart(Background):
             try:
                 await self._begin()
                 return
+            # Another coord was faster. Its policy may be older than the copy here, so it is compared.
+            except Aborted:
+                pass
             except ShoalError as err:
                 if err.message != said:
                     log.warning(

@@ -114,6 +114,7 @@ class Policies:
 
         Raises:
             FailedPrecondition: the lost policy is not valid. None is applied: the first one would allow more.
+            Aborted: another coord has applied one meanwhile: `saved` may be a later one, and is to be compared again.
         """
         entry = await self._etcd.get(POLICY)
         if entry is not None and (saved is None or not await self._is_replaced_by(saved, entry)):
@@ -215,11 +216,9 @@ class Policies:
         if applied.version > KEPT:
             then.append(Delete(_key(applied.version - KEPT)))
         done = await self._etcd.transact([when], then)
-        if done.succeeded:
-            return await self._enforcement.lacking(done.revision, _ENFORCED_S)
-        if isinstance(when, Modified):
+        if not done.succeeded:
             raise Aborted("another policy was applied meanwhile: see `shoal policy history`, then apply yours again")
-        return ()
+        return await self._enforcement.lacking(done.revision, _ENFORCED_S)
 
     def _refusal(self, policy: Policy, author: Claims | None, known: list[Claims], signer: str) -> str:
         """Return the reason why `policy` must not be applied; empty when there is none."""

@@ -20,7 +20,7 @@ from services.coord.first_start import FirstStart
 from services.coord.policies import FIRST, Applied, Policies
 from services.coord.policy_copy import PolicyCopy, Saved
 from shoal.access import cluster
-from shoal.errors import FailedPrecondition
+from shoal.errors import Aborted, FailedPrecondition
 from tests.breakable import until
 
 CLOSED = FIRST + "  # closed\n"
@@ -31,6 +31,8 @@ class Store:
 
     def __init__(self) -> None:
         self.seen = Watched(Copy(revision=50, stale=False))
+        self.faster: Applied | None = None
+        """Copy with which another coord restores the policy, a moment before the next transaction."""
 
     @property
     def copy(self) -> Copy:
@@ -47,6 +49,9 @@ class Store:
         return Listing(tuple(self.copy.entries[key] for key in found), self.copy.revision)
 
     async def transact(self, when: list[Created | Modified], then: list[Put | Delete]) -> Outcome:
+        faster, self.faster = self.faster, None
+        if faster is not None:
+            await self.policies(now=90).begin(faster)
         entries, revision = dict(self.copy.entries), self.copy.revision + 1
         for one in when:
             found = entries.get(one.key)
@@ -138,6 +143,25 @@ async def test_the_policy_of_an_older_copy_is_replaced_by_a_later_one_until_some
     await store.policies().apply(FIRST, {}, None, [], force=True)
     await store.policies(now=90).begin(saved(20))
     assert (store.version, await store.document()) == (9, FIRST)
+
+
+async def test_a_later_copy_is_restored_over_an_older_one_with_which_another_coord_was_faster(tmp_path: Path) -> None:
+    copy, store = PolicyCopy(tmp_path / "policy.json"), Store()
+    copy.write(Saved(saved(7), {}))
+    store.faster = saved(4, FIRST)
+    async with store.start(copy):
+        await until(lambda: store.version == 8, "the later copy is restored")
+    assert await store.document() == CLOSED
+    assert [one.rolled_back_to for one in await store.policies().history()] == [7, 4]
+
+
+async def test_a_policy_in_place_of_a_lost_one_is_not_said_to_be_applied_when_a_coord_has_restored_that() -> None:
+    store = Store()
+    store.faster = saved(4)
+    with pytest.raises(Aborted, match="another policy was applied meanwhile"):
+        await store.policies().apply(FIRST, {}, None, [], force=True)
+    assert (store.version, await store.document()) == (5, CLOSED)
+    assert (await store.policies().apply(FIRST, {}, None, [], force=True))[0].version == 6
 
 
 async def test_a_first_version_that_somebody_has_applied_is_restored_over_the_first_policy() -> None:
