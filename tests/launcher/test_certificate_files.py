@@ -153,6 +153,47 @@ def test_a_certificate_that_lasts_as_long_as_the_ca_is_not_renewed_for_ever(tmp_
     assert [text.partition(" at ")[0] for text in said] == ["the certificate expires"]
 
 
+def test_a_ca_that_was_moved_away_is_replaced_while_the_node_serves(tmp_path: Path) -> None:
+    clock, said = Clock(), []
+    ca = ca_in(tmp_path)
+    # It has ended, as on a node that has run for ten years.
+    clock.now = ca.certificate.not_valid_after_utc - timedelta(seconds=1)
+    served = ServedCertificate(tmp_path / "tls", Issued(ca, list(NAMES), clock), clock)
+    clock.now += timedelta(days=1)
+    first = served_serial(served)
+    for _ in range(3):
+        served.check(said.append)
+    assert (served_serial(served), len(said)) == (first, 1)
+    assert f"move {tmp_path / 'ca'} away" in said[0]
+    (tmp_path / "ca").rename(tmp_path / "ca.old")
+    served.check(said.append)
+    assert served_serial(served) == first
+    served.check(said.append)
+    assert served_serial(served) != first
+    new = open_ca(tmp_path, clock.now)
+    assert served.trust.fingerprint == new.fingerprint != ca.fingerprint
+    assert served.pair.not_after - clock.now == timedelta(days=own_ca.LEAF_DAYS)
+    for _ in range(3):
+        served.check(said.append)
+    assert ["a renewed certificate is served" in text for text in said] == [False, True]
+
+
+def test_a_damaged_ca_is_named_once_and_its_copy_changes_nothing(tmp_path: Path) -> None:
+    ca, said = ca_in(tmp_path), []
+    served = ServedCertificate(tmp_path / "tls", Issued(ca, list(NAMES)))
+    first = served_serial(served)
+    text = ca.path.read_bytes()
+    ca.path.unlink()
+    for _ in range(4):
+        served.check(said.append)
+    assert ["cannot be read" in one and "the former one is served on" in one for one in said] == [True]
+    ca.path.write_bytes(text)
+    for _ in range(4):
+        served.check(said.append)
+    assert (served_serial(served), len(said)) == (first, 1)
+    assert served.trust.fingerprint == open_ca(tmp_path, now()).fingerprint
+
+
 def test_renewed_files_are_taken_over_once_both_are_there_and_wrong_ones_never(tmp_path: Path) -> None:
     ca, said = ca_in(tmp_path), []
     cert, key = write_pair(tmp_path / "server", ca.issue(NAMES, now()))

@@ -12,7 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shoal.node.probes import channel_to
 from shoal.node.tls import own_ca
+from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.node.conftest import OF_THE_MACHINE, Node, NodeFactory
 
@@ -25,10 +27,17 @@ OPEN = ("--listen", "0.0.0.0:0", "--tls", "auto", "--insecure", "--services", "i
 def running(node: NodeFactory, tmp_path_factory: pytest.TempPathFactory) -> Node:
     """A node whose CA ends in 50 days."""
     data_dir = tmp_path_factory.mktemp("tls") / "data"
+    with_old_ca(data_dir, timedelta(days=50))
+    return node(*OPEN, "--tls-name", "shoal.test", data_dir=data_dir)
+
+
+def with_old_ca(data_dir: Path, left: timedelta) -> datetime:
+    """Make the data folder of a node with a CA that ends in `left`; return its end."""
     (data_dir / own_ca.FOLDER).mkdir(mode=0o700, parents=True)
     data_dir.chmod(0o700)
-    own_ca._make(data_dir / own_ca.FOLDER, datetime.now(UTC) - timedelta(days=3_600))
-    return node(*OPEN, "--tls-name", "shoal.test", data_dir=data_dir)
+    now = datetime.now(UTC)
+    own_ca._make(data_dir / own_ca.FOLDER, now + left - timedelta(days=own_ca._CA_DAYS))
+    return now + left
 
 
 def test_commands_and_clients_use_a_node_with_tls(running: Node, onnx_models: Path, tmp_path: Path) -> None:
@@ -81,9 +90,40 @@ def test_a_ca_that_ends_an_open_address_and_a_stopped_node_are_found_until_the_c
 
     found = doctor(running, "--gateway", f"https://{running.gateway}")
     assert found.keys() == {"ca-ends", "exposed-without-authentication"}
+    before = running.document()["tls"]["fingerprint"]
     assert os.system(found["ca-ends"]) == 0
+    asyncio.run(until(lambda: running.document()["tls"]["fingerprint"] != before, "the node has made another CA"))
+    assert doctor(running).keys() == {"exposed-without-authentication"}
     options = found["exposed-without-authentication"].removeprefix("shoal up ")
     running.stop()
     assert doctor(running, "--data-dir", str(data_dir))["node-down"] == f"shoal up --data-dir {data_dir}"
     again = node(*options.removesuffix(f" --data-dir {data_dir}").split(), data_dir=data_dir)
     assert doctor(again) == {}
+
+
+async def test_a_ca_that_has_ended_on_a_running_node_is_named_and_replaced_and_no_stream_ends(
+    node: NodeFactory, tmp_path: Path, onnx_models: Path
+) -> None:
+    ends = with_old_ca(tmp_path / "data", timedelta(seconds=25))
+    running = await asyncio.to_thread(node, *OPEN, data_dir=tmp_path / "data")
+    async with channel_to(running.gateway, has_tls=True) as channel:
+        watched = channel.unary_stream(
+            "/shoal.store.v1.StoreService/WatchModels",
+            store_pb2.WatchModelsRequest.SerializeToString,
+            store_pb2.WatchModelsResponse.FromString,
+        )(store_pb2.WatchModelsRequest(), timeout=600)
+        assert not (await anext(watched)).snapshot
+        await until(lambda: datetime.now(UTC) > ends, "the CA has ended")
+
+        status = await asyncio.to_thread(running.shoal, "status", check=False)
+        assert (status.returncode, "has expired" in status.stderr) == (1, True), status
+        done = await asyncio.to_thread(running.shoal, "doctor", "--json", check=False)
+        found = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+        assert found["ca-ends"]["severity"] == "error", found
+        assert os.system(found["ca-ends"]["command"]) == 0
+        await until(lambda: "a renewed certificate is served" in running.output.read_text(), "another CA")
+
+        # Commands of this machine trust the new CA, and the stream of before goes on.
+        await asyncio.to_thread(running.shoal, "models", "push", str(onnx_models / "double.onnx"))
+        assert [model.name for model in (await anext(watched)).snapshot] == ["double"]
+        await watched.aclose()

@@ -793,8 +793,8 @@ def _ca_ends(facts: Facts) -> Iterator[Finding]:
         return
     folder = quote(str(local.data_dir / "ca"))
     what = (
-        f"the node's own CA ({found.subject}) ends on {found.ends_at:%Y-%m-%d}: move it away, start the node "
-        "again, and give its clients the new one (`shoal ca show`)"
+        f"the node's own CA ({found.subject}) ends on {found.ends_at:%Y-%m-%d}: move it away, and give clients the "
+        "new one (`shoal ca show`), which the node makes within seconds"
     )
     yield Finding(
         "ca-ends", Severity.ERROR if found.ends_at < facts.now else Severity.WARNING, what, f"mv {folder} {folder}.old"

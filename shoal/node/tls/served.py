@@ -118,23 +118,49 @@ def _signature(path: Path) -> tuple[int, ...]:
 
 
 class Issued:
-    """Certificates of the own CA, renewed before they expire."""
+    """Certificates of the own CA, renewed before they expire, and when another CA is in its place or it was moved."""
 
     def __init__(self, ca: OwnCa, names: list[str], clock: Callable[[], datetime] = utc_now) -> None:
         self._ca, self._names, self._clock = ca, names, clock
+        self._seen = self._taken = self._signature()
+        self._said = ""
 
     def first(self) -> Pair:
         return self._ca.issue(self._names, self._clock())
 
     def renewed(self, current: Pair) -> Pair | None:
         now = self._clock()
+        if (other := self._other_ca(now)) is not None:
+            self._ca = other
+            return other.issue(self._names, now)
+        ends_at = self._ca.certificate.not_valid_after_utc
         # A certificate never outlives the CA.
-        if current.not_after - now > _RENEW_BEFORE or current.not_after >= self._ca.certificate.not_valid_after_utc:
+        if current.not_after - now > _RENEW_BEFORE or current.not_after >= ends_at or now >= ends_at:
             return None
         return self._ca.issue(self._names, now)
 
+    def _other_ca(self, now: datetime) -> OwnCa | None:
+        """Return the CA in place of the one in use, a new one when that was moved away; None without another one."""
+        before, self._seen = self._seen, self._signature()
+        # While its files are copied, they change from one check to the next.
+        if self._seen == self._taken or self._seen != before:
+            return None
+        try:
+            found = own_ca.open_ca(self._ca.path.parent.parent, now)
+        except InvalidArgument as err:
+            if err.message == self._said:
+                return None
+            self._said = err.message
+            raise
+        self._seen = self._taken = self._signature()
+        self._said = ""
+        return None if found.certificate == self._ca.certificate else found
+
     def trust(self, pair: Pair) -> Trust:
         return Trust(str(self._ca.path), pair.name, self._ca.fingerprint, has_own_ca=True)
+
+    def _signature(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(_signature(path) for path in (self._ca.path, self._ca.path.with_name(own_ca.KEY)))
 
 
 def source_of(options: TlsOptions, host: str, data_dir: Path) -> Source:
@@ -194,7 +220,12 @@ class ServedCertificate:
             report(f"the renewed certificate cannot be written, and the former one is served on: {err}")
         if self.pair.not_after - self._clock() < _WARN_BEFORE and self._warned is not self.pair:
             self._warned = self.pair
-            report(f"the certificate expires at {self.pair.not_after:%Y-%m-%d %H:%M} UTC: renew it")
+            trust = self.trust
+            remedy = "renew it"
+            if trust.has_own_ca:
+                folder = Path(trust.ca).parent
+                remedy = f"so does its CA: move {folder} away for a new CA, and give clients that (`shoal ca show`)"
+            report(f"the certificate expires at {self.pair.not_after:%Y-%m-%d %H:%M} UTC: {remedy}")
 
     def _write(self) -> None:
         self._generation += 1
