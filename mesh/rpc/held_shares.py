@@ -81,6 +81,11 @@ class Share(ABC):
         """
 
     @property
+    @abstractmethod
+    def amount(self) -> float:
+        """Units a second of the share, or of what is in flight the most at one time."""
+
+    @property
     def is_in_use(self) -> bool:
         """True while a call is in flight here."""
         return False
@@ -124,6 +129,10 @@ class Rate(Share):
         # More was given back than taken.
         return max(wanted, 0.0)
 
+    @property
+    def amount(self) -> float:
+        return self.rate
+
     def is_full(self, now: float) -> bool:
         return self.level + (now - self.at) * self.rate >= self.burst
 
@@ -147,6 +156,10 @@ class InFlight(Share):
         wanted = min(self.peak + self.refused, max(self.whole.amount, self.peak))
         self.peak, self.refused = self.count, 0
         return wanted
+
+    @property
+    def amount(self) -> float:
+        return self.most
 
     @property
     def is_in_use(self) -> bool:
@@ -367,6 +380,15 @@ class HeldShares:
         unmet = [share for share in self._shares.values() if now - share.at > FORGOTTEN_AFTER_S]
         self._forget([share for share in unmet if not share.is_in_use and share.is_full(now)])
         return {bucket: share.demand(now) for bucket, share in self._shares.items()}
+
+    def held(self) -> dict[Bucket, float]:
+        """Return the granted shares that count still: an expired one where its limit says so."""
+        now = self._clock()
+        return {
+            bucket: share.amount
+            for bucket, share in self._shares.items()
+            if share.is_granted and (now < share.expires_at or share.limit.unrenewed == "keep")
+        }
 
     @property
     def in_flight(self) -> int:

@@ -18,10 +18,13 @@ _KIND_OF = {number: kind for kind, number in _KINDS.items()}
 
 
 def request_message(
-    claimant: str, demands: Mapping[Bucket, float], *, is_forwarded: bool = False
+    claimant: str, demands: Mapping[Bucket, float], held: Mapping[Bucket, float], *, is_forwarded: bool = False
 ) -> pb.ClaimSharesRequest:
-    """Return the message of a claim."""
-    claims = [pb.ShareClaim(bucket=bucket_message(bucket), demand=demand) for bucket, demand in demands.items()]
+    """Return the message of a claim. `held`: the shares that the claimant has now."""
+    claims = [
+        pb.ShareClaim(bucket=bucket_message(bucket), demand=demand, held=held.get(bucket, 0.0))
+        for bucket, demand in demands.items()
+    ]
     return pb.ClaimSharesRequest(claimant=claimant, claims=claims, forwarded=is_forwarded)
 
 

@@ -78,7 +78,7 @@ class ShareRenewal(Background):
         if not claims and not self._has_claims:
             return 0.0
         self._has_claims = bool(claims)
-        request = request_message(self._claimant, claims)
+        request = request_message(self._claimant, claims, self._shares.held())
         with translated("claiming shares of limits"):
             response: pb.ClaimSharesResponse = await self._stub.ClaimShares(request, timeout=_TIMEOUT_S)
         self._lifetime_s = response.lifetime_ms / 1000

@@ -57,8 +57,10 @@ class Claims(Protocol):
     renew_s: float
     """Interval of claims."""
 
-    async def claim(self, claimant: str, demands: Mapping[Bucket, float]) -> Mapping[Bucket, Amount]:
-        """Return the shares of a claimant, which replace its former ones. Raises ShoalError when it cannot."""
+    async def claim(
+        self, claimant: str, demands: Mapping[Bucket, float], held: Mapping[Bucket, float]
+    ) -> Mapping[Bucket, Amount]:
+        """Return the shares of a claimant, which replace its former ones, `held`. Raises ShoalError when it cannot."""
 
     def leave(self, claimant: str) -> None:
         """Release all shares of a claimant."""
@@ -118,6 +120,10 @@ class _Gateway:
             return {bucket: usage.demand for bucket, usage in self._usages.items()}
         latest = sorted(self._usages.items(), key=lambda each: each[1].used_at, reverse=True)
         return {bucket: usage.demand for bucket, usage in latest[:BUCKETS]}
+
+    def held(self) -> dict[Bucket, float]:
+        """Return the shares that Envoy has."""
+        return {bucket: usage.assigned.amount for bucket, usage in self._usages.items() if usage.assigned is not None}
 
     def actions(self, shares: Mapping[Bucket, Amount], limit: Callable[[str], Limit | None], now: float) -> Any:
         """Return the response with the assignments that have changed; None when there are none.
@@ -230,7 +236,7 @@ class QuotaServer:
         if not (demands := gateway.demands()):
             return None
         try:
-            shares = await self._claims.claim(claimant, demands)
+            shares = await self._claims.claim(claimant, demands, gateway.held())
         except ShoalError as err:
             log.warning(
                 "the shares of %(claimant)s stay the last ones: %(error)s",

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Self
 
 import grpc
@@ -72,9 +73,14 @@ class ShareClaims:
         await self._in_force.after(self._in_force.value)
 
     async def claim(
-        self, claimant: str, demands: Mapping[Bucket, float], *, is_forwarded: bool = False
+        self,
+        claimant: str,
+        demands: Mapping[Bucket, float],
+        held: Mapping[Bucket, float] = MappingProxyType({}),
+        *,
+        is_forwarded: bool = False,
     ) -> Mapping[Bucket, Amount]:
-        """Return the shares of a claimant, which replace its former ones.
+        """Return the shares of a claimant, which replace its former ones, `held`.
 
         Args:
             is_forwarded: another coord takes this one for the leader: the claim goes no further.
@@ -86,12 +92,12 @@ class ShareClaims:
             raise Unavailable("this coord does not know the policy yet: retry")
         if not is_forwarded and (leader := await self._leader.get()) is not None:
             try:
-                return await self._forwarded(leader, claimant, demands)
+                return await self._forwarded(leader, claimant, demands, held)
             except (*FAILED, ShoalError) as err:
                 self._note(alone=True, why=str(err))
         self._followed()
         found: dict[Bucket, Amount] = {}
-        for step in self._shares.claim_in_steps(claimant, demands, self._clock()):
+        for step in self._shares.claim_in_steps(claimant, demands, self._clock(), held):
             found.update(step)
             await asyncio.sleep(0)
         return found
@@ -101,10 +107,14 @@ class ShareClaims:
         self._shares.leave(claimant)
 
     async def _forwarded(
-        self, leader: grpc.aio.Channel, claimant: str, demands: Mapping[Bucket, float]
+        self,
+        leader: grpc.aio.Channel,
+        claimant: str,
+        demands: Mapping[Bucket, float],
+        held: Mapping[Bucket, float],
     ) -> Mapping[Bucket, Amount]:
         stub = shares_pb2_grpc.ShareServiceStub(leader)
-        request = request_message(claimant, demands, is_forwarded=True)
+        request = request_message(claimant, demands, held, is_forwarded=True)
         response = await stub.ClaimShares(request, timeout=_TIMEOUT_S, metadata=AS_SERVICE)
         self._note(alone=False)
         self._shares.leave(claimant)

@@ -18,10 +18,18 @@ def demands_in(request: pb.ClaimSharesRequest) -> dict[Bucket, float]:
         raise InvalidArgument("claimant is missing: give the name of the instance")
     if len(request.claims) > CLAIMS:
         raise InvalidArgument(f"{len(request.claims)} claims, of at most {CLAIMS}: claim what is in use")
-    demands = {bucket_in(claim.bucket): claim.demand for claim in request.claims}
-    if any(math.isnan(demand) or demand < 0 for demand in demands.values()):
-        raise InvalidArgument("demand: expected a number that is not negative")
-    return demands
+    return _numbers("demand", {bucket_in(claim.bucket): claim.demand for claim in request.claims})
+
+
+def held_in(request: pb.ClaimSharesRequest) -> dict[Bucket, float]:
+    """Return the claimed buckets with the shares that the claimant has. Raises InvalidArgument."""
+    return _numbers("held", {bucket_in(claim.bucket): claim.held for claim in request.claims})
+
+
+def _numbers(field: str, found: dict[Bucket, float]) -> dict[Bucket, float]:
+    if any(math.isnan(number) or number < 0 for number in found.values()):
+        raise InvalidArgument(f"{field}: expected a number that is not negative")
+    return found
 
 
 def response_message(shares: Mapping[Bucket, Amount]) -> pb.ClaimSharesResponse:

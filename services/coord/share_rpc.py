@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mesh.rpc.interceptors import Context
 from services.coord.share_claims import ShareClaims
-from services.coord.share_messages import demands_in, response_message
+from services.coord.share_messages import demands_in, held_in, response_message
 from shoal.coord.v1 import shares_pb2 as pb
 from shoal.coord.v1 import shares_pb2_grpc as pb_grpc
 from shoal.errors import FailedPrecondition
@@ -19,5 +19,6 @@ class ShareRpc(pb_grpc.ShareServiceServicer):
     async def ClaimShares(self, request: pb.ClaimSharesRequest, ctx: Context) -> pb.ClaimSharesResponse:
         if self._claims is None:
             raise FailedPrecondition("this node does not authenticate callers, so it has no limits")
-        shares = await self._claims.claim(request.claimant, demands_in(request), is_forwarded=request.forwarded)
+        demands, held = demands_in(request), held_in(request)
+        shares = await self._claims.claim(request.claimant, demands, held, is_forwarded=request.forwarded)
         return response_message(shares)

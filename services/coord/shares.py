@@ -4,7 +4,8 @@
 
 A claimant keeps its share until its next claim, or until the share expires. So a newcomer's share comes on top of the
 others' until these claim again: together at most twice a limit, for one interval of claims. A coord knows only the
-shares that it has handed out itself: those of a former leader come on top until all have claimed again.
+shares that it has handed out itself, and what claimants say. So a claimant that has a share of a former leader keeps at
+most that with its first claim: until all have claimed here, none of them grows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from shoal.access.limits import Amount, Bucket, Kind, amount_of
 from shoal.access.policy import Limit
@@ -80,17 +82,23 @@ class Shares:
         """Replace the limits. Shares follow with the next claims."""
         self._limits = {limit.name: limit for limit in limits}
 
-    def claim(self, claimant: str, demands: Mapping[Bucket, float], now: float) -> dict[Bucket, Amount]:
-        """Return the shares of a claimant, which replace its former ones.
+    def claim(
+        self,
+        claimant: str,
+        demands: Mapping[Bucket, float],
+        now: float,
+        held: Mapping[Bucket, float] = MappingProxyType({}),
+    ) -> dict[Bucket, Amount]:
+        """Return the shares of a claimant, which replace its former ones. `held`: those that it has, of any coord.
 
         A bucket that is not among `demands` is released. A bucket whose limit the policy does not have gets no share.
         A claimant without a share of a bucket gets its part at once, whatever its demand; a share grows as far as the
         others leave room.
         """
-        return {bucket: share for step in self.claim_in_steps(claimant, demands, now) for bucket, share in step}
+        return {bucket: share for step in self.claim_in_steps(claimant, demands, now, held) for bucket, share in step}
 
     def claim_in_steps(
-        self, claimant: str, demands: Mapping[Bucket, float], now: float
+        self, claimant: str, demands: Mapping[Bucket, float], now: float, held: Mapping[Bucket, float]
     ) -> Iterator[list[tuple[Bucket, Amount]]]:
         """Yield the shares of `claim` in steps of at most STEP buckets."""
         for name in [name for name, (_, expires_at) in self._claims.items() if expires_at <= now]:
@@ -104,7 +112,7 @@ class Shares:
             # It may have left or claimed again meanwhile: a share that its last claim does not have is never released.
             if self._claims.get(claimant) is not claim:
                 return
-            shares = ((bucket, self._share(claimant, bucket, demand)) for bucket, demand in step)
+            shares = ((each, self._share(claimant, each, demand, held.get(each, 0.0))) for each, demand in step)
             yield [(bucket, share) for bucket, share in shares if share is not None]
 
     def leave(self, claimant: str) -> None:
@@ -113,7 +121,7 @@ class Shares:
         for bucket in buckets:
             self._release(claimant, bucket)
 
-    def _share(self, claimant: str, bucket: Bucket, demand: float) -> Amount | None:
+    def _share(self, claimant: str, bucket: Bucket, demand: float, held: float) -> Amount | None:
         limit = self._limits.get(bucket.limit)
         whole = None if limit is None else amount_of(limit, bucket.kind)
         if whole is None:
@@ -121,8 +129,8 @@ class Shares:
             return None
         holdings = self._holdings.setdefault(bucket, {})
         is_new = claimant not in holdings
-        # The demand of a newcomer is not known yet.
-        holding = holdings.setdefault(claimant, _Holding(math.inf, 0.0))
+        # The demand of a newcomer is not known yet, unless it has a share of another coord.
+        holding = holdings.setdefault(claimant, _Holding(demand if held else math.inf, 0.0))
         if not is_new:
             holding.demand = demand
         is_whole = bucket.kind is Kind.IN_FLIGHT
@@ -133,6 +141,7 @@ class Shares:
         if is_new:
             # Half of what is left of twice the limit: further newcomers of the same interval get a share, too.
             room = (room + whole.amount) / 2
+            room = min(room, held) if held else room
         holding.share = min(part, max(math.floor(room) if is_whole else room, holding.share))
         return Amount(holding.share, 0.0 if is_whole else whole.burst * holding.share / whole.amount)
 

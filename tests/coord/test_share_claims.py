@@ -138,10 +138,10 @@ async def test_two_coords_that_take_each_other_for_the_leader_pass_no_claim_on_f
 async def test_a_claim_over_the_wire_is_checked(coords: Coords) -> None:
     async with connect(coords.instances[0].address) as channel:
         stub = shares_pb2_grpc.ShareServiceStub(channel)
-        response = await stub.ClaimShares(request_message("local/infer-0", {ACME: 3.0}))
+        response = await stub.ClaimShares(request_message("local/infer-0", {ACME: 3.0}, {}))
         assert (shares_in(response)[ACME].amount, response.renew_ms, response.lifetime_ms) == (10, 1000, 10_000)
         removed = Bucket("gone", Kind.IN_FLIGHT, "acme")
-        assert not shares_in(await stub.ClaimShares(request_message("local/infer-0", {removed: 3.0})))
+        assert not shares_in(await stub.ClaimShares(request_message("local/infer-0", {removed: 3.0}, {})))
         bucket = pb.LimitBucket(limit="plan", kind=pb.LIMIT_KIND_IN_FLIGHT, tenant="acme")
         unknown = pb.LimitBucket(limit="plan", tenant="acme")
         for request, text in (
@@ -151,6 +151,7 @@ async def test_a_claim_over_the_wire_is_checked(coords: Coords) -> None:
                 pb.ClaimSharesRequest(claimant="a", claims=[pb.ShareClaim(bucket=bucket, demand=float("nan"))]),
                 "demand: expected a number",
             ),
+            (pb.ClaimSharesRequest(claimant="a", claims=[pb.ShareClaim(bucket=bucket, held=-1)]), "held: expected a n"),
             (pb.ClaimSharesRequest(claimant="a", claims=[pb.ShareClaim(bucket=bucket)] * 10_001), "10001 claims, of"),
         ):
             with pytest.raises(grpc.aio.AioRpcError, match=text):

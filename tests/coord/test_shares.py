@@ -120,6 +120,19 @@ def test_another_leader_hands_out_at_most_the_limit_again() -> None:
 
 
 @pytest.mark.parametrize("bucket", [ACME, RUNNING])
+def test_under_another_leader_claimants_keep_what_they_have_until_all_have_claimed(bucket: Bucket) -> None:
+    former, successor = shares_of(in_flight=100), shares_of(in_flight=100)
+    held = settle(former, {"a": 100.0, "b": 30.0, "c": 0.0}, bucket)
+    for round_ in range(3):
+        for name in held:
+            held[name] = successor.claim(name, {bucket: 100.0}, round_ * RENEW_S, {bucket: held[name]})[bucket].amount
+            assert sum(held.values()) <= 100 * (1 + 1e-9)
+            assert min(held.values()) > 0
+    assert sum(held.values()) == pytest.approx(100)
+    assert held["c"] == pytest.approx(100 / 3, abs=1)
+
+
+@pytest.mark.parametrize("bucket", [ACME, RUNNING])
 def test_another_leader_leaves_no_claimant_without_a_share(bucket: Bucket) -> None:
     successor = shares_of(100, in_flight=1000)
     held = [successor.claim(name, {bucket: 100.0}, 0.0)[bucket].amount for name in "abcdefgh"]
@@ -169,7 +182,7 @@ def test_a_number_in_flight_is_shared_in_whole_requests() -> None:
 def test_a_claim_that_a_later_one_overtakes_leaves_no_share_behind() -> None:
     shares = shares_of(100)
     many = {Bucket("l", Kind.REQUESTS, f"tenant-{number}"): 1.0 for number in range(STEP)}
-    overtaken = shares.claim_in_steps("one", {**many, ACME: 1.0}, 0.0)
+    overtaken = shares.claim_in_steps("one", {**many, ACME: 1.0}, 0.0, {})
     next(overtaken)
     shares.claim("one", many, 0.0)
     assert list(overtaken) == []

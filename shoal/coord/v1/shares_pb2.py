@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal/coord/v1/shares.proto\x12\x0eshoal.coord.v1\"q\n\x0bLimitBucket\x12\r\n\x05limit\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shoal.coord.v1.LimitKind\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"I\n\nShareClaim\x12+\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x1b.shoal.coord.v1.LimitBucket\x12\x0e\n\x06\x64\x65mand\x18\x02 \x01(\x01\"e\n\x12\x43laimSharesRequest\x12\x10\n\x08\x63laimant\x18\x01 \x01(\t\x12*\n\x06\x63laims\x18\x02 \x03(\x0b\x32\x1a.shoal.coord.v1.ShareClaim\x12\x11\n\tforwarded\x18\x03 \x01(\x08\"Z\n\x0cGrantedShare\x12+\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x1b.shoal.coord.v1.LimitBucket\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x01\x12\r\n\x05\x62urst\x18\x03 \x01(\x01\"j\n\x13\x43laimSharesResponse\x12,\n\x06shares\x18\x01 \x03(\x0b\x32\x1c.shoal.coord.v1.GrantedShare\x12\x10\n\x08renew_ms\x18\x02 \x01(\r\x12\x13\n\x0blifetime_ms\x18\x03 \x01(\r*\x85\x01\n\tLimitKind\x12\x1a\n\x16LIMIT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13LIMIT_KIND_REQUESTS\x10\x01\x12\x18\n\x14LIMIT_KIND_IN_FLIGHT\x10\x02\x12\x14\n\x10LIMIT_KIND_BYTES\x10\x03\x12\x13\n\x0fLIMIT_KIND_ROWS\x10\x04\x32\x66\n\x0cShareService\x12V\n\x0b\x43laimShares\x12\".shoal.coord.v1.ClaimSharesRequest\x1a#.shoal.coord.v1.ClaimSharesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal/coord/v1/shares.proto\x12\x0eshoal.coord.v1\"q\n\x0bLimitBucket\x12\r\n\x05limit\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shoal.coord.v1.LimitKind\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"W\n\nShareClaim\x12+\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x1b.shoal.coord.v1.LimitBucket\x12\x0e\n\x06\x64\x65mand\x18\x02 \x01(\x01\x12\x0c\n\x04held\x18\x03 \x01(\x01\"e\n\x12\x43laimSharesRequest\x12\x10\n\x08\x63laimant\x18\x01 \x01(\t\x12*\n\x06\x63laims\x18\x02 \x03(\x0b\x32\x1a.shoal.coord.v1.ShareClaim\x12\x11\n\tforwarded\x18\x03 \x01(\x08\"Z\n\x0cGrantedShare\x12+\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x1b.shoal.coord.v1.LimitBucket\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x01\x12\r\n\x05\x62urst\x18\x03 \x01(\x01\"j\n\x13\x43laimSharesResponse\x12,\n\x06shares\x18\x01 \x03(\x0b\x32\x1c.shoal.coord.v1.GrantedShare\x12\x10\n\x08renew_ms\x18\x02 \x01(\r\x12\x13\n\x0blifetime_ms\x18\x03 \x01(\r*\x85\x01\n\tLimitKind\x12\x1a\n\x16LIMIT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13LIMIT_KIND_REQUESTS\x10\x01\x12\x18\n\x14LIMIT_KIND_IN_FLIGHT\x10\x02\x12\x14\n\x10LIMIT_KIND_BYTES\x10\x03\x12\x13\n\x0fLIMIT_KIND_ROWS\x10\x04\x32\x66\n\x0cShareService\x12V\n\x0b\x43laimShares\x12\".shoal.coord.v1.ClaimSharesRequest\x1a#.shoal.coord.v1.ClaimSharesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.coord.v1.shares_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIMITKIND']._serialized_start=541
-  _globals['_LIMITKIND']._serialized_end=674
+  _globals['_LIMITKIND']._serialized_start=555
+  _globals['_LIMITKIND']._serialized_end=688
   _globals['_LIMITBUCKET']._serialized_start=47
   _globals['_LIMITBUCKET']._serialized_end=160
   _globals['_SHARECLAIM']._serialized_start=162
-  _globals['_SHARECLAIM']._serialized_end=235
-  _globals['_CLAIMSHARESREQUEST']._serialized_start=237
-  _globals['_CLAIMSHARESREQUEST']._serialized_end=338
-  _globals['_GRANTEDSHARE']._serialized_start=340
-  _globals['_GRANTEDSHARE']._serialized_end=430
-  _globals['_CLAIMSHARESRESPONSE']._serialized_start=432
-  _globals['_CLAIMSHARESRESPONSE']._serialized_end=538
-  _globals['_SHARESERVICE']._serialized_start=676
-  _globals['_SHARESERVICE']._serialized_end=778
+  _globals['_SHARECLAIM']._serialized_end=249
+  _globals['_CLAIMSHARESREQUEST']._serialized_start=251
+  _globals['_CLAIMSHARESREQUEST']._serialized_end=352
+  _globals['_GRANTEDSHARE']._serialized_start=354
+  _globals['_GRANTEDSHARE']._serialized_end=444
+  _globals['_CLAIMSHARESRESPONSE']._serialized_start=446
+  _globals['_CLAIMSHARESRESPONSE']._serialized_end=552
+  _globals['_SHARESERVICE']._serialized_start=690
+  _globals['_SHARESERVICE']._serialized_end=792
 # @@protoc_insertion_point(module_scope)

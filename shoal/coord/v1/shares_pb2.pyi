@@ -35,12 +35,14 @@ class LimitBucket(_message.Message):
     def __init__(self, limit: _Optional[str] = ..., kind: _Optional[_Union[LimitKind, str]] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ShareClaim(_message.Message):
-    __slots__ = ("bucket", "demand")
+    __slots__ = ("bucket", "demand", "held")
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     bucket: LimitBucket
     demand: float
-    def __init__(self, bucket: _Optional[_Union[LimitBucket, _Mapping]] = ..., demand: _Optional[float] = ...) -> None: ...
+    held: float
+    def __init__(self, bucket: _Optional[_Union[LimitBucket, _Mapping]] = ..., demand: _Optional[float] = ..., held: _Optional[float] = ...) -> None: ...
 
 class ClaimSharesRequest(_message.Message):
     __slots__ = ("claimant", "claims", "forwarded")

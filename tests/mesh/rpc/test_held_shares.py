@@ -234,6 +234,19 @@ def test_processes_of_one_server_have_equal_parts(signer: Signer) -> None:
 BUCKET = Bucket("all", Kind.ROWS, "acme")
 
 
+@pytest.mark.parametrize("unrenewed", ["keep", "deny", "open"])
+def test_granted_shares_are_held_as_long_as_they_count(signer: Signer, unrenewed: str) -> None:
+    numbers = {"requests_in_flight": 80, "rows_per_second": 10}
+    world = World(signer, {"name": "all", "unrenewed": unrenewed, **numbers}, part=None)
+    world.limits()
+    running, rows = (Bucket("all", kind, "acme") for kind in (Kind.IN_FLIGHT, Kind.ROWS))
+    assert world.shares.held() == {}
+    world.shares.grant({running: Amount(40), rows: Amount(2.5, 5)}, 10)
+    assert world.shares.held() == {running: 40, rows: 2.5}
+    world.now += 10
+    assert bool(world.shares.held()) is (unrenewed == "keep")
+
+
 def test_a_new_bucket_has_a_provisional_share_and_then_what_is_granted(signer: Signer) -> None:
     world = World(signer, {"name": "all", "rows_per_second": 80}, part=None)
     limits = world.limits()

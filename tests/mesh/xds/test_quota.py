@@ -87,7 +87,9 @@ async def test_refused_calls_of_a_limit_that_the_policy_does_not_have_any_more_a
         renew_s = 1.0
         found: Limit | None = limit()
 
-        async def claim(self, claimant: str, demands: Mapping[Bucket, float]) -> Mapping[Bucket, Amount]:
+        async def claim(
+            self, claimant: str, demands: Mapping[Bucket, float], held: Mapping[Bucket, float]
+        ) -> Mapping[Bucket, Amount]:
             return {}
 
         def limit(self, name: str) -> Limit | None:
@@ -111,6 +113,7 @@ def test_only_a_changed_share_is_sent_unless_it_expires() -> None:
         assert len(told(gateway, Amount(5, 5), limit(unrenewed=unrenewed), 0.0)) == 1
         assert told(gateway, Amount(5, 5), limit(unrenewed=unrenewed), 1.0) == []
         assert len(told(gateway, Amount(4, 5), limit(unrenewed=unrenewed), 1.0)) == 1
+        assert gateway.held() == {ACME: 4}
     assert told(kept, Amount(4, 5), limit(), 20.0) == []
     (renewed,) = told(strict, Amount(4, 5), limit(unrenewed="deny"), 6.0)
     assert renewed.quota_assignment_action.assignment_time_to_live == timedelta(seconds=15)
