@@ -204,8 +204,10 @@ def connected(address: str, patience_s: float = PATIENCE_S) -> socket.socket:
     return made
 
 
-def raw(address: str, data: bytes) -> bytes:
+def raw(address: str, data: bytes, *, half_closes: bool = True) -> bytes:
     """Send bytes on a new connection, and return the bytes received until the server closes it.
+
+    With `half_closes`, the client ends its side first: it wants no response of HTTP/1.1.
 
     Raises:
         Silence: the server neither closes the connection nor sends anything more.
@@ -214,11 +216,12 @@ def raw(address: str, data: bytes) -> bytes:
         got = b""
         try:
             sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
+            if half_closes:
+                sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(1 << 16):
                 got += piece
         except TimeoutError as err:
-            raise Silence("the server keeps a half-closed connection open") from err
+            raise Silence("the server keeps the connection open") from err
         # A reset of the connection is an end, too.
         except OSError:
             pass

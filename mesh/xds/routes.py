@@ -24,7 +24,7 @@ from mesh.xds.messages import (
     VirtualHost,
 )
 from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
-from mesh.xds.web import Web, foreign_page, virtual_hosts
+from mesh.xds.web import TEXT_CALL, Web, foreign_page, virtual_hosts
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
 from shoal.access.rest_paths import PREFIX as REST_PREFIX
 from shoal.access.rest_paths import RestPath, model_path
@@ -171,7 +171,11 @@ def route_configuration(
             routes += [_named(service, model) for model in models]
         waiting = _unary_paths(table.models) if names_model and table.models is not None else ()
         routes += _service(
-            service, is_searched=names_model and bool(models), has_steps=bool(sequenced), waiting=waiting
+            service,
+            is_searched=names_model and bool(models),
+            has_steps=bool(sequenced),
+            waiting=waiting,
+            has_pages=web is not None,
         )
     # Paths of gRPC come first: the others are matched by regular expressions.
     if web is not None:
@@ -221,7 +225,12 @@ def _foreign_page(web: Web) -> bytes:
 
 @lru_cache(64)
 def _service(
-    service: ServiceRoutes, *, is_searched: bool, has_steps: bool = False, waiting: tuple[str, ...] = ()
+    service: ServiceRoutes,
+    *,
+    is_searched: bool,
+    has_steps: bool = False,
+    waiting: tuple[str, ...] = (),
+    has_pages: bool = False,
 ) -> tuple[bytes, ...]:
     """Return the serialized routes of a service: one for each listed method, and one for all other methods.
 
@@ -229,6 +238,7 @@ def _service(
         is_searched: filters extract the model of each call.
         has_steps: filters extract the sequence as well.
         waiting: paths of unary methods whose whole message Envoy waits for, to extract the model.
+        has_pages: web pages may call.
     """
     to = service.cluster
     routes = []
@@ -239,7 +249,8 @@ def _service(
     # One route per method, because Envoy rejects a regular expression of a dozen paths as too large.
     routes += [_route({"path": path}, to, _IDEMPOTENT) for path in service.idempotent]
     routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
-    routes = [*_internal(service), *routes]
+    text = (_text(service),) if has_pages and not service.names_model_itself else ()
+    routes = [*_internal(service), *text, *routes]
     if service.names_model_itself:
         has_model = [{"name": MODEL_HEADER, "present_match": True}]
         routes = [{**route, "match": {**route["match"], "headers": has_model}} for route in routes]
@@ -268,6 +279,13 @@ def _internal(service: ServiceRoutes) -> list[dict[str, Any]]:
         routes.append(_route({"path": path, "headers": is_service}, service.cluster, retry_on))
         routes.append({"match": {"path": path}, "direct_response": {"status": 404}})
     return routes
+
+
+def _text(service: ServiceRoutes) -> dict[str, Any]:
+    """Return the route of calls in the text form of gRPC-Web."""
+    route = _route({"prefix": service.prefix, "headers": [TEXT_CALL]}, service.cluster, "")
+    del route["route"]["retry_policy"]
+    return route
 
 
 def _before_extraction(service: ServiceRoutes, waiting: tuple[str, ...]) -> list[dict[str, Any]]:

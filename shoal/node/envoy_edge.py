@@ -211,14 +211,17 @@ def _virtual_host(is_sticky: bool) -> dict[str, Any]:
         "request_body_buffer_limit": _RETRY_BYTES,
         # Envoy adds these headers; workers get the caller's headers alone.
         "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
-        "routes": [{"match": {"prefix": "/"}, "route": _route(is_sticky)}],
+        "routes": [
+            {"match": {"prefix": "/", "headers": [web.TEXT_CALL]}, "route": _route(is_sticky, retries=False)},
+            {"match": {"prefix": "/"}, "route": _route(is_sticky)},
+        ],
     }
 
 
-def _route(is_sticky: bool) -> dict[str, Any]:
+def _route(is_sticky: bool, *, retries: bool = True) -> dict[str, Any]:
     # A sequence uses one connection (docs/sequences.md), so a connection must keep to one worker.
     sticky = {"hash_policy": [{"filter_state": {"key": _CONNECTION}}]} if is_sticky else {}
-    return {
+    route = {
         "cluster": _CLUSTER,
         "timeout": "0s",
         "idle_timeout": "0s",
@@ -242,6 +245,9 @@ def _route(is_sticky: bool) -> dict[str, Any]:
         },
         **sticky,
     }
+    if not retries:
+        del route["retry_policy"]
+    return route
 
 
 def _connection_name() -> dict[str, Any]:

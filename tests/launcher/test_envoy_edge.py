@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mesh.xds import web
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import folder, processes
 from shoal.node.envoy_edge import bootstrap
@@ -30,7 +31,7 @@ def manager_of(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def route_of(document: dict[str, Any]) -> dict[str, Any]:
-    _, route = manager_of(document)["route_config"]["virtual_hosts"][0]["routes"]
+    *_, route = manager_of(document)["route_config"]["virtual_hosts"][0]["routes"]
     return dict(route["route"])
 
 
@@ -80,6 +81,9 @@ def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
     assert retry["retry_on"] == "connect-failure,refused-stream"
     assert 1 <= retry["num_retries"] <= 3
     assert [one["name"] for one in retry["retry_host_predicate"]] == ["envoy.retry_host_predicates.previous_hosts"]
+    _, text, _ = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
+    assert text["match"]["headers"] == [web.TEXT_CALL]
+    assert "retry_policy" not in text["route"]
     [cluster] = made()["static_resources"]["clusters"]
     assert "retry_budget" in cluster["circuit_breakers"]["thresholds"][0]
 

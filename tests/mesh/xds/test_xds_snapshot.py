@@ -174,6 +174,20 @@ def test_every_route_retries_elsewhere_unless_the_caller_forbids_it_and_leaves_d
         assert 1 <= action.retry_policy.num_retries <= 3
 
 
+def test_the_gateway_repeats_no_call_in_the_text_form_of_grpc_web():
+    [host, *_] = RouteConfiguration.parse(made(infer(0, "a")).of(ROUTES)[GATEWAY_NAME].packed.value).virtual_hosts
+    of_text = [
+        (number, route)
+        for number, route in enumerate(host.routes)
+        if route.match.headers and route.match.headers[0].name == "content-type"
+    ]
+    assert of_text
+    for number, route in of_text:
+        assert route.route.retry_policy is None
+        plain = [n for n, other in enumerate(host.routes) if other.match.prefix == route.match.prefix]
+        assert number < plain[-1]
+
+
 def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matches():
     found = routes_of(made(infer(0, "a", "b" * 200), infer(9)))
     by_model = {
