@@ -70,6 +70,9 @@ _FIELDS_BYTES = 2 << 20
 
 _TABLE_BYTES = 4096
 _ENTRY_BYTES = 32
+# Table size updates of a block: the smallest size since the last block, and the current one (RFC 7541, section 4.2).
+# Each is one byte, so a block of 128 KiB of them would hold the event loop for 50 ms.
+_MAX_UPDATES = 2
 _MALFORMED = "a malformed header block: "
 
 
@@ -169,7 +172,7 @@ class Decoder:
     def _decoded(self, block: bytes) -> Block:
         fields: list[tuple[bytes, bytes]] = []
         connections: list[tuple[int, int]] = []
-        at = size = pseudo = 0
+        at = size = pseudo = updates = 0
         is_malformed = False
         is_stateless, known = self._is_stateless, self._cache.fields
         is_cacheable = is_stateless and len(block) <= _CACHED_BYTES
@@ -177,7 +180,8 @@ class Decoder:
             first = block[at]
             if first & 0xE0 == 0x20:
                 limit, at = _integer(block, at, 5)
-                if fields or limit > self._max_table_limit:
+                updates += 1
+                if fields or limit > self._max_table_limit or updates > _MAX_UPDATES:
                     raise IndexError("a table size update that is not allowed")
                 self._limit_table(limit)
                 continue

@@ -46,7 +46,8 @@ class ServiceConfig(BaseModel):
     etcd: str | None = None
     """etcd's client addresses, `host:port[,host:port...]`. Unset: the instance does not register, and runs alone."""
     drain_ms: Annotated[int, Field(ge=0, le=600_000)] = 5_000
-    """Longest time for calls in flight to finish at a stop."""
+    """Longest time for calls in flight to finish at a stop, without its last fifth (at most 2 s), in which what is left
+    is cut and the process ends."""
     notice_ms: Annotated[int, Field(ge=0, le=60_000)] = 300
     """Time that the instance continues to serve after it has deregistered, so that every Envoy learns of it."""
     body_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 30)] = 400 << 20

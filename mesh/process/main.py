@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import uvloop
 
 from mesh.process import logs, telemetry
 from mesh.process.config import ConfigError, ServiceConfig, load
-from mesh.process.exits import WRONG_SETTINGS
+from mesh.process.exits import WRONG_SETTINGS, exit_now
 from mesh.process.log_levels import LogLevels
 
 C = TypeVar("C", bound=ServiceConfig)
@@ -36,25 +36,27 @@ def configured(service: str, cls: type[C]) -> C | None:
 
 
 def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
-    """Run `run(config)` until it returns. Exits with 2 for an invalid configuration, and with 1 on failure."""
+    """Run `run(config)` until it returns, and exit with 0; with 2 for an invalid configuration, with 1 on failure."""
     config = configured(service, cls)
     if config is None:
         sys.exit(WRONG_SETTINGS)
     logs.configure(f"{config.node}/{config.instance}", config.log_level)
+    try:
+        uvloop.run(_run_and_exit(service, config, run))
+    except OSError as err:
+        if err.errno not in _NO_ADDRESS:
+            raise
+        print(f"shoal {service} cannot start:\ncannot listen on {config.listen}: {err.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+async def _run_and_exit(service: str, config: C, run: Callable[[C], Coroutine[Any, Any, None]]) -> NoReturn:
     with telemetry.tracing(service, f"{config.node}/{config.instance}", keeps=config.metrics is not None):
         # Imported objects live as long as the process: exclude them from garbage collection.
         gc.freeze()
         gc.set_threshold(*_COLLECTED_AT)
-        try:
-            uvloop.run(_with_log_levels(config, run))
-        except OSError as err:
-            if err.errno not in _NO_ADDRESS:
-                raise
-            print(f"shoal {service} cannot start:\ncannot listen on {config.listen}: {err.strerror}", file=sys.stderr)
-            sys.exit(1)
-
-
-async def _with_log_levels(config: C, run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
-    levels = config.log_levels
-    async with LogLevels(levels, config.instance) if levels is not None else nullcontext():
-        await run(config)
+        levels = config.log_levels
+        async with LogLevels(levels, config.instance) if levels is not None else nullcontext():
+            await run(config)
+    # Here, before the event loop waits for its threads.
+    exit_now(0)

@@ -28,6 +28,7 @@ from mesh.h2.stream import Application
 from mesh.http1.connection import Http1Connection
 from mesh.metrics.families import Source
 from mesh.process import telemetry
+from mesh.process.exits import cut_s
 from mesh.process.freed_memory import FreedMemory
 from mesh.process.stall_watch import StallWatch
 from mesh.rpc.access import Access
@@ -70,7 +71,7 @@ class Server:
     """Serves `rpcs` at `listen` for as long as the block lasts.
 
     Use as `async with`. Entering binds, with health NOT_SERVING; `serve()` sets SERVING. Leaving sets NOT_SERVING, lets
-    calls in flight finish for `drain_ms`, and stops.
+    calls in flight finish, and stops. Calls are cut in time for the process to end within `drain_ms`.
 
     Args:
         fast_methods: handlers of methods that are served on the fast path, by path. The methods are in `rpcs`, too.
@@ -121,7 +122,7 @@ class Server:
         self._listen = listen
         self._rpcs = tuple(rpcs)
         self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._drain_s = drain_ms / 1000
+        self._drain_s = cut_s(drain_ms / 1000)
         self._fast_methods = fast_methods
         self._methods = methods
         self._share_port = share_port

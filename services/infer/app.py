@@ -16,6 +16,7 @@ from typing import Any
 
 from mesh.cluster.membership import ReadyModel, Registration, State
 from mesh.process.crash_journal import CrashJournal
+from mesh.process.exits import cut_s
 from mesh.process.memory_limit import limit_memory
 from mesh.process.signals import until_stopped
 from mesh.process.tasks import end
@@ -145,7 +146,8 @@ async def run(config: InferConfig) -> None:
             log.info("serving at %(address)s", {"event": "service.serving", "address": server.address})
         await stopped
         # The server's drain is part of this time.
-        models.stop_by(context.clock() + context.drain_s)
+        now, drain_s = context.clock(), context.drain_s
+        models.stop_by(now + cut_s(drain_s), now + drain_s)
 
 
 def _shares(part: float | None = None) -> HeldShares:

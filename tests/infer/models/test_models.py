@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from services.infer.models.version import State
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import NotFound, Unavailable
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request
 
@@ -267,9 +268,23 @@ async def test_leaving_ends_in_time_although_a_request_runs_on(files, monkeypatc
         version = models.find("m", "")
         await until(lambda: version._users == 4)
         calls.pop().cancel()
-        models.stop_by(time.monotonic())
+        models.stop_by(time.monotonic(), time.monotonic())
     assert [type(outcome) for outcome in await asyncio.gather(*calls, return_exceptions=True)] == [Unavailable] * 3
     assert states(models) == {}
+
+
+async def test_leaving_ends_in_time_although_the_clean_up_of_a_model_runs_on(files, monkeypatch):
+    monkeypatch.setattr("services.infer.models.models._MIN_END_S", 0.0)
+    may_end, has_ended = threading.Event(), threading.Event()
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits(), drain_ms=600_000)) as models:
+        models.want([wanted(files.version(1, onnx_files.scale(2)))])
+        await models.settled()
+        session = models.find("m", "").loaded.session
+        monkeypatch.setattr(session, "close", lambda: (may_end.wait(PATIENCE_S), has_ended.set()))
+        models.stop_by(time.monotonic(), time.monotonic())
+    assert not has_ended.is_set()
+    may_end.set()
+    assert await asyncio.to_thread(has_ended.wait, PATIENCE_S)
 
 
 async def test_a_new_version_does_not_cut_the_requests_of_the_old_one(files):

@@ -76,6 +76,17 @@ def test_a_table_that_was_forbidden_is_not_used():
     assert broken.value.reason is Reason.COMPRESSION_ERROR
 
 
+@pytest.mark.parametrize("is_acknowledged", [False, True])
+def test_a_block_has_two_table_size_updates_at_the_most(is_acknowledged):
+    fields = encode([(b"x", b"1")])
+    for updates in (1, 2):
+        decoder = acknowledged()[0] if is_acknowledged else Decoder(HeaderCache())
+        assert list(decoder.decode(b"\x20" * updates + fields).fields) == [(b"x", b"1")]
+    with pytest.raises(ConnectionBroken) as broken:
+        decoder.decode(b"\x20" * 3 + fields)
+    assert broken.value.reason is Reason.COMPRESSION_ERROR
+
+
 def test_a_list_that_is_too_long_ends_a_connection_that_may_use_a_table():
     decoder, encoder = Decoder(HeaderCache()), hpack.Encoder()
     with pytest.raises(ConnectionBroken) as broken:

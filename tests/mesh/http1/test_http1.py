@@ -378,6 +378,13 @@ async def test_what_two_servers_could_read_differently_is_refused_and_nothing_be
     await until(lambda: served.memory.bodies.held == 0)
 
 
+def test_a_head_of_too_many_lines_is_refused_before_they_are_read() -> None:
+    reader = RequestReader()
+    with pytest.raises(requests.BadRequest) as refused:
+        reader.feed_head(HOST + b"X:\r\n" * 15_000 + b"\r\n")
+    assert (refused.value.status, reader._fields) == (431, [])
+
+
 async def test_chunks_of_a_byte_cost_few_calls(served: Served) -> None:
     size = 100_000
     async with served.client() as client:

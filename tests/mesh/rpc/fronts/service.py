@@ -5,6 +5,7 @@
     {"do": "raise", "kind": "SystemExit"}   raises that exception
     {"do": "wait", "mark": "a"}             waits for ever; `Seen` tells what became of it
     {"do": "sleep", "ms": 50}               answers after so long
+    {"do": "block", "mark": "a"}            waits for a thread that never ends
     {"do": "size", "bytes": 100}            answers with so many bytes; streams: `count` times
     {"do": "metadata"}                      sends back every header that begins with `x-`, leading and trailing
     {"do": "connection"}                    answers with the number of the client's connection to Envoy (`Short`)
@@ -22,6 +23,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
@@ -115,6 +117,9 @@ class Service:
                 self._note("cancelled", order)
                 raise
             self._note("finished", order)
+        if what == "block":
+            self._note("started", order)
+            await asyncio.to_thread(threading.Event().wait)
         if what == "metadata":
             given = [(k, v) for k, v in context.invocation_metadata() if k.startswith("x-") and k != "x-do"]
             await context.send_initial_metadata(given)

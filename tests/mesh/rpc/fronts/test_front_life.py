@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from shoal.node import processes
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 from tests.free_ports import free_port
 from tests.long_form import by_form
 from tests.mesh.rpc.fronts.conftest import UNARY, Client, Front, serves
@@ -104,6 +104,18 @@ async def test_the_drain_has_an_end(make: Make, transport: str) -> None:
         assert await asyncio.to_thread(front.terminate) == 0
         for err in await asyncio.gather(*calls):
             assert err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def test_a_stop_does_not_wait_for_a_thread(make: Make) -> None:
+    front = make(shoal_fronts_drain_ms="300")
+    await front.until_serving()
+    async with front.client() as client:
+        call = asyncio.ensure_future(client.fails("Unary", b"", {"do": "block", "mark": "a"}))
+        await client.until_seen("started a")
+        assert await asyncio.to_thread(front.terminate, PATIENCE_S) == 0
+        assert (await call).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        # The log is whole.
+        assert '"event": "service.stopping"' in front.log.read_text()
 
 
 @pytest.mark.parametrize("transport", ["unix", "envoy"])
