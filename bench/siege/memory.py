@@ -73,6 +73,16 @@ def _unread_streams(connection: Connection) -> Script:
             yield from connection.body(number, body, is_end=False, is_patient=False)
 
 
+def _idle_after_large(connection: Connection) -> Script:
+    """Open streams that stay open after their first response."""
+    block, body = head(STREAM, tenant=ATTACKER), echo(4 * MIB)
+    for _ in range(min(connection.max_streams, 1000)):
+        number, opening = connection.open(block)
+        connection.tally["streams"] += 1
+        yield opening
+        yield from connection.body(number, body, is_end=False)
+
+
 def _many(*, is_read: bool) -> Callable[[Connection], Script]:
     """Return a script that opens one stream, whose responses do not end. It reads them now and then, or not at all."""
 
@@ -132,6 +142,7 @@ ATTACKS = (
     Attack("unread", "responses of 1 MiB, no reading", _unread(MIB)),
     Attack("unread-small", "responses of 4 KiB, no reading", _unread(4096)),
     Attack("unread-streams", "streams of responses of 1 MiB, no reading", _unread_streams),
+    Attack("idle-after-large", "streams that stay open after a response of 4 MiB", _idle_after_large),
     Attack("many-unread", "240 streams of a decoupled model, no reading", _many(is_read=False), connections=240),
     Attack("many-slow", "240 streams of a decoupled model, slow reading", _many(is_read=True), connections=240),
     Attack("no-window", "responses of 1 MiB, and no window", _no_window, settings={frames.WINDOW_SIZE: 0}),
