@@ -38,6 +38,10 @@ _MAX_UNREAD = 1000
 
 _LAST = END_HEADERS | END_STREAM
 
+PROGRESS_BYTES = 1024
+"""Less than this in a tick is no progress: a body that trickles, in either direction, would hold its memory, and the
+places of its call, as long as the client likes."""
+
 # Waiting data that is written in one iteration of the event loop: 1 MiB costs 0.3 ms. The transport may then pause.
 _BURST_BYTES = 1 << 20
 
@@ -52,7 +56,7 @@ _TURN_BYTES = 64 << 10
 class Outgoing:
     """Data of one stream that waits for a window; then its end, if any."""
 
-    __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "on_sent", "size")
+    __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "moved", "on_sent", "size")
 
     def __init__(self) -> None:
         self.chunks: deque[memoryview] = deque()
@@ -63,8 +67,8 @@ class Outgoing:
         self.on_sent: Callable[[], None] | None = None
         self.is_ready = False
         """True: the stream is in the queue of the ready ones."""
-        self.idle_ticks = 0
-        """Ticks since the peer last took something."""
+        self.idle_ticks = self.moved = 0
+        """Ticks in which the peer took less than PROGRESS_BYTES, and what it took in this one."""
 
     def report_sent(self) -> None:
         """Call `on_sent`. An exception in it must not harm other streams."""
@@ -347,7 +351,7 @@ class Sender:
                 self._window_changes[number] -= size
                 self._pumped += max(size - _STREAM_BYTES, 0)
                 outgoing.size -= size
-                outgoing.idle_ticks = 0
+                outgoing.moved += size
                 self._share.remove(size)
                 if size == len(chunk):
                     outgoing.chunks.popleft()
@@ -374,13 +378,14 @@ class Sender:
         self._pump()
 
     def tick(self, max_ticks: int) -> None:
-        """Reset the streams whose peer has opened no window for more than `max_ticks` ticks."""
+        """Reset the streams of which the peer has taken nearly nothing for more than `max_ticks` ticks."""
         is_open = self._window > 0
         for number, outgoing in list(self._waiting.items()):
             # A ready stream waits for its turn, or for the transport.
             if outgoing.is_ready and is_open:
                 continue
-            outgoing.idle_ticks += 1
+            outgoing.idle_ticks = 0 if outgoing.moved >= PROGRESS_BYTES else outgoing.idle_ticks + 1
+            outgoing.moved = 0
             if outgoing.idle_ticks > max_ticks:
                 log.info(
                     "stream %(stream)d is reset: its peer takes none of the %(bytes)d bytes that wait",

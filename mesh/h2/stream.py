@@ -17,10 +17,8 @@ from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
 from mesh.h2.peer import CREDIT
+from mesh.h2.sending import PROGRESS_BYTES
 from mesh.h2.unread import MAX_TICKS, TICK_S
-
-# Less than this in a tick is no progress: a body that trickles would hold its memory as long as the sender likes.
-_PROGRESS_BYTES = 1024
 
 
 class RequestHandler(Protocol):
@@ -184,7 +182,7 @@ class ServerStream:
 
     def tick(self) -> None:
         """Count a tick without progress, and tell the handler of a stalled request. Raises what the handler raises."""
-        self.idle_ticks = 0 if self.moved >= _PROGRESS_BYTES else self.idle_ticks + 1
+        self.idle_ticks = 0 if self.moved >= PROGRESS_BYTES else self.idle_ticks + 1
         self.moved = 0
         if self.idle_ticks > MAX_TICKS:
             self.handler.stalled((self.idle_ticks - 1) * TICK_S)

@@ -477,6 +477,17 @@ async def test_a_response_whose_window_stays_closed_is_reset_and_others_are_answ
         await front.until_nothing_is_held()
 
 
+async def test_a_response_that_is_taken_byte_by_byte_is_reset(quick_ticks):
+    async with serving() as front, front.peer({frames.WINDOW_SIZE: 0}) as peer:
+        number = peer.call(SIZED, b"200000")
+        trickle = asyncio.create_task(repeat(lambda: peer.send(frames.window_update(number, 1)), 0.005))
+        _, _, of, reason = await peer.until(frames.RST_STREAM)
+        trickle.cancel()
+        assert (of, struct.unpack(">I", reason)[0]) == (number, Reason.CANCEL)
+        assert peer.body(number)
+        await front.until_nothing_is_held()
+
+
 # -- fairness of one connection
 
 
