@@ -519,6 +519,7 @@ class RestCall(StreamMemory):
                         stream.start(stream.encode_head(200, head))
                     heartbeats.stop()
                     await self._send(self.event(event))
+                    del event
                     heartbeats.start()
         finally:
             heartbeats.stop()

@@ -29,6 +29,7 @@ async def responses(call: RestCall, rpc: str, request: Message) -> AsyncGenerato
         with _raised(context):
             async for response in found:
                 yield response
+                del response
     finally:
         await found.aclose()
 

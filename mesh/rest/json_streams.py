@@ -77,6 +77,8 @@ async def _records(call: RestCall, request: Message) -> Events:
     async with aclosing(responses(call, call.target.rpc, request)) as found:
         async for response in found:
             yield await call.in_turn(_written(response))
+            # A stream that waits for its next record keeps none of the last one.
+            del response
 
 
 def _written(message: Message) -> Steps[bytes]:

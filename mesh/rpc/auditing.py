@@ -138,6 +138,7 @@ class Auditing:
             async with self._act(method, request, ctx):
                 async for response in behaviour(request, ctx):
                     yield response
+                    del response
 
         return call
 
@@ -155,6 +156,7 @@ class Auditing:
             async for response in behaviour(request, ctx):
                 self._count(method, caller, address, request, response)
                 yield response
+                del response
 
         return call
 

@@ -183,6 +183,7 @@ class ServerInterceptor:
                 try:
                     async for response in behaviour(request, ctx):
                         yield response
+                        del response
                         self._streams[task] = clock()
                 except asyncio.CancelledError:
                     if task not in self._ended:

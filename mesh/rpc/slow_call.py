@@ -196,13 +196,20 @@ class SlowCall:
         responses = behaviour(request, context)
         try:
             async for message in responses:
-                if not isinstance(message, MessageParts):
-                    serialised = handler.response_serializer(message)
-                    message = MessageParts((serialised,), len(serialised))
-                await response.message(message)
+                await response.message(_parts(message, handler.response_serializer))
+                # A stream that waits for its next message keeps none of the last one: no account counts that any more.
+                # So do all that hand messages on.
+                del message
         finally:
             await responses.aclose()
         response.end(*context.status, context.trailing)
+
+
+def _parts(message: Any, serializer: Callable[[Any], bytes]) -> MessageParts:
+    if isinstance(message, MessageParts):
+        return message
+    serialised = serializer(message)
+    return MessageParts((serialised,), len(serialised))
 
 
 async def _parsed(messages: _Messages, parsed: Callable[[bytes], Awaitable[Any]]) -> AsyncIterator[Any]:
@@ -213,7 +220,9 @@ async def _parsed(messages: _Messages, parsed: Callable[[bytes], Awaitable[Any]]
             request = await parsed(message)
         finally:
             messages.release(size)
+        del message
         yield request
+        del request
 
 
 class _Messages:

@@ -44,6 +44,7 @@ async def responses(
                 yield response.error
             elif wants_empty or not response.is_empty:
                 yield await _response_message(response, version, request, heavy, tenant, message.id, raw)
+            del response
 
 
 async def _response_message(

@@ -67,6 +67,7 @@ async def stream_responses(
     try:
         async for response in stream.responses(requests):
             yield response
+            del response
     finally:
         await stream.close()
 
@@ -103,6 +104,7 @@ class _Stream:
                     yield response
                 finally:
                     part.close()
+                del response, part
             if not self._tasks:
                 break
             self._is_new.clear()
@@ -135,8 +137,11 @@ class _Stream:
                 self._in_order.append((task, part))
                 self._tasks.add(task)
                 task.add_done_callback(self._done)
+                del task
             else:
                 self._task(self._forward(request, responses, part, raw, refusal))
+            # Requests and responses are counted until they end: a stream that waits keeps none.
+            del request, part, raw, responses
             await self._capacity.acquire()
 
     def _decoupled_responses(
@@ -181,6 +186,8 @@ class _Stream:
                         copied = message.size - sum(memoryview(contents).nbytes for contents in raw)
                         raw.clear()
                         await self._add(message, message.size + copied)
+                        del message
+                    del response
         except Exception as err:
             await self._add(_error_response(request, err))
         finally:

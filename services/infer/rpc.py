@@ -136,6 +136,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         async with aclosing(responses):
             async for response in responses:
                 yield response
+                del response
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
@@ -210,6 +211,7 @@ class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
         async with aclosing(bulk.responses(request_iterator)) as responses:
             async for response in responses:
                 yield response
+                del response
 
 
 def bulk_rpc(server: InferenceServer, access: Access | None = None) -> Rpc:

@@ -133,6 +133,7 @@ class IngestRpc(
             async for update in updates:
                 job = None if update.job is None else message_of(update.job)
                 yield pb.WatchJobsResponse(job=job, resume_token=update.token, existing=update.is_existing)
+                del job, update
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         scope = self._scopes.of(context, "CancelJob")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import math
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -247,6 +250,35 @@ async def test_texts_count_with_their_objects(tmp_path: Path, gate: Gate):
         await until(lambda: front.held == held, "only the first request holds memory")
         gate.open()
         assert await peer.status(first) == 0
+
+
+async def test_an_idle_stream_keeps_nothing_of_its_last_request_and_response(tmp_path: Path):
+    # Nothing of them is counted any more.
+    body, count = wide("one", 4), 6
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    async with (
+        serving(tmp_path / "m", 256 * MIB) as front,
+        grpc.aio.insecure_channel(front.server.address, options=unlimited) as channel,
+    ):
+
+        async def opened() -> grpc.aio.StreamStreamCall:
+            call = channel.stream_stream(STREAM)()
+            await call.write(body)
+            assert len(await call.read()) > 4 * MIB
+            return call
+
+        calls = [await opened()]
+        tracemalloc.start()
+        try:
+            calls += [await opened() for _ in range(count)]
+            await until(lambda: front.held < MIB, "the requests have ended")
+            gc.collect()
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < 4 * MIB
+        for call in calls:
+            call.cancel()
 
 
 async def test_tensors_between_the_steps_of_an_ensemble_count(tmp_path: Path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import os
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from itertools import chain, product
@@ -433,6 +435,31 @@ async def test_a_watch_shows_what_is_recorded_from_then_on(store: Store) -> None
     assert got.result == await get(store, "after")
     await put(store, result("large", response=answer(3 << 20)))
     assert (await call.read()).result == await get(store, "large")
+
+
+async def test_an_idle_watch_keeps_nothing_of_its_last_result(store: Store) -> None:
+    mib, watches = 1 << 20, [watch(store) for _ in range(5)]
+    for call in watches:
+        await call.read()
+    await put(store, result("first", response=answer(3 * mib)))
+    for call in watches:
+        assert (await call.read()).HasField("result")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await put(store, result("second", response=answer(3 * mib)))
+        for call in watches:
+            assert (await call.read()).HasField("result")
+
+        def kept() -> int:
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0]
+
+        await until(lambda: kept() < 3 * mib, "no watch keeps the result")
+    finally:
+        tracemalloc.stop()
+    for call in watches:
+        call.cancel()
 
 
 async def test_a_watch_that_finds_nothing_renews_its_token(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,8 @@ class DecoupledScheduler:
                     request.memory.release(event.tensor_bytes)
                 if response.is_final:
                     break
+                # Nothing of them is counted any more, and the next one may be far away.
+                del event, response
         # The caller has left, or its deadline has passed while the request ran.
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
             self._statistics.cancelled += 1

@@ -101,6 +101,7 @@ class RunStreams:
             try:
                 async for response in stream.responses(requests):
                     yield response
+                    del response
             finally:
                 await stream.close()
 
@@ -164,6 +165,8 @@ class RunStream:
                 for message in _messages([item for item, _ in group], responses, sizes):
                     message.most_requests, most_requests = most_requests, 0
                     yield message
+                # Results may have 120 MiB.
+                del group, responses, message
                 if self._memory is not None:
                     self._memory.release(sum(sizes))
             if self._reader.done() and not self._in_flight:
@@ -195,14 +198,19 @@ class RunStream:
 
     async def _read(self, requests: AsyncIterator[pb.RunStreamRequest]) -> None:
         async for message in requests:
-            if not message.requests:
-                await self._accept(message, is_bundled=False)
-                continue
-            # A bundle's own submit, job_id or stream would be ignored.
-            if message.stream or message.WhichOneof("what") is not None:
-                raise InvalidArgument("requests: not together with submit, job_id or stream: each has its own")
-            async for request in in_turns("requests", message.requests):
-                await self._accept(request, is_bundled=True)
+            await self._take(message)
+            # An idle stream keeps no request.
+            del message
+
+    async def _take(self, message: pb.RunStreamRequest) -> None:
+        if not message.requests:
+            await self._accept(message, is_bundled=False)
+            return
+        # A bundle's own submit, job_id or stream would be ignored.
+        if message.stream or message.WhichOneof("what") is not None:
+            raise InvalidArgument("requests: not together with submit, job_id or stream: each has its own")
+        async for request in in_turns("requests", message.requests):
+            await self._accept(request, is_bundled=True)
 
     async def _accept(self, request: pb.RunStreamRequest, *, is_bundled: bool) -> None:
         await self._window.enter(0)

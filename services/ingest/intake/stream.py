@@ -143,6 +143,9 @@ class Stream:
                 else:
                     submit = request.submit if request.HasField("submit") else None
                     await self._submit_one(request.sequence, submit, traceparent, is_of_several=False)
+                    del submit
+                # An idle stream keeps no request.
+                del request
         finally:
             self._put(None)
 

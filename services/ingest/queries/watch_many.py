@@ -88,6 +88,7 @@ class WatchMany:
         with self._places.take(filter_.tenant), translated("watching jobs"):
             async for update in self._updates(filter_, position, existing):
                 yield update
+                del update
 
     async def _updates(
         self, filter_: JobFilter, position: StreamPosition | None, existing: bool

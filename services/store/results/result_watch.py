@@ -56,6 +56,7 @@ class ResultWatch:
         with self._places.take(request.tenant), translated("watching results"):
             async for item in self._items(pipeline, after, request.tenant):
                 yield item
+                del item
 
     async def token(self) -> str:
         """Return a token for a watch without a gap to reads: the watch shows all results that later reads may lack.
@@ -96,6 +97,8 @@ class ResultWatch:
                         await reading.take(result_documents.response_bytes(doc))
                         result = await self._results.readable(doc)
                     yield result, _written(after)
+                    # A result may have 120 MiB, and the next one may be far away.
+                    del doc, result, change
                 elif loop.time() < sent_at + _HEARTBEAT_S or (newest := _token(stream.resume_token)) == after:
                     continue
                 else:
