@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from mesh.cluster.election import Leader
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import Instance
-from mesh.cluster.mirror import Mirror
+from mesh.cluster.mirror import Copy, Mirror
+from mesh.rpc.places import Places
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.drains import encode, key_of, mark_of, resolve
 from shoal.errors import Unavailable
 
 _CATCH_UP_S = 2.0
+# Each watcher works on each change, for 10 ms with hundreds of models.
+_MAX_WATCHES = 100
 
 
 class Instances:
@@ -23,22 +26,40 @@ class Instances:
     def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
         self._etcd = etcd
         self._mirror = mirror
+        self._latest = self._mirror.copy, cluster_of(self._mirror.copy)
+        self._places = Places(_MAX_WATCHES, "watches")
+        self._turn = asyncio.Lock()
 
     @property
     def cluster(self) -> Cluster:
         """Latest view of the cluster."""
-        return cluster_of(self._mirror.copy)
+        return self._cluster(self._mirror.copy)
 
-    async def watch(self, service: str) -> AsyncIterator[Cluster]:
-        """Yield the current view, and again after each change of `service`; an empty name watches all services."""
+    def _cluster(self, copy: Copy) -> Cluster:
+        # A copy of hundreds of instances takes milliseconds to parse, and all watchers follow the same.
+        if self._latest[0] is not copy:
+            self._latest = copy, cluster_of(copy)
+        return self._latest[1]
+
+    async def watch(self, service: str, tenant: str | None = None) -> AsyncGenerator[Cluster, None]:
+        """Yield the current view, and again after each change of `service`; an empty name watches all services.
+
+        Raises:
+            ResourceExhausted: too many watches.
+        """
         last: tuple[object, ...] | None = None
-        async for copy in self._mirror.follow():
-            cluster = cluster_of(copy)
-            shown = cluster.of_service(service)
-            now = (shown, frozenset(i.name for i in shown) & cluster.drained, cluster.stale)
-            if now != last:
-                yield replace(cluster, instances=shown)
-            last = now
+        with self._places.take(tenant):
+            async for copy in self._mirror.follow():
+                # All watchers are notified at the same time: other calls go on between two of them.
+                async with self._turn:
+                    await asyncio.sleep(0)
+                    cluster = self._cluster(copy)
+                    shown = cluster.of_service(service)
+                    now = (shown, frozenset(i.name for i in shown) & cluster.drained, cluster.stale)
+                is_new = now != last
+                last = now
+                if is_new:
+                    yield replace(cluster, instances=shown)
 
     def leader(self) -> Leader:
         """Return the current leader.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 import grpc
 
 from mesh.rpc.access import caller_in
 from mesh.rpc.cluster_access import PolicyWatch
 from mesh.rpc.interceptors import Context
+from mesh.rpc.tenant_scope import Scopes
 from mesh.xds.ads import AdsServer
 from services.coord.access_rpc import AccessParts
 from services.coord.history import FIELDS
@@ -53,6 +56,7 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
         self._instances = instances
         self._ads = ads
         self._watch = watch
+        self._scopes = Scopes("shoal.coord.v1.CoordService", None if watch is None else watch.access)
         self._parts = parts
         self._spans = spans
         self._leader = leader
@@ -66,9 +70,14 @@ class CoordRpc(pb_grpc.CoordServiceServicer):
     async def WatchInstances(
         self, request: pb.WatchInstancesRequest, ctx: Context
     ) -> AsyncIterator[pb.WatchInstancesResponse]:
-        async for cluster in self._instances.watch(request.service):
-            found = instance_messages(cluster, request.service, self._may_see(ctx, "WatchInstances"))
-            yield pb.WatchInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
+        scope = self._scopes.of(ctx, "WatchInstances")
+        async with aclosing(self._instances.watch(request.service, scope.tenant)) as clusters:
+            async for cluster in clusters:
+                # Instances have the same models: each is decided about once.
+                may_see = functools.cache(self._may_see(ctx, "WatchInstances"))
+                found = instance_messages(cluster, request.service, may_see)
+                yield pb.WatchInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
+                del found, cluster
 
     def _may_see(self, ctx: Context, method: str) -> Callable[[str], bool]:
         """Return a function that returns True for the models that the caller may see."""

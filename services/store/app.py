@@ -96,7 +96,7 @@ async def run(config: StoreConfig, access: Access | None = None) -> None:
         await stack.enter_async_context(StagingSweep(staging, threads, utc_now))
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=clock)
         registry = Registry(collections, artifacts, clock)
-        registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
+        registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry, config.max_watches))
 
         # Results.
         responses = LargeResponses(blobs, threads, config.inline_bytes)

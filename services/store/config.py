@@ -43,7 +43,8 @@ class StoreConfig(ServiceConfig):
     retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
     """Interval of retention: everything older than its rule allows is removed."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
-    """Most WatchResults streams at a time. Each holds a change stream of its own."""
+    """Most WatchResults streams at a time, each with a change stream of its own. As many WatchModels streams of tenants
+    may be open, and of services."""
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
     """Most StreamResults streams at a time. Each holds up to 4 MiB (or one response that is larger)."""
 

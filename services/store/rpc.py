@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -118,14 +119,21 @@ class StoreRpc(ArtifactRpc):
         return pb.SetAliasResponse(model=_version(version) if version else None)
 
     async def WatchModels(self, request: pb.WatchModelsRequest, ctx: Context) -> AsyncIterator[pb.WatchModelsResponse]:
-        scope = self._scopes.of(ctx, "WatchModels")
-        async with aclosing(self._registry_watch.follow(request.name)) as snapshots:
-            shown: list[pb.ModelVersion] | None = None
+        scope, watch = self._scopes.of(ctx, "WatchModels"), self._registry_watch
+        async with aclosing(watch.follow(request.name, scope.tenant)) as snapshots:
+            shown: tuple[Version, ...] | None = None
             async for versions in snapshots:
-                # A change of a model that the caller may not read is none for it.
-                if (readable := _readable(versions, scope)) != shown:
-                    shown = readable
-                    yield pb.WatchModelsResponse(snapshot=readable)
+                async with watch.turn:
+                    # Others go on between two watchers.
+                    await asyncio.sleep(0)
+                    readable = tuple(each for each in versions if scope.allows(LIST_MODELS, each.name))
+                    # A change of a model that the caller may not read is none for it.
+                    response = None if readable == shown else pb.WatchModelsResponse(snapshot=map(_version, readable))
+                shown = readable
+                if response is not None:
+                    yield response
+                # A watch keeps no message while nothing changes.
+                del response, versions
 
     async def RecordAudit(self, request: pb.RecordAuditRequest, ctx: Context) -> pb.RecordAuditResponse:
         return await audit_messages.record(self._audit.chain, request)
@@ -183,6 +191,7 @@ class StoreRpc(ArtifactRpc):
                 if result is not None:
                     response.result.CopyFrom(result)
                 yield response
+                del response, result
 
     async def StreamResults(
         self, request: pb.StreamResultsRequest, ctx: Context

@@ -170,6 +170,9 @@ class Watch:
     def __init__(self, jobs: Jobs, changes: ChangeFeed) -> None:
         self._jobs = jobs
         self._changes = changes
+        # Reads that begin in the next iteration of the event loop, by job and tenant.
+        self._reads: dict[tuple[str, str | None], asyncio.Task[Job]] = {}
+        self._turn = asyncio.Lock()
 
     async def follow(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> AsyncIterator[Job]:
         """Yield the job of the scope, and again after each transition, until it has ended.
@@ -185,6 +188,9 @@ class Watch:
                     await asyncio.wait_for(changed.wait(), _POLL_S)
                 changed.clear()
                 newer = await self._read_with_retry(job_id, scope)
+                # Thousands may watch one job: other calls go on between two watchers.
+                async with self._turn:
+                    await asyncio.sleep(0)
                 for view in views_between(job, newer):
                     yield view
                 job = newer
@@ -193,11 +199,25 @@ class Watch:
         give_up = asyncio.get_running_loop().time() + _RETRY_FOR_S
         while True:
             try:
-                return await self._jobs.get(job_id, scope)
+                return await self._shared(job_id, scope)
             except Unavailable:
                 if asyncio.get_running_loop().time() > give_up:
                     raise
                 await asyncio.sleep(_REOPEN_S)
+
+    async def _shared(self, job_id: str, scope: TenantScope) -> Job:
+        """Return the job. All its watchers learn of a change at the same time, and share one read."""
+        key = job_id, scope.tenant
+        reading = self._reads.get(key)
+        if reading is None:
+            reading = self._reads[key] = asyncio.create_task(self._read(key, scope), name="watched job")
+        return await asyncio.shield(reading)
+
+    async def _read(self, key: tuple[str, str | None], scope: TenantScope) -> Job:
+        await asyncio.sleep(0)
+        # A change that is noted from now on needs another read.
+        del self._reads[key]
+        return await self._jobs.get(key[0], scope)
 
 
 def views_between(before: Job, after: Job) -> list[Job]:

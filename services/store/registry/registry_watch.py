@@ -18,6 +18,7 @@ from types import TracebackType
 from mesh.mongo import Document, next_change, translated
 from mesh.process.tasks import end
 from mesh.process.watched import Watched
+from mesh.rpc.places import Places
 from services.store.documents import Collections
 from services.store.registry.model_rules import check_name
 from services.store.registry.registry import Registry, Version
@@ -40,11 +41,17 @@ _PIPELINE: list[Document] = [
 class RegistryWatch:
     """Use as `async with`: follows the registry while the block lasts, through any outage of MongoDB."""
 
-    def __init__(self, collections: Collections, registry: Registry) -> None:
+    def __init__(self, collections: Collections, registry: Registry, max_watches: int) -> None:
         self._collections = collections
         self._registry = registry
         self._latest: Watched[tuple[Version, ...]] = Watched(())
         self._reading = asyncio.Lock()
+        # Numbers of the reads that began last, and that ended last.
+        self._begun = self._ended = 0
+        # Watches of tenants take no places of the services that watch, such as infer.
+        self._of_tenants, self._of_others = (Places(max_watches, "watches") for _ in range(2))
+        self.turn = asyncio.Lock()
+        """Held by a watcher while it works on a change: all of them are notified at the same time."""
         self._watched = asyncio.Event()
         self._changed = asyncio.Event()
 
@@ -60,28 +67,41 @@ class RegistryWatch:
     ) -> None:
         await self._stack.aclose()
 
-    async def follow(self, name: str) -> AsyncGenerator[tuple[Version, ...], None]:
+    async def follow(self, name: str, tenant: str | None = None) -> AsyncGenerator[tuple[Version, ...], None]:
         """Yield the registry (or only model `name`) as it is now, and again after each change. Never ends.
 
         Raises:
             InvalidArgument: a bad name.
+            ResourceExhausted: too many watches.
             Unavailable: MongoDB is unavailable at the start. A later outage is waited out.
         """
         if name:
             check_name(name)
-        self._watched.set()
-        await self._read()
-        shown: tuple[Version, ...] | None = None
-        async for versions in self._latest.follow():
-            selected = tuple(version for version in versions if name in ("", version.name))
-            if selected != shown:
+        places = self._of_tenants if tenant else self._of_others
+        with places.take(tenant):
+            self._watched.set()
+            await self._read()
+            shown: tuple[Version, ...] | None = None
+            async for versions in self._latest.follow():
+                selected = versions if not name else tuple(each for each in versions if each.name == name)
+                is_new = selected != shown
+                # The newest of equal ones: a watcher keeps no earlier copy.
                 shown = selected
-                yield selected
+                if is_new:
+                    yield selected
 
     async def _read(self) -> None:
-        """Replace the copy by a new read, one at a time, so that an older read never replaces a newer one."""
+        """Replace the copy by a new read, one at a time, so that an older read never replaces a newer one.
+
+        A read that begins after this call will do: those that wait meanwhile share it.
+        """
+        asked_at = self._begun
         async with self._reading:
+            if self._ended > asked_at:
+                return
+            self._begun = number = self._begun + 1
             self._latest.set(tuple(await self._registry.versions("")))
+            self._ended = number
 
     async def _read_for_ever(self) -> None:
         took_s = 0.0
