@@ -63,11 +63,16 @@ _FRAMES_A_STREAM = 8
 # short texts take 3 ms to free.
 _FREED_BYTES = 4 << 20
 
+# Ticks without any byte of a peer with open streams after which it is pinged: 30 s. After as many more it is given up.
+# A machine that has lost its power, or a proxy that has lost its client, closes no connection.
+_QUIET_TICKS = 6
+
 LINGER_S = 1.0
 """Longest wait for a peer to close a connection after its last response."""
 
 # Payload of the PING after the first GOAWAY. Its acknowledgement shows that the peer has read the GOAWAY.
 _SHUTDOWN_PING = b"shutdown"
+_ALIVE_PING = b"alive?.."
 
 
 class Memory:
@@ -116,6 +121,7 @@ class ServerConnection(Peer):
         self._settings_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._resets, self._resets_counted_at = 0, 0.0
+        self._quiet_ticks = 0
 
     # -- the transport
 
@@ -146,6 +152,7 @@ class ServerConnection(Peer):
             self._break(ConnectionBroken(Reason.SETTINGS_TIMEOUT, f"no SETTINGS within {_SETTINGS_TIMEOUT_S:.0f} s"))
 
     def data_received(self, data: bytes) -> None:
+        self._quiet_ticks = 0
         if self._lingering is None:
             super().data_received(data)
 
@@ -211,6 +218,21 @@ class ServerConnection(Peer):
             except Exception:
                 reset(stream)
         self._sender.tick(MAX_TICKS)
+        self._check_peer()
+
+    def _check_peer(self) -> None:
+        """Ping a silent peer that has open streams, and close the connection of one that has gone."""
+        self._quiet_ticks += 1
+        if not self._streams or self._is_waiting:
+            return
+        if self._quiet_ticks > 2 * _QUIET_TICKS:
+            log.warning(
+                "a connection with %(streams)d streams is closed: its peer answers no PING",
+                {"event": "connection.peer_is_gone", "streams": len(self._streams)},
+            )
+            self._transport.abort()
+        elif self._quiet_ticks == _QUIET_TICKS:
+            self._sender.write(frames.frame(frames.PING, 0, 0, _ALIVE_PING))
 
     # -- requests
 

@@ -347,11 +347,28 @@ async def test_a_stream_between_two_messages_may_be_silent(quick_ticks):
     async with serving() as front, front.peer() as peer:
         number = peer.open(STREAM)
         peer.data(number, framed(b"one"), is_end=False)
-        await asyncio.sleep(0.4)
+        for _ in range(2):
+            _, _, _, payload = await peer.until(frames.PING)
+            peer.send(frames.frame(frames.PING, frames.ACK, 0, payload))
         peer.data(number, framed(b"two")[:3], is_end=False)
         await asyncio.sleep(0.05)
         peer.data(number, framed(b"two")[3:])
         assert await peer.status(number) == 0
+
+
+async def test_a_peer_that_has_gone_without_a_word_loses_its_streams_and_a_silent_one_keeps_them(quick_ticks):
+    async with serving() as front, front.peer() as gone, front.peer() as silent:
+        gone.open(STREAM)
+        number = silent.open(STREAM)
+        for _ in range(3):
+            _, _, _, payload = await silent.until(frames.PING)
+            silent.send(frames.frame(frames.PING, frames.ACK, 0, payload))
+        # It reads, and answers nothing.
+        async with asyncio.timeout(PATIENCE_S):
+            while await gone.frame() is not None:
+                pass
+        silent.data(number, framed(b"x"))
+        assert await silent.status(number) == 0
 
 
 # -- clients that do not read
