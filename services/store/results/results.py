@@ -26,6 +26,7 @@ from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.large_responses import LargeResponses
+from services.store.results.query_slots import QuerySlots
 from services.store.results.read_gate import UNGATED_BYTES, ReadGate, Reading
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
 from services.store.results.tombstones import is_tombstone
@@ -63,6 +64,7 @@ class Results:
         self._clock = clock
         self.reads = ReadGate()
         """Places for calls that read many or large responses."""
+        self.queries = QuerySlots()
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""
         self._on_recorded = on_recorded
@@ -221,7 +223,7 @@ class Results:
         page: list[Document] = []
         nbytes = 0
         with translated("querying results"):
-            async with aclosing(docs):
+            async with self.queries.take(result_filter.tenant), aclosing(docs):
                 async for doc in docs:
                     nbytes += result_documents.response_bytes(doc)
                     if len(page) == size or (page and nbytes > most_bytes):
