@@ -184,13 +184,17 @@ class KeptSpans(SpanProcessor):
 
 
 def _span(*, name: str, error: str, attributes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return a span as values, with bounded texts."""
+    """Return a span as values, with bounded texts that UTF-8 can hold: an error may quote half a surrogate pair."""
+
+    def bounded(text: str) -> str:
+        return text[:_TEXT_CHARS].encode(errors="replace").decode()
+
     return {
         **more,
-        "name": name[:_TEXT_CHARS],
-        "error": error[:_TEXT_CHARS],
+        "name": bounded(name),
+        "error": bounded(error),
         "attributes": {
-            key: value[:_TEXT_CHARS] if isinstance(value, str) else value
+            key: bounded(value) if isinstance(value, str) else value
             for key, value in list(attributes.items())[:_ATTRIBUTES]
             if isinstance(value, str | int | float)
         },

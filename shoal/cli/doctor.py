@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.output import AsJson, Gateway, connect, console, printable, show_json
+from shoal.cli.output import AsJson, Gateway, connect, console, one_line, show_json
 
 if TYPE_CHECKING:
     from shoal.cli.diagnosis.facts import Facts, Finding
@@ -84,16 +84,16 @@ def _show(facts: Facts, findings: list[Finding]) -> None:
     out = console()
     for finding in findings:
         style = "bold red" if finding.severity > 1 else "yellow"
-        line = Text(f"{finding.severity.name.lower():<8}", style).append(printable(finding.what), "")
+        line = Text(f"{finding.severity.name.lower():<8}", style).append(one_line(finding.what), "")
         out.print(line.append(f"  [{finding.check}]", "dim"), soft_wrap=True)
-        out.print(Text(f"        {finding.command}", "cyan"), soft_wrap=True)
+        out.print(Text(f"        {one_line(finding.command)}", "cyan"), soft_wrap=True)
     where = facts.gateway or (facts.local.data_dir if facts.local else "")
     skipped, every = checks.skipped(facts), len(checks.names())
     counted = f"{every - len(skipped)} of {every} checks" if skipped else f"{every} checks"
     ends = "" if len(findings) == 1 else "s"
     out.print(f"{where}: {counted}, {len(findings) or 'no'} finding{ends}", markup=False, soft_wrap=True)
     for part, reason in facts.unread.items():
-        out.print(f"not read: {part}: {reason}", style="dim", markup=False, soft_wrap=True)
+        out.print(f"not read: {part}: {one_line(reason)}", style="dim", markup=False, soft_wrap=True)
     if skipped:
         out.print(f"not checked: {', '.join(skipped)}", style="yellow", markup=False, soft_wrap=True)
     if facts.local is None:

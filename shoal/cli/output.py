@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 WIDTH = 160
 """Columns without a terminal: wide enough that no name is split."""
 
-# Control characters except tab and newline, and the marks that reverse the direction of text.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters except tab and newline, the marks that reverse the direction of text, and halves of surrogate
+# pairs, which no terminal takes.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Gateway = Annotated[
     str | None,
@@ -95,12 +96,17 @@ def show(
 
 def show_json(value: object) -> None:
     """Print `value` as JSON: dataclasses become objects, times ISO 8601 in UTC, enumerations their value."""
-    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    typer.echo(_json(value, indent=2))
 
 
 def show_json_line(value: object) -> None:
     """Print `value` as one line of JSON, for commands that print many values."""
-    typer.echo(json.dumps(plain(value), ensure_ascii=False))
+    typer.echo(_json(value))
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    # A half of a surrogate pair, which no output takes, is written as its escape in JSON.
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def plain(value: object) -> Any:
@@ -146,6 +152,11 @@ def printable(value: str) -> str:
     terminal, or clear it.
     """
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
+
+
+def one_line(value: str) -> str:
+    """Return text as `printable` does, with its newlines escaped: a line of it could pass for one of the command's."""
+    return printable(value).replace("\n", "\\n")
 
 
 def size(count: int) -> str:

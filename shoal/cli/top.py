@@ -16,7 +16,7 @@ import typer
 
 from shoal.cli.figures import ClusterFigures, Figures, NodeFigures, parse_since
 from shoal.cli.here import admin_here
-from shoal.cli.output import AsJson, Gateway, connect, console, plain, show_json
+from shoal.cli.output import AsJson, Gateway, connect, console, one_line, plain, show_json
 from shoal.errors import InvalidArgument, NotFound, ShoalError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _print(state: _State, every: float, *, as_json: bool) -> None:
     if not as_json:
         console().print(state.table())
         for note in state.figures.notes():
-            console().print(note, style="dim", soft_wrap=True)
+            console().print(one_line(note), style="dim", soft_wrap=True)
         return
     rows = [_plain(row) for row in state.rows()]
     past = state.figures.past(state.by)
@@ -156,7 +156,7 @@ class _State:
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for row in self.rows():
-            cells = [Text(_printable(row.name)), *(Text(cell(row)) for _, cell in columns)]
+            cells = [Text(one_line(row.name)), *(Text(cell(row)) for _, cell in columns)]
             style = "red" if row.errors > _ERRORS_SHOWN else ""
             table.add_row(*cells, Text(spark(row.rates), "cyan"), style=style)
         return table
@@ -164,12 +164,6 @@ class _State:
 
 # A share of failures from which a row is red.
 _ERRORS_SHOWN = 0.01
-
-
-def _printable(name: str) -> str:
-    from shoal.cli.output import printable
-
-    return printable(name)
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -246,7 +240,7 @@ def _live(state: _State, every: float) -> None:
     def view() -> Group:
         keys = "m models  e executions  t tenants  i instances  s order  q end"
         head = f"{figures.where}   by {state.by}, sorted by {state.sort}, of {figures.seconds:.1f} s   {keys}"
-        notes = [Text(note, "dim") for note in figures.notes()]
+        notes = [Text(one_line(note), "dim") for note in figures.notes()]
         return Group(Text(head, "dim", no_wrap=True, overflow="ellipsis"), state.table(), *notes, Text(trouble, "red"))
 
     trouble = "reading twice for the first figures"
@@ -263,7 +257,7 @@ def _live(state: _State, every: float) -> None:
                     state.read()
                     trouble = "" if figures.seconds else trouble
                 except ShoalError as err:
-                    trouble = err.message
+                    trouble = one_line(err.message)
                 live.update(view(), refresh=True)
             key = next_key(max(0.0, min(due - time.monotonic(), every)))
             if key == "q":

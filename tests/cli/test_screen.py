@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_the_ready_table_prints_fingerprint_and_paths_as_they_are(
     shown = capsys.readouterr()
     assert shown.out.count(ODD) == 5
     assert ODD in shown.err
+
+
+def test_half_a_surrogate_pair_is_printed_as_its_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    output.console().print(output.printable("a\ud800"))
+    output.show_json_line({"message": "a\ud800"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == r"a\ud800"
+    assert json.loads(second) == {"message": "a\ud800"}
 
 
 def test_the_console_of_commands_prints_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

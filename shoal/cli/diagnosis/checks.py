@@ -358,7 +358,7 @@ def _model_unavailable(facts: Facts) -> Iterator[Finding]:
     for entry in facts.index or ():
         if entry.state == "UNAVAILABLE" and entry.reason not in ("", UNLOADED):
             what = f"model {entry.name} version {entry.version} cannot be served: {entry.reason}"
-            yield _error("model-unavailable", what, f"shoal logs infer --contains {entry.name}")
+            yield _error("model-unavailable", what, f"shoal logs infer --contains {quote(entry.name)}")
 
 
 @_check("model-not-everywhere", "status")
@@ -376,7 +376,7 @@ def _model_not_everywhere(facts: Facts) -> Iterator[Finding]:
         without = [instance.name for instance in ready if version not in instance.models.get(name, ())]
         if without:
             what = f"model {name} version {version} is not ready at {', '.join(without)}"
-            yield _warning("model-not-everywhere", what, f"shoal logs infer --contains {name}")
+            yield _warning("model-not-everywhere", what, f"shoal logs infer --contains {quote(name)}")
 
 
 # Jobs.
@@ -393,7 +393,7 @@ def _dead_letters(facts: Facts) -> Iterator[Finding]:
             f"{len(recent)} jobs have died within the last hour, {count} of them of model {model}: "
             f"{recent[0].last_message}"
         )
-        yield _warning("dead-letters", what, f"shoal jobs dead list --model {model}")
+        yield _warning("dead-letters", what, f"shoal jobs dead list --model {quote(model)}")
 
 
 @_check("schedule-failing", "schedules")
@@ -619,8 +619,8 @@ def _mongodb_members_missing(facts: Facts) -> Iterator[Finding]:
 def _oplog_short(facts: Facts) -> Iterator[Finding]:
     if facts.page is None or not facts.page.has("shoal_store_mongo_oplog_used"):
         return
-    [used] = facts.page.most("shoal_store_mongo_oplog_used", ()).values()
-    [window] = facts.page.most("shoal_store_mongo_oplog_window_seconds", ()).values()
+    used = facts.page.most("shoal_store_mongo_oplog_used", ())[()]
+    window = facts.page.most("shoal_store_mongo_oplog_window_seconds", ()).get((), -1.0)
     # A young log reaches back as far as its set is old.
     if used >= OPLOG_FULL and 0 <= window < OPLOG_SHORT_S:
         what = f"MongoDB's oplog is full and reaches back {window:.0f} s: whoever reads changes may not stop for longer"

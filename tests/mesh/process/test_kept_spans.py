@@ -13,6 +13,7 @@ from mesh.metrics.spans import SpansPage
 from mesh.process.kept_spans import ADMITTED_A_SECOND, KEPT, KeptSpans, OnRequest
 from mesh.process.telemetry import Sampling
 from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.span_listing import message_of
 
 TRACE = 0x4BF92F3577B34DA6A3CE929D0E0E4736
 SAMPLED = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -65,6 +66,14 @@ def test_the_number_of_spans_and_their_size_are_bounded() -> None:
     found = kept.of_trace("4bf92f35")
     assert (len(found), found[-1]["name"]) == (KEPT, f"a.B/{KEPT + 4}")
     assert len(json.dumps(found)) < KEPT * 1_000
+
+
+def test_an_error_that_quotes_half_a_surrogate_pair_does_not_hide_the_spans_of_its_process() -> None:
+    kept = KeptSpans()
+    about = {"shoal.model": "a\udcff"}
+    kept.add_tail("a", trace_id="1", span_id="1", parent="", seconds=1, tenant="", error="no \ud800", attributes=about)
+    [span] = map(message_of, kept.latest(1))
+    assert (span.error, span.attributes) == ("no ?", {"shoal.model": "a?"})
 
 
 async def test_the_page_takes_a_trace_or_a_job_and_nothing_else() -> None:
