@@ -84,6 +84,16 @@ class Page:
         return found
 
 
+def parse(text: str) -> Page:
+    """Return the values of a page in Prometheus' text format. Raises ValueError when the text is none."""
+    samples: dict[str, dict[Labels, float]] = defaultdict(dict)
+    for name, service, instance, labels, number in _SERIES.findall(text):
+        samples[name][_labels(service, instance, labels)] = float(number)
+    if not samples:
+        raise ValueError("no metrics")
+    return Page(samples)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Growth of counters between two pages, and the gauges of the second one."""

@@ -40,7 +40,7 @@ def faster(text: str) -> str:
         number = int(found[2]) * 1000 // 60 if found[3] == "s" else int(found[2])
         return f"{found[1]}{number}{_FASTER[found[3]]}"
 
-    text = re.sub(r"(for: |group_wait: |_interval: |\[)(\d+)([smh])\b", sixtieth, text)
+    text = re.sub(r"(for: |group_wait: |_interval: |offset |\[)(\d+)([smh])\b", sixtieth, text)
     return _SECONDS.sub(lambda found: f"{found[1]} > {int(found[2]) / 60}", text)
 
 

@@ -19,8 +19,10 @@ HEALTHY: dict[str, str] = {
     f'shoal_infer_requests_total{{{MODEL},outcome="success"}}': "0+6000x400",
     f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}': "0+1x400",
     f"shoal_infer_requests_within_slo_total{{{MODEL}}}": "0+5990x400",
+    f"shoal_infer_slo_seconds{{{MODEL}}}": "0.05x400",
     f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x400",
     f"shoal_infer_model_ready{{{MODEL}}}": "1x400",
+    'up{job="shoal",node="local",instance="127.0.0.1:9901"}': "1x400",
     'shoal_process_up{service="infer",instance="infer-0"}': "1x400",
     'shoal_process_restarts_total{service="infer",instance="infer-0"}': "1x400",
     'shoal_coord_leader{instance="coord-0"}': "0x400",
@@ -31,6 +33,10 @@ HEALTHY: dict[str, str] = {
     'shoal_coord_xds_awaited_seconds{instance="coord-0",node="local",type="Listener"}': "0x400",
     'shoal_coord_etcd_alarm{instance="coord-0",alarm="NOSPACE"}': "0x400",
     'shoal_store_mongo_member_up{instance="store-0",member="a:27017"}': "1x400",
+    'shoal_store_mongo_oplog_window_seconds{instance="store-0"}': "40x400",
+    'shoal_store_mongo_oplog_used{instance="store-0"}': "0.4x400",
+    'shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"}': "40000000000x400",
+    'shoal_ingest_mongo_disk_reserve_bytes{instance="ingest-0"}': "500000000x400",
     'shoal_store_mongo_clock_ahead_seconds{instance="store-0"}': "-0.02x400",
     'shoal_ingest_mongo_clock_ahead_seconds{instance="ingest-0"}': "0.02x400",
     'shoal_store_retention_stopped{service="store",instance="store-0"}': "0x400",
@@ -49,9 +55,11 @@ HEALTHY: dict[str, str] = {
     'shoal_store_audit_failed_total{instance="store-0"}': "0x400",
 }
 FAILURES = f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}'
+SUCCESSES = f'shoal_infer_requests_total{{{MODEL},outcome="success"}}'
 WITHIN = f"shoal_infer_requests_within_slo_total{{{MODEL}}}"
 # Series whose alerts look at the last six hours.
 OF_HOURS = {FAILURES, WITHIN}
+GOAL = f"shoal_infer_slo_seconds{{{MODEL}}}"
 STALLED = 'shoal_event_loop_stalled_seconds_total{instance="infer-0"}'
 # The alerts that fire, and the series that differ from the healthy ones: after 390 minutes for those of hours, else 30.
 CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
@@ -66,6 +74,12 @@ CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
     (("ShoalLatencyFast",), {WITHIN: "0+6000x325 1950000+4800x75"}),
     (("ShoalLatencyFast", "ShoalLatencySlow"), {WITHIN: "0+4000x400"}),
     ((), {WITHIN: "0+4200x325 1365000+6000x75"}),
+    # A model has got its goal four minutes ago, or lost it 24 minutes ago: its other requests have met none.
+    ((), {WITHIN: "_x386 0+5990x14", GOAL: "_x386 0.05x14"}),
+    ((), {WITHIN: "0+5990x366 _x34", GOAL: "0.05x366 _x34"}),
+    # Few of the few requests of a model.
+    ((), {SUCCESSES: "0x380 3x20", FAILURES: "0x385 1x15", WITHIN: "0x380 2x20"}),
+    (("ShoalNodeDown",), {'up{job="shoal",node="local",instance="127.0.0.1:9901"}': "1x20 0x20"}),
     (("ShoalExpiredRowsRun",), {f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x27 3x13"}),
     (("ShoalProcessDown",), {'shoal_process_up{service="infer",instance="infer-0"}': "1x20 0x20"}),
     (
@@ -85,6 +99,9 @@ CAUSES: list[tuple[tuple[str, ...], dict[str, str]]] = [
     ),
     (("ShoalEtcdRefusesWrites",), {'shoal_coord_etcd_alarm{instance="coord-0",alarm="NOSPACE"}': "0x20 1x20"}),
     (("ShoalMongoMembersMissing",), {'shoal_store_mongo_member_up{instance="store-0",member="a:27017"}': "1x20 0x20"}),
+    (("ShoalOplogShort",), {'shoal_store_mongo_oplog_used{instance="store-0"}': "0.99x40"}),
+    (("ShoalDiskNearlyFull",), {'shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"}': "900000000x40"}),
+    ((), {'shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"}': "-1x40"}),
     (("ShoalClockOff",), {'shoal_store_mongo_clock_ahead_seconds{instance="store-0"}': "0x20 -3x20"}),
     (("ShoalClockOff",), {'shoal_ingest_mongo_clock_ahead_seconds{instance="ingest-0"}': "0x20 3x20"}),
     (("ShoalRemovalStopped",), {'shoal_store_retention_stopped{service="store",instance="store-0"}': "0x20 1x20"}),

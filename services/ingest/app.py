@@ -141,7 +141,7 @@ async def run(config: IngestConfig, access: Access | None = None) -> None:
         sources: list[Source] = []
         if config.metrics is not None:
             metrics = await areas.build_metrics(
-                shared, tenants, dispatch, schedules, streams, retention, batches, stack
+                shared, tenants, dispatch, schedules, streams, retention, intake, batches, stack
             )
             sources += [metrics.read, shares.refused.read]
         server = await stack.enter_async_context(

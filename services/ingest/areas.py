@@ -398,6 +398,7 @@ async def build_metrics(
     schedules: SchedulesArea,
     streams: StreamsArea,
     retention: RetentionArea,
+    intake: IntakeArea,
     batches: Batches | None,
     stack: AsyncExitStack,
 ) -> IngestMetrics:
@@ -417,6 +418,7 @@ async def build_metrics(
         schedules.firing,
         shared.clock,
         retention.guard,
+        intake.disk,
         None if batches is None else batches.runner,
     )
 

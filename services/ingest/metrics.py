@@ -17,6 +17,7 @@ from services.ingest.connectors.connectors import Connectors
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.lease_keeper import LeaseKeeper
 from services.ingest.intake.backlog import JobBacklog
+from services.ingest.intake.disk import Disk
 from services.ingest.job import Job, Outcome
 from services.ingest.job_events import JobEvents
 from services.ingest.job_store import JobStore
@@ -76,11 +77,15 @@ MONGO_TRIP = Family("shoal.ingest.mongo.round_trip", G, "s", "Time of the last s
 CLOCK_AHEAD = Family(
     "shoal.ingest.mongo.clock_ahead", G, "s", "Time by which this machine's clock is ahead of MongoDB's, which is used."
 )
+DISK_FREE = Family("shoal.ingest.mongo.disk_free", G, "By", "Free space of MongoDB's disk; -1: unknown.")
+DISK_RESERVE = Family(
+    "shoal.ingest.mongo.disk_reserve", G, "By", "Free space of MongoDB's disk below which submits are rejected."
+)
 STOPPED = Family(
     "shoal.ingest.retention.stopped", G, "", "1: jobs past their retention stay until the clock is confirmed."
 )
 FAMILIES = (
-    *(CLOCK_AHEAD, STOPPED),
+    *(CLOCK_AHEAD, DISK_FREE, DISK_RESERVE, STOPPED),
     *(PUT_BACK, LEASES_LOST, TAKEN_OVER, FIRED, SKIPPED, FIRING_FAILED, MONGO_TRIP),
     *(ACCEPTED, ENDED, AGAIN, HELD, BACKLOG, AGE, QUEUED, OLDEST, QUEUES, READ_AGE, LEADS),
     *(BATCH_ROWS, BATCH_CHUNKS),
@@ -176,8 +181,10 @@ class IngestMetrics:
         firing: Firing,
         clock: DatabaseClock,
         guard: RemovalGuard,
+        disk: Disk,
         chunks: ChunkRunner | None,
     ) -> None:
+        self._disk = disk
         self._guard = guard
         self._chunks = chunks
         self._lease_keeper = lease_keeper
@@ -203,6 +210,8 @@ class IngestMetrics:
         yield FIRING_FAILED, (), self._firing.failed
         yield MONGO_TRIP, (), self._clock.round_trip_s
         yield CLOCK_AHEAD, (), self._clock.ahead_s
+        yield DISK_FREE, (), self._disk.free
+        yield DISK_RESERVE, (), self._disk.reserve
         # An instance that does not lead removes nothing.
         yield STOPPED, (), int(self._guard.is_stopped and self._lease.is_held)
         yield HELD, (), self._dispatcher.held_count

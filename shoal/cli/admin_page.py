@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import urllib.request
-from collections import defaultdict
 from http.client import HTTPException
 from typing import TYPE_CHECKING
 
@@ -40,21 +39,10 @@ def metrics(admin: str, *, timeout_s: float) -> Page:
     Raises:
         Unavailable: as `read`, or the page has no metrics.
     """
+    from shoal.rates import parse
+
     text = read(admin, "/metrics", timeout_s=timeout_s)
     try:
         return parse(text)
     except ValueError as err:
         raise Unavailable(f"the admin address {admin} has no metrics: {err}") from err
-
-
-def parse(text: str) -> Page:
-    """Return the page of a text in Prometheus' format. Raises ValueError when it is none."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    from shoal.rates import Page
-
-    samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(dict)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
-    return Page(samples)

@@ -21,7 +21,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from shoal.cli import admin_page, doctor
+from shoal import rates
+from shoal.cli import doctor
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts, Severity
 from shoal.cli.endpoints import Endpoint
@@ -117,6 +118,8 @@ shoal_store_mongo_member_up{instance="store-0",member="b:27017"} 1
 shoal_store_mongo_member_up{instance="store-0",member="c:27017"} 1
 shoal_store_mongo_oplog_used{instance="store-0"} 0.5
 shoal_store_mongo_oplog_window_seconds{instance="store-0"} 60
+shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"} 40000000000
+shoal_ingest_mongo_disk_reserve_bytes{instance="ingest-0"} 536870912
 shoal_store_retention_stopped{instance="store-0"} 0
 shoal_ingest_retention_stopped{instance="ingest-0"} 0
 shoal_connection_memory_bytes{instance="infer-0",kind="requests"} 900
@@ -143,7 +146,7 @@ HEALTHY = Facts(
     keys=(key(60), key(-1), key(5, role="user", created_at=NOW - DAY)),
     certificate=CertificateFacts("CN=gateway", NOW - 30 * DAY, NOW + 60 * DAY),
     ca=CertificateFacts("CN=Shoal CA", NOW - 30 * DAY, NOW + 3_000 * DAY),
-    page=admin_page.parse(PAGE),
+    page=rates.parse(PAGE),
     admin="127.0.0.1:9901",
     local=LOCAL,
 )
@@ -158,7 +161,7 @@ def page(*lines: str) -> Facts:
     changed = {line.rpartition(" ")[0]: line for line in lines}
     kept = [changed.pop(line.rpartition(" ")[0], line) for line in PAGE.splitlines()]
     assert not changed, "a series of the healthy page"
-    return replace(HEALTHY, page=admin_page.parse("\n".join([*kept, ""])))
+    return replace(HEALTHY, page=rates.parse("\n".join([*kept, ""])))
 
 
 def local(**fields: object) -> Facts:
@@ -357,6 +360,13 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ("connector-lags", lagging({"lag_ms": 90_000, "lag": None}, {"lag_ms": 98_000, "lag": None}), W, "98 s behind"),
     ("disk-full", disk(free_bytes=500 << 20), E, "submits are refused"),
     ("disk-full", disk(free_bytes=1 << 30), W, "1024 MiB of 102400 MiB are free"),
+    (
+        "disk-full",
+        page('shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"} 800000000'),
+        W,
+        "has 763 MiB left, and",
+    ),
+    ("disk-full", page('shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"} 5e8'), E, "grep mongo_disk"),
     ("inodes-full", disk(free_inodes=10), W, "10 of 2000000 files"),
     ("memory-low", local(memory_available_bytes=100 << 20), E, "100 MiB of memory are available; infer-0 has 128 MiB"),
     (

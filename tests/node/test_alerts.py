@@ -55,8 +55,8 @@ class Model:
         BODY
         return {"y": batch["x"]}
 """
-# In the processes of the node: a page waits for a process that stands still for less than a scrape, and infer's check
-# of deadlines is off by an hour while a file exists.
+# In the processes of the node: a page waits for a process that stands still for less than a scrape, infer's check of
+# deadlines is off by an hour while a file exists, and ingest finds little more than the reserve on MongoDB's disk.
 SITE = """
 import os, sys
 if "up" in sys.orig_argv:
@@ -68,6 +68,12 @@ if any("services.infer" in part for part in sys.orig_argv):
     def late(self, batch, now):
         count(self, batch, now + 3600 * os.path.exists(FILE))
     Execution._count_expired = late
+if any("services.ingest" in part for part in sys.orig_argv):
+    from services.ingest.intake.disk import Disk
+    observe = Disk.observe
+    def less(self, free):
+        observe(self, self.reserve * 3 // 2 if os.path.exists(FILE) else free)
+    Disk.observe = less
 """
 
 
@@ -187,6 +193,25 @@ def test_rows_that_run_after_their_deadline_fire(world: World) -> None:
         world.alerting.until_notified("ShoalExpiredRowsRun", doing=doing)
     finally:
         off.unlink()
+
+
+def test_a_disk_that_is_nearly_full_fires(world: World) -> None:
+    off = world.folder / "off"
+    off.touch()
+    try:
+        world.alerting.until_notified("ShoalDiskNearlyFull")
+    finally:
+        off.unlink()
+    world.alerting.until_notified("ShoalDiskNearlyFull", "resolved")
+
+
+def test_a_node_whose_launcher_stands_still_fires(world: World) -> None:
+    world.node.process.send_signal(signal.SIGSTOP)
+    try:
+        world.alerting.until_notified("ShoalNodeDown")
+    finally:
+        world.node.process.send_signal(signal.SIGCONT)
+    world.alerting.until_notified("ShoalNodeDown", "resolved")
 
 
 def test_a_process_that_stands_still_fires(world: World) -> None:

@@ -29,10 +29,11 @@ class Disk(Background):
 
     def __init__(self, database: AsyncDatabase[Document], reserve: int, *, read_s: float = READ_S) -> None:
         self._database = database
-        self._reserve = reserve
+        self.reserve = reserve
+        self.free = -1
+        """Free bytes at the last check; -1: unknown."""
         self._read_s = read_s
         self._is_short = False
-        self._free = 0
         self._is_open = asyncio.Event()
 
     def open(self) -> None:
@@ -47,7 +48,7 @@ class Disk(Background):
         """
         if self._is_short:
             raise ResourceExhausted(
-                f"MongoDB's disk has {self._free // _MIB} MiB left, and {self._reserve // _MIB} MiB are reserved for "
+                f"MongoDB's disk has {self.free // _MIB} MiB left, and {self.reserve // _MIB} MiB are reserved for "
                 "queued jobs: free some space there",
                 retry_after_ms=int(self._read_s * 1000),
             )
@@ -55,8 +56,8 @@ class Disk(Background):
     def observe(self, free: int) -> None:
         """Apply a measurement of the free bytes."""
         was_short = self._is_short
-        self._free = free
-        self._is_short = free < self._reserve * (_AGAIN if was_short else 1)
+        self.free = free
+        self._is_short = free < self.reserve * (_AGAIN if was_short else 1)
         if self._is_short and not was_short:
             log.error(
                 "MongoDB's disk has %(free_mib)d MiB left: submits are rejected until there is more",
@@ -70,7 +71,7 @@ class Disk(Background):
 
     async def _run(self) -> None:
         await self._is_open.wait()
-        if self._reserve:
+        if self.reserve:
             await for_ever("check MongoDB's disk", self._read, away_s=self._read_s, log=log, level=logging.INFO)
 
     async def _read(self) -> float:

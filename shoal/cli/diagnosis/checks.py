@@ -14,7 +14,7 @@ from typing import TypeAlias
 from shoal.cli.diagnosis.facts import Facts, Finding, LocalFacts, Severity
 from shoal.cli.endpoints import Endpoint
 from shoal.client import Connector, InstanceState, Job, KeyInfo, Schedule
-from shoal.rates import Page
+from shoal.rates import INSTANCE, Page
 
 Check: TypeAlias = Callable[[Facts], Iterator[Finding]]
 
@@ -504,8 +504,14 @@ def _reason_of_lag(what: str, connector: Connector, facts: Facts) -> tuple[str, 
 # The machine.
 
 
-@_check("disk-full", "local")
+@_check("disk-full", "local or page")
 def _disk_full(facts: Facts) -> Iterator[Finding]:
+    # With a MongoDB of one's own, that is another disk.
+    found = [*_data_disk_full(facts)] or [*_mongodb_disk_full(facts)]
+    yield from found
+
+
+def _data_disk_full(facts: Facts) -> Iterator[Finding]:
     if facts.local is None:
         return
     disk = facts.local.disk
@@ -514,6 +520,19 @@ def _disk_full(facts: Facts) -> Iterator[Finding]:
         yield _error("disk-full", f"{free}: submits are refused", _largest(disk.path))
     elif disk.free_bytes < min(DISK_LOW_BYTES, DISK_LOW_SHARE * disk.total_bytes):
         yield _warning("disk-full", free, _largest(disk.path))
+
+
+def _mongodb_disk_full(facts: Facts) -> Iterator[Finding]:
+    if facts.page is None:
+        return
+    reserve = facts.page.most("shoal_ingest_mongo_disk_reserve_bytes", ()).get((), 0.0)
+    # -1: unknown.
+    known = [free for free in facts.page.most("shoal_ingest_mongo_disk_free_bytes", INSTANCE).values() if free >= 0]
+    if known and min(known) < 2 * reserve:
+        left, below = f"{min(known) / (1 << 20):.0f} MiB", f"{reserve / (1 << 20):.0f} MiB"
+        what = f"MongoDB's disk has {left} left, and submits are refused below {below}"
+        command = f"curl -s http://{facts.admin}/metrics | grep mongo_disk"
+        yield (_error if min(known) < reserve else _warning)("disk-full", what, command)
 
 
 def _largest(path: Path) -> str:

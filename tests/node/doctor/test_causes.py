@@ -180,6 +180,7 @@ def test_an_oplog_that_reaches_back_only_minutes_is_found(ward: Ward) -> None:
         for _ in range(12):
             noise.insert_many([{"bytes": os.urandom(100_000)} for _ in range(10)])
         finding = ward.until_found("oplog-short")
+        ward.until_alerted("ShoalOplogShort")
         assert "mongo_oplog_used" in os.popen(finding.command).read()
         # MongoDB's remedy.
         client.admin.command("replSetResizeOplog", 1, size=990.0)
