@@ -49,7 +49,7 @@ def read(path: Path) -> list[TimedLevel]:
     try:
         found = json.loads(path.read_text())["levels"]
         return [
-            TimedLevel(str(one["process"]), str(one["logger"]), _level(one["level"]), float(one["until"]))
+            TimedLevel(str(one["process"]), str(one["logger"]), _level(one["level"]), _until(one["until"]))
             for one in found
         ]
     except FileNotFoundError:
@@ -62,6 +62,14 @@ def _level(name: str) -> str:
     if name not in logging.getLevelNamesMapping():
         raise ValueError(f"{name!r} is no level")
     return name
+
+
+def _until(at: float) -> float:
+    try:
+        # A time that has a date: NaN and infinity have none.
+        return datetime.fromtimestamp(float(at), UTC).timestamp()
+    except OverflowError as err:
+        raise ValueError(f"{at!r} is no time") from err
 
 
 def write(path: Path, levels: Iterable[TimedLevel]) -> None:

@@ -58,7 +58,7 @@ class Report:
     """Points of one kind of names, with the nodes that they are from."""
 
     since: float
-    """Unix time at which the history began."""
+    """Unix time at which the history began, by the clock of now."""
     until: float
     """Unix time of the end of the last point."""
     points: Points
@@ -96,7 +96,7 @@ class Sampling(Background):
     def _begin(self) -> None:
         self._history = History()
         self._nodes: dict[str, Node] = {}
-        self._began, self._since = self._clock(), self._now()
+        self._began = self._clock()
 
     async def _run(self) -> None:
         async for term in self._election.terms():
@@ -170,7 +170,9 @@ class Sampling(Background):
         async with self._turn:
             found = await asyncio.to_thread(self._history.points, by, seconds, points)
             nodes = tuple(sorted(self._nodes.values(), key=lambda node: node.name))
-            return Report(self._since, self._since + found.end * EVERY_S, found, nodes, self._history.left_out)
+            # By the clock of now: the one at the beginning may have been set since.
+            since = self._now() - (self._clock() - self._began)
+            return Report(since, since + found.end * EVERY_S, found, nodes, self._history.left_out)
 
 
 def _rows(changes: Mapping[str, Change]) -> Mapping[str, list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,8 @@ _POLL_S = 0.2
 # mongod logs each connection. Unless it is named, its warnings and errors are printed.
 _CHATTY = frozenset({"mongod"})
 _SERVICES = ("coord", "store", "infer", "ingest")
+# Loggers of these have the names of modules.
+_PACKAGES = ("kernels", "mesh", "services", "shoal")
 _DEFAULT = "DEFAULT"
 _LONGEST_S = 7 * 86_400
 _STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red"}
@@ -155,6 +158,10 @@ def _set_levels(
     if not chosen or (named and len(chosen) < len(wanted)):
         others = ", ".join(name for name in wanted if name not in chosen)
         raise InvalidArgument(f"--set-level {level.lower()}: only of {', '.join(_SERVICES)}, not of {others}")
+    if logger.partition(".")[0] in _PACKAGES and not _is_module(logger):
+        raise InvalidArgument(
+            f"--logger {logger!r}: there is no such module; entries of `shoal logs --json` name theirs"
+        )
     lasts_s = amounts.age(lasting, "--for").total_seconds()
     if lasts_s > _LONGEST_S:
         raise InvalidArgument(f"--for {lasting!r}: at most 7d; SHOAL_<SERVICE>_LOG_LEVEL sets a level for ever")
@@ -173,6 +180,13 @@ def _set_levels(
     at = f"{datetime.fromtimestamp(until).astimezone():%Y-%m-%d %H:%M:%S}"
     end = "as configured again" if level == _DEFAULT else f"from {level} until {at}"
     typer.echo(f"{', '.join(chosen)}: {logger or 'everything'} is logged {end}")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _folder(data_dir: Path | None, gateway: str | None) -> Path:

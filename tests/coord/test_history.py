@@ -256,7 +256,7 @@ class Cluster:
 def sampling_of(cluster: Cluster, times: Iterable[float], *, leads: bool = True) -> Sampling:
     at = iter(times)
     election: Any = SimpleNamespace(is_leader=leads)
-    return Sampling(cluster, election, clock=lambda: next(at), now=lambda: 1_000.0)  # type: ignore[arg-type]
+    return Sampling(cluster, election, clock=lambda: next(at), now=lambda: 1_010.0)  # type: ignore[arg-type]
 
 
 async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() -> None:
@@ -268,7 +268,7 @@ async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() ->
 
     async with Endpoint("127.0.0.1:0", {"/metrics": metrics}) as served:
         # Nobody listens at port 1.
-        history = sampling_of(Cluster(one=served.address, two="127.0.0.1:1"), (0.0, 0.0, 5.0, 10.0))
+        history = sampling_of(Cluster(one=served.address, two="127.0.0.1:1"), (0.0, 0.0, 5.0, 10.0, 10.0, 12.0))
         for _ in range(3):
             await history.sample()
         report = await history.report("model", 0.0, 0)
@@ -278,15 +278,17 @@ async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() ->
     assert report.points.rows["m 1"]["rate"] == [20.0, 20.0]
     assert list(instances.points.rows) == ["one/infer-0"]
     assert (report.since, report.until) == (1_000.0, 1_010.0)
+    # Two seconds later, by the same clock: it was set back.
+    assert (instances.since, instances.until) == (998.0, 1_008.0)
     assert [(node.name, node.is_missing, node.answered_at) for node in report.nodes] == [
-        ("one", False, 1_000.0),
+        ("one", False, 1_010.0),
         ("two", True, 0.0),
     ]
 
 
 async def test_a_node_that_is_gone_is_named_for_an_hour() -> None:
     cluster: Any = Cluster(one="127.0.0.1:1", two="127.0.0.1:1")
-    history = sampling_of(cluster, (0.0, 0.0, 3_600.0, 3_605.0))
+    history = sampling_of(cluster, (0.0, 0.0, 3_600.0, 3_600.0, 3_605.0, 3_605.0))
     await history.sample()
     cluster.copy = Cluster(two="127.0.0.1:1").copy
     for names in (["one", "two"], ["two"]):
@@ -333,7 +335,7 @@ async def test_a_leader_that_does_not_answer_is_named_with_the_reason(tmp_path: 
 
 @pytest.mark.parametrize("forwarded", [False, True])
 async def test_models_that_the_caller_may_not_see_are_left_out(forwarded: bool) -> None:
-    history = sampling_of(Cluster(), (0.0,))
+    history = sampling_of(Cluster(), (0.0, 5.0))
     history._history.add(0, rows(["seen 1", "hidden 1"]))
     watch: Any = SimpleNamespace(access=SimpleNamespace(allows=lambda rpc, caller, model: model == "seen"))
     served = served_by(None, history, watch)

@@ -68,8 +68,15 @@ def test_a_level_that_is_removed_from_the_file_ends_and_so_does_one_whose_file_i
         assert levels() == (logging.INFO, logging.WARNING, logging.NOTSET)
 
 
+ENDLESS = '{"levels": [{"process": "infer-0", "logger": "", "level": "DEBUG", "until": %s}]}'
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"levels": 1}', '{"levels": [{"process": "infer-0"}]}', '{"levels": [1]}']
+    "text",
+    [
+        *("", "{}", "[]", '{"levels": 1}', '{"levels": [{"process": "infer-0"}]}', '{"levels": [1]}'),
+        *(ENDLESS % until for until in ("Infinity", "NaN", "1e300", "1e12")),
+    ],
 )
 def test_a_file_of_another_form_changes_nothing_and_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str

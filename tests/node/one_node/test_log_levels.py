@@ -85,6 +85,7 @@ def test_a_level_of_one_logger_ends_by_itself_and_outlives_a_restart(running: No
         (("envoy", "--set-level", "debug"), "only of coord, store, infer, ingest, not of envoy"),
         (("infer", "envoy", "--set-level", "debug"), "not of envoy"),
         (("--logger", "mesh.rpc"), "--logger is for --set-level"),
+        (("infer", "--set-level", "debug", "--logger", "mesh.xsd.ads"), "there is no such module"),
         (("--set-level", "loud"), "expected one of debug, info, warning, error, default"),
         (("--set-level", "debug", "--for", "8d"), "at most 7d"),
         (("--set-level", "debug", "--for", "long"), "expected an age"),
