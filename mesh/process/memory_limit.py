@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -35,16 +36,38 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
     Format: https://docs.kernel.org/admin-guide/cgroup-v2.html, memory.max.
     """
-    found = re.search(r"^MemTotal: +(\d+) kB$", (root / "proc/meminfo").read_text(), re.M)
-    assert found is not None, "Linux names the machine's memory"
-    sizes = [int(found[1]) << 10]
-    groups, own = root / "sys/fs/cgroup", re.search(r"^0::/(.*)$", _text(root / "proc/self/cgroup"), re.M)
+    return min([_of_machine("MemTotal", root), *(limit for _, limit in _limited_groups("self", root))])
+
+
+def available(process: int | str = "self", root: Path = _ROOT) -> tuple[int, int]:
+    """Return the bytes of a memory, and those of them that are available.
+
+    It is the one with the least share left: the machine's, or that of a control group that the process is in.
+    """
+    found = [(_of_machine("MemTotal", root), _of_machine("MemAvailable", root))]
+    for group, limit in _limited_groups(process, root):
+        used, stat = _text(group / "memory.current").strip(), _text(group / "memory.stat")
+        # Pages of files that were not used lately are freed at need, as MemAvailable counts them.
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.M)
+        if used.isdecimal():
+            found.append((limit, max(0, limit - int(used) + (int(cached[1]) if cached else 0))))
+    return min(found, key=lambda each: each[1] / each[0])
+
+
+def _of_machine(name: str, root: Path) -> int:
+    found = re.search(rf"^{name}: +(\d+) kB$", (root / "proc/meminfo").read_text(), re.M)
+    assert found is not None, f"Linux names {name}"
+    return int(found[1]) << 10
+
+
+def _limited_groups(process: int | str, root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the control groups of a process that have a limit, and the limit in bytes."""
+    groups, own = root / "sys/fs/cgroup", re.search(r"^0::/(.*)$", _text(root / f"proc/{process}/cgroup"), re.M)
     folder = groups / (own[1] if own else "")
     while folder.is_relative_to(groups):
-        if (limit := _text(folder / "memory.max").strip()).isdecimal():
-            sizes.append(int(limit))
+        if (limit := _text(folder / "memory.max").strip()).isdecimal() and int(limit):
+            yield folder, int(limit)
         folder = folder.parent
-    return min(sizes)
 
 
 def _text(file: Path) -> str:

@@ -368,7 +368,12 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
     ),
     ("disk-full", page('shoal_ingest_mongo_disk_free_bytes{instance="ingest-0"} 5e8'), E, "grep mongo_disk"),
     ("inodes-full", disk(free_inodes=10), W, "10 of 2000000 files"),
-    ("memory-low", local(memory_available_bytes=100 << 20), E, "100 MiB of memory are available; infer-0 has 128 MiB"),
+    (
+        "memory-low",
+        local(memory_available_bytes=100 << 20),
+        E,
+        "100 MiB of 16384 MiB of memory are available; infer-0 has 128 MiB",
+    ),
     (
         "memory-near-limit",
         page(

@@ -556,7 +556,8 @@ def _memory_low(facts: Facts) -> Iterator[Finding]:
         return
     largest = max(local.processes, key=lambda process: process.rss_bytes, default=None)
     of_whom = f"; {largest.name} has {largest.rss_bytes / (1 << 20):.0f} MiB" if largest else ""
-    what = f"{local.memory_available_bytes / (1 << 20):.0f} MiB of memory are available{of_whom}"
+    available, size = local.memory_available_bytes / (1 << 20), local.memory_bytes / (1 << 20)
+    what = f"{available:.0f} MiB of {size:.0f} MiB of memory are available{of_whom}"
     yield _error("memory-low", what, "ps --sort=-rss -eo pid,rss,args | head")
 
 

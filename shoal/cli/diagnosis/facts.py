@@ -97,6 +97,7 @@ class LocalFacts:
     disk: DiskFacts
     logs: LogFacts
     memory_bytes: int
+    """Memory of the machine, or of the launcher's control group that has less left."""
     memory_available_bytes: int
     shm_free_bytes: int
     secrets: Mapping[str, int] = field(default_factory=dict)

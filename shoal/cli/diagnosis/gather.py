@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mesh.metrics.process import start_time
+from mesh.process import memory_limit
 from shoal import __version__
 from shoal.cli import admin_page
 from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_far_behind
@@ -205,7 +206,7 @@ def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, launch
     is_running = launcher > 0 or _is_locked(data_dir)
     disk = shutil.disk_usage(data_dir)
     inodes = os.statvfs(data_dir)
-    memory = _memory()
+    memory, available = memory_limit.available(launcher or "self")
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return LocalFacts(
         data_dir=data_dir,
@@ -215,8 +216,8 @@ def _local(data_dir: Path, pids: Mapping[str, int], logs_since: datetime, launch
         processes=tuple(_process(name, pid) for name, pid in pids.items()),
         disk=DiskFacts(data_dir, disk.free, disk.total, inodes.f_favail, inodes.f_files),
         logs=_logs(data_dir / "logs", logs_since),
-        memory_bytes=memory.get("MemTotal", 0),
-        memory_available_bytes=memory.get("MemAvailable", 0),
+        memory_bytes=memory,
+        memory_available_bytes=available,
         shm_free_bytes=shm.f_bavail * shm.f_frsize if shm is not None else 1 << 40,
         secrets={name: mode for name in SECRETS if (mode := _mode(data_dir / name)) is not None},
         etcd=_etcd(pids),
@@ -251,18 +252,6 @@ def _is_locked(data_dir: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def _memory() -> dict[str, int]:
-    """Return the sizes of proc(5), meminfo, in bytes."""
-    found: dict[str, int] = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, size = line.partition(":")
-            found[name] = int(size.split()[0]) << 10
-    except (OSError, ValueError, IndexError):
-        pass
-    return found
 
 
 def _process(name: str, pid: int) -> ProcessFacts:

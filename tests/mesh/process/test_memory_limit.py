@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.process.memory_limit import memory_bytes
+from mesh.process.memory_limit import available, memory_bytes
 
 MIB = 1 << 20
 
@@ -31,6 +31,24 @@ def test_the_smallest_limit_of_machine_and_control_groups_counts(limits: dict[st
         (tmp_path / "sys/fs/cgroup" / group).mkdir(parents=True, exist_ok=True)
         (tmp_path / "sys/fs/cgroup" / group / "memory.max").write_text(limit)
     assert memory_bytes(tmp_path) == mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("used", "inactive", "expected"),
+    # A group with a smaller share left than the machine, and one with a larger share.
+    [(1000, 0, (1024, 24)), (1000, 900, (4096, 2048))],
+)
+def test_the_memory_with_the_least_share_left_is_that_of_the_processs_group_or_of_the_machine(
+    used: int, inactive: int, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "proc/7").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:        4194304 kB\nMemAvailable:    2097152 kB\n")
+    (tmp_path / "proc/7/cgroup").write_text("0::/a/b\n")
+    (group := tmp_path / "sys/fs/cgroup/a/b").mkdir(parents=True)
+    (group / "memory.max").write_text(f"{1024 * MIB}\n")
+    (group / "memory.current").write_text(f"{used * MIB}\n")
+    (group / "memory.stat").write_text(f"file 1\ninactive_file {inactive * MIB}\n")
+    assert available(7, tmp_path) == (expected[0] * MIB, expected[1] * MIB)
 
 
 def test_a_machine_without_control_groups_has_its_memory(tmp_path: Path):
