@@ -158,7 +158,7 @@ class NodeFigures(Figures):
         """Return the history of the view; None when nobody keeps one, or it does not answer in time."""
         if self._client is not None and view in ClusterFigures.views:
             with contextlib.suppress(ShoalError):
-                return _plain(self._client.history(cast("By", view), timeout=_PAST_S))
+                return document_of(self._client.history(cast("By", view), timeout=_PAST_S))
         return None
 
 
@@ -211,7 +211,7 @@ class ClusterFigures(Figures):
 
     def past(self, view: str) -> dict[str, Any]:
         """Return the history of the view. Raises as `read`."""
-        return _plain(self._client.history(cast("By", view), seconds=self._since_s))
+        return document_of(self._client.history(cast("By", view), seconds=self._since_s))
 
     def notes(self) -> list[str]:
         """Return when the history began, and which nodes and names are missing."""
@@ -227,7 +227,7 @@ class ClusterFigures(Figures):
         return found
 
 
-def _plain(history: History) -> dict[str, Any]:
+def document_of(history: History) -> dict[str, Any]:
     """Return a history as JSON data, with null where there is no figure."""
     from shoal.cli.output import plain
 

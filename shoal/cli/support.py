@@ -46,7 +46,7 @@ def bundle(
     ] = None,
     gateway: Gateway = None,
 ) -> None:
-    """Write an archive of versions, status, findings, metrics, Envoy's configuration and logs. Secrets are left out.
+    """Write an archive of versions, findings, metrics, failed calls, Envoy's configuration and logs, without secrets.
 
     Names of models, tenants and callers are in it, and what the logs say; payloads are not. Its file left_out.txt says
     what is not in it.

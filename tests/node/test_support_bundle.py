@@ -96,6 +96,8 @@ def test_no_secret_that_a_node_was_given_is_in_its_bundle(node: Any, tmp_path: P
     # The collector's headers are in Envoy's configuration by their names.
     assert "x-vendor-auth" in texts["bundle/envoy/config_dump.json"]
     assert "connectors" in texts["bundle/status.json"]
+    assert json.loads(texts["bundle/history.json"])["model"]["coord"] == "local/coord-0"
+    assert json.loads(texts["bundle/spans.json"])["silent"] == []
     for name, text in texts.items():
         for secret in (*given.values(), *own, key, "blue-team-name"):
             assert secret not in text, name

@@ -26,12 +26,14 @@ from shoal.cli.diagnosis import checks
 from shoal.cli.diagnosis.facts import Facts
 from shoal.cli.diagnosis.gather import SECRETS
 from shoal.cli.diagnosis.redaction import REDACTED, is_secret_name, redact, without_headers
+from shoal.cli.figures import document_of
 from shoal.cli.output import plain
 from shoal.discovery import RunningNode
 from shoal.errors import ShoalError, Unavailable
 
 if TYPE_CHECKING:
     from shoal.client import Client
+    from shoal.client.history import By
 
 LOG_BYTES = 4 << 20
 """Bytes of the end of each log."""
@@ -45,6 +47,7 @@ _SECRET_BYTES = 64 << 10
 _READ_S = 10.0
 _PAGES = {
     "metrics.txt": "/metrics",
+    "spans.json": "/spans",
     "envoy/clusters.json": "/clusters?format=json",
     "envoy/config_dump.json": "/config_dump?include_eds",
     "envoy/listeners.json": "/listeners?format=json",
@@ -196,8 +199,14 @@ def _answers(client: Client | None, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "schedules.json", _read(lambda: plain(client.jobs.schedules.list(timeout=_READ_S)))
         yield "dead_letters.json", _read(lambda: plain(client.jobs.dead.list(limit=100, timeout=_READ_S)))
         yield "operations.json", _read(lambda: plain(client.jobs.operations.list(timeout=_READ_S)))
+        yield "history.json", _read(lambda: _history(client))
         if facts.has_auth:
             yield "policy.json", _read(lambda: plain(client.access.policy(timeout=_READ_S)))
+
+
+def _history(client: Client) -> object:
+    kinds: tuple[By, ...] = ("model", "tenant", "instance")
+    return {by: document_of(client.history(by, timeout=_READ_S)) for by in kinds}
 
 
 def _files(data_dir: Path) -> Iterator[Part]:
