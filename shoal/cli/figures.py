@@ -111,8 +111,9 @@ class NodeFigures(Figures):
         from shoal.rates import EXECUTIONS, PAGE
 
         names = "&".join(f"name[]={name}" for name in (*PAGE, *EXECUTIONS))
-        text = admin_page.read(self.where, f"/metrics?{names}", timeout_s=_READ_S)
+        # The processes are read at once; the page may then wait for one that stands still.
         at = time.monotonic()
+        text = admin_page.read(self.where, f"/metrics?{names}", timeout_s=_READ_S)
         # `shoal serve` has no page of its Envoy.
         with contextlib.suppress(Unavailable):
             return text, at, endpoints.by_instance(endpoints.fetch(self.where))

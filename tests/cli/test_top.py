@@ -212,6 +212,20 @@ def test_an_address_without_metrics_is_named(address: str) -> None:
     assert address in str(done.exception)
 
 
+def test_a_page_that_waited_for_a_process_has_the_time_at_which_the_others_were_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [7.0]
+
+    def read(*asked: object, **more: object) -> str:
+        now[0] += 5.0
+        return "{}"
+
+    monkeypatch.setattr("shoal.cli.figures.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("shoal.cli.admin_page.read", read)
+    assert NodeFigures("127.0.0.1:1")._fetch()[1] == 7.0
+
+
 def history(nodes: int = 1, **rows: tuple[float, ...]) -> History:
     listed = tuple(HistoryNode(f"n{number}", "127.0.0.1:1", None, number > 0) for number in range(nodes))
     since = datetime(2026, 12, 1, 12, 3, tzinfo=UTC)
