@@ -48,7 +48,8 @@ _TENANTS = "shoal_infer_tenant_requests_total"
 _SERIES = re.compile(
     r'^([a-zA-Z_:][\w:]*)(?:\{(?:service="([^"]*)",instance="([^"]*)",?)?(.*)\})? (\S+)$', re.MULTILINE
 )
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+# The begin of a word is looked for once: a malformed page may have a word of megabytes.
+_LABEL = re.compile(r'(?<!\w)(\w++)="((?:[^"\\]|\\.)*)"')
 _OF_MODEL = re.compile(r'model="(?:[^"\\]|\\.)*",version="[^"]*"')
 _ESCAPED = re.compile(r"\\(.)")
 

@@ -226,6 +226,11 @@ def test_a_page_that_waited_for_a_process_has_the_time_at_which_the_others_were_
     assert NodeFigures("127.0.0.1:1")._fetch()[1] == 7.0
 
 
+def test_a_malformed_page_is_read_in_linear_time() -> None:
+    # A million characters would take hours in quadratic time.
+    assert rates.parse(f"a{{{'b' * 1_000_000}}} 1\n").samples == {"a": {(): 1.0}}
+
+
 def history(nodes: int = 1, **rows: tuple[float, ...]) -> History:
     listed = tuple(HistoryNode(f"n{number}", "127.0.0.1:1", None, number > 0) for number in range(nodes))
     since = datetime(2026, 12, 1, 12, 3, tzinfo=UTC)
