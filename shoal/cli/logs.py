@@ -118,7 +118,9 @@ def logs(
     show = _JsonLines() if json else _Lines(max((len(name) for name in wanted), default=0))
     follower = Follower(folder, lambda name: _includes(process, name), chosen) if follow else None
     if set_level:
-        _set_levels(folder, process, wanted, set_level.upper(), logger, lasting)
+        said = _set_levels(folder, process, wanted, set_level.upper(), logger, lasting)
+        # The output of --json has entries only.
+        typer.echo(said, err=json)
     else:
         for entry in latest(folder, wanted, lines, chosen):
             show(entry)
@@ -141,8 +143,8 @@ def _includes(wanted: list[str] | None, name: str) -> bool:
 
 def _set_levels(
     logs: Path, named: list[str] | None, wanted: Sequence[str], level: str, logger: str, lasting: str
-) -> None:
-    """Write the level of the processes `wanted` into the node's file, or remove it, and print what is in force.
+) -> str:
+    """Write the level of the processes `wanted` into the node's file, or remove it; return a sentence of it.
 
     Args:
         logs: folder of the node's logs.
@@ -179,7 +181,7 @@ def _set_levels(
         write(path, [*kept, *new])
     at = f"{datetime.fromtimestamp(until).astimezone():%Y-%m-%d %H:%M:%S}"
     end = "as configured again" if level == _DEFAULT else f"from {level} until {at}"
-    typer.echo(f"{', '.join(chosen)}: {logger or 'everything'} is logged {end}")
+    return f"{', '.join(chosen)}: {logger or 'everything'} is logged {end}"
 
 
 def _is_module(name: str) -> bool:

@@ -58,7 +58,7 @@ def test_a_process_logs_from_another_level_until_it_is_reset(running: Node) -> N
     refuse(running, "infer-1")
     refuse(running, "infer-0")
     assert wait_for(running, "infer-0", "call.refused", before + 1)["level"] == "DEBUG"
-    running.shoal("logs", "infer", "--set-level", "default")
+    assert running.shoal("logs", "infer", "--set-level", "default", "--json").stdout == ""
     assert wait_for(running, "infer-0", "log_level.restored", restored + 1)["threshold"] == "INFO"
     refuse(running, "infer-0")
     assert len(entries(running, "infer-0", "call.refused")) == before + 1
