@@ -58,3 +58,5 @@ def configure(instance: str, level: str) -> None:
     # These libraries log at INFO what their exceptions report anyway.
     for name in ("pymongo", "aetcd", "opentelemetry"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    # At DEBUG, gRPC names the event loop once a call.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(max(logging.INFO, root.level))

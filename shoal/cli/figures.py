@@ -26,6 +26,8 @@ SPARK_WIDTH = 10
 EVERY_S = 5.0
 """Interval of the history."""
 _READ_S = 10.0
+# Longest wait for a process that stands still, which would hold up the figures of the others.
+_PROCESS_S = 2.0
 # Longest wait for the history of a node, whose figures of now do not need it.
 _PAST_S = 2.0
 
@@ -113,7 +115,7 @@ class NodeFigures(Figures):
         names = "&".join(f"name[]={name}" for name in (*PAGE, *EXECUTIONS))
         # The processes are read at once; the page may then wait for one that stands still.
         at = time.monotonic()
-        text = admin_page.read(self.where, f"/metrics?{names}", timeout_s=_READ_S)
+        text = admin_page.read(self.where, f"/metrics?within={_PROCESS_S:g}&{names}", timeout_s=_READ_S)
         # `shoal serve` has no page of its Envoy.
         with contextlib.suppress(Unavailable):
             return text, at, endpoints.by_instance(endpoints.fetch(self.where))

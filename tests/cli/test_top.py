@@ -217,13 +217,15 @@ def test_a_page_that_waited_for_a_process_has_the_time_at_which_the_others_were_
 ) -> None:
     now = [7.0]
 
-    def read(*asked: object, **more: object) -> str:
-        now[0] += 5.0
+    def read(address: str, target: str, **more: object) -> str:
+        now[0] += 2.0 if "within=2&" in target else 5.0
         return "{}"
 
     monkeypatch.setattr("shoal.cli.figures.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("shoal.cli.admin_page.read", read)
     assert NodeFigures("127.0.0.1:1")._fetch()[1] == 7.0
+    # The page of metrics, and that of Envoy.
+    assert now[0] == 7.0 + 2.0 + 5.0
 
 
 def test_a_malformed_page_is_read_in_linear_time() -> None:

@@ -58,6 +58,8 @@ def test_a_process_logs_from_another_level_until_it_is_reset(running: Node) -> N
     refuse(running, "infer-1")
     refuse(running, "infer-0")
     assert wait_for(running, "infer-0", "call.refused", before + 1)["level"] == "DEBUG"
+    # A line of gRPC for each call.
+    assert "Loaded running loop" not in (running.data_dir / "logs" / "infer-0.log").read_text()
     assert running.shoal("logs", "infer", "--set-level", "default", "--json").stdout == ""
     assert wait_for(running, "infer-0", "log_level.restored", restored + 1)["threshold"] == "INFO"
     refuse(running, "infer-0")
