@@ -105,6 +105,7 @@ class Caller:
     """Closed-loop caller: starts the next request in the loop iteration after a result, as a network server does."""
 
     is_direct = False
+    writes = True
 
     def __init__(self, calls: int, expected: float) -> None:
         self.left, self.expected = calls, expected
@@ -175,6 +176,7 @@ class FanBranch:
     """Receiver of the result of one model of a fan."""
 
     is_direct = False
+    writes = False
 
     def __init__(self, fan: Fan, index: int) -> None:
         self.fan, self.index = fan, index

@@ -64,6 +64,7 @@ class Caller:
     """Closed-loop caller without tasks: submits again after each result, as a network server does."""
 
     is_direct = True
+    writes = True
 
     def __init__(self, scheduler: Scheduler, calls: int, done: asyncio.Event, tenant: str, deadline_s: float) -> None:
         self.scheduler, self.left, self.done, self.tenant, self.deadline_s = scheduler, calls, done, tenant, deadline_s

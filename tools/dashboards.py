@@ -125,6 +125,25 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 *_percentiles("shoal_infer_compute_duration_seconds", "model, version", _OF_MODEL),
             ),
             panel(
+                "Batches held",
+                "s",
+                "For more requests, while an instance was free: a part of the time in the queue.",
+                *_percentiles("shoal_infer_forming_duration_seconds", "model, version", _OF_MODEL),
+            ),
+            panel(
+                "Copies of an execution",
+                "s",
+                "Inputs put together, and outputs split.",
+                *_percentiles("shoal_infer_gather_duration_seconds", "model, version", f"{_OF_MODEL} in"),
+                *_percentiles("shoal_infer_scatter_duration_seconds", "model, version", f"{_OF_MODEL} out"),
+            ),
+            panel(
+                "Responses written",
+                "s",
+                "Those of an execution together; on the slow path, one.",
+                *_percentiles("shoal_infer_serialise_duration_seconds", "model, version", _OF_MODEL),
+            ),
+            panel(
                 "Rows of an execution",
                 "short",
                 "Mean size of batches.",

@@ -11,6 +11,9 @@ SECONDS = (
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 """Upper bounds of the buckets for durations of calls, in seconds."""
+PART_SECONDS = (*(0.00001, 0.00003, 0.0001, 0.0003, 0.001), *(0.003, 0.01, 0.03, 0.1, 1.0))
+"""Upper bounds of the buckets for parts of an execution, in seconds: copies take microseconds. Fewer than of SECONDS,
+since there may be 500 models."""
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 """Upper bounds of the buckets for sizes of batches."""
 

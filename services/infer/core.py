@@ -266,6 +266,7 @@ class InferenceServer:
             memory.release(tensor_bytes)
             outside = raw if raw is not None and is_large_write(result, request) else None
             memory.hold_response((2 if outside is None else 1) * held_bytes(result.outputs))
+            began = time.perf_counter_ns()
             response = await write_response_async(
                 result,
                 request,
@@ -277,6 +278,7 @@ class InferenceServer:
                 batched=version.loaded.model.signature.max_batch_size > 0,
                 raw=outside,
             )
+            version.statistics.wrote(time.perf_counter_ns() - began, request.trace)
             if request.parameters.explain:
                 explain(response, result, self._replica, cache)
             return response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -62,6 +63,7 @@ async def _response_message(
     else:
         batched = version.loaded.model.signature.max_batch_size > 0
         result = InferenceResult(response.outputs, ExecutionTimes())
+        began = time.perf_counter_ns()
         message = await write_response_async(
             result,
             request,
@@ -74,5 +76,6 @@ async def _response_message(
             raw=raw if has_numbers_only(request) else None,
             is_own=True,
         )
+        version.statistics.wrote(time.perf_counter_ns() - began, request.trace)
     message.parameters[FINAL].bool_param = response.is_final
     return message

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 
 from mesh.metrics.families import Family, Kind, Reading, Source
-from mesh.metrics.histogram import SECONDS, Buckets
+from mesh.metrics.histogram import PART_SECONDS, SECONDS, Buckets
 from services.infer.models.models import Models
 from services.infer.models.version import State, Version
 from services.infer.scheduling.scheduler import Scheduler
@@ -30,8 +30,25 @@ DURATION = Family(
 QUEUE = Family("shoal.infer.queue.duration", H, "s", "Time of successful requests in the queue.", _MODEL)
 COMPUTE = Family("shoal.infer.compute.duration", H, "s", "Time of the model, by execution.", _MODEL)
 BATCH = Family("shoal.infer.batch.size", H, "{row}", "Rows of an execution.", _MODEL)
-GATHER = Family("shoal.infer.gather.time", C, "s", "Time for the inputs of batches to be put together.", _MODEL)
-SCATTER = Family("shoal.infer.scatter.time", C, "s", "Time for the outputs of batches to be split.", _MODEL)
+FORMING = Family(
+    "shoal.infer.forming.duration",
+    H,
+    "s",
+    "Time for which a batch was held although an instance of the model was free: for more requests, a part of the "
+    "time in the queue.",
+    _MODEL,
+)
+GATHER = Family(
+    "shoal.infer.gather.duration", H, "s", "Time to put the inputs of an execution together: copies.", _MODEL
+)
+SCATTER = Family("shoal.infer.scatter.duration", H, "s", "Time to split the outputs of an execution: copies.", _MODEL)
+SERIALISE = Family(
+    "shoal.infer.serialise.duration",
+    H,
+    "s",
+    "Time to write the responses of an execution, all of them together; on the slow path, of a response.",
+    _MODEL,
+)
 EXPIRED = Family("shoal.infer.expired", C, "{request}", "Requests that expired before they were executed.", _MODEL)
 CANCELLED = Family("shoal.infer.cancelled", C, "{request}", "Requests whose caller left first.", _MODEL)
 SHED = Family(
@@ -64,7 +81,7 @@ TENANT = Family(
 )
 TENANT_ROWS = Family("shoal.infer.tenant.rows", C, "{row}", "Rows of these requests.", ("tenant",))
 OWN = (
-    *(REQUESTS, SLO, WITHIN_SLO, DURATION, QUEUE, COMPUTE, BATCH, GATHER, SCATTER),
+    *(REQUESTS, SLO, WITHIN_SLO, DURATION, QUEUE, FORMING, GATHER, COMPUTE, SCATTER, SERIALISE, BATCH),
     *(EXPIRED, CANCELLED, SHED, EXPIRED_ROWS, BISECTIONS),
     *(CACHE, WAITING, AGE, READY, FIRST, IN_FLIGHT, CACHE_SIZE, TENANT, TENANT_ROWS),
 )
@@ -137,6 +154,7 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
     executed = sum(times.compute_ns for times in found.by_rows.values()) / 1e9
     yield COMPUTE, labels, Buckets(SECONDS, list(found.compute_durations), executed, exemplars.compute.read())
     yield BATCH, labels, found.sizes().read(exemplars.rows.read())
+    yield from _parts(found, exemplars, labels)
     if version.decoupled is not None:
         yield FIRST, labels, found.first_responses.read(exemplars.first_response.read())
     if version.is_loaded and isinstance(version.scheduler, Scheduler):
@@ -146,14 +164,25 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
         yield NV_PENDING, labels, depth
 
 
+def _parts(found: Statistics, exemplars: RequestExemplars, labels: tuple[str, str]) -> Iterable[Reading]:
+    """Yield the parts of executions. A model that has run nothing has none of these series: there may be 500 models."""
+    if found.executions:
+        gathered = sum(times.gather_ns for times in found.by_rows.values()) / 1e9
+        scattered = sum(times.scatter_ns for times in found.by_rows.values()) / 1e9
+        yield GATHER, labels, Buckets(PART_SECONDS, list(found.gather_durations), gathered, exemplars.gather.read())
+        yield SCATTER, labels, Buckets(PART_SECONDS, list(found.scatter_durations), scattered, exemplars.scatter.read())
+    if any(found.forming.counts):
+        yield FORMING, labels, found.forming.read(exemplars.forming.read())
+    if any(found.serialise.counts):
+        yield SERIALISE, labels, found.serialise.read(exemplars.serialise.read())
+
+
 def _counted(found: Statistics, labels: tuple[str, str]) -> Iterable[Reading]:
     yield REQUESTS, (*labels, "success"), found.success.count
     yield REQUESTS, (*labels, "failure"), found.fail.count
     if found.slo_s != math.inf:
         yield SLO, labels, found.slo_s
         yield WITHIN_SLO, labels, found.within_slo
-    yield GATHER, labels, sum(times.gather_ns for times in found.by_rows.values()) / 1e9
-    yield SCATTER, labels, sum(times.scatter_ns for times in found.by_rows.values()) / 1e9
     yield EXPIRED, labels, found.expired
     yield CANCELLED, labels, found.cancelled
     for reason, count in found.shed_by.items():

@@ -160,7 +160,7 @@ class EnsembleScheduler:
     def end(self, run: EnsembleRun) -> None:
         """Release what a concluded run holds, and deliver its outcome."""
         self._release(run)
-        self._outcomes.add(run)
+        self._outcomes.extend((run,), self._statistics.writing(run.request.trace))
 
     def _release(self, run: EnsembleRun) -> None:
         """Release the bytes and the model versions of a run that is over."""

@@ -35,6 +35,7 @@ class StepCall:
 
     # An outcome may start and abandon other calls.
     is_direct = False
+    writes = False
 
     def __init__(self, receiver: StepReceiver, index: int, version: StepVersion, request: InferenceRequest) -> None:
         """Store the call; `index` lets `receiver` identify it."""

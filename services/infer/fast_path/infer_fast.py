@@ -235,6 +235,7 @@ class FastRequest:
 
     # A response is written, and starts no other request: its delivery need not wait for the next iteration of the loop.
     is_direct = True
+    writes = True
 
     _exchange: Pending
     _version: Version

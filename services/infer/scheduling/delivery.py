@@ -12,12 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+from typing import Protocol, TypeAlias
 
 from services.infer.requests.outcome import InferenceResult
 
 log = logging.getLogger(__name__)
+
+Written: TypeAlias = Callable[[int], None]
+"""Called with the nanoseconds in which the responses of an execution were written."""
 
 
 class Receiver(Protocol):
@@ -26,6 +30,10 @@ class Receiver(Protocol):
     @property
     def is_direct(self) -> bool:
         """True when the receiver starts and ends no other request, and may get a result inside `start`."""
+
+    @property
+    def writes(self) -> bool:
+        """True when `succeeded` writes the response."""
 
     def succeeded(self, result: InferenceResult) -> None: ...
 
@@ -81,6 +89,28 @@ class PendingRequest:
             log.exception("the receiver of an outcome failed", {"event": "model.receiver_failed"})
 
 
+class _WriteTimer:
+    """Stands before and behind the requests of an execution in the queue: two looks at the clock, however many."""
+
+    __slots__ = ("_began_ns", "_written")
+
+    def __init__(self, written: Written) -> None:
+        self._written = written
+        self._began_ns = 0
+
+    def deliver(self) -> None:
+        now = perf_counter_ns()
+        if self._began_ns:
+            self._written(now - self._began_ns)
+        else:
+            self._began_ns = now
+
+
+def _writes(request: PendingRequest) -> bool:
+    receiver = request.receiver
+    return receiver is not None and receiver.writes and isinstance(request.outcome, InferenceResult)
+
+
 class OutcomeQueue:
     """Concluded requests, delivered in order at the end of this iteration of the event loop.
 
@@ -89,7 +119,7 @@ class OutcomeQueue:
 
     def __init__(self) -> None:
         # Bounded by the requests that the schedulers have admitted.
-        self._concluded: deque[PendingRequest] = deque()
+        self._concluded: deque[PendingRequest | _WriteTimer] = deque()
         self._will_deliver = False
 
     def add(self, request: PendingRequest) -> None:
@@ -98,14 +128,25 @@ class OutcomeQueue:
         if not self._will_deliver:
             self._deliver_soon()
 
-    def extend(self, requests: Iterable[PendingRequest]) -> None:
-        """Deliver concluded requests soon, in order."""
-        self._concluded.extend(requests)
-        if not self._will_deliver and self._concluded:
+    def extend(self, requests: Sequence[PendingRequest], written: Written) -> None:
+        """Deliver the concluded requests of an execution soon, in order. Receivers that write are timed for `written`.
+
+        The first request decides for all: mostly, all receivers are of one kind.
+        """
+        if not requests:
+            return
+        if _writes(requests[0]):
+            timer = _WriteTimer(written)
+            self._concluded.append(timer)
+            self._concluded.extend(requests)
+            self._concluded.append(timer)
+        else:
+            self._concluded.extend(requests)
+        if not self._will_deliver:
             self._deliver_soon()
 
-    def add_direct(self, request: PendingRequest) -> None:
-        """Deliver a result now when its receiver allows that and no other outcome waits; else soon, as any error.
+    def add_direct(self, request: PendingRequest, written: Written) -> None:
+        """Deliver a result now when its receiver allows that and no other outcome waits; else as `extend` does.
 
         Called last by a scheduler that iterates over nothing.
         """
@@ -117,7 +158,11 @@ class OutcomeQueue:
             or not receiver.is_direct
             or not isinstance(request.outcome, InferenceResult)
         ):
-            self.add(request)
+            self.extend((request,), written)
+        elif receiver.writes:
+            began = perf_counter_ns()
+            request.deliver()
+            written(perf_counter_ns() - began)
         else:
             request.deliver()
 

@@ -124,6 +124,8 @@ class Scheduler:
         self._backlog = Backlog()
         self._pressure = Pressure()
         self._idle: list[Worker] = []
+        # When the first of the idle workers became idle, while there is one.
+        self._free_since = -math.inf
         self._workers: list[Worker] = []
         self._may_run_on_loop = False
         self._free_at: dict[Worker, float] = {}
@@ -382,6 +384,8 @@ class Scheduler:
                 continue
             worker = self._idle.pop()
             self._wake_timer_at = math.inf
+            first = batch.requests[0]
+            self._statistics.formed(now - max(first.arrived, self._free_since), first.request.trace)
             if self._may_run_on_loop and self._is_short(batch, now):
                 self._run_on_loop(worker, batch, now, is_direct=is_direct)
                 break
@@ -426,17 +430,23 @@ class Scheduler:
         seconds = min(time.perf_counter_ns() - start, time.thread_time_ns() - cpu) / 1e9
         if seconds > _STALL_S:
             self._loop_cost.add_stall(seconds, now)
-        self._idle.append(worker)
+        self._free(worker)
         self._outputs_exist(batch, outcomes)
         if self._queue:
             self._was_busy = True
             # Not now: requests that arrived during the run should join the batch.
             self._dispatch_soon()
         concluded = self._conclude(worker, batch, outcomes, now, seconds)
+        written = self._statistics.writing(batch.requests[0].request.trace)
         if is_direct and len(concluded) == 1:
-            self._outcomes.add_direct(concluded[0])
+            self._outcomes.add_direct(concluded[0], written)
         else:
-            self._outcomes.extend(concluded)
+            self._outcomes.extend(concluded, written)
+
+    def _free(self, worker: Worker) -> None:
+        if not self._idle:
+            self._free_since = self._clock()
+        self._idle.append(worker)
 
     def _run_on_worker(self, worker: Worker, batch: Batch, now: float) -> None:
         self._free_at[worker] = now + (self.cost.mean_of(batch.rows) or 0.0)
@@ -451,13 +461,14 @@ class Scheduler:
             # `end_all` has ended the requests.
             return
         if not self._is_ended:
-            self._idle.append(worker)
+            self._free(worker)
         self._outputs_exist(batch, outcomes)
         if self._queue:
             # The model runs the next batch while responses are written.
             self._was_busy = True
             self._dispatch(is_direct=False)
-        self._outcomes.extend(self._conclude(worker, batch, outcomes, started, seconds))
+        concluded = self._conclude(worker, batch, outcomes, started, seconds)
+        self._outcomes.extend(concluded, self._statistics.writing(batch.requests[0].request.trace))
         if self._is_closing:
             self._check_drained()
 
@@ -557,8 +568,10 @@ class Scheduler:
         """Pass on the outcomes that are next in order of arrival."""
         undelivered = self._undelivered
         assert undelivered is not None, "only called where order is preserved"
+        released = []
         while undelivered and undelivered[0].is_over:
-            self._outcomes.add(undelivered.popleft())
+            released.append(undelivered.popleft())
+        self._outcomes.extend(released, self._statistics.wrote)
 
     def _count_succeeded(self, times: ExecutionTimes, count: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from opentelemetry.trace import SpanContext
 
-from mesh.metrics.histogram import ROWS, SECONDS, Exemplars, Histogram
+from mesh.metrics.histogram import PART_SECONDS, ROWS, SECONDS, Exemplars, Histogram
 from mesh.rpc.heavy_work import Steps
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.scheduling.execution import Tally
 from shoal.inference.v2 import inference_pb2 as pb
 
-_BUCKETS = len(SECONDS) + 1
+_BUCKETS, _PART_BUCKETS = len(SECONDS) + 1, len(PART_SECONDS) + 1
 
 # Sizes of batches in one step of a message: 0.3 ms.
 _STEP_SIZES = 64
@@ -72,10 +74,11 @@ class Shed(StrEnum):
 class RequestExemplars:
     """Exemplars of a version's histograms."""
 
-    __slots__ = ("compute", "first_response", "queue", "rows", "total")
+    __slots__ = ("compute", "first_response", "forming", "gather", "queue", "rows", "scatter", "serialise", "total")
 
     def __init__(self) -> None:
         self.total, self.queue, self.compute, self.first_response = (Exemplars() for _ in range(4))
+        self.forming, self.gather, self.scatter, self.serialise = (Exemplars(PART_SECONDS) for _ in range(4))
         self.rows = Exemplars(ROWS)
 
 
@@ -89,6 +92,14 @@ class Statistics:
     """Successful requests by their time in the queue."""
     compute_durations: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
     """Executions by the time of the model."""
+    gather_durations: list[int] = field(default_factory=lambda: [0] * _PART_BUCKETS)
+    """Executions by the time in which their inputs were put together, in the buckets PART_SECONDS."""
+    scatter_durations: list[int] = field(default_factory=lambda: [0] * _PART_BUCKETS)
+    """Executions by the time in which their outputs were split."""
+    forming: Histogram = field(default_factory=lambda: Histogram(PART_SECONDS))
+    """Batches by the time for which they were held although an instance of the model was free."""
+    serialise: Histogram = field(default_factory=lambda: Histogram(PART_SECONDS))
+    """Executions by the time in which their responses were written; on the slow path, responses."""
     first_responses: Histogram = field(default_factory=Histogram)
     """Requests of a decoupled model by the time from arrival to the first response."""
     slo_s: float = math.inf
@@ -134,6 +145,8 @@ class Statistics:
         self.executions += 1
         self.rows += times.rows
         self.compute_durations[bisect_left(SECONDS, times.compute_ns * 1e-9)] += 1
+        self.gather_durations[bisect_left(PART_SECONDS, times.gather_ns * 1e-9)] += 1
+        self.scatter_durations[bisect_left(PART_SECONDS, times.scatter_ns * 1e-9)] += 1
         of_size = self.by_rows.get(times.rows)
         if of_size is None:
             of_size = self.by_rows[times.rows] = BatchTimes()
@@ -162,7 +175,31 @@ class Statistics:
         found.total.add(total_s, *ids)
         found.queue.add(queue_s, *ids)
         found.compute.add(times.compute_ns * 1e-9, *ids)
+        found.gather.add(times.gather_ns * 1e-9, *ids)
+        found.scatter.add(times.scatter_ns * 1e-9, *ids)
         found.rows.add(times.rows, *ids)
+
+    def formed(self, seconds: float, trace: SpanContext | None) -> None:
+        """Count a batch that was held for `seconds`; `trace` is that of its first request, if sampled."""
+        # Not `add`: a lone request of a tiny model pays for each call.
+        self.forming.counts[bisect_left(PART_SECONDS, seconds)] += 1
+        self.forming.sum += seconds
+        if trace is not None:
+            found = self.exemplars = self.exemplars or RequestExemplars()
+            found.forming.add(seconds, trace.trace_id, trace.span_id, time.time())
+
+    def wrote(self, ns: int, trace: SpanContext | None = None) -> None:
+        """Count responses that were written together in `ns` nanoseconds; `trace` is a sampled one of theirs."""
+        seconds = ns * 1e-9
+        self.serialise.counts[bisect_left(PART_SECONDS, seconds)] += 1
+        self.serialise.sum += seconds
+        if trace is not None:
+            found = self.exemplars = self.exemplars or RequestExemplars()
+            found.serialise.add(seconds, trace.trace_id, trace.span_id, time.time())
+
+    def writing(self, trace: SpanContext | None) -> Callable[[int], None]:
+        """Return `wrote` for responses of this trace."""
+        return self.wrote if trace is None else partial(self.wrote, trace=trace)
 
     def responded_first(self, trace: SpanContext | None, seconds: float) -> None:
         """Count the first response to a request of a decoupled model."""

@@ -16,6 +16,7 @@ class Waiter:
 
     # The awaiting task continues in a later iteration of the loop.
     is_direct = True
+    writes = False
 
     def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future

@@ -24,6 +24,7 @@ class Receiver:
     """Nobody is told: the queue never tells."""
 
     is_direct = False
+    writes = False
 
     def succeeded(self, result) -> None:
         raise AssertionError

@@ -155,8 +155,8 @@ def test_a_result_that_comes_with_the_cancellation_counts_once():
         for number, is_fast in enumerate((True, False)):
             world.call(number, "plain", rows=1, timeout_ms=0, is_fast=is_fast)
         await asyncio.sleep(0)
-        world.outcomes.extend = lambda requests, extend=world.outcomes.extend: (  # type: ignore[method-assign]
-            extend(requests),
+        world.outcomes.extend = lambda *given, extend=world.outcomes.extend: (  # type: ignore[method-assign]
+            extend(*given),
             world.disconnect([0, 1]),
         )
 
@@ -262,6 +262,7 @@ class Leaver:
     """A receiver that abandons other requests when it gets its own outcome."""
 
     is_direct = False
+    writes = False
 
     def __init__(self, version: Version, outcomes: list[Any]) -> None:
         self.version, self.outcomes, self.victims = version, outcomes, []
@@ -341,6 +342,7 @@ async def test_a_version_refuses_to_be_left_more_often_than_it_is_used(caplog):
 def test_a_request_that_is_over_changes_no_more():
     class Receiver:
         is_direct = True
+        writes = False
         seen: ClassVar[list[Any]] = []
 
         def succeeded(self, result: Any) -> None:

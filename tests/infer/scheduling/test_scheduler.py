@@ -76,6 +76,7 @@ class Nobody:
     """Receives, and does not care."""
 
     is_direct = True
+    writes = False
 
     def succeeded(self, result) -> None: ...
 
