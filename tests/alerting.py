@@ -53,6 +53,8 @@ class Notified:
     """`firing` or `resolved`."""
     name: str
     severity: str
+    model: str
+    """Empty: the alert is about no model."""
 
 
 class Alerting:
@@ -81,13 +83,19 @@ class Alerting:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def until_notified(self, alert: str, status: str = "firing", *, doing: Callable[[], object] = lambda: None) -> None:
-        """Wait until the webhook of its severity gets an alert; call `doing` again and again meanwhile."""
+    def until_notified(
+        self, alert: str, status: str = "firing", *, model: str = "", doing: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait until the webhook of its severity gets an alert, of `model` or any; call `doing` again and again."""
         found: list[Notified] = []
 
         def is_there() -> bool:
             doing()
-            found[:] = [each for each in self.notified if (each.name, each.status) == (alert, status)]
+            found[:] = [
+                each
+                for each in self.notified
+                if (each.name, each.status) == (alert, status) and model in ("", each.model)
+            ]
             return bool(found)
 
         asyncio.run(until(is_there, f"the webhook gets {alert}, {status}", FIRES_S, every_s=0.1))
@@ -101,7 +109,8 @@ class Alerting:
                 document = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 for each in document["alerts"]:
                     labels = each["labels"]
-                    notified.append(Notified(self.path, each["status"], labels["alertname"], labels["severity"]))
+                    about = labels["alertname"], labels["severity"], labels.get("model", "")
+                    notified.append(Notified(self.path, each["status"], *about))
                 self.send_response(200)
                 self.end_headers()
 

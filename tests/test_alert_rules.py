@@ -20,6 +20,8 @@ HEALTHY: dict[str, str] = {
     f'shoal_infer_requests_total{{{MODEL},outcome="failure"}}': "0+1x400",
     f"shoal_infer_requests_within_slo_total{{{MODEL}}}": "0+5990x400",
     f"shoal_infer_slo_seconds{{{MODEL}}}": "0.05x400",
+    f"shoal_infer_slo_availability_ratio{{{MODEL}}}": "0.999x400",
+    f"shoal_infer_slo_latency_ratio{{{MODEL}}}": "0.99x400",
     f"shoal_infer_expired_rows_executed_total{{{MODEL}}}": "0x400",
     f"shoal_infer_model_ready{{{MODEL}}}": "1x400",
     'up{job="shoal",node="local",instance="127.0.0.1:9901"}': "1x400",
@@ -140,6 +142,60 @@ def promtool() -> str:
     return found
 
 
+# By model: failures a minute beside 6,000 successes, successes within the goal, the objectives of availability and of
+# latency at each minute, and the alerts of the model.
+ERRORS, LATE = ("ShoalErrorsFast", "ShoalErrorsSlow"), ("ShoalLatencyFast", "ShoalLatencySlow")
+OBJECTIVES: dict[str, tuple[int, int, str, str, tuple[str, ...]]] = {
+    "default-errors": (600, 6000, "0.999x400", "0.99x400", ERRORS),
+    "few-nines": (600, 6000, "0.98x400", "0.99x400", ()),
+    "changed": (600, 6000, "0.98x388 0.999x11", "0.99x400", ERRORS),
+    "many-nines": (2, 6000, "0.99999x400", "0.99x400", ERRORS),
+    "default-latency": (0, 4000, "0.999x400", "0.99x400", LATE),
+    "loose": (0, 4000, "0.999x400", "0.9x400", ()),
+    "strict": (0, 5900, "0.999x400", "0.999x400", LATE),
+    # Half of the requests cannot be missed six times as often.
+    "half": (9000, 2000, "0.5x400", "0.5x400", ()),
+    "nearly-all": (60000, 500, "0.5x400", "0.5x400", (*ERRORS, *LATE)),
+    "no-goal": (0, 6000, "0.999x400", "", ()),
+}
+
+
+def run(promtool: str, folder: Path, rules: Path, tests: list[dict[str, Any]]) -> None:
+    document = {"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}
+    (folder / "tests.yml").write_text(yaml.safe_dump(document))
+    done = subprocess.run([promtool, "test", "rules", str(folder / "tests.yml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_burn_rates_follow_the_objectives_that_the_policy_states(
+    promtool: str, repository_root: Path, tmp_path: Path
+) -> None:
+    series = []
+    for model, (failures, within, availability, latency, _) in OBJECTIVES.items():
+        labels = f'model="{model}",version="1",instance="infer-0"'
+        for name, values in (
+            (f'requests_total{{{labels},outcome="success"}}', "0+6000x400"),
+            (f'requests_total{{{labels},outcome="failure"}}', f"0+{failures}x400"),
+            (f"requests_within_slo_total{{{labels}}}", f"0+{within}x400"),
+            (f"slo_availability_ratio{{{labels}}}", availability),
+            (f"slo_latency_ratio{{{labels}}}", latency),
+        ):
+            if values:
+                series.append({"series": f"shoal_infer_{name}", "values": values})
+    expected = [
+        {"labels": f'{{alertname="{alert}",model="{model}"}}', "value": 1}
+        for model, (*_, alerts) in OBJECTIVES.items()
+        for alert in alerts
+    ]
+    fires = 'count by (alertname, model) (ALERTS{alertstate="firing",alertname=~"ShoalErrors.*|ShoalLatency.*"})'
+    test = {
+        "interval": "1m",
+        "input_series": series,
+        "promql_expr_test": [{"expr": fires, "eval_time": "390m", "exp_samples": expected}],
+    }
+    run(promtool, tmp_path, repository_root / RULES, [test])
+
+
 def test_each_alert_fires_for_its_cause_alone(promtool: str, repository_root: Path, tmp_path: Path) -> None:
     cases = [((), {}), *CAUSES]
     tests = [
@@ -159,10 +215,7 @@ def test_each_alert_fires_for_its_cause_alone(promtool: str, repository_root: Pa
         }
         for alerts, changed in cases
     ]
-    document = {"rule_files": [str(repository_root / RULES)], "evaluation_interval": "1m", "tests": tests}
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(document))
-    done = subprocess.run([promtool, "test", "rules", str(tmp_path / "tests.yml")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(promtool, tmp_path, repository_root / RULES, tests)
 
 
 def test_every_alert_has_a_cause_here_a_command_and_a_line_in_the_docs(repository_root: Path) -> None:

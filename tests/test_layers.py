@@ -54,7 +54,9 @@ LAYERS = {
         cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote access
         rates errors tenant_header _version
     """,
-    "shoal/access": "audit gateway limits cluster decision tokens policy patterns rpc_groups rest_paths caller_header",
+    "shoal/access": """
+        audit gateway limits objectives cluster decision tokens policy patterns rpc_groups rest_paths caller_header
+    """,
     "shoal/client": """
         __init__ blocking face aio access audit tenants store instances spans status history jobs models inference
         transport

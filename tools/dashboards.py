@@ -44,6 +44,11 @@ def _percentiles(metric: str, by: str, legend: str) -> tuple[str, ...]:
     )
 
 
+def _share_of_hour(part: str, whole: str) -> str:
+    rates = (f"sum by (model, version) (rate(shoal_infer_{name}[1h]))" for name in (part, whole))
+    return " / ".join(rates)
+
+
 _OF_MODEL = "{{model}} {{version}}"
 _OF_OUTCOME = "{{model}} {{version}} {{outcome}}"
 _CLUSTER = "{{envoy_cluster_name}}"
@@ -174,6 +179,24 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "Rejected or evicted, by reason, or expired.",
                 f"sum by (model, version, reason) (rate(shoal_infer_shed_total[{RATE}])) | {_OF_MODEL} {{{{reason}}}}",
                 f"sum by (model, version) (rate(shoal_infer_expired_total[{RATE}])) | {_OF_MODEL} expired",
+            ),
+            panel(
+                "Budget of the objectives",
+                "short",
+                "Speed at which it is spent, over an hour: at 1, the budget of 30 days lasts for 30 days.",
+                *(
+                    f"{missed} / on (model, version) (1 - max by (model, version) (shoal_infer_slo_{of}_ratio))"
+                    f" | {_OF_MODEL} {of}"
+                    for of, missed in (
+                        ("availability", _share_of_hour('requests_total{outcome="failure"}', "requests_total")),
+                        (
+                            "latency",
+                            "(1 - "
+                            + _share_of_hour("requests_within_slo_total", 'requests_total{outcome="success"}')
+                            + ")",
+                        ),
+                    )
+                ),
             ),
             panel(
                 "Instances that serve it",

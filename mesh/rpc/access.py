@@ -135,6 +135,7 @@ class Access(Background):
         self.is_limited = False
         """True when the policy has limits that this server counts."""
         self._shares_epoch = 0
+        self._followers: list[Callable[[Policy], None]] = []
         if policy is not None:
             self._set_limits(policy)
         self._callers: dict[bytes | None, _Known] = {}
@@ -145,7 +146,15 @@ class Access(Background):
         self._policy = policy
         self._callers.clear()
         self._set_limits(policy)
+        for follow in self._followers:
+            follow(policy)
         self._end_open_calls()
+
+    def follow_policy(self, follow: Callable[[Policy], None]) -> None:
+        """Call `follow` with the policy in force, once there is one, and with each that replaces it."""
+        self._followers.append(follow)
+        if self._policy is not None:
+            follow(self._policy)
 
     def _set_limits(self, policy: Policy) -> None:
         if self.shares is not None:

@@ -97,6 +97,8 @@ async def run(config: InferConfig) -> None:
             access = await stack.enter_async_context(followed(config.policy, _shares(1 / config.limit_processes)))
         if watch is not None:
             access = watch.access
+        if access is not None:
+            access.follow_policy(lambda policy: models.set_objectives(policy.objectives))
         auditing = await stack.enter_async_context(auditing_of(config, access))
         refusals = [] if access is None or access.shares is None else [access.shares.refused.read]
         server = Server(

@@ -20,9 +20,23 @@ _MODEL = ("model", "version")
 C, G, H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 REQUESTS = Family("shoal.infer.requests", C, "{request}", "Requests that have ended.", (*_MODEL, "outcome"))
-SLO = Family("shoal.infer.slo", G, "s", "Latency goal of a model that has one, its parameter `slo_ms`.", _MODEL)
+SLO = Family(
+    "shoal.infer.slo",
+    G,
+    "s",
+    "Latency goal of a model that has one: an objective of the policy, or its parameter `slo_ms`.",
+    _MODEL,
+)
+SLO_LATENCY = Family(
+    "shoal.infer.slo.latency", G, "1", "Share of successful requests that must meet the latency goal.", _MODEL
+)
+SLO_AVAILABILITY = Family("shoal.infer.slo.availability", G, "1", "Share of requests that must succeed.", _MODEL)
 WITHIN_SLO = Family(
-    "shoal.infer.requests.within_slo", C, "{request}", "Successful requests that met the latency goal.", _MODEL
+    "shoal.infer.requests.within_slo",
+    C,
+    "{request}",
+    "Successful requests that met the latency goal; all, without one.",
+    _MODEL,
 )
 DURATION = Family(
     "shoal.infer.request.duration", H, "s", "Time of successful requests, from arrival to outcome.", _MODEL
@@ -81,7 +95,21 @@ TENANT = Family(
 )
 TENANT_ROWS = Family("shoal.infer.tenant.rows", C, "{row}", "Rows of these requests.", ("tenant",))
 OWN = (
-    *(REQUESTS, SLO, WITHIN_SLO, DURATION, QUEUE, FORMING, GATHER, COMPUTE, SCATTER, SERIALISE, BATCH),
+    *(
+        REQUESTS,
+        SLO,
+        SLO_LATENCY,
+        SLO_AVAILABILITY,
+        WITHIN_SLO,
+        DURATION,
+        QUEUE,
+        FORMING,
+        GATHER,
+        COMPUTE,
+        SCATTER,
+        SERIALISE,
+        BATCH,
+    ),
     *(EXPIRED, CANCELLED, SHED, EXPIRED_ROWS, BISECTIONS),
     *(CACHE, WAITING, AGE, READY, FIRST, IN_FLIGHT, CACHE_SIZE, TENANT, TENANT_ROWS),
 )
@@ -146,6 +174,10 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
     found = version.statistics
     yield READY, labels, int(version.is_ready)
     yield IN_FLIGHT, labels, version.in_flight
+    yield SLO_AVAILABILITY, labels, version.objective.availability
+    if found.slo_s != math.inf:
+        yield SLO, labels, found.slo_s
+        yield SLO_LATENCY, labels, version.objective.latency
     yield from _counted(found, labels)
     exemplars = found.exemplars or _NO_EXEMPLARS
     total, queue = found.success.ns / 1e9, found.queue.ns / 1e9
@@ -180,9 +212,8 @@ def _parts(found: Statistics, exemplars: RequestExemplars, labels: tuple[str, st
 def _counted(found: Statistics, labels: tuple[str, str]) -> Iterable[Reading]:
     yield REQUESTS, (*labels, "success"), found.success.count
     yield REQUESTS, (*labels, "failure"), found.fail.count
-    if found.slo_s != math.inf:
-        yield SLO, labels, found.slo_s
-        yield WITHIN_SLO, labels, found.within_slo
+    # Without a goal, too: a series that begins with a new objective would seem to have missed all requests before.
+    yield WITHIN_SLO, labels, found.within_slo
     yield EXPIRED, labels, found.expired
     yield CANCELLED, labels, found.cancelled
     for reason, count in found.shed_by.items():

@@ -1,5 +1,5 @@
-"""The policy document: issuers, roles, grants, limits, host names, web pages and revoked keys. Nothing is allowed by
-default.
+"""The policy document: issuers, roles, grants, limits, objectives, host names, web pages and revoked keys. Nothing is
+allowed by default.
 
     version: 1
     issuers:
@@ -51,6 +51,8 @@ REVOKED = 10_000
 """Revoked keys. Envoy takes their list in a tenth of a second."""
 LIMITS = 100
 """Limits of a document. A call is counted in each that applies to its caller."""
+OBJECTIVES, OBJECTIVE_MODELS = 32, 16
+"""Objectives of a document, and patterns of one. infer matches all with each of its models, which may be 500."""
 ISSUERS = 16
 KEYS = 8
 """Public keys of one issuer. A token without the id of its key is tried with each, at 0.1 ms."""
@@ -283,6 +285,30 @@ class Limit(_Part):
         return self
 
 
+# Below a half, more requests may miss an objective than meet it.
+_Percent = Annotated[float, Field(ge=50, lt=100, allow_inf_nan=False)]
+
+
+class Objective(_Part):
+    """One service level objective of models, in 30 days. Alerts go by it; it refuses no call, and shapes no batch."""
+
+    name: Name
+    models: Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=OBJECTIVE_MODELS)] = (ANY,)
+    """Patterns of the models' names. Of several objectives for a model, the first that states a number decides it."""
+    availability_percent: _Percent | None = None
+    """Requests that must succeed. Nothing stated for a model: 99.9."""
+    latency_ms: Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)] | None = None
+    """Latency goal, in place of a model's own `slo_ms`."""
+    latency_percent: _Percent | None = None
+    """Successful requests that must meet the latency goal. Nothing stated for a model: 99."""
+
+    @model_validator(mode="after")
+    def _has_numbers(self) -> Self:
+        if self.availability_percent is None and self.latency_ms is None and self.latency_percent is None:
+            raise ValueError("an objective needs a number: availability_percent, latency_ms or latency_percent")
+        return self
+
+
 class Cors(_Part):
     """Web pages that may call. Without it, no page may."""
 
@@ -321,6 +347,7 @@ class Policy(_Part):
     grants: Annotated[tuple[Grant, ...], Field(max_length=GRANTS)] = ()
     limits: Annotated[tuple[Limit, ...], Field(max_length=LIMITS)] = ()
     """Several may apply to a caller: each holds."""
+    objectives: Annotated[tuple[Objective, ...], Field(max_length=OBJECTIVES)] = ()
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=100)] = (ANY,)
     """Names by which clients reach the server, without ports; `*.` may begin one. Other names are refused."""
     cors: Cors = Cors()
@@ -347,6 +374,12 @@ class Policy(_Part):
     def _distinct_limits(cls, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
         _check_distinct([limit.name for limit in limits], "limit")
         return limits
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct_objectives(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        _check_distinct([objective.name for objective in objectives], "objective")
+        return objectives
 
     @field_validator("hosts")
     @classmethod

@@ -34,8 +34,9 @@ def check(file: _File) -> None:
     found = policies.load(file, is_cluster=True)
     limits.check(found.limits)
     limited = f"{len(found.limits)} limits, " if found.limits else ""
+    aimed = f"{len(found.objectives)} objectives, " if found.objectives else ""
     typer.echo(
-        f"{file}: valid: {len(found.issuers)} issuers, {len(found.grants)} grants, {limited}"
+        f"{file}: valid: {len(found.issuers)} issuers, {len(found.grants)} grants, {limited}{aimed}"
         f"{len(found.revoked)} revoked keys"
     )
     if not found.grants:
@@ -66,13 +67,15 @@ def explain(
 ) -> None:
     """Say whether a policy allows a call, which rule decides, and which limits hold. Exits with 1 when it is refused.
 
+    With --model, the objectives of the model are shown, too.
+
     [bold]Examples[/bold]
 
       shoal policy explain --key k-0123456789abcdef --call ModelInfer --model ocr-en
 
       shoal policy explain policy.yaml --key - --call ModelInfer --model ocr-en < key.txt
     """
-    from shoal.access import limits, rpc_groups, tokens
+    from shoal.access import limits, objectives, rpc_groups, tokens
     from shoal.access import policy as policies
     from shoal.access.decision import caller_of, decide
     from shoal.errors import InvalidArgument, Unauthenticated
@@ -108,6 +111,8 @@ def explain(
     for limit in limits.applicable(found, caller):
         if model is None or limits.counts_model(limit, model):
             typer.echo(f"limit:  {limits.described(limit)}")
+    if model is not None:
+        typer.echo(f"objectives: {objectives.described(objectives.objective_of(found.objectives, model))}")
     typer.echo(f"{'allowed' if decision.allowed else 'refused'}: {decision.rule}")
     if not decision.allowed:
         raise typer.Exit(1)

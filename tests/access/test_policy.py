@@ -219,13 +219,13 @@ def test_keys_come_from_a_file_beside_the_policy(signer: Signer, tmp_path: Path)
 
 def test_the_schema_describes_the_document() -> None:
     schema = policies.json_schema()
-    assert {"version", "issuers", "grants", "hosts", "revoked"} <= schema["properties"].keys()
+    assert {"version", "issuers", "grants", "hosts", "objectives", "revoked"} <= schema["properties"].keys()
     assert schema["additionalProperties"] is False
 
 
 def test_the_policies_of_the_documentation_are_valid() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "policy.md"
     documents = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(documents) == 4
+    assert len(documents) == 5
     for text in documents:
         limits.check(policies.parse(text, str(page)).limits)

@@ -92,6 +92,20 @@ limits:
     assert "more than 4 limits of requests a second may hold for one caller" in run("policy", "check", "node.yaml")[2]
 
 
+def test_explain_shows_the_objectives_of_the_model(run, tmp_path: Path) -> None:
+    assert run("keys", "init")[0] == 0
+    stated = "objectives:\n  - {name: ocr, models: ['ocr*'], latency_ms: 50, latency_percent: 95}\n"
+    (tmp_path / "node.yaml").write_text(POLICY + stated)
+    assert "2 grants, 1 objectives, 0 revoked keys" in run("policy", "check", "node.yaml")[1]
+    for model, within in (
+        ("ocr-1", "95 % of these within 50 ms"),
+        ("det", "99 % of these within its own latency goal"),
+    ):
+        said = run("policy", "explain", "node.yaml", "--call", "ModelInfer", "--model", model)[1]
+        assert f"objectives: 99.9 % of the requests succeed, {within}" in said.splitlines()
+    assert "objectives" not in run("policy", "explain", "node.yaml", "--call", "ModelInfer")[1]
+
+
 def test_errors_say_what_to_do(run, tmp_path: Path) -> None:
     assert (
         "make a signer with `shoal keys init`" in run("keys", "create", *SIGNER, "--tenant", "a", "--role", "user")[2]

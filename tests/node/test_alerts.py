@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from pymongo import MongoClient
 
 import shoal
@@ -183,6 +184,20 @@ def test_requests_that_fail_fire_the_fast_alert_and_then_the_slow_one(world: Wor
 def test_answers_beyond_the_latency_goal_fire_the_fast_alert_and_then_the_slow_one(world: World) -> None:
     world.alerting.until_notified("ShoalLatencyFast", doing=lambda: world.client.infer("late", ROW))
     world.alerting.until_notified("ShoalLatencySlow")
+
+
+def test_answers_beyond_a_latency_goal_that_the_policy_states_fire(world: World) -> None:
+    before = world.client.access.policy()
+    objective = {"name": "double", "models": ["double"], "latency_ms": 0.001, "latency_percent": 95}
+    stated = {**yaml.safe_load(before.document), "objectives": [objective]}
+    world.client.access.apply(yaml.safe_dump(stated), before.files)
+    try:
+        doing = lambda: world.client.infer("double", ROW)  # noqa: E731
+        world.alerting.until_notified("ShoalLatencyFast", model="double", doing=doing)
+    finally:
+        world.client.access.apply(before.document, before.files)
+    # The goal is gone, and so are late answers.
+    world.alerting.until_notified("ShoalLatencyFast", "resolved", model="double", doing=doing)
 
 
 def test_rows_that_run_after_their_deadline_fire(world: World) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.infer.ensembles.other_models import OtherModels
+from services.infer.models.objectives import Objectives
 from services.infer.response_cache.store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.runtime import Runtime
@@ -45,6 +46,8 @@ class LoadContext:
     """False rejects models that run code or read the server's files and variables."""
     allow_remote: bool = True
     """False rejects models on other servers, whose addresses a configuration names."""
+    objectives: Objectives = field(default_factory=Objectives)
+    """Objectives that the policy states."""
     other_models: OtherModels | None = None
     """The other models, for ensembles."""
 

@@ -23,6 +23,7 @@ from services.infer.models.load_context import LoadContext
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
 from services.infer.scheduling.tenant_counts import TenantCounts
+from shoal.access.policy import Objective
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,13 @@ class Models:
         for model in list(self._models.values()):
             for version in list(model.versions.values()):
                 version.shrink()
+
+    def set_objectives(self, stated: tuple[Objective, ...]) -> None:
+        """Count requests by the objectives of a policy, from now on. Most changes of a policy are changes of others."""
+        if self._context.objectives.set(stated):
+            for model in self._models.values():
+                for version in (*model.leaving, *model.loading, *model.versions.values()):
+                    version.set_objective(self._context.objectives)
 
     def want(self, wanted: Sequence[WantedModel]) -> None:
         """Serve exactly these models. Returns immediately; `settled` waits for the first attempts."""

@@ -27,6 +27,7 @@ from services.infer.loading import loading
 from services.infer.loading.loading import Loaded
 from services.infer.model_files.wanted_models import ModelFiles, WantedVersion
 from services.infer.models.load_context import LoadContext
+from services.infer.models.objectives import Objectives
 from services.infer.models.scheduling import scheduler_of
 from services.infer.response_cache.cache import ResponseCache, ttl_s
 from services.infer.response_cache.key import ResponseKeys
@@ -34,6 +35,8 @@ from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.request_scheduler import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.arrival_order import ArrivalOrder
+from shoal.access import objectives
+from shoal.access.objectives import ModelObjective
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,8 @@ class Version:
     statistics: Statistics = field(default_factory=Statistics)
     slow_ns: float = SLOW_S * 1e9
     """Nanoseconds of a request beyond which its span is kept (mesh.rpc.tail_spans): `slo_ms`, if the model has it."""
+    objective: ModelObjective = objectives.DEFAULT
+    _own_goal_s: float = math.inf
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration enables it."""
     decoupled: DecoupledScheduler | None = None
@@ -251,17 +256,25 @@ class Version:
 
     async def _schedule(self, loaded: Loaded, context: LoadContext) -> None:
         scheduler = scheduler_of(self.name, self.number, loaded, context, self.statistics)
+        self._own_goal_s = self.statistics.slo_s
+        self.set_objective(context.objectives)
         await self._resources.enter_async_context(scheduler)
         if isinstance(scheduler, DecoupledScheduler):
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        if self.statistics.slo_s != math.inf:
-            self.slow_ns = self.statistics.slo_s * 1e9
+        # Not the policy's: a goal that half of the requests may miss would keep the spans of half of them.
+        if self._own_goal_s != math.inf:
+            self.slow_ns = self._own_goal_s * 1e9
         self.arrival_order = ArrivalOrder() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, context, ttl))
+
+    def set_objective(self, stated: Objectives) -> None:
+        """Count requests by the policy's objectives from now on; by the model's own goal where it states no latency."""
+        self.objective = found = stated.of(self.name)
+        self.statistics.slo_s = self._own_goal_s if found.latency_s is None else found.latency_s
 
     def _loading(self, files: ModelFiles, context: LoadContext, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(

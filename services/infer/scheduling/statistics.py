@@ -103,7 +103,7 @@ class Statistics:
     first_responses: Histogram = field(default_factory=Histogram)
     """Requests of a decoupled model by the time from arrival to the first response."""
     slo_s: float = math.inf
-    """The model's latency goal, once it is loaded; infinite without one."""
+    """The latency goal by which requests count: the policy's, or the model's own; infinite without one."""
     within_slo: int = 0
     """Successful requests that took `slo_s` at most."""
     exemplars: RequestExemplars | None = None
