@@ -179,6 +179,7 @@ def test_burn_rates_follow_the_objectives_that_the_policy_states(
             (f"requests_within_slo_total{{{labels}}}", f"0+{within}x400"),
             (f"slo_availability_ratio{{{labels}}}", availability),
             (f"slo_latency_ratio{{{labels}}}", latency),
+            (f"slo_seconds{{{labels}}}", "0.05x400" if latency else ""),
         ):
             if values:
                 series.append({"series": f"shoal_infer_{name}", "values": values})
