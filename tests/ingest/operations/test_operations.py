@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -163,15 +164,14 @@ async def test_a_request_that_names_no_jobs_or_is_malformed_is_refused(
 
 
 async def test_operations_that_run_are_bounded_for_each_tenant_and_can_be_aborted(
-    start_ingest: StartIngest, mongo_uri: str, mongo_database: str, tenant: str
+    start_ingest: StartIngest, run_dir: Path, mongo_uri: str, mongo_database: str, tenant: str
 ) -> None:
-    ingest = start_ingest()
-    async with mesh_at(ingest.folder), connect(mongo_uri) as mongo:
+    async with mesh_at(run_dir), connect(mongo_uri) as mongo:
         # Another instance leads, so that nobody carries operations out.
         leads = mongo[mongo_database][LEASES]
         far = datetime.now(UTC) + timedelta(hours=1)
         await leads.insert_one({"_id": "ingest", "holder": "another", "token": 1, "expires_at": far})
-        ingest.start()
+        ingest = start_ingest()
         await ingest.until_ready()
         client = Client(ingest.address)
         try:
