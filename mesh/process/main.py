@@ -55,6 +55,7 @@ async def _run_and_exit(service: str, config: C, run: Callable[[C], Coroutine[An
         # Imported objects live as long as the process: exclude them from garbage collection.
         gc.freeze()
         gc.set_threshold(*_COLLECTED_AT)
+        gc.enable()
         levels = config.log_levels
         async with LogLevels(levels, config.instance) if levels is not None else nullcontext():
             await run(config)
