@@ -56,6 +56,8 @@ Alone, each file would start them again."""
 
 LONG = (
     "tests/node/test_access_attacks.py",
+    "tests/node/test_access_wire_forms.py",
+    "tests/node/test_access_streams.py",
     "tests/node/test_up.py",
     "tests/node/one_node",
     "tests/infer/conformance",
