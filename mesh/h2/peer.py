@@ -38,7 +38,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
-from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Turns
+from mesh.h2.turns import AT_ONCE, CHEAP_BYTES, CHEAP_S, PART_FRAMES, PART_S, Turns
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class Peer(asyncio.Protocol, ABC):
         self._continuations = 0
         self._newest = 0
         self._credit = 0
+        # Time that the data which arrived last took.
+        self._took_s = 0.0
 
     def _begin(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
@@ -119,7 +121,17 @@ class Peer(asyncio.Protocol, ABC):
         if self._is_waiting:
             self._unparsed += data
             return
-        self._handle(data, _ALL if self._turns is None else self._turns.at_once)
+        if (turns := self._turns) is None:
+            self._handle(data, _ALL)
+            return
+        if turns.is_spent and (len(data) > CHEAP_BYTES or self._took_s > CHEAP_S):
+            self._unparsed += data
+            self._wait_for_turn()
+            return
+        began = turns.clock()
+        self._handle(data, turns.at_once)
+        self._took_s = turns.clock() - began
+        turns.spend(self._took_s)
 
     def _handle(self, data: bytes, most: int) -> None:
         try:

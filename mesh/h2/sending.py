@@ -42,8 +42,10 @@ PROGRESS_BYTES = 1024
 """Less than this in a tick is no progress: a body that trickles, in either direction, would hold its memory, and the
 places of its call, as long as the client likes."""
 
-# Waiting data that is written in one iteration of the event loop: 1 MiB costs 0.3 ms. The transport may then pause.
-_BURST_BYTES = 1 << 20
+# Waiting data that is written in one iteration of the event loop: 1 MiB costs 0.3 ms. The transport may then pause: all
+# that it has left is written in one iteration, of each connection whose peer reads again. So a peer that makes it pause
+# gets little at a time, and twice as much after each time that it does not.
+_FIRST_BURST, _LEAST_BURST, _BURST_BYTES = 256 << 10, 64 << 10, 1 << 20
 
 # Each waiting stream that is looked at counts at least as many of them: 64 streams an iteration. A peer may change the
 # windows of 4,096 streams at once, and a frame of one byte costs 3 us.
@@ -98,7 +100,7 @@ class Sender:
         self._window_changes: dict[int, int] = {}
         self._waiting: dict[int, Outgoing] = {}
         self._ready: deque[int] = deque()
-        self._pumped = 0
+        self._pumped, self._burst = 0, _FIRST_BURST
         self._bursts = Bursts() if bursts is None else bursts
         self._waits_for_turn = False
         # A whole response may be written at once: nothing is paused, and no table size update is due.
@@ -159,6 +161,8 @@ class Sender:
             self._out.clear()
             if not self._is_eof_written and not self._transport.is_closing():
                 self._transport.write(data)
+        if self._pumped >= self._burst and not self._is_paused:
+            self._burst = min(2 * self._burst, _BURST_BYTES)
         self._pumped = 0
 
     def write_eof(self) -> None:
@@ -179,6 +183,7 @@ class Sender:
         """Hold back data: the transport's buffer is full. Headers and acknowledgements are written nevertheless."""
         self._is_paused = True
         self._is_direct = False
+        self._burst = _LEAST_BURST
 
     def resume(self) -> None:
         """Send waiting data again."""
@@ -333,7 +338,7 @@ class Sender:
     def _pump(self) -> None:
         """Send waiting data as the windows allow, one frame of each ready stream in turn."""
         ready, begun_at = self._ready, self._pumped
-        most = min(_BURST_BYTES, begun_at + self._bursts.left)
+        most = min(self._burst, begun_at + self._bursts.left)
         while ready and self._window > 0 and not self._is_paused and self._pumped < most:
             number = ready.popleft()
             self._pumped += _STREAM_BYTES

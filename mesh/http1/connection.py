@@ -20,6 +20,7 @@ from mesh.h2.memory_account import Share
 from mesh.h2.peer import READ_BYTES
 from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect, release
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
+from mesh.h2.turns import CHEAP_BYTES, CHEAP_S
 from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
 
@@ -113,6 +114,8 @@ class Http1Connection(asyncio.Protocol):
         self._is_write_paused = self._is_read_paused = False
         self._on_sent: Callable[[], None] | None = None
         self._ticks = self._dropped = 0
+        # Time that the data which arrived last took.
+        self._took_s = 0.0
         self._lingering: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -140,7 +143,13 @@ class Http1Connection(asyncio.Protocol):
                 self._hand_over(data)
             return
         if self._is_free():
-            self._parse(1)
+            if self._turns.is_spent and (len(data) > CHEAP_BYTES or self._took_s > CHEAP_S):
+                self._wait()
+            else:
+                began = self._turns.clock()
+                self._parse(1)
+                self._took_s = self._turns.clock() - began
+                self._turns.spend(self._took_s)
         # Its turn reads the transport again, as it does for HTTP/2.
         if is_large and not self._is_waiting and self._stream is not None:
             self._wait()

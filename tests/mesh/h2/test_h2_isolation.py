@@ -608,6 +608,35 @@ async def test_many_connections_write_a_bounded_amount_in_an_iteration_of_the_lo
     assert account.held == 0
 
 
+async def test_a_peer_that_makes_the_transport_pause_gets_little_at_a_time_and_more_when_it_reads():
+    account = MemoryAccount(1 << 30)
+    sender, transport = sender_of(account)
+
+    async def sent() -> int:
+        """Return the bytes that are written until and in the next iteration of the loop."""
+        before = sum(map(len, transport.written))
+        await asyncio.sleep(0)
+        return sum(map(len, transport.written)) - before
+
+    sender.open(1)
+    sender.apply_settings({frames.WINDOW_SIZE: 16 * MIB})
+    sender.add_window(0, 16 * MIB)
+    sender.data(1, bytes(8 * MIB), lambda: None)
+    counts = [await sent() for _ in range(8)]
+    assert counts[0] <= MIB // 2
+    assert MIB <= max(counts) <= 2 * MIB
+    for _ in range(3):
+        sender.pause()
+        # What was pumped before is written.
+        await sent()
+        assert await sent() == 0
+        sender.resume()
+        # A burst, and the frame that began in it.
+        assert await sent() <= 3 * MIB // 16
+    while account.held:
+        assert await sent()
+
+
 async def test_a_fault_of_one_connection_does_not_end_the_turns_of_the_others():
     bursts, faults, resumed = Bursts(), [], []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(context["exception"]))

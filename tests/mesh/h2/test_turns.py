@@ -199,6 +199,40 @@ async def test_a_connection_whose_calls_take_long_stops_early():
     await asyncio.sleep(0)
 
 
+async def test_costly_data_of_many_connections_waits_and_small_calls_do_not():
+    memory, clock, begun = Memory(), Seconds(), []
+    memory.turns = Turns(clock)
+
+    def costly(body, call):
+        begun.append("costly")
+        clock.now += 0.002
+
+    app = GrpcApp({}, {FLOOD: costly, CALL: lambda body, call: begun.append("call")})
+    connections = []
+    for _ in range(100):
+        connection = ServerConnection(app, {}, memory)
+        connection.connection_made(Transport(connection))
+        connection.data_received(greeting())
+        connections.append(connection)
+    *attackers, bystander = connections
+    # As when the event loop reads them in one iteration.
+    padding = frames.frame(0xBE, 0, 0, bytes(8_000))
+    for attacker in attackers:
+        attacker.data_received(padding + calls(FLOOD, 1))
+    bystander.data_received(calls(CALL, 1))
+    assert begun == [*["costly"] * 3, "call"]
+    while begun.count("costly") < len(attackers):
+        before, number = len(begun), 2 * len(begun) + 1
+        bystander.data_received(calls(CALL, 1, first=number))
+        assert begun[before:] == ["call"]
+        await asyncio.sleep(0)
+        assert before < len(begun) <= before + 2
+    for connection in connections:
+        connection.abort()
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 class Holding:
     """An application whose requests hold memory until their client leaves."""
 
