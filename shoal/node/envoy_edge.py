@@ -67,7 +67,9 @@ _MAX_FRAMES = 1 << 30
 _RETRY_BYTES = 1 << 20
 
 _NOTICE_S = 0.3
-_FLUSH_S = 5.0
+# Time from the begin of a stop for clients to read the last responses, and after the workers' end. A client that does
+# not read may not delay the stop.
+_FLUSH_S, _LAST_FLUSH_S = 5.0, 1.0
 # Longer than Envoy's drain_timeout: by then each connection that was used has got its last GOAWAY.
 _QUIET_S = 0.6
 _POLL_S = 0.02
@@ -378,6 +380,7 @@ class Edge:
         spec = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
         # One that never listened would only fail again: its configuration or its binary is wrong.
         self._processes = Workers([spec], report, is_final=lambda status: not self._was_ready)
+        self._flush_by = 0.0
 
     def apply(self, policy: Policy) -> None:
         """Replace the policy that the Edge began with, within a tenth of a second and on living connections."""
@@ -409,6 +412,7 @@ class Edge:
 
     async def drain(self) -> None:
         """Accept no more connections, and send GOAWAY with the next response on each. Wait until most have arrived."""
+        self._flush_by = time.monotonic() + _FLUSH_S
         # Before Envoy listens there is nothing to drain.
         if not await self.is_ready():
             return
@@ -417,11 +421,11 @@ class Edge:
         await asyncio.sleep(_NOTICE_S)
 
     async def flush(self) -> None:
-        """Return when all responses are sent and no client calls any more, or after some seconds.
+        """Return when all responses are sent and no client calls any more, or some seconds after the begin of `drain`.
 
         A client that has not read its GOAWAY yet may still send a call; the response is UNAVAILABLE, not a reset.
         """
-        until = time.monotonic() + _FLUSH_S
+        until = max(self._flush_by, time.monotonic() + _LAST_FLUSH_S)
         quiet_since, calls = time.monotonic(), -1
         while self.pid is not None and time.monotonic() < until and await self.is_ready():
             values = await self._stats(*_UNSENT, _CONNECTIONS, _CALLS)
