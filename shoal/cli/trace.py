@@ -15,7 +15,7 @@ import typer
 
 from shoal.cli import admin_page
 from shoal.cli.here import SERVE, admin_here
-from shoal.cli.output import Gateway, connect, console, printable, show
+from shoal.cli.output import Gateway, connect, console, printable, text
 from shoal.errors import InvalidArgument, NotFound, Unavailable, Unimplemented
 
 if TYPE_CHECKING:
@@ -121,32 +121,42 @@ def _of_gateway(client: Client, trace: str, job: str) -> dict[str, Any]:
 
 def _of_page(admin: str, trace: str, job: str) -> dict[str, Any]:
     query = f"?trace={trace}" if trace else f"?job={job}" if job else ""
-    text = admin_page.read(admin, f"/spans{query}", timeout_s=_READ_S)
+    page = admin_page.read(admin, f"/spans{query}", timeout_s=_READ_S)
     try:
-        document = json_format.loads(text)
+        document = json_format.loads(page)
         return {"spans": list(document["spans"]), "silent": list(document["silent"])}
     except (ValueError, KeyError, TypeError) as err:
         raise Unavailable(f"the address {admin} has no spans: give the admin address of a node") from err
 
 
 def _show_latest(spans: list[dict[str, Any]]) -> None:
-    rows = []
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    # In 80 columns, the reason wraps: a trace is copied, and fits into a line.
+    for title in ("ended", "ms", "at", "call"):
+        table.add_column(title, no_wrap=True)
+    for title in ("model", "tenant"):
+        table.add_column(title, no_wrap=True, max_width=16)
+    table.add_column("trace", no_wrap=True, min_width=16)
+    table.add_column("why", overflow="fold", min_width=10)
     for span in sorted(spans, key=lambda span: span["end_ns"], reverse=True)[:_LATEST]:
         ended = datetime.fromtimestamp(span["end_ns"] / 1e9).astimezone()
         about = span["attributes"]
-        rows.append(
-            (
-                f"{ended:%H:%M:%S}",
-                f"{(span['end_ns'] - span['start_ns']) / 1e6:.0f}",
-                span["instance"].rpartition("/")[2],
-                span["name"].rpartition(".")[2],
-                about.get("shoal.model", ""),
-                about.get("shoal.tenant", ""),
-                span["trace"][:16],
-                printable(span["error"])[:60] or "slow",
-            )
+        cells = (
+            f"{ended:%H:%M:%S}",
+            f"{(span['end_ns'] - span['start_ns']) / 1e6:.0f}",
+            span["instance"].rpartition("/")[2],
+            # The method alone.
+            re.split("[./]", span["name"])[-1],
+            about.get("shoal.model", ""),
+            about.get("shoal.tenant", ""),
+            span["trace"][:16],
+            span["error"][:60] or "slow",
         )
-    show(("ended", "ms", "at", "call", "model", "tenant", "trace", "why"), rows)
+        table.add_row(*(Text(text(cell)) for cell in cells))
+    console().print(table)
 
 
 def _show(spans: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from shoal.cli.diagnosis import waterfall
 from shoal.cli.main import app
+from shoal.cli.trace import _show_latest
 from shoal.cli.traced import traced
 from shoal.errors import Internal, InvalidArgument, ShoalError
 
@@ -101,3 +102,17 @@ def test_a_failed_call_names_the_command_with_the_gateway_that_was_given(capsys:
     with pytest.raises(InvalidArgument):
         failing(InvalidArgument("clear"), None)
     assert capsys.readouterr().err == ""
+
+
+def test_the_latest_calls_have_their_traces_and_methods_whole_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("COLUMNS", "80"), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1")):
+        monkeypatch.setenv(name, value)
+    about = {"shoal.model": "digits", "shoal.tenant": "acme"}
+    call = "inference.GRPCInferenceService/ModelInfer"
+    _show_latest([span("a", "", 0, 1_234, name=call, error="no memory " * 9, attributes=about)])
+    shown = capsys.readouterr().out.splitlines()
+    first = next(line for line in shown if TRACE[:16] in line)
+    assert "infer-0  ModelInfer  digits  acme" in first.replace("   ", "  ")
+    assert len(first) <= 80
