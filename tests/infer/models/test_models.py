@@ -20,6 +20,7 @@ from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.version import State
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.onnx_session import OnnxSession
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import NotFound, Unavailable
 from tests.breakable import PATIENCE_S, until
@@ -276,11 +277,10 @@ async def test_leaving_ends_in_time_although_a_request_runs_on(files, monkeypatc
 async def test_leaving_ends_in_time_although_the_clean_up_of_a_model_runs_on(files, monkeypatch):
     monkeypatch.setattr("services.infer.models.models._MIN_END_S", 0.0)
     may_end, has_ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(OnnxSession, "close", lambda session: (may_end.wait(PATIENCE_S), has_ended.set()))
     async with Models(LoadContext.of(OnnxRuntime(), QueueLimits(), drain_ms=600_000)) as models:
         models.want([wanted(files.version(1, onnx_files.scale(2)))])
         await models.settled()
-        session = models.find("m", "").loaded.session
-        monkeypatch.setattr(session, "close", lambda: (may_end.wait(PATIENCE_S), has_ended.set()))
         # The clean-up begins in this time, in a thread, and does not end in it.
         models.stop_by(time.monotonic(), time.monotonic() + 3)
     assert not has_ended.is_set()
