@@ -16,7 +16,7 @@ from mesh.process.main import main
 was_enabled = gc.isenabled()
 
 async def run(config: ServiceConfig) -> None:
-    print("enabled while it is imported:", was_enabled, "then:", gc.isenabled())
+    print("enabled while it is imported:", was_enabled, "then:", gc.isenabled(), flush=True)
 
 main("ingest", ServiceConfig, run)
 """
