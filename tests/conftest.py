@@ -146,7 +146,9 @@ def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         closing = ("--setParameter", f"wiredTigerFileHandleCloseIdleTime={MONGO_IDLE_FILES_S}")
         # Statistics that nobody reads take a hundredth of a core, more with each collection.
         unread = ("--setParameter", "diagnosticDataCollectionEnabled=false")
-        argv = [*spec.argv, *closing, *unread]
+        # A checkpoint walks the files of all tests so far, thousands. Each minute, that took a twentieth of a core.
+        rare = ("--syncdelay", "300")
+        argv = [*spec.argv, *closing, *unread, *rare]
         # A node's log grows with the free space, which here is memory.
         for option, value in (("--oplogSize", "256"), ("--oplogMinRetentionHours", "0")):
             argv[argv.index(option) + 1] = value
