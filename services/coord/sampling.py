@@ -36,6 +36,9 @@ SERIES = 40_000
 """Most counters of all nodes that are followed: 10 MiB. An idle one is none; a busy model has 25 an instance."""
 PAGE_BYTES = 64 << 20
 """Most bytes of a node's page."""
+CLOCK_SET_S = 1.0
+"""Difference between the two clocks from which the time of day was set since the beginning. Below it, the beginning has
+the same time in each report."""
 _NAMES = "&".join(f"name[]={quote(name)}" for name in rates.PAGE)
 
 
@@ -58,7 +61,7 @@ class Report:
     """Points of one kind of names, with the nodes that they are from."""
 
     since: float
-    """Unix time at which the history began, by the clock of now."""
+    """Unix time at which the history began, by a clock that may have been set since."""
     until: float
     """Unix time of the end of the last point."""
     points: Points
@@ -96,7 +99,7 @@ class Sampling(Background):
     def _begin(self) -> None:
         self._history = History()
         self._nodes: dict[str, Node] = {}
-        self._began = self._clock()
+        self._began, self._since = self._clock(), self._now()
 
     async def _run(self) -> None:
         async for term in self._election.terms():
@@ -170,9 +173,10 @@ class Sampling(Background):
         async with self._turn:
             found = await asyncio.to_thread(self._history.points, by, seconds, points)
             nodes = tuple(sorted(self._nodes.values(), key=lambda node: node.name))
-            # By the clock of now: the one at the beginning may have been set since.
             since = self._now() - (self._clock() - self._began)
-            return Report(since, since + found.end * EVERY_S, found, nodes, self._history.left_out)
+            if abs(since - self._since) > CLOCK_SET_S:
+                self._since = since
+            return Report(self._since, self._since + found.end * EVERY_S, found, nodes, self._history.left_out)
 
 
 def _rows(changes: Mapping[str, Change]) -> Mapping[str, list[Row]]:

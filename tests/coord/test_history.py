@@ -256,7 +256,8 @@ class Cluster:
 def sampling_of(cluster: Cluster, times: Iterable[float], *, leads: bool = True) -> Sampling:
     at = iter(times)
     election: Any = SimpleNamespace(is_leader=leads)
-    return Sampling(cluster, election, clock=lambda: next(at), now=lambda: 1_010.0)  # type: ignore[arg-type]
+    now = iter((1_000.0,))
+    return Sampling(cluster, election, clock=lambda: next(at), now=lambda: next(now, 1_010.0))  # type: ignore[arg-type]
 
 
 async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() -> None:
@@ -268,7 +269,7 @@ async def test_each_node_is_asked_once_for_a_slot_and_a_silent_one_is_named() ->
 
     async with Endpoint("127.0.0.1:0", {"/metrics": metrics}) as served:
         # Nobody listens at port 1.
-        history = sampling_of(Cluster(one=served.address, two="127.0.0.1:1"), (0.0, 0.0, 5.0, 10.0, 10.0, 12.0))
+        history = sampling_of(Cluster(one=served.address, two="127.0.0.1:1"), (0.0, 0.0, 5.0, 10.0, 10.5, 12.0))
         for _ in range(3):
             await history.sample()
         report = await history.report("model", 0.0, 0)
