@@ -24,6 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from services.infer.model_process import payload
@@ -40,6 +41,36 @@ _MAX_IOVECS = 512
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _NO_PADDING = bytes(payload.ALIGNMENT)
 _FDS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+
+# A thread unmaps the segments from this size on: 1 MiB takes 0.3 ms, for which the event loop would wait, and then for
+# Python's lock, which unmapping gives up.
+_LARGE_BYTES = 256 << 10
+# Segments that wait for the thread. Beyond them, whoever drops a segment unmaps it.
+_MAX_DROPPED = 64
+_dropped: SimpleQueue[_Segment] | None = None
+
+
+def unmap_in_thread() -> None:
+    """Unmap the large segments that this process drops from now on in a thread."""
+    global _dropped
+    if _dropped is None:
+        _dropped = SimpleQueue()
+        threading.Thread(target=_unmap, args=(_dropped,), name="unmap", daemon=True).start()
+
+
+def _unmap(dropped: SimpleQueue[_Segment]) -> None:
+    while True:
+        segment = dropped.get()
+        del segment
+
+
+class _Segment(mmap.mmap):
+    """Memory of the tensors of one frame."""
+
+    def __del__(self) -> None:
+        """Give the segment to the thread, which drops it for good: this method is called once."""
+        if _dropped is not None and len(self) >= _LARGE_BYTES and _dropped.qsize() < _MAX_DROPPED:
+            _dropped.put(self)
 
 
 class ChannelClosed(Exception):
@@ -175,7 +206,7 @@ class Channel:
         try:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(fd).st_size != size:
                 raise ValueError("the segment is not sealed, or has another size")
-            return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+            return memoryview(_Segment(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
         finally:
             os.close(fd)
 

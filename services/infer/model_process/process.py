@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.infer.model_process import started
-from services.infer.model_process.channel import Channel, ChannelClosed, Message
+from services.infer.model_process.channel import Channel, ChannelClosed, Message, unmap_in_thread
 from services.infer.model_process.model_runner import ExclusiveRunner, NotLoaded, SignalledProcess
 from services.infer.model_process.output_lines import OutputLines
 
@@ -54,6 +54,7 @@ class Process(SignalledProcess, ExclusiveRunner):
     def __init__(self, program: Program, title: str) -> None:
         """Start the process. `title` names the model in the log. Raises OSError."""
         super().__init__(title)
+        unmap_in_thread()
         self._lines = OutputLines()
         self._mark = secrets.token_hex(8)
         ours, theirs = socket.socketpair()

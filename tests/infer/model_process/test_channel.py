@@ -9,10 +9,13 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
+from services.infer.model_process import channel as channels
 from services.infer.model_process.channel import Channel, ChannelClosed
 from services.infer.model_process.payload import part
 from shoal.oip.datatypes import DTYPES
@@ -21,9 +24,9 @@ from shoal.oip.datatypes import DTYPES
 @pytest.fixture
 def ends():
     one, other = socket.socketpair()
-    channels = Channel(one), Channel(other)
-    yield channels
-    for channel in channels:
+    both = Channel(one), Channel(other)
+    yield both
+    for channel in both:
         channel.close()
 
 
@@ -79,12 +82,35 @@ def test_more_arrays_than_one_system_call_takes(ends):
     np.testing.assert_array_equal(got, np.concatenate(rows))
 
 
-def test_the_segment_of_a_large_tensor_is_freed_with_its_array(ends):
+def test_the_segment_of_a_large_tensor_is_freed_with_its_array(ends, monkeypatch):
+    # Another test of this process may have started the thread.
+    monkeypatch.setattr(channels, "_dropped", None)
     before = len(os.listdir("/proc/self/fd"))
     message = crossed(ends, part("x", "UINT8", [np.full(32 << 20, 7, np.uint8)]))
     assert message.tensors[0][2].sum() == 7 * (32 << 20)
     del message
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_large_segment_is_left_to_a_thread_and_then_freed(ends, monkeypatch):
+    # As the thread's, without the thread.
+    dropped = SimpleQueue()
+    monkeypatch.setattr(channels, "_dropped", dropped)
+    monkeypatch.setattr(channels, "_MAX_DROPPED", 1)
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count("memfd:shoal-tensors")
+
+    tensors = [part("x", "UINT8", [np.zeros(size, np.uint8)]) for size in (100_000, 1 << 20, 1 << 20)]
+    small, large, beyond = (crossed(ends, tensor) for tensor in tensors)
+    before = mapped()
+    assert before >= 3
+    del small
+    assert (mapped(), dropped.qsize()) == (before - 1, 0)
+    del large, beyond
+    assert (mapped(), dropped.qsize()) == (before - 2, 1)
+    dropped.get()
+    assert mapped() == before - 3
 
 
 def test_receive_times_out_and_reports_a_closed_channel(ends):
