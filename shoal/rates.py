@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 Key = tuple[str, ...]
@@ -325,7 +326,9 @@ def _percentiles_ms(change: Change, name: str) -> dict[Key, tuple[float | None, 
     """Return the 50th and the 99th percentile of a histogram, by version of a model."""
     bounds: dict[Key, dict[float, float]] = defaultdict(dict)
     for (*key, bound), count in change.grown.by(f"{name}_bucket", (*MODEL, "le")).items():
-        bounds[tuple(key)][float(bound)] = count
+        # The page of another node may be of any form.
+        with suppress(ValueError):
+            bounds[tuple(key)][float(bound)] = count
 
     def ms(of: Mapping[float, float], share: float) -> float | None:
         value = percentile(of, share)

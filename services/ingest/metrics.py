@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mesh.metrics.families import Family, Kind, Reading
+from mesh.metrics.largest import OTHER
 from mesh.mongo_clock import Clock, DatabaseClock
 from mesh.mongo_lease import LeaderLease
 from mesh.process.tasks import Background, for_ever
@@ -166,6 +167,15 @@ class QueueAges(Background):
         return max(_READ_S, _REST * (self._loop_time() - began))
 
 
+def labelled(oldest_first: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return the ages of the TENANTS oldest tenants, and of all others together as OTHER, in seconds."""
+    ages = dict(oldest_first[:TENANTS])
+    if len(oldest_first) > TENANTS:
+        # A tenant of this name that is among the oldest is as old as the others, at least.
+        ages.setdefault(OTHER, oldest_first[TENANTS][1])
+    return ages
+
+
 class IngestMetrics:
     """Readings of one instance."""
 
@@ -237,9 +247,7 @@ class IngestMetrics:
         yield OLDEST, (), max(0.0, oldest_first[0][1]) if oldest_first else 0.0
         yield QUEUES, (), self._ages.queues
         yield READ_AGE, (), self._ages.read_age_s
-        for tenant, age_s in oldest_first[:TENANTS]:
+        for tenant, age_s in labelled(oldest_first).items():
             yield AGE, (tenant,), age_s
         for tenant, jobs in self._ages.jobs.items():
             yield QUEUED, (tenant,), jobs
-        if len(oldest_first) > TENANTS:
-            yield AGE, ("other",), oldest_first[TENANTS][1]

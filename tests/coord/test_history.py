@@ -107,6 +107,17 @@ def test_percentiles_need_no_buckets_that_have_not_grown() -> None:
     assert row.p99_ms == pytest.approx(9.9)
 
 
+def test_a_bucket_without_a_number_is_left_out() -> None:
+    def page(requests: int) -> str:
+        wrong = 'service="infer",instance="infer-0",model="m",version="1",le="wide"'
+        return model("m", requests) + f"shoal_infer_request_duration_seconds_bucket{{{wrong}}} {requests}.0\n"
+
+    change = took(process() + page(0), process() + page(100))
+    assert change is not None
+    [row] = rates.models(change)
+    assert row.p50_ms == pytest.approx(0.75)
+
+
 def test_a_page_of_another_server_is_refused() -> None:
     with pytest.raises(ValueError, match="no metrics"):
         Counters().take("<html>\n<b>hello</b>\n", 0.0)

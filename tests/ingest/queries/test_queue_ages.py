@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from services.ingest import metrics
-from services.ingest.metrics import QueueAges
+from services.ingest.metrics import QueueAges, labelled
 from services.ingest.tenant_queue import TenantQueueKey
 from tests.breakable import until
 
@@ -38,3 +38,10 @@ async def test_the_oldest_tenants_are_counted_and_no_others(monkeypatch: Any) ->
     assert ages.ages == {"b": 90, "c": 30, "a": 5, "d": 0}
     assert [*ages.jobs.items()] == [("b", 3), ("c", 10_000)]
     assert counted == ["b", "c"]
+
+
+def test_a_tenant_with_the_name_of_all_others_has_one_series_with_them(monkeypatch: Any) -> None:
+    monkeypatch.setattr(metrics, "TENANTS", 2)
+    assert labelled([("b", 90), ("other", 30), ("a", 5)]) == {"b": 90, "other": 30}
+    assert labelled([("b", 90), ("c", 30), ("other", 5), ("a", 1)]) == {"b": 90, "c": 30, "other": 5}
+    assert labelled([("b", 90), ("c", 30)]) == {"b": 90, "c": 30}
