@@ -217,9 +217,8 @@ def filters_by_hand(signer: Signer) -> list[dict[str, Any]]:
         "max_dynamic_descriptors": 2 * TENANTS,
         "rate_limits": [{"actions": [action]}],
     }
-    made = (("envoy.filters.http.jwt_authn", token), ("envoy.filters.http.rbac", role))
-    made += (("envoy.filters.http.local_ratelimit", limit),)
-    return [{"name": name, "typed_config": each} for name, each in made]
+    made = {"jwt_authn": token, "rbac": role, "local_ratelimit": limit}
+    return [{"name": f"envoy.filters.http.{name}", "typed_config": each} for name, each in made.items()]
 
 
 @contextlib.contextmanager

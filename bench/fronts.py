@@ -36,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import uvloop
 from infer import ROOT, Measured, Server, answers, loaded, process_tree
@@ -220,7 +221,14 @@ def measure(
                     contender.loads.setdefault(load, Measured()).add(count, cpu_s)
 
 
-def show(title: str, contenders: Sequence[Contender], loads: Sequence[Load], console: Console) -> None:
+class Row(Protocol):
+    """Measurements of a server, a row for each load."""
+
+    name: str
+    loads: dict[Load, Measured]
+
+
+def show(title: str, contenders: Sequence[Row], loads: Sequence[Load], console: Console) -> None:
     table = Table(title=f"{title}: medians; ratios to {contenders[0].name}, least and most", title_justify="left")
     for column in ("model", "in flight", "server", "requests/s", "ratio", "CPU us/request", "ratio", "p99 ms", "wrong"):
         table.add_column(column, justify="left" if column in ("model", "server") else "right")
