@@ -39,7 +39,7 @@ def test_memory_is_low_below_a_twentieth(folder: Path, tmp_path: Path, available
     findings = found(folder, f"mount --bind {tmp_path}/meminfo /proc/meminfo")
     assert ("memory-low" in findings) is is_low
     if is_low:
-        assert findings["memory-low"]["what"].startswith("684 MiB of memory are available")
+        assert findings["memory-low"]["what"].startswith("684 MiB of 15625 MiB of memory are available")
 
 
 def test_a_small_disk_without_files_and_a_small_shared_memory_are_found(folder: Path) -> None:
