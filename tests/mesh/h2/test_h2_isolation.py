@@ -397,9 +397,11 @@ async def test_a_peer_that_does_not_read_is_paused_and_closed_after_the_stated_t
         peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
         connection = next(c for c in front.server._listeners[0]._connections if c.peer[1] == peer_port(peer))
         peer.writer.transport.pause_reading()
-        while connection._transport.is_reading():
+        # A connection that waits for its turn is not read, either.
+        while connection._is_waiting or not connection._is_write_paused:
             peer.call(SIZED, b"10000")
             await asyncio.sleep(0)
+        assert not connection._transport.is_reading()
         # Data that waits in the transport is counted.
         assert front.server.memory.unread.held >= connection._transport.get_write_buffer_size() > 0
         served = front.sized
