@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -16,6 +17,10 @@ VARIABLE = "SHOAL_MODEL_PROCESS"
 
 # Processes may start others while they are searched. One round finds all, unless a model starts them without end.
 _MAX_ROUNDS = 20
+# A process that replaces its program has no environment for a moment: it is looked at again after this time.
+_AGAIN_S = 0.01
+# Parent of the kernel's threads, which have no environment.
+_KERNEL = 2
 
 
 def end_all(mark: str, session: int) -> int:
@@ -28,36 +33,52 @@ def end_all(mark: str, session: int) -> int:
     """
     ended: set[int] = set()
     for _ in range(_MAX_ROUNDS):
-        found = [(pid, began) for pid, began in _started(mark, session) if pid not in ended]
-        if not found:
-            break
+        search = _Search(mark, session)
+        found = [(pid, began) for pid, began in search.started() if pid not in ended]
         for pid, began in found:
             _kill(pid, began)
             ended.add(pid)
+        if not found and not search.is_uncertain:
+            break
+        if not found:
+            time.sleep(_AGAIN_S)
     return len(ended)
 
 
-def _started(mark: str, session: int) -> Iterator[tuple[int, int]]:
-    """Yield the processes with the mark or the session, and their descendants, each with its start time."""
-    began: dict[int, int] = {}
-    children: dict[int, list[int]] = {}
-    found: set[int] = set()
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or (pid := int(name)) == session or (seen := _stat(pid)) is None:
-            continue
-        state, parent, of_session, began[pid] = seen
-        # An ended process that is not reaped has no environment.
-        if state == "Z":
-            continue
-        children.setdefault(parent, []).append(pid)
-        if of_session == session or _has_mark(pid, mark):
-            found.add(pid)
-    todo = list(found)
-    while todo:
-        pid = todo.pop()
-        yield pid, began[pid]
-        todo += (more := [child for child in children.get(pid, ()) if child not in found])
-        found.update(more)
+class _Search:
+    """One look at all processes."""
+
+    def __init__(self, mark: str, session: int) -> None:
+        self._marked = f"{VARIABLE}={mark}".encode()
+        self._session = session
+        self.is_uncertain = False
+        """True when there was a process without an environment that is younger than the model process."""
+
+    def started(self) -> Iterator[tuple[int, int]]:
+        """Yield the processes with the mark or the session, and their descendants, each with its start time."""
+        model = _stat(self._session)
+        began: dict[int, int] = {}
+        children: dict[int, list[int]] = {}
+        found: set[int] = set()
+        for name in os.listdir("/proc"):
+            if not name.isdigit() or (pid := int(name)) == self._session or (seen := _stat(pid)) is None:
+                continue
+            state, parent, of_session, began[pid] = seen
+            # An ended process that is not reaped has no environment.
+            if state == "Z":
+                continue
+            children.setdefault(parent, []).append(pid)
+            environment = _environment(pid)
+            if of_session == self._session or self._marked in environment.split(b"\0"):
+                found.add(pid)
+            elif not environment and parent != _KERNEL and model is not None and began[pid] >= model[3]:
+                self.is_uncertain = True
+        todo = list(found)
+        while todo:
+            pid = todo.pop()
+            yield pid, began[pid]
+            todo += (more := [child for child in children.get(pid, ()) if child not in found])
+            found.update(more)
 
 
 def _kill(pid: int, began: int) -> None:
@@ -71,10 +92,11 @@ def _kill(pid: int, began: int) -> None:
             os.close(fd)
 
 
-def _has_mark(pid: int, mark: str) -> bool:
+def _environment(pid: int) -> bytes:
+    """Return the environment of a process; empty without one."""
     with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-        return f"{VARIABLE}={mark}".encode() in file.read().split(b"\0")
-    return False
+        return file.read()
+    return b""
 
 
 def _stat(pid: int) -> tuple[str, int, int, int] | None:

@@ -359,6 +359,24 @@ def test_processes_that_left_the_group_of_the_model_end_with_its_process(load, t
     wait_until(lambda: not any(map(is_alive, first)))
 
 
+def test_a_daemon_without_an_environment_for_a_moment_ends_with_the_process_of_the_model(load, tmp_path, monkeypatch):
+    session = load(model("", head="import subprocess" + DAEMON, load=STARTED["a daemon"]))
+    folder = tmp_path / "m" / "1"
+    wait_until(lambda: descendants(folder) - set(pids(session)))
+    [daemon] = descendants(folder) - set(pids(session))
+    looked = []
+    environment = started._environment
+
+    def replaces_its_program(pid: int) -> bytes:
+        looked.extend([pid] * (pid == daemon))
+        return b"" if looked == [daemon] else environment(pid)
+
+    monkeypatch.setattr(started, "_environment", replaces_its_program)
+    os.kill(pids(session)[0], signal.SIGKILL)
+    wait_until(lambda: not is_alive(daemon))
+    assert len(looked) >= 2
+
+
 def test_a_process_is_reaped_where_the_processes_it_had_started_cannot_be_found(load, monkeypatch):
     def fails(mark: str, session: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
