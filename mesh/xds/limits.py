@@ -24,7 +24,7 @@ from shoal.access.caller_header import (
     SUBJECT_HEADER,
 )
 from shoal.access.limits import LAYERS, Bucket, Case, Kind, Split, amount_of, case_of, layers
-from shoal.access.policy import ANY, Limit, Policy
+from shoal.access.policy import Limit, Policy
 from shoal.tenant_header import TENANT_HEADER
 
 _API = "type.googleapis.com"
@@ -43,8 +43,6 @@ _HEADERS = {"tenant": TENANT_HEADER, "role": ROLE_HEADER, "subject": SUBJECT_HEA
 _EXPIRED_S = "315360000s"
 _REPORTS_S = "5s"
 
-# Buckets of tenants that a configuration names, of all layers together. Each takes about a kilobyte of it.
-_NAMED_BUCKETS = 1_000
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
 # Without the builder of an id, a call counts nowhere.
@@ -95,8 +93,7 @@ def _reads_subject(case: Case) -> bool:
 def quotas(policy: Policy | None, cluster: str) -> list[dict[str, Any]]:
     """Return the configuration of each filter. Those after the layers of the policy count nothing."""
     found = [] if policy is None else layers(policy.limits)
-    named = () if policy is None else _named_tenants(policy, found)
-    matchers = [_matcher(policy, layer, named) for layer in found] if policy is not None else []
+    matchers = [_matcher(policy, layer) for layer in found] if policy is not None else []
     return [_quota(matcher, cluster) for matcher in (*matchers, *[None] * (LAYERS - len(matchers)))]
 
 
@@ -117,55 +114,26 @@ def _quota(matcher: Mapping[str, Any] | None, cluster: str) -> dict[str, Any]:
     }
 
 
-def _named_tenants(policy: Policy, found: Sequence[Sequence[Limit]]) -> tuple[str, ...]:
-    """Return the tenants of grants that have buckets of their own, as many as _NAMED_BUCKETS has room for.
-
-    A bucket whose tenant Envoy reads from the header costs a call 20 us more than one that has its name.
-    """
-    named = dict.fromkeys(tenant for grant in policy.grants for tenant in grant.tenants if tenant != ANY)
-    places = sum(_unnamed(case_of(layer)) for layer in found)
-    return tuple(named)[: _NAMED_BUCKETS // max(places, 1)]
-
-
-def _unnamed(case: Case) -> int:
-    """Return the number of limits of a case whose tenant is in a header."""
-    if isinstance(case, Split):
-        entries = [] if case.field == "tenant" else case.entries.values()
-        return sum(map(_unnamed, (*entries, case.otherwise)))
-    return int(case is not None and case.per != "key")
-
-
-def _matcher(policy: Policy, layer: Sequence[Limit], named: Sequence[str]) -> dict[str, Any]:
+def _matcher(policy: Policy, layer: Sequence[Limit]) -> dict[str, Any]:
     """Return the matcher of a layer. An issuer of the policy may give all its callers one tenant or role."""
-    by_header = _on_match(case_of(layer), None, named)
+    by_header = _on_match(case_of(layer), None)
     fixed = {
-        issuer.issuer: _on_match(case_of(layer, tenant=issuer.tenant, role=issuer.role), issuer.tenant, named)
+        issuer.issuer: _on_match(case_of(layer, tenant=issuer.tenant, role=issuer.role), issuer.tenant)
         for issuer in policy.issuers
         if issuer.tenant or issuer.role
     }
     return _tree(ISSUER_HEADER, fixed, by_header)
 
 
-def _on_match(case: Case, tenant: str | None, named: Sequence[str]) -> dict[str, Any] | None:
-    """Return the match of a case; None when it has no limit.
-
-    Args:
-        tenant: of the callers; None or empty: it is in the header.
-        named: tenants that get buckets by name, if it is in the header.
-    """
+def _on_match(case: Case, tenant: str | None) -> dict[str, Any] | None:
+    """Return the match of a case; None when it has no limit. `tenant` is the callers', if no header names it."""
     if case is None:
         return None
     if isinstance(case, Split):
-        is_tenant = case.field == "tenant"
-        entries = {
-            value: _on_match(entry, value if is_tenant else tenant, named) for value, entry in case.entries.items()
-        }
-        return {"matcher": _tree(_HEADERS[case.field], entries, _on_match(case.otherwise, tenant, named))}
+        entries = {value: _on_match(entry, tenant) for value, entry in case.entries.items()}
+        return {"matcher": _tree(_HEADERS[case.field], entries, _on_match(case.otherwise, tenant))}
     if case.per != "key":
-        if tenant or not named:
-            return _bucket(case, tenant)
-        by_name = {name: _bucket(case, name) for name in named}
-        return {"matcher": _tree(TENANT_HEADER, by_name, _bucket(case))}
+        return _bucket(case, tenant)
     has_key = {"input": _input(KEY_HEADER), "value_match": {"safe_regex": {"google_re2": {}, "regex": ".+"}}}
     matchers = [{"predicate": {"single_predicate": has_key}, "on_match": _bucket(case, tenant, has_key=True)}]
     return {"matcher": {"matcher_list": {"matchers": matchers}, "on_no_match": _bucket(case, tenant)}}

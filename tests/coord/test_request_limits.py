@@ -206,17 +206,6 @@ async def test_two_gateways_share_the_limit_of_a_tenant_and_another_tenant_is_un
         assert await world.codes(20, at, "globex") == Counter({ADMITTED: 20})
 
 
-async def test_tenants_that_grants_name_and_others_have_their_own_buckets(world: World) -> None:
-    grants = [{"name": "named", "tenants": ["acme", "initech"], "models": ["*"]}, {"name": "all", "models": ["*"]}]
-    await world.apply({"name": "each", "burst_requests": 4, **STRICT}, grants=grants)
-    for tenant in ("acme", "globex", "initech"):
-        await world.call(tenant=tenant)
-        await world.until_share(f"each/{tenant}", SLOW)
-        assert await world.admitted(tenant=tenant) == 4
-    dump = await world.envoys[0].admin_get("/config_dump?resource=ecds_filters")
-    assert [f'"string_value": "{tenant}"' in dump for tenant in ("acme", "globex", "initech")] == [True, False, True]
-
-
 async def test_a_refusal_says_the_limit_and_when_to_retry(world: World) -> None:
     await world.apply({"name": "said", "requests_per_second": 0.4, "burst_requests": 1})
     await world.until_refused()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -18,13 +17,10 @@ from envoy_data_plane.envoy.type.v3 import RateLimitStrategyBlanketRule
 
 from mesh.metrics.limits import REFUSED, RefusedCounts
 from mesh.xds import quota
-from mesh.xds.limits import quotas
 from mesh.xds.quota import IDLE_S, QuotaServer, _Gateway
 from mesh.xds.quota_messages import Reports
-from shoal.access import tokens
 from shoal.access.limits import Amount, Bucket, Kind
 from shoal.access.policy import Limit
-from tests.access.policies import policy
 
 ACME = Bucket("l", Kind.REQUESTS, "acme", "k1")
 IDS = {"limit": "l", "tenant": "acme", "key": "k1"}
@@ -167,14 +163,3 @@ def test_buckets_beyond_the_bound_are_forgotten_the_latest_ones_stay(monkeypatch
 def test_buckets_that_shoal_has_not_made_are_ignored(ids: dict[str, str]) -> None:
     gateway = _Gateway(RefusedCounts())
     assert not gateway.report(reports((ids, 1, 0)), 0.0)
-
-
-def test_the_buckets_of_named_tenants_are_bounded_in_all_layers_together() -> None:
-    grants = [{"name": f"grant-{n}", "tenants": [f"tenant-{n}"], "models": ["*"]} for n in range(900)]
-    # Two layers: of one, each role has its case.
-    limits = [{"name": name, "requests_per_second": 1, "roles": [name]} for name in ("user", "viewer", "admin")]
-    limits.append({"name": "all", "requests_per_second": 1})
-    made = policy(tokens.new_signer(), grants=grants, limits=limits)
-    text = json.dumps(quotas(made, "coord"))
-    assert text.count('"string_value": "tenant-0"') == 4
-    assert text.count('"string_value": "tenant-') == 1_000
