@@ -38,7 +38,7 @@ from mesh.h2.frames import (
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
 from mesh.h2.memory_account import Share, unlimited
 from mesh.h2.sending import Sender
-from mesh.h2.turns import AT_ONCE, CHEAP_BYTES, CHEAP_S, PART_FRAMES, PART_S, Turns
+from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Turns
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +124,13 @@ class Peer(asyncio.Protocol, ABC):
         if (turns := self._turns) is None:
             self._handle(data, _ALL)
             return
-        if turns.is_spent and (len(data) > CHEAP_BYTES or self._took_s > CHEAP_S):
+        if turns.must_wait(len(data), self._took_s):
             self._unparsed += data
             self._wait_for_turn()
             return
         began = turns.clock()
         self._handle(data, turns.at_once)
-        self._took_s = turns.clock() - began
-        turns.spend(self._took_s)
+        self._took_s = turns.spent_since(began)
 
     def _handle(self, data: bytes, most: int) -> None:
         try:

@@ -222,9 +222,11 @@ class ServerConnection(Peer):
 
     def _check_peer(self) -> None:
         """Ping a silent peer that has open streams, and close the connection of one that has gone."""
-        self._quiet_ticks += 1
+        # While it waits for its turn, it is not read, and may have sent anything.
         if not self._streams or self._is_waiting:
+            self._quiet_ticks = 0
             return
+        self._quiet_ticks += 1
         if self._quiet_ticks > 2 * _QUIET_TICKS:
             log.warning(
                 "a connection with %(streams)d streams is closed: its peer answers no PING",

@@ -31,9 +31,9 @@ PART_FRAMES, PART_S = 16, _ITERATION_S / 2
 Calls of an ensemble cost 0.5 ms each, and find turns of many frames after cheap calls."""
 
 
-CHEAP_BYTES, CHEAP_S = 4096, _ITERATION_S / 2
-"""A connection that sends little, and whose last data was no whole turn, is handled at once however long others have
-taken. The time is that of a clock: with less, one that another process had interrupted would wait behind hundreds."""
+# A connection that sends little, and whose last data was no whole turn, is handled at once however long others have
+# taken. The time is that of a clock: with less, one that another process had interrupted would wait behind hundreds.
+_CHEAP_BYTES, _CHEAP_S = 4096, _ITERATION_S / 2
 
 
 class Waiting(Protocol):
@@ -63,17 +63,19 @@ class Turns:
             self._began = None
             self._schedule()
 
-    def spend(self, took_s: float) -> None:
-        """Count the time that data of a connection took when it arrived."""
-        self._spent_s += took_s
+    def must_wait(self, size: int, last_s: float) -> bool:
+        """Return True when `size` bytes must wait for a turn, of a connection whose last data took `last_s` seconds.
 
-    @property
-    def is_spent(self) -> bool:
-        """True when the data that arrived took so long, since the last turn at least, that costly data must wait.
-
-        Five hundred connections, each with a header of 55 kB, stopped the loop for a second in one iteration.
+        That is so for costly data once what arrived since the last turn took as long as an iteration may: five hundred
+        connections, each with a header of 55 kB, stopped the loop for a second.
         """
-        return self._spent_s > _ITERATION_S
+        return self._spent_s > _ITERATION_S and (size > _CHEAP_BYTES or last_s > _CHEAP_S)
+
+    def spent_since(self, began: float) -> float:
+        """Return the seconds since `began`, in which data of a connection was handled when it arrived; count them."""
+        took_s = self.clock() - began
+        self._spent_s += took_s
+        return took_s
 
     def used(self) -> None:
         """A connection has handled many frames at once: until the next iteration, each other one handles few."""

@@ -20,7 +20,6 @@ from mesh.h2.memory_account import Share
 from mesh.h2.peer import READ_BYTES
 from mesh.h2.server_connection import LINGER_S, TENANT, Memory, ServerConnection, disconnect, release
 from mesh.h2.stream import NO_HANDLER, STREAM_BYTES, Application, ServerStream
-from mesh.h2.turns import CHEAP_BYTES, CHEAP_S
 from mesh.h2.unread import TICK_S, Unread
 from mesh.http1.requests import BadRequest, Head, RequestReader
 
@@ -143,13 +142,12 @@ class Http1Connection(asyncio.Protocol):
                 self._hand_over(data)
             return
         if self._is_free():
-            if self._turns.is_spent and (len(data) > CHEAP_BYTES or self._took_s > CHEAP_S):
+            if self._turns.must_wait(len(data), self._took_s):
                 self._wait()
             else:
                 began = self._turns.clock()
                 self._parse(1)
-                self._took_s = self._turns.clock() - began
-                self._turns.spend(self._took_s)
+                self._took_s = self._turns.spent_since(began)
         # Its turn reads the transport again, as it does for HTTP/2.
         if is_large and not self._is_waiting and self._stream is not None:
             self._wait()
