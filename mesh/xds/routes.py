@@ -283,9 +283,7 @@ def _internal(service: ServiceRoutes) -> list[dict[str, Any]]:
 
 def _text(service: ServiceRoutes) -> dict[str, Any]:
     """Return the route of calls in the text form of gRPC-Web."""
-    route = _route({"prefix": service.prefix, "headers": [TEXT_CALL]}, service.cluster, "")
-    del route["route"]["retry_policy"]
-    return route
+    return _route({"prefix": service.prefix, "headers": [TEXT_CALL]}, service.cluster, None)
 
 
 def _before_extraction(service: ServiceRoutes, waiting: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -441,32 +439,31 @@ def _compressed(service: ServiceRoutes) -> bytes:
     return bytes(Route.from_dict({**route, "typed_per_filter_config": disabled}))
 
 
-def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]:
+def _route(match: dict[str, Any], cluster: str, retry_on: str | None) -> dict[str, Any]:
+    """Return a route to `cluster`. `retry_on`: failures after which Envoy repeats a call; None: it repeats none."""
+    route = {
+        "cluster": cluster,
+        # The default of 15 s would end long inferences and watches. No max_stream_duration: the instance ends a
+        # call at its deadline, with a status. Envoy would be as early, and reset a stream whose response has begun.
+        "timeout": "0s",
+        "idle_timeout": "0s",
+    }
+    return {"match": match, "route": route if retry_on is None else {**route, "retry_policy": _retries(retry_on)}}
+
+
+def _retries(retry_on: str) -> dict[str, Any]:
     return {
-        "match": match,
-        "route": {
-            "cluster": cluster,
-            # The default of 15 s would end long inferences and watches. No max_stream_duration: the instance ends a
-            # call at its deadline, with a status. Envoy would be as early, and reset a stream whose response has begun.
-            "timeout": "0s",
-            "idle_timeout": "0s",
-            "retry_policy": {
-                "retry_on": retry_on,
-                # A call with the header is not retried at all. Envoy removes its own headers for retries from the calls
-                # of clients, since they can ask for more retries, too.
-                "retriable_request_headers": [{"name": NO_RETRY_HEADER, "present_match": True, "invert_match": True}],
-                # The bound also limits the damage of a poison request, which kills each instance that runs it.
-                "num_retries": 2,
-                "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.1s"},
-                # Avoid the instance that just failed. Otherwise half of the retries between two replicas go there.
-                "retry_host_predicate": [
-                    {
-                        "name": "envoy.retry_host_predicates.previous_hosts",
-                        "typed_config": typed(PreviousHostsPredicate),
-                    }
-                ],
-                # The hash of a sequence gives the same order of instances at each retry: enough of them to find one.
-                "host_selection_retry_max_attempts": 50,
-            },
-        },
+        "retry_on": retry_on,
+        # A call with the header is not retried at all. Envoy removes its own headers for retries from the calls of
+        # clients, since they can ask for more retries, too.
+        "retriable_request_headers": [{"name": NO_RETRY_HEADER, "present_match": True, "invert_match": True}],
+        # The bound also limits the damage of a poison request, which kills each instance that runs it.
+        "num_retries": 2,
+        "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.1s"},
+        # Avoid the instance that just failed. Otherwise half of the retries between two replicas go there.
+        "retry_host_predicate": [
+            {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": typed(PreviousHostsPredicate)}
+        ],
+        # The hash of a sequence gives the same order of instances at each retry: enough of them to find one.
+        "host_selection_retry_max_attempts": 50,
     }

@@ -27,7 +27,7 @@ TEXT_CALL: Mapping[str, Any] = {
     "string_match": {"prefix": "application/grpc-web-text", "ignore_case": True},
 }
 """Match of the text form of gRPC-Web. Its route must repeat no call: while Envoy keeps a request for that, and a piece
-of the text has less than four bytes, the instance gets what was kept a second time (Envoy 1.40)."""
+of the text has less than four bytes, the instance gets what was kept a second time (Envoy 1.39.3)."""
 
 # Request headers of gRPC-Web, of JSON calls and of Triton's clients, beside those that a browser always allows.
 _ALLOWED_HEADERS = (

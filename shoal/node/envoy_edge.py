@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,42 +214,34 @@ def _virtual_host(is_sticky: bool) -> dict[str, Any]:
         # Envoy adds these headers; workers get the caller's headers alone.
         "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
         "routes": [
-            {"match": {"prefix": "/", "headers": [web.TEXT_CALL]}, "route": _route(is_sticky, retries=False)},
-            {"match": {"prefix": "/"}, "route": _route(is_sticky)},
+            {"match": {"prefix": "/", "headers": [web.TEXT_CALL]}, "route": _route(is_sticky)},
+            {"match": {"prefix": "/"}, "route": {**_route(is_sticky), "retry_policy": _RETRIES}},
         ],
     }
 
 
-def _route(is_sticky: bool, *, retries: bool = True) -> dict[str, Any]:
+def _route(is_sticky: bool) -> dict[str, Any]:
     # A sequence uses one connection (docs/sequences.md), so a connection must keep to one worker.
     sticky = {"hash_policy": [{"filter_state": {"key": _CONNECTION}}]} if is_sticky else {}
-    route = {
-        "cluster": _CLUSTER,
-        "timeout": "0s",
-        "idle_timeout": "0s",
-        # No max_stream_duration: the worker ends a call at its deadline, with a status. Envoy would reset a stream that
-        # has begun its response.
-        "retry_policy": {
-            # Only calls that no worker has begun are retried.
-            "retry_on": "connect-failure,refused-stream",
-            "num_retries": 3,
-            "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
-            "retry_host_predicate": [
-                {
-                    "name": "envoy.retry_host_predicates.previous_hosts",
-                    "typed_config": {
-                        "@type": f"{_TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate",
-                    },
-                }
-            ],
-            # The hash of a connection gives hosts in the same order at each retry: enough of them to find another.
-            "host_selection_retry_max_attempts": 20,
-        },
-        **sticky,
-    }
-    if not retries:
-        del route["retry_policy"]
-    return route
+    # No max_stream_duration: the worker ends a call at its deadline, with a status. Envoy would reset a stream that has
+    # begun its response.
+    return {"cluster": _CLUSTER, "timeout": "0s", "idle_timeout": "0s", **sticky}
+
+
+_RETRIES: Mapping[str, Any] = {
+    # Only calls that no worker has begun are retried.
+    "retry_on": "connect-failure,refused-stream",
+    "num_retries": 3,
+    "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": {"@type": f"{_TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate"},
+        }
+    ],
+    # The hash of a connection gives hosts in the same order at each retry: enough of them to find another.
+    "host_selection_retry_max_attempts": 20,
+}
 
 
 def _connection_name() -> dict[str, Any]:
