@@ -40,11 +40,11 @@ async def test_a_tenant_leaves_slots_and_tenants_take_turns() -> None:
     queries = Queries(slots := QuerySlots(16))
     tasks = [queries.start("a") for _ in range(30)]
     await settled()
-    assert (queries.began.count("a"), slots.free) == (10, 6)
+    assert (queries.began.count("a"), slots.held) == (10, 10)
     tasks += [queries.start(tenant) for tenant in "bcdefg"]
     await settled()
     assert queries.began[10:] == list("bcdefg")
-    assert slots.free == 0
+    assert slots.held == 16
     tasks += [queries.start(tenant) for tenant in "aah"]
     for _ in range(8):
         await queries.end("a")
@@ -55,7 +55,7 @@ async def test_a_tenant_leaves_slots_and_tenants_take_turns() -> None:
             await queries.end(tenant)
     async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(*tasks)
-    assert slots.free == 16
+    assert slots.held == 0
     assert queries.began.count("a") == 32
 
 
@@ -73,6 +73,6 @@ async def test_a_cancelled_query_gives_its_slot_or_its_turn_back() -> None:
     for task in (*running, *waiting):
         task.cancel()
     await asyncio.gather(*running, *waiting, return_exceptions=True)
-    assert slots.free == 3
+    assert slots.held == 0
     async with asyncio.timeout(PATIENCE_S), slots.take("a"):
-        assert slots.free == 2
+        assert slots.held == 1
