@@ -171,8 +171,11 @@ def test_grpc_web_over_http_2_and_with_many_headers(world: World) -> None:  # no
         assert (found.http_status == 200 and found.status is None) is expected, found
     many = {f"h{number}": "x" * 300 for number in range(250)}
     for headers in (many, {"cookie": "c=" + "x" * (70 << 10)}, {f"n{number}": "" for number in range(400)}):
-        with pytest.raises((http.client.HTTPException, ConnectionError, AssertionError)):
-            assert web(world, world.key().text, framed(message(OPEN)), more=headers)[0] != 431
+        try:
+            status = web(world, world.key().text, framed(message(OPEN)), more=headers)[0]
+        except (http.client.HTTPException, ConnectionError):
+            continue
+        assert status == 431
 
 
 def test_a_preflight_reaches_no_service_and_two_origins_are_none(world: World) -> None:  # noqa: F811
