@@ -88,6 +88,11 @@ class Node:
         """Each process of the node by name, as they are now: a restarted one has a new pid."""
         return dict(self.document()["pids"])
 
+    def etcd_address(self) -> str:
+        """The address of the node's etcd: a socket in the folder in which it runs."""
+        folder = Path(f"/proc/{self.pids()['etcd']}/cwd").readlink()
+        return f"unix:{folder}/etcd:0"
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Signals the process `name` (`infer-0`, `envoy` ...); returns the pid that it had."""
         pid = self.pids()[name]

@@ -115,14 +115,9 @@ class Ward:
         """Run the command of a finding as a user does, and return what it prints."""
         return self.node.typed(finding.command)
 
-    def etcd_address(self) -> str:
-        """The address of the node's etcd: a socket in the folder in which it runs."""
-        folder = Path(f"/proc/{self.node.pids()['etcd']}/cwd").readlink()
-        return f"unix:{folder}/etcd:0"
-
     def etcd(self) -> Etcd:
         """A client of the node's etcd, to be entered."""
-        return Etcd(self.etcd_address())
+        return Etcd(self.node.etcd_address())
 
     def database(self) -> MongoClient[dict[str, object]]:
         return MongoClient(self.mongo.uri, tz_aware=True)

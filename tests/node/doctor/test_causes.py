@@ -40,7 +40,7 @@ class Model:
 
 def etcd_is_full(ward: Ward, is_full: bool) -> None:
     """Raise or disarm the alarm that etcd raises when it has no space left."""
-    with grpc.insecure_channel(ward.etcd_address()) as channel:
+    with grpc.insecure_channel(ward.node.etcd_address()) as channel:
         stub = rpc.MaintenanceStub(channel)
         alarm = {"alarm": rpc.AlarmType.NOSPACE}
         if is_full:
