@@ -120,9 +120,14 @@ def row_of(line: bytes) -> dict[str, Any]:
     if problem := too_many(*counts(line)):
         raise ValueError(f"the line has {problem} are accepted: write such rows as Parquet or NPZ")
     try:
-        found = json.loads(line)
+        return _columns(line)
     except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+        raise ValueError("nested too deeply") from None
+
+
+def _columns(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
     except ValueError as err:
         raise ValueError(f"not JSON: {err}" if line.strip() else "an empty line: expected an object") from None
     if not isinstance(found, dict):
