@@ -14,6 +14,11 @@ from mesh.h2.memory_account import FREE_FACTOR
 from shoal.errors import ResourceExhausted
 
 
+def are_for_others(held: int, free: int) -> bool:
+    """Return True when the `free` places are for other tenants than one that holds `held`."""
+    return held > 0 and held + 1 > FREE_FACTOR * (free - 1)
+
+
 class Places:
     """Places of one kind."""
 
@@ -36,7 +41,7 @@ class Places:
         held, free = self._by_tenant[name], self._limit - self.taken
         if free <= 0:
             raise self._full(f"{self.taken} {self._what} are open, which is the limit")
-        if name and held and held + 1 > FREE_FACTOR * (free - 1):
+        if name and are_for_others(held, free):
             raise self._full(f"{held} {self._what} of this tenant are open, and the {free} places left are for others")
         self._by_tenant[name] += 1
         self.taken += 1

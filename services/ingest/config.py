@@ -59,9 +59,9 @@ class IngestConfig(ServiceConfig):
     that may submit a batch accesses these URLs with the rights of this process. Empty: none. With a policy, `{tenant}`
     stands for the tenant of the caller (`file:///data/{tenant}`), and `file:///` or `s3://` alone
     allow nothing."""
-    batch_chunks: Annotated[int, Field(ge=1, le=64)] = 2
-    """Chunks of batches that this instance runs concurrently: models stay busy while another chunk is read or
-    written."""
+    batch_chunks: Annotated[int, Field(ge=1, le=64)] = 3
+    """Chunks of batches that this instance runs concurrently; a tenant leaves a third of them to others. Models stay
+    busy while another chunk is read or written."""
     batch_calls: Annotated[int, Field(ge=1, le=1_000)] = 16
     """Maximum concurrent calls to infer for batches, each with as many rows as the model accepts."""
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100

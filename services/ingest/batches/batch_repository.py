@@ -62,10 +62,11 @@ class BatchRepository:
             document = await self._batches.find_one({"tenant": tenant, "key": key})
         return None if document is None else batch_of(document)
 
-    async def count_active(self) -> int:
-        """Return the number of active batches, at most MAX_ACTIVE."""
+    async def count_active(self, tenant: str = "") -> int:
+        """Return the number of active batches, of a tenant or of all, at most MAX_ACTIVE."""
+        query, hint = ({"tenant": tenant}, "active_of_tenant") if tenant else ({}, "active")
         with translated("counting batches"):
-            return await self._batches.count_documents({"is_active": True}, limit=MAX_ACTIVE, hint="active")
+            return await self._batches.count_documents({**query, "is_active": True}, limit=MAX_ACTIVE, hint=hint)
 
     async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
         """Return one batch of the scope.

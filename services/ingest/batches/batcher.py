@@ -1,7 +1,7 @@
 """Batch work of one instance: claims duties and chunks while it has capacity, and renews their leases.
 
     work:   read the active batches ──> due duties ──> a task each
-                                   └──> free chunks, round-robin over the batches ──> a task each, up to `slots`
+                                   └──> free chunks, tenants in turn, then their batches ──> a task each, up to `slots`
     leases: renew the held leases; stop chunks that are lost, paused or cancelled
     sweep:  remove batches whose retention is over, and chunks without an active batch
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -20,6 +20,7 @@ from types import TracebackType
 from mesh.mongo_clock import Clock
 from mesh.process.tasks import end
 from mesh.rpc.access import Access
+from mesh.rpc.places import are_for_others
 from services.ingest.batches.batch import (
     EXCLUSIVE_AFTER,
     MAX_TRIES,
@@ -34,6 +35,7 @@ from services.ingest.batches.batch import (
     ending_of,
 )
 from services.ingest.batches.batch_repository import BatchRepository
+from services.ingest.batches.batch_turns import BatchTurns
 from services.ingest.batches.chunk_repository import ChunkCounts, ChunkRepository
 from services.ingest.batches.chunk_runner import ChunkProgress, ChunkRunner
 from services.ingest.batches.duties import Duties
@@ -46,8 +48,8 @@ from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-# Concurrent duties. Planning reads whole files and competes with running chunks.
-_DUTIES = 4
+# Concurrent duties, of one tenant 4. Planning reads whole files and competes with running chunks.
+_DUTIES = 6
 SWEEP_S = 600.0
 """Interval between two sweeps of an instance; concurrent sweeps of several instances are harmless."""
 _FIRST_SWEEP_S = 10.0
@@ -98,6 +100,12 @@ class _HeldDuty:
     task: asyncio.Task[None] | None = None
 
 
+def _has_place(batch: Batch, held: Collection[_HeldChunk] | Collection[_HeldDuty], most: int) -> bool:
+    """Return True when the batch may have one more of `most` places, of which tenants leave some to each other."""
+    of_tenant = sum(each.batch.tenant == batch.tenant for each in held)
+    return len(held) < most and not (batch.tenant and are_for_others(of_tenant, most - len(held)))
+
+
 class Batcher:
     """Claims and runs batch work while the `async with` block lasts, once `ready` is set."""
 
@@ -136,7 +144,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._renew_now = asyncio.Event()
         self._backoffs: dict[str, _Backoff] = {}
-        self._rotation = 0
+        self._chunk_turns, self._duty_turns = BatchTurns(), BatchTurns()
         self._next_exclusive: str | None = None
         """Batch whose next chunk waits until no other chunk runs here."""
         self._is_open = True
@@ -196,7 +204,9 @@ class Batcher:
             active = await self._batches.active()
             if active:
                 self._polls.reset()
-            for batch in active:
+            for turns in (self._chunk_turns, self._duty_turns):
+                turns.keep(active)
+            for batch in sorted(active, key=self._duty_turns.key):
                 await self._end_if_refused(batch)
                 await self._claim_due_duty(batch)
             await self._claim(active)
@@ -214,7 +224,7 @@ class Batcher:
 
     async def _claim_due_duty(self, batch: Batch) -> None:
         is_due = batch.free_at is not None and batch.free_at <= self._clock()
-        if not is_due or batch.id in self._held_duties or len(self._held_duties) >= _DUTIES:
+        if not is_due or batch.id in self._held_duties or not _has_place(batch, self._held_duties.values(), _DUTIES):
             return
         duty = duty_of(
             batch,
@@ -223,11 +233,12 @@ class Batcher:
         )
         if duty is None or (claimed := await self._batches.claim_duty(batch.id)) is None:
             return
+        self._duty_turns.take(batch)
         held_duty = self._held_duties[batch.id] = _HeldDuty(claimed)
         held_duty.task = asyncio.create_task(self._do(held_duty, duty), name=f"{duty} {batch.id}")
 
     async def _claim(self, active: list[Batch]) -> None:
-        """Claim chunks, round-robin over the batches, so that a large batch does not delay a small one."""
+        """Claim chunks of tenants in turn and of their batches in turn: neither large nor many batches delay others."""
         runs_exclusive = any(_is_suspect(held.chunk) for held in self._held_chunks.values())
         if runs_exclusive or (self._held_chunks and self._next_exclusive is not None):
             return
@@ -241,9 +252,12 @@ class Batcher:
         ]
         first, self._next_exclusive = self._next_exclusive, None
         while candidates and len(self._held_chunks) < self._slots:
-            self._rotation += 1
-            batch = next((one for one in candidates if one.id == first), candidates[self._rotation % len(candidates)])
+            batch = next((one for one in candidates if one.id == first), min(candidates, key=self._chunk_turns.key))
             first = None
+            # A slow model's chunks may run for hours: those of one tenant leave room for others.
+            if not _has_place(batch, self._held_chunks.values(), self._slots):
+                candidates.remove(batch)
+                continue
             chunk = await self._chunks.claim(batch.id, only_staged=batch.is_ending)
             if chunk is None:
                 candidates.remove(batch)
@@ -252,6 +266,7 @@ class Batcher:
                 self._next_exclusive = batch.id
                 await self._chunks.release(chunk, is_counted=False)
                 return
+            self._chunk_turns.take(batch)
             held = self._held_chunks[chunk.id] = _HeldChunk(batch, chunk)
             held.task = asyncio.create_task(self._run(held), name=f"chunk {chunk.id}")
             if _is_suspect(chunk):

@@ -41,6 +41,11 @@ BATCH_INDEXES = (
         partialFilterExpression={"is_active": {"$exists": True}},
     ),
     IndexModel(
+        [("tenant", ASCENDING), ("is_active", ASCENDING)],
+        name="active_of_tenant",
+        partialFilterExpression={"is_active": {"$exists": True}},
+    ),
+    IndexModel(
         [("tenant", ASCENDING), ("key", ASCENDING)],
         name="idempotency",
         unique=True,

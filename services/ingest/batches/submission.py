@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from mesh.mongo_clock import Clock
 from mesh.process.threads import Threads
+from mesh.rpc.places import are_for_others
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
 from services.ingest.batches.batch_repository import MAX_ACTIVE, BatchRepository, check_same_request
@@ -109,8 +110,7 @@ class Submissions:
             earlier = await self._batches.find_by_key(request.tenant, request.idempotency_key)
             if earlier is not None:
                 return check_same_request(earlier, digest), True
-        if (active := await self._batches.count_active()) >= MAX_ACTIVE:
-            raise ResourceExhausted(f"{active} batches are active, which is the limit", retry_after_ms=10_000)
+        await self._check_active(request.tenant)
         # Links are looked up on the disk, up to a thousand for each of a thousand URLs.
         inputs, output = await self._threads.run(self._checked_urls, request, scope)
         signature = await self._metadata.signature(request.model_name, request.model_version, request.outputs)
@@ -120,6 +120,17 @@ class Submissions:
         batch, existed = await self._batches.add(batch)
         self._on_accepted()
         return batch, existed
+
+    async def _check_active(self, tenant: str) -> None:
+        """Raise ResourceExhausted when no further batch of `tenant` may be active. Submits at one moment may pass."""
+        free = MAX_ACTIVE - await self._batches.count_active()
+        if free <= 0:
+            raise ResourceExhausted(f"{MAX_ACTIVE} batches are active, which is the limit", retry_after_ms=10_000)
+        if tenant and are_for_others(held := await self._batches.count_active(tenant), free):
+            raise ResourceExhausted(
+                f"{held} batches of tenant {tenant!r} are active, and the {free} that may be added are for others",
+                retry_after_ms=10_000,
+            )
 
     def _checked_urls(self, request: pb.SubmitBatchRequest, scope: TenantScope) -> tuple[tuple[str, ...], str]:
         owner = scope.verified_tenant

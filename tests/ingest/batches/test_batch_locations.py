@@ -280,7 +280,7 @@ async def test_the_links_of_a_batchs_urls_are_looked_up_in_a_thread() -> None:
             raise InvalidArgument(field)
 
     class NoBatches:
-        async def count_active(self) -> int:
+        async def count_active(self, tenant: str = "") -> int:
             return 0
 
     nothing: Any = None

@@ -236,6 +236,7 @@ def stages(plan: Any) -> list[str]:
     ("collection", "query", "sort"),
     [
         (BATCHES, {"is_active": True}, [("_id", 1)]),
+        (BATCHES, {"tenant": "t", "is_active": True}, None),
         (BATCHES, {"tenant": "t", "key": "k"}, None),
         (BATCHES, {"state": "running"}, [("_id", -1)]),
         (BATCHES, {"model_name": "m"}, [("_id", -1)]),
