@@ -620,11 +620,12 @@ async def test_a_killed_replica_under_load_costs_no_call(mesh: Mesh):
     assert errors == []
 
 
-async def test_large_messages_survive_the_kill_of_a_replica(mesh: Mesh):
+async def test_large_messages_survive_the_kill_of_a_replica(mesh: Mesh, tmp_path: Path):
     await mesh.replica(0)
     await mesh.replica(1)
     await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
-    calls = [asyncio.create_task(mesh.infer("a", size=24 << 20, sleep_ms=1_500, timeout=90)) for _ in range(4)]
+    gate = tmp_path / "gate"
+    calls = [asyncio.create_task(mesh.infer("a", size=24 << 20, gate=str(gate), timeout=90)) for _ in range(4)]
 
     async def under_way() -> bool:
         stats = await mesh.envoy.stats("cluster.(model/a|infer).upstream_rq_active$")
@@ -632,32 +633,36 @@ async def test_large_messages_survive_the_kill_of_a_replica(mesh: Mesh):
 
     await until(under_way, "calls under way")
     mesh.replicas[0].kill()
+    gate.touch()
     assert {told(response, "replica") for response in await asyncio.gather(*calls)} == {"infer-1"}
 
 
-async def test_a_frozen_replica_is_noticed(mesh: Mesh):
+async def test_a_frozen_replica_is_noticed(mesh: Mesh, tmp_path: Path):
     """It keeps its connections and answers nothing: pings cut them, and the calls go elsewhere."""
     await mesh.replica(0)
     await mesh.replica(1)
     await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
-    calls = [asyncio.create_task(mesh.infer("a", sleep_ms=1_000, timeout=60)) for _ in range(8)]
+    gate = tmp_path / "gate"
+    calls = [asyncio.create_task(mesh.infer("a", gate=str(gate), timeout=60)) for _ in range(8)]
 
     async def under_way() -> bool:
         return sum((await mesh.envoy.stats("cluster.(model/a|infer).upstream_rq_active$")).values()) == 8
 
     await until(under_way, "calls under way")
     mesh.replicas[0].freeze()
+    gate.touch()
     try:
         assert {told(response, "replica") for response in await asyncio.gather(*calls)} == {"infer-1"}
     finally:
         mesh.replicas[0].kill()
 
 
-async def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(mesh: Mesh):
+async def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(mesh: Mesh, tmp_path: Path):
     await mesh.replica(0)
     await mesh.replica(1)
     await mesh.show(mesh.instance(0, "a"))
-    long = asyncio.create_task(mesh.infer("a", sleep_ms=2_000))
+    gate = tmp_path / "gate"
+    long = asyncio.create_task(mesh.infer("a", gate=str(gate), timeout=60))
 
     async def under_way() -> bool:
         return sum((await mesh.envoy.stats("cluster.(model/a|infer).upstream_rq_active$")).values()) == 1
@@ -667,6 +672,7 @@ async def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(mesh:
     assert "draining" in await mesh.envoy.admin_get("/clusters")
     for _ in range(30):
         assert told(await mesh.infer("a"), "replica") == "infer-1"
+    gate.touch()
     assert told(await long, "replica") == "infer-0"
     # The only one there is drained: nobody is there, rather than the drained one after all.
     mesh.source.instances.set((mesh.instance(0, "a", state=State.DRAINING),))

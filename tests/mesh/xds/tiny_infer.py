@@ -2,7 +2,8 @@
 
 `python tiny_infer.py SOCKET NAME`
 
-Parameters of a request: `sleep_ms` (before the answer), `fail` (a status to end with).
+Parameters of a request: `sleep_ms` (before the answer), `gate` (a file without which there is no answer), `fail` (a
+status to end with).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from mesh.process.signals import until_stopped
@@ -28,6 +30,10 @@ class TinyInfer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, ctx: Context) -> pb.ModelInferResponse:
         if "sleep_ms" in request.parameters:
             await asyncio.sleep(request.parameters["sleep_ms"].int64_param / 1000)
+        if "gate" in request.parameters:
+            gate = Path(request.parameters["gate"].string_param)
+            while not gate.exists():
+                await asyncio.sleep(0.01)
         if "fail" in request.parameters:
             raise from_status(Code[request.parameters["fail"].string_param], "as you wished")
         response = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
