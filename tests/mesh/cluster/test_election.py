@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.cluster import election
 from mesh.cluster.election import Election, Leader, leader_of, predecessor
 from mesh.cluster.etcd import Entry, Etcd, LeaseLost, Put
 from mesh.cluster.mirror import Copy, Mirror
@@ -34,6 +35,12 @@ def prefix() -> bytes:
     return f"/test/{uuid.uuid4().hex}/".encode()
 
 
+@pytest.fixture
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No term ends by itself, even if this process stands still for seconds."""
+    monkeypatch.setattr(election, "TTL_S", 600)
+
+
 def entry(key: bytes, created: int, value: bytes = b"") -> Entry:
     return Entry(key, value, created, created + 100, 1)
 
@@ -57,7 +64,7 @@ def test_the_leader_is_the_readable_candidate_that_came_first():
     assert leader_of(Copy()) is None
 
 
-async def test_one_leads_and_the_next_takes_over_when_it_resigns(etcd_address, prefix):
+async def test_one_leads_and_the_next_takes_over_when_it_resigns(etcd_address, prefix, long_leases):
     async with Etcd(etcd_address) as etcd, Mirror(etcd, prefix) as mirror, AsyncExitStack() as first:
         a = await first.enter_async_context(Election(etcd, prefix, "a"))
         await until(lambda: a.is_leader)
@@ -74,7 +81,7 @@ async def test_one_leads_and_the_next_takes_over_when_it_resigns(etcd_address, p
             assert leader_of(mirror.copy).token == b.term.token
 
 
-async def test_what_only_the_leader_may_do_fails_once_its_term_is_over(etcd_address, prefix):
+async def test_what_only_the_leader_may_do_fails_once_its_term_is_over(etcd_address, prefix, long_leases):
     async with Etcd(etcd_address) as etcd:
         async with Election(etcd, prefix, "a") as a:
             await until(lambda: a.is_leader)
@@ -126,7 +133,7 @@ async def test_a_leader_without_etcd_steps_down_by_its_own_clock_and_leads_again
             assert a.term.token > term.token
 
 
-async def test_a_leader_whose_key_was_deleted_stands_again(etcd_address, prefix):
+async def test_a_leader_whose_key_was_deleted_stands_again(etcd_address, prefix, long_leases):
     async with Etcd(etcd_address) as etcd, Election(etcd, prefix, "a") as a:
         await until(lambda: a.is_leader)
         term = a.term
@@ -134,7 +141,7 @@ async def test_a_leader_whose_key_was_deleted_stands_again(etcd_address, prefix)
         await until(lambda: a.term is not None and a.term.token > term.token, "a new term")
 
 
-async def test_each_own_term_is_announced(etcd_address, prefix):
+async def test_each_own_term_is_announced(etcd_address, prefix, long_leases):
     async with Etcd(etcd_address) as etcd, Election(etcd, prefix, "a") as a:
         async for term in a.terms():
             assert term.is_current()

@@ -13,7 +13,7 @@ from mesh.cluster.etcd import Compacted, Created, Delete, Etcd, Event, LeaseLost
 from mesh.cluster.mirror import Mirror, applied
 from mesh.process.watched import Watched
 from shoal.errors import InvalidArgument, Unavailable
-from tests.breakable import EtcdProcess, until
+from tests.breakable import PATIENCE_S, EtcdProcess, until
 from tests.free_ports import free_port
 
 pytestmark = pytest.mark.etcd
@@ -26,7 +26,7 @@ def prefix() -> bytes:
 
 @pytest.fixture
 async def etcd(etcd_address):
-    async with Etcd(etcd_address) as session:
+    async with Etcd(etcd_address, timeout_s=PATIENCE_S) as session:
         yield session
 
 
@@ -59,7 +59,7 @@ async def test_a_transaction_does_all_or_nothing(etcd, prefix):
 
 
 async def test_a_key_goes_with_its_lease(etcd, prefix):
-    lease = await etcd.grant(3)
+    lease = await etcd.grant(600)
     await etcd.put(prefix + b"a", b"1", lease.id)
     await lease.refresh()
     assert lease.is_held()
@@ -75,10 +75,11 @@ async def test_a_key_goes_with_its_lease(etcd, prefix):
 
 async def test_a_lease_is_held_by_the_holders_own_clock(etcd):
     now = 100.0
-    lease = await etcd.grant(3, clock=lambda: now)
-    now = 102.9
+    # By the clock of etcd, it is held to the end of the test.
+    lease = await etcd.grant(600, clock=lambda: now)
+    now = 699.9
     assert lease.is_held()
-    now = 103.0
+    now = 700.0
     assert not lease.is_held()
     with pytest.raises(LeaseLost, match="run out"):
         await lease.refresh(revive=False)
@@ -115,12 +116,13 @@ async def test_a_watch_below_compaction_says_so(own, prefix):
 
 
 async def test_every_call_has_a_deadline(own, prefix):
-    async with Etcd(own.address, timeout_s=0.3, idle_s=0.1) as etcd:
-        lease = await etcd.grant(60)
+    async with Etcd(own.address, timeout_s=PATIENCE_S, idle_s=0.1) as etcd:
+        lease = await etcd.grant(600)
         watching = aclosing(etcd.watch(prefix, 1))
         async with watching as changes:
             await anext(changes)
             own.freeze()
+            etcd._timeout_s = 0.3
             with pytest.raises(Unavailable):
                 await drain(changes)
             for call in (etcd.get(b"a"), etcd.put(b"a", b"1"), lease.refresh(), etcd.grant(3), etcd.list(b"/")):
@@ -129,6 +131,7 @@ async def test_every_call_has_a_deadline(own, prefix):
             with pytest.raises(Unavailable):
                 await anext(etcd.watch(prefix, 1))
             own.thaw()
+            etcd._timeout_s = PATIENCE_S
             await until(lambda: answers(etcd), "an answer after the freeze")
             await lease.refresh()
 
@@ -204,7 +207,11 @@ async def test_a_mirror_follows(etcd, prefix):
 
 
 async def test_a_mirror_survives_a_restart_of_etcd(own, prefix):
-    async with Etcd(own.address) as etcd, Etcd(own.address) as other, Mirror(etcd, prefix) as mirror:
+    async with (
+        Etcd(own.address) as etcd,
+        Etcd(own.address, timeout_s=PATIENCE_S) as other,
+        Mirror(etcd, prefix) as mirror,
+    ):
         await other.put(prefix + b"a", b"1")
         await until(lambda: len(values(mirror)) == 1)
         own.kill()
@@ -218,20 +225,24 @@ async def test_a_mirror_survives_a_restart_of_etcd(own, prefix):
 
 
 async def test_a_mirror_survives_a_freeze_of_etcd(own, prefix):
-    async with Etcd(own.address, timeout_s=0.3, idle_s=0.1) as etcd, Mirror(etcd, prefix) as mirror:
+    async with (
+        Etcd(own.address, timeout_s=PATIENCE_S) as other,
+        Etcd(own.address, timeout_s=0.3, idle_s=0.1) as etcd,
+        Mirror(etcd, prefix) as mirror,
+    ):
         await until(lambda: not mirror.copy.stale)
         own.freeze()
         await until(lambda: mirror.copy.stale, "staleness")
         own.thaw()
         await until(lambda: not mirror.copy.stale, "sight of etcd")
-        await etcd.put(prefix + b"a", b"1")
+        await other.put(prefix + b"a", b"1")
         await until(lambda: values(mirror) == {prefix + b"a": b"1"})
 
 
 async def test_a_mirror_lists_again_after_compaction(own, prefix, tmp_path):
     """While the mirror cannot see etcd, keys change and history is compacted away under it."""
     relay = await Relay.to(own.address)
-    async with Etcd(relay.address, idle_s=0.1, timeout_s=0.3) as etcd, Etcd(own.address) as other:
+    async with Etcd(relay.address, idle_s=0.1, timeout_s=0.3) as etcd, Etcd(own.address, timeout_s=PATIENCE_S) as other:
         await other.put(prefix + b"a", b"1")
         async with Mirror(etcd, prefix) as mirror:
             await until(lambda: len(values(mirror)) == 1)

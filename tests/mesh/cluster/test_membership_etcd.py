@@ -32,8 +32,13 @@ def states(directory: Directory) -> dict[str, State]:
     return {instance.name: instance.state for instance in directory.view.instances}
 
 
-async def test_an_instance_comes_changes_and_goes(own, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(membership, "TTL_S", 600)  # It goes because it leaves: its lease lasts longer than the test.
+@pytest.fixture
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease ends by itself, even if this process stands still for seconds."""
+    monkeypatch.setattr(membership, "TTL_S", 600)
+
+
+async def test_an_instance_comes_changes_and_goes(own, long_leases):
     async with Etcd(own.address) as etcd, Directory(etcd) as directory:
         async with Registration.of(config(own.address), "infer", "unix:/tmp/x.sock") as registration:
             await until(lambda: states(directory) == {"local/infer-0": State.STARTING})
@@ -136,7 +141,7 @@ async def test_a_deleted_key_is_written_again(own):
             await until(lambda: directory.view.revision >= before + 2 and len(states(directory)) == 1)
 
 
-async def test_whoever_replaced_a_process_keeps_its_key_when_the_old_one_leaves(own):
+async def test_whoever_replaced_a_process_keeps_its_key_when_the_old_one_leaves(own, long_leases):
     async with Etcd(own.address) as etcd, Directory(etcd) as directory:
         old = Registration.of(config(own.address), "infer", "unix:/tmp/old.sock")
         new = Registration.of(config(own.address), "infer", "unix:/tmp/new.sock")
@@ -150,7 +155,7 @@ async def test_whoever_replaced_a_process_keeps_its_key_when_the_old_one_leaves(
             assert (await etcd.get(new.instance.key)).value == encode(new.instance)
 
 
-async def test_unreadable_keys_harm_nobody(own):
+async def test_unreadable_keys_harm_nobody(own, long_leases):
     async with Etcd(own.address) as etcd, Directory(etcd) as directory:
         for key, value in [(b"infer/local/infer-9", b"{"), (b"\xff\xfe", b"x"), (b"infer", b"[1]"), (b"", b"")]:
             await etcd.put(b"/shoal/instances/" + key, value)
