@@ -146,7 +146,8 @@ def shared_database() -> str:
 def shared_ingest(mongo_uri: str, shared_database: str) -> Iterator[IngestProcess]:
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         mesh = f"unix:{folder}/outbound.sock"
-        with IngestProcess(Path(folder), 0, mongo_uri, shared_database, mesh) as process:
+        # Nobody kills or freezes it: no lease is to lapse, even if the machine stands still for seconds.
+        with IngestProcess(Path(folder), 0, mongo_uri, shared_database, mesh, lease_ms=60_000) as process:
             process.wait_until_ready()
             yield process
 

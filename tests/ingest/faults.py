@@ -282,6 +282,15 @@ class Client:
         return job
 
 
+async def reached(client: Client) -> None:
+    """Wait until the instance reaches its mesh: each test has its own, at one address.
+
+    A call of the instance between two meshes fails, and the instance connects again after a backoff. Meanwhile attempts
+    are refused, each with two transitions of its job.
+    """
+    await client.ended((await client.submit(request_id="reached")).job.id)
+
+
 def submit(model: str = "echo", data: bytes = b"data", request_id: str = "", **fields: Any) -> pb.SubmitRequest:
     """A request that any test may send."""
     request = inference_pb2.ModelInferRequest(model_name=model, id=request_id, raw_input_contents=[data])

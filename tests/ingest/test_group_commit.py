@@ -107,7 +107,7 @@ async def test_after_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPat
 async def test_who_waits_too_long_is_told_and_what_leaves_is_counted_once() -> None:
     writer, left = Writer(), list[int]()
     numbers: Group[int, int] = Group(
-        "numbers", writer, max_items=2, max_bytes=100, size=abs, limit_s=0.05, on_removed=left.extend
+        "numbers", writer, max_items=2, max_bytes=100, size=abs, limit_s=0.5, on_removed=left.extend
     )
     async with numbers:
         tasks = await puts(numbers, 1, 2, 3, 4)

@@ -216,7 +216,7 @@ async def test_a_stop_finishes_what_it_can_and_releases_the_rest(own_mesh: FakeM
         return await echo(request, context)
 
     own_mesh.infer.model = model
-    first = start_ingest(0, drain_ms=1_500)
+    first = start_ingest(0, drain_ms=5_000)
     await first.until_ready()
     one = Client(first.address)
     finishes = await one.submit(request_id="finishes")

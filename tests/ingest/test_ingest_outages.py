@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shoal.ingest.v1 import ingest_pb2 as pb
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 from tests.free_ports import free_port
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
@@ -170,7 +170,7 @@ async def test_a_mesh_that_goes_away_costs_no_attempts(own_mesh: FakeMesh, start
 def test_a_wrong_setting_is_named(start_ingest: StartIngest) -> None:
     for wrong, says in (({"mongo": "redis://x"}, "SHOAL_INGEST_MONGO"), ({"renew_ms": 4_000}, "renew_ms")):
         ingest = start_ingest(7, **wrong)
-        assert ingest.wait(20) == 2
+        assert ingest.wait(PATIENCE_S) == 2
         assert says in ingest.log.read_text()
 
 

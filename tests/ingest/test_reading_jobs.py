@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from services.ingest.job import State, Transition
 from services.ingest.queries.watch import views_between
 from shoal.ingest.v1 import ingest_pb2 as pb
-from tests.ingest.faults import Client, FakeMesh, echo, failing
+from tests.ingest.faults import Client, FakeMesh, echo, failing, reached
 from tests.ingest.making import START, job
 
 S = grpc.StatusCode
@@ -99,6 +99,7 @@ async def test_a_watcher_is_told_each_transition(client: Client, mesh: FakeMesh)
             await failing(context, S.INTERNAL)
         return await echo(request, context)
 
+    await reached(client)
     mesh.infer.model = fails_once
     accepted = await client.submit(
         request_id="watched", retry=pb.RetryPolicy(initial_backoff=Duration(nanos=300_000_000))

@@ -28,7 +28,7 @@ async def test_the_mongod_of_the_tests_is_a_replica_set(mongo_uri: str, mongo_da
 
 async def test_the_etcd_of_the_tests_answers(etcd_address: str) -> None:
     host, _, port = etcd_address.partition(":")
-    async with aetcd.Client(host, int(port), timeout=2) as client:
+    async with aetcd.Client(host, int(port), timeout=30) as client:
         await client.put(b"/test/parts", b"here")
         assert (await client.get(b"/test/parts")).value == b"here"
 
@@ -57,7 +57,7 @@ def test_mongod_keeps_its_log_for_a_time_and_not_for_a_size_alone(tmp_path: Path
 
 async def until_ready(part: processes.ProcessSpec) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(*part.argv, stdout=asyncio.subprocess.DEVNULL, cwd=part.cwd)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await part.ready():
             await asyncio.sleep(0.05)
     return process
@@ -86,7 +86,7 @@ async def test_an_etcd_keeps_its_data_when_it_moves_from_a_port_to_a_socket(tmp_
     for number, (address, peer) in enumerate((tcp, *[(f"unix:{run_dir}/etcd:0", f"unix:{run_dir}/peer:0")] * 2)):
         process = await until_ready(processes.etcd(tmp_path / "etcd", address, peer))
         try:
-            async with Etcd(address) as etcd:
+            async with Etcd(address, timeout_s=30) as etcd:
                 await etcd.put(b"/test/%d" % number, b"here")
                 count = len((await etcd.list(b"/test/")).entries)
         finally:

@@ -270,7 +270,7 @@ async def test_an_index_of_a_full_collection_is_built_beyond_the_timeout_of_one_
 ) -> None:
     await ensure_collection(db, "c", validator=VALIDATOR, indexes=[])
     await db["c"].insert_many([{"n": n} for n in range(1_000)])
-    async with connect(f"{mongo_uri}&timeoutMS=1000") as client:
+    async with connect(f"{mongo_uri}&timeoutMS=3000") as client:
         with pymongo.timeout(20):
             await client.admin.command("ping")
         async with db.client.start_session() as session, await session.start_transaction():
@@ -281,7 +281,7 @@ async def test_an_index_of_a_full_collection_is_built_beyond_the_timeout_of_one_
             )
 
             async def takes_longer() -> bool:
-                longer = {"microsecs_running": {"$gt": 1_200_000}}
+                longer = {"microsecs_running": {"$gt": 3_200_000}}
                 command = {"currentOp": 1, "command.createIndexes": "c", "command.$db": db.name, **longer}
                 return bool((await db.client.admin.command(command))["inprog"]) or building.done()
 

@@ -476,7 +476,7 @@ async def test_an_unclosed_client_leaves_no_connection() -> None:
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
         caller = Caller(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", retry=ONCE)
         with pytest.raises(DeadlineExceeded):
-            await caller.call(methods.GET_JOB, GET, timeout_s=0.1)
+            await caller.call(methods.GET_JOB, GET, timeout_s=0.5)
         await asyncio.sleep(0)  # Until here the loop is in the step that raised, and holds the error with its frames.
         del caller
         gc.collect()

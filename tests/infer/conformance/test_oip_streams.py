@@ -101,7 +101,7 @@ def test_the_final_response_of_a_model_with_one_response(stub, asks):
 
 
 def test_the_deadline_of_a_stream(stub, sender):
-    call = stub.ModelStreamInfer(iter(sender), timeout=0.5)
+    call = stub.ModelStreamInfer(iter(sender), timeout=2)
     sender.send(request("double", floats()))
     assert wire.array(next(call).infer_response, "y")[0].tolist() == [2, 4, 6, 8]
     with pytest.raises(grpc.RpcError) as caught:

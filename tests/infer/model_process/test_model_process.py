@@ -157,8 +157,9 @@ LOOPS = ["while True: pass", "ctypes.CDLL(None).sleep(1000)", "time.sleep(1000)"
 
 @pytest.mark.parametrize("loop", by_form(LOOPS[:2], LOOPS))
 def test_an_execution_beyond_its_timeout_is_killed(load, loop):
-    session = load(model(f"if x[0, 0] == 13:\n    {loop}"), execution_timeout_ms="300")
-    with pytest.raises(ModelDied, match="a run took longer than execution_timeout_ms, 300"):
+    # A run beside it ends within this time on a busy machine, too.
+    session = load(model(f"if x[0, 0] == 13:\n    {loop}"), execution_timeout_ms="2000")
+    with pytest.raises(ModelDied, match="a run took longer than execution_timeout_ms, 2000"):
         run(session, X * 0 + 13)
     assert run(session) == [[2, 4]]
 

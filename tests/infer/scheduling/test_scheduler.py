@@ -432,6 +432,7 @@ async def test_a_receiver_that_raises_does_not_affect_its_batch_mates(caplog):
     assert "clumsy" in caplog.text
 
 
+@pytest.mark.usefixtures("no_collections")
 async def test_requests_that_arrive_one_by_one_run_without_a_loop_iteration():
     bench = Bench()
     bench.model.only_computes = True
@@ -458,6 +459,7 @@ async def test_requests_that_arrive_one_by_one_run_without_a_loop_iteration():
     assert bench.model.runs[-2:] == [[2], [3, 3]]
 
 
+@pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize(("compute_ms", "alone_on_loop"), [(0.05, True), (0.3, True), (5.0, False)])
 async def test_a_longer_batch_runs_on_the_loop_only_for_a_lone_request(compute_ms, alone_on_loop):
     bench = Bench()

@@ -191,16 +191,21 @@ async def test_watching_shows_progress_to_the_end(client: BatchClient, mesh: Bat
 
 
 async def test_a_paused_batch_stands_still_and_goes_on(client: BatchClient, mesh: BatchMesh, tmp_path: Path) -> None:
-    async def slow(rows: list[int], context: Any) -> None:
+    is_paused = asyncio.Event()
+
+    async def held_back(rows: list[int], context: Any) -> None:
+        if len(mesh.infer.sizes) > 20:  # It cannot end before it is paused.
+            await is_paused.wait()
         await asyncio.sleep(0.05)
 
-    mesh.infer.before = slow
+    mesh.infer.before = held_back
     x = rows_of_x(1_000)
     url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in x])
     batch = await client.submit_batch(url, f"file://{tmp_path}/out", chunk_rows=100)
     await until(lambda: len(mesh.infer.sizes) > 20, "some calls")
     paused = (await client.stub.PauseBatch(pb.PauseBatchRequest(id=batch.id, reason="lunch"), timeout=20)).batch
     assert paused.state == pb.BATCH_STATE_PAUSED
+    is_paused.set()
 
     async def stands_still() -> bool:
         before = len(mesh.infer.sizes)

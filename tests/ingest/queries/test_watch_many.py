@@ -20,7 +20,7 @@ from services.ingest.queries.watch_many import WatchMany
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
-from tests.ingest.faults import Client, FakeMesh, echo, failing
+from tests.ingest.faults import Client, FakeMesh, echo, failing, reached
 from tests.ingest.making import job
 from tests.long_form import by_form
 
@@ -82,6 +82,7 @@ async def test_a_filter_of_jobs_is_told_from_now_on(client: Client, mesh: FakeMe
 
 async def test_a_watch_goes_on_after_its_token(client: Client, mesh: FakeMesh) -> None:
     tenant = uuid.uuid4().hex
+    await reached(client)
     watch = await Watcher(client, tenant=tenant).stand()
     first = await client.ended((await client.submit(tenant=tenant)).job.id)
     assert await watch.told(1) == life(first.id)[:1]

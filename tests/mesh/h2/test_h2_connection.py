@@ -14,7 +14,7 @@ import h2.settings
 import hpack
 import pytest
 
-from mesh.h2 import frames
+from mesh.h2 import frames, listener, server_connection
 from mesh.h2.frames import Reason
 from mesh.rpc.framing import framed
 from mesh.rpc.server import Server
@@ -279,7 +279,9 @@ async def heard(peer):
     peer.send(frames.frame(frames.PING, frames.ACK, 0, question))
 
 
-async def test_a_stop_sends_goaway_and_lets_the_call_in_flight_finish():
+async def test_a_stop_sends_goaway_and_lets_the_call_in_flight_finish(monkeypatch):
+    # It ends because the peer closes it, and not before.
+    monkeypatch.setattr(server_connection, "LINGER_S", 60.0)
     later = Later()
     async with stoppable(**{LATER: later}) as (peer, stop):
         call(peer, 1, LATER)
@@ -302,7 +304,8 @@ async def test_a_stop_sends_goaway_and_lets_the_call_in_flight_finish():
         await asyncio.wait_for(stopping, 60)
 
 
-async def test_streams_opened_before_the_goaway_is_read_are_served():
+async def test_streams_opened_before_the_goaway_is_read_are_served(monkeypatch):
+    monkeypatch.setattr(listener, "_GOAWAY_READ_S", 60.0)
     async with stoppable() as (peer, stop):
         stopping = stop()
         await asyncio.sleep(0.5)

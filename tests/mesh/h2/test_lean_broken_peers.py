@@ -21,6 +21,7 @@ from mesh.rpc.framing import framed
 from mesh.rpc.interceptors import translate
 from shoal.errors import ResourceExhausted, Unavailable
 from tests.breakable import until
+from tests.free_ports import free_port
 from tests.long_form import by_form
 from tests.mesh.h2.scripted import HEAD, LAST, OK, Scripted, scripted
 from tests.mesh.h2.test_lean_protocol import ask, failure
@@ -265,11 +266,8 @@ async def test_a_peer_that_answers_pings_may_take_its_time_and_one_without_calls
 
 
 async def test_calls_without_a_server_fail_immediately_and_a_later_server_is_found(tmp_path: Path) -> None:
-    listener = Scripted()
-    await listener.start()
-    await listener.stop()
-    port = int(listener.address.rpartition(":")[2])
-    async with Channel(listener.address) as channel, Channel(f"unix:{tmp_path}/none.sock") as nowhere:
+    port = free_port()
+    async with Channel(f"127.0.0.1:{port}") as channel, Channel(f"unix:{tmp_path}/none.sock") as nowhere:
         for one in (channel, nowhere):
             failures = [await failure(ask(one)) for _ in range(20)]
             assert {(failed.code(), failed.is_unprocessed) for failed in failures} == {(S.UNAVAILABLE, True)}

@@ -338,7 +338,7 @@ async def test_a_request_that_is_answered_before_its_end_is_ended_without_a_rese
 
 async def test_a_deadline_resets_the_stream() -> None:
     async with scripted() as (channel, listener):
-        call = ask(channel, timeout_s=0.3)
+        call = ask(channel, timeout_s=1.5)  # With the connection.
         peer = await listener.accept()
         await peer.request(1)
         failed = await failure(call)

@@ -174,7 +174,7 @@ async def test_an_error_before_the_first_record_is_the_response_and_later_the_la
         move(world, ingest_pb2.JOB_STATE_QUEUED, RuntimeError("secret"))
         assert read(await world.get(WATCH, *headers))[-1]["error"]["code"] == 13
     move(world, ingest_pb2.JOB_STATE_QUEUED)
-    late = await world.get(WATCH, "grpc-timeout: 200m")
+    late = await world.get(WATCH, "grpc-timeout: 2S")
     assert lines(late)[-1]["error"]["code"] == 4, "the deadline"
 
 

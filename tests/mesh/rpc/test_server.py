@@ -195,7 +195,8 @@ async def test_a_health_check_reports_the_stalls_of_the_event_loop(
     assert after["count"] > before["count"]
     assert after["total_ms"] >= before["total_ms"] + 370
     assert after["longest_ms"] >= 370
-    assert [ms for at, ms in after["recent"] if at >= began - 0.001 and ms >= 370]
+    # It ended after the call below. It may have begun before: when the loop was already late.
+    assert [ms for at, ms in after["recent"] if at + ms / 1000 >= began + 0.37 and ms >= 370]
     warnings = [record for record in caplog.records if record.name == "mesh.process.stall_watch"]
     assert any(record.args["stall_ms"] >= 370 for record in warnings)
 
@@ -262,7 +263,7 @@ async def test_a_path_that_is_no_text_ends_no_server(run_dir: Path, listen: str)
             await until(lambda: is_serving(running.address))
 
             def spoil() -> None:
-                with Connection(running.address, 1.0) as connection:
+                with Connection(running.address) as connection:
                     connection.call(b"", "/shoal.coord.v1.CoordService/GetLead\xe9r")
 
             await asyncio.to_thread(spoil)

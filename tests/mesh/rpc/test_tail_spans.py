@@ -38,6 +38,8 @@ UNSAMPLED, SAMPLED = f"00-{TRACE}-00f067aa0ba902b7-00", f"00-{TRACE}-00f067aa0ba
 def kept(monkeypatch: pytest.MonkeyPatch) -> KeptSpans:
     found = KeptSpans(lambda: 0.0, instance="n/x-0")
     monkeypatch.setattr(telemetry, "kept_spans", lambda: found)
+    # No call is slow by chance.
+    monkeypatch.setattr(tail_spans, "SLOW_S", 3_600.0)
     return found
 
 

@@ -176,7 +176,7 @@ async def test_an_error_ends_its_request_and_not_the_stream(repo, serve):
 async def test_tritons_repeat_model_interleaves_responses_and_continues_after_an_error(repo, serve):
     repo.python("repeat", REPEAT, 'backend: "python"')
     serving = await serve()
-    responses = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 300], "slow"), repeat([7, 8], [0, 0], "fast"))
+    responses = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 2_000], "slow"), repeat([7, 8], [0, 0], "fast"))
     ids = [response.infer_response.id for response in responses]
     assert ids.count("slow") == 3
     assert ids.count("fast") == 2

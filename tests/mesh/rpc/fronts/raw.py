@@ -77,9 +77,20 @@ class RawConnection:
         await self.flush()
 
     async def open(
-        self, method: str, order: Any = None, *, without: str = "", end: bool = False, verb: str = "POST", **extra: str
+        self,
+        method: str,
+        order: Any = None,
+        *,
+        without: str = "",
+        body: bytes = b"",
+        end: bool = False,
+        verb: str = "POST",
+        **extra: str,
     ) -> int:
-        """Sends the headers of a call. `extra` replaces or adds headers ('_' is '-'). Returns the stream's number."""
+        """Sends the headers of a call, and `body`. Returns the stream's number.
+
+        `extra` replaces or adds headers ('_' is '-').
+        """
         headers = {
             ":method": verb,
             ":scheme": "http",
@@ -94,7 +105,9 @@ class RawConnection:
         headers.pop(without, None)
         number = self._h2.get_next_available_stream_id()
         self.streams[number] = Exchange()
-        self._h2.send_headers(number, list(headers.items()), end_stream=end)
+        self._h2.send_headers(number, list(headers.items()), end_stream=end and not body)
+        if body:
+            self._h2.send_data(number, body, end_stream=end)
         await self.flush()
         return number
 

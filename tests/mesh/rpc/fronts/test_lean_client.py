@@ -99,6 +99,8 @@ async def test_bytes_that_are_no_message(channel: Channel) -> None:
 async def test_a_deadline_ends_the_call_here_and_there(lean: Client, client: Client, method: str) -> None:
     mark = f"lean-deadline-{method}"
     order = {"do": "wait", "mark": mark}
+    # The deadline begins before the connection: this call makes it.
+    assert await answers(lean, "Unary", b"", order={"do": "echo"}) == [b""]
     failed = await lean.fails(method, question(method, b"x"), order, timeout=0.5)
     assert failed.code() is S.DEADLINE_EXCEEDED
     await client.until_seen(f"cancelled {mark}")
