@@ -177,11 +177,11 @@ async def test_statistics_cover_all_instances_and_models_of_one(serve: Serve) ->
 async def test_an_instance_that_hangs_makes_the_statistics_unavailable_instead_of_wrong(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "REPLICA_S", 0.2)
+    monkeypatch.setattr(inference, "REPLICA_S", 2.0)
     hanging = Replica(stats("a"))
     hanging.works.clear()
     mesh = await serve(Replica(stats("a")), hanging)
-    with pytest.raises(Unavailable, match=r"local/infer-1 gave no statistics within 0\.2 s"):
+    with pytest.raises(Unavailable, match=r"local/infer-1 gave no statistics within 2 s"):
         await asked(mesh, "a")
     hanging.works.set()
     monkeypatch.setattr(inference, "REPLICA_S", 30.0)

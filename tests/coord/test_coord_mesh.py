@@ -105,7 +105,7 @@ class Node:
 
     async def answer(self) -> str:
         """Who answers one call."""
-        response = await self.infer.ModelInfer(oip.ModelInferRequest(model_name="a"), timeout=20)
+        response = await self.infer.ModelInfer(oip.ModelInferRequest(model_name="a"), timeout=PATIENCE_S)
         return response.parameters["replica"].string_param
 
     async def answers_from(self, *expected: str, within_s: float = PATIENCE_S) -> None:
@@ -148,9 +148,22 @@ class Node:
 
     async def leader(self) -> str | None:
         try:
-            return (await self.coord.GetLeader(pb.GetLeaderRequest(), timeout=5)).instance
+            return (await self.coord.GetLeader(pb.GetLeaderRequest(), timeout=30)).instance
         except grpc.aio.AioRpcError:
             return None
+
+    async def until_led(self) -> str:
+        """Wait for a leader, and return its name."""
+        found: str | None = None
+
+        async def is_led() -> bool:
+            nonlocal found
+            found = await self.leader()
+            return bool(found)
+
+        await until(is_led, "a leader")
+        assert found is not None
+        return found
 
 
 @pytest.fixture
@@ -223,8 +236,7 @@ async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
 async def test_traffic_does_not_notice_the_kill_of_the_leader_and_configuration_goes_on(node: Node):
     await node.replica(0)
     await node.answers_from("infer-0")
-    await until(node.leader, "a leader")
-    leader = await node.leader()
+    leader = await node.until_led()
     async with node.load():
         node.coords[leader].kill()
         await node.replica(1)

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from mesh.cluster import membership
 from mesh.cluster.etcd import Etcd
 from mesh.cluster.membership import ReadyModel, Registration, State
 from mesh.process.config import ServiceConfig
@@ -53,6 +54,12 @@ async def has_leader(stub) -> bool:
             raise
         return False
     return True
+
+
+@pytest.fixture(autouse=True)
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases of instances that this process registers: it may stand still for longer than the 3 s of a lease."""
+    monkeypatch.setattr(membership, "TTL_S", 600)
 
 
 @pytest.fixture(scope="module")

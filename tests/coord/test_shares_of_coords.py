@@ -174,7 +174,8 @@ async def test_shares_while_etcd_is_frozen_and_when_the_leader_dies_meanwhile(cl
     assert first is not None
     cluster.etcd.freeze()
     for _ in range(3):
-        assert await cluster.round() == pytest.approx(WHOLE)
+        # On a busy machine, a claim may not reach the leader in time.
+        await cluster.until_shared()
     cluster.coords[first].kill()
     for _ in range(3):
         await cluster.round(first)
