@@ -37,7 +37,7 @@ def prefix() -> bytes:
 
 @pytest.fixture
 def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No term ends by itself, even if this process stands still for seconds."""
+    """No term of this process ends by itself, even if it stands still for seconds."""
     monkeypatch.setattr(election, "TTL_S", 600)
 
 
@@ -90,7 +90,7 @@ async def test_what_only_the_leader_may_do_fails_once_its_term_is_over(etcd_addr
         assert not (await etcd.transact([fence], [Put(prefix + b"act", b"2")])).succeeded
 
 
-async def test_a_successor_leads_soon_after_the_leader_is_killed(etcd_address, prefix, tmp_path: Path):
+async def test_a_successor_leads_soon_after_the_leader_is_killed(etcd_address, prefix, long_leases, tmp_path: Path):
     leader = Process([sys.executable, "-c", CANDIDATE, etcd_address, prefix.decode(), "doomed"], tmp_path / "log")
     async with Etcd(etcd_address) as etcd, Mirror(etcd, prefix) as mirror:
         with leader:
@@ -103,7 +103,7 @@ async def test_a_successor_leads_soon_after_the_leader_is_killed(etcd_address, p
                 assert heir.term.token > old.token
 
 
-async def test_a_frozen_leader_knows_that_it_leads_no_more(etcd_address, prefix, tmp_path: Path):
+async def test_a_frozen_leader_knows_that_it_leads_no_more(etcd_address, prefix, long_leases, tmp_path: Path):
     """Frozen past its lease, it is succeeded; awake again, it stands in line."""
     frozen = Process([sys.executable, "-c", CANDIDATE, etcd_address, prefix.decode(), "frozen"], tmp_path / "log")
     async with Etcd(etcd_address) as etcd, Mirror(etcd, prefix) as mirror:
