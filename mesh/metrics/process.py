@@ -12,6 +12,7 @@ from mesh.h2.memory_account import Holder, MemoryAccount
 from mesh.metrics import limits
 from mesh.metrics.families import Family, Kind, Reading, Source
 from mesh.metrics.largest import largest
+from mesh.process.log_levels import LogLevels
 from mesh.process.stall_watch import StallWatch
 
 BUILD = Family("shoal.build", Kind.GAUGE, "", "1; the label is the version of Shoal.", ("version",))
@@ -23,6 +24,12 @@ FILES_MOST = Family("process.file_descriptor.limit", Kind.GAUGE, "{count}", "Mos
 STALLS = Family("shoal.event_loop.stalls", Kind.COUNTER, "{stall}", "Event loop stalls of 50 ms and more.")
 STALLED = Family("shoal.event_loop.stalled", Kind.COUNTER, "s", "Time of these stalls.")
 LONGEST = Family("shoal.event_loop.longest_stall", Kind.GAUGE, "s", "Longest stall since the start.")
+LEVELS = Family(
+    "shoal.log.levels.time",
+    Kind.GAUGE,
+    "s",
+    "Unix time of the file of `shoal logs --set-level` whose levels are in force in the process; 0: none.",
+)
 HELD = Family(
     "shoal.connection.memory",
     Kind.GAUGE,
@@ -42,7 +49,7 @@ REFUSED = Family(
     "shoal.connection.memory.refused", Kind.COUNTER, "{request}", "Requests rejected at their begin: no memory is free."
 )
 FAMILIES = (
-    *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST),
+    *(BUILD, START, CPU, MEMORY, FILES, FILES_MOST, STALLS, STALLED, LONGEST, LEVELS),
     *(HELD, HELD_MOST, HELD_BY, REFUSED, limits.REFUSED),
 )
 
@@ -67,6 +74,7 @@ def source(
         yield STALLS, (), stalls.count
         yield STALLED, (), stalls.total_s
         yield LONGEST, (), stalls.longest_s
+        yield LEVELS, (), LogLevels.file_time_s
         for kind, account in accounts.items():
             yield HELD, (kind,), account.held
             yield HELD_MOST, (kind,), account.limit

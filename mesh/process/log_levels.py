@@ -3,7 +3,8 @@
     {"levels": [{"process": "infer-0", "logger": "mesh.xds", "level": "DEBUG", "until": 1796083200.0}]}
 
 A process looks at the file once a second. A level therefore needs no call that reaches the process, outlives a restart
-of the process, and ends by itself. Those who may write the file may set levels: the node's user.
+of the process, and ends by itself. Those who may write the file may set levels: the node's user. The process's metrics
+have the time of the file that it goes by (mesh.metrics.process), which shows that its levels are in force.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 from mesh.process.files import write_atomically
 from mesh.process.tasks import Background
@@ -80,11 +82,15 @@ def write(path: Path, levels: Iterable[TimedLevel]) -> None:
 class LogLevels(Background):
     """The levels of this process while the `async with` block runs: those of the file, until their time is over."""
 
+    file_time_s: ClassVar[float] = 0.0
+    """Unix time of the file whose levels are in force; 0: there is none. Of the process, as its loggers are."""
+
     def __init__(self, path: Path, process: str) -> None:
         self._path = path
         self._process = process
         self._seen: tuple[int, int] | None = None
         self._levels: list[TimedLevel] = []
+        self._time_s = 0.0
         self._set: dict[str, TimedLevel] = {}
         self._former: dict[str, int] = {}
 
@@ -120,18 +126,20 @@ class LogLevels(Background):
                 self._former.setdefault(name, logger.level)
                 logger.setLevel(one.level)
                 self._set[name] = one
+        LogLevels.file_time_s = self._time_s
 
     def _read(self) -> None:
         """Read the file if it has changed. Levels stay when it cannot be read."""
         try:
             status = os.stat(self._path)
-            seen = (status.st_ino, status.st_mtime_ns)
+            seen, time_s = (status.st_ino, status.st_mtime_ns), status.st_mtime
         except OSError:
-            seen = None
+            seen, time_s = None, 0.0
         if seen != self._seen:
             self._seen = seen
             try:
                 self._levels = read(self._path)
+                self._time_s = time_s
             except (OSError, ValueError) as err:
                 log.warning(
                     "%(path)s is ignored: %(error)s",

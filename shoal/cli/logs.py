@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +14,9 @@ from shoal.cli.output import Gateway, printable, show_json_line, text
 from shoal.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
-    from shoal.node.logs import LogEntry
+    from collections.abc import Callable
+
+    from shoal.node.logs import Follower, LogEntry
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -25,11 +24,6 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 _POLL_S = 0.2
 # mongod logs each connection. Unless it is named, its warnings and errors are printed.
 _CHATTY = frozenset({"mongod"})
-_SERVICES = ("coord", "store", "infer", "ingest")
-# Loggers of these have the names of modules.
-_PACKAGES = ("kernels", "mesh", "services", "shoal")
-_DEFAULT = "DEFAULT"
-_LONGEST_S = 7 * 86_400
 _STYLES = {"DEBUG": "dim", "INFO": "", "WARNING": "yellow", "ERROR": "bold red"}
 
 
@@ -85,6 +79,8 @@ def logs(
     The logs are files of the node's own machine; those of other nodes, and of `shoal serve`, are not in them.
     Of mongod, only warnings and errors are printed, unless it is named.
 
+    With --set-level, it waits until the level is in force, and exits 1 when it is not in every process: they are named.
+
     [bold]Examples[/bold]
 
       shoal logs --level warning --since 1h
@@ -95,12 +91,11 @@ def logs(
 
       shoal logs infer --set-level debug --for 10m --follow
     """
+    from shoal.cli import log_levels
     from shoal.node.logs import LEVELS, Follower, LogFilter, latest, processes
 
     if level and level.upper() not in LEVELS:
         raise InvalidArgument(f"--level {level!r}: expected one of {', '.join(LEVELS).lower()}")
-    if set_level and set_level.upper() not in (*LEVELS, _DEFAULT):
-        raise InvalidArgument(f"--set-level {set_level!r}: expected one of {', '.join((*LEVELS, _DEFAULT)).lower()}")
     if logger and not set_level:
         raise InvalidArgument("--logger is for --set-level; --contains prints the entries that have a text")
     folder = _folder(data_dir, gateway)
@@ -117,15 +112,26 @@ def logs(
     )
     show = _JsonLines() if json else _Lines(max((len(name) for name in wanted), default=0))
     follower = Follower(folder, lambda name: _includes(process, name), chosen) if follow else None
+    is_in_force = True
     if set_level:
-        said = _set_levels(folder, process, wanted, set_level.upper(), logger, lasting)
-        # The output of --json has entries only.
-        typer.echo(said, err=json)
+        levels = log_levels.set_levels(folder, process, wanted, set_level.upper(), logger, lasting)
+        is_in_force = not levels.not_in_force
+        if json and not follow:
+            show_json_line(levels)
+        else:
+            # The output of --json --follow has entries only.
+            typer.echo(levels.summary, err=json)
     else:
         for entry in latest(folder, wanted, lines, chosen):
             show(entry)
-    if follower is None:
-        return
+    if follower is not None:
+        _follow(follower, show)
+    if not is_in_force:
+        raise typer.Exit(1)
+
+
+def _follow(follower: Follower, show: Callable[[LogEntry], None]) -> None:
+    """Print new entries until interrupted."""
     try:
         while True:
             time.sleep(_POLL_S)
@@ -139,56 +145,6 @@ def logs(
 
 def _includes(wanted: list[str] | None, name: str) -> bool:
     return not wanted or any(name == part or name.rpartition("-")[0] == part for part in wanted)
-
-
-def _set_levels(
-    logs: Path, named: list[str] | None, wanted: Sequence[str], level: str, logger: str, lasting: str
-) -> str:
-    """Write the level of the processes `wanted` into the node's file, or remove it; return a sentence of it.
-
-    Args:
-        logs: folder of the node's logs.
-        named: processes and services of the command line; None: none.
-        level: `DEFAULT` removes the level of the logger; without a logger, all levels.
-        logger: empty: every logger that has no level of its own.
-        lasting: an age, for which the level is in force.
-    """
-    from mesh.process.log_levels import TimedLevel, read, write
-    from shoal.node import folder
-
-    chosen = [name for name in wanted if name.rpartition("-")[0] in _SERVICES]
-    if not chosen or (named and len(chosen) < len(wanted)):
-        others = ", ".join(name for name in wanted if name not in chosen)
-        raise InvalidArgument(f"--set-level {level.lower()}: only of {', '.join(_SERVICES)}, not of {others}")
-    if logger.partition(".")[0] in _PACKAGES and not _is_module(logger):
-        raise InvalidArgument(
-            f"--logger {logger!r}: there is no such module; entries of `shoal logs --json` name theirs"
-        )
-    lasts_s = amounts.age(lasting, "--for").total_seconds()
-    if lasts_s > _LONGEST_S:
-        raise InvalidArgument(f"--for {lasting!r}: at most 7d; SHOAL_<SERVICE>_LOG_LEVEL sets a level for ever")
-    now = time.time()
-    until = now + lasts_s
-    path = logs.parent / folder.LOG_LEVELS
-    with folder.locked(logs):
-        try:
-            present = [one for one in read(path) if one.until > now]
-        except ValueError:
-            present = []
-        ends_all = level == _DEFAULT and not logger
-        kept = [one for one in present if one.process not in chosen or not (ends_all or one.logger == logger)]
-        new = [] if level == _DEFAULT else [TimedLevel(name, logger, level, until) for name in chosen]
-        write(path, [*kept, *new])
-    at = f"{datetime.fromtimestamp(until).astimezone():%Y-%m-%d %H:%M:%S}"
-    end = "as configured again" if level == _DEFAULT else f"from {level} until {at}"
-    return f"{', '.join(chosen)}: {logger or 'everything'} is logged {end}"
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _folder(data_dir: Path | None, gateway: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_a_level_that_is_removed_from_the_file_ends_and_so_does_one_whose_file_i
         remove()
         mine.check(1.0)
         assert levels() == (logging.INFO, logging.WARNING, logging.NOTSET)
+
+
+def test_a_process_says_by_which_file_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "log_levels.json"
+    mine = LogLevels(path, "infer-0")
+    mine.check(1.0)
+    assert LogLevels.file_time_s == 0
+    for level in ("DEBUG", "ERROR"):
+        write(path, [TimedLevel("infer-0", "", level, 20.0)])
+        mine.check(1.0)
+        assert (LogLevels.file_time_s, logging.getLevelName(ROOT.level)) == (path.stat().st_mtime, level)
+    taken = LogLevels.file_time_s
+    path.write_text("{}")
+    os.utime(path, (5.0, 5.0))
+    mine.check(1.0)
+    assert LogLevels.file_time_s == taken, "it goes by a file that it cannot read"
 
 
 ENDLESS = '{"levels": [{"process": "infer-0", "logger": "", "level": "DEBUG", "until": %s}]}'

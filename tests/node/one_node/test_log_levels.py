@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from typing import Any
 
 import grpc
@@ -60,7 +61,8 @@ def test_a_process_logs_from_another_level_until_it_is_reset(running: Node) -> N
     assert wait_for(running, "infer-0", "call.refused", before + 1)["level"] == "DEBUG"
     # A line of gRPC for each call.
     assert "Loaded running loop" not in (running.data_dir / "logs" / "infer-0.log").read_text()
-    assert running.shoal("logs", "infer", "--set-level", "default", "--json").stdout == ""
+    said = running.shoal("logs", "infer", "--set-level", "default").stdout
+    assert said == "infer-0, infer-1: everything is logged as configured again\n"
     assert wait_for(running, "infer-0", "log_level.restored", restored + 1)["threshold"] == "INFO"
     refuse(running, "infer-0")
     assert len(entries(running, "infer-0", "call.refused")) == before + 1
@@ -79,6 +81,32 @@ def test_a_level_of_one_logger_ends_by_itself_and_outlives_a_restart(running: No
     assert wait_for(running, "store-0", "log_level.set", began + 3)["target"] == "mesh.mongo"
     running.shoal("logs", "--set-level", "default")
     wait_for(running, "store-0", "log_level.restored", ended + 2)
+
+
+def test_the_command_says_in_which_processes_the_level_is_in_force(running: Node) -> None:
+    """A process that stands still is named, and takes the level when it runs again or is started again."""
+    began = len(entries(running, "infer-1", "log_level.set"))
+    running.kill("infer-1", signal.SIGSTOP)
+    try:
+        done = running.shoal("logs", "infer", "--set-level", "debug", "--for", "1h", check=False)
+        told = running.shoal("logs", "infer", "--set-level", "debug", "--for", "1h", "--json", check=False)
+    finally:
+        old = running.kill("infer-1")
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("infer-0: everything is logged from DEBUG until "), done
+    assert others == [
+        "infer-1: not in force: it does not answer; it takes the level when it runs again",
+        "        shoal logs infer-1 --level warning",
+    ]
+    found = json.loads(told.stdout)
+    assert (found["level"], found["in_force"]) == ("debug", ["infer-0"])
+    assert [one["process"] for one in found["not_in_force"]] == ["infer-1"]
+    assert (done.returncode, told.returncode) == (1, 1)
+    running.wait_until_restarted("infer-1", old)
+    wait_for(running, "infer-1", "log_level.set", began + 1)
+    services = {name for name in running.pids() if name.partition("-")[0] in ("coord", "store", "infer", "ingest")}
+    found = json.loads(running.shoal("logs", "--set-level", "default", "--json").stdout)
+    assert (set(found["in_force"]), found["not_in_force"], found["until"]) == (services, [], None)
 
 
 @pytest.mark.parametrize(
