@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from opentelemetry.sdk.metrics.export import (
     HistogramDataPoint,
     Metric,
     MetricExporter,
+    MetricExportResult,
     MetricsData,
     NumberDataPoint,
     ResourceMetrics,
@@ -109,22 +109,25 @@ async def exported(
 ) -> AsyncIterator[None]:
     """Export the metrics until the block ends, and once more then. The environment names a collector."""
     exporter, started_ns = _exporter(environ), time.time_ns()
+    is_taken = True
 
     async def export() -> None:
+        nonlocal is_taken
         readings = await snapshot(sources)
-        await asyncio.to_thread(lambda: exporter.export(points(readings, resource, started_ns, time.time_ns())))
+        taken = await asyncio.to_thread(lambda: exporter.export(points(readings, resource, started_ns, time.time_ns())))
+        is_taken = taken is MetricExportResult.SUCCESS
 
     task = asyncio.create_task(_repeated(export, interval_s(environ)))
     try:
         yield
     finally:
-        # The exporter by itself tries again for a minute, which would delay the stop.
-        late = threading.Timer(telemetry.LAST_EXPORT_S, exporter.shutdown)
-        late.start()
+        telemetry.begin_last_export()
         await end(task)
-        await _logged(export)
-        late.cancel()
-        await asyncio.to_thread(exporter.shutdown)
+        last = asyncio.create_task(_logged(export))
+        # The exporter by itself tries again for a minute. Over HTTP its thread cannot be interrupted, and is left.
+        await asyncio.wait([last], timeout=telemetry.LAST_EXPORT_S if is_taken else telemetry.AWAY_S)
+        exporter.shutdown()
+        await end(last)
 
 
 async def _repeated(export: Any, every_s: float) -> None:

@@ -15,7 +15,8 @@ import base64
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -23,13 +24,15 @@ from urllib.parse import unquote
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from mesh.process.kept_spans import KeptSpans, OnRequest
 from shoal import __version__
 
-LAST_EXPORT_S = 2.0
-"""Longest wait of a stop for the collector to accept the last spans or metrics."""
+LAST_EXPORT_S = 1.0
+"""Longest wait of a stop for the collectors to take the last spans and the last metrics, both at once."""
+AWAY_S = 0.2
+"""The same for a collector that has not taken the export before. A node's services stop one after the other."""
 
 _USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*://)?)([^/?#]*)@")
 """Scheme, and user and password, of an address that has these."""
@@ -115,13 +118,31 @@ class Exporting:
     """Returns True when a span may be made for one more sampled call; None: always."""
 
 
+class _Watched(SpanExporter):
+    """An exporter that knows whether the collector has taken the export before."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self.is_taken = True
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        self.is_taken = result is SpanExportResult.SUCCESS
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+
 class _Provider(TracerProvider):
-    """Tracer provider that also exposes the export of a finished span."""
+    """Tracer provider that also exposes the export of a finished span, and whose end has a bound."""
 
     def __init__(
         self, resource: Resource, exporter: SpanExporter, sampling: Sampling, kept: KeptSpans | None = None
     ) -> None:
         super().__init__(resource=resource, shutdown_on_exit=False)
+        self._exporter = exporter = _Watched(exporter)
+        self._ends_at: float | None = None
         self.kept = kept
         if kept is not None:
             kept.has_all_roots = sampling.ratio >= 1
@@ -134,6 +155,34 @@ class _Provider(TracerProvider):
                 processor.on_end(span)
 
         self.exporting = Exporting(export, resource, sampling)
+
+    def begin_end(self) -> None:
+        """Export the spans so far, in a thread. The time of the last export begins."""
+        if self._ends_at is None:
+            self._ends_at = time.monotonic() + (LAST_EXPORT_S if self._exporter.is_taken else AWAY_S)
+            threading.Thread(target=self.force_flush, daemon=True).start()
+
+    def end(self) -> None:
+        """Export all spans, or give up at the end of that time."""
+        now, least_s = time.monotonic(), 0.0
+        if self._ends_at is None:
+            self._ends_at = now + (LAST_EXPORT_S if self._exporter.is_taken else AWAY_S)
+        elif self._exporter.is_taken:
+            # For the spans since `begin_end`.
+            least_s = AWAY_S
+        # In a thread: the processor by itself waits half a minute, and an export over HTTP cannot be interrupted.
+        ending = threading.Thread(target=self.shutdown, daemon=True)
+        ending.start()
+        ending.join(max(self._ends_at - now, least_s))
+        if ending.is_alive():
+            self._exporter.shutdown()
+
+
+def begin_last_export() -> None:
+    """Begin the last export of spans: it takes its time at once with that of the metrics."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, _Provider):
+        provider.begin_end()
 
 
 def exporting() -> Exporting | None:
@@ -178,14 +227,11 @@ def tracing(
         yield
         return
     resource = resource_of(service, instance)
-    exporter = _exporter(environ)
-    provider = _Provider(resource, exporter, sampling_of(environ), KeptSpans(instance=instance) if keeps else None)
+    provider = _Provider(
+        resource, _exporter(environ), sampling_of(environ), KeptSpans(instance=instance) if keeps else None
+    )
     trace.set_tracer_provider(provider)
     try:
         yield
     finally:
-        # The processor by itself waits half a minute for an unreachable collector, which would delay the stop.
-        late = threading.Timer(LAST_EXPORT_S, exporter.shutdown)
-        late.start()
-        provider.shutdown()
-        late.cancel()
+        provider.end()
