@@ -421,7 +421,8 @@ class Edge:
         quiet_since, calls = time.monotonic(), -1
         while self.pid is not None and time.monotonic() < until and await self.is_ready():
             values = await self._stats(*_UNSENT, _CONNECTIONS, _CALLS)
-            if not values.get(_CONNECTIONS):
+            # No value: a busy Envoy has not responded in time.
+            if values.get(_CONNECTIONS) == 0:
                 return
             if any(values.get(name) for name in _UNSENT) or values.get(_CALLS) != calls:
                 quiet_since, calls = time.monotonic(), values.get(_CALLS, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from mesh.xds import web
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import folder, processes
-from shoal.node.envoy_edge import bootstrap
+from shoal.node.envoy_edge import Edge, bootstrap
 from shoal.node.front import choose
 
 WORKERS = ("/run/shoal/infer-0.sock", "/run/shoal/infer-1.sock")
@@ -112,6 +114,25 @@ def test_no_caller_is_internal() -> None:
 def test_a_connection_keeps_to_one_of_several_workers() -> None:
     assert "hash_policy" in route_of(made())
     assert "hash_policy" not in route_of(made(WORKERS[:1]))
+
+
+async def test_a_stop_does_not_take_an_envoy_that_gives_no_response_for_one_without_clients(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge, responses = "http.front.downstream_cx_active", ["", "1", "0"]
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if active := responses.pop(0):
+            writer.write(f"HTTP/1.1 200 OK\r\n\r\n{gauge}: {active}\n".encode())
+        writer.close()
+
+    monkeypatch.setattr(Edge, "pid", 1)
+    edge = Edge(host="127.0.0.1", port=1, workers=WORKERS, folder=run_dir, threads=1, report=lambda *_: None)
+    edge._was_ready, edge._flush_by = True, time.monotonic() + 60
+    async with await asyncio.start_unix_server(respond, run_dir / "admin.sock"):
+        await edge.flush()
+    assert responses == []
 
 
 def test_an_address_of_this_machine_gets_h2_and_others_an_envoy() -> None:
