@@ -209,6 +209,8 @@ def test_kill_9_of_a_worker_takes_no_call_of_the_other(start: Start, repository:
         port = int(said["address"].rpartition(":")[2])
         for pid in said["pids"]:  # One of them has started the owner: it makes no difference.
             os.kill(pid, signal.SIGKILL)
+            # Until then, the killed one listens: the next kill would leave none, and the owner ends with the last one.
+            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
             wait_until(lambda: listeners(port) == 2)
             callers.more()
         assert owners(process.pid) == before
