@@ -62,10 +62,11 @@ class Alerting:
 
     Args:
         file_sd: the file with which the node names itself.
-        every_s: time between two scrapes. A page waits 5 s for a process that stands still.
+        every_s: time between two scrapes, and for one: twice the 5 s for which a page waits for a process that stands
+            still.
     """
 
-    def __init__(self, folder: Path, file_sd: Path, *, every_s: float = 6.0) -> None:
+    def __init__(self, folder: Path, file_sd: Path, *, every_s: float = 10.0) -> None:
         self._folder = folder
         self._file_sd = file_sd
         self._every_s = every_s

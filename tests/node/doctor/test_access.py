@@ -67,7 +67,7 @@ def test_the_key_of_the_nodes_user_is_replaced_while_the_node_runs_and_is_no_fin
     assert (claims["sub"], claims["role"]) == (own.subject, "admin")
     assert claims["exp"] > time.time() + 300 * DAY_S
     assert file.stat().st_mode & 0o777 == 0o600
-    assert ward.look() == []
+    ward.until_well()
     assert own.subject in ward.node.shoal("keys", "list").stdout
 
 

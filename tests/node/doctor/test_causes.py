@@ -26,15 +26,17 @@ from tests.node.doctor.conftest import Ward, miss
 pytestmark = [pytest.mark.node, pytest.mark.timeout(300), pytest.mark.usefixtures("well")]
 
 SLEEPS = """
+import os
 import time
 
 class Model:
-    inputs = {"x": ("FP32", [-1, 4])}
-    outputs = {"y": ("FP32", [-1, 4])}
+    inputs = {{"x": ("FP32", [-1, 4])}}
+    outputs = {{"y": ("FP32", [-1, 4])}}
 
     def predict(self, batch):
-        time.sleep(1)
-        return {"y": batch["x"]}
+        while os.path.exists("{folder}/asleep"):
+            time.sleep(0.05)
+        return {{"y": batch["x"]}}
 """
 
 
@@ -191,13 +193,17 @@ def test_a_queue_whose_oldest_job_waits_is_found_until_it_is_empty(
     ward: Ward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "QUEUE_AGE_S", 1.0)
-    ward.client.models.push(python_model(tmp_path / "sleepy", SLEEPS))
+    ward.client.models.push(python_model(tmp_path / "sleepy", SLEEPS.format(folder=tmp_path)))
+    asleep = tmp_path / "asleep"
+    asleep.touch()
     try:
-        for _ in range(12):
+        for _ in range(3):
             ward.client.jobs.submit("sleepy", {"x": np.ones((1, 4), np.float32)})
         finding = ward.until_found("queue-old")
         assert "of tenant local" in finding.what
         ward.run(finding)
+        asleep.unlink()
         ward.until_well()
     finally:
+        asleep.unlink(missing_ok=True)
         ward.client.models.remove("sleepy")
