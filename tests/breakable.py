@@ -71,7 +71,7 @@ class Process:
     def thaw(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
-    def terminate(self, within_s: float = 30) -> int:
+    def terminate(self, within_s: float = PATIENCE_S) -> int:
         """Send SIGTERM, and return the exit status."""
         assert self._popen is not None
         self._popen.terminate()

@@ -18,7 +18,7 @@ import pytest
 SERVE = (sys.executable, "-m", "shoal.cli.main", "serve")
 Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
 
-READY_S = 60.0
+READY_S = 120.0
 STOP_S = 60.0
 NOT_INHERITED = {"SHOAL_GATEWAY", "SHOAL_TOKEN", "SHOAL_CA", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 """Variables of the process of the tests that a node does not get."""
@@ -108,7 +108,7 @@ class Node:
         return pid
 
     def shoal(
-        self, *args: str, timeout_s: float = 60.0, check: bool = True, elsewhere: Path | None = None
+        self, *args: str, timeout_s: float = 120.0, check: bool = True, elsewhere: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs another `shoal` command, which finds this node by itself.
 

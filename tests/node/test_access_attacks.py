@@ -69,7 +69,7 @@ GRANTS = [
     {"name": "no-secrets", "tenants": ["acme"], "deny": ["*"], "models": [SECRET]},
 ]
 REVOKED = "k-revoked"
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 FORGED = by_form(500, 2_000)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import shoal
-from shoal.errors import Unavailable
+from shoal.errors import DeadlineExceeded, Unavailable
 from tests.long_form import by_form
 from tests.seaweedfs import WeedProcess
 
@@ -28,7 +28,7 @@ VICTIMS = by_form(
     ["ingest-0", "infer-0", "ingest-1", "store-0"],
     ["ingest-0", "infer-0", "ingest-1", "ingest-0", "infer-1", "store-0"],
 )
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def wait_for_rows(running: Any, batch_id: str, rows: int) -> int:
     deadline = time.monotonic() + PATIENCE_S
     with shoal.Client(running.gateway) as client:
         while True:
-            with contextlib.suppress(Unavailable):  # Both that could answer may be down for a moment.
+            with contextlib.suppress(Unavailable, DeadlineExceeded):  # Both that could answer may be down for a moment.
                 batch = client.batches.get(batch_id, timeout=20)
                 if batch.rows_done >= rows or batch.ended:
                     return batch.rows_done

@@ -65,7 +65,7 @@ async def until_both_answer(stub: Any) -> None:
     seen: set[str] = set()
     asked = request(1)
     asked.parameters["explain"].bool_param = True
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while len(seen) < 2:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 seen.add((await stub.ModelInfer(asked)).parameters["replica"].string_param)

@@ -51,7 +51,7 @@ def request(value: float) -> pb.ModelInferRequest:
 async def until_three_are_ready(stub: Any, running: Any) -> dict[str, int]:
     """The pids of the instances, once each has answered."""
     seen: set[str] = set()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while len(seen) < 3:
             asked = request(1)
             asked.parameters["explain"].bool_param = True

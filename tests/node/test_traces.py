@@ -29,7 +29,7 @@ with tracing("client", "test"):
             for _ in range(3):
                 client.infer("double", {"x": np.ones((1, 4), np.float32)})
             job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
-            client.jobs.result(job.id, timeout=30)
+            client.jobs.result(job.id, timeout=60)
         print(trace.format_trace_id(span.get_span_context().trace_id))
 """
 
@@ -66,7 +66,7 @@ def collector() -> Iterator[tuple[Collector, str]]:
     server.stop(None)
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 30) -> bool:
+def eventually(condition: Callable[[], bool], within_s: float = 60) -> bool:
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
@@ -85,7 +85,7 @@ def test_one_trace_crosses_every_hop(collector: tuple[Collector, str], node: Any
         env={**running.environ, **env},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     trace_id = done.stdout.strip()

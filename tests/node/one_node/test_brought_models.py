@@ -14,7 +14,7 @@ import shoal
 from shoal.client import JobRequest
 from tests.node.conftest import Node
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(600)]
 
 TRAIN = """
 import sys, joblib, numpy
@@ -38,7 +38,7 @@ def original(repository_root: Path, running: Node, tmp_path_factory: pytest.Temp
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
         command = [str(python), *map(str, args)]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110, check=False)
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
 
     return run
 

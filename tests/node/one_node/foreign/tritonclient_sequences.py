@@ -20,7 +20,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 triton: Any = tritonclient.http if sys.argv[2:] == ["http"] else tritonclient.grpc
