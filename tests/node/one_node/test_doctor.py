@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,13 +18,18 @@ import shoal
 from shoal.cli.diagnosis import checks, gather
 from shoal.cli.diagnosis.facts import Finding
 from shoal.discovery import running_nodes
-from tests.breakable import until
+from tests.breakable import PATIENCE_S, until
 from tests.node.conftest import OF_THE_MACHINE, Node, python_model
 
 
 @pytest.fixture
-def client(running: Node) -> Iterator[shoal.Client]:
+def client(running: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[shoal.Client]:
+    """A client of the node, on which nothing is found: other modules kill."""
+    # On a busy machine, an answer takes longer than doctor waits for it.
+    monkeypatch.setattr(gather, "READ_S", PATIENCE_S)
+    monkeypatch.setattr(gather, "PAGE_S", PATIENCE_S)
     with shoal.Client(running.gateway) as made:
+        asyncio.run(until(lambda: found(made, running) == [], "nothing is found"))
         yield made
 
 
