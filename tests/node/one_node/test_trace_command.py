@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.node
 
 INPUT = '{"x": [[1, 2, 3, 4]]}'
 FAILS, SLOW, FAST = 666, 2, 1
+SLOW_S = 1.0
 MOODY = f"""
 import time
 
@@ -102,8 +104,14 @@ def test_a_slow_call_is_kept_and_a_fast_one_is_not(moody: Any) -> None:
     [span] = json.loads(moody.shoal("trace", trace, "--json").stdout)["spans"]
     assert (span["parent"], span["error"], span["attributes"]["shoal.model"]) == ("00f067aa0ba902b7", "", "moody")
     assert span["end_ns"] - span["start_ns"] >= 1_000_000_000
-    trace, header = unsampled()
-    assert infer(moody, FAST, **header) == (200, "")
+    while True:
+        trace, header = unsampled()
+        began = time.monotonic()
+        found = infer(moody, FAST, **header)
+        # On a machine that stands still meanwhile, it is slow.
+        if time.monotonic() - began < SLOW_S:
+            break
+    assert found == (200, "")
     missing = moody.shoal("trace", trace, check=False)
     assert (missing.returncode, "has a span of" in missing.stderr) == (1, True)
 
@@ -114,7 +122,9 @@ def test_a_failed_job_without_a_trace_shows_its_attempt_in_both_processes(moody:
         *_, last = client.jobs.watch(job.id)
         assert last.state == "dead"
     document = json.loads(moody.shoal("trace", job.id, "--json").stdout)
-    found = {(re.split(r"[/-]", span["instance"])[1], span["name"]) for span in document["spans"]}
+    # Others are kept when the machine is so busy that they are slow.
+    failed = [span for span in document["spans"] if span["error"]]
+    found = {(re.split(r"[/-]", span["instance"])[1], span["name"]) for span in failed}
     assert found == {("ingest", "attempt"), ("infer", "inference.GRPCInferenceService/ModelInfer")}
     assert len({span["trace"] for span in document["spans"]}) == 1
     assert "moody" in moody.shoal("trace", job.id).stdout
