@@ -45,11 +45,14 @@ class ReplicaSet:
     async def until_primary(self, other_than: int | None = None) -> int:
         """Waits for a primary; returns its number."""
 
+        found: int | None = None
+
         def is_there() -> bool:
-            return self.primary() not in (None, other_than)
+            nonlocal found
+            found = self.primary()
+            return found not in (None, other_than)
 
         await until(is_there, "a primary", within_s=60, every_s=0.2)
-        found = self.primary()
         assert found is not None
         return found
 

@@ -21,10 +21,10 @@ class Storm:
         self._random = random.Random(seed)
         self._deck: list[str] = []
 
-    async def blow(self, seconds: float) -> None:
-        """Kills for so long."""
+    async def blow(self, seconds: float, least_victims: int) -> None:
+        """Kills for so long, and until so many different ones have died."""
         end = asyncio.get_running_loop().time() + seconds
-        while asyncio.get_running_loop().time() < end:
+        while asyncio.get_running_loop().time() < end or len(self.kills) < least_victims:
             await asyncio.sleep(self._random.uniform(0.2, LONGEST_WAIT_S))
             self.strike()
 

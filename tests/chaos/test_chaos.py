@@ -41,7 +41,7 @@ async def test_whatever_dies_every_acknowledged_job_has_its_one_result(node: Any
     workload = Workload(one.gateway, ("double", "slow"))
     async with workload.running():
         reporter = asyncio.create_task(say(workload, storm))
-        await storm.blow(MINUTES * 60)
+        await storm.blow(MINUTES * 60, LEAST_VICTIMS)
         await end(reporter)
     acknowledged = len(workload.ledger.numbers)
     print(f"the storm is over: {storm.kills.total()} kills, {acknowledged} acknowledged; waiting for the rest to end")
@@ -52,7 +52,6 @@ async def test_whatever_dies_every_acknowledged_job_has_its_one_result(node: Any
     assert len(workload.ledger.by_tenant) == 3
     assert acknowledged >= MINUTES * 200, f"so few jobs show little: {workload.ledger}"
     assert storm.kills.total() >= MINUTES * 5
-    assert len(storm.kills) >= LEAST_VICTIMS, f"seed {SEED}: {storm.kills}"
 
 
 async def say(workload: Workload, storm: Storm) -> None:

@@ -27,8 +27,7 @@ async def test_the_primary_dies_and_nothing_acknowledged_is_lost(node: Any, onnx
         async with workload.running():
             await more_are_acknowledged(workload, 100)
             for _ in range(KILLS):
-                primary = mongo.primary()
-                assert primary is not None
+                primary = await mongo.until_primary()
                 mongo.kill(primary)
                 await mongo.until_primary(other_than=primary)
                 await more_are_acknowledged(workload, 100)
