@@ -319,6 +319,12 @@ def _raise_if_cancelled(cause: Exception | None) -> None:
         raise asyncio.CancelledError from cause
 
 
+def is_timeout(error: PyMongoError) -> bool:
+    """Return True when an operation took longer than its limit, or raise CancelledError if its caller is cancelled."""
+    _raise_if_cancelled(error)
+    return error.timeout
+
+
 def translate(error: PyMongoError, doing: str) -> ShoalError:
     """Return the ShoalError for a caller that corresponds to `error`."""
     if isinstance(error, ConnectionFailure) or error.timeout or _is_starting(error):

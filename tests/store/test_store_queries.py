@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import product
@@ -17,8 +19,10 @@ from services.store.page_token import Position
 from services.store.results.read_gate import ReadGate
 from services.store.results.result_documents import document
 from services.store.results.result_filter import find
+from services.store.results.result_stream import ResultStream
 from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
+from tests.breakable import PATIENCE_S
 from tests.long_form import by_form
 from tests.store.conftest import running_store, store_config, stored
 
@@ -161,9 +165,89 @@ async def test_answers_are_those_that_match(thousand: Collections) -> None:
     docs = [recorded(n) for n in range(1_000)]
     results = Results(thousand, cast(Any, None), lambda: NOW)
     for wanted in combinations(job_ids=[None, ["j0000", "j0042", "j0043", "j0777", "none"]]):
-        page, more = await results.page(wanted, None, 1_000, READING, omit_response=True)
+        page, end = await results.page(wanted, None, 1_000, READING, omit_response=True)
         expected = [doc["_id"] for doc in reversed(docs) if matches(doc, wanted)]
-        assert ([doc["_id"] for doc in page], more) == (expected, False), wanted
+        assert ([doc["_id"] for doc in page], end) == (expected, None), wanted
+
+
+@pytest.fixture
+async def listened(thousand: Collections, heard: Heard, mongo_uri: str, mongo_database: str) -> AsyncIterator[Results]:
+    """Results whose queries are heard, and which examine seven of a tenant at a time: each query takes too long."""
+    async with heard.client(mongo_uri) as client:
+        made = Collections(client[mongo_database])
+        await made.prepare()
+        heard.commands.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("services.store.results.results._TRIES", ((1e-9, None), (None, 7)))
+            yield Results(made, cast(Any, None), lambda: NOW)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pb.ResultFilter(),
+        pb.ResultFilter(tenant="t3", model_name="m2"),
+        pb.ResultFilter(tenant="t3", labels={"team": "a", "stage": "1"}),
+        pb.ResultFilter(tenant="t3", labels={"none": "such"}),
+        pb.ResultFilter(
+            model_version="2", outcome=FAILED, until=Timestamp(seconds=int(NOW.timestamp()), nanos=50_000_000)
+        ),
+    ],
+)
+async def test_a_search_goes_on_page_by_page_and_examines_a_bounded_number(
+    listened: Results, heard: Heard, wanted: pb.ResultFilter
+) -> None:
+    expected = [f"j{n:04}" for n in range(1_000) if matches(recorded(n), wanted) and is_before(recorded(n), wanted)]
+    for oldest_first in (False, True):
+        found, sizes, end = [], set(), None
+        while True:
+            page, end = await listened.page(wanted, end, 5, READING, oldest_first=oldest_first, omit_response=True)
+            found += [doc["_id"] for doc in page]
+            sizes.add(len(page))
+            if end is None:
+                break
+        assert found == (expected if oldest_first else expected[::-1])
+        assert max(sizes) <= 5
+    finds = [command for _, command in heard.commands if "find" in command]
+    # Of the first pages; the others are alike.
+    for command in finds[:9]:
+        plan = await listened._collections.db.command("explain", bare(command), verbosity="executionStats")
+        stats = plan["executionStats"]
+        if "skip" in command:
+            assert (stats["totalKeysExamined"] <= 7, stats["totalDocsExamined"]) == (True, 0)
+        else:
+            # Up to 13 of a span, and those that were recorded in the same milliseconds as its first and its last one.
+            assert stats["totalDocsExamined"] <= 13 + 2 * 9
+
+
+async def test_a_stream_of_a_search_is_whole(listened: Results) -> None:
+    watch: Any = None
+    stream = ResultStream(listened, watch, 1)
+    for labels, count in (({"team": "a"}, 14), ({"none": "such"}, 0)):
+        request = pb.StreamResultsRequest(filter=pb.ResultFilter(tenant="t3", labels=labels), omit_response=True)
+        pages = [page async for page in stream.follow(request)]
+        assert [page.complete for page in pages] == [False] * (len(pages) - 1) + [True]
+        assert sum(len(page.results) for page in pages) == count
+
+
+async def test_the_searches_of_a_tenant_delay_no_query_of_another(thousand: Collections) -> None:
+    results = Results(thousand, cast(Any, None), lambda: NOW)
+    labels = {"team": "a", "stage": "1"}
+    async with contextlib.AsyncExitStack() as running, asyncio.timeout(PATIENCE_S):
+        for _ in range(2):
+            await running.enter_async_context(results.searches.take("t1"))
+        waiting = asyncio.create_task(results.page(pb.ResultFilter(tenant="t1", labels=labels), None, 9, READING))
+        for wanted in (pb.ResultFilter(tenant="t2", labels=labels), pb.ResultFilter(tenant="t1")):
+            docs, _ = await results.page(wanted, None, 9, READING)
+            assert docs
+        assert not waiting.done()
+        await running.aclose()
+        docs, _ = await waiting
+        assert docs
+
+
+def is_before(doc: dict[str, Any], wanted: pb.ResultFilter) -> bool:
+    return not wanted.HasField("until") or doc["recorded_at"] < wanted.until.ToDatetime(tzinfo=UTC)
 
 
 def matches(doc: dict[str, Any], wanted: pb.ResultFilter) -> bool:

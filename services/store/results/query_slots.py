@@ -11,14 +11,16 @@ from contextlib import asynccontextmanager
 
 from services.store.results.tenant_turns import TenantTurns
 
-# A third of the connections of a store (`mesh.mongo`).
-_LIMIT = 16
+LIMIT = 16
+"""A third of the connections of a store (`mesh.mongo`)."""
+SEARCHES = 4
+"""Queries that may examine many results which do not match, 2 of one tenant: each keeps a thread of MongoDB busy."""
 
 
 class QuerySlots(TenantTurns):
     """Slots for queries. Tenants take turns."""
 
-    def __init__(self, limit: int = _LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT) -> None:
         super().__init__(limit, leaves_room=True)
 
     @asynccontextmanager

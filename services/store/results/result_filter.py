@@ -4,7 +4,8 @@
 
 Every index of results ends in (recorded_at, _id), so every filter is served in order without a sort, and from a
 position without a skip. The index also holds the filtered fields, so a document, which may hold a megabyte, is read
-only when it matches (except by labels beyond the first).
+only when it matches (except by labels beyond the first). A query that takes too long is limited to a span of its
+tenant's results.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from mesh.mongo import Document
 from services.store.documents import EARLIEST, Collections
 from services.store.page_token import Position
 from services.store.results import result_rules
-from shoal.store.v1.store_pb2 import QueryResultsRequest, ResultFilter
+from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
 WITHOUT_RESPONSE = {"response": 0, "blob": 0}
+_SUCCEEDED = Result.OUTCOME_SUCCEEDED
 _EQUAL = ("model_name", "model_version", "tenant", "outcome")
 
 
@@ -40,12 +42,61 @@ def find(
     *,
     oldest_first: bool = False,
     omit_response: bool = False,
+    last: Position | None = None,
 ) -> AsyncCursor[Document]:
-    """Return the cursor of a filter without job ids, newest or oldest first, after `after`. A test explains each."""
+    """Return the cursor of a filter without job ids, newest or oldest first, after `after`. A test explains each.
+
+    With `last`, it ends there, and examines no results but those of the tenant between the two.
+    """
     conditions = [condition(result_filter), *([beyond(after, oldest_first=oldest_first)] if after else [])]
+    if last is not None:
+        conditions.append(_up_to(last, oldest_first=oldest_first))
     cursor = collections.results.find({"$and": conditions}, WITHOUT_RESPONSE if omit_response else None)
+    if last is not None:
+        cursor = cursor.hint(_tenant_index(result_filter))
     order = ASCENDING if oldest_first else DESCENDING
     return cursor.sort([("recorded_at", order), ("_id", order)])
+
+
+def span_ends(
+    collections: Collections, result_filter: ResultFilter, after: Position | None, size: int, *, oldest_first: bool
+) -> list[AsyncCursor[Document]]:
+    """Return cursors of one position each: the first that has one ends a span of the filter's tenant, after `after`.
+
+    The span has at least `size` results and less than twice as many. None has a position when there are fewer. They
+    read entries of the index only: for the condition of `beyond`, MongoDB would read the documents.
+    """
+    of_tenant = ResultFilter()
+    of_tenant.CopyFrom(result_filter)
+    for field in ("model_name", "model_version", "outcome", "labels"):
+        of_tenant.ClearField(field)
+    beyonds: list[Document] = [{}]
+    if after is not None:
+        order = "$gt" if oldest_first else "$lt"
+        same_time = {"recorded_at": after.recorded_at, "_id": {order: after.job_id}}
+        beyonds = [same_time, {"recorded_at": {order: after.recorded_at}}]
+    direction = ASCENDING if oldest_first else DESCENDING
+    return [
+        collections.results.find({"$and": [condition(of_tenant), further]}, {"recorded_at": 1})
+        .hint(_tenant_index(result_filter))
+        .sort([("recorded_at", direction), ("_id", direction)])
+        .skip(size - 1)
+        .limit(1)
+        for further in beyonds
+    ]
+
+
+def is_search(result_filter: ResultFilter) -> bool:
+    """Return True when no index leads to the matches alone: the query may examine many other results."""
+    given = [field for field in _EQUAL if getattr(result_filter, field)]
+    conditions = len(given) + len(result_filter.labels)
+    return (
+        conditions > 1 or given == ["model_version"] or (given == ["outcome"] and result_filter.outcome == _SUCCEEDED)
+    )
+
+
+def _tenant_index(result_filter: ResultFilter) -> str:
+    return "by_tenant" if result_filter.tenant else "by_time"
 
 
 def condition(result_filter: ResultFilter) -> Document:
@@ -74,4 +125,14 @@ def beyond(after: Position, *, oldest_first: bool) -> Document:
     return {
         "recorded_at": {f"{order}e": after.recorded_at},
         "$or": [{"recorded_at": {order: after.recorded_at}}, same],
+    }
+
+
+def _up_to(last: Position, *, oldest_first: bool) -> Document:
+    """Return the query for results up to a position, that one included, in either order."""
+    order = "$lt" if oldest_first else "$gt"
+    same = {"recorded_at": last.recorded_at, "_id": {f"{order}e": last.job_id}}
+    return {
+        "recorded_at": {f"{order}e": last.recorded_at},
+        "$or": [{"recorded_at": {order: last.recorded_at}}, same],
     }

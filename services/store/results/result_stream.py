@@ -78,8 +78,9 @@ class ResultStream:
     async def whole(self, result_filter: ResultFilter) -> Cursor:
         """Return the cursor of a stream that begins now."""
         with self._results.reads.reading(result_filter.tenant) as reading:
-            newest, _ = await self._results.page(result_filter, None, 1, reading, omit_response=True)
-        return Cursor(START, position_of(newest[0]) if newest else START)
+            newest, end = await self._results.page(result_filter, None, 1, reading, omit_response=True)
+        # Without a match down to the page's end, the stream has none after it either.
+        return Cursor(START, position_of(newest[0]) if newest else end or START)
 
     async def step(
         self,
@@ -90,11 +91,11 @@ class ResultStream:
         size: int = MESSAGE_RESULTS,
         omit_response: bool = False,
     ) -> tuple[list[Document], Cursor]:
-        """Return the next documents, read as part of `reading`, and the cursor after them.
+        """Return the next documents, read as part of `reading`, and the cursor after them. There may be none.
 
         The stream ends when `after` has reached `last`.
         """
-        page, more = await self._results.page(
+        page, end = await self._results.page(
             result_filter,
             cursor.after,
             size,
@@ -104,5 +105,6 @@ class ResultStream:
             omit_response=omit_response,
         )
         docs = [doc for doc in page if position_of(doc) <= cursor.last]
-        is_over = not more or len(docs) < len(page)
-        return docs, Cursor(cursor.last if is_over else position_of(docs[-1]), cursor.last)
+        if end is None or end > cursor.last or len(docs) < len(page):
+            end = cursor.last
+        return docs, Cursor(end, cursor.last)

@@ -16,9 +16,9 @@ from datetime import datetime
 import pymongo
 from google.protobuf.message import DecodeError
 from pymongo.asynchronous.cursor import AsyncCursor
-from pymongo.errors import BulkWriteError
+from pymongo.errors import BulkWriteError, PyMongoError
 
-from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.mongo import TIMEOUT_MS, Document, is_timeout, translated
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
@@ -26,9 +26,9 @@ from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.large_responses import LargeResponses
-from services.store.results.query_slots import QuerySlots
+from services.store.results.query_slots import SEARCHES, QuerySlots
 from services.store.results.read_gate import UNGATED_BYTES, ReadGate, Reading
-from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
+from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find, is_search, span_ends
 from services.store.results.tombstones import is_tombstone
 from services.store.results.waiting import Waiters, is_young
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
@@ -43,6 +43,9 @@ _WRITE_BYTES_PER_S = 8 << 20
 _BLOBS_AT_ONCE = 8
 # Documents of named jobs read at once, beside the page. Each holds a response of up to SHOAL_STORE_INLINE_BYTES.
 _NAMED_AT_ONCE = 32
+# Tries of a page: the time of one, and the results of the tenant that it examines, or up to twice as many (None: all).
+# Another try follows one that found nothing in its time. Labels beyond the first are in documents of up to 256 KiB.
+_TRIES: Sequence[tuple[float | None, int | None]] = ((0.5, None), (1.0, 20_000), (None, 500))
 _STANDING_ATTEMPTS = 5
 # A single job of a fast model is done in 8 ms, and a read costs the store as much as recording the result.
 _SOON_S = 0.02
@@ -64,7 +67,7 @@ class Results:
         self._clock = clock
         self.reads = ReadGate()
         """Places for calls that read many or large responses."""
-        self.queries = QuerySlots()
+        self.queries, self.searches = QuerySlots(), QuerySlots(SEARCHES)
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""
         self._on_recorded = on_recorded
@@ -133,7 +136,7 @@ class Results:
     async def query(self, query: QueryResultsRequest, scope: TenantScope = EVERY_TENANT) -> tuple[list[Result], str]:
         """Return one page of results of the scope, newest first, and the token of the next page.
 
-        The token is empty on the last page.
+        The token is empty on the last page. A page may be short or empty although more results match.
 
         A damaged answer sets `answer_lost` in its result, and does not affect the other results.
 
@@ -149,13 +152,11 @@ class Results:
             raise InvalidArgument("include_removed: only with job_ids: removed results are in no other order")
         removed = {"removed_at": {"$exists": True}, **scope.condition} if query.include_removed else None
         with self.reads.reading(query.tenant) as reading:
-            docs, more = await self.page(
+            docs, end = await self.page(
                 result_filter, after, size, reading, omit_response=query.omit_response, removed=removed
             )
             found = [await self.readable(doc) for doc in docs]
-        if not more:
-            return found, ""
-        return found, page_token.encode(position_of(docs[-1]), digest)
+        return found, "" if end is None else page_token.encode(end, digest)
 
     async def whole(self, doc: Document) -> Result:
         """Return the result of a document with its response, which may be read from a blob.
@@ -207,31 +208,33 @@ class Results:
         oldest_first: bool = False,
         omit_response: bool = False,
         removed: Document | None = None,
-    ) -> tuple[list[Document], bool]:
-        """Return the documents of one page of `size`, after `after`, and True when there are more.
+    ) -> tuple[list[Document], Position | None]:
+        """Return the documents of one page of `size`, after `after`, and where it ends; None: there are no more.
 
-        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own. Large ones are
-        read as part of `reading`. Of named jobs, the page includes the tombstones that match `removed`.
+        The page ends before its responses exceed `most_bytes`; a larger response has a page of its own. It is short, or
+        empty, when the query takes long. Large responses are read as part of `reading`. Of named jobs, the page
+        includes the tombstones that match `removed`.
         """
-        if result_filter.job_ids:
-            docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
-        else:
-            found = find(
-                self._collections, result_filter, after, oldest_first=oldest_first, omit_response=omit_response
-            )
-            docs = _each(found.limit(size + 1))
-        page: list[Document] = []
-        nbytes = 0
+        query = self._collections, result_filter, after
+        slots = self.searches if is_search(result_filter) else self.queries
         with translated("querying results"):
-            async with self.queries.take(result_filter.tenant), aclosing(docs):
-                async for doc in docs:
-                    nbytes += result_documents.response_bytes(doc)
-                    if len(page) == size or (page and nbytes > most_bytes):
-                        return page, True
-                    page.append(doc)
-                    if nbytes > UNGATED_BYTES:
-                        await reading.take(max(nbytes, most_bytes))
-        return page, False
+            async with slots.take(result_filter.tenant):
+                if result_filter.job_ids:
+                    docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
+                    return await _filled(docs, size, most_bytes, reading)
+                for limit_s, span in _TRIES:
+                    last: Position | None = None
+                    try:
+                        if span is not None:
+                            last = await _first(span_ends(*query, span, oldest_first=oldest_first), limit_s)
+                        found = find(*query, oldest_first=oldest_first, omit_response=omit_response, last=last)
+                        docs = _each(found.limit(size + 1), limit_s)
+                        page, end = await _filled(docs, size, most_bytes, reading)
+                        return page, end or last
+                    except PyMongoError as err:
+                        if limit_s is None or not is_timeout(err):
+                            raise
+        raise AssertionError("the last try has no limit")
 
     async def _named(
         self,
@@ -348,9 +351,46 @@ def position_of(doc: Document) -> Position:
     return Position(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
 
 
-async def _each(cursor: AsyncCursor[Document]) -> AsyncGenerator[Document, None]:
+async def _filled(
+    found: AsyncGenerator[Document, None], size: int, most_bytes: int, reading: Reading
+) -> tuple[list[Document], Position | None]:
+    """Return the next documents for a page, and where it ends; None: there are no more."""
+    page: list[Document] = []
+    nbytes = 0
+    async with aclosing(found) as docs:
+        try:
+            async for doc in docs:
+                nbytes += result_documents.response_bytes(doc)
+                if len(page) == size or (page and nbytes > most_bytes):
+                    return page, position_of(page[-1])
+                page.append(doc)
+                if nbytes > UNGATED_BYTES:
+                    await reading.take(max(nbytes, most_bytes))
+        except PyMongoError as err:
+            if not page or not is_timeout(err):
+                raise
+            return page, position_of(page[-1])
+    return page, None
+
+
+async def _first(cursors: Sequence[AsyncCursor[Document]], limit_s: float | None) -> Position | None:
+    """Return the position of the first document that any of the cursors has."""
+    for cursor in cursors:
+        async with aclosing(_each(cursor, limit_s)) as docs:
+            async for doc in docs:
+                return position_of(doc)
+    return None
+
+
+async def _each(cursor: AsyncCursor[Document], limit_s: float | None) -> AsyncGenerator[Document, None]:
+    """Yield the documents of a query, each reply to which takes `limit_s` at most."""
     async with cursor:
-        async for doc in cursor:
+        while True:
+            try:
+                with pymongo.timeout(limit_s):
+                    doc = await anext(cursor)
+            except StopAsyncIteration:
+                return
             yield doc
 
 

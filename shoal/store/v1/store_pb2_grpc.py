@@ -266,7 +266,8 @@ class StoreServiceServicer:
 
     def QueryResults(self, request, context):
         """Lists results by job, model, version, tenant, outcome, label and time, newest first, in pages. A damaged answer is
-        left out of its result, and `answer_lost` has the reason. INVALID_ARGUMENT: an invalid page token or filter.
+        left out of its result, and `answer_lost` has the reason. A page may be short or empty although more results match:
+        the list ends with a page without `next_page_token`. INVALID_ARGUMENT: an invalid page token or filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
