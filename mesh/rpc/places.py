@@ -30,6 +30,10 @@ class Places:
         self._by_tenant: Counter[str] = Counter()
         self.taken = 0
 
+    def held_by(self, tenant: str | None) -> int:
+        """Return the number of places that a tenant holds; None: calls without a tenant."""
+        return self._by_tenant.get(tenant or "", 0)
+
     @contextmanager
     def take(self, tenant: str | None) -> Iterator[None]:
         """Hold a place for as long as the block lasts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -24,6 +24,8 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1_000
 WATCH_S = 0.5
 """Interval at which a watcher polls for progress."""
+POLLS_PER_S = 100
+"""Polls of all watchers of a tenant: each reads a batch and the sum of its chunks, in about a millisecond together."""
 # Lifetime of a cached sum: many clients may watch one batch.
 _SUM_TTL_S = 0.25
 # A sum reads all chunks of its batch, 244,000 of a billion rows. It lives this many times as long as it took, so that
@@ -55,12 +57,14 @@ class BatchControl:
         on_change: Callable[[], None],
         max_watches: int,
         monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._batches = batches
         self._chunks = chunks
         self._on_change = on_change
         self._watches = Places(max_watches, "watches")
         self._monotonic = monotonic
+        self._sleep = sleep
         # Each with the time until which it is returned.
         self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
         self._locks: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = WeakValueDictionary()
@@ -99,11 +103,14 @@ class BatchControl:
             last = await self.get(batch_id, scope)
             yield last
             while not last.batch.is_final:
-                await asyncio.sleep(WATCH_S)
+                await self._sleep(self._interval_s(scope.tenant))
                 view = await self._get_with_retry(batch_id)
                 if view != last:
                     last = view
                     yield view
+
+    def _interval_s(self, tenant: str | None) -> float:
+        return max(WATCH_S, self._watches.held_by(tenant) / POLLS_PER_S)
 
     async def cancel(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
         """Cancel a batch of the scope; published parts stay. Wait briefly for the batch's end, and return the batch.

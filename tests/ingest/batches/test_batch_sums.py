@@ -1,4 +1,4 @@
-"""Sums over a batch's chunks: what a large batch costs MongoDB does not grow with its watchers."""
+"""Watchers of batches: what they cost MongoDB does not grow with their number, nor do they delay each other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import cast
 
-from services.ingest.batches.batch import Totals
+from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from services.ingest.batches.batch import Batch, Totals
 from services.ingest.batches.batch_control import BatchControl
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
+from tests.breakable import until
 from tests.ingest.batches.making import batch
 
 
@@ -42,3 +44,40 @@ async def test_a_slow_sum_is_made_once_for_all_watchers_and_rarely(tmp_path: Pat
     assert (await control._view(one)).totals.rows == 1
     chunks.now += 2
     assert (await control._view(one)).totals.rows == 2
+
+
+async def test_the_many_watchers_of_a_tenant_read_as_often_as_a_few(tmp_path: Path) -> None:
+    pauses: dict[str, list[float]] = {"many": [], "one": []}
+    tenant_of_task: dict[asyncio.Task[None] | None, str] = {}
+    wake = asyncio.Event()
+
+    class Batches:
+        async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
+            return batch(tmp_path, id=batch_id, totals=Totals())
+
+    async def sleep(seconds: float) -> None:
+        pauses[tenant_of_task[asyncio.current_task()]].append(seconds)
+        await wake.wait()
+
+    control = BatchControl(
+        cast(BatchRepository, Batches()),
+        cast(ChunkRepository, None),
+        on_change=lambda: None,
+        max_watches=10_000,
+        sleep=sleep,
+    )
+
+    async def follow(tenant: str) -> None:
+        async for _ in control.follow("01JDG3W6ZKQ1N8X9T4B7R2M5P0", TenantScope(tenant)):
+            pass
+
+    async with asyncio.TaskGroup() as tasks:
+        following = []
+        for tenant in ["many"] * 1_000 + ["one"]:
+            following.append(task := tasks.create_task(follow(tenant)))
+            tenant_of_task[task] = tenant
+        await until(lambda: len(pauses["many"]) == 1_000 and pauses["one"] == [0.5], "all wait")
+        assert pauses["many"][:50] == [0.5] * 50
+        assert pauses["many"][-1] == 10
+        for task in following:
+            task.cancel()
