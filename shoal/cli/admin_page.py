@@ -28,8 +28,11 @@ def read(admin: str, target: str, *, timeout_s: float) -> str:
             text: str = response.read(PAGE_BYTES).decode(errors="replace")
             return text
     except (OSError, ValueError, HTTPException) as err:
+        # urllib's error has the one of the socket as its reason.
+        cause = getattr(err, "reason", err)
+        reason = getattr(cause, "strerror", None) or cause
         raise Unavailable(
-            f"the admin address {admin} of the node does not answer {target.partition('?')[0]}: {err}"
+            f"the admin address {admin} of the node does not answer {target.partition('?')[0]}: {reason}"
         ) from err
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.here import or_stopped
 from shoal.cli.output import AsJson, Gateway, connect, console, one_line, show_json
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def _facts(gateway: str | None, data_dir: Path | None) -> Facts:
         if node is None:
             return gather.of_folder(data_dir.absolute())
         gateway = gateway or node.url
-    with connect(gateway) as client:
+    with or_stopped("doctor"):
+        connection = connect(gateway)
+    with connection as client:
         node = next((node for node in nodes if node.url == client.address), None)
         return gather.of_node(client, node, gateway or (client.address if len(nodes) > 1 else ""))
 
@@ -97,9 +100,7 @@ def _show(facts: Facts, findings: list[Finding]) -> None:
     if skipped:
         out.print(f"not checked: {', '.join(skipped)}", style="yellow", markup=False, soft_wrap=True)
     if facts.local is None:
-        here = (
-            "no node of this user at this address runs on this machine: run `shoal doctor` and `shoal logs` on its own"
-        )
+        here = "no node of this user at this address runs here: run `shoal doctor` and `shoal logs` on its own machine"
         out.print(here, style="yellow", markup=False, soft_wrap=True)
     elif facts.status is None and not facts.unread:
         out.print("the node does not run: only its folder and this machine were checked", style="yellow", markup=False)

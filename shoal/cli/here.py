@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from shoal.cli.up import default_data_dir
 from shoal.discovery import RunningNode, find_gateway, find_node, node_of, running_servers
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
@@ -28,6 +31,16 @@ def node_here(gateway: str | None, what: str, otherwise: str) -> RunningNode:
             f"{otherwise}"
         )
     return node
+
+
+@contextmanager
+def or_stopped(command: str) -> Iterator[None]:
+    """Have the error of a node that is not found say how `shoal COMMAND` looks at one that has stopped."""
+    try:
+        yield
+    except NotFound as err:
+        folder = default_data_dir(os.environ.get("XDG_DATA_HOME"))
+        raise NotFound(f"{err.message}. Of a node that has stopped: shoal {command} --data-dir {folder}") from None
 
 
 def admin_here(gateway: str | None, what: str) -> str:

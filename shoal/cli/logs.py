@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import amounts
-from shoal.cli.here import node_here
+from shoal.cli.here import node_here, or_stopped
 from shoal.cli.output import Gateway, printable, show_json_line, text
 from shoal.errors import InvalidArgument, NotFound
 
@@ -96,6 +96,9 @@ def logs(
 
     if level and level.upper() not in LEVELS:
         raise InvalidArgument(f"--level {level!r}: expected one of {', '.join(LEVELS).lower()}")
+    if set_level and set_level.upper() not in (*LEVELS, log_levels.DEFAULT):
+        expected = ", ".join((*LEVELS, log_levels.DEFAULT)).lower()
+        raise InvalidArgument(f"--set-level {set_level!r}: expected one of {expected}")
     if logger and not set_level:
         raise InvalidArgument("--logger is for --set-level; --contains prints the entries that have a text")
     folder = _folder(data_dir, gateway)
@@ -149,7 +152,8 @@ def _includes(wanted: list[str] | None, name: str) -> bool:
 
 def _folder(data_dir: Path | None, gateway: str | None) -> Path:
     if data_dir is None:
-        data_dir = node_here(gateway, "logs", "`shoal serve` logs to its own terminal.").data_dir
+        with or_stopped("logs"):
+            data_dir = node_here(gateway, "logs", "`shoal serve` logs to its own terminal.").data_dir
     folder = data_dir / "logs"
     if not folder.is_dir():
         raise NotFound(f"{data_dir} has no folder of logs: give the data folder of a node with --data-dir")

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.output import Gateway, connect
+from shoal.cli.here import or_stopped
+from shoal.cli.output import Gateway, connect, one_line
 from shoal.errors import InvalidArgument, ShoalError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shoal.discovery import RunningNode
 
 app = typer.Typer(
@@ -66,6 +69,7 @@ def bundle(
         raise InvalidArgument(f"--data-dir {data_dir}: not the data folder of a node")
     nodes = running_nodes(os.environ)
     node: RunningNode | None = None
+    unread: Mapping[str, str] = {}
     if data_dir is not None:
         node = next((one for one in nodes if one.data_dir.resolve() == data_dir.resolve()), None)
         gateway = gateway or (node.url if node is not None else None)
@@ -73,10 +77,16 @@ def bundle(
         if data_dir is not None and node is None:
             names = bundles.write(path, None, None, gather.of_folder(data_dir.absolute()), data_dir)
         else:
-            with connect(gateway) as client:
+            with or_stopped("support bundle"):
+                connection = connect(gateway)
+            with connection as client:
                 node = node or next((one for one in nodes if one.url == client.address), None)
                 folder = data_dir or (node.data_dir if node is not None else None)
-                names = bundles.write(path, client, node, gather.of_node(client, node), folder)
+                facts = gather.of_node(client, node)
+                unread = facts.unread
+                names = bundles.write(path, client, node, facts, folder)
     except OSError as err:
         raise ShoalError(f"{path} cannot be written: {err.strerror or err}") from err
+    for part, reason in unread.items():
+        typer.echo(f"not in it: {part}: {one_line(reason)}", err=True)
     typer.echo(f"{path}: {len(names)} files, {path.stat().st_size / 1024:.0f} KiB; look into it before you send it")

@@ -156,6 +156,23 @@ def test_an_error_of_the_node_is_one_clear_line(shoal: Shoal, model: Served) -> 
     assert "--gateway='nowhere'" in complaint(shoal("models", "list", "--gateway", "nowhere"), 2)
 
 
+@pytest.mark.parametrize("command", [("doctor",), ("logs",), ("support", "bundle")])
+def test_without_a_node_a_command_says_how_it_looks_at_one_that_has_stopped(
+    shoal: Shoal, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    said = complaint(shoal(*command, SHOAL_GATEWAY="", TMPDIR="/nowhere", XDG_DATA_HOME=str(tmp_path)))
+    assert said.endswith(f"Of a node that has stopped: shoal {' '.join(command)} --data-dir {tmp_path}/shoal")
+
+
+def test_a_bundle_of_a_node_that_does_not_answer_says_so(shoal: Shoal, tmp_path: Path) -> None:
+    done = shoal("support", "bundle", "--gateway", "127.0.0.1:1", "-o", str(tmp_path / "b.tgz"))
+    assert done.stderr.startswith("not in it: status: no node responds at 127.0.0.1:1")
+
+
+def test_an_admin_address_that_nobody_listens_at_is_said_in_words(shoal: Shoal) -> None:
+    assert complaint(shoal("top", "--once", "--admin", "127.0.0.1:1")).endswith("/metrics: Connection refused")
+
+
 @pytest.mark.parametrize(
     "args",
     [

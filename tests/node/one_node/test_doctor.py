@@ -76,7 +76,7 @@ def test_from_another_machine_it_says_what_it_does_not_see(running: Node, tmp_pa
     assert re.fullmatch(rf"{running.gateway}: \d+ of {len(checks.names())} checks, no findings", counts)
     assert left_out.startswith("not checked: ")
     assert {"envoy-disconnected", "process-ended", "disk-full", "endpoint-unhealthy"} <= {*re.split("[ ,:]+", left_out)}
-    assert "on its own" in where
+    assert "on its own machine" in where
     done = running.shoal("doctor", "--json", elsewhere=tmp_path)
     assert "envoy-disconnected" in json.loads(done.stdout)["not_checked"]
 
