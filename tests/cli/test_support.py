@@ -155,6 +155,21 @@ def test_a_folder_of_no_node_is_refused(tmp_path: Path) -> None:
     assert "not the data folder of a node" in str(done.exception)
 
 
+def test_a_bundle_that_is_interrupted_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    data, archive = tmp_path / "data", tmp_path / "b.tar.gz"
+    (data / "logs").mkdir(parents=True)
+    begun: list[bool] = []
+
+    def interrupted(*_: object) -> tuple[bytes, bool]:
+        begun.append(archive.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "_head", interrupted)
+    done = CliRunner().invoke(app, ["support", "bundle", "--data-dir", str(data), "-o", str(archive)])
+    assert (done.exit_code != 0, begun, archive.exists()) == (True, [True], False)
+
+
 def test_a_bundle_is_bounded_and_says_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(bundle, "LOG_BYTES", 10_000)

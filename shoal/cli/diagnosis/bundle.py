@@ -75,7 +75,11 @@ def write(
     left_out: list[str] = []
     room = BUNDLE_BYTES
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with (
+        _removed_unless_whole(path),
+        os.fdopen(descriptor, "wb") as file,
+        tarfile.open(fileobj=file, mode="w:gz") as archive,
+    ):
 
         def add(name: str, body: bytes) -> None:
             info = tarfile.TarInfo(f"{folder}/{name}")
@@ -96,6 +100,16 @@ def write(
             add(name, body)
         add(LEFT_OUT, "".join(f"{line}\n" for line in (*_NEVER, *left_out)).encode())
     return names
+
+
+@contextlib.contextmanager
+def _removed_unless_whole(path: Path) -> Iterator[None]:
+    """Remove the file when the block fails or is interrupted: a part looks like a whole archive."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _head(text: str, secrets: Sequence[str]) -> tuple[bytes, bool]:

@@ -89,7 +89,6 @@ def test_the_command_says_in_which_processes_the_level_is_in_force(running: Node
     running.kill("infer-1", signal.SIGSTOP)
     try:
         done = running.shoal("logs", "infer", "--set-level", "debug", "--for", "1h", check=False)
-        told = running.shoal("logs", "infer", "--set-level", "debug", "--for", "1h", "--json", check=False)
     finally:
         old = running.kill("infer-1")
     first, *others = done.stdout.splitlines()
@@ -98,10 +97,7 @@ def test_the_command_says_in_which_processes_the_level_is_in_force(running: Node
         "infer-1: not in force: it does not answer; it takes the level when it runs again",
         "        shoal logs infer-1 --level warning",
     ]
-    found = json.loads(told.stdout)
-    assert (found["level"], found["in_force"]) == ("debug", ["infer-0"])
-    assert [one["process"] for one in found["not_in_force"]] == ["infer-1"]
-    assert (done.returncode, told.returncode) == (1, 1)
+    assert done.returncode == 1
     running.wait_until_restarted("infer-1", old)
     wait_for(running, "infer-1", "log_level.set", began + 1)
     services = {name for name in running.pids() if name.partition("-")[0] in ("coord", "store", "infer", "ingest")}
