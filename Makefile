@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech environments test test-fast test-long soak chaos siege check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech environments test collected test-fast test-long soak chaos siege check format lint types proto proto-check lock clean
 
 # Without compiled modules a node needs 12 s of processor time to be ready instead of 6, and each worker of the tests
 # rewrites the assertions of every file.
@@ -60,6 +60,11 @@ environments: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINAL
 test: environments ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient --costs 20 $(ARGS)
+
+# Imports each test once. Without it each worker of `make test` compiles every test and what it imports, at the same time as
+# the others: 12 s of processor time each.
+collected: $(STAMP) ## Check that every test can be imported
+	@found=$$($(PY) -m pytest --collect-only -qq -p no:cacheprovider 2>&1) || { echo "$$found"; exit 1; }
 
 test-fast: $(STAMP) ## Run what a change of one file needs: no node, and nothing that waits
 	@$(PY) -m pytest -n 2 --dist loadfile --fast --costs 5 $(ARGS)
