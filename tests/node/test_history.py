@@ -26,7 +26,7 @@ def load(gateway: str) -> Iterator[None]:
 
     def call() -> None:
         with shoal.Client(gateway) as client:
-            while not stop.wait(0.01):
+            while not stop.wait(0.05):
                 try:
                     client.infer("double", {"x": np.ones((1, 4), np.float32)}, timeout=10)
                 except ShoalError:
