@@ -102,6 +102,8 @@ LOCAL = LocalFacts(
     secrets={"admin.key": 0o600},
 )
 PAGE = """
+shoal_process_up{instance="infer-0"} 1
+shoal_process_up{instance="etcd"} 1
 shoal_coord_leader{instance="coord-0"} 0
 shoal_coord_leader{instance="coord-1"} 1
 shoal_coord_view_stale{instance="coord-0"} 0
@@ -178,6 +180,12 @@ def disk(**fields: int) -> Facts:
 
 def process(**fields: object) -> Facts:
     return local(processes=(replace(LOCAL.processes[0], **fields),))  # type: ignore[arg-type]
+
+
+def silent(**fields: object) -> Facts:
+    """Return the facts of a node whose infer-0 has not answered."""
+    facts = page('shoal_process_up{instance="infer-0"} 0')
+    return replace(facts, local=process(**fields).local)
 
 
 def others(*changed: Instance) -> Facts:
@@ -311,6 +319,8 @@ CASES: list[tuple[str, Facts, Severity, str]] = [
         "shoal instances undrain local/infer-1",
     ),
     ("process-ended", process(is_alive=False), E, "infer-0 (pid 9) does not run"),
+    ("process-silent", silent(age_s=31.0), E, "infer-0 (pid 9) does not answer: it runs, and is started again"),
+    ("process-silent", silent(age_s=31.0, is_stopped=True), E, "kill -CONT 9"),
     ("process-flapping", logs(starts={"infer-0": 3}), E, "infer-0 has started 3 times"),
     ("mixed-versions", others(instance("store", version="0.9")), W, "1 of 0.9, 4 of 1.0"),
     ("other-version", replace(HEALTHY, version="2.0"), W, "this command is of version 2.0, and the node of 1.0"),
@@ -516,6 +526,12 @@ def test_a_certificate_that_ends_with_its_ca_is_a_finding_of_the_ca() -> None:
     ca, certificate = CertificateFacts("CN=CA", NOW - 999 * DAY, ends), CertificateFacts("CN=g", NOW - 40 * DAY, ends)
     [finding] = checks.diagnose(replace(HEALTHY, ca=ca, certificate=certificate))
     assert finding.check == "ca-ends"
+
+
+def test_a_process_that_begins_or_has_ended_is_not_a_silent_one() -> None:
+    assert checks.diagnose(silent(age_s=29.0)) == []
+    [finding] = checks.diagnose(silent(age_s=31.0, is_alive=False))
+    assert finding.check == "process-ended"
 
 
 def test_failures_of_the_start_up_are_no_finding() -> None:

@@ -22,6 +22,8 @@ LOG_WINDOW = timedelta(minutes=15)
 """Age of the log entries that the checks count."""
 STARTING = timedelta(minutes=2)
 """Time after which an instance should be ready, with its models loaded and warm."""
+BEGINS_S = 30.0
+"""Time after which a process should answer, on a slow machine too."""
 RESTARTS = 3
 """Starts of one process within LOG_WINDOW that make it a flapping one."""
 STALLS = 20
@@ -324,6 +326,23 @@ def _process_ended(facts: Facts) -> Iterator[Finding]:
         if not process.is_alive:
             what = f"{process.name} (pid {process.pid}) does not run"
             yield _error("process-ended", what, f"shoal logs {process.name}")
+
+
+def silent_processes(page: Page) -> list[str]:
+    """Return the services' processes that have not answered the reader of the page."""
+    up = page.by("shoal_process_up", INSTANCE)
+    # Envoy, etcd and mongod have checks of their own.
+    return sorted(name for (name,), is_up in up.items() if not is_up and "-" in name)
+
+
+@_check("process-silent", "page")
+def _process_silent(facts: Facts) -> Iterator[Finding]:
+    silent = silent_processes(facts.page) if facts.page is not None else []
+    for process in facts.local.processes if facts.local is not None and silent else ():
+        if process.name in silent and process.is_alive and process.age_s > BEGINS_S:
+            how = "is stopped, as by SIGSTOP" if process.is_stopped else "runs, and is started again when it is killed"
+            what = f"{process.name} (pid {process.pid}) does not answer: it {how}"
+            yield _error("process-silent", what, f"kill -{'CONT' if process.is_stopped else 'KILL'} {process.pid}")
 
 
 @_check("process-flapping", "local")

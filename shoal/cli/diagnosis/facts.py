@@ -48,6 +48,10 @@ class ProcessFacts:
     open_files: int = 0
     file_limit: int = 0
     """Maximum of open files (the soft limit); 0: unknown."""
+    age_s: float = 0.0
+    """Seconds since its start."""
+    is_stopped: bool = False
+    """True after SIGSTOP or Ctrl-Z."""
 
 
 @dataclass(frozen=True, slots=True)

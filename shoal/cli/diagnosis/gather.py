@@ -22,7 +22,7 @@ from mesh.metrics.process import start_time
 from mesh.process import memory_limit
 from shoal import __version__
 from shoal.cli import admin_page
-from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_far_behind
+from shoal.cli.diagnosis.checks import LAG_WATCH_S, LOG_WINDOW, fails_often, is_far_behind, silent_processes
 from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalFacts, LogFacts, ProcessFacts
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
@@ -33,6 +33,7 @@ from shoal.node.ports import HOST
 
 if TYPE_CHECKING:
     from shoal.client import Client, Connector, Tenant
+    from shoal.rates import Page
 
 T = TypeVar("T")
 
@@ -125,7 +126,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         unused_issuer_keys=_tuple(parts.call("policy", lambda: _unused_issuer_keys(client))) if has_auth else None,
         certificate=parts.read("certificate", lambda: _certificate(client.address)),
         ca=None if node is None else parts.read("ca", lambda: _own_ca(node)),
-        page=None if node is None else parts.read("metrics", lambda: admin_page.metrics(node.admin, timeout_s=PAGE_S)),
+        page=None if node is None else parts.read("metrics", lambda: _page(node.admin)),
         local=None if node is None else _local(node.data_dir, node.pids, _log_window(now, node.pid), node.pid),
         unread=parts.unread,
     )
@@ -140,6 +141,12 @@ def of_folder(data_dir: Path) -> Facts:
 
 def _tuple(found: list[T] | None) -> tuple[T, ...] | None:
     return None if found is None else tuple(found)
+
+
+def _page(admin: str) -> Page:
+    page = admin_page.metrics(admin, timeout_s=PAGE_S)
+    # One that was busy, or began to serve meanwhile, answers the second time.
+    return admin_page.metrics(admin, timeout_s=PAGE_S) if silent_processes(page) else page
 
 
 def _listen(data_dir: Path) -> str:
@@ -260,10 +267,14 @@ def _process(name: str, pid: int) -> ProcessFacts:
         rss = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         open_files = sum(1 for _ in os.scandir(folder / "fd"))
         limits = (folder / "limits").read_text().splitlines()
+        # Proc(5): the state follows the name, which may have parentheses.
+        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        age_s = time.time() - start_time(pid)
     except (OSError, ValueError, IndexError):
         return ProcessFacts(name, pid, is_alive=folder.exists())
     soft = next((line.split()[3] for line in limits if line.startswith("Max open files")), "0")
-    return ProcessFacts(name, pid, True, rss, open_files, int(soft) if soft.isdigit() else 0)
+    file_limit = int(soft) if soft.isdigit() else 0
+    return ProcessFacts(name, pid, True, rss, open_files, file_limit, age_s, is_stopped=state in ("T", "t"))
 
 
 def _logs(folder: Path, since: datetime) -> LogFacts:

@@ -79,13 +79,20 @@ def test_instances_that_envoy_refuses_or_cannot_reach_are_found(ward: Ward) -> N
 def test_a_service_that_stands_still_is_found(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each look waits for its answers.
     monkeypatch.setattr(gather, "READ_S", 1.0)
+    page_s = gather.PAGE_S
     monkeypatch.setattr(gather, "PAGE_S", 1.0)
-    ward.node.kill("store-0", signal.SIGSTOP)
+    pid = ward.node.kill("store-0", signal.SIGSTOP)
     try:
         assert ward.run(ward.until_found("service-missing"))
         assert ward.run(ward.until_found("part-unreadable", "models"))
+        monkeypatch.setattr(gather, "PAGE_S", page_s)
+        monkeypatch.setattr(checks, "BEGINS_S", 0.0)
+        finding = ward.until_found("process-silent")
+        assert (finding.what.split()[0], finding.command) == ("store-0", f"kill -CONT {pid}")
+        assert os.system(finding.command) == 0
     finally:
         ward.node.kill("store-0", signal.SIGCONT)
+    ward.until_well()
     monkeypatch.setattr(checks, "LONG_STALLS", 1)
     assert "stalled for" in ward.run(ward.until_found("event-loop-stalls"))
 
