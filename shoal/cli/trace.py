@@ -82,7 +82,7 @@ def trace(
     elif spans:
         _show_latest(spans)
     if found["silent"]:
-        typer.echo(f"no answer of {', '.join(found['silent'])}: their spans are missing", err=True)
+        typer.echo(f"{', '.join(found['silent'])} did not answer: spans are missing", err=True)
     if found.get("truncated"):
         typer.echo("there are more spans: these are the latest", err=True)
     if id and not spans:
