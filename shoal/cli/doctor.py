@@ -96,6 +96,8 @@ def _show(facts: Facts, findings: list[Finding]) -> None:
     ends = "" if len(findings) == 1 else "s"
     out.print(f"{where}: {counted}, {len(findings) or 'no'} finding{ends}", markup=False, soft_wrap=True)
     for part, reason in facts.unread.items():
+        if part == "status":  # A finding has the reason.
+            continue
         out.print(f"not read: {part}: {one_line(reason)}", style="dim", markup=False, soft_wrap=True)
     if skipped:
         out.print(f"not checked: {', '.join(skipped)}", style="yellow", markup=False, soft_wrap=True)
