@@ -256,7 +256,8 @@ class Batcher:
             first = None
             # A slow model's chunks may run for hours: those of one tenant leave room for others.
             if not _has_place(batch, self._held_chunks.values(), self._slots):
-                candidates.remove(batch)
+                # Nor do its other batches, of which there may be hundreds, have one.
+                candidates = [one for one in candidates if one.tenant != batch.tenant]
                 continue
             chunk = await self._chunks.claim(batch.id, only_staged=batch.is_ending)
             if chunk is None:
