@@ -27,6 +27,11 @@ FREE_FACTOR = 2
 """A share may hold so many times what is free."""
 
 
+def leaves_room(held: int, size: int, free: int) -> bool:
+    """Return True when a holder of `held` units that takes `size` of the `free` ones leaves enough to others."""
+    return held + size <= FREE_FACTOR * (free - size)
+
+
 class MemoryAccount:
     """Bytes held, and their limit."""
 
@@ -54,8 +59,7 @@ class Share:
 
     def has_room(self, size: int) -> bool:
         """Return True when `size` bytes more may be held. Nothing always fits: errors and ends carry no bytes."""
-        account = self._account
-        return not size or self.held + size <= FREE_FACTOR * (account.limit - account.held - size)
+        return not size or leaves_room(self.held, size, self.free)
 
     def fits(self, size: int) -> bool:
         """Return True when the account's limit allows `size` bytes more, whatever this share holds; as `has_room`."""

@@ -249,7 +249,7 @@ class ServerConnection(Peer):
             self._spend(1)
             return
         is_ended = flags & END_STREAM != 0
-        # As `Share.has_room` and `Share.add`: the common case calls no function.
+        # As `leaves_room` and `Share.add`: the common case calls no function.
         share, account = self._shares.get(block.by_name.get(TENANT, b"")) or self._new_share(block), self._bodies
         size = STREAM_BYTES + block.list_bytes
         has_room = share.held + size <= FREE_FACTOR * (account.limit - account.held - size)

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mesh.h2.memory_account import FREE_FACTOR
+from mesh.h2.memory_account import leaves_room
 from shoal.errors import ResourceExhausted
 
 
 def are_for_others(held: int, free: int) -> bool:
     """Return True when the `free` places are for other tenants than one that holds `held`."""
-    return held > 0 and held + 1 > FREE_FACTOR * (free - 1)
+    return held > 0 and not leaves_room(held, 1, free)
 
 
 class Places:

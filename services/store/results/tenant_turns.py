@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter, deque
 from typing import NamedTuple
 
-from mesh.h2.memory_account import FREE_FACTOR
+from mesh.h2.memory_account import leaves_room
 
 
 class _Waiter(NamedTuple):
@@ -84,7 +84,7 @@ class TenantTurns:
 
     def _may_hold(self, tenant: str, size: int) -> bool:
         held = self._held_by[tenant]
-        return not held or held + size <= FREE_FACTOR * (self._limit - self.held - size)
+        return not held or leaves_room(held, size, self._limit - self.held)
 
     def _hold(self, tenant: str, size: int) -> None:
         self.held += size
