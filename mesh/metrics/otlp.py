@@ -125,7 +125,7 @@ async def exported(
         await end(task)
         last = asyncio.create_task(_logged(export))
         # The exporter by itself tries again for a minute. Over HTTP its thread cannot be interrupted, and is left.
-        await asyncio.wait([last], timeout=telemetry.LAST_EXPORT_S if is_taken else telemetry.AWAY_S)
+        await asyncio.wait([last], timeout=telemetry.last_export_s(is_taken))
         exporter.shutdown()
         await end(last)
 

@@ -90,7 +90,6 @@ class LogLevels(Background):
         self._process = process
         self._seen: tuple[int, int] | None = None
         self._levels: list[TimedLevel] = []
-        self._time_s = 0.0
         self._set: dict[str, TimedLevel] = {}
         self._former: dict[str, int] = {}
 
@@ -126,7 +125,6 @@ class LogLevels(Background):
                 self._former.setdefault(name, logger.level)
                 logger.setLevel(one.level)
                 self._set[name] = one
-        LogLevels.file_time_s = self._time_s
 
     def _read(self) -> None:
         """Read the file if it has changed. Levels stay when it cannot be read."""
@@ -139,7 +137,7 @@ class LogLevels(Background):
             self._seen = seen
             try:
                 self._levels = read(self._path)
-                self._time_s = time_s
+                LogLevels.file_time_s = time_s
             except (OSError, ValueError) as err:
                 log.warning(
                     "%(path)s is ignored: %(error)s",

@@ -34,6 +34,12 @@ LAST_EXPORT_S = 1.0
 AWAY_S = 0.2
 """The same for a collector that has not taken the export before. A node's services stop one after the other."""
 
+
+def last_export_s(was_taken: bool) -> float:
+    """Return the longest wait for a collector that has taken the export before, or has not."""
+    return LAST_EXPORT_S if was_taken else AWAY_S
+
+
 _USERINFO = re.compile(r"^((?:[A-Za-z][A-Za-z0-9+.-]*://)?)([^/?#]*)@")
 """Scheme, and user and password, of an address that has these."""
 
@@ -159,14 +165,14 @@ class _Provider(TracerProvider):
     def begin_end(self) -> None:
         """Export the spans so far, in a thread. The time of the last export begins."""
         if self._ends_at is None:
-            self._ends_at = time.monotonic() + (LAST_EXPORT_S if self._exporter.is_taken else AWAY_S)
+            self._ends_at = time.monotonic() + last_export_s(self._exporter.is_taken)
             threading.Thread(target=self.force_flush, daemon=True).start()
 
     def end(self) -> None:
         """Export all spans, or give up at the end of that time."""
         now, least_s = time.monotonic(), 0.0
         if self._ends_at is None:
-            self._ends_at = now + (LAST_EXPORT_S if self._exporter.is_taken else AWAY_S)
+            self._ends_at = now + last_export_s(self._exporter.is_taken)
         elif self._exporter.is_taken:
             # For the spans since `begin_end`.
             least_s = AWAY_S
