@@ -5,7 +5,6 @@ file ──once a second──> process ──time of the file that it goes by�
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,10 +162,11 @@ def _look(path: Path, chosen: Sequence[str]) -> tuple[list[str], list[NotInForce
 
 def _admin(data_dir: Path) -> str:
     """Return the admin address of the node on a data folder. Raises Unavailable: none is ready."""
-    try:
-        return str(json.loads((data_dir / "node.json").read_text())["admin"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Unavailable(f"no node is ready on {data_dir}") from None
+    from shoal.node import folder
+
+    if not (admin := folder.ready_document(data_dir).get("admin")):
+        raise Unavailable(f"no node is ready on {data_dir}")
+    return str(admin)
 
 
 def _runs(data_dir: Path) -> bool:

@@ -123,9 +123,18 @@ def _base(environ: Mapping[str, str]) -> str:
     return "/tmp"
 
 
+def ready_document(data_dir: Path) -> dict[str, object]:
+    """Return the ready file of the node on a data folder; empty when none is ready."""
+    return _read(data_dir / "node.json")
+
+
 def _read_holder(data_dir: Path) -> dict[str, object]:
+    return _read(data_dir / "node.lock")
+
+
+def _read(path: Path) -> dict[str, object]:
     try:
-        found = json.loads((data_dir / "node.lock").read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -119,20 +119,19 @@ def condition(result_filter: ResultFilter) -> Document:
 
 def beyond(after: Position, *, oldest_first: bool) -> Document:
     """Return the query for results after a position, in either order."""
-    order = "$gt" if oldest_first else "$lt"
-    same = {"recorded_at": after.recorded_at, "_id": {order: after.job_id}}
-    # The first bound is where the index scan starts; the second is exact.
-    return {
-        "recorded_at": {f"{order}e": after.recorded_at},
-        "$or": [{"recorded_at": {order: after.recorded_at}}, same],
-    }
+    return _side(after, "$gt" if oldest_first else "$lt")
 
 
 def _up_to(last: Position, *, oldest_first: bool) -> Document:
     """Return the query for results up to a position, that one included, in either order."""
-    order = "$lt" if oldest_first else "$gt"
-    same = {"recorded_at": last.recorded_at, "_id": {f"{order}e": last.job_id}}
+    return _side(last, "$lt" if oldest_first else "$gt", includes_it=True)
+
+
+def _side(position: Position, order: str, *, includes_it: bool = False) -> Document:
+    """Return the query for results on one side of a position: later (`$gt`) or earlier (`$lt`) ones."""
+    same = {"recorded_at": position.recorded_at, "_id": {f"{order}e" if includes_it else order: position.job_id}}
+    # The first bound is where the index scan starts or ends; the second is exact.
     return {
-        "recorded_at": {f"{order}e": last.recorded_at},
-        "$or": [{"recorded_at": {order: last.recorded_at}}, same],
+        "recorded_at": {f"{order}e": position.recorded_at},
+        "$or": [{"recorded_at": {order: position.recorded_at}}, same],
     }

@@ -27,6 +27,7 @@ from shoal.cli.diagnosis.facts import CertificateFacts, DiskFacts, Facts, LocalF
 from shoal.cli.endpoints import Endpoint, fetch
 from shoal.discovery import RunningNode
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
+from shoal.node import folder
 from shoal.node.logs import LogFilter, latest, processes
 from shoal.node.options import DEFAULT_ADMIN_PORT, DEFAULT_GATEWAY_PORT
 from shoal.node.ports import HOST
@@ -85,7 +86,7 @@ def of_node(client: Client, node: RunningNode | None, chosen: str = "") -> Facts
         ) from err
     except ShoalError as err:
         parts.unread["status"] = err.message
-    listen = _listen(node.data_dir) if node is not None else ""
+    listen = str(folder.ready_document(node.data_dir).get("listen", "")) if node is not None else ""
     endpoints = None if node is None else _tuple(parts.read("endpoints", lambda: fetch(node.admin)))
     earlier: tuple[Endpoint, ...] | None = None
     if node is not None and any(map(fails_often, endpoints or ())):
@@ -147,15 +148,6 @@ def _page(admin: str) -> Page:
     page = admin_page.metrics(admin, timeout_s=PAGE_S)
     # One that was busy, or began to serve meanwhile, answers the second time.
     return admin_page.metrics(admin, timeout_s=PAGE_S) if silent_processes(page) else page
-
-
-def _listen(data_dir: Path) -> str:
-    import json
-
-    try:
-        return str(json.loads((data_dir / "node.json").read_text())["listen"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _is_loopback(listen: str) -> bool:
