@@ -134,6 +134,7 @@ ATTACKS = (
     Attack("headers-55k", "calls with a header of 55 kB, Huffman-coded", _long, prepare=_long_values),
     Attack("headers-many", "calls with 240 headers of 200 bytes", _many),
     Attack("hpack-fill-900", "calls with distinct headers of 900 bytes", _distinct(900)),
+    Attack("hpack-fill-15k", "calls with distinct headers of 15 kB", _distinct(15_000)),
     Attack("hpack-fill-50k", "calls with distinct headers of 50 kB", _distinct(50_000)),
     Attack("tenants", "calls of as many tenants as calls", _tenants),
     Attack("paths", "calls of methods that do not exist, with distinct names", _paths),

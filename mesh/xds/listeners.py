@@ -56,9 +56,10 @@ OUTBOUND = "outbound"
 _STREAMS = {GATEWAY: 1024, OUTBOUND: 4096}
 # Bytes that a client may send before Envoy takes them. Calls of services share one connection: see CONNECTION_WINDOW.
 _WINDOWS = {GATEWAY: 16 << 20, OUTBOUND: CONNECTION_WINDOW}
-# Request headers of one call. A larger block, or one more header, costs its own call only. Real clients send a few kB.
-# Envoy refuses responses with a larger error text, too, and a service may send one of 54 kB.
-_HEADERS_KB = 60
+# Request headers of one call. A larger block, or one more header, costs its own call only. Real clients send a few kB,
+# and gRPC's own servers take 16 at most. HTTP/2 has no flow control for headers: blocks that an instance has not read
+# wait in Envoy before those of all other clients, and 512 calls with 50 kB each delayed these by a second.
+_HEADERS_KB = {GATEWAY: 16, OUTBOUND: 60}
 _HEADERS = 256
 # Longest time for a header block to arrive whole.
 _HEADERS_TIMEOUT = "10s"
@@ -226,7 +227,7 @@ def _connection_manager(
         "stream_idle_timeout": "0s",
         "stream_flush_timeout": _FLUSH_TIMEOUT,
         "request_headers_timeout": _HEADERS_TIMEOUT,
-        "max_request_headers_kb": _HEADERS_KB,
+        "max_request_headers_kb": _HEADERS_KB[name],
         "common_http_protocol_options": {"max_headers_count": _HEADERS},
         "http2_protocol_options": {
             # A malformed request costs its own call, and not the others of its connection.

@@ -112,8 +112,9 @@ async def test_headers_beyond_the_limits_cost_their_own_call_only(mesh: Mesh):
             few = [(f"x-{n}".encode(), b"v") for n in range(200)]
             many = [(f"x-{n}".encode(), b"v") for n in range(300)]
             taken = [connection.call(message), connection.call(message, more=few)]
-            taken.append(connection.call(message, more=[(b"x-long", b"v" * 20_000)]))
+            taken.append(connection.call(message, more=[(b"x-long", b"v" * 15_000)]))
             refused = [connection.call(message, more=many)]
+            refused.append(connection.call(message, more=[(b"x-long", b"v" * 17_000)]))
             refused.append(connection.call(message, more=[(b"x-long", b"v" * 70_000)]))
             taken.append(connection.call(message))
             return taken, refused
