@@ -10,8 +10,8 @@ from bench.siege.attack import ATTACKER, Attack
 from bench.siege.wire import Connection, Script
 
 _TENANT = b"x-shoal-tenant: %b\r\n" % ATTACKER.encode()
-_HEAD = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: siege\r\n" + _TENANT
-_LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: siege\r\n" + _TENANT + b"\r\n"
+_HEAD = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: localhost\r\n" + _TENANT
+_LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n" + _TENANT + b"\r\n"
 
 
 def _sized(body: bytes, *lines: bytes) -> bytes:
