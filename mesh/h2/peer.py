@@ -199,7 +199,7 @@ class Peer(asyncio.Protocol, ABC):
                 assert self._turns is not None
                 checked += PART_FRAMES
                 now = self._turns.clock()
-                if began and now - began > PART_S and not self._reads_on(now - began):
+                if self._has_handled_enough(now - (began or now)):
                     self._wait_for_turn()
                     break
                 began = began or now
@@ -230,9 +230,9 @@ class Peer(asyncio.Protocol, ABC):
                 self._turns.used()
         self._unparsed = data[at:]
 
-    def _reads_on(self, took_s: float) -> bool:
-        """Return True when more frames may be handled at once, after those that have taken `took_s`."""
-        return False
+    def _has_handled_enough(self, took_s: float) -> bool:
+        """Return True when the frames that are left must wait: those since the first part have taken `took_s`."""
+        return took_s > PART_S
 
     def _check_order(self, kind: int) -> None:
         if self._block is not None and kind != CONTINUATION:

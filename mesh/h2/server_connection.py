@@ -23,7 +23,7 @@ from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, Memory
 from mesh.h2.peer import STREAM_WINDOW, Peer
 from mesh.h2.starts import Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
-from mesh.h2.turns import PART_S, Turns
+from mesh.h2.turns import PART_FRAMES, PART_S, Turns
 from mesh.h2.unread import MAX_TICKS, TICK_S, Unread
 from shoal.tenant_header import TENANT_HEADER
 
@@ -109,6 +109,8 @@ class ServerConnection(Peer):
         # True when calls of several senders come over the connection: they start at once until `_starts_until`, then in
         # turn.
         self._is_shared, self._starts_until = False, 0.0
+        # Requests of a shared connection that began in a task since it was last given a turn, or data.
+        self._tasks_begun = 0
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
         self._streams: dict[int, ServerStream] = {}
@@ -264,6 +266,8 @@ class ServerConnection(Peer):
                 self._app.reject(stream)
                 return
             stream.handler = self._app.request(stream)
+            if self._is_shared and stream.handler.is_task:
+                self._tasks_begun += 1
             if is_ended and not (self._is_shared and self._waits(stream, b"", 0)):
                 stream.handler.data(b"", 0, is_end=True)
         except Exception:
@@ -322,11 +326,15 @@ class ServerConnection(Peer):
     def _handle(self, data: bytes, most: int) -> None:
         if self._is_shared:
             self._starts_until = self._starts.clock() + PART_S
+            self._tasks_begun = 0
             most = max(most, _SHARED_FRAMES)
         super()._handle(data, most)
 
-    def _reads_on(self, took_s: float) -> bool:
-        return self._is_shared and took_s < 2 * PART_S
+    def _has_handled_enough(self, took_s: float) -> bool:
+        if not self._is_shared:
+            return super()._has_handled_enough(took_s)
+        # What a task costs follows later: 128 streams that began held the event loop for 30 ms.
+        return took_s > 2 * PART_S or self._tasks_begun >= PART_FRAMES
 
     def _on_trailers(self, number: int, flags: int, block: Block) -> None:
         stream = self._streams.get(number)

@@ -164,6 +164,7 @@ class RestTable(CallTable, Protocol):
 class RestCall(StreamMemory):
     """One call; the RequestHandler of its stream. Its body is whole before its operation begins."""
 
+    is_task = False
     heartbeat = b""
     """Bytes that are sent when a streamed response has had no event for HEARTBEAT_S; empty: nothing is sent."""
     slow_s = tail_spans.SLOW_S

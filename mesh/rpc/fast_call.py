@@ -84,6 +84,8 @@ class FastHandler(Protocol):
 class FastCall(StreamMemory):
     """One call; the RequestHandler of its stream. It begins in `__init__` and ends in `_finish`, exactly once each."""
 
+    is_task = False
+
     __slots__ = (
         "_app",
         "_handler",

@@ -77,6 +77,8 @@ class Disconnected(OSError):
 class SlowCall:
     """One call; the RequestHandler of its stream."""
 
+    is_task = True
+
     def __init__(self, app: CallTable, stream: ServerStream) -> None:
         self._app = app
         self._messages = _Messages(stream, app)

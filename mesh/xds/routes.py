@@ -81,6 +81,8 @@ class ServiceRoutes:
     all_idempotent: bool = False
     streaming: tuple[str, ...] = ()
     """Paths of methods with endless request streams: requests are not buffered for a retry."""
+    apart: tuple[str, ...] = ()
+    """Paths of methods whose calls use other connections to the instances than plain calls do."""
     internal: tuple[str, ...] = ()
     """Paths of methods that only services of the mesh may call. Other calls of them have no route."""
     traced: bool = True
@@ -245,10 +247,12 @@ def _service(
     if service.streaming:
         # Endless request bodies cannot be replayed for a retry: Envoy buffers little and streams the rest.
         small = {"request_body_buffer_limit": _STREAM_BUFFER_BYTES}
-        routes += [{**_route({"path": path}, to, _ALWAYS), **small} for path in service.streaming]
+        routes += [{**_apart(_route({"path": path}, to, _ALWAYS)), **small} for path in service.streaming]
+    others = _IDEMPOTENT if service.all_idempotent else _ALWAYS
+    routes += [_apart(_route({"path": path}, to, others)) for path in service.apart]
     # One route per method, because Envoy rejects a regular expression of a dozen paths as too large.
     routes += [_route({"path": path}, to, _IDEMPOTENT) for path in service.idempotent]
-    routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
+    routes.append(_route({"prefix": service.prefix}, to, others))
     text = (_text(service),) if has_pages and not service.names_model_itself else ()
     routes = [*_internal(service), *text, *routes]
     if service.names_model_itself:
@@ -363,7 +367,7 @@ def _not_found() -> bytes:
 @lru_cache(8192)
 def _rest(path: str, cluster: str) -> bytes:
     """Return the serialized route of calls over REST. They may run twice, and are retried as those over gRPC are."""
-    route = _route({"path_separated_prefix": path}, cluster, f"{_IDEMPOTENT},retriable-status-codes")
+    route = _apart(_route({"path_separated_prefix": path}, cluster, f"{_IDEMPOTENT},retriable-status-codes"))
     # UNAVAILABLE over REST.
     route["route"]["retry_policy"]["retriable_status_codes"] = [503]
     return bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}))
@@ -449,6 +453,16 @@ def _route(match: dict[str, Any], cluster: str, retry_on: str | None) -> dict[st
         "idle_timeout": "0s",
     }
     return {"match": match, "route": route if retry_on is None else {**route, "retry_policy": _retries(retry_on)}}
+
+
+def _apart(route: dict[str, Any]) -> dict[str, Any]:
+    """Let the calls of a route use other connections to the instances: Envoy has some for each of its two priorities.
+
+    Calls on one connection reach an instance in the order in which Envoy wrote them. Thousands of streams that begin,
+    or large texts over REST, would delay plain calls.
+    """
+    route["route"]["priority"] = "HIGH"
+    return route
 
 
 def _retries(retry_on: str) -> dict[str, Any]:

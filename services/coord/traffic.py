@@ -133,7 +133,7 @@ def table() -> RouteTable:
             ),
             # Coord responds for all infer instances.
             *(ServiceRoutes(path, "coord", all_idempotent=True) for path in paths(INFER, METHODS)),
-            ServiceRoutes(inference, "infer", all_idempotent=True),
+            ServiceRoutes(inference, "infer", all_idempotent=True, apart=paths(INFER, ("ModelStreamInfer",))),
             ServiceRoutes(f"/{TRIALS.full_name}/", "infer"),
             ServiceRoutes(
                 "/shoal.store.v1.",

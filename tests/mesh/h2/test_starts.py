@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import hpack
 import pytest
 
@@ -20,6 +22,7 @@ from tests.clocks import Seconds
 from tests.mesh.h2.test_memory_account import Transport
 
 PATH = "/t.T/Call"
+STREAM = "/t.T/Stream"
 
 
 class Envoy:
@@ -42,7 +45,12 @@ class Envoy:
             self.calls.append(call)
             clock.now += float(cost)
 
-        self.connection = ServerConnection(GrpcApp({}, {PATH: handler}), {}, self.memory)
+        async def stream(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            async for message in messages:
+                yield message
+
+        self.app = GrpcApp({STREAM: grpc.stream_stream_rpc_method_handler(stream)}, {PATH: handler})
+        self.connection = ServerConnection(self.app, {}, self.memory)
         self.transport: Any = Transport(self.connection)
         self.connection.connection_made(self.transport)
         self.connection.data_received(
@@ -63,6 +71,12 @@ class Envoy:
             return head + frames.frame(frames.DATA, frames.END_STREAM, number, body)
         last = frames.frame(frames.HEADERS, frames.END_HEADERS | trailers, number, b"\x00\x01x\x01y")
         return head + frames.frame(frames.DATA, 0, number, body) + last
+
+    def stream(self) -> bytes:
+        """Return the frames of a stream that begins and has no message yet."""
+        number, self._next = self._next, self._next + 2
+        fields = {":method": "POST", ":path": STREAM, "content-type": "application/grpc", CONNECTION_HEADER: "1"}
+        return frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(fields.items()))
 
     async def settle(self) -> None:
         for _ in range(2_000):
@@ -147,6 +161,21 @@ async def test_a_cancelled_or_lost_call_does_not_start_and_returns_its_memory(si
     assert envoy.begun[3:] == ["late-0"]
     assert envoy.memory.bodies.held == 0
     assert not envoy.memory.starts.has(b"a", b"1")
+
+
+async def test_streams_that_begin_leave_the_event_loop_to_others():
+    envoy = Envoy()
+    envoy.connection.data_received(b"".join(envoy.stream() for _ in range(200)))
+    begun = len(envoy.app.tasks)
+    assert 0 < begun <= 32, "each has a task, whose cost follows in the next iteration"
+    most = 0
+    for _ in range(2_000):
+        await asyncio.sleep(0)
+        most, begun = max(most, len(envoy.app.tasks) - begun), len(envoy.app.tasks)
+    assert begun == 200
+    assert most <= 32
+    envoy.close()
+    await envoy.settle()
 
 
 async def test_a_fault_of_one_start_keeps_no_other_call_waiting():

@@ -35,6 +35,8 @@ def whole(body: bytes) -> list[tuple[bytes, bytes]]:
 class Echo:
     """Answers with the body, once all of it is there."""
 
+    is_task = False
+
     def __init__(self, app: App, stream: ServerStream) -> None:
         self.app = app
         self.stream = stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from envoy_data_plane.envoy.config.core.v3 import RoutingPriority
 
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, http2, model_cluster
@@ -32,7 +33,7 @@ LUA, BODY = "envoy.filters.http.lua", "shoal.body"
 TABLE = RouteTable(
     (
         ServiceRoutes(BULK, "infer", streaming=(BULK + "InferBulk",), names_model_itself=True),
-        ServiceRoutes(INFERENCE, "infer", all_idempotent=True),
+        ServiceRoutes(INFERENCE, "infer", all_idempotent=True, apart=(INFERENCE + "ModelStreamInfer",)),
         ServiceRoutes("/shoal.store.v1.", "store", idempotent=("/shoal.store.v1.StoreService/GetResult",)),
     ),
     ModelRoutes(INFERENCE, ((INFER, "model_name"),), b"", steps=(INFER,), parameters="parameters"),
@@ -233,6 +234,13 @@ def test_only_a_unary_call_without_its_whole_message_has_an_idle_timeout():
         if is_waiting:
             (header,) = route.match.headers
             assert (header.name, header.present_match, header.invert_match) == ("x-shoal-model", True, True)
+
+
+def test_streams_and_bulks_use_other_connections_to_the_instances_than_plain_calls():
+    routes = [each for each in routes_of(made(infer(0, "a"))) if each.route is not None]
+    apart = {each.match.path for each in routes if each.route.priority == RoutingPriority.HIGH}
+    assert apart == {INFERENCE + "ModelStreamInfer", BULK + "InferBulk"}
+    assert INFERENCE in {each.match.prefix for each in routes if each.route.priority == RoutingPriority.DEFAULT}
 
 
 def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
