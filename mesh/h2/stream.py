@@ -10,7 +10,7 @@ All of it is callbacks, so a request costs no task and no coroutine.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
@@ -24,8 +24,9 @@ from mesh.h2.unread import MAX_TICKS, TICK_S
 class RequestHandler(Protocol):
     """Receives the body of one request. An exception in it resets the stream."""
 
-    is_task: ClassVar[bool]
-    """True when the request begins in a task of its own: it costs the most in the next iteration of the event loop."""
+    @property
+    def is_task(self) -> bool:
+        """True when the request begins in a task of its own, whose cost follows in the next iteration of the loop."""
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
         """Receive a piece of the body. The last piece has `is_end`, and may be empty.
