@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.xds import refusals, senders, tls, web
+from shoal.access.rpc_groups import MODEL_STREAM_INFER
 from shoal.node import probes, processes
 from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
 from shoal.node.envoy_runtime import runtime
@@ -209,13 +210,16 @@ def _envoy_access() -> Any:
 
 
 def _virtual_host(is_sticky: bool) -> dict[str, Any]:
+    others = {**_route(is_sticky), "retry_policy": _RETRIES}
     return {
         "request_body_buffer_limit": _RETRY_BYTES,
         # Envoy adds these headers; workers get the caller's headers alone.
         "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
         "routes": [
             {"match": {"prefix": "/", "headers": [web.TEXT_CALL]}, "route": _route(is_sticky)},
-            {"match": {"prefix": "/"}, "route": {**_route(is_sticky), "retry_policy": _RETRIES}},
+            # Streams use other connections to the workers: thousands that begin at once do not delay plain calls.
+            {"match": {"path": MODEL_STREAM_INFER}, "route": {**others, "priority": "HIGH"}},
+            {"match": {"prefix": "/"}, "route": others},
         ],
     }
 
@@ -282,7 +286,7 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
                 },
             }
         },
-        "circuit_breakers": {"thresholds": [_limits()]},
+        "circuit_breakers": {"thresholds": [_limits("DEFAULT"), _limits("HIGH")]},
         # While no worker is healthy, calls go to any worker: a worker that loads its models reports that itself.
         "common_lb_config": {
             "healthy_panic_threshold": {"value": 1},
@@ -310,9 +314,10 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _limits() -> dict[str, Any]:
+def _limits(priority: str) -> dict[str, Any]:
     """Return limits that are never reached: workers bound their own queues, and reject with RESOURCE_EXHAUSTED."""
     return {
+        "priority": priority,
         "max_connections": 10_000,
         "max_pending_requests": 100_000,
         "max_requests": 100_000,

@@ -83,9 +83,10 @@ def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
     assert retry["retry_on"] == "connect-failure,refused-stream"
     assert 1 <= retry["num_retries"] <= 3
     assert [one["name"] for one in retry["retry_host_predicate"]] == ["envoy.retry_host_predicates.previous_hosts"]
-    _, text, _ = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
+    _, text, streams, _ = manager_of(made())["route_config"]["virtual_hosts"][0]["routes"]
     assert text["match"]["headers"] == [web.TEXT_CALL]
     assert "retry_policy" not in text["route"]
+    assert (streams["route"]["priority"], streams["route"]["retry_policy"]) == ("HIGH", retry)
     [cluster] = made()["static_resources"]["clusters"]
     assert "retry_budget" in cluster["circuit_breakers"]["thresholds"][0]
 
