@@ -24,7 +24,7 @@ from shoal.access.caller_header import (
     SUBJECT_HEADER,
 )
 from shoal.access.limits import LAYERS, Bucket, Case, Kind, Split, amount_of, case_of, layers
-from shoal.access.policy import Limit, Policy
+from shoal.access.policy import ANY, Limit, Policy
 from shoal.tenant_header import TENANT_HEADER
 
 _API = "type.googleapis.com"
@@ -45,6 +45,8 @@ _REPORTS_S = "5s"
 
 # An empty map is refused by Envoy. No header has this value.
 _NOTHING = " "
+# Tenants of a policy whose buckets have fixed ids. Each takes 0.3 ms of coord for a change, and 3 kB of Envoy.
+_FIXED_TENANTS = 128
 # Without the builder of an id, a call counts nowhere.
 _NO_LIMIT: Mapping[str, Any] = {
     "action": {
@@ -116,24 +118,41 @@ def _quota(matcher: Mapping[str, Any] | None, cluster: str) -> dict[str, Any]:
 
 def _matcher(policy: Policy, layer: Sequence[Limit]) -> dict[str, Any]:
     """Return the matcher of a layer. An issuer of the policy may give all its callers one tenant or role."""
-    by_header = _on_match(case_of(layer), None)
+    named = _named_tenants(policy)
+    by_header = _on_match(case_of(layer), None, named)
     fixed = {
-        issuer.issuer: _on_match(case_of(layer, tenant=issuer.tenant, role=issuer.role), issuer.tenant)
+        issuer.issuer: _on_match(case_of(layer, tenant=issuer.tenant, role=issuer.role), issuer.tenant, named)
         for issuer in policy.issuers
         if issuer.tenant or issuer.role
     }
     return _tree(ISSUER_HEADER, fixed, by_header)
 
 
-def _on_match(case: Case, tenant: str | None) -> dict[str, Any] | None:
-    """Return the match of a case; None when it has no limit. `tenant` is the callers', if no header names it."""
+def _named_tenants(policy: Policy) -> list[str]:
+    """Return the tenants that grants name, _FIXED_TENANTS at most."""
+    return sorted({tenant for grant in policy.grants for tenant in grant.tenants} - {ANY})[:_FIXED_TENANTS]
+
+
+def _on_match(case: Case, tenant: str | None, named: Sequence[str]) -> dict[str, Any] | None:
+    """Return the match of a case; None when it has no limit. `tenant` is the callers', if it is known.
+
+    Envoy makes the reader of a header anew for each call and each part of an id that a header has: 15 of the 45 thousand
+    instructions that a limit costs. So the ids of `named` tenants are fixed, and a look-up finds them.
+    """
     if case is None:
         return None
     if isinstance(case, Split):
-        entries = {value: _on_match(entry, tenant) for value, entry in case.entries.items()}
-        return {"matcher": _tree(_HEADERS[case.field], entries, _on_match(case.otherwise, tenant))}
+        is_tenant = case.field == "tenant"
+        entries = {
+            value: _on_match(entry, value if is_tenant else tenant, named) for value, entry in case.entries.items()
+        }
+        # A tenant that the split has does not get to its rest.
+        others = [name for name in named if name not in case.entries] if is_tenant else named
+        return {"matcher": _tree(_HEADERS[case.field], entries, _on_match(case.otherwise, tenant, others))}
     if case.per != "key":
-        return _bucket(case, tenant)
+        if tenant or not named:
+            return _bucket(case, tenant)
+        return {"matcher": _tree(TENANT_HEADER, {name: _bucket(case, name) for name in named}, _bucket(case))}
     has_key = {"input": _input(KEY_HEADER), "value_match": {"safe_regex": {"google_re2": {}, "regex": ".+"}}}
     matchers = [{"predicate": {"single_predicate": has_key}, "on_match": _bucket(case, tenant, has_key=True)}]
     return {"matcher": {"matcher_list": {"matchers": matchers}, "on_no_match": _bucket(case, tenant)}}

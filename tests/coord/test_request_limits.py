@@ -236,6 +236,16 @@ async def test_every_limit_that_applies_holds(world: World, is_first: bool) -> N
     await world.until_share(f"large-{is_first}/acme", SLOW)
 
 
+async def test_tenants_that_grants_name_have_buckets_as_others_have(world: World) -> None:
+    grants = [{"name": "roles", "models": ["*"]}, {"name": "named", "tenants": ["acme", "globex"], "models": ["*"]}]
+    roles = {"name": "each", "roles": ["user"], "burst_requests": 3}
+    await world.apply({**roles, "except_tenants": ["globex"], **STRICT}, grants=grants)
+    assert [await world.admitted(tenant=tenant) for tenant in ("acme", "initech")] == [3, 3]
+    assert await world.codes(10, tenant="acme") == await world.codes(10, tenant="initech") == Counter({REFUSED: 10})
+    assert await world.codes(10, tenant="globex") == Counter({ADMITTED: 10})
+    assert {"each/acme", "each/initech"} <= world.coord.held().keys()
+
+
 async def test_a_limit_of_one_subject_holds_for_no_other(world: World) -> None:
     await world.apply({"name": "ann", "subjects": ["ann"], "burst_requests": 2, **STRICT})
     assert await world.admitted(subject="ann") == 2
