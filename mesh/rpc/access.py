@@ -24,6 +24,7 @@ from mesh.process.tasks import Background
 from mesh.rpc.held_shares import CallLimits, HeldShares
 from shoal.access import caller_header
 from shoal.access.caller_header import CALLER_HEADER, CONNECTOR, LAUNCHER, SERVICE
+from shoal.access.cluster import signer_in
 from shoal.access.decision import MODEL_NAME, Applicable, Caller, Decision, caller_of, connector, deciding_claims
 from shoal.access.limits import applicable
 from shoal.access.policy import Policy
@@ -247,8 +248,9 @@ class Access(Background):
 
         Args:
             end: called at most once, when the call is not allowed any more.
-            signer: id of the key that has verified the caller's token, as the gateway passes it. A gateway may know a
-                new key a moment earlier: the signer is checked only while the call is open.
+            signer: id of the key that has verified the caller's token, as the gateway passes it, unless the issuer's
+                name has it. A gateway may know a new key a moment earlier: the signer is checked only while the call is
+                open.
         """
         self.check(rpc, caller)
         # Its caller may take its own rights away: the call, a short one, ends with its own result.
@@ -264,7 +266,10 @@ class Access(Background):
 
     def _check_signer(self, caller: Caller | None, signer: bytes | None) -> None:
         """Raise Unauthenticated when the policy has the keys of the caller's issuer, and none with the signer's id."""
-        if caller is None or signer is None or self._policy is None:
+        if caller is None or self._policy is None:
+            return
+        signer = signer or signer_in(caller.issuer).encode()
+        if not signer:
             return
         issuer = self._policy.issuer_of(caller.issuer)
         if issuer is not None and issuer.jwks and signer not in [key["kid"].encode() for key in issuer.jwks["keys"]]:

@@ -136,8 +136,8 @@ def _named_tenants(policy: Policy) -> list[str]:
 def _on_match(case: Case, tenant: str | None, named: Sequence[str]) -> dict[str, Any] | None:
     """Return the match of a case; None when it has no limit. `tenant` is the callers', if it is known.
 
-    Envoy makes the reader of a header anew for each call and each part of an id that a header has: 15 of the 45 thousand
-    instructions that a limit costs. So the ids of `named` tenants are fixed, and a look-up finds them.
+    Envoy makes the reader of a header anew for each call and each part of an id that a header has: 15 of the 45
+    thousand instructions that a limit costs. So the ids of `named` tenants are fixed, and a look-up finds them.
     """
     if case is None:
         return None

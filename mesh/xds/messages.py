@@ -78,6 +78,8 @@ with _of_the_standard_library():
         HttpFilter,
     )
     from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
+    from envoy_data_plane.envoy.extensions.matching.common_inputs.network.v3 import DynamicMetadataInput
+    from envoy_data_plane.envoy.extensions.matching.input_matchers.metadata.v3 import Metadata
     from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
     from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import DownstreamTlsContext, UpstreamTlsContext
     from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions

@@ -12,6 +12,7 @@ from services.coord.keys import Keys, Record
 from services.coord.messages import timestamp
 from services.coord.policies import Applied, Policies
 from shoal.access.caller_header import LAUNCHER, SIGNER_HEADER, claims
+from shoal.access.cluster import signer_in
 from shoal.coord.v1 import access_pb2 as pb
 from shoal.coord.v1 import access_pb2_grpc as pb_grpc
 from shoal.errors import FailedPrecondition
@@ -113,7 +114,9 @@ def _author(ctx: Context) -> Mapping[str, Any] | None:
 
 def _signer(ctx: Context) -> str:
     """Return the id of the public key that has verified the caller's token; empty when the gateway named none."""
-    return str(dict(ctx.invocation_metadata() or ()).get(SIGNER_HEADER, ""))
+    named = str(dict(ctx.invocation_metadata() or ()).get(SIGNER_HEADER, ""))
+    author = _author(ctx)
+    return named or ("" if author is None else signer_in(str(author.get("iss"))))
 
 
 def _version(applied: Applied) -> pb.PolicyVersion:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ POLICY = PREFIX + b"policy"
 SIGNERS = PREFIX + b"signers"
 REVOKED = PREFIX + b"revoked"
 _FETCHED = PREFIX + b"jwks/"
+# Ids of signers as `shoal.access.tokens.new_signer` makes them.
+_NAMED = re.compile(r".+:(k-[0-9a-f]{8})")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class SignerKey:
 def issuer_name(issuer: str, kid: str) -> str:
     """Return the claim `iss` of the keys of one signer. Each has its own: the end of a signer ends its keys alone."""
     return f"{issuer}:{kid}"
+
+
+def signer_in(issuer: str) -> str:
+    """Return the signer's id in a name that `issuer_name` has made; empty for other names."""
+    found = _NAMED.fullmatch(issuer)
+    return found[1] if found else ""
 
 
 def fetched_key(issuer: str) -> bytes:

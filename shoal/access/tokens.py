@@ -6,6 +6,7 @@ holder is; a policy says what the holder may do.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -188,6 +189,12 @@ def create_key(
     }
     text = PREFIX + jwt.encode(claims, signer.private_key, _ALGORITHM, {"kid": signer.kid})
     return Key(id, text, issued + life_s)
+
+
+def jose_header(kid: str) -> str:
+    """Return the first part of the keys of a signer, as `create_key` writes it."""
+    header = json.dumps({"alg": _ALGORITHM, "kid": kid, "typ": "JWT"}, separators=(",", ":"))
+    return base64.urlsafe_b64encode(header.encode()).rstrip(b"=").decode()
 
 
 def _check_name(what: str, name: str) -> None:

@@ -45,6 +45,10 @@ def test_a_key_says_who_its_holder_is(signer: Signer, trusted: Policy) -> None:
     assert caller_of(trusted, tokens.verified_claims(trusted, f"Bearer {made.text}\n", time.time())) == caller
 
 
+def test_the_first_part_of_a_key_is_known(signer: Signer) -> None:
+    assert key(signer).text.split(".")[0] == tokens.PREFIX + tokens.jose_header(signer.kid)
+
+
 @pytest.mark.parametrize("claim", ["exp", "nbf"])
 def test_times_that_are_no_numbers_are_refused(signer: Signer, trusted: Policy, claim: str) -> None:
     assert f"its claim '{claim}' is no number" in refusal(trusted, signed(signer, **{claim: "tomorrow"}))

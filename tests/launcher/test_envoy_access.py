@@ -37,7 +37,7 @@ def manager(folder: Path | None) -> dict[str, Any]:
 def test_callers_are_verified_before_rules_and_rules_before_the_router(tmp_path: Path) -> None:
     made = manager(tmp_path)
     names = [one["name"] for one in made["http_filters"]]
-    assert names == [*WEB, "shoal.callers", "shoal.key-ids", "shoal.rules", "envoy.filters.http.router"]
+    assert names == [*WEB, "shoal.callers", "shoal.rules", "envoy.filters.http.router"]
     mutations = made["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
     assert [one["remove_on_match"]["key_matcher"]["prefix"] for one in mutations] == ["x-shoal-", "x_shoal_"]
 
@@ -62,8 +62,8 @@ def test_the_files_of_a_policy_name_what_is_in_them(signer: Signer, tmp_path: Pa
 
 def test_tokens_go_to_no_service_and_expire(signer: Signer) -> None:
     hosts = envoy_access.hosts(policy(signer), SHARED)
-    only_for_rules = ["x-shoal-issuer", "x-shoal-key", "x-shoal-role", "x-shoal-subject"]
-    removed = ["x-forwarded-proto", "authorization", *only_for_rules]
+    claims = ["x-shoal-issuer", "x-shoal-key", "x-shoal-role", "x-shoal-subject", "x-shoal-unseen-key-id"]
+    removed = ["x-forwarded-proto", "authorization", *claims]
     assert hosts["virtual_hosts"][0]["request_headers_to_remove"] == removed
     providers = access.callers(policy(signer), SERVICES)["providers"]
     assert providers.keys() == {"issuer-0", "nobody"}

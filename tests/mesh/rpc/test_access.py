@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from shoal.access import tokens
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER, SERVICE, SIGNER_HEADER
+from shoal.access.cluster import issuer_name
 from shoal.access.decision import MODEL_NAME
 from shoal.access.rpc_groups import INDEX, LOAD, MODEL_INFER
 from shoal.access.tokens import Signer
@@ -185,6 +187,23 @@ async def test_an_open_call_ends_when_the_key_of_its_signer_is_removed_and_other
     assert (await outcome(late))[0] is grpc.StatusCode.UNAUTHENTICATED
     second.cancel()
     third.cancel()
+    await until(lambda: not access._open, "the end of all calls")
+
+
+async def test_an_open_call_of_an_issuer_with_its_signer_in_its_name_ends_with_that_signer(
+    signer: Signer, watched: tuple[Access, Clock, grpc.aio.Channel], tmp_path: Path
+) -> None:
+    access, _, channel = watched
+    named = replace(signer, issuer=issuer_name("shoal", signer.kid))
+    access.set_policy(policy(named))
+    # Its gateway does not pass the signer's id.
+    call = await opened(channel, caller(named))
+    other = tokens.create_signer(tmp_path / "other.json")
+    both = {"keys": [signer.public_jwk(), other.public_jwk()]}
+    access.set_policy(policy(named, issuers=[issuer(named, jwks=both)]))
+    assert not call.done()
+    access.set_policy(policy(named, issuers=[issuer(named, jwks=other.jwks())]))
+    assert (await outcome(call))[0] is grpc.StatusCode.UNAUTHENTICATED
     await until(lambda: not access._open, "the end of all calls")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -21,9 +23,10 @@ from mesh.xds.extensions import GatewayAccess, _packed, gateway_access
 from mesh.xds.resource import EXTENSION
 from services.coord.traffic import AT_GATEWAY
 from shoal.access import tokens
+from shoal.access.cluster import issuer_name
 from shoal.access.rpc_groups import GROUP_OF, INTERNAL, MODEL_INFER
 from shoal.access.tokens import Signer
-from tests.access.policies import issuer, key, policy
+from tests.access.policies import issuer, key, policy, signed
 from tests.breakable import EnvoyProcess, until
 from tests.mesh.xds.gateway_snapshots import Source
 
@@ -49,11 +52,12 @@ class Gateway:
         self.outbound = await stack.enter_async_context(connect(f"unix:{self.envoy.outbound}"))
 
     async def code(self, signer: Signer | None, rpc: str = MODEL_INFER, *, role: str = "user", jti: str = "") -> str:
-        bearer = ()
-        if signer is not None:
-            bearer = (("authorization", f"Bearer {key(signer, role=role).text}"),)
+        return await self.answer(*([] if signer is None else [f"Bearer {key(signer, role=role).text}"]), rpc=rpc)
+
+    async def answer(self, *authorizations: str, rpc: str = MODEL_INFER) -> str:
+        metadata = [("authorization", value) for value in authorizations]
         try:
-            await self.channel.unary_unary(rpc)(b"", metadata=bearer, timeout=30)
+            await self.channel.unary_unary(rpc)(b"", metadata=metadata, timeout=30)
         except grpc.aio.AioRpcError as err:
             return err.code().name
         return "OK"
@@ -107,7 +111,8 @@ async def test_a_part_that_envoy_refuses_keeps_the_former_one_and_is_shown(gatew
     good = gateway_access(policy(gateway.signer), AT_GATEWAY)
     gateway.source.access.set(good)
     await until(lambda: _is(gateway, gateway.signer, "UNAVAILABLE"), "the key is admitted")
-    empty = {"matcher_tree": {**access.rules(policy(gateway.signer), [])["matcher"]["matcher_tree"]}}
+    tree = access.rules(policy(gateway.signer), [])["matcher"]["on_no_match"]["matcher"]["matcher_tree"]
+    empty = {"matcher_tree": {**tree}}
     empty["matcher_tree"]["exact_match_map"] = {"map": {}}
     wrong = _packed(access.RULES, {"@type": access.RBAC, "matcher": empty})
     other = gateway_access(policy(gateway.signer, open=["health"]), AT_GATEWAY)
@@ -131,6 +136,27 @@ async def test_fields_of_a_key_that_envoy_cannot_read_harm_no_other_issuer(gatew
     await until(lambda: _is(gateway, None, "UNAVAILABLE", "/grpc.health.v1.Health/Check"), "the policy is in force")
     assert gateway.nack() == ""
     assert await gateway.code(gateway.signer) == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+async def test_keys_of_a_cluster_are_verified_and_must_name_their_signer(gateway: Gateway, scheme: str) -> None:
+    signer = replace(gateway.signer, issuer=issuer_name("shoal", gateway.signer.kid))
+    gateway.source.access.set(gateway_access(policy(signer, revoked=["k-gone"]), AT_GATEWAY))
+    await until(lambda: _is(gateway, signer, "UNAVAILABLE"), "the key is admitted")
+    now = int(time.time())
+    assert await gateway.answer(f"{scheme} {key(signer).text}") == "UNAVAILABLE"
+    assert await gateway.answer(f"{scheme} {signed(signer, jti='k-gone')}") == "PERMISSION_DENIED"
+    assert await gateway.answer(f"{scheme} {signed(signer, aud='other')}") == "PERMISSION_DENIED"
+    assert await gateway.answer(f"{scheme} {signed(signer, exp=now - 600)}") == "UNAUTHENTICATED"
+    assert await gateway.answer(f"{scheme} {signed(signer, exp=None)}") == "UNAUTHENTICATED"
+    assert await gateway.answer(f"{scheme} {signed(signer, iss='shoal:k-00000000')}") == "UNAUTHENTICATED"
+    assert await gateway.answer(f"{scheme} {key(signer).text[:-8]}AAAAAAAA") == "UNAUTHENTICATED"
+    # Signed by the right key, but without its id, or with another one.
+    assert await gateway.answer(f"{scheme} {signed(signer, kid=None)}") == "PERMISSION_DENIED"
+    assert await gateway.answer(f"{scheme} {signed(signer, kid='k-00000000')}") == "UNAUTHENTICATED"
+    # The second of two tokens has no id.
+    both = [f"{scheme} {key(signer).text}", f"{scheme} {signed(signer, kid=None, role=None, jti=None)}"]
+    assert await gateway.answer(*both) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 async def test_ten_thousand_revoked_keys_are_in_force_soon(gateway: Gateway) -> None:
