@@ -1,11 +1,11 @@
-"""Fork server of the services that tests start: it has imported their modules, and each start is a fork.
+"""Fork servers of the programs that tests start: one has imported their modules, and each start is a fork.
 
-    worker ──module, environment, log──> fork server ──fork──> the module runs as `__main__`
-           <──pid, later the exit status──┘
+    worker ──module, arguments, environment, files──> fork server ──fork──> the module runs as `__main__`
+           <──pid, later the exit status──────────────┘
 
-`python -m services.ingest` uses more than a second of processor time for imports, and tests start hundreds of services.
-The processes are real ones: they are signalled, killed and frozen like any other. Nodes (tests/node) start each service
-with exec, as an operator does.
+`python -m services.ingest` uses more than a second of processor time for imports, a command of `shoal` most of one, and
+tests start hundreds of each. The processes are real ones: they are signalled, killed and frozen like any other. Nodes
+(tests/node) start each service with exec, as an operator does; tests/cli and tests/packaging start commands so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -26,9 +27,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-PRELOADED = {f"services.{name}": f"services.{name}.app" for name in ("coord", "ingest", "store")}
-"""Module that is imported before the fork, by the module to run. Services whose memory a test measures are not here."""
-_PASSED = ("SHOAL_", "AWS_", "PYTEST_")
+COMMANDS = "shoal.cli.main"
+PRELOADED = {
+    **{f"services.{name}": (f"services.{name}.app",) for name in ("coord", "ingest", "store")},
+    COMMANDS: ("shoal.client", "shoal.access.policy", "shoal.cli.models", "shoal.cli.diagnosis.bundle"),
+}
+"""Modules that are imported before the fork, by the module to run; none of a service whose memory a test measures."""
+_PASSED = ("SHOAL_", "AWS_", "PYTEST_", "XDG_")
 """Variables that are read after the imports."""
 
 
@@ -47,7 +52,7 @@ class Forked:
             ready = select.poll()
             ready.register(self._pidfd, select.POLLIN)
             if not ready.poll(None if timeout is None else timeout * 1000):
-                raise subprocess.TimeoutExpired("a forked service", timeout or 0)
+                raise subprocess.TimeoutExpired("a forked program", timeout or 0)
             self.returncode = self._server.ask({"ended": self.pid})
             os.close(self._pidfd)
         return self.returncode
@@ -69,15 +74,36 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def start(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Forked | None:
-    """Start `python -m MODULE` with its output appended to `log`; None when it must be started with exec."""
-    if len(argv) != 3 or list(argv[:2]) != [sys.executable, "-m"] or argv[2] not in PRELOADED:
+def start(argv: Sequence[str], log: Path, env: Mapping[str, str], errors: Path | None = None) -> Forked | None:
+    """Start `python -m MODULE [ARGUMENT...]` with its output appended to `log`; None when it must be started with exec.
+
+    With `errors`, what it writes to its standard error is appended to that file instead.
+    """
+    if list(argv[:2]) != [sys.executable, "-m"] or argv[2] not in PRELOADED:
         return None
-    server = _server()
+    server = _server(argv[2].partition(".")[0])
     changed = {name for name in {*env, *server.environ} if env.get(name) != server.environ.get(name)}
     if os.getcwd() != server.folder or not all(name.startswith(_PASSED) for name in changed):
         return None
-    return Forked(server, server.ask({"module": argv[2], "env": dict(env), "log": str(log)}))
+    request = {"module": argv[2], "arguments": argv[3:], "env": dict(env), "files": [str(log), str(errors or log)]}
+    return Forked(server, server.ask(request))
+
+
+def run(*args: str, env: Mapping[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run `shoal ARGUMENT...` to its end, with its output captured; raise TimeoutExpired as subprocess.run does."""
+    argv = [sys.executable, "-m", COMMANDS, *args]
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        process = start(argv, out, env, errors)
+        if process is None:
+            return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        return subprocess.CompletedProcess(argv, status, out.read_text(), errors.read_text())
 
 
 class _Server:
@@ -100,8 +126,8 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
-    """Return this process' server, which ends with this process."""
+def _server(package: str) -> _Server:
+    """Return this process' server of a package's modules, which ends with this process."""
     return _Server()
 
 
@@ -113,7 +139,8 @@ def _serve(connection: socket.socket) -> str | None:
         if "ended" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["ended"], 0)[1])
         else:
-            import_module(PRELOADED[request["module"]])
+            for module in PRELOADED[request["module"]]:
+                import_module(module)
             # A collection in a fork would copy every page of the modules.
             gc.collect()
             gc.freeze()
@@ -127,13 +154,13 @@ def _serve(connection: socket.socket) -> str | None:
 
 
 def _become(request: Mapping[str, Any]) -> None:
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.close(log)
+    for descriptor, path in enumerate(request["files"], 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(file, descriptor)
+        os.close(file)
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = [request["module"]]
+    sys.argv = [request["module"], *request["arguments"]]
 
 
 if __name__ == "__main__":

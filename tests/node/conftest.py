@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
+
 SERVE = (sys.executable, "-m", "shoal.cli.main", "serve")
 Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
 
@@ -114,11 +116,11 @@ class Node:
 
         With an empty folder `elsewhere`, it runs as on another machine: it is told the gateway, and finds no files.
         """
-        command, environ = [sys.executable, "-m", "shoal.cli.main", *args], self.environ
+        environ = self.environ
         if elsewhere is not None:
-            command += ["--gateway", self.gateway]
+            args = (*args, "--gateway", self.gateway)
             environ = environ | {"XDG_RUNTIME_DIR": str(elsewhere), "XDG_CONFIG_HOME": str(elsewhere)}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = fork_server.run(*args, env=environ, timeout_s=timeout_s)
         assert not check or done.returncode == 0, f"shoal {' '.join(args)}: {done.stdout}{done.stderr}\n{self.story()}"
         return done
 

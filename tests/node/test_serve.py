@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from shoal.node import standalone
 from shoal.node.ports import listeners
+from tests import fork_server
 from tests.access import policies
 from tests.breakable import until
 from tests.http2 import framed
@@ -589,10 +591,7 @@ def test_a_wrong_setting_ends_all_workers(onnx_models: Path, monkeypatch: pytest
 def test_a_trace_shows_the_calls_of_a_server(start: Start, onnx_models: Path) -> None:
     _, said = start(str(onnx_models), "--workers", "2", "--metrics-port", "0")
 
-    def shoal_(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "shoal.cli.main", *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
+    shoal_ = partial(fork_server.run, env=os.environ, timeout_s=60)
     done = shoal_("infer", "double", '{"x": [[1, 2, 3, 4]]}', "--explain", "--gateway", said["address"])
     assert done.returncode == 0, done.stderr
     [named] = re.findall(r"^trace: shoal (trace [0-9a-f]{32}) --gateway (\S+)$", done.stderr, re.MULTILINE)
@@ -612,7 +611,6 @@ def test_a_trace_shows_the_calls_of_a_server(start: Start, onnx_models: Path) ->
 
 def test_a_server_without_metrics_has_no_trace_and_the_error_says_what_to_do(start: Start, onnx_models: Path) -> None:
     _, said = start(str(onnx_models))
-    command = [sys.executable, "-m", "shoal.cli.main", "trace", "f" * 32, "--gateway", said["address"]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = fork_server.run("trace", "f" * 32, "--gateway", said["address"], env=os.environ, timeout_s=60)
     assert done.returncode == 2
     assert "For `shoal serve`, start it with --metrics-port N" in done.stderr
