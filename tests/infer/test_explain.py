@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
+import os
 from pathlib import Path
 
 import pytest
 
 from shoal.cli import explanation
 from shoal.inference.v2 import inference_pb2 as pb
+from tests import fork_server
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, request
 from tests.infer.test_infer_process import Infer
@@ -81,10 +82,9 @@ async def test_the_command_line_prints_it(python, models_folder: Repository, tmp
         await infer.until_serving()
 
         async def shoal(model: str, *options: str) -> str:
-            argv = [python, "-m", "shoal.cli.main", "infer", model, '{"x": [[1, 2, 3, 4]]}', "--gateway", infer.address]
-            done = await asyncio.to_thread(
-                subprocess.run, [*argv, *options], capture_output=True, text=True, timeout=60, check=True
-            )
+            args = ("infer", model, '{"x": [[1, 2, 3, 4]]}', "--gateway", infer.address, *options)
+            done = await asyncio.to_thread(fork_server.run, *args, env=os.environ, timeout_s=60)
+            assert done.returncode == 0, done.stderr
             return done.stdout
 
         said = await shoal("double", "--explain")
