@@ -30,6 +30,8 @@ from tests.node.conftest import OF_THE_MACHINE, Node
 # Of the causes that are mended, starts stay in the logs for 15 minutes, and failures in Envoy's counts.
 OF_FORMER_CAUSES = {"process-flapping", "endpoint-failing"}
 MEND_S = 90.0
+# Between two looks, each of which calls the gateway and reads all metrics.
+EVERY_S = 0.5
 # The clock and the version of the store's process are set by files: the real clock cannot be set in a container. The
 # launcher looks at its certificate and its key all the time. The coords let addresses below /refused pass, of which
 # Envoy would refuse the long ones.
@@ -99,7 +101,7 @@ class Ward:
             found[:] = [one for one in self.look_at_all() if one.check == check and text in one.what]
             return bool(found)
 
-        asyncio.run(until(is_found, f"{check} is found", MEND_S, every_s=0.2))
+        asyncio.run(until(is_found, f"{check} is found", MEND_S, EVERY_S))
         return found[0]
 
     def until_alerted(self, alert: str) -> None:
@@ -109,7 +111,7 @@ class Ward:
 
     def until_well(self) -> None:
         """Wait until nothing is found."""
-        asyncio.run(until(lambda: not self.look(), "nothing is found", MEND_S, every_s=0.2))
+        asyncio.run(until(lambda: not self.look(), "nothing is found", MEND_S, EVERY_S))
 
     def run(self, finding: Finding) -> str:
         """Run the command of a finding as a user does, and return what it prints."""
