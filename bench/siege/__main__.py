@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.siege import models, servers, table
-from bench.siege.catalogue import CATALOGUE
+from bench.siege.catalogue import CATALOGUE, attacks_at
 from bench.siege.row import Phases, Row, besiege, stop_under_attack
 from bench.siege.servers import Checkout, Server
 
@@ -76,6 +76,8 @@ def main() -> None:
     if unknown := [name for name in attacks if name not in CATALOGUE]:
         parser.error(f"--only: unknown attacks {', '.join(unknown)}")
     attacks = [name for name in attacks for _ in range(args.repeat)]
+    if args.only and args.front and (astray := [name for name in attacks if name not in attacks_at(args.front)]):
+        parser.error(f"--only: {', '.join(astray)} need a node: --front gateway")
     phases = Phases(quiet=1.5, during=args.seconds, after=1.5)
     checkouts = [servers.here(), *([servers.other(args.before.resolve())] if args.before else [])]
     rows: dict[str, list[Row]] = {front: [] for front in ([args.front] if args.front else RUNS)}
@@ -84,8 +86,9 @@ def main() -> None:
         repository = Path(scratch) / "models"
         models.write(repository)
         for front, found in rows.items():
+            some = [name for name in attacks if name in attacks_at(front)]
             for checkout in checkouts:
-                for row in RUNS[front](checkout, repository, attacks, phases, prepare):
+                for row in RUNS[front](checkout, repository, some, phases, prepare):
                     found.append(row)
                     print(table.brief(front, row), file=sys.stderr, flush=True)
     text = table.document(rows, phases, sys.argv[1:])

@@ -29,6 +29,8 @@ class Attack:
     script: Callable[[Connection], Script]
     prepare: Callable[[], object] = lambda: None
     """Makes the bodies, before the time of the attack begins."""
+    stock: Callable[[str], object] = lambda address: None
+    """Puts into the node at this address what the attack needs, before its time begins."""
     connections: int = 8
     scripts: int = 1
     settings: Mapping[int, int] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class Attack:
     """The connections speak HTTP/1.1."""
     is_brief: bool = False
     """A connection is closed at the end of its scripts."""
+    is_of_jobs: bool = False
+    """Needs ingest and store, and has bystanders that submit jobs."""
 
 
 def has_begun(tally: Mapping[str, int]) -> bool:
@@ -55,6 +59,7 @@ class Siege:
         self._epoll = select.epoll()
         for attack in attacks:
             attack.prepare()
+            attack.stock(address)
         self._places = [attack for attack in attacks for _ in range(attack.connections)]
         self._open: list[Connection | None] = [None] * len(self._places)
         self._place_of: dict[int, int] = {}

@@ -1,7 +1,8 @@
 """Bystander: calls at a steady rate, whether or not earlier calls are answered. Runs in a process of its own.
 
-    python -m bench.siege.bystander ADDRESS TENANT CALLS_A_SECOND [live]
+    python -m bench.siege.bystander ADDRESS TENANT CALLS_A_SECOND [live|health|jobs]
 
+`live` and `health` probe infer and other services. A call of `jobs` submits a job, and then waits for its result.
 Prints "ready", reads {"start": s, "end": s} (time.monotonic) from its standard input, and prints each call: when it was
 due, how long it took from then (None without a response), and how it ended. As clients of gRPC do, it opens another
 connection after a GOAWAY or the end of its connection, and repeats calls that the server says it has not begun.
@@ -9,44 +10,68 @@ connection after a GOAWAY or the end of its connection, and repeats calls that t
 
 from __future__ import annotations
 
+import functools
 import json
 import select
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from bench.siege.wire import INFER, LIVE, Connection, dataframes, framed, head, pin_to_client_core
+from bench.siege.wire import (
+    HEALTH,
+    INFER,
+    LIVE,
+    PREFIX_BYTES,
+    RESULT,
+    SUBMIT,
+    Connection,
+    dataframes,
+    framed,
+    head,
+    pin_to_client_core,
+)
 from mesh.h2 import frames
+from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.ingest.v1 import ingest_pb2
+from shoal.store.v1 import store_pb2
 
 OK = "status 0"
 PATIENCE_S = 30.0
 """Time that calls without a response are waited for at the end."""
 
+# Longest wait of one GetResult, and its status when there is no result yet.
+_WAIT_S = 5
+_NOT_YET = f"status {int(Code.NOT_FOUND)}"
+
 Call = tuple[float, float | None, str]
 """Time when it was due, seconds until its response, outcome."""
 
 
-def question() -> tuple[bytes, bytes]:
+def question() -> tuple[pb.ModelInferRequest, bytes]:
     """Return a request for the model `small`, and the bytes of the right answer."""
     row = np.array([1, 2, 3, 4], np.float32)
     request = pb.ModelInferRequest(model_name="small")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     request.raw_input_contents.append(row.tobytes())
-    return framed(request.SerializeToString()), (2 * row).tobytes()
+    return request, (2 * row).tobytes()
 
 
 class Bystander:
     """Calls of one bystander."""
 
-    def __init__(self, address: str, tenant: str, *, is_probe: bool = False) -> None:
+    def __init__(self, address: str, tenant: str, *, probed: bytes = b"") -> None:
+        """Call the model, or the RPC `probed`, whose answer is true."""
         self._address = address
-        self._head = head(LIVE if is_probe else INFER, tenant=tenant)
-        self._body, self._answer = (framed(b""), b"\x08\x01") if is_probe else question()
+        self._head = head(probed or INFER, tenant=tenant)
+        request, self._answer = question()
+        self._body = framed(b"" if probed else request.SerializeToString())
+        if probed:
+            self._answer = b"\x08\x01"
         self._connections: list[Connection] = []
         self._due: dict[tuple[Connection, int], float] = {}
         self.calls: list[Call] = []
@@ -68,9 +93,18 @@ class Bystander:
         if not self._connections or not self._connections[-1].is_open or self._connections[-1].goaway is not None:
             self._connect()
         connection = self._connections[-1]
-        number, opening = connection.open(self._head)
+        block, body = self._request(due)
+        number, opening = connection.open(block)
         self._due[connection, number] = due
-        connection.send(opening + dataframes(number, self._body, frames.END_STREAM))
+        connection.send(opening + dataframes(number, body, frames.END_STREAM))
+
+    def _request(self, due: float) -> tuple[bytes, bytes]:
+        """Return the headers and the body of the call."""
+        return self._head, self._body
+
+    def _ended(self, due: float, outcome: str, body: bytes) -> None:
+        is_wrong = outcome == OK and self._answer not in body
+        self.calls.append((due, time.monotonic() - due, "wrong answer" if is_wrong else outcome))
 
     def _connect(self) -> None:
         connection: Connection
@@ -80,8 +114,7 @@ class Bystander:
             if outcome == "reset REFUSED_STREAM":
                 self._repeat(due)
                 return
-            is_wrong = outcome == OK and self._answer not in body
-            self.calls.append((due, time.monotonic() - due, "wrong answer" if is_wrong else outcome))
+            self._ended(due, outcome, body)
 
         connection = Connection(self._address, Counter(), on_end=on_end)
         self._connections.append(connection)
@@ -123,9 +156,48 @@ class Bystander:
             connection.close()
 
 
+class JobBystander(Bystander):
+    """Bystander whose calls are jobs: each is submitted, and then its result is waited for."""
+
+    def __init__(self, address: str, tenant: str) -> None:
+        super().__init__(address, tenant)
+        request, self._answer = question()
+        self._submit = (
+            head(SUBMIT, tenant=tenant),
+            framed(ingest_pb2.SubmitRequest(request=request).SerializeToString()),
+        )
+        self._get = head(RESULT, tenant=tenant)
+        # The ids of the submitted jobs, by the time when they were due.
+        self._jobs: dict[float, str] = {}
+
+    def _request(self, due: float) -> tuple[bytes, bytes]:
+        if due not in self._jobs:
+            return self._submit
+        get = store_pb2.GetResultRequest(job_id=self._jobs[due])
+        get.wait.FromSeconds(_WAIT_S)
+        return self._get, framed(get.SerializeToString())
+
+    def _ended(self, due: float, outcome: str, body: bytes) -> None:
+        if outcome == OK and due not in self._jobs:
+            self._jobs[due] = ingest_pb2.SubmitResponse.FromString(body[PREFIX_BYTES:]).job.id
+            self._call(due)
+        elif outcome.startswith(_NOT_YET) and time.monotonic() < due + PATIENCE_S:
+            self._call(due)
+        else:
+            super()._ended(due, outcome, body)
+
+
+_KINDS: dict[str, Callable[[str, str], Bystander]] = {
+    "infer": Bystander,
+    "live": functools.partial(Bystander, probed=LIVE),
+    "health": functools.partial(Bystander, probed=HEALTH),
+    "jobs": JobBystander,
+}
+
+
 def main() -> None:
-    address, tenant, rate, *live = sys.argv[1:]
-    bystander = Bystander(address, tenant, is_probe=bool(live))
+    address, tenant, rate, *kind = sys.argv[1:]
+    bystander = _KINDS[kind[0] if kind else "infer"](address, tenant)
     pin_to_client_core(has_precedence=True)
     print("ready", flush=True)
     times: dict[str, Any] = json.loads(sys.stdin.readline())

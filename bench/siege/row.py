@@ -19,12 +19,14 @@ from typing import Any
 
 from bench.siege.attack import ATTACKER, Attack, has_begun
 from bench.siege.bystander import OK, Call
-from bench.siege.catalogue import CATALOGUE
+from bench.siege.catalogue import CATALOGUE, is_of_jobs
 from bench.siege.servers import ROOT, Server, peak_mib, reset_peak, resident_mib
 from shoal.errors import Code
 
 RATE = 50
 """Calls a second of each bystander."""
+JOB_RATE = 5
+"""Jobs a second of each bystander that submits jobs."""
 PROBES = 100
 TENANTS = (ATTACKER, "neighbour")
 _REFUSED = f"status {int(Code.RESOURCE_EXHAUSTED)}"
@@ -34,10 +36,13 @@ _PATIENCE_S = 60.0
 # Longest wait for memory to return to the system after the attack.
 _SETTLE_S = 30.0
 
-CEILINGS_MIB = {"infer": 1024.0, "envoy": 512.0}
-"""Above idle for infer, altogether for Envoy."""
+CEILINGS_MIB = {"infer": 1024.0, "envoy": 512.0, "ingest": 768.0, "store": 768.0, "coord": 768.0}
+"""Above idle for services, altogether for Envoy. MongoDB and etcd keep caches: they have none."""
 RETURNED = 1.1
 MAX_RATIO, MAX_MS = 5.0, 100.0
+MAX_JOB_MS = 2000.0
+"""Goal for a job, which waits for disks."""
+_OTHERS = {"ingest": "ingest-0", "store": "store-0", "coord": "coord-0", "mongod": "mongod", "etcd": "etcd"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class Row:
     back_s: float = math.inf
     """Seconds from the end of the attack until the memory of all processes was back; infinite: not while waited for."""
     stall_ms: float = 0.0
+    job_stall_ms: float = 0.0
+    """Of ingest and store."""
+    jobs: Sequence[Latencies] = ()
+    """Of the bystanders that submit jobs: quiet, during, after."""
     tally: dict[str, int] = field(default_factory=dict)
     is_alive: bool = True
     stop_s: float | None = math.nan
@@ -96,8 +105,12 @@ class Row:
             found.append("errors")
         if self.during.p99 > min(MAX_RATIO * self.quiet.p99, MAX_MS):
             found.append("p99")
+        if self.jobs and self.jobs[1].p99 > max(MAX_RATIO * self.jobs[0].p99, MAX_JOB_MS):
+            found.append("jobs' p99")
         for name, memory in self.memory.items():
-            if memory.peak - (memory.before if name == "infer" else 0) > CEILINGS_MIB[name]:
+            if name not in CEILINGS_MIB:
+                continue
+            if memory.peak - (0 if name == "envoy" else memory.before) > CEILINGS_MIB[name]:
                 found.append(f"{name} ceiling")
             if memory.after > RETURNED * memory.before:
                 found.append(f"{name} memory kept")
@@ -121,13 +134,22 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
         command = ["bench.siege.bystander", server.address]
         bystanders = [stack.enter_context(_process(*command, tenant, str(RATE))) for tenant in TENANTS]
         probe = stack.enter_context(_process("bench.siege.bystander", server.probe, "probe", str(PROBES), "live"))
+        job_callers, job_probes = [], []
+        if is_of_jobs(attack):
+            pids |= {name: server.others[each] for name, each in _OTHERS.items() if each in server.others}
+            job_callers = [stack.enter_context(_process(*command, tenant, str(JOB_RATE), "jobs")) for tenant in TENANTS]
+            job_probes = [
+                stack.enter_context(_process("bench.siege.bystander", each, "probe", str(PROBES), "health"))
+                for each in server.job_probes
+            ]
         attacker = stack.enter_context(_process("bench.siege.attacker", attack, server.address))
-        for process in (*bystanders, probe, attacker):
+        watchers = (*bystanders, probe, *job_callers, *job_probes)
+        for process in (*watchers, attacker):
             _line(process)
         start = time.monotonic() + _START_S
         attacked, left = start + phases.quiet, start + phases.quiet + phases.during
         end = left + phases.after
-        for process in (*bystanders, probe):
+        for process in watchers:
             _tell(process, start, end)
         _tell(attacker, attacked, left)
         _sleep_until(attacked)
@@ -137,29 +159,22 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
         row.tally = _result(attacker, left + _PATIENCE_S)
         for part, pid in pids.items():
             row.memory[part].peak = peak_mib(pid)
-        calls = []
-        for process in bystanders:
-            found = _result(process, end + _PATIENCE_S)
-            calls.append([tuple(call) for call in found["calls"]])
-            row.repeated += found["repeated"]
-        probes = _result(probe, end + _PATIENCE_S)["calls"]
+        found = [_result(process, end + _PATIENCE_S) for process in (*bystanders, *job_callers)]
+        row.repeated = sum(each["repeated"] for each in found)
+        every: list[list[Call]] = [[tuple(call) for call in each["calls"]] for each in found]
+        row.stall_ms = _stall_ms([probe], attacked, end)
+        row.job_stall_ms = _stall_ms(job_probes, attacked, end)
     row.back_s = _settle(row, pids, left)
-    row.quiet, row.during, row.after = (
-        _worse(calls, begin, stop) for begin, stop in ((start, attacked), (attacked, left), (left, end))
-    )
-    row.calls = sum(map(len, calls))
+    calls, jobs = every[: len(bystanders)], every[len(bystanders) :]
+    phases_of = (start, attacked), (attacked, left), (left, end)
+    row.quiet, row.during, row.after = (_worse(calls, begin, stop) for begin, stop in phases_of)
+    if jobs:
+        row.jobs = [_worse(jobs, begin, stop) for begin, stop in phases_of]
+    row.calls = sum(map(len, every))
     row.errors = {
-        tenant: Counter(outcome for _, _, outcome in each if outcome != OK)
-        for tenant, each in zip(TENANTS, calls, strict=True)
+        tenant: Counter(outcome for each in every[n :: len(TENANTS)] for _, _, outcome in each if outcome != OK)
+        for n, tenant in enumerate(TENANTS)
     }
-    row.stall_ms = max(
-        (
-            1000 * (took if took is not None and outcome == OK else math.inf)
-            for due, took, outcome in probes
-            if due > attacked
-        ),
-        default=0,
-    )
     row.is_alive = server.is_running()
     return row
 
@@ -186,6 +201,17 @@ def _worse(calls: Sequence[Sequence[Call]], begin: float, stop: float) -> Latenc
     return Latencies(max(one.p50 for one in each), max(one.p99 for one in each))
 
 
+def _stall_ms(probes: Sequence[subprocess.Popen[str]], begin: float, end: float) -> float:
+    """Return the longest wait of a probe since `begin`."""
+    waits = [
+        1000 * (took if took is not None and outcome == OK else math.inf)
+        for probe in probes
+        for due, took, outcome in _result(probe, end + _PATIENCE_S)["calls"]
+        if due > begin
+    ]
+    return max(waits, default=0.0)
+
+
 def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else math.nan
 
@@ -196,7 +222,7 @@ def _settle(row: Row, pids: dict[str, int], attacked_until: float) -> float:
         for part, pid in pids.items():
             row.memory[part].after = resident_mib(pid)
         took = time.monotonic() - attacked_until
-        if all(each.after <= RETURNED * each.before for each in row.memory.values()):
+        if all(each.after <= RETURNED * each.before for name, each in row.memory.items() if name in CEILINGS_MIB):
             return took
         if took > _SETTLE_S:
             return math.inf

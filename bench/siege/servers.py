@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,12 +56,14 @@ class Server:
     infer: int
     envoy: int | None
     log: Path
-    others: Sequence[int] = ()
-    """Processes of the node that are neither of these two."""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Processes of the node that are neither of these two, by name."""
+    job_probes: Sequence[str] = ()
+    """Ingest and store themselves."""
 
     def take_precedence(self) -> None:
         """Run the server before other work of the machine, and this process, too. Needs root."""
-        for pid in (self.process.pid, self.infer, self.envoy, *self.others, os.getpid()):
+        for pid in (self.process.pid, self.infer, self.envoy, *self.others.values(), os.getpid()):
             if pid is not None:
                 # The group is that of the process's session. `nice` counts only within it.
                 Path(f"/proc/{pid}/autogroup").write_text("-15")
@@ -128,7 +130,8 @@ def node(checkout: Checkout, models: Path, folder: Path, *options: str) -> Itera
         document = json.loads(ready.read_text())
         pids = document["pids"]
         infer, envoy = pids.pop("infer-0"), pids.pop("envoy")
-        yield Server(process, document["gateway"], _listen(infer), infer, envoy, log, tuple(pids.values()))
+        probes = [_listen(pids[name]) for name in ("ingest-0", "store-0")]
+        yield Server(process, document["gateway"], _listen(infer), infer, envoy, log, pids, probes)
     finally:
         _end(process)
 
@@ -150,7 +153,7 @@ def _pinned(command: Sequence[str]) -> list[str]:
 
 def _listen(pid: int) -> str:
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(each.partition(b"=")[2].decode() for each in variables if each.startswith(b"SHOAL_INFER_LISTEN="))
+    return next(each.partition(b"=")[2].decode() for each in variables if re.match(rb"SHOAL_[A-Z]+_LISTEN=", each))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -32,13 +32,27 @@ _COLUMNS = (
 )
 
 
+_JOB_COLUMNS = (
+    "attack",
+    "server",
+    "jobs quiet",
+    "during",
+    "after",
+    "ingest MiB",
+    "store MiB",
+    "coord MiB",
+    "MongoDB MiB",
+    "stall ms",
+)
+
+
 def missed(row: Row) -> Sequence[str]:
     return row.missed(NODE_DRAIN_S if "envoy" in row.memory else DRAIN_S)
 
 
 def brief(front: str, row: Row) -> str:
     """Return one line on a row."""
-    return " | ".join((front, *_cells(row)))
+    return " | ".join((front, *_cells(row), *(_job_cells(row)[2:] if row.jobs else ())))
 
 
 def document(rows: Mapping[str, Sequence[Row]], phases: Phases, arguments: Sequence[str]) -> str:
@@ -47,6 +61,9 @@ def document(rows: Mapping[str, Sequence[Row]], phases: Phases, arguments: Seque
     lines += [f"    python -m bench.siege {' '.join(arguments)}".rstrip(), "", _machine(), "", _method(phases)]
     for front, found in rows.items():
         lines += ["", f"## {front}", "", *_markdown(_COLUMNS, [_cells(row) for row in _by_attack(found)])]
+        if of_jobs := [row for row in _by_attack(found) if row.jobs]:
+            lines += ["", "Jobs during the attacks on ingest and store:", ""]
+            lines += _markdown(_JOB_COLUMNS, [_job_cells(row) for row in of_jobs])
         for server in dict.fromkeys(row.server for row in found):
             some = [row for row in found if row.server == server]
             met = sum(not missed(row) for row in some)
@@ -103,6 +120,17 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.stall_ms),
         "killed" if row.stop_s is None else _number(row.stop_s),
         ", ".join(missed(row)) or "met",
+    )
+
+
+def _job_cells(row: Row) -> tuple[str, ...]:
+    memory = {name: f"{m.before:.0f}/{m.peak:.0f}/{m.after:.0f}" for name, m in row.memory.items()}
+    return (
+        row.attack,
+        row.server,
+        *map(_latencies, row.jobs),
+        *(memory.get(name, "") for name in ("ingest", "store", "coord", "mongod")),
+        _number(row.job_stall_ms),
     )
 
 

@@ -21,6 +21,11 @@ Script = Generator[bytes | None, None, None]
 
 INFER = b"/inference.GRPCInferenceService/ModelInfer"
 LIVE = b"/inference.GRPCInferenceService/ServerLive"
+HEALTH = b"/grpc.health.v1.Health/Check"
+SUBMIT = b"/shoal.ingest.v1.IngestService/Submit"
+RESULT = b"/shoal.store.v1.StoreService/GetResult"
+PREFIX_BYTES = 5
+"""Bytes before a gRPC message."""
 
 # Data is sent in pieces of this size, so that a script does not run far ahead of its socket.
 _PIECE = 256 << 10

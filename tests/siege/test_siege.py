@@ -16,7 +16,7 @@ import pytest
 from bench.siege import models, servers
 from bench.siege.attack import Siege
 from bench.siege.bystander import OK, PATIENCE_S, Bystander, Call
-from bench.siege.catalogue import CATALOGUE
+from bench.siege.catalogue import CATALOGUE, attacks_at
 from bench.siege.row import CEILINGS_MIB, TENANTS, is_allowed
 from bench.siege.servers import Server
 from tests.long_form import by_form
@@ -58,7 +58,7 @@ class Bystanders:
         return [each.calls for each in self._each]
 
 
-@pytest.mark.parametrize("attack", CATALOGUE)
+@pytest.mark.parametrize("attack", attacks_at("serve"))
 def test_bystanders_are_served_during(attack: str, server: Server) -> None:
     # A process of the tests may open 1024 files.
     attacks = [replace(each, connections=min(each.connections, MAX_CONNECTIONS)) for each in CATALOGUE[attack]]
