@@ -243,7 +243,7 @@ def _cancels(connection: Connection) -> Script:
 _SUBMIT = INGEST + b"Submit"
 of_jobs = functools.partial(Attack, is_of_jobs=True)
 ATTACKS = (
-    of_jobs("submit-large", "jobs of 12 MiB", calling(_SUBMIT, _largest, in_flight=8)),
+    of_jobs("submit-large", "jobs of 12 MiB", calling(_SUBMIT, _largest, in_flight=8), scripts=8),
     of_jobs("submit-small", "the smallest jobs at full rate", calling(_SUBMIT, _smallest, in_flight=256)),
     of_jobs("list-jobs", "lists of jobs, 1,000 a page", calling(INGEST + b"ListJobs", _page), stock=waiting_jobs),
     of_jobs(

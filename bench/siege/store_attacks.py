@@ -11,7 +11,7 @@ from typing import Any
 from bench.siege.attack import ATTACKER
 from bench.siege.job_attacks import calling, cancelling, of_jobs, results, watching
 from bench.siege.messages import MIB
-from bench.siege.wire import Connection, Script, dataframes, framed, head
+from bench.siege.wire import Connection, Script, framed, head
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from shoal.store.v1 import store_pb2
@@ -64,7 +64,8 @@ def _cut_pushes(connection: Connection) -> Script:
         made.header.sha256, made.header.size_bytes = hashlib.sha256(os.urandom(16)).hexdigest(), 64 * MIB
         number, opening = connection.open(block)
         connection.tally["calls"] += 1
-        yield opening + dataframes(number, framed(made.SerializeToString()))
+        yield opening
+        yield from connection.body(number, framed(made.SerializeToString()), is_end=False)
         for _ in range(4):
             yield from connection.body(number, chunk, is_end=False)
         if connection.tally["calls"] % 2 and number in connection.streams:
