@@ -11,6 +11,7 @@ task_methods  fast methods that are coroutine functions
 call_context  context of a slow call for its handler
 copied        copies of messages into other messages
 places        places for calls that stay open, shared by tenants
+tenant_turns  room for which calls wait; tenants take turns
 tail_spans    spans of failed and slow calls that were not sampled
 span_listing  the RPC by which coord reads the spans of a process
 framing       messages in bodies; compression

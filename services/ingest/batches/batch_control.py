@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
@@ -31,9 +31,13 @@ _SUM_TTL_S = 0.25
 # A sum reads all chunks of its batch, 244,000 of a billion rows. It lives this many times as long as it took, so that
 # sums take at most a twentieth of MongoDB's time for a batch.
 _SUM_TTL_TIMES = 20
-_MAX_SUMS = 100
+# As many as batches may be active.
+_MAX_SUMS = 1_000
+_SUMS_AT_ONCE = 4
 # Time that CancelBatch waits for the batch's end before it responds.
 _CANCEL_WAIT_S = 3.0
+# Interval of its polls, unless calls of the tenant together would read more than POLLS_PER_S.
+_CANCEL_POLL_S = 0.05
 # Time that a watcher survives an unavailable database.
 _OUTAGE_S = 30.0
 
@@ -63,6 +67,9 @@ class BatchControl:
         self._chunks = chunks
         self._on_change = on_change
         self._watches = Places(max_watches, "watches")
+        # Calls of CancelBatch that wait, by tenant.
+        self._cancelling: Counter[str] = Counter()
+        self._turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
         self._monotonic = monotonic
         self._sleep = sleep
         # Each with the time until which it is returned.
@@ -125,11 +132,18 @@ class BatchControl:
         await self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text))
         self._on_change()
         view = await self.get(batch_id)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CANCEL_WAIT_S):
-                while not view.batch.is_final:
-                    await asyncio.sleep(0.05)
-                    view = await self.get(batch_id)
+        tenant = view.batch.tenant
+        self._cancelling[tenant] += 1
+        try:
+            give_up_at = self._monotonic() + _CANCEL_WAIT_S
+            while not view.batch.is_final and self._monotonic() < give_up_at:
+                interval_s = max(_CANCEL_POLL_S, self._cancelling[tenant] / POLLS_PER_S)
+                await self._sleep(min(interval_s, _CANCEL_WAIT_S))
+                view = await self.get(batch_id)
+        finally:
+            self._cancelling[tenant] -= 1
+            if not self._cancelling[tenant]:
+                del self._cancelling[tenant]
         return view
 
     async def pause(self, batch_id: str, reason: str, scope: TenantScope = EVERY_TENANT) -> BatchView:
@@ -172,7 +186,9 @@ class BatchControl:
             began = self._monotonic()
             if (known := self._sums.get(key)) is not None and began < known[0]:
                 return known[1]
-            totals = await self._chunks.totals(batch.id)
+            async with self._turns.take(batch.tenant):
+                began = self._monotonic()
+                totals = await self._chunks.totals(batch.id)
             ended = self._monotonic()
             self._sums[key] = (ended + max(_SUM_TTL_S, (ended - began) * _SUM_TTL_TIMES), totals)
             while len(self._sums) > _MAX_SUMS:

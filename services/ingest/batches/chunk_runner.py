@@ -35,8 +35,9 @@ from services.ingest.batches.rows.wire import ModelTarget
 from services.ingest.job import Policy
 from shoal.errors import Code
 
-# Stacks in flight or waiting to be written, for each concurrent request: the next stack is ready when a request ends.
-_STACKS_PER_SLOT = 2
+# Stacks in flight or waiting to be written, for each request that a tenant may have in flight (two thirds of all): the
+# next stack is ready when a request ends.
+_STACKS_PER_REQUEST = 2
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ class ChunkRunner:
         self._threads = threads
         self._folder = folder
         self._slots = RequestSlots(max_requests)
-        self._window = _STACKS_PER_SLOT * max_requests
+        self._window = _STACKS_PER_REQUEST * max(1, max_requests * 2 // 3)
         self._timeout_s = timeout_s
         self.succeeded = self.failed = 0
         """Rows that were written, of all attempts."""

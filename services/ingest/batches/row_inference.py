@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.batches.outputs.part_summary import RowError
 from services.ingest.batches.rows.fitting import FittedInput
 from services.ingest.batches.rows.stacking import Stack
@@ -98,28 +99,19 @@ def decide(
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
-class RequestSlots:
-    """Limit on concurrent requests: at most `limit`, or a single exclusive one."""
+class RequestSlots(TenantTurns):
+    """Slots for concurrent requests. Tenants take turns, and a tenant leaves a third of the slots to others.
+
+    Its model may be slow, and would keep all slots for a minute. An exclusive request has no other one beside it.
+    """
 
     def __init__(self, limit: int) -> None:
+        super().__init__(limit, leaves_room=True)
         self._limit = limit
-        self._free = asyncio.Semaphore(limit)
-        self._acquiring = asyncio.Lock()
 
-    @asynccontextmanager
-    async def acquired(self, *, exclusive: bool) -> AsyncIterator[None]:
+    def acquired(self, tenant: str, *, exclusive: bool) -> AbstractAsyncContextManager[None]:
         """Hold one slot for the block; with `exclusive` all slots."""
-        count = 0
-        try:
-            # Without the lock, two exclusive requests could deadlock, each with some of the slots.
-            async with self._acquiring:
-                for _ in range(self._limit if exclusive else 1):
-                    await self._free.acquire()
-                    count += 1
-            yield
-        finally:
-            for _ in range(count):
-                self._free.release()
+        return self.take(tenant, self._limit if exclusive else 1)
 
 
 class RowInference:
@@ -157,7 +149,7 @@ class RowInference:
         attempts = refusals = 0
         give_up_at = None
         while True:
-            async with self._slots.acquired(exclusive=is_exclusive):
+            async with self._slots.acquired(self._target.tenant, exclusive=is_exclusive):
                 outcome = await self._send(inputs, stack)
             if isinstance(outcome, SucceededRows):
                 self._on_wait("")

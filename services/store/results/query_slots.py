@@ -6,10 +6,7 @@ other calls would wait, nor keep other tenants from querying.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-from services.store.results.tenant_turns import TenantTurns
+from mesh.rpc.tenant_turns import TenantTurns
 
 LIMIT = 16
 """A third of the connections of a store (`mesh.mongo`)."""
@@ -22,12 +19,3 @@ class QuerySlots(TenantTurns):
 
     def __init__(self, limit: int = LIMIT) -> None:
         super().__init__(limit, leaves_room=True)
-
-    @asynccontextmanager
-    async def take(self, tenant: str) -> AsyncIterator[None]:
-        """Hold a slot for as long as the block lasts; wait for it first."""
-        await self.admit(tenant)
-        try:
-            yield
-        finally:
-            self.release(tenant)

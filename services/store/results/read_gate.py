@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from services.store.results.tenant_turns import TenantTurns
+from mesh.rpc.tenant_turns import TenantTurns
 
 READ_BYTES = 128 << 20
 """Responses that are read at a time. Each exists some five times until its message is written."""

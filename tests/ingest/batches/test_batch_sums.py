@@ -81,3 +81,63 @@ async def test_the_many_watchers_of_a_tenant_read_as_often_as_a_few(tmp_path: Pa
         assert pauses["many"][-1] == 10
         for task in following:
             task.cancel()
+
+
+class OneBatch:
+    """A batch that does not end."""
+
+    def __init__(self, one: Batch) -> None:
+        self.batch = one
+        self.reads = 0
+
+    async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
+        self.reads += 1
+        return self.batch
+
+    async def request_end(self, batch_id: str, ending: object) -> None: ...
+
+
+async def test_many_cancellations_together_read_as_often_as_a_few(tmp_path: Path) -> None:
+    batches, now = OneBatch(batch(tmp_path, totals=Totals())), 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        await asyncio.sleep(0)
+        now += seconds / 1_000
+
+    control = BatchControl(
+        cast(BatchRepository, batches),
+        cast(ChunkRepository, None),
+        on_change=lambda: None,
+        max_watches=1,
+        monotonic=lambda: now,
+        sleep=sleep,
+    )
+    await asyncio.gather(*(control.cancel(batches.batch.id, "") for _ in range(1_000)))
+    # Each reads twice at the beginning, and at most 2 or 3 times later: 60 times alone.
+    assert batches.reads <= 5_000
+
+
+async def test_sums_of_a_tenant_with_many_batches_leave_room_to_others(tmp_path: Path) -> None:
+    summed: list[str] = []
+    wake = asyncio.Event()
+
+    class Slow:
+        async def totals(self, batch_id: str) -> Totals:
+            summed.append(batch_id)
+            await wake.wait()
+            return Totals()
+
+    control = BatchControl(
+        cast(BatchRepository, None), cast(ChunkRepository, Slow()), on_change=lambda: None, max_watches=1
+    )
+    many = [batch(tmp_path, id=f"many-{n}", tenant="many") for n in range(200)]
+    views = [asyncio.create_task(control._view(each)) for each in many]
+    await until(lambda: len(summed) > 1, "they are summed")
+    views.append(asyncio.create_task(control._view(batch(tmp_path, id="other", tenant="other"))))
+    await until(lambda: "other" in summed, "the other tenant's is summed")
+    assert len(summed) == 3
+    wake.set()
+    await asyncio.gather(*views)
+    # All are kept.
+    assert len(control._sums) == 201

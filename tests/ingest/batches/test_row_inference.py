@@ -187,7 +187,7 @@ async def test_a_call_alone_is_alone_and_cancelled_callers_leave_no_hole() -> No
 
     async def call(exclusive: bool) -> None:
         nonlocal inside, most_beside
-        async with slots.acquired(exclusive=exclusive):
+        async with slots.acquired("a", exclusive=exclusive):
             inside += 1
             if exclusive:
                 most_beside = max(most_beside, inside)
@@ -202,3 +202,23 @@ async def test_a_call_alone_is_alone_and_cancelled_callers_leave_no_hole() -> No
     assert most_beside == 1
     async with asyncio.timeout(30):
         await asyncio.gather(*(call(True) for _ in range(5)))
+
+
+async def test_calls_of_a_tenant_with_a_slow_model_leave_slots_to_others() -> None:
+    slots, never = RequestSlots(24), asyncio.Event()
+
+    async def call(tenant: str, until: asyncio.Event) -> None:
+        async with slots.acquired(tenant, exclusive=False):
+            await until.wait()
+
+    slow = [asyncio.create_task(call("slow", never)) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert slots.held == 16
+    at_once = asyncio.Event()
+    at_once.set()
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(call("other", at_once) for _ in range(50)))
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+    assert slots.held == 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from mesh.h2.memory_account import leaves_room
@@ -49,6 +51,15 @@ class TenantTurns:
                 waiter.admitted.cancel()
                 self._admit_waiting()
             raise
+
+    @asynccontextmanager
+    async def take(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
+        """Hold room for as long as the block lasts; wait for it first."""
+        await self.admit(tenant, size)
+        try:
+            yield
+        finally:
+            self.release(tenant, size)
 
     def release(self, tenant: str, size: int = 1) -> None:
         """Give the room of a call back."""
