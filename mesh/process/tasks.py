@@ -31,6 +31,25 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.wait(left, timeout=_AGAIN_S)
 
 
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`. A cancellation takes effect when `work` has ended; a second one cancels it.
+
+    For a command to MongoDB: pymongo closes the connection of one that is cancelled, and MongoDB works on it for up to
+    half a second more. Clients that call and leave would otherwise make all calls wait for new connections.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait([task])
+        finally:
+            # The error of a call that nobody waits for.
+            if not task.cancel() and not task.cancelled():
+                task.exception()
+        raise
+
+
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all coroutines concurrently and return their results in order.
 

@@ -118,7 +118,10 @@ class IngestRpc(
         tenant = self._scopes.of(context, "ListJobs").owner("tenant", request.tenant)
         filter_ = Filter(state_of(request.state), request.model_name, tenant)
         page = await self._jobs.page(filter_, request.page_size, request.page_token)
-        return pb.ListJobsResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
+        response = pb.ListJobsResponse(next_page_token=page.next_token)
+        async for job in self._jobs.pauses.each(page.jobs):
+            response.jobs.append(message_of(job))
+        return response
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         async for job in self._watch.follow(request.id, self._scopes.of(context, "WatchJob")):

@@ -16,6 +16,7 @@ from pymongo import monitoring
 from mesh import mongo
 from services.store.documents import Collections
 from services.store.page_token import Position
+from services.store.results import result_documents
 from services.store.results.read_gate import ReadGate
 from services.store.results.result_documents import document
 from services.store.results.result_filter import find
@@ -82,6 +83,85 @@ class Heard(monitoring.CommandListener):
 @pytest.fixture
 def heard() -> Heard:
     return Heard()
+
+
+class Connections(monitoring.ConnectionPoolListener):
+    """The connections that a client closes."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+
+    def connection_closed(self, event: monitoring.ConnectionClosedEvent) -> None:
+        self.closed.append(event.reason)
+
+    def pool_created(self, event: object) -> None: ...
+
+    def pool_ready(self, event: object) -> None: ...
+
+    def pool_cleared(self, event: object) -> None: ...
+
+    def pool_closed(self, event: object) -> None: ...
+
+    def connection_created(self, event: object) -> None: ...
+
+    def connection_ready(self, event: object) -> None: ...
+
+    def connection_check_out_started(self, event: object) -> None: ...
+
+    def connection_check_out_failed(self, event: object) -> None: ...
+
+    def connection_checked_out(self, event: object) -> None: ...
+
+    def connection_checked_in(self, event: object) -> None: ...
+
+
+@pytest.mark.parametrize("call", ["search", "get"])
+async def test_calls_that_are_cancelled_keep_their_connections(
+    call: str, thousand: Collections, mongo_uri: str, mongo_database: str
+) -> None:
+    heard, connections = Heard(), Connections()
+    async with mongo.Client(mongo_uri, event_listeners=[heard, connections], tz_aware=True) as client:
+        collections = Collections(client[mongo_database])
+        await collections.prepare()
+        heard.commands.clear()
+        results = Results(collections, cast(Any, None), lambda: NOW)
+        nothing = pb.ResultFilter(tenant="t1", model_name="m1", labels={"team": "c"})
+
+        def begun() -> asyncio.Task[Any]:
+            if call == "get":
+                return asyncio.create_task(results.get("none"))
+            return asyncio.create_task(results.page(nothing, None, 100, READING))
+
+        for count in range(1, 21):
+            task = begun()
+            async with asyncio.timeout(PATIENCE_S):
+                while len([name for name, command in heard.commands if "find" in command]) < count:
+                    assert not task.done()
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        assert results.searches.held == 0
+        assert connections.closed == []
+
+
+async def test_pages_at_once_take_turns_with_other_work(thousand: Collections, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(thousand, cast(Any, None), lambda: NOW)
+    order: list[str] = []
+    monkeypatch.setattr(result_documents, "result", lambda doc: (order.append("d"), pb.Result(job_id=doc["_id"]))[1])
+
+    async def bystander() -> None:
+        while True:
+            order.append(" ")
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(bystander())
+    async with asyncio.timeout(PATIENCE_S):
+        pages = await asyncio.gather(*(results.query(pb.QueryResultsRequest(page_size=1_000)) for _ in range(5)))
+    other.cancel()
+    assert [len(found) for found, _ in pages] == [1_000] * 5
+    # One page's 16, and the first 16 of one that begins.
+    assert max(map(len, "".join(order).split())) <= 32
 
 
 SESSION = ("lsid", "txnNumber", "startTransaction", "autocommit", "$db", "$clusterTime", "writeConcern")

@@ -10,7 +10,10 @@ from typing import Any, Protocol
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.process.pauses import Pauses
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import TenantTurns
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
@@ -21,6 +24,10 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 PAGE_DEFAULT = 100
 PAGE_MOST = 1_000
+READS_AT_ONCE = 24
+"""Half of the connections to MongoDB. Thousands of watchers read at once when their change stream is opened again."""
+PAGES_AT_ONCE = 4
+"""Each page has up to 1,000 jobs, some megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,10 @@ class Jobs:
     def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
         self._payloads = payloads
+        self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True)
+        self._page_turns = TenantTurns(PAGES_AT_ONCE, leaves_room=True)
+        self.pauses = Pauses()
+        """Of calls for pages."""
 
     async def get(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> Job:
         """Return a job of the scope, without its request.
@@ -71,7 +82,9 @@ class Jobs:
         if not is_ulid(job_id):
             raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
         with translated("reading a job"):
-            document = await self._jobs.find_one({"_id": job_id, **scope.condition}, WITHOUT_REQUEST)
+            async with self._turns.take(scope.tenant or ""):
+                found = self._jobs.find_one({"_id": job_id, **scope.condition}, WITHOUT_REQUEST)
+                document = await uninterrupted(found)
         if document is None:
             raise NotFound(f"no job {job_id!r}")
         return job_of(document)
@@ -110,9 +123,11 @@ class Jobs:
         query = selection.query()
         after = _position(token, query) if token else ""
         with translated("listing jobs"):
-            page = await scan(self._jobs, query, size or PAGE_DEFAULT, after=after, order=-1)
+            async with self._page_turns.take(str(query.get("tenant", ""))):
+                page = await uninterrupted(scan(self._jobs, query, size or PAGE_DEFAULT, after=after, order=-1))
+                jobs = [job_of(document) async for document in self.pauses.each(page.documents)]
         next_token = "" if page.end is None else page_tokens.encode([page.end], query)
-        return Page([job_of(document) for document in page.documents], next_token)
+        return Page(jobs, next_token)
 
 
 def _position(token: str, query: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
+from mesh.process.pauses import Pauses
 from mesh.process.tasks import Background, end
 from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
@@ -172,7 +173,7 @@ class Watch:
         self._changes = changes
         # Reads that begin in the next iteration of the event loop, by job and tenant.
         self._reads: dict[tuple[str, str | None], asyncio.Task[Job]] = {}
-        self._turn = asyncio.Lock()
+        self._pauses = Pauses()
 
     async def follow(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> AsyncIterator[Job]:
         """Yield the job of the scope, and again after each transition, until it has ended.
@@ -189,8 +190,7 @@ class Watch:
                 changed.clear()
                 newer = await self._read_with_retry(job_id, scope)
                 # Thousands may watch one job: other calls go on between two watchers.
-                async with self._turn:
-                    await asyncio.sleep(0)
+                await self._pauses.pause()
                 for view in views_between(job, newer):
                     yield view
                 job = newer

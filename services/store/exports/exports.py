@@ -198,7 +198,7 @@ class Exports:
             docs, cursor = await self._stream.step(
                 request.filter, cursor, reading, size=size, omit_response=request.omit_response
             )
-            await self._threads.run(part.add, [await self._results.readable(doc) for doc in docs])
+            await self._threads.run(part.add, await self._results.all_readable(docs))
         return cursor
 
     async def _deliver(

@@ -72,7 +72,7 @@ class ResultStream:
         while cursor.after < cursor.last:
             with self._results.reads.reading(request.filter.tenant) as reading:
                 docs, cursor = await self.step(request.filter, cursor, reading, omit_response=request.omit_response)
-                results = [await self._results.readable(doc) for doc in docs]
+                results = await self._results.all_readable(docs)
             yield StreamPage(results, encode_cursor(cursor, digest), complete=cursor.after >= cursor.last)
 
     async def whole(self, result_filter: ResultFilter) -> Cursor:

@@ -19,6 +19,8 @@ from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError, PyMongoError
 
 from mesh.mongo import TIMEOUT_MS, Document, is_timeout, translated
+from mesh.process.pauses import Pauses
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
@@ -46,6 +48,8 @@ _NAMED_AT_ONCE = 32
 # Tries of a page: the time of one, and the results of the tenant that it examines, or up to twice as many (None: all).
 # Another try follows one that found nothing in its time. Labels beyond the first are in documents of up to 256 KiB.
 _TRIES: Sequence[tuple[float | None, int | None]] = ((0.5, None), (1.0, 20_000), (None, 500))
+# Documents of a reply that a page takes before other calls go on.
+_PAUSED_AFTER = 50
 _STANDING_ATTEMPTS = 5
 # A single job of a fast model is done in 8 ms, and a read costs the store as much as recording the result.
 _SOON_S = 0.02
@@ -68,9 +72,12 @@ class Results:
         self.reads = ReadGate()
         """Places for calls that read many or large responses."""
         self.queries, self.searches = QuerySlots(), QuerySlots(SEARCHES)
+        self.lookups = QuerySlots()
+        """Of reads of single results."""
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""
         self._on_recorded = on_recorded
+        self._pauses = Pauses()
 
     async def put(self, results: Sequence[Result]) -> list[tuple[bool, Result]]:
         """Record results of jobs that have none. For each: True if recorded, and the standing one without response.
@@ -114,7 +121,8 @@ class Results:
 
     async def _stored(self, job_id: str, scope: TenantScope = EVERY_TENANT) -> Document | None:
         with translated(f"reading the result of job {job_id}"):
-            return await self._collections.results.find_one({"_id": job_id, **scope.condition})
+            async with self.lookups.take(scope.tenant or ""):
+                return await uninterrupted(self._collections.results.find_one({"_id": job_id, **scope.condition}))
 
     async def _waited_for(self, job_id: str, wait_s: float, scope: TenantScope) -> Document | None:
         if is_young(job_id, self._clock()):
@@ -155,7 +163,7 @@ class Results:
             docs, end = await self.page(
                 result_filter, after, size, reading, omit_response=query.omit_response, removed=removed
             )
-            found = [await self.readable(doc) for doc in docs]
+            found = await self.all_readable(docs)
         return found, "" if end is None else page_token.encode(end, digest)
 
     async def whole(self, doc: Document) -> Result:
@@ -171,6 +179,10 @@ class Results:
         except DecodeError as err:
             raise DataLoss(f"job {doc['_id']}: the stored response cannot be read") from err
         return result
+
+    async def all_readable(self, docs: Sequence[Document]) -> list[Result]:
+        """Return `readable` of each document. Other calls go on meanwhile."""
+        return [await self.readable(doc) async for doc in self._pauses.each(docs)]
 
     async def readable(self, doc: Document) -> Result:
         """Return the result of a document as far as it can be read. `answer_lost`: why a damaged answer is left out.
@@ -215,26 +227,75 @@ class Results:
         empty, when the query takes long. Large responses are read as part of `reading`. Of named jobs, the page
         includes the tombstones that match `removed`.
         """
-        query = self._collections, result_filter, after
         slots = self.searches if is_search(result_filter) else self.queries
         with translated("querying results"):
             async with slots.take(result_filter.tenant):
-                if result_filter.job_ids:
-                    docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
-                    return await _filled(docs, size, most_bytes, reading)
-                for limit_s, span in _TRIES:
-                    last: Position | None = None
-                    try:
-                        if span is not None:
-                            last = await _first(span_ends(*query, span, oldest_first=oldest_first), limit_s)
-                        found = find(*query, oldest_first=oldest_first, omit_response=omit_response, last=last)
-                        docs = _each(found.limit(size + 1), limit_s)
-                        page, end = await _filled(docs, size, most_bytes, reading)
-                        return page, end or last
-                    except PyMongoError as err:
-                        if limit_s is None or not is_timeout(err):
-                            raise
+                # The slot is held, and MongoDB works, for as long as a cancelled query goes on.
+                return await uninterrupted(
+                    self._page(
+                        result_filter,
+                        after,
+                        size,
+                        reading,
+                        most_bytes=most_bytes,
+                        oldest_first=oldest_first,
+                        omit_response=omit_response,
+                        removed=removed,
+                    )
+                )
+
+    async def _page(
+        self,
+        result_filter: ResultFilter,
+        after: Position | None,
+        size: int,
+        reading: Reading,
+        *,
+        most_bytes: int,
+        oldest_first: bool,
+        omit_response: bool,
+        removed: Document | None,
+    ) -> tuple[list[Document], Position | None]:
+        query = self._collections, result_filter, after
+        if result_filter.job_ids:
+            docs = self._named(result_filter, after, size + 1, oldest_first, omit_response, removed)
+            return await self._filled(docs, size, most_bytes, reading)
+        for limit_s, span in _TRIES:
+            last: Position | None = None
+            try:
+                if span is not None:
+                    last = await _first(span_ends(*query, span, oldest_first=oldest_first), limit_s)
+                found = find(*query, oldest_first=oldest_first, omit_response=omit_response, last=last)
+                docs = _each(found.limit(size + 1), limit_s)
+                page, end = await self._filled(docs, size, most_bytes, reading)
+                return page, end or last
+            except PyMongoError as err:
+                if limit_s is None or not is_timeout(err):
+                    raise
         raise AssertionError("the last try has no limit")
+
+    async def _filled(
+        self, found: AsyncGenerator[Document, None], size: int, most_bytes: int, reading: Reading
+    ) -> tuple[list[Document], Position | None]:
+        """Return the next documents for a page, and where it ends; None: there are no more."""
+        page: list[Document] = []
+        nbytes = 0
+        async with aclosing(found) as docs:
+            try:
+                async for doc in docs:
+                    nbytes += result_documents.response_bytes(doc)
+                    if len(page) == size or (page and nbytes > most_bytes):
+                        return page, position_of(page[-1])
+                    page.append(doc)
+                    if not len(page) % _PAUSED_AFTER:
+                        await self._pauses.pause()
+                    if nbytes > UNGATED_BYTES:
+                        await reading.take(max(nbytes, most_bytes))
+            except PyMongoError as err:
+                if not page or not is_timeout(err):
+                    raise
+                return page, position_of(page[-1])
+        return page, None
 
     async def _named(
         self,
@@ -349,28 +410,6 @@ def _checked(job_id: str, doc: Document | None) -> Document:
 def position_of(doc: Document) -> Position:
     """Return the position of a document in the result order."""
     return Position(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
-
-
-async def _filled(
-    found: AsyncGenerator[Document, None], size: int, most_bytes: int, reading: Reading
-) -> tuple[list[Document], Position | None]:
-    """Return the next documents for a page, and where it ends; None: there are no more."""
-    page: list[Document] = []
-    nbytes = 0
-    async with aclosing(found) as docs:
-        try:
-            async for doc in docs:
-                nbytes += result_documents.response_bytes(doc)
-                if len(page) == size or (page and nbytes > most_bytes):
-                    return page, position_of(page[-1])
-                page.append(doc)
-                if nbytes > UNGATED_BYTES:
-                    await reading.take(max(nbytes, most_bytes))
-        except PyMongoError as err:
-            if not page or not is_timeout(err):
-                raise
-            return page, position_of(page[-1])
-    return page, None
 
 
 async def _first(cursors: Sequence[AsyncCursor[Document]], limit_s: float | None) -> Position | None:
