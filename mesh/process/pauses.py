@@ -23,9 +23,9 @@ class Pauses:
         async with self._turn:
             await asyncio.sleep(0)
 
-    async def each(self, items: Iterable[T]) -> AsyncIterator[T]:
-        """Yield `items`, with a pause after every 16."""
+    async def each(self, items: Iterable[T], *, every: int = _ITEMS) -> AsyncIterator[T]:
+        """Yield `items`, with a pause after so many."""
         for number, item in enumerate(items, 1):
             yield item
-            if not number % _ITEMS:
+            if not number % every:
                 await self.pause()
