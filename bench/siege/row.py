@@ -91,7 +91,7 @@ class Row:
     job_stall_ms: float = 0.0
     """Of ingest and store."""
     jobs: Sequence[Latencies] = ()
-    """Of the bystanders that submit jobs: quiet, during, after."""
+    """Of the bystander of the other tenant that submits jobs: quiet, during, after."""
     tally: dict[str, int] = field(default_factory=dict)
     is_alive: bool = True
     stop_s: float | None = math.nan
@@ -169,7 +169,8 @@ def besiege(server: Server, attack: str, name: str, phases: Phases) -> Row:
     phases_of = (start, attacked), (attacked, left), (left, end)
     row.quiet, row.during, row.after = (_worse(calls, begin, stop) for begin, stop in phases_of)
     if jobs:
-        row.jobs = [_worse(jobs, begin, stop) for begin, stop in phases_of]
+        # Jobs of the attacker's tenant wait behind its own.
+        row.jobs = [_worse(jobs[1:], begin, stop) for begin, stop in phases_of]
     row.calls = sum(map(len, every))
     row.errors = {
         tenant: Counter(outcome for each in every[n :: len(TENANTS)] for _, _, outcome in each if outcome != OK)
