@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
 from mesh.rpc.tenant_turns import TenantTurns
@@ -34,6 +35,8 @@ _SUM_TTL_TIMES = 20
 # As many as batches may be active.
 _MAX_SUMS = 1_000
 _SUMS_AT_ONCE = 4
+CALLS_AT_ONCE = 8
+"""Reads and cancellations of single batches. 4,000 at once took all connections to MongoDB for 6 s."""
 # Time that CancelBatch waits for the batch's end before it responds.
 _CANCEL_WAIT_S = 3.0
 # Interval of its polls, unless calls of the tenant together would read more than POLLS_PER_S.
@@ -70,6 +73,7 @@ class BatchControl:
         # Calls of CancelBatch that wait, by tenant.
         self._cancelling: Counter[str] = Counter()
         self._turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
+        self._calls = TenantTurns(CALLS_AT_ONCE, leaves_room=True)
         self._monotonic = monotonic
         self._sleep = sleep
         # Each with the time until which it is returned.
@@ -82,7 +86,11 @@ class BatchControl:
         Raises:
             InvalidArgument: the id is empty. NotFound: no such batch. Unavailable: MongoDB is unavailable.
         """
-        return await self._view(await self._batches.get(batch_id, scope))
+        return await self._view(await self._read(batch_id, scope))
+
+    async def _read(self, batch_id: str, scope: TenantScope) -> Batch:
+        async with self._calls.take(scope.tenant or ""):
+            return await uninterrupted(self._batches.get(batch_id, scope))
 
     async def page(self, requested: Filter, size: int, token: str) -> tuple[list[BatchView], str]:
         """Return the newest batches, and a token for the next page: empty on the last page.
@@ -111,7 +119,7 @@ class BatchControl:
             yield last
             while not last.batch.is_final:
                 await self._sleep(self._interval_s(scope.tenant))
-                view = await self._get_with_retry(batch_id)
+                view = await self._get_with_retry(batch_id, scope)
                 if view != last:
                     last = view
                     yield view
@@ -127,11 +135,12 @@ class BatchControl:
             unavailable.
         """
         _check_reason(reason)
-        await self._batches.get(batch_id, scope)
+        await self._read(batch_id, scope)
         text = f"cancelled: {reason}" if reason else "cancelled by a client"
-        await self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text))
+        async with self._calls.take(scope.tenant or ""):
+            await uninterrupted(self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text)))
         self._on_change()
-        view = await self.get(batch_id)
+        view = await self.get(batch_id, scope)
         tenant = view.batch.tenant
         self._cancelling[tenant] += 1
         try:
@@ -139,7 +148,7 @@ class BatchControl:
             while not view.batch.is_final and self._monotonic() < give_up_at:
                 interval_s = max(_CANCEL_POLL_S, self._cancelling[tenant] / POLLS_PER_S)
                 await self._sleep(min(interval_s, _CANCEL_WAIT_S))
-                view = await self.get(batch_id)
+                view = await self.get(batch_id, scope)
         finally:
             self._cancelling[tenant] -= 1
             if not self._cancelling[tenant]:
@@ -195,11 +204,11 @@ class BatchControl:
                 self._sums.popitem(last=False)
             return totals
 
-    async def _get_with_retry(self, batch_id: str) -> BatchView:
+    async def _get_with_retry(self, batch_id: str, scope: TenantScope) -> BatchView:
         give_up_at = time.monotonic() + _OUTAGE_S
         while True:
             try:
-                return await self.get(batch_id)
+                return await self.get(batch_id, scope)
             except Unavailable:
                 if time.monotonic() > give_up_at:
                     raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
-from services.ingest.batches.batch import Batch, Totals
+from services.ingest.batches.batch import Batch, BatchState, Totals
 from services.ingest.batches.batch_control import BatchControl
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
@@ -73,9 +73,12 @@ async def test_the_many_watchers_of_a_tenant_read_as_often_as_a_few(tmp_path: Pa
 
     async with asyncio.TaskGroup() as tasks:
         following = []
-        for tenant in ["many"] * 1_000 + ["one"]:
-            following.append(task := tasks.create_task(follow(tenant)))
-            tenant_of_task[task] = tenant
+        for count, tenant in ((50, "many"), (950, "many"), (1, "one")):
+            before = len(pauses[tenant])
+            for _ in range(count):
+                following.append(task := tasks.create_task(follow(tenant)))
+                tenant_of_task[task] = tenant
+            await until(lambda: len(pauses[tenant]) == before + count, "they wait")  # noqa: B023
         await until(lambda: len(pauses["many"]) == 1_000 and pauses["one"] == [0.5], "all wait")
         assert pauses["many"][:50] == [0.5] * 50
         assert pauses["many"][-1] == 10
@@ -141,3 +144,28 @@ async def test_sums_of_a_tenant_with_many_batches_leave_room_to_others(tmp_path:
     await asyncio.gather(*views)
     # All are kept.
     assert len(control._sums) == 201
+
+
+async def test_many_cancellations_of_one_tenant_leave_room_to_others(tmp_path: Path) -> None:
+    begun: list[str | None] = []
+    wake = asyncio.Event()
+
+    class Slow:
+        async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
+            begun.append(scope.tenant)
+            await wake.wait()
+            return batch(tmp_path, totals=Totals(), state=BatchState.CANCELLED)
+
+        async def request_end(self, batch_id: str, ending: object) -> None: ...
+
+    control = BatchControl(
+        cast(BatchRepository, Slow()), cast(ChunkRepository, None), on_change=lambda: None, max_watches=1
+    )
+    calls = [asyncio.create_task(control.cancel("b", "", TenantScope("many"))) for _ in range(1_000)]
+    await until(lambda: len(begun) > 1, "they are read")
+    calls.append(asyncio.create_task(control.cancel("b", "", TenantScope("other"))))
+    await until(lambda: "other" in begun, "the other tenant's is read")
+    assert begun.count("many") == 5
+    wake.set()
+    await asyncio.gather(*calls)
+    assert begun.count("many") == 2_000
