@@ -189,7 +189,7 @@ def _of_version(version: Version, labels: tuple[str, str]) -> Iterable[Reading]:
     yield from _parts(found, exemplars, labels)
     if version.decoupled is not None:
         yield FIRST, labels, found.first_responses.read(exemplars.first_response.read())
-    if version.is_loaded and isinstance(version.scheduler, Scheduler):
+    if version.is_loaded and version.decoupled is None and isinstance(version.scheduler, Scheduler):
         depth, age_s = version.scheduler.waiting()
         yield WAITING, labels, depth
         yield AGE, labels, age_s

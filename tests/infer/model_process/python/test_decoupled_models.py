@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
+from services.infer import metrics
 from services.infer.core import InferenceServer
 from shoal.errors import DeadlineExceeded, ResourceExhausted, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -150,6 +151,14 @@ async def test_each_yield_is_a_response(repo, serve):
     assert not any(response.error_message for response in responses)
     stats = (await serving.stub.ModelStatistics(pb.ModelStatisticsRequest(name="count"))).model_stats[0]
     assert (stats.inference_stats.success.count, stats.inference_stats.fail.count) == (3, 0)
+
+
+async def test_a_decoupled_model_has_metrics(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    families = {family for family, labels, _ in metrics.source(serving.models)() if labels[:1] == ("count",)}
+    assert {metrics.REQUESTS, metrics.FIRST} <= families
+    assert metrics.WAITING not in families
 
 
 async def test_a_unary_call_of_a_decoupled_model_is_rejected(repo, serve):
