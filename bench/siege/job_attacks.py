@@ -127,7 +127,9 @@ def _batches(address: str) -> None:
     folder = Path(tempfile.gettempdir()) / f"shoal-siege-batches-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     source = folder / "in.jsonl"
-    source.write_text('{"x": [1, 2, 3, 4]}\n' * _ROWS)
+    # A batch fails when its input changes.
+    if not source.exists():
+        source.write_text('{"x": [1, 2, 3, 4]}\n' * _ROWS)
     _ids["source"] = [source.as_uri()]
 
 
