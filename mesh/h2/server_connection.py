@@ -400,14 +400,17 @@ class ServerConnection(Peer):
         self._spend(1)
 
     def _spend(self, tokens: int) -> None:
-        """Take tokens of the bucket of resets. Raises ConnectionBroken when it is empty."""
+        """Take tokens of the bucket of resets. Raises ConnectionBroken when it is empty.
+
+        A node's Envoy carries the calls of all its clients: their resets may not end the calls of others.
+        """
         now = self._loop.time()
         regained = int((now - self._resets_counted_at) * _RESETS_A_S)
         if regained:
             self._resets = max(0, self._resets - regained)
             self._resets_counted_at = now
         self._resets += tokens
-        if self._resets > _RESETS:
+        if self._resets > _RESETS and not (self._is_shared and self.peer[0] == "unix"):
             raise ConnectionBroken(
                 Reason.ENHANCE_YOUR_CALM, f"more than {_RESETS} streams were cancelled, and {_RESETS_A_S} a second"
             )

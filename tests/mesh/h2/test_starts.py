@@ -178,6 +178,20 @@ async def test_streams_that_begin_leave_the_event_loop_to_others():
     await envoy.settle()
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+async def test_resets_of_one_client_do_not_end_an_envoys_connection(is_shared: bool):
+    envoy = Envoy(is_shared=is_shared)
+    for _ in range(150):
+        resets = [
+            (envoy.call("a", "1", "reset", 0.0), frames.rst_stream(envoy._next - 2, Reason.CANCEL)) for _ in range(100)
+        ]
+        envoy.connection.data_received(b"".join(map(b"".join, resets)))
+        await asyncio.sleep(0)
+    await envoy.settle()
+    assert envoy.transport.is_closing() is not is_shared
+    envoy.close()
+
+
 async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
     begun: list[str] = []
     starts = Starts()
