@@ -1,7 +1,8 @@
-"""Assignments of quotas: what an Envoy is told, when it forgets a bucket, and the messages as Envoy has them."""
+"""Quotas: configured buckets, what an Envoy is told, when it forgets a bucket, and the messages as Envoy has them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -16,11 +17,13 @@ from envoy_data_plane.envoy.service.rate_limit_quota.v3 import (
 from envoy_data_plane.envoy.type.v3 import RateLimitStrategyBlanketRule
 
 from mesh.metrics.limits import REFUSED, RefusedCounts
-from mesh.xds import quota
+from mesh.xds import limits, quota
 from mesh.xds.quota import IDLE_S, QuotaServer, _Gateway
 from mesh.xds.quota_messages import Reports
+from shoal.access import tokens
 from shoal.access.limits import Amount, Bucket, Kind
 from shoal.access.policy import Limit
+from tests.access.policies import policy
 
 ACME = Bucket("l", Kind.REQUESTS, "acme", "k1")
 IDS = {"limit": "l", "tenant": "acme", "key": "k1"}
@@ -63,6 +66,19 @@ def test_envoy_reads_what_coord_writes() -> None:
     assert assignment.assignment_time_to_live > timedelta(days=3_000)
     bucket = assignment.rate_limit_strategy.token_bucket
     assert (bucket.max_tokens, bucket.tokens_per_fill, bucket.fill_interval) == (4, 2500, timedelta(seconds=1000))
+
+
+def test_buckets_with_fixed_ids_are_bounded_however_many_subjects_limits_distinguish() -> None:
+    subjects, tenants = [f"s-{n}" for n in range(250)], [f"t-{n:03}" for n in range(200)]
+    grants = [{"name": "named", "tenants": tenants, "models": ["*"]}]
+    of_all = {"name": "all", "requests_per_second": 1}
+    of_subjects = {"name": "some", "subjects": subjects, "requests_per_second": 2}
+    counts = []
+    for limited in ([of_all], [of_all, of_subjects]):
+        made = limits.quotas(policy(tokens.new_signer(), limits=limited, grants=grants), "coord")
+        counts.append(json.dumps(made).count('"bucket_id_builder": {"bucket_id_builder"'))
+    # In each case, of 1 and of 251, one more bucket is for the other tenants.
+    assert counts == [128 + 1, 251 * (2 + 1)]
 
 
 def test_a_demand_counts_refused_calls_over_the_time_between_reports() -> None:
