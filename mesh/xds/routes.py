@@ -82,7 +82,8 @@ class ServiceRoutes:
     streaming: tuple[str, ...] = ()
     """Paths of methods with endless request streams: requests are not buffered for a retry."""
     apart: tuple[str, ...] = ()
-    """Paths of methods whose calls use other connections to the instances than plain calls do."""
+    """Paths of methods whose calls use other connections to the instances than plain calls do, unless a filter has
+    found their model."""
     internal: tuple[str, ...] = ()
     """Paths of methods that only services of the mesh may call. Other calls of them have no route."""
     traced: bool = True
@@ -323,7 +324,7 @@ def _model(service: ServiceRoutes, model: str) -> bytes:
 def _named(service: ServiceRoutes, model: str) -> bytes:
     """Return the serialized route of calls whose header names `model`."""
     match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
-    route = _route(match, model_cluster(model), _ALWAYS)
+    route = _apart(_route(match, model_cluster(model), _ALWAYS))
     disabled = _disabled(*_MODEL_FILTERS)
     small = {"request_body_buffer_limit": _STREAM_BUFFER_BYTES}
     return bytes(Route.from_dict({**route, **small, "typed_per_filter_config": disabled}))
@@ -385,7 +386,7 @@ def _rest_steps(path: str, cluster: str) -> tuple[bytes, ...]:
         if method is not None:
             headers.append({"name": ":method", "string_match": {"exact": method}})
         match = {"path_separated_prefix": path, "headers": headers}
-        return {**_route(match, cluster, _ALWAYS), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}
+        return {**_apart(_route(match, cluster, _ALWAYS)), "typed_per_filter_config": _disabled(*_MODEL_FILTERS)}
 
     unread = route("POST", {"present_match": True, "invert_match": True})
     unread["route"]["idle_timeout"] = _MESSAGE_IDLE

@@ -243,6 +243,16 @@ def test_streams_and_bulks_use_other_connections_to_the_instances_than_plain_cal
     assert INFERENCE in {each.match.prefix for each in routes if each.route.priority == RoutingPriority.DEFAULT}
 
 
+def test_bulks_and_rest_do_so_where_instances_differ_and_models_have_sequences_too():
+    shot = snapshot([infer(0, "a"), infer(1, "steps")], frozenset(), NODE, replace(TABLE, rest="infer"))
+    found = [each for each in routes_of(shot) if each.route is not None]
+    bulks = [each for each in found if (each.match.prefix or "").startswith(BULK) and each.route.cluster != "infer"]
+    rest = [each for each in found if each.match.path_separated_prefix]
+    assert {each.route.cluster for each in bulks} == {"model/a", "model/steps"}
+    assert {each.route.cluster for each in rest} == {"model/a", "model/steps", "infer"}
+    assert {each.route.priority for each in (*bulks, *rest)} == {RoutingPriority.HIGH}
+
+
 def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
     for name, streams, headers_kb in (("gateway", 1024, 16), ("outbound", 4096, 60)):
         message = Listener.parse(made().of(LISTENER)[name].packed.value)
