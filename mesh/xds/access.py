@@ -162,7 +162,7 @@ def callers(policy: Policy, services: Sequence[str], *, has_subject: bool = Fals
 
 def _own_signer(issuer: Issuer) -> str:
     """Return the signer's id for an issuer that is one signer of a cluster, with its only key; else an empty text."""
-    [*ids] = (key.get("kid") for key in (issuer.jwks or {}).get("keys", ()))
+    ids = [key.get("kid") for key in (issuer.jwks or {}).get("keys", ())]
     named = signer_in(issuer.issuer)
     return named if issuer.token_prefix and ids == [named] else ""
 

@@ -113,7 +113,10 @@ def _author(ctx: Context) -> Mapping[str, Any] | None:
 
 
 def _signer(ctx: Context) -> str:
-    """Return the id of the public key that has verified the caller's token; empty when the gateway named none."""
+    """Return the id of the public key that has verified the caller's token, which the gateway or the issuer names.
+
+    Empty: neither does.
+    """
     named = str(dict(ctx.invocation_metadata() or ()).get(SIGNER_HEADER, ""))
     author = _author(ctx)
     return named or ("" if author is None else signer_in(str(author.get("iss"))))
