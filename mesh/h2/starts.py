@@ -3,7 +3,7 @@
     whole request ──> started at once, while the connection's turn is short and none of its sender waits
                   └──> queue of its sender ──least time among a tenant's senders, and among tenants──> started
 
-An Envoy carries the calls of all its clients on one connection, so a call would start behind all that arrived before
+An Envoy carries the calls of all its clients on few connections, so a call would start behind all that arrived before
 it, whoever sent them. Reading a call costs a tenth of starting it: calls are read on, and wait here. Those of one
 sender start in the order of their arrival. A start takes between 20 us and some milliseconds, which count for its
 sender and its tenant: few cheap calls do not wait for many costly ones. (Start-time fair queueing: Goyal, Vin, Cheng,

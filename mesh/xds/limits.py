@@ -141,8 +141,8 @@ def _tenant_readers(case: Case) -> int:
     """Return the number of buckets of a case whose id has the tenant of a header."""
     if not isinstance(case, Split):
         return int(case is not None and case.per != "key")
-    entries = () if case.field == "tenant" else case.entries.values()
-    return sum(map(_tenant_readers, (*entries, case.otherwise)))
+    others = _tenant_readers(case.otherwise)
+    return others if case.field == "tenant" else others + sum(map(_tenant_readers, case.entries.values()))
 
 
 def _on_match(case: Case, tenant: str | None, named: Sequence[str]) -> dict[str, Any] | None:
