@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 # Longer than any clean-up in this project (1 s), which a second cancellation would cut short.
 _AGAIN_S = 2.0
+# Cancellations of a call that come together: its deadline passes, and its client leaves. `end` repeats its own later.
+_TOGETHER_S = 1.0
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
@@ -32,7 +34,7 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`. A cancellation takes effect when `work` has ended; a second one cancels it.
+    """Return the result of `work`. A cancellation takes effect when `work` has ended; a later one cancels `work`.
 
     For a command to MongoDB: pymongo closes the connection of one that is cancelled, and MongoDB works on it for up to
     half a second more. Clients that call and leave would otherwise make all calls wait for new connections.
@@ -41,12 +43,17 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        try:
-            await asyncio.wait([task])
-        finally:
-            # The error of a call that nobody waits for.
-            if not task.cancel() and not task.cancelled():
-                task.exception()
+        clock = asyncio.get_running_loop().time
+        until = clock() + _TOGETHER_S
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                if clock() >= until:
+                    await end(task)
+        # The error of a call that nobody waits for.
+        if not task.cancelled():
+            task.exception()
         raise
 
 

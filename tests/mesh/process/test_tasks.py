@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from mesh.process.tasks import Background, all_to_the_end, end, for_ever, together
+from mesh.process.tasks import Background, all_to_the_end, end, for_ever, together, uninterrupted
 from shoal.errors import NotFound, Unavailable
 
 
@@ -27,6 +27,61 @@ async def test_a_task_that_swallows_its_cancellation_ends(monkeypatch: pytest.Mo
     await end(task)
     assert swallowed.is_set()
     assert task.cancelled()
+
+
+class Command:
+    """Work that waits, and cleans up when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.may_end, self.may_leave = asyncio.Event(), asyncio.Event()
+        self.events: list[str] = []
+
+    async def run(self) -> str:
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.events.append("interrupted")
+            await self.may_leave.wait()
+            self.events.append("left")
+            raise
+        self.events.append("ended")
+        return "done"
+
+
+async def cancelled(task: asyncio.Task[str], times: int) -> None:
+    for _ in range(times):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def test_work_goes_on_when_its_deadline_passes_and_its_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.process.tasks._TOGETHER_S", 3_600.0)
+    command = Command()
+    task = asyncio.create_task(uninterrupted(command.run()))
+    await asyncio.sleep(0)
+    await cancelled(task, 3)
+    assert not task.done()
+    command.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert command.events == ["ended"]
+
+
+async def test_a_later_cancellation_interrupts_work_and_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.process.tasks._TOGETHER_S", 0.0)
+    monkeypatch.setattr("mesh.process.tasks._AGAIN_S", 3_600.0)
+    command = Command()
+    task = asyncio.create_task(uninterrupted(command.run()))
+    await asyncio.sleep(0)
+    await cancelled(task, 1)
+    assert command.events == []
+    await cancelled(task, 1)
+    assert (command.events, task.done()) == (["interrupted"], False)
+    command.may_leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert command.events == ["interrupted", "left"]
 
 
 async def test_a_task_that_has_ended_is_ignored() -> None:
