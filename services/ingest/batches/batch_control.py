@@ -36,7 +36,7 @@ _SUM_TTL_TIMES = 20
 _MAX_SUMS = 1_000
 _SUMS_AT_ONCE = 4
 CALLS_AT_ONCE = 8
-"""Reads and cancellations of single batches. 4,000 at once took all connections to MongoDB for 6 s."""
+"""Reads and changes of batches by clients. 4,000 at once took all connections to MongoDB for 6 s."""
 # Time that CancelBatch waits for the batch's end before it responds.
 _CANCEL_WAIT_S = 3.0
 # Interval of its polls, unless calls of the tenant together would read more than POLLS_PER_S.
@@ -103,7 +103,8 @@ class BatchControl:
         if token and not is_ulid(token):
             raise InvalidArgument("page_token: not the next_page_token of a page of batches")
         size = size or DEFAULT_PAGE_SIZE
-        found = await self._batches.page(requested, size + 1, token)
+        async with self._calls.take(requested.tenant):
+            found = await uninterrupted(self._batches.page(requested, size + 1, token))
         views = [await self._view(batch) for batch in found[:size]]
         return views, found[size - 1].id if len(found) > size else ""
 
@@ -147,7 +148,7 @@ class BatchControl:
             give_up_at = self._monotonic() + _CANCEL_WAIT_S
             while not view.batch.is_final and self._monotonic() < give_up_at:
                 interval_s = max(_CANCEL_POLL_S, self._cancelling[tenant] / POLLS_PER_S)
-                await self._sleep(min(interval_s, _CANCEL_WAIT_S))
+                await self._sleep(min(interval_s, give_up_at - self._monotonic()))
                 view = await self.get(batch_id, scope)
         finally:
             self._cancelling[tenant] -= 1
@@ -173,9 +174,10 @@ class BatchControl:
         self, batch_id: str, before: BatchState, after: BatchState, reason: str, scope: TenantScope
     ) -> BatchView:
         _check_reason(reason)
-        changed = await self._batches.change_state(batch_id, before, after, reason, scope)
+        async with self._calls.take(scope.tenant or ""):
+            changed = await uninterrupted(self._batches.change_state(batch_id, before, after, reason, scope))
         self._on_change()
-        batch = changed or await self._batches.get(batch_id, scope)
+        batch = changed or await self._read(batch_id, scope)
         if batch.state is not after or batch.ending is not None:
             state = batch.ending.state if batch.ending is not None else batch.state
             raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {state} already")
@@ -197,7 +199,7 @@ class BatchControl:
                 return known[1]
             async with self._turns.take(batch.tenant):
                 began = self._monotonic()
-                totals = await self._chunks.totals(batch.id)
+                totals = await uninterrupted(self._chunks.totals(batch.id))
             ended = self._monotonic()
             self._sums[key] = (ended + max(_SUM_TTL_S, (ended - began) * _SUM_TTL_TIMES), totals)
             while len(self._sums) > _MAX_SUMS:

@@ -40,7 +40,7 @@ class BatchesRpc:
     async def SubmitBatch(self, request: pb.SubmitBatchRequest, context: Context) -> pb.SubmitBatchResponse:
         scope = self._scopes.of(context, "SubmitBatch")
         batch, existed = await self._enabled.submissions.submit(request, scope)
-        return pb.SubmitBatchResponse(batch=self._message(await self._control.get(batch.id)), existed=existed)
+        return pb.SubmitBatchResponse(batch=self._message(await self._control.get(batch.id, scope)), existed=existed)
 
     async def GetBatch(self, request: pb.GetBatchRequest, context: Context) -> pb.GetBatchResponse:
         view = await self._control.get(request.id, self._scopes.of(context, "GetBatch"))

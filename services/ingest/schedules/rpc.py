@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from mesh.process.pauses import Pauses
+from mesh.process.tasks import uninterrupted
 from mesh.rpc.interceptors import Context
 from mesh.rpc.tenant_scope import Scopes
 from mesh.rpc.tenant_turns import TenantTurns
@@ -54,7 +55,7 @@ class SchedulesRpc:
         tenant = None if every else scope.owner("tenant", request.tenant)
         response = pb.ListSchedulesResponse()
         async with self._lists.take(tenant or ""):
-            schedules = await self._schedules.list(tenant)
+            schedules = await uninterrupted(self._schedules.list(tenant))
             async for each in self._pauses.each(schedules, every=_PAUSED_AFTER):
                 response.schedules.append(message_of(each, self._schedules.now(), upcoming=1))
         return response

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
-from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+import pytest
+
+from mesh.rpc.tenant_scope import EVERY_TENANT, Scopes, TenantScope
 from services.ingest.batches.batch import Batch, BatchState, Totals
 from services.ingest.batches.batch_control import BatchControl
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
+from services.ingest.batches.rpc import BatchesRpc
+from services.ingest.queries.jobs import Filter
+from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.tenant_header import TENANT_HEADER
 from tests.breakable import until
-from tests.ingest.batches.making import batch
+from tests.ingest.batches.making import START, batch
 
 
 class Chunks:
@@ -100,13 +109,15 @@ class OneBatch:
     async def request_end(self, batch_id: str, ending: object) -> None: ...
 
 
-async def test_many_cancellations_together_read_as_often_as_a_few(tmp_path: Path) -> None:
+async def test_many_cancellations_together_read_as_often_as_a_few_and_respond_in_time(tmp_path: Path) -> None:
     batches, now = OneBatch(batch(tmp_path, totals=Totals())), 0.0
+    sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+    numbers = itertools.count()
 
     async def sleep(seconds: float) -> None:
-        nonlocal now
-        await asyncio.sleep(0)
-        now += seconds / 1_000
+        woken = asyncio.get_running_loop().create_future()
+        heapq.heappush(sleepers, (now + seconds, next(numbers), woken))
+        await woken
 
     control = BatchControl(
         cast(BatchRepository, batches),
@@ -116,9 +127,15 @@ async def test_many_cancellations_together_read_as_often_as_a_few(tmp_path: Path
         monotonic=lambda: now,
         sleep=sleep,
     )
-    await asyncio.gather(*(control.cancel(batches.batch.id, "") for _ in range(1_000)))
-    # Each reads twice at the beginning, and at most 2 or 3 times later: 60 times alone.
-    assert batches.reads <= 5_000
+    calls = [asyncio.create_task(control.cancel(batches.batch.id, "")) for _ in range(200)]
+    while waiting := sum(not call.done() for call in calls):
+        if len(sleepers) == waiting:
+            now, _, woken = heapq.heappop(sleepers)
+            woken.set_result(None)
+        await asyncio.sleep(0)
+    # Each reads twice at the beginning, and at most 3 times later: 60 times alone.
+    assert batches.reads <= 1_000
+    assert now == 3
 
 
 async def test_sums_of_a_tenant_with_many_batches_leave_room_to_others(tmp_path: Path) -> None:
@@ -146,7 +163,56 @@ async def test_sums_of_a_tenant_with_many_batches_leave_room_to_others(tmp_path:
     assert len(control._sums) == 201
 
 
-async def test_many_cancellations_of_one_tenant_leave_room_to_others(tmp_path: Path) -> None:
+async def test_a_sum_goes_on_when_its_client_leaves(tmp_path: Path) -> None:
+    events: list[str] = []
+    may_end = asyncio.Event()
+
+    class Slow:
+        async def totals(self, batch_id: str) -> Totals:
+            events.append("begins")
+            await may_end.wait()
+            events.append("ends")
+            return Totals()
+
+    control = BatchControl(
+        cast(BatchRepository, None), cast(ChunkRepository, Slow()), on_change=lambda: None, max_watches=1
+    )
+    view = asyncio.create_task(control._view(batch(tmp_path)))
+    await until(lambda: bool(events), "it is summed")
+    view.cancel()
+    may_end.set()
+    await asyncio.wait([view])
+    assert view.cancelled()
+    assert events == ["begins", "ends"]
+
+
+async def test_a_submitted_batch_is_read_in_the_turn_of_its_tenant(tmp_path: Path) -> None:
+    read: list[str | None] = []
+
+    class Batches:
+        async def get(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> Batch:
+            read.append(scope.tenant)
+            return batch(tmp_path, totals=Totals())
+
+    class Submissions:
+        async def submit(self, request: pb.SubmitBatchRequest, scope: TenantScope) -> tuple[Batch, bool]:
+            return batch(tmp_path), False
+
+    class OfATenant:
+        def invocation_metadata(self) -> list[tuple[str, str]]:
+            return [(TENANT_HEADER, "acme")]
+
+    control = BatchControl(
+        cast(BatchRepository, Batches()), cast(ChunkRepository, None), on_change=lambda: None, max_watches=1
+    )
+    components = SimpleNamespace(control=control, submissions=Submissions(), clock=lambda: START)
+    rpc = BatchesRpc(cast(Any, components), Scopes("shoal.ingest.v1.IngestService"))
+    await rpc.SubmitBatch(pb.SubmitBatchRequest(), cast(Any, OfATenant()))
+    assert read == ["acme"]
+
+
+@pytest.mark.parametrize(("kind", "commands"), [("cancel", 2), ("pause", 1), ("page", 1)])
+async def test_many_calls_of_one_tenant_leave_room_to_others(tmp_path: Path, kind: str, commands: int) -> None:
     begun: list[str | None] = []
     wake = asyncio.Event()
 
@@ -158,14 +224,35 @@ async def test_many_cancellations_of_one_tenant_leave_room_to_others(tmp_path: P
 
         async def request_end(self, batch_id: str, ending: object) -> None: ...
 
+        async def change_state(
+            self, batch_id: str, before: BatchState, after: BatchState, reason: str, scope: TenantScope
+        ) -> Batch:
+            begun.append(scope.tenant)
+            await wake.wait()
+            return batch(tmp_path, totals=Totals(), state=after)
+
+        async def page(self, requested: Filter, size: int, before: str) -> list[Batch]:
+            begun.append(requested.tenant)
+            await wake.wait()
+            return []
+
     control = BatchControl(
         cast(BatchRepository, Slow()), cast(ChunkRepository, None), on_change=lambda: None, max_watches=1
     )
-    calls = [asyncio.create_task(control.cancel("b", "", TenantScope("many"))) for _ in range(1_000)]
-    await until(lambda: len(begun) > 1, "they are read")
-    calls.append(asyncio.create_task(control.cancel("b", "", TenantScope("other"))))
-    await until(lambda: "other" in begun, "the other tenant's is read")
+
+    def call(tenant: str) -> asyncio.Task[object]:
+        scope = TenantScope(tenant)
+        if kind == "cancel":
+            return asyncio.create_task(control.cancel("b", "", scope))
+        if kind == "pause":
+            return asyncio.create_task(control.pause("b", "", scope))
+        return asyncio.create_task(control.page(Filter(tenant=tenant), 0, ""))
+
+    calls = [call("many") for _ in range(1_000)]
+    await until(lambda: len(begun) > 1, "they begin")
+    calls.append(call("other"))
+    await until(lambda: "other" in begun, "the other tenant's begins")
     assert begun.count("many") == 5
     wake.set()
     await asyncio.gather(*calls)
-    assert begun.count("many") == 2_000
+    assert begun.count("many") == commands * 1_000

@@ -12,7 +12,7 @@ from mesh.rpc.tenant_scope import Scopes
 from services.ingest.schedules import rpc
 from services.ingest.schedules.schedule import Schedule
 from shoal.ingest.v1 import ingest_pb2 as pb
-from tests.breakable import PATIENCE_S
+from tests.breakable import PATIENCE_S, until
 from tests.ingest.schedules.test_plan import NOON, schedule
 
 MANY = 300
@@ -52,3 +52,24 @@ async def test_lists_of_schedules_take_turns_with_other_work(monkeypatch: pytest
     assert [len(each.schedules) for each in found] == [MANY] * 3
     # Two of one list, and the first two of one that begins.
     assert max(map(len, "".join(order).split())) <= 4
+
+
+async def test_a_list_of_schedules_goes_on_when_its_client_leaves() -> None:
+    events: list[str] = []
+    may_end = asyncio.Event()
+
+    class Slow(Kept):
+        async def list(self, tenant: str | None) -> list[Schedule]:
+            events.append("begins")
+            await may_end.wait()
+            events.append("ends")
+            return []
+
+    served = rpc.SchedulesRpc(cast(Any, Slow()), Scopes("shoal.ingest.v1.IngestService"))
+    call = asyncio.create_task(served.ListSchedules(pb.ListSchedulesRequest(), cast(Any, NoContext())))
+    await until(lambda: bool(events), "it is read")
+    call.cancel()
+    may_end.set()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    assert events == ["begins", "ends"]
