@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from mesh.process.pauses import Pauses
 from mesh.process.tasks import uninterrupted
 from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
@@ -74,6 +75,8 @@ class BatchControl:
         self._cancelling: Counter[str] = Counter()
         self._turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
         self._calls = TenantTurns(CALLS_AT_ONCE, leaves_room=True)
+        self.pauses = Pauses()
+        """Of calls for pages."""
         self._monotonic = monotonic
         self._sleep = sleep
         # Each with the time until which it is returned.

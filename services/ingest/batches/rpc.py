@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from services.ingest.batches.app import Batches
     from services.ingest.batches.batch_control import BatchControl, BatchView
 
+# A batch may have 1,000 inputs and 100 transitions.
+_PAUSED_AFTER = 2
+
 
 class BatchesRpc:
     """Servicer mixin: the batch methods of IngestService."""
@@ -50,8 +53,10 @@ class BatchesRpc:
         tenant = self._scopes.of(context, "ListBatches").owner("tenant", request.tenant)
         requested = Filter(state_of(request.state), request.model_name, tenant)
         views, token = await self._control.page(requested, request.page_size, request.page_token)
-        now = self._enabled.clock()
-        return pb.ListBatchesResponse(batches=[message_of(view, now) for view in views], next_page_token=token)
+        response = pb.ListBatchesResponse(next_page_token=token)
+        async for view in self._control.pauses.each(views, every=_PAUSED_AFTER):
+            response.batches.append(self._message(view))
+        return response
 
     async def WatchBatch(self, request: pb.WatchBatchRequest, context: Context) -> AsyncIterator[pb.WatchBatchResponse]:
         async for view in self._control.follow(request.id, self._scopes.of(context, "WatchBatch")):

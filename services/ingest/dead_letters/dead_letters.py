@@ -51,6 +51,8 @@ class DeadLetters:
     def __init__(self, store: JobStore, jobs: Jobs, payloads: Payloads, events: JobEvents, instance: Instance) -> None:
         self._store = store
         self._jobs = jobs
+        self.pauses = jobs.pauses
+        """Of calls for pages."""
         self._payloads = payloads
         self._events = events
         self._clock = instance.clock

@@ -23,7 +23,10 @@ class DeadLettersRpc:
     async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, context: Context) -> pb.ListDeadLettersResponse:
         filter_ = _filter(request.filter, self._scopes.of(context, "ListDeadLetters"))
         page = await self._letters.page(filter_, request.page_size, request.page_token)
-        return pb.ListDeadLettersResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
+        response = pb.ListDeadLettersResponse(next_page_token=page.next_token)
+        async for job in self._letters.pauses.each(page.jobs):
+            response.jobs.append(message_of(job))
+        return response
 
     async def RequeueDeadLetters(
         self, request: pb.RequeueDeadLettersRequest, context: Context
