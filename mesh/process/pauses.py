@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Documents of results or jobs: 16 take about a millisecond.
+# Documents of results or jobs between two pauses: 16 take about a millisecond.
 _ITEMS = 16
 
 
@@ -24,7 +24,7 @@ class Pauses:
             await asyncio.sleep(0)
 
     async def each(self, items: Iterable[T], *, every: int = _ITEMS) -> AsyncIterator[T]:
-        """Yield `items`, with a pause after so many."""
+        """Yield `items`, with a pause after each `every` of them."""
         for number, item in enumerate(items, 1):
             yield item
             if not number % every:

@@ -63,7 +63,8 @@ class IngestConfig(ServiceConfig):
     """Chunks of batches that this instance runs concurrently; a tenant leaves a third of them to others. Models stay
     busy while another chunk is read or written."""
     batch_calls: Annotated[int, Field(ge=1, le=1_000)] = 24
-    """Maximum concurrent calls to infer for batches, each with as many rows as the model accepts."""
+    """Maximum concurrent calls to infer for batches, each with as many rows as the model accepts; a tenant leaves a
+    third of them to others."""
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """Maximum number of concurrent WatchJobs streams. Each is a change stream, for which MongoDB reads its log."""
     run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000

@@ -73,8 +73,8 @@ class BatchControl:
         self._watches = Places(max_watches, "watches")
         # Calls of CancelBatch that wait, by tenant.
         self._cancelling: Counter[str] = Counter()
-        self._turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
-        self._calls = TenantTurns(CALLS_AT_ONCE, leaves_room=True)
+        self._sum_turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
+        self._call_turns = TenantTurns(CALLS_AT_ONCE, leaves_room=True)
         self.pauses = Pauses()
         """Of calls for pages."""
         self._monotonic = monotonic
@@ -92,7 +92,7 @@ class BatchControl:
         return await self._view(await self._read(batch_id, scope))
 
     async def _read(self, batch_id: str, scope: TenantScope) -> Batch:
-        async with self._calls.take(scope.tenant or ""):
+        async with self._call_turns.take(scope.tenant or ""):
             return await uninterrupted(self._batches.get(batch_id, scope))
 
     async def page(self, requested: Filter, size: int, token: str) -> tuple[list[BatchView], str]:
@@ -106,7 +106,7 @@ class BatchControl:
         if token and not is_ulid(token):
             raise InvalidArgument("page_token: not the next_page_token of a page of batches")
         size = size or DEFAULT_PAGE_SIZE
-        async with self._calls.take(requested.tenant):
+        async with self._call_turns.take(requested.tenant):
             found = await uninterrupted(self._batches.page(requested, size + 1, token))
         views = [await self._view(batch) for batch in found[:size]]
         return views, found[size - 1].id if len(found) > size else ""
@@ -141,7 +141,7 @@ class BatchControl:
         _check_reason(reason)
         await self._read(batch_id, scope)
         text = f"cancelled: {reason}" if reason else "cancelled by a client"
-        async with self._calls.take(scope.tenant or ""):
+        async with self._call_turns.take(scope.tenant or ""):
             await uninterrupted(self._batches.request_end(batch_id, Ending(BatchState.CANCELLED, text)))
         self._on_change()
         view = await self.get(batch_id, scope)
@@ -177,7 +177,7 @@ class BatchControl:
         self, batch_id: str, before: BatchState, after: BatchState, reason: str, scope: TenantScope
     ) -> BatchView:
         _check_reason(reason)
-        async with self._calls.take(scope.tenant or ""):
+        async with self._call_turns.take(scope.tenant or ""):
             changed = await uninterrupted(self._batches.change_state(batch_id, before, after, reason, scope))
         self._on_change()
         batch = changed or await self._read(batch_id, scope)
@@ -200,7 +200,7 @@ class BatchControl:
             began = self._monotonic()
             if (known := self._sums.get(key)) is not None and began < known[0]:
                 return known[1]
-            async with self._turns.take(batch.tenant):
+            async with self._sum_turns.take(batch.tenant):
                 began = self._monotonic()
                 totals = await uninterrupted(self._chunks.totals(batch.id))
             ended = self._monotonic()
