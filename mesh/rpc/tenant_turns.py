@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from mesh.h2.memory_account import leaves_room
+from shoal.errors import Unavailable
 
 
 class _Waiter(NamedTuple):
@@ -27,9 +28,11 @@ class TenantTurns:
     one would wait for ever behind small ones.
     """
 
-    def __init__(self, limit: int, *, leaves_room: bool = False) -> None:
+    def __init__(self, limit: int, *, leaves_room: bool = False, wait_s: float | None = None) -> None:
+        """Allow `limit` units at a time; `wait_s` bounds the time that `take` waits for room (None: no bound)."""
         self._limit = limit
         self._leaves_room = leaves_room
+        self._wait_s = wait_s
         self.held = 0
         """Units of the calls that were admitted."""
         self._held_by: Counter[str] = Counter()
@@ -54,8 +57,16 @@ class TenantTurns:
 
     @asynccontextmanager
     async def take(self, tenant: str, size: int = 1) -> AsyncIterator[None]:
-        """Hold room for as long as the block lasts; wait for it first."""
-        await self.admit(tenant, size)
+        """Hold room for as long as the block lasts; wait for it first.
+
+        Raises:
+            Unavailable: there was none for `wait_s`.
+        """
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self.admit(tenant, size)
+        except TimeoutError:
+            raise Unavailable(f"the call has waited for its turn for {self._wait_s:g} s: retry later") from None
         try:
             yield
         finally:

@@ -17,5 +17,5 @@ SEARCHES = 4
 class QuerySlots(TenantTurns):
     """Slots for queries. Tenants take turns."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        super().__init__(limit, leaves_room=True)
+    def __init__(self, limit: int = LIMIT, *, wait_s: float | None = None) -> None:
+        super().__init__(limit, leaves_room=True, wait_s=wait_s)

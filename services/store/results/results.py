@@ -72,7 +72,7 @@ class Results:
         self.reads = ReadGate()
         """Places for calls that read many or large responses."""
         self.queries, self.searches = QuerySlots(), QuerySlots(SEARCHES)
-        self.lookups = QuerySlots()
+        self.lookups = QuerySlots(wait_s=TIMEOUT_MS / 1000)
         """Of reads of single results."""
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""

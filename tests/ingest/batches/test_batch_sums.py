@@ -24,6 +24,12 @@ from tests.breakable import until
 from tests.ingest.batches.making import START, batch
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls wait for their turns, however slow the machine is."""
+    monkeypatch.setattr("services.ingest.batches.batch_control.TIMEOUT_MS", 600_000)
+
+
 class Chunks:
     """Chunks whose sum takes a second."""
 

@@ -33,7 +33,8 @@ class Reads:
             raise
 
 
-async def test_many_reads_of_one_tenant_leave_room_and_are_not_interrupted() -> None:
+async def test_many_reads_of_one_tenant_leave_room_and_are_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.ingest.queries.jobs.TIMEOUT_MS", 600_000)
     reads = Reads()
     jobs = Jobs(cast(Any, reads), cast(Any, None))
 
