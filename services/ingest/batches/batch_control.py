@@ -108,9 +108,9 @@ class BatchControl:
             raise InvalidArgument("page_token: not the next_page_token of a page of batches")
         size = size or DEFAULT_PAGE_SIZE
         async with self._call_turns.take(requested.tenant):
-            found = await uninterrupted(self._batches.page(requested, size + 1, token))
-        views = [await self._view(batch) for batch in found[:size]]
-        return views, found[size - 1].id if len(found) > size else ""
+            found, has_more = await uninterrupted(self._batches.page(requested, size, token))
+        views = [await self._view(batch) for batch in found]
+        return views, found[-1].id if has_more else ""
 
     async def follow(self, batch_id: str, scope: TenantScope = EVERY_TENANT) -> AsyncIterator[BatchView]:
         """Yield a batch of the scope now, and after each change, until the batch has ended.

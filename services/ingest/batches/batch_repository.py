@@ -18,6 +18,7 @@ from services.ingest.batches.chunk_repository import ChunkRepository
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.locations import Entry
 from services.ingest.documents import EPOCH
+from services.ingest.job_scan import PAGE_BYTES
 from services.ingest.queries.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
@@ -84,11 +85,23 @@ class BatchRepository:
             raise NotFound(f"no batch {batch_id!r}")
         return batch_of(document)
 
-    async def page(self, requested: Filter, size: int, before: str) -> list[Batch]:
-        """Return the newest batches; `before` limits them to older ones when it is set."""
+    async def page(self, requested: Filter, size: int, before: str) -> tuple[list[Batch], bool]:
+        """Return up to `size` of the newest batches, and whether there are more.
+
+        `before` limits them to older ones when it is set. The page ends early when it has more than PAGE_BYTES: a batch
+        has up to 2 MB of URLs.
+        """
         query = requested.query() | ({"_id": {"$lt": before}} if before else {})
+        found: list[Batch] = []
+        nbytes = 0
         with translated("listing batches"):
-            return [batch_of(found) async for found in self._batches.find(query).sort("_id", -1).limit(size)]
+            async with self._batches.find(query).sort("_id", -1).limit(size + 1) as documents:
+                async for document in documents:
+                    if len(found) == size or nbytes > PAGE_BYTES:
+                        return found, True
+                    found.append(batch_of(document))
+                    nbytes += _weight(document)
+        return found, False
 
     async def active(self) -> list[Batch]:
         """Return the active batches, oldest first, without their inputs: up to 2 MB of URLs each."""
@@ -249,3 +262,9 @@ def check_same_request(earlier: Batch, digest: bytes) -> Batch:
     if earlier.digest != digest:
         raise AlreadyExists(f"idempotency_key {earlier.key!r} was used by batch {earlier.id} with another request")
     return earlier
+
+
+def _weight(document: Document) -> int:
+    """Return the approximate size of a batch's message in bytes."""
+    steps = sum(100 + len(step.get("reason") or "") for step in document["steps"])
+    return 1_000 + sum(map(len, document["inputs"])) + steps

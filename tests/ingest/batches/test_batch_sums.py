@@ -237,10 +237,10 @@ async def test_many_calls_of_one_tenant_leave_room_to_others(tmp_path: Path, kin
             await wake.wait()
             return batch(tmp_path, totals=Totals(), state=after)
 
-        async def page(self, requested: Filter, size: int, before: str) -> list[Batch]:
+        async def page(self, requested: Filter, size: int, before: str) -> tuple[list[Batch], bool]:
             begun.append(requested.tenant)
             await wake.wait()
-            return []
+            return [], False
 
     control = BatchControl(
         cast(BatchRepository, Slow()), cast(ChunkRepository, None), on_change=lambda: None, max_watches=1
