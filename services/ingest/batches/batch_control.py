@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-from mesh.mongo import TIMEOUT_MS
 from mesh.process.pauses import Pauses
 from mesh.process.tasks import uninterrupted
 from mesh.rpc.places import Places
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
-from mesh.rpc.tenant_turns import TenantTurns
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.batch_repository import BatchRepository
 from services.ingest.batches.chunk_repository import ChunkRepository
@@ -75,7 +74,7 @@ class BatchControl:
         # Calls of CancelBatch that wait, by tenant.
         self._cancelling: Counter[str] = Counter()
         self._sum_turns = TenantTurns(_SUMS_AT_ONCE, leaves_room=True)
-        self._call_turns = TenantTurns(CALLS_AT_ONCE, leaves_room=True, wait_s=TIMEOUT_MS / 1000)
+        self._call_turns = TenantTurns(CALLS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
         self.pauses = Pauses()
         """Of calls for pages."""
         self._monotonic = monotonic

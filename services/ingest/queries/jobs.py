@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.mongo import Document, translated
 from mesh.process.pauses import Pauses
 from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
-from mesh.rpc.tenant_turns import TenantTurns
+from mesh.rpc.tenant_turns import WAIT_S, TenantTurns
 from services.ingest.documents import WITHOUT_REQUEST, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
@@ -66,7 +66,7 @@ class Jobs:
     def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
         self._payloads = payloads
-        self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True, wait_s=TIMEOUT_MS / 1000)
+        self._turns = TenantTurns(READS_AT_ONCE, leaves_room=True, wait_s=WAIT_S)
         self._page_turns = TenantTurns(PAGES_AT_ONCE, leaves_room=True)
         self.pauses = Pauses()
         """Of calls for pages."""

@@ -22,6 +22,7 @@ from mesh.mongo import TIMEOUT_MS, Document, is_timeout, translated
 from mesh.process.pauses import Pauses
 from mesh.process.tasks import uninterrupted
 from mesh.rpc.tenant_scope import EVERY_TENANT, TenantScope
+from mesh.rpc.tenant_turns import WAIT_S
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Position
@@ -72,7 +73,7 @@ class Results:
         self.reads = ReadGate()
         """Places for calls that read many or large responses."""
         self.queries, self.searches = QuerySlots(), QuerySlots(SEARCHES)
-        self.lookups = QuerySlots(wait_s=TIMEOUT_MS / 1000)
+        self.lookups = QuerySlots(wait_s=WAIT_S)
         """Of reads of single results."""
         self.waiters = Waiters(collections)
         """Calls that wait for results. Use as `async with`."""

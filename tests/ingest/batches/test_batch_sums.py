@@ -27,7 +27,7 @@ from tests.ingest.batches.making import START, batch
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls wait for their turns, however slow the machine is."""
-    monkeypatch.setattr("services.ingest.batches.batch_control.TIMEOUT_MS", 600_000)
+    monkeypatch.setattr("services.ingest.batches.batch_control.WAIT_S", 600.0)
 
 
 class Chunks:

@@ -34,7 +34,7 @@ class Reads:
 
 
 async def test_many_reads_of_one_tenant_leave_room_and_are_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ingest.queries.jobs.TIMEOUT_MS", 600_000)
+    monkeypatch.setattr("services.ingest.queries.jobs.WAIT_S", 600.0)
     reads = Reads()
     jobs = Jobs(cast(Any, reads), cast(Any, None))
 
