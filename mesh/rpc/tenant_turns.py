@@ -14,9 +14,8 @@ from typing import NamedTuple
 from mesh.h2.memory_account import leaves_room
 from shoal.errors import Unavailable
 
-
 WAIT_S = 30.0
-"""Longest wait of a short read or change for its turn. While MongoDB is unavailable, each read in turn takes 6 s to fail."""
+"""Longest wait of a short read or change for its turn. While MongoDB is unavailable, each one takes 6 s to fail."""
 
 
 class _Waiter(NamedTuple):
