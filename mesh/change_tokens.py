@@ -19,6 +19,9 @@ from pymongo.errors import OperationFailure
 from mesh.mongo import Document
 from shoal.errors import InvalidArgument, OutOfRange
 
+NOTHING: list[Document] = [{"$match": {"operationType": "none of these"}}]
+"""Pipeline of a watch that is opened only for its start token: pymongo has that token only before the first event."""
+
 _MAX_TOKEN_CHARACTERS = 8_192
 # https://github.com/mongodb/mongo/blob/v6.0/src/mongo/base/error_codes.yml
 # ChangeStreamHistoryLost, CappedPositionLost.

@@ -94,7 +94,7 @@ class WatchMany:
         self, filter_: JobFilter, position: StreamPosition | None, existing: bool
     ) -> AsyncGenerator[WatchUpdate, None]:
         if position is None:
-            async with await self._stream(filter_, None) as stream:
+            async with await self._stream(change_tokens.NOTHING, None) as stream:
                 position = StreamPosition(_token_of(stream), "" if existing else None)
         yield WatchUpdate(_token(position, filter_))
         if position.listed is not None:
@@ -127,7 +127,7 @@ class WatchMany:
     async def _changed(self, filter_: JobFilter, position: StreamPosition) -> AsyncGenerator[WatchUpdate, None]:
         loop = asyncio.get_running_loop()
         sent_at, log, skipped = loop.time(), position.log, position.reported
-        async with await self._stream(filter_, log) as stream:
+        async with await self._stream(filter_.pipeline(), log) as stream:
             while stream.alive:
                 change = await _next(stream)
                 if change is not None and (views := _views(change, filter_)):
@@ -141,10 +141,10 @@ class WatchMany:
                     yield WatchUpdate(_token(StreamPosition(log, reported=skipped), filter_))
         raise Unavailable("MongoDB ended the watch: watch again with the last token")
 
-    async def _stream(self, filter_: JobFilter, after: Document | None) -> AsyncChangeStream[Document]:
+    async def _stream(self, pipeline: list[Document], after: Document | None) -> AsyncChangeStream[Document]:
         try:
             return await self._jobs.watch(
-                filter_.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
+                pipeline, full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
             )
         except OperationFailure as err:
             raise change_tokens.client_error(err) from err
@@ -181,7 +181,7 @@ def _views(change: Document, filter_: JobFilter) -> list[Job]:
 
 def _token_of(stream: AsyncChangeStream[Document]) -> Document:
     token = stream.resume_token
-    # Since MongoDB 4.0.7 each batch has a token, also an empty one.
+    # Since MongoDB 4.0.7 each empty batch has a token. Until pymongo has given the events of another one, it has none.
     assert isinstance(token, dict)
     return token
 

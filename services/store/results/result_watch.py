@@ -22,8 +22,6 @@ from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 _AWAIT_MS = 1_000
 # A watch that finds no matching result sends a token this often: a token older than MongoDB's log is useless.
 _HEARTBEAT_S = 10.0
-_NOTHING: list[Document] = [{"$match": {"operationType": "none of these"}}]
-"""Pipeline of a watch that is opened only for its start token: pymongo has that token only before the first event."""
 
 
 class ResultWatch:
@@ -70,7 +68,7 @@ class ResultWatch:
         collection = self._db[self._collections.results.name]
         with translated("opening a watch of results"):
             async with self._db.client.start_session(causal_consistency=True) as session:
-                async with await collection.watch(_NOTHING, session=session) as stream:
+                async with await collection.watch(change_tokens.NOTHING, session=session) as stream:
                     token = _written(stream.resume_token)
                 # The time in the response of `watch`.
                 if (newest := session.cluster_time) is not None:
@@ -83,7 +81,7 @@ class ResultWatch:
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
         collection, loop = self._db[self._collections.results.name], asyncio.get_running_loop()
         if after is None:
-            async with await collection.watch(_NOTHING) as now:
+            async with await collection.watch(change_tokens.NOTHING) as now:
                 after = _token(now.resume_token)
         stream = await _opened(collection, pipeline, after)
         async with stream:

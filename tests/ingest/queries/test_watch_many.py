@@ -161,6 +161,27 @@ async def test_existing_jobs_with_a_label_are_found_in_parts_of_the_tenants(
     assert told == [made[0].id, made[35].id]
 
 
+async def test_a_watch_begins_while_jobs_change(jobs: AsyncCollection[Document]) -> None:
+    is_over = False
+
+    async def change() -> None:
+        while not is_over:
+            await jobs.insert_many([document_of(job(tenant="busy")) for _ in range(20)])
+
+    changing = [asyncio.create_task(change()) for _ in range(2)]
+    try:
+        filter_ = checked((), frozenset(), "", "busy", {})
+        watch = WatchMany(jobs, 9)
+        for _ in range(100):
+            async with aclosing(watch.follow(filter_, existing=False, token="")) as updates:
+                first = await anext(updates)
+                assert first.token
+                assert first.job is None
+    finally:
+        is_over = True
+        await asyncio.gather(*changing)
+
+
 async def test_what_makes_no_sense_is_refused(client: Client, mesh: FakeMesh) -> None:
     watch = await Watcher(client, tenant="t").stand()
     watch.call.cancel()
