@@ -102,7 +102,7 @@ async def outcome(stream: Any) -> str:
 class Bystanders:
     """Calls of both tenants, one after the other, with a pause between two rounds; each must succeed."""
 
-    def __init__(self, node: Any, pause_s: float = 0.0) -> None:
+    def __init__(self, node: Any, pause_s: float = 0.2) -> None:
         self._node = node
         self._pause_s = pause_s
         self.calls: Counter[str] = Counter()
