@@ -92,13 +92,7 @@ def _many(*, is_read: bool) -> Callable[[Connection], Script]:
         connection.tally["calls"] += 1
         yield opening
         yield from connection.body(number, framed(tensor("many", "FP32", [1], bytes(4))), is_end=False)
-        while True:
-            due = time.monotonic() + _PAUSE_S
-            while time.monotonic() < due:
-                yield None
-            connection.is_reading = is_read
-            yield None
-            connection.is_reading = False
+        yield from connection.read_now_and_then(_PAUSE_S if is_read else None)
 
     return script
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +29,7 @@ def _streams(accept: bytes, *, is_read: bool) -> Callable[[Connection], Script]:
         connection.is_reading = False
         connection.tally["calls"] += 1
         yield request % (accept, ATTACKER.encode())
-        while True:
-            due = time.monotonic() + _PAUSE_S
-            while time.monotonic() < due:
-                yield None
-            connection.is_reading = is_read
-            yield None
-            connection.is_reading = False
+        yield from connection.read_now_and_then(_PAUSE_S if is_read else None)
 
     return script
 

@@ -105,8 +105,12 @@ def _method(phases: Phases) -> str:
     )
 
 
+def _memory(row: Row) -> dict[str, str]:
+    return {name: f"{m.before:.0f}/{m.peak:.0f}/{m.after:.0f}" for name, m in row.memory.items()}
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    memory = {name: f"{m.before:.0f}/{m.peak:.0f}/{m.after:.0f}" for name, m in row.memory.items()}
+    memory = _memory(row)
     return (
         row.attack,
         row.server,
@@ -124,7 +128,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _job_cells(row: Row) -> tuple[str, ...]:
-    memory = {name: f"{m.before:.0f}/{m.peak:.0f}/{m.after:.0f}" for name, m in row.memory.items()}
+    memory = _memory(row)
     return (
         row.attack,
         row.server,

@@ -7,9 +7,11 @@ at most. Several scripts take turns on one connection.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 
@@ -147,6 +149,17 @@ class Connection:
         """Wait until fewer calls than this are without a response."""
         while len(self.streams) >= min(calls, self.max_streams):
             yield None
+
+    def read_now_and_then(self, pause_s: float | None) -> Script:
+        """Read for a moment after each pause, for ever; None: never."""
+        self.is_reading = False
+        while True:
+            due = math.inf if pause_s is None else time.monotonic() + pause_s
+            while time.monotonic() < due:
+                yield None
+            self.is_reading = True
+            yield None
+            self.is_reading = False
 
     def forget(self, number: int) -> None:
         """Expect no response: the script has reset the stream."""
