@@ -101,7 +101,8 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
 
 MAX_FRAMES = 1 << 30
 """Frames that wait for an upstream to read. At 10,000, the default, Envoy closes the connection with all calls on it:
-one client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes."""
+one client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes. The same for control
+frames, of which the default is 1,000: a client that leaves has all its calls reset at once."""
 
 
 def http2() -> dict[str, Any]:
@@ -112,6 +113,7 @@ def http2() -> dict[str, Any]:
         "initial_stream_window_size": STREAM_WINDOW,
         "initial_connection_window_size": CONNECTION_WINDOW,
         "max_outbound_frames": MAX_FRAMES,
+        "max_outbound_control_frames": MAX_FRAMES,
     }
     protocol = {"explicit_http_config": {"http2_protocol_options": options}}
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(HttpProtocolOptions, protocol)}

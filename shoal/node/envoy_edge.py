@@ -280,6 +280,7 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
                         "initial_stream_window_size": _STREAM_WINDOW,
                         "initial_connection_window_size": _WORKER_WINDOW,
                         "max_outbound_frames": _MAX_FRAMES,
+                        "max_outbound_control_frames": _MAX_FRAMES,
                         # Loading a large model may block a worker's event loop for seconds, but never for a minute.
                         "connection_keepalive": {"interval": "10s", "timeout": "60s"},
                     }

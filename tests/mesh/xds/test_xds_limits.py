@@ -39,7 +39,7 @@ async def mesh() -> AsyncIterator[Mesh]:
             await made.envoy.until_ready()
             await made.replica(0)
             await made.replica(1)
-            await made.show(made.instance(0, "a"), made.instance(1, "a", "steps", steps="steps"))
+            await made.show(made.instance(0, "a", "b"), made.instance(1, "a", "steps", steps="steps"))
             yield made
     _forget()
     shutil.rmtree(folder, ignore_errors=True)
@@ -135,6 +135,38 @@ async def test_a_connection_has_a_limit_of_streams_and_others_go_on(mesh: Mesh):
     with Connection(mesh.envoy.gateway) as connection:
         assert await asyncio.to_thread(fill, connection) == 1024
         assert told(await mesh.infer("a"), "header") == "a"
+
+
+async def test_a_client_that_leaves_with_all_its_calls_ends_no_other_call(mesh: Mesh):
+    """Envoy resets them at once, and the instance, which is busy, does not read that yet."""
+    gate, name = mesh.folder / "gate", "cluster.model/b.upstream_rq_active"
+    slow = framed(request("b", sleep_ms=60_000).SerializeToString())
+    replica = await mesh.replica(0)
+
+    def call(connection: Connection, count: int, message: bytes) -> None:
+        for _ in range(count):
+            connection.send(connection.open(), message, end=True)
+
+    async def is_running(calls: int) -> bool:
+        return (await mesh.envoy.stats(f"{name}$"))[name] == calls
+
+    other = asyncio.create_task(mesh.infer("b", gate=str(gate)))
+    await until(lambda: is_running(1), "the other call runs")
+    with Connection(mesh.envoy.gateway) as connection:
+        await asyncio.to_thread(call, connection, 1_003, slow)
+        await until(lambda: is_running(1 + 1_003), "the first calls run")
+        replica.freeze()
+        try:
+            # More than fits the instance's socket.
+            large = framed(request("b", size=100_000).SerializeToString())
+            await asyncio.to_thread(call, connection, 20, large)
+            await until(lambda: is_running(1 + 1_023), "all calls wait")
+            connection.socket.close()
+            await until(lambda: is_running(1), "all calls of the client have ended")
+        finally:
+            replica.thaw()
+    gate.touch()
+    assert told(await other, "attempt") == "1", "it is not repeated"
 
 
 async def test_connections_beyond_the_limit_are_closed_and_others_go_on(mesh: Mesh):
