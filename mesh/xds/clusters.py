@@ -101,8 +101,8 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
 
 MAX_FRAMES = 1 << 30
 """Frames that wait for an upstream to read. At 10,000, the default, Envoy closes the connection with all calls on it:
-one client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes. The same for control
-frames, of which the default is 1,000: a client that leaves has all its calls reset at once."""
+one client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes. Of control frames
+the default is 1,000: a client that leaves has all its calls reset at once."""
 
 
 def http2() -> dict[str, Any]:
