@@ -27,6 +27,7 @@ from shoal.tenant_header import TENANT_HEADER
 
 _PATH = "/inference.GRPCInferenceService/ModelInfer"
 _TOLERANCE = 1e-3
+_MOST_RIGHT = 10_000
 # Up to 8 requests in flight use one connection, more use eight.
 _ON_ONE = 8
 _CONNECTIONS = 8
@@ -63,6 +64,8 @@ class Requests:
 
     bodies: Sequence[bytes]
     answers: Sequence[np.ndarray[Any, np.dtype[np.float32]]]
+    _right: set[tuple[int, bytes]] = field(default_factory=set, repr=False)
+    """Answers that were found to be right. They are few: comparing bytes costs a hundredth of comparing numbers."""
 
     @classmethod
     def of(cls, model: str, inputs: Any, outputs: Any) -> Requests:
@@ -76,9 +79,14 @@ class Requests:
         return cls(bodies, list(outputs))
 
     def is_right(self, number: int, body: bytes) -> bool:
+        if (number, body) in self._right:
+            return True
         response = oip.ModelInferResponse.FromString(body[5:])
         got = np.frombuffer(response.raw_output_contents[0], np.float32)
-        return bool(np.allclose(got, self.answers[number], rtol=0, atol=_TOLERANCE))
+        is_right = bool(np.allclose(got, self.answers[number], rtol=0, atol=_TOLERANCE))
+        if is_right and len(self._right) < _MOST_RIGHT:
+            self._right.add((number, body))
+        return is_right
 
 
 class Load:
