@@ -101,12 +101,14 @@ class Peer(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
         self._sender.attach(self._transport)
 
-    def _send_settings(self, settings: Mapping[int, int], window: int = CONNECTION_WINDOW) -> None:
-        """Send `settings`, the settings that both ends share, and the connection's window."""
+    def _send_settings(
+        self, settings: Mapping[int, int], window: int = CONNECTION_WINDOW, stream_window: int = STREAM_WINDOW
+    ) -> None:
+        """Send `settings`, the settings that both ends share, and the windows of the connection and of its streams."""
         ours = {
             frames.TABLE_SIZE: 0,
             **settings,
-            frames.WINDOW_SIZE: STREAM_WINDOW,
+            frames.WINDOW_SIZE: stream_window,
             frames.HEADER_LIST_SIZE: LIST_BYTES,
         }
         self._sender.write(frames.settings(ours) + frames.window_update(0, window - frames.DEFAULT_WINDOW))

@@ -17,10 +17,11 @@ from functools import partial
 from mesh.h2 import frames
 from mesh.h2.bursts import Bursts
 from mesh.h2.connections import Connections, admit
+from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
-from mesh.h2.peer import STREAM_WINDOW, Peer
+from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.starts import Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
 from mesh.h2.turns import PART_FRAMES, PART_S, Turns
@@ -114,6 +115,9 @@ class ServerConnection(Peer):
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
         self._streams: dict[int, ServerStream] = {}
+        # Of the peers at a unix socket, which are Envoys.
+        self._credits: Credits | None = None
+        self._stream_window = STREAM_WINDOW
         # Streams of the lost connection, and the bytes that they held.
         self._lost: list[tuple[ServerStream, int]] = []
         self._is_aborted = False
@@ -130,14 +134,17 @@ class ServerConnection(Peer):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._begin(transport)
         peer = transport.get_extra_info("peername")
-        self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("unix", 0)
+        if isinstance(peer, tuple):
+            self.peer = (str(peer[0]), int(peer[1]))
+        else:
+            self.peer, self._credits, self._stream_window = ("unix", 0), Credits(), SHARED_WINDOW
         if not admit(self, self._connections):
             self._transport.abort()
             return
         self._settings_timer = self._loop.call_later(_SETTINGS_TIMEOUT_S, self._on_settings_timeout)
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
         window = min(self._bodies.limit + _WINDOW_MARGIN, LARGEST_WINDOW)
-        self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS}, window)
+        self._send_settings({frames.MAX_STREAMS: _MAX_STREAMS}, window, self._stream_window)
 
     @property
     def is_idle(self) -> bool:
@@ -168,6 +175,8 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._unread.count(0, self._transport)
         self._sender.close()
+        if self._credits is not None:
+            self._credits.close()
         self._lost, self._streams = [(stream, stream.held) for stream in self._streams.values()], {}
         for stream, _ in self._lost:
             release(stream)
@@ -214,7 +223,12 @@ class ServerConnection(Peer):
         if self._is_write_paused or self._lingering is not None or self._transport.is_closing():
             self._unread.tick(self._transport)
             return
+        credits = self._credits
         for stream in [stream for stream in self._streams.values() if not stream.is_request_ended]:
+            # One that waits for credit cannot make progress.
+            if credits is not None and credits.is_waiting(stream.number):
+                stream.idle_ticks = 0
+                continue
             try:
                 stream.tick()
             except Exception:
@@ -286,10 +300,13 @@ class ServerConnection(Peer):
         if flags & frames.PADDED:
             payload = frames.without_padding(payload, flags)
         stream.received += size
-        if stream.received > STREAM_WINDOW:
+        if stream.received > self._stream_window:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
+        if (credits := self._credits) is not None and number in credits.given:
+            credits.arrived(number, size)
         if flags & END_STREAM:
             stream.is_request_ended = is_end = True
+            self._expects_no_more(number)
             if self._is_shared and self._waits(stream, payload, size):
                 return
         else:
@@ -349,6 +366,7 @@ class ServerConnection(Peer):
             self._spend(0)
             return
         stream.is_request_ended = True
+        self._expects_no_more(number)
         if self._is_shared and self._waits(stream, b"", 0):
             return
         try:
@@ -376,6 +394,19 @@ class ServerConnection(Peer):
         """Give back flow-control credit of the connection; a negative `size` keeps it."""
         self._credited(size)
 
+    def owes_credit(self, stream: ServerStream, size: int) -> None:
+        """Give back credit of a stream, of which `size` bytes were consumed; now, or when it is its body's turn."""
+        if self._credits is None:
+            if size >= CREDIT:
+                stream.give_credit()
+        elif size >= STEP_BYTES and not stream.is_request_ended:
+            self._credits.wait(stream)
+
+    def _expects_no_more(self, number: int) -> None:
+        """Count credit no longer that was given to a body which has ended."""
+        if (credits := self._credits) is not None and number in credits.given:
+            credits.ended(number)
+
     def _on_window(self, number: int, payload: bytes) -> None:
         super()._on_window(number, payload)
         # A window that is too large resets its stream.
@@ -394,6 +425,7 @@ class ServerConnection(Peer):
         if stream is None:
             return
         self._sender.forget(number)
+        self._expects_no_more(number)
         release(stream)
         disconnect(stream, stream.handler)
         self._close_when_done()
@@ -430,6 +462,7 @@ class ServerConnection(Peer):
         if stream.withheld:
             stream.return_withheld()
         if reason is not None:
+            self._expects_no_more(number)
             # The bucket is checked at a frame of the peer: an exception here would reach the application.
             self._resets += 1
             disconnect(stream, handler)
@@ -438,6 +471,7 @@ class ServerConnection(Peer):
                 self._resets -= 1
             if not stream.is_request_ended:
                 # The response ended before the request: the rest of the request is not read.
+                self._expects_no_more(number)
                 self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
         if self._is_closing:
             self._close_when_done()

@@ -16,7 +16,6 @@ from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
-from mesh.h2.peer import CREDIT
 from mesh.h2.sending import PROGRESS_BYTES
 from mesh.h2.unread import MAX_TICKS, TICK_S
 
@@ -85,6 +84,9 @@ class Connection(Protocol):
 
     def return_credit(self, size: int) -> None:
         """Give back flow-control credit of the connection; a negative `size` keeps it."""
+
+    def owes_credit(self, stream: ServerStream, size: int) -> None:
+        """Give back credit of a stream, of which `size` bytes were consumed; now or later, by `give_credit`."""
 
 
 class ResponseSender(Protocol):
@@ -229,13 +231,19 @@ class ServerStream:
     def consumed(self, size: int) -> None:
         """Give back flow-control credit of a piece that needs no more memory. The client may send as much again.
 
-        Credit is sent in steps of CREDIT bytes.
+        Credit is sent in steps; on a shared connection when it is this body's turn.
         """
         self._unreturned += size
-        if self._unreturned >= CREDIT and not self.is_request_ended and self._sender.is_open(self.number):
-            self.received -= self._unreturned
-            self._sender.write(frames.window_update(self.number, self._unreturned))
-            self._unreturned = 0
+        self._connection.owes_credit(self, self._unreturned)
+
+    def give_credit(self) -> bool:
+        """Give back the credit of what was consumed. Return False when no more of the body is expected."""
+        size, self._unreturned = self._unreturned, 0
+        if self.is_request_ended or not self._sender.is_open(self.number):
+            return False
+        self.received -= size
+        self._sender.write(frames.window_update(self.number, size))
+        return True
 
     def encode_head(self, status: int, fields: Fields) -> bytes:
         """Encode the head of a response, in the form that `respond` and `start` take."""

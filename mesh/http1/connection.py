@@ -467,6 +467,9 @@ class Http1Connection(asyncio.Protocol):
     def return_credit(self, size: int) -> None:
         """Do nothing: there is no flow control."""
 
+    def owes_credit(self, stream: ServerStream, size: int) -> None:
+        """Do nothing: there is no flow control."""
+
     def _head_end(self) -> bytes:
         """Return the end of a response's head, which says if the connection goes on."""
         stream = self._stream
