@@ -22,7 +22,7 @@ from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Re
 from mesh.h2.headers import Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
-from mesh.h2.starts import Starts
+from mesh.h2.starts import TASKS, Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
 from mesh.h2.turns import PART_FRAMES, PART_S, Turns
 from mesh.h2.unread import MAX_TICKS, TICK_S, Unread
@@ -110,8 +110,9 @@ class ServerConnection(Peer):
         # True when calls of several senders come over the connection: they start at once until `_starts_until`, then in
         # turn.
         self._is_shared, self._starts_until = False, 0.0
-        # Requests of a shared connection that began in a task since it was last given a turn, or data.
-        self._tasks_begun = 0
+        # Requests of a shared connection that began in a task since it was last given a turn, or data: with their
+        # headers, and when they were whole.
+        self._tasks_begun = self._tasks_started = 0
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
         self._streams: dict[int, ServerStream] = {}
@@ -279,11 +280,11 @@ class ServerConnection(Peer):
                 account.refused += 1
                 self._app.reject(stream)
                 return
-            stream.handler = self._app.request(stream)
-            if self._is_shared and stream.handler.is_task:
-                self._tasks_begun += 1
+            stream.handler = handler = self._app.request(stream)
             if is_ended and not (self._is_shared and self._waits(stream, b"", 0)):
-                stream.handler.data(b"", 0, is_end=True)
+                handler.data(b"", 0, is_end=True)
+            if self._is_shared and handler.is_task:
+                self._tasks_begun += 1
         except Exception:
             reset(stream)
 
@@ -312,16 +313,20 @@ class ServerConnection(Peer):
         else:
             stream.moved += size
             is_end = False
+        handler = stream.handler
         try:
-            stream.handler.data(payload, size, is_end=is_end)
+            handler.data(payload, size, is_end=is_end)
         except Exception:
             reset(stream)
+        if is_end and self._is_shared and handler.is_task:
+            self._tasks_started += 1
 
     def _waits(self, stream: ServerStream, piece: bytes, size: int) -> bool:
         """Let a whole request, whose last piece is `piece`, wait for its start. Return False when it starts now."""
         starts = self._starts
         tenant, sender = stream.head.by_name.get(TENANT, b""), stream.client or b""
-        if not starts.has(tenant, sender) and starts.clock() < self._starts_until:
+        is_early = self._tasks_started < TASKS and starts.clock() < self._starts_until
+        if is_early and not starts.has(tenant, sender):
             return False
         # As a handler would: a small piece is counted with its stream.
         counted = size if size > SMALL_BODY else 0
@@ -330,20 +335,22 @@ class ServerConnection(Peer):
         starts.add(tenant, sender, partial(self._start, stream, piece, size, counted))
         return True
 
-    def _start(self, stream: ServerStream, piece: bytes, size: int, counted: int) -> None:
-        """Start a request that has waited, unless it has ended."""
+    def _start(self, stream: ServerStream, piece: bytes, size: int, counted: int) -> bool:
+        """Start a request that has waited, unless it has ended. Return True when it begins in a task."""
         if self._streams.get(stream.number) is not stream:
-            return
+            return False
         stream.release(counted)
+        handler = stream.handler
         try:
-            stream.handler.data(piece, size, is_end=True)
+            handler.data(piece, size, is_end=True)
         except Exception:
             reset(stream)
+        return handler.is_task
 
     def _handle(self, data: bytes, most: int) -> None:
         if self._is_shared:
             self._starts_until = self._starts.clock() + PART_S
-            self._tasks_begun = 0
+            self._tasks_begun = self._tasks_started = 0
             most = max(most, _SHARED_FRAMES)
         super()._handle(data, most)
 

@@ -222,6 +222,7 @@ class RestCall(StreamMemory):
         self._app.tasks.add(task)
         task.add_done_callback(self._app.tasks.discard)
         self._task = task
+        self.is_task = True
 
     def stalled(self, idle_s: float) -> None:
         """End the call: its body does not arrive."""

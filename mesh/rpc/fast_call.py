@@ -22,10 +22,12 @@ from mesh.rpc.access import Access, tenant_of
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import (
     JOIN_BYTES,
+    MOST_PIECES,
     PIECE_OVERHEAD,
     PREFIX,
     PREFIX_BYTES,
     check_encoding,
+    check_pieces,
     inflated,
     inflated_inline,
     most_inflated,
@@ -84,8 +86,6 @@ class FastHandler(Protocol):
 class FastCall(StreamMemory):
     """One call; the RequestHandler of its stream. It begins in `__init__` and ends in `_finish`, exactly once each."""
 
-    is_task = False
-
     __slots__ = (
         "_app",
         "_handler",
@@ -93,6 +93,7 @@ class FastCall(StreamMemory):
         "_parts",
         "deadline",
         "headers",
+        "is_task",
         "on_end",
         "span",
     )
@@ -112,6 +113,8 @@ class FastCall(StreamMemory):
         self.on_end: Callable[[], None] | None = None
         """Callback for a passed deadline or a disconnected client. Set by the handler."""
         self.is_over = False
+        self.is_task = False
+        """Set by a handler that replies in a task."""
         if timeout is not None:
             app.deadlines.add(self)
 
@@ -164,6 +167,8 @@ class FastCall(StreamMemory):
             piece = self._parts.pop() + piece
         if piece:
             self._parts.append(piece)
+            if len(self._parts) > MOST_PIECES:
+                check_pieces(len(self._parts), self._held)
         limit, first = self._app.message_bytes, self._parts[0] if self._parts else b""
         if len(first) >= PREFIX_BYTES and PREFIX.unpack_from(first)[1] > limit:
             raise too_large(PREFIX.unpack_from(first)[1], limit)

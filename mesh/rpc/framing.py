@@ -31,6 +31,10 @@ RETRY_MS = 1_000
 PIECE_OVERHEAD = 64
 """Memory of a kept piece of a body beside its bytes."""
 
+MOST_PIECES, PIECE_BYTES = 256, 256
+"""A message may come in so many pieces of any size, and in more when they have so many bytes on average. A piece costs
+as much as a third of a small call, also when it has one byte."""
+
 # Larger messages may grow by this factor. Tensors of numbers grow by 2 to 10; only constants and bombs reach 1000.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 20
 
@@ -101,6 +105,8 @@ class Deframer:
         # A large message is kept in parts: growing one buffer would copy it again and again.
         self._large: Unfinished | None = None
         self._missing = self._large_bytes = 0
+        # Pieces that have come of a message which is not whole.
+        self._pieces = 0
 
     def feed(self, data: bytes) -> Iterator[bytes | Unfinished]:
         """Yield the messages that are complete with `data`.
@@ -108,7 +114,11 @@ class Deframer:
         Raises:
             InvalidArgument: the flags are invalid.
             ResourceExhausted: a message is larger than the limit. Its prefix says so, before the message has arrived.
+                Or it comes in too many pieces.
         """
+        self._pieces += 1
+        if self._pieces > MOST_PIECES:
+            check_pieces(self._pieces, self.holds + len(data))
         if self._large is not None:
             part = data[: self._missing]
             self._large.append(part)
@@ -117,6 +127,7 @@ class Deframer:
             if self._missing:
                 return
             large, self._large, self._large_bytes = self._large, None, 0
+            self._pieces = 0
             yield large
             data = data[len(part) :]
         self._held += data
@@ -137,6 +148,7 @@ class Deframer:
                 return
             message = bytes(memoryview(self._held)[PREFIX_BYTES:end])
             del self._held[:end]
+            self._pieces = 0
             yield Unfinished([message], is_compressed=True) if flags else message
 
     def _begin_large(self, end: int, *, is_compressed: bool) -> None:
@@ -263,6 +275,15 @@ def no_memory() -> ResourceExhausted:
     return ResourceExhausted(
         f"too many bytes of unfinished requests are held: retry after {RETRY_MS} ms", retry_after_ms=RETRY_MS
     )
+
+
+def check_pieces(count: int, size: int) -> None:
+    """Raise ResourceExhausted when `size` bytes of one message came in too many pieces: `count`."""
+    if count > MOST_PIECES and size < count * PIECE_BYTES:
+        raise ResourceExhausted(
+            f"a message came in {count} pieces of {size // count} bytes on average: "
+            f"send at least {PIECE_BYTES} bytes at a time"
+        )
 
 
 def unread() -> ResourceExhausted:

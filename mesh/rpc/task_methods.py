@@ -71,6 +71,7 @@ class TaskMethods:
             task.add_done_callback(self._tasks.discard)
             # The boolean that `cancel` returns is not used.
             call.on_end = task.cancel  # type: ignore[assignment]
+            call.is_task = True
 
         return {path: handle}
 

@@ -37,6 +37,7 @@ class FastSubmit:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         call.on_end = task.cancel  # type: ignore[assignment]
+        call.is_task = True
 
     async def _begin_in_turn(self, body: bytes, call: FastCall) -> None:
         try:

@@ -183,7 +183,7 @@ class Bulk:
 class Entry:
     """One entry of a bulk; an `infer_fast.Exchange`."""
 
-    __slots__ = ("_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "on_end", "span")
+    __slots__ = ("_number", "_on_outcome", "_part", "deadline", "headers", "is_over", "is_task", "on_end", "span")
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Entry:
         if message.tenant:
             self.headers = {**self.headers, _TENANT: message.tenant.encode("latin-1", "replace")}
         self.on_end: Callable[[], None] | None = None
-        self.is_over = False
+        self.is_over = self.is_task = False
         self.span = span
 
     def reply(self, parts: Sequence[Any], size: int) -> None:

@@ -84,6 +84,9 @@ class Pending(RequestMemory, Protocol):
 class Exchange(Pending, Protocol):
     """Exchange with the caller of one request: that of a gRPC call, or an entry of a bulk (`bulk.Entry`)."""
 
+    is_task: bool
+    """True when a task replies."""
+
     @property
     def headers(self) -> Mapping[bytes, bytes]: ...
 
@@ -114,6 +117,7 @@ class FastInfer:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             exchange.on_end = task.cancel  # type: ignore[assignment]
+            exchange.is_task = True
 
     def _try_fast(self, body: bytes, exchange: Exchange) -> bool:
         """Start the request and return True when a template matches. Raises as `InferenceServer.infer` does."""

@@ -21,7 +21,7 @@ from mesh.h2.memory_account import MemoryAccount
 from mesh.h2.sending import Sender
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.rpc import slow_call
-from mesh.rpc.framing import framed
+from mesh.rpc.framing import MOST_PIECES, PIECE_BYTES, framed
 from mesh.rpc.server import Server
 from shoal.errors import Code
 from tests.mesh.h2.scripted import PATIENCE_S, Peer
@@ -227,12 +227,40 @@ async def test_tiny_pieces_are_counted_with_their_overhead(path):
         number = peer.open(path)
         # The message is never whole; the bytes are few.
         peer.send(frames.frame(frames.DATA, 0, number, framed(bytes(100_000))[:6]))
-        peer.send(frames.frame(frames.DATA, 0, number, b"x") * 5_000)
+        peer.send(frames.frame(frames.DATA, 0, number, b"x") * 200)
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
         # The slow path joins what it has read.
-        assert front.server.memory.bodies.held > 5_000 * (60 if path == ECHO else 1)
+        assert front.server.memory.bodies.held > 200 * (60 if path == ECHO else 1)
         peer.send(frames.rst_stream(number, Reason.CANCEL))
+        await front.until_nothing_is_held()
+
+
+@pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
+async def test_a_message_in_too_many_tiny_pieces_is_refused_and_one_in_many_larger_ones_is_read(path):
+    async with serving(body_bytes=16 * MIB) as front, front.peer({frames.WINDOW_SIZE: MIB}) as peer:
+        peer.send(frames.window_update(0, MIB))
+        whole = framed(bytes(2 * MOST_PIECES * PIECE_BYTES - 5))
+        number, good = peer.open(path), peer.open(path)
+        peer.send(frames.frame(frames.DATA, 0, number, whole[:6]))
+        peer.send(frames.frame(frames.DATA, 0, number, b"x") * (MOST_PIECES + 1))
+        end = await peer.end_of(number)
+        assert end["grpc-status"] == str(int(Code.RESOURCE_EXHAUSTED))
+        assert "pieces of 1 bytes on average" in end["grpc-message"]
+        for at in range(0, len(whole), PIECE_BYTES):
+            piece = whole[at : at + PIECE_BYTES]
+            peer.data(good, piece, is_end=at + PIECE_BYTES >= len(whole))
+        assert await peer.status(good) == 0
+        await front.until_nothing_is_held()
+
+
+async def test_messages_of_a_stream_may_be_as_tiny_and_as_many_as_they_like():
+    async with serving() as front, front.peer() as peer:
+        number = peer.open(STREAM)
+        for _ in range(3 * MOST_PIECES):
+            peer.data(number, framed(b"x"), is_end=False)
+        peer.data(number, framed(b"x"), is_end=True)
+        assert await peer.status(number) == 0
         await front.until_nothing_is_held()
 
 

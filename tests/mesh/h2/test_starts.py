@@ -13,7 +13,7 @@ import pytest
 from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.h2.server_connection import Memory, ServerConnection
-from mesh.h2.starts import Starts
+from mesh.h2.starts import TASKS, Starts
 from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
@@ -178,6 +178,38 @@ async def test_streams_that_begin_leave_the_event_loop_to_others():
     await envoy.settle()
 
 
+async def test_calls_that_begin_in_tasks_are_few_in_an_iteration_and_others_pass_them():
+    """A start costs nothing here, as those of tasks do: what they cost follows."""
+    envoy = Envoy()
+    tasks: list[asyncio.Task[None]] = []
+
+    def in_task(body: bytes, call: Any) -> None:
+        name = body[5:].strip(b"\0").split()[0].decode()
+        envoy.begun.append(name)
+        if name == "many":
+            tasks.append(asyncio.create_task(asyncio.sleep(0)))
+            call.is_task = True
+
+    envoy.app = GrpcApp({}, {PATH: in_task})
+    envoy.connection = ServerConnection(envoy.app, {}, envoy.memory)
+    envoy.transport = Transport(envoy.connection)
+    envoy.connection.connection_made(envoy.transport)
+    envoy.connection.data_received(frames.PREFACE + frames.settings({}) + frames.frame(frames.SETTINGS, frames.ACK, 0))
+    envoy.connection.data_received(
+        b"".join(envoy.call("a", "1", "many", 0.0) for _ in range(60)) + envoy.call("b", "2", "other", 0.0)
+    )
+    assert len(tasks) <= TASKS
+    most = begun = len(tasks)
+    while len(envoy.begun) < 61:
+        await asyncio.sleep(0)
+        most, begun = max(most, len(tasks) - begun), len(tasks)
+    assert most <= 2 * TASKS
+    assert envoy.begun.index("other") <= 2 * TASKS
+    await asyncio.gather(*tasks)
+    envoy.close()
+    await envoy.settle()
+
+
 @pytest.mark.parametrize("is_shared", [True, False])
 async def test_resets_of_one_client_do_not_end_an_envoys_connection(is_shared: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_connection, "_RESETS", 1_000)
@@ -200,8 +232,8 @@ async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
     begun: list[str] = []
     starts = Starts()
     starts.add(b"a", b"1", lambda: 1 // 0)
-    starts.add(b"a", b"1", lambda: begun.append("own"))
-    starts.add(b"b", b"2", lambda: begun.append("other"))
+    starts.add(b"a", b"1", lambda: bool(begun.append("own")))
+    starts.add(b"b", b"2", lambda: bool(begun.append("other")))
     for _ in range(10):
         await asyncio.sleep(0)
     assert sorted(begun) == ["other", "own"]
