@@ -3,6 +3,8 @@
 The peer may use no dynamic table. Once it has acknowledged that, equal bytes mean equal fields, in every block. So each
 distinct block and each distinct field is decoded once, and kept in a `HeaderCache`. Until then every block is decoded.
 
+A server may decode new blocks later, when it is their request's turn: until then a block is LATER.
+
 The number of the client's connection to Envoy (x-shoal-connection) is taken out of the fields: otherwise each caller
 would have a block of its own for each connection.
 
@@ -12,6 +14,7 @@ header of 55 kB costs 0.2 ms; tables of Python objects cost 2 to 4 ms.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -59,6 +62,9 @@ LIST_FIELDS = 256
 
 OVERSIZED = Block(())
 """Block in place of one beyond the limits, whose request is to be rejected."""
+
+LATER = Block((), is_malformed=True)
+"""Block in place of a new one, which is to be decoded later: `Decoder.latest`."""
 
 _CONNECTION = CONNECTION_HEADER.encode()
 
@@ -118,6 +124,10 @@ class Decoder:
         self._is_stateless = False
         self.connection: bytes | None = None
         """Number of the client's connection to Envoy, of the latest block; None: the block has none."""
+        self.new_blocks = math.inf
+        """Blocks that are decoded at once, of those that are not known."""
+        self.latest = b""
+        """The last block in whose place LATER was returned."""
         # The encoded field of that number, without its value. Empty: no block had one.
         self._connection_name = b""
         self._table: deque[tuple[bytes, bytes]] = deque()
@@ -135,7 +145,7 @@ class Decoder:
         self._is_stateless = True
 
     def decode(self, block: bytes) -> Block:
-        """Return the decoded block, or OVERSIZED.
+        """Return the decoded block, or OVERSIZED; LATER for a block that is not known, when there were enough of them.
 
         Raises:
             ConnectionBroken: the block is invalid, or oversized while a dynamic table is allowed. Later blocks could
@@ -147,6 +157,10 @@ class Decoder:
             known = self._blocks.get(block) if at < 0 else self._known_without_connection(block, at)
             if known is not None:
                 return known
+            if self.new_blocks <= 0:
+                self.latest = block
+                return LATER
+            self.new_blocks -= 1
         try:
             return self._decoded(block)
         except _Oversized as err:
@@ -158,14 +172,40 @@ class Decoder:
         except (IndexError, pylsqpack.DecompressionFailed) as err:
             raise ConnectionBroken(Reason.COMPRESSION_ERROR, _MALFORMED + str(err)) from err
 
+    def decode_now(self, block: bytes) -> Block:
+        """Return the decoded block, or OVERSIZED, as `decode` does; never LATER."""
+        self.new_blocks += 1
+        return self.decode(block)
+
+    def connection_of(self, block: bytes) -> bytes:
+        """Return the encoded field of the client's connection in a block that is not decoded; empty without one.
+
+        Envoy writes it behind all fields of the client.
+        """
+        at = block.rfind(self._connection_name) if self._connection_name else -1
+        return block[at : self._connection_end(block, at)] if at >= 0 else b""
+
+    def _connection_end(self, block: bytes, at: int) -> int:
+        length_at = at + len(self._connection_name)
+        return length_at + 1 + (block[length_at] & 0x7F if length_at < len(block) else 0)
+
     def _known_without_connection(self, block: bytes, at: int) -> Block | None:
         """Return the known block without the number of a connection, whose field seems to begin at `at`."""
-        length_at = at + len(self._connection_name)
-        end = length_at + 1 + (block[length_at] & 0x7F if length_at < len(block) else 0)
-        known, field = self._blocks.get(block[:at] + block[end:]), self._cache.fields.get(block[at:end])
+        end = self._connection_end(block, at)
+        known = self._blocks.get(block[:at] + block[end:])
         # A field begins at `at`, and not a part of another one: the bytes before it are those of the known block.
-        if known is None or field is None or known.connection_at != at:
+        if known is None or known.connection_at != at:
             return None
+        field = self._cache.fields.get(block[at:end])
+        if field is None:
+            # The first call of a client's connection.
+            try:
+                field = self._field(block, at)
+            except (IndexError, pylsqpack.DecompressionFailed):
+                return None
+            if field[0] != _CONNECTION or _field_end(block, at) != end or not is_valid(*field):
+                return None
+            self._cache.add_field(block[at:end], field)
         self.connection = field[1]
         return known
 

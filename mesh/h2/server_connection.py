@@ -19,7 +19,7 @@ from mesh.h2.bursts import Bursts
 from mesh.h2.connections import Connections, admit
 from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
-from mesh.h2.headers import Block, HeaderCache
+from mesh.h2.headers import LATER, Block, HeaderCache
 from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.starts import TASKS, Starts
@@ -56,6 +56,13 @@ TENANT = TENANT_HEADER.encode()
 # Frames of a shared connection that are handled at once at least: starting their calls takes turns of its own, and
 # frames that wait unread would delay the calls of all its senders.
 _SHARED_FRAMES = 128
+
+# New header blocks of a shared connection that are decoded at once in one turn. To decode one costs as much as all else
+# of a small call.
+_NEW_BLOCKS = 4
+
+# In place of the tenant of a request whose headers are to be decoded later.
+_NEW = b"\0new"
 
 # The end of a stream whose connection is lost costs as much as so many frames.
 _FRAMES_A_STREAM = 8
@@ -118,6 +125,10 @@ class ServerConnection(Peer):
         self._streams: dict[int, ServerStream] = {}
         # Of the peers at a unix socket, which are Envoys.
         self._credits: Credits | None = None
+        # Frames of requests whose headers are to be decoded later, by stream; what they hold.
+        self._later: dict[int, list[tuple[int, int, bytes]]] = {}
+        self._later_share = memory.bodies.share()
+        self._is_late = False
         self._stream_window = STREAM_WINDOW
         # Streams of the lost connection, and the bytes that they held.
         self._lost: list[tuple[ServerStream, int]] = []
@@ -150,7 +161,7 @@ class ServerConnection(Peer):
     @property
     def is_idle(self) -> bool:
         """True while no stream is open."""
-        return not self._streams
+        return not self._streams and not self._later
 
     @property
     def is_new(self) -> bool:
@@ -183,6 +194,8 @@ class ServerConnection(Peer):
             release(stream)
         self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         self._unparsed, self._block = b"", None
+        self._later.clear()
+        self._later_share.remove(self._later_share.held)
 
     def _end_lost(self, most: int) -> None:
         """Notify the handlers of the lost connection's streams, not of thousands in one iteration of the loop."""
@@ -260,7 +273,17 @@ class ServerConnection(Peer):
             self._on_trailers(number, flags, block)
             return
         self._newest = number
-        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or self._is_closing:
+        self._open(number, flags, block)
+
+    def _open(self, number: int, flags: int, block: Block) -> None:
+        """Begin the request of a new stream."""
+        is_closing = self._is_closing and not self._is_late
+        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or is_closing:
+            if block is LATER:
+                encoded = self._decoder.latest
+                if not self._opens_later(number, flags, encoded):
+                    self._open(number, flags, self._decoder.decode_now(encoded))
+                return
             reason = Reason.PROTOCOL_ERROR if block.is_malformed else Reason.REFUSED_STREAM
             self._sender.write(frames.rst_stream(number, reason))
             self._spend(1)
@@ -288,9 +311,62 @@ class ServerConnection(Peer):
         except Exception:
             reset(stream)
 
+    def _opens_later(self, number: int, flags: int, encoded: bytes) -> bool:
+        """Let a request with a new header block wait for its start. Return False when it is to be opened now."""
+        has_place = len(self._streams) + len(self._later) < _MAX_STREAMS and not self._is_closing
+        if not has_place or not self._later_share.has_room(size := STREAM_BYTES + len(encoded)):
+            return False
+        self._later_share.add(size)
+        self._later[number] = [(frames.HEADERS, flags, encoded)]
+        self._starts.add(_NEW, self._decoder.connection_of(encoded), partial(self._open_late, number))
+        return True
+
+    def _open_late(self, number: int) -> bool:
+        """Handle the frames of a request that has waited. Return True when it begins in a task."""
+        held = self._later.pop(number, None)
+        if held is None:
+            return False
+        self._later_share.remove(STREAM_BYTES + sum(len(payload) for _, _, payload in held))
+        tasks = self._tasks_begun + self._tasks_started
+        self._is_late = True
+        try:
+            _, flags, encoded = held[0]
+            self._open(number, flags, self._decoder.decode_now(encoded))
+            for kind, flags, payload in held[1:]:
+                if kind == frames.DATA:
+                    self._on_data(number, flags, payload, len(payload))
+                elif kind == frames.WINDOW_UPDATE:
+                    self._on_window(number, payload)
+                else:
+                    self._on_trailers(number, flags, self._decoder.decode_now(payload))
+        except ConnectionBroken as err:
+            self._break(err)
+        finally:
+            self._is_late = False
+        self._close_when_done()
+        return self._tasks_begun + self._tasks_started > tasks
+
+    def _keeps(self, number: int, kind: int, flags: int, payload: bytes) -> bool:
+        """Keep a frame for a request that is to be opened later. Return False when there is none."""
+        held = self._later.get(number)
+        if held is None:
+            return False
+        if not self._later_share.has_room(len(payload)):
+            self._open_late(number)
+            return False
+        self._later_share.add(len(payload))
+        held.append((kind, flags, payload))
+        return True
+
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
         self._credited(size)
         stream = self._streams.get(number)
+        if stream is None and number in self._later:
+            if self._keeps(number, frames.DATA, flags, payload):
+                # Counted when it is handled.
+                self._credited(-size)
+                return
+            stream = self._streams.get(number)
         if stream is None:
             if not 0 < number <= self._newest:
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"DATA on stream {number}, which is not open")
@@ -325,6 +401,8 @@ class ServerConnection(Peer):
         """Let a whole request, whose last piece is `piece`, wait for its start. Return False when it starts now."""
         starts = self._starts
         tenant, sender = stream.head.by_name.get(TENANT, b""), stream.client or b""
+        if self._is_late:
+            return False
         is_early = self._tasks_started < TASKS and starts.clock() < self._starts_until
         if is_early and not starts.has(tenant, sender):
             return False
@@ -351,6 +429,7 @@ class ServerConnection(Peer):
         if self._is_shared:
             self._starts_until = self._starts.clock() + PART_S
             self._tasks_begun = self._tasks_started = 0
+            self._decoder.new_blocks = _NEW_BLOCKS
             most = max(most, _SHARED_FRAMES)
         super()._handle(data, most)
 
@@ -361,7 +440,14 @@ class ServerConnection(Peer):
         return took_s > 2 * PART_S or self._tasks_begun >= PART_FRAMES
 
     def _on_trailers(self, number: int, flags: int, block: Block) -> None:
+        if block is LATER:
+            if self._keeps(number, frames.HEADERS, flags, self._decoder.latest):
+                return
+            block = self._decoder.decode_now(self._decoder.latest)
         stream = self._streams.get(number)
+        if stream is None and number in self._later:
+            self._open_late(number)
+            stream = self._streams.get(number)
         if stream is None:
             if number > self._newest or not number & 1:
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS on stream {number}, which no client opens")
@@ -395,7 +481,8 @@ class ServerConnection(Peer):
         return share
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
-        return [(tenant.decode("latin-1"), share.held) for tenant, share in self._shares.items() if share.held]
+        held = [(tenant.decode("latin-1"), share.held) for tenant, share in self._shares.items() if share.held]
+        return [*held, ("", self._later_share.held)] if self._later else held
 
     def return_credit(self, size: int) -> None:
         """Give back flow-control credit of the connection; a negative `size` keeps it."""
@@ -415,6 +502,8 @@ class ServerConnection(Peer):
             credits.ended(number)
 
     def _on_window(self, number: int, payload: bytes) -> None:
+        if number in self._later and self._keeps(number, frames.WINDOW_UPDATE, 0, payload):
+            return
         super()._on_window(number, payload)
         # A window that is too large resets its stream.
         if self._resets > _RESETS:
@@ -430,6 +519,10 @@ class ServerConnection(Peer):
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"RST_STREAM on stream {number}, which is not open")
         stream = self._streams.pop(number, None)
         if stream is None:
+            if (held := self._later.pop(number, None)) is not None:
+                self._later_share.remove(STREAM_BYTES + sum(len(payload) for _, _, payload in held))
+                self._close_when_done()
+                self._spend(1)
             return
         self._sender.forget(number)
         self._expects_no_more(number)
@@ -516,7 +609,7 @@ class ServerConnection(Peer):
         self._transport.abort()
 
     def _close_when_done(self) -> None:
-        if not self._is_closing or self._streams or self._lingering is not None:
+        if not self._is_closing or self._streams or self._later or self._lingering is not None:
             return
         self._sender.flush()
         if self._transport.is_closing():
