@@ -272,23 +272,19 @@ class ServerConnection(Peer):
         if number <= self._newest or not number & 1:
             self._on_trailers(number, flags, block)
             return
-        self._newest = number
-        self._open(number, flags, block)
-
-    def _open(self, number: int, flags: int, block: Block) -> None:
-        """Begin the request of a new stream."""
-        is_closing = self._is_closing and not self._is_late
-        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or is_closing:
+        if block.is_malformed or len(self._streams) >= _MAX_STREAMS or (self._is_closing and not self._is_late):
             if block is LATER:
                 encoded = self._decoder.latest
                 if not self._opens_later(number, flags, encoded):
-                    self._open(number, flags, self._decoder.decode_now(encoded))
+                    self._on_block(number, flags, self._decoder.decode_now(encoded))
                 return
+            self._newest = number
             reason = Reason.PROTOCOL_ERROR if block.is_malformed else Reason.REFUSED_STREAM
             self._sender.write(frames.rst_stream(number, reason))
             self._spend(1)
             return
         is_ended = flags & END_STREAM != 0
+        self._newest = number
         # As `leaves_room` and `Share.add`: the common case calls no function.
         share, account = self._shares.get(block.by_name.get(TENANT, b"")) or self._new_share(block), self._bodies
         size = STREAM_BYTES + block.list_bytes
@@ -316,6 +312,7 @@ class ServerConnection(Peer):
         has_place = len(self._streams) + len(self._later) < _MAX_STREAMS and not self._is_closing
         if not has_place or not self._later_share.has_room(size := STREAM_BYTES + len(encoded)):
             return False
+        self._newest = number
         self._later_share.add(size)
         self._later[number] = [(frames.HEADERS, flags, encoded)]
         self._starts.add(_NEW, self._decoder.connection_of(encoded), partial(self._open_late, number))
@@ -327,11 +324,17 @@ class ServerConnection(Peer):
         if held is None:
             return False
         self._later_share.remove(STREAM_BYTES + sum(len(payload) for _, _, payload in held))
-        tasks = self._tasks_begun + self._tasks_started
+        tasks, newest = self._tasks_begun + self._tasks_started, self._newest
         self._is_late = True
         try:
             _, flags, encoded = held[0]
-            self._open(number, flags, self._decoder.decode_now(encoded))
+            block = self._decoder.decode_now(encoded)
+            # Later streams may have begun.
+            self._newest = number - 1
+            try:
+                self._on_block(number, flags, block)
+            finally:
+                self._newest = newest
             for kind, flags, payload in held[1:]:
                 if kind == frames.DATA:
                     self._on_data(number, flags, payload, len(payload))
@@ -381,9 +384,10 @@ class ServerConnection(Peer):
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         if (credits := self._credits) is not None and number in credits.given:
             credits.arrived(number, size)
+            if flags & END_STREAM:
+                self._expects_no_more(number)
         if flags & END_STREAM:
             stream.is_request_ended = is_end = True
-            self._expects_no_more(number)
             if self._is_shared and self._waits(stream, payload, size):
                 return
         else:
