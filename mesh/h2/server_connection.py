@@ -55,7 +55,7 @@ TENANT = TENANT_HEADER.encode()
 
 # Frames of a shared connection that are handled at once at least: starting their calls takes turns of its own, and
 # frames that wait unread would delay the calls of all its senders.
-_SHARED_FRAMES = 128
+_SHARED_FRAMES = 512
 
 # New header blocks of a shared connection that are decoded at once in one turn. To decode one costs as much as all else
 # of a small call.
