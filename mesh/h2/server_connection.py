@@ -380,7 +380,7 @@ class ServerConnection(Peer):
         if flags & frames.PADDED:
             payload = frames.without_padding(payload, flags)
         stream.received += size
-        if stream.received > self._stream_window:
+        if stream.received > self._stream_window + stream.extra:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         if (credits := self._credits) is not None and number in credits.given:
             credits.arrived(number, size)
@@ -497,7 +497,7 @@ class ServerConnection(Peer):
         if self._credits is None:
             if size >= CREDIT:
                 stream.give_credit()
-        elif size >= STEP_BYTES and not stream.is_request_ended:
+        elif size >= STEP_BYTES + stream.extra // 2 and not stream.is_request_ended:
             self._credits.wait(stream)
 
     def _expects_no_more(self, number: int) -> None:

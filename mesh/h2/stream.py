@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from mesh.h2 import frames
+from mesh.h2.credits import SHARED_WINDOW
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, Fields, response_head
 from mesh.h2.memory_account import Share
@@ -121,6 +122,7 @@ class ServerStream:
         "_sender",
         "_unreturned",
         "client",
+        "extra",
         "handler",
         "head",
         "held",
@@ -165,6 +167,8 @@ class ServerStream:
         """True when the whole body has arrived."""
         self.received = 0
         """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
+        self.extra = 0
+        """Bytes by which the window is larger than at first."""
         self.handler = NO_HANDLER
 
     @property
@@ -236,14 +240,21 @@ class ServerStream:
         self._unreturned += size
         self._connection.owes_credit(self, self._unreturned)
 
-    def give_credit(self) -> bool:
-        """Give back the credit of what was consumed. Return False when no more of the body is expected."""
-        size, self._unreturned = self._unreturned, 0
+    def give_credit(self, extra: int = 0) -> int:
+        """Give back the credit of what was consumed, and make the window `extra` bytes larger than at first.
+
+        It becomes smaller as bytes are consumed whose credit is not given back. Return the bytes that may still come
+        on a shared connection; 0 when no more of the body is expected.
+        """
+        consumed, self._unreturned = self._unreturned, 0
         if self.is_request_ended or not self._sender.is_open(self.number):
-            return False
-        self.received -= size
-        self._sender.write(frames.window_update(self.number, size))
-        return True
+            return 0
+        self.received -= consumed
+        size = max(consumed + extra - self.extra, 0)
+        self.extra += size - consumed
+        if size:
+            self._sender.write(frames.window_update(self.number, size))
+        return SHARED_WINDOW + self.extra - self.received
 
     def encode_head(self, status: int, fields: Fields) -> bytes:
         """Encode the head of a response, in the form that `respond` and `start` take."""

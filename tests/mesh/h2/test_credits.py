@@ -16,7 +16,7 @@ from mesh.rpc.framing import PREFIX
 from shoal.tenant_header import CONNECTION_HEADER, TENANT_HEADER
 from tests.mesh.h2.test_starts import PATH, Envoy
 
-WHOLE = 256 << 10
+WHOLE = 384 << 10
 AT_MOST = GIVEN_BYTES + SHARED_WINDOW
 
 
@@ -83,6 +83,23 @@ async def test_few_of_many_large_bodies_have_credit_at_a_time():
     envoy.close()
 
 
+async def test_a_body_that_is_alone_has_a_larger_window_until_others_come():
+    envoy = Uploads()
+    alone = envoy.begin("1")
+    while envoy.windows[alone] <= SHARED_WINDOW:
+        assert envoy.sent[alone] < WHOLE
+        envoy.send(alone)
+    assert envoy.windows[alone] <= GIVEN_BYTES // 2
+    for _ in range(200):
+        envoy.begin("2")
+    assert envoy.credit <= AT_MOST + GIVEN_BYTES // 2
+    while envoy.sent[alone] < WHOLE:
+        envoy.send(alone)
+    await envoy.settle()
+    assert envoy.begun == ["large"]
+    envoy.close()
+
+
 async def test_a_sender_of_one_body_does_not_wait_for_all_bodies_of_another_sender():
     envoy = Uploads()
     many = [envoy.begin("1") for _ in range(200)]
@@ -95,7 +112,7 @@ async def test_a_sender_of_one_body_does_not_wait_for_all_bodies_of_another_send
         turns += 1
     # Every second turn is the sender's own, with STEP_BYTES or more.
     assert turns < 3 * WHOLE // STEP_BYTES
-    assert sum(envoy.sent[number] for number in many) < 200 * SHARED_WINDOW + turns * (SHARED_WINDOW + STEP_BYTES)
+    assert sum(envoy.sent[number] for number in many) < 200 * SHARED_WINDOW + (turns + 1) * GIVEN_BYTES // 2
     envoy.close()
 
 
@@ -138,13 +155,14 @@ async def test_a_body_that_waits_for_credit_has_not_stalled(monkeypatch: pytest.
 class Body:
     number: int
     sender: str
-    received: int = 0
+    left: int = SHARED_WINDOW
     is_over: bool = False
 
-    def give_credit(self) -> bool:
-        if not self.is_over:
-            self.received = 0
-        return not self.is_over
+    def give_credit(self, extra: int) -> int:
+        if self.is_over:
+            return 0
+        self.left = SHARED_WINDOW + extra
+        return self.left
 
 
 @given(
@@ -160,9 +178,9 @@ def test_credit_is_counted_once_however_bodies_wait_and_end(steps: list[tuple[st
             body = bodies[number]
             if kind == "wait" and not body.is_over:
                 counted.wait(body)
-            elif kind == "arrive" and not body.is_over and body.received < SHARED_WINDOW:
-                came = min(size * SHARED_WINDOW // 4, SHARED_WINDOW - body.received)
-                body.received += came
+            elif kind == "arrive" and not body.is_over and body.left:
+                came = min(size * SHARED_WINDOW // 4, body.left)
+                body.left -= came
                 if number in counted.given:
                     counted.arrived(number, came)
             elif kind == "end":
@@ -170,7 +188,7 @@ def test_credit_is_counted_once_however_bodies_wait_and_end(steps: list[tuple[st
                 if number in counted.given:
                     counted.ended(number)
             assert counted._bytes == sum(counted.given.values())
-            left = {number: SHARED_WINDOW - bodies[number].received for number in counted.given}
+            left = {number: bodies[number].left for number in counted.given}
             assert counted.given == left
             # Nobody waits while there is credit to give.
             waiting = [one for one in bodies if counted.is_waiting(one.number)]
