@@ -178,11 +178,20 @@ class Decoder:
         return self.decode(block)
 
     def connection_of(self, block: bytes) -> bytes:
-        """Return the encoded field of the client's connection in a block that is not decoded; empty without one.
-
-        Envoy writes it behind all fields of the client.
-        """
-        at = block.rfind(self._connection_name) if self._connection_name else -1
+        """Return the encoded field of the client's connection in a block that is not decoded; empty without one."""
+        if not self._connection_name:
+            return b""
+        at = block.find(self._connection_name)
+        if at >= 0 and block.find(self._connection_name, at + 1) >= 0:
+            # A client has written the name into a value: only a field that begins there counts.
+            at, field_at = -1, 0
+            try:
+                while field_at < len(block):
+                    if block.startswith(self._connection_name, field_at):
+                        at = field_at
+                    field_at = _field_end(block, field_at)
+            except IndexError:
+                return b""
         return block[at : self._connection_end(block, at)] if at >= 0 else b""
 
     def _connection_end(self, block: bytes, at: int) -> int:

@@ -61,6 +61,9 @@ _SHARED_FRAMES = 512
 # of a small call.
 _NEW_BLOCKS = 4
 
+# Frames of such a request that are kept at most, and what each takes beside its payload.
+_LATE_FRAMES, _FRAME_BYTES = 64, 128
+
 # In place of the tenant of a request whose headers are to be decoded later.
 _NEW = b"\0new"
 
@@ -95,6 +98,19 @@ class Memory:
         self.starts = Starts()
 
 
+class _Late:
+    """Frames of a request whose headers are to be decoded later."""
+
+    __slots__ = ("encoded", "flags", "frames", "held")
+
+    def __init__(self, flags: int, encoded: bytes, held: int) -> None:
+        self.flags = flags
+        self.encoded = encoded
+        # Those that followed, and the bytes that all together count.
+        self.frames: list[tuple[int, int, bytes]] = []
+        self.held = held
+
+
 class ServerConnection(Peer):
     """Connection of one peer; an entry of `connections` while open."""
 
@@ -126,7 +142,7 @@ class ServerConnection(Peer):
         # Of the peers at a unix socket, which are Envoys.
         self._credits: Credits | None = None
         # Frames of requests whose headers are to be decoded later, by stream; what they hold.
-        self._later: dict[int, list[tuple[int, int, bytes]]] = {}
+        self._later: dict[int, _Late] = {}
         self._later_share = memory.bodies.share()
         self._is_late = False
         self._stream_window = STREAM_WINDOW
@@ -314,51 +330,66 @@ class ServerConnection(Peer):
             return False
         self._newest = number
         self._later_share.add(size)
-        self._later[number] = [(frames.HEADERS, flags, encoded)]
-        self._starts.add(_NEW, self._decoder.connection_of(encoded), partial(self._open_late, number))
+        self._later[number] = _Late(flags, encoded, size)
+        self._starts.add(_NEW, self._decoder.connection_of(encoded), partial(self._start_late, number))
         return True
 
-    def _open_late(self, number: int) -> bool:
-        """Handle the frames of a request that has waited. Return True when it begins in a task."""
-        held = self._later.pop(number, None)
-        if held is None:
-            return False
-        self._later_share.remove(STREAM_BYTES + sum(len(payload) for _, _, payload in held))
-        tasks, newest = self._tasks_begun + self._tasks_started, self._newest
-        self._is_late = True
+    def _start_late(self, number: int) -> bool:
+        """Open a request that has waited. Return True when it begins in a task."""
+        tasks = self._tasks_begun + self._tasks_started
         try:
-            _, flags, encoded = held[0]
-            block = self._decoder.decode_now(encoded)
-            # Later streams may have begun.
-            self._newest = number - 1
-            try:
-                self._on_block(number, flags, block)
-            finally:
-                self._newest = newest
-            for kind, flags, payload in held[1:]:
-                if kind == frames.DATA:
-                    self._on_data(number, flags, payload, len(payload))
-                elif kind == frames.WINDOW_UPDATE:
-                    self._on_window(number, payload)
-                else:
-                    self._on_trailers(number, flags, self._decoder.decode_now(payload))
+            self._open_late(number)
         except ConnectionBroken as err:
             self._break(err)
-        finally:
-            self._is_late = False
-        self._close_when_done()
+        except Exception:
+            log.exception(
+                "a fault while opening a request: the connection is closed", {"event": "connection.open_failed"}
+            )
+            self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
         return self._tasks_begun + self._tasks_started > tasks
+
+    def _open_late(self, number: int) -> None:
+        """Handle the frames of a request that has waited, if it still does. Raises ConnectionBroken."""
+        late = self._drop_late(number)
+        if late is None or self._transport.is_closing():
+            return
+        block = self._decoder.decode_now(late.encoded)
+        # Later streams may have begun.
+        newest, self._newest = self._newest, number - 1
+        self._is_late = True
+        try:
+            self._on_block(number, late.flags, block)
+        finally:
+            self._newest, self._is_late = newest, False
+        for kind, flags, payload in late.frames:
+            if kind == frames.DATA:
+                # Its credit was given back when it came.
+                self._credited(-len(payload))
+                self._on_data(number, flags, payload, len(payload))
+            elif kind == frames.WINDOW_UPDATE:
+                self._on_window(number, payload)
+            else:
+                self._on_trailers(number, flags, self._decoder.decode_now(payload))
+        self._close_when_done()
+
+    def _drop_late(self, number: int) -> _Late | None:
+        late = self._later.pop(number, None)
+        if late is not None:
+            self._later_share.remove(late.held)
+        return late
 
     def _keeps(self, number: int, kind: int, flags: int, payload: bytes) -> bool:
         """Keep a frame for a request that is to be opened later. Return False when there is none."""
-        held = self._later.get(number)
-        if held is None:
+        late = self._later.get(number)
+        if late is None:
             return False
-        if not self._later_share.has_room(len(payload)):
+        size = len(payload) + _FRAME_BYTES
+        if len(late.frames) >= _LATE_FRAMES or not self._later_share.has_room(size):
             self._open_late(number)
             return False
-        self._later_share.add(len(payload))
-        held.append((kind, flags, payload))
+        self._later_share.add(size)
+        late.held += size
+        late.frames.append((kind, flags, payload))
         return True
 
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
@@ -366,8 +397,6 @@ class ServerConnection(Peer):
         stream = self._streams.get(number)
         if stream is None and number in self._later:
             if self._keeps(number, frames.DATA, flags, payload):
-                # Counted when it is handled.
-                self._credited(-size)
                 return
             stream = self._streams.get(number)
         if stream is None:
@@ -382,7 +411,7 @@ class ServerConnection(Peer):
         stream.received += size
         if stream.received > self._stream_window + stream.extra:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
-        if (credits := self._credits) is not None and number in credits.given:
+        if (credits := self._credits) is not None and number in credits.bodies:
             credits.arrived(number, size)
             if flags & END_STREAM:
                 self._expects_no_more(number)
@@ -405,8 +434,6 @@ class ServerConnection(Peer):
         """Let a whole request, whose last piece is `piece`, wait for its start. Return False when it starts now."""
         starts = self._starts
         tenant, sender = stream.head.by_name.get(TENANT, b""), stream.client or b""
-        if self._is_late:
-            return False
         is_early = self._tasks_started < TASKS and starts.clock() < self._starts_until
         if is_early and not starts.has(tenant, sender):
             return False
@@ -445,13 +472,17 @@ class ServerConnection(Peer):
 
     def _on_trailers(self, number: int, flags: int, block: Block) -> None:
         if block is LATER:
-            if self._keeps(number, frames.HEADERS, flags, self._decoder.latest):
+            encoded = self._decoder.latest
+            if self._keeps(number, frames.HEADERS, flags, encoded):
                 return
-            block = self._decoder.decode_now(self._decoder.latest)
-        stream = self._streams.get(number)
-        if stream is None and number in self._later:
+            if number not in self._streams and number <= self._newest:
+                # The stream has ended or was reset: trailers that were on their way are dropped.
+                return
+            self._tasks_begun += 1
+            block = self._decoder.decode_now(encoded)
+        elif number in self._later:
             self._open_late(number)
-            stream = self._streams.get(number)
+        stream = self._streams.get(number)
         if stream is None:
             if number > self._newest or not number & 1:
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS on stream {number}, which no client opens")
@@ -466,10 +497,13 @@ class ServerConnection(Peer):
         self._expects_no_more(number)
         if self._is_shared and self._waits(stream, b"", 0):
             return
+        handler = stream.handler
         try:
-            stream.handler.data(b"", 0, is_end=True)
+            handler.data(b"", 0, is_end=True)
         except Exception:
             reset(stream)
+        if self._is_shared and handler.is_task:
+            self._tasks_started += 1
 
     def _on_goaway(self, payload: bytes) -> None:
         self._is_closing = True
@@ -497,12 +531,12 @@ class ServerConnection(Peer):
         if self._credits is None:
             if size >= CREDIT:
                 stream.give_credit()
-        elif size >= STEP_BYTES + stream.extra // 2 and not stream.is_request_ended:
+        elif size >= STEP_BYTES + stream.extra // 2 and not stream.is_request_ended and stream.number in self._streams:
             self._credits.wait(stream)
 
     def _expects_no_more(self, number: int) -> None:
         """Count credit no longer that was given to a body which has ended."""
-        if (credits := self._credits) is not None and number in credits.given:
+        if (credits := self._credits) is not None and number in credits.bodies:
             credits.ended(number)
 
     def _on_window(self, number: int, payload: bytes) -> None:
@@ -523,8 +557,7 @@ class ServerConnection(Peer):
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"RST_STREAM on stream {number}, which is not open")
         stream = self._streams.pop(number, None)
         if stream is None:
-            if (held := self._later.pop(number, None)) is not None:
-                self._later_share.remove(STREAM_BYTES + sum(len(payload) for _, _, payload in held))
+            if self._drop_late(number) is not None:
                 self._close_when_done()
                 self._spend(1)
             return

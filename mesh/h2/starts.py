@@ -30,13 +30,16 @@ TASKS = 8
 """Calls that begin in tasks in one iteration. What a task costs follows later: 64 of 0.3 ms that began held up each
 iteration until they had ended."""
 
+# Tenants, or senders of a tenant, that are remembered while no call of theirs waits.
+_MOST_EMPTIED = 1_024
+
 T = TypeVar("T")
 
 
 class LeastUsed(Generic[T]):
     """Queues by name, none of them empty: the one that has used the least time is next."""
 
-    __slots__ = ("_by_name", "_heap", "_numbers", "_used")
+    __slots__ = ("_by_name", "_emptied", "_heap", "_numbers", "_used")
 
     def __init__(self) -> None:
         self._by_name: dict[bytes, T] = {}
@@ -44,6 +47,8 @@ class LeastUsed(Generic[T]):
         self._numbers = count()
         # Time that the last queue which was taken had used. A new queue has used as much: it saves nothing up.
         self._used = 0.0
+        # What queues that are empty now have used beyond that: they are soon there again, and begin with it.
+        self._emptied: dict[bytes, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._by_name)
@@ -55,7 +60,7 @@ class LeastUsed(Generic[T]):
     def add(self, name: bytes, queue: T) -> None:
         """Add a queue."""
         self._by_name[name] = queue
-        self._push(self._used, name)
+        self._push(max(self._used, self._emptied.pop(name, 0.0)), name)
 
     def next(self) -> T:
         """Return the next queue. There is one."""
@@ -67,8 +72,19 @@ class LeastUsed(Generic[T]):
         used, _, name = heapq.heappop(self._heap)
         if is_empty:
             del self._by_name[name]
+            if not self._by_name:
+                self._emptied.clear()
+            elif took_s:
+                self._keep(name, used + took_s)
         else:
             self._push(used + took_s, name)
+
+    def _keep(self, name: bytes, used: float) -> None:
+        if len(self._emptied) >= _MOST_EMPTIED:
+            self._emptied = {name: used for name, used in self._emptied.items() if used > self._used}
+            if len(self._emptied) >= _MOST_EMPTIED:
+                self._emptied.clear()
+        self._emptied[name] = used
 
     def _push(self, used: float, name: bytes) -> None:
         # Of those that have used as much, the one that came first.

@@ -277,9 +277,9 @@ def no_memory() -> ResourceExhausted:
     )
 
 
-def check_pieces(count: int, size: int) -> None:
+def check_pieces(count: int, size: int, most: int = MOST_PIECES) -> None:
     """Raise ResourceExhausted when `size` bytes of one message came in too many pieces: `count`."""
-    if count > MOST_PIECES and size < count * PIECE_BYTES:
+    if count > most and size < count * PIECE_BYTES:
         raise ResourceExhausted(
             f"a message came in {count} pieces of {size // count} bytes on average: "
             f"send at least {PIECE_BYTES} bytes at a time"

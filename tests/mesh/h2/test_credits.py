@@ -128,6 +128,20 @@ async def test_bodies_that_send_nothing_hold_up_others_for_a_moment_only():
     envoy.close()
 
 
+async def test_a_client_that_hoards_credit_delays_no_other_clients_body():
+    envoy = Uploads()
+    for _ in range(100):
+        envoy.begin("1")
+    one = envoy.begin("2")
+    # The first client sends nothing more, and nothing of its credit is forgotten meanwhile.
+    while envoy.sent[one] < WHOLE:
+        assert envoy.windows[one]
+        envoy.send(one)
+    await envoy.settle()
+    assert envoy.begun == ["large"]
+    envoy.close()
+
+
 async def test_bodies_that_end_early_leave_their_credit_to_others():
     envoy = Uploads()
     numbers = [envoy.begin("1") for _ in range(100)]
@@ -156,24 +170,30 @@ class Body:
     number: int
     sender: str
     left: int = SHARED_WINDOW
+    extra: int = 0
     is_over: bool = False
 
     def give_credit(self, extra: int) -> int:
         if self.is_over:
             return 0
-        self.left = SHARED_WINDOW + extra
+        # As if all that came had been consumed.
+        gone = SHARED_WINDOW + self.extra - self.left
+        size = max(gone + extra - self.extra, 0)
+        self.extra += size - gone
+        self.left += size
         return self.left
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["wait", "arrive", "end"]), st.integers(0, 5), st.integers(1, 3)), max_size=60)
-)
+STEPS = st.tuples(st.sampled_from(["wait", "arrive", "end", "forget"]), st.integers(0, 8), st.integers(1, 3))
+
+
+@given(st.lists(STEPS, max_size=80))
 def test_credit_is_counted_once_however_bodies_wait_and_end(steps: list[tuple[str, int, int]]):
-    """With room for three bodies at a time."""
+    """With room for three bodies at a time, and three senders."""
 
     async def run() -> None:
         counted: Any = Credits()
-        bodies = [Body(number, "ab"[number % 2]) for number in range(6)]
+        bodies = [Body(number, "abc"[number % 3]) for number in range(9)]
         for kind, number, size in steps:
             body = bodies[number]
             if kind == "wait" and not body.is_over:
@@ -181,25 +201,31 @@ def test_credit_is_counted_once_however_bodies_wait_and_end(steps: list[tuple[st
             elif kind == "arrive" and not body.is_over and body.left:
                 came = min(size * SHARED_WINDOW // 4, body.left)
                 body.left -= came
-                if number in counted.given:
+                if number in counted.bodies:
                     counted.arrived(number, came)
             elif kind == "end":
                 body.is_over = True
-                if number in counted.given:
+                if number in counted.bodies:
                     counted.ended(number)
-            assert counted._bytes == sum(counted.given.values())
-            left = {number: bodies[number].left for number in counted.given}
-            assert counted.given == left
-            # Nobody waits while there is credit to give.
-            waiting = [one for one in bodies if counted.is_waiting(one.number)]
+            elif kind == "forget":
+                counted._forget_unused()
+            entries = counted.bodies.values()
+            assert counted._bytes == sum(entry.given for entry in entries)
+            assert all(entry.given in (0, entry.body.left) for entry in entries)
+            assert counted._extra_bytes == sum(body.extra for body in bodies if not body.is_over)
+            assert counted._extra_bytes <= credits.GIVEN_BYTES // 2
+            with_credit = [entry.sender for entry in entries if entry.given]
+            assert counted._with == {sender: with_credit.count(sender) for sender in with_credit}
+            # Nobody waits while there is credit to give, and no sender without any.
+            waiting = {one.sender for one in bodies if counted.is_waiting(one.number)}
             assert not waiting or counted._bytes >= credits.GIVEN_BYTES
-        for body in bodies:
-            if body.number in counted.given:
-                counted.ended(body.number)
-        while counted.given:
-            counted.ended(next(iter(counted.given)))
-        assert counted._bytes == 0
-        assert not any(counted.is_waiting(body.number) for body in bodies)
+            assert waiting <= set(with_credit)
+            assert waiting == set(counted._waiting)
+            assert not counted._without
+        for number in list(counted.bodies):
+            if number in counted.bodies:
+                counted.ended(number)
+        assert (counted._bytes, counted._extra_bytes, counted._with, counted._waiting) == (0, 0, {}, {})
         counted.close()
 
     with pytest.MonkeyPatch.context() as patch:

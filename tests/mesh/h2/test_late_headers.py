@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import hpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,13 +33,22 @@ class Calls(Envoy):
         await self.settle()
         return self
 
-    def parts(self, sender: str, name: str, *, pieces: int = 1, trailers: bool = False) -> list[bytes]:
+    def parts(
+        self,
+        sender: str,
+        name: str,
+        *,
+        pieces: int = 1,
+        trailers: bool = False,
+        cost_s: float = 0.0,
+        tenant: str = "a",
+    ) -> list[bytes]:
         """Return the frames of a call with new headers."""
         number, self._next = self._next, self._next + 2
         self._made += 1
-        fields = {":method": "POST", ":path": PATH, "content-type": "application/grpc", TENANT_HEADER: "a"}
+        fields = {":method": "POST", ":path": PATH, "content-type": "application/grpc", TENANT_HEADER: tenant}
         fields |= {f"x-new-{self._made}": "x" * 50, CONNECTION_HEADER: sender}
-        body = framed(f"{name} 0".encode().ljust(1_000, b"\0"))
+        body = framed(f"{name} {cost_s}".encode().ljust(1_000, b"\0"))
         step = -(-len(body) // pieces)
         parts = [frames.frame(HEADERS, END_HEADERS, number, self._encoder.encode(fields.items()))]
         for at in range(0, len(body), step):
@@ -162,6 +172,77 @@ async def test_calls_that_wait_at_a_goaway_are_served():
     envoy.answer()
     assert envoy.memory.bodies.held == 0
     envoy.close()
+
+
+async def test_the_connections_credit_of_a_cancelled_call_returns():
+    envoy = await Calls().ready()
+    envoy.answer()
+    sent = envoy.connection._credit
+    for _ in range(3):
+        calls = [envoy.parts("1", f"call-{n}", pieces=3) for n in range(20)]
+        sent += sum(1_000 + len(framed(b"")) + 2 * 3 for _ in calls)
+        numbers = range(envoy._next - 40, envoy._next, 2)
+        resets = [frames.rst_stream(number, Reason.CANCEL) for number in numbers]
+        envoy.connection.data_received(b"".join(b"".join(call) for call in calls) + b"".join(resets))
+    await envoy.settle()
+    assert envoy.connection._credit == sent
+    assert envoy.memory.bodies.held == 0
+    envoy.close()
+
+
+async def test_a_call_of_many_frames_is_opened_at_once():
+    envoy = await Calls().ready()
+    fill = b"".join(b"".join(envoy.parts("1", f"call-{n}")) for n in range(4))
+    parts = envoy.parts("1", "small"), envoy.parts("1", "many", pieces=100)
+    envoy.connection.data_received(fill + parts[0][0] + parts[1][0] + b"".join(parts[1][1:180]))
+    assert envoy.waiting == 1, "the one of few frames"
+    envoy.connection.data_received(b"".join(parts[1][180:] + parts[0][1:]))
+    await envoy.settle()
+    assert {"small", "many"} <= set(envoy.begun)
+    envoy.answer()
+    envoy.assert_empty()
+
+
+async def test_tenants_share_the_time_of_calls_that_waited_for_their_headers():
+    envoy = await Calls().ready()
+    of_many = [envoy.parts(str(n), "many", cost_s=0.001) for n in range(20) for _ in range(2)]
+    of_few = [envoy.parts("99", f"few-{n}", cost_s=0.001, tenant="b") for n in range(3)]
+    envoy.connection.data_received(b"".join(map(b"".join, of_many + of_few)))
+    await envoy.settle()
+    assert len(envoy.begun) == 2 + 43
+    assert envoy.begun.index("few-2") < 16
+    envoy.answer()
+    envoy.assert_empty()
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+async def test_a_client_cannot_take_the_turns_of_another_connection(place: str):
+    envoy = await Calls().ready()
+    decoder = envoy.connection._decoder
+    own = (CONNECTION_HEADER, "17")
+    forged = ("x-value", (decoder._connection_name + b"\x81\x67").decode("latin-1"))
+    fields = [(":method", "POST"), (":path", PATH), *([forged, own] if place == "before" else [own, forged])]
+    encoder = hpack.Encoder()
+    encoder.header_table_size = 0
+    encoder.encode([])
+    block = encoder.encode([(name.encode(), value.encode("latin-1")) for name, value in fields], huffman=False)
+    name = encoder.encode([own], huffman=False)
+    block = block.replace(name, envoy._encoder.encode([own]))
+    assert block.count(decoder._connection_name) == 2
+    assert decoder.connection_of(block) == envoy._encoder.encode([own])
+    envoy.close()
+
+
+async def test_nothing_is_opened_for_a_connection_that_is_closing():
+    envoy = await Calls().ready()
+    envoy.connection.data_received(b"".join(b"".join(envoy.parts("1", f"call-{n}")) for n in range(20)))
+    begun = len(envoy.begun)
+    assert envoy.waiting
+    envoy.transport._is_closing = True
+    await envoy.settle()
+    assert len(envoy.begun) <= begun + 4, "those whose headers were known"
+    envoy.connection.connection_lost(None)
+    assert envoy.memory.bodies.held == 0
 
 
 async def test_known_headers_of_a_new_client_are_known():

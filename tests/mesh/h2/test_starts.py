@@ -13,7 +13,7 @@ import pytest
 from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.h2.server_connection import Memory, ServerConnection
-from mesh.h2.starts import TASKS, Starts
+from mesh.h2.starts import TASKS, LeastUsed, Starts
 from mesh.h2.turns import Turns
 from mesh.rpc.framing import framed
 from mesh.rpc.grpc_app import GrpcApp
@@ -178,7 +178,8 @@ async def test_streams_that_begin_leave_the_event_loop_to_others():
     await envoy.settle()
 
 
-async def test_calls_that_begin_in_tasks_are_few_in_an_iteration_and_others_pass_them():
+@pytest.mark.parametrize("trailers", [None, frames.END_STREAM])
+async def test_calls_that_begin_in_tasks_are_few_in_an_iteration_and_others_pass_them(trailers: int | None):
     """A start costs nothing here, as those of tasks do: what they cost follows."""
     envoy = Envoy()
     tasks: list[asyncio.Task[None]] = []
@@ -196,7 +197,8 @@ async def test_calls_that_begin_in_tasks_are_few_in_an_iteration_and_others_pass
     envoy.connection.connection_made(envoy.transport)
     envoy.connection.data_received(frames.PREFACE + frames.settings({}) + frames.frame(frames.SETTINGS, frames.ACK, 0))
     envoy.connection.data_received(
-        b"".join(envoy.call("a", "1", "many", 0.0) for _ in range(60)) + envoy.call("b", "2", "other", 0.0)
+        b"".join(envoy.call("a", "1", "many", 0.0, trailers=trailers) for _ in range(60))
+        + envoy.call("b", "2", "other", 0.0)
     )
     assert len(tasks) <= TASKS
     most = begun = len(tasks)
@@ -226,6 +228,30 @@ async def test_resets_of_one_client_do_not_end_an_envoys_connection(is_shared: b
     assert envoy.connection._resets > 1_000
     assert envoy.transport.is_closing() is not is_shared
     envoy.close()
+
+
+def test_a_queue_that_empties_each_time_has_no_more_than_its_share():
+    """Tenants `a` and `b` use as much time as `c`, whose calls always wait, and `a` has one call at a time."""
+    queues: LeastUsed[str] = LeastUsed()
+    used = dict.fromkeys("abc", 0.0)
+    for name in "abc":
+        queues.add(name.encode(), name)
+    for _ in range(300):
+        name = queues.next()
+        cost = {"a": 3.0, "b": 1.0, "c": 1.0}[name]
+        used[name] += cost
+        queues.used(cost, is_empty=name == "a")
+        if name == "a":
+            queues.add(b"a", "a")
+    assert max(used.values()) - min(used.values()) <= 6
+    # Alone, and then not: nothing is saved up, and nothing is owed.
+    for _ in range(3):
+        queues.next()
+        queues.used(0.0, is_empty=True)
+    assert not queues
+    queues.add(b"a", "a")
+    queues.add(b"b", "b")
+    assert queues.next() == "a"
 
 
 async def test_a_fault_of_one_start_keeps_no_other_call_waiting():
