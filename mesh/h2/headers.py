@@ -127,7 +127,7 @@ class Decoder:
         self.new_blocks = math.inf
         """Blocks that are decoded at once, of those that are not known."""
         self.latest = b""
-        """The last block in whose place LATER was returned."""
+        """The last block that `decode` was called with."""
         # The encoded field of that number, without its value. Empty: no block had one.
         self._connection_name = b""
         self._table: deque[tuple[bytes, bytes]] = deque()
@@ -151,14 +151,13 @@ class Decoder:
             ConnectionBroken: the block is invalid, or oversized while a dynamic table is allowed. Later blocks could
                 not be decoded.
         """
-        self.connection = None
+        self.connection, self.latest = None, block
         if self._is_stateless:
             at = block.find(self._connection_name) if self._connection_name else -1
             known = self._blocks.get(block) if at < 0 else self._known_without_connection(block, at)
             if known is not None:
                 return known
             if self.new_blocks <= 0:
-                self.latest = block
                 return LATER
             self.new_blocks -= 1
         try:
@@ -174,8 +173,11 @@ class Decoder:
 
     def decode_now(self, block: bytes) -> Block:
         """Return the decoded block, or OVERSIZED, as `decode` does; never LATER."""
-        self.new_blocks += 1
-        return self.decode(block)
+        left, self.new_blocks = self.new_blocks, 1
+        try:
+            return self.decode(block)
+        finally:
+            self.new_blocks = left
 
     def connection_of(self, block: bytes) -> bytes:
         """Return the encoded field of the client's connection in a block that is not decoded; empty without one."""
@@ -186,11 +188,15 @@ class Decoder:
             # A client has written the name into a value: only a field that begins there counts.
             at, field_at = -1, 0
             try:
-                while field_at < len(block):
+                for _ in range(LIST_FIELDS):
+                    if field_at >= len(block):
+                        break
                     if block.startswith(self._connection_name, field_at):
                         at = field_at
                     field_at = _field_end(block, field_at)
             except IndexError:
+                return b""
+            if field_at < len(block):
                 return b""
         return block[at : self._connection_end(block, at)] if at >= 0 else b""
 

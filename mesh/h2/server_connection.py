@@ -308,6 +308,10 @@ class ServerConnection(Peer):
         share.held += size
         account.held += size
         client = self._decoder.connection
+        if client is not None and not self._is_shared:
+            # Only an Envoy speaks for others.
+            self._is_shared = self._credits is not None
+            client = client if self._is_shared else None
         self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended, share, size, client)
         self._sender.open(number)
         try:
@@ -441,13 +445,16 @@ class ServerConnection(Peer):
         counted = size if size > SMALL_BODY else 0
         if counted and not stream.reserve(counted):
             return False
-        starts.add(tenant, sender, partial(self._start, stream, piece, size, counted))
+        stream.kept = piece, size, counted
+        starts.add(tenant, sender, partial(self._start, stream.number))
         return True
 
-    def _start(self, stream: ServerStream, piece: bytes, size: int, counted: int) -> bool:
+    def _start(self, number: int) -> bool:
         """Start a request that has waited, unless it has ended. Return True when it begins in a task."""
-        if self._streams.get(stream.number) is not stream:
+        stream = self._streams.get(number)
+        if stream is None or stream.kept is None:
             return False
+        (piece, size, counted), stream.kept = stream.kept, None
         stream.release(counted)
         handler = stream.handler
         try:
@@ -471,17 +478,15 @@ class ServerConnection(Peer):
         return took_s > 2 * PART_S or self._tasks_begun >= PART_FRAMES
 
     def _on_trailers(self, number: int, flags: int, block: Block) -> None:
+        encoded = self._decoder.latest
+        if number in self._later and self._keeps(number, frames.HEADERS, flags, encoded):
+            return
         if block is LATER:
-            encoded = self._decoder.latest
-            if self._keeps(number, frames.HEADERS, flags, encoded):
-                return
             if number not in self._streams and number <= self._newest:
                 # The stream has ended or was reset: trailers that were on their way are dropped.
                 return
             self._tasks_begun += 1
             block = self._decoder.decode_now(encoded)
-        elif number in self._later:
-            self._open_late(number)
         stream = self._streams.get(number)
         if stream is None:
             if number > self._newest or not number & 1:
@@ -511,7 +516,6 @@ class ServerConnection(Peer):
 
     def _new_share(self, head: Block) -> Share:
         """Open the share of the memory for requests that a request's tenant has on this connection."""
-        self._is_shared = self._is_shared or self._decoder.connection is not None
         if len(self._shares) >= self._max_shares:
             self._shares = {name: share for name, share in self._shares.items() if share.held}
             self._max_shares = max(_MAX_IDLE_SHARES, 2 * len(self._shares))

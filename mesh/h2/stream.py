@@ -128,6 +128,7 @@ class ServerStream:
         "held",
         "idle_ticks",
         "is_request_ended",
+        "kept",
         "least_held",
         "moved",
         "number",
@@ -167,6 +168,8 @@ class ServerStream:
         """True when the whole body has arrived."""
         self.received = 0
         """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
+        self.kept: tuple[bytes, int, int] | None = None
+        """The last piece of a whole body that waits for its start, its size, and the bytes that are counted for it."""
         self.extra = 0
         """Bytes by which the window is larger than at first."""
         self.handler = NO_HANDLER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import hpack
 import pytest
@@ -13,6 +14,7 @@ from mesh.h2 import frames, server_connection
 from mesh.h2.frames import Reason
 from mesh.rpc.framing import framed
 from shoal.tenant_header import CONNECTION_HEADER, TENANT_HEADER
+from tests.mesh.h2.test_memory_account import Transport
 from tests.mesh.h2.test_starts import PATH, Envoy
 
 HEADERS, DATA = frames.HEADERS, frames.DATA
@@ -243,6 +245,73 @@ async def test_nothing_is_opened_for_a_connection_that_is_closing():
     assert len(envoy.begun) <= begun + 4, "those whose headers were known"
     envoy.connection.connection_lost(None)
     assert envoy.memory.bodies.held == 0
+
+
+async def test_trailers_that_are_known_open_no_call_before_its_turn():
+    envoy = await Calls().ready()
+    first, last = envoy.parts("1", "first", trailers=True), []
+    envoy.connection.data_received(b"".join(first))
+    await envoy.settle()
+    for n in range(30):
+        parts = envoy.parts("1", f"call-{n}", trailers=True)
+        number = envoy._next - 2
+        # The trailers of the first call.
+        last += [*parts[:-1], first[-1][:5] + number.to_bytes(4, "big") + first[-1][9:]]
+    envoy.connection.data_received(b"".join(last))
+    assert envoy.waiting == 26
+    await envoy.settle()
+    assert len(envoy.begun) == 2 + 31
+    envoy.answer()
+    envoy.assert_empty()
+
+
+async def test_a_call_without_a_number_does_not_end_the_turns_of_others():
+    envoy = Envoy(is_shared=False)
+    envoy.connection.data_received(envoy.call("a", "", "own", 0.0))
+    assert not envoy.connection._is_shared
+    envoy._is_shared = True
+    envoy.connection.data_received(envoy.call("a", "1", "other", 0.0))
+    assert envoy.connection._is_shared
+    envoy.close()
+
+
+async def test_a_direct_client_speaks_for_nobody_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Transport, "get_extra_info", lambda self, name: ("127.0.0.1", 4242))
+    envoy = Envoy()
+    envoy.connection.data_received(b"".join(envoy.call("a", str(n), f"call-{n}", 0.0) for n in range(20)))
+    assert not envoy.connection._is_shared
+    assert {call._stream.client for call in envoy.calls} == {None}
+    assert envoy.begun == [f"call-{n}" for n in range(20)]
+    envoy.close()
+
+
+async def test_many_fields_hide_the_number_and_cost_little():
+    envoy = await Calls().ready()
+    decoder = envoy.connection._decoder
+    block = decoder._connection_name + b"\x81\x67" + decoder._connection_name + b"\x81\x67" + b"\x82" * 120_000
+    began = time.process_time()
+    for _ in range(10):
+        assert decoder.connection_of(block) == b""
+    # The walk of all its fields took 0.1 s each time.
+    assert time.process_time() - began < 0.5
+    envoy.close()
+
+
+async def test_calls_that_are_reset_while_they_wait_leave_nothing():
+    envoy = await Calls().ready()
+    envoy.answer()
+    envoy.begun.clear()
+    calls = [envoy.call("a", "1", "slow", 1.0, size=3_000) for _ in range(100)]
+    resets = [frames.rst_stream(number, Reason.CANCEL) for number in range(envoy._next - 200, envoy._next, 2)]
+    envoy.connection.data_received(b"".join(calls))
+    waiting = [start for of in envoy.memory.starts._tenants._by_name.values() for start in of._by_name.values()]
+    kept = [start.args for queue in waiting for start in queue]
+    assert kept
+    assert all(isinstance(argument, int) for arguments in kept for argument in arguments)
+    envoy.connection.data_received(b"".join(resets))
+    await envoy.settle()
+    assert envoy.memory.bodies.held == 0
+    envoy.close()
 
 
 async def test_known_headers_of_a_new_client_are_known():
