@@ -539,6 +539,8 @@ def main() -> None:
         parser.error(f"--modes is of {', '.join(MODES)}; {NAMED} needs {OPEN}")
     if AUTHENTICATED not in arguments.modes and not {"policy", "limits"}.isdisjoint(parts):
         parser.error(f"the parts policy and limits need the mode {AUTHENTICATED}")
+    if len(os.sched_getaffinity(0)) > 1:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
     with tempfile.TemporaryDirectory(prefix="shoal-bench-access-") as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         samples, models = {**save(folder), "wide": save_wide(folder)}, folder / "models"
@@ -554,9 +556,6 @@ def main() -> None:
             for mode in arguments.modes
             if mode != NAMED
         }
-        # Only now: the nodes are on processor 0 if this process may run on others.
-        if len(os.sched_getaffinity(0)) > 1:
-            os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
         if NAMED in arguments.modes:
             tenants = [_tenant(number) for number in range(TENANTS)]
             nodes |= {

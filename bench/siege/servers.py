@@ -19,6 +19,9 @@ READY_S = 90.0
 STOP_S = 60.0
 MIB = 1 << 20
 
+# Before this process leaves processor 0 to the servers.
+_PROCESSORS = len(os.sched_getaffinity(0))
+
 
 @dataclass(frozen=True)
 class Checkout:
@@ -148,7 +151,7 @@ def _wait_for(ready: Path, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _pinned(command: Sequence[str]) -> list[str]:
-    return ["taskset", "-c", "0", *command] if len(os.sched_getaffinity(0)) > 1 else list(command)
+    return ["taskset", "-c", "0", *command] if _PROCESSORS > 1 else list(command)
 
 
 def _listen(pid: int) -> str:

@@ -32,8 +32,8 @@ PIECE_OVERHEAD = 64
 """Memory of a kept piece of a body beside its bytes."""
 
 MOST_PIECES, PIECE_BYTES = 256, 256
-"""A message may come in so many pieces of any size, and in more when they have so many bytes on average. A piece costs
-as much as a third of a small call, also when it has one byte."""
+"""A message may come in so many pieces of any size, and in more when they have so many bytes on average. To read
+a piece of one byte costs a third of reading a small call."""
 
 # Larger messages may grow by this factor. Tensors of numbers grow by 2 to 10; only constants and bombs reach 1000.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 20
