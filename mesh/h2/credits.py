@@ -5,9 +5,9 @@
 
 A body that is alone, or one of few, gets a larger window: with 64 KiB, one of 16 MiB costs a third more.
 
-An Envoy sends a frame of each body that has credit, one after the other: with 300 large bodies, a small one waited for
-5 MB. So few bodies have credit at a time, and of each sender one. Credit that is not used for a while, since the client
-sends nothing, holds up nobody.
+An Envoy sends a frame of each body that has credit, one after the other: a small body waits for 5 MB beside 300 large
+ones. So few bodies have credit at a time. A sender that has none always gets its turn, whatever others have. Credit
+that is not used for a while, since the client sends nothing, holds up nobody.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Credits:
         return max(min(fair, free, GIVEN_BYTES // 2 - self._extra_bytes + entry.extra), 0)
 
     def _forget_unused(self) -> None:
-        """Count credit no longer that has not been used for a while: its clients send nothing."""
+        """Stop counting the credit that has not been used for a while: its clients send nothing."""
         self._timer = None
         for entry in list(self.bodies.values()):
             if entry.is_old and entry.given:

@@ -137,13 +137,8 @@ class Peer(asyncio.Protocol, ABC):
     def _handle(self, data: bytes, most: int) -> None:
         try:
             self._receive(data, most)
-        except ConnectionBroken as err:
-            self._break(err)
-        except Exception:
-            log.exception(
-                "a fault while reading a connection: the connection is closed", {"event": "connection.read_failed"}
-            )
-            self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
+        except Exception as err:
+            self._fail(err)
         self._sender.flush()
 
     def take_turn(self, frames: int) -> bool:
@@ -167,6 +162,17 @@ class Peer(asyncio.Protocol, ABC):
         """Read from the transport again, unless there is another reason not to."""
         if not self._is_waiting and not self._is_write_paused and not self._transport.is_closing():
             self._transport.resume_reading()
+
+    def _fail(self, err: Exception) -> None:
+        """Close the connection: its peer is to blame for a ConnectionBroken, and this server for other exceptions."""
+        if not isinstance(err, ConnectionBroken):
+            log.error(
+                "a fault while reading a connection: the connection is closed",
+                {"event": "connection.read_failed"},
+                exc_info=err,
+            )
+            err = ConnectionBroken(Reason.INTERNAL_ERROR, "internal error")
+        self._break(err)
 
     def _break(self, err: ConnectionBroken) -> None:
         log.warning(

@@ -57,8 +57,8 @@ TENANT = TENANT_HEADER.encode()
 # frames that wait unread would delay the calls of all its senders.
 _SHARED_FRAMES = 512
 
-# New header blocks of a shared connection that are decoded at once in one turn. To decode one costs as much as all else
-# of a small call.
+# New header blocks of a shared connection that are decoded at once in one turn. To decode one costs more than all else
+# of reading a call.
 _NEW_BLOCKS = 4
 
 # Frames of such a request that are kept at most, and what each takes beside its payload.
@@ -139,13 +139,14 @@ class ServerConnection(Peer):
         self._shares: dict[bytes, Share] = {}
         self._max_shares = _MAX_IDLE_SHARES
         self._streams: dict[int, ServerStream] = {}
-        # Of the peers at a unix socket, which are Envoys.
+        # Credit of the bodies, when the peer is at a unix socket: such peers are Envoys.
         self._credits: Credits | None = None
-        # Frames of requests whose headers are to be decoded later, by stream; what they hold.
+        self._stream_window = STREAM_WINDOW
+        # Requests whose headers are to be decoded later, by stream, and the memory that they hold.
         self._later: dict[int, _Late] = {}
         self._later_share = memory.bodies.share()
+        # True while one of them is opened. It was accepted before the connection began to close.
         self._is_late = False
-        self._stream_window = STREAM_WINDOW
         # Streams of the lost connection, and the bytes that they held.
         self._lost: list[tuple[ServerStream, int]] = []
         self._is_aborted = False
@@ -343,13 +344,8 @@ class ServerConnection(Peer):
         tasks = self._tasks_begun + self._tasks_started
         try:
             self._open_late(number)
-        except ConnectionBroken as err:
-            self._break(err)
-        except Exception:
-            log.exception(
-                "a fault while opening a request: the connection is closed", {"event": "connection.open_failed"}
-            )
-            self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
+        except Exception as err:
+            self._fail(err)
         return self._tasks_begun + self._tasks_started > tasks
 
     def _open_late(self, number: int) -> None:
@@ -539,7 +535,7 @@ class ServerConnection(Peer):
             self._credits.wait(stream)
 
     def _expects_no_more(self, number: int) -> None:
-        """Count credit no longer that was given to a body which has ended."""
+        """Stop counting the credit of a body that has ended."""
         if (credits := self._credits) is not None and number in credits.bodies:
             credits.ended(number)
 

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 _ITERATION_S = 0.0025
 
 TASKS = 8
-"""Calls that begin in tasks in one iteration. What a task costs follows later: 64 of 0.3 ms that began held up each
-iteration until they had ended."""
+"""Calls that begin in tasks in one iteration. What a task costs follows later: without a bound, a small call that had
+started was answered 60 ms later beside 512 such calls in flight."""
 
 # Tenants, or senders of a tenant, that are remembered while no call of theirs waits.
 _MOST_EMPTIED = 1_024
