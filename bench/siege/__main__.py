@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from bench.siege import models, servers, table
 from bench.siege.catalogue import CATALOGUE, attacks_at
+from bench.siege.job_attacks import BATCHES_FOLDER
 from bench.siege.row import Phases, Row, besiege, stop_under_attack
 from bench.siege.servers import Checkout, Server
 
@@ -82,8 +84,9 @@ def main() -> None:
     checkouts = [servers.here(), *([servers.other(args.before.resolve())] if args.before else [])]
     rows: dict[str, list[Row]] = {front: [] for front in ([args.front] if args.front else RUNS)}
     prepare = Server.take_precedence if args.precedence else unprepared
-    with tempfile.TemporaryDirectory(prefix="shoal-siege-") as scratch:
-        repository = Path(scratch) / "models"
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, BATCHES_FOLDER, ignore_errors=True)
+        repository = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-siege-"))) / "models"
         models.write(repository)
         for front, found in rows.items():
             some = [name for name in attacks if name in attacks_at(front)]

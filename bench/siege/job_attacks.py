@@ -30,6 +30,8 @@ INGEST = b"/shoal.ingest.v1.IngestService/"
 STOCK = 2_000
 """Jobs of the attacker that wait, and results that it has."""
 BATCHES = 300
+BATCHES_FOLDER = Path(tempfile.gettempdir()) / f"shoal-siege-batches-{os.getuid()}"
+"""The input of batches and what they write, for all attacks of a siege."""
 _ROWS = 200
 
 
@@ -124,20 +126,22 @@ def _jobs(key: str, **more: Any) -> list[JobRequest]:
 
 def _batches(address: str) -> None:
     """Submit batches, which cannot end soon: many chunks of few rows."""
-    folder = Path(tempfile.gettempdir()) / f"shoal-siege-batches-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    source = folder / "in.jsonl"
+    BATCHES_FOLDER.mkdir(exist_ok=True)
+    source = BATCHES_FOLDER / "in.jsonl"
     # A batch fails when its input changes.
     if not source.exists():
         source.write_text('{"x": [1, 2, 3, 4]}\n' * _ROWS)
     _ids["source"] = [source.as_uri()]
 
 
+def _output() -> str:
+    return (BATCHES_FOLDER / uuid.uuid4().hex).as_uri()
+
+
 def _batch() -> bytes:
-    out = Path(_ids["source"][0].removeprefix("file://")).parent / uuid.uuid4().hex
     return bytes(
         pb.SubmitBatchRequest(
-            inputs=_ids["source"], output=out.as_uri(), model_name="small", tenant=ATTACKER, chunk_rows=1
+            inputs=_ids["source"], output=_output(), model_name="small", tenant=ATTACKER, chunk_rows=1
         ).SerializeToString()
     )
 
@@ -159,11 +163,10 @@ def _submit_batches(connection: Connection) -> Script:
 
 def _running_batches(address: str) -> None:
     _batches(address)
-    folder = Path(_ids["source"][0].removeprefix("file://")).parent
     with client(address) as node:
         known = [each.id for each in node.batches.list(state=BatchState.RUNNING)]
         while len(known) < 100:
-            made = node.batches.submit("small", _ids["source"], (folder / uuid.uuid4().hex).as_uri(), chunk_rows=1)
+            made = node.batches.submit("small", _ids["source"], _output(), chunk_rows=1)
             known.append(made.id)
         _ids["batches"] = known
 
