@@ -17,7 +17,8 @@ from mesh.rest.target import Target
 from shoal.errors import InvalidArgument, quoted
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
-from shoal.oip.tensors import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS, count_elements
+from shoal.oip.limits import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS
+from shoal.oip.tensors import count_elements
 
 _BINARY_SIZE, _BINARY_DATA, _BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
 _MAX_INT64, _MAX_UINT64 = (1 << 63) - 1, (1 << 64) - 1

@@ -17,7 +17,7 @@ from typing import Any
 from mesh.rest.json_text import MAX_VALUES, PARSER, too_much
 from mesh.rpc.heavy_work import Steps
 from shoal.errors import InvalidArgument
-from shoal.oip.tensors import MAX_DIMS
+from shoal.oip.limits import MAX_DIMS
 
 # Bytes of a piece: 6,000 numbers of 8 digits take 0.1 ms. Shorter lists are parsed with the JSON around them.
 _LONG = 64 << 10

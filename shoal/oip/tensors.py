@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.oip.datatypes import Datatype, find
+from shoal.oip.limits import MAX_DIMS
 
 if TYPE_CHECKING:
     from shoal.inference.v2 import inference_pb2 as pb
@@ -35,15 +36,6 @@ R = TypeVar("R")
 # No message can carry so many elements. A larger shape would overflow NumPy, even when a dimension of 0 makes the
 # tensor empty.
 _MAX_ELEMENTS = 1 << 31
-
-MAX_DIMS = 64
-"""Maximum dimensions of a tensor: NumPy's own limit. It also bounds the time of the product of a hostile shape."""
-
-MAX_TENSORS = 4_096
-"""Inputs, and requested outputs, of one request: each costs some microseconds. Tables have a few hundred columns."""
-
-MAX_PARAMETERS = 1_024
-"""Parameters of one request."""
 
 # As many dimensions as a message of an error shows.
 _SHOWN_DIMS = 16

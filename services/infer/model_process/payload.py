@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shoal.oip.datatypes import BY_NAME, DTYPES
-from shoal.oip.tensors import MAX_DIMS, object_array, pack_bytes, split_bytes
+from shoal.oip.limits import MAX_DIMS
+from shoal.oip.tensors import object_array, pack_bytes, split_bytes
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 

@@ -15,7 +15,8 @@ from services.infer.requests.signature import TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import InvalidArgument
-from shoal.oip.tensors import MAX_DIMS, shape_text
+from shoal.oip.limits import MAX_DIMS
+from shoal.oip.tensors import shape_text
 
 
 class MetadataCall(NamedTuple):

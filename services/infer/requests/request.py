@@ -20,7 +20,8 @@ from services.infer.requests.signature import Signature, TensorSpec, fits
 from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.oip.tensors import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS, completed, count_elements, shape_text
+from shoal.oip.limits import MAX_DIMS, MAX_PARAMETERS, MAX_TENSORS
+from shoal.oip.tensors import completed, count_elements, shape_text
 
 if TYPE_CHECKING:
     # Model processes import this module, too, and do without OpenTelemetry.

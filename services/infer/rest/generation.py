@@ -26,7 +26,7 @@ from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.rest.inference import begun, is_retry
 from shoal.errors import Internal, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
-from shoal.oip.tensors import MAX_TENSORS
+from shoal.oip.limits import MAX_TENSORS
 
 
 async def generate(server: InferenceServer, call: RestCall) -> Reply:
