@@ -25,22 +25,34 @@ ALIGNMENT = 16
 """Alignment in bytes of each view from `take`: the GPU reads 16 bytes at a time."""
 
 
-class Slot:
-    """One buffer of a ring, from `Ring.slot` until `send` or the end of its `with` block."""
+class _Buffer:
+    """Memory of one slot at a time."""
 
-    def __init__(self, ring: Ring, number: int) -> None:
+    def __init__(self, memory: Memory, number: int, nbytes: int) -> None:
         self.number = number
+        self.array = memory.pinned(nbytes)
+        self.event = memory.event()
+        """Passes when the device has read the last copy."""
+
+
+class Slot:
+    """Hold on one buffer of a ring, from `Ring.slot` until `send` or the end of its `with` block.
+
+    Each hold is an object of its own: a block that ends after `send` must not release the next hold on its buffer.
+    """
+
+    def __init__(self, ring: Ring, buffer: _Buffer) -> None:
+        self.number = buffer.number
         self._ring = ring
-        self._buffer = ring.memory.pinned(ring.slot_bytes)
-        self._event = ring.memory.event()
+        self._buffer = buffer
         self._lock = threading.Lock()
         self._used = 0
-        self._held = False
+        self._held = True
 
     @property
     def filled(self) -> Array:
         """View of all bytes taken so far, uint8; its size is a multiple of ALIGNMENT."""
-        return self._buffer[: self._used]
+        return self._buffer.array[: self._used]
 
     def take(self, nbytes: int) -> tuple[int, Array]:
         """Reserve the next `nbytes` of the slot; return their offset, and a view to write to. Thread-safe.
@@ -53,15 +65,13 @@ class Slot:
         """
         with self._lock:
             self._check_held()
-            end = self._used + nbytes
-            if nbytes < 1 or end > self._buffer.size:
-                free = self._buffer.size - self._used
-                raise ValueError(
-                    f"slot {self.number}: {nbytes} bytes do not fit into the {free} of {self._buffer.size} free"
-                )
+            array, end = self._buffer.array, self._used + nbytes
+            if nbytes < 1 or end > array.size:
+                free = array.size - self._used
+                raise ValueError(f"slot {self.number}: {nbytes} bytes do not fit into the {free} of {array.size} free")
             start, self._used = self._used, -(-end // ALIGNMENT) * ALIGNMENT
-            self._buffer[end : self._used] = 0
-            return start, self._buffer[start:end]
+            array[end : self._used] = 0
+            return start, array[start:end]
 
     def send(self, into: Any, stream: Any) -> int:
         """Enqueue one copy of the taken bytes on `stream`, to the start of `into`, and release the slot.
@@ -88,9 +98,9 @@ class Slot:
         try:
             if filled.size:
                 self._ring.memory.copy_in(filled, into[: filled.size], stream)
-            self._event.record(stream)
+            self._buffer.event.record(stream)
         finally:
-            self._ring.release(self)
+            self._ring.release(self._buffer)
         return int(filled.size)
 
     def __enter__(self) -> Slot:
@@ -103,12 +113,7 @@ class Slot:
         with self._lock:
             held, self._held = self._held, False
         if held:
-            self._ring.release(self)
-
-    def begin(self) -> None:
-        """Wait until the device has read the last copy, then empty the slot. Called by the ring."""
-        self._event.synchronize()
-        self._used, self._held = 0, True
+            self._ring.release(self._buffer)
 
     def _check_held(self) -> None:
         if not self._held:
@@ -132,7 +137,7 @@ class Ring:
             raise ValueError(f"a ring needs two slots or more, of a byte or more; not {slots} of {slot_bytes} bytes")
         self.memory = memory
         self.slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-        self._free = deque(Slot(self, number) for number in range(slots))
+        self._free = deque(_Buffer(memory, number, self.slot_bytes) for number in range(slots))
         self._released = threading.Condition()
 
     def slot(self, timeout_s: float | None = None) -> Slot:
@@ -146,16 +151,16 @@ class Ring:
         with self._released:
             if not self._released.wait_for(lambda: bool(self._free), timeout_s):
                 raise TimeoutError(f"all slots of the ring are in use, for {timeout_s} s")
-            slot = self._free.popleft()
+            buffer = self._free.popleft()
         try:
-            slot.begin()
+            buffer.event.synchronize()
         except BaseException:
-            self.release(slot)
+            self.release(buffer)
             raise
-        return slot
+        return Slot(self, buffer)
 
-    def release(self, slot: Slot) -> None:
-        """Make a slot available again. Called by slots."""
+    def release(self, buffer: _Buffer) -> None:
+        """Make a buffer available again. Called by slots."""
         with self._released:
-            self._free.append(slot)
+            self._free.append(buffer)
             self._released.notify()

@@ -48,6 +48,22 @@ class LateEvent:
             self.device.catch_up()
 
 
+def test_the_end_of_a_block_does_not_release_what_another_holds() -> None:
+    ring = Ring(HostMemory(), 100, slots=2)
+    with ring.slot() as slot:
+        slot.take(1)
+        slot.send(np.zeros(16, np.uint8), None)
+        # Two more callers, before the first one leaves its block. One of them gets its buffer.
+        others = [ring.slot(), ring.slot()]
+    with pytest.raises(TimeoutError):
+        ring.slot(timeout_s=0)
+    for number, other in enumerate(others, 1):
+        other.take(16)[1][:] = number
+    assert [other.filled.tolist() for other in others] == [[1] * 16, [2] * 16]
+    with pytest.raises(RuntimeError, match="was sent or released"):
+        slot.take(1)
+
+
 def test_what_was_taken_arrives_in_one_copy() -> None:
     ring = Ring(HostMemory(), 100, slots=2)
     into = np.full(112, 9, np.uint8)
@@ -99,7 +115,7 @@ def test_who_finds_all_slots_in_use_waits() -> None:
     waiter.start()
     held[1].send(np.zeros(16, np.uint8), None)
     waiter.join()
-    assert got[0] is held[1]
+    assert got[0].number == held[1].number
 
 
 def test_many_decoders_fill_one_slot() -> None:
