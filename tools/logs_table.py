@@ -103,18 +103,18 @@ def table(found: Sequence[LogCall]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def filled(page: str) -> str:
-    """Return `page` with its table rendered anew. Raises SystemExit when it has no markers of one."""
+def filled(page: str, found: Sequence[LogCall]) -> str:
+    """Return `page` with the table of the calls `found`. Raises SystemExit when it has no markers of one."""
     start, end = "<!-- events -->", "<!-- end events -->"
     if page.count(start) != 1 or page.count(end) != 1:
         sys.exit(f"{PAGE}: expected one line '{start}', and one line '{end}' below it")
     before, rest = page.split(start)
-    return f"{before}{start}\n\n{table([*calls()])}\n{end}{rest.split(end)[1]}"
+    return f"{before}{start}\n\n{table(found)}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
     text = PAGE.read_text()
-    new = filled(text)
+    new = filled(text, [*calls()])
     if "--check" not in sys.argv:
         PAGE.write_text(new)
     elif new != text:

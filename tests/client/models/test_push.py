@@ -440,10 +440,10 @@ async def test_a_timeout_names_the_instances_that_are_not_ready(served: Served) 
         with pytest.raises(
             DeadlineExceeded, match=r"not ready .*: m version 2: ready on local/infer-0; not on local/infer-1"
         ):
-            await client.models.wait_ready("m", 2, timeout=2)
+            await client.models.wait_ready("m", 2, timeout=5)
         listing(served, [])
         with pytest.raises(DeadlineExceeded, match="no infer instance is ready: see `shoal status`"):
-            await client.models.wait_ready("m", timeout=2)
+            await client.models.wait_ready("m", timeout=5)
 
 
 async def test_a_standalone_server_is_polled_itself(served: Served) -> None:
