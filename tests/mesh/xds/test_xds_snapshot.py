@@ -256,7 +256,7 @@ def test_bulks_and_rest_do_so_where_instances_differ_and_models_have_sequences_t
 def test_both_listeners_bound_headers_and_streams_and_no_address_is_internal():
     for name, streams, headers_kb in (("gateway", 1024, 16), ("outbound", 4096, 60)):
         message = Listener.parse(made().of(LISTENER)[name].packed.value)
-        assert message.per_connection_buffer_limit_bytes == 32 << 10
+        assert message.per_connection_buffer_limit_bytes == 16 << 10
         packed = message.filter_chains[0].filters[0].typed_config
         manager = HttpConnectionManager.parse(packed.value)
         assert manager.http2_protocol_options.max_concurrent_streams == streams
