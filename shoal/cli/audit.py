@@ -57,7 +57,9 @@ def list_entries(
         show_json(found)
         return
     columns = ("time", "kind", "who", "from", "what", "about", "status", "count")
-    show(columns, map(_row, found), empty="no entries (a node writes them with `shoal up --auth`)")
+    is_filtered = any((kind, tenant, subject, since, until))
+    empty = "no such entries" if is_filtered else "no entries (a node writes them with `shoal up --auth`)"
+    show(columns, map(_row, found), empty=empty)
 
 
 @app.command()

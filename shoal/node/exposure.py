@@ -36,7 +36,7 @@ def check(
             "where you trust everyone who can reach the address"
         )
     raise InvalidArgument(
-        f"{problem} in plaintext, and callers are not authenticated: authenticate them with {policy_option}, and give a "
-        "certificate with --tls-cert FILE --tls-key FILE or --tls auto; or add --insecure, where you trust everyone who "
-        "can reach the address, and the network"
+        f"{problem} in plaintext, and callers are not authenticated: authenticate them with {policy_option}, and give "
+        "a certificate with --tls-cert FILE --tls-key FILE or --tls auto; or add --insecure, where you trust everyone "
+        "who can reach the address, and the network"
     )

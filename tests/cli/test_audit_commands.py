@@ -52,6 +52,7 @@ def test_an_export_is_a_line_of_json_for_each_entry(served: Served, shoal: Shoal
 def test_an_empty_log_says_so(served: Served, shoal: Shoal) -> None:
     has(served)
     assert shoal("audit", "list").stdout == "no entries (a node writes them with `shoal up --auth`)\n"
+    assert shoal("audit", "list", "--tenant", "acme").stdout == "no such entries\n"
 
 
 def test_problems_are_named_and_the_exit_status_is_1(served: Served, shoal: Shoal) -> None:
