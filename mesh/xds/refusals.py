@@ -72,7 +72,7 @@ _CAUSES = (
     Cause(
         403,
         "rbac_access_denied",
-        f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call "
+        f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call: ask an admin "
         "(`shoal policy explain`)",
     ),
     Cause(404, "route_not_found", _NO_CALL),
