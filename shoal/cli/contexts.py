@@ -135,13 +135,13 @@ def chosen(gateway: str | None, environ: Mapping[str, str]) -> Context | None:
     if gateway and not _NAME.match(gateway):
         return None
     if gateway:
-        contexts = load(environ).contexts
-        if gateway not in contexts:
-            known = f"there are {', '.join(sorted(contexts))}" if contexts else "there are none"
+        known = load(environ).contexts
+        if gateway not in known:
+            there = f"there are {', '.join(sorted(known))}" if known else "there are none"
             raise InvalidArgument(
-                f"--gateway {gateway!r}: no context is called so ({known}), and an address has a port: HOST:PORT"
+                f"--gateway {gateway!r}: no context is called so ({there}), and an address has a port: HOST:PORT"
             )
-        return contexts[gateway]
+        return known[gateway]
     if environ.get("SHOAL_GATEWAY"):
         return None
     contexts = load(environ)
