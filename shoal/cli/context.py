@@ -94,7 +94,12 @@ def use(
 
 @app.command("list")
 def list_(json: AsJson = False) -> None:
-    """List the contexts. A token is shown as set, never itself."""
+    """List the contexts. A token is shown as set, never itself.
+
+    [bold]Example[/bold]
+
+      shoal context list
+    """
     known = contexts.load(os.environ)
     rows = [
         {

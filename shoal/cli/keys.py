@@ -36,7 +36,12 @@ def init(
     ),
     issuer: Annotated[str, typer.Option(help="Name of the signer in its keys and in the policy.")] = "shoal",
 ) -> None:
-    """Make a signer for `shoal serve`: a private key in a new file that only you can read, and its public key."""
+    """Make a signer for `shoal serve`: a private key in a new file that only you can read, and its public key.
+
+    [bold]Example[/bold]
+
+      shoal keys init --signer signer.json --jwks keys.jwks.json
+    """
     from shoal.access import tokens
     from shoal.errors import AlreadyExists, InvalidArgument
 

@@ -242,7 +242,12 @@ def show_policy(
 
 @app.command()
 def history(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List the policies that were applied, the latest first."""
+    """List the policies that were applied, the latest first.
+
+    [bold]Example[/bold]
+
+      shoal policy history
+    """
     with connect(gateway) as client:
         found = client.access.history()
     if json:
@@ -293,6 +298,10 @@ def restore(
     """Apply the copy of the last policy in a node's data folder again, after etcd has lost it. No key is needed.
 
     coord does so by itself when etcd has no policy.
+
+    [bold]Example[/bold]
+
+      shoal policy restore --data-dir ~/.local/share/shoal
     """
     from shoal.access.rpc_groups import APPLY_POLICY
     from shoal.coord.v1 import access_pb2 as pb
@@ -338,7 +347,12 @@ def _called_as_user(data_dir: Path, rpc: str, request: Any, response: Any) -> An
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a policy, for editors and other checkers."""
+    """Print the JSON schema of a policy, for editors and other checkers.
+
+    [bold]Example[/bold]
+
+      shoal policy schema > policy.schema.json
+    """
     from shoal.access import policy as policies
 
     typer.echo(json.dumps(policies.json_schema(), indent=2))
