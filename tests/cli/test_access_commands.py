@@ -158,3 +158,14 @@ def test_a_revocation_of_no_key_or_of_the_last_admins_says_so(
 def test_a_key_is_revoked_also_where_the_keys_cannot_be_listed(coord: Coord, shoal: Shoal) -> None:
     coord.is_admin = False
     assert (shoal("keys", "revoke", "k-1").returncode, coord.revoked) == (0, ["k-1"])
+
+
+def test_the_new_key_after_a_theft_is_alone_on_standard_output_and_explained(served: Served, shoal: Shoal) -> None:
+    async def rotate(request: pb.RotateSignerRequest, context: Any) -> pb.RotateSignerResponse:
+        return pb.RotateSignerResponse(signer="k-2", key="shoal_a.b.c" if request.renew_own_key else "")
+
+    served.on(methods.ROTATE_SIGNER, rotate)
+    done = shoal("keys", "rotate", "--stolen")
+    assert (done.returncode, done.stdout) == (0, "shoal_a.b.c\n")
+    assert "this is your new key" in done.stderr
+    assert shoal("keys", "rotate").stdout == ""
