@@ -139,7 +139,7 @@ def chosen(gateway: str | None, environ: Mapping[str, str]) -> Context | None:
         if gateway not in known:
             there = f"there are {', '.join(sorted(known))}" if known else "there are none"
             raise InvalidArgument(
-                f"--gateway {gateway!r}: no context is called so ({there}), and an address has a port: HOST:PORT"
+                f"--gateway={gateway!r}: no context is called so ({there}), and an address has a port: HOST:PORT"
             )
         return known[gateway]
     if environ.get("SHOAL_GATEWAY"):

@@ -116,7 +116,7 @@ def test_mistakes_are_named(home: Path) -> None:
         with pytest.raises(InvalidArgument, match=named):
             run(*arguments, stdin="")
     with pytest.raises(
-        InvalidArgument, match=r"--gateway 'z': no context is called so \(there are a\), and an address has"
+        InvalidArgument, match=r"--gateway='z': no context is called so \(there are a\), and an address has"
     ):
         connect("z")
     for command in ("use", "remove"):
