@@ -87,9 +87,9 @@ class RestApp:
         try:
             found = targets.read(head.method, head.path)
             if found.operation not in self._operations:
-                raise NotFound("Not Found")
-        except MethodNotAllowed:
-            _refuse(stream, 405, "Method Not Allowed")
+                raise NotFound(f"no call {head.method} {head.path[:200]}")
+        except MethodNotAllowed as err:
+            _refuse(stream, 405, str(err))
         except ShoalError as err:
             _refuse(stream, HTTP_STATUS[err.code], err.message)
         else:

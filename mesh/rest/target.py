@@ -13,6 +13,9 @@ from shoal.errors import InvalidArgument, NotFound
 # Longer paths name nothing. A name of 255 characters has at most 3,060 bytes when it is encoded.
 _MAX_PATH = 8 << 10
 
+# Characters of a path in an error.
+_SAID = 200
+
 # Targets that are kept: 2 MiB of the longest paths.
 _KEPT = 256
 
@@ -20,7 +23,7 @@ _HEX = frozenset(b"0123456789abcdefABCDEF")
 
 
 class MethodNotAllowed(Exception):
-    """The path is served, with other methods."""
+    """The path is served, with other methods, which the text names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +51,26 @@ def read(method: str, path: str) -> Target:
 
 @lru_cache(maxsize=_KEPT)
 def _read(method: str, plain: str) -> Target:
-    if not plain.startswith("/") or len(plain) > _MAX_PATH:
-        raise NotFound("Not Found")
+    if len(plain) > _MAX_PATH:
+        raise NotFound(f"no call has a path of {len(plain)} characters: at most {_MAX_PATH}")
+    call = f"{method} {plain[:_SAID]}"
+    if not plain.startswith("/"):
+        raise NotFound(f"no call {call}")
     segments = tuple(_decoded(segment) if "%" in segment else segment for segment in plain[1:].split("/"))
     if any(part in ("", ".", "..") for segment in segments for part in segment.split("/")):
-        raise NotFound("Not Found")
-    is_path = False
+        raise NotFound(f"no call {call}: no part of a path is empty, '.' or '..'")
+    others: list[str] = []
     for found, values in rest_paths.found(segments):
         if found.method == method:
             version = values.pop("version", "")
             # As Triton: a version that is no number is no path.
             if version and not (version.isascii() and version.isdecimal()):
-                break
+                raise NotFound(f"no call {call}: the version of a model is a number")
             return Target(found.operation, found.rpc, values.pop("model", ""), version, values)
-        is_path = True
-    if is_path:
-        raise MethodNotAllowed
-    raise NotFound("Not Found")
+        others.append(found.method)
+    if others:
+        raise MethodNotAllowed(f"no call {call}: send it with {' or '.join(sorted(set(others)))}")
+    raise NotFound(f"no call {call}")
 
 
 def _decoded(segment: str) -> str:

@@ -200,7 +200,8 @@ class Server:
             table.add(path, handler)
         if self._health is not None:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, table)
-        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        # coord has a health service of its own.
+        names = {*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME}
         # `enable_server_reflection` would treat the table as a server with threads.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), table)
         found: dict[str, Any] = table.by_path

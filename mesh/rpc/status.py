@@ -33,7 +33,8 @@ def timeout_s(header: bytes) -> float:
         return known
     match = _TIMEOUT.fullmatch(header)
     if match is None:
-        raise InvalidArgument(f"grpc-timeout {header[:40]!r}: expected up to 8 digits and one of H, M, S, m, u, n")
+        said = header[:40].decode("latin-1")
+        raise InvalidArgument(f"grpc-timeout {said!r}: expected up to 8 digits and one of H, M, S, m, u, n")
     seconds = int(match[1]) * _UNITS[match[2]]
     if len(_KNOWN_TIMEOUTS) < _MAX_KNOWN:
         _KNOWN_TIMEOUTS[header] = seconds

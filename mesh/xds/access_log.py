@@ -43,6 +43,8 @@ _STATUS = "grpc-status"
 _MESSAGE = "grpc-message"
 _TRACE = "traceparent"
 _UNKNOWN_PATH = "another path"
+# Envoy's word for a response over REST whose text is in its body, which is not logged.
+_REASONS = {"via_upstream": "refused by the service"}
 # W3C Trace Context, version 00.
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-")
 _REFUSED_HTTP = {401: Code.UNAUTHENTICATED, 403: Code.PERMISSION_DENIED}
@@ -140,7 +142,7 @@ class RefusedCalls(CountedEvents):
             address=_address(common),
             rpc=self._rpc(method, path),
             code=int(code),
-            reason=unquote(answer.get(_MESSAGE, "")) or details,
+            reason=unquote(answer.get(_MESSAGE, "")) or _REASONS.get(details, details),
             trace_id=_trace_id(headers.get(_TRACE, "")),
             origin=self._origin,
         )

@@ -198,15 +198,25 @@ def _bucket(limit: Limit, tenant: str | None = None, *, has_key: bool = False) -
         parts[_KEY] = {"custom_value": _input(KEY_HEADER)}
     # Envoy 1.39 crashes when a token bucket stands here. Its first share comes within milliseconds.
     no_share = {"blanket_rule": "DENY_ALL" if limit.unrenewed == "deny" else "ALLOW_ALL"}
-    text = (
-        f"limit {limit.name!r}: at most {limit.requests_per_second:g} requests a second of a {limit.per}: retry later"
-    )
     wait_s = max(1.0 / amount.amount, 0.1)
+    wait_ms = round(wait_s * 1000)
+    whole = amount.amount
+    rate = f"{whole:.0f}" if whole >= 1 else f"{whole:g}"
+    text = (
+        f"limit {limit.name!r} of the policy: a {limit.per} has {limit.requests_per_second:g} requests a second: "
+        f"retry in {wait_ms} ms, or ask the operator for a higher requests_per_second"
+    )
     headers = {
-        "retry-after-ms": str(round(wait_s * 1000)),
-        "x-ratelimit-limit": f"{limit.requests_per_second:g}",
+        "retry-after-ms": str(wait_ms),
+        # Clients of HTTP know this one only, in whole seconds.
+        "retry-after": str(math.ceil(wait_s)),
+        # In the form of the services' limits.
+        "x-ratelimit-limit": f'{rate}, {rate};w=1;name="{limit.name}/{Kind.REQUESTS}"',
         "x-ratelimit-remaining": "0",
         "x-ratelimit-reset": str(math.ceil(wait_s)),
+        # For gRPC-Web, whose calls are plain HTTP to this filter.
+        "grpc-status": "8",
+        "grpc-message": text,
     }
     settings: dict[str, Any] = {
         "@type": _SETTINGS,

@@ -72,7 +72,7 @@ _CAUSES = (
     Cause(
         403,
         "rbac_access_denied",
-        f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call "
+        f"{_SAID}: the policy allows this call to no caller of this role, or there is no such call: ask an admin "
         "(`shoal policy explain`)",
     ),
     Cause(404, "route_not_found", _NO_CALL),
@@ -101,12 +101,28 @@ def mappers(json_call: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     if json_call is not None:
         found += [_json(_SAID, code, [_status(status), json_call]) for status, code in _CODES.items()]
         found.append(_json(_SAID, _UNKNOWN, [json_call]))
-    return [*found, rest()]
+    return [*found, rest(), _limited_rpc()]
 
 
 def rest() -> dict[str, Any]:
     """Return the mapper of other local replies to the REST of inference."""
     return _rest(_SAID, [_REST])
+
+
+def _limited_rpc() -> dict[str, Any]:
+    """Return the mapper of a call over gRPC-Web, or gRPC, that is over a limit: its headers have its status and text.
+
+    Envoy takes gRPC-Web for plain HTTP here. Its status would be 429, which gRPC-Web's clients, and Envoy's own filter,
+    read as UNAVAILABLE. A body would make that filter set the status once more. It has given the request the content
+    type of gRPC.
+    """
+    is_rpc = {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}
+    return {
+        "filter": _all([_status(429), {"header_filter": is_rpc}]),
+        "status_code": 200,
+        "body": {"inline_string": ""},
+        "body_format_override": {"text_format_source": {"inline_string": _SAID}},
+    }
 
 
 _REST = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": PREFIX}}}}

@@ -39,7 +39,7 @@ _EXPOSED_HEADERS = (
     "grpc-status,grpc-message,inference-header-content-length,location,preference-applied,retry-after-ms,shoal-trace,"
     "x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset"
 )
-_OTHER_NAME = "this server has another name: call it by its address, or add the name to 'hosts' of its policy\n"
+_OTHER_NAME = "this server has another name: call it by its address, or add the name to 'hosts' of its policy"
 # A browser asks again after so many seconds: the longest time for which it believes an origin that was removed.
 _PREFLIGHT_S = 600
 
@@ -103,7 +103,7 @@ def foreign_page(web: Web) -> dict[str, Any]:
     """Return the first route, which refuses requests of pages with another origin: CORS only hides the response."""
     ours = [{"name": "origin", "string_match": {"exact": origin}, "invert_match": True} for origin in web.origins]
     headers = [{"name": "origin", "present_match": True}, *ours]
-    text = "pages of this origin may not call: see 'cors' of the server's policy\n"
+    text = "pages of this origin may not call: see 'cors' of the server's policy"
     return {
         "match": {"prefix": "/", "headers": headers},
         "direct_response": {"status": 403, "body": {"inline_string": text}},

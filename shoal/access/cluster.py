@@ -109,6 +109,25 @@ def in_force(values: Mapping[bytes, bytes]) -> Policy | None:
     )
 
 
+def with_known_keys(policy: Policy, in_force: Policy) -> Policy:
+    """Return a document's policy with the keys of the cluster, and of issuers elsewhere, of the policy in force.
+
+    The keys that are revoked there are, too.
+    """
+    issuers: list[Issuer] = []
+    for issuer in policy.issuers:
+        if not (issuer.cluster or issuer.is_fetched):
+            issuers.append(issuer)
+            continue
+        for known in in_force.issuers:
+            signer = signer_in(known.issuer)
+            if known.issuer == (issuer_name(issuer.issuer, signer) if issuer.cluster else issuer.issuer):
+                keys = {"jwks": known.jwks, "jwks_url": None, "discovery": False, "cluster": False}
+                issuers.append(issuer.model_copy(update={"issuer": known.issuer, **keys}))
+    revoked = tuple(dict.fromkeys((*policy.revoked, *in_force.revoked)))
+    return policy.model_copy(update={"issuers": tuple(issuers), "revoked": revoked})
+
+
 def _with_keys(issuer: Issuer, signers: Iterable[SignerKey], values: Mapping[bytes, bytes]) -> list[Issuer]:
     """Return the issuers that an entry of the document names, each with its public keys; none before they are known."""
     if issuer.is_fetched:

@@ -57,7 +57,9 @@ def list_entries(
         show_json(found)
         return
     columns = ("time", "kind", "who", "from", "what", "about", "status", "count")
-    show(columns, map(_row, found), empty="no entries (a node writes them with `shoal up --auth`)")
+    is_filtered = any((kind, tenant, subject, since, until))
+    empty = "no such entries" if is_filtered else "no entries (a node writes them with `shoal up --auth`)"
+    show(columns, map(_row, found), empty=empty)
 
 
 @app.command()
@@ -122,4 +124,6 @@ def _row(entry: AuditEntry) -> tuple[object, ...]:
     who = "/".join(filter(None, (entry.tenant, entry.subject)))
     has_status = entry.kind in ("outcome", "refusal")
     status = Code(entry.code).name if has_status else entry.reason if entry.kind == "chain" else ""
-    return entry.at, entry.kind, who, entry.address, entry.rpc.rpartition("/")[2], entry.target, status, entry.count
+    # A refused call has no target: its reason names the model, or what was wrong with the key.
+    about = entry.target or (entry.reason if entry.kind == "refusal" else "")
+    return entry.at, entry.kind, who, entry.address, entry.rpc.rpartition("/")[2], about, status, entry.count

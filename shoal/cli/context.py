@@ -17,6 +17,9 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False, no_args_is_help
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the context.")]
 
 
+_NONE_IN_USE = "no context is in use: commands find the node of this machine"
+
+
 @app.callback()
 def context() -> None:
     """Gateways by name: their address, CA and token. Tokens are never printed."""
@@ -77,14 +80,26 @@ def use(
         str, typer.Argument(metavar="NAME", help="Name of the context. Without it, no context is in use.")
     ] = "",
 ) -> None:
-    """Make a context the one that commands use without --gateway."""
+    """Make a context the one that commands use without --gateway.
+
+    [bold]Examples[/bold]
+
+      shoal context use prod
+
+      shoal context use           # none: commands find the node of this machine
+    """
     contexts.change(lambda known: known.using(name), os.environ)
-    typer.echo(f"context {name} is in use" if name else "no context is in use: commands find the node of this machine")
+    typer.echo(f"context {name} is in use" if name else _NONE_IN_USE)
 
 
 @app.command("list")
 def list_(json: AsJson = False) -> None:
-    """List the contexts. A token is shown as set, never itself."""
+    """List the contexts. A token is shown as set, never itself.
+
+    [bold]Example[/bold]
+
+      shoal context list
+    """
     known = contexts.load(os.environ)
     rows = [
         {
@@ -105,6 +120,18 @@ def list_(json: AsJson = False) -> None:
 
 @app.command()
 def remove(name: Name) -> None:
-    """Remove a context."""
-    contexts.change(lambda known: known.removing(name), os.environ)
-    typer.echo(f"context {name} is removed")
+    """Remove a context.
+
+    [bold]Example[/bold]
+
+      shoal context remove stage
+    """
+    was_current = False
+
+    def removing(known: contexts.Contexts) -> contexts.Contexts:
+        nonlocal was_current
+        was_current = known.current == name
+        return known.removing(name)
+
+    contexts.change(removing, os.environ)
+    typer.echo(f"context {name} is removed" + (f"; {_NONE_IN_USE}" if was_current else ""))

@@ -130,13 +130,18 @@ def chosen(gateway: str | None, environ: Mapping[str, str]) -> Context | None:
 
     Raises:
         FailedPrecondition: the file of contexts cannot be used.
+        InvalidArgument: the command names a context that is not there.
     """
     if gateway and not _NAME.match(gateway):
         return None
     if gateway:
-        contexts = load(environ)
-        # A name without a port may also be meant as an address: the error about addresses is the better one.
-        return contexts.contexts.get(gateway)
+        known = load(environ).contexts
+        if gateway not in known:
+            there = f"there are {', '.join(sorted(known))}" if known else "there are none"
+            raise InvalidArgument(
+                f"--gateway={gateway!r}: no context is called so ({there}), and an address has a port: HOST:PORT"
+            )
+        return known[gateway]
     if environ.get("SHOAL_GATEWAY"):
         return None
     contexts = load(environ)

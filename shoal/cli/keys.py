@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json as json_format
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal.cli.output import AsJson, Gateway, connect, show, show_json
+from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from shoal.client import Client
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
 
@@ -30,7 +36,12 @@ def init(
     ),
     issuer: Annotated[str, typer.Option(help="Name of the signer in its keys and in the policy.")] = "shoal",
 ) -> None:
-    """Make a signer for `shoal serve`: a private key in a new file that only you can read, and its public key."""
+    """Make a signer for `shoal serve`: a private key in a new file that only you can read, and its public key.
+
+    [bold]Example[/bold]
+
+      shoal keys init --signer signer.json --jwks keys.jwks.json
+    """
     from shoal.access import tokens
     from shoal.errors import AlreadyExists, InvalidArgument
 
@@ -78,6 +89,7 @@ def create(
     life_s = _seconds(expires)
     if signer is None:
         with connect(gateway) as client:
+            unknown = _unknown_names(client, role, grant or ())
             new = client.access.create_key(
                 tenant=tenant, role=role, subject=subject, models=models or (), grants=grant or (), life_s=life_s
             )
@@ -87,6 +99,7 @@ def create(
     else:
         from shoal.access import tokens
 
+        unknown = []
         made = tokens.create_key(
             tokens.read_signer(signer),
             tenant=tenant,
@@ -100,6 +113,8 @@ def create(
         id, text, expires_at = made.id, made.text, made.expires_at
         how = "to revoke it, add the id to `revoked` in the policy"
     until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(expires_at))
+    for name in unknown:
+        typer.echo(f"warning: the policy has no {name}: the key has no rights by it until the policy has", err=True)
     if json:
         typer.echo(json_format.dumps({"id": id, "key": text, "expires": until}))
         return
@@ -107,9 +122,27 @@ def create(
     typer.echo(f"id {id}, expires {until}; {how}", err=True)
 
 
+def _unknown_names(client: Client, role: str, grants: Sequence[str]) -> list[str]:
+    """Return the role and the grants that the policy in force does not have; none when it cannot be read."""
+    from shoal.access.policy import BUILTIN_ROLES, Policy
+
+    try:
+        policy = Policy.model_validate_json(client.access.policy().in_force)
+    except (ShoalError, ValueError):
+        return []
+    by_name = {grant.name for grant in policy.grants if grant.by_name}
+    unknown = [] if role in {*BUILTIN_ROLES, *policy.roles} else [f"role {role!r}"]
+    return unknown + [f"grant {name!r} with by_name" for name in grants if name not in by_name]
+
+
 @app.command(name="list")
 def list_keys(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List the keys that the cluster has signed and that have not expired, the latest first."""
+    """List the keys that the cluster has signed and that have not expired, the latest first.
+
+    [bold]Example[/bold]
+
+      shoal keys list
+    """
     with connect(gateway) as client:
         found = client.access.keys()
     if json:
@@ -127,10 +160,32 @@ def revoke(
     id: Annotated[str, typer.Argument(help="Id of the key, as `shoal keys list` shows it.")],
     gateway: Gateway = None,
 ) -> None:
-    """Revoke a key. When the command returns, every instance refuses the key, and its streams have ended."""
+    """Revoke a key. When the command returns, every instance refuses the key, and its streams have ended.
+
+    [bold]Example[/bold]
+
+      shoal keys revoke k-0123456789abcdef
+    """
     with connect(gateway) as client:
+        # Before, because the caller may revoke its own key. What fails here must not keep anybody from revoking.
+        known = None
+        with suppress(ShoalError):
+            known = client.access.keys()
         client.access.revoke_key(id)
     typer.echo(f"{id} is revoked everywhere")
+    if known is None:
+        return
+    valid = [key for key in known if not key.revoked and key.id != id]
+    if id not in {key.id for key in known}:
+        typer.echo(
+            f"warning: the cluster has signed no key {id} that has not expired: a token of another issuer with this id "
+            "is refused; otherwise see `shoal keys list`",
+            err=True,
+        )
+    elif not any(key.role == "admin" for key in valid):
+        typer.echo(
+            "warning: no key with the role admin is left: restart the node, which makes one for its user", err=True
+        )
 
 
 @app.command()
@@ -144,6 +199,12 @@ def rotate(
     """Replace the cluster's signer. Keys of the former one stay valid until they expire.
 
     With --stolen, a new key for you is printed; the key that `shoal up` made for you is replaced in its file.
+
+    [bold]Examples[/bold]
+
+      shoal keys rotate
+
+      shoal keys rotate --stolen      # all keys end now
     """
     import os
 
@@ -164,6 +225,11 @@ def rotate(
         typer.echo(f"your new key is in {file}", err=True)
     else:
         typer.echo(made.key)
+        typer.echo(
+            "this is your new key, in place of the one that you called with; a node makes one for its user when it is "
+            "restarted",
+            err=True,
+        )
 
 
 def _seconds(text: str) -> int:

@@ -13,6 +13,7 @@ import typer
 from shoal.cli.output import AsJson, Gateway, connect, show, show_json
 
 if TYPE_CHECKING:
+    from shoal.access.policy import Policy
     from shoal.client.access import KeyInfo
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
@@ -27,7 +28,12 @@ def policy() -> None:
 
 @app.command()
 def check(file: _File) -> None:
-    """Validate a policy and the files of keys that it names. Each error names its line."""
+    """Validate a policy and the files of keys that it names. Each error names its line.
+
+    [bold]Example[/bold]
+
+      shoal policy check policy.yaml
+    """
     from shoal.access import limits
     from shoal.access import policy as policies
 
@@ -67,7 +73,8 @@ def explain(
 ) -> None:
     """Say whether a policy allows a call, which rule decides, and which limits hold. Exits with 1 when it is refused.
 
-    With --model, the objectives of the model are shown, too.
+    With --model, the objectives of the model are shown, too. FILE may be a policy that is not applied yet: the keys of
+    the cluster are read from the node.
 
     [bold]Examples[/bold]
 
@@ -75,8 +82,7 @@ def explain(
 
       shoal policy explain policy.yaml --key - --call ModelInfer --model ocr-en < key.txt
     """
-    from shoal.access import limits, objectives, rpc_groups, tokens
-    from shoal.access import policy as policies
+    from shoal.access import limits, objectives, rpc_groups
     from shoal.access.decision import caller_of, decide
     from shoal.errors import InvalidArgument, Unauthenticated
 
@@ -86,25 +92,17 @@ def explain(
     text = key or token
     if text == "-":
         text = typer.get_text_stream("stdin").read()
-    claims: Mapping[str, Any] | None = None
-    if file is not None:
-        found = policies.load(file, is_cluster=True)
-    else:
-        with connect(gateway) as client:
-            found = policies.Policy.model_validate_json(client.access.policy().in_force)
-            # A token has dots.
-            if key and "." not in text:
-                claims = _claims_of(text.strip(), client.access.keys())
-    caller, why = None, "no token"
-    try:
-        if text:
-            caller = caller_of(found, claims or tokens.verified_claims(found, text, time.time()))
+    found, claims, why = _verified(file, text.strip(), gateway, is_id=bool(key) and "." not in text)
+    caller = None
+    if claims is not None:
+        try:
+            caller = caller_of(found, claims)
             who = (
                 f"{caller.subject or '-'} of tenant {caller.tenant}, role {caller.role or '-'}, key {caller.key or '-'}"
             )
             why = f"{who}, models {' '.join(caller.models)}"
-    except Unauthenticated as err:
-        why = f"not verified: {err.message}"
+        except Unauthenticated as err:
+            why = f"not verified: {err.message}"
     decision = decide(found, caller, rpc, model)
     typer.echo(f"caller: {why}")
     typer.echo(f"call:   {rpc} ({rpc_groups.GROUP_OF[rpc]})" + (f", model {model}" if model is not None else ""))
@@ -116,6 +114,52 @@ def explain(
     typer.echo(f"{'allowed' if decision.allowed else 'refused'}: {decision.rule}")
     if not decision.allowed:
         raise typer.Exit(1)
+
+
+def _verified(
+    file: Path | None, text: str, gateway: str | None, *, is_id: bool
+) -> tuple[Policy, Mapping[str, Any] | None, str]:
+    """Return the policy FILE, else the one in force; and the claims of a token or of a key's id, or why there are none.
+
+    A document lacks the keys of the cluster, and those of issuers from which the node fetches them: the node has them.
+
+    Raises:
+        PermissionDenied: the node is asked, and the caller does not administer.
+        NotFound: the cluster has no key with the id.
+    """
+    from shoal.access import cluster, tokens
+    from shoal.access import policy as policies
+    from shoal.errors import PermissionDenied, Unauthenticated
+
+    now = time.time()
+    document = None if file is None else policies.load(file, is_cluster=True)
+    if document is not None:
+        is_elsewhere = any(issuer.cluster or issuer.is_fetched for issuer in document.issuers)
+        if not text:
+            return document, None, "no token"
+        if not (is_id and is_elsewhere):
+            try:
+                return document, tokens.verified_claims(document, text, now), ""
+            except Unauthenticated as err:
+                if not is_elsewhere:
+                    return document, None, f"not verified: {err.message}"
+    with connect(gateway) as client:
+        try:
+            found = policies.Policy.model_validate_json(client.access.policy().in_force)
+            keys = client.access.keys() if is_id else []
+        except PermissionDenied as err:
+            raise PermissionDenied(
+                "the policy in force and the keys of the cluster are shown to callers with the group administer (the "
+                "role admin): ask one"
+            ) from err
+    if document is not None:
+        found = cluster.with_known_keys(document, found)
+    if not text:
+        return found, None, "no token"
+    try:
+        return found, _claims_of(text, keys) if is_id else tokens.verified_claims(found, text, now), ""
+    except Unauthenticated as err:
+        return found, None, f"not verified: {err.message}"
 
 
 def _claims_of(id: str, keys: Iterable[KeyInfo]) -> Mapping[str, Any]:
@@ -157,6 +201,12 @@ def apply(
     """Replace the policy of a node's cluster. It is in force at once, on open connections, too.
 
     Of open streams, only those end whose caller may no longer call.
+
+    [bold]Examples[/bold]
+
+      shoal policy apply policy.yaml
+
+      shoal policy apply policy.yaml --expect 6     # only while nobody else has applied another one
     """
     from shoal.access import policy as policies
 
@@ -172,7 +222,14 @@ def show_policy(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Print the policy of a node's cluster, as it was applied."""
+    """Print the policy of a node's cluster, as it was applied.
+
+    [bold]Examples[/bold]
+
+      shoal policy show > policy.yaml
+
+      shoal policy show 6
+    """
     with connect(gateway) as client:
         found = client.access.policy(version)
     if json:
@@ -185,7 +242,12 @@ def show_policy(
 
 @app.command()
 def history(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List the policies that were applied, the latest first."""
+    """List the policies that were applied, the latest first.
+
+    [bold]Example[/bold]
+
+      shoal policy history
+    """
     with connect(gateway) as client:
         found = client.access.history()
     if json:
@@ -236,6 +298,10 @@ def restore(
     """Apply the copy of the last policy in a node's data folder again, after etcd has lost it. No key is needed.
 
     coord does so by itself when etcd has no policy.
+
+    [bold]Example[/bold]
+
+      shoal policy restore --data-dir ~/.local/share/shoal
     """
     from shoal.access.rpc_groups import APPLY_POLICY
     from shoal.coord.v1 import access_pb2 as pb
@@ -248,7 +314,8 @@ def restore(
         version = int(copy["version"])
         request = pb.ApplyPolicyRequest(document=copy["document"], files=copy["files"] or {}, force=force)
     except (OSError, ValueError, LookupError, TypeError) as err:
-        raise FailedPrecondition(f"{path} is no copy of a policy ({err}): apply a document of your own") from err
+        why = err.strerror if isinstance(err, OSError) else err
+        raise FailedPrecondition(f"{path} is no copy of a policy ({why}): apply a document of your own") from err
     made = _called_as_user(data_dir.expanduser(), APPLY_POLICY, request, pb.ApplyPolicyResponse)
     _say(made.policy.version, made.unconfirmed, f": the copy of version {version}")
 
@@ -280,7 +347,12 @@ def _called_as_user(data_dir: Path, rpc: str, request: Any, response: Any) -> An
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a policy, for editors and other checkers."""
+    """Print the JSON schema of a policy, for editors and other checkers.
+
+    [bold]Example[/bold]
+
+      shoal policy schema > policy.schema.json
+    """
     from shoal.access import policy as policies
 
     typer.echo(json.dumps(policies.json_schema(), indent=2))

@@ -117,7 +117,7 @@ class NodeScreen:
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         scheme = "" if ready.trust is None else "https://"
-        table.add_row("gateway", f"{scheme}{ready.listen or ready.gateway}   gRPC, {_callers(ready)}")
+        table.add_row("gateway", f"{scheme}{ready.listen or ready.gateway}   gRPC and REST, {_callers(ready)}")
         if (trust := ready.trust) is not None:
             issuer = "own CA, for clients: `shoal ca show`" if trust.has_own_ca else trust.ca
             table.add_row("TLS", f"{issuer}\nSHA-256 {trust.fingerprint}")

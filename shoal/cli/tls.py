@@ -51,8 +51,9 @@ Insecure = Annotated[
     bool,
     typer.Option(
         "--insecure",
-        help="Allow an address that other machines can reach. Without a policy (`shoal serve --policy`), everyone who "
-        "reaches the address may call every method. Without TLS, everyone on the way can read and change the calls.",
+        help="Allow an address that other machines can reach. Without `shoal up --auth` or `shoal serve --policy`, "
+        "everyone who reaches the address may call every method. Without TLS, everyone on the way can read and change "
+        "the calls.",
     ),
 ]
 

@@ -30,8 +30,13 @@ def check(
             f"{problem} in plaintext, and keys can be read on the way: add --tls-cert FILE --tls-key FILE with your "
             "certificate, or --tls auto with one of Shoal's own CA; or --insecure, where you trust the network"
         )
+    if has_tls:
+        raise InvalidArgument(
+            f"{problem}, and callers are not authenticated: authenticate them with {policy_option}; or add --insecure, "
+            "where you trust everyone who can reach the address"
+        )
     raise InvalidArgument(
-        f"{problem}{'' if has_tls else ' in plaintext'}, and callers are not authenticated: authenticate them with "
-        f"{policy_option}, and give a certificate with --tls-cert FILE --tls-key FILE or --tls auto; "
-        "or add --insecure, where you trust everyone who can reach the address, and without TLS the network, too"
+        f"{problem} in plaintext, and callers are not authenticated: authenticate them with {policy_option}, and give "
+        "a certificate with --tls-cert FILE --tls-key FILE or --tls auto; or add --insecure, where you trust everyone "
+        "who can reach the address, and the network"
     )

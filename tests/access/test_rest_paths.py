@@ -46,8 +46,24 @@ def test_no_other_path_is_read_or_matched(path: str) -> None:
     assert not [pattern for pattern in patterns_of(GROUP_OF) if re.fullmatch(pattern, path)]
 
 
-def test_another_method_is_not_allowed() -> None:
-    with pytest.raises(MethodNotAllowed):
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v2/nope?x=y", "no call GET /v2/nope"),
+        ("/v2/models/m/versions/abc", "no call GET /v2/models/m/versions/abc: the version of a model is a number"),
+        ("/v2/models/m%2F..%2Fx", "no call GET /v2/models/m%2F..%2Fx: no part of a path is empty, '.' or '..'"),
+        ("/v2/models/" + "m" * 8_192, "no call has a path of 8203 characters: at most 8192"),
+        ("/v2/" + "m" * 500, "no call GET /v2/" + "m" * 196),
+    ],
+)
+def test_the_error_says_what_is_wrong_with_a_path(path: str, said: str) -> None:
+    with pytest.raises(NotFound) as caught:
+        target.read("GET", path)
+    assert caught.value.message == said
+
+
+def test_another_method_is_not_allowed_and_the_error_names_the_right_one() -> None:
+    with pytest.raises(MethodNotAllowed, match=r"^no call DELETE /v2/models/m: send it with GET$"):
         target.read("DELETE", "/v2/models/m")
 
 

@@ -27,7 +27,14 @@ def has(served: Served, *events: pb.AuditEvent) -> list[pb.StreamAuditRequest]:
 
 
 REFUSAL = pb.AuditEvent(
-    kind="refusal", tenant="acme", subject="ann\x1b[2J", address="10.0.0.9", rpc="/s.S/SetQuota", code=7, count=12
+    reason="the key is not for the model 'm'",
+    kind="refusal",
+    tenant="acme",
+    subject="ann\x1b[2J",
+    address="10.0.0.9",
+    rpc="/s.S/SetQuota",
+    code=7,
+    count=12,
 )
 
 
@@ -35,7 +42,7 @@ def test_entries_are_listed_newest_first_without_control_characters(served: Serv
     asked = has(served, REFUSAL)
     done = shoal("audit", "list", "--kind", "refusal", "--since", "24h", "--limit", "5")
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("acme/ann", "10.0.0.9", "SetQuota", "PERMISSION_DENIED", "12"):
+    for words in ("acme/ann", "10.0.0.9", "SetQuota", "the key is not for the model 'm'", "PERMISSION_DENIED", "12"):
         assert words in done.stdout
     assert "\x1b" not in done.stdout
     assert (asked[0].newest_first, asked[0].limit, list(asked[0].kinds)) == (True, 5, ["refusal"])
@@ -52,6 +59,7 @@ def test_an_export_is_a_line_of_json_for_each_entry(served: Served, shoal: Shoal
 def test_an_empty_log_says_so(served: Served, shoal: Shoal) -> None:
     has(served)
     assert shoal("audit", "list").stdout == "no entries (a node writes them with `shoal up --auth`)\n"
+    assert shoal("audit", "list", "--tenant", "acme").stdout == "no such entries\n"
 
 
 def test_problems_are_named_and_the_exit_status_is_1(served: Served, shoal: Shoal) -> None:

@@ -115,6 +115,10 @@ def test_mistakes_are_named(home: Path) -> None:
     ):
         with pytest.raises(InvalidArgument, match=named):
             run(*arguments, stdin="")
+    with pytest.raises(
+        InvalidArgument, match=r"--gateway='z': no context is called so \(there are a\), and an address has"
+    ):
+        connect("z")
     for command in ("use", "remove"):
         with pytest.raises(NotFound, match="no context is called 'z': there are a"):
             run(command, "z")
@@ -143,7 +147,11 @@ def test_a_token_is_not_sent_in_plaintext_to_another_machine(home: Path, monkeyp
     connect("127.0.0.1:80").close()
 
 
-def test_removing_the_context_in_use_leaves_none_in_use() -> None:
+def test_removing_the_context_in_use_leaves_none_in_use_and_says_so(home: Path) -> None:
+    run("add", "c", "127.0.0.1:1")
+    run("add", "d", "127.0.0.1:2")
+    assert run("remove", "d") == "context d is removed\n"
+    assert "no context is in use" in run("remove", "c")
     both = Contexts("a", {"a": Context("127.0.0.1:1"), "b": Context("127.0.0.1:2")})
     assert both.removing("a") == Contexts("", {"b": Context("127.0.0.1:2")})
     assert both.removing("b").current == "a"

@@ -471,6 +471,38 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     assert "no node responds" in complaint(shoal("status", "--gateway", "127.0.0.1:1"))
 
 
+def test_connectors_that_the_caller_may_not_see_are_no_problem_of_the_node(
+    shoal: Shoal, served: Served, admin: str
+) -> None:
+    async def instances(request: Any, context: Any) -> Any:
+        one = coord.Instance(service="ingest", name="local/ingest-0", state=coord.INSTANCE_STATE_READY)
+        return coord.ListInstancesResponse(instances=[one], revision=7)
+
+    async def leader(request: Any, context: Any) -> Any:
+        return coord.GetLeaderResponse(instance="local/coord-0")
+
+    async def mesh(request: Any, context: Any) -> Any:
+        return coord.GetMeshStatusResponse()
+
+    async def models(request: Any, context: Any) -> Any:
+        return store.ListModelsResponse()
+
+    async def connectors(request: Any, context: Any) -> Any:
+        await context.abort(code, "RBAC: access denied")
+
+    served.on(methods.LIST_INSTANCES, instances)
+    served.on(methods.GET_LEADER, leader)
+    served.on(methods.GET_MESH_STATUS, mesh)
+    served.on(methods.LIST_MODELS, models)
+    served.on(methods.LIST_CONNECTORS, connectors)
+    code = grpc.StatusCode.PERMISSION_DENIED
+    document = json.loads(shoal("status", "--admin", admin, "--json").stdout)
+    assert (document["healthy"], document["problems"]) == (True, [])
+    code = grpc.StatusCode.INTERNAL
+    document = json.loads(shoal("status", "--admin", admin, "--json").stdout)
+    assert (document["healthy"], document["problems"]) == (False, ["connectors: RBAC: access denied"])
+
+
 def test_job_retention(shoal: Shoal, served: Served) -> None:
     asked: list[ingest.SetJobRetentionRequest] = []
 

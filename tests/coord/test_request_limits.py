@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import pytest
@@ -169,12 +170,22 @@ class World:
         )
 
     async def rest(self, at: int, tenant: str) -> tuple[int, dict[str, str], str]:
+        return await self._http(at, tenant, "GET /v2/models/m")
+
+    async def web(self, at: int, tenant: str, kind: str) -> tuple[int, dict[str, str], str]:
+        """Call over gRPC-Web, with a message that is empty."""
+        empty = {"application/grpc-web+proto": "\0" * 5, "application/grpc-web-text": "AAAAAAA="}[kind]
+        return await self._http(at, tenant, f"POST {MODEL_INFER}", f"content-type: {kind}\r\n", empty)
+
+    async def _http(
+        self, at: int, tenant: str, request: str, more: str = "", body: str = ""
+    ) -> tuple[int, dict[str, str], str]:
         host, _, port = self.envoys[at].gateway.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         bearer = key(self.signer, tenant).text
         writer.write(
-            f"GET /v2/models/m HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {bearer}\r\n"
-            "connection: close\r\n\r\n".encode()
+            f"{request} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {bearer}\r\n{more}"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
         )
         raw = (await asyncio.wait_for(reader.read(), 30)).decode()
         writer.close()
@@ -210,16 +221,26 @@ async def test_a_refusal_says_the_limit_and_when_to_retry(world: World) -> None:
     await world.apply({"name": "said", "requests_per_second": 0.4, "burst_requests": 1})
     await world.until_refused()
     error = await world.call()
-    assert error.details() == "limit 'said': at most 0.4 requests a second of a tenant: retry later"
+    assert error.details() == (
+        "limit 'said' of the policy: a tenant has 0.4 requests a second: retry in 2500 ms, "
+        "or ask the operator for a higher requests_per_second"
+    )
     headers = {key: str(value) for key, value in (error.initial_metadata() or ())}
     headers |= {key: str(value) for key, value in (error.trailing_metadata() or ())}
-    expected = {"retry-after-ms": "2500", "x-ratelimit-limit": "0.4", "x-ratelimit-remaining": "0"}
-    expected["x-ratelimit-reset"] = "3"
+    expected = {"retry-after-ms": "2500", "x-ratelimit-remaining": "0"}
+    expected["x-ratelimit-limit"] = '0.4, 0.4;w=1;name="said/requests"'
+    expected |= {"x-ratelimit-reset": "3", "retry-after": "3"}
     assert {name: headers.get(name) for name in expected} == expected
     status, headers, body = await world.rest(0, "acme")
     assert status == 429
     assert {name: headers.get(name) for name in expected} == expected
     assert json.loads(body) == {"error": error.details()}
+    # Clients of gRPC-Web take a status of HTTP other than 200 for the call's: 429 is UNAVAILABLE to some.
+    for kind in ("application/grpc-web+proto", "application/grpc-web-text"):
+        status, headers, body = await world.web(0, "acme", kind)
+        assert (status, headers["grpc-status"], unquote(headers["grpc-message"])) == (200, "8", error.details())
+        assert {name: headers.get(name) for name in expected} == expected
+        assert (headers["content-type"].startswith("application/grpc-web"), body) == (True, "")
 
 
 async def test_each_key_has_its_own_numbers(world: World) -> None:

@@ -31,7 +31,9 @@ def test_an_address_of_others_is_refused_and_the_error_names_the_ways(address: s
     assert said.startswith(f"--listen {address}: other machines can reach this address in plaintext")
     for way in ("--auth", "--tls-cert FILE --tls-key FILE", "--tls auto", "--insecure"):
         assert way in said
-    with pytest.raises(InvalidArgument, match=r"callers are not authenticated: authenticate them with --auth"):
+    with pytest.raises(
+        InvalidArgument, match=r"callers are not authenticated: authenticate them with --auth; or add --ins"
+    ):
         check(has_tls=True)
     with pytest.raises(InvalidArgument, match=r"in plaintext, and keys can be read on the way: add --tls-cert"):
         check(has_policy=True)

@@ -39,7 +39,7 @@ def check(connection: http.client.HTTPConnection) -> None:
             status, found = call(connection, "POST", "/v2/models/double/infer", REQUEST)
             assert (status, found["outputs"][0]["data"]) == (200, [2, 4, 6, 8])
         assert call(connection, "GET", "/v2/health/ready") == (200, {"ready": True})
-        assert call(connection, "GET", "/v2/nothing") == (404, {"error": "Not Found"})
+        assert call(connection, "GET", "/v2/nothing") == (404, {"error": "no call GET /v2/nothing"})
         unknown = "Request for unknown model: 'none' is not found"
         assert call(connection, "GET", "/v2/models/none") == (404, {"error": unknown})
     finally:

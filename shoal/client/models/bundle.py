@@ -134,6 +134,11 @@ def _missing_hint(folder: Path) -> str:
     if models:
         return f"{folder} is a repository of models ({', '.join(models[:5])}): push one of them: {folder / models[0]}"
     bare = sorted(folder.glob("*.onnx"))
+    if len(bare) > 1:
+        return (
+            f"{folder} has {len(bare)} .onnx files, and no folder for each model: push each file, such as {bare[0]}, "
+            f"or put each into a folder, as {folder / bare[0].stem / '1' / 'model.onnx'}"
+        )
     if bare:
         return f"{folder} has no version folder: push the file itself: {bare[0]} --name {folder.resolve().name}"
     if (folder / "config.pbtxt").is_file():

@@ -87,6 +87,11 @@ def test_linked_files_are_followed_and_a_dangling_link_is_an_error(tmp_path: Pat
     ("files", "path", "words"),
     [
         (["r/a/1/model.onnx", "r/b/config.pbtxt"], "r", r"is a repository of models \(a, b\): push one of them"),
+        (
+            ["d/a.onnx", "d/b.onnx"],
+            "d",
+            r"d has 2 .onnx files.*: push each file, such as .*d/a\.onnx, or put each into",
+        ),
         (["d/model.onnx"], "d", r"has no version folder: push the file itself: .*model\.onnx --name d"),
         (["d/x.txt"], "d", "is not a model: expected <version>/model.onnx"),
         (

@@ -56,6 +56,20 @@ def refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [("via_upstream", "refused by the service"), ("rbac_access_denied[revoked]", "rbac_access_denied[revoked]")],
+)
+async def test_a_refusal_without_a_message_has_a_reason(
+    calls: RefusedCalls, log: Log, details: str, reason: str
+) -> None:
+    response = {"response_code": 403, "response_code_details": details}
+    request = {"path": "/v2/models/m/infer", "request_method": "POST"}
+    calls.count(HttpAccessLogEntry.from_dict({"request": request, "response": response}))
+    await calls.write()
+    assert [(event.rpc, event.code, event.reason) for event in log.events] == [(INFER, 7, reason)]
+
+
 @pytest.fixture
 def log() -> Log:
     return Log()

@@ -417,7 +417,8 @@ async def test_a_page_of_a_foreign_origin_or_name_does_nothing(gateway: Gateway)
         status, text = await gateway.text("POST", "/shoal/v1/jobs", submit, JSON, host=host)
         assert (status, "this server has another name" in text) == (421, True)
         status, text = await gateway.text("GET", "/v2", host=host)
-        assert (status, "this server has another name" in text) == (421, True)
+        assert (status, json.loads(text)["error"].partition(": ")[0]) == (421, "this server has another name")
+        assert not json.loads(text)["error"].endswith("\n")
     assert len(gateway.ingest.requests) == before
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:1"):
         assert (await gateway.text("GET", "/shoal/v1/jobs", host=host))[0] == 200, host

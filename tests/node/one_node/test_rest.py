@@ -82,7 +82,7 @@ def test_operations_and_errors(running: Node) -> None:
     assert call(running, "GET", "/v2/models/double?x=y")[1]["name"] == "double"
     assert {row["name"] for row in call(running, "POST", "/v2/repository/index")[1]} == {"double", "slow"}
     assert infer(running, "none") == (404, {"error": "Request for unknown model: 'none' is not found"})
-    assert call(running, "GET", "/v2/nothing") == (404, {"error": "Not Found"})
+    assert call(running, "GET", "/v2/nothing") == (404, {"error": "no call GET /v2/nothing"})
     assert call(running, "GET", "/v2x")[0] == 404
     assert infer(running, "double/versions/7")[0] == 404
     status, found = call(running, "POST", "/v2/repository/models/double/unload")
