@@ -93,7 +93,7 @@ def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
 
 def test_a_client_can_neither_hold_an_iteration_nor_flood_the_connection_to_a_worker() -> None:
     [listener], [cluster] = (made()["static_resources"][kind] for kind in ("listeners", "clusters"))
-    assert listener["per_connection_buffer_limit_bytes"] == 32 << 10
+    assert listener["per_connection_buffer_limit_bytes"] == 16 << 10
     [options] = cluster["typed_extension_protocol_options"].values()
     http2 = options["explicit_http_config"]["http2_protocol_options"]
     assert min(http2["max_outbound_frames"], http2["max_outbound_control_frames"]) > 1_000_000
