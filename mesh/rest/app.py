@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -89,7 +89,7 @@ class RestApp:
             if found.operation not in self._operations:
                 raise NotFound(f"no call {head.method} {head.path[:200]}")
         except MethodNotAllowed as err:
-            _refuse(stream, 405, str(err))
+            _refuse(stream, 405, str(err), methods=err.methods)
         except ShoalError as err:
             _refuse(stream, HTTP_STATUS[err.code], err.message)
         else:
@@ -110,8 +110,12 @@ class RestApp:
         _refuse(stream, HTTP_STATUS[error.code], error.message, str(error.retry_after_ms))
 
 
-def _refuse(stream: ServerStream, status: int, message: str, retry_after_ms: str | None = None) -> None:
+def _refuse(
+    stream: ServerStream, status: int, message: str, retry_after_ms: str | None = None, methods: Sequence[str] = ()
+) -> None:
     body = error_body(message)
     fields = [(b"content-type", JSON), *error_fields(status, retry_after_ms), (b"content-length", b"%d" % len(body))]
+    if methods:
+        fields.append((b"allow", ", ".join(methods).encode()))
     # A client ends the stream, and Envoy the connection, at a body that follows the head (RFC 9110, section 9.3.2).
     stream.respond(stream.encode_head(status, fields), b"" if stream.head.method == "HEAD" else body)

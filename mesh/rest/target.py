@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import unquote_to_bytes
@@ -23,7 +23,11 @@ _HEX = frozenset(b"0123456789abcdefABCDEF")
 
 
 class MethodNotAllowed(Exception):
-    """The path is served, with other methods, which the text names."""
+    """The path is served, with other methods."""
+
+    def __init__(self, call: str, methods: Iterable[str]) -> None:
+        self.methods = sorted(set(methods))
+        super().__init__(f"no call {call}: send it with {' or '.join(self.methods)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def _read(method: str, plain: str) -> Target:
             return Target(found.operation, found.rpc, values.pop("model", ""), version, values)
         others.append(found.method)
     if others:
-        raise MethodNotAllowed(f"no call {call}: send it with {' or '.join(sorted(set(others)))}")
+        raise MethodNotAllowed(call, others)
     raise NotFound(f"no call {call}")
 
 

@@ -154,7 +154,9 @@ async def test_a_query_sets_fields_and_is_refused_by_name(world: World) -> None:
     async with await RawClient.connect(world.server.address) as client:
         response = await client.request("GET", WATCH, b"{}")
         assert (response.status, "takes no body" in json.loads(response.body)["message"]) == (400, True)
-        assert (await client.request("POST", WATCH)).status == 405
+        response = await client.request("POST", WATCH)
+        # RFC 9110, section 15.5.6.
+        assert (response.status, response.headers["allow"].upper()) == (405, "GET")
         assert (await client.request("GET", f"/shoal/v1/jobs/{JOB}")).status == 404
     assert len(world.results.requests) == 1
 
