@@ -175,14 +175,14 @@ def revoke(
     typer.echo(f"{id} is revoked everywhere")
     if known is None:
         return
-    valid = [key for key in known if not key.revoked and key.id != id]
-    if id not in {key.id for key in known}:
+    role_of = {key.id: key.role for key in known}
+    if id not in role_of:
         typer.echo(
             f"warning: the cluster has signed no key {id} that has not expired: a token of another issuer with this id "
             "is refused; otherwise see `shoal keys list`",
             err=True,
         )
-    elif not any(key.role == "admin" for key in valid):
+    elif role_of[id] == "admin" and not any(key.role == "admin" and not key.revoked for key in known if key.id != id):
         typer.echo(
             "warning: no key with the role admin is left: restart the node, which makes one for its user", err=True
         )

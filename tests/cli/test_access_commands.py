@@ -155,6 +155,11 @@ def test_a_revocation_of_no_key_or_of_the_last_admins_says_so(
     assert done.stderr.startswith(warning) if warning else done.stderr == ""
 
 
+def test_where_admins_have_other_tokens_the_end_of_a_users_key_is_no_warning(coord: Coord, shoal: Shoal) -> None:
+    coord.keys = [info("k-user", "user")]
+    assert shoal("keys", "revoke", "k-user").stderr == ""
+
+
 def test_a_key_is_revoked_also_where_the_keys_cannot_be_listed(coord: Coord, shoal: Shoal) -> None:
     coord.is_admin = False
     assert (shoal("keys", "revoke", "k-1").returncode, coord.revoked) == (0, ["k-1"])
