@@ -45,6 +45,14 @@ PATIENT = (
     "tests/infer/model_process/python/test_decoupled_models.py",
     "tests/node/test_rest_fronts.py",
     "tests/node/test_victoria_metrics.py",
+    "tests/store/audit/test_audit_log.py",
+    "tests/node/test_connectors_on_a_node.py",
+    "tests/node/test_history.py",
+    "tests/mesh/h2/test_h2_connection.py",
+    "tests/mesh/rpc/fronts/test_front_ends.py",
+    "tests/cli/test_node_commands.py",
+    "tests/cli/test_up_options.py",
+    "tests/client/models/test_push.py",
 )
 """Files, and folders of TOGETHER, that use less than half of a core. Together they last nearly as long as a whole run,
 so that no worker is idle at its end. The folder whose tests look at a whole node comes first, beside whole nodes that
@@ -78,6 +86,7 @@ LONG = (
     "tests/infer/runtimes/test_runtime_contract.py",
     "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
+    "tests/kernels/test_simulator.py",
 )
 """Files, and folders of TOGETHER, of 30 s and more. They run first: started last, one of them would keep one worker
 busy at the end."""
