@@ -129,8 +129,13 @@ def shared_data() -> Iterator[Path]:
     of the time of a test, and no part of what it shows.
     """
     memory = Path("/dev/shm")
+    # A run that was killed leaves its own behind.
+    for left in memory.glob("shoal-tests-*"):
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > SHARED_DATA_BYTES
-    with tempfile.TemporaryDirectory(prefix="shoal-", dir=memory if has_room else None) as folder:
+    prefix = f"shoal-tests-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=memory if has_room else None) as folder:
         yield Path(folder)
 
 
