@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shoal.node import processes
@@ -66,7 +67,20 @@ class Process:
         self._popen.wait()
 
     def freeze(self) -> None:
+        """Stop the process. A thread that runs on another processor goes on for a moment: wait for all of them."""
         os.kill(self.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + PATIENCE_S
+        while not self._is_frozen():
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.001)
+
+    def _is_frozen(self) -> bool:
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            # A thread may end meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if stat.read_text().rpartition(")")[2].split()[0] not in ("T", "t", "X", "Z"):
+                    return False
+        return True
 
     def thaw(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
