@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from mesh.metrics.limits import RefusedCounts
 from shoal.access.decision import Caller
-from shoal.access.limits import Amount, Bucket, Kind, amount_of, at_gateway, bucket_of, in_services
+from shoal.access.limits import Amount, Bucket, Kind, amount_of, at_gateway, bucket_of, in_services, rate_limit_field
 from shoal.access.patterns import matches_any
 from shoal.access.policy import Limit, Policy
 from shoal.errors import RATE_LIMIT_KEY, Code, LimitReached, ShoalError
@@ -289,15 +289,12 @@ def _reached(share: Share, amount: float, remaining: int, retry_after_ms: int, s
     if share.limit.per == "key":
         unit = f"the key {bucket.key!r} of the tenant {bucket.tenant!r} has"
     part = "" if amount == whole else f" (this instance has {amount:g} of them now)"
-    # Form of draft-polli-ratelimit-headers-03, as Envoy sends it; a number in flight has no window.
-    window = "" if bucket.kind is Kind.IN_FLIGHT else ";w=1"
-    number = f"{whole:.0f}" if whole >= 1 else f"{whole:g}"
     return LimitReached(
         f"limit {bucket.limit!r} of the policy: {unit} {whole:g} {_WORDS[bucket.kind]}{part}: retry in "
         f"{retry_after_ms} ms with fewer at a time, or ask the operator for a higher {setting}",
         retry_after_ms=retry_after_ms,
         trailing=(
-            (RATE_LIMIT_KEY, f'{number}, {number}{window};name="{bucket.limit}/{bucket.kind}"'),
+            (RATE_LIMIT_KEY, rate_limit_field(bucket.limit, bucket.kind, whole)),
             ("x-ratelimit-remaining", str(remaining)),
             ("x-ratelimit-reset", str(math.ceil(retry_after_ms / 1000))),
         ),

@@ -23,8 +23,9 @@ from shoal.access.caller_header import (
     SERVICE,
     SUBJECT_HEADER,
 )
-from shoal.access.limits import LAYERS, Bucket, Case, Kind, Split, amount_of, case_of, layers
+from shoal.access.limits import LAYERS, Bucket, Case, Kind, Split, amount_of, case_of, layers, rate_limit_field
 from shoal.access.policy import ANY, Limit, Policy
+from shoal.errors import RATE_LIMIT_KEY, RETRY_AFTER_KEY
 from shoal.tenant_header import TENANT_HEADER
 
 _API = "type.googleapis.com"
@@ -200,18 +201,15 @@ def _bucket(limit: Limit, tenant: str | None = None, *, has_key: bool = False) -
     no_share = {"blanket_rule": "DENY_ALL" if limit.unrenewed == "deny" else "ALLOW_ALL"}
     wait_s = max(1.0 / amount.amount, 0.1)
     wait_ms = round(wait_s * 1000)
-    whole = amount.amount
-    rate = f"{whole:.0f}" if whole >= 1 else f"{whole:g}"
     text = (
         f"limit {limit.name!r} of the policy: a {limit.per} has {limit.requests_per_second:g} requests a second: "
         f"retry in {wait_ms} ms, or ask the operator for a higher requests_per_second"
     )
     headers = {
-        "retry-after-ms": str(wait_ms),
+        RETRY_AFTER_KEY: str(wait_ms),
         # Clients of HTTP know this one only, in whole seconds.
         "retry-after": str(math.ceil(wait_s)),
-        # In the form of the services' limits.
-        "x-ratelimit-limit": f'{rate}, {rate};w=1;name="{limit.name}/{Kind.REQUESTS}"',
+        RATE_LIMIT_KEY: rate_limit_field(limit.name, Kind.REQUESTS, amount.amount),
         "x-ratelimit-remaining": "0",
         "x-ratelimit-reset": str(math.ceil(wait_s)),
         # For gRPC-Web, whose calls are plain HTTP to this filter.

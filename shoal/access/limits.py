@@ -69,6 +69,16 @@ def amount_of(limit: Limit, kind: Kind) -> Amount | None:
     return None if rate is None else Amount(rate, float(burst) if burst is not None else max(rate, 1.0))
 
 
+def rate_limit_field(name: str, kind: Kind, number: float) -> str:
+    """Return the value of `x-ratelimit-limit` for a limit's number, a second but for a number in flight.
+
+    The form is that of Envoy's own rate limits: draft-polli-ratelimit-headers-03.
+    """
+    text = f"{number:.0f}" if number >= 1 else f"{number:g}"
+    window = "" if kind is Kind.IN_FLIGHT else ";w=1"
+    return f'{text}, {text}{window};name="{name}/{kind}"'
+
+
 def depends_on_model(limit: Limit) -> bool:
     """Return True when a call counts by the name of its model."""
     return limit.per == "model" or ANY not in limit.models
