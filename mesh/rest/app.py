@@ -87,7 +87,7 @@ class RestApp:
         try:
             found = targets.read(head.method, head.path)
             if found.operation not in self._operations:
-                raise NotFound(f"no call {head.method} {head.path[:200]}")
+                raise NotFound(f"no call {targets.call_text(head.method, head.path)}")
         except MethodNotAllowed as err:
             _refuse(stream, 405, str(err), methods=err.methods)
         except ShoalError as err:

@@ -13,8 +13,8 @@ from shoal.errors import InvalidArgument, NotFound
 # Longer paths name nothing. A name of 255 characters has at most 3,060 bytes when it is encoded.
 _MAX_PATH = 8 << 10
 
-# Characters of a path in an error.
-_SAID = 200
+# Characters of a method and of a path in an error.
+_SAID_METHOD, _SAID_PATH = 20, 200
 
 # Targets that are kept: 2 MiB of the longest paths.
 _KEPT = 256
@@ -53,11 +53,16 @@ def read(method: str, path: str) -> Target:
     return _read(method, path.partition("?")[0])
 
 
+def call_text(method: str, path: str) -> str:
+    """Return a request's method and path for an error, cut off where they are long, without the query."""
+    return f"{method[:_SAID_METHOD]} {path.partition('?')[0][:_SAID_PATH]}"
+
+
 @lru_cache(maxsize=_KEPT)
 def _read(method: str, plain: str) -> Target:
     if len(plain) > _MAX_PATH:
         raise NotFound(f"no call has a path of {len(plain)} characters: at most {_MAX_PATH}")
-    call = f"{method} {plain[:_SAID]}"
+    call = call_text(method, plain)
     if not plain.startswith("/"):
         raise NotFound(f"no call {call}")
     segments = tuple(_decoded(segment) if "%" in segment else segment for segment in plain[1:].split("/"))
