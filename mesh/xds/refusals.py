@@ -117,12 +117,8 @@ def _limited_rpc() -> dict[str, Any]:
     type of gRPC.
     """
     is_rpc = {"header": {"name": "content-type", "string_match": {"prefix": "application/grpc"}}}
-    return {
-        "filter": _all([_status(429), {"header_filter": is_rpc}]),
-        "status_code": 200,
-        "body": {"inline_string": ""},
-        "body_format_override": {"text_format_source": {"inline_string": _SAID}},
-    }
+    mapper = _text(_SAID, [_status(429), {"header_filter": is_rpc}])
+    return {**mapper, "status_code": 200, "body": {"inline_string": ""}}
 
 
 _REST = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": PREFIX}}}}

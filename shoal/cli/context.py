@@ -126,12 +126,5 @@ def remove(name: Name) -> None:
 
       shoal context remove stage
     """
-    was_current = False
-
-    def removing(known: contexts.Contexts) -> contexts.Contexts:
-        nonlocal was_current
-        was_current = known.current == name
-        return known.removing(name)
-
-    contexts.change(removing, os.environ)
-    typer.echo(f"context {name} is removed" + (f"; {_NONE_IN_USE}" if was_current else ""))
+    left = contexts.change(lambda known: known.removing(name), os.environ)
+    typer.echo(f"context {name} is removed" + ("" if left.current else f"; {_NONE_IN_USE}"))
