@@ -171,7 +171,7 @@ end
 _JSON_BYTES = 8 << 20
 
 # Envoy reads at most so much, and one piece of 16 KiB more, of a connection in one iteration of its event loop. Frames
-# of ten bytes cost 2 us each: with the default of 1 MiB, other callers wait for 0.2 s. It reads no piece below 16 KiB.
+# of ten bytes cost 2 us each: with the default of 1 MiB, other callers wait for 0.2 s. A lower value changes nothing.
 _READ_BYTES = 16 << 10
 
 

@@ -59,7 +59,7 @@ _FLUSH_TIMEOUT = "300s"
 # clients that do not read.
 _BUFFER_BYTES = 1 << 20
 # Envoy reads at most so much, and one piece of 16 KiB more, of a connection in one iteration of its event loop. Frames
-# of ten bytes cost 2 us each: with the default of 1 MiB, other callers wait for 0.2 s. It reads no piece below 16 KiB.
+# of ten bytes cost 2 us each: with the default of 1 MiB, other callers wait for 0.2 s. A lower value changes nothing.
 _READ_BYTES = 16 << 10
 # Frames that wait for a worker to read. At 10,000, the default, Envoy closes the connection with all calls on it: one
 # client that sends a body byte by byte would end the calls of others. Watermarks bound the bytes.
