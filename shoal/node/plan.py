@@ -7,7 +7,6 @@ All start at the same time: a service starts while its dependencies are unavaila
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def groups(
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd, f"unix:{layout.run_dir}/etcd-peer:0")])
     if options.mongo is None and needs_mongo(options):
         found.append([processes.mongod(options.data_dir / "mongo", layout.mongod)])
-    found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", workers(os.cpu_count() or 1))])
+    found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", processes.ENVOY_WORKERS)])
     for service, count in options.replicas.items():
         instances = [f"{service}-{number}" for number in range(count)]
         found.append([_service(service, name, options, layout, environ, launcher) for name in instances])
@@ -144,11 +143,6 @@ def envoy_bootstrap(options: Options, layout: Layout, environ: Mapping[str, str]
         heap=heap_bytes(environ),
         sds="" if layout.sds is None else str(layout.sds),
     )
-
-
-def workers(cores: int) -> int:
-    """Return the number of Envoy's worker threads on a machine with `cores`: the other cores are for the models."""
-    return max(1, min(4, cores // 2))
 
 
 def _service(

@@ -221,6 +221,11 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
         await client.admin.command("replSetReconfig", config, force=True)
 
 
+ENVOY_WORKERS = 4
+"""Worker threads of an Envoy, on any machine. A client's connection keeps to one of them, and a flood delays only the
+calls on its own; more would take more processor time a call (bench/results/tried.md, "Workers of Envoy")."""
+
+
 def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> ProcessSpec:
     """Return the spec of an Envoy with the bootstrap file `bootstrap` and `concurrency` workers.
 

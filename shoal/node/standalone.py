@@ -20,7 +20,7 @@ from mesh.process.sockets import is_local
 from mesh.process.tasks import end
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.errors import FailedPrecondition, InvalidArgument
-from shoal.node import exposure, folder, probes
+from shoal.node import exposure, folder, probes, processes
 from shoal.node.admin import Scraped, endpoint, envoy_process
 from shoal.node.envoy_edge import ADMIN_SOCKET, Edge
 from shoal.node.envoy_overload import heap_bytes
@@ -138,7 +138,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     """
     check(options.repository)
     policy = _policy(options)
-    threads = _threads(environ.get(_THREADS, "1"))
+    threads = _threads(environ.get(_THREADS, str(processes.ENVOY_WORKERS)))
     raise_file_limit()
     async with contextlib.AsyncExitStack() as stack:
         ports = stack.enter_context(Ports())
