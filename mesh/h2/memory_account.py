@@ -6,6 +6,7 @@ A request counts from its first frame to its end, with the copies that are made 
 
 A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
 gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
+Only new requests, with their headers and small bodies, may take more: eight ninths.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ UNREAD_BYTES = 192 << 20
 
 FREE_FACTOR = 2
 """A share may hold so many times what is free."""
+
+BEGIN_FACTOR = 8
+"""A request begins while its share holds at most so many times what is free. A small one needs no more memory later: it
+finds room beside the large ones of its tenant."""
 
 
 def leaves_room(held: int, size: int, free: int) -> bool:

@@ -20,7 +20,7 @@ from mesh.h2.connections import Connections, admit
 from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import LATER, Block, HeaderCache
-from mesh.h2.memory_account import BODY_BYTES, FREE_FACTOR, UNREAD_BYTES, MemoryAccount, Share
+from mesh.h2.memory_account import BEGIN_FACTOR, BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share
 from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.starts import TASKS, Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
@@ -302,10 +302,10 @@ class ServerConnection(Peer):
             return
         is_ended = flags & END_STREAM != 0
         self._newest = number
-        # As `leaves_room` and `Share.add`: the common case calls no function.
+        # As `Share.add`: the common case calls no function.
         share, account = self._shares.get(block.by_name.get(TENANT, b"")) or self._new_share(block), self._bodies
         size = STREAM_BYTES + block.list_bytes
-        has_room = share.held + size <= FREE_FACTOR * (account.limit - account.held - size)
+        has_room = share.held + size <= BEGIN_FACTOR * (account.limit - account.held - size)
         share.held += size
         account.held += size
         client = self._decoder.connection

@@ -11,7 +11,7 @@ from typing import Any
 
 from mesh.xds import ADS_CLUSTER
 from shoal.access.caller_header import CALLER_HEADER, SERVICE
-from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB, memory
 from shoal.node.envoy_runtime import runtime
 
 NODE_CLUSTER = "shoal"
@@ -47,7 +47,7 @@ def bootstrap(
         "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},
         "static_resources": {"clusters": [_coord_cluster(coords)]},
         "layered_runtime": runtime(*_LISTENERS),
-        "overload_manager": overload_manager(heap),
+        **memory(heap),
     }
     return json.dumps(document, indent=2)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mesh.xds import refusals, senders, tls, web
 from shoal.access.rpc_groups import MODEL_STREAM_INFER
 from shoal.node import probes, processes
-from shoal.node.envoy_overload import DEFAULT_HEAP_MB, overload_manager
+from shoal.node.envoy_overload import DEFAULT_HEAP_MB, memory
 from shoal.node.envoy_runtime import runtime
 from shoal.node.ports import joined
 from shoal.node.workers import Workers
@@ -127,7 +127,7 @@ def bootstrap(
             "clusters": [_cluster(workers)],
         },
         "layered_runtime": runtime(*_LISTENERS),
-        "overload_manager": overload_manager(heap),
+        **memory(heap),
     }
 
 

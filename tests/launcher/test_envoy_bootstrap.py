@@ -55,7 +55,7 @@ def test_envoy_has_a_ceiling_of_memory_and_of_connections() -> None:
 
 @pytest.mark.parametrize("wrong", ["many", "-1", "127", "1e3"])
 def test_a_wrong_ceiling_of_memory_is_named(wrong: str) -> None:
-    assert heap_bytes({}) == 512 << 20
+    assert heap_bytes({}) == 448 << 20
     assert heap_bytes({"SHOAL_ENVOY_HEAP_MB": "128"}) == 128 << 20
     with pytest.raises(InvalidArgument, match="SHOAL_ENVOY_HEAP_MB"):
         heap_bytes({"SHOAL_ENVOY_HEAP_MB": wrong})

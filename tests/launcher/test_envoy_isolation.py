@@ -1,18 +1,24 @@
-"""A burst of calls on one connection to Envoy does not delay the calls of another."""
+"""A burst of calls on one connection to Envoy does not delay the calls of another; bodies keep within the memory."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from bench.siege.attack import Siege
+from bench.siege.catalogue import CATALOGUE
+from bench.siege.row import CEILINGS_MIB
+from bench.siege.servers import peak_mib
 from mesh.rpc.server import Server
 from shoal.node import processes
 from shoal.node.envoy_edge import bootstrap
@@ -84,3 +90,19 @@ async def test_a_burst_of_calls_does_not_delay_another_connection(run_dir: Path,
             os.kill(pid, signal.SIGCONT)
             await until(lambda: len(handled) > CALLS, "all calls are handled")
     assert handled.index(CALL) < CALLS / 4
+
+
+@pytest.mark.envoy
+async def test_a_flood_of_bodies_keeps_within_the_ceiling(run_dir: Path) -> None:
+    def flood() -> None:
+        siege = Siege(CATALOGUE["half-bodies"], f"127.0.0.1:{port}")
+        siege.begin(time.monotonic() + PATIENCE_S)
+        siege.run(time.monotonic() + 2.0)
+
+    with socket.socket(socket.AF_UNIX) as silent:
+        # The server reads nothing: Envoy keeps the bodies.
+        silent.bind(f"{run_dir}/s.sock")
+        silent.listen()
+        async with envoy(run_dir) as (pid, port):
+            await asyncio.to_thread(flood)
+            assert 300 < peak_mib(pid) <= CEILINGS_MIB["envoy"]

@@ -221,6 +221,16 @@ async def test_unfinished_bodies_are_bounded_and_other_tenants_find_room():
         await peer.end_of(numbers[0])
 
 
+async def test_small_requests_of_a_tenant_find_room_beside_its_unfinished_bodies():
+    async with serving(body_bytes=3 * MIB) as front, front.peer(WIDE) as peer:
+        peer.send(frames.window_update(0, 100 * MIB))
+        for _ in range(40):
+            peer.data(peer.open(ECHO), framed(bytes(MIB))[: 100 << 10], is_end=False)
+        small = [peer.call(path, bytes(1_000)) for path in (ECHO, SLOW)]
+        assert [await peer.status(number) for number in small] == [0, 0]
+        assert await peer.status(peer.call(ECHO, bytes(300 << 10))) == Code.RESOURCE_EXHAUSTED
+
+
 @pytest.mark.parametrize("path", [ECHO, SLOW, STREAM])
 async def test_tiny_pieces_are_counted_with_their_overhead(path):
     async with serving(body_bytes=MIB) as front, front.peer() as peer:
@@ -317,7 +327,7 @@ async def test_streams_that_send_nothing_are_bounded_with_their_headers():
         numbers = [peer.open(STREAM, ("x-long", "v" * 4_000)) for _ in range(80)]
         end = await peer.end_of(numbers[-1])
         assert (end["grpc-status"], end["retry-after-ms"]) == (str(int(Code.RESOURCE_EXHAUSTED)), "1000")
-        assert front.server.memory.bodies.held <= MIB * 2 // 3
+        assert front.server.memory.bodies.held <= MIB * 8 // 9
         assert len(front.server._listeners[0]._connections) == 3
         assert await other.status(other.call(ECHO, b"x")) == 0
 
