@@ -16,8 +16,9 @@ from mesh.xds.resource import CLUSTER, ENDPOINTS, Resource, pack, pack_serialize
 
 MODEL_PREFIX = "model/"
 STREAM_WINDOW = 1 << 20
-# Plain calls to an instance share one connection, and so do streams. Unread data of a slow client uses a stream's
-# window, and counts against the connection's window too. With Envoy's default, two slow clients would block all others.
+# The plain calls of a worker thread to an instance share one connection, and so do streams. Unread data of a slow
+# client uses a stream's window, and counts against the connection's window too. With Envoy's default, two slow clients
+# would block all others.
 CONNECTION_WINDOW = (1 << 31) - 1
 # Number of packed resources to cache. Building one blocks the event loop for up to a millisecond.
 _CACHED = 8192
