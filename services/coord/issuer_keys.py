@@ -55,6 +55,9 @@ class IssuerKeys(Background):
         self._retry_s = retry_s
         self._fetch = fetch
         self._clock = clock
+        # The policy's value in etcd that was read last, and its issuers: reading one of 200 grants takes milliseconds.
+        self._read: bytes | None = None
+        self._known: list[Issuer] = []
 
     async def _run(self) -> None:
         async for term in self._election.terms():
@@ -68,12 +71,17 @@ class IssuerKeys(Background):
                 await self._mirror.after(copy, _ROUND_S)
 
     def _issuers(self) -> list[Issuer]:
+        values = values_of(self._mirror.copy)[0]
+        if (value := values.get(cluster.POLICY)) == self._read:
+            return self._known
+        self._read, self._known = value, []
         try:
-            policy = cluster.applied(values_of(self._mirror.copy)[0])
+            policy = cluster.applied(values)
         except (ValueError, KeyError, TypeError):
             log.exception("the policy in etcd cannot be read", {"event": "policy.unreadable"})
-            return []
-        return [] if policy is None else [issuer for issuer in policy.issuers if issuer.is_fetched]
+        else:
+            self._known = [] if policy is None else [issuer for issuer in policy.issuers if issuer.is_fetched]
+        return self._known
 
     async def _refresh(self, issuer: Issuer, term: Term) -> bool:
         """Fetch the keys of an issuer, and write them if they have changed. Return False when that fails."""
