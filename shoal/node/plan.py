@@ -113,13 +113,15 @@ def groups(
 
     Raises:
         FailedPrecondition: a binary is missing.
+        InvalidArgument: a setting of Envoy in `environ` is wrong.
     """
     found: list[list[processes.ProcessSpec]] = []
     if options.etcd is None:
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd, f"unix:{layout.run_dir}/etcd-peer:0")])
     if options.mongo is None and needs_mongo(options):
         found.append([processes.mongod(options.data_dir / "mongo", layout.mongod)])
-    found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", processes.ENVOY_WORKERS)])
+    threads = processes.envoy_threads(environ)
+    found.append([processes.envoy(envoy_file(options), f"unix:{layout.envoy_admin}", threads)])
     for service, count in options.replicas.items():
         instances = [f"{service}-{number}" for number in range(count)]
         found.append([_service(service, name, options, layout, environ, launcher) for name in instances])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from shoal.errors import FailedPrecondition
+from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.node import probes
 
 if TYPE_CHECKING:
@@ -221,9 +222,23 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
         await client.admin.command("replSetReconfig", config, force=True)
 
 
-ENVOY_WORKERS = 4
-"""Worker threads of an Envoy, on any machine. A client's connection keeps to one of them, and a flood delays only the
-calls on its own; more would take more processor time a call (bench/results/tried.md, "Workers of Envoy")."""
+ENVOY_THREADS = "SHOAL_ENVOY_THREADS"
+"""Environment variable with the number of Envoy's worker threads."""
+# A client's connection keeps to one of them, and a flood delays only the calls on its own. More would take more
+# processor time a call (bench/results/tried.md, "Workers of Envoy").
+_DEFAULT_THREADS, _MAX_THREADS = 4, 64
+
+
+def envoy_threads(environ: Mapping[str, str]) -> int:
+    """Return the number of Envoy's worker threads that `environ` sets, or the default.
+
+    Raises:
+        InvalidArgument: the variable is not a number from 1 to 64.
+    """
+    text = environ.get(ENVOY_THREADS, str(_DEFAULT_THREADS))
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= _MAX_THREADS:
+        raise InvalidArgument(f"{ENVOY_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
+    return int(text)
 
 
 def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> ProcessSpec:

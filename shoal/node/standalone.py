@@ -20,14 +20,14 @@ from mesh.process.sockets import is_local
 from mesh.process.tasks import end
 from shoal.access.caller_header import CALLER_HEADER, LAUNCHER
 from shoal.errors import FailedPrecondition, InvalidArgument
-from shoal.node import exposure, folder, probes, processes
+from shoal.node import exposure, folder, probes
 from shoal.node.admin import Scraped, endpoint, envoy_process
 from shoal.node.envoy_edge import ADMIN_SOCKET, Edge
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.front import Choice, choose
 from shoal.node.ports import HOST, PortInUse, Ports, joined, listeners, numeric
 from shoal.node.process import raise_file_limit, stop_signals
-from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
+from shoal.node.processes import SERVICE_DEATH, ProcessSpec, envoy_threads, service_command
 from shoal.node.workers import Workers
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.05
 _INDEX_S = 10.0
 _VARIABLES = "SHOAL_INFER_"
-_THREADS = "SHOAL_ENVOY_THREADS"
-_MAX_THREADS = 64
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
     """
     check(options.repository)
     policy = _policy(options)
-    threads = _threads(environ.get(_THREADS, str(processes.ENVOY_WORKERS)))
+    threads = envoy_threads(environ)
     raise_file_limit()
     async with contextlib.AsyncExitStack() as stack:
         ports = stack.enter_context(Ports())
@@ -426,12 +424,6 @@ def _spec(
 async def _serves(listen: str) -> bool:
     """Return True when the worker at the unix socket `listen` serves. A missing socket is noticed without a channel."""
     return os.path.exists(listen.removeprefix("unix:")) and await probes.health(listen)
-
-
-def _threads(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= _MAX_THREADS):
-        raise InvalidArgument(f"{_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
-    return int(text)
 
 
 def _reserve(ports: Ports, host: str, port: int) -> int:

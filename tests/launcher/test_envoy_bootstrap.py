@@ -18,6 +18,7 @@ from shoal.node.envoy_bootstrap import bootstrap
 from shoal.node.envoy_overload import heap_bytes
 from shoal.node.ports import Ports
 from shoal.node.probes import http_ok
+from shoal.node.processes import envoy_threads
 from tests.breakable import Process, until
 
 LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
@@ -59,6 +60,14 @@ def test_a_wrong_ceiling_of_memory_is_named(wrong: str) -> None:
     assert heap_bytes({"SHOAL_ENVOY_HEAP_MB": "128"}) == 128 << 20
     with pytest.raises(InvalidArgument, match="SHOAL_ENVOY_HEAP_MB"):
         heap_bytes({"SHOAL_ENVOY_HEAP_MB": wrong})
+
+
+@pytest.mark.parametrize("wrong", ["many", "", "0", "65", "-1", "4.0", "\u0664", "9" * 5_000])
+def test_a_wrong_number_of_threads_is_named(wrong: str) -> None:
+    assert envoy_threads({}) == 4
+    assert envoy_threads({"SHOAL_ENVOY_THREADS": "64"}) == 64
+    with pytest.raises(InvalidArgument, match="SHOAL_ENVOY_THREADS"):
+        envoy_threads({"SHOAL_ENVOY_THREADS": wrong})
 
 
 class Coord:
