@@ -6,7 +6,7 @@ A request counts from its first frame to its end, with the copies that are made 
 
 A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
 gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
-Only new requests, with their headers and small bodies, may take more: eight ninths.
+Only new requests, with their headers and small bodies, and small responses may take more: eight ninths.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FREE_FACTOR = 2
 """A share may hold so many times what is free."""
 
 BEGIN_FACTOR = 8
-"""A request begins while its share holds at most so many times what is free. A small one needs no more memory later: it
-finds room beside the large ones of its tenant."""
+"""A request begins, and a small response waits, while its share holds at most so many times what is free: they find
+room beside large ones."""
 
 
 def leaves_room(held: int, size: int, free: int) -> bool:
@@ -65,6 +65,10 @@ class Share:
     def has_room(self, size: int) -> bool:
         """Return True when `size` bytes more may be held. Nothing always fits: errors and ends carry no bytes."""
         return not size or leaves_room(self.held, size, self.free)
+
+    def has_room_beside_large(self, size: int) -> bool:
+        """Return True when a small response of `size` bytes may wait, though large ones have left no room."""
+        return self.held + size <= BEGIN_FACTOR * (self.free - size)
 
     def fits(self, size: int) -> bool:
         """Return True when the account's limit allows `size` bytes more, whatever this share holds; as `has_room`."""

@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 # Acknowledgements of PING and SETTINGS that a peer may leave unread: each of them costs memory.
 _MAX_UNREAD = 1000
 
+# A response of so many bytes finds room beside large ones of other callers on the connection. It waits for its turn,
+# and not for its client: Envoy takes as much of each stream.
+_SMALL_RESPONSE = 64 << 10
+
 _LAST = END_HEADERS | END_STREAM
 
 PROGRESS_BYTES = 1024
@@ -239,7 +243,8 @@ class Sender:
         if number not in self._window_changes:
             return True
         is_taken = self._is_direct and size <= self._window and size <= self._room(number)
-        return is_taken or self._share.has_room(size)
+        share = self._share
+        return is_taken or share.has_room(size) or (size <= _SMALL_RESPONSE and share.has_room_beside_large(size))
 
     def respond(self, number: int, head: bytes, body: bytes, trailers: bytes) -> None:
         """Send a whole response: its head, its body if any, its trailers if any.

@@ -597,6 +597,24 @@ async def test_a_window_update_wakes_only_its_stream(monkeypatch):
     assert account.held == 0
 
 
+async def test_a_small_response_finds_room_beside_large_ones_that_are_not_read():
+    account = MemoryAccount(3 * MIB)
+    sender, _ = sender_of(account)
+    sender.apply_settings({frames.WINDOW_SIZE: 0})
+    sender.open(101)
+    for number in range(1, 25, 2):
+        sender.open(number)
+        if not sender.has_room(number, MIB // 4):
+            break
+        sender.respond(number, b"", bytes(MIB // 4), b"trailers")
+    assert not sender.has_room(101, MIB // 4)
+    assert sender.has_room(101, 64 << 10)
+    # Small ones leave a ninth to others.
+    account.share().add(account.limit - account.held - MIB // 4)
+    assert not sender.has_room(101, 64 << 10)
+    sender.close()
+
+
 async def test_settings_that_change_many_windows_leave_the_loop_to_others():
     account = MemoryAccount(1 << 30)
     sender, transport = sender_of(account)
