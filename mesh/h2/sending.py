@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 # Acknowledgements of PING and SETTINGS that a peer may leave unread: each of them costs memory.
 _MAX_UNREAD = 1000
 
-# A response of so many bytes finds room beside large ones of other callers on the connection. It waits for its turn,
-# and not for its client: Envoy takes as much of each stream.
+# A response of so many bytes finds room beside large ones of other callers on the connection. Mostly it waits for its
+# turn only: a stream of Envoy has a window for it.
 _SMALL_RESPONSE = 64 << 10
 
 _LAST = END_HEADERS | END_STREAM

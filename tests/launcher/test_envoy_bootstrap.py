@@ -62,9 +62,9 @@ def test_a_wrong_ceiling_of_memory_is_named(wrong: str) -> None:
         heap_bytes({"SHOAL_ENVOY_HEAP_MB": wrong})
 
 
-@pytest.mark.parametrize("wrong", ["many", "", "0", "65", "-1", "4.0", "\u0664", "9" * 5_000])
+@pytest.mark.parametrize("wrong", ["many", "0", "65", "-1", "4.0", "\u0664", "9" * 5_000])
 def test_a_wrong_number_of_threads_is_named(wrong: str) -> None:
-    assert envoy_threads({}) == 4
+    assert envoy_threads({}) == envoy_threads({"SHOAL_ENVOY_THREADS": ""}) == 4
     assert envoy_threads({"SHOAL_ENVOY_THREADS": "64"}) == 64
     with pytest.raises(InvalidArgument, match="SHOAL_ENVOY_THREADS"):
         envoy_threads({"SHOAL_ENVOY_THREADS": wrong})
