@@ -42,8 +42,8 @@ _CONNECTION = "shoal.connection"
 
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
-# The calls of one thread to a worker share one connection. A few clients that do not read could fill a smaller window, and then no
-# other call to the worker would get a response.
+# The calls of one thread to a worker share one connection. A few clients that do not read could fill a smaller window,
+# and then no other call to the worker would get a response.
 _WORKER_WINDOW = (1 << 31) - 1
 # Concurrent calls of one client connection. A worker's queue would reject more.
 _STREAMS = 4096
