@@ -2,13 +2,15 @@
 
 As the heap grows towards its ceiling, Envoy sheds the load that costs the most first:
 
-    heap  70 %  return free memory to the system
+    heap  70 %  return free memory to the system, if there is much of it; at 87.5 % all of it
           75 %  reset the streams that hold the most memory, more of them the fuller the heap
           75 %  shorten the time that a stream may make no progress, from 30 s to 1 s at 95 %
           95 %  reject new requests
           98 %  accept no new connections
 
-Fields: envoy.config.overload.v3.OverloadManager.
+What was not in use for a minute or two is returned below that, too.
+
+Fields: envoy.config.overload.v3.OverloadManager, envoy.config.bootstrap.v3.MemoryAllocatorManager.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from shoal.errors import InvalidArgument
 VARIABLE = "SHOAL_ENVOY_HEAP_MB"
 """Environment variable with the ceiling of Envoy's heap, in MiB."""
 # One request of the largest size needs twice its 128 MiB: one copy for a retry, one on its way to the instance. That
-# and an idle Envoy stay below the share at which streams are reset. With its code Envoy takes less than 512 MiB.
+# and an idle Envoy stay below the share at which streams are reset. With its code Envoy takes about 512 MiB.
 DEFAULT_HEAP_MB = 448
 # Below this, Envoy with a few hundred models would reject requests while it is idle.
 _LEAST_HEAP_MB = 128
@@ -54,7 +56,7 @@ def heap_bytes(environ: Mapping[str, str]) -> int:
     return int(text) << 20
 
 
-# Free memory that Envoy returns to the system each second, unless it was in use in the last minutes.
+# Bytes of free memory that Envoy returns to the system each second, unless they were in use in the last minute or two.
 _RETURNED_BYTES = 16 << 20
 
 

@@ -222,8 +222,8 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
         await client.admin.command("replSetReconfig", config, force=True)
 
 
-ENVOY_THREADS = "SHOAL_ENVOY_THREADS"
-"""Environment variable with the number of Envoy's worker threads."""
+# Environment variable with the number of Envoy's worker threads.
+_THREADS = "SHOAL_ENVOY_THREADS"
 # A client's connection keeps to one of them, and a flood delays mostly the calls on its own. More would take more
 # processor time a call (bench/results/tried.md, "Workers of Envoy").
 _DEFAULT_THREADS, _MAX_THREADS = 4, 64
@@ -235,9 +235,9 @@ def envoy_threads(environ: Mapping[str, str]) -> int:
     Raises:
         InvalidArgument: the variable is not a number from 1 to 64.
     """
-    text = environ.get(ENVOY_THREADS, "").strip() or str(_DEFAULT_THREADS)
+    text = environ.get(_THREADS, "").strip() or str(_DEFAULT_THREADS)
     if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= _MAX_THREADS:
-        raise InvalidArgument(f"{ENVOY_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
+        raise InvalidArgument(f"{_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
     return int(text)
 
 

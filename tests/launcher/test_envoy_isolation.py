@@ -94,15 +94,18 @@ async def test_a_burst_of_calls_does_not_delay_another_connection(run_dir: Path,
 
 @pytest.mark.envoy
 async def test_a_flood_of_bodies_keeps_within_the_ceiling(run_dir: Path) -> None:
-    def flood() -> None:
+    def flood(seconds: float) -> None:
         siege = Siege(CATALOGUE["half-bodies"], f"127.0.0.1:{port}")
         siege.begin(time.monotonic() + PATIENCE_S)
-        siege.run(time.monotonic() + 2.0)
+        siege.run(time.monotonic() + seconds)
 
     with socket.socket(socket.AF_UNIX) as silent:
         # The server reads nothing: Envoy keeps the bodies.
         silent.bind(f"{run_dir}/s.sock")
         silent.listen()
         async with envoy(run_dir) as (pid, port):
-            await asyncio.to_thread(flood)
+            # On a busy machine, 2 s may be too short to fill its memory.
+            for seconds in (2.0, 4.0, 8.0):
+                if peak_mib(pid) <= 300:
+                    await asyncio.to_thread(flood, seconds)
             assert 300 < peak_mib(pid) <= CEILINGS_MIB["envoy"]
