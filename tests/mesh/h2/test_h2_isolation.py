@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import struct
 import threading
 from collections.abc import AsyncIterator
@@ -414,6 +415,8 @@ async def test_a_peer_that_has_gone_without_a_word_loses_its_streams_and_a_silen
 
 async def test_a_client_that_does_not_read_is_not_read_and_then_disconnected(quick_ticks, caplog):
     async with serving(unread_bytes=16 * MIB) as front, front.peer(WIDE) as peer:
+        # Left alone, Linux lets it grow to 32 MiB, and takes nearly all responses.
+        peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         peer.send(frames.window_update(0, frames.LARGEST_WINDOW - frames.DEFAULT_WINDOW))
         for _ in range(4_000):
             peer.call(SIZED, b"10000")
