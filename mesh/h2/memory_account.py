@@ -1,6 +1,6 @@
 """Account of the bytes that the calls of one server hold, with a limit: of requests, or of unread responses.
 
-    MemoryAccount (a server) <── Share (a connection, or a tenant on it): add, remove
+    MemoryAccount (a server) <── Share (a tenant behind Envoy, or a connection, or a tenant on it): add, remove
 
 A request counts from its first frame to its end, with the copies that are made of it.
 
@@ -22,7 +22,7 @@ BODY_BYTES = 400 << 20
 whole message."""
 
 UNREAD_BYTES = 192 << 20
-"""Default limit for responses. One connection's share is 128 MiB: one message of the maximal size."""
+"""Default limit for responses. One share is 128 MiB: one message of the maximal size."""
 
 FREE_FACTOR = 2
 """A share may hold so many times what is free."""
@@ -30,6 +30,11 @@ FREE_FACTOR = 2
 BEGIN_FACTOR = 8
 """A request begins, and a small response waits, while its share holds at most so many times what is free: they find
 room beside large ones."""
+
+
+# Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB, and an Envoy carries the calls
+# of all tenants.
+_MAX_IDLE_SHARES = 1024
 
 
 def leaves_room(held: int, size: int, free: int) -> bool:
@@ -89,6 +94,38 @@ class Share:
         """Remove bytes that were added."""
         self.held -= size
         self._account.held -= size
+
+
+class TenantShares:
+    """Shares of one account, by tenant."""
+
+    __slots__ = ("_account", "_most", "by_tenant")
+
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account = account
+        self._most = _MAX_IDLE_SHARES
+        self.by_tenant: dict[bytes, Share] = {}
+        """Shares that hold something, and others."""
+
+    def of(self, tenant: bytes) -> Share:
+        """Return the share of a tenant, which is opened when it has none."""
+        return self.by_tenant.get(tenant) or self.open(tenant)
+
+    def open(self, tenant: bytes) -> Share:
+        """Open the share of a tenant that has none."""
+        shares = self.by_tenant
+        if len(shares) >= self._most:
+            for idle in [name for name, share in shares.items() if not share.held]:
+                del shares[idle]
+            self._most = max(_MAX_IDLE_SHARES, 2 * len(shares))
+        share = shares[tenant] = self._account.share()
+        return share
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        """Yield the bytes that tenants hold; "" is those that name none."""
+        for tenant, share in self.by_tenant.items():
+            if share.held:
+                yield tenant.decode("latin-1"), share.held
 
 
 def unlimited() -> Share:

@@ -67,7 +67,8 @@ class Peer(asyncio.Protocol, ABC):
     Args:
         awaits_preface: the other end is a client, which begins with the connection preface.
         cache: header cache that connections share; None: the connection has its own.
-        unread: share of the memory for data that waits for the other end to read; None: the data has no limit.
+        unread: share of the memory for data that waits for the other end to read, unless a subclass finds one by
+            stream (`_unread_share`); None: the data has no limit.
         turns: queue that connections share; None: all frames are handled when they arrive.
         bursts: turns that connections share for writing what waits; None: the connection has its own.
     """
@@ -83,7 +84,8 @@ class Peer(asyncio.Protocol, ABC):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(HeaderCache() if cache is None else cache)
-        self._sender = Sender(self._ended, unlimited() if unread is None else unread, bursts)
+        self._unread_of_connection = unlimited() if unread is None else unread
+        self._sender = Sender(self._ended, self._unread_share, bursts)
         self._turns = turns
         # Frames of earlier data wait for their turn; the transport cannot write.
         self._is_waiting = self._is_write_paused = False
@@ -100,6 +102,10 @@ class Peer(asyncio.Protocol, ABC):
     def _begin(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
         self._sender.attach(self._transport)
+
+    def _unread_share(self, number: int) -> Share:
+        """Return the share of the memory in which data of a stream that waits for the other end is counted."""
+        return self._unread_of_connection
 
     def _send_settings(
         self, settings: Mapping[int, int], window: int = CONNECTION_WINDOW, stream_window: int = STREAM_WINDOW

@@ -4,7 +4,7 @@
            └──does not──> waiting, by stream ──window──> ready ──a frame of each in turn──> out
 
 The room of a stream is the initial window of the peer's settings plus the stream's own change since it was opened.
-Waiting bytes are counted in the connection's share of the memory for responses.
+Waiting bytes are counted in the memory for responses.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ _TURN_BYTES = 64 << 10
 class Outgoing:
     """Data of one stream that waits for a window; then its end, if any."""
 
-    __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "moved", "on_sent", "size")
+    __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "moved", "on_sent", "share", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        """Share of the memory in which `size` is counted."""
         self.chunks: deque[memoryview] = deque()
         self.size = 0
         """Bytes of the chunks."""
@@ -91,13 +93,18 @@ class Sender:
 
     Args:
         ended: called for each stream whose sending side has ended; with a reason when it was reset.
-        share: the connection's share of the memory for data that waits.
+        share_of: returns the share of the memory for data that waits, by stream.
         bursts: turns that connections share for such data; None: the connection has its own.
     """
 
-    def __init__(self, ended: Callable[[int, Reason | None], None], share: Share, bursts: Bursts | None = None) -> None:
+    def __init__(
+        self,
+        ended: Callable[[int, Reason | None], None],
+        share_of: Callable[[int], Share],
+        bursts: Bursts | None = None,
+    ) -> None:
         self._ended = ended
-        self._share = share
+        self._share_of = share_of
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._will_flush = False
@@ -132,7 +139,7 @@ class Sender:
         self._window_changes.pop(number, None)
         outgoing = self._waiting.pop(number, None)
         if outgoing is not None:
-            self._share.remove(outgoing.size)
+            outgoing.share.remove(outgoing.size)
             outgoing.report_sent()
 
     def has_unsent(self, number: int) -> bool:
@@ -242,14 +249,15 @@ class Sender:
         """Return True when a response of `size` bytes can be sent now, or may wait for the peer to read."""
         if number not in self._window_changes:
             return True
-        is_taken = self._is_direct and size <= self._window and size <= self._room(number)
-        share = self._share
-        return is_taken or share.has_room(size) or (size <= _SMALL_RESPONSE and share.has_room_beside_large(size))
+        if self._is_direct and size <= self._window and size <= self._room(number):
+            return True
+        share = self._share_of(number)
+        return share.has_room(size) or (size <= _SMALL_RESPONSE and share.has_room_beside_large(size))
 
     def respond(self, number: int, head: bytes, body: bytes, trailers: bytes) -> None:
         """Send a whole response: its head, its body if any, its trailers if any.
 
-        The stream is reset instead when the connection has too many bytes that the peer does not read.
+        The stream is reset instead when its share of the memory holds too many bytes that wait.
         """
         if number not in self._window_changes:
             return
@@ -325,11 +333,11 @@ class Sender:
     ) -> None:
         outgoing = self._waiting.get(number)
         if outgoing is None:
-            outgoing = self._waiting[number] = Outgoing()
+            outgoing = self._waiting[number] = Outgoing(self._share_of(number))
         if data:
             outgoing.chunks.append(memoryview(data))
             outgoing.size += len(data)
-            self._share.add(len(data))
+            outgoing.share.add(len(data))
         outgoing.end = end
         outgoing.on_sent = on_sent or outgoing.on_sent
         self._wake(number, outgoing)
@@ -362,7 +370,7 @@ class Sender:
                 self._pumped += max(size - _STREAM_BYTES, 0)
                 outgoing.size -= size
                 outgoing.moved += size
-                self._share.remove(size)
+                outgoing.share.remove(size)
                 if size == len(chunk):
                     outgoing.chunks.popleft()
                 else:

@@ -20,7 +20,7 @@ from mesh.h2.connections import Connections, admit
 from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import LATER, Block, HeaderCache
-from mesh.h2.memory_account import BEGIN_FACTOR, BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share
+from mesh.h2.memory_account import BEGIN_FACTOR, BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share, TenantShares
 from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.starts import TASKS, Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
@@ -45,10 +45,6 @@ _SETTINGS_TOKENS = 10
 
 # The connection's window. What is held is counted and bounded, so the window never closes before the account is full.
 _WINDOW_MARGIN = 64 << 20
-
-# Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB, and an Envoy carries the calls
-# of all tenants.
-_MAX_IDLE_SHARES = 1024
 
 TENANT = TENANT_HEADER.encode()
 """Header of a request that names the tenant whose share of memory its body takes."""
@@ -87,15 +83,28 @@ _ALIVE_PING = b"alive?.."
 
 
 class Memory:
-    """State that connections of one server share: header cache, memory accounts, turns to read, start and write."""
+    """State that connections of one server share: header cache, memory accounts, turns to read, start and write.
+
+    An Envoy opens a connection for each of its threads and priorities, and each carries the calls of all tenants. So a
+    tenant behind Envoy has one share of each account, over all of them.
+    """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()
         self.bodies = MemoryAccount(body_bytes)
         self.unread = MemoryAccount(unread_bytes)
+        self.tenants, self.unread_of_tenants = TenantShares(self.bodies), TenantShares(self.unread)
+        self.later = self.bodies.share()
+        """Share of the requests whose headers are to be decoded later."""
         self.turns = Turns()
         self.bursts = Bursts()
         self.starts = Starts()
+
+    def held_by_tenant(self) -> Iterable[tuple[str, int]]:
+        """Yield the bytes that forwarded requests of a tenant hold; "" for those that name none."""
+        yield from self.tenants.held_by_tenant()
+        if self.later.held:
+            yield "", self.later.held
 
 
 class _Late:
@@ -136,15 +145,14 @@ class ServerConnection(Peer):
         # Requests of a shared connection that began in a task since it was last given a turn, or data: with their
         # headers, and when they were whole.
         self._tasks_begun = self._tasks_started = 0
-        self._shares: dict[bytes, Share] = {}
-        self._max_shares = _MAX_IDLE_SHARES
+        # Tenants of requests that no Envoy forwards.
+        self._tenants = TenantShares(memory.bodies)
         self._streams: dict[int, ServerStream] = {}
         # Credit of the bodies, when the peer is at a unix socket: such peers are Envoys.
         self._credits: Credits | None = None
         self._stream_window = STREAM_WINDOW
-        # Requests whose headers are to be decoded later, by stream, and the memory that they hold.
+        # Requests whose headers are to be decoded later, by stream.
         self._later: dict[int, _Late] = {}
-        self._later_share = memory.bodies.share()
         # True while one of them is opened. It was accepted before the connection began to close.
         self._is_late = False
         # Streams of the lost connection, and the bytes that they held.
@@ -211,8 +219,8 @@ class ServerConnection(Peer):
             release(stream)
         self._end_lost(len(self._lost) if self._is_aborted else self._turns.at_once // _FRAMES_A_STREAM)
         self._unparsed, self._block = b"", None
-        self._later.clear()
-        self._later_share.remove(self._later_share.held)
+        for number in tuple(self._later):
+            self._drop_late(number)
 
     def _end_lost(self, most: int) -> None:
         """Notify the handlers of the lost connection's streams, not of thousands in one iteration of the loop."""
@@ -302,17 +310,18 @@ class ServerConnection(Peer):
             return
         is_ended = flags & END_STREAM != 0
         self._newest = number
-        # As `Share.add`: the common case calls no function.
-        share, account = self._shares.get(block.by_name.get(TENANT, b"")) or self._new_share(block), self._bodies
+        # Only an Envoy speaks for others.
+        client = self._decoder.connection if self._credits is not None else None
+        tenants = self._tenants
+        if client is not None:
+            tenants, self._is_shared = self._memory.tenants, True
+        # As `TenantShares.of` and `Share.add`: the common case calls no function.
+        tenant, account = block.by_name.get(TENANT, b""), self._bodies
+        share = tenants.by_tenant.get(tenant) or tenants.open(tenant)
         size = STREAM_BYTES + block.list_bytes
         has_room = share.held + size <= BEGIN_FACTOR * (account.limit - account.held - size)
         share.held += size
         account.held += size
-        client = self._decoder.connection
-        if client is not None and not self._is_shared:
-            # Only an Envoy speaks for others.
-            self._is_shared = self._credits is not None
-            client = client if self._is_shared else None
         self._streams[number] = stream = ServerStream(self, self._sender, number, block, is_ended, share, size, client)
         self._sender.open(number)
         try:
@@ -331,10 +340,10 @@ class ServerConnection(Peer):
     def _opens_later(self, number: int, flags: int, encoded: bytes) -> bool:
         """Let a request with a new header block wait for its start. Return False when it is to be opened now."""
         has_place = len(self._streams) + len(self._later) < _MAX_STREAMS and not self._is_closing
-        if not has_place or not self._later_share.has_room(size := STREAM_BYTES + len(encoded)):
+        if not has_place or not self._memory.later.has_room(size := STREAM_BYTES + len(encoded)):
             return False
         self._newest = number
-        self._later_share.add(size)
+        self._memory.later.add(size)
         self._later[number] = _Late(flags, encoded, size)
         self._starts.add(_NEW, self._decoder.connection_of(encoded), partial(self._start_late, number))
         return True
@@ -375,7 +384,7 @@ class ServerConnection(Peer):
     def _drop_late(self, number: int) -> _Late | None:
         late = self._later.pop(number, None)
         if late is not None:
-            self._later_share.remove(late.held)
+            self._memory.later.remove(late.held)
         return late
 
     def _keeps(self, number: int, kind: int, flags: int, payload: bytes) -> bool:
@@ -384,10 +393,10 @@ class ServerConnection(Peer):
         if late is None:
             return False
         size = len(payload) + _FRAME_BYTES
-        if len(late.frames) >= _LATE_FRAMES or not self._later_share.has_room(size):
+        if len(late.frames) >= _LATE_FRAMES or not self._memory.later.has_room(size):
             self._open_late(number)
             return False
-        self._later_share.add(size)
+        self._memory.later.add(size)
         late.held += size
         late.frames.append((kind, flags, payload))
         return True
@@ -510,17 +519,16 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._close_when_done()
 
-    def _new_share(self, head: Block) -> Share:
-        """Open the share of the memory for requests that a request's tenant has on this connection."""
-        if len(self._shares) >= self._max_shares:
-            self._shares = {name: share for name, share in self._shares.items() if share.held}
-            self._max_shares = max(_MAX_IDLE_SHARES, 2 * len(self._shares))
-        share = self._shares[head.by_name.get(TENANT, b"")] = self._bodies.share()
-        return share
+    def _unread_share(self, number: int) -> Share:
+        """Return the share of a tenant behind Envoy, or of the connection."""
+        stream = self._streams.get(number)
+        if stream is None or stream.client is None:
+            return self._unread_of_connection
+        return self._memory.unread_of_tenants.of(stream.head.by_name.get(TENANT, b""))
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
-        held = [(tenant.decode("latin-1"), share.held) for tenant, share in self._shares.items() if share.held]
-        return [*held, ("", self._later_share.held)] if self._later else held
+        """Yield what requests that no Envoy forwards hold; `Memory` has the others."""
+        return self._tenants.held_by_tenant()
 
     def return_credit(self, size: int) -> None:
         """Give back flow-control credit of the connection; a negative `size` keeps it."""

@@ -158,7 +158,7 @@ class ServerStream:
         self._unreturned = 0
         self.withheld = self.moved = self.idle_ticks = 0
         self.share = share
-        """Share of the memory for requests that the request's tenant has on its connection."""
+        """Share of the memory for requests that the request's tenant has, behind Envoy, or else on its connection."""
         self.held = self.least_held = size
         """Bytes that the share counts for this request, and those of them from its beginning. Both 0 after its end."""
         self.number = number

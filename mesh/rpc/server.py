@@ -176,7 +176,8 @@ class Server:
         from mesh.metrics import process, spans
 
         accounts = {"requests": self.memory.bodies, "responses": self.memory.unread}
-        holders = [*(listener.held_by_tenant for listener in self._listeners), *self._holders]
+        listeners = (listener.held_by_tenant for listener in self._listeners)
+        holders = [self.memory.held_by_tenant, *listeners, *self._holders]
         sources = (process.source(__version__, self._stalls, accounts, holders), *self._sources)
         if self._metrics is not None:
             from mesh.metrics.exposition import metrics_endpoint

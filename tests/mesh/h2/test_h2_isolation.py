@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.h2 import connections, frames, server_connection
+from mesh.h2 import connections, frames, memory_account, server_connection
 from mesh.h2.bursts import Bursts
 from mesh.h2.frames import Reason
 from mesh.h2.memory_account import MemoryAccount
@@ -334,19 +334,19 @@ async def test_streams_that_send_nothing_are_bounded_with_their_headers():
 
 
 async def test_many_tenants_on_a_connection_cost_no_more_than_their_number(monkeypatch):
-    monkeypatch.setattr(server_connection, "_MAX_IDLE_SHARES", 64)
+    monkeypatch.setattr(memory_account, "_MAX_IDLE_SHARES", 64)
     async with serving() as front, front.peer() as peer:
         for n in range(300):
             peer.open(STREAM, ("x-shoal-tenant", str(n)))
         peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
         await peer.until(frames.PING)
-        shares = max((c._shares for c in front.server._listeners[0]._connections), key=len)
+        shares = max((c._tenants.by_tenant for c in front.server._listeners[0]._connections), key=len)
         assert len(shares) == 300
         for n in range(300):
             peer.send(frames.rst_stream(1 + 2 * n, Reason.CANCEL))
         for n in range(300, 900):
             assert await peer.status(peer.call(ECHO, b"x", ("x-shoal-tenant", str(n)))) == 0
-        shares = max((c._shares for c in front.server._listeners[0]._connections), key=len)
+        shares = max((c._tenants.by_tenant for c in front.server._listeners[0]._connections), key=len)
         assert len(shares) <= 600
 
 
@@ -563,7 +563,8 @@ class Transport:
 
 
 def sender_of(account: MemoryAccount, bursts: Bursts | None = None) -> tuple[Sender, Transport]:
-    sender, transport = Sender(lambda number, reason: None, account.share(), bursts), Transport()
+    share = account.share()
+    sender, transport = Sender(lambda number, reason: None, lambda number: share, bursts), Transport()
     sender.attach(transport)
     return sender, transport
 

@@ -112,12 +112,12 @@ class Transport:
 class Front:
     """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so.
 
-    With `is_shared`, it is that of an Envoy, and each call waits for its start.
+    With `is_shared`, it is that of an Envoy, and each call waits for its start. Several may share `memory`.
     """
 
-    def __init__(self, limit: int = LIMIT, *, is_shared: bool = False) -> None:
+    def __init__(self, limit: int = LIMIT, *, is_shared: bool = False, memory: Memory | None = None) -> None:
         self.calls: list[Any] = []
-        self.memory = Memory(limit, limit)
+        self.memory = Memory(limit, limit) if memory is None else memory
         self.memory.starts = Starts(map(float, count()).__next__)
         self._is_shared = is_shared
         slow = grpc.unary_unary_rpc_method_handler(self._slow, bytes, bytes)
@@ -148,13 +148,18 @@ class Front:
             self.connection.data_received(data)
 
     def open(self, path: str, tenant: str = "", encoding: str = "identity") -> int:
+        number = self.next
+        self.feed(self.opening(path, tenant, encoding))
+        return number
+
+    def opening(self, path: str, tenant: str, encoding: str = "identity") -> bytes:
+        """Return the frame that opens the next stream."""
         number, self.next = self.next, self.next + 2
         head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), ("grpc-encoding", encoding)]
         head += [("grpc-timeout", "20S")] if number % 4 == 1 else []
         head += [("x-shoal-tenant", tenant)] if tenant else []
         head += [(CONNECTION_HEADER, str(number % 3))] if self._is_shared else []
-        self.feed(frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head)))
-        return number
+        return frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head))
 
     def data(self, number: int, payload: bytes, *, is_end: bool) -> None:
         for at in range(0, len(payload) or 1, 16_384):
@@ -266,7 +271,8 @@ async def play(steps: list[Any], *, is_shared: bool) -> None:
                 await front.settle()
         memory = front.memory
         held = sum(stream.held for stream in connection._streams.values())
-        assert memory.bodies.held == held == sum(share.held for share in connection._shares.values())
+        tenants = memory.tenants if is_shared else connection._tenants
+        assert memory.bodies.held == held == sum(share.held for share in tenants.by_tenant.values())
         assert 0 <= held <= memory.bodies.limit
         waiting = sum(outgoing.size for outgoing in connection._sender._waiting.values())
         assert memory.unread.held == waiting + connection._unread._counted >= 0
@@ -301,3 +307,83 @@ def test_every_way_to_end_returns_what_was_held(steps, is_shared):
         asyncio.run(play(steps, is_shared=is_shared))
     finally:
         server_connection.log.setLevel(log_level)
+
+
+def envoys_connections() -> list[Front]:
+    """Connections of an Envoy with four threads and two priorities."""
+    memory = Memory(LIMIT, LIMIT)
+    memory.starts = Starts(map(float, count()).__next__)
+    return [Front(is_shared=True, memory=memory) for _ in range(8)]
+
+
+async def end(fronts: list[Front]) -> None:
+    for front in fronts:
+        front.connection.connection_lost(None)
+        await front.settle()
+        await asyncio.gather(*front.app.tasks, return_exceptions=True)
+        front.app.threads.close()
+    assert (fronts[0].memory.bodies.held, fronts[0].memory.unread.held) == (0, 0)
+
+
+async def test_a_tenant_has_one_share_of_requests_over_all_connections_of_an_envoy():
+    fronts = envoys_connections()
+    bodies = fronts[0].memory.bodies
+    for _ in range(4):
+        for front in fronts:
+            front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 8], is_end=False)
+    assert LIMIT // 2 < bodies.held <= LIMIT * 2 // 3
+    # New requests may take more. Their headers are read in turn.
+    for _ in range(20):
+        for front in fronts:
+            front.open(STREAM, "hog")
+        await front.settle()
+    assert LIMIT * 2 // 3 < bodies.held <= LIMIT * 8 // 9
+    assert dict(fronts[0].memory.held_by_tenant()) == {"hog": bodies.held}
+    refused = bodies.refused
+    other = fronts[3]
+    # It takes twice its size: the body, and the message.
+    other.data(other.open(FAST, "other"), framed(bytes(LIMIT // 32)), is_end=True)
+    await other.settle()
+    assert len(other.calls) == 1
+    assert bodies.refused == refused > 0
+    await end(fronts)
+
+
+async def test_a_tenant_has_one_share_of_unread_responses_over_all_connections_of_an_envoy():
+    fronts = envoys_connections()
+    unread = fronts[0].memory.unread
+    for front in fronts:
+        front.feed(frames.settings({frames.WINDOW_SIZE: 0}))
+        for _ in range(2):
+            front.data(front.open(FAST, "hog"), framed(b"x"), is_end=True)
+        await front.settle()
+        for call in front.calls:
+            call.reply((bytes(LIMIT // 8),), LIMIT // 8)
+    assert LIMIT // 2 < unread.held <= LIMIT * 2 // 3
+    # Small responses may take more.
+    for front in fronts:
+        front.data(front.open(FAST, "hog"), framed(b"x"), is_end=True)
+        await front.settle()
+        front.calls[-1].reply((bytes(LIMIT // 32),), LIMIT // 32)
+    held = unread.held
+    assert LIMIT * 2 // 3 < held <= LIMIT * 8 // 9
+    other = fronts[3]
+    number = other.open(FAST, "other")
+    other.data(number, framed(b"x"), is_end=True)
+    await other.settle()
+    other.calls[-1].reply((bytes(LIMIT // 16),), LIMIT // 16)
+    assert unread.held - held == LIMIT // 16 + 5
+    assert other.connection._sender.has_unsent(number)
+    await end(fronts)
+
+
+async def test_requests_whose_headers_wait_have_one_share_over_all_connections_of_an_envoy():
+    fronts = envoys_connections()
+    memory = fronts[0].memory
+    for front in fronts:
+        # The first request shows that this is an Envoy's connection; of those that follow, few are decoded at once.
+        front.open(STREAM, "first")
+        front.feed(b"".join(front.opening(STREAM, "v" * 1_000 + str(n)) for n in range(40)))
+    assert LIMIT // 2 < memory.later.held <= LIMIT * 2 // 3
+    assert ("", memory.later.held) in set(memory.held_by_tenant())
+    await end(fronts)
