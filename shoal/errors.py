@@ -23,6 +23,7 @@ to the same class.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from enum import IntEnum
@@ -157,6 +158,15 @@ def retry_after_of(trailing: Iterable[tuple[str, str | bytes]]) -> int | None:
         if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
             return min(int(value[:10]), _LONGEST_WAIT_MS)
     return None
+
+
+def retry_metadata(error: ShoalError) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata that says when to retry: in milliseconds, and in whole seconds for HTTP.
+
+    The second is a header of JSON calls, which a gateway transcodes (RFC 9110, section 10.2.3).
+    """
+    wait_ms = error.retry_after_ms
+    return () if wait_ms is None else ((RETRY_AFTER_KEY, str(wait_ms)), ("retry-after", str(math.ceil(wait_ms / 1000))))
 
 
 def trace_of(trailing: Iterable[tuple[str, str | bytes]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from mesh.rpc.auditing import Auditing
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.framing import no_memory
 from mesh.rpc.grpc_app import GrpcApp
-from shoal.errors import NotFound, ShoalError
+from shoal.errors import NotFound, ShoalError, retry_metadata
 
 Operation = Callable[[RestCall], Any]
 """Coroutine function of an operation; it returns a Reply, or Events."""
@@ -107,15 +107,19 @@ class RestApp:
     def reject(self, stream: ServerStream) -> None:
         """Respond to a call for which there is no memory."""
         error = no_memory()
-        _refuse(stream, HTTP_STATUS[error.code], error.message, str(error.retry_after_ms))
+        _refuse(stream, HTTP_STATUS[error.code], error.message, retry_metadata(error))
 
 
 def _refuse(
-    stream: ServerStream, status: int, message: str, retry_after_ms: str | None = None, methods: Sequence[str] = ()
+    stream: ServerStream,
+    status: int,
+    message: str,
+    trailing: Iterable[tuple[str, str]] = (),
+    methods: Sequence[str] = (),
 ) -> None:
     body = error_body(message)
-    fields = [(b"content-type", JSON), *error_fields(status, retry_after_ms), (b"content-length", b"%d" % len(body))]
+    fields = [(b"content-type", JSON), *error_fields(status, trailing), (b"content-length", b"%d" % len(body))]
     if methods:
         fields.append((b"allow", ", ".join(methods).encode()))
-    # A client ends the stream, and Envoy the connection, at a body that follows the head (RFC 9110, section 9.3.2).
+    # As in RestCall: no body follows the head.
     stream.respond(stream.encode_head(status, fields), b"" if stream.head.method == "HEAD" else body)

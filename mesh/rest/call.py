@@ -56,7 +56,6 @@ from mesh.rpc.stream_memory import StreamMemory
 from mesh.rpc.tail_spans import MODEL, NO_ATTRIBUTES, Attributes
 from shoal.access.audit import AUDITED
 from shoal.errors import (
-    RETRY_AFTER_KEY,
     TRACE_KEY,
     Code,
     DeadlineExceeded,
@@ -517,7 +516,11 @@ class RestCall(StreamMemory):
         if not stream.has_room(len(body)):
             raise unread()
         self.is_over = True
-        stream.respond(_encoded_head(stream, status, content_type, fields or (), len(body)), body)
+        stream.respond(_encoded_head(stream, status, content_type, fields or (), len(body)), self._sent(body))
+
+    def _sent(self, body: bytes) -> bytes:
+        """Return what follows a head: a client ends the stream, and Envoy the connection, at a body after HEAD."""
+        return b"" if self._stream.head.method == "HEAD" else body
 
     async def _stream_events(self, events: Events) -> None:
         stream = self._stream
@@ -563,12 +566,11 @@ class RestCall(StreamMemory):
             return
         body = self.error_document(code, message)
         http_status = HTTP_STATUS[code]
-        fields = error_fields(http_status, dict(trailing).get(RETRY_AFTER_KEY))
-        fields += [(name.encode(), value.encode()) for name, value in trailing if name != RETRY_AFTER_KEY]
+        fields = error_fields(http_status, trailing)
         if trace_id := self._trace_of(error, code, message, seconds, about):
             fields.append((TRACE_KEY.encode(), trace_id.encode()))
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
-        stream.respond(stream.encode_head(http_status, head), body)
+        stream.respond(stream.encode_head(http_status, head), self._sent(body))
 
     @property
     def _about(self) -> Attributes:
@@ -604,14 +606,11 @@ def error_body(message: str) -> bytes:
     return orjson.dumps({"error": message.encode(errors="replace").decode()})
 
 
-def error_fields(http_status: int, retry_after_ms: str | None) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an error's response."""
-    fields: list[tuple[bytes, bytes]] = []
+def error_fields(http_status: int, trailing: Iterable[tuple[str, str]] = ()) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an error's response; `trailing` is the metadata of its gRPC status."""
+    fields = [(name.encode(), value.encode()) for name, value in trailing]
     if http_status == 401:
         fields.append((b"www-authenticate", b"Bearer"))
-    if retry_after_ms is not None:
-        fields.append((RETRY_AFTER_KEY.encode(), retry_after_ms.encode()))
-        fields.append((b"retry-after", b"%d" % math.ceil(int(retry_after_ms) / 1000)))
     return fields
 
 

@@ -70,13 +70,13 @@ def _read(method: str, plain: str) -> Target:
         raise NotFound(f"no call {call}: no part of a path is empty, '.' or '..'")
     others: list[str] = []
     for found, values in rest_paths.found(segments):
-        if found.method == method:
+        if method in found.methods:
             version = values.pop("version", "")
             # As Triton: a version that is no number is no path.
             if version and not (version.isascii() and version.isdecimal()):
                 raise NotFound(f"no call {call}: the version of a model is a number")
             return Target(found.operation, found.rpc, values.pop("model", ""), version, values)
-        others.append(found.method)
+        others += found.methods
     if others:
         raise MethodNotAllowed(call, others)
     raise NotFound(f"no call {call}")

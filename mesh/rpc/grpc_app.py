@@ -21,7 +21,7 @@ from mesh.rpc.heavy_work import HeavyWork
 from mesh.rpc.limits import MESSAGE_BYTES
 from mesh.rpc.message_threads import MessageThreads
 from mesh.rpc.slow_call import SlowCall
-from shoal.errors import RETRY_AFTER_KEY, Code, ShoalError
+from shoal.errors import Code, ShoalError, retry_metadata
 
 _UNSUPPORTED = response_head(415, [(b"content-type", b"text/plain")])
 _UNSUPPORTED_TEXT = b"this is a gRPC server: content-type application/grpc\n"
@@ -42,9 +42,7 @@ _NO_MEMORY = response_head(
     200,
     [
         status.CONTENT_TYPE,
-        *status.trailers(
-            _NO_MEMORY_ERROR.code, _NO_MEMORY_ERROR.message, ((RETRY_AFTER_KEY, str(_NO_MEMORY_ERROR.retry_after_ms)),)
-        ),
+        *status.trailers(_NO_MEMORY_ERROR.code, _NO_MEMORY_ERROR.message, retry_metadata(_NO_MEMORY_ERROR)),
     ],
 )
 

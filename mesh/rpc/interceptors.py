@@ -23,7 +23,6 @@ from mesh.rpc.access import Access, tenant_of
 from mesh.rpc.client.request import trace_metadata
 from shoal.access.caller_header import CALLER_HEADER
 from shoal.errors import (
-    RETRY_AFTER_KEY,
     TRACE_KEY,
     Code,
     ResourceExhausted,
@@ -31,6 +30,7 @@ from shoal.errors import (
     Unimplemented,
     from_status,
     retry_after_of,
+    retry_metadata,
     trace_of,
 )
 from shoal.tenant_header import TENANT_HEADER
@@ -65,8 +65,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """Return the gRPC status code, message and trailing metadata that a caller receives for `error`."""
     if isinstance(error, ShoalError):
-        trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
-        return _STATUS[int(error.code)], _truncated(error.message), trailing + error.trailing
+        return _STATUS[int(error.code)], _truncated(error.message), retry_metadata(error) + error.trailing
     return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
 
 

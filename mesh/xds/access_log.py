@@ -43,8 +43,10 @@ _STATUS = "grpc-status"
 _MESSAGE = "grpc-message"
 _TRACE = "traceparent"
 _UNKNOWN_PATH = "another path"
-# Envoy's word for a response over REST whose text is in its body, which is not logged.
-_REASONS = {"via_upstream": "refused by the service"}
+# Envoy's word for a response of a service. Over REST its text, which names the model, is in its body, which is not
+# logged.
+_BY_SERVICE = "via_upstream"
+_REASONS = {_BY_SERVICE: "refused by the service"}
 # W3C Trace Context, version 00.
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-")
 _REFUSED_HTTP = {401: Code.UNAUTHENTICATED, 403: Code.PERMISSION_DENIED}
@@ -137,10 +139,13 @@ class RefusedCalls(CountedEvents):
             with suppress(ShoalError):
                 caller = self._access.identify(headers[CALLER_HEADER].encode("latin-1", "replace"))
         details = response.response_code_details if response is not None else ""
+        rpc, model = self._call(method, path)
         event = Event(
             kind=REFUSAL,
             address=_address(common),
-            rpc=self._rpc(method, path),
+            rpc=rpc,
+            # Callers whom the gateway refuses may name any.
+            target=model if details == _BY_SERVICE else "",
             code=int(code),
             reason=unquote(answer.get(_MESSAGE, "")) or _REASONS.get(details, details),
             trace_id=_trace_id(headers.get(_TRACE, "")),
@@ -150,14 +155,18 @@ class RefusedCalls(CountedEvents):
             event = replace(event, tenant=caller.tenant, subject=caller.subject, role=caller.role, key=caller.key)
         return event.checked()
 
-    def _rpc(self, method: str, path: str) -> str:
-        """Return the RPC of a path of gRPC, REST or JSON. Callers choose other paths, which are one for all."""
+    def _call(self, method: str, path: str) -> tuple[str, str]:
+        """Return the RPC of a path of gRPC, REST or JSON, and the model that a path of REST names.
+
+        Callers choose other paths, which are one for all.
+        """
         if path in GROUP_OF:
-            return path
-        for one, _ in rest_paths.found(tuple(map(unquote, path.split("/")[1:]))):
-            if one.method == method:
-                return one.rpc
-        return next((rpc for verb, form, rpc in self._json if verb == method and form.fullmatch(path)), _UNKNOWN_PATH)
+            return path, ""
+        for one, values in rest_paths.found(tuple(map(unquote, path.split("/")[1:]))):
+            if method in one.methods:
+                return one.rpc, values.get("model", "")
+        rpcs = (rpc for verb, form, rpc in self._json if verb == method and form.fullmatch(path))
+        return next(rpcs, _UNKNOWN_PATH), ""
 
 
 def _trace_id(traceparent: str) -> str:

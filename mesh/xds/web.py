@@ -36,8 +36,8 @@ _ALLOWED_HEADERS = (
 )
 # Without it, a page cannot read the status of a call.
 _EXPOSED_HEADERS = (
-    "grpc-status,grpc-message,inference-header-content-length,location,preference-applied,retry-after-ms,shoal-trace,"
-    "x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset"
+    "grpc-status,grpc-message,inference-header-content-length,location,preference-applied,retry-after,retry-after-ms,"
+    "shoal-trace,x-ratelimit-limit,x-ratelimit-remaining,x-ratelimit-reset"
 )
 _OTHER_NAME = "this server has another name: call it by its address, or add the name to 'hosts' of its policy"
 # A browser asks again after so many seconds: the longest time for which it believes an origin that was removed.

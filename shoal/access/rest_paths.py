@@ -35,6 +35,11 @@ class RestPath:
         return tuple(self.template.split("/")[1:])
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods of its requests. HEAD is GET without the body of the response (RFC 9110, section 9.3.2)."""
+        return ("GET", "HEAD") if self.method == "GET" and self not in STREAM_PATHS else (self.method,)
+
+    @property
     def pattern(self) -> str:
         """Regular expression of RE2 for the path of a request, with its query."""
         return re.sub(r"\{\w+\}", "[^/?]+", self.template) + r"(?:\?.*)?"

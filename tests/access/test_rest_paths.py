@@ -62,11 +62,19 @@ def test_the_error_says_what_is_wrong_with_a_path(path: str, said: str) -> None:
     assert caught.value.message == said
 
 
+def test_head_is_get_except_of_streams() -> None:
+    assert target.read("HEAD", "/v2/models/m?x=y") == target.read("GET", "/v2/models/m")
+    with pytest.raises(MethodNotAllowed, match=r"^no call HEAD /v2/models/m/infer: send it with POST$"):
+        target.read("HEAD", "/v2/models/m/infer")
+    with pytest.raises(MethodNotAllowed, match=r"^no call HEAD /shoal/v1/results:stream: send it with GET$"):
+        target.read("HEAD", "/shoal/v1/results:stream")
+
+
 def test_another_method_is_not_allowed_and_the_error_names_the_right_one() -> None:
-    with pytest.raises(MethodNotAllowed, match=r"^no call DELETE /v2/models/m: send it with GET$"):
+    with pytest.raises(MethodNotAllowed, match=r"^no call DELETE /v2/models/m: send it with GET or HEAD$"):
         target.read("DELETE", "/v2/models/m")
     # HTTP/2 bounds a method by the size of all headers only.
-    with pytest.raises(MethodNotAllowed, match=r"^no call M{20} /v2/models/m: send it with GET$"):
+    with pytest.raises(MethodNotAllowed, match=r"^no call M{20} /v2/models/m: send it with GET or HEAD$"):
         target.read("M" * 10_000, "/v2/models/m")
 
 

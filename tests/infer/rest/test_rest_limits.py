@@ -271,10 +271,25 @@ async def test_names_are_decoded_once_and_traversal_is_no_name(client: RawClient
     assert answer.status == PATHS[path]
 
 
+async def test_head_is_get_without_the_body(client: RawClient) -> None:
+    for path, status in (("/v2", 200), ("/v2/health/ready", 200), ("/v2/models/none/config", 404)):
+        got, headed = await client.request("GET", path), await client.request("HEAD", path)
+        assert (headed.status, headed.headers, headed.body) == (got.status, got.headers, b"")
+        assert status == got.status
+
+
 async def test_a_response_to_head_has_no_body_over_http_2(served: Serving) -> None:
     def call() -> None:
         with Connection(served.server.address) as one:
-            for path, status in (("/v2/health/ready", 405), ("/v2/none", 404), (INFER, 415)):
+            for path, status in (
+                ("/v2", 200),
+                ("/v2/health/ready", 200),
+                ("/v2/models/double/ready", 200),
+                ("/v2/models/none/ready", 400),
+                ("/v2/models/double/infer", 405),
+                ("/v2/none", 404),
+                (INFER, 415),
+            ):
                 answer = one.call(path=path, change={":method": "HEAD", "content-type": None})
                 assert (answer.http_status, answer.data, answer.reset, answer.is_cut) == (status, b"", None, False)
 

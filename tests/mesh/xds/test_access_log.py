@@ -57,17 +57,22 @@ def refused(
 
 
 @pytest.mark.parametrize(
-    ("details", "reason"),
-    [("via_upstream", "refused by the service"), ("rbac_access_denied[revoked]", "rbac_access_denied[revoked]")],
+    ("details", "reason", "target"),
+    [
+        ("via_upstream", "refused by the service", "a/b"),
+        # The gateway knows no model, and its callers may name any.
+        ("rbac_access_denied[revoked]", "rbac_access_denied[revoked]", ""),
+    ],
 )
-async def test_a_refusal_without_a_message_has_a_reason(
-    calls: RefusedCalls, log: Log, details: str, reason: str
+async def test_a_refusal_without_a_message_has_a_reason_and_the_model_that_a_service_refused(
+    calls: RefusedCalls, log: Log, details: str, reason: str, target: str
 ) -> None:
     response = {"response_code": 403, "response_code_details": details}
-    request = {"path": "/v2/models/m/infer", "request_method": "POST"}
+    request = {"path": "/v2/models/a%2Fb/infer", "request_method": "POST"}
     calls.count(HttpAccessLogEntry.from_dict({"request": request, "response": response}))
     await calls.write()
-    assert [(event.rpc, event.code, event.reason) for event in log.events] == [(INFER, 7, reason)]
+    found = [(event.rpc, event.code, event.reason, event.target) for event in log.events]
+    assert found == [(INFER, 7, reason, target)]
 
 
 @pytest.fixture

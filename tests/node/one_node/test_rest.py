@@ -78,6 +78,7 @@ def test_statistics_are_those_of_all_replicas(running: Node) -> None:
 def test_operations_and_errors(running: Node) -> None:
     assert call(running, "GET", "/v2/health/live") == (200, {"live": True})
     assert call(running, "GET", "/v2/health/ready") == (200, {"ready": True})
+    assert call(running, "HEAD", "/v2/health/ready") == (200, None)
     assert call(running, "GET", "/v2/models/double/ready") == (200, None)
     assert call(running, "GET", "/v2/models/double?x=y")[1]["name"] == "double"
     assert {row["name"] for row in call(running, "POST", "/v2/repository/index")[1]} == {"double", "slow"}
