@@ -32,9 +32,12 @@ BEGIN_FACTOR = 8
 room beside large ones."""
 
 
-# Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB, and an Envoy carries the calls
-# of all tenants.
+# Shares of tenants that hold nothing are dropped beyond this number. Each takes 0.2 kB and its name, and an Envoy
+# carries the calls of all tenants.
 _MAX_IDLE_SHARES = 1024
+
+# Tenants with longer names have one share together: without a policy, a client may send any name.
+_MAX_NAME, _LONG_NAMES = 256, b"(long names)"
 
 
 def leaves_room(held: int, size: int, free: int) -> bool:
@@ -114,6 +117,8 @@ class TenantShares:
     def open(self, tenant: bytes) -> Share:
         """Open the share of a tenant that has none."""
         shares = self.by_tenant
+        if len(tenant) > _MAX_NAME:
+            return self.of(_LONG_NAMES)
         if len(shares) >= self._most:
             for idle in [name for name, share in shares.items() if not share.held]:
                 del shares[idle]

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 # Acknowledgements of PING and SETTINGS that a peer may leave unread: each of them costs memory.
 _MAX_UNREAD = 1000
 
-# A response of so many bytes finds room beside large ones of other callers on the connection. Mostly it waits for its
+# A response of so many bytes finds room beside large ones of its tenant, or of its connection. Mostly it waits for its
 # turn only: a stream of Envoy has a window for it.
 _SMALL_RESPONSE = 64 << 10
 
@@ -335,6 +335,9 @@ class Sender:
         if outgoing is None:
             outgoing = self._waiting[number] = Outgoing(self._share_of(number))
         if data:
+            # A share that holds nothing may have been dropped.
+            if not outgoing.size:
+                outgoing.share = self._share_of(number)
             outgoing.chunks.append(memoryview(data))
             outgoing.size += len(data)
             outgoing.share.add(len(data))

@@ -86,7 +86,8 @@ class Memory:
     """State that connections of one server share: header cache, memory accounts, turns to read, start and write.
 
     An Envoy opens a connection for each of its threads and priorities, and each carries the calls of all tenants. So a
-    tenant behind Envoy has one share of each account, over all of them.
+    tenant behind Envoy has one share of each account, over all of them; so have all clients without a tenant. Calls
+    that services make for themselves have shares of their connections.
     """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
@@ -101,7 +102,7 @@ class Memory:
         self.starts = Starts()
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
-        """Yield the bytes that forwarded requests of a tenant hold; "" for those that name none."""
+        """Yield the bytes that requests of a tenant behind Envoy hold; "" for those that name none."""
         yield from self.tenants.held_by_tenant()
         if self.later.held:
             yield "", self.later.held
@@ -145,7 +146,7 @@ class ServerConnection(Peer):
         # Requests of a shared connection that began in a task since it was last given a turn, or data: with their
         # headers, and when they were whole.
         self._tasks_begun = self._tasks_started = 0
-        # Tenants of requests that no Envoy forwards.
+        # Tenants of direct clients, and calls of services without a tenant.
         self._tenants = TenantShares(memory.bodies)
         self._streams: dict[int, ServerStream] = {}
         # Credit of the bodies, when the peer is at a unix socket: such peers are Envoys.
@@ -175,6 +176,7 @@ class ServerConnection(Peer):
             self.peer = (str(peer[0]), int(peer[1]))
         else:
             self.peer, self._credits, self._stream_window = ("unix", 0), Credits(), SHARED_WINDOW
+            self._unread.is_closed_for_room = False
         if not admit(self, self._connections):
             self._transport.abort()
             return
@@ -310,13 +312,16 @@ class ServerConnection(Peer):
             return
         is_ended = flags & END_STREAM != 0
         self._newest = number
+        tenant, tenants, client = block.by_name.get(TENANT, b""), self._tenants, None
         # Only an Envoy speaks for others.
-        client = self._decoder.connection if self._credits is not None else None
-        tenants = self._tenants
-        if client is not None:
-            tenants, self._is_shared = self._memory.tenants, True
+        if self._credits is not None:
+            client = self._decoder.connection
+            if client is not None:
+                self._is_shared = True
+            if tenant or client is not None:
+                tenants = self._memory.tenants
+        account = self._bodies
         # As `TenantShares.of` and `Share.add`: the common case calls no function.
-        tenant, account = block.by_name.get(TENANT, b""), self._bodies
         share = tenants.by_tenant.get(tenant) or tenants.open(tenant)
         size = STREAM_BYTES + block.list_bytes
         has_room = share.held + size <= BEGIN_FACTOR * (account.limit - account.held - size)
@@ -522,12 +527,15 @@ class ServerConnection(Peer):
     def _unread_share(self, number: int) -> Share:
         """Return the share of a tenant behind Envoy, or of the connection."""
         stream = self._streams.get(number)
-        if stream is None or stream.client is None:
+        if stream is None or self._credits is None:
             return self._unread_of_connection
-        return self._memory.unread_of_tenants.of(stream.head.by_name.get(TENANT, b""))
+        tenant = stream.head.by_name.get(TENANT, b"")
+        if not tenant and stream.client is None:
+            return self._unread_of_connection
+        return self._memory.unread_of_tenants.of(tenant)
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
-        """Yield what requests that no Envoy forwards hold; `Memory` has the others."""
+        """Yield what requests hold that have shares of the connection; `Memory` has the others."""
         return self._tenants.held_by_tenant()
 
     def return_credit(self, size: int) -> None:

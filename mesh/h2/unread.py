@@ -16,6 +16,10 @@ TICK_S, MAX_TICKS = 5.0, 6
 class Unread:
     """Bytes that wait in the transport of one connection. `share` is the connection's share of the account."""
 
+    is_closed_for_room = True
+    """The connection is closed when the account is over its limit. False for an Envoy: it has few connections, which
+    carry the calls of all its clients, and what they write at a time is bounded."""
+
     def __init__(self, account: MemoryAccount) -> None:
         self._account = account
         self.share = account.share()
@@ -27,10 +31,10 @@ class Unread:
         self.count(self._bytes, transport)
 
     def count(self, size: int, transport: asyncio.WriteTransport) -> None:
-        """Count `size` bytes as waiting. Close the connection when the account is over its limit."""
+        """Count `size` bytes as waiting. Close the connection when the account is over its limit, unless it is kept."""
         added, self._counted = size - self._counted, size
         self.share.add(added)
-        if added > 0 and self._account.held > self._account.limit:
+        if added > 0 and self._account.held > self._account.limit and self.is_closed_for_room:
             log.warning(
                 "a connection is closed: its peer does not read, and %(bytes)d bytes find no room",
                 {"event": "connection.no_room_for_responses", "bytes": size},

@@ -42,7 +42,8 @@ HELD_BY = Family(
     "shoal.connection.memory.tenant",
     Kind.GAUGE,
     "By",
-    "Bytes that requests of a tenant hold until they are answered: the 50 tenants with the most, else `other`.",
+    "Bytes that requests of a tenant hold until they are answered: the 50 tenants with the most, else `other`. Callers "
+    "of an issuer with a fixed tenant are under the issuer.",
     ("tenant",),
 )
 REFUSED = Family(

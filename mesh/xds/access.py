@@ -192,7 +192,9 @@ def _provider(issuer: Issuer, *, has_subject: bool, is_seen: bool = False) -> di
         ISSUER_HEADER: "iss",
         KEY_HEADER: claims.key,
         ROLE_HEADER: None if issuer.role else claims.role,
-        TENANT_HEADER: None if issuer.tenant else claims.tenant,
+        # No claim names a fixed tenant, which services take from the policy. Shares of time and memory go by the
+        # header, before the caller is known, and so by the issuer.
+        TENANT_HEADER: "iss" if issuer.tenant else claims.tenant,
         SUBJECT_HEADER: claims.subject if has_subject else None,
         _UNSEEN_HEADER: None if is_seen else "iss",
     }

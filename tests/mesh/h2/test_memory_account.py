@@ -11,12 +11,13 @@ from typing import Any
 
 import grpc
 import hpack
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mesh.h2 import frames, server_connection
+from mesh.h2 import frames, memory_account, server_connection
 from mesh.h2.frames import Reason
-from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount
+from mesh.h2.memory_account import BODY_BYTES, UNREAD_BYTES, MemoryAccount, TenantShares
 from mesh.h2.peer import CREDIT
 from mesh.h2.server_connection import Memory, ServerConnection
 from mesh.h2.starts import Starts
@@ -109,6 +110,27 @@ class Transport:
     abort = close
 
 
+def ticking(memory: Memory) -> Memory:
+    """Return `memory`, with a clock for which each start takes long."""
+    memory.starts = Starts(map(float, count()).__next__)
+    return memory
+
+
+def shares_hold(*fronts: Front) -> tuple[int, int]:
+    """Return what the shares hold, of requests and of unread responses; none of them less than nothing.
+
+    Args:
+        fronts: all connections with one Memory.
+    """
+    memory, connections = fronts[0].memory, [front.connection for front in fronts]
+    bodies, unread = [memory.later], [connection._unread.share for connection in connections]
+    for tenants in (memory.tenants, *(connection._tenants for connection in connections)):
+        bodies += tenants.by_tenant.values()
+    unread += memory.unread_of_tenants.by_tenant.values()
+    assert min(share.held for share in (*bodies, *unread)) >= 0
+    return sum(share.held for share in bodies), sum(share.held for share in unread)
+
+
 class Front:
     """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so.
 
@@ -117,8 +139,7 @@ class Front:
 
     def __init__(self, limit: int = LIMIT, *, is_shared: bool = False, memory: Memory | None = None) -> None:
         self.calls: list[Any] = []
-        self.memory = Memory(limit, limit) if memory is None else memory
-        self.memory.starts = Starts(map(float, count()).__next__)
+        self.memory = ticking(Memory(limit, limit)) if memory is None else memory
         self._is_shared = is_shared
         slow = grpc.unary_unary_rpc_method_handler(self._slow, bytes, bytes)
         stream = grpc.stream_stream_rpc_method_handler(self._stream, bytes, bytes)
@@ -158,7 +179,8 @@ class Front:
         head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), ("grpc-encoding", encoding)]
         head += [("grpc-timeout", "20S")] if number % 4 == 1 else []
         head += [("x-shoal-tenant", tenant)] if tenant else []
-        head += [(CONNECTION_HEADER, str(number % 3))] if self._is_shared else []
+        # Some are calls of services.
+        head += [(CONNECTION_HEADER, str(number % 3))] if self._is_shared and number % 5 != 2 else []
         return frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head))
 
     def data(self, number: int, payload: bytes, *, is_end: bool) -> None:
@@ -271,8 +293,8 @@ async def play(steps: list[Any], *, is_shared: bool) -> None:
                 await front.settle()
         memory = front.memory
         held = sum(stream.held for stream in connection._streams.values())
-        tenants = memory.tenants if is_shared else connection._tenants
-        assert memory.bodies.held == held == sum(share.held for share in tenants.by_tenant.values())
+        assert memory.bodies.held == held
+        assert shares_hold(front) == (held, memory.unread.held)
         assert 0 <= held <= memory.bodies.limit
         waiting = sum(outgoing.size for outgoing in connection._sender._waiting.values())
         assert memory.unread.held == waiting + connection._unread._counted >= 0
@@ -288,7 +310,7 @@ async def play(steps: list[Any], *, is_shared: bool) -> None:
     await front.settle()
     assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
     await asyncio.gather(*front.app.tasks, return_exceptions=True)
-    assert (front.memory.bodies.held, front.memory.unread.held) == (0, 0)
+    assert (front.memory.bodies.held, front.memory.unread.held) == shares_hold(front) == (0, 0)
     front.app.threads.close()
 
 
@@ -300,6 +322,10 @@ async def play(steps: list[Any], *, is_shared: bool) -> None:
 @example([("open", SLOW, "", "gzip"), ("message", 0, 400_000, True, True), ("settle",)], False)
 @example([("open", FAST, "a", "identity"), ("message", 0, 9_000, True, False), ("reset", 0), ("settle",)], True)
 @example([("open", FAST, "a", "identity"), ("message", 0, 9_000, True, False), ("settle",), ("reply", 0, 9)], True)
+@example(
+    [("open", FAST, "a", "identity"), ("message", 0, 9, True, False), ("settle",), ("reply", 0, 99_000), ("reset", 0)],
+    True,
+)
 def test_every_way_to_end_returns_what_was_held(steps, is_shared):
     log_level = server_connection.log.level
     server_connection.log.setLevel("CRITICAL")
@@ -311,8 +337,7 @@ def test_every_way_to_end_returns_what_was_held(steps, is_shared):
 
 def envoys_connections() -> list[Front]:
     """Connections of an Envoy with four threads and two priorities."""
-    memory = Memory(LIMIT, LIMIT)
-    memory.starts = Starts(map(float, count()).__next__)
+    memory = ticking(Memory(LIMIT, LIMIT))
     return [Front(is_shared=True, memory=memory) for _ in range(8)]
 
 
@@ -322,6 +347,7 @@ async def end(fronts: list[Front]) -> None:
         await front.settle()
         await asyncio.gather(*front.app.tasks, return_exceptions=True)
         front.app.threads.close()
+        assert shares_hold(*fronts) == (front.memory.bodies.held, front.memory.unread.held)
     assert (fronts[0].memory.bodies.held, fronts[0].memory.unread.held) == (0, 0)
 
 
@@ -387,3 +413,82 @@ async def test_requests_whose_headers_wait_have_one_share_over_all_connections_o
     assert LIMIT // 2 < memory.later.held <= LIMIT * 2 // 3
     assert ("", memory.later.held) in set(memory.held_by_tenant())
     await end(fronts)
+
+
+async def test_calls_that_services_make_for_a_tenant_count_in_its_share():
+    fronts = envoys_connections()
+    for has_connection in (True, False):
+        for front in fronts:
+            front._is_shared = has_connection
+            for _ in range(8):
+                front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 32], is_end=False)
+    assert LIMIT // 2 < fronts[0].memory.bodies.held <= LIMIT * 2 // 3
+    await end(fronts)
+
+
+async def unread_responses(front: Front, tenant: str, size: int) -> None:
+    """Let `tenant` have as many responses of `size` bytes that wait as its share allows."""
+    while True:
+        number = front.open(FAST, tenant)
+        front.data(number, framed(b"x"), is_end=True)
+        await front.settle()
+        front.calls[-1].reply((bytes(size),), size)
+        if not front.connection._sender.has_unsent(number):
+            return
+
+
+async def test_a_direct_client_takes_nothing_from_the_share_of_a_tenant_that_it_names():
+    behind, direct = envoys_connections()[:2]
+    direct.connection._credits = None
+    for front in (behind, direct):
+        front.feed(frames.settings({frames.WINDOW_SIZE: 0}))
+    await unread_responses(direct, "victim", LIMIT // 8)
+    memory = behind.memory
+    assert memory.unread.held == direct.connection._unread.share.held > LIMIT // 2
+    assert not memory.unread_of_tenants.by_tenant
+    held = memory.unread.held
+    number = behind.open(FAST, "victim")
+    behind.data(number, framed(b"x"), is_end=True)
+    await behind.settle()
+    behind.calls[-1].reply((bytes(LIMIT // 8),), LIMIT // 8)
+    assert memory.unread.held - held == LIMIT // 8 + 5
+    await end([behind, direct])
+
+
+@pytest.mark.parametrize("is_envoy", [True, False])
+async def test_without_room_an_envoys_connection_that_pauses_is_kept_and_a_direct_clients_is_closed(is_envoy, caplog):
+    hog, other = envoys_connections()[:2]
+    hog.feed(frames.settings({frames.WINDOW_SIZE: 0}))
+    # Shares fill one after the other: many tenants leave next to nothing.
+    for tenant in "abcdef":
+        await unread_responses(hog, tenant, LIMIT // 32)
+        await unread_responses(hog, tenant, 1_000)
+    assert hog.memory.unread.limit - hog.memory.unread.held < LIMIT // 100
+    other.connection._unread.is_closed_for_room = not is_envoy
+    other.transport.buffered = LIMIT // 16
+    other.connection.pause_writing()
+    assert other.transport.is_closing() == ("find no room" in caplog.text) == (not is_envoy)
+    other.connection.resume_writing()
+    await end([hog, other])
+
+
+async def test_data_after_empty_data_that_waits_counts_in_the_share_that_the_tenant_has_then(monkeypatch):
+    monkeypatch.setattr(memory_account, "_MAX_IDLE_SHARES", 4)
+    (front,) = envoys_connections()[:1]
+    shares, sender = front.memory.unread_of_tenants, front.connection._sender
+    front.connection.pause_writing()
+    number = front.open(SLOW, "a")
+    sender.headers(number, b"")
+    sender.data(number, b"")
+    for n in range(8):
+        shares.of(b"%d" % n)
+    sender.data(number, bytes(1_000))
+    assert dict(shares.held_by_tenant()) == {"a": 1_000}
+    assert shares.of(b"a").held == 1_000
+    await end([front])
+
+
+def test_tenants_with_long_names_are_one():
+    shares = TenantShares(MemoryAccount(LIMIT))
+    assert shares.of(b"x" * 1_000) is shares.of(b"y" * 5_000) is not shares.of(b"x" * 256)
+    assert max(map(len, shares.by_tenant)) == 256

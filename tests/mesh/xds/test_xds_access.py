@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 
-from mesh.cluster.membership import Instance
+from mesh.cluster.membership import Instance, State
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from mesh.xds import access
@@ -157,6 +158,33 @@ async def test_keys_of_a_cluster_are_verified_and_must_name_their_signer(gateway
     # The second of two tokens has no id.
     both = [f"{scheme} {key(signer).text}", f"{scheme} {signed(signer, kid=None, role=None, jti=None)}"]
     assert await gateway.answer(*both) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+async def test_services_tell_callers_of_issuers_with_fixed_tenants_apart_by_a_header() -> None:
+    seen: list[str] = []
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        seen.append(dict(context.invocation_metadata())["x-shoal-tenant"])
+        return b""
+
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    address = f"unix:{folder}/infer-0.sock"
+    async with AsyncExitStack() as stack:
+        methods = {MODEL_INFER: grpc.unary_unary_rpc_method_handler(answer, bytes, bytes)}
+        await (await stack.enter_async_context(Server(address, [], drain_ms=0, methods=methods))).serve()
+        gateway = Gateway(folder, (Instance("infer", "local", "infer-0", address, 1, State.READY, 1.0),))
+        await gateway.start(stack)
+        names = ("idp-a", "idp-b")
+        signers = [replace(tokens.create_signer(folder / f"{name}.json"), issuer=name) for name in names]
+        fixed = [issuer(one, tenant=tenant) for one, tenant in zip(signers, ("acme", "globex"), strict=True)]
+        made = policy(gateway.signer, issuers=[issuer(gateway.signer), *fixed])
+        gateway.source.access.set(gateway_access(made, AT_GATEWAY))
+        await until(lambda: _is(gateway, signers[1], "OK"), "the policy is in force")
+        seen.clear()
+        for signer in (*signers, gateway.signer):
+            assert await gateway.code(signer) == "OK"
+    shutil.rmtree(folder, ignore_errors=True)
+    assert seen == [*names, "acme"]
 
 
 async def test_ten_thousand_revoked_keys_are_in_force_soon(gateway: Gateway) -> None:
