@@ -357,6 +357,7 @@ async def test_a_tenant_has_one_share_of_requests_over_all_connections_of_an_env
     for _ in range(4):
         for front in fronts:
             front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 8], is_end=False)
+            await front.settle()
     assert LIMIT // 2 < bodies.held <= LIMIT * 2 // 3
     # New requests may take more. Their headers are read in turn.
     for _ in range(20):
@@ -422,6 +423,8 @@ async def test_calls_that_services_make_for_a_tenant_count_in_its_share():
             front._is_shared = has_connection
             for _ in range(8):
                 front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 32], is_end=False)
+            # Frames wait for a turn where the machine is slow.
+            await front.settle()
     assert LIMIT // 2 < fronts[0].memory.bodies.held <= LIMIT * 2 // 3
     await end(fronts)
 
