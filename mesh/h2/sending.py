@@ -64,9 +64,11 @@ class Outgoing:
 
     __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "moved", "on_sent", "share", "size")
 
-    def __init__(self, share: Share) -> None:
-        self.share = share
-        """Share of the memory in which `size` is counted."""
+    share: Share
+    """Share of the memory in which `size` is counted. It is set with the first data: one that holds nothing may have
+    been dropped."""
+
+    def __init__(self) -> None:
         self.chunks: deque[memoryview] = deque()
         self.size = 0
         """Bytes of the chunks."""
@@ -139,7 +141,8 @@ class Sender:
         self._window_changes.pop(number, None)
         outgoing = self._waiting.pop(number, None)
         if outgoing is not None:
-            outgoing.share.remove(outgoing.size)
+            if outgoing.size:
+                outgoing.share.remove(outgoing.size)
             outgoing.report_sent()
 
     def has_unsent(self, number: int) -> bool:
@@ -333,9 +336,8 @@ class Sender:
     ) -> None:
         outgoing = self._waiting.get(number)
         if outgoing is None:
-            outgoing = self._waiting[number] = Outgoing(self._share_of(number))
+            outgoing = self._waiting[number] = Outgoing()
         if data:
-            # A share that holds nothing may have been dropped.
             if not outgoing.size:
                 outgoing.share = self._share_of(number)
             outgoing.chunks.append(memoryview(data))

@@ -86,8 +86,8 @@ class Memory:
     """State that connections of one server share: header cache, memory accounts, turns to read, start and write.
 
     An Envoy opens a connection for each of its threads and priorities, and each carries the calls of all tenants. So a
-    tenant behind Envoy has one share of each account, over all of them; so have all clients without a tenant. Calls
-    that services make for themselves have shares of their connections.
+    tenant behind Envoy has one share of each account, over all of them, and all clients without a tenant have one
+    together. Calls that services make for themselves count in shares of the connection.
     """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
@@ -527,12 +527,11 @@ class ServerConnection(Peer):
     def _unread_share(self, number: int) -> Share:
         """Return the share of a tenant behind Envoy, or of the connection."""
         stream = self._streams.get(number)
-        if stream is None or self._credits is None:
-            return self._unread_of_connection
-        tenant = stream.head.by_name.get(TENANT, b"")
-        if not tenant and stream.client is None:
-            return self._unread_of_connection
-        return self._memory.unread_of_tenants.of(tenant)
+        if stream is not None and self._credits is not None:
+            tenant = stream.head.by_name.get(TENANT, b"")
+            if tenant or stream.client is not None:
+                return self._memory.unread_of_tenants.of(tenant)
+        return self._unread_of_connection
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
         """Yield what requests hold that have shares of the connection; `Memory` has the others."""

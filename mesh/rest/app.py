@@ -13,7 +13,7 @@ from mesh.h2.headers import OVERSIZED
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.rest import target as targets
 from mesh.rest import web_pages
-from mesh.rest.call import HTTP_STATUS, JSON, RestCall, error_body, error_fields
+from mesh.rest.call import HTTP_STATUS, JSON, RestCall, error_body, error_fields, sent_body
 from mesh.rest.json_streams import JsonStream, followed
 from mesh.rest.target import MethodNotAllowed, Target
 from mesh.rest.tenant_lock import TenantLock
@@ -121,5 +121,4 @@ def _refuse(
     fields = [(b"content-type", JSON), *error_fields(status, trailing), (b"content-length", b"%d" % len(body))]
     if methods:
         fields.append((b"allow", ", ".join(methods).encode()))
-    # As in RestCall: no body follows the head.
-    stream.respond(stream.encode_head(status, fields), b"" if stream.head.method == "HEAD" else body)
+    stream.respond(stream.encode_head(status, fields), sent_body(stream, body))

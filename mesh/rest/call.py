@@ -516,11 +516,7 @@ class RestCall(StreamMemory):
         if not stream.has_room(len(body)):
             raise unread()
         self.is_over = True
-        stream.respond(_encoded_head(stream, status, content_type, fields or (), len(body)), self._sent(body))
-
-    def _sent(self, body: bytes) -> bytes:
-        """Return what follows a head: a client ends the stream, and Envoy the connection, at a body after HEAD."""
-        return b"" if self._stream.head.method == "HEAD" else body
+        stream.respond(_encoded_head(stream, status, content_type, fields or (), len(body)), sent_body(stream, body))
 
     async def _stream_events(self, events: Events) -> None:
         stream = self._stream
@@ -570,7 +566,7 @@ class RestCall(StreamMemory):
         if trace_id := self._trace_of(error, code, message, seconds, about):
             fields.append((TRACE_KEY.encode(), trace_id.encode()))
         head = [(b"content-type", JSON), *fields, (b"content-length", b"%d" % len(body))]
-        stream.respond(stream.encode_head(http_status, head), self._sent(body))
+        stream.respond(stream.encode_head(http_status, head), sent_body(stream, body))
 
     @property
     def _about(self) -> Attributes:
@@ -599,6 +595,14 @@ def _encoded_head(
     stream: ServerStream, status: int, content_type: bytes, fields: Iterable[tuple[bytes, bytes]], length: int
 ) -> bytes:
     return stream.encode_head(status, [(b"content-type", content_type), *fields, (b"content-length", b"%d" % length)])
+
+
+def sent_body(stream: ServerStream, body: bytes) -> bytes:
+    """Return what follows the head of a response with `body`: nothing for HEAD (RFC 9110, section 9.3.2).
+
+    A client would end the stream at a body, and Envoy the connection.
+    """
+    return b"" if stream.head.method == "HEAD" else body
 
 
 def error_body(message: str) -> bytes:

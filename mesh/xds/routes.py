@@ -403,10 +403,12 @@ def _rest_elsewhere(routes: RestRoutes) -> tuple[bytes, ...]:
     headers = [{"name": name, "string_match": {"safe_regex": {"regex": regex}}} for name, regex in routes.headers]
     found = []
     for path in routes.paths:
-        method = {"name": ":method", "string_match": {"safe_regex": {"regex": "|".join(path.methods)}}}
-        match = {"safe_regex": {"regex": path.pattern}, "headers": [method, *headers]}
-        route = _route(match, routes.cluster, _IDEMPOTENT if routes.is_idempotent else _ALWAYS)
-        found.append(bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})))
+        # Envoy looks at the headers first, for each call: comparing is cheaper than a regular expression.
+        for method in path.methods:
+            named = {"name": ":method", "string_match": {"exact": method}}
+            match = {"safe_regex": {"regex": path.pattern}, "headers": [named, *headers]}
+            route = _route(match, routes.cluster, _IDEMPOTENT if routes.is_idempotent else _ALWAYS)
+            found.append(bytes(Route.from_dict({**route, "typed_per_filter_config": _disabled(*_MODEL_FILTERS)})))
     return tuple(found)
 
 

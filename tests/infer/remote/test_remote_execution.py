@@ -206,8 +206,8 @@ async def test_the_latest_deadline_of_a_batch_travels(near: Serving, scripted: S
 
 
 async def test_timeout_ms_ends_a_call_that_takes_too_long(front, scripted: Scripted, tmp_path: Path):
-    configs.put(tmp_path / "models", "m", url=f"grpc://{scripted.address}", timeout_ms="1000")
     # Long enough for a busy machine to reach the remote server.
+    configs.put(tmp_path / "models", "m", url=f"grpc://{scripted.address}", timeout_ms="1000")
     near = await front(tmp_path / "models")
     scripted.infer = Gate()
     with pytest.raises(DeadlineExceeded, match="model 'm': the remote server did not respond in time"):

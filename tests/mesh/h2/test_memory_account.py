@@ -74,15 +74,16 @@ def test_one_message_of_the_maximal_size_fits_the_defaults():
 class Transport:
     """Takes everything that is written, or pauses its protocol."""
 
-    def __init__(self, protocol: ServerConnection) -> None:
+    def __init__(self, protocol: ServerConnection, peer: tuple[str, int] | None = None) -> None:
         self._protocol = protocol
+        self._peer = peer
         self.written = bytearray()
         self._is_closing = False
         self.is_reading = True
         self.buffered = 0
 
-    def get_extra_info(self, name: str) -> None:
-        return None
+    def get_extra_info(self, name: str) -> tuple[str, int] | None:
+        return self._peer if name == "peername" else None
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -135,9 +136,12 @@ class Front:
     """One connection to a GrpcApp, without sockets. Its calls are answered when the test says so.
 
     With `is_shared`, it is that of an Envoy, and each call waits for its start. Several may share `memory`.
+    With `is_direct`, it is that of a client at a TCP port.
     """
 
-    def __init__(self, limit: int = LIMIT, *, is_shared: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self, limit: int = LIMIT, *, is_shared: bool = False, is_direct: bool = False, memory: Memory | None = None
+    ) -> None:
         self.calls: list[Any] = []
         self.memory = ticking(Memory(limit, limit)) if memory is None else memory
         self._is_shared = is_shared
@@ -145,7 +149,7 @@ class Front:
         stream = grpc.stream_stream_rpc_method_handler(self._stream, bytes, bytes)
         self.app = GrpcApp({FAST: slow, SLOW: slow, STREAM: stream}, {FAST: self._fast}, message_bytes=LIMIT // 2)
         self.connection = ServerConnection(self.app, {}, self.memory)
-        self.transport: Any = Transport(self.connection)
+        self.transport: Any = Transport(self.connection, ("127.0.0.1", 1) if is_direct else None)
         self.connection.connection_made(self.transport)
         self._encoder = hpack.Encoder()
         self._encoder.header_table_size = 0
@@ -441,8 +445,8 @@ async def unread_responses(front: Front, tenant: str, size: int) -> None:
 
 
 async def test_a_direct_client_takes_nothing_from_the_share_of_a_tenant_that_it_names():
-    behind, direct = envoys_connections()[:2]
-    direct.connection._credits = None
+    behind = envoys_connections()[0]
+    direct = Front(is_shared=True, is_direct=True, memory=behind.memory)
     for front in (behind, direct):
         front.feed(frames.settings({frames.WINDOW_SIZE: 0}))
     await unread_responses(direct, "victim", LIMIT // 8)
@@ -460,14 +464,14 @@ async def test_a_direct_client_takes_nothing_from_the_share_of_a_tenant_that_it_
 
 @pytest.mark.parametrize("is_envoy", [True, False])
 async def test_without_room_an_envoys_connection_that_pauses_is_kept_and_a_direct_clients_is_closed(is_envoy, caplog):
-    hog, other = envoys_connections()[:2]
+    hog = envoys_connections()[0]
+    other = Front(is_direct=not is_envoy, memory=hog.memory)
     hog.feed(frames.settings({frames.WINDOW_SIZE: 0}))
     # Shares fill one after the other: many tenants leave next to nothing.
     for tenant in "abcdef":
         await unread_responses(hog, tenant, LIMIT // 32)
         await unread_responses(hog, tenant, 1_000)
     assert hog.memory.unread.limit - hog.memory.unread.held < LIMIT // 100
-    other.connection._unread.is_closed_for_room = not is_envoy
     other.transport.buffered = LIMIT // 16
     other.connection.pause_writing()
     assert other.transport.is_closing() == ("find no room" in caplog.text) == (not is_envoy)
