@@ -1,11 +1,13 @@
 """Account of the bytes that the calls of one server hold, with a limit: of requests, or of unread responses.
 
-    MemoryAccount (a server) <── Share (a tenant behind Envoy, or a connection, or a tenant on it): add, remove
+    MemoryAccount (a server) <── Share (a connection, or a tenant on it): add, remove
+                             <── TenantShare (a tenant behind Envoy) <── ClientShare (one of its clients)
 
 A request counts from its first frame to its end, with the copies that are made of it.
 
 A share may hold at most twice what the account has free (dynamic thresholds, as in the buffers of switches). One holder
 gets two thirds of the limit, and never all of it: the more is held, the less a holder may add. Newcomers find room.
+Clients of a tenant divide its share by the same rule; one alone gets two thirds of the limit, too.
 Only new requests, with their headers and small bodies, and small responses may take more: eight ninths.
 """
 
@@ -26,6 +28,9 @@ UNREAD_BYTES = 192 << 20
 
 FREE_FACTOR = 2
 """A share may hold so many times what is free."""
+
+_TENANT_FACTOR, _CLIENT_FACTOR = 4, 5
+"""The same for a tenant behind Envoy, and for a client of what its tenant may still add: 4/5 of 5/6 is two thirds."""
 
 BEGIN_FACTOR = 8
 """A request begins, and a small response waits, while its share holds at most so many times what is free: they find
@@ -88,6 +93,10 @@ class Share:
         """Bytes of the account that nobody holds."""
         return self._account.limit - self._account.held
 
+    def of_client(self, client: bytes) -> Share | ClientShare:
+        """Return the share that counts large bodies and responses of one client: this one, as it has no other."""
+        return self
+
     def add(self, size: int) -> None:
         """Add bytes, whether or not there is room for them."""
         self.held += size
@@ -99,13 +108,72 @@ class Share:
         self._account.held -= size
 
 
-class TenantShares:
-    """Shares of one account, by tenant."""
+class TenantShare(Share):
+    """Bytes of a tenant behind Envoy. Large bodies and responses are counted for its clients, too."""
 
-    __slots__ = ("_account", "_most", "by_tenant")
+    __slots__ = ("by_client",)
 
     def __init__(self, account: MemoryAccount) -> None:
+        super().__init__(account)
+        self.by_client: dict[bytes, int] = {}
+        """Bytes of the clients that hold some."""
+
+    def of_client(self, client: bytes) -> ClientShare:
+        """Return the share of a client; b"" stands for all services."""
+        return ClientShare(self, client)
+
+
+class ClientShare:
+    """Large bodies and responses of one client of a tenant; methods as those of `Share`."""
+
+    __slots__ = ("_client", "_tenant")
+
+    def __init__(self, tenant: TenantShare, client: bytes) -> None:
+        self._tenant = tenant
+        self._client = client
+
+    @property
+    def held(self) -> int:
+        return self._tenant.by_client.get(self._client, 0)
+
+    def has_room(self, size: int) -> bool:
+        return not size or self._has_room(size, _TENANT_FACTOR, _CLIENT_FACTOR)
+
+    def has_room_beside_large(self, size: int) -> bool:
+        return self._has_room(size, BEGIN_FACTOR, BEGIN_FACTOR)
+
+    def _has_room(self, size: int, of_free: int, of_room: int) -> bool:
+        tenant = self._tenant
+        # What the tenant may add while it holds at most `of_free` times what is free, times `of_free + 1`.
+        room = of_free * tenant.free - tenant.held
+        return (of_free + 1) * (self.held + size) <= of_room * (room - (of_free + 1) * size)
+
+    def fits(self, size: int) -> bool:
+        return self._tenant.fits(size)
+
+    def add(self, size: int) -> None:
+        by_client = self._tenant.by_client
+        by_client[self._client] = held = by_client.get(self._client, 0) + size
+        if not held:
+            del by_client[self._client]
+        self._tenant.add(size)
+
+    def remove(self, size: int) -> None:
+        self.add(-size)
+
+
+class TenantShares:
+    """Shares of one account, by tenant.
+
+    Args:
+        have_clients: the tenants have several clients, which divide their share.
+    """
+
+    __slots__ = ("_account", "_have_clients", "_most", "by_tenant")
+
+    def __init__(self, account: MemoryAccount, *, have_clients: bool = False) -> None:
         self._account = account
+        self._have_clients = have_clients
         self._most = _MAX_IDLE_SHARES
         self.by_tenant: dict[bytes, Share] = {}
         """Shares that hold something, and others."""
@@ -123,7 +191,7 @@ class TenantShares:
             for idle in [name for name, share in shares.items() if not share.held]:
                 del shares[idle]
             self._most = max(_MAX_IDLE_SHARES, 2 * len(shares))
-        share = shares[tenant] = self._account.share()
+        share = shares[tenant] = TenantShare(self._account) if self._have_clients else self._account.share()
         return share
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:

@@ -36,7 +36,7 @@ from mesh.h2.frames import (
     Reason,
 )
 from mesh.h2.headers import LIST_BYTES, Block, Decoder, HeaderCache
-from mesh.h2.memory_account import Share, unlimited
+from mesh.h2.memory_account import ClientShare, Share, unlimited
 from mesh.h2.sending import Sender
 from mesh.h2.turns import AT_ONCE, PART_FRAMES, PART_S, Turns
 
@@ -103,7 +103,7 @@ class Peer(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
         self._sender.attach(self._transport)
 
-    def _unread_share(self, number: int) -> Share:
+    def _unread_share(self, number: int) -> Share | ClientShare:
         """Return the share of the memory in which data of a stream that waits for the other end is counted."""
         return self._unread_of_connection
 

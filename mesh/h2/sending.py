@@ -29,7 +29,7 @@ from mesh.h2.frames import (
     Reason,
 )
 from mesh.h2.headers import TABLE_UPDATE
-from mesh.h2.memory_account import Share
+from mesh.h2.memory_account import ClientShare, Share
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Outgoing:
 
     __slots__ = ("chunks", "end", "idle_ticks", "is_ready", "moved", "on_sent", "share", "size")
 
-    share: Share
+    share: Share | ClientShare
     """Share of the memory in which `size` is counted. It is set with the first data: one that holds nothing may have
     been dropped."""
 
@@ -102,7 +102,7 @@ class Sender:
     def __init__(
         self,
         ended: Callable[[int, Reason | None], None],
-        share_of: Callable[[int], Share],
+        share_of: Callable[[int], Share | ClientShare],
         bursts: Bursts | None = None,
     ) -> None:
         self._ended = ended

@@ -20,7 +20,15 @@ from mesh.h2.connections import Connections, admit
 from mesh.h2.credits import SHARED_WINDOW, STEP_BYTES, Credits
 from mesh.h2.frames import ACK, END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
 from mesh.h2.headers import LATER, Block, HeaderCache
-from mesh.h2.memory_account import BEGIN_FACTOR, BODY_BYTES, UNREAD_BYTES, MemoryAccount, Share, TenantShares
+from mesh.h2.memory_account import (
+    BEGIN_FACTOR,
+    BODY_BYTES,
+    UNREAD_BYTES,
+    ClientShare,
+    MemoryAccount,
+    Share,
+    TenantShares,
+)
 from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.starts import TASKS, Starts
 from mesh.h2.stream import NO_HANDLER, SMALL_BODY, STREAM_BYTES, Application, RequestHandler, ServerStream
@@ -87,14 +95,16 @@ class Memory:
 
     An Envoy opens a connection for each of its threads and priorities, and each carries the calls of all tenants. So a
     tenant behind Envoy has one share of each account, over all of them, and all clients without a tenant have one
-    together. Calls that services make for themselves count in shares of the connection.
+    together. Clients of a tenant, by their connection to Envoy, divide its share of large bodies and responses. Calls
+    that services make for themselves count in shares of the connection.
     """
 
     def __init__(self, body_bytes: int = BODY_BYTES, unread_bytes: int = UNREAD_BYTES) -> None:
         self.headers = HeaderCache()
         self.bodies = MemoryAccount(body_bytes)
         self.unread = MemoryAccount(unread_bytes)
-        self.tenants, self.unread_of_tenants = TenantShares(self.bodies), TenantShares(self.unread)
+        self.tenants = TenantShares(self.bodies, have_clients=True)
+        self.unread_of_tenants = TenantShares(self.unread, have_clients=True)
         self.later = self.bodies.share()
         """Share of the requests whose headers are to be decoded later."""
         self.turns = Turns()
@@ -524,13 +534,13 @@ class ServerConnection(Peer):
         self._is_closing = True
         self._close_when_done()
 
-    def _unread_share(self, number: int) -> Share:
-        """Return the share of a tenant behind Envoy, or of the connection."""
+    def _unread_share(self, number: int) -> Share | ClientShare:
+        """Return the share of a client of a tenant behind Envoy, or of the connection."""
         stream = self._streams.get(number)
         if stream is not None and self._credits is not None:
             tenant = stream.head.by_name.get(TENANT, b"")
             if tenant or stream.client is not None:
-                return self._memory.unread_of_tenants.of(tenant)
+                return self._memory.unread_of_tenants.of(tenant).of_client(stream.client or b"")
         return self._unread_of_connection
 
     def held_by_tenant(self) -> Iterable[tuple[str, int]]:
@@ -607,8 +617,11 @@ class ServerConnection(Peer):
         # Handler and stream refer to each other. Unless that ends here, the body waits for Python's garbage collector,
         # which counts objects and not bytes.
         handler, stream.handler = stream.handler, NO_HANDLER
-        # As `_release`, for the common case.
-        held, stream.held, stream.least_held = stream.held, 0, 0
+        # As `release`, for the common case.
+        held, least, stream.held, stream.least_held = stream.held, stream.least_held, 0, 0
+        if held > least:
+            stream.large.remove(held - least)
+            held = least
         stream.share.held -= held
         self._bodies.held -= held
         if stream.withheld:
@@ -690,8 +703,10 @@ def reset(stream: ServerStream) -> None:
 
 def release(stream: ServerStream) -> None:
     """Release everything that a stream which has ended still holds."""
-    held, stream.held, stream.least_held = stream.held, 0, 0
-    stream.share.remove(held)
+    held, least, stream.held, stream.least_held = stream.held, stream.least_held, 0, 0
+    stream.share.remove(least)
+    if held > least:
+        stream.large.remove(held - least)
     if stream.withheld:
         stream.return_withheld()
 

@@ -16,7 +16,7 @@ from mesh.h2 import frames
 from mesh.h2.credits import SHARED_WINDOW
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, Fields, response_head
-from mesh.h2.memory_account import Share
+from mesh.h2.memory_account import ClientShare, Share
 from mesh.h2.sending import PROGRESS_BYTES
 from mesh.h2.unread import MAX_TICKS, TICK_S
 
@@ -184,6 +184,11 @@ class ServerStream:
         """Identity of the request's tenant and its connection, behind Envoy of its connection to Envoy."""
         return self.share if self.client is None else (self.share, self.client)
 
+    @property
+    def large(self) -> Share | ClientShare:
+        """Share that counts what the request takes beside `least_held`: behind Envoy, also for its client."""
+        return self.share.of_client(self.client or b"")
+
     def hold(self, size: int) -> bool:
         """Keep `size` bytes of the body in memory, as `reserve` does.
 
@@ -208,10 +213,11 @@ class ServerStream:
         A response may take all that is free: its request was admitted, and its memory is free soon.
         Return False, and count nothing, when there is no room, or the stream has ended.
         """
-        has_room = self.share.fits(size) if is_response else self.share.has_room(size)
+        share = self.large
+        has_room = share.fits(size) if is_response else share.has_room(size)
         if not has_room or not self._sender.is_open(self.number):
             return False
-        self.share.add(size)
+        share.add(size)
         self.held += size
         return True
 
@@ -220,7 +226,7 @@ class ServerStream:
         if not self.held:
             return
         self.held -= size
-        self.share.remove(size)
+        self.large.remove(size)
         # Bytes that withheld no credit are released last.
         if returned := min(size, self.withheld):
             self.withheld -= returned

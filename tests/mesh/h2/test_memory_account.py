@@ -64,10 +64,15 @@ def test_the_defaults_of_the_configuration_are_those_of_the_server():
 
 def test_one_message_of_the_maximal_size_fits_the_defaults():
     pieces = MESSAGE_BYTES + PIECE_OVERHEAD * (MESSAGE_BYTES // frames.DEFAULT_FRAME) + STREAM_BYTES
-    assert MemoryAccount(BODY_BYTES).share().has_room(pieces + MESSAGE_BYTES)
-    # In infer: body, message, and a response of the same size, twice.
     infer_bytes = InferConfig.model_fields["body_bytes"].default
-    assert MemoryAccount(infer_bytes).share().has_room(4 * MESSAGE_BYTES + STREAM_BYTES)
+    for share in (
+        MemoryAccount.share,
+        lambda account: TenantShares(account, have_clients=True).of(b"").of_client(b"1"),
+    ):
+        assert share(MemoryAccount(BODY_BYTES)).has_room(pieces + MESSAGE_BYTES)
+        # In infer: body, message, and a response of the same size, twice.
+        assert share(MemoryAccount(infer_bytes)).has_room(4 * MESSAGE_BYTES + STREAM_BYTES)
+        assert share(MemoryAccount(UNREAD_BYTES)).has_room(MESSAGE_BYTES)
     assert infer_bytes + UNREAD_BYTES < 1 << 30
 
 
@@ -128,6 +133,17 @@ def shares_hold(*fronts: Front) -> tuple[int, int]:
     for tenants in (memory.tenants, *(connection._tenants for connection in connections)):
         bodies += tenants.by_tenant.values()
     unread += memory.unread_of_tenants.by_tenant.values()
+    streams = [stream for connection in connections for stream in connection._streams.values()]
+    for tenant in memory.tenants.by_tenant.values():
+        large: dict[bytes, int] = {}
+        for stream in streams:
+            if stream.share is tenant and (size := stream.held - stream.least_held):
+                client = stream.client or b""
+                large[client] = large.get(client, 0) + size
+        assert tenant.by_client == large
+    for tenant in memory.unread_of_tenants.by_tenant.values():
+        assert sum(tenant.by_client.values()) == tenant.held
+        assert all(size > 0 for size in tenant.by_client.values())
     assert min(share.held for share in (*bodies, *unread)) >= 0
     return sum(share.held for share in bodies), sum(share.held for share in unread)
 
@@ -172,19 +188,22 @@ class Front:
         if not self.transport.is_closing():
             self.connection.data_received(data)
 
-    def open(self, path: str, tenant: str = "", encoding: str = "identity") -> int:
+    def open(self, path: str, tenant: str = "", encoding: str = "identity", client: int | None = None) -> int:
         number = self.next
-        self.feed(self.opening(path, tenant, encoding))
+        self.feed(self.opening(path, tenant, encoding, client))
         return number
 
-    def opening(self, path: str, tenant: str, encoding: str = "identity") -> bytes:
-        """Return the frame that opens the next stream."""
+    def opening(self, path: str, tenant: str, encoding: str = "identity", client: int | None = None) -> bytes:
+        """Return the frame that opens the next stream, of one client of Envoy, or of any."""
         number, self.next = self.next, self.next + 2
         head = [(":method", "POST"), (":path", path), ("content-type", "application/grpc"), ("grpc-encoding", encoding)]
         head += [("grpc-timeout", "20S")] if number % 4 == 1 else []
         head += [("x-shoal-tenant", tenant)] if tenant else []
-        # Some are calls of services.
-        head += [(CONNECTION_HEADER, str(number % 3))] if self._is_shared and number % 5 != 2 else []
+        if client is not None:
+            head += [(CONNECTION_HEADER, str(client))]
+        elif self._is_shared and number % 5 != 2:
+            # The others are calls of services.
+            head += [(CONNECTION_HEADER, str(number % 3))]
         return frames.frame(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode(head))
 
     def data(self, number: int, payload: bytes, *, is_end: bool) -> None:
@@ -339,9 +358,9 @@ def test_every_way_to_end_returns_what_was_held(steps, is_shared):
         server_connection.log.setLevel(log_level)
 
 
-def envoys_connections() -> list[Front]:
+def envoys_connections(limit: int = LIMIT) -> list[Front]:
     """Connections of an Envoy with four threads and two priorities."""
-    memory = ticking(Memory(LIMIT, LIMIT))
+    memory = ticking(Memory(limit, limit))
     return [Front(is_shared=True, memory=memory) for _ in range(8)]
 
 
@@ -362,13 +381,13 @@ async def test_a_tenant_has_one_share_of_requests_over_all_connections_of_an_env
         for front in fronts:
             front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 8], is_end=False)
             await front.settle()
-    assert LIMIT // 2 < bodies.held <= LIMIT * 2 // 3
+    assert LIMIT // 2 < bodies.held <= LIMIT * 4 // 5
     # New requests may take more. Their headers are read in turn.
     for _ in range(20):
         for front in fronts:
             front.open(STREAM, "hog")
         await front.settle()
-    assert LIMIT * 2 // 3 < bodies.held <= LIMIT * 8 // 9
+    assert LIMIT * 4 // 5 < bodies.held <= LIMIT * 8 // 9
     assert dict(fronts[0].memory.held_by_tenant()) == {"hog": bodies.held}
     refused = bodies.refused
     other = fronts[3]
@@ -408,6 +427,63 @@ async def test_a_tenant_has_one_share_of_unread_responses_over_all_connections_o
     await end(fronts)
 
 
+@pytest.mark.parametrize("tenant", ["", "acme"])
+async def test_clients_of_a_tenant_divide_its_share_of_requests(tenant):
+    fronts = envoys_connections(limit := 8 * LIMIT)
+    bodies, other = fronts[0].memory.bodies, fronts[3]
+
+    async def fill(*clients: int) -> None:
+        for _ in range(16):
+            for front in fronts:
+                for client in clients:
+                    number = front.open(FAST, tenant, client=client)
+                    front.data(number, framed(bytes(LIMIT // 4))[: LIMIT // 16], is_end=False)
+                await front.settle()
+
+    async def answers(name: str, client: int, size: int) -> bool:
+        calls = len(other.calls)
+        number = other.open(FAST, name, client=client)
+        other.data(number, framed(bytes(size)), is_end=True)
+        await other.settle()
+        return len(other.calls) > calls
+
+    await fill(1)
+    # Two thirds, and the begins of requests.
+    assert limit * 3 // 5 < bodies.held <= limit * 7 // 10
+    assert await answers(tenant, 2, LIMIT // 20)
+    assert await answers("other", 1, LIMIT // 20)
+    # So do several leave room, for another one of the tenant and for another tenant.
+    await fill(*range(3, 7))
+    assert limit * 3 // 4 < bodies.held <= limit * 4 // 5 + LIMIT
+    assert await answers(tenant, 9, LIMIT // 40)
+    assert not await answers(tenant, 1, LIMIT // 40)
+    assert await answers("other", 9, LIMIT // 20)
+    assert bodies.refused == 0
+    await end(fronts)
+
+
+async def test_clients_of_a_tenant_divide_its_share_of_unread_responses():
+    fronts = envoys_connections()
+    unread = fronts[0].memory.unread
+    for front in fronts:
+        front.feed(frames.settings({frames.WINDOW_SIZE: 0}))
+        await unread_responses(front, "acme", LIMIT // 8, client=1)
+    assert LIMIT // 2 < unread.held <= LIMIT * 2 // 3
+    # Below the limit for small responses, which is for all of a front's.
+    for front in fronts:
+        await unread_responses(front, "acme", LIMIT // 64, client=1)
+    held = unread.held
+    assert LIMIT * 2 // 3 < held <= LIMIT * 64 // 81
+    other = fronts[3]
+    for size in (LIMIT // 15, LIMIT // 64):
+        number = other.open(FAST, "acme", client=2)
+        other.data(number, framed(b"x"), is_end=True)
+        await other.settle()
+        other.calls[-1].reply((bytes(size),), size)
+        assert other.connection._sender.has_unsent(number) == (size == LIMIT // 64)
+    await end(fronts)
+
+
 async def test_requests_whose_headers_wait_have_one_share_over_all_connections_of_an_envoy():
     fronts = envoys_connections()
     memory = fronts[0].memory
@@ -429,14 +505,14 @@ async def test_calls_that_services_make_for_a_tenant_count_in_its_share():
                 front.data(front.open(FAST, "hog"), framed(bytes(LIMIT // 4))[: LIMIT // 32], is_end=False)
             # Frames wait for a turn where the machine is slow.
             await front.settle()
-    assert LIMIT // 2 < fronts[0].memory.bodies.held <= LIMIT * 2 // 3
+    assert LIMIT // 2 < fronts[0].memory.bodies.held <= LIMIT * 4 // 5
     await end(fronts)
 
 
-async def unread_responses(front: Front, tenant: str, size: int) -> None:
-    """Let `tenant` have as many responses of `size` bytes that wait as its share allows."""
+async def unread_responses(front: Front, tenant: str, size: int, client: int | None = None) -> None:
+    """Let `tenant`, or one of its clients, have as many responses of `size` bytes that wait as its share allows."""
     while True:
-        number = front.open(FAST, tenant)
+        number = front.open(FAST, tenant, client=client)
         front.data(number, framed(b"x"), is_end=True)
         await front.settle()
         front.calls[-1].reply((bytes(size),), size)
